@@ -1,0 +1,59 @@
+"""Denoising diffusion: noise schedules, denoisers, samplers and the network of Ho et al. 2020, on torch alone.
+
+>>> from ddpm import Denoiser, NoiseSchedule, UNet, sample
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddpm.denoiser import TARGETS, Denoiser
+    from ddpm.noise import gaussian
+    from ddpm.samplers import SAMPLERS, sample, trajectory
+    from ddpm.schedule import SCHEDULES, NoiseSchedule
+    from ddpm.timesteps import SPACINGS
+    from ddpm.training import fit
+    from ddpm.unet import UNet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SAMPLERS",
+    "SCHEDULES",
+    "SPACINGS",
+    "TARGETS",
+    "Denoiser",
+    "NoiseSchedule",
+    "UNet",
+    "fit",
+    "gaussian",
+    "sample",
+    "trajectory",
+]
+
+# Names are imported on first use: `import ddpm` costs nothing, and a stage depends only on the modules it uses.
+_HOMES = {
+    "Denoiser": "denoiser",
+    "NoiseSchedule": "schedule",
+    "SAMPLERS": "samplers",
+    "SCHEDULES": "schedule",
+    "SPACINGS": "timesteps",
+    "TARGETS": "denoiser",
+    "UNet": "unet",
+    "fit": "training",
+    "gaussian": "noise",
+    "sample": "samplers",
+    "trajectory": "samplers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ddpm' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"ddpm.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

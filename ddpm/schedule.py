@@ -1,0 +1,113 @@
+"""Noise schedules: q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)   (eq. 4, Ho et al. 2020).
+
+beta_1 ... beta_T are the variances of the forward steps, alpha_t = 1 - beta_t, and alpha_bar_t = alpha_1 ... alpha_t
+with alpha_bar_0 = 1. Tables are float64: sqrt's alpha_bar_1000 is 3e-44, which float32 cannot hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def _linear(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
+    """Section 4 of Ho et al. 2020."""
+    return torch.linspace(start, end, steps, dtype=torch.float64)
+
+
+def _scaled_linear(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
+    """Linear in sqrt(beta): latent diffusion's `linear`, Ho et al.'s `quad`."""
+    return torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
+
+
+def _sqrt(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
+    """Latent diffusion's `sqrt`."""
+    return torch.linspace(start, end, steps, dtype=torch.float64).sqrt()
+
+
+def _cosine(steps: int, s: float = 0.008) -> Tensor:
+    """Eq. 17 of Nichol & Dhariwal 2021, with beta clipped at 0.999."""
+    t = torch.arange(steps + 1, dtype=torch.float64) / steps
+    f = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+SCHEDULES: dict[str, Callable[..., Tensor]] = {
+    "linear": _linear,
+    "scaled_linear": _scaled_linear,
+    "cosine": _cosine,
+    "sqrt": _sqrt,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """A table of beta_1 ... beta_T and what follows from it.
+
+    betas: float64 [T], each in (0, 1), with alpha_bar strictly decreasing.
+    name: what it is called in files and messages.
+    Network time t in 0 ... T-1 pairs with alpha_bar[t + 1]; t = -1 is the clean image. Raises ValueError.
+    """
+
+    betas: Tensor
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        betas = torch.as_tensor(self.betas, dtype=torch.float64)
+        if betas.ndim != 1 or len(betas) < 1:
+            raise ValueError(f"betas: expected a vector of at least one entry, got shape {tuple(betas.shape)}")
+        if not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError(f"betas of schedule '{self.name}': every one must lie in (0, 1)")
+        object.__setattr__(self, "betas", betas)
+
+    @classmethod
+    def named(cls, name: str, steps: int = 1000, **shape: float) -> NoiseSchedule:
+        """A row of SCHEDULES at T = steps; `shape` are its own numbers, such as start and end of linear. Raises ValueError."""
+        if name not in SCHEDULES:
+            raise ValueError(f"no schedule '{name}'; there are {', '.join(SCHEDULES)}")
+        if steps < 1:
+            raise ValueError(f"schedule '{name}': steps = {steps} must be at least 1")
+        try:
+            betas = SCHEDULES[name](steps, **shape)
+        except TypeError:
+            raise ValueError(f"schedule '{name}' does not take {', '.join(shape)}") from None
+        return cls(betas, name)
+
+    @property
+    def T(self) -> int:
+        return len(self.betas)
+
+    @cached_property
+    def log_alpha_bar(self) -> Tensor:
+        """float64 [T+1]: log alpha_bar_0 = 0, ..., log alpha_bar_T."""
+        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-self.betas).cumsum(0)])
+
+    @cached_property
+    def alpha_bar(self) -> Tensor:
+        """float64 [T+1]: alpha_bar_0 = 1, ..., alpha_bar_T (the paper's indexing)."""
+        return self.log_alpha_bar.exp()
+
+    @cached_property
+    def snr(self) -> Tensor:
+        """float64 [T+1]: alpha_bar / (1 - alpha_bar); infinite at 0."""
+        return self.alpha_bar / -torch.expm1(self.log_alpha_bar)
+
+    def log_alpha_bar_at(self, t: Tensor | float) -> Tensor:
+        """log alpha_bar at network times t in [-1, T-1], linear between entries; float64, t's shape, on the CPU."""
+        times = np.asarray(t.detach().cpu() if isinstance(t, Tensor) else t, dtype=np.float64)
+        if times.size and not (times.min() >= -1 and times.max() <= self.T - 1):
+            raise ValueError(f"network times must lie in [-1, {self.T - 1}], got {times.min():g} ... {times.max():g}")
+        entries = np.arange(-1, self.T, dtype=np.float64)
+        return torch.from_numpy(np.asarray(np.interp(times, entries, self.log_alpha_bar.numpy())))
+
+    def time_at(self, log_alpha_bar: Tensor) -> Tensor:
+        """The inverse of `log_alpha_bar_at`: float64 network times; levels beyond the table's ends get its end times."""
+        levels = -np.asarray(log_alpha_bar.detach().cpu(), dtype=np.float64)
+        entries = np.arange(-1, self.T, dtype=np.float64)
+        return torch.from_numpy(np.asarray(np.interp(levels, -self.log_alpha_bar.numpy(), entries)))

@@ -1,0 +1,117 @@
+"""Checkpoints: model.safetensors beside a model.json that says how to rebuild the network, its schedule and data range.
+
+Resume states of training lie apart, in the cache: two at most, each complete and with a checksum, or not there.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ddpm.denoiser import Denoiser
+from ddpm.schedule import NoiseSchedule
+from ddpm.stages import store
+from ddpm.stages.errors import InputError
+from ddpm.unet import UNet
+
+FORMAT = 1
+
+
+def device(name: str) -> torch.device:
+    """ "auto" takes the GPU where there is one. Raises InputError for "cuda" without one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("compute.device is cuda, but torch finds no GPU here; set it to auto or cpu")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+def network(about: dict[str, Any]) -> nn.Module:
+    """The `network` entry of model.json -> the network it describes, freshly initialised. Raises InputError."""
+    settings = dict(about)
+    kind = settings.pop("kind", None)
+    if kind != "unet":
+        raise InputError(f"network kind '{kind}' is not known here; there is unet")
+    try:
+        return UNet(**settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"network: {error}") from None
+
+
+def save(path: Path, net: nn.Module, about: dict[str, Any]) -> None:
+    """Writes the folder `path`: net's weights, and `about` with the format and the weights' sha256 added."""
+    with store.replacing_dir(path) as folder:
+        weights = folder / "model.safetensors"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}, weights)
+        store.write_json(folder / "model.json", {"format": FORMAT, "weights_sha256": store.sha256(weights), **about})
+
+
+def load(path: Path, device: torch.device | str = "cpu", clip: bool = False) -> tuple[Denoiser, dict[str, Any]]:
+    """A checkpoint folder -> its denoiser (network in eval mode, channels last) and model.json. Raises InputError."""
+    about = store.read_json(path / "model.json")
+    if about.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: checkpoint format {about.get('format')} is not {FORMAT}; it was made by another version"
+        )
+    weights = path / "model.safetensors"
+    try:
+        if store.sha256(weights) != about["weights_sha256"]:
+            raise InputError(f"{weights}: its checksum is not the one in model.json; train again or restore the file")
+        net = network(about["network"])
+        net.load_state_dict(load_file(weights))
+        schedule = NoiseSchedule.named(about["schedule"]["name"], about["schedule"]["timesteps"])
+        target = about["target"]
+    except FileNotFoundError:
+        raise InputError(f"{weights}: no such file; train again or restore it") from None
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a usable checkpoint: {' '.join(str(error).split())}") from None
+    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return Denoiser(net, schedule, target, clip), about
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """Training after `step` steps: TrainingState.tensors(), the rows of the history, and the losses since its last row."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    rows: list[dict[str, Any]]
+    losses: list[float]
+
+
+def write_resume(folder: Path, state: ResumeState, keep: int = 2) -> None:
+    """Adds a state to `folder` and drops all but the newest `keep`."""
+    path = folder / f"{state.step:09d}.safetensors"
+    with store.replacing(path) as temporary:
+        history = json.dumps({"step": state.step, "rows": state.rows, "losses": state.losses})
+        save_file(state.tensors, temporary, metadata={"history": history})
+        digest = store.sha256(temporary)
+    store.write_json(path.with_suffix(".json"), {"step": state.step, "sha256": digest})
+    for old in sorted(folder.glob("*.safetensors"))[:-keep]:
+        old.unlink()
+        old.with_suffix(".json").unlink(missing_ok=True)
+
+
+def read_resume(folder: Path, at_most: int) -> tuple[ResumeState | None, list[str]]:
+    """The newest sound state of at most that many steps, and a line for each damaged one that was passed over."""
+    from safetensors import safe_open
+
+    complaints = []
+    for path in sorted(folder.glob("*.safetensors"), reverse=True):
+        if int(path.stem) > at_most:
+            continue
+        try:
+            if store.sha256(path) != store.read_json(path.with_suffix(".json"))["sha256"]:
+                raise InputError("its checksum does not match")
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                history = json.loads(file.metadata()["history"])
+            return ResumeState(tensors=tensors, **history), complaints
+        except (InputError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            complaints.append(f"{path}: damaged, passed over ({' '.join(str(error).split())})")
+    return None, complaints

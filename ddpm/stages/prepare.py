@@ -1,0 +1,98 @@
+"""Prepare: a source of images -> dataset/, one uint8 array per split, with labels, statistics and a preview."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm.stages import datasets, store
+from ddpm.stages.datasets import Source
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params
+from ddpm.stages.progress import Progress, Report, silent
+from ddpm.stages.store import Dataset, Images
+
+COLUMNS, ROWS = 10, 20  # of the preview, at most
+PREVIEW_SIDE = 64  # pixels; larger images are thinned out
+
+
+def prepare(params: Params, root: Path = Path(), report: Report = silent) -> dict[str, Any]:
+    """Writes the dataset that `params.data` describes below `root`; gives the content of dataset.json.
+
+    Raises InputError, and then leaves an earlier dataset as it was.
+    """
+    source = datasets.open_source(params.data, params.seed, root, report)
+    if source.counts[0] == 0:
+        raise InputError(f"{params.data.path}: no training images: add some, or lower data.test_fraction")
+    with store.writing_dataset(root, source.shape, source.counts, source.labels, preview) as dataset:
+        source.fill(dataset.train, dataset.test)
+        dataset.about.update(_about(source, dataset))
+    total = sum(source.counts)
+    report(Progress(total, total, "images", message=_summary(source)))
+    return dataset.about
+
+
+def preview(dataset: Dataset) -> Images:
+    """-> one uint8 C,H,W picture of training images, 10 columns, at most 20 rows: a row per class if there are any.
+
+    A class with fewer than 10 images leaves the rest of its row white.
+    """
+    step = math.ceil(dataset.train.shape[-1] / PREVIEW_SIDE)
+    if dataset.train_labels is None:
+        return store.grid(dataset.train[: ROWS * COLUMNS, :, ::step, ::step], COLUMNS)
+    classes = len(dataset.about["classes"][:ROWS])
+    shape = dataset.train[:1, :, ::step, ::step].shape[1:]
+    images = np.full((classes, COLUMNS, *shape), 255, np.uint8)
+    for label in range(classes):
+        members = np.flatnonzero(dataset.train_labels == label)[:COLUMNS]
+        images[label, : len(members)] = dataset.train[members, :, ::step, ::step]
+    return store.grid(images.reshape(-1, *shape), COLUMNS)
+
+
+def _about(source: Source, dataset: Dataset) -> dict[str, Any]:
+    mean, deviation = mean_and_deviation(dataset.train)
+    return {
+        "name": source.name,
+        "sha256": _version(dataset),
+        "shape": list(source.shape),
+        "counts": dict(zip(("train", "test"), source.counts, strict=True)),
+        "classes": list(source.classes) if source.classes is not None else None,
+        "mean": mean,
+        "std": deviation,
+        "flip": source.flip,
+    }
+
+
+def mean_and_deviation(images: Images) -> tuple[list[float], list[float]]:
+    """Per channel, of values in 0..1, from exact integer sums, rounded to 6 digits. images: uint8 N,C,H,W, N >= 1."""
+    counts = np.zeros((images.shape[1], 256), np.int64)
+    block = max(1, 2**22 // math.prod(images.shape[1:]))
+    for start in range(0, len(images), block):
+        for channel, values in enumerate(images[start : start + block].swapaxes(0, 1)):
+            counts[channel] += np.bincount(values.ravel(), minlength=256)
+    total = int(counts[0].sum())
+    sums, squares = ([int(number) for number in counts @ np.arange(256) ** power] for power in (1, 2))
+    mean = [number / total / 255 for number in sums]
+    variance = [(square * total - number**2) / total**2 for number, square in zip(sums, squares, strict=True)]
+    return [round(value, 6) for value in mean], [round(math.sqrt(value) / 255, 6) for value in variance]
+
+
+def _version(dataset: Dataset) -> str:
+    digest = hashlib.sha256()
+    for array in (dataset.train, dataset.test, dataset.train_labels, dataset.test_labels):
+        if array is not None:
+            digest.update(f"{array.dtype.str} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _summary(source: Source) -> str:
+    train, test = source.counts
+    size = "x".join(str(number) for number in source.shape)
+    number = len(source.classes or ())
+    classes = f"{number} class{'es' if number != 1 else ''}" if source.classes is not None else "no classes"
+    return f"{source.name}: {train:,} train and {test:,} test images of {size}, {classes}"

@@ -1,0 +1,42 @@
+"""Scores a checkpoint from elsewhere, such as a champion of earlier days, under the present data and protocol."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ddpm.stages import store
+from ddpm.stages.errors import InputError
+from ddpm.stages.evaluate import evaluate
+from ddpm.stages.params import Params, Point, Sampler
+from ddpm.stages.progress import Report, silent
+from ddpm.stages.sample import sample_point
+
+
+def rescore(
+    params: Params, checkpoint: Path, settings: dict[str, Any], root: Path = Path(), report: Report = silent
+) -> dict[str, Any]:
+    """Samples and evaluates in a folder of its own, where only the dataset and the caches are shared.
+
+    settings: a sampler row's options, and its `steps`. Returns what metrics/POINT.json would hold. Raises InputError.
+    """
+    about = store.read_json(checkpoint / "model.json")
+    dataset = store.read_json(root / store.dataset_dir() / "dataset.json")
+    if about["data"]["shape"] != dataset["shape"]:
+        raise InputError(
+            f"{checkpoint}: makes images of shape {about['data']['shape']}, the dataset's are {dataset['shape']}"
+        )
+    row = Sampler.model_validate({key: value for key, value in settings.items() if key != "steps"})
+    point = Point(schedule=about["schedule"]["name"], sampler="champion", steps=settings["steps"])
+    alone = params.model_copy(update={"samplers": {"champion": row}})
+    with tempfile.TemporaryDirectory(prefix="ddpm-rescore-") as name:
+        folder = Path(name)
+        (root / store.CACHE).mkdir(exist_ok=True)
+        for shared in (store.dataset_dir(), store.CACHE):
+            (folder / shared).symlink_to((root / shared).resolve())
+        model = folder / store.model_dir(point.schedule)
+        model.parent.mkdir(parents=True)
+        model.symlink_to(checkpoint.resolve())
+        sample_point(alone, point, folder, report)
+        return evaluate(alone, point, folder, report)

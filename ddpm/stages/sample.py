@@ -1,0 +1,122 @@
+"""`sample POINT`: a trained network, a sampler row and a step count -> one file of uint8 images and a preview grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm.denoiser import Denoiser
+from ddpm.noise import gaussian
+from ddpm.samplers import SAMPLERS, check_options, trajectory
+from ddpm.stages import checkpoint, store
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params, Point, Sampler
+from ddpm.stages.progress import Progress, Report, silent
+
+PREVIEW = 64  # images in a grid
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8 0 ... 255, rounded; what lies outside is clamped."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def check_row(name: str, row: Sampler) -> None:
+    """Raises InputError for a sampler row that `ddpm.sample` would refuse."""
+    if row.sampler not in SAMPLERS:
+        raise InputError(f"samplers.{name}.sampler: no sampler '{row.sampler}'; there are {', '.join(SAMPLERS)}")
+    try:
+        check_options(**row.options())
+    except ValueError as error:
+        raise InputError(f"samplers.{name}: {error}") from None
+
+
+@torch.inference_mode()
+def generate(
+    denoiser: Denoiser,
+    shape: tuple[int, int, int],
+    indices: range,
+    *,
+    seed: int,
+    batch: int,
+    steps: int,
+    settings: dict[str, Any],
+    device: torch.device,
+    done: Callable[[int, int], None] = lambda images, evaluations: None,
+    into: np.ndarray | None = None,
+) -> tuple[np.ndarray, int]:
+    """Images number `indices` of a seed: uint8 [len(indices), *shape], and the network evaluations each took.
+
+    Their noise depends on seed and index alone, never on `batch`. done(images, evaluations) is told of each finished
+    batch, and of each step within the first. into: an array to fill instead of a new one. Raises ValueError.
+    """
+    images = np.empty((len(indices), *shape), np.uint8) if into is None else into
+    evaluations = 0
+    for start in range(0, len(indices), batch):
+        rows = indices[start : start + batch]
+        x_T = gaussian(seed, rows, 0, shape, device).to(memory_format=torch.channels_last)
+
+        def noise(k: int, rows: range = rows) -> Tensor:
+            return gaussian(seed, rows, k + 1, shape, device)
+
+        for state in trajectory(denoiser, x_T, steps=steps, noise=noise, **settings):
+            x, evaluations = state.x, state.evaluations
+            done(start + len(rows) * (state.k + 1) // (steps + 1), evaluations)
+        images[start : start + len(rows)] = to_uint8(x).cpu().numpy()
+        done(start + len(rows), evaluations)
+    return images, evaluations
+
+
+def prepared_denoiser(
+    path: Path, device: torch.device, clip: bool, precision: str, compiled: bool
+) -> tuple[Denoiser, dict[str, Any]]:
+    """A checkpoint's denoiser, as the `sampling` section wants it computed. Raises InputError."""
+    denoiser, about = checkpoint.load(path, device, clip)
+    net = torch.compile(denoiser.net) if compiled else denoiser.net
+    if precision == "bfloat16":
+        plain = net
+
+        def net(x: Tensor, t: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16):
+                return plain(x, t).float()
+
+    return Denoiser(net, denoiser.schedule, denoiser.target, clip), about
+
+
+def sample_point(params: Params, point: Point, root: Path = Path(), report: Report = silent) -> int:
+    """Writes samples/POINT.npz and samples/POINT.png; returns the network evaluations per image. Raises InputError."""
+    if point.sampler not in params.samplers:
+        raise InputError(f"no row '{point.sampler}' in samplers; there are {', '.join(params.samplers)}")
+    row, settings = params.samplers[point.sampler], params.sampling
+    check_row(point.sampler, row)
+    torch.set_num_threads(settings.threads)
+    device = checkpoint.device(params.compute.device)
+    denoiser, about = prepared_denoiser(
+        root / store.model_dir(point.schedule), device, settings.clip, settings.precision, settings.compile
+    )
+    path = root / store.samples_file(point)
+    channels, height, width = about["data"]["shape"]
+    with store.scratch_array(path, (settings.images, channels, height, width)) as images:
+        try:
+            _, evaluations = generate(
+                denoiser,
+                (channels, height, width),
+                range(settings.images),
+                seed=params.seed,
+                batch=settings.batch,
+                steps=point.steps,
+                settings=row.options(),
+                device=device,
+                done=lambda count, _: report(Progress(count, settings.images, "images")),
+                into=images,
+            )
+        except ValueError as error:
+            raise InputError(f"{point.name}: {error}") from None
+        store.write_samples(path, images, evaluations)
+        store.write_png(path.with_suffix(".png"), store.grid(images[:PREVIEW]))
+    return evaluations

@@ -1,0 +1,292 @@
+"""Every file the pipeline reads or writes: paths, images, checkpoints, metrics.
+
+Layout, below the root of a checkout (`*.run.json` files lie beside outputs and are not tracked):
+
+    dataset/                      train.npy, test.npy (uint8 N,C,H,W), *-labels.npy (int64 N), dataset.json, preview.png
+    models/SCHEDULE/              model.safetensors, model.json
+    samples/POINT.npz, .png       images (uint8 N,C,H,W), evaluations; a preview grid
+    metrics/POINT.json            scores of a point
+    metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves
+    report/                       points.csv, best.json, fid.png, samples.png
+
+Writing is atomic: a file or folder is complete or not there.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Point
+
+Images = NDArray[np.uint8]  # N,C,H,W
+
+CACHE = Path(".cache")  # kept across runs, outside DVC: resume states, converted weights, reference features
+
+
+# Paths, relative to a root.
+
+
+def dataset_dir() -> Path:
+    return Path("dataset")
+
+
+def model_dir(schedule: str) -> Path:
+    return Path("models") / schedule
+
+
+def samples_file(point: Point) -> Path:
+    return Path("samples") / f"{point.name}.npz"
+
+
+def metrics_file(point: Point) -> Path:
+    return Path("metrics") / f"{point.name}.json"
+
+
+def training_metrics_file(schedule: str) -> Path:
+    return Path("metrics") / "train" / f"{schedule}.json"
+
+
+def history_file(schedule: str) -> Path:
+    return Path("metrics") / "train" / f"{schedule}.csv"
+
+
+def downloads_dir(source: str) -> Path:
+    return CACHE / "downloads" / source
+
+
+def report_dir() -> Path:
+    return Path("report")
+
+
+def run_file(output: Path) -> Path:
+    """The untracked file beside an output that says when, where and how fast it was made."""
+    return output.with_name(output.name.removesuffix(output.suffix) + ".run.json")
+
+
+# Atomic writing.
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well, and is gone when it doesn't."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_dir(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends well, and is gone when it doesn't."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises InputError when the file is missing or no JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; an earlier stage makes it (dvc repro)") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of the same keys, in order. An absent value is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(path) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, or of a folder's names and bytes."""
+    if path.is_dir():
+        total = hashlib.sha256()
+        for file in sorted(item for item in path.rglob("*") if item.is_file()):
+            total.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
+        return total.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Images.
+
+
+def grid(images: Images, columns: int | None = None) -> Images:
+    """uint8 N,C,H,W -> one uint8 C,H',W' picture, images side by side with a pixel between, small ones enlarged."""
+    count, channels, height, width = images.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    scale = max(1, 32 // max(height, width))
+    picture = np.full((channels, rows * (height * scale + 1) + 1, columns * (width * scale + 1) + 1), 255, np.uint8)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        top, left = 1 + row * (height * scale + 1), 1 + column * (width * scale + 1)
+        large = image.repeat(scale, axis=1).repeat(scale, axis=2)
+        picture[:, top : top + height * scale, left : left + width * scale] = large
+    return picture
+
+
+def write_png(path: Path, picture: Images) -> None:
+    """uint8 C,H,W with one or three channels."""
+    from PIL import Image
+
+    pixels = picture[0] if picture.shape[0] == 1 else picture.transpose(1, 2, 0)
+    with replacing(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(pixels)).save(temporary, format="PNG", optimize=False)
+
+
+# Datasets.
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared dataset.
+
+    train, test: uint8 N,C,H,W, memory-mapped. train_labels, test_labels: int64 N, or None.
+    about: dataset.json: name, sha256 (of the arrays: the dataset's version), shape [C,H,W], counts {train, test},
+    classes (list of names, or null), mean and std per channel in 0..1, flip (whether mirrored images are still valid).
+    """
+
+    train: Images
+    test: Images
+    train_labels: NDArray[np.int64] | None
+    test_labels: NDArray[np.int64] | None
+    about: dict[str, Any]
+
+
+def read_dataset(root: Path = Path()) -> Dataset:
+    """The dataset that `prepare` wrote. Raises InputError."""
+    folder = root / dataset_dir()
+    about = read_json(folder / "dataset.json")
+
+    def array(name: str) -> Any:
+        path = folder / name
+        return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
+
+    try:
+        train, test = array("train.npy"), array("test.npy")
+        labels = array("train-labels.npy"), array("test-labels.npy")
+    except (ValueError, OSError) as error:
+        raise InputError(f"{folder}: not a prepared dataset: {error}; run `ddpm prepare` again") from None
+    if train is None or test is None:
+        raise InputError(f"{folder}: train.npy or test.npy is missing; run `ddpm prepare` again")
+    return Dataset(train, test, *labels, about)
+
+
+@contextmanager
+def writing_dataset(
+    root: Path,
+    shape: tuple[int, int, int],
+    counts: tuple[int, int],
+    labels: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+    preview: Callable[[Dataset], Images],
+) -> Iterator[Dataset]:
+    """A new dataset of `counts` train and test images C,H,W: its arrays are zeros on disk, its `about` is empty.
+
+    The block fills both. When it ends well the dataset, with `preview` of it as a picture, takes the place of the old
+    one; when it doesn't, the old one stays. Raises InputError when there is no room on the disk.
+    """
+    with replacing_dir(root / dataset_dir()) as folder:
+        train, test = (
+            _new_array(folder / f"{split}.npy", (count, *shape))
+            for split, count in zip(("train", "test"), counts, strict=True)
+        )
+        if labels is not None:
+            np.save(folder / "train-labels.npy", labels[0])
+            np.save(folder / "test-labels.npy", labels[1])
+        train_labels, test_labels = labels or (None, None)
+        dataset = Dataset(train, test, train_labels, test_labels, about={})
+        yield dataset
+        write_json(folder / "dataset.json", dataset.about)
+        write_png(folder / "preview.png", preview(dataset))
+
+
+def _new_array(path: Path, shape: tuple[int, ...]) -> Images:
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:  # or a full disk would kill the process while it writes to the mapping
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                raise InputError(f"{path.name}: no room for {array.nbytes:,} bytes: {error.strerror}") from None
+    return array
+
+
+# Sample sets.
+
+
+def write_samples(path: Path, images: Images, evaluations: int) -> None:
+    """One compressed file. The same images give the same bytes."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, images=images, evaluations=np.int64(evaluations))
+
+
+def read_samples(path: Path) -> tuple[Images, int]:
+    """-> uint8 N,C,H,W and the network evaluations each image took. Raises InputError."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images, evaluations = archive["images"], int(archive["evaluations"])
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such sample set; make it with `ddpm sample {path.stem}`") from None
+    except Exception as error:  # numpy and zipfile raise a dozen types on a damaged archive
+        raise InputError(f"{path}: not a sample set: {error}; make it again with `ddpm sample {path.stem}`") from None
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise InputError(f"{path}: expected uint8 N,C,H,W, found {images.dtype} {images.shape}")
+    return images, evaluations
+
+
+@contextmanager
+def scratch_array(path: Path, shape: tuple[int, ...]) -> Iterator[Images]:
+    """A uint8 array on disk beside `path`, gone when the block ends: memory stays bounded whatever its size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as file:
+        yield np.memmap(file, np.uint8, mode="w+", shape=shape)

@@ -1,0 +1,198 @@
+"""`train SCHEDULE`: the prepared dataset -> models/SCHEDULE and its loss curves.
+
+It saves what it needs to go on every `compute.checkpoint_every` steps in the cache, under a key of everything that decides
+the result except the number of steps, and goes on from there by itself, with the weights of training straight through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ddpm.denoiser
+import ddpm.objective
+import ddpm.schedule
+import ddpm.training
+import ddpm.unet
+from ddpm.denoiser import Denoiser
+from ddpm.objective import Objective
+from ddpm.schedule import SCHEDULES, NoiseSchedule
+from ddpm.stages import checkpoint, store
+from ddpm.stages.checkpoint import ResumeState
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params
+from ddpm.stages.progress import Progress, Report, silent
+from ddpm.training import TrainingState, autocast, fit, scaled
+
+VALIDATION_IMAGES = 1024  # at most
+
+
+def noise_schedule(params: Params, name: str) -> NoiseSchedule:
+    """The schedule of that name at the params' T. Raises InputError."""
+    if name not in SCHEDULES:
+        raise InputError(f"no schedule '{name}'; there are {', '.join(SCHEDULES)}")
+    return NoiseSchedule.named(name, params.diffusion.timesteps)
+
+
+def about_network(params: Params, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The `network` entry of model.json. shape: C, H, W of the data. Raises InputError."""
+    channels, height, width = shape
+    if height != width:
+        raise InputError(
+            f"the network takes square images, and the dataset's are {height}x{width}; set data.size and data.fit"
+        )
+    return {"kind": "unet", "image_channels": channels, "image_size": height, **params.network.model_dump(mode="json")}
+
+
+def training_key(params: Params, schedule: str, dataset: str) -> str:
+    """Names the training that `steps` may prolong: everything else that decides the weights, the code among it."""
+    settings = params.model_dump(mode="json", include={"seed", "diffusion", "network", "training"})
+    del settings["training"]["steps"]
+    modules = (ddpm.denoiser, ddpm.objective, ddpm.schedule, ddpm.training, ddpm.unet)
+    code = [store.sha256(Path(str(module.__file__))) for module in modules]
+    return hashlib.sha256(json.dumps([settings, schedule, dataset, code]).encode()).hexdigest()
+
+
+@torch.no_grad()
+def validation_loss(
+    net: torch.nn.Module, images: torch.Tensor, objective: Objective, batch: int, precision: str
+) -> float:
+    """L_simple of uint8 images [N, C, H, W], at times spread evenly over 0 ... T-1 and fixed noise."""
+    generator = torch.Generator(images.device).manual_seed(0)
+    spread = (torch.arange(len(images), device=images.device) + 0.5) / len(images) * len(objective.a)
+    times = spread.long()[torch.randperm(len(images), device=images.device, generator=generator)]
+    total = torch.zeros((), dtype=torch.float64, device=images.device)
+    for start in range(0, len(images), batch):
+        x_0 = scaled(images[start : start + batch])
+        eps = torch.randn(x_0.shape, device=images.device, generator=generator)
+        with autocast(images.device, precision):
+            total += objective.losses(net, x_0, times[start : start + batch], eps).sum()
+    return float(total) / len(images)
+
+
+def train(
+    params: Params, schedule: str, root: Path = Path(), report: Report = silent, fresh: bool = False
+) -> dict[str, Any]:
+    """Trains the network on one schedule; writes models/SCHEDULE and metrics/train/SCHEDULE.csv and .json.
+
+    fresh: forget what an earlier run of the same training saved. Returns the content of the JSON file. Raises InputError.
+    """
+    settings = params.training
+    noise = noise_schedule(params, schedule)
+    dataset = store.read_dataset(root)
+    network = about_network(params, dataset.train.shape[1:])
+    if settings.flip and not dataset.about["flip"]:
+        report(
+            Progress(
+                0, settings.steps, "steps", message=f"training.flip: {dataset.about['name']} may not read mirrored"
+            )
+        )
+    torch.set_num_threads(settings.threads)
+    device = checkpoint.device(params.compute.device)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(params.seed)
+        net = checkpoint.network(network).to(device, memory_format=torch.channels_last)
+    state = TrainingState(net)
+    rows: list[dict[str, Any]] = []
+    losses: list[torch.Tensor] = []  # since the last row
+    key = training_key(params, schedule, dataset.about["sha256"])
+    folder = root / store.CACHE / "training" / f"{schedule}-{key[:16]}"
+    if fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    resumed, complaints = checkpoint.read_resume(folder, at_most=settings.steps)
+    for complaint in complaints:
+        report(Progress(0, settings.steps, "steps", message=complaint))
+    if resumed:
+        state.load(resumed.step, resumed.tensors)
+        rows, losses = resumed.rows, [torch.tensor(loss, device=device) for loss in resumed.losses]
+        report(Progress(resumed.step, settings.steps, "steps", message=f"resuming after step {resumed.step}"))
+
+    objective = Objective.of(noise, params.diffusion.target, device)
+    images = torch.from_numpy(np.array(dataset.train)).to(device)
+    validation = torch.from_numpy(np.array(dataset.test[:VALIDATION_IMAGES])).to(device)
+    denoiser = Denoiser(state.ema, noise, params.diffusion.target, clip=True)
+    steps = fit(
+        state,
+        images,
+        objective,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        seed=params.seed,
+        warmup=settings.warmup,
+        clip=settings.clip,
+        ema=settings.ema,
+        flip=settings.flip,
+        precision=settings.precision,
+        forward=torch.compile(net) if settings.compile else None,
+    )
+    saved = state.step
+    values: dict[str, float] = {}
+    while state.step < settings.steps:
+        step = next(steps)
+        losses.append(step.loss)
+        validate = len(validation) > 0 and step.step % settings.validate_every == 0
+        if step.step % settings.log_every == 0 or validate:
+            values = {"loss": float(torch.stack(losses).mean()), "learning_rate": step.learning_rate}
+            values["gradient_norm"] = float(step.gradient_norm)
+            losses.clear()
+            if not math.isfinite(values["loss"]):
+                raise InputError(
+                    f"train {schedule}: the loss is {values['loss']} at step {step.step} (learning rate "
+                    f"{step.learning_rate:g}); the last good state is at step {saved}; lower training.learning_rate"
+                )
+            row: dict[str, Any] = {"step": step.step, **values, "validation_loss": ""}
+            if validate:
+                row["validation_loss"] = values["validation_loss"] = validation_loss(
+                    state.ema, validation, objective, settings.batch, settings.precision
+                )
+            rows.append(row)
+            report(Progress(step.step, settings.steps, "steps", values, model=lambda: denoiser))
+        else:
+            report(Progress(step.step, settings.steps, "steps", model=lambda: denoiser))
+        if step.step - saved >= params.compute.checkpoint_every or step.step == settings.steps:
+            checkpoint.write_resume(folder, ResumeState(step.step, state.tensors(), rows, [float(x) for x in losses]))
+            saved = step.step
+
+    return _write(params, schedule, state, noise, network, dataset, rows, root)
+
+
+def _write(
+    params: Params,
+    schedule: str,
+    state: TrainingState,
+    noise: NoiseSchedule,
+    network: dict[str, Any],
+    dataset: store.Dataset,
+    rows: list[dict[str, Any]],
+    root: Path,
+) -> dict[str, Any]:
+    about = {
+        "schedule": {"name": schedule, "timesteps": noise.T},
+        "target": params.diffusion.target,
+        "network": network,
+        "data": {
+            **{key: dataset.about[key] for key in ("name", "sha256", "shape", "classes")},
+            "range": [-1, 1],
+        },
+        "training": {"seed": params.seed, **params.training.model_dump(mode="json")},
+    }
+    metrics = {
+        "steps": state.step,
+        "parameters": sum(parameter.numel() for parameter in state.net.parameters()),
+        "loss": rows[-1]["loss"] if rows else None,
+        "validation_loss": next(
+            (row["validation_loss"] for row in reversed(rows) if row["validation_loss"] != ""), None
+        ),
+    }
+    checkpoint.save(root / store.model_dir(schedule), state.ema, about)
+    store.write_csv(root / store.history_file(schedule), rows)
+    store.write_json(root / store.training_metrics_file(schedule), metrics)
+    return metrics

@@ -1,0 +1,158 @@
+"""Algorithm 1 of Ho et al. 2020, as a generator: one optimiser step, one small record; the caller logs and saves.
+
+Every step's randomness is a function of (seed, step) alone, and nothing depends on how many steps will follow, so stopping
+after any step and going on later gives the weights of training straight through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.objective import Objective
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """Mixed precision for "bfloat16", nothing for "float32"."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def derived_seed(*parts: object) -> int:
+    """A 32-bit seed (all that torch's CPU generator uses) that depends on every part."""
+    text = ":".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step did. step counts from 1; loss and gradient_norm (before clipping) stay on the device."""
+
+    step: int
+    loss: Tensor
+    gradient_norm: Tensor
+    learning_rate: float
+
+
+class TrainingState:
+    """Everything that training changes: the network, its exponential moving average, and Adam's moments.
+
+    net is the network to train, on its device; `step` is how many steps were done.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        self.step = 0
+        parameters = list(net.parameters())
+        # Adam as in the paper; fused, since its many small updates otherwise cost more than they compute.
+        self.optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True)
+        for parameter in parameters:
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def _live(self) -> dict[str, Tensor]:
+        tensors = {f"net.{name}": parameter.data for name, parameter in self.net.named_parameters()}
+        tensors |= {f"ema.{name}": parameter.data for name, parameter in self.ema.named_parameters()}
+        for name, parameter in self.net.named_parameters():
+            moments = self.optimizer.state[parameter]
+            tensors |= {f"{key}.{name}": moments[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+        return tensors
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A copy of the state on the CPU; with `step`, all that is needed to go on."""
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self._live().items()}
+
+    def load(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Takes over what `tensors` gave. Raises ValueError where names or shapes differ."""
+        live = self._live()
+        if live.keys() != tensors.keys() or any(live[name].shape != tensors[name].shape for name in live):
+            raise ValueError("the saved training state is of another network")
+        for name, tensor in tensors.items():
+            live[name].copy_(tensor)  # in place, keeping the memory layout, so that results stay bit for bit the same
+        self.step = step
+
+
+def _indices(count: int, batch: int, step: int, seed: int) -> Tensor:
+    """Which images step number `step` (from 0) sees: each epoch is a permutation of its own."""
+    start, parts = step * batch, []
+    while start < (step + 1) * batch:
+        epoch, offset = divmod(start, count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch)))
+        part = order[offset : offset + (step + 1) * batch - start]
+        parts.append(part)
+        start += len(part)
+    return torch.cat(parts)
+
+
+def scaled(images: Tensor) -> Tensor:
+    """uint8 0 ... 255 -> float32 -1 ... 1 (section 3.3 of Ho et al. 2020)."""
+    return images.float() / 127.5 - 1
+
+
+def fit(
+    state: TrainingState,
+    images: Tensor,
+    objective: Objective,
+    *,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    warmup: int = 0,
+    clip: float = 1.0,
+    ema: float = 0.9999,
+    flip: bool = False,
+    precision: str = "float32",
+    forward: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Iterator[Step]:
+    """Trains for as long as the caller asks for steps.
+
+    state: changed in place; its `step` is where training goes on. images: uint8 [N, C, H, W] on the network's device.
+    objective: of the schedule and target. learning_rate: after a linear warm-up over `warmup` steps. clip: of the gradient's
+    norm. ema: decay of the average, warmed up as min(ema, (1 + k) / (10 + k)). flip: mirror every other image at random.
+    precision: "float32" or "bfloat16" (autocast). forward: what computes net(x, t) instead of the network itself, such as
+    its compiled form. While it runs, torch's global seed is set at each step if the network has dropout.
+    """
+    device = images.device
+    generator = torch.Generator(device)
+    net = state.net if forward is None else forward
+    parameters = list(state.net.parameters())
+    averages = list(state.ema.parameters())
+    has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in state.net.modules())
+    (group,) = state.optimizer.param_groups
+    state.net.train()
+    while True:
+        k = state.step
+        generator.manual_seed(derived_seed(seed, "step", k))
+        if has_dropout:
+            torch.manual_seed(derived_seed(seed, "dropout", k))
+        x_0 = scaled(images[_indices(len(images), batch, k, seed).to(device)])
+        if flip:
+            mirrored = torch.rand(batch, 1, 1, 1, device=device, generator=generator) < 0.5
+            x_0 = torch.where(mirrored, x_0.flip(-1), x_0)
+        t = torch.randint(len(objective.a), (batch,), device=device, generator=generator)
+        eps = torch.randn(x_0.shape, device=device, generator=generator)
+
+        with autocast(device, precision):
+            loss = objective.losses(net, x_0, t, eps).mean()
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+        group["lr"] = learning_rate * min(1.0, (k + 1) / (warmup + 1))
+        state.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, 1 - min(ema, (1 + k) / (10 + k)))
+        state.step = k + 1
+        yield Step(k + 1, loss.detach(), norm.detach(), group["lr"])

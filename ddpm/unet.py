@@ -1,0 +1,196 @@
+"""The network of Ho et al. 2020, appendix B: a U-Net on wide residual blocks with group normalisation and self-attention.
+
+At 128 channels, multipliers (1, 2, 2, 2), 2 blocks, attention at 16 and 32x32 RGB it has the paper's 35.7M parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def groups(channels: int) -> int:
+    """Groups of every normalisation in a network of that base width: the paper's 32 at 128, fewer below."""
+    return math.gcd(32, channels // 4)
+
+
+def _zero(layer: nn.Module) -> nn.Module:
+    """Blocks start as the identity: their last layer starts at zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def time_embedding(t: Tensor, channels: int) -> Tensor:
+    """Sinusoidal positions of Vaswani et al. 2017 as in Ho et al.'s code: t [B] -> [B, channels], sines first."""
+    half = channels // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / (half - 1)))
+    angles = t.float()[:, None] * frequencies[None, :]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """norm, swish, convolution; plus the time embedding; norm, swish, dropout, convolution; plus the input."""
+
+    def __init__(self, channels_in: int, channels_out: int, embedding: int, groups: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.time = nn.Linear(embedding, channels_out)
+        self.norm2 = nn.GroupNorm(groups, channels_out, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(embedding)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over positions."""
+
+    def __init__(self, channels: int, groups: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = _zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)
+        q, k, v = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+        return x + self.out(mixed).view(b, h, w, c).permute(0, 3, 1, 2)
+
+
+class Stage(nn.Module):
+    """A residual block, followed by attention at the resolutions that have it."""
+
+    def __init__(self, block: ResidualBlock, attention: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = attention
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.attention(self.block(x, embedding))
+
+
+class Downsample(nn.Module):
+    """Halves the sides by a strided convolution, padded at the right and bottom as TensorFlow's SAME does."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the sides by repetition, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """net(x, t) -> a prediction like x.
+
+    x: float [B, image_channels, image_size, image_size], nominally in [-1, 1]; t: [B], 0 ... T-1, fractions allowed.
+    channels, multipliers: width of each resolution, from image_size down by halves. blocks: residual blocks per
+    resolution. attention: the resolutions (sides in pixels) with self-attention, of `heads` heads. Raises ValueError.
+    """
+
+    def __init__(
+        self,
+        image_channels: int = 3,
+        image_size: int = 32,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        heads: int = 1,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        sides = [image_size // 2**level for level in range(len(multipliers))]
+        if image_size % 2 ** (len(multipliers) - 1):
+            raise ValueError(f"image_size {image_size} cannot be halved {len(multipliers) - 1} times")
+        if channels < 8 or channels % 8:
+            raise ValueError(f"channels = {channels} must be a multiple of 8")
+        for side in attention:
+            if side not in sides:
+                raise ValueError(
+                    f"attention at {side}x{side} never occurs: the resolutions are {', '.join(map(str, sides))}"
+                )
+        if any(channels * multiplier % heads for multiplier in multipliers):
+            raise ValueError(f"heads = {heads} must divide the channels of every resolution")
+        widths = [channels * multiplier for multiplier in multipliers]
+        embedding = 4 * channels
+        self.channels = channels
+        self.time = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+
+        def stage(channels_in: int, channels_out: int, side: int) -> Stage:
+            attend = side in attention
+            return Stage(
+                ResidualBlock(channels_in, channels_out, embedding, groups(channels), dropout),
+                Attention(channels_out, groups(channels), heads) if attend else nn.Identity(),
+            )
+
+        self.first = nn.Conv2d(image_channels, channels, 3, padding=1)
+        skips, width = [channels], channels
+        self.down = nn.ModuleList()
+        for level, (to, side) in enumerate(zip(widths, sides, strict=True)):
+            for _ in range(blocks):
+                self.down.append(stage(width, to, side))
+                width = to
+                skips.append(width)
+            if level < len(widths) - 1:
+                self.down.append(Downsample(width))
+                skips.append(width)
+
+        self.middle = nn.ModuleList(
+            [
+                Stage(
+                    ResidualBlock(width, width, embedding, groups(channels), dropout),
+                    Attention(width, groups(channels), heads) if attend else nn.Identity(),
+                )
+                for attend in (True, False)
+            ]
+        )
+
+        self.up = nn.ModuleList()
+        for level, (to, side) in reversed(list(enumerate(zip(widths, sides, strict=True)))):
+            for _ in range(blocks + 1):
+                self.up.append(stage(width + skips.pop(), to, side))
+                width = to
+            if level > 0:
+                self.up.append(Upsample(width))
+
+        self.last_norm = nn.GroupNorm(groups(channels), width, eps=1e-6)
+        self.last = _zero(nn.Conv2d(width, image_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        embedding = self.time(time_embedding(t, self.channels).to(self.first.weight.dtype))
+        h = self.first(x)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h) if isinstance(layer, Downsample) else layer(h, embedding)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, embedding)
+        for layer in self.up:
+            h = layer(h) if isinstance(layer, Upsample) else layer(torch.cat([h, skips.pop()], dim=1), embedding)
+        return self.last(F.silu(self.last_norm(h)))

@@ -1,0 +1,1 @@
+"""Prefect's part: when and where a stage runs. DVC decides whether, MLflow shows."""

@@ -1,0 +1,101 @@
+"""Child processes, each in a process group of its own, that end with the flow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ddpm.stages import watchdog
+
+GRACE = 10.0  # seconds from SIGTERM to SIGKILL
+
+_running: set[subprocess.Popen[str]] = set()
+_lock = threading.Lock()
+_stopped = threading.Event()
+
+
+class Stopped(Exception):
+    """The flow is ending: nothing starts any more, and what ran was stopped."""
+
+
+def start() -> None:
+    """Lets children run (again): called once when a flow begins."""
+    _stopped.clear()
+
+
+def run(command: Sequence[str], root: Path, on_line: Callable[[str], None]) -> int:
+    """Runs a command in `root`, gives each line of its output to `on_line` as it comes, and returns its exit code.
+
+    Its end is the end of everything that holds its output: a stage whose DVC was killed is waited for.
+    Raises Stopped when stop() was called before or meanwhile.
+    """
+    with _lock:
+        if _stopped.is_set():
+            raise Stopped
+        child = subprocess.Popen(
+            command,
+            cwd=root,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+        _running.add(child)
+    try:
+        assert child.stdout is not None
+        for line in child.stdout:
+            on_line(line.rstrip())
+        code = child.wait()
+    finally:
+        with _lock:
+            _running.discard(child)
+    if _stopped.is_set() and code != 0:
+        raise Stopped
+    return code
+
+
+def stop() -> None:
+    """Ends every child and all that it started: SIGTERM, then SIGKILL for what is left after GRACE seconds."""
+    with _lock:
+        _stopped.set()
+        children = list(_running)
+    for child in children:
+        _signal(child, signal.SIGTERM)
+    end = time.monotonic() + GRACE
+    while any(_signal(child, 0) for child in children) and time.monotonic() < end:
+        time.sleep(0.05)
+    for child in children:
+        _signal(child, signal.SIGKILL)
+
+
+def _signal(child: subprocess.Popen[str], number: int) -> bool:
+    """Signals the group; False when nobody is left in it."""
+    child.poll()
+    try:
+        os.killpg(child.pid, number)
+    except (ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
+        return False
+    return True
+
+
+def _environment() -> dict[str, str]:
+    """As `dvc repro` in the same shell would have it, plus what ties the child to this process and shows its progress."""
+    path = os.environ.get("PATH", os.defpath)
+    own = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PATH": path if own in path.split(os.pathsep) else os.pathsep.join((path, own)),
+        "PYTHONUNBUFFERED": "1",
+        "DDPM_PROGRESS": "lines",
+        watchdog.VARIABLE: str(os.getpid()),
+    }

@@ -1,0 +1,81 @@
+"""Switching params.yaml to a recipe, and single overrides, written as `dvc exp run -S` writes them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
+
+from ddpm.stages import store
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes `null` as it was read; ruamel's own writes nothing."""
+
+    def represent_none(self, data: None) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_none)
+
+
+def write(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> Params:
+    """Makes params.yaml the given recipe (a name in recipes/, or a path), then sets KEY=VALUE for each override.
+
+    KEY is dotted and must exist, such as training.steps; VALUE is YAML. Comments stay. Nothing is written unless the
+    whole is valid. Raises InputError.
+    """
+    target = root / "params.yaml"
+    source = _recipe(root, recipe) if recipe else target
+    params = Params.load(source)
+    text = source.read_text(encoding="utf-8")
+    if overrides:
+        text = _overridden(text, overrides)
+        params = Params.check(YAML(typ="safe").load(text), "overrides")
+    if not target.exists() or text != target.read_text(encoding="utf-8"):
+        with store.replacing(target) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return params
+
+
+def _recipe(root: Path, recipe: str) -> Path:
+    named = root / "recipes" / f"{recipe}.yaml"
+    if named.is_file():
+        return named
+    if (root / recipe).is_file():
+        return root / recipe
+    names = ", ".join(sorted(path.stem for path in (root / "recipes").glob("*.yaml")))
+    raise InputError(f"recipe '{recipe}': neither a file nor one of {names or 'recipes/ (which is empty)'}")
+
+
+def _overridden(text: str, overrides: Sequence[str]) -> str:
+    yaml = YAML()
+    yaml.Representer = _Representer
+    yaml.preserve_quotes = True
+    yaml.width = 1_000_000  # never folds a line
+    document = yaml.load(text)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise InputError(f"override '{override}': expected KEY=VALUE, such as training.steps=200")
+        section: Any = document
+        *path, last = key.strip().split(".")
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or last not in section:
+            raise InputError(f"override '{override}': params.yaml has no '{key.strip()}'")
+        try:
+            section[last] = yaml.load(value)
+        except YAMLError:
+            raise InputError(f"override '{override}': the value is no YAML") from None
+    written = io.StringIO()
+    yaml.dump(document, written)
+    return written.getvalue()
