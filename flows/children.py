@@ -90,12 +90,16 @@ def _signal(child: subprocess.Popen[str], number: int) -> bool:
 
 def _environment() -> dict[str, str]:
     """As `dvc repro` in the same shell would have it, plus what ties the child to this process and shows its progress."""
-    path = os.environ.get("PATH", os.defpath)
-    own = str(Path(sys.executable).parent)
     return {
         **os.environ,
-        "PATH": path if own in path.split(os.pathsep) else os.pathsep.join((path, own)),
+        "PATH": path(),
         "PYTHONUNBUFFERED": "1",
         "DDPM_PROGRESS": "lines",
         watchdog.VARIABLE: str(os.getpid()),
     }
+
+
+def path() -> str:
+    """PATH, with this interpreter's own programs first if it lacks them: the environment need not be activated."""
+    own, given = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    return given if own in given.split(os.pathsep) else os.pathsep.join((own, given))

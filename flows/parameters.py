@@ -27,19 +27,24 @@ class _Representer(RoundTripRepresenter):
 _Representer.add_representer(type(None), _Representer.represent_none)
 
 
-def write(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> Params:
-    """Makes params.yaml the given recipe (a name in recipes/, or a path), then sets KEY=VALUE for each override.
+def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[str, Params]:
+    """What params.yaml is to become: the given recipe (a name in recipes/, or a path), with KEY=VALUE set for each override.
 
-    KEY is dotted and must exist, such as training.steps; VALUE is YAML. Comments stay. Nothing is written unless the
-    whole is valid. Raises InputError.
+    KEY is dotted and must exist, such as training.steps; VALUE is YAML. Comments stay. Raises InputError.
     """
-    target = root / "params.yaml"
-    source = _recipe(root, recipe) if recipe else target
+    source = _recipe(root, recipe) if recipe else root / "params.yaml"
     params = Params.load(source)
     text = source.read_text(encoding="utf-8")
     if overrides:
         text = _overridden(text, overrides)
         params = Params.check(YAML(typ="safe").load(text), "overrides")
+    return text, params
+
+
+def write(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> Params:
+    """Makes params.yaml what read() says, unless it is that already. Raises InputError, and then has written nothing."""
+    text, params = read(root, recipe, overrides)
+    target = root / "params.yaml"
     if not target.exists() or text != target.read_text(encoding="utf-8"):
         with store.replacing(target) as temporary:
             temporary.write_text(text, encoding="utf-8")

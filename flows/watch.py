@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import time
 from contextvars import ContextVar
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from prefect import get_run_logger
 
 EVERY = 10.0  # seconds between two progress lines of one stage in the log
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """kind: the name of the Prefect state. text: one line, without the stage's name."""
+
+    kind: Literal["Completed", "Restored", "Unchanged", "Busy", "Killed", "Failed"]
+    text: str
+
+    @property
+    def failed(self) -> bool:
+        return self.kind in ("Busy", "Killed", "Failed")
 
 
 class Watcher(Protocol):
@@ -21,7 +34,7 @@ class Watcher(Protocol):
     def progress(self, stage: str, report: dict[str, Any]) -> None:
         """report: done, total, unit, values, as ddpm.stages.display writes them."""
 
-    def ended(self, stage: str, outcome: str, failed: bool) -> None: ...
+    def ended(self, stage: str, outcome: Outcome) -> None: ...
 
 
 class Log:
@@ -43,9 +56,8 @@ class Log:
             values = "".join(f", {name} {value:.4g}" for name, value in report["values"].items())
             get_run_logger().info(f"{stage}: {report['done']:,} of {report['total']:,} {report['unit']}{values}")
 
-    def ended(self, stage: str, outcome: str, failed: bool) -> None:
-        log = get_run_logger()
-        (log.error if failed else log.info)(f"{stage}: {outcome}")
+    def ended(self, stage: str, outcome: Outcome) -> None:
+        """Prefect logs the state a task ends in."""
 
 
 watcher: ContextVar[Watcher] = ContextVar("watcher")

@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -99,13 +100,11 @@ def _digits(data: Data, seed: int, root: Path, report: Report) -> Source:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
     labels = bunch.target.astype(np.int64)
-    test = held_out([str(index) for index in range(len(images))], data.test_fraction, seed)
-    classes = tuple(str(name) for name in bunch.target_names)
-    return _in_memory(
-        data, (images[~test], labels[~test]), (images[test], labels[test]), classes, flip=False, report=report
-    )
+    is_test = held_out([str(index) for index in range(len(pixels))], data.test_fraction, seed)
+    train, test = ((pixels[chosen], labels[chosen]) for chosen in (~is_test, is_test))
+    return _in_memory(data, train, test, tuple(str(name) for name in bunch.target_names), flip=False, report=report)
 
 
 def _cifar10(data: Data, seed: int, root: Path, report: Report) -> Source:
@@ -115,21 +114,18 @@ def _cifar10(data: Data, seed: int, root: Path, report: Report) -> Source:
     path = root / data.path
     if path.name == CIFAR10.base_folder:
         path = path.parent
-    downloaded = not (path / CIFAR10.base_folder).is_dir()
-    if downloaded:
+    if not (path / CIFAR10.base_folder).is_dir():
         path = root / store.downloads_dir(data.source)
         files = f"the folder {CIFAR10.base_folder} of {CIFAR10.url}"
         with _downloading(data, path, files, report):
             CIFAR10(str(path), download=True)
     try:
         splits = [CIFAR10(str(path), train=train) for train in (True, False)]
-    except RuntimeError:
+    except (RuntimeError, OSError):
         place = path / CIFAR10.base_folder
         raise InputError(f"{place}: CIFAR-10 is damaged or not complete there; unpack {CIFAR10.url} again") from None
-    arrays = [
-        (np.ascontiguousarray(split.data.transpose(0, 3, 1, 2)), np.array(split.targets, np.int64)) for split in splits
-    ]
-    return _in_memory(data, arrays[0], arrays[1], tuple(splits[0].classes), flip=True, report=report)
+    train, test = ((split.data.transpose(0, 3, 1, 2), np.array(split.targets, np.int64)) for split in splits)
+    return _in_memory(data, train, test, tuple(splits[0].classes), flip=True, report=report)
 
 
 def _fashion_mnist(data: Data, seed: int, root: Path, report: Report) -> Source:
@@ -142,7 +138,7 @@ def _fashion_mnist(data: Data, seed: int, root: Path, report: Report) -> Source:
     folder = _idx_folder(root / data.path)
     if folder is None:
         path = root / store.downloads_dir(data.source)
-        files = f"the four *-ubyte.gz files of {FashionMNIST.mirrors[0]}"
+        files = f"the four *-ubyte.gz files of {FashionMNIST.mirrors[0]} (or of Debian's dataset-fashion-mnist)"
         if _idx_folder(path) is None:
             with _downloading(data, path, files, report):
                 FashionMNIST(str(path), download=True)
@@ -164,8 +160,10 @@ def _in_memory(
     channels, side = train[0].shape[1:3]
     shape = (channels, padded_side(side), padded_side(side))
     if data.size not in (None, shape[1]) or data.channels not in (None, channels):
-        images = f"{data.source} has images of {shape[1]}x{shape[2]} and {channels} channel{'s'[: channels > 1]}"
-        raise InputError(f"data.size and data.channels are for image-folder: {images}; leave them null")
+        raise InputError(
+            f"data.size and data.channels are for image-folder; {data.source} always has {shape[1]}x{shape[2]} pixels"
+            f" and {images.counted(channels, 'channel')}: leave them null"
+        )
     counts = (len(train[0]), len(test[0]))
     inner = _centre(side, shape[1])
 
@@ -185,7 +183,7 @@ def _downloading(data: Data, path: Path, files: str, report: Report) -> Iterator
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
     try:
         yield
-    except (RuntimeError, OSError, zlib.error, EOFError) as error:
+    except (RuntimeError, OSError, HTTPException, zlib.error, EOFError) as error:
         why = " ".join(str(error).split())
         advice = f"put {files} into data.path ({data.path})"
         raise InputError(f"{data.source} could not be downloaded ({why}): {advice}") from None
@@ -210,13 +208,11 @@ def _idx_file(folder: Path, name: str) -> Path:
 
 
 def _read_split(folder: Path, prefix: str) -> tuple[Images, Labels]:
-    images = _read_idx(_idx_file(folder, f"{prefix}-images-idx3-ubyte"), 3)
+    pixels = _read_idx(_idx_file(folder, f"{prefix}-images-idx3-ubyte"), 3)
     labels = _read_idx(_idx_file(folder, f"{prefix}-labels-idx1-ubyte"), 1)
-    if len(images) != len(labels) or (images.shape[1] != images.shape[2]) or labels.max(initial=0) > 9:
-        raise InputError(
-            f"{folder}: the {prefix} files are not Fashion-MNIST's, or not of one another; fetch them again"
-        )
-    return images[:, None], labels.astype(np.int64)
+    if len(pixels) != len(labels) or pixels.shape[1:] != (28, 28) or labels.max(initial=0) > 9:
+        raise InputError(f"{folder}: the {prefix} files are not Fashion-MNIST's, or not one pair; fetch them again")
+    return pixels[:, None], labels.astype(np.int64)
 
 
 def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:

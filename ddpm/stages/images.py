@@ -40,11 +40,13 @@ Fault = tuple[str, str]  # what, and what is wrong with it
 
 MAX_PIXELS = 2**26  # of one image; a declared size is checked before anything is decoded
 MAX_BYTES = 2**28  # of one encoded image
-BLOCK = 128  # images between two progress reports of a reading process
+BLOCK = 64  # images between two progress reports of a reading process
 MAX_WORKERS = 16
 
 
 # Messages.
+
+ADVICE = "repair or remove them, or let data.size, data.fit and data.channels convert what is only of another kind"
 
 
 def counted(number: int, noun: str) -> str:
@@ -57,11 +59,10 @@ def shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def offenders(where: str, what: str, faults: list[Fault]) -> InputError:
+def offenders(where: str, what: str, faults: list[Fault], advice: str = ADVICE) -> InputError:
     """Names the first three, and says how many more there are."""
     named = ", ".join(f"{shown(name)} ({reason})" for name, reason in faults[:3])
     more = f" and {len(faults) - 3:,} more" if len(faults) > 3 else ""
-    advice = "repair or remove them, or convert them with data.size, data.fit and data.channels"
     return InputError(f"{where}: {what}: {named}{more}; {advice}")
 
 
@@ -98,7 +99,7 @@ def find(path: Path, where: str) -> tuple[dict[str, Read], list[str]]:
         else:
             images[name] = read
     if faults:
-        raise offenders(where, f"{counted(len(faults), 'file')} cannot be used", faults)
+        raise offenders(where, f"{counted(len(faults), 'file')} cannot be used", faults, "repair or remove them")
     if not images:
         others = f", only {counted(len(left_out), 'other file')}" if left_out else ""
         raise InputError(f"{where}: no PNG or JPEG images there{others}; put some there, or set data.path")
@@ -194,7 +195,7 @@ class Layout:
         """-> uint8 channels,side,side. Raises _Refused."""
         picture = _picture(read, self.channels if self.convert else None)
         if len(picture.getbands()) != self.channels:
-            raise _Refused(f"mode {picture.mode} among {'RGB' if self.channels == 3 else 'L'}")
+            raise _Refused(f"mode {picture.mode}, unlike the first image")
         if picture.size != (self.side, self.side):
             picture = _fitted(picture, self.side, self.fit)
         return np.asarray(picture).reshape(self.side, self.side, self.channels).transpose(2, 0, 1)
@@ -343,17 +344,18 @@ def _in_processes(work: Callable[[range], list[Fault]], count: int, done: Callab
 def _forked(
     work: Callable[[range], list[Fault]], blocks: list[range], workers: int
 ) -> Iterator[tuple[range, list[Fault]]]:
-    """Each process takes every n-th block and ends by itself, so none outlives a killed parent for long."""
+    """Each process takes every n-th block, and ends when they are done or the parent is gone."""
     context = multiprocessing.get_context("fork")  # what it reads and writes is inherited, not pickled
     processes, readers = [], []
     try:
         for index in range(workers):
             reader, writer = context.Pipe(duplex=False)
-            process = context.Process(target=_serve, args=(work, blocks[index::workers], writer), daemon=True)
-            process.start()
-            writer.close()
-            processes.append(process)
             readers.append(reader)
+            arguments = (work, blocks[index::workers], writer, list(readers))
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            processes.append(process)
+            writer.close()
         while readers:
             for ready in cast(list[Connection], wait(readers)):
                 try:
@@ -370,8 +372,16 @@ def _forked(
             process.join()
 
 
-def _serve(work: Callable[[range], list[Fault]], blocks: list[range], writer: Connection) -> None:
+def _serve(
+    work: Callable[[range], list[Fault]], blocks: list[range], writer: Connection, readers: list[Connection]
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for reader in readers:  # inherited; kept open, they would hide that the parent is gone
+        reader.close()
     for block in blocks:
-        writer.send((block, work(block)))
+        faults = work(block)
+        try:
+            writer.send((block, faults))
+        except BrokenPipeError:
+            return

@@ -1,0 +1,61 @@
+"""The registered model as MLflow loads it: its code and checkpoint lie in the model's own folder, so it needs no checkout.
+
+Input: one row a request; n: how many images; seed (the same seed gives the same images), steps and sampler may be left
+out for what the model was registered with. Output: the images of all rows in turn, uint8 [N, C, H, W].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+
+BATCH = 128
+MOST = 100_000  # images a row
+
+
+class ImageModel(mlflow.pyfunc.PythonModel):
+    """A checkpoint and the sampler settings that earned its promotion."""
+
+    def load_context(self, context: Any) -> None:
+        from ddpm.stages import checkpoint
+
+        config = context.model_config
+        self.settings = dict(config["settings"])
+        self.seed = int(config["seed"])
+        self.device = checkpoint.device("auto")
+        folder = Path(context.artifacts["checkpoint"])
+        self.denoiser, self.about = checkpoint.load(folder, self.device, clip=bool(config["clip"]))
+
+    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+        """-> uint8 [N, C, H, W]. Raises ValueError for a sampler, a number of steps or of images that cannot be."""
+        rows = model_input.to_dict("records")
+        return np.concatenate([self._images(**{key: row[key] for key in row if row[key] == row[key]}) for row in rows])
+
+    def _images(
+        self, n: int, seed: int | None = None, steps: int | None = None, sampler: str | None = None
+    ) -> np.ndarray:
+        from ddpm.stages.sample import generate
+
+        if not 1 <= n <= MOST:
+            raise ValueError(f"n = {n} must lie in 1 ... {MOST}")
+        settings = dict(self.settings)
+        if sampler and sampler != settings["sampler"]:
+            settings = {"sampler": sampler, "spacing": settings["spacing"], "steps": settings["steps"]}
+        chosen = int(steps) if steps else settings["steps"]
+        images, _ = generate(
+            self.denoiser,
+            tuple(self.about["data"]["shape"]),
+            range(int(n)),
+            seed=self.seed if seed is None else int(seed),
+            batch=BATCH,
+            steps=chosen,
+            settings={key: value for key, value in settings.items() if key != "steps"},
+            device=self.device,
+        )
+        return images
+
+
+mlflow.models.set_model(ImageModel())

@@ -1,0 +1,85 @@
+"""`python -m flows`: the flow in this process, on a Prefect API of its own, with bars and one line per stage."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from ddpm.stages import store
+from ddpm.stages.errors import InputError
+from flows import parameters
+from flows.embedded import Api
+
+NEXT = """
+next:
+  make ui                              the runs, charts and models in MLflow
+  . .venv/bin/activate                 then, in this shell:
+  ddpm generate -n 64 --out grid.png   images from the champion
+  dvc repro                            after a change to params.yaml: runs what it touches, and nothing else
+  make up                              the servers and a worker for `prefect deployment run train-eval/default`"""
+
+
+def main(
+    recipe: Annotated[str | None, typer.Option(help="A name in recipes/, or a path: becomes params.yaml.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="Such as training.steps=200.")
+    ] = None,
+    promote: Annotated[bool, typer.Option(help="Register the best point.")] = True,
+) -> None:
+    """Train, sample, evaluate, report, publish and promote whatever is missing in this checkout."""
+    began = time.monotonic()
+    console = Console()
+    try:
+        parameters.read(Path(), recipe, overrides or ())  # before the wait for a server
+        api = Api(Path())
+        # Prefect reads its settings when it is imported; its console log would repeat what the display says.
+        os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+        from flows.display import Terminal
+        from flows.train_eval import train_eval
+        from flows.watch import watcher
+
+        api.wait()
+        with Terminal(console) as terminal:
+            watcher.set(terminal)
+            state = train_eval(recipe=recipe, overrides=overrides, promote=promote, return_state=True)
+    except InputError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted: what is done is kept, the same command goes on from there", 130)
+    if not state.is_completed():
+        _fail(state.message or state.name or "failed", 2 if state.name == "InputError" else 1)
+    if terminal.unchanged:
+        terminal.say(f"{terminal.unchanged} stages unchanged")
+    _summary(terminal.say, promoted=(state.message or "") if promote else "", seconds=time.monotonic() - began)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"train-eval: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _summary(say: Callable[[str], None], promoted: str, seconds: float) -> None:
+    report = store.report_dir()
+    say("")
+    if (report / "points.csv").exists():
+        from ddpm.stages.report import table
+
+        say(table(store.read_csv(report / "points.csv")))
+        say("")
+    if promoted:
+        say(promoted)
+    if (report / "samples.png").exists():
+        say(f"samples: {report / 'samples.png'}")
+    say(f"took {seconds // 60:.0f} min {seconds % 60:.0f} s")
+    say(NEXT)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,70 @@
+"""What `python -m flows` shows: a bar for each running stage, and one line when it has ended."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from flows.watch import Outcome
+
+
+class Terminal:
+    """A Watcher. Away from a terminal it prints the lines and no bars."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.unchanged = 0
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._began: dict[str, float] = {}
+        self._said: dict[str, str] = {}
+
+    def __enter__(self) -> Terminal:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def started(self, stage: str) -> None:
+        self._began[stage] = time.monotonic()
+        self._tasks[stage] = self.bars.add_task(stage, total=None, unit="", values="")
+
+    def line(self, stage: str, text: str) -> None:
+        self._said[stage] = text
+        self.say(text)
+
+    def progress(self, stage: str, report: dict[str, Any]) -> None:
+        values = " ".join(f"{name} {value:.3g}" for name, value in report["values"].items())
+        task = self._tasks[stage]
+        self.bars.update(task, completed=report["done"], total=report["total"], unit=report["unit"])
+        if values:
+            self.bars.update(task, values=values)
+
+    def ended(self, stage: str, outcome: Outcome) -> None:
+        task = self._tasks.pop(stage, None)
+        if task is not None:
+            self.bars.remove_task(task)
+        if outcome.kind == "Unchanged":
+            self.unchanged += 1
+        elif outcome.failed:
+            self.say(f"{stage}: {'will be tried again' if outcome.kind != 'Failed' else 'failed'}: {outcome.text}")
+        elif not self._said.pop(stage, "").endswith(outcome.text):
+            seconds = time.monotonic() - self._began.pop(stage, time.monotonic())
+            self.say(f"{stage}: {outcome.text} in {seconds:.1f} s")

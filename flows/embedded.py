@@ -1,0 +1,90 @@
+"""A Prefect API that lives as long as one `python -m flows`, so that nobody has to start a server first."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from ddpm.stages import watchdog
+from ddpm.stages.errors import InputError
+
+HOME = Path(".prefect")  # Prefect's database and logs; prefect.toml names the same folder
+TIMEOUT = 120.0  # seconds; a new database takes 10 to 20
+FLUSH = 0.2  # seconds between the server's writes of task states
+
+
+class Api:
+    """Starts at once and is ready after wait(). Make it before `prefect` is imported: it sets PREFECT_API_URL.
+
+    It is stopped when the interpreter exits, after Prefect has sent what it still had to send, or was killed.
+    """
+
+    def __init__(self, root: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        home = Path(os.environ.setdefault("PREFECT_HOME", str((root / HOME).resolve())))
+        home.mkdir(parents=True, exist_ok=True)
+        self.log = home / "server.log"
+        os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{self.port}/api"
+        with self.log.open("wb") as log:
+            self.server = subprocess.Popen(
+                [sys.executable, "-m", "flows.embedded", str(self.port)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={
+                    **os.environ,
+                    watchdog.VARIABLE: str(os.getpid()),
+                    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": str(FLUSH),
+                },
+                start_new_session=True,
+            )
+        atexit.register(self._stop)
+
+    def wait(self) -> None:
+        """Raises InputError when the server doesn't come up."""
+        end = time.monotonic() + TIMEOUT
+        while not self._healthy():
+            if self.server.poll() is not None or time.monotonic() > end:
+                raise InputError(f"the embedded Prefect API did not start: {self.log} says why")
+            time.sleep(0.1)
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def _stop(self) -> None:
+        time.sleep(2 * FLUSH)
+        self.server.terminate()
+        try:
+            self.server.wait(10)
+        except subprocess.TimeoutExpired:
+            self.server.kill()
+            self.server.wait()
+
+
+if __name__ == "__main__":
+    watchdog.start()
+    sys.argv = [
+        "prefect",
+        "server",
+        "start",
+        "--no-ui",
+        "--analytics-off",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        sys.argv[1],
+    ]
+    runpy.run_module("prefect", run_name="__main__")

@@ -1,0 +1,185 @@
+"""The flow `train-eval`: every stage of dvc.yaml in order, then MLflow brought up to date and the best point promoted."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from graphlib import TopologicalSorter
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+from filelock import FileLock, Timeout
+from prefect import flow, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.futures import PrefectFuture
+from prefect.states import Cancelled, Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from ddpm.stages import store, watchdog
+from ddpm.stages.errors import InputError
+from flows import children, dag, parameters, work
+from flows.watch import Log, Outcome, watcher
+
+
+def _worth_retrying(task: Any, task_run: TaskRun, state: State) -> bool:
+    """Another process held what the stage needs, or the stage was killed. An error of the stage itself comes again."""
+    return state.name in ("Busy", "Killed")
+
+
+@task(
+    name="stage",
+    task_run_name="{stage}",
+    retries=5,
+    retry_delay_seconds=[1, 5, 15, 60, 120],
+    retry_condition_fn=_worth_retrying,
+    cache_policy=NO_CACHE,
+)
+def run_stage(stage: str, root: str, unchanged: bool) -> State:
+    """One DVC stage. `unchanged`: DVC was asked already and has nothing to do."""
+    if unchanged:
+        return _state(stage, Outcome("Unchanged", "unchanged"))
+    try:
+        return _state(stage, work.reproduce(stage, Path(root), watcher.get()))
+    except children.Stopped:
+        return Cancelled(message="stopped with the flow")
+
+
+@task(name="ddpm", task_run_name="{verb}", cache_policy=NO_CACHE)
+def run_verb(verb: str, root: str) -> State:
+    """`ddpm publish` or `ddpm promote`: what belongs to MLflow and to no DVC stage."""
+    try:
+        return _state(verb, work.run(verb, ("ddpm", verb), Path(root), watcher.get()))
+    except children.Stopped:
+        return Cancelled(message="stopped with the flow")
+
+
+def _state(name: str, outcome: Outcome) -> State:
+    watcher.get().ended(name, outcome)
+    make = Failed if outcome.failed else Completed
+    return make(name=outcome.kind, message=outcome.text)
+
+
+@flow(name="train-eval", task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
+def train_eval(recipe: str | None = None, overrides: list[str] | None = None, promote: bool = True) -> State:
+    """Train, sample, evaluate and report whatever DVC says is missing, in the checkout this runs in.
+
+    recipe: a name in recipes/ or a path; becomes params.yaml first.
+    overrides: KEY=VALUE, such as training.steps=200; written into params.yaml.
+    promote: register the best point; it becomes champion if it beats the one there is.
+    """
+    root = Path.cwd()
+    token = watcher.set(watcher.get(Log()))
+    _end_with_the_worker()
+    children.start()
+    try:
+        with _alone(root):
+            params = parameters.write(root, recipe, overrides or ())
+            problem = _stages(root, params.compute.slots)
+            if problem:
+                return Failed(message=problem)
+            _artifacts(root)
+            message = "everything is up to date"
+            for verb in ("publish", "promote") if promote else ("publish",):
+                state = run_verb(verb, str(root), return_state=True)
+                message = state.message or verb
+                if not state.is_completed():
+                    return Failed(message=f"{verb}: {message}")
+            return Completed(message=message)
+    except InputError as error:
+        return Failed(name="InputError", message=str(error))
+    finally:
+        children.stop()
+        watcher.reset(token)
+
+
+def _end_with_the_worker() -> None:
+    if "PREFECT__FLOW_RUN_ID" in os.environ:
+        os.environ.setdefault(watchdog.VARIABLE, str(os.getppid()))
+        watchdog.start()
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """One run at a time works in a checkout: a second one waits, and says for whom."""
+    path = root / store.CACHE / "train-eval.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = path.with_suffix(".json")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        about = store.read_json(holder) if holder.exists() else {"pid": "unknown"}
+        watcher.get().line("train-eval", f"waiting: another run (process {about['pid']}) is at work in this checkout")
+        lock.acquire(poll_interval=0.5)
+    try:
+        store.write_json(holder, {"pid": os.getpid()})
+        yield
+    finally:
+        lock.release()
+
+
+def _stages(root: Path, slots: int) -> str:
+    """Runs what dvc.yaml asks for, `slots` stages at a time, each as soon as those before it are done.
+
+    A failed stage stops only what depends on it. -> "" or what failed, in one line.
+    """
+    order = dag.read(root)
+    sorter = TopologicalSorter(order.waits_for)
+    sorter.prepare()
+    place = {stage: index for index, stage in enumerate(order.waits_for)}
+    ready: list[str] = []
+    futures: dict[str, PrefectFuture[State]] = {}
+    running: set[str] = set()
+    ended: Queue[str] = Queue()
+    failures: dict[str, str] = {}
+    while True:
+        ready = sorted([*ready, *sorter.get_ready()], key=place.__getitem__)
+        while ready and len(running) < slots:
+            stage = ready.pop(0)
+            before = [futures[name] for name in order.waits_for[stage]]
+            futures[stage] = run_stage.submit(
+                stage=stage, root=str(root), unchanged=stage in order.unchanged, wait_for=before, return_state=False
+            )
+            futures[stage].add_done_callback(partial(_put, ended, stage))
+            running.add(stage)
+        if not running:
+            break
+        stage = ended.get()
+        running.remove(stage)
+        futures[stage].wait()
+        state = futures[stage].state
+        if state.is_completed():
+            sorter.done(stage)
+        else:
+            failures[stage] = state.message or state.name or "failed"
+    if not failures:
+        return ""
+    skipped = len(order.waits_for) - len(futures)
+    problem = "; ".join(f"{stage}: {reason}" for stage, reason in failures.items())
+    return problem + (f" ({skipped} stages after it did not run)" if skipped else "")
+
+
+def _put(ended: Queue[str], stage: str, future: PrefectFuture[State]) -> None:
+    ended.put(stage)
+
+
+def _artifacts(root: Path) -> None:
+    """The sweep table, the report's pictures and the way to MLflow, on the run's page."""
+    report = root / store.report_dir()
+    if (report / "points.csv").exists():
+        create_table_artifact(store.read_csv(report / "points.csv"), key="sweep", description="The points of the sweep")
+    pictures = [path for path in (report / "fid.png", report / "samples.png") if path.exists()]
+    if pictures:
+        create_markdown_artifact("\n\n".join(_embedded(path) for path in pictures), key="report")
+    if "MLFLOW_UI" in os.environ:
+        create_link_artifact(os.environ["MLFLOW_UI"], link_text="MLflow", key="mlflow", description="Runs and models")
+
+
+def _embedded(path: Path) -> str:
+    return f"![{path.stem}](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})"

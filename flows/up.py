@@ -1,0 +1,82 @@
+"""`python -m flows.up`: the servers and a worker of Procfile under one supervisor, until Ctrl-C stops them all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from honcho.environ import parse_procfile
+from honcho.manager import Manager
+
+from flows import children
+
+MARK = "DDPM_UP"  # in the environment of everything that one `make up` started
+GRACE = 20.0  # seconds for flow runs to end their stages
+
+
+def main() -> None:
+    prefect, mlflow = _port("PREFECT_PORT", "4200"), _port("MLFLOW_PORT", "5000")
+    mark = secrets.token_hex(8)
+    environment = {
+        "PATH": children.path(),
+        "PYTHONUNBUFFERED": "1",
+        MARK: mark,
+        "PREFECT_API_URL": f"http://127.0.0.1:{prefect}/api",
+        "PREFECT_UI_API_URL": f"http://127.0.0.1:{prefect}/api",
+        "PREFECT_PORT": prefect,
+        "MLFLOW_PORT": mlflow,
+        "MLFLOW_STORE": os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"),
+        "MLFLOW_UI": f"http://127.0.0.1:{mlflow}",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    manager = Manager()
+    for name, command in parse_procfile(Path("Procfile").read_text(encoding="utf-8")).processes.items():
+        manager.add_process(name, command, env={**os.environ, **environment})
+    print(f"Prefect http://127.0.0.1:{prefect}  MLflow http://127.0.0.1:{mlflow}  Ctrl-C stops all", flush=True)
+    if prefect != "4200":
+        print(f"in other shells: export PREFECT_API_URL=http://127.0.0.1:{prefect}/api", flush=True)
+    manager.loop()
+    _end_what_is_left(mark)
+    sys.exit(manager.returncode)
+
+
+def _port(variable: str, default: str) -> str:
+    port = os.environ.get(variable, default)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", int(port)))
+        except (OSError, ValueError, OverflowError) as error:
+            sys.exit(
+                f"make up: port {port} can't be used ({error}); choose another: make up {variable}={int(default) + 100}"
+            )
+    return port
+
+
+def _end_what_is_left(mark: str) -> None:
+    """Flow runs outlive their worker for the moment that their stages take to stop: waits for them, then kills."""
+    end = time.monotonic() + GRACE
+    while (left := _marked(mark)) and time.monotonic() < end:
+        time.sleep(0.2)
+    for process in left:
+        process.kill()
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""One piece of work as a child process: what it said, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from ddpm.stages import display
+from flows import children
+from flows.watch import Outcome, Watcher
+
+# What DVC itself prints around a stage, once errors are set aside.
+_DVC = re.compile(
+    r"$|Running stage '|> |Stage '.*' (didn't change|is cached)|(Updating|Generating) lock file '|Data and pipelines are"
+    r"|To (track the changes|enable auto staging)|\t|Use `dvc push`|Checking out"
+)
+_BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
+_EXIT = re.compile(r"exited with (-?\d+)$")
+_KILLED = {-9, 137}
+
+
+def reproduce(stage: str, root: Path, watcher: Watcher) -> Outcome:
+    """`dvc repro` of one stage; DVC decides whether there is anything to do. Raises children.Stopped."""
+    command = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage)
+    code, said, dvc = _run(stage, command, root, watcher)
+    if code == 0:
+        if any("didn't change, skipping" in line for line in dvc):
+            return Outcome("Unchanged", "unchanged")
+        if any("is cached - skipping run" in line for line in dvc):
+            return Outcome("Restored", "restored from DVC's cache")
+        return Outcome("Completed", said[-1].removeprefix(f"{stage}: ") if said else "done")
+    errors = [line.removeprefix("ERROR: ") for line in dvc if line.startswith("ERROR: ")]
+    ended = _EXIT.search(errors[-1]) if errors else None
+    if code in _KILLED or (ended and int(ended[1]) in _KILLED):
+        return Outcome("Killed", "killed; out of memory?")
+    if any(_BUSY.search(line) for line in errors):
+        return Outcome("Busy", next(line for line in errors if _BUSY.search(line)))
+    return Outcome("Failed", (said or errors or [f"dvc ended with exit code {code}"])[-1])
+
+
+def run(name: str, command: tuple[str, ...], root: Path, watcher: Watcher) -> Outcome:
+    """A command that is no DVC stage. Raises children.Stopped."""
+    code, said, _ = _run(name, command, root, watcher)
+    if code == 0:
+        return Outcome("Completed", said[-1] if said else "done")
+    return Outcome("Failed", said[-1] if said else f"'{' '.join(command)}' ended with exit code {code}")
+
+
+def _run(name: str, command: tuple[str, ...], root: Path, watcher: Watcher) -> tuple[int, list[str], list[str]]:
+    """-> the exit code, the last lines that the work printed, and those that DVC printed."""
+    said: list[str] = []
+    dvc: list[str] = []
+
+    def on_line(line: str) -> None:
+        if line.startswith(display.PREFIX):
+            watcher.progress(name, json.loads(line.removeprefix(display.PREFIX)))
+        elif _DVC.match(line):
+            dvc.append(line)
+        elif line.startswith("ERROR: "):
+            dvc.append(line)
+            watcher.line(name, line)
+        else:
+            said[:] = [*said[-1:], line]
+            watcher.line(name, line)
+
+    watcher.started(name)
+    return children.run(command, root, on_line), said, dvc

@@ -1,0 +1,44 @@
+"""`python -m flows.worker`: waits for the Prefect API, makes the pool and the deployments, and becomes the worker."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+
+from ddpm.stages import watchdog
+
+POOL = "local"
+TIMEOUT = 120.0  # seconds; a new database takes 10 to 20
+
+
+def main() -> None:
+    api = os.environ["PREFECT_API_URL"]
+    end = time.monotonic() + TIMEOUT
+    while not _answers(f"{api}/health"):
+        if time.monotonic() > end:
+            sys.exit(f"worker: no Prefect API at {api} after {TIMEOUT:.0f} s")
+        time.sleep(0.2)
+    if not _answers(f"{api}/work_pools/{POOL}"):
+        _prefect("work-pool", "create", POOL, "--type", "process")
+    _prefect("--no-prompt", "deploy", "--all")
+    os.environ[watchdog.VARIABLE] = str(os.getpid())  # exec keeps the id: flow runs end with this worker
+    os.execv(sys.executable, [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL])
+
+
+def _prefect(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "prefect", *arguments], check=True, stdin=subprocess.DEVNULL)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:  # 404 and the like too
+        return False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,586 @@
+"""Finding and decoding image files: what is taken, exactly as it was drawn; what is refused, and how that is said."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from ddpm.stages import images
+from ddpm.stages.errors import InputError
+from ddpm.stages.images import Layout
+
+Pixels = NDArray[np.uint8]
+
+
+def noise(height: int = 8, width: int = 8, channels: int = 3, seed: int = 0) -> Pixels:
+    """uint8 H,W,C, or H,W for one channel."""
+    shape = (height, width) if channels == 1 else (height, width, channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def encode(picture: Pixels | Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def raw_png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def read(*contents: bytes, channels: int = 3, side: int = 8, fit: str = "error", convert: bool = False) -> list[Pixels]:
+    """Each as uint8 H,W,C."""
+    files = {f"{index}.png": (lambda content=content: content) for index, content in enumerate(contents)}
+    pixels = np.zeros((len(contents), channels, side, side), np.uint8)
+    images.read_all(files, Layout(channels, side, fit, convert), list(pixels), "here", lambda done: None)
+    return list(pixels.transpose(0, 2, 3, 1))
+
+
+def refusal(content: bytes, **options: object) -> str:
+    with pytest.raises(InputError) as caught:
+        read(encode(noise()), content, encode(noise()), **options)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert message.startswith("here: 1 of 3 images cannot be used: 1.png (")
+    assert message.isprintable()
+    return message.partition("(")[2].partition("); ")[0]
+
+
+# What is taken.
+
+
+def test_png_pixels_arrive_unchanged() -> None:
+    for channels in (1, 3):
+        picture = noise(channels=channels)
+        (pixels,) = read(encode(picture), channels=channels)
+        assert np.array_equal(pixels.squeeze(), picture)
+
+
+def test_interlaced_png() -> None:
+    """An Adam7 file by hand: the last pass of an 8x8 image holds the odd rows, and so on."""
+    picture = noise(channels=1)
+    passes = [(0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1)]
+    rows = b"".join(
+        b"\0" + row.tobytes() for top, down, left, right in passes for row in picture[top::down, left::right]
+    )
+    header = struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 1)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert np.array_equal(read(png, channels=1)[0].squeeze(), picture)
+
+
+def test_jpeg_agrees_with_another_decoder() -> None:
+    from torchvision.io import decode_jpeg
+
+    smooth = np.asarray(Image.fromarray(noise(3, 3)).resize((8, 8)))
+    jpeg = encode(smooth, "JPEG", quality=95)
+    import torch
+
+    other = decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)).numpy().transpose(1, 2, 0)
+    assert np.abs(read(jpeg)[0].astype(int) - other).max() <= 3
+
+
+def test_cameras_turn_pictures_by_a_tag() -> None:
+    picture = noise()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the first row is the right side
+    (pixels,) = read(encode(picture, exif=exif))
+    assert np.array_equal(pixels, np.rot90(picture, -1))
+
+
+def test_a_jpeg_with_a_second_picture_gives_the_first() -> None:
+    first, second = Image.new("RGB", (8, 8), (10, 20, 30)), Image.new("RGB", (8, 8), (200, 0, 0))
+    content = encode(first, "MPO", save_all=True, append_images=[second])
+    assert np.abs(read(content)[0].astype(int) - [10, 20, 30]).max() <= 3
+
+
+def test_opaque_images_of_other_modes_are_converted_only_on_request() -> None:
+    picture = noise()
+    opaque = Image.fromarray(picture).convert("RGBA")
+    palette = Image.fromarray(noise(channels=1)).convert("P")
+    bilevel = Image.fromarray(noise(channels=1)).convert("1")
+    assert np.array_equal(read(encode(opaque), convert=True)[0], picture)
+    assert np.array_equal(read(encode(palette), convert=True)[0], np.asarray(palette.convert("RGB")))
+    assert set(np.unique(read(encode(bilevel), channels=1, convert=True)[0])) <= {0, 255}
+    for image in (opaque, palette, bilevel):
+        assert refusal(encode(image)) == f"mode {image.mode}"
+
+
+def test_grey_and_rgb() -> None:
+    grey, colour = noise(channels=1), noise()
+    luma = colour @ np.array([0.299, 0.587, 0.114])  # ITU-R 601-2
+    assert np.array_equal(read(encode(grey), convert=True)[0], grey[..., None].repeat(3, 2))
+    assert np.abs(read(encode(colour), channels=1, convert=True)[0].squeeze() - luma).max() <= 1
+    assert refusal(encode(grey)) == "mode L, unlike the first image"
+
+
+def test_an_unused_transparent_colour_does_no_harm() -> None:
+    picture = noise() | 1
+    assert np.array_equal(read(encode(picture, transparency=(0, 0, 0)))[0], picture)
+    picture[3, 3] = 0
+    assert refusal(encode(picture, transparency=(0, 0, 0))) == "transparent pixels"
+
+
+# What is refused.
+
+GOOD = encode(noise())
+JPEG = encode(noise(64, 64), "JPEG")
+
+
+def transparent() -> Image.Image:
+    image = Image.fromarray(noise()).convert("RGBA")
+    image.putpixel((0, 0), (1, 2, 3, 254))
+    return image
+
+
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "empty file"),
+    "text": (lambda: b"not an image", "no PNG or JPEG image"),
+    "zeros": (lambda: bytes(1000), "no PNG or JPEG image"),
+    "gif": (lambda: encode(noise(), "GIF"), "no PNG or JPEG image"),
+    "webp": (lambda: encode(noise(), "WEBP"), "no PNG or JPEG image"),
+    "png signature only": (lambda: GOOD[:8], "no PNG or JPEG image"),
+    "png cut in the header": (lambda: GOOD[:20], "no PNG or JPEG image"),
+    "png cut in the data": (lambda: GOOD[:-40], "truncated"),
+    "png without its end": (lambda: GOOD[:-12], "truncated"),
+    "png with one bit changed": (
+        lambda: GOOD[:60] + bytes([GOOD[60] ^ 1]) + GOOD[61:],
+        "damaged: a checksum differs",
+    ),
+    "png with too few rows": (lambda: raw_png(8, 8, 8, 2, bytes(25 * 7)), "image file is truncated"),
+    "jpeg cut": (lambda: JPEG[: len(JPEG) // 2], "image file is truncated"),
+    "jpeg cut in the header": (lambda: JPEG[:100], "no PNG or JPEG image"),
+    "cmyk": (lambda: encode(Image.new("CMYK", (8, 8)), "JPEG"), "mode CMYK"),
+    "16 bit grey": (lambda: encode(Image.fromarray(np.zeros((8, 8), np.uint16))), "16 bit per channel"),
+    "16 bit colour": (lambda: raw_png(8, 8, 16, 2, bytes(49 * 8)), "16 bit per channel"),
+    "16 bit with alpha": (lambda: raw_png(8, 8, 16, 6, bytes(65 * 8)), "16 bit per channel"),
+    "animated": (
+        lambda: encode(
+            Image.fromarray(noise()), save_all=True, append_images=[Image.fromarray(noise(seed=1))], duration=100
+        ),
+        "animated",
+    ),
+    "transparent": (lambda: encode(transparent()), "transparent pixels"),
+    "another size": (lambda: encode(noise(8, 9)), "9x8 instead of 8x8"),
+    "70 million pixels": (lambda: raw_png(10_000, 7_000, 8, 0, b""), "10000x7000 pixels are too many"),
+    "a decompression bomb": (lambda: raw_png(60_000, 60_000, 8, 0, b""), "decompression bomb"),
+    "two billion pixels wide": (lambda: raw_png(2**31 - 1, 1, 8, 0, b""), "bomb"),
+    "no width": (lambda: raw_png(0, 8, 8, 0, b""), ""),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused(case: str) -> None:
+    make, reason = BAD[case]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reason in refusal(make(), convert=True)
+
+
+def test_huge_images_are_refused_unread() -> None:
+    """Nothing near their 3.6 GB is allocated."""
+    content = raw_png(60_000, 60_000, 8, 0, b"")
+    before = psutil.Process().memory_info().rss
+    refusal(content)
+    assert psutil.Process().memory_info().rss - before < 2**28
+
+
+def test_the_first_three_are_named_and_all_are_counted() -> None:
+    with pytest.raises(InputError) as caught:
+        read(GOOD, b"", GOOD, b"x", b"", b"", b"")
+    message = str(caught.value)
+    assert message.startswith("here: 5 of 7 images cannot be used: 1.png (empty file), 3.png (no PNG or JPEG image")
+    assert "4.png (empty file) and 2 more; repair or remove them" in message
+    assert "5.png" not in message
+
+
+def test_file_names_cannot_break_the_line(tmp_path: Path) -> None:
+    (tmp_path / "a\nb\x1b[31m.png").write_bytes(b"")
+    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    files, _ = images.find(tmp_path, "here")
+    with pytest.raises(InputError) as caught:
+        images.first_shape(files, None, "here")
+    assert str(caught.value).isprintable()
+    assert "a\\nb" in str(caught.value)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """Cut, or with a few bytes changed, or with a stretch removed, doubled or overwritten."""
+    start = draw(st.integers(0, len(content) - 1))
+    end = draw(st.integers(start, min(len(content), start + 64)))
+    match draw(st.sampled_from(["cut", "remove", "double", "overwrite", "bytes"])):
+        case "cut":
+            return content[:start]
+        case "remove":
+            return content[:start] + content[end:]
+        case "double":
+            return content[:end] + content[start:]
+        case "overwrite":
+            return content[:start] + draw(st.binary(min_size=end - start, max_size=end - start)) + content[end:]
+    changed = bytearray(content)
+    for place in draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+        changed[place] = draw(st.integers(0, 255))
+    return bytes(changed)
+
+
+PICTURE = noise(24, 24)
+
+
+@settings(max_examples=300, deadline=None)
+@given(damaged(encode(PICTURE)))
+def test_a_damaged_png_is_refused_or_read_right(content: bytes) -> None:
+    try:
+        (pixels,) = read(content, side=24)
+    except InputError as error:
+        assert str(error).isprintable()
+    else:
+        assert np.array_equal(pixels, PICTURE)
+
+
+@settings(max_examples=200, deadline=None)
+@given(damaged(encode(PICTURE, "JPEG")))
+def test_a_damaged_jpeg_is_refused_or_read(content: bytes) -> None:
+    """JPEG has no checksums: what decodes is taken."""
+    try:
+        read(content, side=24)
+    except InputError as error:
+        assert str(error).isprintable()
+
+
+# Sizes.
+
+
+def test_crop_keeps_the_middle() -> None:
+    columns = np.tile(np.arange(40, dtype=np.uint8) * 6, (20, 1))
+    (wide,) = read(encode(columns), channels=1, side=20, fit="crop")
+    (high,) = read(encode(columns.T), channels=1, side=20, fit="crop")
+    assert np.array_equal(wide.squeeze(), columns[:, 10:30])
+    assert np.array_equal(high.squeeze(), columns[:, 10:30].T)
+
+
+def test_pad_keeps_everything_between_zeros() -> None:
+    (pixels,) = read(encode(np.full((20, 40), 200, np.uint8)), channels=1, side=20, fit="pad")
+    assert (pixels[5:15] == 200).all()
+    assert not pixels[:5].any()
+    assert not pixels[15:].any()
+
+
+def test_resize_stretches() -> None:
+    halves = np.zeros((20, 40, 3), np.uint8)
+    halves[:, :20, 0] = halves[:, 20:, 2] = 255
+    (pixels,) = read(encode(halves), side=16, fit="resize")
+    assert (pixels[:, :4] == [255, 0, 0]).all()
+    assert (pixels[:, -4:] == [0, 0, 255]).all()
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "resize"])
+def test_shrinking_averages(fit: str) -> None:
+    """Without antialiasing a fine chessboard would shrink to some of its squares."""
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    (pixels,) = read(encode(board), channels=1, side=16, fit=fit)
+    assert np.abs(pixels.astype(int) - 127).max() <= 12
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "resize"])
+def test_extreme_shapes_are_fitted_or_refused(fit: str) -> None:
+    for height, width in ((1, 500), (500, 1)):
+        try:
+            (pixels,) = read(encode(np.full((height, width), 90, np.uint8)), channels=1, fit=fit)
+        except InputError as error:
+            assert str(error).isprintable()
+        else:
+            assert 90 in pixels
+
+
+# Finding.
+
+
+def add(path: Path, name: str, content: bytes = GOOD) -> None:
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
+    (path / name).write_bytes(content)
+
+
+def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_folders_and_zips_are_one_tree(tmp_path: Path) -> None:
+    for name in ("a.png", "b/c/d.JPG", "b/e.jpeg"):
+        add(tmp_path, name, name.encode())
+    zipped(tmp_path / "b" / "more.zip", {"c/x.PNG": b"x", "./y.png": b"y"})
+    zipped(tmp_path / "stored.ZIP", {"dos\\z.png": b"z", "empty/": b""}, zipfile.ZIP_STORED)
+    files, left_out = images.find(tmp_path, "here")
+    assert {name: read() for name, read in files.items()} == {
+        "a.png": b"a.png",
+        "b/c/d.JPG": b"b/c/d.JPG",
+        "b/e.jpeg": b"b/e.jpeg",
+        "b/c/x.PNG": b"x",
+        "b/y.png": b"y",
+        "dos/z.png": b"z",
+    }
+    assert left_out == []
+
+
+def test_other_files_are_left_out_and_counted(tmp_path: Path) -> None:
+    others = ["README.md", ".DS_Store", "Thumbs.db", "a/._x.png", ".hidden/x.png", "x.webp", "__MACOSX/x.png", ".png"]
+    add(tmp_path, "a/x.png")
+    for name in others:
+        add(tmp_path, name)
+    zipped(tmp_path / "z.zip", {"__MACOSX/a/._y.png": b"", "y.txt": b"", "b/y.png": GOOD})
+    files, left_out = images.find(tmp_path, "here")
+    assert sorted(files) == ["a/x.png", "b/y.png"]
+    assert sorted(left_out) == sorted([*others, "__MACOSX/a/._y.png", "y.txt"])
+
+
+def link(name: str) -> zipfile.ZipInfo:
+    member = zipfile.ZipInfo(name)
+    member.create_system = 3
+    member.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return member
+
+
+def encrypted(path: Path) -> None:
+    """A zip whose members say that they are encrypted, in both headers."""
+    content = bytearray(zipped(path, {"x.png": GOOD}).read_bytes())
+    for signature, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + place] |= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("name", ["/x.png", "../x.png", "a/../../x.png", "a/..", "C:/x.png", "..\\x.png", "\\x.png"])
+def test_zip_members_that_escape(tmp_path: Path, name: str) -> None:
+    zipped(tmp_path / "bad.zip", {"fine.png": GOOD, name: GOOD})
+    with pytest.raises(InputError, match=r"here: 1 file cannot be used: bad\.zip: .* \(escapes its folder\)"):
+        images.find(tmp_path, "here")
+
+
+def test_zip_links(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr(link("x.png"), "/etc/passwd")
+    with pytest.raises(InputError, match=r"bad\.zip: x\.png \(a link\)"):
+        images.find(tmp_path / "bad.zip", "here")
+
+
+def test_encrypted_zips(tmp_path: Path) -> None:
+    encrypted(tmp_path / "bad.zip")
+    with pytest.raises(InputError, match=r"bad\.zip: x\.png \(encrypted\)"):
+        images.find(tmp_path, "here")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", bytes(100_000), b"PK\x05\x06" + bytes(10)])
+def test_not_a_zip(tmp_path: Path, content: bytes) -> None:
+    add(tmp_path, "fine.png")
+    add(tmp_path, "a/bad.zip", content)
+    with pytest.raises(InputError, match=r"1 file cannot be used: a/bad\.zip \(not a readable zip file: .+\)"):
+        images.find(tmp_path, "here")
+
+
+def test_zip_bombs_are_not_unpacked(tmp_path: Path) -> None:
+    zipped(tmp_path / "bomb.zip", {"x.png": bytes(images.MAX_BYTES + 1)})
+    assert (tmp_path / "bomb.zip").stat().st_size < 2**20
+    files, _ = images.find(tmp_path, "here")
+    with pytest.raises(InputError, match=r"x\.png \(268,435,457 bytes are too many\)"):
+        images.first_shape(files, None, "here")
+
+
+def test_a_lying_zip_header(tmp_path: Path) -> None:
+    """The directory says 10 bytes, the data unpack to a megabyte: no more than 10 are unpacked, and the sum differs."""
+    content = bytearray(zipped(tmp_path / "bad.zip", {"x.png": bytes(2**20)}).read_bytes())
+    place = content.index(b"PK\x01\x02") + 24
+    content[place : place + 4] = struct.pack("<I", 10)
+    (tmp_path / "bad.zip").write_bytes(bytes(content))
+    files, _ = images.find(tmp_path, "here")
+    with pytest.raises(InputError, match=r"x\.png \(Bad CRC-32"):
+        images.first_shape(files, None, "here")
+
+
+def test_two_images_with_one_path(tmp_path: Path) -> None:
+    add(tmp_path, "a/x.png")
+    zipped(tmp_path / "one.zip", {"a/x.png": GOOD, "a/y.png": GOOD})
+    zipped(tmp_path / "two.zip", {"a//y.png": GOOD})
+    with pytest.raises(InputError, match=r"2 files cannot .*: a/x\.png \(two images .*\), a/y\.png \(two images"):
+        images.find(tmp_path, "here")
+
+
+def test_links_and_pipes_in_folders(tmp_path: Path) -> None:
+    add(tmp_path, "real/x.png")
+    (tmp_path / "good.png").symlink_to("real/x.png")
+    files, _ = images.find(tmp_path, "here")
+    assert files["good.png"]() == GOOD
+    (tmp_path / "broken.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.png")
+    files, _ = images.find(tmp_path, "here")
+    for name, reason in (("broken.png", "No such file"), ("pipe.png", "not a regular file")):
+        with pytest.raises(InputError, match=reason):
+            images.first_shape({name: files[name]}, None, "here")
+    (tmp_path / "linked").symlink_to("real")
+    with pytest.raises(InputError, match=r"linked \(a link to a folder, which DVC does not follow\)"):
+        images.find(tmp_path, "here")
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="here: no PNG or JPEG images there; "):
+        images.find(tmp_path, "here")
+    add(tmp_path, "README.md")
+    with pytest.raises(InputError, match="here: no PNG or JPEG images there, only 1 other file; "):
+        images.find(tmp_path, "here")
+    for path in (tmp_path / "missing", tmp_path / "missing.zip", tmp_path / "README.md"):
+        with pytest.raises(InputError, match="here: no such folder or zip file"):
+            images.find(path, "here")
+
+
+ORIGINALS = {f"a/{seed}.png": encode(noise(seed=seed)) for seed in range(3)}
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return zipped(tmp_path_factory.mktemp("zip") / "x.zip", ORIGINALS, zipfile.ZIP_STORED).read_bytes()
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_zip_is_refused_or_read_right(archive: bytes, tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "x.zip"
+    path.write_bytes(data.draw(damaged(archive)))
+    try:
+        files, _ = images.find(path, "here")
+        pixels = np.zeros((len(files), 3, 8, 8), np.uint8)
+        images.read_all(files, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
+    except InputError as error:
+        assert str(error).isprintable()
+    else:
+        known = {noise(seed=seed).transpose(2, 0, 1).tobytes() for seed in range(3)}
+        assert {image.tobytes() for image in pixels} <= known
+
+
+# Several processes.
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> dict[str, images.Read]:
+    zipped(tmp_path / "many.zip", {f"{seed:04}.png": encode(noise(seed=seed)) for seed in range(300)})
+    return images.find(tmp_path, "here")[0]
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(3), raising=False)
+    yield
+    assert multiprocessing.active_children() == []
+
+
+def shared_pixels(path: Path, count: int) -> Pixels:
+    return np.asarray(np.lib.format.open_memmap(path, "w+", np.uint8, (count, 3, 8, 8)))
+
+
+def test_processes_read_what_one_reads(many: dict[str, images.Read], tmp_path: Path, processes: None) -> None:
+    pixels = shared_pixels(tmp_path / "x.npy", 300)
+    reports: list[int] = []
+    images.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", reports.append)
+    assert all(np.array_equal(pixels[seed].transpose(1, 2, 0), noise(seed=seed)) for seed in range(300))
+    assert sorted(reports) == reports
+    assert len(reports) == 5
+    assert reports[-1] == 300
+
+
+def test_faults_of_all_processes_are_named_in_order(
+    many: dict[str, images.Read], tmp_path: Path, processes: None
+) -> None:
+    for name in ("0290.png", "0003.png", "0150.png"):
+        many[name] = lambda: b""
+    with pytest.raises(InputError, match=r"3 of 300 images .*: 0003\.png .*, 0150\.png .*, 0290\.png \(empty file\);"):
+        pixels = shared_pixels(tmp_path / "x.npy", 300)
+        images.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
+
+
+def test_a_process_that_dies_is_an_error(many: dict[str, images.Read], tmp_path: Path, processes: None) -> None:
+    many["0100.png"] = lambda: os.kill(os.getpid(), signal.SIGKILL) or b""
+    with pytest.raises(RuntimeError, match="ended with code -9"):
+        pixels = shared_pixels(tmp_path / "x.npy", 300)
+        images.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
+
+
+def test_an_interrupted_reader_leaves_no_processes(
+    many: dict[str, images.Read], tmp_path: Path, processes: None
+) -> None:
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pixels = shared_pixels(tmp_path / "x.npy", 300)
+        images.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", interrupt)
+
+
+SLOW = """
+import os, time
+from ddpm.stages import images
+os.sched_getaffinity = lambda pid: range(3)
+images._in_processes(lambda block: time.sleep(0.05) or [], 64 * 10_000, lambda done: print(done, flush=True))
+"""
+
+
+def test_a_killed_reader_leaves_no_processes() -> None:
+    with subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        children = psutil.Process(process.pid).children()
+        assert len(children) == 3
+        process.kill()
+    gone, alive = psutil.wait_procs(children, timeout=30)
+    for child in alive:
+        child.kill()
+    assert not alive
+    assert len(gone) == 3
+
+
+def test_reading_beside_threads(many: dict[str, images.Read], tmp_path: Path, processes: None) -> None:
+    """The stage runs beside threads of the progress display and of tracking."""
+    stop = threading.Event()
+
+    def busy() -> None:
+        while not stop.is_set():
+            print("", end="", flush=True)
+            time.sleep(0)
+
+    threads = [threading.Thread(target=busy) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        pixels = shared_pixels(tmp_path / "x.npy", 300)
+        images.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert np.array_equal(pixels[299].transpose(1, 2, 0), noise(seed=299))

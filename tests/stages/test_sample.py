@@ -1,0 +1,127 @@
+"""The sample stage: the same images whatever the batch, deterministic bytes, and how it fails."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm import Denoiser, NoiseSchedule, sample
+from ddpm.noise import gaussian
+from ddpm.stages import checkpoint, store
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params, Point
+from ddpm.stages.progress import Progress
+from ddpm.stages.sample import generate, sample_point, to_uint8
+from ddpm.stages.train import train
+
+POINT = Point.parse("cosine-ddpm-5")
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Path, smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("trained")
+    (root / "dataset").symlink_to(digits / "dataset")
+    train(smoke(training={"steps": 10}), "cosine", root)
+    return root
+
+
+def draw(root: Path, params: Params, point: Point = POINT) -> np.ndarray:
+    sample_point(params, point, root)
+    return store.read_samples(root / store.samples_file(point))[0]
+
+
+def test_bytes_are_the_same_again_and_what_is_written_is_whole(trained: Path, smoke: Callable[..., Params]) -> None:
+    params, path = smoke(sampling={"images": 10}), trained / store.samples_file(POINT)
+    reports: list[Progress] = []
+    assert sample_point(params, POINT, trained, reports.append) == 5
+    first = path.read_bytes(), path.with_suffix(".png").read_bytes()
+    images, evaluations = store.read_samples(path)
+    assert images.shape == (10, 1, 8, 8) and evaluations == 5
+    assert reports[-1].done == reports[-1].total == 10
+    assert [report.done for report in reports] == sorted(report.done for report in reports)
+    sample_point(params, POINT, trained)
+    assert (path.read_bytes(), path.with_suffix(".png").read_bytes()) == first
+    assert sorted(item.name for item in path.parent.iterdir()) == sorted([path.name, path.with_suffix(".png").name])
+
+
+def test_batch_size_moves_no_image_by_more_than_one_grey_level(trained: Path, smoke: Callable[..., Params]) -> None:
+    whole = draw(trained, smoke(sampling={"images": 23, "batch": 23})).astype(int)
+    for batch in (1, 7):
+        split = draw(trained, smoke(sampling={"images": 23, "batch": batch})).astype(int)
+        assert np.abs(whole - split).max() <= 1
+    more = draw(trained, smoke(sampling={"images": 30, "batch": 23})).astype(int)
+    assert np.abs(whole - more[:23]).max() <= 1
+
+
+def test_points_share_their_noise_and_seeds_differ(trained: Path, smoke: Callable[..., Params]) -> None:
+    params = smoke(sampling={"images": 8})
+    assert not np.array_equal(draw(trained, params), draw(trained, smoke(seed=1, sampling={"images": 8})))
+    # DDIM with eta = 1 uses the same x_T and the same draws as DDPM with fixed_small: the same images.
+    rows = {"ddim": {"eta": 1.0}, "ddpm": {"variance": "fixed_small"}}
+    shared = smoke(sampling={"images": 8, "clip": False}, samplers=rows)
+    ours, theirs = (draw(trained, shared, Point.parse(name)).astype(int) for name in ("cosine-ddim-5", "cosine-ddpm-5"))
+    assert np.abs(ours - theirs).max() <= 1
+
+
+def test_it_is_the_public_sample_function(trained: Path, smoke: Callable[..., Params]) -> None:
+    images = draw(trained, smoke(sampling={"images": 6, "batch": 6}), Point.parse("cosine-ddim-5"))
+    denoiser, _ = checkpoint.load(trained / "models/cosine", clip=True)
+    x_0 = sample(denoiser, gaussian(0, range(6), 0, (1, 8, 8)), sampler="ddim", steps=5)
+    assert np.abs(to_uint8(x_0).numpy().astype(int) - images.astype(int)).max() <= 1
+
+
+def test_to_uint8() -> None:
+    x = torch.tensor([-7.0, -1, 0, 1 / 127.5 - 1 + 1e-4, 1, 3])
+    assert to_uint8(x).tolist() == [0, 0, 128, 1, 255, 255]
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(every.float() / 127.5 - 1), every)
+
+
+def test_generate_fills_what_it_is_given() -> None:
+    denoiser = Denoiser(lambda x, t: torch.zeros_like(x), NoiseSchedule.named("linear", 10), "x0")
+    into = np.full((5, 1, 2, 2), 9, np.uint8)
+    images, evaluations = generate(
+        denoiser,
+        (1, 2, 2),
+        range(5),
+        seed=0,
+        batch=2,
+        steps=3,
+        settings={"sampler": "ddim"},
+        device=torch.device("cpu"),
+        into=into,
+    )
+    assert images is into and (into == 128).all() and evaluations == 3
+
+
+def test_the_preview_shows_the_first_images(trained: Path, smoke: Callable[..., Params]) -> None:
+    images = draw(trained, smoke(sampling={"images": 9}))
+    picture = np.asarray(Image.open((trained / store.samples_file(POINT)).with_suffix(".png")))
+    scale = (picture.shape[0] - 1) // 3 // 8
+    cell = picture[1 : 1 + 8 * scale, 1 : 1 + 8 * scale][::scale, ::scale]
+    assert np.array_equal(cell, images[0, 0])
+
+
+def test_refused(trained: Path, smoke: Callable[..., Params], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no row 'heun'"):
+        sample_point(smoke(), Point.parse("cosine-heun-5"), trained)
+    with pytest.raises(InputError, match="takes no eta"):
+        sample_point(smoke(samplers={"odd": {"sampler": "ddpm", "eta": 1.0}}), Point.parse("cosine-odd-5"), trained)
+    with pytest.raises(InputError, match="no such file"):
+        sample_point(smoke(), POINT, tmp_path)
+    with pytest.raises(InputError, match="times repeat"):
+        sample_point(smoke(), Point.parse("cosine-ddim-101"), trained)
+    assert not (trained / "samples/cosine-ddim-101.npz").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not really", b"hello"])
+def test_a_damaged_sample_file_is_one_line(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "samples" / "cosine-ddpm-5.npz"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not a sample set") as caught:
+        store.read_samples(path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,198 @@
+"""The train stage: what it writes, that it resumes to the same bytes, and how it fails."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddpm.stages import checkpoint, store
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params
+from ddpm.stages.progress import Progress
+from ddpm.stages.train import train, training_key
+
+OUTPUTS = (
+    "models/cosine/model.safetensors",
+    "models/cosine/model.json",
+    "metrics/train/cosine.csv",
+    "metrics/train/cosine.json",
+)
+
+
+def outputs(root: Path) -> dict[str, bytes]:
+    return {name: (root / name).read_bytes() for name in OUTPUTS}
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        if progress.done == step and not progress.message:
+            raise Stop
+
+    return report
+
+
+def resumed_from(messages: list[str]) -> int | None:
+    lines = [message for message in messages if message.startswith("resuming")]
+    return int(lines[0].split()[-1]) if lines else None
+
+
+def test_it_writes_a_checkpoint_that_describes_itself(root: Path, smoke: Callable[..., Params]) -> None:
+    params = smoke(training={"steps": 12, "log_every": 5, "validate_every": 6})
+    metrics = train(params, "cosine", root)
+    denoiser, about = checkpoint.load(root / "models/cosine")
+    assert (denoiser.schedule.name, denoiser.schedule.T, denoiser.target) == ("cosine", 100, "eps")
+    assert about["data"]["shape"] == [1, 8, 8] and about["data"]["name"] == "digits"
+    assert metrics["parameters"] == sum(parameter.numel() for parameter in denoiser.net.parameters())
+    rows = store.read_csv(root / "metrics/train/cosine.csv")
+    assert [int(row["step"]) for row in rows] == [5, 6, 10, 12]
+    assert [row["validation_loss"] != "" for row in rows] == [False, True, False, True]
+    assert float(rows[-1]["validation_loss"]) == metrics["validation_loss"]
+
+
+def test_stopped_at_any_step_it_ends_with_the_same_bytes(
+    root: Path, digits: Path, smoke: Callable[..., Params]
+) -> None:
+    params = smoke(training={"steps": 20, "log_every": 4, "validate_every": 8}, compute={"checkpoint_every": 3})
+    train(params, "cosine", root)
+    straight = outputs(root)
+    for step in (1, 7, 16):
+        train_root = root / str(step)
+        train_root.mkdir()
+        (train_root / "dataset").symlink_to(digits / "dataset")
+        with pytest.raises(Stop):
+            train(params, "cosine", train_root, stop_at(step))
+        assert not (train_root / "models").exists()
+        messages: list[str] = []
+        train(params, "cosine", train_root, lambda progress, to=messages: to.append(progress.message))
+        assert outputs(train_root) == straight, step
+        # A report comes before the step's checkpoint, so the last one is at or below step - 1.
+        assert resumed_from(messages) == ((step - 1) // 3 * 3 or None)
+
+
+def test_more_steps_alone_go_on_from_the_end(
+    root: Path, digits: Path, smoke: Callable[..., Params], tmp_path: Path
+) -> None:
+    settings = {"log_every": 4, "validate_every": 8}
+    train(smoke(training={"steps": 10, **settings}), "cosine", root)
+    messages: list[str] = []
+    longer = smoke(training={"steps": 17, **settings})
+    train(longer, "cosine", root, lambda progress: messages.append(progress.message))
+    assert resumed_from(messages) == 10
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    (fresh / "dataset").symlink_to(digits / "dataset")
+    train(longer, "cosine", fresh)
+    assert outputs(fresh) == outputs(root)
+
+
+def test_what_decides_the_weights_decides_the_key(smoke: Callable[..., Params]) -> None:
+    base = training_key(smoke(), "cosine", "data")
+    assert base == training_key(
+        smoke(training={"steps": 999}, sampling={"images": 2}, compute={"slots": 7}), "cosine", "data"
+    )
+    others = [
+        training_key(smoke(training={"batch": 33}), "cosine", "data"),
+        training_key(smoke(seed=1), "cosine", "data"),
+        training_key(smoke(network={"channels": 24}), "cosine", "data"),
+        training_key(smoke(diffusion={"target": "v"}), "cosine", "data"),
+        training_key(smoke(), "linear", "data"),
+        training_key(smoke(), "cosine", "other data"),
+    ]
+    assert len({base, *others}) == 7
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_resume_state_is_passed_over(damage: str, root: Path, smoke: Callable[..., Params]) -> None:
+    params = smoke(training={"steps": 12}, compute={"checkpoint_every": 4})
+    train(params, "cosine", root)
+    straight = outputs(root)
+    newest = sorted((root / ".cache/training").glob("*/*.safetensors"))[-1]
+    content = bytearray(newest.read_bytes())
+    if damage == "truncated":
+        content = content[:-100]
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+    else:
+        content.clear()
+    newest.write_bytes(content)
+    messages: list[str] = []
+    train(params, "cosine", root, lambda progress: messages.append(progress.message))
+    assert any("damaged, passed over" in message for message in messages)
+    assert resumed_from(messages) == 8
+    assert outputs(root) == straight
+
+
+def test_no_more_than_two_resume_states_stay(root: Path, smoke: Callable[..., Params]) -> None:
+    train(smoke(training={"steps": 12}, compute={"checkpoint_every": 2}), "cosine", root)
+    states = sorted((root / ".cache/training").glob("*/*.safetensors"))
+    assert [int(path.stem) for path in states] == [10, 12]
+
+
+def test_divergence_stops_with_step_rate_and_last_good_state(root: Path, smoke: Callable[..., Params]) -> None:
+    params = smoke(training={"steps": 60, "learning_rate": 1e30, "log_every": 1, "warmup": 0})
+    with pytest.raises(
+        InputError, match=r"the loss is (nan|inf) at step \d+ \(learning rate 1e\+30\); the last good state is at"
+    ):
+        train(params, "cosine", root)
+    assert not (root / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "schedule", "message"),
+    [
+        ({}, "exponential", "no schedule"),
+        ({"network": {"attention": [16]}}, "cosine", "never occurs"),
+        ({"network": {"multipliers": [1, 1, 1, 1, 1]}}, "cosine", "cannot be halved"),
+        ({"compute": {"device": "cuda"}}, "cosine", "no GPU"),
+    ],
+)
+def test_refused(changes: dict, schedule: str, message: str, root: Path, smoke: Callable[..., Params]) -> None:
+    if "cuda" in str(changes) and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(InputError, match=message):
+        train(smoke(**changes), schedule, root)
+    assert not (root / "models").exists()
+
+
+def test_no_dataset(tmp_path: Path, smoke: Callable[..., Params]) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        train(smoke(), "cosine", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["weights", "json", "format", "shape", "missing"])
+def test_a_damaged_checkpoint_is_one_line(damage: str, root: Path, smoke: Callable[..., Params]) -> None:
+    train(smoke(training={"steps": 1}), "cosine", root)
+    folder = root / "models/cosine"
+    about = json.loads((folder / "model.json").read_text())
+    weights = folder / "model.safetensors"
+    if damage == "weights":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif damage == "json":
+        (folder / "model.json").write_text("{")
+    elif damage == "format":
+        (folder / "model.json").write_text(json.dumps({**about, "format": 99}))
+    elif damage == "shape":
+        (folder / "model.json").write_text(json.dumps({**about, "network": {**about["network"], "channels": 24}}))
+    else:
+        weights.unlink()
+    with pytest.raises(InputError) as caught:
+        checkpoint.load(folder)
+    assert "\n" not in str(caught.value) and "cosine" in str(caught.value)
+
+
+def test_the_checkpoint_holds_the_average(root: Path, smoke: Callable[..., Params]) -> None:
+    train(smoke(training={"steps": 8}), "cosine", root)
+    state = load_file(sorted((root / ".cache/training").glob("*/*.safetensors"))[-1])
+    for name, tensor in load_file(root / "models/cosine/model.safetensors").items():
+        assert torch.equal(tensor, state[f"ema.{name}"])
+        assert np.isfinite(tensor.numpy()).all()

@@ -1,0 +1,78 @@
+"""Noise: the published vectors of Philox, the quantile function, and independence of everything but (seed, image, draw)."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from scipy.special import ndtri
+
+from ddpm.noise import _inverse_normal, gaussian, philox
+
+
+def words(*values: int) -> list[torch.Tensor]:
+    return [torch.tensor([value]) for value in values]
+
+
+def test_philox_known_answers() -> None:
+    """The vectors that come with Random123 (Salmon et al. 2011) for philox4x32 with 10 rounds."""
+    full = 0xFFFFFFFF
+    cases = [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((full,) * 4, (full, full), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ]
+    for counter, key, expected in cases:
+        assert tuple(int(word) for word in philox(words(*counter), key)) == expected
+
+
+def test_inverse_normal_is_the_quantile_function() -> None:
+    u = torch.cat([torch.arange(0, 2**24, 997), torch.tensor([0, 1, 2**23 - 1, 2**23, 2**24 - 1])])
+    z = _inverse_normal(u << 8).double().numpy()
+    truth = ndtri((u.numpy() + 0.5) / 2**24)
+    assert np.abs(z - truth).max() < 2e-6
+
+
+def test_distribution() -> None:
+    z = gaussian(3, range(500), 1, (3, 16, 16))
+    assert stats.kstest(z.flatten().numpy(), "norm").pvalue > 1e-3
+    flat = z.flatten(1)
+    correlation = (flat[:, :-1] * flat[:, 1:]).mean()
+    assert abs(float(correlation)) < 4 / np.sqrt(flat[:, 1:].numel())
+
+
+@given(
+    st.integers(0, 2**64 - 1),
+    st.lists(st.integers(0, 2**40), min_size=1, max_size=6, unique=True),
+    st.integers(0, 5000),
+    st.sampled_from([(1, 8, 8), (3, 5, 7), (2,), (1,)]),
+)
+def test_an_image_alone_has_the_noise_it_has_in_a_batch(
+    seed: int, images: list[int], draw: int, shape: tuple[int, ...]
+) -> None:
+    together = gaussian(seed, images, draw, shape)
+    for row, image in zip(together, images, strict=True):
+        assert torch.equal(gaussian(seed, [image], draw, shape)[0], row)
+
+
+def test_threads_change_nothing() -> None:
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(gaussian(0, range(101), 7, (3, 31, 33)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_seed_image_and_draw_all_matter() -> None:
+    base = gaussian(1, [5], 9, (1, 8, 8))
+    for other in (gaussian(2, [5], 9, (1, 8, 8)), gaussian(1, [6], 9, (1, 8, 8)), gaussian(1, [5], 10, (1, 8, 8))):
+        assert not torch.isclose(base, other).any()
+    assert not torch.equal(gaussian(1 << 40, [5], 9, (4,)), gaussian(0, [5], 9, (4,)))

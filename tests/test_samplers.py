@@ -1,0 +1,227 @@
+"""Samplers with a perfect network, whose mean and variance are known exactly for every step count.
+
+For x_0 ~ N(m, v) the perfect denoiser is linear in x_t, so each step of a sampler maps a Gaussian to a Gaussian by numbers
+that are computed here from the papers' equations, apart from the code under test.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpm import SAMPLERS, SCHEDULES, SPACINGS, TARGETS, Denoiser, NoiseSchedule, sample, trajectory
+from ddpm.denoiser import coefficients
+from ddpm.noise import gaussian
+from ddpm.objective import Objective
+from ddpm.timesteps import network_times
+
+MEAN, VARIANCE = 0.4, 0.25
+
+
+def perfect(schedule: NoiseSchedule, target: str = "eps", clip: bool = False) -> Denoiser:
+    """E[x_0 | x_t] for x_0 ~ N(MEAN, VARIANCE), wrapped as a network for `target`."""
+
+    def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        times = t.double().view(-1, *[1] * (x.ndim - 1))
+        a, s, c_skip, c_out = coefficients(schedule, target, times)
+        gain = a * VARIANCE / (a**2 * VARIANCE + s**2)
+        x0_hat = MEAN + gain * (x.double() - a * MEAN)
+        return ((x0_hat - c_skip * x.double()) / c_out).to(x.dtype)
+
+    return Denoiser(net, schedule, target, clip)
+
+
+def propagate(
+    schedule: NoiseSchedule, times: list[float], kind: str, variance: str = "", eta: float = 0.0
+) -> tuple[float, float]:
+    """Mean and variance after all steps, from the textbook form of each update."""
+    alpha_bar = [*schedule.log_alpha_bar_at(torch.tensor(times)).exp().tolist(), 1.0]
+    mean, var = 0.0, 1.0
+    for now, to in itertools.pairwise(alpha_bar):
+        # x0_hat = g x + h
+        g = math.sqrt(now) * VARIANCE / (now * VARIANCE + 1 - now)
+        h = MEAN - g * math.sqrt(now) * MEAN
+        if kind == "ddpm":  # eq. 7 of Ho et al. with beta of the respaced chain
+            alpha = now / to
+            on_x0 = math.sqrt(to) * (1 - alpha) / (1 - now)
+            on_x = math.sqrt(alpha) * (1 - to) / (1 - now)
+            added = (1 - alpha) * (1 if variance == "fixed_large" else (1 - to) / (1 - now)) if to < 1 else 0.0
+        else:  # eq. 12 of Song et al.: sqrt(to) x0 + sqrt(1 - to - sigma^2) eps + sigma z
+            added = eta**2 * (1 - to) / (1 - now) * (1 - now / to)
+            on_eps = math.sqrt(max(1 - to - added, 0)) / math.sqrt(1 - now)
+            on_x0, on_x = math.sqrt(to) - on_eps * math.sqrt(now), on_eps
+        mean = (on_x0 * g + on_x) * mean + on_x0 * h
+        var = (on_x0 * g + on_x) ** 2 * var + added
+    return mean, var
+
+
+ROWS = [
+    ("ddpm", {"variance": "fixed_large"}),
+    ("ddpm", {"variance": "fixed_small"}),
+    ("ddim", {"eta": 0.0}),
+    ("ddim", {"eta": 0.5}),
+    ("ddim", {"eta": 1.0}),
+]
+
+
+def exact_moments(denoiser: Denoiser, spacing: str, steps: int, sampler: str, options: dict) -> tuple[float, float]:
+    """The sampler's own mean and variance, without Monte Carlo: its response to each noise it draws is linear."""
+    draws = steps + 1
+    # Row 0: no noise at all (the mean); row 1: a unit x_T; row 2 + k: a unit k-th draw.
+    x_T = torch.zeros(draws + 1, 1, dtype=torch.float64)
+    x_T[1] = 1
+
+    def noise(k: int) -> torch.Tensor:
+        z = torch.zeros_like(x_T)
+        z[2 + k] = 1
+        return z
+
+    out = sample(denoiser, x_T, sampler=sampler, steps=steps, spacing=spacing, noise=noise, **options)[:, 0]
+    return float(out[0]), float((out[1:] - out[0]).square().sum())
+
+
+@pytest.mark.parametrize("spacing", sorted(SPACINGS))
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize(("sampler", "options"), ROWS)
+def test_moments_for_gaussian_data(sampler: str, options: dict, name: str, spacing: str) -> None:
+    schedule = NoiseSchedule.named(name, 1000)
+    for steps in (1, 2, 7, 50):
+        times = network_times(schedule, steps, spacing).tolist()
+        expected = propagate(schedule, times, sampler, **options)
+        # x0 avoids eps' division by a vanishing a; float64 through and through.
+        assert exact_moments(perfect(schedule, "x0"), spacing, steps, sampler, options) == pytest.approx(
+            expected, rel=1e-6
+        ), steps
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_every_target_gives_the_same_images(target: str) -> None:
+    schedule = NoiseSchedule.named("linear", 1000)
+    x_T = gaussian(0, range(64), 0, (3,)).double()
+    straight = sample(perfect(schedule, "x0"), x_T, steps=20, spacing="trailing")
+    assert torch.allclose(sample(perfect(schedule, target), x_T, steps=20, spacing="trailing"), straight, atol=1e-4)
+
+
+def test_the_bias_of_ddim_at_full_length() -> None:
+    """At T = S = 1000 DDIM's gain on the linear schedule gives 0.994 v for v = 0.25... from the exact recursion."""
+    schedule = NoiseSchedule.named("linear", 1000)
+    _, var = exact_moments(perfect(schedule, "x0"), "leading", 1000, "ddim", {"eta": 0.0})
+    _, truth = propagate(schedule, network_times(schedule, 1000, "leading").tolist(), "ddim")
+    assert var == pytest.approx(truth, rel=1e-9)
+    assert 0.98 < var / VARIANCE < 1.0
+
+
+def test_full_ancestral_chain_reaches_the_data() -> None:
+    """With both the lower and the upper variance bound of Ho et al. the data's variance lies between the results."""
+    schedule = NoiseSchedule.named("linear", 1000)
+    small = exact_moments(perfect(schedule, "x0"), "leading", 1000, "ddpm", {"variance": "fixed_small"})
+    large = exact_moments(perfect(schedule, "x0"), "leading", 1000, "ddpm", {"variance": "fixed_large"})
+    assert small[0] == pytest.approx(MEAN, rel=1e-3) and large[0] == pytest.approx(MEAN, rel=1e-3)
+    assert small[1] < VARIANCE < large[1]
+    assert small[1] == pytest.approx(VARIANCE, rel=0.02) and large[1] == pytest.approx(VARIANCE, rel=0.02)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 60), st.sampled_from(["leading", "trailing", "quadratic"]), st.integers(0, 1000))
+def test_ddim_with_eta_one_is_ddpm_with_fixed_small(steps: int, spacing: str, seed: int) -> None:
+    denoiser = perfect(NoiseSchedule.named("cosine", 1000), "v")
+    x_T = gaussian(seed, range(4), 0, (5,)).double()
+
+    def noise(k: int) -> torch.Tensor:
+        return gaussian(seed, range(4), k + 1, (5,)).double()
+
+    ours = sample(denoiser, x_T, "ddim", steps, spacing, noise, eta=1.0)
+    theirs = sample(denoiser, x_T, "ddpm", steps, spacing, noise, variance="fixed_small")
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_diffusers_agrees() -> None:
+    """diffusers' DDPM and DDIM schedulers, where they are right: leading spacing with S dividing T, eps, no clipping."""
+    diffusers = pytest.importorskip("diffusers")
+    schedule = NoiseSchedule.named("linear", 1000)
+    denoiser = perfect(schedule, "eps")
+    x_T = gaussian(1, range(8), 0, (3,))
+    common = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 2e-2, "clip_sample": False}
+
+    def run(scheduler, **options) -> torch.Tensor:
+        scheduler.set_timesteps(50)
+        x = x_T
+        for t in scheduler.timesteps:
+            x = scheduler.step(denoiser.net(x, t.expand(len(x))), t, x, **options).prev_sample
+        return x
+
+    theirs = run(diffusers.DDIMScheduler(**common, set_alpha_to_one=True), eta=0.0)
+    assert torch.allclose(sample(denoiser, x_T, "ddim", 50), theirs, atol=2e-3)
+    drawn: list[torch.Tensor] = []
+    original = torch.randn
+    for variance in ("fixed_small", "fixed_large"):
+        drawn.clear()
+        scheduler = diffusers.DDPMScheduler(**common, variance_type=variance)
+        scheduler.set_timesteps(50)
+        generator = torch.Generator().manual_seed(5)
+        x = x_T
+        for t in scheduler.timesteps:
+            x = scheduler.step(denoiser.net(x, t.expand(len(x))), t, x, generator=generator).prev_sample
+        again = torch.Generator().manual_seed(5)
+        ours = sample(
+            denoiser, x_T, "ddpm", 50, noise=lambda k, g=again: original(x_T.shape, generator=g), variance=variance
+        )
+        assert torch.allclose(ours, x, atol=2e-3), variance
+
+
+def test_clipping_acts_on_x0_and_eps_is_derived_again() -> None:
+    schedule = NoiseSchedule.named("linear", 1000)
+    denoiser = Denoiser(lambda x, t: torch.zeros_like(x), schedule, "eps", clip=True)  # x0_hat = x / a, clipped
+    x_T = torch.tensor([[3.0]], dtype=torch.float64)
+    (first, *_) = trajectory(denoiser, x_T, "ddim", 10, "trailing")
+    now, to = (float(schedule.alpha_bar[t + 1]) for t in (999, 899))
+    eps = (3.0 - math.sqrt(now) * 1.0) / math.sqrt(1 - now)
+    assert float(first.x) == pytest.approx(math.sqrt(to) * 1.0 + math.sqrt(1 - to) * eps)
+    assert float(first.x0_hat) == 1.0
+
+
+def test_evaluations_are_counted() -> None:
+    denoiser = perfect(NoiseSchedule.named("linear", 1000))
+    for sampler in SAMPLERS:
+        states = list(trajectory(denoiser, torch.zeros(1, 1), sampler, 9, "trailing"))
+        assert len(states) == 9 and states[-1].evaluations == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "euler_maruyama"}, "no sampler"),
+        ({"sampler": "ddim", "spacing": "cubic"}, "no spacing"),
+        ({"sampler": "ddim", "variance": "fixed_large"}, "takes no variance"),
+        ({"sampler": "ddpm", "eta": 0.5}, "takes no eta"),
+        ({"sampler": "ddpm", "variance": "learned"}, "no variance"),
+        ({"sampler": "ddim", "eta": 1.5}, "must lie in"),
+        ({"sampler": "ddim", "steps": 0}, "at least 1"),
+    ],
+)
+def test_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(perfect(NoiseSchedule.named("linear", 1000)), torch.zeros(1, 1), **options)
+
+
+@given(st.sampled_from(sorted(TARGETS)), st.sampled_from(sorted(SCHEDULES)), st.integers(0, 2**32))
+@settings(deadline=None)
+def test_x0_to_x_t_to_target_to_x0(target: str, name: str, seed: int) -> None:
+    schedule = NoiseSchedule.named(name, 100)
+    generator = torch.Generator().manual_seed(seed)
+    x_0 = torch.rand(4, 1, 2, 2, generator=generator) * 2 - 1
+    eps = torch.randn(4, 1, 2, 2, generator=generator)
+    t = torch.randint(100, (4,), generator=generator)
+    x_t, wanted = Objective.of(schedule, target).pair(x_0, t, eps)
+    a = (schedule.log_alpha_bar_at(t) / 2).exp()
+    back = Denoiser(lambda x, times: wanted, schedule, target)(x_t, t)
+    assert float((back - x_0).abs().max() * a.min()) < 1e-5  # eps is known to 1e-7, so x_0 to 1e-7 / a
+
+
+def test_eps_is_refused_where_nothing_of_the_image_is_left() -> None:
+    schedule = NoiseSchedule(torch.full((2000,), 0.9))  # alpha_bar underflows to zero
+    with pytest.raises(ValueError, match="alpha_bar = 0"):
+        Denoiser(lambda x, t: x, schedule, "eps")(torch.zeros(1, 1), 1999.0)

@@ -1,0 +1,141 @@
+"""Schedules against the closed forms and against values computed with 60 digits."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddpm import SCHEDULES, SPACINGS, NoiseSchedule
+from ddpm.timesteps import network_times
+
+# 60-digit arithmetic at T = 1000, rounded.
+TABLE = {
+    "scaled_linear": {
+        "first": 1e-4, "last": 0.02, "sum": 7.174285997747,
+        1: 0.9999, 250: 0.8215213423020, 500: 0.3331877673563, 750: 0.03860551176353, 1000: 7.334124595808e-4,
+        "prior": 1.324554138967e-4,
+    },
+    "cosine": {
+        "first": 4.128422482178e-5, "last": 0.999, "sum": 12.44149641706,
+        1: 0.9999587157752, 250: 0.8470121613269, 500: 0.4938435904406, 750: 0.1442721023857, 1000: 2.428766907034e-9,
+        "prior": 4.379962486593e-10,
+    },
+    "linear": {
+        "first": 1e-4, "last": 0.02, "sum": 10.05,
+        1: 0.9999, 250: 0.5240853738254, 500: 0.07858724288178, 750: 0.003350550438937, 1000: 4.035829765376e-5,
+        "prior": 7.278676963885e-6,
+    },
+    "sqrt": {
+        "first": 0.01, "last": 0.1414213562373, "sum": 94.70208911996,
+        1: 0.99, 250: 4.165461994755e-6, 500: 6.119132095327e-16, 750: 8.164426658268e-29, 1000: 3.223280879377e-44,
+        "prior": 5.8e-45,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_tables(name: str) -> None:
+    schedule, truth = NoiseSchedule.named(name, 1000), TABLE[name]
+    assert schedule.T == 1000
+    assert schedule.betas.dtype == schedule.alpha_bar.dtype == torch.float64
+    assert float(schedule.betas[0]) == pytest.approx(truth["first"], rel=1e-11)
+    assert float(schedule.betas[-1]) == pytest.approx(truth["last"], rel=1e-11)
+    assert float(schedule.betas.sum()) == pytest.approx(truth["sum"], rel=1e-11)
+    assert float(schedule.alpha_bar[0]) == 1.0
+    for t in (1, 250, 500, 750, 1000):
+        assert float(schedule.alpha_bar[t]) == pytest.approx(truth[t], rel=1e-10), t
+
+
+def test_scaled_linear_with_ten_steps() -> None:
+    schedule = NoiseSchedule.named("scaled_linear", 10)
+    alphas = [0.9999, 0.9994, 0.9985, 0.9971, 0.9953, 0.9931, 0.9905, 0.9874, 0.9839, 0.9800]
+    assert (1 - schedule.betas).tolist() == pytest.approx(alphas, abs=5e-5)
+    assert float(schedule.alpha_bar[10]) == pytest.approx(0.92736, abs=5e-6)
+    assert float(NoiseSchedule.named("cosine", 10).alpha_bar[10]) == pytest.approx(2.4e-5, rel=0.02)
+    assert float(NoiseSchedule.named("linear", 250).alpha_bar[250]) == pytest.approx(0.08, abs=0.005)
+
+
+def test_diffusers_agrees() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    for ours, theirs in (("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")):
+        scheduler = diffusers.DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=theirs)
+        schedule = NoiseSchedule.named(ours, 1000)
+        assert torch.allclose(schedule.betas, scheduler.betas.double(), rtol=2e-4, atol=0)
+        assert torch.allclose(schedule.alpha_bar[1:], scheduler.alphas_cumprod.double(), rtol=2e-3, atol=0)
+
+
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(2, 2000))
+def test_alpha_bar_falls_from_one(name: str, steps: int) -> None:
+    alpha_bar = NoiseSchedule.named(name, steps).alpha_bar
+    assert float(alpha_bar[0]) == 1 and bool((alpha_bar.diff() < 0).all()) and float(alpha_bar[-1]) > 0
+
+
+@given(st.sampled_from(sorted(SCHEDULES)), st.floats(-1, 999))
+def test_times_and_levels_are_inverse(name: str, t: float) -> None:
+    schedule = NoiseSchedule.named(name, 1000)
+    level = schedule.log_alpha_bar_at(t)
+    assert float(schedule.time_at(level)) == pytest.approx(t, abs=1e-6)
+    below, above = math.floor(t), math.ceil(t)
+    between = np.interp(t, [below, above], schedule.log_alpha_bar[[below + 1, above + 1]].numpy())
+    assert float(level) == pytest.approx(float(between), rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NoiseSchedule.named("exponential"), "no schedule"),
+        (lambda: NoiseSchedule.named("linear", 0), "at least 1"),
+        (lambda: NoiseSchedule.named("linear", 10, s=0.1), "does not take s"),
+        (lambda: NoiseSchedule.named("linear", 10, start=0.0), "must lie in"),
+        (lambda: NoiseSchedule.named("linear", 10, end=1.5), "must lie in"),
+        (lambda: NoiseSchedule(torch.tensor([0.1, math.nan])), "must lie in"),
+        (lambda: NoiseSchedule(torch.zeros(2, 2)), "vector"),
+        (lambda: NoiseSchedule.named("linear").log_alpha_bar_at(1000.0), "must lie in"),
+    ],
+)
+def test_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_spacings_by_hand() -> None:
+    schedule = NoiseSchedule.named("linear", 1000)
+    times = {spacing: network_times(schedule, 4, spacing).tolist() for spacing in SPACINGS}
+    assert times["leading"] == [750, 500, 250, 0]
+    assert times["trailing"] == [999, 749, 499, 249]
+    assert times["linspace"] == [999, 666, 333, 0]
+    root = math.sqrt(800)
+    assert times["quadratic"] == pytest.approx([800, (2 * root / 3) ** 2, (root / 3) ** 2, 0])
+    # S that doesn't divide T: still S times; half to even in trailing.
+    assert network_times(schedule, 3, "leading").tolist() == [666, 333, 0]
+    assert network_times(NoiseSchedule.named("linear", 5), 2, "trailing").tolist() == [4, 1]  # round(2.5) = 2
+
+
+def test_noise_level_spacings() -> None:
+    schedule = NoiseSchedule.named("cosine", 1000)
+    levels = schedule.log_alpha_bar_at(network_times(schedule, 9, "logsnr"))
+    log_snr = levels - torch.log(-torch.expm1(levels))
+    assert torch.allclose(log_snr.diff(), log_snr.diff().mean().expand(8), rtol=1e-6)
+    levels = schedule.log_alpha_bar_at(network_times(schedule, 9, "karras"))
+    ramp = (torch.exp(-levels) - 1).sqrt() ** (1 / 7)
+    assert torch.allclose(ramp.diff(), ramp.diff().mean().expand(8), rtol=1e-6)
+    for spacing in ("logsnr", "karras"):
+        ends = network_times(schedule, 9, spacing)[[0, -1]]
+        assert ends.tolist() == pytest.approx([999, 0], abs=1e-9)
+
+
+@given(st.sampled_from(sorted(SPACINGS)), st.sampled_from(sorted(SCHEDULES)), st.integers(1, 300))
+def test_times_fall_within_range(spacing: str, name: str, steps: int) -> None:
+    times = network_times(NoiseSchedule.named(name, 1000), steps, spacing)
+    assert len(times) == steps and bool((times.diff() < 0).all())
+    assert float(times[-1]) >= 0 and float(times[0]) <= 999
+    if steps == 1:
+        assert times.tolist() == [999]
+
+
+def test_too_many_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="times repeat"):
+        network_times(NoiseSchedule.named("linear", 10), 11, "leading")

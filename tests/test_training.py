@@ -1,0 +1,145 @@
+"""Training: the loss of a perfect network, Adam and EMA by hand, epochs, and resuming bit for bit."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ddpm import NoiseSchedule, UNet
+from ddpm.objective import Objective
+from ddpm.training import TrainingState, _indices, fit, scaled
+
+
+def images(count: int = 20) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+def small_state(dropout: float = 0.0) -> TrainingState:
+    torch.manual_seed(0)
+    return TrainingState(UNet(1, 8, 8, (1, 2), 1, (4,), dropout=dropout))
+
+
+def steps(state: TrainingState, count: int, **options) -> list:
+    settings = {"batch": 6, "learning_rate": 1e-2, "seed": 3, "warmup": 3, **options}
+    schedule = NoiseSchedule.named("cosine", 50)
+    return list(itertools.islice(fit(state, images(), Objective.of(schedule, "eps"), **settings), count))
+
+
+def test_scaled() -> None:
+    assert scaled(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("target", ["eps", "x0", "v"])
+def test_loss_of_the_perfect_network_for_gaussian_data(target: str) -> None:
+    """For x_0 ~ N(0, v): Var[x_0 | x_t] = v s^2 / (a^2 v + s^2), which each target scales by the square of its slope."""
+    schedule, v, t = NoiseSchedule.named("linear", 1000), 0.25, 300
+    objective = Objective.of(schedule, target)
+    a, s = float(schedule.alpha_bar[t + 1].sqrt()), float((1 - schedule.alpha_bar[t + 1]).sqrt())
+    generator = torch.Generator().manual_seed(0)
+    x_0 = math.sqrt(v) * torch.randn(4000, 1, 8, 8, generator=generator)
+    eps = torch.randn(x_0.shape, generator=generator)
+
+    def net(x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        x0_hat = x * a * v / (a**2 * v + s**2)
+        eps_hat = (x - a * x0_hat) / s
+        return {"eps": eps_hat, "x0": x0_hat, "v": a * eps_hat - s * x0_hat}[target]
+
+    posterior = v * s**2 / (a**2 * v + s**2)
+    error = {"eps": (a / s) ** 2, "x0": 1.0, "v": (a**2 / s + s) ** 2}[target] * posterior
+    losses = objective.losses(net, x_0, torch.full((4000,), t), eps)
+    assert float(losses.mean()) == pytest.approx(error, rel=0.01)
+
+
+def test_every_epoch_is_a_permutation() -> None:
+    seen = torch.cat([_indices(20, 6, step, seed=1) for step in range(10)])
+    for epoch in seen.view(3, 20):
+        assert sorted(epoch.tolist()) == list(range(20))
+    assert not torch.equal(seen[:20], seen[20:40])
+    assert len(_indices(4, 11, 0, seed=1)) == 11  # a batch larger than the dataset
+
+
+def test_warm_up_and_clipping() -> None:
+    done = steps(small_state(), 6)
+    assert [step.learning_rate for step in done] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+    # Adam's first step moves each weight by lr g / (|g| + eps'): clipping the norm to almost nothing must show.
+    free, clipped = small_state(), small_state()
+    start = [parameter.clone() for parameter in free.net.parameters()]
+    steps(free, 1)
+    steps(clipped, 1, clip=1e-9)
+    moved = [
+        sum(float((now - then).detach().abs().sum()) for now, then in zip(state.net.parameters(), start, strict=True))
+        for state in (free, clipped)
+    ]
+    assert moved[1] < moved[0] / 10
+
+
+def test_the_average_by_hand() -> None:
+    state = small_state()
+    weights = [next(state.net.parameters()).detach().clone()]
+    training = fit(
+        state,
+        images(),
+        Objective.of(NoiseSchedule.named("linear", 50), "eps"),
+        batch=6,
+        learning_rate=1e-2,
+        seed=3,
+        ema=0.3,
+    )
+    for _ in range(8):
+        next(training)
+        weights.append(next(state.net.parameters()).detach().clone())
+    average = weights[0]
+    for k, weight in enumerate(weights[1:]):
+        decay = min(0.3, (1 + k) / (10 + k))
+        average = decay * average + (1 - decay) * weight
+    assert torch.allclose(next(state.ema.parameters()), average, atol=1e-7)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_stopping_and_going_on_is_training_straight_through(dropout: float) -> None:
+    straight = small_state(dropout)
+    whole = steps(straight, 9)
+    first = small_state(dropout)
+    steps(first, 4)
+    second = small_state(dropout)
+    second.load(first.step, first.tensors())
+    rest = steps(second, 5)
+    assert [float(step.loss) for step in rest] == [float(step.loss) for step in whole[4:]]
+    for name, tensor in straight.tensors().items():
+        assert torch.equal(second.tensors()[name], tensor), name
+
+
+def test_a_state_of_another_network_is_refused() -> None:
+    other = TrainingState(UNet(1, 8, 16, (1, 2), 1, (4,)))
+    with pytest.raises(ValueError, match="another network"):
+        small_state().load(1, other.tensors())
+
+
+def test_flips_mirror_about_half_of_the_images() -> None:
+    """A network that records what it sees, on images whose left half is dark."""
+    picture = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
+    picture[..., 2:] = 255
+    seen = []
+
+    class Recorder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            seen.append(x.detach())
+            return x * self.weight
+
+    clean = Objective(*(torch.tensor([value]) for value in (1.0, 0.0, 0.0, 1.0)))  # x_t = x_0
+    next(fit(TrainingState(Recorder()), picture, clean, batch=200, learning_rate=0.0, seed=0, flip=True))
+    mirrored = (seen[0][:, 0, 0, 0] > 0).float().mean()
+    assert 0.35 < float(mirrored) < 0.65
+    assert bool((seen[0][:, 0, :, 0] != seen[0][:, 0, :, 3]).all())
+
+
+def test_training_learns() -> None:
+    state = small_state()
+    done = steps(state, 150, batch=16, learning_rate=3e-3)
+    assert float(sum(step.loss for step in done[-20:])) < 0.8 * float(sum(step.loss for step in done[:20]))

@@ -1,0 +1,92 @@
+"""The network against the paper's parameter count, diffusers' layer by layer count, and its own symmetries."""
+
+import pytest
+import torch
+
+from ddpm import UNet
+from ddpm.unet import groups, time_embedding
+
+
+def parameters(net: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def lively(net: torch.nn.Module) -> torch.nn.Module:
+    """Random weights everywhere, also where training starts from zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05 + 0.01)
+    return net.eval()
+
+
+def test_the_papers_network_has_35_7_million_parameters() -> None:
+    assert parameters(UNet(dropout=0.1)) == 35_746_307
+
+
+@pytest.mark.parametrize(
+    ("channels", "multipliers", "blocks", "attention"),
+    [(128, (1, 2, 2, 2), 2, (16,)), (32, (1, 2), 1, (16,)), (64, (1, 1, 2), 3, (32, 8)), (32, (1, 2, 4), 2, ())],
+)
+def test_diffusers_counts_the_same(channels: int, multipliers: tuple, blocks: int, attention: tuple) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    sides = [32 // 2**level for level in range(len(multipliers))]
+    theirs = diffusers.UNet2DModel(
+        sample_size=32,
+        block_out_channels=[channels * multiplier for multiplier in multipliers],
+        layers_per_block=blocks,
+        down_block_types=["AttnDownBlock2D" if side in attention else "DownBlock2D" for side in sides],
+        up_block_types=["AttnUpBlock2D" if side in attention else "UpBlock2D" for side in reversed(sides)],
+        attention_head_dim=None,
+        norm_num_groups=groups(channels),
+    )
+    assert parameters(UNet(3, 32, channels, multipliers, blocks, attention)) == parameters(theirs)
+
+
+def test_the_digits_network_is_half_a_million_or_more() -> None:
+    assert 5e5 < parameters(UNet(1, 8, 32, (1, 2), 1, (4,))) < 1e6
+
+
+def test_time_embedding_by_hand() -> None:
+    embedding = time_embedding(torch.tensor([0.0, 3.0]), 6)
+    frequencies = torch.tensor([1.0, 10_000**-0.5, 10_000**-1.0])
+    assert torch.allclose(embedding[0], torch.tensor([0.0, 0, 0, 1, 1, 1]))
+    assert torch.allclose(embedding[1], torch.cat([(3 * frequencies).sin(), (3 * frequencies).cos()]))
+
+
+def test_it_starts_by_predicting_zero() -> None:
+    net = UNet(1, 8, 32, (1, 2), 1, (4,))
+    assert torch.equal(net(torch.randn(2, 1, 8, 8), torch.tensor([0.0, 500.0])), torch.zeros(2, 1, 8, 8))
+
+
+def test_images_of_a_batch_do_not_mix_and_memory_format_changes_nothing() -> None:
+    net = lively(UNet(3, 16, 32, (1, 2), 1, (8,), heads=2))
+    x, t = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 10.5, 999.0])
+    with torch.no_grad():
+        together = net(x, t)
+        assert float(together.std()) > 0.01
+        for i in range(3):
+            assert torch.allclose(net(x[i : i + 1], t[i : i + 1])[0], together[i], atol=1e-5)
+        assert torch.allclose(net.to(memory_format=torch.channels_last)(x, t), together, atol=1e-5)
+
+
+def test_time_and_position_matter() -> None:
+    net = lively(UNet(1, 8, 32, (1, 2), 1, (4,)))
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert not torch.allclose(net(x, torch.tensor([1.0])), net(x, torch.tensor([2.0])), atol=1e-4)
+        assert not torch.allclose(net(x.flip(-1), torch.tensor([1.0])).flip(-1), net(x, torch.tensor([1.0])), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attention": (7,)}, "never occurs"),
+        ({"image_size": 30}, "cannot be halved"),
+        ({"channels": 12}, "multiple of 8"),
+        ({"heads": 7}, "must divide"),
+    ],
+)
+def test_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UNet(**arguments)
