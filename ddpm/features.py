@@ -99,7 +99,7 @@ def extract(
 ) -> NDArray[np.float32]:
     """uint8 [N, 1 or 3, H, W] -> float32 [N, layer]. Grey images count as three equal channels.
 
-    batch: images that go to the device at once; no feature depends on it. progress is told how many are done.
+    batch: images that go to the device at once; features depend on it by rounding at most. progress is told how many are done.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"expected uint8 images N,C,H,W with 1 or 3 channels, found {images.dtype} {images.shape}")
@@ -256,7 +256,7 @@ def _digest(state: State) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.contiguous().numpy()))
+        digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
 
 

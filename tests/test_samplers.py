@@ -106,12 +106,12 @@ def test_every_target_gives_the_same_images(target: str) -> None:
 
 
 def test_the_bias_of_ddim_at_full_length() -> None:
-    """At T = S = 1000 DDIM's gain on the linear schedule gives 0.994 v for v = 0.25... from the exact recursion."""
+    """The last step to alpha_bar = 1 and a start that is not quite noise leave 0.6% of the variance behind."""
     schedule = NoiseSchedule.named("linear", 1000)
     _, var = exact_moments(perfect(schedule, "x0"), "leading", 1000, "ddim", {"eta": 0.0})
     _, truth = propagate(schedule, network_times(schedule, 1000, "leading").tolist(), "ddim")
     assert var == pytest.approx(truth, rel=1e-9)
-    assert 0.98 < var / VARIANCE < 1.0
+    assert var / VARIANCE == pytest.approx(0.994, abs=1e-3)
 
 
 def test_full_ancestral_chain_reaches_the_data() -> None:
@@ -187,7 +187,7 @@ def test_evaluations_are_counted() -> None:
     denoiser = perfect(NoiseSchedule.named("linear", 1000))
     for sampler in SAMPLERS:
         states = list(trajectory(denoiser, torch.zeros(1, 1), sampler, 9, "trailing"))
-        assert len(states) == 9 and states[-1].evaluations == 9
+        assert len(states) == 9 and states[-1].evaluations == (17 if sampler == "heun" else 9)
 
 
 @pytest.mark.parametrize(

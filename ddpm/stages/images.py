@@ -61,7 +61,7 @@ def shown(name: str) -> str:
 
 def offenders(where: str, what: str, faults: list[Fault], advice: str = ADVICE) -> InputError:
     """Names the first three, and says how many more there are."""
-    named = ", ".join(f"{shown(name)} ({reason})" for name, reason in faults[:3])
+    named = ", ".join(f"{shown(name)} ({reason})" for name, reason in sorted(faults)[:3])
     more = f" and {len(faults) - 3:,} more" if len(faults) > 3 else ""
     return InputError(f"{where}: {what}: {named}{more}; {advice}")
 
@@ -319,6 +319,8 @@ def _fitted(picture: Image.Image, side: int, fit: str) -> Image.Image:
     if fit == "crop":
         return ImageOps.fit(picture, (side, side), best)
     if fit == "pad":
+        if min(width, height) * side < max(width, height):
+            raise _Refused(f"{width}x{height} is less than a pixel high or wide when it is scaled to {side}")
         return ImageOps.pad(picture, (side, side), best, color=0)
     if fit == "resize":
         return picture.resize((side, side), best)
@@ -329,7 +331,7 @@ def _fitted(picture: Image.Image, side: int, fit: str) -> Image.Image:
 
 
 def _in_processes(work: Callable[[range], list[Fault]], count: int, done: Callable[[int], None]) -> list[Fault]:
-    """Runs `work` on all blocks of range(count), in forked processes where the system has them; faults in order."""
+    """Runs `work` on all blocks of range(count), in forked processes where the system has them."""
     blocks = [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
     workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS, len(blocks)) if hasattr(os, "sched_getaffinity") else 1
     results = _forked(work, blocks, workers) if workers > 1 else ((block, work(block)) for block in blocks)
@@ -338,7 +340,7 @@ def _in_processes(work: Callable[[range], list[Fault]], count: int, done: Callab
         finished += len(block)
         faults.extend(found)
         done(finished)
-    return sorted(faults)
+    return faults
 
 
 def _forked(

@@ -28,10 +28,11 @@ def prepare(params: Params, root: Path = Path(), report: Report = silent) -> dic
     source = datasets.open_source(params.data, params.seed, root, report)
     if source.counts[0] == 0:
         raise InputError(f"{params.data.path}: no training images: add some, or lower data.test_fraction")
+    total = sum(source.counts)
+    report(Progress(0, total, "images"))
     with store.writing_dataset(root, source.shape, source.counts, source.labels, preview) as dataset:
         source.fill(dataset.train, dataset.test)
         dataset.about.update(_about(source, dataset))
-    total = sum(source.counts)
     report(Progress(total, total, "images", message=_summary(source)))
     return dataset.about
 

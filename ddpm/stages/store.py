@@ -284,9 +284,36 @@ def read_samples(path: Path) -> tuple[Images, int]:
     return images, evaluations
 
 
+def read_evaluations(path: Path) -> int:
+    """The network evaluations of a sample set, without its images. Raises InputError."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return int(archive["evaluations"])
+    except Exception as error:  # noqa: BLE001 - numpy and zipfile raise a dozen types on a damaged archive
+        raise InputError(f"{path}: not a sample set: {error}; make it again with `ddpm sample {path.stem}`") from None
+
+
 @contextmanager
 def scratch_array(path: Path, shape: tuple[int, ...]) -> Iterator[Images]:
     """A uint8 array on disk beside `path`, gone when the block ends: memory stays bounded whatever its size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as file:
         yield np.memmap(file, np.uint8, mode="w+", shape=shape)
+
+
+# Cached arrays.
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Named arrays in one file, with a checksum for each."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """What write_arrays wrote. Raises InputError when the file is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except Exception as error:  # noqa: BLE001 - numpy and zipfile raise a dozen types on a damaged archive
+        raise InputError(f"{path}: not readable: {error}") from None

@@ -9,14 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
 
 BATCH = 128
 MOST = 100_000  # images a row
 
 
-class ImageModel(mlflow.pyfunc.PythonModel):
+class ImageModel(PythonModel):
     """A checkpoint and the sampler settings that earned its promotion."""
 
     def load_context(self, context: Any) -> None:
@@ -31,8 +33,10 @@ class ImageModel(mlflow.pyfunc.PythonModel):
 
     def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
         """-> uint8 [N, C, H, W]. Raises ValueError for a sampler, a number of steps or of images that cannot be."""
-        rows = model_input.to_dict("records")
-        return np.concatenate([self._images(**{key: row[key] for key in row if row[key] == row[key]}) for row in rows])
+        given = (
+            {key: value for key, value in row.items() if not pd.isna(value)} for row in model_input.to_dict("records")
+        )
+        return np.concatenate([self._images(**row) for row in given])
 
     def _images(
         self, n: int, seed: int | None = None, steps: int | None = None, sampler: str | None = None
@@ -58,4 +62,4 @@ class ImageModel(mlflow.pyfunc.PythonModel):
         return images
 
 
-mlflow.models.set_model(ImageModel())
+set_model(ImageModel())

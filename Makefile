@@ -1,0 +1,79 @@
+# `make help` lists what there is. Every target does the set-up it needs, once.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test proof up ui check clean lock
+
+UV := uv==0.13.9
+INSTALLED := .venv/installed
+PYTHON ?= $(shell for python in python3.11 python3 python; do \
+	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+PIP := .venv/bin/uv pip install --python .venv/bin/python --no-deps
+
+export PREFECT_PORT ?= 4200
+export MLFLOW_PORT ?= 5000
+# Nothing reports home; Prefect and DVC read the same from prefect.toml and .dvc/config when they run without make.
+export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+# Without this MLflow's server starts ten more processes, which outlive it.
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
+# Imports take two to three times as long where bytecode is not kept.
+unexport PYTHONDONTWRITEBYTECODE
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'variables: RECIPE=smoke (demo), PREFECT_PORT, MLFLOW_PORT (up, ui), TORCH_INDEX=<address of a package index> (another'
+	@echo '           torch, such as the smaller CPU-only one), PYTHON=<interpreter> (3.11 or newer)'
+
+demo: $(INSTALLED) ## the whole pipeline on real digits, from data to a promoted model, in a few minutes
+	@$(RUN) python -m flows $(if $(RECIPE),--recipe $(RECIPE))
+
+test: $(INSTALLED) ## the tests (15 minutes at most)
+	@$(RUN) pytest -n 2 --dist loadgroup -m 'not proof'
+
+proof: $(INSTALLED) ## the slow proofs
+	@$(RUN) pytest -m proof
+
+up: $(INSTALLED) ## Prefect server, MLflow server and a worker, until Ctrl-C
+	@$(RUN) python -m flows.up
+
+ui: $(INSTALLED) ## MLflow's pages alone
+	@$(RUN) mlflow server --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1 \
+		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+
+check: $(INSTALLED) ## format, lint, types, imports
+	@$(RUN) ruff format --check
+	@$(RUN) ruff check
+	@$(RUN) mypy
+	@$(RUN) lint-imports
+
+clean: ## remove outputs and caches; DVC's cache, MLflow's and Prefect's records and .venv stay
+	rm -rf dataset models samples metrics report *.run.json
+	rm -rf .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dvc_plots test-output
+	@echo 'kept: .dvc/cache (`dvc checkout` brings the outputs back), mlflow.db, mlruns, .prefect, .venv'
+
+lock: .venv/bin/uv ## bring requirements.lock up to date with pyproject.toml (UPGRADE=1: newest versions)
+	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+		--extra dev $(if $(UPGRADE),--upgrade) pyproject.toml --output-file requirements.lock
+
+.venv/bin/uv:
+	@test -n "$(PYTHON)" || { echo 'make: no Python 3.11 or newer with venv found; name one: make PYTHON=/path/to/python3' >&2; exit 2; }
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check '$(UV)'
+
+# The stamp comes last: an interrupted installation is gone over again.
+$(INSTALLED): requirements.lock pyproject.toml | .venv/bin/uv
+	@rm -f $@
+	@echo 'installing into .venv'
+ifdef TORCH_INDEX
+	@$(PIP) --compile-bytecode --reinstall --default-index '$(TORCH_INDEX)' \
+		$$(grep -oE '^(torch|torchvision)==[^ ]+' requirements.lock)
+	@sed -E '/^(cuda-|nvidia-|torch==|torchvision==|triton==)/,/[^\\]$$/d' requirements.lock >.venv/requirements.txt
+else
+	@cp requirements.lock .venv/requirements.txt
+endif
+	@$(PIP) --compile-bytecode --require-hashes --requirements .venv/requirements.txt
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@

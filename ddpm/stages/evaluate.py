@@ -1,0 +1,118 @@
+"""`evaluate POINT`: samples against the training images -> FID, KID, and what they were computed from.
+
+The protocol, whatever the point: the first `evaluation.images` samples, as uint8, exactly as saved, against as many
+images of the train split, drawn without replacement in an order that never changes (`params.seed` has no say).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from ddpm import features, fidelity
+from ddpm.stages import store
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params, Point
+from ddpm.stages.progress import Progress, Report, silent
+
+KID_SUBSET_SIZE = 1000  # at most half of a set, or the subsets would all be alike
+
+
+def evaluate(params: Params, point: Point, root: Path = Path(), report: Report = silent) -> dict[str, Any]:
+    """Writes metrics/POINT.json and returns its content. Raises InputError."""
+    protocol = params.evaluation
+    torch.set_num_threads(protocol.threads)
+    path = root / store.samples_file(point)
+    samples, evaluations = store.read_samples(path)
+    dataset = store.read_dataset(root)
+    if samples.shape[1:] != dataset.train.shape[1:]:
+        raise InputError(
+            f"{path}: images of shape {list(samples.shape[1:])}, the dataset's are {list(dataset.train.shape[1:])}; "
+            "train and sample again"
+        )
+    samples, real = samples[: protocol.images], reference_images(dataset.train, protocol.images)
+    if min(len(samples), len(real)) < 2:
+        raise InputError(f"{path}: {len(samples)} samples and {len(real)} reference images; a score takes two or more")
+    try:
+        inception = features.load(protocol.layer, root / store.CACHE / "inception", _device(params.compute.device))
+    except features.WeightsError as error:
+        raise InputError(str(error)) from None
+
+    total = len(real) + len(samples)
+
+    def done(count: int, message: str = "") -> None:
+        report(Progress(count, total, "images", message=message))
+
+    real_features, real_statistics = _reference(inception, real, protocol.batch, root / store.CACHE / "features", done)
+    few = len(samples) < protocol.images
+    done(len(real), f"{len(samples)} samples, not {protocol.images}: there are no more" if few else "")
+    fake_features = features.extract(inception, samples, protocol.batch, lambda count: done(len(real) + count))
+    kid, kid_std = fidelity.kid(
+        fake_features, real_features, subset_size=max(2, min(KID_SUBSET_SIZE, len(samples) // 2, len(real) // 2))
+    )
+    scores = {
+        "fid": _rounded(fidelity.fid(fidelity.statistics(fake_features), real_statistics)),
+        "kid": _rounded(kid),
+        "kid_std": _rounded(kid_std),
+        "evaluations": evaluations,
+        "images": len(samples),
+        "reference_images": len(real),
+        "layer": protocol.layer,
+        "reference": dataset.about["sha256"],
+        "extractor": features.EXTRACTOR,
+        "extractor_sha256": inception.sha256,
+        "samples": store.sha256(path),
+    }
+    store.write_json(root / store.metrics_file(point), scores)
+    return scores
+
+
+def reference_images(train: store.Images, count: int) -> store.Images:
+    """`count` images of a split, or all, if it has no more: always the same ones, and more include fewer."""
+    if count >= len(train):
+        return train
+    chosen = np.random.RandomState(0).permutation(len(train))[:count]
+    return train[np.sort(chosen)]
+
+
+def _reference(
+    inception: features.Inception, images: store.Images, batch: int, folder: Path, done: Callable[..., None]
+) -> tuple[fidelity.Features, fidelity.Statistics]:
+    """Features and statistics of the reference images, computed once for their content, the layer and the weights."""
+    content = hashlib.sha256(f"{inception.sha256} {inception.device.type} {images.shape}".encode())
+    content.update(np.ascontiguousarray(images).data)
+    path = folder / f"{features.EXTRACTOR}-{inception.layer}-{content.hexdigest()}.npz"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        done(0, "another process computes the reference features: waiting for it")
+        held = lock.acquire()
+    with held:
+        try:
+            kept = store.read_arrays(path)
+            return kept["features"], fidelity.Statistics(kept["mean"], kept["covariance"])
+        except (InputError, KeyError):
+            done(0, f"reference features: {len(images)} images, once for this dataset")
+        extracted = features.extract(inception, images, batch, done)
+        statistics = fidelity.statistics(extracted)
+        store.write_arrays(path, features=extracted, mean=statistics.mean, covariance=statistics.covariance)
+        return extracted, statistics
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("compute.device is cuda, but torch finds no GPU here; set it to auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _rounded(value: float) -> float:
+    """To 8 digits: the last bits are the processor's, not the samples'."""
+    return float(f"{value:.8g}")

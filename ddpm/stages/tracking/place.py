@@ -1,0 +1,215 @@
+"""Where MLflow's data lie, and how to reach them: store, lock, experiment, and what to say when they cannot be reached."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote, urlsplit
+
+from filelock import FileLock, Timeout
+
+from ddpm.stages import store
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+Say = Callable[[str], None]
+
+CHAMPION = "champion"
+CONNECT_SECONDS = 3.0
+LOCK_SECONDS = 120.0
+
+# Bounded waiting, and quiet. What the user has set stays.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_UV_AUTO_DETECT": "false",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tracking store. artifacts: the folder for new experiments, or None where a server decides."""
+
+    uri: str
+    lock: Path
+    artifacts: Path | None
+
+    @property
+    def shown(self) -> str:
+        """The URI without a password."""
+        return re.sub(r"//[^/@]*@", "//", self.uri)
+
+
+def repo_root(root: Path = Path()) -> Path:
+    """The checkout that `root` belongs to; a temporary experiment of DVC lies in .dvc/tmp/exps of its own."""
+    path = root.resolve()
+    parts = path.parts
+    for index in range(len(parts) - 2):
+        if parts[index : index + 3] == (".dvc", "tmp", "exps"):
+            return Path(*parts[:index])
+    return path
+
+
+def tracking_uri(root: Path = Path()) -> str:
+    """MLFLOW_TRACKING_URI if it is set, else mlflow.db at the root of the checkout."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{quote(str(repo_root(root) / 'mlflow.db'))}"
+
+
+def find_place(root: Path = Path()) -> Place:
+    """The store that `tracking_uri` names, its lock, and where its artifacts go."""
+    uri, home = tracking_uri(root), repo_root(root)
+    lock, artifacts = home / store.CACHE / "mlflow.lock", home / "mlartifacts"
+    scheme, _, rest = uri.partition(":///")
+    if scheme.partition("+")[0] == "sqlite" and rest:
+        file = Path(unquote(rest.partition("?")[0])).resolve()
+        uri = f"{scheme}:///{quote(str(file))}{''.join(rest.partition('?')[1:])}"
+        lock, artifacts = file.with_name(f"{file.name}.lock"), file.parent / "mlartifacts"
+    return Place(uri, lock, None if scheme.partition(":")[0] in ("http", "https") else artifacts)
+
+
+def model_name(params: Params) -> str:
+    """The experiment's and the registered model's: ddpm-DATASET."""
+    return f"ddpm-{params.data.source}"
+
+
+def champion_uri(params: Params) -> str:
+    return f"models:/{model_name(params)}@{CHAMPION}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """An open store and the experiment in it."""
+
+    client: MlflowClient
+    experiment: str
+    place: Place
+
+
+def prepare_store(params: Params, root: Path = Path()) -> str:
+    """Creates the store and the experiment if they are missing, once however many processes ask; gives the experiment's id.
+
+    Raises InputError.
+    """
+    return open_target(params, root).experiment
+
+
+def _import_mlflow() -> None:
+    """The first import of mlflow reads the environment."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import mlflow  # noqa: F401
+
+
+def client_of(where: Place) -> MlflowClient:
+    """Call it under the lock: the first client of a database file migrates it."""
+    _import_mlflow()
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(where.uri, registry_uri=where.uri)
+
+
+def open_target(params: Params, root: Path) -> Target:
+    where, name = find_place(root), model_name(params)
+    require_reachable(where)
+    with plain_errors(where), locked(where):
+        client = client_of(where)
+        return Target(client, _experiment(client, where, name, params.data.source), where)
+
+
+def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        location = (where.artifacts / name).as_uri() if where.artifacts else None
+        tags = {
+            "ddpm.dataset": dataset,
+            "mlflow.experimentKind": "custom_model_development",
+            "mlflow.note.content": f"Denoising diffusion on {dataset}: a run per schedule, with a child per sampler whose"
+            " `fid` is logged at step = network evaluations.",
+        }
+        try:
+            return str(client.create_experiment(name, artifact_location=location, tags=tags))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # another host was quicker
+    if found is None or found.lifecycle_stage != "active":
+        raise InputError(f"MLflow at {where.shown}: experiment {name} was deleted; restore it, or delete it for good")
+    if where.artifacts and found.artifact_location.startswith("mlflow-artifacts:"):
+        raise InputError(
+            f"MLflow at {where.shown}: experiment {name} keeps its artifacts behind a server;"
+            " set MLFLOW_TRACKING_URI to that server"
+        )
+    return str(found.experiment_id)
+
+
+@contextmanager
+def locked(where: Place, name: str = "") -> Iterator[None]:
+    where.lock.parent.mkdir(parents=True, exist_ok=True)
+    path = where.lock.with_name(where.lock.name + name)
+    try:
+        with FileLock(path, timeout=LOCK_SECONDS if not name else -1):
+            yield
+    except Timeout:
+        raise InputError(f"MLflow at {where.shown} is in use by another process since {LOCK_SECONDS:.0f} s") from None
+
+
+# An unreachable server.
+
+
+def require_reachable(where: Place) -> None:
+    """A quick look before mlflow is even imported: its own attempts take far longer. Raises InputError."""
+    parts = urlsplit(where.uri)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return
+    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname):
+        return
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        raise InputError(_unreachable(where)) from None
+
+
+def _unreachable(where: Place) -> str:
+    return f"MLflow at {where.shown} cannot be reached; publish later with `ddpm publish`"
+
+
+@contextmanager
+def plain_errors(where: Place) -> Iterator[None]:
+    """What MLflow, its server or the disk answer becomes one line. Raises InputError."""
+    _import_mlflow()
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        text = " ".join(str(error).split())
+        if "API request to" in text or isinstance(error, ConnectionError):
+            raise InputError(_unreachable(where)) from error
+        raise InputError(f"MLflow at {where.shown}: {text[:300]}; publish later with `ddpm publish`") from error
+
+
+_warned: set[str] = set()
+
+
+def warn(line: str, say: Say) -> None:
+    """Once a process."""
+    if line not in _warned:
+        _warned.add(line)
+        say(f"warning: {line}")

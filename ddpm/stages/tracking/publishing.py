@@ -1,0 +1,401 @@
+"""From the outputs on disk to MLflow: fills in what is missing, repeats nothing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm.stages import store
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params, Point
+from ddpm.stages.tracking.lineage import (
+    PointSettings,
+    digest,
+    dvc_lock,
+    flat,
+    identity_of_model,
+    locked_md5,
+    run_times,
+    settings_of,
+)
+from ddpm.stages.tracking.place import Say, Target, locked, open_target, plain_errors, warn
+from ddpm.stages.tracking.runs import (
+    CURVES,
+    CURVES_SHA,
+    KEY,
+    MODEL,
+    end_orphans,
+    find_or_create,
+    finish,
+    history,
+    log,
+    log_image,
+    log_metrics,
+    same,
+)
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Run
+
+SCORES = ("fid", "kid")
+UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, of an output without a run file
+
+
+def publish_or_warn(params: Params, root: Path = Path(), only: str | None = None, say: Say = print) -> None:
+    """`publish` at the end of a stage, whose outputs are safe by now: whatever goes wrong is one line and no more."""
+    try:
+        publish(params, root, only, say)
+    except InputError as error:
+        warn(str(error), say)
+    except Exception as error:  # noqa: BLE001 - who watches must not fail the work
+        warn(f"publishing {only or ''} failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})", say)
+
+
+# Publishing.
+
+
+def publish(params: Params, root: Path = Path(), only: str | None = None, say: Say = print) -> dict[str, int]:
+    """Fills in what MLflow lacks of the outputs below `root`; counts what was added: runs, metrics, images, models, files.
+
+    only: the output of one stage, such as "prepare", "train@linear", "sample@linear-ddim-50" or "report"; without it,
+    all there is, and a line about it. An output older than what it was made from is left out. Raises InputError.
+    """
+    target, added = open_target(params, root), Counter[str]()
+    stage, _, item = (only or "").partition("@")
+    with plain_errors(target.place), locked(target.place):
+        if stage == "train":
+            _publish_training(target, root, item, added)
+        elif stage in ("sample", "evaluate"):
+            point = Point.parse(item)
+            publish_points(target, root, [(point, PointSettings.of(params, point))], added)
+        elif stage == "report":
+            _publish_report(target, root, added)
+        elif not stage:
+            stale = _publish_all(target, params, root, added)
+            for name in stale:
+                say(f"publish: {name} left out: made with another model or other parameters; run dvc repro")
+            summary = ", ".join(f"{count} {kind}" for kind, count in added.items())
+            say(f"MLflow at {target.place.shown}: " + (f"added {summary}" if summary else "nothing to add"))
+    return dict(added)
+
+
+def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]) -> list[str]:
+    end_orphans(target)
+    for folder in sorted((root / "models").glob("*/model.json")):
+        _publish_training(target, root, folder.parent.name, added)
+    stages, groups, stale = dvc_lock(root), dict[str, list[tuple[Point, PointSettings]]](), []
+    for path in sorted((root / "samples").glob("*.npz")):
+        point = Point.parse(path.stem)
+        settings = settings_of(params, point, root, stages)
+        if settings is None:
+            stale.append(point.name)
+        else:
+            identity = json.dumps([point.schedule, point.sampler, asdict(settings)])
+            groups.setdefault(identity, []).append((point, settings))
+    for group in groups.values():
+        publish_points(target, root, group, added)
+    _publish_report(target, root, added)
+    return stale
+
+
+def _publish_training(target: Target, root: Path, schedule: str, added: Counter[str]) -> Run | None:
+    """None when there is no such model on disk."""
+    folder, table = root / store.model_dir(schedule), root / store.history_file(schedule)
+    if not (folder / "model.json").exists() or not table.exists():
+        return None
+    about = store.read_json(folder / "model.json")
+    weights, curves = about["weights_sha256"], store.sha256(table)
+    identity, times = identity_of_model(about), run_times(root, store.model_dir(schedule))
+    start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
+    rows = store.read_csv(table)
+    values = {key: {int(row["step"]): float(row[key]) for row in rows if row.get(key)} for key in CURVES}
+
+    def agrees(run: Run) -> bool:
+        if MODEL in run.data.tags:
+            return run.data.tags[MODEL] == weights and run.data.tags.get(CURVES_SHA) == curves
+        return all(
+            step in values[key] and same(value, values[key][step])
+            for key in CURVES
+            for step, value in history(target, run, key).items()
+        )
+
+    key = digest(identity)
+    tags = training_tags(schedule, about["data"]["name"], identity)
+    run = find_or_create(target, key, schedule, agrees, start, tags, added)
+    if run.data.tags.get(MODEL) == weights:
+        return run
+    log(target, run, flat(identity), {**tags, **_commit(times)})
+    _log_dataset(target, run, root, about["data"], "training")
+    last = max((step for steps in values.values() for step in steps), default=1)
+    log_metrics(target, run, _curve_metrics(values, last, start, end), added)
+    log_metrics(target, run, _measurements(times, about, last, end), added)
+    _log_checkpoint(target, run, folder, about, last, added)
+    finish(target, run, end)
+    log(target, run, tags={MODEL: weights, CURVES_SHA: curves})
+    return target.client.get_run(run.info.run_id)
+
+
+def training_tags(schedule: str, dataset: str, identity: Mapping[str, Any]) -> dict[str, str]:
+    steps = identity["training"]["steps"]
+    return {
+        "ddpm.stage": "train",
+        "ddpm.schedule": schedule,
+        "ddpm.dataset": dataset,
+        "ddpm.dataset_sha256": identity["dataset_sha256"],
+        "mlflow.note.content": f"The {schedule} schedule, {steps:,} training steps on {dataset}."
+        " Its child runs hold the scores, one run per sampler.",
+    }
+
+
+def _commit(times: Mapping[str, Any]) -> dict[str, str]:
+    """Tags about where the output was made."""
+    if not times:
+        return {"ddpm.times": "unknown"}
+    tags = {"ddpm.device": str(times.get("device")), "ddpm.hardware": json.dumps(times.get("hardware"))}
+    if times.get("git_commit"):
+        tags["mlflow.source.git.commit"] = times["git_commit"]
+        tags["mlflow.source.git.dirty"] = str(times.get("git_dirty", False)).lower()
+    return tags
+
+
+def _curve_metrics(values: Mapping[str, Mapping[int, float]], last: int, start: int, end: int) -> list[Metric]:
+    """At even times between start and end."""
+    from mlflow.entities import Metric
+
+    return [
+        Metric(key, value, start + (end - start) * step // last, step)
+        for key, steps in values.items()
+        for step, value in steps.items()
+    ]
+
+
+def _measurements(times: Mapping[str, Any], about: Mapping[str, Any], last: int, end: int) -> list[Metric]:
+    from mlflow.entities import Metric
+
+    measured = {}
+    if times.get("per_second") and times.get("unit") == "steps":
+        measured["images_per_second"] = times["per_second"] * about["training"]["batch"]
+    measured |= _peak_memory(times)
+    return [Metric(key, value, end, last) for key, value in measured.items()]
+
+
+def _peak_memory(times: Mapping[str, Any]) -> dict[str, float]:
+    names = {
+        "peak_memory_bytes": "system/peak_memory_megabytes",
+        "gpu_peak_memory_bytes": "system/gpu_peak_memory_megabytes",
+    }
+    return {metric: times[name] / 1e6 for name, metric in names.items() if times.get(name)}
+
+
+def _log_dataset(target: Target, run: Run, root: Path, data: Mapping[str, Any], context: str) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    md5 = locked_md5(dvc_lock(root), "prepare", "outs", store.dataset_dir()) or ""
+    counts = {}
+    about = root / store.dataset_dir() / "dataset.json"
+    if about.exists() and store.read_json(about).get("sha256") == data["sha256"]:
+        counts = store.read_json(about)["counts"]
+    elif md5:
+        md5 = ""  # dvc.lock speaks of another version
+    dataset = Dataset(
+        name=data["name"],
+        digest=data["sha256"][:16],
+        source_type="dvc",
+        source=json.dumps({"path": str(store.dataset_dir()), "sha256": data["sha256"], "md5": md5 or None}),
+        schema=json.dumps({"shape": data["shape"], "dtype": "uint8", "classes": data["classes"]}),
+        profile=json.dumps(counts),
+    )
+    tags = [InputTag("mlflow.data.context", context), InputTag("ddpm.dataset_sha256", data["sha256"])]
+    if md5:
+        tags.append(InputTag("ddpm.dataset_md5", md5))
+        target.client.set_tag(run.info.run_id, "ddpm.dataset_md5", md5)
+    target.client.log_inputs(run.info.run_id, [DatasetInput(dataset, tags)])
+
+
+def _checkpoint_model(target: Target, run: Run, weights: str) -> Any:
+    """The logged model of a training run with those weights, or None."""
+    found = target.client.search_logged_models([target.experiment], f"tags.`{MODEL}` = '{weights}'")
+    return next((model for model in found if model.source_run_id == run.info.run_id), None)
+
+
+def _log_checkpoint(
+    target: Target, run: Run, folder: Path, about: Mapping[str, Any], step: int, added: Counter[str]
+) -> None:
+    """safetensors and JSON, as they are."""
+    from mlflow.entities import LoggedModelOutput
+
+    model = _checkpoint_model(target, run, about["weights_sha256"])
+    if model is None:
+        model = target.client.create_logged_model(
+            target.experiment,
+            name=about["schedule"]["name"],
+            source_run_id=run.info.run_id,
+            tags={MODEL: about["weights_sha256"], "ddpm.dataset": about["data"]["name"]},
+            params=flat({"network": about["network"], "target": about["target"], "schedule": about["schedule"]}),
+            model_type="diffusion",
+        )
+        added["models"] += 1
+    if str(model.status) != "READY":
+        target.client.log_model_artifacts(model.model_id, str(folder))
+        target.client.finalize_logged_model(model.model_id, "READY")
+        target.client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])
+
+
+# The run of a schedule and sampler.
+
+
+@dataclass(frozen=True)
+class PointFiles:
+    """What is on disk of a point. metrics: None before it was evaluated, or when that was done on other samples."""
+
+    point: Point
+    evaluations: int
+    samples: str  # sha256
+    metrics: dict[str, Any] | None
+    scores: str  # sha256 of the metrics file
+    sampled: dict[str, Any]  # run files
+    evaluated: dict[str, Any]
+
+    @classmethod
+    def read(cls, root: Path, point: Point) -> PointFiles:
+        path, scores = store.samples_file(point), store.metrics_file(point)
+        samples = store.sha256(root / path)
+        metrics = store.read_json(root / scores) if (root / scores).exists() else None
+        if metrics is not None and metrics["samples"] != samples:
+            metrics = None
+        evaluations = metrics["evaluations"] if metrics else store.read_evaluations(root / path)
+        return cls(
+            point,
+            evaluations,
+            samples,
+            metrics,
+            store.sha256(root / scores) if metrics else "",
+            run_times(root, path),
+            run_times(root, scores) if metrics else {},
+        )
+
+    @property
+    def times(self) -> list[dict[str, Any]]:
+        return [times for times in (self.sampled, self.evaluated) if times]
+
+    @property
+    def tags(self) -> dict[str, str]:
+        tags = {f"ddpm.samples.{self.point.steps}": self.samples}
+        return tags | {f"ddpm.scores.{self.point.steps}": self.scores} if self.scores else tags
+
+
+def publish_points(
+    target: Target, root: Path, group: Sequence[tuple[Point, PointSettings]], added: Counter[str]
+) -> Run | None:
+    """Points of one schedule, sampler and settings. None when there is nothing on disk."""
+    first, settings = group[0]
+    training = _publish_training(target, root, first.schedule, added)
+    points = [PointFiles.read(root, point) for point, _ in group if (root / store.samples_file(point)).exists()]
+    if training is None or not points:
+        return None
+    about = store.read_json(root / store.model_dir(first.schedule) / "model.json")
+    weights = about["weights_sha256"]
+
+    def agrees(run: Run) -> bool:
+        if run.data.tags.get(MODEL) != weights:
+            return False
+        return all(run.data.tags.get(tag, value) == value for files in points for tag, value in files.tags.items())
+
+    key = digest([training.data.tags[KEY], first.sampler, asdict(settings)])
+    name = f"{first.schedule}-{first.sampler}"
+    start = min((times["started"] for files in points for times in files.times), default=UNKNOWN_TIME)
+    tags = {
+        **_point_tags(first, about, settings),
+        MODEL: weights,
+        "mlflow.parentRunId": training.info.run_id,
+        **_commit(points[0].evaluated or points[0].sampled),
+    }
+    run = find_or_create(target, key, name, agrees, start, tags, added)
+    if not run.data.params:
+        log(target, run, _point_params(first, about, settings))
+        _log_dataset(target, run, root, about["data"], "evaluation")
+        _link_model(target, run, training, weights)
+    for files in points:
+        if any(run.data.tags.get(tag) != value for tag, value in files.tags.items()):
+            _publish_point(target, root, run, files, added)
+    finish(target, run, max((times["ended"] for files in points for times in files.times), default=UNKNOWN_TIME))
+    return run
+
+
+def _point_tags(point: Point, about: Mapping[str, Any], settings: PointSettings) -> dict[str, str]:
+    layer, images = settings.evaluation["layer"], settings.evaluation["images"]
+    return {
+        "ddpm.stage": "sample",
+        "ddpm.schedule": point.schedule,
+        "ddpm.sampler": point.sampler,
+        "ddpm.dataset": about["data"]["name"],
+        "ddpm.dataset_sha256": about["data"]["sha256"],
+        "mlflow.note.content": f"Sampler {point.sampler} on the {point.schedule} schedule. Step = network evaluations per"
+        f" image. FID (lower is better) of at most {images:,} samples, at Inception layer {layer}.",
+    }
+
+
+def _point_params(point: Point, about: Mapping[str, Any], settings: PointSettings) -> dict[str, str]:
+    sections = {"seed": settings.seed, "sampling": settings.sampling, "evaluation": settings.evaluation}
+    names = {"schedule": point.schedule, "sampler": point.sampler, "dataset": about["data"]["name"]}
+    return flat({**names, "sampler_row": settings.row, **sections})
+
+
+def _link_model(target: Target, run: Run, training: Run, weights: str) -> None:
+    from mlflow.entities import LoggedModelInput
+
+    model = _checkpoint_model(target, training, weights)
+    if model is not None:
+        target.client.log_inputs(run.info.run_id, models=[LoggedModelInput(model.model_id)])
+
+
+def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, added: Counter[str]) -> None:
+    from mlflow.entities import Metric
+    from PIL import Image
+
+    sampled, evaluated = (times.get("ended", UNKNOWN_TIME) for times in (files.sampled, files.evaluated))
+    metrics = [Metric(key, value, sampled, files.evaluations) for key, value in _peak_memory(files.sampled).items()]
+    if files.sampled.get("per_second"):
+        pace = 1 / files.sampled["per_second"]
+        metrics.append(Metric("seconds_per_image", pace, sampled, files.evaluations))
+    if files.metrics is not None:
+        scores = files.metrics
+        metrics += [
+            Metric(key, scores[key], evaluated, files.evaluations) for key in SCORES if scores.get(key) is not None
+        ]
+    log_metrics(target, run, metrics, added)
+    preview = (root / store.samples_file(files.point)).with_suffix(".png")
+    if preview.exists():
+        with Image.open(preview) as picture:
+            log_image(target, run, picture, files.evaluations, sampled, added)
+    if files.metrics is not None:
+        record = {"scores": files.metrics, "sampled": files.sampled, "evaluated": files.evaluated}
+        target.client.log_dict(run.info.run_id, record, f"points/{files.point.name}.json")
+        added["files"] += 1
+    log(target, run, tags=files.tags)
+
+
+# The run of the report.
+
+
+def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
+    """One run whose artifacts are the report as it is now."""
+    folder = root / store.report_dir()
+    if not (folder / "best.json").exists():
+        return
+    best, times = store.read_json(folder / "best.json"), run_times(root, store.report_dir())
+    content = store.sha256(folder)
+    note = f"Best point: **{best['point']}**, FID {best['fid']:.4g} at {best['evaluations']} network evaluations."
+    tags = {"ddpm.stage": "report", "ddpm.best": str(best["point"]), "mlflow.note.content": note}
+    start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
+    run = find_or_create(target, "report", "report", lambda run: True, start, tags, added)
+    if run.data.tags.get("ddpm.report_sha256") == content:
+        return
+    target.client.log_artifacts(run.info.run_id, str(folder), "report")
+    added["files"] += sum(file.is_file() for file in folder.rglob("*"))
+    finish(target, run, end)
+    log(target, run, tags={**tags, **_commit(times), "ddpm.report_sha256": content})

@@ -1,0 +1,432 @@
+"""The model registry: who is champion and why, and the model that it serves."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm.stages import store
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params, Point
+from ddpm.stages.promote import Decision, Protocol, Score, decide
+from ddpm.stages.tracking.lineage import dvc_lock, flat, settings_of
+from ddpm.stages.tracking.place import (
+    CHAMPION,
+    Place,
+    Say,
+    Target,
+    champion_uri,
+    client_of,
+    find_place,
+    locked,
+    model_name,
+    open_target,
+    plain_errors,
+    require_reachable,
+)
+from ddpm.stages.tracking.publishing import publish_points
+from ddpm.stages.tracking.runs import MODEL, SETTINGS
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
+
+# What the registered model carries of this package: the import graph of ddpm.stages.sample.
+SERVED_MODULES = (
+    "__init__",
+    "denoiser",
+    "noise",
+    "samplers",
+    "schedule",
+    "timesteps",
+    "unet",
+    "stages/__init__",
+    "stages/checkpoint",
+    "stages/errors",
+    "stages/params",
+    "stages/progress",
+    "stages/sample",
+    "stages/store",
+)
+SERVED_PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "ruamel.yaml")
+
+
+def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path, dict[str, Any]]:
+    """models:/NAME@ALIAS or models:/NAME/VERSION -> its checkpoint folder, copied below `destination`, and the sampler
+    settings that earned its promotion: a row's options and `steps`. Raises InputError.
+    """
+    where = find_place(root)
+    if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/[0-9]+)", uri):
+        raise InputError(f"'{uri}' names no registered model: expected models:/NAME@ALIAS or models:/NAME/VERSION")
+    require_reachable(where)
+    with plain_errors(where):
+        with locked(where):
+            client = client_of(where)
+        version = _version(client, uri)
+        if version is None:
+            raise InputError(f"{uri}: MLflow at {where.shown} has no such model; `ddpm promote` registers one")
+        if SETTINGS not in version.tags:
+            raise InputError(f"{uri} was not registered by `ddpm promote`: it has no tag {SETTINGS}")
+        return _download(client, where, version, destination), json.loads(version.tags[SETTINGS])
+
+
+def _version(client: MlflowClient, uri: str) -> ModelVersion | None:
+    from mlflow.exceptions import MlflowException
+
+    name, sign, which = re.split(r"([@/])", uri.removeprefix("models:/"), maxsplit=1)
+    try:
+        return client.get_model_version_by_alias(name, which) if sign == "@" else client.get_model_version(name, which)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None  # the second is its answer to an alias that is not there
+        raise
+
+
+def _download(client: MlflowClient, where: Place, version: ModelVersion, destination: Path) -> Path:
+    from mlflow.artifacts import download_artifacts
+
+    location = client.get_model_version_download_uri(version.name, version.version)
+    destination.mkdir(parents=True, exist_ok=True)
+    path = download_artifacts(f"{location}/artifacts/checkpoint", dst_path=str(destination), tracking_uri=where.uri)
+    return Path(path)
+
+
+@dataclass(frozen=True)
+class Challenger:
+    """The best point of the report, with all that its promotion needs."""
+
+    name: str
+    point: Point
+    settings: dict[str, Any]  # a sampler row's options, and `steps`
+    clip: bool
+    seed: int
+    metrics: dict[str, Any]
+    score: Score
+    about: dict[str, Any]  # model.json
+    folder: Path
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Tags that say which images it makes."""
+        return {MODEL: self.about["weights_sha256"], SETTINGS: json.dumps(self.settings, sort_keys=True)}
+
+    def is_version(self, version: ModelVersion) -> bool:
+        return all(version.tags.get(tag) == value for tag, value in self.identity.items())
+
+    @property
+    def tags(self) -> dict[str, str]:
+        return {
+            **self.identity,
+            "ddpm.point": self.point.name,
+            "ddpm.schedule": self.point.schedule,
+            "ddpm.sampler": self.point.sampler,
+            "ddpm.steps": str(self.point.steps),
+            "ddpm.evaluations": str(self.score.evaluations),
+            "ddpm.fid": str(self.score.fid),
+            "ddpm.dataset": self.about["data"]["name"],
+            "ddpm.dataset_sha256": self.score.protocol.dataset,
+            "ddpm.protocol": json.dumps(asdict(self.score.protocol)),
+            _score_tag(self.score.protocol): json.dumps(self.metrics),
+        }
+
+
+def _score_tag(protocol: Protocol) -> str:
+    return f"ddpm.score.{protocol.id}"
+
+
+def _challenger(params: Params, root: Path) -> Challenger:
+    best = store.read_json(root / store.report_dir() / "best.json")
+    point = Point.parse(str(best.get("point")))
+    metrics = store.read_json(root / store.metrics_file(point))
+    settings = settings_of(params, point, root, dvc_lock(root))
+    if metrics.get("fid") != best.get("fid") or settings is None:
+        raise InputError(f"{root / store.report_dir()}: the report is older than its scores; run dvc repro")
+    folder = root / store.model_dir(point.schedule)
+    return Challenger(
+        model_name(params),
+        point,
+        {**settings.row, "steps": point.steps},
+        bool(settings.sampling.get("clip", True)),
+        settings.seed,
+        metrics,
+        Score.of(metrics),
+        store.read_json(folder / "model.json"),
+        folder,
+    )
+
+
+Rescore = Callable[[Path, dict[str, Any]], dict[str, Any]]
+
+
+def promote(
+    params: Params, root: Path = Path(), replace: bool = False, rescore: Rescore | None = None, say: Say = print
+) -> Decision:
+    """Registers the report's best point as `ddpm-DATASET` with alias `champion`, if it beats the champion there is.
+
+    A champion with a score under another dataset version or protocol is scored again first: rescore(checkpoint folder,
+    sampler settings) -> what metrics/POINT.json would hold. replace: take its place without comparing. The decision and
+    what led to it stay as tags in the registry. Raises InputError.
+    """
+    challenger = _challenger(params, root)
+    target = open_target(params, root)
+    with plain_errors(target.place), locked(target.place, ".promote"):
+        seen = max((int(version.version) for version in _versions(target.client, challenger.name)), default=0)
+        registered: ModelVersion | None = None
+        while True:
+            champion = _version(target.client, champion_uri(params))
+            if champion is not None and challenger.is_version(champion):
+                return _already(target, champion, challenger)
+            wins, reason, score = _compare(target, champion, challenger, replace, rescore, say)
+            if not wins:
+                return _decided(target, challenger, champion, champion, score, reason)
+            registered = registered or _register(target, params, root, challenger)
+            now = _version(target.client, champion_uri(params))
+            if (now and now.version) == (champion and champion.version):
+                break  # else somebody else promoted meanwhile: compare with that one
+        target.client.set_registered_model_alias(challenger.name, CHAMPION, registered.version)
+        if not replace:
+            registered = _settle(target, challenger, registered, seen)
+        return _decided(target, challenger, champion, registered, score, reason)
+
+
+def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    versions, token = [], None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+        versions += list(page)
+        token = page.token
+        if not token:
+            return versions
+
+
+def _score(version: ModelVersion, protocol: Protocol) -> Score | None:
+    """A version's score under a protocol, if it was ever computed."""
+    found = version.tags.get(_score_tag(protocol))
+    return Score.of(json.loads(found)) if found else None
+
+
+def _compare(
+    target: Target,
+    champion: ModelVersion | None,
+    challenger: Challenger,
+    replace: bool,
+    rescore: Rescore | None,
+    say: Say,
+) -> tuple[bool, str, Score | None]:
+    """-> whether the challenger wins, why, and the champion's score."""
+    if champion is None:
+        return True, f"{challenger.point.name} is the first champion", None
+    protocol, title = (
+        challenger.score.protocol,
+        f"champion version {champion.version} ({champion.tags.get('ddpm.point')})",
+    )
+    score = _score(champion, protocol)
+    if score is None and not replace:
+        before = champion.tags.get("ddpm.protocol")
+        changed = protocol.differences(Protocol(**json.loads(before))) if before else "unknown protocol"
+        if rescore is None:
+            raise InputError(f"{title} has no score to compare with ({changed}); score it again, or promote --replace")
+        say(f"promote: scoring the {title} again: {changed}")
+        score = _score_again(target, champion, protocol, rescore)
+    wins, why = decide(challenger.score, score or challenger.score, replace)
+    return wins, f"{challenger.point.name} {'replaces' if wins else 'does not replace'} {title}: {why}", score
+
+
+def _score_again(target: Target, champion: ModelVersion, protocol: Protocol, rescore: Rescore) -> Score:
+    with tempfile.TemporaryDirectory(prefix="ddpm-champion-") as name:
+        folder = _download(target.client, target.place, champion, Path(name))
+        try:
+            metrics = rescore(folder, json.loads(champion.tags[SETTINGS]))
+        except InputError as error:
+            raise InputError(
+                f"the champion cannot be scored again: {error} (`ddpm promote --replace` skips that)"
+            ) from None
+    score = Score.of(metrics)
+    if score.protocol != protocol:
+        raise InputError(f"the champion's new score differs in protocol ({protocol.differences(score.protocol)})")
+    target.client.set_model_version_tag(champion.name, champion.version, _score_tag(protocol), json.dumps(metrics))
+    return score
+
+
+def _already(target: Target, champion: ModelVersion, challenger: Challenger) -> Decision:
+    """The same images: no new version, though perhaps a score under a new protocol."""
+    tag, value = _score_tag(challenger.score.protocol), json.dumps(challenger.metrics)
+    if champion.tags.get(tag) != value:
+        target.client.set_model_version_tag(champion.name, champion.version, tag, value)
+    reason = f"{challenger.point.name} is champion already ({champion.name} version {champion.version})"
+    return Decision(False, str(champion.version), reason, challenger.point.name, str(champion.version))
+
+
+def _settle(target: Target, challenger: Challenger, mine: ModelVersion, seen: int) -> ModelVersion:
+    """Of versions that were promoted at the same time, the best becomes champion, whoever set the alias last."""
+    rivals = [version for version in _versions(target.client, mine.name) if int(version.version) > seen]
+    scored = [
+        (score.fid, int(rival.version), rival)
+        for rival in rivals
+        if (score := _score(rival, challenger.score.protocol))
+    ]
+    best = min(scored, key=lambda entry: entry[:2], default=(0.0, 0, mine))[2]
+    if best.version != mine.version:
+        target.client.set_registered_model_alias(mine.name, CHAMPION, best.version)
+    return best
+
+
+def _decided(
+    target: Target,
+    challenger: Challenger,
+    before: ModelVersion | None,
+    after: ModelVersion | None,
+    score: Score | None,
+    reason: str,
+) -> Decision:
+    """Writes the decision to the registry, unless the last one there says the same."""
+    promoted = after is not None and challenger.is_version(after)
+    if not promoted and before is not after and after is not None:
+        reason = f"{challenger.point.name} was overtaken by {after.tags.get('ddpm.point')}, promoted at the same time"
+    entry = {
+        "promoted": promoted,
+        "point": challenger.point.name,
+        "fid": challenger.score.fid,
+        "champion": after.version if after else None,
+        "before": before.version if before else None,
+        "before_fid": score.fid if score else None,
+        "protocol": asdict(challenger.score.protocol),
+        "reason": reason,
+    }
+    client, text = target.client, json.dumps(entry)
+    tags = client.get_registered_model(challenger.name).tags
+    past = sorted(tag for tag in tags if tag.startswith("ddpm.decision."))
+    if not past or tags[past[-1]] != text:
+        moment = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
+        client.set_registered_model_tag(challenger.name, f"ddpm.decision.{moment}", text)
+    if promoted and after is not None:
+        client.set_model_version_tag(after.name, after.version, "ddpm.decision", reason)
+        if before is not None:
+            client.set_model_version_tag(after.name, after.version, "ddpm.previous", before.version)
+            client.set_model_version_tag(before.name, before.version, "ddpm.replaced_by", after.version)
+    version, previous = (str(item.version) if item else None for item in (after, before))
+    return Decision(promoted, version, reason, challenger.point.name, previous)
+
+
+def _register(target: Target, params: Params, root: Path, challenger: Challenger) -> ModelVersion:
+    """The version of this point, created if there is none yet."""
+    from mlflow.exceptions import MlflowException
+
+    client, name = target.client, challenger.name
+    for version in _versions(client, name):
+        if challenger.is_version(version) and version.status == "READY":
+            tag = _score_tag(challenger.score.protocol)
+            client.set_model_version_tag(name, version.version, tag, challenger.tags[tag])
+            return client.get_model_version(name, version.version)
+    settings = settings_of(params, challenger.point, root, dvc_lock(root))
+    with locked(target.place):
+        run = publish_points(target, root, [(challenger.point, settings)], Counter()) if settings else None
+    if run is None:
+        raise InputError(f"{store.samples_file(challenger.point)}: no such sample set; run dvc repro")
+    dataset = challenger.about["data"]["name"]
+    try:
+        client.create_registered_model(
+            name,
+            tags={"ddpm.dataset": dataset},
+            description=f"Denoising diffusion on {dataset}. `champion` is the best by FID; the tags `ddpm.decision.*` tell"
+            " how it came to that.",
+        )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    model_id = _log_served(target, run, challenger)
+    return client.create_model_version(
+        name,
+        source=f"models:/{model_id}",
+        run_id=run.info.run_id,
+        tags=challenger.tags,
+        description=_describe(challenger),
+        model_id=model_id,
+        await_creation_for=60,
+    )
+
+
+def _describe(challenger: Challenger) -> str:
+    score, settings = challenger.score, {name: value for name, value in challenger.settings.items() if name != "steps"}
+    options = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return (
+        f"**{challenger.point.name}**: {options}; {score.evaluations} network evaluations an image. FID {score.fid:.4g} of"
+        f" {score.protocol.images:,} samples against {score.protocol.reference_images:,} images of"
+        f" {challenger.about['data']['name']}, at Inception layer {score.protocol.layer}."
+    )
+
+
+def _log_served(target: Target, run: Run, challenger: Challenger) -> str:
+    """The model of served.py, with code and checkpoint, as a logged model of the sampler's run; gives its id."""
+    from mlflow.entities import LoggedModelOutput
+
+    client = target.client
+    model = client.create_logged_model(
+        target.experiment,
+        name=challenger.point.name,
+        source_run_id=run.info.run_id,
+        tags=challenger.identity,
+        params=flat(challenger.settings),
+        model_type="diffusion",
+    )
+    with tempfile.TemporaryDirectory(prefix="ddpm-served-") as name:
+        folder = Path(name) / "model"
+        save_served(folder, challenger, run.info.run_id, model.model_id)
+        client.log_model_artifacts(model.model_id, str(folder))
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, challenger.score.evaluations)])
+    return str(model.model_id)
+
+
+def save_served(folder: Path, challenger: Challenger, run_id: str | None = None, model_id: str | None = None) -> None:
+    """Writes a model folder for mlflow.pyfunc that needs none of this checkout, and holds no pickle."""
+    import mlflow.pyfunc
+    import numpy as np
+    import pandas as pd
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+
+    inputs: list[ColSpec | TensorSpec] = [
+        ColSpec("long", "n"),
+        ColSpec("long", "seed", required=False),
+        ColSpec("long", "steps", required=False),
+        ColSpec("string", "sampler", required=False),
+    ]
+    shape = (-1, *challenger.about["data"]["shape"])
+    steps = challenger.settings["steps"]
+    package = Path(__file__).parents[2]
+    with tempfile.TemporaryDirectory(prefix="ddpm-code-") as name:
+        code = Path(name) / package.name
+        for module in SERVED_MODULES:
+            (code / module).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(package / f"{module}.py", code / f"{module}.py")
+        mlflow.pyfunc.save_model(
+            folder,
+            python_model=str(Path(__file__).with_name("served.py")),
+            artifacts={"checkpoint": str(challenger.folder.resolve())},
+            code_paths=[str(code)],
+            signature=ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype(np.uint8), shape)])),
+            input_example=pd.DataFrame(
+                {"n": [4], "seed": [challenger.seed], "steps": [steps], "sampler": [challenger.settings["sampler"]]}
+            ),
+            pip_requirements=[f"mlflow=={installed_version('mlflow')}", *map(_requirement, SERVED_PACKAGES)],
+            model_config={"settings": challenger.settings, "seed": challenger.seed, "clip": challenger.clip},
+            metadata={"point": challenger.point.name, "fid": challenger.score.fid, **asdict(challenger.score.protocol)},
+            mlflow_model=Model(run_id=run_id, model_id=model_id),
+        )
+
+
+def _requirement(package: str) -> str:
+    """At least the running version, below the next major one."""
+    release = installed_version(package).partition("+")[0]
+    return f"{package}>={release},<{int(release.split('.')[0]) + 1}"

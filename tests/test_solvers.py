@@ -1,0 +1,201 @@
+"""The deterministic solvers: order of convergence on a mixture of Gaussians, and closed forms for a Gaussian at every S."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm import SAMPLERS, SCHEDULES, SPACINGS, Denoiser, NoiseSchedule, sample
+from ddpm.noise import gaussian
+from ddpm.samplers import Level, noise_levels
+from ddpm.timesteps import network_times
+
+MEAN, VARIANCE = 0.4, 0.25
+MEANS = torch.tensor([-0.8, 0.5], dtype=torch.float64)
+VARIANCES = torch.tensor([0.05, 0.1], dtype=torch.float64)
+WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
+
+
+def level(lam: float) -> Level:
+    return Level(lam, 1 / (1 + math.exp(-2 * lam)))
+
+
+def mixture(x: torch.Tensor, lam: float) -> torch.Tensor:
+    """E[x_0 | x_t] of the mixture at half log-SNR lam."""
+    a, s2 = level(lam).a, 1 - level(lam).alpha_bar
+    variance = a**2 * VARIANCES + s2
+    log_weight = WEIGHTS.log() - variance.log() / 2 - (x - a * MEANS) ** 2 / (2 * variance)
+    component = MEANS + a * VARIANCES / variance * (x - a * MEANS)
+    return (log_weight.softmax(-1) * component).sum(-1, keepdim=True)
+
+
+def solve(sampler: str, steps: int, gentle: bool = False, **options: int) -> torch.Tensor:
+    """From lambda = -2 to 1, evenly; gentle: with first steps so small that a multistep solver's low-order start is free."""
+    start, end = -2.0, 1.0
+    grid = [start + (end - start) * i / steps for i in range(steps + 1)]
+    if gentle:
+        h = (end - start) / steps
+        grid[1:1] = [start + h**3, start + 2 * h**3]
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    for state in SAMPLERS[sampler](mixture, x, [level(lam) for lam in grid], lambda k: None, **options):
+        y, _ = state
+    return y
+
+
+@pytest.fixture(scope="module")
+def truth() -> torch.Tensor:
+    return solve("unipc", 4000, order=3)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "order"),
+    [
+        ("ddim", {}, 1),
+        ("euler", {}, 1),
+        ("heun", {}, 2),
+        ("dpmpp_2m", {}, 2),
+        ("dpmpp_3m", {"gentle": True}, 3),
+        ("unipc", {"order": 1}, 2),
+        ("unipc", {"order": 2}, 3),
+        ("unipc", {"order": 3, "gentle": True}, 4),
+    ],
+)
+def test_order_of_convergence(sampler: str, options: dict, order: int, truth: torch.Tensor) -> None:
+    counts = np.array([24, 32, 48, 64, 96])
+    errors = [float((solve(sampler, count, **options) - truth).abs().max()) for count in counts]
+    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert slope == pytest.approx(order, abs=0.35), errors
+
+
+def affine(sampler: str, levels: list[Level]) -> np.ndarray:
+    """Each solver in the variance-exploding form of k-diffusion, for x0_hat = g x + h: [constant, x_T, z_0, z_1, ...].
+
+    Written with xi = x / a and sigma = s / a, unlike the code under test.
+    """
+    count = len(levels) - 1
+    x = np.zeros(2 + count)
+    x[1] = 1.0
+    one = np.eye(2 + count)[0]
+
+    def denoised(x: np.ndarray, at: Level) -> np.ndarray:
+        g = at.a * VARIANCE / (at.alpha_bar * VARIANCE + 1 - at.alpha_bar)
+        return g * x + (MEAN - g * at.a * MEAN) * one
+
+    old: list[tuple[float, np.ndarray]] = []
+    for k, (now, to) in enumerate(pairwise(levels)):
+        d, xi, sigma, sigma_to = denoised(x, now), x / now.a, now.s / now.a, to.s / to.a
+        if sigma_to == 0:
+            return d
+        t, t_to = -math.log(sigma), -math.log(sigma_to)
+        h = t_to - t
+        if sampler in ("euler", "heun"):
+            slope = (xi - d) / sigma
+            ahead = xi + (sigma_to - sigma) * slope
+            if sampler == "heun":
+                slope = (slope + (ahead - denoised(to.a * ahead, to)) / sigma_to) / 2
+            x = to.a * (xi + (sigma_to - sigma) * slope)
+        elif sampler == "dpmpp_2m":
+            d2 = d if not old else (1 + h / (2 * (t - old[-1][0]))) * d - h / (2 * (t - old[-1][0])) * old[-1][1]
+            x = to.a * (sigma_to / sigma * xi - math.expm1(-h) * d2)
+        elif sampler == "dpmpp_2m_sde":
+            d2 = d if not old else d + h / (2 * (t - old[-1][0])) * (d - old[-1][1])
+            z = np.eye(2 + count)[2 + k]
+            xi = sigma_to / sigma * math.exp(-h) * xi - math.expm1(-2 * h) * d2
+            x = to.a * (xi + sigma_to * math.sqrt(-math.expm1(-2 * h)) * z)
+        elif sampler == "dpmpp_3m":
+            d2 = d
+            if len(old) >= 2:
+                # The quadratic through the last three x0_hats, integrated against the exponential.
+                nodes = np.array([0.0, (old[-1][0] - t) / h, (old[-2][0] - t) / h])
+                fit = np.linalg.solve(np.vander(nodes, 3, increasing=True), np.stack([d, old[-1][1], old[-2][1]]))
+                u = np.polynomial.legendre.leggauss(40)
+                points, weights = (u[0] + 1) / 2, u[1] / 2
+                moments = [float((weights * h * np.exp((points - 1) * h) * points**p).sum()) for p in range(3)]
+                x = to.a * (sigma_to / sigma * xi + sum(m * c for m, c in zip(moments, fit, strict=True)))
+            else:
+                if old:
+                    d2 = (1 + h / (2 * (t - old[-1][0]))) * d - h / (2 * (t - old[-1][0])) * old[-1][1]
+                x = to.a * (sigma_to / sigma * xi - math.expm1(-h) * d2)
+        old.append((t, d))
+    raise AssertionError("the last level is the clean image")
+
+
+@pytest.mark.parametrize("spacing", sorted(SPACINGS))
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde"])
+def test_moments_for_gaussian_data(sampler: str, name: str, spacing: str) -> None:
+    schedule = NoiseSchedule.named(name, 1000)
+
+    def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha_bar = schedule.log_alpha_bar_at(t.double()).exp().view(-1, 1)
+        gain = alpha_bar.sqrt() * VARIANCE / (alpha_bar * VARIANCE + 1 - alpha_bar)
+        return MEAN + gain * (x - alpha_bar.sqrt() * MEAN)
+
+    for steps in (1, 2, 3, 12):
+        levels = noise_levels(schedule, steps, spacing)
+        expected = affine(sampler, levels)
+        x_T = torch.zeros(steps + 2, 1, dtype=torch.float64)
+        x_T[1] = 1
+
+        def noise(k: int, like: torch.Tensor = x_T) -> torch.Tensor:
+            z = torch.zeros_like(like)
+            z[2 + k] = 1
+            return z
+
+        out = sample(Denoiser(net, schedule, "x0"), x_T, sampler, steps, spacing, noise)[:, 0].numpy()
+        found = np.concatenate([out[:1], out[1:] - out[0]])
+        # float32 times reach the network: fractional times are rounded at 1e-7.
+        assert found == pytest.approx(expected, abs=2e-4, rel=1e-3), steps
+
+
+def test_every_deterministic_solver_reaches_the_same_image() -> None:
+    """With many steps all of them follow the same probability flow from the same noise."""
+    schedule = NoiseSchedule.named("cosine", 1000)
+
+    def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        log_alpha_bar = schedule.log_alpha_bar_at(t.double()[:1])
+        return mixture(x, float(log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))) / 2)
+
+    x_T = gaussian(0, range(12), 0, (1,)).double()
+    denoiser = Denoiser(net, schedule, "x0")
+    images = {
+        name: sample(denoiser, x_T, name, 300, "logsnr") for name in SAMPLERS if name not in ("ddpm", "dpmpp_2m_sde")
+    }
+    for name, image in images.items():
+        assert torch.allclose(image, images["heun"], atol=0.02), name
+    assert torch.allclose(images["euler"], images["ddim"], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_the_last_step_gives_x0_hat(name: str) -> None:
+    """Every sampler ends at alpha_bar = 1, where x is the last x0_hat and nothing else."""
+    schedule = NoiseSchedule.named(name, 1000)
+    target = torch.tensor([[0.3, -0.7]], dtype=torch.float64)
+    denoiser = Denoiser(lambda x, t: target.expand_as(x), schedule, "x0")
+    for sampler in SAMPLERS:
+        x = sample(denoiser, gaussian(0, range(3), 0, (2,)).double(), sampler, 10, "logsnr")
+        assert torch.allclose(x, target.expand_as(x), atol=1e-9), sampler
+
+
+def test_along_another_schedule() -> None:
+    """The network is asked at its own time of the same noise level; levels it never saw become its last one."""
+    trained, other = NoiseSchedule.named("linear", 1000), NoiseSchedule.named("cosine", 1000)
+    levels = noise_levels(trained, 50, "trailing", along=other)
+    wanted = other.log_alpha_bar_at(network_times(other, 50, "trailing")).exp()
+    inside = [float(a) for a in wanted if float(trained.alpha_bar[-1]) < float(a) < float(trained.alpha_bar[1])]
+    assert [level.alpha_bar for level in levels[1:-1]] == pytest.approx(inside, rel=1e-9)
+    assert levels[0].t == 999 and levels[0].alpha_bar == pytest.approx(float(trained.alpha_bar[-1]))
+    for visited in levels[:-1]:
+        assert float(trained.log_alpha_bar_at(visited.t).exp()) == pytest.approx(visited.alpha_bar, rel=1e-9)
+    # Along itself nothing changes.
+    own = noise_levels(trained, 50, "trailing")
+    again = noise_levels(trained, 50, "trailing", along=trained)
+    assert [level.t for level in again] == pytest.approx([level.t for level in own])
+
+
+def test_unipc_refuses_other_orders() -> None:
+    denoiser = Denoiser(lambda x, t: x, NoiseSchedule.named("linear", 10), "x0")
+    with pytest.raises(ValueError, match="order"):
+        sample(denoiser, torch.zeros(1, 1), "unipc", 3, order=4)
