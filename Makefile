@@ -40,8 +40,7 @@ up: $(INSTALLED) ## Prefect server, MLflow server and a worker, until Ctrl-C
 	@$(RUN) python -m flows.up
 
 ui: $(INSTALLED) ## MLflow's pages alone
-	@$(RUN) mlflow server --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1 \
-		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+	@$(RUN) python -m flows.up mlflow
 
 check: $(INSTALLED) ## format, lint, types, imports
 	@$(RUN) ruff format --check

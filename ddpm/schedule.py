@@ -38,11 +38,17 @@ def _cosine(steps: int, s: float = 0.008) -> Tensor:
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
+def _sigmoid(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
+    """beta along a logistic curve between its end points, from -6 to 6: GeoDiff's (Xu et al. 2022), and diffusers'."""
+    return torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
+
+
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "linear": _linear,
     "scaled_linear": _scaled_linear,
     "cosine": _cosine,
     "sqrt": _sqrt,
+    "sigmoid": _sigmoid,
 }
 
 
@@ -50,7 +56,7 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
 class NoiseSchedule:
     """A table of beta_1 ... beta_T and what follows from it.
 
-    betas: float64 [T], each in (0, 1), with alpha_bar strictly decreasing.
+    betas: float64 [T], each in (0, 1); the last may be 1, and then alpha_bar_T = 0 (see `zero_terminal_snr`).
     name: what it is called in files and messages.
     Network time t in 0 ... T-1 pairs with alpha_bar[t + 1]; t = -1 is the clean image. Raises ValueError.
     """
@@ -62,8 +68,10 @@ class NoiseSchedule:
         betas = torch.as_tensor(self.betas, dtype=torch.float64)
         if betas.ndim != 1 or len(betas) < 1:
             raise ValueError(f"betas: expected a vector of at least one entry, got shape {tuple(betas.shape)}")
-        if not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError(f"betas of schedule '{self.name}': every one must lie in (0, 1)")
+        if not bool(((betas > 0) & (betas < 1)).all()) and not bool(
+            ((betas[:-1] > 0) & (betas[:-1] < 1)).all() and betas[-1] == 1
+        ):
+            raise ValueError(f"betas of schedule '{self.name}': every one must lie in (0, 1); the last may be 1")
         object.__setattr__(self, "betas", betas)
 
     @classmethod
@@ -78,6 +86,16 @@ class NoiseSchedule:
         except TypeError:
             raise ValueError(f"schedule '{name}' does not take {', '.join(shape)}") from None
         return cls(betas, name)
+
+    def zero_terminal_snr(self) -> NoiseSchedule:
+        """The same schedule shifted and scaled so that nothing of x_0 is left at T: algorithm 1 of Lin et al. 2024.
+
+        sqrt(alpha_bar_1) stays, sqrt(alpha_bar_T) becomes 0. Target eps cannot be trained at the last time then.
+        """
+        a = self.alpha_bar[1:].sqrt()
+        a = (a - a[-1]) * a[0] / (a[0] - a[-1])
+        alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), a.square()])
+        return NoiseSchedule(1 - alpha_bar[1:] / alpha_bar[:-1], self.name)
 
     @property
     def T(self) -> int:
@@ -99,15 +117,27 @@ class NoiseSchedule:
         return self.alpha_bar / -torch.expm1(self.log_alpha_bar)
 
     def log_alpha_bar_at(self, t: Tensor | float) -> Tensor:
-        """log alpha_bar at network times t in [-1, T-1], linear between entries; float64, t's shape, on the CPU."""
+        """log alpha_bar at network times t in [-1, T-1], linear between entries; float64, t's shape, on the CPU.
+
+        Where alpha_bar_T = 0 there is no line to T-1: times after T-2 have its level, -inf.
+        """
         times = np.asarray(t.detach().cpu() if isinstance(t, Tensor) else t, dtype=np.float64)
         if times.size and not (times.min() >= -1 and times.max() <= self.T - 1):
             raise ValueError(f"network times must lie in [-1, {self.T - 1}], got {times.min():g} ... {times.max():g}")
-        entries = np.arange(-1, self.T, dtype=np.float64)
-        return torch.from_numpy(np.asarray(np.interp(times, entries, self.log_alpha_bar.numpy())))
+        entries, table = self._finite
+        levels = np.interp(times, entries, table)
+        return torch.from_numpy(np.asarray(np.where(times > entries[-1], -np.inf, levels)))
 
     def time_at(self, log_alpha_bar: Tensor) -> Tensor:
         """The inverse of `log_alpha_bar_at`: float64 network times; levels beyond the table's ends get its end times."""
-        levels = -np.asarray(log_alpha_bar.detach().cpu(), dtype=np.float64)
-        entries = np.arange(-1, self.T, dtype=np.float64)
-        return torch.from_numpy(np.asarray(np.interp(levels, -self.log_alpha_bar.numpy(), entries)))
+        levels = np.asarray(log_alpha_bar.detach().cpu(), dtype=np.float64)
+        entries, table = self._finite
+        times = np.interp(-levels, -table, entries)
+        return torch.from_numpy(np.asarray(np.where(np.isneginf(levels), self.T - 1, times)))
+
+    @cached_property
+    def _finite(self) -> tuple[np.ndarray, np.ndarray]:
+        """Network times, and log alpha_bar there, without an infinite last entry."""
+        table = self.log_alpha_bar.numpy()
+        count = self.T + (1 if np.isfinite(table[-1]) else 0)
+        return np.arange(-1, count - 1, dtype=np.float64), table[:count]

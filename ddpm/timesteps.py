@@ -34,15 +34,25 @@ def _quadratic(schedule: NoiseSchedule, steps: int) -> Tensor:
 
 
 def _logsnr(schedule: NoiseSchedule, steps: int) -> Tensor:
-    log_snr = schedule.snr.log()
-    grid = torch.linspace(float(log_snr[-1]), float(log_snr[1]), steps, dtype=torch.float64)
-    return schedule.time_at(torch.nn.functional.logsigmoid(grid)).clamp(0, schedule.T - 1)
+    return _between_ends(schedule, steps, lambda snr: snr.log(), torch.nn.functional.logsigmoid)
 
 
 def _karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Tensor:
-    ramp = schedule.snr.rsqrt() ** (1 / rho)
-    sigma = torch.linspace(float(ramp[-1]), float(ramp[1]), steps, dtype=torch.float64) ** rho
-    return schedule.time_at(-torch.log1p(sigma.square())).clamp(0, schedule.T - 1)
+    return _between_ends(schedule, steps, lambda snr: snr ** (-0.5 / rho), lambda ramp: -torch.log1p(ramp ** (2 * rho)))
+
+
+def _between_ends(
+    schedule: NoiseSchedule, steps: int, measure: Callable[[Tensor], Tensor], log_alpha_bar: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Times at even distances of `measure`, a function of the signal-to-noise ratio, between those of T-1 and of 0.
+
+    Where nothing of the signal is left at T-1, that time comes first and the even distances start at T-2.
+    """
+    silent = int(schedule.snr[-1] == 0)
+    first, last = measure(schedule.snr[[-1 - silent, 1]]).tolist()
+    grid = torch.linspace(first, last, steps - silent, dtype=torch.float64)
+    times = schedule.time_at(log_alpha_bar(grid)).clamp(0, schedule.T - 1)
+    return torch.cat([torch.full((silent,), schedule.T - 1.0, dtype=torch.float64), times])
 
 
 SPACINGS: dict[str, Callable[[NoiseSchedule, int], Tensor]] = {

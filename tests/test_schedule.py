@@ -60,11 +60,39 @@ def test_scaled_linear_with_ten_steps() -> None:
 
 def test_diffusers_agrees() -> None:
     diffusers = pytest.importorskip("diffusers")
-    for ours, theirs in (("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")):
+    for ours, theirs in (
+        ("linear", "linear"),
+        ("scaled_linear", "scaled_linear"),
+        ("cosine", "squaredcos_cap_v2"),
+        ("sigmoid", "sigmoid"),
+    ):
         scheduler = diffusers.DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule=theirs)
         schedule = NoiseSchedule.named(ours, 1000)
         assert torch.allclose(schedule.betas, scheduler.betas.double(), rtol=2e-4, atol=0)
         assert torch.allclose(schedule.alpha_bar[1:], scheduler.alphas_cumprod.double(), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine", "sigmoid"])
+def test_zero_terminal_snr(name: str) -> None:
+    schedule = NoiseSchedule.named(name, 1000)
+    rescaled = schedule.zero_terminal_snr()
+    assert float(rescaled.alpha_bar[-1]) == 0 and float(rescaled.snr[-1]) == 0
+    assert float(rescaled.alpha_bar[1]) == pytest.approx(float(schedule.alpha_bar[1]), rel=1e-12)
+    ratio = rescaled.alpha_bar[1:].sqrt().diff() / schedule.alpha_bar[1:].sqrt().diff()
+    assert torch.allclose(ratio, ratio[0].expand(999), rtol=1e-6)  # shifted and scaled, nothing else
+    assert float(rescaled.log_alpha_bar_at(998.0)) == pytest.approx(float(rescaled.log_alpha_bar[999]))
+    assert float(rescaled.log_alpha_bar_at(999.0)) == -math.inf
+    assert float(rescaled.time_at(torch.tensor(-math.inf))) == 999
+    for spacing in SPACINGS:
+        times = network_times(rescaled, 7, spacing)
+        assert bool(times.isfinite().all()) and (spacing in ("leading", "quadratic") or float(times[0]) == 999)
+
+
+def test_diffusers_rescales_alike() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(1000, beta_start=1e-4, beta_end=2e-2, rescale_betas_zero_snr=True)
+    ours = NoiseSchedule.named("linear", 1000).zero_terminal_snr().alpha_bar[1:]
+    assert torch.allclose(ours, scheduler.alphas_cumprod.double(), rtol=2e-3, atol=1e-7)
 
 
 @given(st.sampled_from(sorted(SCHEDULES)), st.integers(2, 2000))

@@ -179,6 +179,24 @@ def test_the_last_step_gives_x0_hat(name: str) -> None:
         assert torch.allclose(x, target.expand_as(x), atol=1e-9), sampler
 
 
+def test_from_pure_noise_where_nothing_of_the_signal_is_left() -> None:
+    """alpha_bar_T = 0: every sampler starts at infinite noise-to-signal, stays finite, and keeps the data's moments."""
+    schedule = NoiseSchedule.named("linear", 1000).zero_terminal_snr()
+
+    def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha_bar = schedule.log_alpha_bar_at(t.double()).exp().view(-1, 1)
+        gain = alpha_bar.sqrt() * VARIANCE / (alpha_bar * VARIANCE + 1 - alpha_bar)
+        return MEAN + gain * (x - alpha_bar.sqrt() * MEAN)
+
+    x_T = torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.float64)
+    for sampler in SAMPLERS:
+        if sampler in ("ddpm", "dpmpp_2m_sde"):
+            continue
+        low, middle, high = sample(Denoiser(net, schedule, "x0"), x_T, sampler, 200, "trailing")[:, 0].tolist()
+        assert middle == pytest.approx(MEAN, abs=5e-3), sampler
+        assert (high - low) / 2 == pytest.approx(VARIANCE**0.5, rel=0.03), sampler
+
+
 def test_along_another_schedule() -> None:
     """The network is asked at its own time of the same noise level; levels it never saw become its last one."""
     trained, other = NoiseSchedule.named("linear", 1000), NoiseSchedule.named("cosine", 1000)

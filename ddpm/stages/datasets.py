@@ -265,7 +265,7 @@ def _left_out(names: list[str]) -> str:
     kinds = sorted({PurePosixPath(name).suffix.lower() or "no suffix" for name in names})
     more = ", ..." if len(kinds) > 5 else ""
     files = images.counted(len(names), "file")
-    return f"left out {files} that are hidden or not PNG or JPEG ({images.shown(', '.join(kinds[:5]))}{more})"
+    return f"left out {files}, hidden or neither PNG nor JPEG ({images.shown(', '.join(kinds[:5]))}{more})"
 
 
 def _layout(files: Mapping[str, images.Read], data: Data) -> images.Layout:

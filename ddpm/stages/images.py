@@ -46,7 +46,7 @@ MAX_WORKERS = 16
 
 # Messages.
 
-ADVICE = "repair or remove them, or let data.size, data.fit and data.channels convert what is only of another kind"
+ADVICE = "repair or remove them, or have them converted by data.size, data.fit and data.channels"
 
 
 def counted(number: int, noun: str) -> str:

@@ -101,6 +101,8 @@ class Sampler(Section):
     spacing: str = "leading"
     eta: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     variance: Literal["fixed_large", "fixed_small"] | None = None
+    order: Annotated[int, Field(ge=1, le=3)] | None = None
+    along: Name | None = None
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `ddpm.sample` that this row sets."""

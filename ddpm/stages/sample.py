@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ddpm.denoiser import Denoiser
 from ddpm.noise import gaussian
-from ddpm.samplers import SAMPLERS, check_options, trajectory
+from ddpm.samplers import check_options, trajectory
+from ddpm.schedule import SCHEDULES, NoiseSchedule
 from ddpm.stages import checkpoint, store
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point, Sampler
@@ -28,10 +29,11 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def check_row(name: str, row: Sampler) -> None:
     """Raises InputError for a sampler row that `ddpm.sample` would refuse."""
-    if row.sampler not in SAMPLERS:
-        raise InputError(f"samplers.{name}.sampler: no sampler '{row.sampler}'; there are {', '.join(SAMPLERS)}")
     try:
-        check_options(**row.options())
+        options = row.options()
+        if (along := options.pop("along", None)) is not None and along not in SCHEDULES:
+            raise ValueError(f"no schedule '{along}' to go along; there are {', '.join(SCHEDULES)}")
+        check_options(**options)
     except ValueError as error:
         raise InputError(f"samplers.{name}: {error}") from None
 
@@ -53,8 +55,12 @@ def generate(
     """Images number `indices` of a seed: uint8 [len(indices), *shape], and the network evaluations each took.
 
     Their noise depends on seed and index alone, never on `batch`. done(images, evaluations) is told of each finished
-    batch, and of each step within the first. into: an array to fill instead of a new one. Raises ValueError.
+    batch, and of each step. settings: a sampler row's options. into: an array to fill instead of a new one. Raises
+    ValueError.
     """
+    options = dict(settings)
+    if along := options.get("along"):
+        options["along"] = NoiseSchedule.named(along, denoiser.schedule.T)
     images = np.empty((len(indices), *shape), np.uint8) if into is None else into
     evaluations = 0
     for start in range(0, len(indices), batch):
@@ -64,9 +70,9 @@ def generate(
         def noise(k: int, rows: range = rows) -> Tensor:
             return gaussian(seed, rows, k + 1, shape, device)
 
-        for state in trajectory(denoiser, x_T, steps=steps, noise=noise, **settings):
+        for state in trajectory(denoiser, x_T, steps=steps, noise=noise, **options):
             x, evaluations = state.x, state.evaluations
-            done(start + len(rows) * (state.k + 1) // (steps + 1), evaluations)
+            done(start + len(rows) * state.k // steps, evaluations)
         images[start : start + len(rows)] = to_uint8(x).cpu().numpy()
         done(start + len(rows), evaluations)
     return images, evaluations

@@ -18,6 +18,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -251,13 +252,13 @@ def writing_dataset(
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> Images:
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    if hasattr(os, "posix_fallocate"):
-        with path.open("rb+") as file:  # or a full disk would kill the process while it writes to the mapping
-            try:
+    try:
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with path.open("rb+") as file:  # or a full disk would kill the process while it writes to the mapping
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            except OSError as error:
-                raise InputError(f"{path.name}: no room for {array.nbytes:,} bytes: {error.strerror}") from None
+    except OSError as error:
+        raise InputError(f"{path.name}: no room for {math.prod(shape):,} bytes: {error.strerror}") from None
     return array
 
 

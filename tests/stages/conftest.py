@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from ddpm.stages.params import Params
+from ddpm.stages import store
+from ddpm.stages.params import Params, Point
 from ddpm.stages.prepare import prepare
+from ddpm.stages.sample import sample_point
+from ddpm.stages.train import train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -42,3 +46,91 @@ def root(digits: Path, tmp_path: Path) -> Path:
     """A root of its own that shares the prepared digits."""
     (tmp_path / "dataset").symlink_to(digits / "dataset")
     return tmp_path
+
+
+# What tracking publishes.
+
+
+def run_record(stage: str, started: int, seconds: int, count: int, unit: str) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "started": started,
+        "ended": started + 1000 * seconds,
+        "seconds": float(seconds),
+        "count": count,
+        "unit": unit,
+        "per_second": count / seconds,
+        "peak_memory_bytes": 500_000_000,
+        "device": "cpu",
+        "hardware": {"cpu": "a processor", "cores": 2},
+        "versions": {"ddpm": "0.1.0"},
+        "git_commit": "0123456789abcdef0123456789abcdef01234567",
+        "git_dirty": False,
+    }
+
+
+def scores_of(root: Path, point: Point, fid: float, **changes: Any) -> None:
+    """metrics/POINT.json as `evaluate` would write it, and a report whose best point is the one of the lowest FID."""
+    samples = root / store.samples_file(point)
+    scores = {
+        "fid": fid,
+        "kid": fid / 1000,
+        "kid_std": fid / 10_000,
+        "evaluations": store.read_evaluations(samples),
+        "images": 64,
+        "reference_images": 64,
+        "layer": 64,
+        "reference": store.read_json(root / store.dataset_dir() / "dataset.json")["sha256"],
+        "extractor": "inception-v3-2015-12-05",
+        "extractor_sha256": "e" * 64,
+        "samples": store.sha256(samples),
+    }
+    store.write_json(root / store.metrics_file(point), {**scores, **changes})
+    all_scores = {path.stem: store.read_json(path) for path in (root / "metrics").glob("*-*.json")}
+    best = min(all_scores, key=lambda name: (all_scores[name]["fid"], all_scores[name]["evaluations"]))
+    store.write_json(root / "report" / "best.json", {"point": best, **all_scores[best], "points": len(all_scores)})
+
+
+@pytest.fixture(scope="session")
+def write_scores() -> Callable[..., None]:
+    """write_scores(root, point, fid, **changes to the other entries)."""
+    return scores_of
+
+
+@pytest.fixture(scope="session")
+def made(digits: Path, smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with the outputs of every stage of the smoke recipe; only the scores are made up. Read-only by agreement."""
+    root, params = tmp_path_factory.mktemp("made"), smoke(training={"steps": 24})
+    (root / "dataset").symlink_to(digits / "dataset")
+    train(params, "cosine", root)
+    started = 1_700_000_000_000
+    record = run_record("train@cosine", started, 60, 24, "steps")
+    store.write_json(root / store.run_file(store.model_dir("cosine")), record)
+    for index, point in enumerate(params.points()):
+        sample_point(params, point, root)
+        scores_of(root, point, 40.0 - index)
+        for output, stage in ((store.samples_file(point), "sample"), (store.metrics_file(point), "evaluate")):
+            started += 100_000
+            record = run_record(f"{stage}@{point.name}", started, 10, 64, "images")
+            store.write_json(root / store.run_file(output), record)
+    return root
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated mlflow.db without runs: making one takes seconds, copying it none."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def checkout(made: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root of its own with outputs that were never published, and an empty MLflow store at its default place."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = tmp_path / "checkout"
+    shutil.copytree(made, root, symlinks=True, ignore=shutil.ignore_patterns("training"))
+    shutil.copyfile(empty_database, root / "mlflow.db")
+    return root

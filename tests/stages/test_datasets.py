@@ -229,7 +229,7 @@ def test_what_was_left_out_is_said(tmp_path: Path) -> None:
     said: list[Progress] = []
     open_source(Data(source="image-folder", path="images"), 0, tmp_path, said.append)
     assert [progress.message for progress in said] == [
-        "left out 3 files that are hidden or not PNG or JPEG (.md, .webp, no suffix)"
+        "left out 3 files, hidden or neither PNG nor JPEG (.md, .webp, no suffix)"
     ]
 
 
@@ -310,7 +310,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 def test_the_real_fashion_mnist(tmp_path: Path) -> None:
     """Mean 0.2860 and deviation 0.3530 of the 28x28 training images are widely published."""
     source = opened(tmp_path, "fashion-mnist", str(DEBIAN))
-    train, test = filled(source)
+    train, _ = filled(source)
     assert source.counts == (60_000, 10_000)
     assert source.labels is not None
     assert np.bincount(source.labels[0]).tolist() == [6000] * 10
@@ -329,9 +329,9 @@ def cifar_archive() -> dict[str, bytes]:
     for name, count in [*((f"data_batch_{number}", 20) for number in range(1, 6)), ("test_batch", 10)]:
         pixels = np.random.default_rng(len(files)).integers(0, 256, (count, 3072), np.uint8)
         labels = [index % 10 for index in range(count)]
-        files[name] = pickle.dumps({b"data": pixels, b"labels": labels}, protocol=2)
-    names = [b"airplane", b"automobile", b"bird", b"cat", b"deer", b"dog", b"frog", b"horse", b"ship", b"truck"]
-    files["batches.meta"] = pickle.dumps({b"label_names": names}, protocol=2)
+        files[name] = pickle.dumps({"data": pixels, "labels": labels}, protocol=2)
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    files["batches.meta"] = pickle.dumps({"label_names": names}, protocol=2)
     return files
 
 
@@ -357,9 +357,9 @@ def check_cifar(source: Source, files: dict[str, bytes]) -> None:
     train, test = filled(source)
     assert source.shape == (3, 32, 32)
     assert source.flip
-    expected = [pickle.loads(files[f"data_batch_{number}"])[b"data"] for number in range(1, 6)]
+    expected = [pickle.loads(files[f"data_batch_{number}"])["data"] for number in range(1, 6)]
     assert np.array_equal(train, np.concatenate(expected).reshape(-1, 3, 32, 32))
-    assert np.array_equal(test.reshape(10, -1), pickle.loads(files["test_batch"])[b"data"])
+    assert np.array_equal(test.reshape(10, -1), pickle.loads(files["test_batch"])["data"])
     assert source.labels is not None
     assert source.labels[1].tolist() == list(range(10))
     assert source.classes is not None

@@ -159,6 +159,21 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
 
 
 @contextmanager
+def as_default(where: Place) -> Iterator[None]:
+    """MLflow's database registry asks the store of the whole process about logged models; what was set comes back."""
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(where.uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+@contextmanager
 def locked(where: Place, name: str = "") -> Iterator[None]:
     where.lock.parent.mkdir(parents=True, exist_ok=True)
     path = where.lock.with_name(where.lock.name + name)
@@ -202,7 +217,7 @@ def plain_errors(where: Place) -> Iterator[None]:
         text = " ".join(str(error).split())
         if "API request to" in text or isinstance(error, ConnectionError):
             raise InputError(_unreachable(where)) from error
-        raise InputError(f"MLflow at {where.shown}: {text[:300]}; publish later with `ddpm publish`") from error
+        raise InputError(f"MLflow at {where.shown}: {text[:300]}") from error
 
 
 _warned: set[str] = set()

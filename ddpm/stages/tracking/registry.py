@@ -24,6 +24,7 @@ from ddpm.stages.tracking.place import (
     Place,
     Say,
     Target,
+    as_default,
     champion_uri,
     client_of,
     find_place,
@@ -345,15 +346,16 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     model_id = _log_served(target, run, challenger)
-    return client.create_model_version(
-        name,
-        source=f"models:/{model_id}",
-        run_id=run.info.run_id,
-        tags=challenger.tags,
-        description=_describe(challenger),
-        model_id=model_id,
-        await_creation_for=60,
-    )
+    with as_default(target.place):
+        return client.create_model_version(
+            name,
+            source=f"models:/{model_id}",
+            run_id=run.info.run_id,
+            tags=challenger.tags,
+            description=_describe(challenger),
+            model_id=model_id,
+            await_creation_for=60,
+        )
 
 
 def _describe(challenger: Challenger) -> str:
@@ -406,14 +408,15 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
     steps = challenger.settings["steps"]
     package = Path(__file__).parents[2]
     with tempfile.TemporaryDirectory(prefix="ddpm-code-") as name:
-        code = Path(name) / package.name
+        code, checkpoint = Path(name) / package.name, Path(name) / "checkpoint"
+        shutil.copytree(challenger.folder, checkpoint)
         for module in SERVED_MODULES:
             (code / module).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(package / f"{module}.py", code / f"{module}.py")
         mlflow.pyfunc.save_model(
             folder,
             python_model=str(Path(__file__).with_name("served.py")),
-            artifacts={"checkpoint": str(challenger.folder.resolve())},
+            artifacts={"checkpoint": str(checkpoint)},
             code_paths=[str(code)],
             signature=ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype(np.uint8), shape)])),
             input_example=pd.DataFrame(

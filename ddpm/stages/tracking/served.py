@@ -31,7 +31,7 @@ class ImageModel(PythonModel):
         folder = Path(context.artifacts["checkpoint"])
         self.denoiser, self.about = checkpoint.load(folder, self.device, clip=bool(config["clip"]))
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         """-> uint8 [N, C, H, W]. Raises ValueError for a sampler, a number of steps or of images that cannot be."""
         given = (
             {key: value for key, value in row.items() if not pd.isna(value)} for row in model_input.to_dict("records")

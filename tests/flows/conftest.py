@@ -1,0 +1,200 @@
+"""A small repository with a real DVC and stages that take no time, and the processes that run in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+STAGE = '''\
+"""Usage: stage.py NAME OUT. control.json says, by name: seconds to take, exit code to end with, whether to die by SIGKILL."""
+import json, os, pathlib, signal, sys, time
+from ddpm.stages import watchdog
+
+watchdog.start()
+name, out = sys.argv[1:]
+control = json.loads(pathlib.Path("control.json").read_text()).get(name, {})
+if control.get("deaf"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path(f"{name}.pid").write_text(str(os.getpid()))
+report = {"stage": name, "done": 1, "total": 2, "unit": "steps", "values": {"loss": 0.5}}
+print("@progress " + json.dumps(report), flush=True)
+print(f"{name}: began", flush=True)
+time.sleep(control.get("seconds", 0))
+if control.get("die"):
+    pathlib.Path("control.json").write_text("{}")  # once
+    os.kill(os.getpid(), signal.SIGKILL)
+if control.get("exit"):
+    sys.exit(f"ddpm: {name} can't") if control["exit"] == 1 else (print(f"ddpm: {name} can't"), sys.exit(control["exit"]))
+path = pathlib.Path(out)
+path.parent.mkdir(exist_ok=True)
+header = "point,schedule,sampler,steps,evaluations,fid,kid,kid_std,images,reference_images,layer"
+path.write_text(header + "\\nlinear-ddim-10,linear,ddim,10,10,1.5,0.1,0.01,500,500,64\\n" if name == "report" else name)
+print(f"{name}: 2 steps in 0.0 s")
+'''
+
+DVC = """\
+stages:
+  prepare:
+    cmd: python stage.py prepare prepared
+    deps: [source]
+    outs: [prepared]
+  train:
+    matrix:
+      schedule: ${sweep.schedules}
+    cmd: python stage.py train@${item.schedule} trained-${item.schedule}
+    deps: [prepared]
+    params: [training.steps]
+    outs: ["trained-${item.schedule}"]
+  sample:
+    matrix:
+      schedule: ${sweep.schedules}
+    cmd: python stage.py sample@${item.schedule} sampled-${item.schedule}
+    deps: ["trained-${item.schedule}"]
+    params: [sampling]
+    outs: ["sampled-${item.schedule}"]
+  report:
+    cmd: python stage.py report report/points.csv
+    deps: [sampled-linear, sampled-cosine]
+    outs: [report/points.csv]
+"""
+NAMES = ("prepare", "train@linear", "train@cosine", "sample@linear", "sample@cosine", "report")
+
+
+def wait(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Scratch:
+    """root: the repository. environment: of every process in it. Each process carries MARK, so that none is missed."""
+
+    root: Path
+    environment: dict[str, str]
+    mark: str
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def control(self, **stages: dict[str, Any]) -> None:
+        """Keys are stage names with `_` for `@`."""
+        (self.root / "control.json").write_text(
+            json.dumps({name.replace("_", "@"): how for name, how in stages.items()})
+        )
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=self.root,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=240,
+            check=False,
+        )
+
+    def start(self, *command: str, log: str = "log", **environment: str) -> subprocess.Popen[str]:
+        with (self.root / log).open("w") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=self.root,
+                env={**self.environment, **environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            )
+        self.started.append(process)
+        return process
+
+    def repro(self) -> str:
+        done = self.run(sys.executable, "-m", "dvc", "repro")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def running(self) -> list[str]:
+        """The command lines of all that was started here and lives."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("SCRATCH") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+        return found
+
+    def pid(self, stage: str, seconds: float = 60) -> int:
+        """Of a stage that runs now."""
+        path = self.root / f"{stage}.pid"
+        return int(wait(lambda: path.exists() and path.read_text(), seconds, f"{stage} runs"))
+
+    def end(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        wait(lambda: not self.running(), 30, f"nothing is left running: {self.running()}")
+
+
+def make_scratch(root: Path, template: Path) -> Scratch:
+    shutil.copytree(template, root, dirs_exist_ok=True)
+    path = os.pathsep.join((str(root / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]))
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "DDPM_"))
+    }
+    mark = str(root)
+    telemetry_off = {"DO_NOT_TRACK": "true", "DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return Scratch(root, {**environment, **telemetry_off, "PATH": path, "SCRATCH": mark}, mark)
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("template")
+    for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
+        subprocess.run(command, cwd=root, check=True)
+    for name in ("params.yaml", "prefect.toml", "prefect.yaml", "Procfile"):
+        shutil.copy(ROOT / name, root)
+    shutil.copytree(ROOT / "flows", root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "recipes").mkdir()
+    (root / "recipes" / "more.yaml").write_text((ROOT / "params.yaml").read_text().replace("seed: 0", "seed: 7"))
+    (root / "dvc.yaml").write_text(DVC)
+    (root / "stage.py").write_text(STAGE)
+    (root / "source").write_text("1")
+    (root / "control.json").write_text("{}")
+    (root / "bin").mkdir()
+    (root / "bin" / "ddpm").write_text('#!/bin/sh\necho "$1: done by a stand-in"\n')
+    (root / "bin" / "ddpm").chmod(0o755)
+    return root
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, template: Path) -> Iterator[Scratch]:
+    made = make_scratch(tmp_path, template)
+    yield made
+    made.end()

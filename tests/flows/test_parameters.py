@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params
+from flows import parameters
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    text = (ROOT / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "seven.yaml").write_text(text.replace("seed: 0", "seed: 7 # lucky"))
+    return tmp_path
+
+
+def test_overrides_change_their_values_and_not_one_other_character(checkout: Path) -> None:
+    before = (checkout / "params.yaml").read_text().splitlines()
+    overrides = ["training.steps=7", "sweep.steps=[3, 5]", "training.learning_rate=1e-3", "samplers.ddim.eta=0.5"]
+    params = parameters.write(checkout, overrides=overrides)
+    after = (checkout / "params.yaml").read_text().splitlines()
+
+    assert (params.training.steps, params.sweep.steps, params.samplers["ddim"].eta) == (7, (3, 5), 0.5)
+    assert params.training.learning_rate == 1e-3
+    assert params == Params.load(checkout / "params.yaml")
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert len(changed) == 4
+    assert all(old.partition(":")[0] == new.partition(":")[0] for old, new in changed)
+    assert all(old.partition("#")[2] == new.partition("#")[2] for old, new in changed)
+
+
+def test_null_stays_null(checkout: Path) -> None:
+    parameters.write(checkout, overrides=["data.channels=3"])
+    raw = YAML(typ="safe").load((checkout / "params.yaml").read_text())
+    assert raw["data"]["channels"] == 3
+    assert raw["data"]["size"] is None
+    assert "size: null" in (checkout / "params.yaml").read_text()
+
+
+def test_a_recipe_replaces_the_file_as_it_is(checkout: Path) -> None:
+    assert parameters.write(checkout, "seven").seed == 7
+    assert (checkout / "params.yaml").read_bytes() == (checkout / "recipes" / "seven.yaml").read_bytes()
+    assert parameters.write(checkout, "recipes/seven.yaml", ["seed=8"]).seed == 8
+
+
+def test_the_same_parameters_are_not_written_again(checkout: Path) -> None:
+    before = (checkout / "params.yaml").stat()
+    parameters.write(checkout)
+    after = (checkout / "params.yaml").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "named"),
+    [
+        (None, ["training.step=7"], "training.step"),
+        (None, ["nowhere.at.all=7"], "nowhere.at.all"),
+        (None, ["seed.deep=1"], "seed.deep"),
+        (None, ["training.steps"], "KEY=VALUE"),
+        (None, ["training.steps=-1"], "training.steps"),
+        (None, ["training.steps=1.5"], "training.steps"),
+        (None, ["training.steps=[1"], "training.steps=[1"),
+        (None, ["training=3"], "training"),
+        (None, ["seed=1", "sweep.samplers=[none_such]"], "none_such"),
+        ("eight", [], "seven"),
+    ],
+)
+def test_wrong_input_is_one_line_and_changes_nothing(
+    checkout: Path, recipe: str | None, overrides: list[str], named: str
+) -> None:
+    before = (checkout / "params.yaml").read_bytes()
+    with pytest.raises(InputError) as caught:
+        parameters.write(checkout, recipe, overrides)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (checkout / "params.yaml").read_bytes() == before
+    assert sorted(path.name for path in checkout.iterdir()) == ["params.yaml", "recipes"]

@@ -1,0 +1,204 @@
+"""`evaluate` on real digits: the scores, what they record, and the cache of reference features."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm import features, fidelity
+from ddpm.stages import store
+from ddpm.stages.errors import InputError
+from ddpm.stages.evaluate import evaluate, reference_images
+from ddpm.stages.params import Compute, Evaluation, Params, Point
+from ddpm.stages.progress import Progress
+
+POINT = Point(schedule="linear", sampler="ddim", steps=5)
+COMPUTING = "once for this dataset"
+
+
+def protocol(images: int = 12, device: Any = "cpu", seed: int = 0) -> Params:
+    base = Params.load(Path(__file__).parents[2] / "params.yaml")
+    evaluation = Evaluation(layer=64, images=images, batch=5, threads=1)
+    return base.model_copy(update={"evaluation": evaluation, "compute": Compute(device=device), "seed": seed})
+
+
+def digits() -> np.ndarray:
+    from sklearn.datasets import load_digits
+
+    return (load_digits().images[:60, None] * (255 / 16)).round().astype(np.uint8)
+
+
+def write_dataset(root: Path, train: np.ndarray) -> None:
+    folder = root / store.dataset_dir()
+    folder.mkdir(exist_ok=True)
+    np.save(folder / "train.npy", train)
+    np.save(folder / "test.npy", train[:2])
+    store.write_json(folder / "dataset.json", {"name": "digits", "sha256": "the version", "shape": [1, 8, 8]})
+
+
+@pytest.fixture
+def root(tmp_path: Path, inception_cache: Path) -> Path:
+    """A dataset of 30 digits and a sample set of 20 others."""
+    write_dataset(tmp_path, digits()[:30])
+    store.write_samples(tmp_path / store.samples_file(POINT), digits()[30:50], evaluations=5)
+    (tmp_path / store.CACHE).mkdir()
+    (tmp_path / store.CACHE / "inception").symlink_to(inception_cache)
+    return tmp_path
+
+
+def run(root: Path, params: Params | None = None) -> tuple[dict[str, Any], list[Progress]]:
+    seen: list[Progress] = []
+    return evaluate(params or protocol(), POINT, root, seen.append), seen
+
+
+def computed(seen: list[Progress]) -> bool:
+    return any(COMPUTING in progress.message for progress in seen)
+
+
+def cached(root: Path) -> list[Path]:
+    return sorted((root / store.CACHE / "features").glob("*.npz"))
+
+
+def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) -> None:
+    scores, seen = run(root)
+    inception = features.load(64, inception_cache)
+    fake, real = (
+        features.extract(inception, images) for images in (digits()[30:42], reference_images(digits()[:30], 12))
+    )
+    fid = fidelity.fid(fidelity.statistics(fake), fidelity.statistics(real))
+    kid, kid_std = fidelity.kid(fake, real, subset_size=6)
+    assert scores.pop("fid") == pytest.approx(fid, rel=1e-5)
+    assert scores.pop("kid") == pytest.approx(kid, rel=1e-4)
+    assert scores.pop("kid_std") == pytest.approx(kid_std, rel=1e-4)
+    assert scores == {
+        "evaluations": 5,
+        "images": 12,
+        "reference_images": 12,
+        "layer": 64,
+        "reference": "the version",
+        "extractor": "inception-v3-2015-12-05",
+        "extractor_sha256": inception.sha256,
+        "samples": store.sha256(root / store.samples_file(POINT)),
+    }
+    assert json.loads((root / store.metrics_file(POINT)).read_text()).items() >= scores.items()
+    assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
+    assert seen[0].done == 0 and seen[-1].done == seen[-1].total == 24
+
+
+def test_the_training_images_themselves_score_nothing(root: Path) -> None:
+    store.write_samples(root / store.samples_file(POINT), digits()[:30], evaluations=5)
+    assert run(root, protocol(images=30))[0]["fid"] < 1e-6
+    store.write_samples(root / store.samples_file(POINT), 255 - digits()[:30], evaluations=5)
+    assert run(root, protocol(images=30))[0]["fid"] > 1
+
+
+def test_same_input_same_bytes_with_or_without_the_cache_and_whatever_the_seed(root: Path) -> None:
+    path = root / store.metrics_file(POINT)
+    assert computed(run(root)[1])
+    first = path.read_bytes()
+    kept, seen = run(root, protocol(seed=99))
+    assert path.read_bytes() == first
+    assert not computed(seen)
+    assert seen[0].done == 12  # so that what is counted is what was done
+    shutil.rmtree(root / store.CACHE / "features")
+    assert computed(run(root)[1])
+    assert path.read_bytes() == first
+    assert kept["fid"] > 0
+
+
+def test_reference_features_are_found_by_content(root: Path, inception_weights: Path, monkeypatch: Any) -> None:
+    before, _ = run(root)
+    changed = digits()[:30]
+    changed[:, 0, 4, 4] ^= 1  # one grey level; dataset.json says nothing of it
+    write_dataset(root, changed)
+    after, seen = run(root)
+    assert computed(seen)
+    assert after["fid"] != before["fid"]
+    assert computed(run(root, protocol(images=8))[1])
+    monkeypatch.setenv(features.WEIGHTS_VARIABLE, str(inception_weights))
+    other, seen = run(root)
+    assert computed(seen)
+    assert other["extractor_sha256"] != after["extractor_sha256"]
+    assert len(cached(root)) == 4
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit flipped", "another archive"])
+def test_a_damaged_cache_file_is_computed_again(root: Path, damage: str) -> None:
+    before, _ = run(root)
+    (path,) = cached(root)
+    good = path.read_bytes()
+    if damage == "another archive":
+        store.write_arrays(path, something=np.zeros(3))
+    else:
+        middle = 1000  # within the features
+        flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
+        path.write_bytes(good[:middle] if damage == "truncated" else flipped)
+    after, seen = run(root)
+    assert computed(seen)
+    assert after == before
+    assert path.read_bytes() == good
+
+
+def test_processes_at_once_compute_the_reference_once(root: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_evaluate import POINT, protocol
+from ddpm.stages.evaluate import evaluate
+evaluate(protocol(30), POINT, Path(sys.argv[1]), lambda progress: print(progress.message))
+"""
+    command = [sys.executable, "-c", code, str(root), str(Path(__file__).parent)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    output = "".join(process.communicate(timeout=120)[0] for process in running)
+    assert [process.returncode for process in running] == [0, 0]
+    assert output.count(COMPUTING) == 1
+
+
+def test_fewer_samples_than_asked_for_are_counted(root: Path) -> None:
+    scores, seen = run(root, protocol(images=500))
+    assert (scores["images"], scores["reference_images"]) == (20, 30)
+    assert "20 samples, not 500: there are no more" in [progress.message for progress in seen]
+
+
+def test_reference_images_are_drawn_from_everywhere_and_grow() -> None:
+    train = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
+    few, more = (set(reference_images(train, count).ravel()) for count in (10, 40))
+    assert len(few) == 10 and len(more) == 40
+    assert few < more
+    assert max(few) >= 50 > min(few)
+    np.testing.assert_array_equal(reference_images(train, 1000), train)
+
+
+def test_wrong_input_is_one_line_and_leaves_nothing(root: Path, monkeypatch: Any) -> None:
+    def refused(match: str, params: Params | None = None) -> None:
+        with pytest.raises(InputError, match=match) as caught:
+            run(root, params)
+        assert "\n" not in str(caught.value)
+        assert not (root / store.metrics_file(POINT)).exists()
+
+    if not torch.cuda.is_available():
+        refused("cuda", protocol(device="cuda"))
+    monkeypatch.setenv(features.WEIGHTS_VARIABLE, str(root / "nothing.pth"))
+    refused(r"nothing\.pth")
+    monkeypatch.delenv(features.WEIGHTS_VARIABLE)
+    samples = root / store.samples_file(POINT)
+    store.write_samples(samples, digits()[:1], evaluations=5)
+    refused("two or more")
+    store.write_samples(samples, np.zeros((4, 3, 8, 8), np.uint8), evaluations=5)
+    refused(r"\[3, 8, 8\].*\[1, 8, 8\]")
+    samples.write_bytes(samples.read_bytes()[:100])
+    refused("not a sample set")
+    samples.unlink()
+    refused("no such sample set")
+    shutil.rmtree(root / store.dataset_dir())
+    store.write_samples(samples, digits()[:4], evaluations=5)
+    refused("dataset")

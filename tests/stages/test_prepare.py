@@ -1,0 +1,360 @@
+"""The prepare stage: what lies in dataset/ afterwards, that it repeats, and that nothing is left of what fails."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm.stages import store
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params
+from ddpm.stages.prepare import mean_and_deviation, prepare, preview
+from ddpm.stages.progress import Progress
+from ddpm.stages.store import read_dataset
+
+Smoke = Callable[..., Params]
+
+CIFAR = Path(__file__).parents[3] / "shared" / "data"
+NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def draw(path: Path, seed: int, side: int = 8) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)).save(path)
+
+
+def draw_folder(folder: Path, count: int = 12) -> None:
+    for seed in range(count):
+        draw(folder / f"class {seed % 3}" / f"{seed:02}.png", seed)
+
+
+def folder_params(smoke: Smoke, seed: int = 0, **data: Any) -> Params:
+    return smoke(seed=seed, data={"source": "image-folder", "path": "images", "test_fraction": 0.25, **data})
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (root / "dataset").iterdir()}
+
+
+# What it writes.
+
+
+def test_digits(smoke: Smoke, tmp_path: Path) -> None:
+    said: list[Progress] = []
+    about = prepare(smoke(), tmp_path, said.append)
+    dataset = read_dataset(tmp_path)
+    assert sorted(files_of(tmp_path)) == [
+        "dataset.json",
+        "preview.png",
+        "test-labels.npy",
+        "test.npy",
+        "train-labels.npy",
+        "train.npy",
+    ]
+    assert dataset.about == about
+    assert about["name"] == "digits"
+    assert about["shape"] == [1, 8, 8]
+    assert about["counts"] == {"train": 1438, "test": 359}
+    assert about["classes"] == list("0123456789")
+    assert about["flip"] is False
+    assert dataset.train.dtype == np.uint8
+    assert dataset.train.shape == (1438, 1, 8, 8)
+    assert dataset.train_labels is not None
+    assert dataset.train_labels.dtype == np.int64
+    assert about["mean"] == pytest.approx([dataset.train.mean() / 255], abs=1e-6)
+    assert about["std"] == pytest.approx([dataset.train.std() / 255], abs=1e-6)
+    assert said[-1].message == "digits: 1,438 train and 359 test images of 1x8x8, 10 classes"
+    assert (said[0].done, said[-1].done, said[-1].total, said[-1].unit) == (0, 1797, 1797, "images")
+
+
+def test_digits_can_be_told_apart(digits: Path) -> None:
+    """Labels belong to their images: the nearest training image nearly always has the test image's label."""
+    dataset = read_dataset(digits)
+    assert dataset.train_labels is not None
+    assert dataset.test_labels is not None
+    train, test = (array.reshape(len(array), -1).astype(float) for array in (dataset.train, dataset.test))
+    distances = (test**2).sum(1)[:, None] + (train**2).sum(1) - 2 * test @ train.T
+    assert (dataset.train_labels[distances.argmin(1)] == dataset.test_labels).mean() > 0.97
+
+
+def test_statistics_are_exact() -> None:
+    pixels = np.zeros((3, 2, 4, 4), np.uint8)
+    pixels[0, 1], pixels[1, 1] = 255, 51
+    mean, deviation = mean_and_deviation(pixels)
+    assert mean == [0.0, 0.4]
+    assert deviation == [0.0, round(float(np.std([1, 0.2, 0])), 6)]
+    many = np.random.default_rng(0).integers(0, 256, (70_000, 1, 8, 8), np.uint8)  # more than one block
+    assert mean_and_deviation(many)[0] == [round(many.mean() / 255, 6)]
+
+
+def test_preview_has_a_row_per_class(smoke: Smoke, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images")
+    prepare(folder_params(smoke, test_fraction=0.0), tmp_path)
+    dataset = read_dataset(tmp_path)
+    scale, picture = 4, np.asarray(Image.open(tmp_path / "dataset" / "preview.png"))
+    assert picture.shape == (3 * 33 + 1, 10 * 33 + 1, 3)
+    assert dataset.train_labels is not None
+    for label in range(3):
+        member = dataset.train[dataset.train_labels == label][1].transpose(1, 2, 0)
+        cell = picture[1 + 33 * label :, 1 + 33 :][: 8 * scale : scale, : 8 * scale : scale]
+        assert np.array_equal(cell, member)
+    assert (picture[:, 1 + 4 * 33 :] == 255).all()  # four images to a class
+
+
+def test_preview_stays_small() -> None:
+    about = {"classes": [str(label) for label in range(1000)]}
+    train = np.zeros((1000, 3, 256, 256), np.uint8)
+    labels = np.arange(1000)
+    assert preview(store.Dataset(train, train, labels, labels, about)).shape == (3, 20 * 65 + 1, 10 * 65 + 1)
+    assert preview(store.Dataset(train, train, None, None, {"classes": None})).shape == (3, 20 * 65 + 1, 10 * 65 + 1)
+
+
+def test_an_empty_test_split(smoke: Smoke, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images")
+    about = prepare(folder_params(smoke, test_fraction=0.0), tmp_path)
+    dataset = read_dataset(tmp_path)
+    assert about["counts"] == {"train": 12, "test": 0}
+    assert dataset.test.shape == (0, 3, 8, 8)
+    assert dataset.test_labels is not None
+    assert len(dataset.test_labels) == 0
+
+
+def test_unlabelled(smoke: Smoke, tmp_path: Path) -> None:
+    for seed in range(8):
+        draw(tmp_path / "images" / f"{seed}.png", seed)
+    about = prepare(folder_params(smoke), tmp_path)
+    dataset = read_dataset(tmp_path)
+    assert about["classes"] is None
+    assert dataset.train_labels is None
+    assert dataset.test_labels is None
+    assert sorted(files_of(tmp_path)) == ["dataset.json", "preview.png", "test.npy", "train.npy"]
+
+
+# That it repeats.
+
+
+def test_the_same_bytes_again(smoke: Smoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order of the files on the disk, their times, and the number of processes."""
+    results = []
+    for run, processes in enumerate((1, 3, 3)):
+        root = tmp_path / str(run)
+        seeds = list(range(200))
+        random.Random(run).shuffle(seeds)
+        for seed in seeds:
+            draw(root / "images" / f"class {seed % 3}" / f"{seed:03}.png", seed)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, count=processes: range(count), raising=False)
+        prepare(folder_params(smoke), root)
+        results.append(files_of(root))
+        prepare(folder_params(smoke), root)
+        assert files_of(root) == results[-1]
+    assert results[0] == results[1] == results[2]
+
+
+def test_digits_are_the_same_bytes_again(smoke: Smoke, tmp_path: Path, digits: Path) -> None:
+    prepare(smoke(), tmp_path)
+    assert files_of(tmp_path) == files_of(digits)
+
+
+def test_folder_zip_and_zips_in_a_folder_are_the_same(smoke: Smoke, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "plain" / "images")
+    files = sorted((tmp_path / "plain" / "images").rglob("*.png"))
+    for name in ("zipped/images.zip", "mixed/images/all.zip", "mixed/images/class 1/some.zip"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in files:
+                if "mixed" not in name or (file.parent.name == "class 1") == name.endswith("some.zip"):
+                    below = tmp_path / "plain" / "images" / ("class 1" if name.endswith("some.zip") else "")
+                    archive.write(file, file.relative_to(below))
+    for root, path in (("plain", "images"), ("zipped", "images.zip"), ("mixed", "images")):
+        prepare(folder_params(smoke, path=path), tmp_path / root)
+    assert files_of(tmp_path / "plain") == files_of(tmp_path / "zipped") == files_of(tmp_path / "mixed")
+
+
+def test_the_split_depends_on_the_seed_and_shares_nothing(smoke: Smoke, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images", 40)
+    tests = []
+    for seed in (0, 1):
+        prepare(folder_params(smoke, seed=seed), tmp_path)
+        dataset = read_dataset(tmp_path)
+        train, test = ({image.tobytes() for image in split} for split in (dataset.train, dataset.test))
+        assert (len(train), len(test), len(train | test)) == (30, 10, 40)
+        tests.append(test)
+    assert tests[0] != tests[1]
+
+
+def test_one_image_more_less_or_changed_is_another_version(smoke: Smoke, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images")
+    versions = [prepare(folder_params(smoke), tmp_path)["sha256"]]
+    draw(tmp_path / "images" / "class 1" / "new.png", 99)
+    versions.append(prepare(folder_params(smoke), tmp_path)["sha256"])
+    draw(tmp_path / "images" / "class 1" / "new.png", 100)
+    versions.append(prepare(folder_params(smoke), tmp_path)["sha256"])
+    assert len(set(versions)) == 3
+    (tmp_path / "images" / "class 1" / "new.png").unlink()
+    assert prepare(folder_params(smoke), tmp_path)["sha256"] == versions[0]
+
+
+def test_a_label_is_part_of_the_version(smoke: Smoke, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images")
+    before = prepare(folder_params(smoke, test_fraction=0.0), tmp_path)["sha256"]
+    (tmp_path / "images" / "class 0" / "09.png").rename(tmp_path / "images" / "class 1" / "00.png")
+    assert prepare(folder_params(smoke, test_fraction=0.0), tmp_path)["sha256"] != before
+
+
+# That nothing is left of what fails.
+
+
+def damaged_png(folder: Path) -> None:
+    content = bytearray((folder / "class 0" / "00.png").read_bytes())
+    content[-30] ^= 1
+    (folder / "class 0" / "00.png").write_bytes(bytes(content))
+
+
+def huge_png(folder: Path) -> None:
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (folder / "class 1" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT5\xaf\x06\x1e")
+
+
+def escaping_zip(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "x.zip", "w") as archive:
+        archive.writestr("../../x.png", b"")
+
+
+def repeated_image(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "x.zip", "w") as archive:
+        archive.writestr("class 0/00.png", b"")
+
+
+def no_images(folder: Path) -> None:
+    for path in folder.rglob("*.png"):
+        path.unlink()
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "unreadable": (lambda folder: (folder / "class 1" / "x.png").write_bytes(b"x"), "1 of 13 images cannot be used: "),
+    "damaged": (damaged_png, "class 0/00.png (damaged: a checksum differs)"),
+    "empty": (lambda folder: (folder / "class 1" / "x.jpg").touch(), "class 1/x.jpg (empty file)"),
+    "huge": (huge_png, "class 1/x.png (Image size (2500000000 pixels) exceeds limit"),
+    "another size": (lambda folder: draw(folder / "class 2" / "x.png", 0, 9), "class 2/x.png (9x9 instead of 8x8)"),
+    "another mode": (
+        lambda folder: Image.new("CMYK", (8, 8)).save(folder / "class 2" / "x.jpg"),
+        "class 2/x.jpg (mode CMYK)",
+    ),
+    "no class": (lambda folder: draw(folder / "x.png", 0), "1 of 13 images lie in no class folder"),
+    "no zip": (lambda folder: (folder / "x.zip").write_bytes(b"x"), "x.zip (not a readable zip file"),
+    "escaping": (escaping_zip, "x.zip: ../../x.png (escapes its folder)"),
+    "twice": (repeated_image, "class 0/00.png (two images with this path)"),
+    "no images": (no_images, "no PNG or JPEG images there"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_leaves_the_earlier_dataset(smoke: Smoke, tmp_path: Path, case: str) -> None:
+    spoil, reason = BAD[case]
+    draw_folder(tmp_path / "images")
+    prepare(folder_params(smoke), tmp_path)
+    before = files_of(tmp_path)
+    spoil(tmp_path / "images")
+    with pytest.raises(InputError) as caught:
+        prepare(folder_params(smoke), tmp_path)
+    assert reason in str(caught.value)
+    assert str(caught.value).startswith("images: ")
+    assert str(caught.value).isprintable()
+    assert files_of(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset", "images"]
+
+
+def test_no_training_images(smoke: Smoke, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images" / "test")
+    with pytest.raises(InputError, match="images: no training images"):
+        prepare(folder_params(smoke), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_an_interruption_leaves_the_earlier_dataset(smoke: Smoke, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images", 200)
+    prepare(folder_params(smoke), tmp_path)
+    before = files_of(tmp_path)
+    draw(tmp_path / "images" / "class 1" / "new.png", 99)
+
+    def interrupt(progress: Progress) -> None:
+        if progress.done > 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(folder_params(smoke), tmp_path, interrupt)
+    assert files_of(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset", "images"]
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """Room is reserved before anything is written. No disk here holds 800 TB."""
+    with (
+        pytest.raises(InputError, match=r"train\.npy: no room for"),
+        store.writing_dataset(tmp_path, (3, 4096, 4096), (2**24, 0), None, preview),
+    ):
+        pytest.fail("the block must not run")
+    assert list(tmp_path.iterdir()) == []
+
+
+# CIFAR-10, all of it.
+
+
+@pytest.mark.skipif(not CIFAR.is_dir(), reason="../shared/data with the CIFAR-10 zips is not there")
+def test_cifar10_from_the_zips(smoke: Smoke, tmp_path: Path) -> None:
+    """The published mean and deviation of the training images, and some images decoded by hand."""
+    said: list[Progress] = []
+    about = prepare(folder_params(smoke, path=str(CIFAR)), tmp_path, said.append)
+    dataset = read_dataset(tmp_path)
+    assert about["counts"] == {"train": 50_000, "test": 10_000}
+    assert about["classes"] == NAMES
+    assert about["mean"] == pytest.approx([0.49140, 0.48216, 0.44653], abs=1e-5)
+    assert about["std"] == pytest.approx([0.24703, 0.24349, 0.26159], abs=1e-5)
+    assert dataset.train_labels is not None
+    assert dataset.test_labels is not None
+    assert np.bincount(dataset.train_labels).tolist() == [5000] * 10
+    assert np.bincount(dataset.test_labels).tolist() == [1000] * 10
+    done = [progress.done for progress in said]
+    assert done == sorted(done)
+    assert done[-1] == 60_000
+    with zipfile.ZipFile(CIFAR / "cifar10-test.zip") as archive:
+        names = sorted(archive.namelist())
+        for row in range(0, 10_000, 250):
+            assert np.array_equal(dataset.test[row], unpacked_png(archive.read(names[row])))
+            assert NAMES[dataset.test_labels[row]] == names[row].split("/")[1]
+
+
+def unpacked_png(png: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """8-bit RGB, not interlaced -> uint8 3,H,W, by the PNG specification, section 9."""
+    width, height = struct.unpack(">II", png[16:24])
+    packed, start = b"", 8
+    while start < len(png):
+        (length,) = struct.unpack(">I", png[start : start + 4])
+        packed += png[start + 8 : start + 8 + length] if png[start + 4 : start + 8] == b"IDAT" else b""
+        start += 12 + length
+    rows = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, 1 + 3 * width).astype(int)
+    image = np.zeros((height + 1, width + 1, 3), int)  # a row of zeros above, a column to the left
+    for y, row in enumerate(rows, 1):
+        for x, value in enumerate(row[1:].reshape(width, 3), 1):
+            left, above, corner = image[y, x - 1], image[y - 1, x], image[y - 1, x - 1]
+            estimate = left + above - corner
+            errors = [abs(estimate - neighbour) for neighbour in (left, above, corner)]
+            paeth = np.where(
+                (errors[0] <= errors[1]) & (errors[0] <= errors[2]),
+                left,
+                np.where(errors[1] <= errors[2], above, corner),
+            )
+            predicted = (0, left, above, (left + above) // 2, paeth)[row[0]]
+            image[y, x] = (value + predicted) % 256
+    return image[1:, 1:].transpose(2, 0, 1).astype(np.uint8)

@@ -1,0 +1,168 @@
+"""`report`: the rows, the best point, the pictures, and what is cleared away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddpm.stages import store
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params, Point, Sweep
+from ddpm.stages.progress import Progress
+from ddpm.stages.report import SIDE_BY_SIDE, report, table
+
+SWEEP = Sweep(schedules=("linear", "cosine"), samplers=("ddpm", "ddim"), steps=(5, 20))
+FIDS = (9.0, 3.0, 4.0, 2.0, 8.0, 2.5, 3.5, 1.0)
+
+
+def params(sweep: Sweep = SWEEP) -> Params:
+    return Params.load(Path(__file__).parents[2] / "params.yaml").model_copy(update={"sweep": sweep})
+
+
+def write_point(root: Path, point: Point, **changes: Any) -> None:
+    scores = {"fid": 1.0, "kid": 0.01, "kid_std": 0.002, "evaluations": point.steps, "images": 12}
+    scores |= {"reference_images": 30, "layer": 64, "reference": "version", "extractor_sha256": "weights"}
+    store.write_json(root / store.metrics_file(point), scores | changes)
+    images = np.random.default_rng(len(point.name) + point.steps).integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)
+    store.write_samples(root / store.samples_file(point), images, point.steps)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for point, fid in zip(params().points(), FIDS, strict=True):
+        write_point(tmp_path, point, fid=fid, kid=fid / 100)
+    return tmp_path
+
+
+def written(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (root / store.report_dir()).iterdir()}
+
+
+def test_every_point_is_a_row_and_the_best_is_named(root: Path) -> None:
+    best = report(params(), root)
+    rows = store.read_csv(root / "report" / "points.csv")
+    assert list(rows[0]) == (
+        ["point", "schedule", "sampler", "steps", "evaluations", "fid", "kid", "kid_std"]
+        + ["images", "reference_images", "layer"]
+    )
+    assert [row["point"] for row in rows] == [point.name for point in params().points()]
+    assert [float(row["fid"]) for row in rows] == list(FIDS)
+    assert best == store.read_json(root / "report" / "best.json")
+    assert (best["point"], best["fid"], best["points"]) == ("cosine-ddim-20", 1.0, 8)
+    assert sorted(written(root)) == ["best.json", "fid.png", "points.csv", "samples.png"]
+
+
+def test_a_tie_goes_to_fewer_evaluations(root: Path) -> None:
+    write_point(root, Point.parse("linear-ddim-5"), fid=1.0)
+    assert report(params(), root)["point"] == "linear-ddim-5"
+
+
+def test_same_input_same_bytes_whatever_the_readers_matplotlib_says(
+    root: Path, tmp_path_factory: Any, monkeypatch: Any
+) -> None:
+    import matplotlib
+
+    report(params(), root)
+    first = written(root)
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 20.0)
+    report(params(), root)
+    assert written(root) == first
+    for name in ("fid.png", "samples.png"):
+        assert b"tEXt" not in first[name] and b"tIME" not in first[name]
+    assert matplotlib.rcParams["font.size"] == 20.0
+
+
+def test_samples_lie_side_by_side_pixel_for_pixel(root: Path) -> None:
+    from PIL import Image
+
+    report(params(), root)
+    picture = np.asarray(Image.open(root / "report" / "samples.png").convert("RGB"))
+    points = params().points()
+    height = len(picture) // len(points)
+    for index, point in enumerate(points):
+        images, _ = store.read_samples(root / store.samples_file(point))
+        strip = store.grid(images[:SIDE_BY_SIDE], columns=SIDE_BY_SIDE)[0]
+        row = picture[index * height : (index + 1) * height]
+        np.testing.assert_array_equal(row[-strip.shape[0] :, -strip.shape[1] :, 0], strip)
+        assert row[:, : -strip.shape[1]].min() < 100  # a label
+
+
+def test_what_has_left_the_sweep_goes_and_nothing_else(root: Path) -> None:
+    for name in ("cosine", "linear", "sqrt"):
+        store.write_json(root / store.training_metrics_file(name), {"loss": 1.0})
+        store.write_csv(root / store.history_file(name), [{"step": 1}])
+    for point in (*params().points(), Point.parse("sqrt-ddim-20")):
+        write_point(root, point)
+        (root / store.samples_file(point)).with_suffix(".png").write_bytes(b"preview")
+        for output in (store.samples_file(point), store.metrics_file(point)):
+            store.write_json(root / store.run_file(output), {})
+    others = ["samples/mine.npz", "samples/linear-ddim-050.npz", "samples/linear-ddim-7.npy", "samples/.keep"]
+    others += ["metrics/notes.txt", "metrics/linear-ddim.json", "metrics/train/sqrt.txt", "metrics/train/My.csv"]
+    others += ["models/sqrt/model.json", "samples/linear-ddpm-7.npz/inside"]
+    for other in others:
+        (root / other).parent.mkdir(parents=True, exist_ok=True)
+        (root / other).write_text("keep")
+    narrow = Sweep(schedules=("linear",), samplers=("ddpm", "ddim"), steps=(20,))
+    seen: list[Progress] = []
+    report(params(narrow), root, seen.append)
+    left = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    stays = {f"report/{name}" for name in written(root)} | set(others)
+    stays |= {"metrics/train/linear.json", "metrics/train/linear.csv"}
+    for name in ("linear-ddpm-20", "linear-ddim-20"):
+        stays |= {f"samples/{name}.npz", f"samples/{name}.png", f"samples/{name}.run.json"}
+        stays |= {f"metrics/{name}.json", f"metrics/{name}.run.json"}
+    assert left == stays
+    (message,) = [progress.message for progress in seen if progress.message]
+    assert "cosine, cosine-ddim-20, cosine-ddim-5, cosine-ddpm-20, cosine-ddpm-5 and 4 more" in message
+    seen.clear()
+    report(params(narrow), root, seen.append)
+    assert not any(progress.message for progress in seen)
+    assert seen[-1].done == seen[-1].total == 2
+
+
+def test_missing_scores_are_named_and_nothing_is_removed_or_written(root: Path) -> None:
+    stale = root / store.metrics_file(Point.parse("sqrt-ddim-20"))
+    store.write_json(stale, {})
+    missing = [Point.parse(name) for name in ("linear-ddpm-5", "cosine-ddim-20")]
+    for point in missing:
+        (root / store.metrics_file(point)).unlink()
+    with pytest.raises(InputError, match="no scores of linear-ddpm-5, cosine-ddim-20;"):
+        report(params(), root)
+    assert stale.exists()
+    assert not (root / store.report_dir()).exists()
+
+
+def test_scores_of_another_kind_are_refused(root: Path) -> None:
+    path = root / store.metrics_file(Point.parse("linear-ddpm-5"))
+    store.write_json(path, {"fid": 1.0})
+    with pytest.raises(InputError, match=r"linear-ddpm-5\.json: without evaluations, kid"):
+        report(params(), root)
+
+
+def test_scores_under_two_protocols_are_pointed_out(root: Path) -> None:
+    write_point(root, Point.parse("linear-ddpm-5"), layer=2048)
+    seen: list[Progress] = []
+    report(params(), root, seen.append)
+    assert [progress.message for progress in seen if "protocol" in progress.message]
+    assert store.read_csv(root / "report" / "points.csv")[0]["layer"] == "2048"
+
+
+@pytest.mark.parametrize(
+    "read", [lambda rows: rows, lambda rows: [{k: str(v) for k, v in row.items()} for row in rows]]
+)
+def test_the_table_is_aligned_with_the_best_point_last(read: Callable[[Any], Any]) -> None:
+    rows = [
+        {"point": "linear-ddim-20", "evaluations": 20, "fid": 0.71234, "kid": 0.00123, "kid_std": 0.0004},
+        {"point": "linear-ddpm-1000", "evaluations": 1000, "fid": 12.3, "kid": 0.1, "kid_std": 0.02},
+        {"point": "linear-ddim-10", "evaluations": 10, "fid": 0.71234, "kid": -0.0001, "kid_std": 0.0004},
+    ]
+    assert table(read(rows)).splitlines() == [
+        "point             evaluations     FID                KID",
+        "linear-ddpm-1000        1,000    12.3         0.1 ± 0.02",
+        "linear-ddim-20             20  0.7123    0.0012 ± 0.0004",
+        "linear-ddim-10             10  0.7123   -0.0001 ± 0.0004",
+    ]

@@ -1,0 +1,590 @@
+"""Publishing to MLflow: what is there afterwards, once, on a database and on a real server, and when there is no server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+from ruamel.yaml import YAML
+
+from ddpm.stages import checkpoint, store, tracking
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params, Point
+from ddpm.stages.progress import Progress
+from ddpm.stages.tracking import place, streaming
+from ddpm.stages.train import train
+
+Smoke = Callable[..., Params]
+Scores = Callable[..., None]
+
+POINT = Point(schedule="cosine", sampler="ddim", steps=5)
+
+
+@pytest.fixture
+def params(smoke: Smoke) -> Params:
+    return smoke(training={"steps": 24})
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, "_warned", set())
+
+
+class Seen:
+    """All that a store holds of one experiment, as its clients see it."""
+
+    def __init__(self, root: Path, name: str = "ddpm-digits") -> None:
+        self.client = MlflowClient(tracking.tracking_uri(root))
+        experiment = self.client.get_experiment_by_name(name)
+        assert experiment is not None
+        self.experiment = experiment.experiment_id
+        self.runs = list(self.client.search_runs([self.experiment]))
+        self.models = list(self.client.search_logged_models([self.experiment]))
+
+    def named(self, name: str) -> Run:
+        (run,) = [run for run in self.runs if run.info.run_name == name]
+        return self.client.get_run(run.info.run_id)
+
+    def history(self, run: Run, key: str) -> list[tuple[int, float, int]]:
+        history = self.client.get_metric_history(run.info.run_id, key)
+        return sorted((metric.step, metric.value, metric.timestamp) for metric in history)
+
+    def files(self, run: Run, folder: str = "") -> list[str]:
+        found = []
+        for file in self.client.list_artifacts(run.info.run_id, folder or None):
+            found += self.files(run, file.path) if file.is_dir else [file.path]
+        return sorted(found)
+
+    def everything(self, ids: bool = True) -> Any:
+        """A value to compare. ids: with what MLflow draws at random."""
+        names = {run.info.run_id: run.info.run_name for run in self.runs}
+        found = []
+        for run in self.runs:
+            tags = dict(run.data.tags)
+            if not ids and "mlflow.parentRunId" in tags:
+                tags["mlflow.parentRunId"] = names[tags["mlflow.parentRunId"]]
+            files = self.files(run)
+            if not ids:
+                files = [name.rpartition("+")[0] if "images/" in name else name for name in files]
+                files = [name for name in files if not name.endswith("00")] + sorted(
+                    "+".join(name.split("+")[:5]) for name in self.files(run, "images")
+                )
+            inputs = [
+                (item.dataset.digest, sorted((tag.key, tag.value) for tag in item.tags))
+                for item in run.inputs.dataset_inputs
+            ]
+            found.append(
+                (
+                    run.info.run_name,
+                    run.info.run_id if ids else "",
+                    run.info.status,
+                    run.info.start_time,
+                    run.info.end_time,
+                    sorted(run.data.params.items()),
+                    sorted(tags.items()),
+                    [(key, self.history(run, key)) for key in sorted(run.data.metrics)],
+                    files,
+                    inputs,
+                )
+            )
+        models = [
+            (model.name, model.model_id if ids else "", sorted(model.tags.items()), str(model.status))
+            for model in self.models
+        ]
+        return sorted(found), sorted(models)
+
+
+def curves(root: Path) -> dict[str, list[tuple[int, float]]]:
+    rows = store.read_csv(root / store.history_file("cosine"))
+    keys = ("loss", "learning_rate", "gradient_norm", "validation_loss")
+    return {key: [(int(row["step"]), float(row[key])) for row in rows if row[key]] for key in keys}
+
+
+def assert_complete(seen: Seen, root: Path, params: Params) -> None:
+    """Every value on disk is there once, and nothing else."""
+    training = seen.named("cosine")
+    assert training.info.status == "FINISHED"
+    for key, values in curves(root).items():
+        assert [(step, value) for step, value, _ in seen.history(training, key)] == values
+    for sampler in params.sweep.samplers:
+        run = seen.named(f"cosine-{sampler}")
+        assert run.data.tags["mlflow.parentRunId"] == training.info.run_id
+        scores = [
+            store.read_json(root / store.metrics_file(point)) for point in params.points() if point.sampler == sampler
+        ]
+        for key in ("fid", "kid"):
+            expected = sorted((entry["evaluations"], entry[key]) for entry in scores)
+            assert [(step, value) for step, value, _ in seen.history(run, key)] == expected
+        images = [Path(name).name for name in seen.files(run, "images")]
+        steps = Counter(int(name.split("+")[2]) for name in images if name.endswith(".png"))
+        assert steps == {entry["evaluations"]: 1 for entry in scores}
+
+
+# Where the store is.
+
+
+def test_the_store_lies_at_the_root_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking.tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    experiment = tmp_path / ".dvc" / "tmp" / "exps" / "standalone" / "tmpabc"
+    experiment.mkdir(parents=True)
+    assert tracking.tracking_uri(experiment) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert tracking.tracking_uri(experiment) == "http://127.0.0.1:1"
+
+
+def test_a_folder_with_odd_characters(checkout: Path, params: Params) -> None:
+    root = checkout.rename(checkout.with_name("a b%20c#d é"))
+    tracking.publish(params, root)
+    assert_complete(Seen(root), root, params)
+    assert {path.name for path in root.parent.iterdir()} == {root.name}
+    assert (root / "mlartifacts").is_dir()
+
+
+def test_many_processes_prepare_one_store(tmp_path: Path, smoke: Smoke) -> None:
+    program = (
+        "import sys; from pathlib import Path; from ddpm.stages import tracking; from ddpm.stages.params import Params;"
+        "print(tracking.prepare_store(Params.load(Path(sys.argv[1])), Path(sys.argv[2])))"
+    )
+    recipe = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(recipe), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for _ in range(4)
+    ]
+    answers = [process.communicate(timeout=100)[0].strip() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert len(set(answers)) == 1 and answers[0].isdigit()
+    names = [experiment.name for experiment in MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_experiments()]
+    assert sorted(names) == ["Default", "ddpm-digits"]
+
+
+# What is published.
+
+
+def test_everything_is_there_once_and_a_second_time_adds_nothing(checkout: Path, params: Params) -> None:
+    said: list[str] = []
+    added = tracking.publish(params, checkout, say=said.append)
+    assert added["runs"] == 4 and added["images"] == 4 and added["models"] == 1
+    seen = Seen(checkout)
+    assert_complete(seen, checkout, params)
+    before = seen.everything()
+    assert tracking.publish(params, checkout, say=said.append) == {}
+    assert Seen(checkout).everything() == before
+    assert "nothing to add" in said[-1]
+
+
+def test_what_a_run_says_of_itself(checkout: Path, params: Params) -> None:
+    md5 = "0123456789abcdef0123456789abcdef.dir"
+    lock = {"stages": {"prepare": {"cmd": "ddpm prepare", "outs": [{"path": "dataset", "md5": md5}]}}}
+    with (checkout / "dvc.lock").open("w") as file:
+        YAML(typ="safe").dump(lock, file)
+    tracking.publish(params, checkout)
+    seen, about = Seen(checkout), store.read_json(checkout / "models/cosine/model.json")
+    training, sampler = seen.named("cosine"), seen.named("cosine-ddim")
+    assert training.data.params["training.learning_rate"] == "0.002"
+    assert training.data.params["network.multipliers"] == "[1, 2]"
+    assert training.data.params["schedule"] == "cosine" and training.data.params["seed"] == "0"
+    assert training.data.tags["ddpm.model_sha256"] == about["weights_sha256"]
+    assert training.data.tags["mlflow.source.git.commit"] == "0123456789abcdef0123456789abcdef01234567"
+    assert sampler.data.params["sampler_row.eta"] == "0.0" and sampler.data.params["evaluation.layer"] == "64"
+    # images/s: 24 steps of 32 images in 60 s
+    assert seen.history(training, "images_per_second") == [(24, pytest.approx(24 * 32 / 60), 1_700_000_060_000)]
+    assert [step for step, _, _ in seen.history(sampler, "seconds_per_image")] == [2, 5]
+    assert (training.info.start_time, training.info.end_time) == (1_700_000_000_000, 1_700_000_060_000)
+    for run, context in ((training, "training"), (sampler, "evaluation")):
+        (data,) = run.inputs.dataset_inputs
+        tags = {tag.key: tag.value for tag in data.tags}
+        assert tags == {
+            "mlflow.data.context": context,
+            "ddpm.dataset_sha256": about["data"]["sha256"],
+            "ddpm.dataset_md5": md5,
+        }
+    # the checkpoint, byte for byte, and from the sampler's run back to it
+    (model,) = seen.models
+    assert [output.model_id for output in training.outputs.model_outputs] == [model.model_id]
+    assert [item.model_id for item in sampler.inputs.model_inputs] == [model.model_id]
+    location = Path(model.artifact_location.removeprefix("file://"))
+    for name in ("model.safetensors", "model.json"):
+        assert (location / name).read_bytes() == (checkout / "models/cosine" / name).read_bytes()
+    assert seen.files(seen.named("report")) == ["report/best.json"]
+
+
+def test_two_new_stores_get_the_same_history(checkout: Path, params: Params, empty_database: Path) -> None:
+    for path in [*checkout.rglob("*.run.json")][::2]:
+        path.unlink()  # restored from a cache: times are known for some outputs only
+    tracking.publish(params, checkout)
+    first = Seen(checkout).everything(ids=False)
+    other = checkout.with_name("other")
+    shutil.copytree(checkout, other, symlinks=True, ignore=shutil.ignore_patterns("mlflow.db*", "mlartifacts"))
+    shutil.copyfile(empty_database, other / "mlflow.db")
+    for path in other.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            os.utime(path, (1, 1))
+    tracking.publish(params, other)
+    assert Seen(other).everything(ids=False) == first
+
+
+def test_stage_by_stage_gives_what_all_at_once_gives(checkout: Path, params: Params, empty_database: Path) -> None:
+    tracking.publish(params, checkout)
+    values = {run.info.run_name: run.data.metrics for run in Seen(checkout).runs}
+    other = checkout.with_name("other")
+    shutil.copytree(checkout, other, symlinks=True, ignore=shutil.ignore_patterns("mlflow.db*", "mlartifacts"))
+    shutil.copyfile(empty_database, other / "mlflow.db")
+    stages = ["prepare", "train@cosine"]
+    stages += [f"{verb}@{point.name}" for verb in ("sample", "evaluate") for point in params.points()]
+    for stage in [*stages, "report"]:
+        tracking.publish(params, other, only=stage)
+    seen = Seen(other)
+    assert_complete(seen, other, params)
+    assert {run.info.run_name: run.data.metrics for run in seen.runs} == values
+    assert tracking.publish(params, other) == {}
+
+
+def test_an_interrupted_publication_is_filled_in(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut after every n-th call to MLflow, and asked again, it ends with everything once."""
+    calls = 0
+
+    def cut(name: str) -> None:
+        original = getattr(MlflowClient, name)
+
+        def limited(self: MlflowClient, *arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls % 7 == 0:
+                raise OSError("connection lost")
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(MlflowClient, name, limited)
+
+    for name in (
+        "create_run",
+        "log_batch",
+        "log_image",
+        "log_dict",
+        "log_inputs",
+        "log_model_artifacts",
+        "set_terminated",
+    ):
+        cut(name)
+    failures = 0
+    for _ in range(50):
+        try:
+            tracking.publish(params, checkout)
+            break
+        except InputError:
+            failures += 1
+    assert failures > 3
+    assert_complete(Seen(checkout), checkout, params)
+    assert len(Seen(checkout).models) == 1
+
+
+# When outputs change.
+
+
+def test_other_scores_go_to_a_run_of_their_own(checkout: Path, params: Params, write_scores: Scores) -> None:
+    tracking.publish(params, checkout)
+    old = Seen(checkout).named("cosine-ddim").info.run_id
+    before = store.read_json(checkout / store.metrics_file(POINT))["fid"]
+
+    write_scores(checkout, POINT, 12.5)  # evaluation code was edited
+    tracking.publish(params, checkout, only=f"evaluate@{POINT.name}")
+    tracking.publish(params, checkout)
+    seen = Seen(checkout)
+    assert_complete(seen, checkout, params)
+    new = seen.named("cosine-ddim").info.run_id
+    assert new != old
+    assert seen.named("cosine-ddim (superseded)").info.run_id == old
+    assert seen.client.get_run(old).data.tags["ddpm.superseded"] == new
+    assert [value for step, value, _ in seen.history(seen.client.get_run(old), "fid") if step == 5] == [before]
+
+    write_scores(checkout, POINT, before)  # and the edit was taken back
+    tracking.publish(params, checkout)
+    seen = Seen(checkout)
+    assert seen.named("cosine-ddim").info.run_id == old
+    assert "ddpm.superseded" not in seen.named("cosine-ddim").data.tags
+    assert tracking.publish(params, checkout) == {}
+
+
+def test_another_protocol_is_another_run(checkout: Path, smoke: Smoke, params: Params, write_scores: Scores) -> None:
+    tracking.publish(params, checkout)
+    deeper = smoke(training={"steps": 24}, evaluation={"layer": 192})
+    write_scores(checkout, POINT, 3.0, layer=192)
+    tracking.publish(deeper, checkout, only=f"evaluate@{POINT.name}")
+    runs = [run for run in Seen(checkout).runs if run.info.run_name == "cosine-ddim"]
+    assert sorted(run.data.params["evaluation.layer"] for run in runs) == ["192", "64"]
+    assert sorted(run.data.metrics["fid"] for run in runs) == [3.0, 37.0]  # the last of each
+
+
+def test_dvc_lock_tells_what_made_an_output(checkout: Path, smoke: Smoke, params: Params) -> None:
+    """params.yaml was edited and nothing run yet: outputs are published as what they are, stale ones not at all."""
+    tracking.publish(params, checkout)
+    before = Seen(checkout).everything()
+
+    def md5(path: Path) -> str:
+        return hashlib.md5((checkout / path).read_bytes()).hexdigest()
+
+    sections = params.model_dump(mode="json")
+    model = {"path": "models/cosine", "md5": "1.dir"}
+    stages: dict[str, Any] = {"train@cosine": {"outs": [model]}}
+    for point in params.points():
+        sampled = {
+            "seed": 0,
+            "sampling": sections["sampling"],
+            f"samplers.{point.sampler}": sections["samplers"][point.sampler],
+        }
+        path = store.samples_file(point)
+        stages[f"sample@{point.name}"] = {
+            "deps": [model],
+            "params": {"params.yaml": sampled},
+            "outs": [{"path": path.as_posix(), "md5": md5(path)}],
+        }
+        path = store.metrics_file(point)
+        stages[f"evaluate@{point.name}"] = {
+            "params": {"params.yaml": {"seed": 0, "evaluation": sections["evaluation"]}},
+            "outs": [{"path": path.as_posix(), "md5": md5(path)}],
+        }
+
+    def write_lock() -> None:
+        with (checkout / "dvc.lock").open("w") as file:
+            YAML(typ="safe").dump({"schema": "2.0", "stages": stages}, file)
+
+    write_lock()
+    edited = smoke(
+        training={"steps": 99}, sampling={"images": 32}, evaluation={"layer": 192}, samplers={"ddim": {"eta": 1.0}}
+    )
+    assert tracking.publish(edited, checkout) == {}
+    assert Seen(checkout).everything() == before
+
+    stages["train@cosine"] = {"outs": [{"path": "models/cosine", "md5": "2.dir"}]}  # trained anew, samples are old
+    write_lock()
+    said: list[str] = []
+    assert tracking.publish(edited, checkout, say=said.append) == {}
+    assert sum("left out" in line for line in said) == 4
+
+
+# While it trains.
+
+
+def test_a_training_is_streamed_and_not_published_twice(
+    checkout: Path, smoke: Smoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "FLUSH_SECONDS", 0.1)
+    params = smoke(training={"steps": 40})
+    running: list[Run] = []
+
+    with tracking.watch_training(params, "linear", checkout) as watch:
+
+        def report(progress: Progress) -> None:
+            watch(progress)
+            if progress.done == 20:
+                watch.log_preview(20, np.zeros((1, 30, 30), np.uint8))
+                end = time.monotonic() + 60
+                while not running and time.monotonic() < end:
+                    time.sleep(0.1)
+                    found = Seen(checkout)
+                    running.extend(run for run in found.runs if "loss" in run.data.metrics)
+
+        train(params, "linear", checkout, report)
+    (run,) = running
+    assert run.info.status == "RUNNING" and run.info.run_name == "linear"
+    tracking.publish(params, checkout, only="train@linear")
+    seen = Seen(checkout)
+    (after,) = seen.runs
+    assert after.info.run_id == run.info.run_id and after.info.status == "FINISHED"
+    rows = store.read_csv(checkout / store.history_file("linear"))
+    assert [(step, value) for step, value, _ in seen.history(after, "loss")] == [
+        (int(row["step"]), float(row["loss"])) for row in rows
+    ]
+    assert seen.history(after, "system/cpu_utilization_percentage")
+    assert sum(name.endswith(".png") for name in seen.files(after, "images")) == 1
+
+    # trained again with the same result: no second run stays
+    before = seen.everything()
+    with tracking.watch_training(params, "linear", checkout) as watch:
+        train(params, "linear", checkout, watch, fresh=True)
+    tracking.publish(params, checkout, only="train@linear")
+    assert Seen(checkout).everything() == before
+
+
+@pytest.mark.parametrize(("error", "status"), [(InputError("diverged"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_a_stopped_training_goes_on_in_the_same_run(
+    checkout: Path, smoke: Smoke, error: BaseException, status: str
+) -> None:
+    params = smoke(training={"steps": 30}, compute={"checkpoint_every": 12})
+
+    def stop(progress: Progress) -> None:
+        watch(progress)
+        if progress.done == 20 and not progress.message:
+            raise error
+
+    with pytest.raises(type(error)), tracking.watch_training(params, "linear", checkout) as watch:
+        train(params, "linear", checkout, stop)
+    (stopped,) = Seen(checkout).runs
+    assert stopped.info.status == status
+    assert stopped.data.metrics["loss"] > 0
+    with tracking.watch_training(params, "linear", checkout) as watch:
+        train(params, "linear", checkout, watch)  # from step 12: steps 13 ... 20 are reported a second time
+    tracking.publish(params, checkout, only="train@linear")
+    seen = Seen(checkout)
+    (run,) = seen.runs
+    assert run.info.run_id == stopped.info.run_id and run.info.status == "FINISHED"
+    rows = store.read_csv(checkout / store.history_file("linear"))
+    assert [step for step, _, _ in seen.history(run, "loss")] == [int(row["step"]) for row in rows]
+
+
+def test_a_killed_process_leaves_no_run_running(checkout: Path, params: Params) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
+    program = f"""
+import time
+from pathlib import Path
+from ddpm.stages import tracking
+from ddpm.stages.params import Params
+from ddpm.stages.progress import Progress
+with tracking.watch_training(Params.load(Path({str(recipe)!r})), "linear", Path({str(checkout)!r})) as watch:
+    watch(Progress(10, 60, "steps", {{"loss": 1.0}}))
+    time.sleep(100)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            time.sleep(0.3)
+            client = MlflowClient(tracking.tracking_uri(checkout))
+            if client.get_experiment_by_name("ddpm-digits") and any(run.data.metrics for run in Seen(checkout).runs):
+                break
+        tracking.publish(params, checkout)
+        assert Seen(checkout).named("linear").info.status == "RUNNING"  # it lives: hands off
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+        tracking.publish(params, checkout)
+        assert Seen(checkout).named("linear").info.status == "KILLED"
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+# Servers.
+
+
+@pytest.fixture
+def on_server(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    return mlflow_server
+
+
+def test_through_a_server(checkout: Path, smoke: Smoke, on_server: str, mlflow_home: Path) -> None:
+    """And what one logs through the server, another sees in its database, and the other way round."""
+    params = smoke(training={"steps": 24}, data={"source": "fashion-mnist"})
+    points = params.points()
+    tracking.publish(params, checkout, only="train@cosine")
+    for point in points[:2]:
+        tracking.publish(params, checkout, only=f"evaluate@{point.name}")
+    with pytest.MonkeyPatch.context() as directly:
+        directly.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_home / 'mlflow.db'}")
+        added = tracking.publish(params, checkout)
+        assert added["runs"] == 2 and added["images"] == 2  # cosine-ddim and the report
+        before = Seen(checkout, "ddpm-fashion-mnist").everything()
+    seen = Seen(checkout, "ddpm-fashion-mnist")
+    assert seen.everything() == before
+    assert_complete(seen, checkout, params)
+    assert tracking.publish(params, checkout) == {}
+
+
+def test_artifacts_behind_a_server(checkout: Path, smoke: Smoke, on_server: str, mlflow_home: Path) -> None:
+    """As a server of several hosts keeps them: they pass through it."""
+    params = smoke(training={"steps": 24}, data={"source": "cifar10"})
+    MlflowClient(on_server).create_experiment("ddpm-cifar10", artifact_location="mlflow-artifacts:/behind")
+    tracking.publish(params, checkout)
+    seen = Seen(checkout, "ddpm-cifar10")
+    assert_complete(seen, checkout, params)
+    assert tracking.publish(params, checkout) == {}
+    assert any((mlflow_home / "mlartifacts" / "behind").rglob("model.safetensors"))
+    with pytest.MonkeyPatch.context() as directly:
+        directly.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_home / 'mlflow.db'}")
+        with pytest.raises(InputError, match="keeps its artifacts behind a server"):
+            tracking.publish(params, checkout)
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_without_a_server_the_work_goes_on(
+    checkout: Path, smoke: Smoke, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = smoke(training={"steps": 24}, data={"source": "image-folder"})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{closed_port()}")
+    said: list[str] = []
+    with tracking.watch_training(params, "cosine", checkout, say=said.append) as watch:
+        train(params, "cosine", checkout, watch)
+    for stage in ("prepare", "train@cosine", "sample@cosine-ddim-5", "report"):
+        tracking.publish_or_warn(params, checkout, only=stage, say=said.append)
+    (line,) = said
+    assert "cannot be reached; publish later with `ddpm publish`" in line and "secret" not in line
+    with pytest.raises(InputError, match="cannot be reached"):
+        tracking.publish(params, checkout)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    tracking.publish(params, checkout)
+    assert_complete(Seen(checkout, "ddpm-image-folder"), checkout, params)
+
+
+@pytest.fixture
+def mute_server() -> Iterator[str]:
+    """Accepts connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(16)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_server_that_never_answers(
+    checkout: Path, params: Params, mute_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mute_server)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    said: list[str] = []
+    tracking.publish_or_warn(params, checkout, only="train@cosine", say=said.append)
+    assert len(said) == 1 and "cannot be reached" in said[0]
+
+
+def test_a_store_that_cannot_be_used_is_one_line(checkout: Path, params: Params) -> None:
+    (checkout / "mlflow.db").write_text("not a database")
+    said: list[str] = []
+    tracking.publish_or_warn(params, checkout, only="train@cosine", say=said.append)
+    assert len(said) == 1 and "\n" not in said[0]
+
+
+def test_the_key_of_a_model_is_the_key_of_its_parameters(checkout: Path, params: Params) -> None:
+    """Streaming knows only parameters, publishing only model.json."""
+    from ddpm.stages.tracking.lineage import identity_of_model, training_identity
+
+    _, about = checkpoint.load(checkout / "models/cosine")
+    given = training_identity(params, "cosine", about["data"]["sha256"])
+    assert json.loads(json.dumps(given)) == identity_of_model(about)

@@ -1,0 +1,160 @@
+"""FID and KID against closed forms, direct sums and torch-fidelity."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm import features
+from ddpm.fidelity import fid, kid, statistics
+
+
+def with_moments(mean: Any, covariance: Any, count: int, seed: int = 0) -> np.ndarray:
+    """Features whose sample mean and covariance are exactly those."""
+    x = np.random.default_rng(seed).normal(size=(count, len(mean)))
+    x -= x.mean(0)
+    x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
+    return x @ np.linalg.cholesky(np.asarray(covariance)).T + mean
+
+
+def blob(count: int, dimensions: int, seed: int, shift: float = 0.0) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(size=(count, dimensions)) + shift).astype(np.float32)
+
+
+def test_statistics_are_the_prescribed_ones() -> None:
+    mean, covariance = np.array([1.0, -2.0]), np.array([[2.0, 0.5], [0.5, 1.0]])
+    x = with_moments(mean, covariance, 40)
+    before = x.copy()
+    found = statistics(x)
+    np.testing.assert_allclose(found.mean, mean, atol=1e-12)
+    np.testing.assert_allclose(found.covariance, covariance, atol=1e-12)
+    np.testing.assert_array_equal(x, before)
+    with pytest.raises(ValueError, match="two images"):
+        statistics(x[:1])
+
+
+def test_fid_of_gaussians_with_diagonal_covariances() -> None:
+    """sum (m1 - m2)^2 + sum (sqrt v1 - sqrt v2)^2."""
+    a = statistics(with_moments([0, 0, 0], np.diag([1.0, 4.0, 9.0]), 50))
+    b = statistics(with_moments([1, -1, 2], np.diag([4.0, 4.0, 1.0]), 70, seed=1))
+    assert fid(a, b) == pytest.approx(6 + 1 + 0 + 4, rel=1e-10)
+
+
+def test_fid_of_gaussians_whose_covariances_do_not_commute() -> None:
+    """In two dimensions tr (AB)^(1/2) = sqrt(tr AB + 2 sqrt(det AB))."""
+    a, b = np.array([[2.0, 0.9], [0.9, 1.0]]), np.array([[1.0, -0.6], [-0.6, 3.0]])
+    cross = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b)))
+    found = fid(statistics(with_moments([0, 0], a, 30)), statistics(with_moments([3, 4], b, 30)))
+    assert found == pytest.approx(25 + np.trace(a + b) - 2 * cross, rel=1e-10)
+
+
+def test_fid_is_nothing_to_itself_symmetric_and_blind_to_rotation() -> None:
+    x, y = blob(200, 8, 0), blob(150, 8, 1, shift=0.3)
+    rotation = np.linalg.qr(np.random.default_rng(2).normal(size=(8, 8)))[0]
+    distance = fid(statistics(x), statistics(y))
+    assert 0 <= fid(statistics(x), statistics(x)) < 1e-6
+    assert fid(statistics(y), statistics(x)) == pytest.approx(distance, rel=1e-9)
+    turned = fid(statistics(x.astype(float) @ rotation), statistics(y.astype(float) @ rotation))
+    assert turned == pytest.approx(distance, rel=1e-9)
+
+
+def test_fid_with_fewer_images_than_features() -> None:
+    """Against scipy's matrix root, and exactly: tr (C1 C2)^(1/2) is the nuclear norm of X1 X2^T, centred and scaled."""
+    from scipy.linalg import sqrtm
+
+    x, y = blob(20, 64, 0).astype(float), blob(15, 64, 1, shift=0.5).astype(float)
+    a, b = statistics(x), statistics(y)
+    gap = np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(a.covariance) + np.trace(b.covariance)
+    centred = (x - x.mean(0)) @ (y - y.mean(0)).T / np.sqrt(19 * 14)
+    exact = gap - 2 * np.linalg.svd(centred, compute_uv=False).sum()
+    assert fid(a, b) == pytest.approx(exact, rel=1e-7)
+    root = gap - 2 * np.trace(sqrtm(a.covariance @ b.covariance)).real
+    assert fid(a, b) == pytest.approx(root, rel=1e-4)
+    assert fid(a, a) < 1e-5
+
+
+def test_kid_is_the_direct_sum() -> None:
+    x, y = blob(12, 5, 0).astype(float), blob(12, 5, 1, shift=0.4).astype(float)
+
+    def kernel(p: np.ndarray, q: np.ndarray) -> float:
+        return float((p @ q / 5 + 1) ** 3)
+
+    within = sum(kernel(s[i], s[j]) for s in (x, y) for i, j in itertools.permutations(range(12), 2)) / (12 * 11)
+    across = sum(kernel(p, q) for p in x for q in y) / 144
+    mean, deviation = kid(x, y, subsets=3, subset_size=12)
+    assert mean == pytest.approx(within - 2 * across, rel=1e-12)
+    assert deviation < 1e-12  # each subset is the whole set
+
+
+def test_kid_is_unbiased() -> None:
+    """Over independent pairs of sets from one distribution it averages to 0; the biased estimate is far off there."""
+    found = [kid(blob(20, 3, 2 * i), blob(20, 3, 2 * i + 1), subsets=1, subset_size=20)[0] for i in range(400)]
+    error = np.std(found) / np.sqrt(len(found))
+    assert abs(np.mean(found)) < 3 * error
+    assert min(found) < 0 < max(found)
+    assert kid(blob(100, 3, 0), blob(100, 3, 1, shift=1.0), subsets=5, subset_size=50)[0] > 10 * error
+
+
+@pytest.mark.parametrize("size", [1, 13])
+def test_kid_subsets_must_fit(size: int) -> None:
+    with pytest.raises(ValueError, match="KID subsets"):
+        kid(blob(12, 3, 0), blob(20, 3, 1), subset_size=size)
+
+
+def test_scores_are_torch_fidelitys_on_the_same_features() -> None:
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    x, y = blob(300, 32, 0), blob(250, 32, 1, shift=0.2)
+    a, b = torch.from_numpy(x), torch.from_numpy(y)
+    theirs = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), verbose=False)
+    assert fid(statistics(x), statistics(y)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
+    theirs = kid_features_to_metric(a, b, kid_subsets=20, kid_subset_size=100, rng_seed=7, verbose=False)
+    mean, deviation = kid(x, y, subsets=20, subset_size=100, seed=7)
+    assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    assert deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-4)
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = torch.from_numpy(images).expand(-1, 3, -1, -1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index]
+
+
+def test_scores_are_torch_fidelitys_from_images_to_numbers(inception_cache: Path, inception_weights: Path) -> None:
+    from sklearn.datasets import load_digits
+    from torch_fidelity import calculate_metrics
+
+    digits = (load_digits().images[:90, None] * (255 / 16)).round().astype(np.uint8)
+    real, fake = digits[:50], 255 - digits[50:]
+    theirs = calculate_metrics(
+        input1=Pictures(fake),
+        input2=Pictures(real),
+        cuda=False,
+        fid=True,
+        kid=True,
+        kid_subsets=10,
+        kid_subset_size=30,
+        rng_seed=3,
+        feature_layer_fid="64",
+        feature_layer_kid="64",
+        feature_extractor_weights_path=str(inception_weights),
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    inception = features.load(64, inception_cache)
+    x, y = (features.extract(inception, images) for images in (fake, real))
+    assert fid(statistics(x), statistics(y)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    mean, deviation = kid(x, y, subsets=10, subset_size=30, seed=3)
+    assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    assert deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-3)
