@@ -1,4 +1,4 @@
-"""ddpm <verb>: joins a stage to its display, its record and its tracking. Heavy packages are imported by the verb that uses them."""
+"""ddpm <verb>: joins a stage to its display, its record and its tracking. Heavy packages wait for the verb that uses them."""
 
 from __future__ import annotations
 
@@ -38,17 +38,22 @@ def _run(
     output: Path,
     work: Callable[[Params, Report], Any],
     watch: Callable[[Params, ExitStack], Report] | None = None,
+    publishes: bool = True,
 ) -> None:
-    """Runs one stage: shows and records it, then publishes what it wrote."""
+    """Runs one stage: shows and records it, then publishes what it wrote.
+
+    publishes: not where the next stage publishes its output too, since MLflow alone takes three seconds to import.
+    """
     params = Params.load()
-    started, first, last = time.time(), None, Progress(0, 0, "")
+    started, before, last = time.time(), 0, Progress(0, 0, "")
     with ExitStack() as stack:
         show = stack.enter_context(display(stage))
         watcher = watch(params, stack) if watch else None
 
         def report(progress: Progress) -> None:
-            nonlocal last, first
-            first = progress.done if first is None else first
+            nonlocal last, before
+            if progress.message and last.done == 0:
+                before = progress.done  # done by an earlier run that this one goes on from
             last = progress
             show(progress)
             if watcher:
@@ -57,11 +62,12 @@ def _run(
         work(params, report)
     from ddpm.stages.record import record
 
-    about = record(output, stage, started, time.time(), last.done - (first or 0), last.unit)
+    about = record(output, stage, started, time.time(), last.done - before, last.unit)
     say(f"{stage}: {last.done:,} {last.unit} in {about['seconds']:.1f} s" if last.unit else f"{stage}: done")
-    from ddpm.stages import tracking
+    if publishes:
+        from ddpm.stages import tracking
 
-    tracking.publish_or_warn(params, Path(), only=stage, say=say)
+        tracking.publish_or_warn(params, Path(), only=stage, say=say)
 
 
 @app.command()
@@ -69,7 +75,7 @@ def prepare() -> None:
     """Read the data source into dataset/: uint8 arrays, labels, statistics, a preview."""
     from ddpm.stages.prepare import prepare
 
-    _run("prepare", store.dataset_dir(), lambda params, report: prepare(params, Path(), report))
+    _run("prepare", store.dataset_dir(), lambda params, report: prepare(params, Path(), report), publishes=False)
 
 
 @app.command()
@@ -114,6 +120,7 @@ def sample(point: PointName) -> None:
         f"sample@{parsed.name}",
         store.samples_file(parsed),
         lambda params, report: sample_point(params, parsed, Path(), report),
+        publishes=False,
     )
 
 

@@ -128,8 +128,8 @@ def fit(
     device = images.device
     generator = torch.Generator(device)
     net = state.net if forward is None else forward
-    parameters = list(state.net.parameters())
-    averages = list(state.ema.parameters())
+    parameters: list[Tensor] = list(state.net.parameters())
+    averages: list[Tensor] = list(state.ema.parameters())
     has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in state.net.modules())
     (group,) = state.optimizer.param_groups
     state.net.train()

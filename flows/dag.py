@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ddpm.stages.errors import InputError
 
@@ -30,11 +31,12 @@ def read(root: Path) -> Dag:
     try:
         with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
             graph = repo.index.graph
+            names = {stage: _address(stage, Path(repo.root_dir)) for stage in repo.index.stages}
             waits_for = {
-                stage.addressing: tuple(sorted(before.addressing for before in graph.successors(stage)))
-                for stage in repo.index.stages
+                name: tuple(sorted(names[before] for before in graph.successors(stage)))
+                for stage, name in names.items()
             }
-            changed = {stage.addressing for stage in repo.index.stages if _changed(stage)}
+            changed = {name for stage, name in names.items() if _changed(stage)}
     except DvcException as error:
         raise InputError(f"{root / 'dvc.yaml'}: {' '.join(str(error).split())}") from None
     if not waits_for:
@@ -42,12 +44,19 @@ def read(root: Path) -> Dag:
     return Dag(waits_for, frozenset(name for name in waits_for if not _reaches(name, changed, waits_for)))
 
 
-def _changed(stage: object) -> bool:
+def _address(stage: Any, root: Path) -> str:
+    """The name that `dvc repro` takes at the root: of a stage in dvc.yaml, or the path of a .dvc file."""
+    path = Path(stage.path).relative_to(root).as_posix()
+    name = getattr(stage, "name", None)
+    return path if name is None else name if path == "dvc.yaml" else f"{path}:{name}"
+
+
+def _changed(stage: Any) -> bool:
     """What `dvc repro` asks before it runs a stage. A stage that another process is writing counts as changed."""
     from dvc.lock import LockError
 
     try:
-        return bool(stage.changed())  # type: ignore[attr-defined]
+        return bool(stage.changed())
     except LockError:
         return True
 

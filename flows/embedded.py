@@ -17,7 +17,17 @@ from ddpm.stages.errors import InputError
 
 HOME = Path(".prefect")  # Prefect's database and logs; prefect.toml names the same folder
 TIMEOUT = 120.0  # seconds; a new database takes 10 to 20
-FLUSH = 0.2  # seconds between the server's writes of task states
+FLUSH = 1.0  # seconds between the server's writes of task states; at 0.2 it keeps a third of a core busy
+# What a server does for schedules, workers and automations, none of which one run has.
+IDLE_SERVICES = (
+    "FOREMAN",
+    "LATE_RUNS",
+    "PAUSE_EXPIRATIONS",
+    "REPOSSESSOR",
+    "SCHEDULER",
+    "TRIGGERS",
+    "CANCELLATION_CLEANUP",
+)
 
 
 class Api:
@@ -44,6 +54,7 @@ class Api:
                     **os.environ,
                     watchdog.VARIABLE: str(os.getpid()),
                     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": str(FLUSH),
+                    **{f"PREFECT_SERVER_SERVICES_{service}_ENABLED": "false" for service in IDLE_SERVICES},
                 },
                 start_new_session=True,
             )

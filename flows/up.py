@@ -62,9 +62,7 @@ def _port(variable: str, default: str) -> str:
         try:
             probe.bind(("127.0.0.1", int(port)))
         except (OSError, ValueError, OverflowError) as error:
-            sys.exit(
-                f"make up: port {port} can't be used ({error}); choose another: make up {variable}={int(default) + 100}"
-            )
+            sys.exit(f"make up: port {port} can't be used ({error}); free it, or choose another with {variable}=<port>")
     return port
 
 

@@ -13,8 +13,8 @@ from flows.watch import Outcome, Watcher
 
 # What DVC itself prints around a stage, once errors are set aside.
 _DVC = re.compile(
-    r"$|Running stage '|> |Stage '.*' (didn't change|is cached)|(Updating|Generating) lock file '|Data and pipelines are"
-    r"|To (track the changes|enable auto staging)|\t|Use `dvc push`|Checking out"
+    r"$|Running stage '|> |(Stage )?'.*' (didn't change|is cached)|(Updating|Generating) lock file '|Data and pipelines are"
+    r"|To (track the changes|enable auto staging)|\t|Use `dvc push`|Checking out|WARNING: Process '"
 )
 _BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
 _EXIT = re.compile(r"exited with (-?\d+)$")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 180) -> None:
     """Until `url` answers. Raises RuntimeError with the end of the log when it doesn't."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
@@ -50,16 +51,28 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture(scope="session")
-def mlflow_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated mlflow.db without runs: making one takes seconds, copying it none."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
+def mlflow_home(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the MLflow server of the tests keeps mlflow.db and mlartifacts."""
-    return tmp_path_factory.mktemp("mlflow")
+    home = tmp_path_factory.mktemp("mlflow")
+    shutil.copyfile(empty_database, home / "mlflow.db")
+    return home
 
 
 @pytest.fixture(scope="session")
 def mlflow_server(mlflow_home: Path) -> Iterator[str]:
     """The URI of a real `mlflow server`, set up as `make up` does it."""
     port, log = free_port(), mlflow_home / "server.log"
-    artifacts = (mlflow_home / "mlartifacts").as_uri()
+    artifacts = str(mlflow_home / "mlartifacts")
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{mlflow_home / 'mlflow.db'}"]
     command += ["--default-artifact-root", artifacts, "--artifacts-destination", artifacts]

@@ -70,7 +70,7 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool = False) -> 
         raise InputError(f"{weights}: no such file; train again or restore it") from None
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a usable checkpoint: {' '.join(str(error).split())}") from None
-    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    net = net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     return Denoiser(net, schedule, target, clip), about
 
 
@@ -101,7 +101,7 @@ def read_resume(folder: Path, at_most: int) -> tuple[ResumeState | None, list[st
     """The newest sound state of at most that many steps, and a line for each damaged one that was passed over."""
     from safetensors import safe_open
 
-    complaints = []
+    complaints: list[str] = []
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
         if int(path.stem) > at_most:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ddpm.stages import checkpoint, store
 from ddpm.stages.errors import InputError
@@ -12,7 +13,7 @@ from ddpm.stages.progress import Progress, Report, silent
 from ddpm.stages.sample import check_row, prepared_denoiser
 from ddpm.stages.sample import generate as draw
 
-DEFAULT = {"sampler": "ddim", "steps": 50}
+DEFAULT: dict[str, Any] = {"sampler": "ddim", "steps": 50}
 
 
 def generate(

@@ -1,4 +1,4 @@
-"""Which model is champion: the decision alone, from numbers; tracking.py asks it and keeps the registry."""
+"""Which model is champion: the decision alone, from numbers; tracking/registry.py asks it and keeps the books."""
 
 from __future__ import annotations
 

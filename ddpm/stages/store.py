@@ -22,6 +22,8 @@ import math
 import os
 import shutil
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,8 +153,8 @@ def sha256(path: Path) -> str:
     """Of a file's bytes, or of a folder's names and bytes."""
     if path.is_dir():
         total = hashlib.sha256()
-        for file in sorted(item for item in path.rglob("*") if item.is_file()):
-            total.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
+        for item in sorted(item for item in path.rglob("*") if item.is_file()):
+            total.update(f"{item.relative_to(path).as_posix()}\0{sha256(item)}\n".encode())
         return total.hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -278,7 +280,7 @@ def read_samples(path: Path) -> tuple[Images, int]:
             images, evaluations = archive["images"], int(archive["evaluations"])
     except FileNotFoundError:
         raise InputError(f"{path}: no such sample set; make it with `ddpm sample {path.stem}`") from None
-    except Exception as error:  # numpy and zipfile raise a dozen types on a damaged archive
+    except (ValueError, KeyError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not a sample set: {error}; make it again with `ddpm sample {path.stem}`") from None
     if images.dtype != np.uint8 or images.ndim != 4:
         raise InputError(f"{path}: expected uint8 N,C,H,W, found {images.dtype} {images.shape}")

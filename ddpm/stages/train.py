@@ -99,21 +99,13 @@ def train(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)
-        net = checkpoint.network(network).to(device, memory_format=torch.channels_last)
+        net = checkpoint.network(network).to(device).to(memory_format=torch.channels_last)
     state = TrainingState(net)
-    rows: list[dict[str, Any]] = []
-    losses: list[torch.Tensor] = []  # since the last row
     key = training_key(params, schedule, dataset.about["sha256"])
     folder = root / store.CACHE / "training" / f"{schedule}-{key[:16]}"
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
-    resumed, complaints = checkpoint.read_resume(folder, at_most=settings.steps)
-    for complaint in complaints:
-        report(Progress(0, settings.steps, "steps", message=complaint))
-    if resumed:
-        state.load(resumed.step, resumed.tensors)
-        rows, losses = resumed.rows, [torch.tensor(loss, device=device) for loss in resumed.losses]
-        report(Progress(resumed.step, settings.steps, "steps", message=f"resuming after step {resumed.step}"))
+    rows, losses = _resume(folder, state, settings.steps, report)
 
     objective = Objective.of(noise, params.diffusion.target, device)
     images = torch.from_numpy(np.array(dataset.train)).to(device)
@@ -162,6 +154,21 @@ def train(
             saved = step.step
 
     return _write(params, schedule, state, noise, network, dataset, rows, root)
+
+
+def _resume(
+    folder: Path, state: TrainingState, steps: int, report: Report
+) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
+    """Brings `state` to the newest saved step; gives the rows of the history, and the losses since its last row."""
+    resumed, complaints = checkpoint.read_resume(folder, at_most=steps)
+    for complaint in complaints:
+        report(Progress(0, steps, "steps", message=complaint))
+    if resumed is None:
+        return [], []
+    state.load(resumed.step, resumed.tensors)
+    report(Progress(resumed.step, steps, "steps", message=f"resuming after step {resumed.step}"))
+    device = next(state.net.parameters()).device
+    return resumed.rows, [torch.tensor(loss, device=device) for loss in resumed.losses]
 
 
 def _write(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 STAGE = '''\
-"""Usage: stage.py NAME OUT. control.json says, by name: seconds to take, exit code to end with, whether to die by SIGKILL."""
+"""Usage: stage.py NAME OUT. control.json says, by name: a file to wait for, an exit code, whether to die by SIGKILL."""
 import json, os, pathlib, signal, sys, time
 from ddpm.stages import watchdog
 
@@ -34,12 +33,14 @@ pathlib.Path(f"{name}.pid").write_text(str(os.getpid()))
 report = {"stage": name, "done": 1, "total": 2, "unit": "steps", "values": {"loss": 0.5}}
 print("@progress " + json.dumps(report), flush=True)
 print(f"{name}: began", flush=True)
-time.sleep(control.get("seconds", 0))
+while "until" in control and not pathlib.Path(control["until"]).exists():
+    time.sleep(0.1)
 if control.get("die"):
     pathlib.Path("control.json").write_text("{}")  # once
     os.kill(os.getpid(), signal.SIGKILL)
 if control.get("exit"):
-    sys.exit(f"ddpm: {name} can't") if control["exit"] == 1 else (print(f"ddpm: {name} can't"), sys.exit(control["exit"]))
+    print(f"ddpm: {name} can't", file=sys.stderr)
+    sys.exit(control["exit"])
 path = pathlib.Path(out)
 path.parent.mkdir(exist_ok=True)
 header = "point,schedule,sampler,steps,evaluations,fid,kid,kid_std,images,reference_images,layer"
@@ -98,6 +99,9 @@ class Scratch:
     environment: dict[str, str]
     mark: str
     started: list[subprocess.Popen[str]] = field(default_factory=list)
+    names = NAMES
+    wait = staticmethod(wait)
+    free_port = staticmethod(free_port)
 
     def control(self, **stages: dict[str, Any]) -> None:
         """Keys are stage names with `_` for `@`."""
@@ -128,7 +132,6 @@ class Scratch:
                 stdin=subprocess.DEVNULL,
                 text=True,
                 start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         self.started.append(process)
         return process
@@ -138,28 +141,42 @@ class Scratch:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def running(self) -> list[str]:
-        """The command lines of all that was started here and lives."""
+    def processes(self) -> list[psutil.Process]:
+        """All that was started here and lives."""
         found = []
         for process in psutil.process_iter():
             try:
                 if process.environ().get("SCRATCH") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(" ".join(process.cmdline()))
+                    found.append(process)
             except psutil.Error:
                 continue
         return found
+
+    def running(self) -> list[str]:
+        return [f"{process.pid} {' '.join(process.cmdline())}" for process in self.processes()]
 
     def pid(self, stage: str, seconds: float = 60) -> int:
         """Of a stage that runs now."""
         path = self.root / f"{stage}.pid"
         return int(wait(lambda: path.exists() and path.read_text(), seconds, f"{stage} runs"))
 
+    def forget(self, *stages: str) -> None:
+        """So that pid() waits for the next time."""
+        for stage in stages:
+            (self.root / f"{stage}.pid").unlink(missing_ok=True)
+
     def end(self) -> None:
         for process in self.started:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        wait(lambda: not self.running(), 30, f"nothing is left running: {self.running()}")
+                process.terminate()
+        for process in self.started:
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        for left in self.processes():
+            left.kill()
+        wait(lambda: not self.processes(), 30, "nothing is left running")
 
 
 def make_scratch(root: Path, template: Path) -> Scratch:
@@ -191,6 +208,11 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "bin" / "ddpm").write_text('#!/bin/sh\necho "$1: done by a stand-in"\n')
     (root / "bin" / "ddpm").chmod(0o755)
     return root
+
+
+@pytest.fixture(scope="session")
+def scratch_maker() -> Callable[[Path, Path], Scratch]:
+    return make_scratch
 
 
 @pytest.fixture

@@ -86,7 +86,8 @@ def scores_of(root: Path, point: Point, fid: float, **changes: Any) -> None:
         "samples": store.sha256(samples),
     }
     store.write_json(root / store.metrics_file(point), {**scores, **changes})
-    all_scores = {path.stem: store.read_json(path) for path in (root / "metrics").glob("*-*.json")}
+    files = [path for path in (root / "metrics").glob("*-*.json") if not path.name.endswith(".run.json")]
+    all_scores = {path.stem: store.read_json(path) for path in files}
     best = min(all_scores, key=lambda name: (all_scores[name]["fid"], all_scores[name]["evaluations"]))
     store.write_json(root / "report" / "best.json", {"point": best, **all_scores[best], "points": len(all_scores)})
 
@@ -114,16 +115,6 @@ def made(digits: Path, smoke: Callable[..., Params], tmp_path_factory: pytest.Te
             record = run_record(f"{stage}@{point.name}", started, 10, 64, "images")
             store.write_json(root / store.run_file(output), record)
     return root
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated mlflow.db without runs: making one takes seconds, copying it none."""
-    from mlflow.tracking import MlflowClient
-
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture

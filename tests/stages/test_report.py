@@ -45,10 +45,8 @@ def written(root: Path) -> dict[str, bytes]:
 def test_every_point_is_a_row_and_the_best_is_named(root: Path) -> None:
     best = report(params(), root)
     rows = store.read_csv(root / "report" / "points.csv")
-    assert list(rows[0]) == (
-        ["point", "schedule", "sampler", "steps", "evaluations", "fid", "kid", "kid_std"]
-        + ["images", "reference_images", "layer"]
-    )
+    columns = "point schedule sampler steps evaluations fid kid kid_std images reference_images layer"
+    assert list(rows[0]) == columns.split()
     assert [row["point"] for row in rows] == [point.name for point in params().points()]
     assert [float(row["fid"]) for row in rows] == list(FIDS)
     assert best == store.read_json(root / "report" / "best.json")
@@ -161,8 +159,8 @@ def test_the_table_is_aligned_with_the_best_point_last(read: Callable[[Any], Any
         {"point": "linear-ddim-10", "evaluations": 10, "fid": 0.71234, "kid": -0.0001, "kid_std": 0.0004},
     ]
     assert table(read(rows)).splitlines() == [
-        "point             evaluations     FID                KID",
-        "linear-ddpm-1000        1,000    12.3         0.1 ± 0.02",
-        "linear-ddim-20             20  0.7123    0.0012 ± 0.0004",
-        "linear-ddim-10             10  0.7123   -0.0001 ± 0.0004",
+        "point             evaluations     FID               KID",
+        "linear-ddpm-1000        1,000    12.3        0.1 ± 0.02",
+        "linear-ddim-20             20  0.7123   0.0012 ± 0.0004",
+        "linear-ddim-10             10  0.7123  -0.0001 ± 0.0004",
     ]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
@@ -66,7 +66,12 @@ def repo_root(root: Path = Path()) -> Path:
 
 def tracking_uri(root: Path = Path()) -> str:
     """MLFLOW_TRACKING_URI if it is set, else mlflow.db at the root of the checkout."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{quote(str(repo_root(root) / 'mlflow.db'))}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri("sqlite", repo_root(root) / "mlflow.db")
+
+
+def _sqlite_uri(scheme: str, file: Path) -> str:
+    """Escaped no more than SQLAlchemy needs: MLflow makes the parent folder of the name as it is written here."""
+    return f"{scheme}:///{str(file).replace('%', '%25').replace('?', '%3F')}"
 
 
 def find_place(root: Path = Path()) -> Place:
@@ -76,7 +81,7 @@ def find_place(root: Path = Path()) -> Place:
     scheme, _, rest = uri.partition(":///")
     if scheme.partition("+")[0] == "sqlite" and rest:
         file = Path(unquote(rest.partition("?")[0])).resolve()
-        uri = f"{scheme}:///{quote(str(file))}{''.join(rest.partition('?')[1:])}"
+        uri = _sqlite_uri(scheme, file) + "".join(rest.partition("?")[1:])
         lock, artifacts = file.with_name(f"{file.name}.lock"), file.parent / "mlartifacts"
     return Place(uri, lock, None if scheme.partition(":")[0] in ("http", "https") else artifacts)
 

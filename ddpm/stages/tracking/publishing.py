@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,8 +89,7 @@ def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]
     for folder in sorted((root / "models").glob("*/model.json")):
         _publish_training(target, root, folder.parent.name, added)
     stages, groups, stale = dvc_lock(root), dict[str, list[tuple[Point, PointSettings]]](), []
-    for path in sorted((root / "samples").glob("*.npz")):
-        point = Point.parse(path.stem)
+    for point in _points(root):
         settings = settings_of(params, point, root, stages)
         if settings is None:
             stale.append(point.name)
@@ -100,6 +100,13 @@ def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]
         publish_points(target, root, group, added)
     _publish_report(target, root, added)
     return stale
+
+
+def _points(root: Path) -> Iterator[Point]:
+    """The points that have samples on disk; other files there are none of ours."""
+    for path in sorted((root / "samples").glob("*.npz")):
+        with contextlib.suppress(InputError):
+            yield Point.parse(path.stem)
 
 
 def _publish_training(target: Target, root: Path, schedule: str, added: Counter[str]) -> Run | None:
@@ -130,7 +137,7 @@ def _publish_training(target: Target, root: Path, schedule: str, added: Counter[
         return run
     log(target, run, flat(identity), {**tags, **_commit(times)})
     _log_dataset(target, run, root, about["data"], "training")
-    last = max((step for steps in values.values() for step in steps), default=1)
+    last = about["training"]["steps"]
     log_metrics(target, run, _curve_metrics(values, last, start, end), added)
     log_metrics(target, run, _measurements(times, about, last, end), added)
     _log_checkpoint(target, run, folder, about, last, added)

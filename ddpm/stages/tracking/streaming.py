@@ -113,10 +113,11 @@ class TrainingWatch:
             with self._mutex:
                 values, pictures, step = list(self._values), list(self._pictures), self._step
             system = [(key, value, _now(), step) for key, value in _system_load().items()] if step else []
-            new = [value for value in values + system if (value[0], value[3]) not in self._known]
-            for chunk in chunks([Metric(*value) for value in new], 1000):
+            new = {(value[0], value[3]): Metric(*value) for value in values + system}
+            missing = [metric for name, metric in new.items() if name not in self._known]
+            for chunk in chunks(missing, 1000):
                 self._target.client.log_batch(self._run.info.run_id, metrics=chunk)
-            self._known |= {(key, step) for key, _, _, step in new}
+            self._known |= set(new)
             for picture_step, picture, timestamp in pictures:
                 image = picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
                 log_image(self._target, self._run, image, picture_step, timestamp, Counter())

@@ -1,0 +1,128 @@
+"""What the flow asks of DVC: the order, what is unchanged, and one stage at a time."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params
+from flows import children, dag, parameters, work
+from flows.watch import Outcome
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Record:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.reports: list[dict[str, Any]] = []
+
+    def started(self, stage: str) -> None: ...
+
+    def line(self, stage: str, text: str) -> None:
+        self.lines.append(text)
+
+    def progress(self, stage: str, report: dict[str, Any]) -> None:
+        self.reports.append(report)
+
+    def ended(self, stage: str, outcome: Outcome) -> None: ...
+
+
+@pytest.fixture
+def path(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", scratch.environment["PATH"])
+    monkeypatch.setenv("SCRATCH", scratch.mark)
+    children.start()
+
+
+def test_the_order_is_the_one_of_dvc_yaml(scratch: Any) -> None:
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(ROOT / name, scratch.root)
+    order = dag.read(scratch.root)
+    points = [point.name for point in Params.load(ROOT / "params.yaml").points()]
+    schedules = Params.load(ROOT / "params.yaml").sweep.schedules
+    assert [name for name in order.waits_for if name.startswith("sample@")] == [f"sample@{point}" for point in points]
+    assert order.waits_for["prepare"] == ()
+    assert all(order.waits_for[f"train@{schedule}"] == ("prepare",) for schedule in schedules)
+    for point in points:
+        assert order.waits_for[f"sample@{point}"] == (f"train@{point.partition('-')[0]}",)
+        assert order.waits_for[f"evaluate@{point}"] == ("prepare", f"sample@{point}")
+    assert {f"evaluate@{point}" for point in points} <= set(order.waits_for["report"])
+    assert not order.unchanged
+
+
+def test_unchanged_is_what_dvc_repro_leaves_alone(scratch: Any) -> None:
+    def ran() -> set[str]:
+        return {line.split("'")[1] for line in scratch.repro().splitlines() if line.startswith("Running stage '")}
+
+    everything = set(dag.read(scratch.root).waits_for)
+    assert not dag.read(scratch.root).unchanged
+    assert ran() == everything
+    assert dag.read(scratch.root).unchanged == everything
+    assert ran() == set()
+
+    (scratch.root / "trained-linear").unlink()  # DVC's cache has it: one stage to look at, and those after it
+    after = {"train@linear", "sample@linear", "report"}
+    assert dag.read(scratch.root).unchanged == everything - after
+    assert ran() <= after
+
+    parameters.write(scratch.root, overrides=["sampling.images=7"])
+    after = {"sample@linear", "sample@cosine", "report"}
+    assert dag.read(scratch.root).unchanged == everything - after
+    assert ran() <= after
+
+    (scratch.root / "source").write_text("2")
+    assert dag.read(scratch.root).unchanged == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("stages: [", "dvc.yaml"), ("stages: {}", "no stages"), ("a: 1", "dvc.yaml")]
+)
+def test_a_broken_dvc_yaml_is_one_line(scratch: Any, text: str, named: str) -> None:
+    (scratch.root / "dvc.yaml").write_text(text)
+    with pytest.raises(InputError, match=named) as caught:
+        dag.read(scratch.root)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("path")
+def test_how_a_stage_ends(scratch: Any) -> None:
+    def reproduce(stage: str) -> tuple[Outcome, Record]:
+        record = Record()
+        return work.reproduce(stage, scratch.root, record), record
+
+    outcome, record = reproduce("prepare")
+    assert outcome == Outcome("Completed", "2 steps in 0.0 s")
+    assert record.lines == ["prepare: began", "prepare: 2 steps in 0.0 s"]
+    assert record.reports == [{"stage": "prepare", "done": 1, "total": 2, "unit": "steps", "values": {"loss": 0.5}}]
+    assert reproduce("prepare")[0].kind == "Unchanged"
+
+    (scratch.root / "source").write_text("2")
+    assert reproduce("prepare")[0].kind == "Completed"
+    (scratch.root / "source").write_text("1")
+    assert reproduce("prepare")[0].kind == "Restored"
+
+    scratch.control(train_linear={"exit": 2}, train_cosine={"die": True})
+    outcome, _ = reproduce("train@linear")
+    assert outcome == Outcome("Failed", "ddpm: train@linear can't")
+    assert reproduce("train@cosine")[0].kind == "Killed"
+    assert reproduce("train@cosine")[0].kind == "Completed"
+
+
+@pytest.mark.usefixtures("path")
+def test_what_another_dvc_holds_is_busy(scratch: Any) -> None:
+    scratch.control(prepare={"until": "never"})
+    scratch.start(sys.executable, "-m", "dvc", "repro", "--single-item", "prepare")
+    scratch.pid("prepare")
+    outcome = work.reproduce("prepare", scratch.root, Record())
+    assert outcome.kind == "Busy"
+    assert "prepared" in outcome.text
+    began = time.monotonic()
+    assert "prepare" not in dag.read(scratch.root).unchanged
+    assert time.monotonic() - began < 20  # it doesn't wait for the other to end

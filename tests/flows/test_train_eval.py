@@ -1,0 +1,251 @@
+"""The flow `train-eval` on the servers of `make up`, through its deployment, and in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+PREFECT = (sys.executable, "-m", "prefect")
+RUN = (*PREFECT, "deployment", "run", "train-eval/default")
+FLOW = (
+    sys.executable,
+    "-c",
+    "import json, sys; from flows.train_eval import train_eval\n"
+    "state = train_eval(**json.loads(sys.argv[1]), return_state=True); print(f'{state.name}: {state.message}')",
+)
+HERE = pytest.mark.xdist_group("prefect")  # one set of servers for all of these
+pytestmark = [HERE, pytest.mark.timeout(400)]
+
+
+class Up(SimpleNamespace):
+    """The servers and the worker of `make up`, in a scratch repository. api: Prefect's address."""
+
+    def post(self, path: str, **body: Any) -> Any:
+        request = urllib.request.Request(
+            f"{self.api}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def start(self, **parameters: Any) -> str:
+        """As `prefect deployment run` does it; gives the flow run's id."""
+        deployment = self.post("/deployments/filter")[0]["id"]
+        return str(self.post(f"/deployments/{deployment}/create_flow_run", parameters=parameters)["id"])
+
+    def flow_run(self) -> dict[str, Any]:
+        """The newest."""
+        return dict(self.post("/flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0])
+
+    def tasks(self, flow_run: str) -> dict[str, dict[str, Any]]:
+        """Task runs by name."""
+        return {run["name"]: run for run in self.post("/task_runs/filter", flow_runs={"id": {"any_": [flow_run]}})}
+
+    def states(self, flow_run: str) -> dict[str, str]:
+        return {name: run["state"]["name"] for name, run in self.tasks(flow_run).items()}
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory, template: Path, scratch_maker: Any) -> Iterator[Up]:
+    scratch = scratch_maker(tmp_path_factory.mktemp("up"), template)
+    ports = {"PREFECT_PORT": str(scratch.free_port()), "MLFLOW_PORT": str(scratch.free_port())}
+    toml = scratch.root / "prefect.toml"  # what `prefect` reads where nothing is exported
+    toml.write_text(toml.read_text().replace(":4200/", f":{ports['PREFECT_PORT']}/"))
+    process = scratch.start(sys.executable, "-m", "flows.up", log="up.log", **ports)
+    log = scratch.root / "up.log"
+    try:
+        scratch.wait(lambda: "started!" in log.read_text() or process.poll() is not None, 180, "the worker starts")
+        assert process.poll() is None, log.read_text()
+        yield Up(
+            scratch=scratch, process=process, log=log, ports=ports, api=f"http://127.0.0.1:{ports['PREFECT_PORT']}/api"
+        )
+    finally:
+        scratch.end()
+
+
+def test_a_deployment_run_does_it_all(up: Up) -> None:
+    done = up.scratch.run(
+        *RUN, "--watch", "--param", 'overrides=["training.steps=7", "seed=3"]', "--param", "recipe=more"
+    )
+    assert done.returncode == 0, done.stdout + up.log.read_text()[-3000:]
+    run = up.flow_run()
+    assert run["state"]["name"] == "Completed"
+    assert run["state"]["message"] == "promote: done by a stand-in"
+    assert up.states(run["id"]) == dict.fromkeys((*up.scratch.names, "publish", "promote"), "Completed")
+    params = (up.scratch.root / "params.yaml").read_text()
+    assert "steps: 7" in params
+    assert "seed: 3" in params
+
+    # What depends on what is on the run's page.
+    tasks = up.tasks(run["id"])
+    before = [item["id"] for item in tasks["sample@linear"]["task_inputs"]["wait_for"]]
+    assert before == [tasks["train@linear"]["id"]]
+
+    # A stage's own lines are the log of its task run.
+    logs = up.scratch.wait(
+        lambda: [
+            line["message"]
+            for line in up.post("/logs/filter", logs={"task_run_id": {"any_": [tasks["train@linear"]["id"]]}})
+            if "began" in line["message"]
+        ],
+        20,
+        "the log arrives",
+    )
+    assert logs == ["train@linear: began"]
+
+    artifacts = {item["key"]: item for item in up.post("/artifacts/filter")}
+    assert json.loads(artifacts["sweep"]["data"])[0]["point"] == "linear-ddim-10"
+    assert f"http://127.0.0.1:{up.ports['MLFLOW_PORT']}" in artifacts["mlflow"]["data"]
+
+    assert "Running stage" not in up.scratch.repro()
+
+
+def test_mlflow_answers(up: Up) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{up.ports['MLFLOW_PORT']}/health", timeout=10) as answer:
+        assert answer.status == 200
+
+
+def test_what_dvc_has_done_the_flow_skips(up: Up) -> None:
+    assert up.scratch.run(*FLOW, json.dumps({"overrides": ["training.steps=8"], "promote": False})).returncode == 0
+    states = up.states(up.flow_run()["id"])
+    assert states["train@linear"] == "Completed"
+    assert states["prepare"] == "Unchanged"
+    assert "promote" not in states
+    up.scratch.repro()
+    done = up.scratch.run(*FLOW, "{}")
+    states = up.states(up.flow_run()["id"])
+    assert {name: states[name] for name in up.scratch.names} == dict.fromkeys(up.scratch.names, "Unchanged"), (
+        done.stdout
+    )
+
+
+def test_a_failing_stage_fails_the_run_and_nothing_beside_it(up: Up) -> None:
+    up.scratch.control(train_linear={"exit": 2})
+    done = up.scratch.run(*FLOW, json.dumps({"overrides": ["training.steps=9"]}))
+    up.scratch.control()
+    assert done.stdout.splitlines()[-1] == (
+        "Failed: train@linear: ddpm: train@linear can't (2 stages after it did not run)"
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    states = up.states(up.flow_run()["id"])
+    assert set(states) == {"prepare", "train@linear", "train@cosine", "sample@cosine"}
+    assert (states["train@linear"], states["train@cosine"]) == ("Failed", "Completed")
+    assert [run["run_count"] for name, run in up.tasks(up.flow_run()["id"]).items() if name == "train@linear"] == [1]
+
+
+def test_a_killed_stage_is_run_again(up: Up) -> None:
+    up.scratch.control(train_linear={"die": True})
+    done = up.scratch.run(*FLOW, json.dumps({"overrides": ["training.steps=10"], "promote": False}))
+    assert done.stdout.splitlines()[-1].startswith("Completed"), done.stdout + done.stderr
+    assert up.tasks(up.flow_run()["id"])["train@linear"]["run_count"] == 2
+
+
+def test_wrong_input_is_said_in_one_line(up: Up) -> None:
+    before = (up.scratch.root / "params.yaml").read_bytes()
+    done = up.scratch.run(*FLOW, json.dumps({"overrides": ["training.stops=1"]}))
+    assert (
+        done.stdout.splitlines()[-1] == "InputError: override 'training.stops=1': params.yaml has no 'training.stops'"
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    assert up.flow_run()["state"]["type"] == "FAILED"
+    assert (up.scratch.root / "params.yaml").read_bytes() == before
+
+
+def test_a_second_run_waits_for_the_first(up: Up) -> None:
+    up.scratch.control(train_linear={"until": "go"})
+    up.scratch.forget("train@linear")
+    first = up.scratch.start(*FLOW, json.dumps({"overrides": ["training.steps=11"], "promote": False}), log="first")
+    up.scratch.pid("train@linear")
+    second = up.scratch.start(*FLOW, json.dumps({"overrides": ["training.steps=12"], "promote": False}), log="second")
+    said = f"waiting: another run (process {first.pid}) is at work in this checkout"
+    up.scratch.wait(lambda: said in (up.scratch.root / "second").read_text(), 60, "the second run says that it waits")
+    assert "steps: 11" in (up.scratch.root / "params.yaml").read_text()
+    (up.scratch.root / "go").touch()
+    assert (first.wait(60), second.wait(60)) == (0, 0)
+    for log in ("first", "second"):
+        assert (up.scratch.root / log).read_text().splitlines()[-1].startswith("Completed")
+    assert "steps: 12" in (up.scratch.root / "params.yaml").read_text()
+    up.scratch.control()
+    assert "Running stage" not in up.scratch.repro()
+
+
+NEVER = {"train_linear": {"until": "never"}, "train_cosine": {"until": "never"}}
+
+
+@pytest.mark.parametrize("victim", ["flow", "dvc"])
+def test_kill_9_leaves_no_process(up: Up, victim: str) -> None:
+    up.scratch.control(**NEVER)
+    servers = set(up.scratch.running())
+    up.scratch.forget("train@linear")
+    steps = {"flow": 13, "dvc": 14}[victim]
+    flow = up.scratch.start(*FLOW, json.dumps({"overrides": [f"training.steps={steps}"]}), log="flow.log")
+    stage = up.scratch.pid("train@linear")
+    parent = psutil.Process(stage).parent()
+    assert parent is not None
+    assert "dvc" in " ".join(parent.cmdline())
+    if victim == "flow":
+        flow.kill()
+    else:
+        up.scratch.forget("train@linear")
+        parent.kill()
+        assert up.scratch.pid("train@linear") != stage  # the flow tries again,
+        assert not psutil.pid_exists(stage)  # and only once the stage of the killed DVC is gone
+        flow.terminate()
+    flow.wait(30)
+    up.scratch.wait(lambda: set(up.scratch.running()) <= servers, 20, "all that the flow started ends")
+    up.scratch.control()
+    up.scratch.repro()  # no stuck lock
+
+
+def test_cancelling_ends_the_processes(up: Up) -> None:
+    up.scratch.control(train_linear={"until": "never"}, train_cosine={"until": "never", "deaf": True})
+    servers = set(up.scratch.running())
+    up.scratch.forget("train@linear", "train@cosine")
+    run = up.start(overrides=["training.steps=15"])
+    up.scratch.pid("train@linear")
+    up.scratch.pid("train@cosine")
+    up.post(f"/flow_runs/{run}/set_state", state={"type": "CANCELLING"})
+    up.scratch.wait(lambda: set(up.scratch.running()) <= servers, 60, "cancelling ends what the run started")
+    up.scratch.wait(lambda: up.flow_run()["state"]["name"] == "Cancelled", 30, "the run is Cancelled")
+    up.scratch.control()
+
+
+def test_kill_9_of_the_worker_ends_everything(up: Up) -> None:
+    """The last one: its flow run and stages end with it, and so do the servers beside it."""
+    up.scratch.control(**NEVER)
+    up.scratch.forget("train@linear", "train@cosine")
+    up.start(overrides=["training.steps=16"])
+    stages = [up.scratch.pid("train@linear"), up.scratch.pid("train@cosine")]
+    worker = next(
+        process
+        for process in psutil.Process(up.process.pid).children(recursive=True)
+        if "worker" in process.cmdline() and "start" in process.cmdline()
+    )
+    worker.kill()
+    assert up.process.wait(60) != 0
+    assert not up.scratch.running()
+    assert not any(psutil.pid_exists(stage) for stage in stages)
+    up.scratch.control()
+    up.scratch.repro()
+
+
+def test_a_busy_port_is_one_line(scratch: Any) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = scratch.run(sys.executable, "-m", "flows.up", PREFECT_PORT=str(port))
+    assert done.returncode != 0
+    assert len(done.stderr.splitlines()) == 1
+    assert str(port) in done.stderr
+    assert "PREFECT_PORT" in done.stderr

@@ -1,0 +1,125 @@
+"""The registered model, loaded the way its users do: from the registry, far from this checkout."""
+
+from __future__ import annotations
+
+import json
+import pickletools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow.models import Model
+from mlflow.tracking import MlflowClient
+
+from ddpm.stages import store, tracking
+from ddpm.stages.params import Params, Point
+from ddpm.stages.tracking.registry import SERVED_MODULES, SERVED_PACKAGES
+
+pytestmark = pytest.mark.xdist_group("tracking")  # one server and one set of outputs for all of these
+
+Smoke = Callable[..., Params]
+
+POINT = Point(schedule="cosine", sampler="ddim", steps=5)  # the champion of the outputs
+
+# What runs on a machine that has the model's requirements and nothing of this project.
+ELSEWHERE = """
+import importlib.util, json, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in f"{finder!r}{getattr(finder, '__module__', '')}"]
+sys.path = [path for path in sys.path if path != sys.argv[1]]
+assert importlib.util.find_spec("ddpm") is None, importlib.util.find_spec("ddpm")
+import mlflow, numpy, pandas
+mlflow.set_tracking_uri(sys.argv[2])
+model = mlflow.pyfunc.load_model(sys.argv[3])
+images = model.predict(pandas.DataFrame({"n": [6]}))
+numpy.save("default.npy", images)
+rows = {"n": [2, 3], "seed": [0, 7], "steps": [5, 2], "sampler": ["ddim", "ddpm"]}
+numpy.save("rows.npy", model.predict(pandas.DataFrame(rows)))
+numpy.save("example.npy", model.predict(model.input_example))
+errors = []
+for wrong in ({"n": [0]}, {"n": [1], "sampler": ["none"]}, {"n": [1], "steps": [100000]}, {"seed": [1]}):
+    try:
+        model.predict(pandas.DataFrame(wrong))
+    except Exception as error:
+        errors.append(f"{type(error).__name__}: {error}")
+import ddpm
+print(json.dumps({"errors": errors, "ddpm": ddpm.__file__}))
+"""
+
+
+@pytest.fixture
+def params(smoke: Smoke) -> Params:
+    return smoke(training={"steps": 24})
+
+
+def model_folder(root: Path) -> Path:
+    client = MlflowClient(tracking.tracking_uri(root))
+    version = client.get_model_version_by_alias("ddpm-digits", "champion")
+    location = client.get_model_version_download_uri("ddpm-digits", version.version)
+    return Path(location.removeprefix("file://"))
+
+
+def test_it_makes_the_samples_of_its_point_without_this_checkout(
+    checkout: Path, params: Params, tmp_path: Path
+) -> None:
+    tracking.promote(params, checkout)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    repository = Path(__file__).parents[2]
+    uri = tracking.tracking_uri(checkout)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ELSEWHERE, str(repository), uri, "models:/ddpm-digits@champion"],
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert not Path(told["ddpm"]).is_relative_to(repository)
+    assert Path(told["ddpm"]).is_relative_to(model_folder(checkout))
+
+    samples, _ = store.read_samples(checkout / store.samples_file(POINT))
+    other, _ = store.read_samples(checkout / store.samples_file(Point(schedule="cosine", sampler="ddpm", steps=2)))
+    default, rows = np.load(elsewhere / "default.npy"), np.load(elsewhere / "rows.npy")
+    assert default.dtype == np.uint8
+    assert np.abs(default.astype(int) - samples[:6]).max() <= 1  # float32 in batches of another size
+    assert np.abs(rows[:2].astype(int) - samples[:2]).max() <= 1
+    assert rows.shape == (5, 1, 8, 8) and (rows[2:] != other[:3]).any()  # another seed
+    assert np.load(elsewhere / "example.npy").shape == (4, 1, 8, 8)
+    faults = ["n = 0", "no sampler 'none'", "steps = 100000", "missing inputs"]
+    assert [fault in error for fault, error in zip(faults, told["errors"], strict=True)] == [True] * 4
+
+
+def test_its_folder_holds_no_pickle_and_says_what_it_needs(checkout: Path, params: Params) -> None:
+    tracking.promote(params, checkout)
+    folder = model_folder(checkout)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with pytest.raises((ValueError, IndexError)):
+                list(pickletools.genops(path.read_bytes()))
+    model = Model.load(folder)
+    assert [(column.name, column.required) for column in model.signature.inputs.inputs] == [
+        ("n", True),
+        ("seed", False),
+        ("steps", False),
+        ("sampler", False),
+    ]
+    assert model.signature.outputs.inputs[0].shape == (-1, 1, 8, 8)
+    assert model.metadata["point"] == POINT.name
+    needed = {line.partition("=")[0].strip("<>") for line in (folder / "requirements.txt").read_text().split()}
+    assert {name.partition("<")[0] for name in needed} == {"mlflow", *SERVED_PACKAGES}
+
+
+def test_its_code_is_the_import_graph_of_sampling() -> None:
+    program = "import sys, ddpm.stages.sample; print(*[name for name in sys.modules if name.split('.')[0] == 'ddpm'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    package = Path(__file__).parents[2] / "ddpm"
+    files = set()
+    for module in SERVED_MODULES:
+        assert (package / f"{module}.py").exists()
+        files.add(".".join(["ddpm", *module.split("/")]).removesuffix(".__init__"))
+    assert files == set(done.stdout.split())

@@ -1,0 +1,87 @@
+"""kill -9 of whoever started a stage leaves no stage behind, and nothing else ends one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ddpm.stages import watchdog
+
+STAGE = """\
+import os, pathlib, signal, sys, time
+from ddpm.stages import watchdog
+if "deaf" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    watchdog.GRACE = 0.5
+watchdog.start()
+pathlib.Path("pid").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+# Starts a stage through two shells, as a flow does through DVC, and says its own pid.
+STARTER = """\
+import os, subprocess, sys
+command = f"{sys.executable} stage.py {' '.join(sys.argv[2:])}; true"
+os.environ.update({"flow": {"DDPM_WATCH_PID": str(os.getpid())}, "dvc": {"DVC_STAGE": "x"}}.get(sys.argv[1], {}))
+subprocess.run(["sh", "-c", command])
+"""
+
+
+def wait(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(("kind", "ends"), [("flow", True), ("flow deaf", True), ("dvc", True), ("plain", False)])
+def test_a_stage_ends_with_what_started_it(tmp_path: Path, kind: str, ends: bool) -> None:
+    (tmp_path / "stage.py").write_text(STAGE)
+    environment = {name: value for name, value in os.environ.items() if name not in {watchdog.VARIABLE, "DVC_STAGE"}}
+    starter = subprocess.Popen([sys.executable, "-c", STARTER, *kind.split()], cwd=tmp_path, env=environment)
+    pid = int(wait(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
+    try:
+        time.sleep(3 * watchdog.INTERVAL)
+        assert alive(pid)
+        starter.kill()  # and not waited for: a zombie is as dead
+        if ends:
+            wait(lambda: not alive(pid))
+        else:
+            time.sleep(4 * watchdog.INTERVAL)
+            assert alive(pid)
+    finally:
+        starter.wait()
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_stage_of_a_flow_that_is_gone_does_not_begin(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / "stage.py").write_text(STAGE)
+    done = subprocess.run(
+        [sys.executable, "stage.py"],
+        cwd=tmp_path,
+        env={**os.environ, watchdog.VARIABLE: str(gone.pid)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "pid").exists()

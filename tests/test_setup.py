@@ -1,0 +1,211 @@
+"""What a fresh clone relies on: the lock, and the installation that Makefile does from it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+LOCK = (ROOT / "requirements.lock").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def locked() -> list[tuple[Requirement, str]]:
+    """-> each package of the lock and the text that stands for it."""
+    entries = re.split(r"(?m)^(?=[a-z0-9])", LOCK)
+    return [(Requirement(entry.split("\\")[0].strip()), entry) for entry in entries if entry.strip()]
+
+
+def test_the_lock_names_no_address_and_has_a_hash_for_everything() -> None:
+    assert "://" not in LOCK
+    assert len(locked()) > 200
+    for requirement, entry in locked():
+        assert re.fullmatch(r"==[^,]+", str(requirement.specifier)), requirement
+        assert "--hash=sha256:" in entry, requirement
+
+
+def test_the_lock_answers_every_requirement_of_the_project() -> None:
+    versions: dict[str, list[str]] = {}
+    for requirement, _ in locked():
+        versions.setdefault(canonicalize_name(requirement.name), []).append(next(iter(requirement.specifier)).version)
+    for text in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]):
+        wanted = Requirement(text)
+        assert canonicalize_name(wanted.name) in versions, f"{wanted}: run `make lock`"
+        for version in versions[canonicalize_name(wanted.name)]:
+            assert wanted.specifier.contains(version), f"{wanted}: {version} is locked; run `make lock`"
+
+
+def test_what_is_installed_is_what_is_locked() -> None:
+    if not (Path(sys.prefix) / "installed").exists():
+        pytest.skip("this environment was not made by make")
+    installed = {canonicalize_name(item.name): item.version.partition("+")[0] for item in distributions()}
+    environment = {key: str(value) for key, value in default_environment().items()}
+    for requirement, _ in locked():
+        name = canonicalize_name(requirement.name)
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            if name.startswith(("nvidia-", "cuda-", "triton")) and name not in installed:
+                continue  # a CPU-only torch was chosen
+            assert requirement.specifier.contains(installed.get(name, "0")), name
+
+
+def test_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"(?m)^\.PHONY: (.*)$", makefile)[1].split())  # type: ignore[index]
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[1] for line in shown.splitlines() if line.startswith("make ")} == targets
+
+
+# Installation, by the real Makefile and the real uv, of wheels made here, from folders that serve as package indexes.
+
+
+def wheel(index: Path, name: str, version: str) -> str:
+    """Adds an empty package to a package index. -> its line for a lock"""
+    folder = index / name.replace("_", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    about = f"{name}-{version}.dist-info"
+    files = {
+        f"{name}.py": f"version = '{version}'\n",
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = [
+        f"{file},sha256={base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b'=').decode()},{len(text)}"
+        for file, text in files.items()
+    ]
+    files[f"{about}/RECORD"] = "\n".join([*record, f"{about}/RECORD,,"]) + "\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, text in files.items():
+            archive.writestr(file, text)
+    (folder / "index.html").write_text(
+        "".join(f'<a href="{item.name}">{item.name}</a>' for item in folder.glob("*.whl"))
+    )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{name.replace('_', '-')}=={version.partition('+')[0]} \\\n    --hash=sha256:{digest}\n"
+
+
+BACKEND = """\
+import zipfile
+
+
+def build_editable(folder, settings=None, metadata=None):
+    name = "ddpm-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(f"{folder}/{name}", "w") as wheel:
+        wheel.writestr("ddpm_editable.pth", "")
+        wheel.writestr("ddpm-0.1.0.dist-info/METADATA", "Metadata-Version: 2.1\\nName: ddpm\\nVersion: 0.1.0\\n")
+        wheel.writestr("ddpm-0.1.0.dist-info/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr("ddpm-0.1.0.dist-info/RECORD", "ddpm-0.1.0.dist-info/RECORD,,\\n")
+    return name
+"""
+
+
+class Clone:
+    """A checkout with a small lock, whose uv is there already, so that nothing is fetched from anywhere."""
+
+    def __init__(self, root: Path) -> None:
+        uv = shutil.which("uv", path=Path(sys.executable).parent) or shutil.which("uv")
+        if uv is None:
+            pytest.skip("this environment has no uv: it was not made by make")
+        self.root = root / "clone"
+        self.index, self.other = root / "index", root / "other"
+        self.root.mkdir()
+        shutil.copy(ROOT / "Makefile", self.root)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", ".venv"], cwd=self.root, check=True)
+        (self.root / ".venv" / "bin" / "uv").symlink_to(uv)
+        (self.root / "backend.py").write_text(BACKEND)
+        (self.root / "pyproject.toml").write_text(
+            '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+            '[project]\nname = "ddpm"\nversion = "0.1.0"\n'
+        )
+
+    def make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_"))}
+        return subprocess.run(
+            ["make", ".venv/installed", *arguments],
+            cwd=self.root,
+            env={
+                **environment,
+                "UV_DEFAULT_INDEX": self.index.as_uri(),
+                "UV_CACHE_DIR": str(self.root.parent / "cache"),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def installed(self) -> set[str]:
+        return {
+            path.stem for path in self.root.glob(".venv/lib/python*/site-packages/*.py") if path.stem != "_virtualenv"
+        }
+
+    def version(self, name: str) -> str:
+        return next(self.root.glob(f".venv/lib/python*/site-packages/{name}.py")).read_text()
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    return Clone(tmp_path)
+
+
+def test_an_interrupted_installation_is_done_again_and_a_whole_one_is_not(clone: Clone) -> None:
+    good = wheel(clone.index, "good", "1.0")
+    lock, stamp = clone.root / "requirements.lock", clone.root / ".venv" / "installed"
+    lock.write_text(good + "missing==1.0 \\\n    --hash=sha256:" + 64 * "0" + "\n")
+    assert clone.make().returncode != 0
+    assert not stamp.exists()
+
+    lock.write_text(good)
+    done = clone.make()
+    assert done.returncode == 0, done.stderr
+    assert clone.installed() == {"good"}
+    assert list(clone.root.glob(".venv/lib/python*/site-packages/__pycache__/good.*.pyc"))
+    assert "up to date" in clone.make().stdout
+
+    lock.write_text(good + wheel(clone.index, "better", "1.0"))
+    os.utime(lock, (stamp.stat().st_mtime + 10,) * 2)
+    assert clone.make().returncode == 0
+    assert clone.installed() == {"good", "better"}
+
+
+def test_a_changed_wheel_is_refused(clone: Clone) -> None:
+    line = wheel(clone.index, "good", "1.0")
+    (clone.root / "requirements.lock").write_text(re.sub(r"sha256:.{64}", "sha256:" + 64 * "0", line))
+    done = clone.make()
+    assert done.returncode != 0
+    assert "hash" in done.stderr.lower()
+    assert not clone.installed()
+
+
+def test_another_torch_comes_from_the_index_that_is_named(clone: Clone) -> None:
+    names = ("torch", "torchvision", "torch_fidelity", "nvidia_cublas", "cuda_bindings", "triton", "good")
+    (clone.root / "requirements.lock").write_text("".join(wheel(clone.index, name, "1.0") for name in names))
+    for name in ("torch", "torchvision"):
+        wheel(clone.other, name, "1.0+cpu")
+    done = clone.make(f"TORCH_INDEX={clone.other.as_uri()}")
+    assert done.returncode == 0, done.stderr
+    assert clone.installed() == {"torch", "torchvision", "torch_fidelity", "good"}
+    assert "1.0+cpu" in clone.version("torch")
+    assert "1.0+cpu" in clone.version("torchvision")
+
+
+def test_no_python_is_one_clear_line(clone: Clone) -> None:
+    shutil.rmtree(clone.root / ".venv")
+    (clone.root / "requirements.lock").write_text("")
+    done = clone.make("PYTHON=")
+    assert done.returncode != 0
+    assert "no Python 3.11 or newer" in done.stderr.splitlines()[0]
+    assert not (clone.root / ".venv" / "installed").exists()
