@@ -24,13 +24,6 @@ from ddpm.unet import UNet
 FORMAT = 1
 
 
-def device(name: str) -> torch.device:
-    """ "auto" takes the GPU where there is one. Raises InputError for "cuda" without one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("compute.device is cuda, but torch finds no GPU here; set it to auto or cpu")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
-
-
 def network(about: dict[str, Any]) -> nn.Module:
     """The `network` entry of model.json -> the network it describes, freshly initialised. Raises InputError."""
     settings = dict(about)

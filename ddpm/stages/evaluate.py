@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from ddpm import features, fidelity
 from ddpm.stages import store
+from ddpm.stages.device import find_device
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point
 from ddpm.stages.progress import Progress, Report, silent
@@ -40,7 +41,7 @@ def evaluate(params: Params, point: Point, root: Path = Path(), report: Report =
     if min(len(samples), len(real)) < 2:
         raise InputError(f"{path}: {len(samples)} samples and {len(real)} reference images; a score takes two or more")
     try:
-        inception = features.load(protocol.layer, root / store.CACHE / "inception", _device(params.compute.device))
+        inception = features.load(protocol.layer, root / store.CACHE / "inception", find_device(params.compute.device))
     except features.WeightsError as error:
         raise InputError(str(error)) from None
 
@@ -105,12 +106,6 @@ def _reference(
         statistics = fidelity.statistics(extracted)
         store.write_arrays(path, features=extracted, mean=statistics.mean, covariance=statistics.covariance)
         return extracted, statistics
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("compute.device is cuda, but torch finds no GPU here; set it to auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _rounded(value: float) -> float:

@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ddpm.stages import checkpoint, store
+from ddpm.stages import store
+from ddpm.stages.device import find_device
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
 from ddpm.stages.progress import Progress, Report, silent
@@ -39,7 +40,7 @@ def generate(
         raise InputError(f"{out}: the picture is a PNG; give --out a name that ends in .png")
     if sampler and sampler not in params.samplers:
         raise InputError(f"no row '{sampler}' in samplers of params.yaml; there are {', '.join(params.samplers)}")
-    device = checkpoint.device(params.compute.device)
+    device = find_device(params.compute.device)
     with tempfile.TemporaryDirectory(prefix="ddpm-generate-") as name:
         if model and not model.startswith("models:"):
             folder, settings = Path(model), dict(DEFAULT)

@@ -30,14 +30,17 @@ Row = dict[str, Any]
 def report(params: Params, root: Path = Path(), report: Report = silent) -> dict[str, Any]:
     """Writes report/ and returns best.json's content: the point of lowest FID, then of fewest evaluations.
 
-    Removes what samples/ and metrics/ still hold of points that have left the sweep. Raises InputError when a point of
-    the sweep has no scores.
+    Removes what samples/ and metrics/ still hold of points that have left the sweep, where DVC can bring it back.
+    Raises InputError when a point of the sweep has no scores.
     """
     points = params.points()
     rows, protocols = _read_rows(points, root)
-    removed = _prune(params, root)
+    removed, kept = _prune(params, root)
     if removed:
         report(Progress(0, len(points), "points", message=f"removed what has left the sweep: {_few(removed)}"))
+    if kept:
+        message = f"not of the sweep, and kept because DVC has no copy: {_few(kept)}"
+        report(Progress(0, len(points), "points", message=message))
     if protocols > 1:
         message = "points were scored under different protocols; their FIDs don't compare (dvc repro)"
         report(Progress(0, len(points), "points", message=message))
@@ -90,26 +93,33 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], int]:
     return rows, len(protocols)
 
 
-def _prune(params: Params, root: Path) -> list[str]:
-    """Removes the files of points and schedules that have left the sweep; names those points and schedules.
+def _prune(params: Params, root: Path) -> tuple[list[str], list[str]]:
+    """Removes the outputs of points and schedules that have left the sweep, if DVC's cache has them; -> removed, kept.
 
-    The report depends on the folders samples/ and metrics/ whole, so they must hold the sweep and no more.
+    The report depends on the folders samples/ and metrics/ whole, so they should hold the sweep and no more.
     """
     points, schedules = {point.name for point in params.points()}, set(params.sweep.schedules)
     point, schedule = r"[a-z0-9_]+-[a-z0-9_]+-[1-9][0-9]*", r"[a-z0-9_]+"
+    some, first = params.points()[0], params.sweep.schedules[0]
     kinds = (
-        (store.samples_file(params.points()[0]).parent, point, r"\.npz|\.png|\.run\.json", points),
-        (store.metrics_file(params.points()[0]).parent, point, r"\.json|\.run\.json", points),
-        (store.history_file(params.sweep.schedules[0]).parent, schedule, r"\.json|\.csv", schedules),
+        ("sample", store.samples_file(some).parent, point, r"\.npz|\.png", points),
+        ("evaluate", store.metrics_file(some).parent, point, r"\.json", points),
+        ("train", store.history_file(first).parent, schedule, r"\.json|\.csv", schedules),
     )
-    removed = set()
-    for folder, name, suffixes, wanted in kinds:
+    stages = store.dvc_lock(root)
+    removed, kept = set(), set()
+    for stage, folder, name, suffixes, wanted in kinds:
         for path in sorted((root / folder).glob("*")):
             match = re.fullmatch(f"({name})({suffixes})", path.name)
-            if match and match[1] not in wanted and not path.is_dir():
+            if match is None or match[1] in wanted or path.is_dir():
+                continue
+            if store.is_locked(stages, f"{stage}@{match[1]}", root, path.relative_to(root)):
                 path.unlink()
+                store.run_file(path).unlink(missing_ok=True)
                 removed.add(match[1])
-    return sorted(removed)
+            else:
+                kept.add(match[1])
+    return sorted(removed), sorted(kept)
 
 
 def _few(names: Sequence[str]) -> str:

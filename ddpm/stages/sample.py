@@ -15,6 +15,7 @@ from ddpm.noise import gaussian
 from ddpm.samplers import check_options, trajectory
 from ddpm.schedule import SCHEDULES, NoiseSchedule
 from ddpm.stages import checkpoint, store
+from ddpm.stages.device import find_device
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point, Sampler
 from ddpm.stages.progress import Progress, Report, silent
@@ -101,7 +102,7 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
     row, settings = params.samplers[point.sampler], params.sampling
     check_row(point.sampler, row)
     torch.set_num_threads(settings.threads)
-    device = checkpoint.device(params.compute.device)
+    device = find_device(params.compute.device)
     denoiser, about = prepared_denoiser(
         root / store.model_dir(point.schedule), device, settings.clip, settings.precision, settings.compile
     )

@@ -320,3 +320,36 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
             return dict(archive)
     except Exception as error:  # noqa: BLE001 - numpy and zipfile raise a dozen types on a damaged archive
         raise InputError(f"{path}: not readable: {error}") from None
+
+
+# What DVC knows.
+
+
+def dvc_lock(root: Path) -> dict[str, Any]:
+    """The stages of dvc.lock, or nothing."""
+    path = root / "dvc.lock"
+    if not path.exists():
+        return {}
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        lock = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    return dict(lock.get("stages") or {})
+
+
+def locked_md5(stages: Mapping[str, Any], stage: str, kind: str, path: Path) -> str | None:
+    """The hash that dvc.lock holds for a stage's "outs" or "deps" at that path."""
+    entries = stages.get(stage, {}).get(kind, [])
+    return next((entry.get("md5") for entry in entries if entry.get("path") == path.as_posix()), None)
+
+
+def is_locked(stages: Mapping[str, Any], stage: str, root: Path, path: Path) -> bool:
+    """Whether an output of a stage is the very file that dvc.lock speaks of, so that DVC's cache has it too."""
+    recorded = locked_md5(stages, stage, "outs", path)
+    if recorded is None or not (root / path).is_file():
+        return False
+    with (root / path).open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest() == recorded

@@ -26,6 +26,7 @@ from ddpm.objective import Objective
 from ddpm.schedule import SCHEDULES, NoiseSchedule
 from ddpm.stages import checkpoint, store
 from ddpm.stages.checkpoint import ResumeState
+from ddpm.stages.device import find_device
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
 from ddpm.stages.progress import Progress, Report, silent
@@ -95,7 +96,7 @@ def train(
             )
         )
     torch.set_num_threads(settings.threads)
-    device = checkpoint.device(params.compute.device)
+    device = find_device(params.compute.device)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)

@@ -36,36 +36,6 @@ class PointSettings:
         )
 
 
-def dvc_lock(root: Path) -> dict[str, Any]:
-    """The stages of dvc.lock, or nothing."""
-    path = root / "dvc.lock"
-    if not path.exists():
-        return {}
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        lock = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    return dict(lock.get("stages") or {})
-
-
-def locked_md5(stages: Mapping[str, Any], stage: str, kind: str, path: Path) -> str | None:
-    """The hash that dvc.lock holds for a stage's "outs" or "deps" at that path."""
-    entries = stages.get(stage, {}).get(kind, [])
-    return next((entry.get("md5") for entry in entries if entry.get("path") == path.as_posix()), None)
-
-
-def _is_locked(stages: Mapping[str, Any], stage: str, root: Path, path: Path) -> bool:
-    """Whether dvc.lock speaks of just this file."""
-    recorded = locked_md5(stages, stage, "outs", path)
-    if recorded is None or not (root / path).exists():
-        return False
-    with (root / path).open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest() == recorded
-
-
 def settings_of(params: Params, point: Point, root: Path, stages: Mapping[str, Any]) -> PointSettings | None:
     """What a point on disk was made with, by dvc.lock if that knows the file, else by `params`; None when it is stale."""
     sample, evaluate = f"sample@{point.name}", f"evaluate@{point.name}"
@@ -74,16 +44,16 @@ def settings_of(params: Params, point: Point, root: Path, stages: Mapping[str, A
     else:
         settings = {"seed": params.seed, "row": None, "sampling": {}, "evaluation": params.evaluation.model_dump()}
     try:
-        if _is_locked(stages, sample, root, store.samples_file(point)):
+        if store.is_locked(stages, sample, root, store.samples_file(point)):
             model = store.model_dir(point.schedule)
-            made = locked_md5(stages, f"train@{point.schedule}", "outs", model)
-            if made != locked_md5(stages, sample, "deps", model):
+            made = store.locked_md5(stages, f"train@{point.schedule}", "outs", model)
+            if made != store.locked_md5(stages, sample, "deps", model):
                 return None
             values = stages[sample]["params"]["params.yaml"]
             settings["seed"] = values["seed"]
             settings["row"] = Sampler.model_validate(values[f"samplers.{point.sampler}"]).options()
             settings["sampling"] = Sampling.model_validate(values["sampling"]).model_dump(mode="json")
-        if _is_locked(stages, evaluate, root, store.metrics_file(point)):
+        if store.is_locked(stages, evaluate, root, store.metrics_file(point)):
             values = stages[evaluate]["params"]["params.yaml"]
             settings["evaluation"] = Evaluation.model_validate(values["evaluation"]).model_dump(mode="json")
     except (KeyError, ValueError):  # made when params.yaml had other keys

@@ -16,10 +16,8 @@ from ddpm.stages.params import Params, Point
 from ddpm.stages.tracking.lineage import (
     PointSettings,
     digest,
-    dvc_lock,
     flat,
     identity_of_model,
-    locked_md5,
     run_times,
     settings_of,
 )
@@ -88,7 +86,7 @@ def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]
     end_orphans(target)
     for folder in sorted((root / "models").glob("*/model.json")):
         _publish_training(target, root, folder.parent.name, added)
-    stages, groups, stale = dvc_lock(root), dict[str, list[tuple[Point, PointSettings]]](), []
+    stages, groups, stale = store.dvc_lock(root), dict[str, list[tuple[Point, PointSettings]]](), []
     for point in _points(root):
         settings = settings_of(params, point, root, stages)
         if settings is None:
@@ -201,7 +199,7 @@ def _peak_memory(times: Mapping[str, Any]) -> dict[str, float]:
 def _log_dataset(target: Target, run: Run, root: Path, data: Mapping[str, Any], context: str) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    md5 = locked_md5(dvc_lock(root), "prepare", "outs", store.dataset_dir()) or ""
+    md5 = store.locked_md5(store.dvc_lock(root), "prepare", "outs", store.dataset_dir()) or ""
     counts = {}
     about = root / store.dataset_dir() / "dataset.json"
     if about.exists() and store.read_json(about).get("sha256") == data["sha256"]:

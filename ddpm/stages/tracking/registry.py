@@ -18,7 +18,7 @@ from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point
 from ddpm.stages.promote import Decision, Protocol, Score, decide
-from ddpm.stages.tracking.lineage import dvc_lock, flat, settings_of
+from ddpm.stages.tracking.lineage import flat, settings_of
 from ddpm.stages.tracking.place import (
     CHAMPION,
     Place,
@@ -149,7 +149,7 @@ def _challenger(params: Params, root: Path) -> Challenger:
     best = store.read_json(root / store.report_dir() / "best.json")
     point = Point.parse(str(best.get("point")))
     metrics = store.read_json(root / store.metrics_file(point))
-    settings = settings_of(params, point, root, dvc_lock(root))
+    settings = settings_of(params, point, root, store.dvc_lock(root))
     if metrics.get("fid") != best.get("fid") or settings is None:
         raise InputError(f"{root / store.report_dir()}: the report is older than its scores; run dvc repro")
     folder = root / store.model_dir(point.schedule)
@@ -329,7 +329,7 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
             tag = _score_tag(challenger.score.protocol)
             client.set_model_version_tag(name, version.version, tag, challenger.tags[tag])
             return client.get_model_version(name, version.version)
-    settings = settings_of(params, challenger.point, root, dvc_lock(root))
+    settings = settings_of(params, challenger.point, root, store.dvc_lock(root))
     with locked(target.place):
         run = publish_points(target, root, [(challenger.point, settings)], Counter()) if settings else None
     if run is None:

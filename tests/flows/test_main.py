@@ -1,0 +1,109 @@
+"""`python -m flows`, which is what `make demo` runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from flows.display import Terminal
+from flows.watch import Outcome
+
+pytestmark = pytest.mark.xdist_group("main")
+MAIN = (sys.executable, "-m", "flows")
+HEAVY = {"torch", "torchvision", "torch_fidelity", "sklearn", "safetensors", "matplotlib", "mlflow"}
+
+
+@pytest.fixture(scope="module")
+def here(
+    tmp_path_factory: pytest.TempPathFactory, template: Path, scratch_maker: Callable[[Path, Path], Any]
+) -> Iterator[Any]:
+    """One repository for all of these: a new database costs Prefect ten seconds."""
+    made = scratch_maker(tmp_path_factory.mktemp("main"), template)
+    yield made
+    made.end()
+
+
+def test_flows_imports_no_torch() -> None:
+    modules = sorted(
+        path.stem for path in (Path(__file__).parent.parent.parent / "flows").glob("*.py") if path.stem != "__main__"
+    )
+    code = f"import importlib, json, sys\nfor name in {modules}: importlib.import_module(f'flows.{{name}}')\n"
+    code += "import flows.__main__\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "flows.train_eval" in loaded
+    assert not HEAVY & loaded
+
+
+def test_wrong_input_is_one_line_at_once(here: Any) -> None:
+    done = here.run(*MAIN, "-S", "training.stops=1")
+    assert done.returncode == 2
+    assert done.stderr == "train-eval: override 'training.stops=1': params.yaml has no 'training.stops'\n"
+    assert not (here.root / ".prefect" / "server.log").exists()  # nothing was started for it
+
+
+@pytest.mark.timeout(300)
+def test_everything_runs_without_a_server_and_leaves_none(here: Any) -> None:
+    """prefect.toml names an API where nobody listens."""
+    toml = here.root / "prefect.toml"
+    toml.write_text(toml.read_text().replace(":4200/", f":{here.free_port()}/"))
+    done = here.run(*MAIN, "--recipe", "more", "-S", "training.steps=7")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for stage in here.names:
+        assert lines.count(f"{stage}: began") == 1
+        assert lines.count(f"{stage}: 2 steps in 0.0 s") == 1
+    assert lines.index("prepare: 2 steps in 0.0 s") < lines.index("train@linear: began")
+    assert any(line.startswith("linear-ddim-10 ") and "1.5" in line for line in lines)
+    assert lines.index("publish: done by a stand-in") < lines.index("promote: done by a stand-in")
+    assert any("make ui" in line for line in lines)
+    assert "Traceback" not in done.stderr
+    assert not here.running()
+    assert "Running stage" not in here.repro()
+
+    here.control(train_linear={"exit": 2})
+    done = here.run(*MAIN, "-S", "training.steps=8")
+    assert done.returncode == 1
+    assert done.stderr.startswith("train-eval: train@linear: ddpm: train@linear can't")
+    assert not here.running()
+
+
+@pytest.mark.timeout(120)
+def test_kill_9_ends_the_api_and_the_stages(here: Any) -> None:
+    here.control(train_linear={"until": "never"}, train_cosine={"until": "never"})
+    here.forget("train@linear")
+    flow = here.start(*MAIN, "-S", "training.steps=9")
+    here.pid("train@linear", 90)
+    assert len(here.running()) >= 4  # the flow, its API, DVC, the stage
+    flow.kill()
+    flow.wait()
+    here.wait(lambda: not here.running(), 30, "all that it started ends")
+
+
+def test_what_the_terminal_shows() -> None:
+    screen = io.StringIO()
+    with Terminal(Console(file=screen, width=200)) as terminal:
+        for stage in ("train@linear", "train@cosine", "sample@linear-ddim-50"):
+            terminal.started(stage)
+        terminal.progress("train@linear", {"done": 5, "total": 10, "unit": "steps", "values": {"loss": 0.25}})
+        (task,) = [task for task in terminal.bars.tasks if task.description == "train@linear"]
+        assert (task.completed, task.total, task.fields["unit"], task.fields["values"]) == (5, 10, "steps", "loss 0.25")
+        terminal.line("train@linear", "train@linear: 10 steps in 3.0 s")
+        terminal.ended("train@linear", Outcome("Completed", "10 steps in 3.0 s"))
+        terminal.ended("train@cosine", Outcome("Failed", "ddpm: no"))
+        terminal.ended("sample@linear-ddim-50", Outcome("Restored", "restored from DVC's cache"))
+        terminal.ended("prepare", Outcome("Unchanged", "unchanged"))
+        assert not terminal.bars.tasks
+        assert terminal.unchanged == 1
+    lines = [line for line in screen.getvalue().splitlines() if line.strip()]
+    assert lines[:2] == ["train@linear: 10 steps in 3.0 s", "train@cosine: failed: ddpm: no"]
+    assert lines[2].startswith("sample@linear-ddim-50: restored from DVC's cache in ")
+    assert len(lines) == 3
