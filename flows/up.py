@@ -19,6 +19,7 @@ from honcho.manager import Manager
 from flows import children
 
 MARK = "DDPM_UP"  # in the environment of everything that one `make up` started
+INTERRUPTED = 130  # Ctrl-C, which is how it is meant to end
 GRACE = 20.0  # seconds for flow runs to end their stages
 
 
@@ -52,7 +53,7 @@ def main(chosen: list[str]) -> None:
         manager.add_process(name, processes[name], env=environment)
     manager.loop()
     _end_what_is_left(environment[MARK])
-    sys.exit(manager.returncode)
+    sys.exit(0 if manager.returncode == INTERRUPTED else manager.returncode)
 
 
 def _port(variable: str, default: str) -> str:

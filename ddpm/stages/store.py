@@ -168,7 +168,7 @@ def grid(images: Images, columns: int | None = None) -> Images:
     count, channels, height, width = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
-    scale = max(1, 32 // max(height, width))
+    scale = max(1, 64 // max(height, width))
     picture = np.full((channels, rows * (height * scale + 1) + 1, columns * (width * scale + 1) + 1), 255, np.uint8)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)

@@ -217,6 +217,6 @@ def scratch_maker() -> Callable[[Path, Path], Scratch]:
 
 @pytest.fixture
 def scratch(tmp_path: Path, template: Path) -> Iterator[Scratch]:
-    made = make_scratch(tmp_path, template)
+    made = make_scratch(tmp_path / "a checkout", template)
     yield made
     made.end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -249,3 +250,21 @@ def test_a_busy_port_is_one_line(scratch: Any) -> None:
     assert len(done.stderr.splitlines()) == 1
     assert str(port) in done.stderr
     assert "PREFECT_PORT" in done.stderr
+
+
+def test_ctrl_c_stops_what_was_started(scratch: Any) -> None:
+    """With MLflow alone, as `make ui` starts it, in a folder whose name has a space."""
+    port = scratch.free_port()
+    process = scratch.start(sys.executable, "-m", "flows.up", "mlflow", MLFLOW_PORT=str(port))
+
+    def answers() -> bool:
+        try:
+            return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200)
+        except OSError:
+            return False
+
+    scratch.wait(answers, 90, "MLflow answers")
+    assert not any("prefect" in line for line in scratch.running())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert not scratch.running()

@@ -53,6 +53,7 @@ SERVED_MODULES = (
     "unet",
     "stages/__init__",
     "stages/checkpoint",
+    "stages/device",
     "stages/errors",
     "stages/params",
     "stages/progress",

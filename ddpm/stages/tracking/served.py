@@ -23,11 +23,12 @@ class ImageModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         from ddpm.stages import checkpoint
+        from ddpm.stages.device import find_device
 
         config = context.model_config
         self.settings = dict(config["settings"])
         self.seed = int(config["seed"])
-        self.device = checkpoint.device("auto")
+        self.device = find_device("auto")
         folder = Path(context.artifacts["checkpoint"])
         self.denoiser, self.about = checkpoint.load(folder, self.device, clip=bool(config["clip"]))
 
