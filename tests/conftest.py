@@ -15,9 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # For this process and all that it starts.
 os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+
+# A busy machine is no failure, and a failure must come again.
+settings.register_profile("ddpm", deadline=None, derandomize=True)
+settings.load_profile("ddpm")
 
 
 def free_port() -> int:
