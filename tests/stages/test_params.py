@@ -140,4 +140,4 @@ def test_points() -> None:
 def test_names_that_are_no_points(name: str) -> None:
     with pytest.raises(InputError, match="no point of a sweep") as caught:
         Point.parse(name)
-    assert "\n" not in str(caught.value).replace(name, "")
+    assert "\n" not in str(caught.value)
