@@ -31,7 +31,7 @@ demo: $(INSTALLED) ## the whole pipeline on real digits, from data to a promoted
 	@$(RUN) python -m flows $(if $(RECIPE),--recipe $(RECIPE))
 
 test: $(INSTALLED) ## the tests (15 minutes at most)
-	@$(RUN) pytest -n 2 --dist loadgroup -m 'not proof'
+	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof'
 
 proof: $(INSTALLED) ## the slow proofs
 	@$(RUN) pytest -m proof

@@ -76,26 +76,32 @@ def train_eval(recipe: str | None = None, overrides: list[str] | None = None, pr
     root = Path.cwd()
     token = watcher.set(watcher.get(Log()))
     _end_with_the_worker()
-    children.start()
     try:
         with _alone(root):
-            params = parameters.write(root, recipe, overrides or ())
-            problem = _stages(root, params.compute.slots)
-            if problem:
-                return Failed(message=problem)
-            _artifacts(root)
-            message = "everything is up to date"
-            for verb in ("publish", "promote") if promote else ("publish",):
-                state = run_verb(verb, str(root), return_state=True)
-                message = state.message or verb
-                if not state.is_completed():
-                    return Failed(message=f"{verb}: {message}")
-            return Completed(message=message)
+            return _everything(root, recipe, overrides or [], promote)
     except InputError as error:
         return Failed(name="InputError", message=str(error))
     finally:
-        children.stop()
         watcher.reset(token)
+
+
+def _everything(root: Path, recipe: str | None, overrides: list[str], promote: bool) -> State:
+    children.start()
+    try:
+        params = parameters.write(root, recipe, overrides)
+        problem = _stages(root, params.compute.slots)
+        if problem:
+            return Failed(message=problem)
+        _artifacts(root)
+        message = ""
+        for verb in ("publish", "promote") if promote else ("publish",):
+            state = run_verb(verb, str(root), return_state=True)
+            message = state.message or ""
+            if not state.is_completed():
+                return Failed(message=f"{verb}: {message}")
+        return Completed(message=message)
+    finally:
+        children.stop()  # before the next run may begin
 
 
 def _end_with_the_worker() -> None:

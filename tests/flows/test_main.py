@@ -16,7 +16,6 @@ from rich.console import Console
 from flows.display import Terminal
 from flows.watch import Outcome
 
-pytestmark = pytest.mark.xdist_group("main")
 MAIN = (sys.executable, "-m", "flows")
 HEAVY = {"torch", "torchvision", "torch_fidelity", "sklearn", "safetensors", "matplotlib", "mlflow"}
 

@@ -23,8 +23,7 @@ FLOW = (
     "import json, sys; from flows.train_eval import train_eval\n"
     "state = train_eval(**json.loads(sys.argv[1]), return_state=True); print(f'{state.name}: {state.message}')",
 )
-HERE = pytest.mark.xdist_group("prefect")  # one set of servers for all of these
-pytestmark = [HERE, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 
 class Up(SimpleNamespace):
