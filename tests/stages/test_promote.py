@@ -18,8 +18,6 @@ from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point
 from ddpm.stages.promote import Protocol, Score, decide
 
-pytestmark = pytest.mark.xdist_group("tracking")  # one server and one set of outputs for all of these
-
 Smoke = Callable[..., Params]
 Scores = Callable[..., None]
 

@@ -18,8 +18,6 @@ from ddpm.stages import store, tracking
 from ddpm.stages.params import Params, Point
 from ddpm.stages.tracking.registry import SERVED_MODULES, SERVED_PACKAGES
 
-pytestmark = pytest.mark.xdist_group("tracking")  # one server and one set of outputs for all of these
-
 Smoke = Callable[..., Params]
 
 POINT = Point(schedule="cosine", sampler="ddim", steps=5)  # the champion of the outputs

@@ -30,8 +30,6 @@ from ddpm.stages.progress import Progress
 from ddpm.stages.tracking import place, streaming
 from ddpm.stages.train import train
 
-pytestmark = pytest.mark.xdist_group("tracking")  # one server and one set of outputs for all of these
-
 Smoke = Callable[..., Params]
 Scores = Callable[..., None]
 
