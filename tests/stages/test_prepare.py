@@ -101,14 +101,15 @@ def test_preview_has_a_row_per_class(smoke: Smoke, tmp_path: Path) -> None:
     draw_folder(tmp_path / "images")
     prepare(folder_params(smoke, test_fraction=0.0), tmp_path)
     dataset = read_dataset(tmp_path)
-    scale, picture = 4, np.asarray(Image.open(tmp_path / "dataset" / "preview.png"))
-    assert picture.shape == (3 * 33 + 1, 10 * 33 + 1, 3)
+    picture = np.asarray(Image.open(tmp_path / "dataset" / "preview.png"))
+    scale, cell_side = 8, 8 * 8 + 1  # 8x8 images shown at 64 pixels, with one between
+    assert picture.shape == (3 * cell_side + 1, 10 * cell_side + 1, 3)
     assert dataset.train_labels is not None
     for label in range(3):
         member = dataset.train[dataset.train_labels == label][1].transpose(1, 2, 0)
-        cell = picture[1 + 33 * label :, 1 + 33 :][: 8 * scale : scale, : 8 * scale : scale]
+        cell = picture[1 + cell_side * label :, 1 + cell_side :][: 8 * scale : scale, : 8 * scale : scale]
         assert np.array_equal(cell, member)
-    assert (picture[:, 1 + 4 * 33 :] == 255).all()  # four images to a class
+    assert (picture[:, 1 + 4 * cell_side :] == 255).all()  # four images to a class
 
 
 def test_preview_stays_small() -> None:
