@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,8 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A pipeline for Denoising Diffusion Probabilistic Models. The stages below are what `dvc repro` runs, one by one.",
 )
-
-PUBLISHER = "DDPM_PUBLISHER"  # set by a flow, which has mlflow loaded and publishes evaluations and the report itself
 
 Debug = False  # set by --debug: errors come with their traceback
 
@@ -137,7 +134,6 @@ def evaluate(point: PointName) -> None:
         f"evaluate@{parsed.name}",
         store.metrics_file(parsed),
         lambda params, report: evaluate(params, parsed, Path(), report),
-        publishes=PUBLISHER not in os.environ,
     )
 
 
@@ -146,12 +142,7 @@ def report() -> None:
     """Gather the scores of the sweep into report/: the table, the best point, the pictures."""
     from ddpm.stages.report import report
 
-    _run(
-        "report",
-        store.report_dir(),
-        lambda params, watch: report(params, Path(), watch),
-        publishes=PUBLISHER not in os.environ,
-    )
+    _run("report", store.report_dir(), lambda params, watch: report(params, Path(), watch))
 
 
 @app.command()

@@ -92,7 +92,6 @@ def _environment() -> dict[str, str]:
     """As `dvc repro` in the same shell would have it, plus what ties the child to this process and shows its progress."""
     return {
         **os.environ,
-        "DDPM_PUBLISHER": "flow",
         "PATH": path(),
         "PYTHONUNBUFFERED": "1",
         "DDPM_PROGRESS": "lines",

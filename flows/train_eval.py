@@ -23,7 +23,6 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from ddpm.stages import store, watchdog
 from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params
 from flows import children, dag, parameters, work
 from flows.watch import Log, Outcome, watcher
 
@@ -46,37 +45,16 @@ def run_stage(stage: str, root: str, unchanged: bool) -> State:
     if unchanged:
         return _state(stage, Outcome("Unchanged", "unchanged"))
     try:
-        outcome = work.reproduce(stage, Path(root), watcher.get())
+        return _state(stage, work.reproduce(stage, Path(root), watcher.get()))
     except children.Stopped:
         return Cancelled(message="stopped with the flow")
-    if not outcome.failed and stage.partition("@")[0] in ("evaluate", "report"):
-        from ddpm.stages import tracking
-
-        # Here, and not in the stage's process: mlflow takes longer to import than a point to publish.
-        say = partial(watcher.get().line, stage)
-        tracking.publish_or_warn(Params.load(Path(root) / "params.yaml"), Path(root), only=stage, say=say)
-    return _state(stage, outcome)
 
 
-@task(name="publish", task_run_name="publish", cache_policy=NO_CACHE)
-def run_publish(root: str) -> State:
-    """What MLflow still lacks of the outputs."""
-    from ddpm.stages import tracking
-
-    said: list[str] = []
-    watcher.get().started("publish")
+@task(name="ddpm", task_run_name="{verb}", cache_policy=NO_CACHE)
+def run_verb(verb: str, root: str) -> State:
+    """`ddpm publish` or `ddpm promote`: what belongs to MLflow and to no DVC stage."""
     try:
-        tracking.publish(Params.load(Path(root) / "params.yaml"), Path(root), say=said.append)
-    except InputError as error:
-        return _state("publish", Outcome("Failed", str(error)))
-    return _state("publish", Outcome("Completed", said[-1] if said else "done"))
-
-
-@task(name="promote", task_run_name="promote", cache_policy=NO_CACHE)
-def run_promote(root: str) -> State:
-    """`ddpm promote`, which may have to sample with the champion first."""
-    try:
-        return _state("promote", work.run("promote", ("ddpm", "promote"), Path(root), watcher.get()))
+        return _state(verb, work.run(verb, ("ddpm", verb), Path(root), watcher.get()))
     except children.Stopped:
         return Cancelled(message="stopped with the flow")
 
@@ -116,11 +94,11 @@ def _everything(root: Path, recipe: str | None, overrides: list[str], promote: b
             return Failed(message=problem)
         _artifacts(root)
         message = ""
-        for last in (run_publish, run_promote) if promote else (run_publish,):
-            state = last(str(root), return_state=True)
+        for verb in ("publish", "promote") if promote else ("publish",):
+            state = run_verb(verb, str(root), return_state=True)
             message = state.message or ""
             if not state.is_completed():
-                return Failed(message=f"{last.name}: {message}")
+                return Failed(message=f"{verb}: {message}")
         return Completed(message=message)
     finally:
         children.stop()  # before the next run may begin
