@@ -33,7 +33,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory, scratch_maker: Callable[[Pat
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
-    subprocess.run(["git", "init", "--quiet"], cwd=source, check=True)
+    author = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    for command in (["init", "--quiet"], ["add", "--all"], [*author, "commit", "--quiet", "--message", "all"]):
+        subprocess.run(["git", *command], cwd=source, check=True)
     made = scratch_maker(root, source)
     made.environment["PYTHONPATH"] = os.fspath(root)  # the code of the clone, not the one that is installed
     yield made
