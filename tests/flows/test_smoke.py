@@ -103,7 +103,7 @@ def test_dvc_shows_metrics_plots_and_parameters(clone: Any) -> None:
     assert metrics["report/best.json"]["data"]["fid"] == min(
         entry["data"]["fid"] for name, entry in metrics.items() if name.startswith("metrics/cosine-")
     )
-    page = clone.run("dvc", "plots", "show", "--no-open")
+    page = clone.run("dvc", "plots", "show")
     assert page.returncode == 0 and "index.html" in page.stdout, page.stderr
     assert "training.steps" in clone.run("dvc", "params", "diff").stdout  # smoke against the recipe that is committed
 
