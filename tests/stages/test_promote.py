@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -284,18 +285,29 @@ def test_two_in_step_end_with_the_better(rivals: Any, monkeypatch: pytest.Monkey
         order.set()
 
     monkeypatch.setattr(MlflowClient, "set_registered_model_alias", in_order)
-    outcomes: dict[str, Any] = {}
 
-    def promote(name: str, root: Path) -> None:
-        outcomes[name] = tracking.promote(params, root, rescore=lambda folder, settings: champion_scores(root))
+    def promote(root: Path) -> Any:
+        return tracking.promote(params, root, rescore=lambda folder, settings: champion_scores(root))
 
-    threads = [
-        threading.Thread(target=promote, args=(name, root)) for name, root in (("worse", worse), ("better", better))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    with ThreadPoolExecutor(2) as pool:
+        overtaken, promoted = pool.map(promote, (worse, better))
     assert float(registry.champion().tags["ddpm.fid"]) == 10.0
-    assert outcomes["better"].promoted and not outcomes["worse"].promoted
-    assert "overtaken" in outcomes["worse"].reason
+    assert promoted.promoted and not overtaken.promoted
+    assert "overtaken" in overtaken.reason
+
+
+def test_two_score_the_champion_at_once(rivals: Any) -> None:
+    """Both set the same new tags of the same version: MLflow's insert fails for one of them."""
+    params, worse, better, registry = rivals
+    at_once = threading.Barrier(2, timeout=60)
+
+    def rescore(root: Path) -> dict[str, Any]:
+        at_once.wait()
+        return champion_scores(root)
+
+    def promote(root: Path) -> Any:
+        return tracking.promote(params, root, rescore=lambda folder, settings: rescore(root))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(promote, (worse, better)))
+    assert float(registry.champion().tags["ddpm.fid"]) == 10.0

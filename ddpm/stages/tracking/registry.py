@@ -256,15 +256,27 @@ def _score_again(target: Target, champion: ModelVersion, protocol: Protocol, res
     score = Score.of(metrics)
     if score.protocol != protocol:
         raise InputError(f"the champion's new score differs in protocol ({protocol.differences(score.protocol)})")
-    target.client.set_model_version_tag(champion.name, champion.version, _score_tag(protocol), json.dumps(metrics))
+    _tag(target.client, champion, _score_tag(protocol), json.dumps(metrics))
     return score
+
+
+def _tag(client: MlflowClient, version: ModelVersion, key: str, value: str) -> None:
+    """Sets a version's tag. When two set a new one at once, MLflow refuses the second insert; trying again updates."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_model_version_tag(version.name, version.version, key, value)
+    except MlflowException as error:
+        if error.error_code != "BAD_REQUEST":
+            raise
+        client.set_model_version_tag(version.name, version.version, key, value)
 
 
 def _already(target: Target, champion: ModelVersion, challenger: Challenger) -> Decision:
     """The same images: no new version, though perhaps a score under a new protocol."""
     tag, value = _score_tag(challenger.score.protocol), json.dumps(challenger.metrics)
     if champion.tags.get(tag) != value:
-        target.client.set_model_version_tag(champion.name, champion.version, tag, value)
+        _tag(target.client, champion, tag, value)
     reason = f"{challenger.point.name} is champion already ({champion.name} version {champion.version})"
     return Decision(False, str(champion.version), reason, challenger.point.name, str(champion.version))
 
@@ -312,10 +324,10 @@ def _decided(
         moment = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
         client.set_registered_model_tag(challenger.name, f"ddpm.decision.{moment}", text)
     if promoted and after is not None:
-        client.set_model_version_tag(after.name, after.version, "ddpm.decision", reason)
+        _tag(client, after, "ddpm.decision", reason)
         if before is not None:
-            client.set_model_version_tag(after.name, after.version, "ddpm.previous", before.version)
-            client.set_model_version_tag(before.name, before.version, "ddpm.replaced_by", after.version)
+            _tag(client, after, "ddpm.previous", before.version)
+            _tag(client, before, "ddpm.replaced_by", after.version)
     version, previous = (str(item.version) if item else None for item in (after, before))
     return Decision(promoted, version, reason, challenger.point.name, previous)
 
@@ -328,7 +340,7 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
     for version in _versions(client, name):
         if challenger.is_version(version) and version.status == "READY":
             tag = _score_tag(challenger.score.protocol)
-            client.set_model_version_tag(name, version.version, tag, challenger.tags[tag])
+            _tag(client, version, tag, challenger.tags[tag])
             return client.get_model_version(name, version.version)
     settings = settings_of(params, challenger.point, root, store.dvc_lock(root))
     with locked(target.place):
