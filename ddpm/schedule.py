@@ -6,6 +6,7 @@ with alpha_bar_0 = 1. Tables are float64: sqrt's alpha_bar_1000 is 3e-44, which 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,10 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "sigmoid": _sigmoid,
 }
 
+# What other projects call them. Latent diffusion's `linear` and `sqrt` are no aliases: the first is `scaled_linear` here,
+# the second is `sqrt` already.
+ALIASES = {"quad": "scaled_linear", "sqrt_linear": "linear", "squaredcos_cap_v2": "cosine"}
+
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
@@ -75,17 +80,23 @@ class NoiseSchedule:
         object.__setattr__(self, "betas", betas)
 
     @classmethod
-    def named(cls, name: str, steps: int = 1000, **shape: float) -> NoiseSchedule:
-        """A row of SCHEDULES at T = steps; `shape` are its own numbers, such as start and end of linear. Raises ValueError."""
-        if name not in SCHEDULES:
+    def named(cls, name: str, steps: int = 1000, *, zero_terminal_snr: bool = False, **shape: float) -> NoiseSchedule:
+        """A row of SCHEDULES, or of ALIASES, at T = steps.
+
+        shape: the row's own numbers: start and end (beta_1 and beta_T of linear and scaled_linear, their squares for sqrt),
+        or s of cosine. zero_terminal_snr: rescaled as the method of that name says. Raises ValueError.
+        """
+        kind = ALIASES.get(name, name)
+        if kind not in SCHEDULES:
             raise ValueError(f"no schedule '{name}'; there are {', '.join(SCHEDULES)}")
         if steps < 1:
             raise ValueError(f"schedule '{name}': steps = {steps} must be at least 1")
-        try:
-            betas = SCHEDULES[name](steps, **shape)
-        except TypeError:
-            raise ValueError(f"schedule '{name}' does not take {', '.join(shape)}") from None
-        return cls(betas, name)
+        takes = list(inspect.signature(SCHEDULES[kind]).parameters)[1:]
+        for option in shape:
+            if option not in takes:
+                raise ValueError(f"schedule '{name}' takes no {option}; it takes {', '.join(takes)}")
+        made = cls(SCHEDULES[kind](steps, **shape), name)
+        return made.zero_terminal_snr() if zero_terminal_snr else made
 
     def zero_terminal_snr(self) -> NoiseSchedule:
         """The same schedule shifted and scaled so that nothing of x_0 is left at T: algorithm 1 of Lin et al. 2024.

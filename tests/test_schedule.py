@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm import SCHEDULES, SPACINGS, NoiseSchedule
+from ddpm.schedule import ALIASES
 from ddpm.timesteps import network_times
 
 # 60-digit arithmetic at T = 1000, rounded.
@@ -116,7 +117,7 @@ def test_times_and_levels_are_inverse(name: str, t: float) -> None:
     [
         (lambda: NoiseSchedule.named("exponential"), "no schedule"),
         (lambda: NoiseSchedule.named("linear", 0), "at least 1"),
-        (lambda: NoiseSchedule.named("linear", 10, s=0.1), "does not take s"),
+        (lambda: NoiseSchedule.named("linear", 10, s=0.1), "takes no s; it takes start, end"),
         (lambda: NoiseSchedule.named("linear", 10, start=0.0), "must lie in"),
         (lambda: NoiseSchedule.named("linear", 10, end=1.5), "must lie in"),
         (lambda: NoiseSchedule(torch.tensor([0.1, math.nan])), "must lie in"),
@@ -167,3 +168,24 @@ def test_times_fall_within_range(spacing: str, name: str, steps: int) -> None:
 def test_too_many_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="times repeat"):
         network_times(NoiseSchedule.named("linear", 10), 11, "leading")
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_an_alias_is_the_same_table(alias: str, name: str) -> None:
+    assert alias not in SCHEDULES
+    assert torch.equal(NoiseSchedule.named(alias, 50).betas, NoiseSchedule.named(name, 50).betas)
+
+
+def test_latent_diffusions_linear_is_no_alias() -> None:
+    """There `linear` is what is scaled_linear here; taking their name would give another schedule than they meant."""
+    assert "linear" not in ALIASES and "sqrt" not in ALIASES
+    assert float(NoiseSchedule.named("linear", 1000).betas[499]) == pytest.approx(1e-4 + 499 / 999 * (2e-2 - 1e-4))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_zero_terminal_snr_by_name(name: str) -> None:
+    """The last level is pure noise, the first is as it was; the rest keeps its order."""
+    plain, rescaled = NoiseSchedule.named(name, 100), NoiseSchedule.named(name, 100, zero_terminal_snr=True)
+    assert float(rescaled.alpha_bar[-1]) == 0
+    assert float(rescaled.alpha_bar[1]) == pytest.approx(float(plain.alpha_bar[1]), rel=1e-12)
+    assert bool((rescaled.alpha_bar.diff() < 0).all())

@@ -36,6 +36,12 @@ def network(about: dict[str, Any]) -> nn.Module:
         raise InputError(f"network: {error}") from None
 
 
+def noise_schedule(about: dict[str, Any]) -> NoiseSchedule:
+    """The `schedule` entry of model.json -> the schedule. Raises ValueError."""
+    row = {key: value for key, value in about.items() if key not in ("name", "timesteps")}
+    return NoiseSchedule.named(row.pop("schedule"), about["timesteps"], **row)
+
+
 def save(path: Path, net: nn.Module, about: dict[str, Any]) -> None:
     """Writes the folder `path`: net's weights, and `about` with the format and the weights' sha256 added."""
     with store.replacing_dir(path) as folder:
@@ -57,7 +63,7 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool = False) -> 
             raise InputError(f"{weights}: its checksum is not the one in model.json; train again or restore the file")
         net = network(about["network"])
         net.load_state_dict(load_file(weights))
-        schedule = NoiseSchedule.named(about["schedule"]["name"], about["schedule"]["timesteps"])
+        schedule = noise_schedule(about["schedule"])
         target = about["target"]
     except FileNotFoundError:
         raise InputError(f"{weights}: no such file; train again or restore it") from None

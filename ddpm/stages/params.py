@@ -109,6 +109,20 @@ class Sampler(Section):
         return {key: value for key, value in self.model_dump().items() if value is not None}
 
 
+class Schedule(Section):
+    """One row of the schedules table: the arguments of `NoiseSchedule.named`. What a schedule doesn't take is an error."""
+
+    schedule: str
+    start: Annotated[float, Field(gt=0, lt=1)] | None = None
+    end: Annotated[float, Field(gt=0, lt=1)] | None = None
+    s: Annotated[float, Field(gt=0, lt=1)] | None = None
+    zero_terminal_snr: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """What this row sets."""
+        return self.model_dump(exclude_defaults=True)
+
+
 class Sweep(Section):
     """The points: schedules x samplers x steps."""
 
@@ -168,15 +182,22 @@ class Params(Section):
     training: Training
     sampling: Sampling
     evaluation: Evaluation
+    schedules: dict[Name, Schedule]
     samplers: dict[Name, Sampler]
     sweep: Sweep
     compute: Compute = Compute()
 
     @model_validator(mode="after")
     def _names_resolve(self) -> Params:
-        for name in self.sweep.samplers:
-            if name not in self.samplers:
-                raise ValueError(f"sweep.samplers: no row '{name}' in samplers; there are {', '.join(self.samplers)}")
+        for axis, rows in (("schedules", self.schedules), ("samplers", self.samplers)):
+            for name in getattr(self.sweep, axis):
+                if name not in rows:
+                    raise ValueError(f"sweep.{axis}: no row '{name}' in {axis}; there are {', '.join(rows)}")
+        for name in self.sweep.schedules:
+            if self.schedules[name].zero_terminal_snr and self.diffusion.target == "eps":
+                raise ValueError(
+                    f"schedules.{name}: with zero_terminal_snr, eps says nothing of the image at T; set diffusion.target to v"
+                )
         for steps in self.sweep.steps:
             if steps > self.diffusion.timesteps:
                 raise ValueError(f"sweep.steps: {steps} is more than diffusion.timesteps = {self.diffusion.timesteps}")

@@ -23,7 +23,7 @@ import ddpm.training
 import ddpm.unet
 from ddpm.denoiser import Denoiser
 from ddpm.objective import Objective
-from ddpm.schedule import SCHEDULES, NoiseSchedule
+from ddpm.schedule import NoiseSchedule
 from ddpm.stages import checkpoint, store
 from ddpm.stages.checkpoint import ResumeState
 from ddpm.stages.device import find_device
@@ -36,10 +36,18 @@ VALIDATION_IMAGES = 1024  # at most
 
 
 def noise_schedule(params: Params, name: str) -> NoiseSchedule:
-    """The schedule of that name at the params' T. Raises InputError."""
-    if name not in SCHEDULES:
-        raise InputError(f"no schedule '{name}'; there are {', '.join(SCHEDULES)}")
-    return NoiseSchedule.named(name, params.diffusion.timesteps)
+    """The schedules row of that name at the params' T. Raises InputError."""
+    if name not in params.schedules:
+        raise InputError(f"no row '{name}' in schedules; there are {', '.join(params.schedules)}")
+    try:
+        return checkpoint.noise_schedule(about_schedule(params, name))
+    except ValueError as error:
+        raise InputError(f"schedules.{name}: {error}") from None
+
+
+def about_schedule(params: Params, name: str) -> dict[str, Any]:
+    """The `schedule` entry of model.json."""
+    return {"name": name, "timesteps": params.diffusion.timesteps, **params.schedules[name].options()}
 
 
 def about_network(params: Params, shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -58,7 +66,8 @@ def training_key(params: Params, schedule: str, dataset: str) -> str:
     del settings["training"]["steps"]
     modules = (ddpm.denoiser, ddpm.objective, ddpm.schedule, ddpm.training, ddpm.unet)
     code = [store.sha256(Path(str(module.__file__))) for module in modules]
-    return hashlib.sha256(json.dumps([settings, schedule, dataset, code]).encode()).hexdigest()
+    row = params.schedules[schedule].options()
+    return hashlib.sha256(json.dumps([settings, row, dataset, code]).encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -154,7 +163,7 @@ def train(
             checkpoint.write_resume(folder, ResumeState(step.step, state.tensors(), rows, [float(x) for x in losses]))
             saved = step.step
 
-    return _write(params, schedule, state, noise, network, dataset, rows, root)
+    return _write(params, schedule, state, network, dataset, rows, root)
 
 
 def _resume(
@@ -176,14 +185,13 @@ def _write(
     params: Params,
     schedule: str,
     state: TrainingState,
-    noise: NoiseSchedule,
     network: dict[str, Any],
     dataset: store.Dataset,
     rows: list[dict[str, Any]],
     root: Path,
 ) -> dict[str, Any]:
     about = {
-        "schedule": {"name": schedule, "timesteps": noise.T},
+        "schedule": about_schedule(params, schedule),
         "target": params.diffusion.target,
         "network": network,
         "data": {

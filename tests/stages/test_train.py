@@ -148,7 +148,7 @@ def test_divergence_stops_with_step_rate_and_last_good_state(root: Path, smoke: 
 @pytest.mark.parametrize(
     ("changes", "schedule", "message"),
     [
-        ({}, "exponential", "no schedule"),
+        ({}, "exponential", "no row"),
         ({"network": {"attention": [16]}}, "cosine", "never occurs"),
         ({"network": {"multipliers": [1, 1, 1, 1, 1]}}, "cosine", "cannot be halved"),
         ({"compute": {"device": "cuda"}}, "cosine", "no GPU"),

@@ -64,7 +64,8 @@ def settings_of(params: Params, point: Point, root: Path, stages: Mapping[str, A
 def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, Any]:
     """All that was configured of a training. dataset: sha256."""
     sections = params.model_dump(mode="json", include={"seed", "diffusion", "network", "training"})
-    return {"schedule": schedule, "dataset_sha256": dataset, **sections}
+    row = params.schedules[schedule].options()
+    return {"schedule": schedule, "schedules": row, "dataset_sha256": dataset, **sections}
 
 
 def identity_of_model(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def identity_of_model(about: Mapping[str, Any]) -> dict[str, Any]:
     derived = ("kind", "image_channels", "image_size")  # they follow from the data
     return {
         "schedule": about["schedule"]["name"],
+        "schedules": {key: value for key, value in about["schedule"].items() if key not in ("name", "timesteps")},
         "dataset_sha256": about["data"]["sha256"],
         "seed": training.pop("seed"),
         "diffusion": {"timesteps": about["schedule"]["timesteps"], "target": about["target"]},
