@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,6 +26,8 @@ app = typer.Typer(
     help="A pipeline for Denoising Diffusion Probabilistic Models. The stages below are what `dvc repro` runs, one by one.",
 )
 
+FOLLOWED = "DDPM_FOLLOWED" in os.environ  # somebody publishes what stages write
+
 Debug = False  # set by --debug: errors come with their traceback
 
 
@@ -42,7 +46,8 @@ def _run(
 ) -> None:
     """Runs one stage: shows and records it, then publishes what it wrote.
 
-    publishes: not where the next stage publishes its output too, since MLflow alone takes three seconds to import.
+    publishes: not where somebody else does, since MLflow alone takes three seconds to import: the next stage, or the
+    `ddpm publish --follow` that the flow runs beside its stages.
     """
     params = Params.load()
     started, before, last = time.time(), 0, Progress(0, 0, "")
@@ -134,6 +139,7 @@ def evaluate(point: PointName) -> None:
         f"evaluate@{parsed.name}",
         store.metrics_file(parsed),
         lambda params, report: evaluate(params, parsed, Path(), report),
+        publishes=not FOLLOWED,
     )
 
 
@@ -142,15 +148,29 @@ def report() -> None:
     """Gather the scores of the sweep into report/: the table, the best point, the pictures."""
     from ddpm.stages.report import report
 
-    _run("report", store.report_dir(), lambda params, watch: report(params, Path(), watch))
+    _run("report", store.report_dir(), lambda params, watch: report(params, Path(), watch), publishes=not FOLLOWED)
 
 
 @app.command()
-def publish() -> None:
+def publish(
+    follow: Annotated[
+        bool, typer.Option("--follow", help="First publish what each stage writes, until standard input ends.")
+    ] = False,
+) -> None:
     """Bring MLflow up to date with the outputs that are here: fills in what is missing, repeats nothing."""
     from ddpm.stages import tracking
 
-    tracking.publish(Params.load(), Path(), say=say)
+    params = Params.load()
+    if follow:
+        ended = threading.Event()
+
+        def wait_for_the_end() -> None:
+            sys.stdin.read()
+            ended.set()
+
+        threading.Thread(target=wait_for_the_end, daemon=True).start()
+        tracking.follow(params, Path(), ended, say=say)
+    tracking.publish(params, Path(), say=say)
 
 
 @app.command()

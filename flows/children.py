@@ -29,9 +29,12 @@ def start() -> None:
     _stopped.clear()
 
 
-def run(command: Sequence[str], root: Path, on_line: Callable[[str], None]) -> int:
+def run(
+    command: Sequence[str], root: Path, on_line: Callable[[str], None], standard_input: int = subprocess.DEVNULL
+) -> int:
     """Runs a command in `root`, gives each line of its output to `on_line` as it comes, and returns its exit code.
 
+    standard_input: a file descriptor, which the caller closes; by default there is nothing to read.
     Its end is the end of everything that holds its output: a stage whose DVC was killed is waited for.
     Raises Stopped when stop() was called before or meanwhile.
     """
@@ -42,7 +45,7 @@ def run(command: Sequence[str], root: Path, on_line: Callable[[str], None]) -> i
             command,
             cwd=root,
             env=_environment(),
-            stdin=subprocess.DEVNULL,
+            stdin=standard_input,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -93,6 +96,7 @@ def _environment() -> dict[str, str]:
     return {
         **os.environ,
         "PATH": path(),
+        "DDPM_FOLLOWED": "1",
         "PYTHONUNBUFFERED": "1",
         "DDPM_PROGRESS": "lines",
         watchdog.VARIABLE: str(os.getpid()),

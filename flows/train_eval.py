@@ -50,11 +50,21 @@ def run_stage(stage: str, root: str, unchanged: bool) -> State:
         return Cancelled(message="stopped with the flow")
 
 
-@task(name="ddpm", task_run_name="{verb}", cache_policy=NO_CACHE)
-def run_verb(verb: str, root: str) -> State:
-    """`ddpm publish` or `ddpm promote`: what belongs to MLflow and to no DVC stage."""
+@task(name="ddpm", task_run_name="publish", cache_policy=NO_CACHE)
+def run_publish(root: str, standard_input: int) -> State:
+    """`ddpm publish --follow`: one process for MLflow beside the stages, until its standard input ends."""
     try:
-        return _state(verb, work.run(verb, ("ddpm", verb), Path(root), watcher.get()))
+        command = ("ddpm", "publish", "--follow")
+        return _state("publish", work.run("publish", command, Path(root), watcher.get(), standard_input))
+    except children.Stopped:
+        return Cancelled(message="stopped with the flow")
+
+
+@task(name="ddpm", task_run_name="promote", cache_policy=NO_CACHE)
+def run_promote(root: str) -> State:
+    """`ddpm promote`: the registry belongs to no DVC stage."""
+    try:
+        return _state("promote", work.run("promote", ("ddpm", "promote"), Path(root), watcher.get()))
     except children.Stopped:
         return Cancelled(message="stopped with the flow")
 
@@ -89,19 +99,35 @@ def _everything(root: Path, recipe: str | None, overrides: list[str], promote: b
     children.start()
     try:
         params = parameters.write(root, recipe, overrides)
-        problem = _stages(root, params.compute.slots)
+        with _published(root) as publishing:
+            problem = _stages(root, params.compute.slots)
         if problem:
             return Failed(message=problem)
         _artifacts(root)
-        message = ""
-        for verb in ("publish", "promote") if promote else ("publish",):
-            state = run_verb(verb, str(root), return_state=True)
-            message = state.message or ""
+        last = {"publish": publishing.state}
+        if promote and publishing.state.is_completed():
+            last["promote"] = run_promote(str(root), return_state=True)
+        for verb, state in last.items():
             if not state.is_completed():
-                return Failed(message=f"{verb}: {message}")
-        return Completed(message=message)
+                return Failed(message=f"{verb}: {state.message}")
+        return Completed(message=state.message)
     finally:
         children.stop()  # before the next run may begin
+
+
+@contextmanager
+def _published(root: Path) -> Iterator[PrefectFuture[State]]:
+    """What stages write while the block runs is published; what is missing then, at its end."""
+    told, tell = os.pipe()
+    try:
+        publishing = run_publish.submit(str(root), told)
+        try:
+            yield publishing
+        finally:
+            os.close(tell)
+        publishing.wait()
+    finally:
+        os.close(told)
 
 
 def _end_with_the_worker() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,15 +41,19 @@ def reproduce(stage: str, root: Path, watcher: Watcher) -> Outcome:
     return Outcome("Failed", (said or errors or [f"dvc ended with exit code {code}"])[-1])
 
 
-def run(name: str, command: tuple[str, ...], root: Path, watcher: Watcher) -> Outcome:
+def run(
+    name: str, command: tuple[str, ...], root: Path, watcher: Watcher, standard_input: int = subprocess.DEVNULL
+) -> Outcome:
     """A command that is no DVC stage. Raises children.Stopped."""
-    code, said, _ = _run(name, command, root, watcher)
+    code, said, _ = _run(name, command, root, watcher, standard_input)
     if code == 0:
         return Outcome("Completed", said[-1] if said else "done")
     return Outcome("Failed", said[-1] if said else f"'{' '.join(command)}' ended with exit code {code}")
 
 
-def _run(name: str, command: tuple[str, ...], root: Path, watcher: Watcher) -> tuple[int, list[str], list[str]]:
+def _run(
+    name: str, command: tuple[str, ...], root: Path, watcher: Watcher, standard_input: int = subprocess.DEVNULL
+) -> tuple[int, list[str], list[str]]:
     """-> the exit code, the last lines that the work printed, and those that DVC printed."""
     said: list[str] = []
     dvc: list[str] = []
@@ -66,4 +71,4 @@ def _run(name: str, command: tuple[str, ...], root: Path, watcher: Watcher) -> t
             watcher.line(name, line)
 
     watcher.started(name)
-    return children.run(command, root, on_line), said, dvc
+    return children.run(command, root, on_line, standard_input), said, dvc

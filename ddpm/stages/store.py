@@ -337,7 +337,7 @@ def dvc_lock(root: Path) -> dict[str, Any]:
         lock = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except (YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    return dict(lock.get("stages") or {})
+    return dict((lock or {}).get("stages") or {})
 
 
 def locked_md5(stages: Mapping[str, Any], stage: str, kind: str, path: Path) -> str | None:

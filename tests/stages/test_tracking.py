@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from ddpm.stages import checkpoint, store, tracking
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point
 from ddpm.stages.progress import Progress
-from ddpm.stages.tracking import place, streaming
+from ddpm.stages.tracking import place, publishing, streaming
 from ddpm.stages.train import train
 
 Smoke = Callable[..., Params]
@@ -583,3 +584,30 @@ def test_the_key_of_a_model_is_the_key_of_its_parameters(checkout: Path, params:
     _, about = checkpoint.load(checkout / "models/cosine")
     given = training_identity(params, "cosine", about["data"]["sha256"])
     assert json.loads(json.dumps(given)) == identity_of_model(about)
+
+
+def test_following_publishes_each_stage_as_it_ends(checkout: Path, params: Params) -> None:
+    """What dvc.lock gains is in MLflow before the follower is told to end; a lock that DVC is writing is passed over."""
+    lock, ended, said = checkout / "dvc.lock", threading.Event(), list[str]()
+
+    follower = threading.Thread(target=tracking.follow, args=(params, checkout, ended, said.append))
+    follower.start()
+
+    def scores() -> list[str]:
+        return [key for run in Seen(checkout).runs for key in run.data.metrics if key == "fid"]
+
+    try:
+        for text in ("", "stages:\n  evaluate@cosine-ddim-5: {"):  # as if read in the middle of a write
+            lock.write_text(text)
+            time.sleep(2 * publishing.FOLLOW_SECONDS)
+            assert follower.is_alive() and not scores()
+        lock.write_text(f"stages:\n  evaluate@{POINT.name}: {{cmd: ddpm evaluate {POINT.name}}}\n")
+        end = time.monotonic() + 60
+        while not scores():
+            assert time.monotonic() < end, said
+            time.sleep(0.2)
+    finally:
+        ended.set()
+        follower.join(60)
+    assert not follower.is_alive() and not said
+    assert {run.info.run_name for run in Seen(checkout).runs} == {"cosine", "cosine-ddim"}

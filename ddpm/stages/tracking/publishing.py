@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 SCORES = ("fid", "kid")
+FOLLOW_SECONDS = 1.0  # between two looks at dvc.lock
 UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, of an output without a run file
 
 
@@ -52,6 +54,26 @@ def publish_or_warn(params: Params, root: Path = Path(), only: str | None = None
         warn(str(error), say)
     except Exception as error:  # noqa: BLE001 - who watches must not fail the work
         warn(f"publishing {only or ''} failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})", say)
+
+
+def follow(params: Params, root: Path, ended: threading.Event, say: Say = print) -> None:
+    """Publishes what each stage wrote as soon as dvc.lock has it, until `ended` is set; never raises InputError."""
+    path, changed, seen = root / "dvc.lock", -1, store.dvc_lock(root)
+    publish_or_warn(params, root, "prepare", say)  # nothing yet, but the store is made, and mlflow imported
+    while not ended.wait(FOLLOW_SECONDS):
+        now = path.stat().st_mtime_ns if path.exists() else -1
+        if now == changed:
+            continue
+        try:
+            stages = store.dvc_lock(root)
+        except InputError:
+            stages = {}
+        if not stages:
+            continue  # DVC is writing it
+        for stage in stages:
+            if stages[stage] != seen.get(stage):
+                publish_or_warn(params, root, stage, say)
+        changed, seen = now, stages
 
 
 # Publishing.
