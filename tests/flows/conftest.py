@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -153,7 +154,11 @@ class Scratch:
         return found
 
     def running(self) -> list[str]:
-        return [f"{process.pid} {' '.join(process.cmdline())}" for process in self.processes()]
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                found.append(f"{process.pid} {' '.join(process.cmdline())}")
+        return found
 
     def pid(self, stage: str, seconds: float = 60) -> int:
         """Of a stage that runs now."""

@@ -136,7 +136,7 @@ def test_a_failing_stage_fails_the_run_and_nothing_beside_it(up: Up) -> None:
     )
     assert "Traceback" not in done.stdout + done.stderr
     states = up.states(up.flow_run()["id"])
-    assert set(states) == {"prepare", "train@linear", "train@cosine", "sample@cosine"}
+    assert set(states) == {"prepare", "train@linear", "train@cosine", "sample@cosine", "publish"}
     assert (states["train@linear"], states["train@cosine"]) == ("Failed", "Completed")
     assert [run["run_count"] for name, run in up.tasks(up.flow_run()["id"]).items() if name == "train@linear"] == [1]
 
