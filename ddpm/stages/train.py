@@ -49,7 +49,8 @@ def about_network(params: Params, shape: tuple[int, int, int]) -> dict[str, Any]
         raise InputError(
             f"the network takes square images, and the dataset's are {height}x{width}; set data.size and data.fit"
         )
-    return {"kind": "unet", "image_channels": channels, "image_size": height, **params.network.model_dump(mode="json")}
+    about = {"kind": "unet", "image_channels": channels, "image_size": height, **params.network.model_dump(mode="json")}
+    return about | ({"out_channels": 2 * channels} if params.diffusion.variance == "learned" else {})
 
 
 def training_key(params: Params, schedule: str, dataset: str) -> str:
@@ -87,6 +88,11 @@ def train(
     """
     settings = params.training
     noise = noise_schedule(params, schedule)
+    device = find_device(params.compute.device)
+    try:
+        objective = Objective.of(noise, params.diffusion.target, device, settings.loss)
+    except ValueError as error:
+        raise InputError(f"train {schedule}: diffusion.target: {error}") from None
     dataset = store.read_dataset(root)
     network = about_network(params, dataset.train.shape[1:])
     if settings.flip and not dataset.about["flip"]:
@@ -96,7 +102,6 @@ def train(
             )
         )
     torch.set_num_threads(settings.threads)
-    device = find_device(params.compute.device)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)
@@ -108,7 +113,6 @@ def train(
         shutil.rmtree(folder, ignore_errors=True)
     rows, losses = _resume(folder, state, settings.steps, report)
 
-    objective = Objective.of(noise, params.diffusion.target, device)
     images = torch.from_numpy(np.array(dataset.train)).to(device)
     validation = torch.from_numpy(np.array(dataset.test[:VALIDATION_IMAGES])).to(device)
     denoiser = Denoiser(state.ema, noise, params.diffusion.target, clip=True)
@@ -185,6 +189,7 @@ def _write(
     about = {
         "schedule": {"name": schedule, "timesteps": noise.T},
         "target": params.diffusion.target,
+        "variance": params.diffusion.variance,
         "network": network,
         "data": {
             **{key: dataset.about[key] for key in ("name", "sha256", "shape", "classes")},
