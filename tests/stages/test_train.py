@@ -19,6 +19,7 @@ OUTPUTS = (
     "models/cosine/model.safetensors",
     "models/cosine/model.json",
     "metrics/train/cosine.csv",
+    "metrics/train/cosine.by_time.csv",
     "metrics/train/cosine.json",
 )
 
