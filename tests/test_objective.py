@@ -300,18 +300,15 @@ def test_a_learned_variance_between_the_ends_on_a_respaced_chain() -> None:
     denoiser = Denoiser(lambda x, t: torch.cat([0 * x, 0 * x], dim=1), schedule, "x0")
     ones = torch.ones(1, 1, 1, 1, dtype=torch.float64)
 
-    def added(variance: str) -> float:
-        """Of the first of two steps, from x_T = 0 by a draw of one."""
-        first, last = 500, 0
-        now, to = (float(schedule.alpha_bar[t + 1]) for t in (first, last))
-        x = sample(denoiser, 0 * ones, "ddpm", 2, "leading", lambda k: ones, variance=variance)
-        assert float(x) == 0  # the last step gives x0_hat
-        state = next(trajectory(denoiser, 0 * ones, "ddpm", 2, "leading", lambda k: ones, variance=variance))
-        beta = 1 - now / to
-        assert beta * (1 - to) / (1 - now) - 1e-12 <= float(state.x) ** 2 <= beta + 1e-12
-        return float(state.x)
+    now, to = (float(schedule.alpha_bar[t + 1]) for t in (500, 0))
+    large = 1 - now / to
+    small = large * (1 - to) / (1 - now)
+    for variance, expected in {"fixed_large": large, "fixed_small": small, "learned": math.sqrt(large * small)}.items():
+        # From x_T = 0 by a draw of one: the first of two steps shows the deviation, the last gives x0_hat.
+        first, last = trajectory(denoiser, 0 * ones, "ddpm", 2, "leading", lambda k: ones, variance=variance)
+        assert float(first.x) ** 2 == pytest.approx(expected, rel=1e-12), variance
+        assert float(last.x) == 0 and last.evaluations == 2
 
-    assert added("learned") ** 2 == pytest.approx(added("fixed_small") * added("fixed_large"), rel=1e-12)
     alone = Denoiser(lambda x, t: 0 * x, schedule, "x0")
     for sampler in ("ddim", "heun", "dpmpp_2m", "unipc"):
         assert torch.equal(sample(denoiser, ones, sampler, 5), sample(alone, ones, sampler, 5))
