@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddpm.denoiser import TARGETS, Denoiser
     from ddpm.noise import gaussian
+    from ddpm.objective import LOSSES
     from ddpm.samplers import SAMPLERS, sample, trajectory
     from ddpm.schedule import SCHEDULES, NoiseSchedule
     from ddpm.timesteps import SPACINGS
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LOSSES",
     "SAMPLERS",
     "SCHEDULES",
     "SPACINGS",
@@ -36,6 +38,7 @@ __all__ = [
 # Names are imported on first use: `import ddpm` costs nothing, and a stage depends only on the modules it uses.
 _HOMES = {
     "Denoiser": "denoiser",
+    "LOSSES": "objective",
     "NoiseSchedule": "schedule",
     "SAMPLERS": "samplers",
     "SCHEDULES": "schedule",

@@ -2,7 +2,12 @@
 
 With a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar) and x_t = a x_0 + s eps, each row of TARGETS gives
 x0_hat = c_skip x_t + c_out net(x_t, t); the training target is that row's inverse (x_0 - c_skip x_t) / c_out.
-`eps` is eq. 11 of Ho et al. 2020; `v` = a eps - s x_0 is appendix D of Salimans & Ho 2022.
+`eps` is eq. 11 of Ho et al. 2020; `v` = a eps - s x_0 is appendix D of Salimans & Ho 2022; `mu` = A x_0 + B x_t is the mean of
+the posterior q(x_{t-1} | x_t, x_0), eq. 7 of Ho et al., on the chain of T steps: x_0 itself at t = 0.
+
+c_out is what a network's error is multiplied by on its way to x0_hat. It is 1 for x0, s for v and s / a for eps, but 1 / A for
+mu, thousands at high noise, where mu hardly depends on x_0: clip x0_hat, and keep that network out of bfloat16. A sampler that
+steps down the same chain multiplies by A again, so nothing is lost there.
 """
 
 from __future__ import annotations
@@ -16,23 +21,37 @@ from torch import Tensor
 
 from ddpm.schedule import NoiseSchedule
 
-# target -> (a, s) -> (c_skip, c_out); a and s are float64 tensors.
-TARGETS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "eps": lambda a, s: (1 / a, -s / a),
-    "x0": lambda a, s: (torch.zeros_like(a), torch.ones_like(a)),
-    "v": lambda a, s: (a, -s),
+# target -> (a, s, A, B) -> (c_skip, c_out); float64 tensors, A and B as in NoiseSchedule.posterior_at.
+TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "eps": lambda a, s, A, B: (1 / a, -s / a),
+    "x0": lambda a, s, A, B: (torch.zeros_like(a), torch.ones_like(a)),
+    "v": lambda a, s, A, B: (a, -s),
+    "mu": lambda a, s, A, B: (-B / A, 1 / A),
 }
 
 
 def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a, s, c_skip, c_out at network times t: float64, t's shape. Raises ValueError for eps where a = 0."""
+    """a, s, c_skip, c_out at network times t: float64, t's shape. Raises ValueError for eps and mu where alpha_bar = 0."""
     if target not in TARGETS:
         raise ValueError(f"no target '{target}'; there are {', '.join(TARGETS)}")
     log_alpha_bar = schedule.log_alpha_bar_at(t)
     a, s = (log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt()
-    if target == "eps" and bool((a == 0).any()):
-        raise ValueError("target eps says nothing of x_0 where alpha_bar = 0; train with target v or x0")
-    return a, s, *TARGETS[target](a, s)
+    c_skip, c_out = TARGETS[target](a, s, *schedule.posterior_at(t)[:2])
+    if not bool(c_out.isfinite().all()):
+        raise ValueError(f"target {target} says nothing of x_0 where alpha_bar = 0; train with target v or x0")
+    return a, s, c_skip, c_out
+
+
+def halves(prediction: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a network gave for `like` [B, C, ...] -> the prediction [B, C, ...], and v, if there were 2C channels.
+
+    v [B, C, ...], the second half of the channels mapped from [-1, 1] to [0, 1], says where the log variance of a step lies
+    between those of fixed_small (0) and fixed_large (1): eq. 15 of Nichol & Dhariwal 2021. As there, nothing clamps it.
+    """
+    if prediction.ndim < 2 or prediction.shape[1] != 2 * like.shape[1]:
+        return prediction, None
+    prediction, v = prediction.chunk(2, dim=1)
+    return prediction, (v + 1) / 2
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,7 @@ class Denoiser:
     """x0_hat = denoiser(x_t, t) from any network.
 
     net: net(x, t) -> like x, with x [B, ...] and t float32 [B], 0 ... T-1 as in Ho et al. and diffusers; fractions allowed.
+    With a learned variance it gives twice the channels (see `halves`).
     target: what net predicts, a key of TARGETS.
     clip: clamp x0_hat to [-1, 1]; samplers derive eps again from the clamped x0_hat.
     """
@@ -55,10 +75,14 @@ class Denoiser:
 
     def __call__(self, x_t: Tensor, t: Tensor | float) -> Tensor:
         """x_t [B, ...], t a number or [B] -> x0_hat, like x_t."""
+        return self.with_variance(x_t, t)[0]
+
+    def with_variance(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor | None]:
+        """x_t [B, ...], t a number or [B] -> x0_hat and v (see `halves`), both like x_t; None for v where it is not learned."""
         times = torch.as_tensor(t, dtype=torch.float64).expand(len(x_t))
         _, _, c_skip, c_out = coefficients(self.schedule, self.target, times.cpu() if times.dim() else times)
         shape = (-1,) + (1,) * (x_t.ndim - 1)
         c_skip, c_out = (c.to(x_t.device, x_t.dtype).view(shape) for c in (c_skip, c_out))
-        prediction = self.net(x_t, times.to(x_t.device, torch.float32))
+        prediction, v = halves(self.net(x_t, times.to(x_t.device, torch.float32)), x_t)
         x0_hat = c_skip * x_t + c_out * prediction
-        return x0_hat.clamp(-1, 1) if self.clip else x0_hat
+        return (x0_hat.clamp(-1, 1) if self.clip else x0_hat), v

@@ -24,6 +24,22 @@ Denoise = Callable[[Tensor, float], Tensor]
 Noise = Callable[[int], Tensor]
 
 
+class Counted:
+    """A denoiser that counts its network evaluations: the `denoise` that `trajectory` gives to a sampler."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self.evaluations = 0
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        self.evaluations += 1
+        return self.denoiser(x, t)
+
+    def with_variance(self, x: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
+        self.evaluations += 1
+        return self.denoiser.with_variance(x, t)
+
+
 @dataclass(frozen=True)
 class Level:
     """A noise level on the way: network time t (-1 is the clean image) and alpha_bar there."""
@@ -60,21 +76,29 @@ class State:
 Steps = Iterator[tuple[Tensor, Tensor]]  # (x, x0_hat) after each step
 
 
-def ddpm(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise, *, variance: str = "fixed_large") -> Steps:
+def ddpm(denoise: Counted, x: Tensor, levels: list[Level], noise: Noise, *, variance: str = "fixed_large") -> Steps:
     """Algorithm 2 of Ho et al. 2020 on the respaced chain, with the posterior mean of eq. 7.
 
     beta = 1 - alpha_bar_t / alpha_bar_prev; the variance is beta (fixed_large) or beta (1 - alpha_bar_prev) /
-    (1 - alpha_bar_t) (fixed_small). The last step adds no noise.
+    (1 - alpha_bar_t) (fixed_small), or lies between them where the network says (learned: eq. 15 of Nichol & Dhariwal 2021).
+    The last step adds no noise.
     """
-    if variance not in ("fixed_large", "fixed_small"):
-        raise ValueError(f"no variance '{variance}'; there are fixed_large, fixed_small")
+    fixed = {"fixed_large": 1.0, "fixed_small": 0.0}
+    if variance not in (*fixed, "learned"):
+        raise ValueError(f"no variance '{variance}'; there are {', '.join(fixed)}, learned")
+    v: Tensor | float | None
     for k, (now, to) in enumerate(pairwise(levels)):
-        x0_hat = denoise(x, now.t)
+        if variance == "learned":
+            x0_hat, v = denoise.with_variance(x, now.t)
+        else:
+            x0_hat, v = denoise(x, now.t), fixed[variance]
+        if v is None:
+            raise ValueError("variance learned: this network has learned no variance; take fixed_large or fixed_small")
         beta = 1 - now.alpha_bar / to.alpha_bar
         shrink = (1 - to.alpha_bar) / (1 - now.alpha_bar)
         x = (to.a * beta / (1 - now.alpha_bar)) * x0_hat + (now.a / to.a * shrink) * x
         if to.alpha_bar < 1:
-            x = x + math.sqrt(beta if variance == "fixed_large" else beta * shrink) * noise(k)
+            x = x + (beta * shrink ** (1 - v)) ** 0.5 * noise(k)
         yield x, x0_hat
 
 
@@ -275,16 +299,10 @@ def trajectory(
     """The states of `sample`, one after each of its steps; the caller shows, saves or stops."""
     check_options(sampler, spacing, **options)
     levels = noise_levels(denoiser.schedule, steps, spacing, along)
-    evaluations = 0
-
-    def denoise(x: Tensor, t: float) -> Tensor:
-        nonlocal evaluations
-        evaluations += 1
-        return denoiser(x, t)
-
+    denoise = Counted(denoiser)
     draw = noise or (lambda k: torch.randn_like(x_T))
     for k, (x, x0_hat) in enumerate(SAMPLERS[sampler](denoise, x_T, levels, draw, **options)):
-        yield State(k, x, x0_hat, evaluations)
+        yield State(k, x, x0_hat, denoise.evaluations)
 
 
 @torch.no_grad()

@@ -139,6 +139,19 @@ class NoiseSchedule:
         levels = np.interp(times, entries, table)
         return torch.from_numpy(np.asarray(np.where(times > entries[-1], -np.inf, levels)))
 
+    def posterior_at(self, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q(x_{t-1} | x_t, x_0) = N(A x_0 + B x_t, beta_tilde I) at network times t in [0, T-1]: eq. 6 and 7 of Ho et al. 2020.
+
+        Returns A, B, log beta_tilde and log beta: float64, t's shape, on the CPU. At fractional t the step goes from t to t - 1,
+        but never beyond the clean image at -1. At t = 0 it ends there: A = 1, B = 0, and log beta_tilde is -inf.
+        """
+        times = torch.as_tensor(t, dtype=torch.float64).cpu()
+        now, before = self.log_alpha_bar_at(times), self.log_alpha_bar_at((times - 1).clamp(min=-1))
+        log_alpha = now - before
+        beta, noise, noise_before = (-torch.expm1(x) for x in (log_alpha, now, before))
+        on_x0, on_x_t = (before / 2).exp() * (beta / noise), (log_alpha / 2).exp() * (noise_before / noise)
+        return on_x0, on_x_t, beta.log() + (noise_before / noise).log(), beta.log()
+
     def time_at(self, log_alpha_bar: Tensor) -> Tensor:
         """The inverse of `log_alpha_bar_at`: float64 network times; levels beyond the table's ends get its end times."""
         levels = np.asarray(log_alpha_bar.detach().cpu(), dtype=np.float64)

@@ -110,7 +110,8 @@ class UNet(nn.Module):
 
     x: float [B, image_channels, image_size, image_size], nominally in [-1, 1]; t: [B], 0 ... T-1, fractions allowed.
     channels, multipliers: width of each resolution, from image_size down by halves. blocks: residual blocks per
-    resolution. attention: the resolutions (sides in pixels) with self-attention, of `heads` heads. Raises ValueError.
+    resolution. attention: the resolutions (sides in pixels) with self-attention, of `heads` heads. out_channels: if not those
+    of x, such as twice as many for a learned variance. Raises ValueError.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class UNet(nn.Module):
         attention: Sequence[int] = (16,),
         heads: int = 1,
         dropout: float = 0.0,
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
         sides = [image_size // 2**level for level in range(len(multipliers))]
@@ -180,7 +182,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(width))
 
         self.last_norm = nn.GroupNorm(groups(channels), width, eps=1e-6)
-        self.last = _zero(nn.Conv2d(width, image_channels, 3, padding=1))
+        self.last = _zero(nn.Conv2d(width, out_channels or image_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         embedding = self.time(time_embedding(t, self.channels).to(self.first.weight.dtype))

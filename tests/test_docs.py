@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ddpm import SAMPLERS, SCHEDULES, SPACINGS, TARGETS
+from ddpm import LOSSES, SAMPLERS, SCHEDULES, SPACINGS, TARGETS
 from ddpm.stages.params import Params, Sampler
 
 ROOT = Path(__file__).parents[1]
@@ -15,5 +15,5 @@ def test_every_parameter_is_documented() -> None:
         keys |= {name, *getattr(field.annotation, "model_fields", ())}
     missing = [key for key in keys if f"`{key}`" not in text]
     assert not missing
-    values = [*SAMPLERS, *SCHEDULES, *SPACINGS, *TARGETS]
+    values = [*SAMPLERS, *SCHEDULES, *SPACINGS, *TARGETS, *LOSSES]
     assert not [value for value in values if f"`{value}`" not in text]

@@ -65,6 +65,24 @@ def test_an_experiment_prolongs_a_training_and_tells_what_changed(clone: Clone) 
     assert json.loads((root / "metrics/train/cosine.json").read_text())["steps"] == 80
 
 
+def test_the_table_of_the_ablation_is_queued_and_a_cell_of_it_runs(clone: Clone) -> None:
+    """The commands of docs/ablation.md: six cells, and one of them made on the smoke recipe."""
+    root = clone("ablation", "smoke", sweep={"samplers": ["ddpm"], "steps": [5]})
+    targets, learned = (
+        "diffusion.target=eps,mu",
+        ["-S", "diffusion.variance=learned", "-S", "samplers.ddpm.variance=learned"],
+    )
+    run(root, "dvc", "exp", "run", "--queue", "-S", targets, "-S", "training.loss=simple,vlb")
+    run(root, "dvc", "exp", "run", "--queue", "-S", targets, "-S", "training.loss=vlb", *learned)
+    assert run(root, "dvc", "queue", "status").count("Queued") == 6
+    run(root, "dvc", "exp", "run", "-S", "diffusion.target=mu", "-S", "training.loss=vlb", *learned)
+    about = json.loads((root / "models/cosine/model.json").read_text())
+    assert (about["target"], about["variance"], about["training"]["loss"]) == ("mu", "learned", "vlb")
+    assert json.loads((root / "metrics/cosine-ddpm-5.json").read_text())["evaluations"] == 5
+    shown = json.loads(run(root, "dvc", "plots", "show", "--json", "metrics/train/cosine.by_time.csv"))
+    assert "metrics/train/cosine.by_time.csv" in str(shown)
+
+
 def test_fifty_thousand_images_in_bounded_memory(clone: Clone) -> None:
     root = clone(
         "many",

@@ -31,12 +31,14 @@ def test_scaled() -> None:
     assert scaled(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
 
 
-@pytest.mark.parametrize("target", ["eps", "x0", "v"])
+@pytest.mark.parametrize("target", ["eps", "x0", "v", "mu"])
 def test_loss_of_the_perfect_network_for_gaussian_data(target: str) -> None:
     """For x_0 ~ N(0, v): Var[x_0 | x_t] = v s^2 / (a^2 v + s^2), which each target scales by the square of its slope."""
     schedule, v, t = NoiseSchedule.named("linear", 1000), 0.25, 300
     objective = Objective.of(schedule, target)
     a, s = float(schedule.alpha_bar[t + 1].sqrt()), float((1 - schedule.alpha_bar[t + 1]).sqrt())
+    beta, before = float(schedule.betas[t]), float(schedule.alpha_bar[t])
+    on_x0, on_x_t = math.sqrt(before) * beta / s**2, math.sqrt(1 - beta) * (1 - before) / s**2  # eq. 7 of Ho et al.
     generator = torch.Generator().manual_seed(0)
     x_0 = math.sqrt(v) * torch.randn(4000, 1, 8, 8, generator=generator)
     eps = torch.randn(x_0.shape, generator=generator)
@@ -44,10 +46,10 @@ def test_loss_of_the_perfect_network_for_gaussian_data(target: str) -> None:
     def net(x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         x0_hat = x * a * v / (a**2 * v + s**2)
         eps_hat = (x - a * x0_hat) / s
-        return {"eps": eps_hat, "x0": x0_hat, "v": a * eps_hat - s * x0_hat}[target]
+        return {"eps": eps_hat, "x0": x0_hat, "v": a * eps_hat - s * x0_hat, "mu": on_x0 * x0_hat + on_x_t * x}[target]
 
     posterior = v * s**2 / (a**2 * v + s**2)
-    error = {"eps": (a / s) ** 2, "x0": 1.0, "v": (a**2 / s + s) ** 2}[target] * posterior
+    error = {"eps": (a / s) ** 2, "x0": 1.0, "v": (a**2 / s + s) ** 2, "mu": on_x0**2}[target] * posterior
     losses = objective.losses(net, x_0, torch.full((4000,), t), eps)
     assert float(losses.mean()) == pytest.approx(error, rel=0.01)
 
@@ -132,11 +134,11 @@ def test_flips_mirror_about_half_of_the_images() -> None:
             seen.append(x.detach())
             return x * self.weight
 
-    clean = Objective(*(torch.tensor([value]) for value in (1.0, 0.0, 0.0, 1.0)))  # x_t = x_0
+    clean = Objective.of(NoiseSchedule(torch.tensor([1e-12])), "x0")  # x_t is x_0, but for a millionth
     next(fit(TrainingState(Recorder()), picture, clean, batch=200, learning_rate=0.0, seed=0, flip=True))
     mirrored = (seen[0][:, 0, 0, 0] > 0).float().mean()
     assert 0.35 < float(mirrored) < 0.65
-    assert bool((seen[0][:, 0, :, 0] != seen[0][:, 0, :, 3]).all())
+    assert bool((seen[0][:, 0, :, 0] * seen[0][:, 0, :, 3] < 0).all())
 
 
 def test_training_learns() -> None:

@@ -43,7 +43,8 @@ class Diffusion(Section):
     """The forward process and what the network predicts."""
 
     timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
-    target: Literal["eps", "x0", "v"] = "eps"
+    target: Literal["eps", "x0", "v", "mu"] = "eps"
+    variance: Literal["fixed", "learned"] = "fixed"
 
 
 class Network(Section):
@@ -60,6 +61,7 @@ class Network(Section):
 class Training(Section):
     """Algorithm 1 and the optimiser."""
 
+    loss: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
     steps: Count
     batch: Count
     learning_rate: Positive
@@ -100,7 +102,7 @@ class Sampler(Section):
     sampler: str
     spacing: str = "leading"
     eta: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    variance: Literal["fixed_large", "fixed_small"] | None = None
+    variance: Literal["fixed_large", "fixed_small", "learned"] | None = None
     order: Annotated[int, Field(ge=1, le=3)] | None = None
     along: Name | None = None
 
@@ -201,6 +203,22 @@ class Params(Section):
         for steps in self.sweep.steps:
             if steps > self.diffusion.timesteps:
                 raise ValueError(f"sweep.steps: {steps} is more than diffusion.timesteps = {self.diffusion.timesteps}")
+        return self
+
+    @model_validator(mode="after")
+    def _variance_is_trained(self) -> Params:
+        learned, loss = self.diffusion.variance == "learned", self.training.loss
+        if learned and loss in ("simple", "min_snr"):
+            raise ValueError(
+                f"training.loss: {loss} would leave the variance of diffusion.variance = learned untrained; take hybrid or vlb"
+            )
+        if loss == "hybrid" and not learned:
+            raise ValueError(
+                "training.loss: hybrid trains a variance; set diffusion.variance = learned, or take another loss"
+            )
+        for name in self.sweep.samplers:
+            if self.samplers[name].variance == "learned" and not learned:
+                raise ValueError(f"samplers.{name}.variance: learned needs diffusion.variance = learned")
         return self
 
     @classmethod

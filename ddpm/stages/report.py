@@ -104,7 +104,7 @@ def _prune(params: Params, root: Path) -> tuple[list[str], list[str]]:
     kinds = (
         ("sample", store.samples_file(some).parent, point, r"\.npz|\.png", points),
         ("evaluate", store.metrics_file(some).parent, point, r"\.json", points),
-        ("train", store.history_file(first).parent, schedule, r"\.json|\.csv", schedules),
+        ("train", store.history_file(first).parent, schedule, r"\.json|(\.by_time)?\.csv", schedules),
     )
     stages = store.dvc_lock(root)
     removed, kept = set(), set()

@@ -6,7 +6,8 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
     models/SCHEDULE/              model.safetensors, model.json
     samples/POINT.npz, .png       images (uint8 N,C,H,W), evaluations; a preview grid
     metrics/POINT.json            scores of a point
-    metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves
+    metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves; SCHEDULE.by_time.csv where
+                                  among the network times they arise
     report/                       points.csv, best.json, fid.png, samples.png
 
 Writing is atomic: a file or folder is complete or not there.
@@ -66,6 +67,10 @@ def training_metrics_file(schedule: str) -> Path:
 
 def history_file(schedule: str) -> Path:
     return Path("metrics") / "train" / f"{schedule}.csv"
+
+
+def losses_by_time_file(schedule: str) -> Path:
+    return Path("metrics") / "train" / f"{schedule}.by_time.csv"
 
 
 def downloads_dir(source: str) -> Path:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import ddpm.schedule
 import ddpm.training
 import ddpm.unet
 from ddpm.denoiser import Denoiser
-from ddpm.objective import Objective
+from ddpm.objective import LOSSES, Objective
 from ddpm.schedule import NoiseSchedule
 from ddpm.stages import checkpoint, store
 from ddpm.stages.checkpoint import ResumeState
@@ -33,6 +34,7 @@ from ddpm.stages.progress import Progress, Report, silent
 from ddpm.training import TrainingState, autocast, fit, scaled
 
 VALIDATION_IMAGES = 1024  # at most
+BINS, BIN_IMAGES = 10, 256  # of the losses by network time; images at most
 
 
 def noise_schedule(params: Params, name: str) -> NoiseSchedule:
@@ -57,7 +59,8 @@ def about_network(params: Params, shape: tuple[int, int, int]) -> dict[str, Any]
         raise InputError(
             f"the network takes square images, and the dataset's are {height}x{width}; set data.size and data.fit"
         )
-    return {"kind": "unet", "image_channels": channels, "image_size": height, **params.network.model_dump(mode="json")}
+    about = {"kind": "unet", "image_channels": channels, "image_size": height, **params.network.model_dump(mode="json")}
+    return about | ({"out_channels": 2 * channels} if params.diffusion.variance == "learned" else {})
 
 
 def training_key(params: Params, schedule: str, dataset: str) -> str:
@@ -71,31 +74,78 @@ def training_key(params: Params, schedule: str, dataset: str) -> str:
 
 
 @torch.no_grad()
-def validation_loss(
-    net: torch.nn.Module, images: torch.Tensor, objective: Objective, batch: int, precision: str
-) -> float:
-    """L_simple of uint8 images [N, C, H, W], at times spread evenly over 0 ... T-1 and fixed noise."""
-    generator = torch.Generator(images.device).manual_seed(0)
-    spread = (torch.arange(len(images), device=images.device) + 0.5) / len(images) * len(objective.a)
-    times = spread.long()[torch.randperm(len(images), device=images.device, generator=generator)]
-    total = torch.zeros((), dtype=torch.float64, device=images.device)
+def _mean_losses(
+    net: torch.nn.Module,
+    images: torch.Tensor,
+    times: torch.Tensor,
+    objective: Objective,
+    batch: int,
+    precision: str,
+    generator: torch.Generator,
+    names: tuple[str, ...],
+) -> list[float]:
+    """Rows of LOSSES by name: the mean of each over uint8 images [N, C, H, W] at times int64 [N]."""
+    total = torch.zeros(len(names), dtype=torch.float64, device=images.device)
     for start in range(0, len(images), batch):
         x_0 = scaled(images[start : start + batch])
         eps = torch.randn(x_0.shape, device=images.device, generator=generator)
         with autocast(images.device, precision):
-            total += objective.losses(net, x_0, times[start : start + batch], eps).sum()
-    return float(total) / len(images)
+            outcome = objective.outcome(net, x_0, times[start : start + batch], eps)
+            total += torch.stack([LOSSES[name](objective, outcome).sum() for name in names])
+    return [value / len(images) for value in total.tolist()]
+
+
+def _spread(images: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """A time for each image, evenly over start ... end - 1."""
+    return (start + (torch.arange(len(images), device=images.device) + 0.5) / len(images) * (end - start)).long()
+
+
+def validation_loss(
+    net: torch.nn.Module, images: torch.Tensor, objective: Objective, batch: int, precision: str
+) -> float:
+    """The objective's loss of uint8 images [N, C, H, W], at times spread evenly over 0 ... T-1 and fixed noise."""
+    generator = torch.Generator(images.device).manual_seed(0)
+    order = torch.randperm(len(images), device=images.device, generator=generator)
+    times = _spread(images, 0, len(objective.a))[order]
+    return _mean_losses(net, images, times, objective, batch, precision, generator, (objective.loss,))[0]
+
+
+def losses_by_time(
+    net: torch.nn.Module, images: torch.Tensor, objective: Objective, batch: int, precision: str
+) -> list[dict[str, Any]]:
+    """Where among the network times the losses arise: a row for each of BINS even ranges of 0 ... T-1, fixed noise.
+
+    t: the middle of the range. loss_simple: L_simple. loss_vlb: the bound's terms times T in nats per dimension, so that their
+    mean over even ranges is the bound without L_T. Without images the cells are empty.
+    """
+    images = images[:BIN_IMAGES]
+    generator = torch.Generator(images.device).manual_seed(0)
+    bins = min(BINS, len(objective.a))
+    edges = [len(objective.a) * i // bins for i in range(bins + 1)]
+    rows = []
+    for start, end in pairwise(edges):
+        means: list[Any] = ["", ""]
+        if len(images):
+            times = _spread(images, start, end)
+            means = _mean_losses(net, images, times, objective, batch, precision, generator, ("simple", "vlb"))
+        rows.append({"t": (start + end - 1) // 2, "loss_simple": means[0], "loss_vlb": means[1]})
+    return rows
 
 
 def train(
     params: Params, schedule: str, root: Path = Path(), report: Report = silent, fresh: bool = False
 ) -> dict[str, Any]:
-    """Trains the network on one schedule; writes models/SCHEDULE and metrics/train/SCHEDULE.csv and .json.
+    """Trains the network on one schedule; writes models/SCHEDULE and metrics/train/SCHEDULE.csv, .by_time.csv and .json.
 
     fresh: forget what an earlier run of the same training saved. Returns the content of the JSON file. Raises InputError.
     """
     settings = params.training
     noise = noise_schedule(params, schedule)
+    device = find_device(params.compute.device)
+    try:
+        objective = Objective.of(noise, params.diffusion.target, device, settings.loss)
+    except ValueError as error:
+        raise InputError(f"train {schedule}: diffusion.target: {error}") from None
     dataset = store.read_dataset(root)
     network = about_network(params, dataset.train.shape[1:])
     if settings.flip and not dataset.about["flip"]:
@@ -105,7 +155,6 @@ def train(
             )
         )
     torch.set_num_threads(settings.threads)
-    device = find_device(params.compute.device)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)
@@ -117,7 +166,6 @@ def train(
         shutil.rmtree(folder, ignore_errors=True)
     rows, losses = _resume(folder, state, settings.steps, report)
 
-    objective = Objective.of(noise, params.diffusion.target, device)
     images = torch.from_numpy(np.array(dataset.train)).to(device)
     validation = torch.from_numpy(np.array(dataset.test[:VALIDATION_IMAGES])).to(device)
     denoiser = Denoiser(state.ema, noise, params.diffusion.target, clip=True)
@@ -163,7 +211,8 @@ def train(
             checkpoint.write_resume(folder, ResumeState(step.step, state.tensors(), rows, [float(x) for x in losses]))
             saved = step.step
 
-    return _write(params, schedule, state, network, dataset, rows, root)
+    by_time = losses_by_time(state.ema, validation, objective, settings.batch, settings.precision)
+    return _write(params, schedule, state, network, dataset, rows, by_time, root)
 
 
 def _resume(
@@ -188,11 +237,13 @@ def _write(
     network: dict[str, Any],
     dataset: store.Dataset,
     rows: list[dict[str, Any]],
+    by_time: list[dict[str, Any]],
     root: Path,
 ) -> dict[str, Any]:
     about = {
         "schedule": about_schedule(params, schedule),
         "target": params.diffusion.target,
+        "variance": params.diffusion.variance,
         "network": network,
         "data": {
             **{key: dataset.about[key] for key in ("name", "sha256", "shape", "classes")},
@@ -210,5 +261,6 @@ def _write(
     }
     checkpoint.save(root / store.model_dir(schedule), state.ema, about)
     store.write_csv(root / store.history_file(schedule), rows)
+    store.write_csv(root / store.losses_by_time_file(schedule), by_time)
     store.write_json(root / store.training_metrics_file(schedule), metrics)
     return metrics

@@ -74,6 +74,10 @@ FAULTS = [
     (("sweep", "steps"), [5, 5], "sweep.steps: names something twice"),
     (("sweep", "steps"), [101], "more than diffusion.timesteps"),
     (("sweep", "schedules"), ["lin-ear"], "sweep.schedules"),
+    (("training", "loss"), "l1", "training.loss"),
+    (("training", "loss"), "hybrid", "training.loss: hybrid trains a variance"),
+    (("diffusion", "variance"), "learned", "training.loss: simple would leave the variance"),
+    (("samplers", "ddpm", "variance"), "learned", "samplers.ddpm.variance: learned needs diffusion.variance"),
     (("seed",), -1, "seed"),
     (("surprise",), {}, "surprise"),
 ]

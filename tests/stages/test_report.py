@@ -108,6 +108,7 @@ def test_what_has_left_the_sweep_goes_and_nothing_else(root: Path) -> None:
     for name in ("cosine", "linear", "sqrt"):
         store.write_json(root / store.training_metrics_file(name), {"loss": 1.0})
         store.write_csv(root / store.history_file(name), [{"step": 1}])
+        store.write_csv(root / store.losses_by_time_file(name), [{"t": 1}])
     for point in (*params().points(), Point.parse("sqrt-ddim-20")):
         write_point(root, point)
         (root / store.samples_file(point)).with_suffix(".png").write_bytes(b"preview")
@@ -128,7 +129,7 @@ def test_what_has_left_the_sweep_goes_and_nothing_else(root: Path) -> None:
     report(params(narrow), root, seen.append)
     left = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     stays = {f"report/{name}" for name in written(root)} | set(others)
-    stays |= {"metrics/train/linear.json", "metrics/train/linear.csv"}
+    stays |= {f"metrics/train/linear{ending}" for ending in (".json", ".csv", ".by_time.csv")}
     for name in ("linear-ddpm-20", "linear-ddim-20"):
         stays |= {f"samples/{name}.npz", f"samples/{name}.png", f"samples/{name}.run.json"}
         stays |= {f"metrics/{name}.json", f"metrics/{name}.run.json"}

@@ -110,6 +110,10 @@ def test_refused(trained: Path, smoke: Callable[..., Params], tmp_path: Path) ->
         sample_point(smoke(), Point.parse("cosine-heun-5"), trained)
     with pytest.raises(InputError, match="takes no eta"):
         sample_point(smoke(samplers={"odd": {"sampler": "ddpm", "eta": 1.0}}), Point.parse("cosine-odd-5"), trained)
+    with pytest.raises(InputError, match="cosine-learned-5: variance learned: this network has learned no variance"):
+        rows = {"learned": {"sampler": "ddpm", "variance": "learned"}}
+        sample_point(smoke(samplers=rows), Point.parse("cosine-learned-5"), trained)
+    assert not (trained / "samples/cosine-learned-5.npz").exists()
     with pytest.raises(InputError, match="no such file"):
         sample_point(smoke(), POINT, tmp_path)
     with pytest.raises(InputError, match="times repeat"):

@@ -120,6 +120,10 @@ def assert_complete(seen: Seen, root: Path, params: Params) -> None:
     assert training.info.status == "FINISHED"
     for key, values in curves(root).items():
         assert [(step, value) for step, value, _ in seen.history(training, key)] == values
+    for key in ("loss_simple", "loss_vlb"):
+        rows = store.read_csv(root / store.losses_by_time_file("cosine"))
+        found = [(step, value) for step, value, _ in seen.history(training, f"by_time/{key}")]
+        assert found == [(int(row["t"]), float(row[key])) for row in rows] and len(found) == 10
     for sampler in params.sweep.samplers:
         run = seen.named(f"cosine-{sampler}")
         assert run.data.tags["mlflow.parentRunId"] == training.info.run_id

@@ -1,6 +1,7 @@
 """The train stage: what it writes, that it resumes to the same bytes, and how it fails."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,16 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ddpm import NoiseSchedule
+from ddpm.objective import Objective
 from ddpm.stages import checkpoint, store
 from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params
+from ddpm.stages.params import Params, Point
 from ddpm.stages.progress import Progress
-from ddpm.stages.train import train, training_key
+from ddpm.stages.sample import sample_point
+from ddpm.stages.tracking.lineage import identity_of_model, training_identity
+from ddpm.stages.train import losses_by_time, train, training_key
 
 OUTPUTS = (
     "models/cosine/model.safetensors",
     "models/cosine/model.json",
     "metrics/train/cosine.csv",
+    "metrics/train/cosine.by_time.csv",
     "metrics/train/cosine.json",
 )
 
@@ -55,6 +61,46 @@ def test_it_writes_a_checkpoint_that_describes_itself(root: Path, smoke: Callabl
     assert [int(row["step"]) for row in rows] == [5, 6, 10, 12]
     assert [row["validation_loss"] != "" for row in rows] == [False, True, False, True]
     assert float(rows[-1]["validation_loss"]) == metrics["validation_loss"]
+
+
+def test_losses_by_time_of_a_network_that_predicts_zero(digits: Path) -> None:
+    """L_simple of eps is then one in every range of times, within noise, and that of x0 is E[x_0^2]."""
+    images = torch.from_numpy(np.array(store.read_dataset(digits).test))
+    schedule = NoiseSchedule.named("cosine", 100)
+    for target in ("eps", "x0"):
+        rows = losses_by_time(lambda x, t: 0 * x, images, Objective.of(schedule, target), 64, "float32")
+        assert [row["t"] for row in rows] == [4, 14, 24, 34, 44, 54, 64, 74, 84, 94]
+        square = float((images[:256].double() / 127.5 - 1).square().mean())
+        expected, deviation = {"eps": (1.0, 4 * math.sqrt(2 / (256 * 64))), "x0": (square, 1e-6)}[target]
+        assert [row["loss_simple"] for row in rows] == pytest.approx([expected] * 10, abs=deviation)
+    # For x0 the terms of the bound are closed forms too: those of fixed_large, each of about 26 images.
+    beta, alpha_bar = schedule.betas, schedule.alpha_bar
+    ratio = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])
+    on_x0 = alpha_bar[:-1].sqrt() * beta / (1 - alpha_bar[1:])
+    terms = 100 * (ratio - 1 - ratio.log() + on_x0**2 * square / beta) / 2
+    assert [row["loss_vlb"] for row in rows[1:]] == pytest.approx(terms.view(10, 10).mean(1)[1:].tolist(), rel=0.1)
+    empty = losses_by_time(lambda x, t: 0 * x, images[:0], Objective.of(schedule, "eps"), 64, "float32")
+    assert [(row["t"], row["loss_vlb"]) for row in empty] == [(row["t"], "") for row in rows]
+
+
+def test_a_learned_variance_through_train_checkpoint_and_sample(root: Path, smoke: Callable[..., Params]) -> None:
+    learning = {
+        "diffusion": {"variance": "learned", "target": "mu"},
+        "training": {"steps": 6, "loss": "hybrid"},
+        "sampling": {"images": 4, "batch": 4},
+    }
+    params = smoke(**learning, samplers={"ddpm": {"variance": "learned"}})
+    train(params, "cosine", root)
+    denoiser, about = checkpoint.load(root / "models/cosine", clip=True)
+    assert (about["variance"], about["target"], about["network"]["out_channels"]) == ("learned", "mu", 2)
+    x0_hat, v = denoiser.with_variance(torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 50.0)
+    assert v is not None and x0_hat.shape == v.shape == (2, 1, 8, 8) and bool((v != 0.5).any())
+    assert identity_of_model(about) == training_identity(params, "cosine", about["data"]["sha256"])
+    sample_point(params, Point.parse("cosine-ddpm-5"), root)
+    learned, _ = store.read_samples(root / "samples/cosine-ddpm-5.npz")
+    for variance in ("fixed_large", "fixed_small"):
+        sample_point(smoke(**learning, samplers={"ddpm": {"variance": variance}}), Point.parse("cosine-ddpm-5"), root)
+        assert not np.array_equal(learned, store.read_samples(root / "samples/cosine-ddpm-5.npz")[0])
 
 
 def test_stopped_at_any_step_it_ends_with_the_same_bytes(
@@ -152,6 +198,7 @@ def test_divergence_stops_with_step_rate_and_last_good_state(root: Path, smoke: 
         ({"network": {"attention": [16]}}, "cosine", "never occurs"),
         ({"network": {"multipliers": [1, 1, 1, 1, 1]}}, "cosine", "cannot be halved"),
         ({"compute": {"device": "cuda"}}, "cosine", "no GPU"),
+        ({"diffusion": {"timesteps": 20_000}}, "sqrt", "train sqrt: diffusion.target: target eps says nothing"),
     ],
 )
 def test_refused(changes: dict, schedule: str, message: str, root: Path, smoke: Callable[..., Params]) -> None:

@@ -71,13 +71,17 @@ def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, 
 def identity_of_model(about: Mapping[str, Any]) -> dict[str, Any]:
     """The same, from model.json."""
     training = dict(about["training"])
-    derived = ("kind", "image_channels", "image_size")  # they follow from the data
+    derived = ("kind", "image_channels", "image_size", "out_channels")  # they follow from the data and the variance
     return {
         "schedule": about["schedule"]["name"],
         "schedules": {key: value for key, value in about["schedule"].items() if key not in ("name", "timesteps")},
         "dataset_sha256": about["data"]["sha256"],
         "seed": training.pop("seed"),
-        "diffusion": {"timesteps": about["schedule"]["timesteps"], "target": about["target"]},
+        "diffusion": {
+            "timesteps": about["schedule"]["timesteps"],
+            "target": about["target"],
+            "variance": about.get("variance", "fixed"),
+        },
         "network": {name: value for name, value in about["network"].items() if name not in derived},
         "training": training,
     }

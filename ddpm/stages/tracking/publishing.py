@@ -159,6 +159,7 @@ def _publish_training(target: Target, root: Path, schedule: str, added: Counter[
     _log_dataset(target, run, root, about["data"], "training")
     last = about["training"]["steps"]
     log_metrics(target, run, _curve_metrics(values, last, start, end), added)
+    log_metrics(target, run, _by_time_metrics(root / store.losses_by_time_file(schedule), end), added)
     log_metrics(target, run, _measurements(times, about, last, end), added)
     _log_checkpoint(target, run, folder, about, last, added)
     finish(target, run, end)
@@ -197,6 +198,19 @@ def _curve_metrics(values: Mapping[str, Mapping[int, float]], last: int, start: 
         Metric(key, value, start + (end - start) * step // last, step)
         for key, steps in values.items()
         for step, value in steps.items()
+    ]
+
+
+def _by_time_metrics(table: Path, end: int) -> list[Metric]:
+    """Losses by network time, with that time as the step."""
+    from mlflow.entities import Metric
+
+    rows = store.read_csv(table) if table.exists() else []
+    return [
+        Metric(f"by_time/{key}", float(row[key]), end, int(row["t"]))
+        for row in rows
+        for key in ("loss_simple", "loss_vlb")
+        if row[key]
     ]
 
 
