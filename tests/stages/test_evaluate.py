@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ddpm import features, fidelity
+from ddpm.intervals import standard_error
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.evaluate import evaluate, reference_images
@@ -75,10 +76,17 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
     )
     fid = fidelity.fid(fidelity.statistics(fake), fidelity.statistics(real))
     kid, kid_std = fidelity.kid(fake, real, subset_size=6)
+    influence = store.read_influence(root / store.influence_file(POINT))
+    np.testing.assert_allclose(influence, fidelity.jackknife(fake, fidelity.statistics(real)).influence, rtol=1e-4)
+    reach = 1.959964 * standard_error(influence)
+    assert scores.pop("fid_high") == pytest.approx(fid + reach, rel=1e-5)
+    assert scores.pop("fid_low") == pytest.approx(max(0.0, fid - reach), rel=1e-5)
+    assert (scores.pop("precision"), scores.pop("recall")) == fidelity.precision_recall(fake, real)
     assert scores.pop("fid") == pytest.approx(fid, rel=1e-5)
     assert scores.pop("kid") == pytest.approx(kid, rel=1e-4)
     assert scores.pop("kid_std") == pytest.approx(kid_std, rel=1e-4)
-    assert scores == {
+    assert scores == {  # with 12 images at 64 features, none of fid_infinity; without a classifier no Inception Score
+        "confidence": 0.95,
         "evaluations": 5,
         "images": 12,
         "reference_images": 12,
@@ -191,8 +199,8 @@ def test_wrong_input_is_one_line_and_leaves_nothing(root: Path, monkeypatch: Any
     refused(r"nothing\.pth")
     monkeypatch.delenv(features.WEIGHTS_VARIABLE)
     samples = root / store.samples_file(POINT)
-    store.write_samples(samples, digits()[:1], evaluations=5)
-    refused("two or more")
+    store.write_samples(samples, digits()[:3], evaluations=5)
+    refused("four or more")
     store.write_samples(samples, np.zeros((4, 3, 8, 8), np.uint8), evaluations=5)
     refused(r"\[3, 8, 8\].*\[1, 8, 8\]")
     samples.write_bytes(samples.read_bytes()[:100])
