@@ -1,8 +1,8 @@
 """Which model is champion: the decision alone, from numbers; tracking/registry.py asks it and keeps the books.
 
-A challenger wins when the interval of the difference of the two scores lies wholly on its side. The interval is a paired one where
-both scores come with the influence values of images that start from the same noise. Otherwise the champion stays, except that a
-challenger which is not significantly worse wins when it takes a fraction of the network evaluations.
+A challenger wins when the interval of the difference of the two scores lies wholly on its side. The interval is a paired one
+where both scores come with the influence values of images that start from the same noise. Otherwise the champion stays, except
+that a challenger which is not significantly worse wins when it takes a fraction of the network evaluations.
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ def decide(challenger: Score, champion: Score | None, rule: Promotion, force: bo
     }
     if force:
         return Verdict(True, "--replace was given", evidence)
-    interval = f"{rule.confidence:.4g} interval {low:.3g} to {high:.3g}, {'paired' if gap.paired else 'independent'}"
+    interval = (
+        f"{100 * rule.confidence:g}% interval {low:.3g} to {high:.3g}, {'paired' if gap.paired else 'independent'}"
+    )
     cheaper = challenger.evaluations * rule.fewer_evaluations <= champion.evaluations
     wins = side > 0 or (side == 0 and cheaper)
     if side == 0 and cheaper:

@@ -1,8 +1,8 @@
 """`report`: the scores of the whole sweep -> one table, the best point, the best for each budget of evaluations, pictures.
 
 The best point is not simply the one of the lowest FID, which may be so by luck: of all points that are not significantly worse
-than that one (the 95 % interval of the difference, in pairs, since all points start from the same noise), it is the one that takes
-the fewest network evaluations. The best for a budget is chosen in the same way from the points within it.
+than that one (the 95 % interval of the difference, in pairs, since all points start from the same noise), it is the one that
+takes the fewest network evaluations. The best for a budget is chosen in the same way from the points within it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of points.csv as aligned text, FID falling: the lowest is the last line."""
     falling = sorted(rows, key=lambda row: (-float(row["fid"]), -int(row["evaluations"])))
-    interval = f"{float(rows[0]['confidence']):.3g} interval"
+    interval = f"{float(rows[0]['confidence']):.0%} interval"
     cells = [("point", "evaluations", "FID", interval, "KID"), *(_cells(row) for row in falling)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
@@ -154,7 +154,7 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
     for point in points:
         path = root / store.metrics_file(point)
         scores = store.read_json(path)
-        absent = [key for key in (*SCORES, *PROTOCOL) if key not in scores]
+        absent = [key for key in dict.fromkeys((*SCORES, *PROTOCOL)) if key not in scores]
         if absent:
             raise InputError(f"{path}: without {', '.join(absent)}; run `ddpm evaluate {point.name}` again")
         protocols.add(tuple(scores[key] for key in PROTOCOL))

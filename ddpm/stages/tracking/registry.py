@@ -237,8 +237,9 @@ def rollback(params: Params, root: Path = Path()) -> Decision:
         _tag(client, champion, "ddpm.replaced_by", before.version)
         _tag(client, before, "ddpm.decision", reason)
         point = str(before.tags.get("ddpm.point"))
-        _note(client, name, {"rollback": True, "point": point, "champion": before.version, "before": champion.version})
-        return Decision(False, str(before.version), f"{name} {reason}", point, str(champion.version))
+        to, away = str(before.version), str(champion.version)
+        _note(client, name, {"rollback": True, "point": point, "champion": to, "before": away})
+        return Decision(False, to, f"{name} {reason}", point, away)
 
 
 def _earlier(client: MlflowClient, champion: ModelVersion) -> ModelVersion | None:
