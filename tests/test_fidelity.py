@@ -122,7 +122,7 @@ def test_precision_and_recall_by_hand() -> None:
     """One neighbour: real images reach 1, 1 and 9; fake ones 0.4, 0.4 and 99.1."""
     real = np.array([[0.0], [1.0], [10.0]], np.float32)
     fake = np.array([[0.5], [0.9], [100.0]], np.float32)
-    assert precision_recall(fake, real, neighbours=1) == (2 / 3, 1.0)
+    assert precision_recall(fake, real, neighbours=1) == (2 / 3, 2 / 3)
     assert precision_recall(fake[:2], real, neighbours=1) == (1.0, 1 / 3)
     with pytest.raises(ValueError, match="3 neighbours take 4 images, found 3"):
         precision_recall(fake, real)

@@ -211,3 +211,38 @@ def test_wrong_input_is_one_line_and_leaves_nothing(root: Path, monkeypatch: Any
     shutil.rmtree(root / store.dataset_dir())
     store.write_samples(samples, digits()[:4], evaluations=5)
     refused("dataset")
+
+
+def test_full_weights_at_the_last_layer_give_an_inception_score(
+    root: Path, inception_weights: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    state = torch.load(inception_weights, weights_only=True)
+    classifier = torch.randn(1008, 2048, generator=torch.Generator().manual_seed(0))
+    torch.save(state | {"fc.weight": classifier}, tmp_path / "full.pth")
+    monkeypatch.setenv(features.WEIGHTS_VARIABLE, str(tmp_path / "full.pth"))
+    assert "inception_score" not in run(root)[0]
+    params = protocol()
+    params = params.model_copy(update={"evaluation": params.evaluation.model_copy(update={"layer": 2048})})
+    scores, _ = run(root, params)
+    inception = features.load(2048, tmp_path)
+    logits = torch.from_numpy(features.extract(inception, digits()[30:42])) @ classifier.T
+    theirs = isc_features_to_metric(logits)
+    assert scores["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    assert scores["inception_score"] > 1.01
+    assert scores["inception_score_std"] == pytest.approx(theirs["inception_score_std"], rel=1e-3)
+
+
+def test_with_more_images_than_features_fid_is_extrapolated(root: Path, inception_cache: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    images = (load_digits().images[:140, None] * (255 / 16)).round().astype(np.uint8)
+    write_dataset(root, images[:70])
+    store.write_samples(root / store.samples_file(POINT), images[70:], evaluations=5)
+    scores, _ = run(root, protocol(images=70))
+    inception = features.load(64, inception_cache)
+    fake, real = (features.extract(inception, part) for part in (images[70:], images[:70]))
+    found = fidelity.jackknife(fake, fidelity.statistics(real))
+    assert scores["fid_infinity"] == pytest.approx(found.fid - found.bias, rel=1e-4)
+    assert scores["fid_infinity"] < scores["fid"]
