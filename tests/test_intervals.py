@@ -171,7 +171,7 @@ def test_one_value_has_no_error() -> None:
         standard_error(np.zeros(1))
 
 
-def table(repetitions: int = 2000) -> str:
+def table(repetitions: int = 1000) -> str:
     """The coverage of 95 % intervals as Markdown."""
     lines = [
         "| images | features | noise in common | FID at N | FID at infinity | difference, paired | as if independent | width |",

@@ -235,8 +235,11 @@ def _plot_fid(path: Path, rows: Sequence[Row]) -> None:
                 line = [row for row in rows if (row["schedule"], row["sampler"]) == (schedule, sampler)]
                 line.sort(key=lambda row: row["evaluations"])
                 fids = np.array([row["fid"] for row in line])
+                aside = 1.015 ** (
+                    i * len(samplers) + j - (len(schedules) * len(samplers) - 1) / 2
+                )  # or bars would hide bars
                 axes.errorbar(
-                    [row["evaluations"] for row in line],
+                    [row["evaluations"] * aside for row in line],
                     fids,
                     yerr=[fids - [row["fid_low"] for row in line], [row["fid_high"] for row in line] - fids],
                     capsize=3,
