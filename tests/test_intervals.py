@@ -1,6 +1,6 @@
 """Do the intervals cover what they claim? Gaussian features, whose FID is known, many times over.
 
-`python tests/test_intervals.py` prints the table of docs/statistics.md.
+`PYTHONPATH=. python tests/test_intervals.py` prints the table of docs/statistics.md.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def cover(case: Case, repetitions: int, confidence: float = 0.95, seed: int = 0)
 
 
 def plausible(hits: int, repetitions: int, confidence: float, slack: float = 0.015) -> bool:
-    """Whether so many hits go with a coverage of `confidence`, give or take `slack` for a finite number of images."""
+    """Whether so many hits go with a coverage of `confidence`, give or take `slack`: FID of few images is skewed."""
     return bool(
         binom.ppf(0.001, repetitions, confidence - slack) <= hits <= binom.ppf(0.999, repetitions, confidence + slack)
     )
@@ -113,7 +113,7 @@ def plausible(hits: int, repetitions: int, confidence: float, slack: float = 0.0
 def test_intervals_cover_what_they_claim(case: Case) -> None:
     found = cover(case, 300)
     assert plausible(found.at_this_size, 300, 0.95)
-    assert plausible(found.paired, 300, 0.95)
+    assert plausible(found.paired, 300, 0.95, slack=0.0)
     if case.images > case.dimensions:
         assert plausible(found.infinity, 300, 0.95)
     if case.shared == 0.9:
