@@ -178,13 +178,19 @@ def promote(
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the best point even if the champion is better or not comparable.")
     ] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Bring the last champion back instead.")] = False,
 ) -> None:
-    """Register the best point of the report as ddpm-DATASET; it becomes champion if it beats the one there is."""
+    """Register the best point of the report as ddpm-DATASET; it becomes champion if it beats the one there is for sure."""
     from ddpm.stages import tracking
 
+    if replace and rollback:
+        raise InputError("--replace and --rollback are two different things: give one of them")
     params = Params.load()
+    if rollback:
+        say(tracking.rollback(params, Path()).reason)
+        return
 
-    def score(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    def score(checkpoint: Path, settings: dict[str, Any]) -> Any:
         from ddpm.stages.rescore import rescore
 
         with display("champion") as watch:

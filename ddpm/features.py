@@ -47,11 +47,16 @@ class WeightsError(Exception):
 class Inception:
     """The network up to one layer: uint8 [N, 1 or 3, H, W] -> float32 [N, layer], both on `device`.
 
-    sha256: of the weights file it was made from.
+    sha256: of the weights file it was made from. classifier: float32 [1008, 2048] at layer 2048, where that file has one:
+    features @ classifier.T are the logits of the Inception Score (torch-fidelity's `logits_unbiased`).
     """
 
     def __init__(self, network: nn.Module, layer: int, sha256: str, device: torch.device) -> None:
         self.layer, self.sha256, self.device = layer, sha256, device
+        self.classifier: NDArray[np.float32] | None = None
+        weight: Any = network.get_parameter("fc.weight")
+        if layer == weight.shape[1] and not weight.is_meta:
+            self.classifier = weight.detach().float().numpy()
         stages = dict(network.named_children())
         upto = list(stages).index(_LAST_MODULE[layer]) + 1
         self._network = nn.Sequential(*list(stages.values())[:upto])

@@ -1,14 +1,34 @@
-"""How close two sets of images are, from their features: FID and KID, with torch-fidelity's definitions.
+"""How close two sets of images are, from their features: FID with its error, KID, precision and recall, Inception Score.
 
 FID (Heusel et al. 2017, arXiv:1706.08500, eq. 6) fits a Gaussian to each set:
 |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). It falls as sets grow, so it means little without N and the layer.
 KID (Binkowski et al. 2018, arXiv:1801.01401, section 4) is an unbiased estimate of the squared maximum mean discrepancy
-under the kernel (x.y / D + 1)^3.
+under the kernel (x.y / D + 1)^3. Precision and recall are those of Kynkaanniemi et al. 2019 (arXiv:1904.06991, eq. 1), the
+Inception Score that of Salimans et al. 2016 (arXiv:1606.03498). All have torch-fidelity's definitions.
+
+The error of FID comes from the jackknife: FID_(-i), the distance without image i, for every i, against a reference that stays
+as it is. With d_i = x_i - m1, a = (N - 1)/(N - 2) and b = N/((N - 1)(N - 2)),
+
+    m_(-i) = m1 - d_i/(N - 1),    C_(-i) = a C1 - b d_i d_i^T.
+
+So with C2 = R R^T and v_i = R^T d_i, M = R^T C1 R becomes a M - b v_i v_i^T. The trace of its root follows from
+sqrt(z) = (1/2pi) integral_0^inf s^(-1/2) log(1 + z/s) ds and the determinant of a change of rank one:
+
+    tr (a M - b v v^T)^(1/2) = sqrt(a) tr M^(1/2) + (1/2pi) integral_0^inf s^(-1/2) log(1 - b v^T (s + a M)^(-1) v) ds.
+
+One eigendecomposition of M serves all images, and in its axes the integral is a matrix product. Nothing is inverted and nothing
+linearised: with fewer images than features, where the derivative of the root would give half the true error, it stays exact.
+
+l_i = (N - 1) (mean_j FID_(-j) - FID_(-i)) are the influence values (see intervals.py), and (N - 1) (mean_j FID_(-j) - FID) is
+the bias to first order in 1/N (Quenouille 1956): FID less that is an estimate for infinitely many images, the same limit as Chong
+and Forsyth's (2020, arXiv:1911.07023) line in 1/N, without their random subsets. It needs more images than features.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,6 +36,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Features = NDArray[np.float32]  # N,D
+Device = torch.device | str
+
+NEIGHBOURS = 3  # of precision and recall
+_ROWS = 2048  # at once, where every row meets a whole set
 
 
 @dataclass(frozen=True)
@@ -24,6 +48,12 @@ class Statistics:
 
     mean: NDArray[np.float64]
     covariance: NDArray[np.float64]
+
+    @cached_property
+    def root(self) -> NDArray[np.float64]:
+        """R [D, D] with R R^T = covariance."""
+        values, vectors = torch.linalg.eigh(torch.from_numpy(self.covariance))
+        return (vectors * values.clamp_min(0).sqrt()).numpy()
 
 
 def statistics(features: Features) -> Statistics:
@@ -39,15 +69,109 @@ def statistics(features: Features) -> Statistics:
 def fid(a: Statistics, b: Statistics) -> float:
     """Fréchet distance of two Gaussians, squared as is usual. Never below 0.
 
-    tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric: nothing is
+    tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of R^T C1 R, C2 = R R^T, which is symmetric: nothing is
     inverted, so fewer images than features do no harm. Rounding leaves about 1e-8 of the largest variance per dimension.
     """
-    first, second = torch.from_numpy(a.covariance), torch.from_numpy(b.covariance)
-    values, vectors = torch.linalg.eigh(first)
-    root = vectors * values.clamp_min(0).sqrt()
-    cross = torch.linalg.eigvalsh(root.T @ second @ root).clamp_min(0).sqrt().sum()
-    shift = torch.from_numpy(a.mean - b.mean)
-    return max(0.0, float(shift @ shift + first.trace() + second.trace() - 2 * cross))
+    root = torch.from_numpy(b.root)
+    return _distance(a, b, torch.linalg.eigvalsh(root.T @ torch.from_numpy(a.covariance) @ root))
+
+
+def _distance(a: Statistics, b: Statistics, values: Tensor) -> float:
+    """values: the eigenvalues of M."""
+    shift = a.mean - b.mean
+    cross = float(values.clamp_min(0).sqrt().sum())
+    return max(0.0, float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance)) - 2 * cross)
+
+
+@dataclass(frozen=True)
+class Jackknife:
+    """FID, the influence values [N] of its images (mean 0), and its bias: what N images add to the FID of infinitely many."""
+
+    fid: float
+    influence: NDArray[np.float64]
+    bias: float
+
+
+def jackknife(features: Features, reference: Statistics, device: Device = "cpu") -> Jackknife:
+    """FID of features [N, D] against a reference that stays as it is, and what each image did to it.
+
+    Raises ValueError for fewer than three rows.
+    """
+    count = len(features)
+    if count < 3:
+        raise ValueError(f"an error of FID takes three images or more, found {count}")
+    ours = statistics(features)
+    root = torch.from_numpy(reference.root).to(device)
+    values, vectors = torch.linalg.eigh(root.T @ torch.from_numpy(ours.covariance).to(device) @ root)
+    values = torch.where(values > values[-1] * len(values) * torch.finfo(values.dtype).eps, values, 0.0)
+    axes = root @ vectors * (values > 0)  # d_i @ axes: v_i in M's own axes, without those that are rounding
+    a, b = (count - 1) / (count - 2), count / ((count - 1) * (count - 2))
+    shift, mean = (torch.from_numpy(part).to(device) for part in (ours.mean - reference.mean, ours.mean))
+    trace, cross = float(np.trace(ours.covariance)), float(values.sqrt().sum())
+    changes = []
+    for part in torch.from_numpy(features).split(_ROWS):
+        d = part.to(device, torch.float64) - mean
+        squared = d.square().sum(1)
+        change = squared * (1 / (count - 1) ** 2 - b) - d @ shift * (2 / (count - 1))
+        change += (a - 1) * trace - 2 * (math.sqrt(a) - 1) * cross
+        changes.append(change - 2 * _root_change((d @ axes).square_(), values, a, b))
+    change = torch.cat(changes).cpu().numpy()  # FID_(-i) - FID
+    mean_change = float(change.mean())
+    return Jackknife(
+        _distance(ours, reference, values), (count - 1) * (mean_change - change), (count - 1) * mean_change
+    )
+
+
+def _root_change(squares: Tensor, values: Tensor, a: float, b: float) -> Tensor:
+    """The integral of the module's docstring for v with these squares [N, D] along M's axes, eigenvalues [D] -> [N].
+
+    By the trapezoidal rule in log s, which converges exponentially: the integrand is analytic for |Im log s| < pi, so a step h
+    leaves exp(-2 pi^2 / h). It decays like sqrt(s) to one side and 1/sqrt(s) to the other.
+    """
+    largest = float(values[-1])
+    if largest <= 0:
+        return squares.new_zeros(len(squares))
+    step = 0.7
+    s = largest * torch.arange(-50.0, 50.0, step, dtype=squares.dtype, device=squares.device).exp()
+    remains = 1 - b * (squares @ (1 / (s + a * values[:, None])))
+    return remains.clamp_min_(1e-13).log_() @ s.sqrt() * (step / (2 * math.pi))
+
+
+def precision_recall(
+    fake: Features, real: Features, neighbours: int = NEIGHBOURS, device: Device = "cpu"
+) -> tuple[float, float]:
+    """The share of fake images that lie within reach of a real one, and the reverse. Both in 0 ... 1, higher is better.
+
+    An image reaches as far as its `neighbours`-th neighbour in its own set. Raises ValueError for sets too small for that.
+    """
+    if min(len(fake), len(real)) <= neighbours:
+        raise ValueError(f"{neighbours} neighbours take {neighbours + 1} images, found {min(len(fake), len(real))}")
+    centre = real.mean(0, dtype=np.float64).astype(np.float32)  # distances keep more digits near the origin
+    a, b = (torch.from_numpy(part - centre).to(device) for part in (fake, real))
+    return _share_within(a, b, neighbours), _share_within(b, a, neighbours)
+
+
+def _share_within(points: Tensor, centres: Tensor, neighbours: int) -> float:
+    """Of the points [N, D], those within reach of a centre [M, D]."""
+    reach = torch.cat([torch.cdist(part, centres).kthvalue(neighbours + 1)[0] for part in centres.split(_ROWS)])
+    return sum(int((torch.cdist(part, centres) <= reach).any(1).sum()) for part in points.split(_ROWS)) / len(points)
+
+
+def inception_score(logits: NDArray[np.float32], splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+    """exp of the mean KL(p(y|x) || p(y)) over `splits` parts of the shuffled images: its mean and standard deviation.
+
+    logits: [N, classes]. Higher is better, at least 1. Raises ValueError for fewer images than parts.
+    """
+    if len(logits) < splits:
+        raise ValueError(f"an Inception Score of {splits} parts takes as many images, found {len(logits)}")
+    order = np.random.RandomState(seed).permutation(len(logits))  # torch-fidelity's
+    log_p = torch.from_numpy(logits[order]).double().log_softmax(1)
+    scores = []
+    for i in range(splits):
+        part = log_p[i * len(logits) // splits : (i + 1) * len(logits) // splits]
+        p = part.exp()
+        scores.append(float((p * (part - p.mean(0).log())).sum(1).mean().exp()))
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 def kid(a: Features, b: Features, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> tuple[float, float]:

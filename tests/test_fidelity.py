@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ddpm import features
-from ddpm.fidelity import fid, kid, statistics
+from ddpm.fidelity import Statistics, fid, inception_score, jackknife, kid, precision_recall, statistics
 
 
 def with_moments(mean: Any, covariance: Any, count: int, seed: int = 0) -> np.ndarray:
@@ -78,6 +78,77 @@ def test_fid_with_fewer_images_than_features() -> None:
     assert fid(a, a) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("count", "dimensions", "others"), [(40, 6, 50), (7, 6, 50), (6, 6, 9), (20, 48, 30), (20, 4, 4)]
+)
+def test_the_jackknife_is_leaving_out_one_after_the_other(count: int, dimensions: int, others: int) -> None:
+    """Also where covariances are singular: with fewer images than features, of either set."""
+    scales = np.linspace(0.2, 2, dimensions)
+    x = (blob(count, dimensions, 0, shift=0.3) * scales).astype(np.float32)
+    reference = statistics(blob(others, dimensions, 1))
+    found = jackknife(x, reference)
+    without = np.array([fid(statistics(np.delete(x, i, axis=0)), reference) for i in range(count)])
+    assert found.fid == pytest.approx(fid(statistics(x), reference), rel=1e-6)
+    expected = (count - 1) * (without.mean() - without)
+    np.testing.assert_allclose(found.influence, expected, atol=1e-5 * np.abs(expected).max())
+    assert found.bias == pytest.approx((count - 1) * (without.mean() - found.fid), rel=1e-4)
+
+
+def test_the_jackknife_finds_the_bias_of_fid() -> None:
+    """In one dimension E FID_N is known: (m^2 + v/N) + v + 1 - 2 c4(N) sqrt(v), with E s = c4(N) sigma."""
+    from scipy.special import gammaln
+
+    count, mean, deviation = 25, 0.4, 1.3
+    c4 = np.sqrt(2 / (count - 1)) * np.exp(gammaln(count / 2) - gammaln((count - 1) / 2))
+    truth = mean**2 + (deviation - 1) ** 2
+    expected = mean**2 + deviation**2 * (1 + 1 / count) + 1 - 2 * c4 * deviation
+    reference, generator = Statistics(np.zeros(1), np.ones((1, 1))), np.random.default_rng(0)
+    found = [jackknife(generator.normal(mean, deviation, size=(count, 1)), reference) for _ in range(500)]
+    plain, corrected = (np.array([one.fid - part * one.bias for one in found]) for part in (0, 1))
+    assert plain.mean() == pytest.approx(expected, abs=3 * plain.std() / np.sqrt(500))
+    assert corrected.mean() == pytest.approx(truth, abs=3 * corrected.std() / np.sqrt(500))
+    bias = np.array([one.bias for one in found])  # varies much less than FID itself
+    assert bias.mean() == pytest.approx(expected - truth, rel=0.05)
+
+
+def test_images_that_are_all_alike_have_no_influence() -> None:
+    found = jackknife(np.ones((5, 3), np.float32), statistics(blob(20, 3, 0)))
+    np.testing.assert_allclose(found.influence, 0, atol=1e-12)
+    with pytest.raises(ValueError, match="three images"):
+        jackknife(blob(2, 3, 0), statistics(blob(20, 3, 0)))
+
+
+def test_precision_and_recall_by_hand() -> None:
+    """One neighbour: real images reach 1, 1 and 9; fake ones 0.4, 0.4 and 99.1."""
+    real = np.array([[0.0], [1.0], [10.0]], np.float32)
+    fake = np.array([[0.5], [0.9], [100.0]], np.float32)
+    assert precision_recall(fake, real, neighbours=1) == (2 / 3, 2 / 3)
+    assert precision_recall(fake[:2], real, neighbours=1) == (1.0, 1 / 3)
+    with pytest.raises(ValueError, match="3 neighbours take 4 images, found 3"):
+        precision_recall(fake, real)
+
+
+def test_precision_falls_with_bad_images_and_recall_with_missing_ones() -> None:
+    real = np.concatenate([blob(150, 4, 0), blob(150, 4, 1, shift=20.0)])
+    half, noisy = (
+        blob(300, 4, 2),
+        np.concatenate([blob(300, 4, 3), blob(300, 4, 4, shift=20.0), blob(300, 4, 5, shift=-90.0)]),
+    )
+    precision, recall = precision_recall(half, real)
+    assert precision > 0.8 and 0.4 < recall < 0.5
+    precision, recall = precision_recall(noisy, real)
+    assert 0.5 < precision < 2 / 3 and recall > 0.9
+    assert precision_recall(real, real) == (1.0, 1.0)
+
+
+def test_the_inception_score_of_certain_and_balanced_images_is_the_number_of_classes() -> None:
+    logits = np.tile(100 * np.eye(5), (40, 1)).astype(np.float32)
+    assert inception_score(logits, splits=1)[0] == pytest.approx(5)
+    assert inception_score(np.zeros((20, 5), np.float32)) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="10 parts"):
+        inception_score(logits[:9])
+
+
 def test_kid_is_the_direct_sum() -> None:
     x, y = blob(12, 5, 0).astype(float), blob(12, 5, 1, shift=0.4).astype(float)
 
@@ -118,6 +189,27 @@ def test_scores_are_torch_fidelitys_on_the_same_features() -> None:
     mean, deviation = kid(x, y, subsets=20, subset_size=100, seed=7)
     assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     assert deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-4)
+
+
+def test_precision_recall_and_inception_score_are_torch_fidelitys_on_the_same_features() -> None:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    x, y = blob(300, 8, 0), blob(250, 8, 1, shift=0.8)
+    theirs = prc_features_to_metric(
+        torch.from_numpy(x),
+        torch.from_numpy(y),
+        prc_neighborhood=3,
+        prc_batch_size=100,
+        save_cpu_ram=False,
+        verbose=False,
+    )
+    assert 0.1 < theirs["recall"] < theirs["precision"] + 0.5 < 1.5
+    assert precision_recall(x, y) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+    theirs = isc_features_to_metric(torch.from_numpy(3 * x))
+    assert inception_score(3 * x) == pytest.approx(
+        (theirs["inception_score_mean"], theirs["inception_score_std"]), rel=1e-9
+    )
 
 
 class Pictures(torch.utils.data.Dataset):

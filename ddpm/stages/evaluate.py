@@ -1,7 +1,9 @@
-"""`evaluate POINT`: samples against the training images -> FID, KID, and what they were computed from.
+"""`evaluate POINT`: samples against the training images -> the scores, how sure they are, and what they were computed from.
 
 The protocol, whatever the point: the first `evaluation.images` samples, as uint8, exactly as saved, against as many
 images of the train split, drawn without replacement in an order that never changes (`params.seed` has no say).
+One pass of Inception features gives every score. fid_low ... fid_high is about the samples: where FID of other samples of the
+same model, as many and against the same reference, has its mean.
 """
 
 from __future__ import annotations
@@ -15,18 +17,20 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from ddpm import features, fidelity
+from ddpm import features, fidelity, intervals
 from ddpm.stages import store
 from ddpm.stages.device import find_device
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point
 from ddpm.stages.progress import Progress, Report, silent
 
+FEWEST = fidelity.NEIGHBOURS + 1  # images that can be scored
+SPLITS = 10  # of the Inception Score
 KID_SUBSET_SIZE = 1000  # at most half of a set, or the subsets would all be alike
 
 
 def evaluate(params: Params, point: Point, root: Path = Path(), report: Report = silent) -> dict[str, Any]:
-    """Writes metrics/POINT.json and returns its content. Raises InputError."""
+    """Writes metrics/POINT.json and POINT.influence.npy and returns the scores. Raises InputError."""
     protocol = params.evaluation
     torch.set_num_threads(protocol.threads)
     path = root / store.samples_file(point)
@@ -38,8 +42,8 @@ def evaluate(params: Params, point: Point, root: Path = Path(), report: Report =
             "train and sample again"
         )
     samples, real = samples[: protocol.images], reference_images(dataset.train, protocol.images)
-    if min(len(samples), len(real)) < 2:
-        raise InputError(f"{path}: {len(samples)} samples and {len(real)} reference images; a score takes two or more")
+    if min(len(samples), len(real)) < FEWEST:
+        raise InputError(f"{path}: {len(samples)} samples and {len(real)} reference images; a score takes four or more")
     try:
         inception = features.load(protocol.layer, root / store.CACHE / "inception", find_device(params.compute.device))
     except features.WeightsError as error:
@@ -54,13 +58,8 @@ def evaluate(params: Params, point: Point, root: Path = Path(), report: Report =
     few = len(samples) < protocol.images
     done(len(real), f"{len(samples)} samples, not {protocol.images}: there are no more" if few else "")
     fake_features = features.extract(inception, samples, protocol.batch, lambda count: done(len(real) + count))
-    kid, kid_std = fidelity.kid(
-        fake_features, real_features, subset_size=max(2, min(KID_SUBSET_SIZE, len(samples) // 2, len(real) // 2))
-    )
-    scores = {
-        "fid": _rounded(fidelity.fid(fidelity.statistics(fake_features), real_statistics)),
-        "kid": _rounded(kid),
-        "kid_std": _rounded(kid_std),
+    scores, influence = _scores(inception, fake_features, real_features, real_statistics)
+    scores |= {
         "evaluations": evaluations,
         "images": len(samples),
         "reference_images": len(real),
@@ -70,8 +69,36 @@ def evaluate(params: Params, point: Point, root: Path = Path(), report: Report =
         "extractor_sha256": inception.sha256,
         "samples": store.sha256(path),
     }
+    store.write_influence(root / store.influence_file(point), influence)
     store.write_json(root / store.metrics_file(point), scores)
     return scores
+
+
+def _scores(
+    inception: features.Inception, fake: fidelity.Features, real: fidelity.Features, reference: fidelity.Statistics
+) -> tuple[dict[str, Any], fidelity.Features]:
+    """-> the scores, and the influence values of FID."""
+    found = fidelity.jackknife(fake, reference, inception.device)
+    influence = found.influence.astype(np.float32)  # as kept, so that the interval follows from the file
+    low, high = intervals.Estimate(found.fid, intervals.standard_error(influence)).interval()
+    kid, kid_std = fidelity.kid(fake, real, subset_size=max(2, min(KID_SUBSET_SIZE, len(fake) // 2, len(real) // 2)))
+    precision, recall = fidelity.precision_recall(fake, real, device=inception.device)
+    scores = {
+        "fid": found.fid,
+        "fid_low": max(0.0, low),
+        "fid_high": high,
+        "confidence": intervals.CONFIDENCE,
+        "kid": kid,
+        "kid_std": kid_std,
+        "precision": precision,
+        "recall": recall,
+    }
+    if len(fake) > inception.layer:  # with fewer images the bias is not proportional to 1/N
+        scores["fid_infinity"] = found.fid - found.bias
+    if inception.classifier is not None and len(fake) >= SPLITS:
+        logits = fake @ inception.classifier.T
+        scores["inception_score"], scores["inception_score_std"] = fidelity.inception_score(logits, SPLITS)
+    return {name: _rounded(value) for name, value in scores.items()}, influence
 
 
 def reference_images(train: store.Images, count: int) -> store.Images:

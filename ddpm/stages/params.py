@@ -91,7 +91,7 @@ class Evaluation(Section):
     """The protocol of the scores."""
 
     layer: Literal[64, 192, 768, 2048]
-    images: Annotated[int, Field(ge=2)]
+    images: Annotated[int, Field(ge=4)]
     batch: Count = 50
     threads: Count = 1
 
@@ -138,6 +138,13 @@ class Sweep(Section):
         if len(set(value)) < len(value):
             raise ValueError("names something twice")
         return value
+
+
+class Promotion(Section):
+    """When a challenger replaces the champion; no stage depends on it."""
+
+    confidence: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.95
+    fewer_evaluations: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
 
 
 class Compute(Section):
@@ -187,6 +194,7 @@ class Params(Section):
     schedules: dict[Name, Schedule]
     samplers: dict[Name, Sampler]
     sweep: Sweep
+    promotion: Promotion = Promotion()
     compute: Compute = Compute()
 
     @model_validator(mode="after")

@@ -1,4 +1,9 @@
-"""Which model is champion: the decision alone, from numbers; tracking/registry.py asks it and keeps the books."""
+"""Which model is champion: the decision alone, from numbers; tracking/registry.py asks it and keeps the books.
+
+A challenger wins when the interval of the difference of the two scores lies wholly on its side. The interval is a paired one
+where both scores come with the influence values of images that start from the same noise. Otherwise the champion stays, except
+that a challenger which is not significantly worse wins when it takes a fraction of the network evaluations.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,16 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm.intervals import Estimate
 from ddpm.stages.errors import InputError
+from ddpm.stages.metrics import HEADLINE, RANKING, estimate_of
+from ddpm.stages.params import Promotion
 
 
 @dataclass(frozen=True)
@@ -54,23 +65,31 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Score:
-    """A point's FID under a protocol."""
+    """A point's headline score under a protocol. seed: of the noise that its images start from, where that is known."""
 
-    fid: float
+    estimate: Estimate
     evaluations: int
     protocol: Protocol
+    seed: int | None = None
 
     @classmethod
-    def of(cls, metrics: Mapping[str, Any]) -> Score:
-        """From what metrics/POINT.json holds. Raises InputError."""
-        fid = metrics.get("fid")
-        if not isinstance(fid, (int, float)) or not math.isfinite(fid):
-            raise InputError(f"a FID of {fid} cannot be compared: evaluate the point again (dvc repro)")
-        return cls(float(fid), int(metrics["evaluations"]), Protocol.of(metrics))
+    def of(
+        cls, metrics: Mapping[str, Any], influence: NDArray[np.floating] | None = None, seed: int | None = None
+    ) -> Score:
+        """From what metrics/POINT.json and POINT.influence.npy hold. Raises InputError."""
+        again = "evaluate the point again (dvc repro)"
+        for key in (HEADLINE, f"{HEADLINE}_high", "confidence"):
+            value = metrics.get(key)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise InputError(f"a {RANKING.title} with {key} = {value} cannot be compared: {again}")
+        protocol = Protocol.of(metrics)
+        if influence is not None and len(influence) != protocol.images:
+            raise InputError(f"{len(influence)} influence values for {protocol.images} images: {again}")
+        return cls(estimate_of(metrics, influence), int(metrics["evaluations"]), protocol, seed)
 
-    def beats(self, other: Score) -> bool:
-        """Strictly better under the same protocol: a tie keeps the champion."""
-        return self.protocol == other.protocol and self.fid < other.fid
+    @property
+    def value(self) -> float:
+        return self.estimate.value
 
 
 @dataclass(frozen=True)
@@ -84,17 +103,50 @@ class Decision:
     previous: str | None = None
 
 
-def decide(challenger: Score, champion: Score, replace: bool = False) -> tuple[bool, str]:
-    """-> whether the challenger takes the champion's place, and why, as the end of a sentence.
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the challenger takes the champion's place, and why, as the end of a sentence.
 
-    replace: it does, whatever the scores say. Raises ValueError for scores under different protocols otherwise.
+    evidence: difference (challenger - champion), low, high, confidence, paired; empty where nothing was compared.
     """
-    if replace:
-        return True, "--replace was given"
-    if challenger.protocol != champion.protocol:
+
+    wins: bool
+    reason: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+def decide(challenger: Score, champion: Score | None, rule: Promotion, force: bool = False) -> Verdict:
+    """champion: None where its score is not known; only `force`, which asks for no reasons, goes without.
+
+    Raises ValueError for scores that cannot be compared otherwise.
+    """
+    comparable = champion is not None and challenger.protocol == champion.protocol
+    if not comparable and not force:
         raise ValueError("scores under different protocols cannot be compared")
-    if challenger.beats(champion):
-        return True, f"FID {challenger.fid:.4g} is better than {champion.fid:.4g}"
-    if challenger.fid == champion.fid:
-        return False, f"FID {challenger.fid:.4g} is a tie"
-    return False, f"FID {challenger.fid:.4g} is not better than {champion.fid:.4g}"
+    if champion is None or not comparable:
+        return Verdict(True, "--replace was given")
+    mine, theirs = challenger.estimate, champion.estimate
+    if challenger.seed != champion.seed:
+        theirs = replace(theirs, influence=None)
+    side, gap = RANKING.compare(mine, theirs, rule.confidence)
+    low, high = gap.interval(rule.confidence)
+    evidence = {
+        "difference": gap.value,
+        "low": low,
+        "high": high,
+        "confidence": rule.confidence,
+        "paired": gap.paired,
+    }
+    if force:
+        return Verdict(True, "--replace was given", evidence)
+    interval = (
+        f"{100 * rule.confidence:g}% interval {low:.3g} to {high:.3g}, {'paired' if gap.paired else 'independent'}"
+    )
+    cheaper = challenger.evaluations * rule.fewer_evaluations <= champion.evaluations
+    wins = side > 0 or (side == 0 and cheaper)
+    if side == 0 and cheaper:
+        words = f"is as good, with {challenger.evaluations:,} evaluations instead of {champion.evaluations:,}, as"
+    else:
+        words = {1: "is better than", 0: "is not significantly better than", -1: "is worse than"}[side]
+    reason = f"{RANKING.title} {mine.value:.4g} {words} {theirs.value:.4g} (difference {gap.value:.3g}, {interval})"
+    return Verdict(wins, reason, evidence)

@@ -1,4 +1,9 @@
-"""`report`: the scores of the whole sweep -> one table, the best point, FID against evaluations, samples side by side."""
+"""`report`: the scores of the whole sweep -> one table, the best point, the best for each budget of evaluations, pictures.
+
+The best point is not simply the one of the lowest FID, which may be so by luck: of all points that are not significantly worse
+than that one (the 95 % interval of the difference, in pairs, since all points start from the same noise), it is the one that
+takes the fewest network evaluations. The best for a budget is chosen in the same way from the points within it.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,28 @@ from typing import Any
 
 import numpy as np
 
+from ddpm.intervals import CONFIDENCE
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
+from ddpm.stages.metrics import HEADLINE, RANKING, Candidate, choose, estimate_of, front
 from ddpm.stages.params import Params, Point
 from ddpm.stages.progress import Progress, Report, silent
 
 SIDE_BY_SIDE = 10  # images of each point
-SCORES = ("evaluations", "fid", "kid", "kid_std", "images", "reference_images", "layer")
+BUDGETS = (10, 20, 50, 100, 1000)  # network evaluations an image, at most
+SCORES: tuple[str, ...] = (
+    "evaluations",
+    "fid",
+    "fid_low",
+    "fid_high",
+    "confidence",
+    "kid",
+    "kid_std",
+    "precision",
+    "recall",
+)
+SCORES += ("images", "reference_images", "layer")
+OPTIONAL = ("fid_infinity", "inception_score")  # not every protocol allows them
 PROTOCOL = ("reference", "extractor_sha256", "layer", "images", "reference_images")
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes tell lines apart in grey print.
@@ -28,13 +48,14 @@ Row = dict[str, Any]
 
 
 def report(params: Params, root: Path = Path(), report: Report = silent) -> dict[str, Any]:
-    """Writes report/ and returns best.json's content: the point of lowest FID, then of fewest evaluations.
+    """Writes report/ and returns best.json's content: the best point's row, `points` (how many there are), `lowest` (the point
+    of the lowest FID) and `tied` (how many are not significantly worse than that one).
 
     Removes what samples/ and metrics/ still hold of points that have left the sweep, where DVC can bring it back.
     Raises InputError when a point of the sweep has no scores.
     """
     points = params.points()
-    rows, protocols = _read_rows(points, root)
+    rows, candidates, protocols = _read_rows(points, root)
     removed, kept = _prune(params, root)
     if removed:
         report(Progress(0, len(points), "points", message=f"removed what has left the sweep: {_few(removed)}"))
@@ -44,10 +65,14 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
     if protocols > 1:
         message = "points were scored under different protocols; their FIDs don't compare (dvc repro)"
         report(Progress(0, len(points), "points", message=message))
-    best = {**min(rows, key=lambda row: (row["fid"], row["evaluations"])), "points": len(rows)}
+    choice = choose(candidates)
+    chosen = next(row for row in rows if row["point"] == choice.best.name)
+    best = {key: value for key, value in chosen.items() if value is not None}
+    best |= {"points": len(rows), "lowest": choice.leader.name, "tied": len(choice.tied)}
     folder = root / store.report_dir()
     store.write_csv(folder / "points.csv", rows)
     store.write_json(folder / "best.json", best)
+    store.write_json(folder / "front.json", _front(candidates))
     _plot_fid(folder / "fid.png", rows)
 
     def done(count: int) -> None:
@@ -58,39 +83,91 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of points.csv as aligned text, FID falling: the best point is the last line."""
+    """Rows of points.csv as aligned text, FID falling: the lowest is the last line."""
     falling = sorted(rows, key=lambda row: (-float(row["fid"]), -int(row["evaluations"])))
-    cells = [("point", "evaluations", "FID", "KID"), *(_cells(row) for row in falling)]
-    widths = [max(len(row[column]) for row in cells) for column in range(4)]
+    interval = f"{float(rows[0]['confidence']):.0%} interval"
+    cells = [("point", "evaluations", "FID", interval, "KID"), *(_cells(row) for row in falling)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))]).rstrip() for row in cells
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells
     )
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         row["point"],
         f"{int(row['evaluations']):,}",
         f"{float(row['fid']):.4g}",
+        f"{float(row['fid_low']):.4g} to {float(row['fid_high']):.4g}",
         f"{float(row['kid']):.2g} ± {float(row['kid_std']):.1g}",
     )
 
 
-def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], int]:
-    """-> points.csv's rows, and how many protocols they were scored under."""
+def _front(candidates: Sequence[Candidate]) -> Row:
+    """front.json.
+
+    budgets: the best point of at most so many evaluations; `lowest` and `tied` as in best.json.
+    front: the points that no other of as few evaluations beats, each with its difference to the one before.
+    """
+    budgets = {}
+    for budget in BUDGETS:
+        if within := [point for point in candidates if point.evaluations <= budget]:
+            choice = choose(within)
+            budgets[str(budget)] = {
+                **_entry(choice.best),
+                "lowest": choice.leader.name,
+                "tied": len(choice.tied),
+            }
+    steps, best = [], front(candidates)
+    for before, point in zip([None, *best], best, strict=False):
+        step = _entry(point)
+        if before is not None:
+            side, gap = RANKING.compare(point.estimate, before.estimate)
+            low, high = gap.interval()
+            step |= {
+                "difference": _rounded(gap.value),
+                "difference_low": _rounded(low),
+                "difference_high": _rounded(high),
+            }
+            step |= {"significant": side != 0, "paired": gap.paired}
+        steps.append(step)
+    return {"metric": HEADLINE, "confidence": CONFIDENCE, "budgets": budgets, "front": steps}
+
+
+def _entry(point: Candidate) -> Row:
+    low, high = point.estimate.interval()
+    return {
+        "point": point.name,
+        "evaluations": point.evaluations,
+        HEADLINE: point.estimate.value,
+        f"{HEADLINE}_low": _rounded(max(0.0, low)),
+        f"{HEADLINE}_high": _rounded(high),
+    }
+
+
+def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Candidate], int]:
+    """-> points.csv's rows, the same to choose from, and how many protocols they were scored under."""
     missing = [point.name for point in points if not (root / store.metrics_file(point)).exists()]
     if missing:
         raise InputError(f"{root / 'metrics'}: no scores of {_few(missing)}; run `dvc repro` or `ddpm evaluate POINT`")
-    rows, protocols = [], set()
+    rows, candidates, protocols = [], [], set()
     for point in points:
         path = root / store.metrics_file(point)
         scores = store.read_json(path)
-        absent = [key for key in (*SCORES, *PROTOCOL) if key not in scores]
+        absent = [key for key in dict.fromkeys((*SCORES, *PROTOCOL)) if key not in scores]
         if absent:
             raise InputError(f"{path}: without {', '.join(absent)}; run `ddpm evaluate {point.name}` again")
         protocols.add(tuple(scores[key] for key in PROTOCOL))
-        rows.append({"point": point.name, **point.model_dump(), **{key: scores[key] for key in SCORES}})
-    return rows, len(protocols)
+        influence = store.read_influence(root / store.influence_file(point))
+        if len(influence) != scores["images"]:
+            raise InputError(f"{path}: not of the same run as its influence values; evaluate {point.name} again")
+        candidates.append(Candidate(point.name, scores["evaluations"], estimate_of(scores, influence)))
+        rows.append(
+            {"point": point.name, **point.model_dump(), **{key: scores.get(key) for key in (*SCORES, *OPTIONAL)}}
+        )
+    absent = [key for key in OPTIONAL if all(row[key] is None for row in rows)]
+    rows = [{key: value for key, value in row.items() if key not in absent} for row in rows]
+    return rows, candidates, len(protocols)
 
 
 def _prune(params: Params, root: Path) -> tuple[list[str], list[str]]:
@@ -103,7 +180,7 @@ def _prune(params: Params, root: Path) -> tuple[list[str], list[str]]:
     some, first = params.points()[0], params.sweep.schedules[0]
     kinds = (
         ("sample", store.samples_file(some).parent, point, r"\.npz|\.png", points),
-        ("evaluate", store.metrics_file(some).parent, point, r"\.json", points),
+        ("evaluate", store.metrics_file(some).parent, point, r"\.json|\.influence\.npy", points),
         ("train", store.history_file(first).parent, schedule, r"\.json|(\.by_time)?\.csv", schedules),
     )
     stages = store.dvc_lock(root)
@@ -157,9 +234,15 @@ def _plot_fid(path: Path, rows: Sequence[Row]) -> None:
             for j, sampler in enumerate(samplers):
                 line = [row for row in rows if (row["schedule"], row["sampler"]) == (schedule, sampler)]
                 line.sort(key=lambda row: row["evaluations"])
-                axes.plot(
-                    [row["evaluations"] for row in line],
-                    [row["fid"] for row in line],
+                fids = np.array([row["fid"] for row in line])
+                aside = 1.015 ** (
+                    i * len(samplers) + j - (len(schedules) * len(samplers) - 1) / 2
+                )  # or bars would hide bars
+                axes.errorbar(
+                    [row["evaluations"] * aside for row in line],
+                    fids,
+                    yerr=[fids - [row["fid_low"] for row in line], [row["fid_high"] for row in line] - fids],
+                    capsize=3,
                     color=COLOURS[i % len(COLOURS)],
                     marker=MARKERS[(i * len(samplers) + j) % len(MARKERS)],
                     linestyle=DASHES[j % len(DASHES)],
@@ -167,7 +250,10 @@ def _plot_fid(path: Path, rows: Sequence[Row]) -> None:
                 )
         axes.set_xscale("log")
         if all(row["fid"] > 0 for row in rows):
-            axes.set_yscale("log")
+            axes.set_yscale("log", nonpositive="clip")
+            axes.set_ylim(
+                bottom=0.9 * min(row["fid_low"] or row["fid"] / 3 for row in rows)
+            )  # a bar may reach down to 0
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         ticks: list[int] = []
@@ -177,7 +263,7 @@ def _plot_fid(path: Path, rows: Sequence[Row]) -> None:
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.set_xticks([], minor=True)
         axes.set_xlabel("network evaluations per image")
-        axes.set_ylabel("FID")
+        axes.set_ylabel(f"{RANKING.title}, with {rows[0]['confidence']:.0%} intervals")
         axes.set_title(_protocol(rows), fontsize="medium")
         axes.grid(which="both", alpha=0.25)
         axes.legend()
@@ -209,3 +295,8 @@ def _plot_samples(path: Path, rows: Sequence[Row], files: Sequence[Path], done: 
             middle = (bottom + height / 2) / (len(rows) * (height + gap))
             text = f"{row['point']}   FID {row['fid']:.3g}"
             figure.text((label - 8) / (label + width), middle, text, ha="right", va="center", fontsize=9)
+
+
+def _rounded(value: float) -> float:
+    """To 8 digits, as in metrics/."""
+    return float(f"{value:.8g}")

@@ -6,6 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.evaluate import evaluate
@@ -16,10 +19,11 @@ from ddpm.stages.sample import sample_point
 
 def rescore(
     params: Params, checkpoint: Path, settings: dict[str, Any], root: Path = Path(), report: Report = silent
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], NDArray[np.float32]]:
     """Samples and evaluates in a folder of its own, where only the dataset and the caches are shared.
 
-    settings: a sampler row's options, and its `steps`. Returns what metrics/POINT.json would hold. Raises InputError.
+    settings: a sampler row's options, and its `steps`. Returns what metrics/POINT.json and POINT.influence.npy would
+    hold. Raises InputError.
     """
     about = store.read_json(checkpoint / "model.json")
     dataset = store.read_json(root / store.dataset_dir() / "dataset.json")
@@ -39,4 +43,5 @@ def rescore(
         model.parent.mkdir(parents=True)
         model.symlink_to(checkpoint.resolve())
         sample_point(alone, point, folder, report)
-        return evaluate(alone, point, folder, report)
+        scores = evaluate(alone, point, folder, report)
+        return scores, store.read_influence(folder / store.influence_file(point))

@@ -5,10 +5,10 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
     dataset/                      train.npy, test.npy (uint8 N,C,H,W), *-labels.npy (int64 N), dataset.json, preview.png
     models/SCHEDULE/              model.safetensors, model.json
     samples/POINT.npz, .png       images (uint8 N,C,H,W), evaluations; a preview grid
-    metrics/POINT.json            scores of a point
+    metrics/POINT.json            scores of a point; POINT.influence.npy what each image did to its FID (float32 N)
     metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves; SCHEDULE.by_time.csv where
                                   among the network times they arise
-    report/                       points.csv, best.json, fid.png, samples.png
+    report/                       points.csv, best.json, front.json, fid.png, samples.png
 
 Writing is atomic: a file or folder is complete or not there.
 """
@@ -59,6 +59,10 @@ def samples_file(point: Point) -> Path:
 
 def metrics_file(point: Point) -> Path:
     return Path("metrics") / f"{point.name}.json"
+
+
+def influence_file(point: Point) -> Path:
+    return Path("metrics") / f"{point.name}.influence.npy"
 
 
 def training_metrics_file(schedule: str) -> Path:
@@ -325,6 +329,28 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
             return dict(archive)
     except Exception as error:  # noqa: BLE001 - numpy and zipfile raise a dozen types on a damaged archive
         raise InputError(f"{path}: not readable: {error}") from None
+
+
+# Influence values.
+
+
+def write_influence(path: Path, influence: NDArray[np.floating]) -> None:
+    """float32 [N], in the order of the images."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, influence.astype(np.float32))
+
+
+def read_influence(path: Path) -> NDArray[np.float32]:
+    """Raises InputError."""
+    try:
+        influence: NDArray[np.float32] = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; `ddpm evaluate` writes it beside the scores") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path}: not readable as an array: {error}") from None
+    if influence.dtype != np.float32 or influence.ndim != 1 or not np.isfinite(influence).all():
+        raise InputError(f"{path}: expected finite float32 values, one per image")
+    return influence
 
 
 # What DVC knows.

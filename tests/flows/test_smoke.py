@@ -100,7 +100,8 @@ def test_a_change_touches_what_depends_on_it_and_nothing_else(clone: Any) -> Non
 def test_dvc_shows_metrics_plots_and_parameters(clone: Any) -> None:
     shown = json.loads(clone.run("dvc", "metrics", "show", "--json").stdout)
     metrics = next(iter(shown.values()))["data"]
-    assert metrics["report/best.json"]["data"]["fid"] == min(
+    best = metrics["report/best.json"]["data"]
+    assert metrics[f"metrics/{best['lowest']}.json"]["data"]["fid"] == min(
         entry["data"]["fid"] for name, entry in metrics.items() if name.startswith("metrics/cosine-")
     )
     page = clone.run("dvc", "plots", "show")

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
+from ddpm.intervals import CONFIDENCE, quantile, standard_error
 from ddpm.stages import store
 from ddpm.stages.params import Params, Point
 from ddpm.stages.prepare import prepare
@@ -69,11 +71,23 @@ def run_record(stage: str, started: int, seconds: int, count: int, unit: str) ->
     }
 
 
-def scores_of(root: Path, point: Point, fid: float, **changes: Any) -> None:
-    """metrics/POINT.json as `evaluate` would write it, and a report whose best point is the one of the lowest FID."""
+def influence_of(point: Point, count: int, error: float) -> np.ndarray:
+    """Influence values of `count` images, with that standard error exactly; each point has its own."""
+    values = np.random.default_rng(list(point.name.encode())).normal(size=count)
+    return ((values - values.mean()) * (error / standard_error(values))).astype(np.float32)
+
+
+def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **changes: Any) -> None:
+    """What `evaluate` would write, and a report whose best point is the one of the lowest FID."""
     samples = root / store.samples_file(point)
+    store.write_influence(root / store.influence_file(point), influence_of(point, changes.get("images", 64), error))
     scores = {
         "fid": fid,
+        "fid_low": fid - quantile() * error,
+        "fid_high": fid + quantile() * error,
+        "confidence": CONFIDENCE,
+        "precision": 0.5,
+        "recall": 0.25,
         "kid": fid / 1000,
         "kid_std": fid / 10_000,
         "evaluations": store.read_evaluations(samples),
@@ -94,7 +108,7 @@ def scores_of(root: Path, point: Point, fid: float, **changes: Any) -> None:
 
 @pytest.fixture(scope="session")
 def write_scores() -> Callable[..., None]:
-    """write_scores(root, point, fid, **changes to the other entries)."""
+    """write_scores(root, point, fid, error, **changes to the other entries)."""
     return scores_of
 
 

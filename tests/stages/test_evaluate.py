@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ddpm import features, fidelity
+from ddpm.intervals import standard_error
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.evaluate import evaluate, reference_images
@@ -75,10 +76,18 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
     )
     fid = fidelity.fid(fidelity.statistics(fake), fidelity.statistics(real))
     kid, kid_std = fidelity.kid(fake, real, subset_size=6)
+    influence = store.read_influence(root / store.influence_file(POINT))
+    np.testing.assert_allclose(influence, fidelity.jackknife(fake, fidelity.statistics(real)).influence, rtol=1e-4)
+    reach = 1.959964 * standard_error(influence)
+    assert scores.pop("fid_high") == pytest.approx(fid + reach, rel=1e-5)
+    assert scores.pop("fid_low") == pytest.approx(max(0.0, fid - reach), rel=1e-5)
+    found = [scores.pop("precision"), scores.pop("recall")]
+    assert found == pytest.approx(fidelity.precision_recall(fake, real), rel=1e-7)
     assert scores.pop("fid") == pytest.approx(fid, rel=1e-5)
     assert scores.pop("kid") == pytest.approx(kid, rel=1e-4)
     assert scores.pop("kid_std") == pytest.approx(kid_std, rel=1e-4)
-    assert scores == {
+    assert scores == {  # with 12 images at 64 features, none of fid_infinity; without a classifier no Inception Score
+        "confidence": 0.95,
         "evaluations": 5,
         "images": 12,
         "reference_images": 12,
@@ -191,8 +200,8 @@ def test_wrong_input_is_one_line_and_leaves_nothing(root: Path, monkeypatch: Any
     refused(r"nothing\.pth")
     monkeypatch.delenv(features.WEIGHTS_VARIABLE)
     samples = root / store.samples_file(POINT)
-    store.write_samples(samples, digits()[:1], evaluations=5)
-    refused("two or more")
+    store.write_samples(samples, digits()[:3], evaluations=5)
+    refused("four or more")
     store.write_samples(samples, np.zeros((4, 3, 8, 8), np.uint8), evaluations=5)
     refused(r"\[3, 8, 8\].*\[1, 8, 8\]")
     samples.write_bytes(samples.read_bytes()[:100])
@@ -202,3 +211,38 @@ def test_wrong_input_is_one_line_and_leaves_nothing(root: Path, monkeypatch: Any
     shutil.rmtree(root / store.dataset_dir())
     store.write_samples(samples, digits()[:4], evaluations=5)
     refused("dataset")
+
+
+def test_full_weights_at_the_last_layer_give_an_inception_score(
+    root: Path, inception_weights: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    state = torch.load(inception_weights, weights_only=True)
+    classifier = torch.randn(1008, 2048, generator=torch.Generator().manual_seed(0))
+    torch.save(state | {"fc.weight": classifier}, tmp_path / "full.pth")
+    monkeypatch.setenv(features.WEIGHTS_VARIABLE, str(tmp_path / "full.pth"))
+    assert "inception_score" not in run(root)[0]
+    params = protocol()
+    params = params.model_copy(update={"evaluation": params.evaluation.model_copy(update={"layer": 2048})})
+    scores, _ = run(root, params)
+    inception = features.load(2048, tmp_path)
+    logits = torch.from_numpy(features.extract(inception, digits()[30:42])) @ classifier.T
+    theirs = isc_features_to_metric(logits)
+    assert scores["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    assert scores["inception_score"] > 1.01
+    assert scores["inception_score_std"] == pytest.approx(theirs["inception_score_std"], rel=1e-3)
+
+
+def test_with_more_images_than_features_fid_is_extrapolated(root: Path, inception_cache: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    images = (load_digits().images[:140, None] * (255 / 16)).round().astype(np.uint8)
+    write_dataset(root, images[:70])
+    store.write_samples(root / store.samples_file(POINT), images[70:], evaluations=5)
+    scores, _ = run(root, protocol(images=70))
+    inception = features.load(64, inception_cache)
+    fake, real = (features.extract(inception, part) for part in (images[70:], images[:70]))
+    found = fidelity.jackknife(fake, fidelity.statistics(real))
+    assert scores["fid_infinity"] == pytest.approx(found.fid - found.bias, rel=1e-4)
+    assert scores["fid_infinity"] < scores["fid"]

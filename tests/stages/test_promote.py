@@ -10,14 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
+from scipy.stats import binom
 
+from ddpm import fidelity
+from ddpm.intervals import Estimate, standard_error
 from ddpm.stages import checkpoint, store, tracking
 from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params, Point
-from ddpm.stages.promote import Protocol, Score, decide
+from ddpm.stages.params import Params, Point, Promotion
+from ddpm.stages.promote import Protocol, Score, Verdict, decide
 
 Smoke = Callable[..., Params]
 Scores = Callable[..., None]
@@ -30,28 +34,90 @@ OTHERS = [Point(schedule="cosine", sampler=name, steps=2) for name in ("ddim", "
 # The rule.
 
 
+RULE = Promotion(confidence=0.95, fewer_evaluations=2.0)
+
+
+def scored(value: float, error: float, evaluations: int = 50, seed: int | None = None, luck: Any = None) -> Score:
+    return Score(Estimate(value, error, luck), evaluations, PROTOCOL, seed)
+
+
 @pytest.mark.parametrize(
-    ("challenger", "champion", "replace", "wins"),
+    ("challenger", "champion", "wins", "words"),
     [
-        ((9.9, 50), (10.0, 10), False, True),
-        ((10.1, 10), (10.0, 1000), False, False),
-        ((10.0, 10), (10.0, 1000), False, False),  # a tie keeps the champion
-        ((10.1, 10), (10.0, 10), True, True),
+        ((9.0, 0.2, 50), (10.0, 0.3, 10), True, "is better than"),  # 1 > 1.96 sqrt(0.2^2 + 0.3^2) = 0.707
+        ((9.4, 0.2, 50), (10.0, 0.3, 50), False, "not significantly better"),
+        ((9.4, 0.2, 26), (10.0, 0.3, 50), False, "not significantly better"),
+        ((9.4, 0.2, 25), (10.0, 0.3, 50), True, "25 evaluations instead of 50"),
+        ((10.6, 0.2, 25), (10.0, 0.3, 50), True, "25 evaluations instead of 50"),
+        ((10.8, 0.2, 1), (10.0, 0.3, 1000), False, "is worse than"),
+        ((10.0, 0.0, 50), (10.0, 0.0, 50), False, "not significantly better"),
     ],
 )
-def test_only_a_better_score_wins(
-    challenger: tuple[float, int], champion: tuple[float, int], replace: bool, wins: bool
+def test_only_a_significant_advantage_or_many_fewer_evaluations_win(
+    challenger: tuple[float, float, int], champion: tuple[float, float, int], wins: bool, words: str
 ) -> None:
-    decided, reason = decide(Score(*challenger, PROTOCOL), Score(*champion, PROTOCOL), replace)
-    assert decided is wins
-    assert reason
+    verdict = decide(scored(*challenger), scored(*champion), RULE)
+    assert verdict.wins is wins
+    assert words in verdict.reason
+    reach = 1.959964 * np.hypot(challenger[1], champion[1])
+    gap = challenger[0] - champion[0]
+    expected = {"difference": gap, "low": gap - reach, "high": gap + reach, "confidence": 0.95, "paired": False}
+    assert verdict.evidence == pytest.approx(expected)
+
+
+def test_force_needs_no_advantage_and_not_even_a_score() -> None:
+    worse = decide(scored(11.0, 0.1), scored(10.0, 0.1), RULE, force=True)
+    assert worse.wins and worse.evidence["difference"] == 1.0
+    assert decide(scored(11.0, 0.1), None, RULE, force=True) == Verdict(True, "--replace was given")
+
+
+def test_images_of_the_same_noise_are_compared_in_pairs() -> None:
+    """What both scores share by luck says nothing about which is better."""
+    shared, own = np.random.default_rng(0).normal(size=(2, PROTOCOL.images))
+    a, b = (shared + part for part in (0.1 * own, 0.0))
+    errors = [standard_error(values) for values in (a, b)]
+    gap = 2 * max(errors)  # of two independent scores not significant
+    champion = scored(10.0, errors[1], seed=3, luck=b)
+    verdict = decide(scored(10.0 - gap, errors[0], seed=3, luck=a), champion, RULE)
+    assert verdict.wins and verdict.evidence["paired"]
+    low, high = verdict.evidence["low"], verdict.evidence["high"]
+    assert high - low == pytest.approx(2 * 1.959964 * 0.1 * standard_error(own))
+    for other in (scored(10.0 - gap, errors[0], seed=4, luck=a), scored(10.0 - gap, errors[0], seed=3)):
+        verdict = decide(other, champion, RULE)
+        assert not verdict.wins and not verdict.evidence["paired"]
+
+
+@pytest.mark.parametrize("quality", ["far from the data", "the data's own distribution"])
+def test_the_gate_refuses_luck_and_accepts_what_is_better(quality: str) -> None:
+    """Sample sets of one model under two seeds, many times: promoted by chance at most as often as the confidence allows."""
+    generator, repetitions, count, dimensions = np.random.default_rng(0), 400, 200, 4
+    scales = np.array([1.0, 0.7, 0.5, 0.3])
+    reference = fidelity.statistics(generator.normal(size=(2000, dimensions)) * scales)
+    shift = 0.4 if quality == "far from the data" else 0.0
+    protocol = Protocol("d" * 64, 64, count, 2000, "e" * 64)
+
+    def score(shift: float, seed: int) -> Score:
+        found = fidelity.jackknife(generator.normal(size=(count, dimensions)) * scales + shift, reference)
+        return Score(Estimate(found.fid, standard_error(found.influence), found.influence), 50, protocol, seed)
+
+    pairs = [(score(shift, 0), score(shift, 1)) for _ in range(repetitions)]
+    verdicts = [decide(challenger, champion, RULE) for challenger, champion in pairs]
+    lucky = sum(verdict.evidence["difference"] < 0 for verdict in verdicts)
+    assert lucky > 0.4 * repetitions  # so often would the lower FID alone have been promoted
+    promoted = sum(verdict.wins for verdict in verdicts)
+    assert promoted <= binom.ppf(0.999, repetitions, 0.025)  # one side of 95 %
+    if shift:  # and the intervals are not simply too wide
+        assert promoted >= binom.ppf(0.001, repetitions, 0.025)
+        better = [decide(score(shift / 2, 0), champion, RULE).wins for _, champion in pairs[:50]]
+        assert all(better)
 
 
 def test_scores_under_different_protocols_are_never_compared() -> None:
-    other = Score(1.0, 10, Protocol("d" * 64, 2048, 500, 1437, "e" * 64))
+    other = Score(Estimate(1.0, 0.1), 10, Protocol("d" * 64, 2048, 500, 1437, "e" * 64))
     with pytest.raises(ValueError, match="protocols"):
-        decide(other, Score(2.0, 10, PROTOCOL))
-    assert not other.beats(Score(2.0, 10, PROTOCOL))
+        decide(other, scored(2.0, 0.1), RULE)
+    with pytest.raises(ValueError, match="protocols"):
+        decide(other, None, RULE)
 
 
 def test_a_protocol_says_what_changed() -> None:
@@ -66,6 +132,17 @@ def test_a_score_that_is_no_number_is_refused(fid: float | None) -> None:
         Score.of({"fid": fid, "evaluations": 10})
 
 
+def test_influence_values_of_other_images_are_refused() -> None:
+    protocol = {"reference": "d", "layer": 64, "images": 5, "reference_images": 9, "extractor_sha256": "e"}
+    scores = {"fid": 1.0, "fid_high": 1.2, "confidence": 0.95, "evaluations": 10, **protocol}
+    assert Score.of(scores, np.zeros(5)).estimate.error == pytest.approx(0.2 / 1.959964)
+    with pytest.raises(InputError, match="4 influence values for 5 images"):
+        Score.of(scores, np.zeros(4))
+    del scores["fid_high"]
+    with pytest.raises(InputError, match="cannot be compared"):
+        Score.of(scores)
+
+
 # The registry.
 
 
@@ -74,8 +151,15 @@ def params(smoke: Smoke) -> Params:
     return smoke(training={"steps": 24})
 
 
-def never(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def never(checkpoint: Path, settings: dict[str, Any]) -> Any:
     raise AssertionError("scored again for nothing")
+
+
+def scores_at(root: Path, point: Point, fid: float) -> tuple[dict[str, Any], Any]:
+    """What scoring the champion again gives: a point's entries and influence values at another FID."""
+    scores = store.read_json(root / store.metrics_file(point))
+    high = fid + scores["fid_high"] - scores["fid"]
+    return {**scores, "fid": fid, "fid_high": high}, store.read_influence(root / store.influence_file(point))
 
 
 class Registry:
@@ -131,14 +215,14 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
     for _ in range(2):
         kept = tracking.promote(params, checkout, rescore=never)
         assert not kept.promoted and kept.version == "1"
-        assert (
-            kept.reason
-            == "cosine-ddpm-5 does not replace champion version 1 (cosine-ddim-5): FID 55 is not better than 37"
+        assert kept.reason.startswith(
+            "cosine-ddpm-5 does not replace champion version 1 (cosine-ddim-5): FID 55 is worse than 37 (difference 18"
         )
     assert registry.count() == 1 and len(registry.decisions()) == 2
 
-    write_scores(checkout, SECOND, scores["fid"])
-    assert "tie" in tracking.promote(params, checkout, rescore=never).reason
+    write_scores(checkout, SECOND, scores["fid"] - 0.05)  # lower, by less than luck gives
+    assert "not significantly better" in tracking.promote(params, checkout, rescore=never).reason
+    assert registry.count() == 1
 
     write_scores(checkout, SECOND, 8.0)
     better = tracking.promote(params, checkout, rescore=never)
@@ -147,7 +231,14 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
     assert str(champion.version) == "2"
     assert champion.tags["ddpm.previous"] == "1" and before.tags["ddpm.replaced_by"] == "2"
     assert [entry["promoted"] for entry in registry.decisions()] == [True, False, False, True]
-    assert registry.decisions()[-1]["before_fid"] == scores["fid"]
+    decision = registry.decisions()[-1]
+    assert decision["before_fid"] == scores["fid"]
+    own = [store.read_influence(checkout / store.influence_file(point)).astype(float) for point in (SECOND, FIRST)]
+    reach = 1.959964 * standard_error(own[0] - own[1])  # in pairs: the champion's values came from the registry
+    gap = 8.0 - scores["fid"]
+    evidence = {"difference": gap, "low": gap - reach, "high": gap + reach, "confidence": 0.95, "paired": True}
+    assert {key: decision[key] for key in evidence} == pytest.approx(evidence, rel=1e-6)
+    assert json.loads(champion.tags["ddpm.evidence"]) == pytest.approx(evidence, rel=1e-6)
 
     # --replace takes the place without a comparison; going back needs no new version.
     write_scores(checkout, SECOND, 99.0)
@@ -168,13 +259,13 @@ def test_another_protocol_scores_the_champion_again(
     asked: list[dict[str, Any]] = []
     weights = load_file(checkout / "models/cosine/model.safetensors")
 
-    def rescore(fid: float) -> Callable[[Path, dict[str, Any]], dict[str, Any]]:
-        def score(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    def rescore(fid: float) -> Callable[[Path, dict[str, Any]], Any]:
+        def score(folder: Path, settings: dict[str, Any]) -> Any:
             denoiser, _ = checkpoint.load(folder)  # the champion's own checkpoint, whole
             assert not folder.is_relative_to(checkout)
             assert all((weights[name] == value).all() for name, value in denoiser.net.state_dict().items())
             asked.append(settings)
-            return {**store.read_json(checkout / store.metrics_file(SECOND)), "fid": fid}
+            return scores_at(checkout, SECOND, fid)
 
         return score
 
@@ -182,11 +273,13 @@ def test_another_protocol_scores_the_champion_again(
         tracking.promote(params, checkout)  # nobody there to score it
     said: list[str] = []
     kept = tracking.promote(params, checkout, rescore=rescore(19.0), say=said.append)
-    assert not kept.promoted and "FID 20 is not better than 19" in kept.reason
+    assert not kept.promoted and "FID 20 is worse than 19" in kept.reason
+    assert registry.decisions()[-1]["paired"]
     assert asked == [{"sampler": "ddim", "eta": 0.0, "spacing": "leading", "steps": 5}]
     assert any("again" in line and "layer 64 -> 192" in line for line in said)
-    # that score stays with the version
+    # that score stays with the version, and its influence values too
     assert not tracking.promote(params, checkout, rescore=never).promoted
+    assert registry.decisions()[-1]["paired"]
     write_scores(checkout, SECOND, 18.0, layer=192)
     assert tracking.promote(params, checkout, rescore=never).promoted
     assert float(registry.client.get_model_version("ddpm-digits", "1").tags["ddpm.fid"]) == 37.0  # as it was promoted
@@ -196,13 +289,92 @@ def test_another_protocol_scores_the_champion_again(
         write_scores(checkout, point, 60.0, reference="f" * 64)
     write_scores(checkout, FIRST, 30.0, reference="f" * 64)
 
-    def refuse(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    def refuse(folder: Path, settings: dict[str, Any]) -> Any:
         raise InputError("images of another shape")
 
     with pytest.raises(InputError, match=r"another shape \(`ddpm promote --replace` skips that\)"):
         tracking.promote(params, checkout, rescore=refuse)
     assert tracking.promote(params, checkout, replace=True, rescore=never).promoted
     assert registry.count() == 2  # that model was registered before
+
+
+def test_a_champion_without_influence_values_is_compared_as_independent(
+    checkout: Path, params: Params, write_scores: Scores
+) -> None:
+    tracking.promote(params, checkout)
+    registry = Registry(checkout)
+    write_scores(checkout, SECOND, 36.0)
+    kept = list((checkout / "mlartifacts").rglob("influence/*.npy"))
+    assert len(kept) == 1
+    kept[0].unlink()
+    said: list[str] = []
+    assert tracking.promote(params, checkout, rescore=never, say=said.append).promoted
+    assert registry.decisions()[-1]["paired"] is False
+    assert any("influence values of version 1 are gone" in line for line in said)
+
+
+def test_a_champion_from_before_there_were_intervals_is_scored_again(
+    checkout: Path, params: Params, write_scores: Scores
+) -> None:
+    tracking.promote(params, checkout)
+    registry = Registry(checkout)
+    tag = next(tag for tag in registry.champion().tags if tag.startswith("ddpm.score."))
+    old = json.loads(registry.champion().tags[tag])
+    for key in ("fid_low", "fid_high", "confidence"):
+        del old[key]
+    registry.client.set_model_version_tag("ddpm-digits", "1", tag, json.dumps(old))
+    write_scores(checkout, SECOND, 20.0)
+    with pytest.raises(InputError, match="its score has no interval"):
+        tracking.promote(params, checkout)
+    kept = tracking.promote(params, checkout, rescore=lambda folder, settings: scores_at(checkout, FIRST, 19.0))
+    assert not kept.promoted and "FID 20 is worse than 19" in kept.reason
+
+
+# Going back.
+
+
+def test_rollback_brings_the_last_champion_back_and_the_next_promotion_respects_it(
+    checkout: Path, params: Params, write_scores: Scores
+) -> None:
+    with pytest.raises(InputError, match="ddpm-digits: there is no champion to roll back"):
+        tracking.rollback(params, checkout)
+    tracking.promote(params, checkout)
+    with pytest.raises(InputError, match="no champion before version 1"):
+        tracking.rollback(params, checkout)
+    registry = Registry(checkout)
+    for fid, point in ((20.0, SECOND), (10.0, OTHERS[0])):
+        write_scores(checkout, point, fid)
+        assert tracking.promote(params, checkout, rescore=never).promoted
+    back = tracking.rollback(params, checkout)
+    assert (back.version, back.previous, back.point) == ("2", "3", "cosine-ddpm-5")
+    assert str(registry.champion().version) == "2"
+    assert "rolled back from version 3 to version 2" in registry.champion().tags["ddpm.decision"]
+    assert registry.decisions()[-1] == {
+        "rollback": True,
+        "point": "cosine-ddpm-5",
+        "champion": "2",
+        "before": "3",
+    }
+    again = tracking.promote(params, checkout, rescore=never)  # the report still says that version 3 is best
+    assert not again.promoted and "was rolled back as version 3" in again.reason
+    assert str(registry.champion().version) == "2"
+    assert tracking.rollback(params, checkout).version == "1"
+    with pytest.raises(InputError, match="no champion before version 1"):
+        tracking.rollback(params, checkout)
+    assert tracking.promote(params, checkout, replace=True, rescore=never).version == "3"
+    assert registry.count() == 3
+    assert tracking.rollback(params, checkout).version == "1"  # which was champion before it now, not version 2
+
+
+def test_rollback_to_a_version_that_was_deleted(checkout: Path, params: Params, write_scores: Scores) -> None:
+    tracking.promote(params, checkout)
+    write_scores(checkout, SECOND, 20.0)
+    tracking.promote(params, checkout)
+    registry = Registry(checkout)
+    registry.client.delete_model_version("ddpm-digits", "1")
+    with pytest.raises(InputError, match="no champion before version 2"):
+        tracking.rollback(params, checkout)
+    assert str(registry.champion().version) == "2"
 
 
 def test_a_report_older_than_its_scores_is_refused(checkout: Path, params: Params, write_scores: Scores) -> None:
@@ -250,19 +422,15 @@ def rivals(
     return params, checkout, other, Registry(checkout, "ddpm-image-folder")
 
 
-def champion_scores(root: Path) -> dict[str, Any]:
-    return {**store.read_json(root / store.metrics_file(FIRST)), "fid": 60.0}
-
-
 @pytest.mark.parametrize("better_first", [True, False])
 def test_one_promotes_while_the_other_compares(rivals: Any, better_first: bool) -> None:
     params, worse, better, registry = rivals
     slow, quick = (worse, better) if better_first else (better, worse)
 
-    def rescore(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-        inner = tracking.promote(params, quick, rescore=lambda folder, settings: champion_scores(quick))
+    def rescore(folder: Path, settings: dict[str, Any]) -> Any:
+        inner = tracking.promote(params, quick, rescore=lambda folder, settings: scores_at(quick, FIRST, 60.0))
         assert inner.promoted
-        return champion_scores(slow)
+        return scores_at(slow, FIRST, 60.0)
 
     outcome = tracking.promote(params, slow, rescore=rescore)
     assert outcome.promoted is not better_first
@@ -287,7 +455,7 @@ def test_two_in_step_end_with_the_better(rivals: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(MlflowClient, "set_registered_model_alias", in_order)
 
     def promote(root: Path) -> Any:
-        return tracking.promote(params, root, rescore=lambda folder, settings: champion_scores(root))
+        return tracking.promote(params, root, rescore=lambda folder, settings: scores_at(root, FIRST, 60.0))
 
     with ThreadPoolExecutor(2) as pool:
         overtaken, promoted = pool.map(promote, (worse, better))
@@ -301,9 +469,9 @@ def test_two_score_the_champion_at_once(rivals: Any) -> None:
     params, worse, better, registry = rivals
     at_once = threading.Barrier(2, timeout=60)
 
-    def rescore(root: Path) -> dict[str, Any]:
+    def rescore(root: Path) -> Any:
         at_once.wait()
-        return champion_scores(root)
+        return scores_at(root, FIRST, 60.0)
 
     def promote(root: Path) -> Any:
         return tracking.promote(params, root, rescore=lambda folder, settings: rescore(root))

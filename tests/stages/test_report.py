@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ddpm.intervals import standard_error
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point, Sweep
@@ -25,10 +26,21 @@ def params(sweep: Sweep = SWEEP) -> Params:
     return Params.load(Path(__file__).parents[2] / "params.yaml").model_copy(update={"sweep": sweep})
 
 
-def write_point(root: Path, point: Point, **changes: Any) -> None:
-    scores = {"fid": 1.0, "kid": 0.01, "kid_std": 0.002, "evaluations": point.steps, "images": 12}
+def influence_of(point: Point, error: float) -> np.ndarray:
+    """Of 12 images, half of whose luck all points share, with that standard error exactly."""
+    shared = np.random.default_rng(0).normal(size=12)
+    own = np.random.default_rng(list(point.name.encode())).normal(size=12)
+    values = shared + own - (shared + own).mean()
+    return (values * (error / standard_error(values))).astype(np.float32)
+
+
+def write_point(root: Path, point: Point, fid: float = 1.0, error: float = 0.01, **changes: Any) -> None:
+    reach = 1.959964 * error
+    scores = {"fid": fid, "fid_low": max(0.0, fid - reach), "fid_high": fid + reach, "confidence": 0.95}
+    scores |= {"kid": 0.01, "kid_std": 0.002, "precision": 0.6, "recall": 0.4, "evaluations": point.steps, "images": 12}
     scores |= {"reference_images": 30, "layer": 64, "reference": "version", "extractor_sha256": "weights"}
     store.write_json(root / store.metrics_file(point), scores | changes)
+    store.write_influence(root / store.influence_file(point), influence_of(point, error))
     images = np.random.default_rng(len(point.name) + point.steps).integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)
     store.write_samples(root / store.samples_file(point), images, point.steps)
 
@@ -47,18 +59,101 @@ def written(root: Path) -> dict[str, bytes]:
 def test_every_point_is_a_row_and_the_best_is_named(root: Path) -> None:
     best = report(params(), root)
     rows = store.read_csv(root / "report" / "points.csv")
-    columns = "point schedule sampler steps evaluations fid kid kid_std images reference_images layer"
+    columns = "point schedule sampler steps evaluations fid fid_low fid_high confidence kid kid_std precision recall"
+    columns += " images reference_images layer"
     assert list(rows[0]) == columns.split()
     assert [row["point"] for row in rows] == [point.name for point in params().points()]
     assert [float(row["fid"]) for row in rows] == list(FIDS)
     assert best == store.read_json(root / "report" / "best.json")
     assert (best["point"], best["fid"], best["points"]) == ("cosine-ddim-20", 1.0, 8)
-    assert sorted(written(root)) == ["best.json", "fid.png", "points.csv", "samples.png"]
+    assert (best["lowest"], best["tied"]) == ("cosine-ddim-20", 1)
+    assert sorted(written(root)) == ["best.json", "fid.png", "front.json", "points.csv", "samples.png"]
+
+
+def test_scores_that_only_some_points_have_are_empty_cells(root: Path) -> None:
+    write_point(root, Point.parse("linear-ddpm-5"), fid=9.0, inception_score=7.5)
+    best = report(params(), root)
+    rows = store.read_csv(root / "report" / "points.csv")
+    assert [row["inception_score"] for row in rows] == ["7.5", *[""] * 7]
+    assert "fid_infinity" not in rows[0]
+    assert "inception_score" not in best
 
 
 def test_a_tie_goes_to_fewer_evaluations(root: Path) -> None:
     write_point(root, Point.parse("linear-ddim-5"), fid=1.0)
     assert report(params(), root)["point"] == "linear-ddim-5"
+
+
+def test_a_lower_fid_that_may_be_luck_does_not_beat_fewer_evaluations(root: Path) -> None:
+    """20 evaluations give 1.0 and 5 give 3.5: which is best depends on how sure those numbers are."""
+    cheaper, good = (Point.parse(name) for name in ("cosine-ddim-5", "cosine-ddim-20"))
+    gap = influence_of(cheaper, 1.0).astype(float) - influence_of(good, 1.0)
+    scale = 2.5 / (1.959964 * standard_error(gap))  # at this error the interval of their difference ends at 0
+    for factor, chosen in ((0.99, "cosine-ddim-20"), (1.01, "cosine-ddim-5")):
+        for point, fid in zip(params().points(), FIDS, strict=True):
+            write_point(root, point, fid=fid + 90 * (point not in (cheaper, good)), error=0.01)
+        write_point(root, cheaper, fid=3.5, error=scale * factor)
+        write_point(root, good, fid=1.0, error=scale * factor)
+        best = report(params(), root)
+        assert (best["point"], best["lowest"], best["tied"]) == (chosen, "cosine-ddim-20", 1 + (factor > 1))
+        assert best["fid"] == (1.0 if factor < 1 else 3.5)
+
+
+def test_the_front_and_the_best_for_each_budget(root: Path) -> None:
+    fids = {"linear-ddpm-5": 9.0, "linear-ddim-5": 4.0, "cosine-ddpm-5": 8.0, "cosine-ddim-5": 3.5}
+    fids |= {"linear-ddpm-20": 3.0, "linear-ddim-20": 2.9, "cosine-ddpm-20": 2.99, "cosine-ddim-20": 2.0}
+    evaluations = {"linear-ddpm-20": 100, "linear-ddim-20": 50, "cosine-ddpm-20": 20, "cosine-ddim-20": 1001}
+    for name, fid in fids.items():
+        point = Point.parse(name)
+        write_point(root, point, fid=fid, error=0.1, evaluations=evaluations.get(name, point.steps))
+    report(params(), root)
+    found = store.read_json(root / "report" / "front.json")
+    assert (found["metric"], found["confidence"]) == ("fid", 0.95)
+    best = {budget: (entry["point"], entry["lowest"], entry["tied"]) for budget, entry in found["budgets"].items()}
+    tie = ("cosine-ddpm-20", "linear-ddim-20")  # 2.99 with 20 evaluations is as good as 2.9 with 50, and 3.0 with 100
+    assert best == {
+        "10": ("cosine-ddim-5", "cosine-ddim-5", 1),
+        "20": ("cosine-ddpm-20", "cosine-ddpm-20", 1),
+        "50": (*tie, 2),
+        "100": (*tie, 3),
+        "1000": (*tie, 3),
+    }
+    names = ["cosine-ddim-5", "cosine-ddpm-20", "linear-ddim-20", "cosine-ddim-20"]
+    assert [step["point"] for step in found["front"]] == names
+    assert [step["evaluations"] for step in found["front"]] == [5, 20, 50, 1001]
+    assert [step.get("significant") for step in found["front"]] == [None, True, False, True]
+    step = found["front"][1]
+    assert step["fid_high"] == pytest.approx(2.99 + 0.1959964)
+    own = [influence_of(Point.parse(name), 0.1).astype(float) for name in names[:2]]
+    reach = 1.959964 * standard_error(own[1] - own[0])
+    expected = (2.99 - 3.5, 2.99 - 3.5 - reach, 2.99 - 3.5 + reach)
+    assert (step["difference"], step["difference_low"], step["difference_high"]) == pytest.approx(expected, rel=1e-6)
+    assert step["paired"]
+
+
+@pytest.mark.parametrize("fault", ["missing", "of other images", "not finite"])
+def test_influence_values_that_do_not_belong_are_refused(root: Path, fault: str) -> None:
+    path = root / store.influence_file(Point.parse("linear-ddim-5"))
+    if fault == "missing":
+        path.unlink()
+    else:
+        store.write_influence(path, np.zeros(11) if fault == "of other images" else np.full(12, np.nan))
+    with pytest.raises(InputError, match=r"linear-ddim-5.*(evaluate|finite)"):
+        report(params(), root)
+    assert not (root / store.report_dir()).exists()
+
+
+def test_an_interval_that_reaches_0_is_drawn(root: Path) -> None:
+    from PIL import Image
+
+    report(params(), root)
+    first = np.asarray(Image.open(root / "report" / "fid.png").convert("L"))
+    write_point(root, Point.parse("cosine-ddim-20"), fid=1.0, error=2.0)
+    assert store.read_json(root / store.metrics_file(Point.parse("cosine-ddim-20")))["fid_low"] == 0.0
+    report(params(), root)
+    second = np.asarray(Image.open(root / "report" / "fid.png").convert("L"))
+    assert first.shape == second.shape
+    assert not np.array_equal(first, second)
 
 
 def test_same_input_same_bytes_whatever_the_readers_matplotlib_says(
@@ -122,7 +217,8 @@ def test_what_has_left_the_sweep_goes_and_nothing_else(root: Path) -> None:
         (root / other).write_text("keep")
     alone = Point.parse("linear-unipc-9")  # made by hand: DVC has no copy
     write_point(root, alone)
-    others += [store.samples_file(alone).as_posix(), store.metrics_file(alone).as_posix()]
+    files = (store.samples_file(alone), store.metrics_file(alone), store.influence_file(alone))
+    others += [file.as_posix() for file in files]
     lock_outputs(root, without=alone.name)
     narrow = Sweep(schedules=("linear",), samplers=("ddpm", "ddim"), steps=(20,))
     seen: list[Progress] = []
@@ -132,7 +228,7 @@ def test_what_has_left_the_sweep_goes_and_nothing_else(root: Path) -> None:
     stays |= {f"metrics/train/linear{ending}" for ending in (".json", ".csv", ".by_time.csv")}
     for name in ("linear-ddpm-20", "linear-ddim-20"):
         stays |= {f"samples/{name}.npz", f"samples/{name}.png", f"samples/{name}.run.json"}
-        stays |= {f"metrics/{name}.json", f"metrics/{name}.run.json"}
+        stays |= {f"metrics/{name}.json", f"metrics/{name}.run.json", f"metrics/{name}.influence.npy"}
     assert left == stays | {"dvc.lock"}
     gone, kept = [progress.message for progress in seen if progress.message]
     assert "cosine, cosine-ddim-20, cosine-ddim-5, cosine-ddpm-20, cosine-ddpm-5 and 4 more" in gone
@@ -158,7 +254,9 @@ def test_missing_scores_are_named_and_nothing_is_removed_or_written(root: Path) 
 def test_scores_of_another_kind_are_refused(root: Path) -> None:
     path = root / store.metrics_file(Point.parse("linear-ddpm-5"))
     store.write_json(path, {"fid": 1.0})
-    with pytest.raises(InputError, match=r"linear-ddpm-5\.json: without evaluations, kid"):
+    with pytest.raises(
+        InputError, match=r"linear-ddpm-5\.json: without evaluations, fid_low, fid_high, confidence, kid"
+    ):
         report(params(), root)
 
 
@@ -175,13 +273,15 @@ def test_scores_under_two_protocols_are_pointed_out(root: Path) -> None:
 )
 def test_the_table_is_aligned_with_the_best_point_last(read: Callable[[Any], Any]) -> None:
     rows = [
-        {"point": "linear-ddim-20", "evaluations": 20, "fid": 0.71234, "kid": 0.00123, "kid_std": 0.0004},
-        {"point": "linear-ddpm-1000", "evaluations": 1000, "fid": 12.3, "kid": 0.1, "kid_std": 0.02},
-        {"point": "linear-ddim-10", "evaluations": 10, "fid": 0.71234, "kid": -0.0001, "kid_std": 0.0004},
+        {"point": "linear-ddim-20", "evaluations": 20, "fid": 0.71234, "fid_low": 0.62351, "fid_high": 0.8},
+        {"point": "linear-ddpm-1000", "evaluations": 1000, "fid": 12.3, "fid_low": 11.5, "fid_high": 13.1},
+        {"point": "linear-ddim-10", "evaluations": 10, "fid": 0.71234, "fid_low": 0.0, "fid_high": 1.5},
     ]
+    kids = ((0.00123, 0.0004), (0.1, 0.02), (-0.0001, 0.0004))
+    rows = [{**row, "kid": kid, "kid_std": std, "confidence": 0.95} for row, (kid, std) in zip(rows, kids, strict=True)]
     assert table(read(rows)).splitlines() == [
-        "point             evaluations     FID               KID",
-        "linear-ddpm-1000        1,000    12.3        0.1 ± 0.02",
-        "linear-ddim-20             20  0.7123   0.0012 ± 0.0004",
-        "linear-ddim-10             10  0.7123  -0.0001 ± 0.0004",
+        "point             evaluations     FID   95% interval               KID",
+        "linear-ddpm-1000        1,000    12.3   11.5 to 13.1        0.1 ± 0.02",
+        "linear-ddim-20             20  0.7123  0.6235 to 0.8   0.0012 ± 0.0004",
+        "linear-ddim-10             10  0.7123       0 to 1.5  -0.0001 ± 0.0004",
     ]

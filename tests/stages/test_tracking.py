@@ -130,7 +130,7 @@ def assert_complete(seen: Seen, root: Path, params: Params) -> None:
         scores = [
             store.read_json(root / store.metrics_file(point)) for point in params.points() if point.sampler == sampler
         ]
-        for key in ("fid", "kid"):
+        for key in ("fid", "kid", "precision", "recall"):
             expected = sorted((entry["evaluations"], entry[key]) for entry in scores)
             assert [(step, value) for step, value, _ in seen.history(run, key)] == expected
         images = [Path(name).name for name in seen.files(run, "images")]

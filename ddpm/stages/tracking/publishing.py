@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
+from ddpm.stages.metrics import HEADLINE, METRICS, RANKING
 from ddpm.stages.params import Params, Point
 from ddpm.stages.tracking.lineage import (
     PointSettings,
@@ -41,7 +42,6 @@ from ddpm.stages.tracking.runs import (
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
-SCORES = ("fid", "kid")
 FOLLOW_SECONDS = 1.0  # between two looks at dvc.lock
 UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, of an output without a run file
 
@@ -376,7 +376,7 @@ def _point_tags(point: Point, about: Mapping[str, Any], settings: PointSettings)
         "ddpm.dataset": about["data"]["name"],
         "ddpm.dataset_sha256": about["data"]["sha256"],
         "mlflow.note.content": f"Sampler {point.sampler} on the {point.schedule} schedule. Step = network evaluations per"
-        f" image. FID (lower is better) of at most {images:,} samples, at Inception layer {layer}.",
+        f" image. {RANKING.title} ({RANKING.words}) of at most {images:,} samples, at Inception layer {layer}.",
     }
 
 
@@ -406,7 +406,7 @@ def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, adde
     if files.metrics is not None:
         scores = files.metrics
         metrics += [
-            Metric(key, scores[key], evaluated, files.evaluations) for key in SCORES if scores.get(key) is not None
+            Metric(key, scores[key], evaluated, files.evaluations) for key in METRICS if scores.get(key) is not None
         ]
     log_metrics(target, run, metrics, added)
     preview = (root / store.samples_file(files.point)).with_suffix(".png")
@@ -430,7 +430,7 @@ def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
         return
     best, times = store.read_json(folder / "best.json"), run_times(root, store.report_dir())
     content = store.sha256(folder)
-    note = f"Best point: **{best['point']}**, FID {best['fid']:.4g} at {best['evaluations']} network evaluations."
+    note = f"Best point: **{best['point']}**, {RANKING.title} {best[HEADLINE]:.4g} at {best['evaluations']} network evaluations."
     tags = {"ddpm.stage": "report", "ddpm.best": str(best["point"]), "mlflow.note.content": note}
     start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
     run = find_or_create(target, "report", "report", lambda run: True, start, tags, added)

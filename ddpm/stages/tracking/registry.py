@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
+from ddpm.stages.metrics import HEADLINE, RANKING
 from ddpm.stages.params import Params, Point
-from ddpm.stages.promote import Decision, Protocol, Score, decide
+from ddpm.stages.promote import Decision, Protocol, Score, Verdict, decide
 from ddpm.stages.tracking.lineage import flat, settings_of
 from ddpm.stages.tracking.place import (
     CHAMPION,
@@ -38,9 +39,11 @@ from ddpm.stages.tracking.publishing import publish_points
 from ddpm.stages.tracking.runs import MODEL, SETTINGS
 
 if TYPE_CHECKING:
+    import numpy as np
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
+    from numpy.typing import NDArray
 
 # What the registered model carries of this package: the import graph of ddpm.stages.sample.
 SERVED_MODULES = (
@@ -60,6 +63,8 @@ SERVED_MODULES = (
     "stages/sample",
     "stages/store",
 )
+ROLLED_BACK = "ddpm.rolled_back"  # on a version: no `promote` brings it back by itself
+
 SERVED_PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "ruamel.yaml")
 
 
@@ -113,7 +118,7 @@ class Challenger:
     clip: bool
     seed: int
     metrics: dict[str, Any]
-    score: Score
+    score: Score  # with its influence values
     about: dict[str, Any]  # model.json
     folder: Path
 
@@ -134,7 +139,7 @@ class Challenger:
             "ddpm.sampler": self.point.sampler,
             "ddpm.steps": str(self.point.steps),
             "ddpm.evaluations": str(self.score.evaluations),
-            "ddpm.fid": str(self.score.fid),
+            f"ddpm.{HEADLINE}": str(self.score.value),
             "ddpm.dataset": self.about["data"]["name"],
             "ddpm.dataset_sha256": self.score.protocol.dataset,
             "ddpm.protocol": json.dumps(asdict(self.score.protocol)),
@@ -146,12 +151,16 @@ def _score_tag(protocol: Protocol) -> str:
     return f"ddpm.score.{protocol.id}"
 
 
+def _influence_tag(protocol: Protocol) -> str:
+    return f"ddpm.influence.{protocol.id}"
+
+
 def _challenger(params: Params, root: Path) -> Challenger:
     best = store.read_json(root / store.report_dir() / "best.json")
     point = Point.parse(str(best.get("point")))
     metrics = store.read_json(root / store.metrics_file(point))
     settings = settings_of(params, point, root, store.dvc_lock(root))
-    if metrics.get("fid") != best.get("fid") or settings is None:
+    if metrics.get(HEADLINE) != best.get(HEADLINE) or settings is None:
         raise InputError(f"{root / store.report_dir()}: the report is older than its scores; run dvc repro")
     folder = root / store.model_dir(point.schedule)
     return Challenger(
@@ -161,23 +170,24 @@ def _challenger(params: Params, root: Path) -> Challenger:
         bool(settings.sampling.get("clip", True)),
         settings.seed,
         metrics,
-        Score.of(metrics),
+        Score.of(metrics, store.read_influence(root / store.influence_file(point)), settings.seed),
         store.read_json(folder / "model.json"),
         folder,
     )
 
 
-Rescore = Callable[[Path, dict[str, Any]], dict[str, Any]]
+Rescore = Callable[[Path, dict[str, Any]], tuple[dict[str, Any], "NDArray[np.float32]"]]
 
 
 def promote(
     params: Params, root: Path = Path(), replace: bool = False, rescore: Rescore | None = None, say: Say = print
 ) -> Decision:
-    """Registers the report's best point as `ddpm-DATASET` with alias `champion`, if it beats the champion there is.
+    """Registers the report's best point as `ddpm-DATASET` with alias `champion`, if it beats the champion there is by the
+    rule of promote.py.
 
     A champion with a score under another dataset version or protocol is scored again first: rescore(checkpoint folder,
-    sampler settings) -> what metrics/POINT.json would hold. replace: take its place without comparing. The decision and
-    what led to it stay as tags in the registry. Raises InputError.
+    sampler settings) -> what metrics/POINT.json and POINT.influence.npy would hold. replace: take its place whatever the
+    scores say. The decision and what led to it stay as tags in the registry. Raises InputError.
     """
     challenger = _challenger(params, root)
     target = open_target(params, root)
@@ -188,9 +198,12 @@ def promote(
             champion = _version(target.client, champion_uri(params))
             if champion is not None and challenger.is_version(champion):
                 return _already(target, champion, challenger)
-            wins, reason, score = _compare(target, champion, challenger, replace, rescore, say)
-            if not wins:
-                return _decided(target, challenger, champion, champion, score, reason)
+            if (former := _rolled_back(target, challenger)) and not replace:
+                reason = f"{challenger.point.name} was rolled back as version {former}; --replace brings it back"
+                return _decided(target, challenger, champion, champion, None, Verdict(False, reason))
+            verdict, score = _compare(target, champion, challenger, params, replace, rescore, say)
+            if not verdict.wins:
+                return _decided(target, challenger, champion, champion, score, verdict)
             registered = registered or _register(target, params, root, challenger)
             now = _version(target.client, champion_uri(params))
             if (now and now.version) == (champion and champion.version):
@@ -198,7 +211,57 @@ def promote(
         target.client.set_registered_model_alias(challenger.name, CHAMPION, registered.version)
         if not replace:
             registered = _settle(target, challenger, registered, seen)
-        return _decided(target, challenger, champion, registered, score, reason)
+        return _decided(target, challenger, champion, registered, score, verdict)
+
+
+def rollback(params: Params, root: Path = Path()) -> Decision:
+    """Makes the version that was champion before the present one champion again, and says so in the registry.
+
+    The version that goes is marked, so that the next `promote` of the same report doesn't bring it back. Raises InputError when
+    there is no earlier champion.
+    """
+    target = open_target(params, root)
+    client, name = target.client, model_name(params)
+    with plain_errors(target.place), locked(target.place, ".promote"):
+        champion = _version(client, champion_uri(params))
+        if champion is None:
+            raise InputError(f"{name}: there is no champion to roll back")
+        before = _earlier(client, champion)
+        if before is None:
+            raise InputError(f"{name}: there is no champion before version {champion.version} to go back to")
+        client.set_registered_model_alias(name, CHAMPION, before.version)
+        reason = (
+            f"rolled back from version {champion.version} to version {before.version} ({before.tags.get('ddpm.point')})"
+        )
+        _tag(client, champion, ROLLED_BACK, before.version)
+        _tag(client, champion, "ddpm.replaced_by", before.version)
+        _tag(client, before, "ddpm.decision", reason)
+        point = str(before.tags.get("ddpm.point"))
+        to, away = str(before.version), str(champion.version)
+        _note(client, name, {"rollback": True, "point": point, "champion": to, "before": away})
+        return Decision(False, to, f"{name} {reason}", point, away)
+
+
+def _earlier(client: MlflowClient, champion: ModelVersion) -> ModelVersion | None:
+    """The last champion before this one that is still there and was not rolled back itself."""
+    seen, version = {str(champion.version)}, champion
+    while (number := version.tags.get("ddpm.previous")) and number not in seen:
+        seen.add(number)
+        found = _version(client, f"models:/{champion.name}/{number}")
+        if found is None:
+            return None
+        if ROLLED_BACK not in found.tags:
+            return found
+        version = found
+    return None
+
+
+def _rolled_back(target: Target, challenger: Challenger) -> str | None:
+    """The number of the challenger's version, if that was rolled back."""
+    for version in _versions(target.client, challenger.name):
+        if challenger.is_version(version) and ROLLED_BACK in version.tags:
+            return str(version.version)
+    return None
 
 
 def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
@@ -212,51 +275,94 @@ def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
 
 
 def _score(version: ModelVersion, protocol: Protocol) -> Score | None:
-    """A version's score under a protocol, if it was ever computed."""
-    found = version.tags.get(_score_tag(protocol))
-    return Score.of(json.loads(found)) if found else None
+    """A version's score under a protocol, if it was ever computed with its error."""
+    found = json.loads(version.tags.get(_score_tag(protocol), "{}"))
+    return Score.of(found) if f"{HEADLINE}_high" in found else None
+
+
+def _with_influence(target: Target, version: ModelVersion, score: Score, say: Say) -> Score:
+    """The same score with the influence values that were kept with it, if they were."""
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    tag = version.tags.get(_influence_tag(score.protocol))
+    if tag is None:
+        return score
+    kept = json.loads(tag)
+    with tempfile.TemporaryDirectory(prefix="ddpm-influence-") as name:
+        try:
+            path = download_artifacts(
+                run_id=kept["run"], artifact_path=kept["path"], dst_path=name, tracking_uri=target.place.uri
+            )
+            influence = store.read_influence(Path(path))
+        except (MlflowException, OSError, InputError) as error:
+            say(f"promote: the influence values of version {version.version} are gone ({' '.join(str(error).split())})")
+            return score
+    return replace(score, estimate=replace(score.estimate, influence=influence), seed=kept["seed"])
+
+
+def _keep(target: Target, version: ModelVersion, score: Score, metrics: dict[str, Any]) -> None:
+    """Leaves a score with a version, and its influence values with the version's run, for comparisons in pairs."""
+    tag, value = _score_tag(score.protocol), json.dumps(metrics)
+    if version.tags.get(tag) == value and _influence_tag(score.protocol) in version.tags:
+        return
+    _tag(target.client, version, tag, value)
+    if score.estimate.influence is None or not version.run_id:
+        return
+    path = f"influence/version-{version.version}-{score.protocol.id}.npy"
+    with tempfile.TemporaryDirectory(prefix="ddpm-influence-") as name:
+        file = Path(name) / Path(path).name
+        store.write_influence(file, score.estimate.influence)
+        target.client.log_artifact(version.run_id, str(file), "influence")
+    kept = {"run": version.run_id, "path": path, "seed": score.seed}
+    _tag(target.client, version, _influence_tag(score.protocol), json.dumps(kept))
 
 
 def _compare(
     target: Target,
     champion: ModelVersion | None,
     challenger: Challenger,
-    replace: bool,
+    params: Params,
+    force: bool,
     rescore: Rescore | None,
     say: Say,
-) -> tuple[bool, str, Score | None]:
-    """-> whether the challenger wins, why, and the champion's score."""
+) -> tuple[Verdict, Score | None]:
+    """-> whether the challenger wins and why, and the champion's score."""
     if champion is None:
-        return True, f"{challenger.point.name} is the first champion", None
+        return Verdict(True, f"{challenger.point.name} is the first champion"), None
     protocol, title = (
         challenger.score.protocol,
         f"champion version {champion.version} ({champion.tags.get('ddpm.point')})",
     )
     score = _score(champion, protocol)
-    if score is None and not replace:
+    if score is not None:
+        score = _with_influence(target, champion, score, say)
+    elif not force:
         before = champion.tags.get("ddpm.protocol")
         changed = protocol.differences(Protocol(**json.loads(before))) if before else "unknown protocol"
+        changed = changed or "its score has no interval"
         if rescore is None:
             raise InputError(f"{title} has no score to compare with ({changed}); score it again, or promote --replace")
         say(f"promote: scoring the {title} again: {changed}")
-        score = _score_again(target, champion, protocol, rescore)
-    wins, why = decide(challenger.score, score or challenger.score, replace)
-    return wins, f"{challenger.point.name} {'replaces' if wins else 'does not replace'} {title}: {why}", score
+        score = _score_again(target, champion, protocol, params.seed, rescore)
+    verdict = decide(challenger.score, score, params.promotion, force)
+    does = "replaces" if verdict.wins else "does not replace"
+    return replace(verdict, reason=f"{challenger.point.name} {does} {title}: {verdict.reason}"), score
 
 
-def _score_again(target: Target, champion: ModelVersion, protocol: Protocol, rescore: Rescore) -> Score:
+def _score_again(target: Target, champion: ModelVersion, protocol: Protocol, seed: int, rescore: Rescore) -> Score:
     with tempfile.TemporaryDirectory(prefix="ddpm-champion-") as name:
         folder = _download(target.client, target.place, champion, Path(name))
         try:
-            metrics = rescore(folder, json.loads(champion.tags[SETTINGS]))
+            metrics, influence = rescore(folder, json.loads(champion.tags[SETTINGS]))
         except InputError as error:
             raise InputError(
                 f"the champion cannot be scored again: {error} (`ddpm promote --replace` skips that)"
             ) from None
-    score = Score.of(metrics)
+    score = Score.of(metrics, influence, seed)
     if score.protocol != protocol:
         raise InputError(f"the champion's new score differs in protocol ({protocol.differences(score.protocol)})")
-    _tag(target.client, champion, _score_tag(protocol), json.dumps(metrics))
+    _keep(target, champion, score, metrics)
     return score
 
 
@@ -274,9 +380,7 @@ def _tag(client: MlflowClient, version: ModelVersion, key: str, value: str) -> N
 
 def _already(target: Target, champion: ModelVersion, challenger: Challenger) -> Decision:
     """The same images: no new version, though perhaps a score under a new protocol."""
-    tag, value = _score_tag(challenger.score.protocol), json.dumps(challenger.metrics)
-    if champion.tags.get(tag) != value:
-        _tag(target.client, champion, tag, value)
+    _keep(target, champion, challenger.score, challenger.metrics)
     reason = f"{challenger.point.name} is champion already ({champion.name} version {champion.version})"
     return Decision(False, str(champion.version), reason, challenger.point.name, str(champion.version))
 
@@ -285,7 +389,7 @@ def _settle(target: Target, challenger: Challenger, mine: ModelVersion, seen: in
     """Of versions that were promoted at the same time, the best becomes champion, whoever set the alias last."""
     rivals = [version for version in _versions(target.client, mine.name) if int(version.version) > seen]
     scored = [
-        (score.fid, int(rival.version), rival)
+        (RANKING.rank(score.value), int(rival.version), rival)
         for rival in rivals
         if (score := _score(rival, challenger.score.protocol))
     ]
@@ -301,35 +405,46 @@ def _decided(
     before: ModelVersion | None,
     after: ModelVersion | None,
     score: Score | None,
-    reason: str,
+    verdict: Verdict,
 ) -> Decision:
     """Writes the decision to the registry, unless the last one there says the same."""
+    reason = verdict.reason
     promoted = after is not None and challenger.is_version(after)
     if not promoted and before is not after and after is not None:
         reason = f"{challenger.point.name} was overtaken by {after.tags.get('ddpm.point')}, promoted at the same time"
     entry = {
         "promoted": promoted,
         "point": challenger.point.name,
-        "fid": challenger.score.fid,
+        HEADLINE: challenger.score.value,
         "champion": after.version if after else None,
         "before": before.version if before else None,
-        "before_fid": score.fid if score else None,
+        f"before_{HEADLINE}": score.value if score else None,
+        **verdict.evidence,
         "protocol": asdict(challenger.score.protocol),
         "reason": reason,
     }
-    client, text = target.client, json.dumps(entry)
-    tags = client.get_registered_model(challenger.name).tags
-    past = sorted(tag for tag in tags if tag.startswith("ddpm.decision."))
-    if not past or tags[past[-1]] != text:
-        moment = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
-        client.set_registered_model_tag(challenger.name, f"ddpm.decision.{moment}", text)
+    client = target.client
+    _note(client, challenger.name, entry)
     if promoted and after is not None:
         _tag(client, after, "ddpm.decision", reason)
+        if verdict.evidence:
+            _tag(client, after, "ddpm.evidence", json.dumps(verdict.evidence))
+        if ROLLED_BACK in after.tags:
+            client.delete_model_version_tag(after.name, after.version, ROLLED_BACK)
         if before is not None:
             _tag(client, after, "ddpm.previous", before.version)
             _tag(client, before, "ddpm.replaced_by", after.version)
     version, previous = (str(item.version) if item else None for item in (after, before))
     return Decision(promoted, version, reason, challenger.point.name, previous)
+
+
+def _note(client: MlflowClient, name: str, entry: dict[str, Any]) -> None:
+    """A decision as a tag of the registered model, unless the last one there says the same."""
+    text, tags = json.dumps(entry), client.get_registered_model(name).tags
+    past = sorted(tag for tag in tags if tag.startswith("ddpm.decision."))
+    if not past or tags[past[-1]] != text:
+        moment = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
+        client.set_registered_model_tag(name, f"ddpm.decision.{moment}", text)
 
 
 def _register(target: Target, params: Params, root: Path, challenger: Challenger) -> ModelVersion:
@@ -339,8 +454,7 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
     client, name = target.client, challenger.name
     for version in _versions(client, name):
         if challenger.is_version(version) and version.status == "READY":
-            tag = _score_tag(challenger.score.protocol)
-            _tag(client, version, tag, challenger.tags[tag])
+            _keep(target, version, challenger.score, challenger.metrics)
             return client.get_model_version(name, version.version)
     settings = settings_of(params, challenger.point, root, store.dvc_lock(root))
     with locked(target.place):
@@ -352,15 +466,15 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
         client.create_registered_model(
             name,
             tags={"ddpm.dataset": dataset},
-            description=f"Denoising diffusion on {dataset}. `champion` is the best by FID; the tags `ddpm.decision.*` tell"
-            " how it came to that.",
+            description=f"Denoising diffusion on {dataset}. `champion` is the best by {RANKING.title}; the tags"
+            " `ddpm.decision.*` tell how it came to that.",
         )
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     model_id = _log_served(target, run, challenger)
     with as_default(target.place):
-        return client.create_model_version(
+        created = client.create_model_version(
             name,
             source=f"models:/{model_id}",
             run_id=run.info.run_id,
@@ -369,13 +483,17 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
             model_id=model_id,
             await_creation_for=60,
         )
+    _keep(target, created, challenger.score, challenger.metrics)
+    return created
 
 
 def _describe(challenger: Challenger) -> str:
     score, settings = challenger.score, {name: value for name, value in challenger.settings.items() if name != "steps"}
     options = ", ".join(f"{name} {value}" for name, value in settings.items())
+    low, high = score.estimate.interval()
     return (
-        f"**{challenger.point.name}**: {options}; {score.evaluations} network evaluations an image. FID {score.fid:.4g} of"
+        f"**{challenger.point.name}**: {options}; {score.evaluations} network evaluations an image."
+        f" {RANKING.title} {score.value:.4g} ({low:.4g} to {high:.4g}, 95 % sure) of"
         f" {score.protocol.images:,} samples against {score.protocol.reference_images:,} images of"
         f" {challenger.about['data']['name']}, at Inception layer {score.protocol.layer}."
     )
@@ -437,7 +555,11 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
             ),
             pip_requirements=[f"mlflow=={installed_version('mlflow')}", *map(_requirement, SERVED_PACKAGES)],
             model_config={"settings": challenger.settings, "seed": challenger.seed, "clip": challenger.clip},
-            metadata={"point": challenger.point.name, "fid": challenger.score.fid, **asdict(challenger.score.protocol)},
+            metadata={
+                "point": challenger.point.name,
+                HEADLINE: challenger.score.value,
+                **asdict(challenger.score.protocol),
+            },
             mlflow_model=Model(run_id=run_id, model_id=model_id),
         )
 

@@ -1,0 +1,91 @@
+"""What the scores of a point are called and which way they are better (the only place that says so), and which point is best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm.intervals import CONFIDENCE, Difference, Estimate, difference, quantile
+
+
+@dataclass(frozen=True)
+class Metric:
+    """direction: -1 where lower is better, 1 where higher is."""
+
+    title: str
+    direction: int
+
+    @property
+    def words(self) -> str:
+        return "higher is better" if self.direction > 0 else "lower is better"
+
+    def rank(self, value: float) -> float:
+        """The better, the lower: a key to sort by."""
+        return -self.direction * value
+
+    def compare(self, a: Estimate, b: Estimate, confidence: float = CONFIDENCE) -> tuple[int, Difference]:
+        """-> 1 where a is significantly better than b, -1 where it is worse, 0 where that is not known; and a - b."""
+        gap = difference(a, b)
+        low, high = gap.interval(confidence)
+        return (self.direction if low > 0 else -self.direction if high < 0 else 0), gap
+
+
+METRICS = {
+    "fid": Metric("FID", -1),
+    "kid": Metric("KID", -1),
+    "precision": Metric("precision", 1),
+    "recall": Metric("recall", 1),
+    "inception_score": Metric("Inception Score", 1),
+}
+HEADLINE = "fid"  # what points are ranked and promoted by: the one with influence values
+RANKING = METRICS[HEADLINE]
+
+
+def estimate_of(scores: Mapping[str, Any], influence: NDArray[np.floating] | None = None) -> Estimate:
+    """The headline score of metrics/POINT.json with its error."""
+    value = scores[HEADLINE]
+    return Estimate(value, (scores[f"{HEADLINE}_high"] - value) / quantile(scores["confidence"]), influence)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A point, as far as choosing goes."""
+
+    name: str
+    evaluations: int
+    estimate: Estimate
+
+    @property
+    def order(self) -> tuple[float, int, str]:
+        return RANKING.rank(self.estimate.value), self.evaluations, self.name
+
+
+@dataclass(frozen=True)
+class Choice:
+    """best: of the points that are not significantly worse than `leader`, the one of the best score, that of fewest
+    evaluations. tied: all of these, by name."""
+
+    best: Candidate
+    leader: Candidate
+    tied: tuple[str, ...]
+
+
+def choose(candidates: Sequence[Candidate]) -> Choice:
+    """Raises ValueError when there are none."""
+    leader = min(candidates, key=lambda point: point.order)
+    tied = [point for point in candidates if RANKING.compare(point.estimate, leader.estimate)[0] >= 0]
+    best = min(tied, key=lambda point: (point.evaluations, *point.order))
+    return Choice(best, leader, tuple(point.name for point in tied))
+
+
+def front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The points that no point with as few evaluations beats, by evaluations."""
+    kept: list[Candidate] = []
+    for point in sorted(candidates, key=lambda point: (point.evaluations, *point.order)):
+        if not kept or RANKING.rank(point.estimate.value) < RANKING.rank(kept[-1].estimate.value):
+            kept.append(point)
+    return kept
