@@ -49,7 +49,7 @@ class Level:
 
 @dataclass(frozen=True)
 class State:
-    """After step k = 0 ... S-1: x at the level reached, x0_hat that led there, and the network evaluations so far."""
+    """After step k = 0 ... S-1: x at the level reached, x0_hat that led there, and an image's network evaluations so far."""
 
     k: int
     x: Tensor
@@ -279,7 +279,7 @@ def trajectory(
 
     def denoise(x: Tensor, t: float) -> Tensor:
         nonlocal evaluations
-        evaluations += 1
+        evaluations += denoiser.evaluations
         return denoiser(x, t)
 
     draw = noise or (lambda k: torch.randn_like(x_T))

@@ -44,6 +44,7 @@ class Diffusion(Section):
 
     timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
     target: Literal["eps", "x0", "v"] = "eps"
+    conditional: bool = False
 
 
 class Network(Section):
@@ -67,6 +68,7 @@ class Training(Section):
     clip: Positive = 1.0
     ema: Fraction = 0.9999
     flip: bool = False
+    label_dropout: Fraction = 0.1
     precision: Precision = "float32"
     compile: bool = False
     threads: Count = 1
@@ -95,7 +97,9 @@ class Evaluation(Section):
 
 
 class Sampler(Section):
-    """One row of the samplers table: the arguments of `ddpm.sample`. What a sampler doesn't take is an error."""
+    """One row of the samplers table: the arguments of `ddpm.sample`, and the denoiser's guidance. What a sampler doesn't
+    take is an error.
+    """
 
     sampler: str
     spacing: str = "leading"
@@ -103,9 +107,10 @@ class Sampler(Section):
     variance: Literal["fixed_large", "fixed_small"] | None = None
     order: Annotated[int, Field(ge=1, le=3)] | None = None
     along: Name | None = None
+    guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `ddpm.sample` that this row sets."""
+        """What this row sets."""
         return {key: value for key, value in self.model_dump().items() if value is not None}
 
 
@@ -177,6 +182,10 @@ class Params(Section):
         for name in self.sweep.samplers:
             if name not in self.samplers:
                 raise ValueError(f"sweep.samplers: no row '{name}' in samplers; there are {', '.join(self.samplers)}")
+            if self.samplers[name].guidance is not None and not self.diffusion.conditional:
+                raise ValueError(
+                    f"samplers.{name}: guidance takes a class-conditional model: diffusion.conditional: true"
+                )
         for steps in self.sweep.steps:
             if steps > self.diffusion.timesteps:
                 raise ValueError(f"sweep.steps: {steps} is more than diffusion.timesteps = {self.diffusion.timesteps}")

@@ -30,7 +30,7 @@ from ddpm.stages.device import find_device
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
 from ddpm.stages.progress import Progress, Report, silent
-from ddpm.training import TrainingState, autocast, fit, scaled
+from ddpm.training import TrainingState, autocast, fit, scaled, told
 
 VALIDATION_IMAGES = 1024  # at most
 
@@ -42,14 +42,27 @@ def noise_schedule(params: Params, name: str) -> NoiseSchedule:
     return NoiseSchedule.named(name, params.diffusion.timesteps)
 
 
-def about_network(params: Params, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """The `network` entry of model.json. shape: C, H, W of the data. Raises InputError."""
+def about_network(params: Params, shape: tuple[int, int, int], classes: int = 0) -> dict[str, Any]:
+    """The `network` entry of model.json. shape: C, H, W of the data; classes: 0 if unconditional. Raises InputError."""
     channels, height, width = shape
     if height != width:
         raise InputError(
             f"the network takes square images, and the dataset's are {height}x{width}; set data.size and data.fit"
         )
-    return {"kind": "unet", "image_channels": channels, "image_size": height, **params.network.model_dump(mode="json")}
+    about = {"kind": "unet", "image_channels": channels, "image_size": height, **params.network.model_dump(mode="json")}
+    return {**about, "classes": classes} if classes else about
+
+
+def class_count(params: Params, dataset: store.Dataset) -> int:
+    """How many classes the network is to know: none, unless diffusion.conditional. Raises InputError."""
+    if not params.diffusion.conditional:
+        return 0
+    if dataset.train_labels is None:
+        raise InputError(
+            f"diffusion.conditional is true, but the dataset {dataset.about['name']} has no classes; put its images into a"
+            " folder for each class, or set it to false"
+        )
+    return len(dataset.about["classes"])
 
 
 def training_key(params: Params, schedule: str, dataset: str) -> str:
@@ -63,18 +76,27 @@ def training_key(params: Params, schedule: str, dataset: str) -> str:
 
 @torch.no_grad()
 def validation_loss(
-    net: torch.nn.Module, images: torch.Tensor, objective: Objective, batch: int, precision: str
+    net: torch.nn.Module,
+    images: torch.Tensor,
+    objective: Objective,
+    batch: int,
+    precision: str,
+    labels: torch.Tensor | None = None,
 ) -> float:
-    """L_simple of uint8 images [N, C, H, W], at times spread evenly over 0 ... T-1 and fixed noise."""
+    """L_simple of uint8 images [N, C, H, W], with their labels int64 [N] if the network is conditional, at times spread
+    evenly over 0 ... T-1 and fixed noise.
+    """
     generator = torch.Generator(images.device).manual_seed(0)
     spread = (torch.arange(len(images), device=images.device) + 0.5) / len(images) * len(objective.a)
     times = spread.long()[torch.randperm(len(images), device=images.device, generator=generator)]
     total = torch.zeros((), dtype=torch.float64, device=images.device)
     for start in range(0, len(images), batch):
-        x_0 = scaled(images[start : start + batch])
+        rows = slice(start, start + batch)
+        x_0 = scaled(images[rows])
         eps = torch.randn(x_0.shape, device=images.device, generator=generator)
         with autocast(images.device, precision):
-            total += objective.losses(net, x_0, times[start : start + batch], eps).sum()
+            knowing = told(net, None if labels is None else labels[rows])
+            total += objective.losses(knowing, x_0, times[rows], eps).sum()
     return float(total) / len(images)
 
 
@@ -88,7 +110,7 @@ def train(
     settings = params.training
     noise = noise_schedule(params, schedule)
     dataset = store.read_dataset(root)
-    network = about_network(params, dataset.train.shape[1:])
+    network = about_network(params, dataset.train.shape[1:], class_count(params, dataset))
     if settings.flip and not dataset.about["flip"]:
         report(
             Progress(
@@ -111,6 +133,10 @@ def train(
     objective = Objective.of(noise, params.diffusion.target, device)
     images = torch.from_numpy(np.array(dataset.train)).to(device)
     validation = torch.from_numpy(np.array(dataset.test[:VALIDATION_IMAGES])).to(device)
+    labels, validation_labels = (
+        torch.from_numpy(np.array(split)).to(device) if params.diffusion.conditional else None
+        for split in (dataset.train_labels, dataset.test_labels)
+    )
     denoiser = Denoiser(state.ema, noise, params.diffusion.target, clip=True)
     steps = fit(
         state,
@@ -125,6 +151,8 @@ def train(
         flip=settings.flip,
         precision=settings.precision,
         forward=torch.compile(net) if settings.compile else None,
+        labels=labels,
+        label_dropout=settings.label_dropout,
     )
     saved = state.step
     values: dict[str, float] = {}
@@ -144,7 +172,7 @@ def train(
             row: dict[str, Any] = {"step": step.step, **values, "validation_loss": ""}
             if validate:
                 row["validation_loss"] = values["validation_loss"] = validation_loss(
-                    state.ema, validation, objective, settings.batch, settings.precision
+                    state.ema, validation, objective, settings.batch, settings.precision, validation_labels
                 )
             rows.append(row)
             report(Progress(step.step, settings.steps, "steps", values, model=lambda: denoiser))

@@ -70,12 +70,16 @@ def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, 
 def identity_of_model(about: Mapping[str, Any]) -> dict[str, Any]:
     """The same, from model.json."""
     training = dict(about["training"])
-    derived = ("kind", "image_channels", "image_size")  # they follow from the data
+    derived = ("kind", "image_channels", "image_size", "classes")  # they follow from the data
     return {
         "schedule": about["schedule"]["name"],
         "dataset_sha256": about["data"]["sha256"],
         "seed": training.pop("seed"),
-        "diffusion": {"timesteps": about["schedule"]["timesteps"], "target": about["target"]},
+        "diffusion": {
+            "timesteps": about["schedule"]["timesteps"],
+            "target": about["target"],
+            "conditional": "classes" in about["network"],
+        },
         "network": {name: value for name, value in about["network"].items() if name not in derived},
         "training": training,
     }
