@@ -112,8 +112,8 @@ class UNet(nn.Module):
     channels, multipliers: width of each resolution, from image_size down by halves. blocks: residual blocks per
     resolution. attention: the resolutions (sides in pixels) with self-attention, of `heads` heads.
     classes: 0 for an unconditional network; else labels is int64 [B], 0 ... classes - 1, and a negative label, or no labels
-    at all, tells nothing. Each label's embedding (the last row is for no label) is added to that of the time, as Dhariwal &
-    Nichol 2021 do; all start at zero, so that the network starts as the unconditional one. Raises ValueError.
+    at all, tells nothing. A label's embedding (the last row is for no label) is added to that of the time, as Dhariwal &
+    Nichol 2021 do. Raises ValueError.
     """
 
     def __init__(
@@ -187,8 +187,9 @@ class UNet(nn.Module):
 
         self.last_norm = nn.GroupNorm(groups(channels), width, eps=1e-6)
         self.last = _zero(nn.Conv2d(width, image_channels, 3, padding=1))
-        # Comes last: the other weights start the same with and without it.
-        self.label = _zero(nn.Embedding(classes + 1, embedding)) if classes else None
+        # Comes last: the other weights start the same with and without it. Classes start apart: from zero they part slowly
+        # (digits after 300 steps: a classifier recognises 14% of the classes asked for, instead of 84%).
+        self.label = nn.Embedding(classes + 1, embedding) if classes else None
 
     def _embedding(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """Of time and class: [B, 4 channels]."""
