@@ -214,13 +214,28 @@ def generate(
         str, typer.Option(help="A row of samplers in params.yaml; default: the one that the model was promoted with.")
     ] = "",
     steps: Annotated[int, typer.Option(min=0, help="Network times visited; default: the model's own.")] = 0,
+    label: Annotated[
+        str | None, typer.Option(help="A class, by name or number, of a conditional model; default: all in turn.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How strongly: 1 is the plain conditional network; default: the model's own.")
+    ] = None,
 ) -> None:
     """Make images from a model of the registry (the champion, unless another is named) or from a checkpoint folder."""
     from ddpm.stages.generate import generate
 
     with display("generate") as watch:
         path = generate(
-            Params.load(), out=out, count=count, model=model, seed=seed, sampler=sampler, steps=steps, report=watch
+            Params.load(),
+            out=out,
+            count=count,
+            model=model,
+            seed=seed,
+            sampler=sampler,
+            steps=steps,
+            label=label,
+            guidance=guidance,
+            report=watch,
         )
     say(f"{path}: {count} images")
 

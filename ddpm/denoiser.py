@@ -8,10 +8,16 @@ the posterior q(x_{t-1} | x_t, x_0), eq. 7 of Ho et al., on the chain of T steps
 c_out is what a network's error is multiplied by on its way to x0_hat. It is 1 for x0, s for v and s / a for eps, but 1 / A for
 mu, thousands at high noise, where mu hardly depends on x_0: clip x0_hat, and keep that network out of bfloat16. A sampler that
 steps down the same chain multiplies by A again, so nothing is lost there.
+
+A conditional network may be guided without a classifier (Ho & Salimans 2022, eq. 6): the prediction is
+free + w (labelled - free), that is, samples of p(x) p(label | x)^w instead of p(x | label) = p(x) p(label | x)^1. w = 1 is the
+plain conditional network and w = 0 the unconditional one; the w of that paper is ours less 1. A learned variance is the
+labelled network's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +34,9 @@ TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tens
     "v": lambda a, s, A, B: (a, -s),
     "mu": lambda a, s, A, B: (-B / A, 1 / A),
 }
+
+
+NO_LABEL = -1  # in place of a class: nothing is told
 
 
 def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,16 +71,43 @@ class Denoiser:
     With a learned variance it gives twice the channels (see `halves`).
     target: what net predicts, a key of TARGETS.
     clip: clamp x0_hat to [-1, 1]; samplers derive eps again from the clamped x0_hat.
+    labels: int64 [B], the class of each image, for a net(x, t, labels) that knows classes, and -1 as no label.
+    guidance: w, how far the prediction goes from no label (0) to the label (1) and beyond. Raises ValueError.
     """
 
-    net: Callable[[Tensor, Tensor], Any]
+    net: Callable[..., Any]
     schedule: NoiseSchedule
     target: str = "eps"
     clip: bool = False
+    labels: Tensor | None = None
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise ValueError(f"no target '{self.target}'; there are {', '.join(TARGETS)}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance = {self.guidance} must be a finite number")
+        if self.labels is None and self.guidance != 1:
+            raise ValueError(f"guidance = {self.guidance:g} takes labels, and a network trained with them")
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of an image in one call: 2 under guidance, except at w = 0 and w = 1."""
+        return 1 if self.guidance in (0, 1) else 2
+
+    def _predict(self, x_t: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the network says, guided, and v (see `halves`); x_t [B, ...], times float32 [B]."""
+        if self.labels is None:
+            return halves(self.net(x_t, times), x_t)
+        if len(self.labels) != len(x_t):
+            raise ValueError(f"{len(self.labels)} labels for {len(x_t)} images")
+        labels = self.labels.to(x_t.device)
+        free = torch.full_like(labels, NO_LABEL)
+        if self.evaluations == 1:
+            return halves(self.net(x_t, times, labels if self.guidance == 1 else free), x_t)
+        both = self.net(torch.cat([x_t, x_t]), torch.cat([times, times]), torch.cat([free, labels]))
+        (without, _), (told, v) = (halves(half, x_t) for half in both.chunk(2))
+        return without + self.guidance * (told - without), v
 
     def __call__(self, x_t: Tensor, t: Tensor | float) -> Tensor:
         """x_t [B, ...], t a number or [B] -> x0_hat, like x_t."""
@@ -83,6 +119,6 @@ class Denoiser:
         _, _, c_skip, c_out = coefficients(self.schedule, self.target, times.cpu() if times.dim() else times)
         shape = (-1,) + (1,) * (x_t.ndim - 1)
         c_skip, c_out = (c.to(x_t.device, x_t.dtype).view(shape) for c in (c_skip, c_out))
-        prediction, v = halves(self.net(x_t, times.to(x_t.device, torch.float32)), x_t)
+        prediction, v = self._predict(x_t, times.to(x_t.device, torch.float32))
         x0_hat = c_skip * x_t + c_out * prediction
         return (x0_hat.clamp(-1, 1) if self.clip else x0_hat), v

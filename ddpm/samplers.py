@@ -25,18 +25,18 @@ Noise = Callable[[int], Tensor]
 
 
 class Counted:
-    """A denoiser that counts its network evaluations: the `denoise` that `trajectory` gives to a sampler."""
+    """A denoiser that counts its network evaluations, of an image: the `denoise` that `trajectory` gives to a sampler."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
         self.evaluations = 0
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        self.evaluations += 1
+        self.evaluations += self.denoiser.evaluations
         return self.denoiser(x, t)
 
     def with_variance(self, x: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
-        self.evaluations += 1
+        self.evaluations += self.denoiser.evaluations
         return self.denoiser.with_variance(x, t)
 
 
@@ -65,7 +65,7 @@ class Level:
 
 @dataclass(frozen=True)
 class State:
-    """After step k = 0 ... S-1: x at the level reached, x0_hat that led there, and the network evaluations so far."""
+    """After step k = 0 ... S-1: x at the level reached, x0_hat that led there, and an image's network evaluations so far."""
 
     k: int
     x: Tensor

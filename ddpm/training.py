@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ddpm.denoiser import NO_LABEL
 from ddpm.objective import Objective
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -102,6 +103,11 @@ def scaled(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def told(net: Callable[..., Tensor], labels: Tensor | None) -> Callable[..., Tensor]:
+    """net(x, t) that is told the labels, int64 [B]; the network itself where there are none."""
+    return net if labels is None else lambda x, t: net(x, t, labels)
+
+
 def fit(
     state: TrainingState,
     images: Tensor,
@@ -115,7 +121,9 @@ def fit(
     ema: float = 0.9999,
     flip: bool = False,
     precision: str = "float32",
-    forward: Callable[[Tensor, Tensor], Tensor] | None = None,
+    forward: Callable[..., Tensor] | None = None,
+    labels: Tensor | None = None,
+    label_dropout: float = 0.1,
 ) -> Iterator[Step]:
     """Trains for as long as the caller asks for steps.
 
@@ -123,7 +131,9 @@ def fit(
     objective: of the schedule and target. learning_rate: after a linear warm-up over `warmup` steps. clip: of the gradient's
     norm. ema: decay of the average, warmed up as min(ema, (1 + k) / (10 + k)). flip: mirror every other image at random.
     precision: "float32" or "bfloat16" (autocast). forward: what computes net(x, t) instead of the network itself, such as
-    its compiled form. While it runs, torch's global seed is set at each step if the network has dropout.
+    its compiled form. labels: int64 [N] on the same device, for a conditional network; each is withheld with probability
+    label_dropout, so that the network also learns to predict without (algorithm 1 of Ho & Salimans 2022). While it runs,
+    torch's global seed is set at each step if the network has dropout.
     """
     device = images.device
     generator = torch.Generator(device)
@@ -138,15 +148,20 @@ def fit(
         generator.manual_seed(derived_seed(seed, "step", k))
         if has_dropout:
             torch.manual_seed(derived_seed(seed, "dropout", k))
-        x_0 = scaled(images[_indices(len(images), batch, k, seed).to(device)])
+        rows = _indices(len(images), batch, k, seed).to(device)
+        x_0 = scaled(images[rows])
         if flip:
             mirrored = torch.rand(batch, 1, 1, 1, device=device, generator=generator) < 0.5
             x_0 = torch.where(mirrored, x_0.flip(-1), x_0)
         t = torch.randint(len(objective.a), (batch,), device=device, generator=generator)
         eps = torch.randn(x_0.shape, device=device, generator=generator)
+        classes = None
+        if labels is not None:  # drawn last: without labels everything else is the same
+            withheld = torch.rand(batch, device=device, generator=generator) < label_dropout
+            classes = labels[rows].masked_fill(withheld, NO_LABEL)
 
         with autocast(device, precision):
-            loss = objective.losses(net, x_0, t, eps).mean()
+            loss = objective.losses(told(net, classes), x_0, t, eps).mean()
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, clip, foreach=True)

@@ -106,12 +106,15 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """net(x, t) -> a prediction like x.
+    """net(x, t) -> a prediction like x; net(x, t, labels) where there are classes.
 
     x: float [B, image_channels, image_size, image_size], nominally in [-1, 1]; t: [B], 0 ... T-1, fractions allowed.
     channels, multipliers: width of each resolution, from image_size down by halves. blocks: residual blocks per
     resolution. attention: the resolutions (sides in pixels) with self-attention, of `heads` heads. out_channels: if not those
-    of x, such as twice as many for a learned variance. Raises ValueError.
+    of x, such as twice as many for a learned variance.
+    classes: 0 for an unconditional network; else labels is int64 [B], 0 ... classes - 1, and a negative label, or no labels
+    at all, tells nothing. A label's embedding (the last row is for no label) is added to that of the time, as Dhariwal &
+    Nichol 2021 do. Raises ValueError.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class UNet(nn.Module):
         heads: int = 1,
         dropout: float = 0.0,
         out_channels: int | None = None,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         sides = [image_size // 2**level for level in range(len(multipliers))]
@@ -139,9 +143,11 @@ class UNet(nn.Module):
                 )
         if any(channels * multiplier % heads for multiplier in multipliers):
             raise ValueError(f"heads = {heads} must divide the channels of every resolution")
+        if classes < 0:
+            raise ValueError(f"classes = {classes} must be 0 (unconditional) or more")
         widths = [channels * multiplier for multiplier in multipliers]
         embedding = 4 * channels
-        self.channels = channels
+        self.channels, self.classes = channels, classes
         self.time = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
 
         def stage(channels_in: int, channels_out: int, side: int) -> Stage:
@@ -183,9 +189,24 @@ class UNet(nn.Module):
 
         self.last_norm = nn.GroupNorm(groups(channels), width, eps=1e-6)
         self.last = _zero(nn.Conv2d(width, out_channels or image_channels, 3, padding=1))
+        # Comes last: the other weights start the same with and without it. Classes start apart: from zero they part slowly
+        # (digits after 300 steps: a classifier recognises 14% of the classes asked for, instead of 84%).
+        self.label = nn.Embedding(classes + 1, embedding) if classes else None
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        embedding = self.time(time_embedding(t, self.channels).to(self.first.weight.dtype))
+    def _embedding(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        """Of time and class: [B, 4 channels]."""
+        time = time_embedding(t, self.channels).to(self.first.weight.dtype)
+        if self.label is None:
+            if labels is not None:
+                raise ValueError("labels for an unconditional network: it was made with classes = 0")
+            return self.time(time)
+        if labels is None:
+            labels = torch.full(t.shape, -1, device=t.device)
+        told = self.label(torch.where(labels < 0, self.classes, labels))
+        return self.time[-1](self.time[:-1](time) + told)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        embedding = self._embedding(t, labels)
         h = self.first(x)
         skips = [h]
         for layer in self.down:

@@ -11,7 +11,7 @@ from ddpm.stages.device import find_device
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
 from ddpm.stages.progress import Progress, Report, silent
-from ddpm.stages.sample import check_row, prepared_denoiser
+from ddpm.stages.sample import check_row, class_labels, prepared_denoiser
 from ddpm.stages.sample import generate as draw
 
 DEFAULT: dict[str, Any] = {"sampler": "ddim", "steps": 50}
@@ -26,13 +26,16 @@ def generate(
     seed: int = 0,
     sampler: str = "",
     steps: int = 0,
+    label: str | None = None,
+    guidance: float | None = None,
     report: Report = silent,
 ) -> Path:
     """Writes a grid of `count` images to `out` (PNG) and returns its path.
 
     model: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, or "" for the champion of params' dataset.
     sampler: a row of params.samplers, steps: S; "" and 0 take the settings that the model was registered with, or DDIM
-    at 50 steps for a folder. Raises InputError.
+    at 50 steps for a folder. label: of a conditional model, the class of all images, by name or number; None: the classes in
+    turn. guidance: instead of the settings'. Raises InputError.
     """
     from ddpm.stages import tracking
 
@@ -51,6 +54,8 @@ def generate(
             settings = {**params.samplers[sampler].options(), "steps": settings["steps"]}
         if steps:
             settings["steps"] = steps
+        if guidance is not None:
+            settings["guidance"] = guidance
         denoiser, about = prepared_denoiser(folder, device, clip=True, precision="float32", compiled=False)
     try:
         images, _ = draw(
@@ -62,6 +67,7 @@ def generate(
             steps=settings.pop("steps"),
             settings=settings,
             device=device,
+            labels=class_labels(about, count, label),
             done=lambda images, _: report(Progress(images, count, "images")),
         )
     except ValueError as error:

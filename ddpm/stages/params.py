@@ -45,6 +45,7 @@ class Diffusion(Section):
     timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
     target: Literal["eps", "x0", "v", "mu"] = "eps"
     variance: Literal["fixed", "learned"] = "fixed"
+    conditional: bool = False
 
 
 class Network(Section):
@@ -69,6 +70,7 @@ class Training(Section):
     clip: Positive = 1.0
     ema: Fraction = 0.9999
     flip: bool = False
+    label_dropout: Fraction = 0.1
     precision: Precision = "float32"
     compile: bool = False
     threads: Count = 1
@@ -97,7 +99,9 @@ class Evaluation(Section):
 
 
 class Sampler(Section):
-    """One row of the samplers table: the arguments of `ddpm.sample`. What a sampler doesn't take is an error."""
+    """One row of the samplers table: the arguments of `ddpm.sample`, and the denoiser's guidance. What a sampler doesn't
+    take is an error.
+    """
 
     sampler: str
     spacing: str = "leading"
@@ -105,9 +109,10 @@ class Sampler(Section):
     variance: Literal["fixed_large", "fixed_small", "learned"] | None = None
     order: Annotated[int, Field(ge=1, le=3)] | None = None
     along: Name | None = None
+    guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `ddpm.sample` that this row sets."""
+        """What this row sets."""
         return {key: value for key, value in self.model_dump().items() if value is not None}
 
 
@@ -207,6 +212,11 @@ class Params(Section):
             if self.schedules[name].zero_terminal_snr and self.diffusion.target == "eps":
                 raise ValueError(
                     f"schedules.{name}: with zero_terminal_snr, eps says nothing of the image at T; set diffusion.target to v"
+                )
+        for name in self.sweep.samplers:
+            if self.samplers[name].guidance is not None and not self.diffusion.conditional:
+                raise ValueError(
+                    f"samplers.{name}: guidance takes a class-conditional model: diffusion.conditional: true"
                 )
         for steps in self.sweep.steps:
             if steps > self.diffusion.timesteps:

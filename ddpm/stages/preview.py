@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from ddpm.stages import store
 from ddpm.stages.params import Params
 from ddpm.stages.progress import Progress, Report
@@ -29,6 +31,7 @@ def previews(params: Params, root: Path, schedule: str, log: Callable[[int, stor
 
         denoiser = progress.model()
         shape = tuple(store.read_json(root / store.dataset_dir() / "dataset.json")["shape"])
+        classes = denoiser.net.classes
         device = next(denoiser.net.parameters()).device
         images, _ = generate(
             denoiser,
@@ -39,6 +42,7 @@ def previews(params: Params, root: Path, schedule: str, log: Callable[[int, stor
             steps=min(STEPS, denoiser.schedule.T),
             settings={"sampler": "ddim"},
             device=device,
+            labels=np.arange(IMAGES) % classes if classes else None,
         )
         picture = store.grid(images)
         store.write_png(root / preview_file(schedule, progress.done), picture)

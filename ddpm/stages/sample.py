@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,33 @@ def check_row(name: str, row: Sampler) -> None:
     """Raises InputError for a sampler row that `ddpm.sample` would refuse."""
     try:
         options = row.options()
+        options.pop("guidance", None)
         if (along := options.pop("along", None)) is not None and along not in SCHEDULES:
             raise ValueError(f"no schedule '{along}' to go along; there are {', '.join(SCHEDULES)}")
         check_options(**options)
     except ValueError as error:
         raise InputError(f"samplers.{name}: {error}") from None
+
+
+def class_labels(about: dict[str, Any], count: int, label: str | int | None = None) -> np.ndarray | None:
+    """The class of each of `count` images, int64; None for an unconditional model. about: model.json.
+
+    label: the name of a class, or its number; without one image i is of class i mod classes, so that a set has all alike.
+    Raises ValueError.
+    """
+    classes = about["network"].get("classes", 0)
+    if not classes:
+        if label is not None:
+            raise ValueError("this model is unconditional: it takes no label")
+        return None
+    if label is None:
+        return np.arange(count) % classes
+    names = about["data"]["classes"]
+    if str(label) in names:
+        return np.full(count, names.index(str(label)))
+    if str(label).isdecimal() and int(label) < classes:
+        return np.full(count, int(label))
+    raise ValueError(f"no class '{label}'; there are {', '.join(names)}, numbered from 0")
 
 
 @torch.inference_mode()
@@ -50,16 +73,20 @@ def generate(
     steps: int,
     settings: dict[str, Any],
     device: torch.device,
+    labels: np.ndarray | None = None,
     done: Callable[[int, int], None] = lambda images, evaluations: None,
     into: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
     """Images number `indices` of a seed: uint8 [len(indices), *shape], and the network evaluations each took.
 
     Their noise depends on seed and index alone, never on `batch`. done(images, evaluations) is told of each finished
-    batch, and of each step. settings: a sampler row's options. into: an array to fill instead of a new one. Raises
-    ValueError.
+    batch, and of each step. settings: a sampler row's options. labels: the class of each image, for a conditional network.
+    into: an array to fill instead of a new one. Raises ValueError.
     """
     options = dict(settings)
+    guidance = options.pop("guidance", None)
+    if guidance is not None and labels is None:
+        raise ValueError("guidance takes a class-conditional model (diffusion.conditional: true)")
     if along := options.get("along"):
         options["along"] = NoiseSchedule.named(along, denoiser.schedule.T)
     images = np.empty((len(indices), *shape), np.uint8) if into is None else into
@@ -67,6 +94,9 @@ def generate(
     for start in range(0, len(indices), batch):
         rows = indices[start : start + batch]
         x_T = gaussian(seed, rows, 0, shape, device).to(memory_format=torch.channels_last)
+        if labels is not None:
+            these = torch.from_numpy(labels[start : start + batch]).to(device)
+            denoiser = replace(denoiser, labels=these, guidance=1.0 if guidance is None else guidance)
 
         def noise(k: int, rows: range = rows) -> Tensor:
             return gaussian(seed, rows, k + 1, shape, device)
@@ -88,9 +118,9 @@ def prepared_denoiser(
     if precision == "bfloat16":
         plain = net
 
-        def net(x: Tensor, t: Tensor) -> Tensor:
+        def net(x: Tensor, t: Tensor, *labels: Tensor) -> Tensor:
             with torch.autocast(device.type, torch.bfloat16):
-                return plain(x, t).float()
+                return plain(x, t, *labels).float()
 
     return Denoiser(net, denoiser.schedule, denoiser.target, clip), about
 
@@ -108,6 +138,7 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
     )
     path = root / store.samples_file(point)
     channels, height, width = about["data"]["shape"]
+    labels = class_labels(about, settings.images)
     with store.scratch_array(path, (settings.images, channels, height, width)) as images:
         try:
             _, evaluations = generate(
@@ -119,11 +150,12 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
                 steps=point.steps,
                 settings=row.options(),
                 device=device,
+                labels=labels,
                 done=lambda count, _: report(Progress(count, settings.images, "images")),
                 into=images,
             )
         except ValueError as error:
             raise InputError(f"{point.name}: {error}") from None
-        store.write_samples(path, images, evaluations)
+        store.write_samples(path, images, evaluations, labels)
         store.write_png(path.with_suffix(".png"), store.grid(images[:PREVIEW]))
     return evaluations

@@ -4,7 +4,7 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
 
     dataset/                      train.npy, test.npy (uint8 N,C,H,W), *-labels.npy (int64 N), dataset.json, preview.png
     models/SCHEDULE/              model.safetensors, model.json
-    samples/POINT.npz, .png       images (uint8 N,C,H,W), evaluations; a preview grid
+    samples/POINT.npz, .png       images (uint8 N,C,H,W), evaluations, labels (int64 N, if conditional); a preview grid
     metrics/POINT.json            scores of a point; POINT.influence.npy what each image did to its FID (float32 N)
     metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves; SCHEDULE.by_time.csv where
                                   among the network times they arise
@@ -276,10 +276,11 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> Images:
 # Sample sets.
 
 
-def write_samples(path: Path, images: Images, evaluations: int) -> None:
-    """One compressed file. The same images give the same bytes."""
+def write_samples(path: Path, images: Images, evaluations: int, labels: NDArray[np.int64] | None = None) -> None:
+    """One compressed file. The same images give the same bytes. labels: the class that each image was asked for, if any."""
+    asked: dict[str, Any] = {} if labels is None else {"labels": labels}
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, images=images, evaluations=np.int64(evaluations))
+        np.savez_compressed(file, images=images, evaluations=np.int64(evaluations), **asked)
 
 
 def read_samples(path: Path) -> tuple[Images, int]:

@@ -31,7 +31,7 @@ from ddpm.stages.device import find_device
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
 from ddpm.stages.progress import Progress, Report, silent
-from ddpm.training import TrainingState, autocast, fit, scaled
+from ddpm.training import TrainingState, autocast, fit, scaled, told
 
 VALIDATION_IMAGES = 1024  # at most
 BINS, BIN_IMAGES = 10, 256  # of the losses by network time; images at most
@@ -52,15 +52,28 @@ def about_schedule(params: Params, name: str) -> dict[str, Any]:
     return {"name": name, "timesteps": params.diffusion.timesteps, **params.schedules[name].options()}
 
 
-def about_network(params: Params, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """The `network` entry of model.json. shape: C, H, W of the data. Raises InputError."""
+def about_network(params: Params, shape: tuple[int, int, int], classes: int = 0) -> dict[str, Any]:
+    """The `network` entry of model.json. shape: C, H, W of the data; classes: 0 if unconditional. Raises InputError."""
     channels, height, width = shape
     if height != width:
         raise InputError(
             f"the network takes square images, and the dataset's are {height}x{width}; set data.size and data.fit"
         )
     about = {"kind": "unet", "image_channels": channels, "image_size": height, **params.network.model_dump(mode="json")}
-    return about | ({"out_channels": 2 * channels} if params.diffusion.variance == "learned" else {})
+    about |= {"out_channels": 2 * channels} if params.diffusion.variance == "learned" else {}
+    return about | ({"classes": classes} if classes else {})
+
+
+def class_count(params: Params, dataset: store.Dataset) -> int:
+    """How many classes the network is to know: none, unless diffusion.conditional. Raises InputError."""
+    if not params.diffusion.conditional:
+        return 0
+    if dataset.train_labels is None:
+        raise InputError(
+            f"diffusion.conditional is true, but the dataset {dataset.about['name']} has no classes; put its images into a"
+            " folder for each class, or set it to false"
+        )
+    return len(dataset.about["classes"])
 
 
 def training_key(params: Params, schedule: str, dataset: str) -> str:
@@ -83,14 +96,18 @@ def _mean_losses(
     precision: str,
     generator: torch.Generator,
     names: tuple[str, ...],
+    labels: torch.Tensor | None,
 ) -> list[float]:
-    """Rows of LOSSES by name: the mean of each over uint8 images [N, C, H, W] at times int64 [N]."""
+    """Rows of LOSSES by name: the mean of each over uint8 images [N, C, H, W] at times int64 [N]; labels, if the network
+    is conditional, int64 [N].
+    """
     total = torch.zeros(len(names), dtype=torch.float64, device=images.device)
     for start in range(0, len(images), batch):
-        x_0 = scaled(images[start : start + batch])
+        rows = slice(start, start + batch)
+        x_0 = scaled(images[rows])
         eps = torch.randn(x_0.shape, device=images.device, generator=generator)
         with autocast(images.device, precision):
-            outcome = objective.outcome(net, x_0, times[start : start + batch], eps)
+            outcome = objective.outcome(told(net, None if labels is None else labels[rows]), x_0, times[rows], eps)
             total += torch.stack([LOSSES[name](objective, outcome).sum() for name in names])
     return [value / len(images) for value in total.tolist()]
 
@@ -101,17 +118,29 @@ def _spread(images: torch.Tensor, start: int, end: int) -> torch.Tensor:
 
 
 def validation_loss(
-    net: torch.nn.Module, images: torch.Tensor, objective: Objective, batch: int, precision: str
+    net: torch.nn.Module,
+    images: torch.Tensor,
+    objective: Objective,
+    batch: int,
+    precision: str,
+    labels: torch.Tensor | None = None,
 ) -> float:
-    """The objective's loss of uint8 images [N, C, H, W], at times spread evenly over 0 ... T-1 and fixed noise."""
+    """The objective's loss of uint8 images [N, C, H, W], with their labels int64 [N] if the network is conditional, at times
+    spread evenly over 0 ... T-1 and fixed noise.
+    """
     generator = torch.Generator(images.device).manual_seed(0)
     order = torch.randperm(len(images), device=images.device, generator=generator)
     times = _spread(images, 0, len(objective.a))[order]
-    return _mean_losses(net, images, times, objective, batch, precision, generator, (objective.loss,))[0]
+    return _mean_losses(net, images, times, objective, batch, precision, generator, (objective.loss,), labels)[0]
 
 
 def losses_by_time(
-    net: torch.nn.Module, images: torch.Tensor, objective: Objective, batch: int, precision: str
+    net: torch.nn.Module,
+    images: torch.Tensor,
+    objective: Objective,
+    batch: int,
+    precision: str,
+    labels: torch.Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """Where among the network times the losses arise: a row for each of BINS even ranges of 0 ... T-1, fixed noise.
 
@@ -122,12 +151,12 @@ def losses_by_time(
     generator = torch.Generator(images.device).manual_seed(0)
     bins = min(BINS, len(objective.a))
     edges = [len(objective.a) * i // bins for i in range(bins + 1)]
-    rows = []
+    names, rows = ("simple", "vlb"), []
     for start, end in pairwise(edges):
         means: list[Any] = ["", ""]
         if len(images):
             times = _spread(images, start, end)
-            means = _mean_losses(net, images, times, objective, batch, precision, generator, ("simple", "vlb"))
+            means = _mean_losses(net, images, times, objective, batch, precision, generator, names, labels)
         rows.append({"t": (start + end - 1) // 2, "loss_simple": means[0], "loss_vlb": means[1]})
     return rows
 
@@ -147,7 +176,7 @@ def train(
     except ValueError as error:
         raise InputError(f"train {schedule}: diffusion.target: {error}") from None
     dataset = store.read_dataset(root)
-    network = about_network(params, dataset.train.shape[1:])
+    network = about_network(params, dataset.train.shape[1:], class_count(params, dataset))
     if settings.flip and not dataset.about["flip"]:
         report(
             Progress(
@@ -168,6 +197,10 @@ def train(
 
     images = torch.from_numpy(np.array(dataset.train)).to(device)
     validation = torch.from_numpy(np.array(dataset.test[:VALIDATION_IMAGES])).to(device)
+    labels, validation_labels = (
+        torch.from_numpy(np.array(split)).to(device) if params.diffusion.conditional else None
+        for split in (dataset.train_labels, dataset.test_labels)
+    )
     denoiser = Denoiser(state.ema, noise, params.diffusion.target, clip=True)
     steps = fit(
         state,
@@ -182,6 +215,8 @@ def train(
         flip=settings.flip,
         precision=settings.precision,
         forward=torch.compile(net) if settings.compile else None,
+        labels=labels,
+        label_dropout=settings.label_dropout,
     )
     saved = state.step
     values: dict[str, float] = {}
@@ -201,7 +236,7 @@ def train(
             row: dict[str, Any] = {"step": step.step, **values, "validation_loss": ""}
             if validate:
                 row["validation_loss"] = values["validation_loss"] = validation_loss(
-                    state.ema, validation, objective, settings.batch, settings.precision
+                    state.ema, validation, objective, settings.batch, settings.precision, validation_labels
                 )
             rows.append(row)
             report(Progress(step.step, settings.steps, "steps", values, model=lambda: denoiser))
@@ -211,7 +246,7 @@ def train(
             checkpoint.write_resume(folder, ResumeState(step.step, state.tensors(), rows, [float(x) for x in losses]))
             saved = step.step
 
-    by_time = losses_by_time(state.ema, validation, objective, settings.batch, settings.precision)
+    by_time = losses_by_time(state.ema, validation, objective, settings.batch, settings.precision, validation_labels)
     return _write(params, schedule, state, network, dataset, rows, by_time, root)
 
 

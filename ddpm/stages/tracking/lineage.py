@@ -71,7 +71,8 @@ def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, 
 def identity_of_model(about: Mapping[str, Any]) -> dict[str, Any]:
     """The same, from model.json."""
     training = dict(about["training"])
-    derived = ("kind", "image_channels", "image_size", "out_channels")  # they follow from the data and the variance
+    # What follows from the data, the variance and the condition.
+    derived = ("kind", "image_channels", "image_size", "out_channels", "classes")
     return {
         "schedule": about["schedule"]["name"],
         "schedules": {key: value for key, value in about["schedule"].items() if key not in ("name", "timesteps")},
@@ -81,6 +82,7 @@ def identity_of_model(about: Mapping[str, Any]) -> dict[str, Any]:
             "timesteps": about["schedule"]["timesteps"],
             "target": about["target"],
             "variance": about.get("variance", "fixed"),
+            "conditional": "classes" in about["network"],
         },
         "network": {name: value for name, value in about["network"].items() if name not in derived},
         "training": training,

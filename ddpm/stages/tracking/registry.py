@@ -535,8 +535,12 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
         ColSpec("long", "steps", required=False),
         ColSpec("string", "sampler", required=False),
     ]
+    example = {"n": [4], "seed": [challenger.seed], "steps": [challenger.settings["steps"]]}
+    example["sampler"] = [challenger.settings["sampler"]]
+    if "classes" in challenger.about["network"]:
+        inputs.append(ColSpec("string", "label", required=False))
+        example["label"] = [challenger.about["data"]["classes"][0]]
     shape = (-1, *challenger.about["data"]["shape"])
-    steps = challenger.settings["steps"]
     package = Path(__file__).parents[2]
     with tempfile.TemporaryDirectory(prefix="ddpm-code-") as name:
         code, checkpoint = Path(name) / package.name, Path(name) / "checkpoint"
@@ -550,9 +554,7 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
             artifacts={"checkpoint": str(checkpoint)},
             code_paths=[str(code)],
             signature=ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype(np.uint8), shape)])),
-            input_example=pd.DataFrame(
-                {"n": [4], "seed": [challenger.seed], "steps": [steps], "sampler": [challenger.settings["sampler"]]}
-            ),
+            input_example=pd.DataFrame(example),
             pip_requirements=[f"mlflow=={installed_version('mlflow')}", *map(_requirement, SERVED_PACKAGES)],
             model_config={"settings": challenger.settings, "seed": challenger.seed, "clip": challenger.clip},
             metadata={
