@@ -138,6 +138,20 @@ def evaluate(point: PointName) -> None:
 
 
 @app.command()
+def likelihood(
+    schedule: Annotated[str, typer.Argument(help="A noise schedule whose network is trained.")],
+) -> None:
+    """Measure a network's bits per dimension into metrics/likelihood/SCHEDULE.json, with rate and distortion per step."""
+    from ddpm.stages.likelihood import likelihood
+
+    _run(
+        f"likelihood@{schedule}",
+        store.likelihood_file(schedule),
+        lambda params, report: likelihood(params, schedule, Path(), report),
+    )
+
+
+@app.command()
 def report() -> None:
     """Gather the scores of the sweep into report/: the table, the best point, the pictures."""
     from ddpm.stages.report import report

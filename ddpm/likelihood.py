@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ def strata(T: int, times: int | None = None) -> list[range]:
     if not 2 <= times <= T:
         raise ValueError(f"times = {times} must lie between 2 and T = {T}")
     edges = [1 + max(k, (T - 1) * k * k // (times - 1) ** 2) for k in range(times)]
-    return [range(1), *(range(first, after) for first, after in zip(edges[:-1], edges[1:], strict=True))]
+    return [range(1), *(range(first, after) for first, after in pairwise(edges))]
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,8 @@ def variational_bound(
     uniform = torch.rand(len(images), len(parts), generator=generator, dtype=torch.float64)
     first, size = (torch.tensor([f(part) for part in parts]) for f in (lambda part: part.start, len))
     drawn = first + (uniform * size).long()  # [N, S]
-    bound = Bound(
-        torch.zeros(len(images), dtype=torch.float64), *torch.zeros(2, *drawn.shape, dtype=torch.float64), parts
-    )
+    terms, squared_error = torch.zeros(2, *drawn.shape, dtype=torch.float64)
+    bound = Bound(torch.zeros(len(images), dtype=torch.float64), terms, squared_error, parts)
     a, s = schedule.alpha_bar.sqrt(), (-torch.expm1(schedule.log_alpha_bar)).sqrt()
     for start in range(0, len(images), batch):
         rows = range(start, min(start + batch, len(images)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -163,11 +164,8 @@ def test_the_sum_is_the_divergence_of_the_whole_chains(variance: str) -> None:
     """L_T + L_{T-1} + ... + L_1 = E KL(q(x_1, ..., x_T | x_0) || p(x_1, ..., x_T)), two Gaussians in T dimensions."""
     schedule, T, v = NoiseSchedule.named("linear", 6, start=0.05, end=0.6), 6, 0.4
     alpha_bar, betas = schedule.alpha_bar.numpy(), schedule.betas.numpy()
-    # q: x_t = sqrt(alpha_bar_t) x_0 + noise, whose covariance at times t <= u is (1 - alpha_bar_t) sqrt(alpha_bar_u / alpha_bar_t).
-    first, later = (
-        np.minimum.outer(np.arange(1, T + 1), np.arange(1, T + 1)),
-        np.maximum.outer(np.arange(1, T + 1), np.arange(1, T + 1)),
-    )
+    # q: x_t = sqrt(alpha_bar_t) x_0 + noise, with covariance, for t <= u, (1 - alpha_bar_t) sqrt(alpha_bar_u / alpha_bar_t).
+    first, later = (pick.outer(np.arange(1, T + 1), np.arange(1, T + 1)) for pick in (np.minimum, np.maximum))
     q = (1 - alpha_bar[first]) * np.sqrt(alpha_bar[later] / alpha_bar[first])
     # p: x_T = z_T, x_{t-1} = gain x_t + sigma z_{t-1}, as a matrix that makes all of x from all of z.
     make = np.zeros((T, T))
@@ -220,8 +218,8 @@ def coin_denoiser(schedule: NoiseSchedule) -> Denoiser:
 
 def coin_bound(schedule: NoiseSchedule, variance: str) -> tuple[Tensor, Tensor]:
     """What the bound's terms 0 ... T-1 are in bits, and the denoiser's squared errors, by quadrature."""
-    nodes, weights = np.polynomial.legendre.leggauss(4000)
-    eps, weight = torch.from_numpy(10 * nodes)[:, None], torch.from_numpy(10 * weights * norm.pdf(10 * nodes))
+    grid = np.linspace(-10, 10, 4001)  # the trapezoidal rule, of smooth functions that vanish at both ends
+    eps, weight = torch.from_numpy(grid)[:, None], torch.from_numpy(norm.pdf(grid) * (grid[1] - grid[0]))
     bits, errors = [], []
     for t in range(schedule.T):
         times, alpha_bar = torch.full((len(eps),), t), schedule.alpha_bar[t + 1]
@@ -233,7 +231,7 @@ def coin_bound(schedule: NoiseSchedule, variance: str) -> tuple[Tensor, Tensor]:
             mean_error += float((weight[:, None] * (x0_hat - x_0).square()).sum()) / 2
         bits.append(mean_bits)
         errors.append(mean_error)
-    return double(0) + torch.tensor(bits, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
+    return torch.tensor(bits, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
@@ -244,21 +242,26 @@ def test_bound_of_coins(variance: str) -> None:
     bound = variational_bound(coin_denoiser(schedule), coins(400), seed=1, batch=128, variance=variance)
     for ours, expected in ((bound.decoder, bits[0]), (bound.kl, bits[1:].sum())):
         mean, error = mean_and_error(ours)
-        assert 0 < error and mean == pytest.approx(float(expected), abs=4 * error + 1e-6)
+        assert error > 0 and mean == pytest.approx(float(expected), abs=4 * error + 1e-6)
     assert torch.allclose(bound.terms.mean(0), bits, atol=0.02 * float(bits.max()))
-    assert torch.allclose(bound.distortion, errors.sqrt() * 127.5, rtol=0.05, atol=1e-3)
+    assert torch.allclose(
+        bound.distortion, errors.sqrt() * 127.5, rtol=0.01, atol=0.7
+    )  # the first times live on rare pixels
     assert float(bits.sum()) + float(prior(schedule, ((coins(400) / 127.5 - 1) ** 2).double().mean())) > 1
 
 
 def test_more_steps_come_closer_to_the_entropy() -> None:
-    """Coding two-valued pixels with the exact denoiser: the bound falls towards one bit as T grows, never below."""
+    """x_1 tells which value a pixel had, so the code for it, L_T + ... + L_1, costs a bit at least, and no more as T grows.
+
+    (The decoder's own bits stay: its variance is fixed, whatever x_1 tells.)
+    """
     excess = []
-    for steps in (10, 40, 160, 640):
+    for steps in (10, 40, 160):
         schedule = NoiseSchedule.named("cosine", steps)
         bits, _ = coin_bound(schedule, "fixed_small")
-        excess.append(float(bits.sum() + prior(schedule, ((coins(400) / 127.5 - 1) ** 2).double().mean())) - 1)
-    assert all(later < earlier for earlier, later in zip(excess[:-1], excess[1:], strict=True))
-    assert 0 < excess[-1] < 0.02
+        excess.append(float(bits[1:].sum() + prior(schedule, ((coins(400) / 127.5 - 1) ** 2).double().mean())) - 1)
+    assert all(0 < later < earlier / 3 for earlier, later in pairwise(excess))
+    assert excess[-1] < 0.04
 
 
 @pytest.mark.parametrize("times", [2, 5, 17])

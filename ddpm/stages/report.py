@@ -105,6 +105,7 @@ def _prune(params: Params, root: Path) -> tuple[list[str], list[str]]:
         ("sample", store.samples_file(some).parent, point, r"\.npz|\.png", points),
         ("evaluate", store.metrics_file(some).parent, point, r"\.json", points),
         ("train", store.history_file(first).parent, schedule, r"\.json|\.csv", schedules),
+        ("likelihood", store.likelihood_file(first).parent, schedule, r"\.json|\.csv", schedules),
     )
     stages = store.dvc_lock(root)
     removed, kept = set(), set()

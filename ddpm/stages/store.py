@@ -7,6 +7,7 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
     samples/POINT.npz, .png       images (uint8 N,C,H,W), evaluations; a preview grid
     metrics/POINT.json            scores of a point
     metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves
+    metrics/likelihood/SCHEDULE.json  bits per dimension; SCHEDULE.csv rate and distortion
     report/                       points.csv, best.json, fid.png, samples.png
 
 Writing is atomic: a file or folder is complete or not there.
@@ -66,6 +67,14 @@ def training_metrics_file(schedule: str) -> Path:
 
 def history_file(schedule: str) -> Path:
     return Path("metrics") / "train" / f"{schedule}.csv"
+
+
+def likelihood_file(schedule: str) -> Path:
+    return Path("metrics") / "likelihood" / f"{schedule}.json"
+
+
+def likelihood_curve_file(schedule: str) -> Path:
+    return Path("metrics") / "likelihood" / f"{schedule}.csv"
 
 
 def downloads_dir(source: str) -> Path:

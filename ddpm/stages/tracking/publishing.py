@@ -40,6 +40,7 @@ from ddpm.stages.tracking.runs import (
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
+BOUND = "ddpm.bound_sha256"
 SCORES = ("fid", "kid")
 UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, of an output without a run file
 
@@ -68,6 +69,8 @@ def publish(params: Params, root: Path = Path(), only: str | None = None, say: S
     with plain_errors(target.place), locked(target.place):
         if stage == "train":
             _publish_training(target, root, item, added)
+        elif stage == "likelihood":
+            _publish_likelihood(target, root, item, added)
         elif stage in ("sample", "evaluate"):
             point = Point.parse(item)
             publish_points(target, root, [(point, PointSettings.of(params, point))], added)
@@ -86,6 +89,7 @@ def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]
     end_orphans(target)
     for folder in sorted((root / "models").glob("*/model.json")):
         _publish_training(target, root, folder.parent.name, added)
+        _publish_likelihood(target, root, folder.parent.name, added)
     stages, groups, stale = store.dvc_lock(root), dict[str, list[tuple[Point, PointSettings]]](), []
     for point in _points(root):
         settings = settings_of(params, point, root, stages)
@@ -382,6 +386,65 @@ def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, adde
         target.client.log_dict(run.info.run_id, record, f"points/{files.point.name}.json")
         added["files"] += 1
     log(target, run, tags=files.tags)
+
+
+# The run of a schedule's bound.
+
+
+def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counter[str]) -> None:
+    """Below the training's run: bits/dim at step = training steps, rate and distortion at step = network time."""
+    from mlflow.entities import Metric
+
+    path, table = root / store.likelihood_file(schedule), root / store.likelihood_curve_file(schedule)
+    training = _publish_training(target, root, schedule, added)
+    if training is None or not path.exists() or not table.exists():
+        return
+    about, scores = store.read_json(root / store.model_dir(schedule) / "model.json"), store.read_json(path)
+    if scores["model"] != about["weights_sha256"]:
+        return
+    content = digest([store.sha256(path), store.sha256(table)])
+    settings = {name: scores[name] for name in ("seed", "variance", "clip", "times")}
+    settings |= {f"images_{split}": scores[split]["images"] for split in ("train", "test") if split in scores}
+    times = run_times(root, store.likelihood_file(schedule))
+    start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
+    tags = {
+        "ddpm.stage": "likelihood",
+        "ddpm.schedule": schedule,
+        "ddpm.dataset": about["data"]["name"],
+        "ddpm.dataset_sha256": scores["dataset"],
+        MODEL: scores["model"],
+        "mlflow.parentRunId": training.info.run_id,
+        "mlflow.note.content": f"The variational bound of the {schedule} model in bits/dim (lower is better): the total, and its"
+        " parts L_T (prior), the sum (kl) and L_0 (decoder). Step of `rate` and `distortion` = network time.",
+        **_commit(times),
+    }
+    run = find_or_create(
+        target,
+        digest([training.data.tags[KEY], "likelihood", settings]),
+        f"{schedule}-likelihood",
+        lambda run: run.data.tags.get(MODEL) == scores["model"] and run.data.tags.get(BOUND, content) == content,
+        start,
+        tags,
+        added,
+    )
+    if run.data.tags.get(BOUND) == content:
+        return
+    log(target, run, flat({"schedule": schedule, "likelihood": settings}))
+    _log_dataset(target, run, root, about["data"], "evaluation")
+    _link_model(target, run, training, scores["model"])
+    last = about["training"]["steps"]
+    names = [f"{part}{error}" for part in ("bits_per_dim", "prior", "kl", "decoder") for error in ("", "_error")]
+    metrics = [
+        Metric(f"{name}_{split}", scores[split][name], end, last)
+        for split in ("train", "test")
+        if split in scores
+        for name in names
+    ]
+    for row in store.read_csv(table):
+        metrics += [Metric(key, float(row[key]), end, int(row["time"])) for key in ("rate", "distortion")]
+    log_metrics(target, run, metrics, added)
+    finish(target, run, end)
+    log(target, run, tags={BOUND: content})
 
 
 # The run of the report.
