@@ -9,6 +9,7 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
     metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves
     metrics/likelihood/SCHEDULE.json  bits per dimension; SCHEDULE.csv rate and distortion
     report/                       points.csv, best.json, fid.png, samples.png
+    schedules/                    table.csv, snr.png, strip.png (not tracked)
 
 Writing is atomic: a file or folder is complete or not there.
 """
@@ -79,6 +80,10 @@ def likelihood_curve_file(schedule: str) -> Path:
 
 def downloads_dir(source: str) -> Path:
     return CACHE / "downloads" / source
+
+
+def schedules_dir() -> Path:
+    return Path("schedules")
 
 
 def report_dir() -> Path:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 BOUND = "ddpm.bound_sha256"
+SCHEDULES, PUBLISHED = "ddpm.schedules_sha256", "ddpm.published_sha256"
 SCORES = ("fid", "kid")
 UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, of an output without a run file
 
@@ -74,6 +75,8 @@ def publish(params: Params, root: Path = Path(), only: str | None = None, say: S
         elif stage in ("sample", "evaluate"):
             point = Point.parse(item)
             publish_points(target, root, [(point, PointSettings.of(params, point))], added)
+        elif stage == "schedules":
+            _publish_schedules(target, root, Path(item), added)
         elif stage == "report":
             _publish_report(target, root, added)
         elif not stage:
@@ -101,6 +104,7 @@ def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]
     for group in groups.values():
         publish_points(target, root, group, added)
     _publish_report(target, root, added)
+    _publish_schedules(target, root, store.schedules_dir(), added)
     return stale
 
 
@@ -467,3 +471,48 @@ def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
     added["files"] += sum(file.is_file() for file in folder.rglob("*"))
     finish(target, run, end)
     log(target, run, tags={**tags, **_commit(times), "ddpm.report_sha256": content})
+
+
+# The run of the schedules.
+
+
+def _publish_schedules(target: Target, root: Path, folder: Path, added: Counter[str]) -> None:
+    """The table as metrics, one a schedule, and the pictures; another table or picture is another run."""
+    from mlflow.entities import Metric
+
+    if not (root / folder / "table.csv").exists():
+        return
+    files = [path for name in ("table.csv", "snr.png", "strip.png") if (path := root / folder / name).exists()]
+    content = digest([store.sha256(path) for path in files])
+    rows, times = store.read_csv(files[0]), run_times(root, folder)
+    start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
+    note = "Is x_T really noise, and where are the steps spent? `share_of_steps` has a step per band of signal-to-noise ratio,"
+    bands = [name for name in rows[0] if name.startswith("snr ")]
+    tags = {
+        "ddpm.stage": "schedules",
+        "mlflow.note.content": f"{note} from the least up: {', '.join(band.removeprefix('snr ') for band in bands)}.",
+        **_commit(times),
+    }
+    run = find_or_create(
+        target,
+        "schedules",
+        "schedules",
+        lambda run: run.data.tags.get(SCHEDULES, content) == content,
+        start,
+        {**tags, SCHEDULES: content},
+        added,
+    )
+    if run.data.tags.get(PUBLISHED) == content:
+        return
+    log(target, run, {"diffusion.timesteps": rows[0]["T"]}, tags)
+    metrics = []
+    for row in rows:
+        name = row["schedule"]
+        metrics += [Metric(f"{key}/{name}", float(row[key]), end, 0) for key in ("alpha_bar_T", "prior")]
+        metrics += [Metric(f"share_of_steps/{name}", float(row[band]), end, step) for step, band in enumerate(bands)]
+    log_metrics(target, run, metrics, added)
+    for path in files:
+        target.client.log_artifact(run.info.run_id, str(path), "schedules")
+    added["files"] += len(files)
+    finish(target, run, end)
+    log(target, run, tags={PUBLISHED: content})
