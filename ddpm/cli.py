@@ -234,7 +234,9 @@ def schedules(
             for name, row in rows.items()
         ],
     )
-    say(f"L_T: bits/dim that x_T tells of x_0 ({data}). Last columns: share of the steps by signal-to-noise ratio.")
+    say(
+        f"L_T: bits/dim that x_T is away from pure noise ({data}). Last columns: share of the steps by signal-to-noise ratio."
+    )
     for name, row in rows.items():
         for warning in row.warnings:
             say(f"warning: {name}: {warning}")

@@ -13,7 +13,7 @@ from ddpm.schedule import NoiseSchedule
 # Signal-to-noise ratios alpha_bar / (1 - alpha_bar) that part the five bands of `shares`.
 BANDS = (1e-4, 1e-2, 1.0, 1e2)
 
-LEFT_BITS = 1e-3  # bits/dim of x_0 that x_T may tell; linear at T = 1000 leaves 7e-6
+LEFT_BITS = 1e-3  # L_T in bits/dim that passes for noise; linear at T = 1000 has 7e-6
 GONE = 1e-4  # alpha_bar below which nothing of x_0 can be seen
 GONE_SHARE = 0.25  # of the steps that may be spent there; linear at T = 1000 spends 5%
 
@@ -42,8 +42,8 @@ def summary(schedule: NoiseSchedule, mean_square: float = 0.25) -> Summary:
     warnings = []
     if left > LEFT_BITS:
         warnings.append(
-            f"x_T is not noise: alpha_bar_T = {alpha_bar:.2g} leaves {left:.2g} bits/dim of x_0 in it, and sampling starts from"
-            f" none. T = {schedule.T} is too small for these betas (they add up to {float(schedule.betas.sum()):.2g}):"
+            f"x_T is not noise: alpha_bar_T = {alpha_bar:.2g}, L_T = {left:.2g} bits/dim, while sampling starts from pure noise."
+            f" T = {schedule.T} is too small for these betas, which add up to {float(schedule.betas.sum()):.2g}:"
             " raise T or the end point, set zero_terminal_snr, or take cosine, which adapts to T"
         )
     if gone > GONE_SHARE:

@@ -31,7 +31,7 @@ def test_shares_sum_to_one(name: str, steps: int) -> None:
         ("sqrt", 1000, "80% of the steps"),
         ("linear", 4000, "gone early"),
         ("linear", 250, "x_T is not noise: alpha_bar_T = 0.08"),
-        ("scaled_linear", 10, "alpha_bar_T = 0.93 leaves 1.2 bits/dim"),
+        ("scaled_linear", 10, "alpha_bar_T = 0.93, L_T = 1.4 bits/dim"),
         ("cosine", 10, ""),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_the_files_hold_the_bound(trained: Path, smoke: Smoke) -> None:
     ]
     assert sum(row["times"] for row in rows) == 100 and [row["time"] for row in rows][-1] == 0
     assert sum(row["term"] for row in rows) + parts["prior"] == pytest.approx(mean, rel=1e-4)
-    assert all(later["rate"] > earlier["rate"] for earlier, later in zip(rows[:-1], rows[1:], strict=True))
+    assert all(later["rate"] > earlier["rate"] for earlier, later in pairwise(rows))
 
 
 def test_the_batch_changes_nothing_and_a_second_run_no_byte(trained: Path, smoke: Smoke) -> None:
