@@ -40,8 +40,7 @@ from ddpm.stages.tracking.runs import (
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
-BOUND = "ddpm.bound_sha256"
-SCHEDULES, PUBLISHED = "ddpm.schedules_sha256", "ddpm.published_sha256"
+CONTENT, PUBLISHED = "ddpm.content_sha256", "ddpm.published_sha256"  # what a run is for, and once all of it is there
 SCORES = ("fid", "kid")
 UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, of an output without a run file
 
@@ -417,6 +416,7 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
         "ddpm.dataset": about["data"]["name"],
         "ddpm.dataset_sha256": scores["dataset"],
         MODEL: scores["model"],
+        CONTENT: content,
         "mlflow.parentRunId": training.info.run_id,
         "mlflow.note.content": f"The variational bound of the {schedule} model in bits/dim (lower is better): the total, and its"
         " parts L_T (prior), the sum (kl) and L_0 (decoder). Step of `rate` and `distortion` = network time.",
@@ -426,12 +426,12 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
         target,
         digest([training.data.tags[KEY], "likelihood", settings]),
         f"{schedule}-likelihood",
-        lambda run: run.data.tags.get(MODEL) == scores["model"] and run.data.tags.get(BOUND, content) == content,
+        lambda run: run.data.tags.get(CONTENT) == content,
         start,
         tags,
         added,
     )
-    if run.data.tags.get(BOUND) == content:
+    if run.data.tags.get(PUBLISHED) == content:
         return
     log(target, run, flat({"schedule": schedule, "likelihood": settings}))
     _log_dataset(target, run, root, about["data"], "evaluation")
@@ -448,7 +448,7 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
         metrics += [Metric(key, float(row[key]), end, int(row["time"])) for key in ("rate", "distortion")]
     log_metrics(target, run, metrics, added)
     finish(target, run, end)
-    log(target, run, tags={BOUND: content})
+    log(target, run, tags={PUBLISHED: content})
 
 
 # The run of the report.
@@ -497,9 +497,9 @@ def _publish_schedules(target: Target, root: Path, folder: Path, added: Counter[
         target,
         "schedules",
         "schedules",
-        lambda run: run.data.tags.get(SCHEDULES, content) == content,
+        lambda run: run.data.tags.get(CONTENT) == content,
         start,
-        {**tags, SCHEDULES: content},
+        {**tags, CONTENT: content},
         added,
     )
     if run.data.tags.get(PUBLISHED) == content:
