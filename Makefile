@@ -49,7 +49,7 @@ check: $(INSTALLED) ## format, lint, types, imports
 	@$(RUN) lint-imports
 
 clean: ## remove outputs and caches; DVC's cache, MLflow's and Prefect's records and .venv stay
-	rm -rf dataset models samples metrics report *.run.json
+	rm -rf dataset models samples metrics report schedules *.run.json
 	rm -rf .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dvc_plots test-output
 	@echo 'kept: .dvc/cache (`dvc checkout` brings the outputs back), mlflow.db, mlruns, .prefect, .venv'
 

@@ -144,6 +144,20 @@ def evaluate(point: PointName) -> None:
 
 
 @app.command()
+def likelihood(
+    schedule: Annotated[str, typer.Argument(help="A noise schedule whose network is trained.")],
+) -> None:
+    """Measure a network's bits per dimension into metrics/likelihood/SCHEDULE.json, with rate and distortion per step."""
+    from ddpm.stages.likelihood import likelihood
+
+    _run(
+        f"likelihood@{schedule}",
+        store.likelihood_file(schedule),
+        lambda params, report: likelihood(params, schedule, Path(), report),
+    )
+
+
+@app.command()
 def report() -> None:
     """Gather the scores of the sweep into report/: the table, the best point, the pictures."""
     from ddpm.stages.report import report
@@ -238,6 +252,40 @@ def generate(
             report=watch,
         )
     say(f"{path}: {count} images")
+
+
+@app.command()
+def schedules(
+    timesteps: Annotated[
+        int, typer.Option("--timesteps", min=0, help="T; default: diffusion.timesteps of params.yaml.")
+    ] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = store.schedules_dir(),  # noqa: B008
+) -> None:
+    """Is x_T really noise, and where does each schedule spend its steps: a table, a plot, a real image along the way."""
+    from ddpm.stages.display import table
+    from ddpm.stages.record import record
+    from ddpm.stages.schedules import BAND_NAMES, schedules
+
+    params, started = Params.load(), time.time()
+    rows, data = schedules(params, Path(), out, timesteps)
+    table(
+        ["schedule", "alpha_bar_T", "SNR_T", "L_T", *BAND_NAMES],
+        [
+            [name, *(f"{x:.3g}" for x in (row.alpha_bar, row.snr, row.prior)), *(f"{x:.0%}" for x in row.shares)]
+            for name, row in rows.items()
+        ],
+    )
+    say(
+        f"L_T: bits/dim that x_T is away from pure noise ({data}). Last columns: share of the steps by signal-to-noise ratio."
+    )
+    for name, row in rows.items():
+        for warning in row.warnings:
+            say(f"warning: {name}: {warning}")
+    say(", ".join(str(path) for path in sorted(out.glob("*")) if path.suffix in (".csv", ".png")))
+    record(out, "schedules", started, time.time(), len(rows), "schedules")
+    from ddpm.stages import tracking
+
+    tracking.publish_or_warn(params, Path(), only=f"schedules@{out}", say=say)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,7 +151,9 @@ class Recorder(nn.Module):
 def shown(steps: int, batch: int, **options: object) -> list[tuple[torch.Tensor, ...]]:
     """What training shows a network, on images that are all of the grey of their number, 0 ... 49."""
     images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(50, 1, 4, 4).contiguous()
-    clean = Objective(*(torch.tensor([value]) for value in (1.0, 0.0, 0.0, 1.0)))  # x_t = x_0
+    tables = {"a": 1.0, "s": 0.0, "from_x0": 0.0, "from_eps": 1.0}  # x_t = x_0
+    objective = Objective.of(NoiseSchedule.named("linear", 1), "eps")
+    clean = replace(objective, **{name: torch.tensor([value]) for name, value in tables.items()})
     state = TrainingState(Recorder())
     training = fit(state, images, clean, batch=batch, learning_rate=0.0, seed=0, flip=True, **options)
     list(itertools.islice(training, steps))

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ddpm.stages.progress import Progress, Report
@@ -28,6 +28,19 @@ def display(stage: str) -> Iterator[Report]:
 
 def say(message: str) -> None:
     print(message, flush=True)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows of text below their heads: the first column to the left, the others to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False)
+    for index, head in enumerate(heads):
+        shown.add_column(head, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(shown, markup=False, highlight=False)
 
 
 def _lines(stage: str) -> Report:

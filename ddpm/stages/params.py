@@ -98,6 +98,17 @@ class Evaluation(Section):
     threads: Count = 1
 
 
+class Likelihood(Section):
+    """How the bound in bits/dim is estimated. times: None for all T."""
+
+    images: Annotated[int, Field(ge=2)]
+    times: Annotated[int, Field(ge=2)] | None = None
+    batch: Count
+    variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
+    clip: bool = True
+    threads: Count = 1
+
+
 class Sampler(Section):
     """One row of the samplers table: the arguments of `ddpm.sample`, and the denoiser's guidance. What a sampler doesn't
     take is an error.
@@ -196,6 +207,7 @@ class Params(Section):
     training: Training
     sampling: Sampling
     evaluation: Evaluation
+    likelihood: Likelihood
     schedules: dict[Name, Schedule]
     samplers: dict[Name, Sampler]
     sweep: Sweep
@@ -221,6 +233,10 @@ class Params(Section):
         for steps in self.sweep.steps:
             if steps > self.diffusion.timesteps:
                 raise ValueError(f"sweep.steps: {steps} is more than diffusion.timesteps = {self.diffusion.timesteps}")
+        if (self.likelihood.times or 0) > self.diffusion.timesteps:
+            raise ValueError(
+                f"likelihood.times: {self.likelihood.times} is more than diffusion.timesteps = {self.diffusion.timesteps}"
+            )
         return self
 
     @model_validator(mode="after")

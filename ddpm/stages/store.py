@@ -8,7 +8,9 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
     metrics/POINT.json            scores of a point; POINT.influence.npy what each image did to its FID (float32 N)
     metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves; SCHEDULE.by_time.csv where
                                   among the network times they arise
+    metrics/likelihood/SCHEDULE.json  bits per dimension; SCHEDULE.csv rate and distortion
     report/                       points.csv, best.json, front.json, fid.png, samples.png
+    schedules/                    table.csv, snr.png, strip.png (not tracked)
 
 Writing is atomic: a file or folder is complete or not there.
 """
@@ -77,8 +79,20 @@ def losses_by_time_file(schedule: str) -> Path:
     return Path("metrics") / "train" / f"{schedule}.by_time.csv"
 
 
+def likelihood_file(schedule: str) -> Path:
+    return Path("metrics") / "likelihood" / f"{schedule}.json"
+
+
+def likelihood_curve_file(schedule: str) -> Path:
+    return Path("metrics") / "likelihood" / f"{schedule}.csv"
+
+
 def downloads_dir(source: str) -> Path:
     return CACHE / "downloads" / source
+
+
+def schedules_dir() -> Path:
+    return Path("schedules")
 
 
 def report_dir() -> Path:

@@ -59,7 +59,7 @@ def test_then_neither_dvc_nor_the_flow_has_anything_to_do(clone: Any) -> None:
     lock = (clone.root / "dvc.lock").read_bytes()
     done = clone.run(sys.executable, "-m", "flows")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    assert "11 stages unchanged" in done.stdout  # prepare, train, four samples, four evaluations, report
+    assert "12 stages unchanged" in done.stdout  # prepare, train, likelihood, four samples, four evaluations, report
     assert "is champion already" in done.stdout
     assert (clone.root / "dvc.lock").read_bytes() == lock
 
@@ -91,6 +91,7 @@ def test_a_change_touches_what_depends_on_it_and_nothing_else(clone: Any) -> Non
     row = edit("params.yaml", "ddim: {sampler: ddim, eta: 0.0", "ddim: {sampler: ddim, eta: 0.5")
     assert row == ["sample@cosine-ddim-2", "sample@cosine-ddim-5"]
     assert edit("ddpm/fidelity.py", '"""', '"""Edited. ') == evaluations
+    assert edit("ddpm/likelihood.py", '"""', '"""Edited. ') == ["likelihood@cosine"]
     assert edit("ddpm/samplers.py", '"""', '"""Edited. ') == samples
     assert edit("params.yaml", "slots: 2", "slots: 1") == []
     assert edit("ddpm/stages/report.py", '"""', '"""Edited. ') == ["report"]

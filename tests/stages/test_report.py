@@ -189,7 +189,12 @@ def test_samples_lie_side_by_side_pixel_for_pixel(root: Path) -> None:
 def lock_outputs(root: Path, without: str) -> None:
     """A dvc.lock, as DVC writes it, that knows every output but those of one point."""
     stages = {}
-    for folder, stage in (("samples", "sample"), ("metrics", "evaluate"), ("metrics/train", "train")):
+    for folder, stage in (
+        ("samples", "sample"),
+        ("metrics", "evaluate"),
+        ("metrics/train", "train"),
+        ("metrics/likelihood", "likelihood"),
+    ):
         for path in (root / folder).iterdir():
             name = path.name.split(".")[0]
             if path.is_file() and name != without and not path.name.endswith(".run.json"):
@@ -204,6 +209,9 @@ def test_what_has_left_the_sweep_goes_and_nothing_else(root: Path) -> None:
         store.write_json(root / store.training_metrics_file(name), {"loss": 1.0})
         store.write_csv(root / store.history_file(name), [{"step": 1}])
         store.write_csv(root / store.losses_by_time_file(name), [{"t": 1}])
+        store.write_json(root / store.likelihood_file(name), {"bits_per_dim": 4.0})
+        store.write_csv(root / store.likelihood_curve_file(name), [{"time": 1}])
+        store.write_json(root / store.run_file(store.likelihood_file(name)), {})
     for point in (*params().points(), Point.parse("sqrt-ddim-20")):
         write_point(root, point)
         (root / store.samples_file(point)).with_suffix(".png").write_bytes(b"preview")
@@ -226,6 +234,7 @@ def test_what_has_left_the_sweep_goes_and_nothing_else(root: Path) -> None:
     left = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     stays = {f"report/{name}" for name in written(root)} | set(others)
     stays |= {f"metrics/train/linear{ending}" for ending in (".json", ".csv", ".by_time.csv")}
+    stays |= {f"metrics/likelihood/linear.{suffix}" for suffix in ("json", "csv", "run.json")}
     for name in ("linear-ddpm-20", "linear-ddim-20"):
         stays |= {f"samples/{name}.npz", f"samples/{name}.png", f"samples/{name}.run.json"}
         stays |= {f"metrics/{name}.json", f"metrics/{name}.run.json", f"metrics/{name}.influence.npy"}

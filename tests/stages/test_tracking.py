@@ -26,8 +26,10 @@ from ruamel.yaml import YAML
 
 from ddpm.stages import checkpoint, store, tracking
 from ddpm.stages.errors import InputError
+from ddpm.stages.likelihood import likelihood
 from ddpm.stages.params import Params, Point
 from ddpm.stages.progress import Progress
+from ddpm.stages.schedules import schedules
 from ddpm.stages.tracking import place, publishing, streaming
 from ddpm.stages.train import train
 
@@ -299,6 +301,61 @@ def test_an_interrupted_publication_is_filled_in(
     assert failures > 3
     assert_complete(Seen(checkout), checkout, params)
     assert len(Seen(checkout).models) == 1
+
+
+def test_the_bound_below_its_training(checkout: Path, smoke: Smoke, params: Params) -> None:
+    """Each number once; another way to estimate it is another run, other numbers of the same way supersede the old."""
+
+    def measured(**changes: Any) -> dict[str, Any]:
+        settings = smoke(training={"steps": 24}, likelihood={"images": 4, "times": 3, **changes})
+        return likelihood(settings, "cosine", checkout)
+
+    scores = measured()
+    added = tracking.publish(params, checkout, only="likelihood@cosine")
+    assert added["runs"] == 2  # the training's, and its child
+    seen = Seen(checkout)
+    run, training = seen.named("cosine-likelihood"), seen.named("cosine")
+    assert run.data.tags["mlflow.parentRunId"] == training.info.run_id and run.data.params["likelihood.times"] == "3"
+    for split in ("train", "test"):
+        for name in ("bits_per_dim", "bits_per_dim_error", "prior", "kl", "decoder"):
+            assert [entry[:2] for entry in seen.history(run, f"{name}_{split}")] == [(24, scores[split][name])]
+    rows = store.read_csv(checkout / store.likelihood_curve_file("cosine"))
+    for key in ("rate", "distortion"):
+        expected = sorted((int(row["time"]), float(row[key])) for row in rows)
+        assert [entry[:2] for entry in seen.history(run, key)] == expected
+    tracking.publish(params, checkout)
+    assert tracking.publish(params, checkout) == {}
+
+    measured(times=5)
+    tracking.publish(params, checkout)
+    assert sum(run.info.run_name == "cosine-likelihood" for run in Seen(checkout).runs) == 2
+    path = checkout / store.likelihood_file("cosine")
+    changed = store.read_json(path)
+    changed["test"]["bits_per_dim"] += 1  # code was edited
+    store.write_json(path, changed)
+    tracking.publish(params, checkout)
+    names = Counter(run.info.run_name for run in Seen(checkout).runs)
+    assert (names["cosine-likelihood"], names["cosine-likelihood (superseded)"]) == (2, 1)
+    store.write_json(path, {**changed, "model": "of another training"})
+    assert tracking.publish(params, checkout) == {}
+
+
+def test_the_schedules_are_a_run(checkout: Path, params: Params) -> None:
+    rows, _ = schedules(params, checkout)
+    tracking.publish(params, checkout, only="schedules@schedules")
+    seen = Seen(checkout)
+    run = seen.named("schedules")
+    assert seen.files(run) == ["schedules/snr.png", "schedules/strip.png", "schedules/table.csv"]
+    assert run.data.metrics["alpha_bar_T/linear"] == pytest.approx(rows["linear"].alpha_bar, rel=1e-9)
+    shares = [value for _, value, _ in seen.history(run, "share_of_steps/sqrt")]
+    assert shares == pytest.approx(rows["sqrt"].shares, rel=1e-5)
+    assert tracking.publish(params, checkout, only="schedules@schedules") == {}
+
+    schedules(params, checkout, Path("short"), timesteps=10)
+    tracking.publish(params, checkout, only="schedules@short")
+    seen = Seen(checkout)
+    assert seen.named("schedules (superseded)").info.run_id == run.info.run_id
+    assert seen.named("schedules").data.params["diffusion.timesteps"] == "10"
 
 
 # When outputs change.

@@ -1,7 +1,8 @@
 """MLflow as a view over outputs, and its model registry. No other package imports mlflow, and no stage imports this one.
 
 One experiment per dataset, `ddpm-DATASET`, holds a run per schedule (`linear`: loss curves, the checkpoint), below it a run
-per schedule and sampler (`linear-ddim`: scores and sample grids at step = network evaluations), and a run `report`.
+per schedule and sampler (`linear-ddim`: scores and sample grids at step = network evaluations) and one for the bound in
+bits/dim (`linear-likelihood`), and the runs `report` and `schedules`.
 
 Nothing is kept in an output to find a run again. The tag `ddpm.key` hashes all that was configured, `ddpm.model_sha256`
 names the weights, `ddpm.samples.STEPS` and `ddpm.scores.STEPS` the files of a point. Where the same configuration gave other

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 FOLLOW_SECONDS = 1.0  # between two looks at dvc.lock
+CONTENT, PUBLISHED = "ddpm.content_sha256", "ddpm.published_sha256"  # what a run is for, and once all of it is there
 UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, of an output without a run file
 
 
@@ -90,9 +91,13 @@ def publish(params: Params, root: Path = Path(), only: str | None = None, say: S
     with plain_errors(target.place), locked(target.place):
         if stage == "train":
             _publish_training(target, root, item, added)
+        elif stage == "likelihood":
+            _publish_likelihood(target, root, item, added)
         elif stage in ("sample", "evaluate"):
             point = Point.parse(item)
             publish_points(target, root, [(point, PointSettings.of(params, point))], added)
+        elif stage == "schedules":
+            _publish_schedules(target, root, Path(item), added)
         elif stage == "report":
             _publish_report(target, root, added)
         elif not stage:
@@ -108,6 +113,7 @@ def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]
     end_orphans(target)
     for folder in sorted((root / "models").glob("*/model.json")):
         _publish_training(target, root, folder.parent.name, added)
+        _publish_likelihood(target, root, folder.parent.name, added)
     stages, groups, stale = store.dvc_lock(root), dict[str, list[tuple[Point, PointSettings]]](), []
     for point in _points(root):
         settings = settings_of(params, point, root, stages)
@@ -119,6 +125,7 @@ def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]
     for group in groups.values():
         publish_points(target, root, group, added)
     _publish_report(target, root, added)
+    _publish_schedules(target, root, store.schedules_dir(), added)
     return stale
 
 
@@ -420,6 +427,66 @@ def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, adde
     log(target, run, tags=files.tags)
 
 
+# The run of a schedule's bound.
+
+
+def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counter[str]) -> None:
+    """Below the training's run: bits/dim at step = training steps, rate and distortion at step = network time."""
+    from mlflow.entities import Metric
+
+    path, table = root / store.likelihood_file(schedule), root / store.likelihood_curve_file(schedule)
+    training = _publish_training(target, root, schedule, added)
+    if training is None or not path.exists() or not table.exists():
+        return
+    about, scores = store.read_json(root / store.model_dir(schedule) / "model.json"), store.read_json(path)
+    if scores["model"] != about["weights_sha256"]:
+        return
+    content = digest([store.sha256(path), store.sha256(table)])
+    settings = {name: scores[name] for name in ("seed", "variance", "clip", "times")}
+    settings |= {f"images_{split}": scores[split]["images"] for split in ("train", "test") if split in scores}
+    times = run_times(root, store.likelihood_file(schedule))
+    start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
+    tags = {
+        "ddpm.stage": "likelihood",
+        "ddpm.schedule": schedule,
+        "ddpm.dataset": about["data"]["name"],
+        "ddpm.dataset_sha256": scores["dataset"],
+        MODEL: scores["model"],
+        CONTENT: content,
+        "mlflow.parentRunId": training.info.run_id,
+        "mlflow.note.content": f"The variational bound of the {schedule} model in bits/dim (lower is better): the total, and its"
+        " parts L_T (prior), the sum (kl) and L_0 (decoder). Step of `rate` and `distortion` = network time.",
+        **_commit(times),
+    }
+    run = find_or_create(
+        target,
+        digest([training.data.tags[KEY], "likelihood", settings]),
+        f"{schedule}-likelihood",
+        lambda run: run.data.tags.get(CONTENT) == content,
+        start,
+        tags,
+        added,
+    )
+    if run.data.tags.get(PUBLISHED) == content:
+        return
+    log(target, run, flat({"schedule": schedule, "likelihood": settings}))
+    _log_dataset(target, run, root, about["data"], "evaluation")
+    _link_model(target, run, training, scores["model"])
+    last = about["training"]["steps"]
+    names = [f"{part}{error}" for part in ("bits_per_dim", "prior", "kl", "decoder") for error in ("", "_error")]
+    metrics = [
+        Metric(f"{name}_{split}", scores[split][name], end, last)
+        for split in ("train", "test")
+        if split in scores
+        for name in names
+    ]
+    for row in store.read_csv(table):
+        metrics += [Metric(key, float(row[key]), end, int(row["time"])) for key in ("rate", "distortion")]
+    log_metrics(target, run, metrics, added)
+    finish(target, run, end)
+    log(target, run, tags={PUBLISHED: content})
+
+
 # The run of the report.
 
 
@@ -440,3 +507,48 @@ def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
     added["files"] += sum(file.is_file() for file in folder.rglob("*"))
     finish(target, run, end)
     log(target, run, tags={**tags, **_commit(times), "ddpm.report_sha256": content})
+
+
+# The run of the schedules.
+
+
+def _publish_schedules(target: Target, root: Path, folder: Path, added: Counter[str]) -> None:
+    """The table as metrics, one a schedule, and the pictures; another table or picture is another run."""
+    from mlflow.entities import Metric
+
+    if not (root / folder / "table.csv").exists():
+        return
+    files = [path for name in ("table.csv", "snr.png", "strip.png") if (path := root / folder / name).exists()]
+    content = digest([store.sha256(path) for path in files])
+    rows, times = store.read_csv(files[0]), run_times(root, folder)
+    start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
+    note = "Is x_T really noise, and where are the steps spent? `share_of_steps` has a step per band of signal-to-noise ratio,"
+    bands = [name for name in rows[0] if name.startswith("snr ")]
+    tags = {
+        "ddpm.stage": "schedules",
+        "mlflow.note.content": f"{note} from the least up: {', '.join(band.removeprefix('snr ') for band in bands)}.",
+        **_commit(times),
+    }
+    run = find_or_create(
+        target,
+        "schedules",
+        "schedules",
+        lambda run: run.data.tags.get(CONTENT) == content,
+        start,
+        {**tags, CONTENT: content},
+        added,
+    )
+    if run.data.tags.get(PUBLISHED) == content:
+        return
+    log(target, run, {"diffusion.timesteps": rows[0]["T"]}, tags)
+    metrics = []
+    for row in rows:
+        name = row["schedule"]
+        metrics += [Metric(f"{key}/{name}", float(row[key]), end, 0) for key in ("alpha_bar_T", "prior")]
+        metrics += [Metric(f"share_of_steps/{name}", float(row[band]), end, step) for step, band in enumerate(bands)]
+    log_metrics(target, run, metrics, added)
+    for path in files:
+        target.client.log_artifact(run.info.run_id, str(path), "schedules")
+    added["files"] += len(files)
+    finish(target, run, end)
+    log(target, run, tags={PUBLISHED: content})

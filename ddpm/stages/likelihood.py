@@ -1,0 +1,122 @@
+"""`likelihood SCHEDULE`: a trained network's bits per dimension on train and test images, and its rate-distortion curve."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddpm.likelihood import Bound, mean_and_error, variational_bound
+from ddpm.stages import checkpoint, store
+from ddpm.stages.device import find_device
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params
+from ddpm.stages.progress import Progress, Report, silent
+
+
+def likelihood(params: Params, schedule: str, root: Path = Path(), report: Report = silent) -> dict[str, Any]:
+    """Writes metrics/likelihood/SCHEDULE.json and .csv; returns the content of the JSON file. Raises InputError.
+
+    The JSON file has a section for each split of two images or more, with `bits_per_dim` = `prior` (L_T) + `kl` (the sum) +
+    `decoder` (L_0), each with its standard error. The CSV file is the curve of the test split, or of train where there is none.
+    """
+    settings = params.likelihood
+    torch.set_num_threads(settings.threads)
+    denoiser, about = checkpoint.load(
+        root / store.model_dir(schedule), find_device(params.compute.device), settings.clip
+    )
+    dataset = store.read_dataset(root)
+    if list(dataset.train.shape[1:]) != about["data"]["shape"]:
+        raise InputError(
+            f"models/{schedule} takes images of shape {about['data']['shape']}, the dataset's are "
+            f"{list(dataset.train.shape[1:])}; train again"
+        )
+    labels = {"train": dataset.train_labels, "test": dataset.test_labels} if "classes" in about["network"] else {}
+    splits = {"train": chosen(dataset.train, settings.images), "test": chosen(dataset.test, settings.images)}
+    splits = {name: images for name, images in splits.items() if len(images) > 1}
+    if not splits:
+        raise InputError("dataset: a standard error takes two images or more")
+    times = settings.times or denoiser.schedule.T
+    total, done = sum(len(images) for images in splits.values()) * times, 0
+
+    def count(finished: int) -> None:
+        nonlocal done
+        done += finished
+        report(Progress(done, total, "evaluations"))
+
+    bounds = {}
+    for name, images in splits.items():
+        known = labels.get(name)
+        if len(images) < settings.images:
+            message = f"{len(images)} {name} images, not {settings.images}: there are no more"
+            report(Progress(done, total, "evaluations", message=message))
+        try:
+            bounds[name] = variational_bound(
+                denoiser,
+                torch.from_numpy(images),
+                labels=None if known is None else torch.from_numpy(chosen(known, settings.images)),
+                seed=params.seed,
+                times=times,
+                batch=settings.batch,
+                variance=settings.variance,
+                device=find_device(params.compute.device),
+                done=count,
+            )
+        except ValueError as error:
+            raise InputError(f"likelihood: {error}") from None
+    scores = {
+        "model": about["weights_sha256"],
+        "dataset": dataset.about["sha256"],
+        "seed": params.seed,
+        "variance": settings.variance,
+        "clip": settings.clip,
+        "times": times,
+        **{name: split_scores(bound) for name, bound in bounds.items()},
+    }
+    store.write_csv(root / store.likelihood_curve_file(schedule), curve(bounds.get("test") or bounds["train"]))
+    store.write_json(root / store.likelihood_file(schedule), scores)
+    return scores
+
+
+def chosen(images: np.ndarray, count: int) -> np.ndarray:
+    """`count` images (or labels) of a split, evenly spread over it, or all if it has no more."""
+    count = min(count, len(images))
+    return np.ascontiguousarray(images[np.arange(count) * len(images) // max(count, 1)])
+
+
+def split_scores(bound: Bound) -> dict[str, Any]:
+    """Means over the images, in bits/dim, with their standard errors."""
+    parts = {"bits_per_dim": bound.total, "prior": bound.prior, "kl": bound.kl, "decoder": bound.decoder}
+    scores: dict[str, Any] = {}
+    for name, values in parts.items():
+        scores[name], scores[f"{name}_error"] = (_rounded(value) for value in mean_and_error(values))
+    return {**scores, "images": len(bound.prior)}
+
+
+def curve(bound: Bound) -> list[dict[str, Any]]:
+    """A row per stratum, from noise to image: the network time in its middle, the times it stands for, and at that time the
+    bits/dim spent so far, the RMSE of x0_hat on 0 ... 255, and the stratum's own bits/dim."""
+    terms, rates, distortions = bound.terms.mean(0).tolist(), bound.rate.tolist(), bound.distortion.tolist()
+    rows = [
+        {
+            "time": (stratum.start + stratum.stop - 1) // 2,
+            "times": len(stratum),
+            "rate": _rounded(rate),
+            "distortion": _rounded(distortion),
+            "term": _rounded(term),
+        }
+        for stratum, rate, distortion, term in zip(bound.strata, rates, distortions, terms, strict=True)
+    ]
+    return rows[::-1]
+
+
+def _rounded(value: float) -> float:
+    """To 6 digits: the last bits are the processor's."""
+    if not math.isfinite(value):
+        raise InputError(
+            f"likelihood: the bound is {value}; the network's output is not finite, or lies far out: set clip"
+        )
+    return float(f"{value:.6g}")

@@ -1,0 +1,346 @@
+"""The bound against closed forms, direct integration, a joint Gaussian, and the entropy of data whose entropy is known."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import norm
+from torch import Tensor
+
+from ddpm import Denoiser, NoiseSchedule
+from ddpm.likelihood import (
+    VARIANCES,
+    discretised_log_likelihood,
+    gaussian_kl,
+    mean_and_error,
+    prior,
+    reverse_log_variance,
+    strata,
+    term,
+    variational_bound,
+)
+
+GRID = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+
+
+def double(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def gauss_hermite(count: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights for E f(z), z ~ N(0, 1)."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(count)
+    return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+
+
+# The pieces.
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("scaled_linear", 1.324554138967e-4),
+        ("cosine", 4.379962486593e-10),
+        ("linear", 7.278676963885e-6),
+        ("sqrt", 5.8e-45),
+    ],
+)
+def test_prior_of_the_schedules(name: str, bits: float) -> None:
+    """Values computed with 60 digits."""
+    assert float(prior(NoiseSchedule.named(name, 1000), 0.25)) == pytest.approx(
+        bits, rel=2e-3 if bits < 1e-40 else 1e-9
+    )
+    assert float(prior(NoiseSchedule.named(name, 1000, zero_terminal_snr=True), 0.25)) == 0
+
+
+@given(st.floats(-2, 2), st.floats(-6, 3), st.floats(-2, 2), st.floats(-6, 3))
+def test_kl_of_gaussians(mean1: float, logvar1: float, mean2: float, logvar2: float) -> None:
+    ours = float(gaussian_kl(*(double(value) for value in (mean1, logvar1, mean2, logvar2))))
+    theirs = torch.distributions.kl_divergence(
+        torch.distributions.Normal(double(mean1), double(logvar1 / 2).exp()),
+        torch.distributions.Normal(double(mean2), double(logvar2 / 2).exp()),
+    )
+    assert ours == pytest.approx(float(theirs), rel=1e-9, abs=1e-12)
+
+
+@given(st.floats(-4, 4), st.floats(-25, 6))
+def test_the_decoder_is_a_distribution(mean: float, log_variance: float) -> None:
+    """However narrow or far away: its 256 bins sum to one, and agree with scipy's normal distribution."""
+    ours = discretised_log_likelihood(GRID, double(mean), double(log_variance))
+    assert bool(torch.isfinite(ours).all())
+    assert float(ours.logsumexp(0)) == pytest.approx(0, abs=1e-9)
+    edges = (torch.arange(257, dtype=torch.float64) - 0.5) / 127.5 - 1
+    edges[0], edges[-1] = -math.inf, math.inf
+    theirs = np.diff(norm.cdf(edges.numpy(), mean, math.exp(log_variance / 2)))
+    seen = theirs > 1e-6  # below, scipy's difference has few digits
+    np.testing.assert_allclose(ours.exp().numpy()[seen], theirs[seen], rtol=1e-7)
+
+
+def test_the_decoder_far_from_the_image() -> None:
+    """Where a cumulative distribution rounds to 1: against the density times the width of the bin, on both sides."""
+    for side in (1, -1):
+        ours = discretised_log_likelihood(double(side * 101 / 127.5), double(-side * 0.9), double(2 * math.log(0.05)))
+        z = (101 / 127.5 + 0.9) / 0.05  # 34 deviations
+        h = z / 0.05 / 127.5 / 2  # the density's fall over half a bin
+        expected = norm.logpdf(z) - math.log(0.05) + math.log(math.sinh(h) / h / 127.5)
+        assert float(ours) == pytest.approx(expected, rel=1e-4)
+
+
+def test_variances() -> None:
+    """Ho et al.'s, their first entry, and the learned one between them."""
+    schedule = NoiseSchedule.named("linear", 20)
+    t, alpha_bar, betas = torch.arange(20), schedule.alpha_bar, schedule.betas
+    small = betas[1:] * (1 - alpha_bar[1:-1]) / (1 - alpha_bar[2:])
+    for variance, expected in (("fixed_large", betas[1:]), ("fixed_small", small)):
+        ours = reverse_log_variance(schedule, t, variance).exp()
+        assert torch.allclose(ours, torch.cat([small[:1], expected]), rtol=1e-12)
+    image = torch.ones(20, 1, 2, 2, dtype=torch.float64)
+    ends = [reverse_log_variance(schedule, t, v=v * image)[:, 0, 1, 1] for v in (0, 1, 0.25)]
+    assert torch.equal(ends[0], reverse_log_variance(schedule, t, "fixed_small"))
+    assert torch.allclose(ends[1], betas.log(), rtol=1e-12)
+    assert torch.allclose(ends[2], 0.75 * ends[0] + 0.25 * ends[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("t", [1, 4, 9])
+def test_a_term_against_integration(variance: str, t: int) -> None:
+    """q(x_{t-1} | x_t, x_0) by Bayes' rule on a grid, against p(x_{t-1} | x_t) written down from algorithm 2."""
+    schedule = NoiseSchedule.named("cosine", 10)
+    alpha_bar, beta = schedule.alpha_bar.tolist(), float(schedule.betas[t])
+    x_0, x_t, x0_hat = 0.3, 0.4, -0.2
+    grid = np.linspace(-15, 15, 600_001)
+    log_q = norm.logpdf(x_t, math.sqrt(1 - beta) * grid, math.sqrt(beta))
+    log_q += norm.logpdf(grid, math.sqrt(alpha_bar[t]) * x_0, math.sqrt(1 - alpha_bar[t]))
+    log_q -= np.log(np.sum(np.exp(log_q)) * (grid[1] - grid[0]))
+    eps_hat = (x_t - math.sqrt(alpha_bar[t + 1]) * x0_hat) / math.sqrt(1 - alpha_bar[t + 1])
+    mean = (x_t - beta / math.sqrt(1 - alpha_bar[t + 1]) * eps_hat) / math.sqrt(1 - beta)  # eq. 11
+    shrink = 1 if variance == "fixed_large" else (1 - alpha_bar[t]) / (1 - alpha_bar[t + 1])
+    log_p = norm.logpdf(grid, mean, math.sqrt(beta * shrink))
+    expected = np.sum(np.exp(log_q) * (log_q - log_p)) * (grid[1] - grid[0]) / math.log(2)
+    ours = term(schedule, torch.tensor([t]), double(x_0).view(1, 1), double(x0_hat).view(1, 1), variance)
+    assert float(ours) == pytest.approx(expected, rel=1e-7)
+
+
+# Gaussian data, x_0 ~ N(0, v), and its exact denoiser.
+
+
+def gaussian_terms(schedule: NoiseSchedule, v: float, variance: str) -> Tensor:
+    """E of the terms 1 ... T-1 in bits, by Gauss-Hermite quadrature, which is exact for quadratic functions."""
+    nodes, weights = gauss_hermite(4)
+    x_0, eps = (grid.reshape(-1, 1) for grid in torch.meshgrid(math.sqrt(v) * nodes, nodes, indexing="ij"))
+    weight = torch.outer(weights, weights).flatten()
+    found = []
+    for t in range(1, schedule.T):
+        alpha_bar = float(schedule.alpha_bar[t + 1])
+        x_t = math.sqrt(alpha_bar) * x_0 + math.sqrt(1 - alpha_bar) * eps
+        x0_hat = math.sqrt(alpha_bar) * v / (alpha_bar * v + 1 - alpha_bar) * x_t
+        found.append((weight * term(schedule, torch.full((len(x_0),), t), x_0, x0_hat, variance)).sum())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("v", [0.25, 1.0])
+def test_terms_of_gaussian_data_in_closed_form(variance: str, v: float) -> None:
+    """Half of (w^2 Var[x_0 | x_t] + beta_tilde) / sigma^2 - 1 - log(beta_tilde / sigma^2), w the weight of x_0 in eq. 7."""
+    schedule = NoiseSchedule.named("linear", 1000)
+    alpha_bar, betas = schedule.alpha_bar, schedule.betas[1:]
+    before, after = alpha_bar[1:-1], alpha_bar[2:]
+    posterior = v * (1 - after) / (after * v + 1 - after)
+    small = betas * (1 - before) / (1 - after)
+    sigma2 = betas if variance == "fixed_large" else small
+    w = before.sqrt() * betas / (1 - after)
+    expected = ((w**2 * posterior + small) / sigma2 - 1 - (small / sigma2).log()) / (2 * math.log(2))
+    assert torch.allclose(gaussian_terms(schedule, v, variance), expected, rtol=1e-8, atol=1e-13)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_the_sum_is_the_divergence_of_the_whole_chains(variance: str) -> None:
+    """L_T + L_{T-1} + ... + L_1 = E KL(q(x_1, ..., x_T | x_0) || p(x_1, ..., x_T)), two Gaussians in T dimensions."""
+    schedule, T, v = NoiseSchedule.named("linear", 6, start=0.05, end=0.6), 6, 0.4
+    alpha_bar, betas = schedule.alpha_bar.numpy(), schedule.betas.numpy()
+    # q: x_t = sqrt(alpha_bar_t) x_0 + noise, with covariance, for t <= u, (1 - alpha_bar_t) sqrt(alpha_bar_u / alpha_bar_t).
+    first, later = (pick.outer(np.arange(1, T + 1), np.arange(1, T + 1)) for pick in (np.minimum, np.maximum))
+    q = (1 - alpha_bar[first]) * np.sqrt(alpha_bar[later] / alpha_bar[first])
+    # p: x_T = z_T, x_{t-1} = gain x_t + sigma z_{t-1}, as a matrix that makes all of x from all of z.
+    make = np.zeros((T, T))
+    make[T - 1, T - 1] = 1
+    for t in range(T, 1, -1):
+        beta, left, left_before = betas[t - 1], 1 - alpha_bar[t], 1 - alpha_bar[t - 1]
+        eps_gain = math.sqrt(left) / (alpha_bar[t] * v + left)  # eps_hat / x_t of the exact denoiser
+        make[t - 2] = (1 - beta / math.sqrt(left) * eps_gain) / math.sqrt(1 - beta) * make[t - 1]
+        make[t - 2, t - 2] = math.sqrt(beta if variance == "fixed_large" else beta * left_before / left)
+    p = make @ make.T
+    inverse = np.linalg.inv(p)
+    mean = np.sqrt(alpha_bar[1:])  # times x_0
+    divergence = (
+        np.trace(inverse @ q) - T + np.linalg.slogdet(p)[1] - np.linalg.slogdet(q)[1] + v * mean @ inverse @ mean
+    )
+    ours = float(prior(schedule, v)) + float(gaussian_terms(schedule, v, variance).sum())
+    assert ours == pytest.approx(divergence / (2 * math.log(2)), rel=1e-10)
+
+
+def test_each_variance_is_best_for_the_data_it_is_meant_for() -> None:
+    """Section 3.2 of Ho et al. 2020: beta for unit Gaussian data, beta_tilde for a single image."""
+    schedule = NoiseSchedule.named("linear", 100)
+    large, small = (gaussian_terms(schedule, 1.0, variance) for variance in VARIANCES)
+    assert bool((large < small).all())
+    large, small = (gaussian_terms(schedule, 0.0, variance) for variance in VARIANCES)
+    assert bool((large > 0).all()) and float(small.abs().max()) < 1e-15
+
+
+# Pixels of two values, one bit each.
+
+LOW, HIGH = 60, 180
+
+
+def coins(count: int, seed: int = 0) -> Tensor:
+    drawn = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) < 0.5
+    return torch.where(drawn, LOW, HIGH).to(torch.uint8)
+
+
+def coin_x0(schedule: NoiseSchedule, x_t: Tensor, t: Tensor) -> Tensor:
+    """E[x_0 | x_t] for x_0 = middle +- half, each with probability 1/2."""
+    middle, half = (LOW + HIGH) / 255 - 1, (HIGH - LOW) / 255
+    alpha_bar = schedule.log_alpha_bar_at(t).exp().view(-1, *[1] * (x_t.ndim - 1))
+    a = alpha_bar.sqrt()
+    return middle + half * torch.tanh((x_t.double() - a * middle) * a * half / (1 - alpha_bar))
+
+
+def coin_denoiser(schedule: NoiseSchedule) -> Denoiser:
+    return Denoiser(lambda x, t: coin_x0(schedule, x, t).float(), schedule, "x0")
+
+
+def coin_bound(schedule: NoiseSchedule, variance: str) -> tuple[Tensor, Tensor]:
+    """What the bound's terms 0 ... T-1 are in bits, and the denoiser's squared errors, by quadrature."""
+    grid = np.linspace(-10, 10, 4001)  # the trapezoidal rule, of smooth functions that vanish at both ends
+    eps, weight = torch.from_numpy(grid)[:, None], torch.from_numpy(norm.pdf(grid) * (grid[1] - grid[0]))
+    bits, errors = [], []
+    for t in range(schedule.T):
+        times, alpha_bar = torch.full((len(eps),), t), schedule.alpha_bar[t + 1]
+        mean_bits, mean_error = 0.0, 0.0
+        for value in (LOW, HIGH):
+            x_0 = torch.full_like(eps, value) / 127.5 - 1
+            x0_hat = coin_x0(schedule, alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps, times.double())
+            mean_bits += float((weight * term(schedule, times, x_0, x0_hat, variance)).sum()) / 2
+            mean_error += float((weight[:, None] * (x0_hat - x_0).square()).sum()) / 2
+        bits.append(mean_bits)
+        errors.append(mean_error)
+    return torch.tensor(bits, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_bound_of_coins(variance: str) -> None:
+    """Every part of the estimate agrees with quadrature, and the bound lies above the entropy of one bit a pixel."""
+    schedule = NoiseSchedule.named("cosine", 30)
+    bits, errors = coin_bound(schedule, variance)
+    bound = variational_bound(coin_denoiser(schedule), coins(400), seed=1, batch=128, variance=variance)
+    for ours, expected in ((bound.decoder, bits[0]), (bound.kl, bits[1:].sum())):
+        mean, error = mean_and_error(ours)
+        assert error > 0 and mean == pytest.approx(float(expected), abs=4 * error + 1e-6)
+    assert torch.allclose(bound.terms.mean(0), bits, atol=0.02 * float(bits.max()))
+    assert torch.allclose(
+        bound.distortion, errors.sqrt() * 127.5, rtol=0.01, atol=0.7
+    )  # the first times live on rare pixels
+    assert float(bits.sum()) + float(prior(schedule, ((coins(400) / 127.5 - 1) ** 2).double().mean())) > 1
+
+
+def test_more_steps_come_closer_to_the_entropy() -> None:
+    """x_1 tells which value a pixel had, so the code for it, L_T + ... + L_1, costs a bit at least, and no more as T grows.
+
+    (The decoder's own bits stay: its variance is fixed, whatever x_1 tells.)
+    """
+    excess = []
+    for steps in (10, 40, 160):
+        schedule = NoiseSchedule.named("cosine", steps)
+        bits, _ = coin_bound(schedule, "fixed_small")
+        excess.append(float(bits[1:].sum() + prior(schedule, ((coins(400) / 127.5 - 1) ** 2).double().mean())) - 1)
+    assert all(0 < later < earlier / 3 for earlier, later in pairwise(excess))
+    assert excess[-1] < 0.04
+
+
+@pytest.mark.parametrize("times", [2, 5, 17])
+def test_a_few_times_estimate_the_whole_sum(times: int) -> None:
+    """Unbiased, with a standard error that is the estimate's spread over seeds."""
+    schedule = NoiseSchedule.named("cosine", 50)
+    denoiser, images = coin_denoiser(schedule), coins(120)
+    whole = variational_bound(denoiser, images, variance="fixed_small")
+    runs = [
+        variational_bound(denoiser, images, seed=seed, times=times, variance="fixed_small") for seed in range(1, 21)
+    ]
+    found = torch.tensor([mean_and_error(run.total) for run in runs], dtype=torch.float64)
+    expected, error = mean_and_error(whole.total)
+    assert bool((abs(found[:, 0] - expected) < 4 * (found[:, 1] ** 2 + error**2).sqrt()).all())
+    assert float(found[:, 0].mean()) == pytest.approx(
+        expected, abs=4 * float(found[:, 1].mean()) / math.sqrt(20) + error
+    )
+    assert 0.6 < float(found[:, 0].std() / found[:, 1].mean()) < 1.5
+    assert all(len(run.strata) == times for run in runs)
+
+
+@given(st.integers(2, 1500), st.data())
+def test_strata_are_all_times_once(T: int, data: st.DataObject) -> None:
+    times = data.draw(st.integers(2, T))
+    parts = strata(T, times)
+    assert len(parts) == times and parts[0] == range(1)
+    assert [t for part in parts for t in part] == list(range(T))
+    assert strata(T) == [range(t, t + 1) for t in range(T)]
+
+
+def test_rate_grows_and_distortion_falls() -> None:
+    """Figure 5 of Ho et al. 2020. More of the bits, a better picture: for an exact denoiser at every step."""
+    schedule = NoiseSchedule.named("cosine", 100)
+    bound = variational_bound(coin_denoiser(schedule), coins(300))
+    reverse_rate = bound.rate.flip(0)
+    assert float(reverse_rate[0]) == pytest.approx(float(bound.prior.mean()), rel=1e-9)
+    assert bool((reverse_rate.diff() > 0).all())
+    assert float(bound.rate[0] + bound.decoder.mean()) == pytest.approx(float(bound.total.mean()), rel=1e-12)
+    smooth = bound.distortion.unfold(0, 5, 5).mean(1)
+    assert bool((smooth.diff() >= 0).all())
+    assert (
+        float(bound.distortion[-1]) == pytest.approx((HIGH - LOW) / 2, rel=0.02) and float(bound.distortion[0]) < 1e-3
+    )
+    thinned = variational_bound(coin_denoiser(schedule), coins(300), times=20)
+    middle = [(part.start + part.stop - 1) / 2 for part in thinned.strata]
+    between = np.interp(middle, np.arange(100), bound.rate.numpy())
+    np.testing.assert_allclose(thinned.rate.numpy(), between, atol=0.06)
+
+
+def test_nothing_depends_on_the_batch_and_all_on_the_seed() -> None:
+    denoiser, images = coin_denoiser(NoiseSchedule.named("linear", 30)), coins(11)
+    whole, split = (variational_bound(denoiser, images, times=7, batch=batch) for batch in (11, 4))
+    other = variational_bound(denoiser, images, times=7, batch=11, seed=1)
+    assert torch.equal(whole.total, split.total) and torch.equal(whole.squared_error, split.squared_error)
+    assert not torch.equal(whole.total, other.total)
+    assert torch.equal(variational_bound(denoiser, images[:5], times=7).total, whole.total[:5])
+
+
+def test_clipping_lowers_the_bound_of_a_wild_network() -> None:
+    """x_0 lies in [-1, 1], so clamping x0_hat brings every mean closer."""
+    schedule = NoiseSchedule.named("linear", 30)
+    plain, clipped = (
+        variational_bound(Denoiser(lambda x, t: 3 * x, schedule, "x0", clip=clip), coins(10)) for clip in (False, True)
+    )
+    assert bool((clipped.terms <= plain.terms).all()) and bool((clipped.kl < plain.kl).all())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: strata(10, 1), "times = 1 must lie between 2 and T = 10"),
+        (lambda: strata(10, 11), "times = 11"),
+        (
+            lambda: reverse_log_variance(NoiseSchedule.named("linear", 5), torch.arange(5), "large"),
+            "no variance 'large'",
+        ),
+        (lambda: reverse_log_variance(NoiseSchedule.named("linear", 1), torch.arange(1)), "at least T = 2"),
+    ],
+)
+def test_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
