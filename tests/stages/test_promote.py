@@ -106,6 +106,7 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
         "eta": 0.0,
         "spacing": "leading",
         "steps": 5,
+        "clip": True,
     }
     assert float(champion.tags["ddpm.fid"]) == scores["fid"]
     assert champion.tags["ddpm.dataset_sha256"] == about["data"]["sha256"]
@@ -183,7 +184,7 @@ def test_another_protocol_scores_the_champion_again(
     said: list[str] = []
     kept = tracking.promote(params, checkout, rescore=rescore(19.0), say=said.append)
     assert not kept.promoted and "FID 20 is not better than 19" in kept.reason
-    assert asked == [{"sampler": "ddim", "eta": 0.0, "spacing": "leading", "steps": 5}]
+    assert asked == [{"sampler": "ddim", "eta": 0.0, "spacing": "leading", "steps": 5, "clip": True}]
     assert any("again" in line and "layer 64 -> 192" in line for line in said)
     # that score stays with the version
     assert not tracking.promote(params, checkout, rescore=never).promoted

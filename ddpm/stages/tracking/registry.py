@@ -65,7 +65,7 @@ SERVED_PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "ruamel.yaml")
 
 def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path, dict[str, Any]]:
     """models:/NAME@ALIAS or models:/NAME/VERSION -> its checkpoint folder, copied below `destination`, and the sampler
-    settings that earned its promotion: a row's options and `steps`. Raises InputError.
+    settings that earned its promotion: a row's options, `steps` and `clip`. Raises InputError.
     """
     where = find_place(root)
     if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/[0-9]+)", uri):
@@ -109,8 +109,7 @@ class Challenger:
 
     name: str
     point: Point
-    settings: dict[str, Any]  # a sampler row's options, and `steps`
-    clip: bool
+    settings: dict[str, Any]  # a sampler row's options, `steps`, and `clip`
     seed: int
     metrics: dict[str, Any]
     score: Score
@@ -157,8 +156,7 @@ def _challenger(params: Params, root: Path) -> Challenger:
     return Challenger(
         model_name(params),
         point,
-        {**settings.row, "steps": point.steps},
-        bool(settings.sampling.get("clip", True)),
+        {**settings.row, "steps": point.steps, "clip": settings.sampling.get("clip", True)},
         settings.seed,
         metrics,
         Score.of(metrics),
@@ -436,7 +434,7 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
                 {"n": [4], "seed": [challenger.seed], "steps": [steps], "sampler": [challenger.settings["sampler"]]}
             ),
             pip_requirements=[f"mlflow=={installed_version('mlflow')}", *map(_requirement, SERVED_PACKAGES)],
-            model_config={"settings": challenger.settings, "seed": challenger.seed, "clip": challenger.clip},
+            model_config={"settings": challenger.settings, "seed": challenger.seed},
             metadata={"point": challenger.point.name, "fid": challenger.score.fid, **asdict(challenger.score.protocol)},
             mlflow_model=Model(run_id=run_id, model_id=model_id),
         )
