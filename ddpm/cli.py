@@ -176,7 +176,12 @@ def promote(
 @app.command()
 def generate(
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write (PNG).")] = Path("grid.png"),
-    count: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 64,
+    count: Annotated[
+        int,
+        typer.Option(
+            "-n", min=1, help="How many images, rows of a chain, or images between two.", show_default="64, 8, 9"
+        ),
+    ] = 0,
     model: Annotated[
         str,
         typer.Option(
@@ -188,15 +193,54 @@ def generate(
         str, typer.Option(help="A row of samplers in params.yaml; default: the one that the model was promoted with.")
     ] = "",
     steps: Annotated[int, typer.Option(min=0, help="Network times visited; default: the model's own.")] = 0,
+    progressive: Annotated[
+        bool, typer.Option("--progressive", help="Rows of x0_hat: what the image is taken for, step by step.")
+    ] = False,
+    strip: Annotated[bool, typer.Option("--strip", help="Rows of x_t: from noise to image.")] = False,
+    interpolate: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="A B", help="Between two images of the test split, through their codes."),
+    ] = None,
+    blend: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="A B", help="Between two images of the test split, mixed under noise and denoised."),
+    ] = None,
+    encode_decode: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="The first N test images, and what comes back from their codes."),
+    ] = None,
 ) -> None:
-    """Make images from a model of the registry (the champion, unless another is named) or from a checkpoint folder."""
+    """Make images from a model of the registry (the champion, unless another is named) or from a checkpoint folder.
+
+    One picture at a time: a grid, unless --progressive, --strip, --interpolate, --blend or --encode-decode is given.
+    """
     from ddpm.stages.generate import generate
 
+    asked: dict[str, tuple[int, ...] | None] = {
+        "progressive": () if progressive else None,
+        "strip": () if strip else None,
+        "interpolate": interpolate,
+        "blend": blend,
+        "encode-decode": None if encode_decode is None else (encode_decode,),
+    }
+    kinds = {kind: of for kind, of in asked.items() if of is not None} or {"grid": ()}
+    if len(kinds) > 1:
+        raise InputError(f"--{' and --'.join(kinds)} are different pictures; ask for one at a time")
+    ((kind, of),) = kinds.items()
     with display("generate") as watch:
-        path = generate(
-            Params.load(), out=out, count=count, model=model, seed=seed, sampler=sampler, steps=steps, report=watch
+        said = generate(
+            Params.load(),
+            out=out,
+            kind=kind,
+            of=of,
+            count=count,
+            model=model,
+            seed=seed,
+            sampler=sampler,
+            steps=steps,
+            report=watch,
         )
-    say(f"{path}: {count} images")
+    say(said)
 
 
 def main() -> None:
