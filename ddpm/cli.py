@@ -177,11 +177,9 @@ def promote(
 def generate(
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write (PNG).")] = Path("grid.png"),
     count: Annotated[
-        int,
-        typer.Option(
-            "-n", min=1, help="How many images, rows of a chain, or images between two.", show_default="64, 8, 9"
-        ),
-    ] = 0,
+        int | None,
+        typer.Option("-n", min=1, help="How many: 64 images, 8 rows of a chain, 9 images between two."),
+    ] = None,
     model: Annotated[
         str,
         typer.Option(
@@ -233,7 +231,7 @@ def generate(
             out=out,
             kind=kind,
             of=of,
-            count=count,
+            count=count or 0,
             model=model,
             seed=seed,
             sampler=sampler,

@@ -111,6 +111,7 @@ def _open(params: Params, model: str, sampler: str, steps: int) -> Model:
 
     if sampler and sampler not in params.samplers:
         raise InputError(f"no row '{sampler}' in samplers of params.yaml; there are {', '.join(params.samplers)}")
+    torch.set_num_threads(params.sampling.threads)
     device = find_device(params.compute.device)
     with tempfile.TemporaryDirectory(prefix="ddpm-generate-") as name:
         if model and not model.startswith("models:"):
