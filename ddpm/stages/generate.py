@@ -267,10 +267,9 @@ def _test_images(model: Model, indices: Iterable[int]) -> Tensor:
             f"{store.dataset_dir()}: its images are {dataset.test.shape[1:]}, the model's are {model.shape} (channels,"
             " height, width); prepare the dataset that it was trained on"
         )
-    if not all(0 <= index < len(dataset.test) for index in chosen):
-        raise InputError(
-            f"{store.dataset_dir()}: test images are numbered 0 ... {len(dataset.test) - 1}; asked for {max(chosen)}"
-        )
+    if wrong := [index for index in chosen if not 0 <= index < len(dataset.test)]:
+        last = len(dataset.test) - 1
+        raise InputError(f"{store.dataset_dir()}: test images are numbered 0 ... {last}; there is no {wrong[0]}")
     return scaled(torch.from_numpy(np.array(dataset.test[chosen])).to(model.device))
 
 
