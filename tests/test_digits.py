@@ -80,18 +80,17 @@ def trained(images: np.ndarray, target: str, steps: int, batch: int, **network: 
     return Denoiser(state.ema, schedule, target, clip=True)
 
 
-def drawn(denoiser: Denoiser, sampler: str) -> np.ndarray:
+def drawn(denoiser: Denoiser, sampler: str, spacing: str) -> np.ndarray:
     def noise(k: int) -> torch.Tensor:
         return gaussian(0, range(IMAGES), k, (1, 8, 8))
 
-    return to_uint8(sample(denoiser, noise(0), sampler, STEPS, "trailing", noise=lambda k: noise(k + 1)))
+    return to_uint8(sample(denoiser, noise(0), sampler, STEPS, spacing, noise=lambda k: noise(k + 1)))
 
 
 def test_a_tiny_network_makes_digits(recognise: Recognise, digits: tuple[np.ndarray, np.ndarray]) -> None:
     """After 200 steps about half of what it makes are digits, of every kind; of noise it was none."""
     denoiser = trained(digits[0], "v", 200, 32, channels=16, attention=())
-    share, classes = recognise(drawn(denoiser, "dpmpp_2m"))
-    print(share, classes)
+    share, classes = recognise(drawn(denoiser, "dpmpp_2m", "trailing"))
     assert share > 0.3 and classes >= 9
 
 
@@ -102,6 +101,6 @@ def test_every_target_and_sampler_makes_digits(
 ) -> None:
     denoiser = trained(digits[0], target, 600, 64, channels=32, attention=(4,))
     for sampler in SAMPLERS:
-        share, classes = recognise(drawn(denoiser, sampler))
+        share, classes = recognise(drawn(denoiser, sampler, "leading"))
         print(target, sampler, share, classes)
         assert share > 0.6 and classes == 10, sampler

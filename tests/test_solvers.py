@@ -254,7 +254,6 @@ def test_samples_of_a_mixture_are_distributed_as_the_mixture(sampler: str) -> No
     options = {"variance": "fixed_small"} if sampler == "ddpm" else {}
     x = sample(Denoiser(net, schedule, "x0"), noise(0), sampler, 100, "logsnr", lambda k: noise(k + 1), **options)
     apart = kstest(x[:, 0].numpy(), lambda x: distribution(x, 20.0)).statistic
-    print(sampler, apart, kstest(x[:, 0].numpy(), norm(x.mean().item(), x.std().item()).cdf).statistic)
     assert apart < 0.03
     # The normal distribution of the same mean and variance is much further away.
     assert kstest(x[:, 0].numpy(), norm(x.mean().item(), x.std().item()).cdf).statistic > 0.09
