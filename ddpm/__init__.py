@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ddpm.denoiser import TARGETS, Denoiser
     from ddpm.noise import gaussian
     from ddpm.objective import LOSSES
+    from ddpm.paths import blend, encode, interpolate, snapshots
     from ddpm.samplers import SAMPLERS, sample, trajectory
     from ddpm.schedule import SCHEDULES, NoiseSchedule
     from ddpm.timesteps import SPACINGS
@@ -29,9 +30,13 @@ __all__ = [
     "Denoiser",
     "NoiseSchedule",
     "UNet",
+    "blend",
+    "encode",
     "fit",
     "gaussian",
+    "interpolate",
     "sample",
+    "snapshots",
     "trajectory",
 ]
 
@@ -45,9 +50,13 @@ _HOMES = {
     "SPACINGS": "timesteps",
     "TARGETS": "denoiser",
     "UNet": "unet",
+    "blend": "paths",
+    "encode": "paths",
     "fit": "training",
     "gaussian": "noise",
+    "interpolate": "paths",
     "sample": "samplers",
+    "snapshots": "paths",
     "trajectory": "samplers",
 }
 

@@ -216,7 +216,10 @@ def promote(
 @app.command()
 def generate(
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write (PNG).")] = Path("grid.png"),
-    count: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 64,
+    count: Annotated[
+        int | None,
+        typer.Option("-n", min=1, help="How many: 64 images, 8 rows of a chain, 9 images between two."),
+    ] = None,
     model: Annotated[
         str,
         typer.Option(
@@ -234,15 +237,47 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option(help="How strongly: 1 is the plain conditional network; default: the model's own.")
     ] = None,
+    progressive: Annotated[
+        bool, typer.Option("--progressive", help="Rows of x0_hat: what the image is taken for, step by step.")
+    ] = False,
+    strip: Annotated[bool, typer.Option("--strip", help="Rows of x_t: from noise to image.")] = False,
+    interpolate: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="A B", help="Between two images of the test split, through their codes."),
+    ] = None,
+    blend: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="A B", help="Between two images of the test split, mixed under noise and denoised."),
+    ] = None,
+    encode_decode: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="The first N test images, and what comes back from their codes."),
+    ] = None,
 ) -> None:
-    """Make images from a model of the registry (the champion, unless another is named) or from a checkpoint folder."""
+    """Make images from a model of the registry (the champion, unless another is named) or from a checkpoint folder.
+
+    One picture at a time: a grid, unless --progressive, --strip, --interpolate, --blend or --encode-decode is given.
+    """
     from ddpm.stages.generate import generate
 
+    asked: dict[str, tuple[int, ...] | None] = {
+        "progressive": () if progressive else None,
+        "strip": () if strip else None,
+        "interpolate": interpolate,
+        "blend": blend,
+        "encode-decode": None if encode_decode is None else (encode_decode,),
+    }
+    kinds = {kind: of for kind, of in asked.items() if of is not None} or {"grid": ()}
+    if len(kinds) > 1:
+        raise InputError(f"--{' and --'.join(kinds)} are different pictures; ask for one at a time")
+    ((kind, of),) = kinds.items()
     with display("generate") as watch:
-        path = generate(
+        said = generate(
             Params.load(),
             out=out,
-            count=count,
+            kind=kind,
+            of=of,
+            count=count or 0,
             model=model,
             seed=seed,
             sampler=sampler,
@@ -251,7 +286,7 @@ def generate(
             guidance=guidance,
             report=watch,
         )
-    say(f"{path}: {count} images")
+    say(said)
 
 
 @app.command()

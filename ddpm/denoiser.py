@@ -63,6 +63,17 @@ def halves(prediction: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
     return prediction, (v + 1) / 2
 
 
+def _clipped(x0_hat: Tensor, clip: bool | float) -> Tensor:
+    """x0_hat [B, ...] as it is, clamped to [-1, 1], or dynamically thresholded: section 2.3 of Saharia et al. 2022 (Imagen).
+
+    That clamps each image to [-s, s] and divides it by s, the quantile `clip` of its |x0_hat|, or 1 if that is less.
+    """
+    if isinstance(clip, bool):
+        return x0_hat.clamp(-1, 1) if clip else x0_hat
+    s = x0_hat.flatten(1).abs().quantile(clip, dim=1).clamp(min=1).view(-1, *[1] * (x0_hat.ndim - 1))
+    return x0_hat.clamp(-s, s) / s
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """x0_hat = denoiser(x_t, t) from any network.
@@ -70,7 +81,8 @@ class Denoiser:
     net: net(x, t) -> like x, with x [B, ...] and t float32 [B], 0 ... T-1 as in Ho et al. and diffusers; fractions allowed.
     With a learned variance it gives twice the channels (see `halves`).
     target: what net predicts, a key of TARGETS.
-    clip: clamp x0_hat to [-1, 1]; samplers derive eps again from the clamped x0_hat.
+    clip: True clamps x0_hat to [-1, 1]; a number p in (0, 1) is dynamic thresholding at that quantile (see `_clipped`).
+    Samplers derive eps again from the clipped x0_hat.
     labels: int64 [B], the class of each image, for a net(x, t, labels) that knows classes, and -1 as no label.
     guidance: w, how far the prediction goes from no label (0) to the label (1) and beyond. Raises ValueError.
     """
@@ -78,13 +90,15 @@ class Denoiser:
     net: Callable[..., Any]
     schedule: NoiseSchedule
     target: str = "eps"
-    clip: bool = False
+    clip: bool | float = False
     labels: Tensor | None = None
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise ValueError(f"no target '{self.target}'; there are {', '.join(TARGETS)}")
+        if not isinstance(self.clip, bool) and not 0 < self.clip < 1:
+            raise ValueError(f"clip = {self.clip} must be True, False, or a quantile between 0 and 1")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance = {self.guidance} must be a finite number")
         if self.labels is None and self.guidance != 1:
@@ -120,5 +134,4 @@ class Denoiser:
         shape = (-1,) + (1,) * (x_t.ndim - 1)
         c_skip, c_out = (c.to(x_t.device, x_t.dtype).view(shape) for c in (c_skip, c_out))
         prediction, v = self._predict(x_t, times.to(x_t.device, torch.float32))
-        x0_hat = c_skip * x_t + c_out * prediction
-        return (x0_hat.clamp(-1, 1) if self.clip else x0_hat), v
+        return _clipped(c_skip * x_t + c_out * prediction, self.clip), v

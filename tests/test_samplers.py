@@ -183,6 +183,33 @@ def test_clipping_acts_on_x0_and_eps_is_derived_again() -> None:
     assert float(first.x0_hat) == 1.0
 
 
+def test_dynamic_thresholding() -> None:
+    """By hand: of |x0_hat| = 0, 1, 2, 3, 4 the quantile 0.75 is 3, and 0.6 is 0.4 of the way from 2 to 3."""
+    schedule = NoiseSchedule.named("linear", 10)
+    x0_hat = torch.tensor([[[0.0, -1, 2, -3, 4]], [[0.0, 0.1, -0.9, 1, 0.5]]])
+
+    def thresholded(x: torch.Tensor, clip: float) -> torch.Tensor:
+        return Denoiser(lambda x, t: x, schedule, "x0", clip)(x, 0)
+
+    assert torch.allclose(thresholded(x0_hat, 0.75)[0], torch.tensor([[0, -1 / 3, 2 / 3, -1, 1]]))
+    assert torch.allclose(thresholded(x0_hat, 0.6)[0], torch.tensor([[0, -1 / 2.4, 2 / 2.4, -1, 1]]))
+    assert torch.equal(thresholded(x0_hat, 0.75)[1], x0_hat[1])  # each image by itself; within [-1, 1] nothing moves
+    for wrong in (0, 1, 1.5, -0.1, math.nan):
+        with pytest.raises(ValueError, match="clip"):
+            Denoiser(lambda x, t: x, schedule, "x0", clip=wrong)
+
+
+@given(st.integers(0, 2**32), st.floats(0.01, 0.99), st.floats(0.1, 10))
+def test_thresholding_is_idempotent_and_keeps_the_order_of_pixels(seed: int, clip: float, scale: float) -> None:
+    denoiser = Denoiser(lambda x, t: x, NoiseSchedule.named("linear", 10), "x0", clip)
+    x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(seed)) * scale
+    once = denoiser(x, 0)
+    assert float(once.abs().max()) <= 1 and torch.equal(denoiser(once, 0), once)
+    order = x.flatten(1).argsort(dim=1)
+    assert bool((once.flatten(1).gather(1, order).diff(dim=1) >= 0).all())
+    assert torch.equal(denoiser(x[1:2], 0), once[1:2])
+
+
 def test_evaluations_are_counted() -> None:
     denoiser = perfect(NoiseSchedule.named("linear", 1000))
     for sampler in SAMPLERS:

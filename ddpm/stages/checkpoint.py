@@ -50,7 +50,7 @@ def save(path: Path, net: nn.Module, about: dict[str, Any]) -> None:
         store.write_json(folder / "model.json", {"format": FORMAT, "weights_sha256": store.sha256(weights), **about})
 
 
-def load(path: Path, device: torch.device | str = "cpu", clip: bool = False) -> tuple[Denoiser, dict[str, Any]]:
+def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = False) -> tuple[Denoiser, dict[str, Any]]:
     """A checkpoint folder -> its denoiser (network in eval mode, channels last) and model.json. Raises InputError."""
     about = store.read_json(path / "model.json")
     if about.get("format") != FORMAT:

@@ -83,10 +83,17 @@ class Sampling(Section):
 
     images: Count
     batch: Count
-    clip: bool = True
+    clip: bool | float = True  # a number: dynamic thresholding at that quantile
     precision: Precision = "float32"
     compile: bool = False
     threads: Count = 1
+
+    @field_validator("clip", mode="before")
+    @classmethod
+    def _quantile(cls, value: Any) -> Any:
+        if not isinstance(value, bool) and not (isinstance(value, float) and 0 < value < 1):
+            raise ValueError("expected true, false, or a quantile between 0 and 1, such as 0.995")
+        return value
 
 
 class Evaluation(Section):

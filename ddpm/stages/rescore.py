@@ -22,8 +22,8 @@ def rescore(
 ) -> tuple[dict[str, Any], NDArray[np.float32]]:
     """Samples and evaluates in a folder of its own, where only the dataset and the caches are shared.
 
-    settings: a sampler row's options, and its `steps`. Returns what metrics/POINT.json and POINT.influence.npy would
-    hold. Raises InputError.
+    settings: a sampler row's options, its `steps`, and the `clip` that it was promoted with; without one, the present.
+    Returns what metrics/POINT.json and POINT.influence.npy would hold. Raises InputError.
     """
     about = store.read_json(checkpoint / "model.json")
     dataset = store.read_json(root / store.dataset_dir() / "dataset.json")
@@ -31,9 +31,10 @@ def rescore(
         raise InputError(
             f"{checkpoint}: makes images of shape {about['data']['shape']}, the dataset's are {dataset['shape']}"
         )
-    row = Sampler.model_validate({key: value for key, value in settings.items() if key != "steps"})
+    row = Sampler.model_validate({key: value for key, value in settings.items() if key not in ("steps", "clip")})
     point = Point(schedule=about["schedule"]["name"], sampler="champion", steps=settings["steps"])
-    alone = params.model_copy(update={"samplers": {"champion": row}})
+    sampling = params.sampling.model_copy(update={"clip": settings.get("clip", params.sampling.clip)})
+    alone = params.model_copy(update={"samplers": {"champion": row}, "sampling": sampling})
     with tempfile.TemporaryDirectory(prefix="ddpm-rescore-") as name:
         folder = Path(name)
         (root / store.CACHE).mkdir(exist_ok=True)

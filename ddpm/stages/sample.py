@@ -110,7 +110,7 @@ def generate(
 
 
 def prepared_denoiser(
-    path: Path, device: torch.device, clip: bool, precision: str, compiled: bool
+    path: Path, device: torch.device, clip: bool | float, precision: str, compiled: bool
 ) -> tuple[Denoiser, dict[str, Any]]:
     """A checkpoint's denoiser, as the `sampling` section wants it computed. Raises InputError."""
     denoiser, about = checkpoint.load(path, device, clip)

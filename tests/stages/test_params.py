@@ -65,6 +65,8 @@ FAULTS = [
     (("network", "multipliers"), [], "network.multipliers"),
     (("diffusion", "target"), "score", "diffusion.target"),
     (("evaluation", "layer"), 100, "evaluation.layer"),
+    (("sampling", "clip"), 1.5, "sampling.clip: expected true, false, or a quantile"),
+    (("sampling", "clip"), "yes", "sampling.clip: expected true, false, or a quantile"),
     (("samplers", "ddim", "eta"), float("inf"), "samplers.ddim.eta"),
     (("samplers", "Bad-Name"), {"sampler": "ddim"}, "samplers.Bad-Name"),
     (("sweep", "samplers"), ["nobody"], "sweep.samplers: no row 'nobody'"),

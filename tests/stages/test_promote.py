@@ -190,6 +190,7 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
         "eta": 0.0,
         "spacing": "leading",
         "steps": 5,
+        "clip": True,
     }
     assert float(champion.tags["ddpm.fid"]) == scores["fid"]
     assert champion.tags["ddpm.dataset_sha256"] == about["data"]["sha256"]
@@ -275,7 +276,7 @@ def test_another_protocol_scores_the_champion_again(
     kept = tracking.promote(params, checkout, rescore=rescore(19.0), say=said.append)
     assert not kept.promoted and "FID 20 is worse than 19" in kept.reason
     assert registry.decisions()[-1]["paired"]
-    assert asked == [{"sampler": "ddim", "eta": 0.0, "spacing": "leading", "steps": 5}]
+    assert asked == [{"sampler": "ddim", "eta": 0.0, "spacing": "leading", "steps": 5, "clip": True}]
     assert any("again" in line and "layer 64 -> 192" in line for line in said)
     # that score stays with the version, and its influence values too
     assert not tracking.promote(params, checkout, rescore=never).promoted

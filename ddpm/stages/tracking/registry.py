@@ -70,7 +70,7 @@ SERVED_PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "ruamel.yaml")
 
 def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path, dict[str, Any]]:
     """models:/NAME@ALIAS or models:/NAME/VERSION -> its checkpoint folder, copied below `destination`, and the sampler
-    settings that earned its promotion: a row's options and `steps`. Raises InputError.
+    settings that earned its promotion: a row's options, `steps` and `clip`. Raises InputError.
     """
     where = find_place(root)
     if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/[0-9]+)", uri):
@@ -114,8 +114,7 @@ class Challenger:
 
     name: str
     point: Point
-    settings: dict[str, Any]  # a sampler row's options, and `steps`
-    clip: bool
+    settings: dict[str, Any]  # a sampler row's options, `steps`, and `clip`
     seed: int
     metrics: dict[str, Any]
     score: Score  # with its influence values
@@ -166,8 +165,7 @@ def _challenger(params: Params, root: Path) -> Challenger:
     return Challenger(
         model_name(params),
         point,
-        {**settings.row, "steps": point.steps},
-        bool(settings.sampling.get("clip", True)),
+        {**settings.row, "steps": point.steps, "clip": settings.sampling.get("clip", True)},
         settings.seed,
         metrics,
         Score.of(metrics, store.read_influence(root / store.influence_file(point)), settings.seed),
@@ -556,7 +554,7 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
             signature=ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype(np.uint8), shape)])),
             input_example=pd.DataFrame(example),
             pip_requirements=[f"mlflow=={installed_version('mlflow')}", *map(_requirement, SERVED_PACKAGES)],
-            model_config={"settings": challenger.settings, "seed": challenger.seed, "clip": challenger.clip},
+            model_config={"settings": challenger.settings, "seed": challenger.seed},
             metadata={
                 "point": challenger.point.name,
                 HEADLINE: challenger.score.value,

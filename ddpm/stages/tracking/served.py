@@ -31,7 +31,7 @@ class ImageModel(PythonModel):
         self.seed = int(config["seed"])
         self.device = find_device("auto")
         folder = Path(context.artifacts["checkpoint"])
-        self.denoiser, self.about = checkpoint.load(folder, self.device, clip=bool(config["clip"]))
+        self.denoiser, self.about = checkpoint.load(folder, self.device, self.settings.pop("clip"))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         """-> uint8 [N, C, H, W]. Raises ValueError for a sampler, a class, a number of steps or of images that cannot be."""
