@@ -90,13 +90,16 @@ def validation_loss(
 def train(
     params: Params, schedule: str, root: Path = Path(), report: Report = silent, fresh: bool = False
 ) -> dict[str, Any]:
-    """Trains the network on one schedule; writes models/SCHEDULE and metrics/train/SCHEDULE.csv and .json.
+    """Trains the network on one schedule; writes models/SCHEDULE and metrics/train/SCHEDULE.csv and .json. A row that says
+    `imported` has a network already: that is checked and copied.
 
     fresh: forget what an earlier run of the same training saved. Returns the content of the JSON file. Raises InputError.
     """
     settings = params.training
     noise = noise_schedule(params, schedule)
     dataset = store.read_dataset(root)
+    if params.schedules[schedule].imported is not None:
+        return _copy_imported(params, schedule, dataset, root, report)
     network = about_network(params, dataset.train.shape[1:])
     if settings.flip and not dataset.about["flip"]:
         report(
@@ -194,10 +197,7 @@ def _write(
         "schedule": about_schedule(params, schedule),
         "target": params.diffusion.target,
         "network": network,
-        "data": {
-            **{key: dataset.about[key] for key in ("name", "sha256", "shape", "classes")},
-            "range": [-1, 1],
-        },
+        "data": _about_data(dataset),
         "training": {"seed": params.seed, **params.training.model_dump(mode="json")},
     }
     metrics = {
@@ -211,4 +211,46 @@ def _write(
     checkpoint.save(root / store.model_dir(schedule), state.ema, about)
     store.write_csv(root / store.history_file(schedule), rows)
     store.write_json(root / store.training_metrics_file(schedule), metrics)
+    return metrics
+
+
+def _about_data(dataset: store.Dataset) -> dict[str, Any]:
+    return {**{key: dataset.about[key] for key in ("name", "sha256", "shape", "classes")}, "range": [-1, 1]}
+
+
+def _copy_imported(params: Params, schedule: str, dataset: store.Dataset, root: Path, report: Report) -> dict[str, Any]:
+    """imported/SCHEDULE -> models/SCHEDULE, if it is what the schedules row says and makes images like the dataset's.
+
+    Its own T and target stand, whatever `diffusion` says of the networks trained here. Raises InputError.
+    """
+    folder, row, device = store.imported_dir(schedule), params.schedules[schedule], find_device(params.compute.device)
+    remedy = f"run `ddpm import-diffusers FOLDER {schedule}` again"
+    if not (root / folder).is_dir():
+        raise InputError(f"schedules.{schedule}: {folder} is not here; {remedy}")
+    denoiser, about = checkpoint.load(root / folder, device)
+    assert isinstance(denoiser.net, torch.nn.Module)
+    options = {key: value for key, value in about["schedule"].items() if key not in ("name", "timesteps")}
+    if about.pop("weights_sha256") != row.imported or options != row.options():
+        raise InputError(f"{folder}: not the model that the row schedules.{schedule} speaks of; {remedy}")
+    if about["data"]["shape"] != dataset.about["shape"]:
+        raise InputError(
+            f"{folder}: makes images of shape {about['data']['shape']}, the dataset's are {dataset.about['shape']}"
+        )
+    torch.set_num_threads(params.training.threads)
+    images = torch.from_numpy(np.array(dataset.test[:VALIDATION_IMAGES])).to(device)
+    report(Progress(0, 1, "models", message=f"imported, with target {denoiser.target} at T = {denoiser.schedule.T}"))
+    loss = None
+    if len(images):
+        objective = Objective.of(denoiser.schedule, denoiser.target, device)
+        loss = validation_loss(denoiser.net, images, objective, params.training.batch, params.training.precision)
+    del about["format"]
+    training = {"seed": params.seed, "steps": 0, "imported": row.imported}
+    about = {**about, "data": _about_data(dataset), "training": training}
+    parameters = sum(parameter.numel() for parameter in denoiser.net.parameters())
+    metrics = {"steps": 0, "parameters": parameters, "loss": None, "validation_loss": loss}
+    checkpoint.save(root / store.model_dir(schedule), denoiser.net, about)
+    curve = {"step": 0, "loss": "", "learning_rate": "", "gradient_norm": "", "validation_loss": loss}
+    store.write_csv(root / store.history_file(schedule), [curve])
+    store.write_json(root / store.training_metrics_file(schedule), metrics)
+    report(Progress(1, 1, "models"))
     return metrics
