@@ -204,6 +204,19 @@ def generate(
     say(f"{path}: {count} images")
 
 
+@app.command("swiss-roll")
+def swiss_roll(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write (PNG).")] = Path("swiss-roll.png"),
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 2, help="Same seed, same picture.")] = 0,
+) -> None:
+    """Learn a Swiss roll, points of the plane, from nothing but the library: forward, reverse and drift in one picture."""
+    from ddpm.stages.swiss_roll import swiss_roll
+
+    with display("swiss-roll") as watch:
+        swiss_roll(out, seed, watch)
+    say(f"{out}: forward, reverse and drift")
+
+
 @app.command("export-diffusers")
 def export_diffusers(
     model: Annotated[str, typer.Argument(help="A checkpoint folder such as models/linear, or models:/NAME@ALIAS.")],

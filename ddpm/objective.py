@@ -32,10 +32,9 @@ class Objective:
         return cls(*(table.to(device, torch.float32) for table in tables))
 
     def pair(self, x_0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """x_0, eps [B, C, H, W] and t int64 [B] -> (x_t, target), both like x_0."""
-        a, s, from_x0, from_eps = (
-            table[t].view(-1, 1, 1, 1) for table in (self.a, self.s, self.from_x0, self.from_eps)
-        )
+        """x_0, eps [B, ...] and t int64 [B] -> (x_t, target), both like x_0."""
+        shape = (-1,) + (1,) * (x_0.ndim - 1)
+        a, s, from_x0, from_eps = (table[t].view(shape) for table in (self.a, self.s, self.from_x0, self.from_eps))
         return a * x_0 + s * eps, from_x0 * x_0 + from_eps * eps
 
     def losses(self, net: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def _figure(path: Path, width: int, height: int, dpi: int) -> Iterator[Any]:
+def drawing(path: Path, width: int, height: int, dpi: int) -> Iterator[Any]:
     """A matplotlib figure of that many pixels, written to `path` as PNG when the block ends well.
 
     The reader's own matplotlibrc has no say, and no date or version is written: same content, same bytes.
@@ -151,7 +151,7 @@ def _plot_fid(path: Path, rows: Sequence[Row]) -> None:
 
     schedules = list(dict.fromkeys(row["schedule"] for row in rows))
     samplers = list(dict.fromkeys(row["sampler"] for row in rows))
-    with _figure(path, 1050, 675, dpi=150) as figure:
+    with drawing(path, 1050, 675, dpi=150) as figure:
         axes = figure.add_subplot()
         for i, schedule in enumerate(schedules):
             for j, sampler in enumerate(samplers):
@@ -202,7 +202,7 @@ def _plot_samples(path: Path, rows: Sequence[Row], files: Sequence[Path], done: 
     done(len(files))
     label, gap = 250, 4  # pixels
     height, width = strips[0].shape[:2]
-    with _figure(path, label + width, len(rows) * (height + gap), dpi=100) as figure:
+    with drawing(path, label + width, len(rows) * (height + gap), dpi=100) as figure:
         for index, (row, strip) in enumerate(zip(rows, strips, strict=True)):
             bottom = (len(rows) - 1 - index) * (height + gap)
             figure.figimage(np.broadcast_to(strip, (*strip.shape[:2], 3)), xo=label, yo=bottom, origin="upper")
