@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,33 @@ def test_exported_and_imported_it_makes_the_same_images(made: Path, exported: Pa
         expected, count = store.read_samples(made / f"samples/cosine-{point}.npz")
         assert evaluations == count and len(np.unique(expected)) > 10
         assert np.array_equal(ours, expected)
+
+
+def test_it_is_published_and_promoted_like_our_own(
+    exported: Path,
+    checkout: Path,
+    empty_database: Path,
+    write_scores: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ddpm.stages import tracking
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copyfile(empty_database, checkout / "mlflow.db")
+    import_diffusers(exported, "hub", checkout)
+    path = checkout / "params.yaml"
+    path.write_text(path.read_text().replace("schedules: [cosine]", "schedules: [hub]"))
+    params = Params.load(path)
+    train(params, "hub", checkout)
+    for index, point in enumerate(params.points()):
+        sample_point(params, point, checkout)
+        write_scores(checkout, point, 40.0 - index)
+    tracking.publish(params, checkout, say=lambda line: None)
+    decision = tracking.promote(params, checkout, say=lambda line: None)
+    assert decision.promoted and decision.point.startswith("hub-")
+    folder, settings = tracking.fetch_model("models:/ddpm-digits@champion", checkout / "fetched", checkout)
+    assert store.sha256(folder / "model.safetensors") == params.schedules["hub"].imported
+    assert settings["sampler"] == "ddim"
 
 
 def test_the_google_repositories_layout_is_read(exported: Path, checkout: Path, tmp_path: Path) -> None:
