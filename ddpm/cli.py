@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -94,6 +95,10 @@ def train(
     def watch(params: Params, stack: ExitStack) -> Report:
         from ddpm.stages import tracking
         from ddpm.stages.preview import previews
+        from ddpm.stages.progress import silent
+
+        if schedule in params.schedules and params.schedules[schedule].imported:
+            return silent  # nothing is trained
 
         watcher = stack.enter_context(tracking.watch_training(params, schedule, Path(), say=say))
         preview = previews(params, Path(), schedule, watcher.log_preview)
@@ -321,6 +326,49 @@ def schedules(
     from ddpm.stages import tracking
 
     tracking.publish_or_warn(params, Path(), only=f"schedules@{out}", say=say)
+
+
+@app.command("swiss-roll")
+def swiss_roll(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write (PNG).")] = Path("swiss-roll.png"),
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 2, help="Same seed, same picture.")] = 0,
+) -> None:
+    """Learn a Swiss roll, points of the plane, from nothing but the library: forward, reverse and drift in one picture."""
+    from ddpm.stages.swiss_roll import swiss_roll
+
+    with display("swiss-roll") as watch:
+        swiss_roll(out, seed, watch)
+    say(f"{out}: forward, reverse and drift")
+
+
+@app.command("export-diffusers")
+def export_diffusers(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder such as models/linear, or models:/NAME@ALIAS.")],
+    out: Annotated[Path, typer.Argument(help="The new folder, for DDPMPipeline.from_pretrained.")],
+) -> None:
+    """Write a model as a diffusers DDPMPipeline folder."""
+    from ddpm.stages.exchange import export_diffusers
+
+    with TemporaryDirectory(prefix="ddpm-export-") as temporary:
+        folder, settings = Path(model), dict[str, Any]()
+        if model.startswith("models:"):
+            from ddpm.stages import tracking
+
+            folder, settings = tracking.fetch_model(model, Path(temporary))
+        export_diffusers(folder, out, settings.get("variance", "fixed_large"))
+    say(f"{out}: a DDPMPipeline")
+
+
+@app.command("import-diffusers")
+def import_diffusers(
+    folder: Annotated[Path, typer.Argument(help="The folder of a UNet2DModel or a DDPMPipeline.")],
+    name: Annotated[str, typer.Argument(help="What to call it here, in a-z, 0-9 and _.")],
+) -> None:
+    """Read a diffusers model into imported/NAME and a row of schedules in params.yaml, to be swept like our own."""
+    from ddpm.stages.exchange import import_diffusers
+
+    for line in import_diffusers(folder, name):
+        say(line)
 
 
 def main() -> None:

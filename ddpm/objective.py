@@ -46,7 +46,7 @@ def discretised_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the network was asked and what it said: all [B, C, H, W], but t int64 [B]; v is None where it is not learned."""
+    """What the network was asked and what it said: all [B, C, ...], but t int64 [B]; v is None where it is not learned."""
 
     x_0: Tensor
     t: Tensor
@@ -105,7 +105,7 @@ class Objective:
         return cls(**{name: table.to(device, torch.float32) for name, table in tables.items()}, loss=loss)
 
     def pair(self, x_0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """x_0, eps [B, C, H, W] and t int64 [B] -> (x_t, target), both like x_0."""
+        """x_0, eps [B, ...] and t int64 [B] -> (x_t, target), both like x_0."""
         a, s, from_x0, from_eps = (at(table, t, x_0) for table in (self.a, self.s, self.from_x0, self.from_eps))
         return a * x_0 + s * eps, from_x0 * x_0 + from_eps * eps
 

@@ -99,8 +99,8 @@ def _indices(count: int, batch: int, step: int, seed: int) -> Tensor:
 
 
 def scaled(images: Tensor) -> Tensor:
-    """uint8 0 ... 255 -> float32 -1 ... 1 (section 3.3 of Ho et al. 2020)."""
-    return images.float() / 127.5 - 1
+    """uint8 0 ... 255 -> float32 -1 ... 1 (section 3.3 of Ho et al. 2020); other data is floating point, and stays."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
 def told(net: Callable[..., Tensor], labels: Tensor | None) -> Callable[..., Tensor]:
@@ -127,7 +127,8 @@ def fit(
 ) -> Iterator[Step]:
     """Trains for as long as the caller asks for steps.
 
-    state: changed in place; its `step` is where training goes on. images: uint8 [N, C, H, W] on the network's device.
+    state: changed in place; its `step` is where training goes on. images: uint8 [N, C, H, W] on the network's device, or
+    float [N, ...] for data of another kind.
     objective: of the schedule and target. learning_rate: after a linear warm-up over `warmup` steps. clip: of the gradient's
     norm. ema: decay of the average, warmed up as min(ema, (1 + k) / (10 + k)). flip: mirror every other image at random.
     precision: "float32" or "bfloat16" (autocast). forward: what computes net(x, t) instead of the network itself, such as

@@ -84,14 +84,15 @@ class Stage(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the sides by a strided convolution, padded at the right and bottom as TensorFlow's SAME does."""
+    """Halves the sides by a strided convolution, padded at the right and bottom as TensorFlow's SAME does, or all round."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, symmetric: bool = False) -> None:
         super().__init__()
+        self.padding = (1, 1, 1, 1) if symmetric else (0, 1, 0, 1)
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, self.padding))
 
 
 class Upsample(nn.Module):
@@ -105,16 +106,25 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+def _widths(channels: int, multipliers: Sequence[float]) -> list[int]:
+    widths = [round(channels * multiplier) for multiplier in multipliers]
+    if any(abs(channels * multiplier - width) > 1e-6 for multiplier, width in zip(multipliers, widths, strict=True)):
+        raise ValueError(f"{channels} channels times {', '.join(map(str, multipliers))} are no whole widths")
+    return widths
+
+
 class UNet(nn.Module):
     """net(x, t) -> a prediction like x; net(x, t, labels) where there are classes.
 
     x: float [B, image_channels, image_size, image_size], nominally in [-1, 1]; t: [B], 0 ... T-1, fractions allowed.
-    channels, multipliers: width of each resolution, from image_size down by halves. blocks: residual blocks per
-    resolution. attention: the resolutions (sides in pixels) with self-attention, of `heads` heads. out_channels: if not those
-    of x, such as twice as many for a learned variance.
+    channels, multipliers: width of each resolution, from image_size down by halves; a fraction must give a whole width.
+    blocks: residual blocks per resolution. attention: the resolutions (sides in pixels) with self-attention, of `heads` heads.
+    out_channels: if not those of x, such as twice as many for a learned variance.
     classes: 0 for an unconditional network; else labels is int64 [B], 0 ... classes - 1, and a negative label, or no labels
     at all, tells nothing. A label's embedding (the last row is for no label) is added to that of the time, as Dhariwal &
-    Nichol 2021 do. Raises ValueError.
+    Nichol 2021 do.
+    What other projects' checkpoints may need: norm_groups, of every normalisation, instead of groups(channels);
+    head_channels, the width of a head, instead of `heads`; symmetric_padding, of what halves the sides. Raises ValueError.
     """
 
     def __init__(
@@ -122,39 +132,49 @@ class UNet(nn.Module):
         image_channels: int = 3,
         image_size: int = 32,
         channels: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
+        multipliers: Sequence[float] = (1, 2, 2, 2),
         blocks: int = 2,
         attention: Sequence[int] = (16,),
         heads: int = 1,
         dropout: float = 0.0,
         out_channels: int | None = None,
         classes: int = 0,
+        norm_groups: int | None = None,
+        head_channels: int | None = None,
+        symmetric_padding: bool = False,
     ) -> None:
         super().__init__()
         sides = [image_size // 2**level for level in range(len(multipliers))]
         if image_size % 2 ** (len(multipliers) - 1):
             raise ValueError(f"image_size {image_size} cannot be halved {len(multipliers) - 1} times")
-        if channels < 8 or channels % 8:
-            raise ValueError(f"channels = {channels} must be a multiple of 8")
+        multiple = 8 if norm_groups is None else 2
+        if channels < 8 or channels % multiple:
+            raise ValueError(f"channels = {channels} must be a multiple of {multiple}, and 8 or more")
         for side in attention:
             if side not in sides:
                 raise ValueError(
                     f"attention at {side}x{side} never occurs: the resolutions are {', '.join(map(str, sides))}"
                 )
-        if any(channels * multiplier % heads for multiplier in multipliers):
+        widths = _widths(channels, multipliers)
+        if any(width % heads for width in widths):
             raise ValueError(f"heads = {heads} must divide the channels of every resolution")
         if classes < 0:
             raise ValueError(f"classes = {classes} must be 0 (unconditional) or more")
-        widths = [channels * multiplier for multiplier in multipliers]
+        norm_groups = norm_groups or groups(channels)
         embedding = 4 * channels
         self.channels, self.classes = channels, classes
         self.time = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
 
-        def stage(channels_in: int, channels_out: int, side: int) -> Stage:
-            attend = side in attention
+        def stage(channels_in: int, channels_out: int, attend: bool) -> Stage:
+            block = ResidualBlock(channels_in, channels_out, embedding, norm_groups, dropout)
+            if not attend:
+                return Stage(block, nn.Identity())
+            if head_channels is not None and channels_out % head_channels:
+                raise ValueError(
+                    f"head_channels = {head_channels} must divide the channels wherever there is attention"
+                )
             return Stage(
-                ResidualBlock(channels_in, channels_out, embedding, groups(channels), dropout),
-                Attention(channels_out, groups(channels), heads) if attend else nn.Identity(),
+                block, Attention(channels_out, norm_groups, channels_out // head_channels if head_channels else heads)
             )
 
         self.first = nn.Conv2d(image_channels, channels, 3, padding=1)
@@ -162,32 +182,24 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         for level, (to, side) in enumerate(zip(widths, sides, strict=True)):
             for _ in range(blocks):
-                self.down.append(stage(width, to, side))
+                self.down.append(stage(width, to, side in attention))
                 width = to
                 skips.append(width)
             if level < len(widths) - 1:
-                self.down.append(Downsample(width))
+                self.down.append(Downsample(width, symmetric_padding))
                 skips.append(width)
 
-        self.middle = nn.ModuleList(
-            [
-                Stage(
-                    ResidualBlock(width, width, embedding, groups(channels), dropout),
-                    Attention(width, groups(channels), heads) if attend else nn.Identity(),
-                )
-                for attend in (True, False)
-            ]
-        )
+        self.middle = nn.ModuleList([stage(width, width, attend) for attend in (True, False)])
 
         self.up = nn.ModuleList()
         for level, (to, side) in reversed(list(enumerate(zip(widths, sides, strict=True)))):
             for _ in range(blocks + 1):
-                self.up.append(stage(width + skips.pop(), to, side))
+                self.up.append(stage(width + skips.pop(), to, side in attention))
                 width = to
             if level > 0:
                 self.up.append(Upsample(width))
 
-        self.last_norm = nn.GroupNorm(groups(channels), width, eps=1e-6)
+        self.last_norm = nn.GroupNorm(norm_groups, width, eps=1e-6)
         self.last = _zero(nn.Conv2d(width, out_channels or image_channels, 3, padding=1))
         # Comes last: the other weights start the same with and without it. Classes start apart: from zero they part slowly
         # (digits after 300 steps: a classifier recognises 14% of the classes asked for, instead of 84%).

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.nodes import ScalarNode
-from ruamel.yaml.representer import RoundTripRepresenter
 
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
-
-
-class _Representer(RoundTripRepresenter):
-    """Writes `null` as it was read; ruamel's own writes nothing."""
-
-    def represent_none(self, data: None) -> ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:null", "null")
-
-
-_Representer.add_representer(type(None), _Representer.represent_none)
+from ddpm.stages.rewrite import rewritten
 
 
 def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[str, Params]:
@@ -62,25 +50,20 @@ def _recipe(root: Path, recipe: str) -> Path:
 
 
 def _overridden(text: str, overrides: Sequence[str]) -> str:
-    yaml = YAML()
-    yaml.Representer = _Representer
-    yaml.preserve_quotes = True
-    yaml.width = 1_000_000  # never folds a line
-    document = yaml.load(text)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise InputError(f"override '{override}': expected KEY=VALUE, such as training.steps=200")
-        section: Any = document
-        *path, last = key.strip().split(".")
-        for part in path:
-            section = section.get(part) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or last not in section:
-            raise InputError(f"override '{override}': params.yaml has no '{key.strip()}'")
-        try:
-            section[last] = yaml.load(value)
-        except YAMLError:
-            raise InputError(f"override '{override}': the value is no YAML") from None
-    written = io.StringIO()
-    yaml.dump(document, written)
-    return written.getvalue()
+    def change(document: Any) -> None:
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals:
+                raise InputError(f"override '{override}': expected KEY=VALUE, such as training.steps=200")
+            section: Any = document
+            *path, last = key.strip().split(".")
+            for part in path:
+                section = section.get(part) if isinstance(section, dict) else None
+            if not isinstance(section, dict) or last not in section:
+                raise InputError(f"override '{override}': params.yaml has no '{key.strip()}'")
+            try:
+                section[last] = YAML().load(value)
+            except YAMLError:
+                raise InputError(f"override '{override}': the value is no YAML") from None
+
+    return rewritten(text, change)

@@ -142,10 +142,11 @@ class Schedule(Section):
     end: Annotated[float, Field(gt=0, lt=1)] | None = None
     s: Annotated[float, Field(gt=0, lt=1)] | None = None
     zero_terminal_snr: bool = False
+    imported: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
     def options(self) -> dict[str, Any]:
-        """What this row sets."""
-        return self.model_dump(exclude_defaults=True)
+        """What this row sets, but for where its weights come from."""
+        return self.model_dump(exclude_defaults=True, exclude={"imported"})
 
 
 class Sweep(Section):
@@ -228,7 +229,8 @@ class Params(Section):
                 if name not in rows:
                     raise ValueError(f"sweep.{axis}: no row '{name}' in {axis}; there are {', '.join(rows)}")
         for name in self.sweep.schedules:
-            if self.schedules[name].zero_terminal_snr and self.diffusion.target == "eps":
+            row = self.schedules[name]
+            if row.zero_terminal_snr and self.diffusion.target == "eps" and row.imported is None:
                 raise ValueError(
                     f"schedules.{name}: with zero_terminal_snr, eps says nothing of the image at T; set diffusion.target to v"
                 )

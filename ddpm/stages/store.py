@@ -4,6 +4,7 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
 
     dataset/                      train.npy, test.npy (uint8 N,C,H,W), *-labels.npy (int64 N), dataset.json, preview.png
     models/SCHEDULE/              model.safetensors, model.json
+    imported/NAME/                the same, from elsewhere: what `ddpm train NAME` copies
     samples/POINT.npz, .png       images (uint8 N,C,H,W), evaluations, labels (int64 N, if conditional); a preview grid
     metrics/POINT.json            scores of a point; POINT.influence.npy what each image did to its FID (float32 N)
     metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves; SCHEDULE.by_time.csv where
@@ -53,6 +54,10 @@ def dataset_dir() -> Path:
 
 def model_dir(schedule: str) -> Path:
     return Path("models") / schedule
+
+
+def imported_dir(name: str) -> Path:
+    return Path("imported") / name
 
 
 def samples_file(point: Point) -> Path:

@@ -165,17 +165,17 @@ def train(
     params: Params, schedule: str, root: Path = Path(), report: Report = silent, fresh: bool = False
 ) -> dict[str, Any]:
     """Trains the network on one schedule; writes models/SCHEDULE and metrics/train/SCHEDULE.csv, .by_time.csv and .json.
+    A row that says `imported` has a network already: that is checked and copied.
 
     fresh: forget what an earlier run of the same training saved. Returns the content of the JSON file. Raises InputError.
     """
     settings = params.training
     noise = noise_schedule(params, schedule)
     device = find_device(params.compute.device)
-    try:
-        objective = Objective.of(noise, params.diffusion.target, device, settings.loss)
-    except ValueError as error:
-        raise InputError(f"train {schedule}: diffusion.target: {error}") from None
     dataset = store.read_dataset(root)
+    if params.schedules[schedule].imported is not None:
+        return _copy_imported(params, schedule, dataset, root, report)
+    objective = _objective(params, schedule, device)
     network = about_network(params, dataset.train.shape[1:], class_count(params, dataset))
     if settings.flip and not dataset.about["flip"]:
         report(
@@ -250,6 +250,13 @@ def train(
     return _write(params, schedule, state, network, dataset, rows, by_time, root)
 
 
+def _objective(params: Params, schedule: str, device: torch.device) -> Objective:
+    try:
+        return Objective.of(noise_schedule(params, schedule), params.diffusion.target, device, params.training.loss)
+    except ValueError as error:
+        raise InputError(f"train {schedule}: diffusion.target: {error}") from None
+
+
 def _resume(
     folder: Path, state: TrainingState, steps: int, report: Report
 ) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
@@ -280,10 +287,7 @@ def _write(
         "target": params.diffusion.target,
         "variance": params.diffusion.variance,
         "network": network,
-        "data": {
-            **{key: dataset.about[key] for key in ("name", "sha256", "shape", "classes")},
-            "range": [-1, 1],
-        },
+        "data": _about_data(dataset),
         "training": {"seed": params.seed, **params.training.model_dump(mode="json")},
     }
     metrics = {
@@ -298,4 +302,46 @@ def _write(
     store.write_csv(root / store.history_file(schedule), rows)
     store.write_csv(root / store.losses_by_time_file(schedule), by_time)
     store.write_json(root / store.training_metrics_file(schedule), metrics)
+    return metrics
+
+
+def _about_data(dataset: store.Dataset) -> dict[str, Any]:
+    return {**{key: dataset.about[key] for key in ("name", "sha256", "shape", "classes")}, "range": [-1, 1]}
+
+
+def _copy_imported(params: Params, schedule: str, dataset: store.Dataset, root: Path, report: Report) -> dict[str, Any]:
+    """imported/SCHEDULE -> models/SCHEDULE, if it is what the schedules row says and makes images like the dataset's.
+
+    Its own T and target stand, whatever `diffusion` says of the networks trained here. Raises InputError.
+    """
+    folder, row, device = store.imported_dir(schedule), params.schedules[schedule], find_device(params.compute.device)
+    remedy = f"run `ddpm import-diffusers FOLDER {schedule}` again"
+    if not (root / folder).is_dir():
+        raise InputError(f"schedules.{schedule}: {folder} is not here; {remedy}")
+    denoiser, about = checkpoint.load(root / folder, device)
+    assert isinstance(denoiser.net, torch.nn.Module)
+    options = {key: value for key, value in about["schedule"].items() if key not in ("name", "timesteps")}
+    if about.pop("weights_sha256") != row.imported or options != row.options():
+        raise InputError(f"{folder}: not the model that the row schedules.{schedule} speaks of; {remedy}")
+    if about["data"]["shape"] != dataset.about["shape"]:
+        raise InputError(
+            f"{folder}: makes images of shape {about['data']['shape']}, the dataset's are {dataset.about['shape']}"
+        )
+    torch.set_num_threads(params.training.threads)
+    images = torch.from_numpy(np.array(dataset.test[:VALIDATION_IMAGES])).to(device)
+    report(Progress(0, 1, "models", message=f"imported, with target {denoiser.target} at T = {denoiser.schedule.T}"))
+    objective = Objective.of(denoiser.schedule, denoiser.target, device)
+    how = (objective, params.training.batch, params.training.precision)
+    loss = validation_loss(denoiser.net, images, *how) if len(images) else None
+    del about["format"]
+    training = {"seed": params.seed, "steps": 0, "imported": row.imported}
+    about = {**about, "data": _about_data(dataset), "training": training}
+    parameters = sum(parameter.numel() for parameter in denoiser.net.parameters())
+    metrics = {"steps": 0, "parameters": parameters, "loss": None, "validation_loss": loss}
+    checkpoint.save(root / store.model_dir(schedule), denoiser.net, about)
+    curve = {"step": 0, "loss": "", "learning_rate": "", "gradient_norm": "", "validation_loss": loss}
+    store.write_csv(root / store.history_file(schedule), [curve])
+    store.write_csv(root / store.losses_by_time_file(schedule), losses_by_time(denoiser.net, images, *how))
+    store.write_json(root / store.training_metrics_file(schedule), metrics)
+    report(Progress(1, 1, "models"))
     return metrics

@@ -202,7 +202,7 @@ def _curve_metrics(values: Mapping[str, Mapping[int, float]], last: int, start: 
     from mlflow.entities import Metric
 
     return [
-        Metric(key, value, start + (end - start) * step // last, step)
+        Metric(key, value, start + (end - start) * step // max(last, 1), step)
         for key, steps in values.items()
         for step, value in steps.items()
     ]

@@ -1,0 +1,407 @@
+"""Networks and noise schedules to and from diffusers' UNet2DModel and DDPMScheduler, the format of the google/ddpm-* models.
+
+Pure functions: dicts of tensors, and the content of config.json and scheduler_config.json. The network is the same on both
+sides, layer for layer; only the names differ, and that their attention has three matrices where ours has one. All raise
+ValueError with the configuration key that cannot be had on the other side.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm.schedule import ALIASES, SCHEDULES, NoiseSchedule
+from ddpm.unet import UNet
+
+# UNet2DModel's keys that the family has one value of: what a missing key means to diffusers, and the values allowed here.
+_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "center_input_sample": (False, (False,)),
+    "time_embedding_type": ("positional", ("positional",)),
+    "freq_shift": (0, (1,)),
+    "flip_sin_to_cos": (True, (False,)),
+    "mid_block_type": ("UNetMidBlock2D", ("UNetMidBlock2D",)),
+    "mid_block_scale_factor": (1, (1,)),
+    "downsample_type": ("conv", ("conv",)),
+    "upsample_type": ("conv", ("conv",)),
+    "act_fn": ("silu", ("silu", "swish")),
+    "norm_eps": (1e-5, (1e-6,)),
+    "resnet_time_scale_shift": ("default", ("default",)),
+    "add_attention": (True, (True,)),
+    "class_embed_type": (None, (None,)),
+    "num_class_embeds": (None, (None,)),
+}
+# The keys that describe a network, with what a missing one means; ... where it must be there.
+_LAYOUT: dict[str, Any] = {
+    "sample_size": ...,
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ...,
+    "up_block_types": ...,
+    "block_out_channels": ...,
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+    "time_embedding_dim": None,
+    "num_train_timesteps": None,  # of learned embeddings alone
+}
+# Our network's settings, and the value of each that a UNet without it has.
+_SETTINGS: dict[str, Any] = {
+    name: parameter.default for name, parameter in list(inspect.signature(UNet.__init__).parameters.items())[1:]
+}
+
+_TARGETS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+
+_TOP = {
+    "time.0": "time_embedding.linear_1",
+    "time.2": "time_embedding.linear_2",
+    "first": "conv_in",
+    "last_norm": "conv_norm_out",
+    "last": "conv_out",
+}
+_BLOCK = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "time": "time_emb_proj",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "skip": "conv_shortcut",
+}
+_ATTENTION = {"norm": "group_norm", "out": "to_out.0"}
+_QKV = ("to_q", "to_k", "to_v")
+_OLD = {
+    ".query.": ".to_q.",
+    ".key.": ".to_k.",
+    ".value.": ".to_v.",
+    ".proj_attn.": ".to_out.0.",
+}  # before diffusers 0.13
+
+
+def _key(key: str, value: Any, why: str) -> ValueError:
+    return ValueError(f"{key} = {value!r}: {why}")
+
+
+def _whole(key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _key(key, value, "expected a whole number, 1 or more")
+    return value
+
+
+# Networks.
+
+
+def _layout(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of _LAYOUT's keys. Raises ValueError for what is not of the family, and for a key that must be there."""
+    if config.get("_class_name") != "UNet2DModel":
+        raise _key("_class_name", config.get("_class_name"), "only UNet2DModel is the network of this family")
+    for key, (default, allowed) in _FIXED.items():
+        if config.get(key, default) not in allowed:
+            missing = "" if key in config else " (what diffusers takes where the key is missing)"
+            raise _key(key, config.get(key, default), f"the family has {allowed[0]!r}{missing}")
+    for key, value in config.items():
+        if key not in _FIXED and key not in _LAYOUT and not key.startswith("_") and value:
+            raise _key(key, value, "not a key of this family")
+    layout = _LAYOUT | {key: value for key, value in config.items() if key in _LAYOUT}
+    for key, value in layout.items():
+        if value is ...:
+            raise ValueError(f"{key}: missing")
+    return layout
+
+
+def settings_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a UNet2DModel -> the arguments of UNet. Raises ValueError."""
+    layout = _layout(config)
+    widths = layout["block_out_channels"]
+    if not isinstance(widths, (list, tuple)) or not widths:
+        raise _key("block_out_channels", widths, "expected a list of widths")
+    widths = [_whole("block_out_channels", width) for width in widths]
+    size = layout["sample_size"]
+    if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    if not isinstance(size, int):
+        raise _key("sample_size", size, "the network takes square images of one size")
+    for key in ("in_channels", "layers_per_block", "norm_num_groups"):
+        _whole(key, layout[key])
+    head, groups, attention = layout["attention_head_dim"], layout["norm_num_groups"], _attention(layout, len(widths))
+    attended = {width for width, attends in zip(widths, attention, strict=True) if attends} | {widths[-1]}
+    for key, wrong, why in (
+        ("sample_size", size % 2 ** (len(widths) - 1) or size < 1, f"cannot be halved {len(widths) - 1} times"),
+        ("out_channels", layout["out_channels"] != layout["in_channels"], "differs from in_channels"),
+        ("block_out_channels", widths[0] < 8 or widths[0] % 2, "the first must be even, and 8 or more"),
+        ("norm_num_groups", any(width % groups for width in widths), f"does not divide the widths {widths}"),
+        ("attn_norm_num_groups", layout["attn_norm_num_groups"] not in (None, groups), "differs from norm_num_groups"),
+        (
+            "attention_head_dim",
+            head is not None and any(width % _whole("attention_head_dim", head) for width in attended),
+            f"does not divide the widths with attention, {sorted(attended)}",
+        ),
+        ("downsample_padding", layout["downsample_padding"] not in (0, 1), "the family has 0 or 1"),
+        (
+            "time_embedding_dim",
+            layout["time_embedding_dim"] not in (None, 4 * widths[0]),
+            "the family has 4 times the first width",
+        ),
+        (
+            "dropout",
+            not isinstance(layout["dropout"], (int, float)) or not 0 <= layout["dropout"] < 1,
+            "must lie in [0, 1)",
+        ),
+    ):
+        if wrong:
+            raise _key(key, layout[key], why)
+    return {
+        "image_channels": layout["in_channels"],
+        "image_size": size,
+        "channels": widths[0],
+        "multipliers": [width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths],
+        "blocks": layout["layers_per_block"],
+        "attention": [size // 2**level for level, attends in enumerate(attention) if attends],
+        "heads": 1,
+        "dropout": layout["dropout"],
+        "norm_groups": groups,
+        "head_channels": head,
+        "symmetric_padding": layout["downsample_padding"] == 1,
+    }
+
+
+def _attention(layout: Mapping[str, Any], levels: int) -> list[bool]:
+    """Which levels have attention. Raises ValueError where the way up does not mirror the way down."""
+    down, up = layout["down_block_types"], layout["up_block_types"]
+    for key, kinds, allowed in (
+        ("down_block_types", down, ("DownBlock2D", "AttnDownBlock2D")),
+        ("up_block_types", up, ("UpBlock2D", "AttnUpBlock2D")),
+    ):
+        if not isinstance(kinds, (list, tuple)) or len(kinds) != levels:
+            raise _key(key, kinds, f"expected {levels} blocks, one for each of block_out_channels")
+        for kind in kinds:
+            if kind not in allowed:
+                raise _key(key, kind, f"the family has {' and '.join(allowed)}")
+    attends = [kind.startswith("Attn") for kind in down]
+    if attends != [kind.startswith("Attn") for kind in reversed(up)]:
+        raise _key("up_block_types", list(up), "must have attention where down_block_types has it")
+    return attends
+
+
+def settings_to_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of UNet -> config.json of a UNet2DModel. Raises ValueError for a network that it cannot be."""
+    for key, value in settings.items():
+        if key not in _SETTINGS and value:
+            raise _key(f"network {key}", value, "diffusers' UNet2DModel has nothing like it here")
+    full = _SETTINGS | {key: value for key, value in settings.items() if key in _SETTINGS}
+    net = _empty(full)
+    widths = [round(full["channels"] * multiplier) for multiplier in full["multipliers"]]
+    if widths[0] != full["channels"]:
+        raise _key("network multipliers", list(full["multipliers"]), "diffusers' UNet2DModel must begin with 1")
+    attends = [full["image_size"] // 2**level in full["attention"] for level in range(len(widths))]
+    attended = {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]}
+    head = full["head_channels"]
+    if head is None and full["heads"] > 1:
+        if len(attended) > 1:
+            raise _key(
+                "network heads", full["heads"], f"one attention_head_dim cannot say it at widths {sorted(attended)}"
+            )
+        head = widths[-1] // full["heads"]
+    return {
+        "_class_name": "UNet2DModel",
+        "act_fn": "silu",
+        "add_attention": True,
+        "attention_head_dim": head,
+        "block_out_channels": widths,
+        "center_input_sample": False,
+        "class_embed_type": None,
+        "down_block_types": ["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
+        "downsample_padding": 1 if full["symmetric_padding"] else 0,
+        "downsample_type": "conv",
+        "dropout": full["dropout"],
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "in_channels": full["image_channels"],
+        "layers_per_block": full["blocks"],
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-6,
+        "norm_num_groups": net.last_norm.num_groups,
+        "num_class_embeds": None,
+        "out_channels": full["image_channels"],
+        "resnet_time_scale_shift": "default",
+        "sample_size": full["image_size"],
+        "time_embedding_type": "positional",
+        "up_block_types": ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
+        "upsample_type": "conv",
+    }
+
+
+def _empty(settings: Mapping[str, Any]) -> UNet:
+    """The network, without memory for its weights."""
+    with torch.device("meta"):
+        return UNet(**settings)
+
+
+def _names(net: UNet) -> dict[str, tuple[str, ...]]:
+    """Our tensor names -> theirs: one, or three where ours holds theirs one below the other."""
+    modules: dict[str, str] = {}
+    for path, kind in (("down", "downsamplers"), ("up", "upsamplers")):
+        level = index = 0
+        for number, layer in enumerate(getattr(net, path)):
+            if hasattr(layer, "block"):
+                modules[f"{path}.{number}.block"] = f"{path}_blocks.{level}.resnets.{index}"
+                modules[f"{path}.{number}.attention"] = f"{path}_blocks.{level}.attentions.{index}"
+                index += 1
+            else:
+                modules[f"{path}.{number}"] = f"{path}_blocks.{level}.{kind}.0"
+                level, index = level + 1, 0
+    for number in (0, 1):
+        modules[f"middle.{number}.block"] = f"mid_block.resnets.{number}"
+    modules["middle.0.attention"] = "mid_block.attentions.0"
+
+    names: dict[str, tuple[str, ...]] = {}
+    for ours in net.state_dict():
+        module, _, kind = ours.rpartition(".")
+        parent, _, leaf = module.rpartition(".")
+        if module in _TOP:
+            names[ours] = (f"{_TOP[module]}.{kind}",)
+        elif leaf == "qkv":
+            names[ours] = tuple(f"{modules[parent]}.{theirs}.{kind}" for theirs in _QKV)
+        else:
+            leaves = _ATTENTION if parent.endswith("attention") else {**_BLOCK, "conv": "conv"}
+            names[ours] = (f"{modules[parent]}.{leaves[leaf]}.{kind}",)
+    return names
+
+
+def weights_from_diffusers(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A UNet2DModel's tensors -> the state of UNet(**settings), float32. Raises ValueError unless every one has its place."""
+    given = {_modern(name): tensor for name, tensor in weights.items()}
+    net = _empty(settings)
+    names, shapes = _names(net), {name: tensor.shape for name, tensor in net.state_dict().items()}
+    expected = {theirs for several in names.values() for theirs in several}
+    for what, some in (("missing", expected - given.keys()), ("unexpected", given.keys() - expected)):
+        if some:
+            raise ValueError(
+                f"{len(some)} of the weights {what}: {', '.join(sorted(some)[:3])}{' ...' * (len(some) > 3)}"
+            )
+    for ours, several in names.items():
+        shape = (shapes[ours][0] // len(several), *shapes[ours][1:])
+        for theirs in several:
+            if given[theirs].shape != shape:
+                raise ValueError(f"{theirs}: shape {list(given[theirs].shape)}, and config.json makes it {list(shape)}")
+    return {ours: torch.cat([given[theirs].float() for theirs in several]) for ours, several in names.items()}
+
+
+def weights_to_diffusers(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of UNet(**settings) -> a UNet2DModel's tensors. Raises ValueError unless it is that state."""
+    net = _empty({key: value for key, value in settings.items() if key in _SETTINGS})
+    shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
+    if shapes != {name: tensor.shape for name, tensor in weights.items()}:
+        raise ValueError("the weights are not those of the network that diffusers' UNet2DModel can be")
+    return {
+        theirs: part.clone().contiguous()
+        for ours, several in _names(net).items()
+        for theirs, part in zip(several, weights[ours].chunk(len(several)), strict=True)
+    }
+
+
+def _modern(name: str) -> str:
+    for old, new in _OLD.items():
+        name = name.replace(old, new)
+    return name
+
+
+# Schedules.
+
+
+def schedule_from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], int, str]:
+    """scheduler_config.json -> a row (the arguments of NoiseSchedule.named), T, and the target. Raises ValueError.
+
+    How its pipeline samples (variance_type, clip_sample, spacing) is no part of a model here and is left unread.
+    """
+    kind = config.get("_class_name")
+    if kind not in ("DDPMScheduler", "DDIMScheduler"):
+        raise _key("_class_name", kind, "there are DDPMScheduler and DDIMScheduler")
+    steps = _whole("num_train_timesteps", config.get("num_train_timesteps", 1000))
+    prediction = config.get("prediction_type", "epsilon")
+    targets = {theirs: ours for ours, theirs in _TARGETS.items()}
+    if prediction not in targets:
+        raise _key("prediction_type", prediction, f"there are {', '.join(targets)}")
+    variance = config.get("variance_type", "fixed_small")
+    if str(variance).startswith("learned"):
+        raise _key("variance_type", variance, "only networks that predict no variance can be read")
+    if config.get("clip_sample", True) and config.get("clip_sample_range", 1.0) != 1:
+        raise _key("clip_sample_range", config["clip_sample_range"], "images here lie in [-1, 1]")
+    rescaled = bool(config.get("rescale_betas_zero_snr", False))
+    if config.get("trained_betas") is not None:
+        row = _recognised(config["trained_betas"], steps)
+    else:
+        names = {theirs: ours for ours, theirs in _SCHEDULES.items()}
+        theirs = config.get("beta_schedule", "linear")
+        if theirs not in names:
+            raise _key("beta_schedule", theirs, f"there are {', '.join(names)}")
+        row = {"schedule": names[theirs]}
+        for ours, key, default in (("start", "beta_start", 1e-4), ("end", "beta_end", 2e-2)):
+            if names[theirs] != "cosine" and config.get(key, default) != default:
+                row[ours] = config[key]
+    if rescaled:
+        row["zero_terminal_snr"] = True
+    if row.get("zero_terminal_snr") and prediction == "epsilon":
+        raise _key("prediction_type", prediction, "eps says nothing of the image at zero terminal SNR")
+    try:
+        NoiseSchedule.named(row["schedule"], steps, **{key: value for key, value in row.items() if key != "schedule"})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"beta_schedule: {error}") from None
+    return row, steps, targets[prediction]
+
+
+def _recognised(betas: Any, steps: int) -> dict[str, Any]:
+    """The row of SCHEDULES at its own numbers, to float32 precision, or of sqrt between any end points."""
+    try:
+        table = torch.tensor(betas, dtype=torch.float64)
+    except (TypeError, ValueError):
+        table = torch.zeros(0)
+    if table.shape != (steps,):
+        raise ValueError(f"trained_betas: expected a list of num_train_timesteps = {steps} numbers")
+    rows: list[dict[str, Any]] = [{"schedule": name} for name in SCHEDULES]
+    rows += [{**row, "zero_terminal_snr": True} for row in rows]
+    if 0 < float(table[0]) < 1 and 0 < float(table[-1]) < 1:
+        rows.append({"schedule": "sqrt", "start": float(table[0]) ** 2, "end": float(table[-1]) ** 2})
+    for row in rows:
+        candidate = NoiseSchedule.named(row["schedule"], steps, **{k: v for k, v in row.items() if k != "schedule"})
+        if torch.allclose(candidate.betas, table, rtol=1e-5, atol=1e-7):
+            return row
+    raise ValueError(f"trained_betas: none of the schedules here ({', '.join(SCHEDULES)}) at their own numbers")
+
+
+def schedule_to_diffusers(
+    row: Mapping[str, Any], steps: int, target: str, variance: str = "fixed_large"
+) -> dict[str, Any]:
+    """A row (the arguments of NoiseSchedule.named), T and target -> scheduler_config.json of a DDPMScheduler.
+
+    A schedule that diffusers has no name for goes as its table of betas. Raises ValueError.
+    """
+    if target not in _TARGETS:
+        raise _key("target", target, f"diffusers has {', '.join(_TARGETS)}")
+    options = {key: value for key, value in row.items() if key != "schedule"}
+    schedule = NoiseSchedule.named(row["schedule"], steps, **options)
+    name = ALIASES.get(row["schedule"], row["schedule"])
+    rescaled = bool(options.get("zero_terminal_snr", False))
+    named = name in _SCHEDULES and "s" not in options
+    return {
+        "_class_name": "DDPMScheduler",
+        "beta_end": options.get("end", 2e-2) if named else 2e-2,
+        "beta_schedule": _SCHEDULES[name] if named else "linear",
+        "beta_start": options.get("start", 1e-4) if named else 1e-4,
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "num_train_timesteps": steps,
+        "prediction_type": _TARGETS[target],
+        "rescale_betas_zero_snr": rescaled and named,
+        "steps_offset": 0,
+        "thresholding": False,
+        "timestep_spacing": "trailing" if rescaled else "leading",  # the last time alone has zero SNR
+        "trained_betas": None if named else schedule.betas.tolist(),
+        "variance_type": variance,
+    }

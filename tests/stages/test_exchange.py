@@ -1,0 +1,259 @@
+"""Folders to and from the real diffusers package, and an import as a part of the sweep."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ddpm.objective import Objective
+from ddpm.samplers import Level, ddim, ddpm
+from ddpm.stages import checkpoint, store
+from ddpm.stages.errors import InputError
+from ddpm.stages.exchange import WEIGHTS, export_diffusers, import_diffusers
+from ddpm.stages.params import Params, Point
+from ddpm.stages.sample import sample_point
+from ddpm.stages.train import VALIDATION_IMAGES, train, validation_loss
+
+diffusers = pytest.importorskip("diffusers")
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def exported(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of the smoke recipe as a DDPMPipeline folder. Read-only by agreement."""
+    folder = tmp_path_factory.mktemp("exported") / "pipeline"
+    export_diffusers(made / "models/cosine", folder)
+    return folder
+
+
+@pytest.fixture
+def checkout(root: Path) -> Path:
+    """A root with the smoke recipe as its params.yaml."""
+    shutil.copyfile(RECIPES / "smoke.yaml", root / "params.yaml")
+    return root
+
+
+@torch.no_grad()
+def test_the_real_pipeline_loads_an_export_and_steps_as_we_do(made: Path, exported: Path) -> None:
+    pipeline = diffusers.DDPMPipeline.from_pretrained(exported, low_cpu_mem_usage=False)
+    implicit = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    implicit.set_timesteps(100)
+    denoiser, _ = checkpoint.load(made / "models/cosine", clip=True)
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    def noise(k: int) -> torch.Tensor:
+        return torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+
+    for t in (99, 60, 1):
+        eps = pipeline.unet(x, t).sample
+        assert float((denoiser.net(x, torch.full((4,), float(t))) - eps).abs().max()) < 1e-5
+        levels = [Level(time, float(denoiser.schedule.alpha_bar[time + 1])) for time in (t, t - 1)]
+        # Their DDIM keeps the eps of before the clipping, unless it is told.
+        for sampler, scheduler, options in (
+            (ddpm, pipeline.scheduler, {"generator": torch.Generator().manual_seed(5)}),
+            (ddim, implicit, {"use_clipped_model_output": True}),
+        ):
+            ((ours, _),) = sampler(denoiser, x, levels, noise)
+            theirs = scheduler.step(eps, t, x, **options).prev_sample
+            assert torch.allclose(ours, theirs, atol=1e-5, rtol=0)
+            assert float((ours - x).abs().max()) > 1e-3
+
+
+def test_exported_and_imported_it_makes_the_same_images(made: Path, exported: Path, checkout: Path) -> None:
+    before = (checkout / "params.yaml").read_text()
+    lines = import_diffusers(exported, "hub", checkout)
+    after = (checkout / "params.yaml").read_text()
+    weights = store.sha256(made / "models/cosine/model.safetensors")
+    added = [line for line in after.splitlines() if line not in before.splitlines()]
+    assert added == [f"  hub: {{schedule: cosine, imported: {weights}}}"]  # the same bytes as the original's
+    assert [line for line in after.splitlines() if line not in added] == before.splitlines()
+    assert "fixed_large" in lines[0] and "T = 100" in lines[1]
+
+    params = Params.load(checkout / "params.yaml")
+    metrics = train(params, "hub", checkout)
+    original, _ = checkpoint.load(made / "models/cosine")
+    images = torch.from_numpy(np.array(store.read_dataset(made).test[:VALIDATION_IMAGES]))
+    loss = validation_loss(original.net, images, Objective.of(original.schedule, "eps"), 32, "float32")
+    assert metrics["steps"] == 0 and metrics["validation_loss"] == loss
+    assert metrics["parameters"] == store.read_json(made / "metrics/train/cosine.json")["parameters"]
+    (row,) = store.read_csv(checkout / "metrics/train/hub.csv")
+    assert (row["step"], float(row["validation_loss"])) == ("0", metrics["validation_loss"])
+    for point in ("ddpm-2", "ddim-5"):
+        sample_point(params, Point.parse(f"hub-{point}"), checkout)
+        ours, evaluations = store.read_samples(checkout / f"samples/hub-{point}.npz")
+        expected, count = store.read_samples(made / f"samples/cosine-{point}.npz")
+        assert evaluations == count and len(np.unique(expected)) > 10
+        assert np.array_equal(ours, expected)
+
+
+def test_it_is_published_and_promoted_like_our_own(
+    exported: Path,
+    checkout: Path,
+    empty_database: Path,
+    write_scores: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ddpm.stages import tracking
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copyfile(empty_database, checkout / "mlflow.db")
+    import_diffusers(exported, "hub", checkout)
+    path = checkout / "params.yaml"
+    path.write_text(path.read_text().replace("schedules: [cosine]", "schedules: [hub]"))
+    params = Params.load(path)
+    train(params, "hub", checkout)
+    for index, point in enumerate(params.points()):
+        sample_point(params, point, checkout)
+        write_scores(checkout, point, 40.0 - index)
+    tracking.publish(params, checkout, say=lambda line: None)
+    decision = tracking.promote(params, checkout, say=lambda line: None)
+    assert decision.promoted and decision.point.startswith("hub-")
+    folder, settings = tracking.fetch_model("models:/ddpm-digits@champion", checkout / "fetched", checkout)
+    assert store.sha256(folder / "model.safetensors") == params.schedules["hub"].imported
+    assert settings["sampler"] == "ddim"
+
+
+def test_the_google_repositories_layout_is_read(exported: Path, checkout: Path, tmp_path: Path) -> None:
+    """Their config.json lies beside model_index.json, with no folders."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in exported.rglob("*.*"):
+        if path.is_file():
+            shutil.copyfile(path, flat / path.name)
+    import_diffusers(flat, "hub", checkout)
+    assert Params.load(checkout / "params.yaml").schedules["hub"].schedule == "cosine"
+    lines = import_diffusers(exported / "unet", "bare", checkout)
+    assert "linear schedule, T = 1000, target eps" in lines[0]
+    assert store.read_json(checkout / "imported/bare/model.json")["schedule"]["timesteps"] == 1000
+
+
+def test_it_may_be_imported_again_but_never_over_a_row_of_ones_own(exported: Path, checkout: Path) -> None:
+    import_diffusers(exported, "hub", checkout)
+    first = (checkout / "params.yaml").read_text()
+    import_diffusers(exported, "hub", checkout)
+    assert (checkout / "params.yaml").read_text() == first
+    with pytest.raises(InputError, match=r"schedules\.cosine: is a row of your own"):
+        import_diffusers(exported, "cosine", checkout)
+    with pytest.raises(InputError, match="a-z, 0-9 and _"):
+        import_diffusers(exported, "my-hub", checkout)
+
+
+def test_a_target_and_length_of_its_own_stand(exported: Path, checkout: Path) -> None:
+    """Params say eps at T = 100; the import predicts v along 300 times to zero SNR, and is sampled so."""
+    other = checkout / "other"
+    shutil.copytree(exported, other)
+    path = other / "scheduler/scheduler_config.json"
+    changes = {"prediction_type": "v_prediction", "num_train_timesteps": 300, "rescale_betas_zero_snr": True}
+    store.write_json(path, {**store.read_json(path), **changes})
+    import_diffusers(other, "hub", checkout)
+    text = (checkout / "params.yaml").read_text().replace("schedules: [cosine]", "schedules: [cosine, hub]")
+    (checkout / "params.yaml").write_text(text)
+    params = Params.load(checkout / "params.yaml")
+    assert params.diffusion.target == "eps" and params.diffusion.timesteps == 100
+    messages: list[str] = []
+    train(params, "hub", checkout, lambda progress: messages.append(progress.message))
+    assert "imported, with target v at T = 300" in messages
+    denoiser, _ = checkpoint.load(checkout / "models/hub")
+    assert (denoiser.target, denoiser.schedule.T, float(denoiser.schedule.alpha_bar[-1])) == ("v", 300, 0.0)
+
+
+def test_a_changed_missing_or_unfitting_import_is_one_line(exported: Path, checkout: Path) -> None:
+    import_diffusers(exported, "hub", checkout)
+    params = Params.load(checkout / "params.yaml")
+    folder = checkout / "imported/hub"
+
+    about = store.read_json(folder / "model.json")
+    store.write_json(folder / "model.json", {**about, "schedule": {**about["schedule"], "s": 0.1}})
+    with pytest.raises(InputError, match=r"imported/hub: not the model that the row schedules\.hub speaks of"):
+        train(params, "hub", checkout)
+    store.write_json(folder / "model.json", {**about, "data": {**about["data"], "shape": [3, 8, 8]}})
+    with pytest.raises(InputError, match=r"shape \[3, 8, 8\], the dataset's are \[1, 8, 8\]"):
+        train(params, "hub", checkout)
+    store.write_json(folder / "model.json", about)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(InputError, match="checksum"):
+        train(params, "hub", checkout)
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match=r"schedules\.hub: imported/hub is not here; run `ddpm import-diffusers"):
+        train(params, "hub", checkout)
+    assert not (checkout / "models").exists()
+
+
+def broken(exported: Path, to: Path, how: str) -> Path:
+    """A copy of the export with one fault."""
+    shutil.copytree(exported, to)
+    weights, config = to / "unet" / WEIGHTS, to / "unet/config.json"
+    state = load_file(weights)
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif how == "pickle":
+        weights.unlink()
+        torch.save(state, to / "unet/diffusion_pytorch_model.bin")
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "missing":
+        save_file({key: value for key, value in state.items() if key != "conv_in.bias"}, weights)
+    elif how == "unexpected":
+        save_file({**state, "class_embedding.weight": torch.zeros(3)}, weights)
+    elif how == "not finite":
+        save_file({**state, "conv_in.bias": torch.full_like(state["conv_in.bias"], torch.nan)}, weights)
+    elif how == "class":
+        config.write_text(config.read_text().replace("UNet2DModel", "UNet2DConditionModel"))
+    elif how == "json":
+        config.write_text("{")
+    elif how == "pipeline":
+        index = to / "model_index.json"
+        index.write_text(index.read_text().replace("DDPMPipeline", "LDMPipeline"))
+    elif how == "schedule":
+        path = to / "scheduler/scheduler_config.json"
+        path.write_text(path.read_text().replace("squaredcos_cap_v2", "laplace"))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", "not readable"),
+        ("pickle", r"a pickle \(.bin\), which can run code"),
+        ("no weights", "no such file"),
+        ("missing", "1 of the weights missing: conv_in.bias"),
+        ("unexpected", r"1 of the weights unexpected: class_embedding.weight"),
+        ("not finite", "not all finite"),
+        ("class", "_class_name = 'UNet2DConditionModel'"),
+        ("json", "not readable as JSON"),
+        ("pipeline", "a LDMPipeline"),
+        ("schedule", "beta_schedule = 'laplace'"),
+    ],
+)
+def test_a_broken_folder_is_one_line_and_writes_nothing(
+    exported: Path, checkout: Path, tmp_path: Path, how: str, message: str
+) -> None:
+    before = (checkout / "params.yaml").read_bytes()
+    with pytest.raises(InputError, match=message) as refused:
+        import_diffusers(broken(exported, tmp_path / "broken", how), "hub", checkout)
+    assert "\n" not in str(refused.value)
+    assert (checkout / "params.yaml").read_bytes() == before
+    assert not (checkout / "imported").exists()
+
+
+def test_what_cannot_be_exported_is_one_line_and_writes_nothing(made: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(made / "models/cosine", source)
+    about = store.read_json(source / "model.json")
+    store.write_json(source / "model.json", {**about, "labels": 10})
+    with pytest.raises(InputError, match="no place for 'labels'"):
+        export_diffusers(source, out)
+    assert not out.exists()
+    out.mkdir()
+    store.write_json(source / "model.json", about)
+    with pytest.raises(InputError, match="is there already"):
+        export_diffusers(source, out)
+    assert list(out.iterdir()) == []
