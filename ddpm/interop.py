@@ -56,6 +56,8 @@ _SETTINGS: dict[str, Any] = {
     name: parameter.default for name, parameter in list(inspect.signature(UNet.__init__).parameters.items())[1:]
 }
 
+_OURS_ALONE = ("out_channels", "classes")  # a learned variance, and what a conditional network knows
+
 _TARGETS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
 
@@ -192,7 +194,7 @@ def _attention(layout: Mapping[str, Any], levels: int) -> list[bool]:
 def settings_to_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of UNet -> config.json of a UNet2DModel. Raises ValueError for a network that it cannot be."""
     for key, value in settings.items():
-        if key not in _SETTINGS and value:
+        if (key not in _SETTINGS or key in _OURS_ALONE) and value:
             raise _key(f"network {key}", value, "diffusers' UNet2DModel has nothing like it here")
     full = _SETTINGS | {key: value for key, value in settings.items() if key in _SETTINGS}
     net = _empty(full)

@@ -114,6 +114,7 @@ def test_the_papers_network_on_cifar10_through_all_stages(clone: Clone) -> None:
         training={"steps": 3, "batch": 8, "precision": "float32", "compile": False, "log_every": 1, **threads},
         sampling={"images": 16, "batch": 16, "precision": "float32", "compile": False, **threads},
         evaluation={"images": 16, "batch": 16, **threads},
+        likelihood={"images": 2, "times": 2, "batch": 2, **threads},
         sweep={"schedules": ["linear"], "samplers": ["ddim"], "steps": [2]},
     )
     run(root, "dvc", "repro")

@@ -24,7 +24,7 @@ from ddpm.stages.rewrite import flow_row, rewritten
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
-KNOWN = {"format", "weights_sha256", "schedule", "target", "network", "data", "training"}  # of model.json
+KNOWN = {"format", "weights_sha256", "schedule", "target", "variance", "network", "data", "training"}  # of model.json
 DIFFUSERS = "0.35.0"  # the version whose keys the configurations have
 
 
