@@ -196,6 +196,7 @@ def test_a_missing_key_means_what_it_means_to_diffusers() -> None:
     ("settings", "message"),
     [
         ({"classes": 10}, "classes = 10"),
+        ({"out_channels": 6}, "out_channels = 6"),
         ({"multipliers": [2, 2, 2, 2]}, "multipliers"),
         ({"attention": [32, 16], "heads": 4}, "heads = 4"),
     ],
