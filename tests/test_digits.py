@@ -102,5 +102,4 @@ def test_every_target_and_sampler_makes_digits(
     denoiser = trained(digits[0], target, 600, 64, channels=32, attention=(4,))
     for sampler in SAMPLERS:
         share, classes = recognise(drawn(denoiser, sampler, "leading"))
-        print(target, sampler, share, classes)
-        assert share > 0.6 and classes == 10, sampler
+        assert share > 0.6 and classes == 10, (sampler, share, classes)

@@ -172,15 +172,18 @@ def affine_unipc(order: int, levels: list[Level]) -> np.ndarray:
     raise AssertionError("the last level is the clean image")
 
 
-SOLVERS = [
-    *((name, {}) for name in ("euler", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde")),
-    *(("unipc", {"order": order}) for order in (1, 2, 3)),
+# sqrt starts at sigma = 1e22, where differences in sigma, all that Euler and Heun know, say nothing in float64.
+CASES = [
+    (sampler, options, name)
+    for name in sorted(SCHEDULES)
+    for sampler in ("euler", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc")
+    for options in ([{"order": order} for order in (1, 2, 3)] if sampler == "unipc" else [{}])
+    if name != "sqrt" or sampler not in ("euler", "heun")
 ]
 
 
 @pytest.mark.parametrize("spacing", sorted(SPACINGS))
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
-@pytest.mark.parametrize(("sampler", "options"), SOLVERS)
+@pytest.mark.parametrize(("sampler", "options", "name"), CASES)
 def test_moments_for_gaussian_data(sampler: str, options: dict, name: str, spacing: str) -> None:
     schedule = NoiseSchedule.named(name, 1000)
 
