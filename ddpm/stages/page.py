@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from ddpm.stages import store
 from ddpm.stages.diagnostics import data_mean_square, schedule_of
-from ddpm.stages.metrics import RANKING
+from ddpm.stages.metrics import METRICS, RANKING
 from ddpm.stages.neighbours import copying, nearest
 from ddpm.stages.params import Params
 from ddpm.stages.plots import COLOURS, DASHES, MARKERS, protocol, svg
@@ -20,6 +21,7 @@ from ddpm.stages.plots import COLOURS, DASHES, MARKERS, protocol, svg
 # The sections of params.yaml that the page shows, and that the stage depends on.
 SECTIONS: tuple[str, ...] = ("seed", "data", "diffusion", "network", "training", "sampling", "evaluation", "likelihood")
 SECTIONS += ("schedules", "samplers", "sweep")
+TITLES = {"fid_infinity": "FID, infinite N", "reference_images": "reference images"}  # of columns that are no METRICS
 ASKED = ("10", "50")  # the budgets that the top of the page answers first
 SHOWN = 10  # samples whose neighbours are shown; images of each point
 COMPARED = 200  # samples, and unseen images, whose distances are compared
@@ -49,7 +51,8 @@ def page(
         title=f"{dataset.about['name']}: which schedule, which sampler, how many steps?",
         metric=RANKING,
         rows=rows,
-        columns=[key for key in rows[0] if key not in ("confidence", "fid_low", "fid_high", "kid_std")],
+        columns=_columns(rows),
+        titles={key: METRICS[key].title if key in METRICS else TITLES.get(key, key) for key in rows[0]},
         best=best,
         answers=_answers(front, rows),
         front=front,
@@ -81,8 +84,9 @@ def render(template: str, **content: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["number"] = lambda value: f"{value:.4g}"
+    environment.filters["number"] = lambda value: f"{value:.3g}"
     environment.filters["count"] = lambda value: f"{value:,}"
+    environment.filters["plain"] = lambda value: value if isinstance(value, str) else json.dumps(value)
     return environment.get_template(template).render(**content)
 
 
@@ -93,6 +97,13 @@ def publish_with(page: str, published: str) -> str:
     if not begun or not ended:
         raise ValueError("this page has no section for lineage")
     return f"{head}{BEGIN}\n{published}\n{END}{tail}"
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """Of the table: steps stand in the names, intervals beside their scores, and what all points share stands above."""
+    beside = ("steps", "confidence", "fid_low", "fid_high", "kid_std")
+    shared = [key for key in ("images", "reference_images", "layer") if len({row[key] for row in rows}) == 1]
+    return [key for key in rows[0] if key not in (*beside, *shared)]
 
 
 # The answer.

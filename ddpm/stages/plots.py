@@ -68,7 +68,7 @@ def draw_scores(
 
     front: names of points to join by a grey staircase, below which no point lies.
     """
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     schedules = list(dict.fromkeys(row["schedule"] for row in rows))
     samplers = list(dict.fromkeys(row["sampler"] for row in rows))
@@ -96,12 +96,13 @@ def draw_scores(
         axes.set_yscale("log", nonpositive="clip")
         axes.set_ylim(bottom=0.9 * min(row["fid_low"] or row["fid"] / 3 for row in rows))  # a bar may reach down to 0
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     if front:
         steps = sorted((row[x], row["fid"]) for row in rows if row["point"] in front)
         reach = axes.get_xlim()[1]
         steps.append((reach, steps[-1][1]))
-        style = {"color": "#bbbbbb", "linewidth": 6, "solid_capstyle": "butt", "zorder": 0}
+        style = {"color": "#bbbbbb", "linewidth": 5, "solid_capstyle": "butt", "zorder": 0}
         axes.step(*zip(*steps, strict=True), where="post", label="front", **style)
         axes.set_xlim(right=reach)
     if x == "evaluations":
