@@ -78,9 +78,9 @@ def draw_scores(
             line = [row for row in rows if (row["schedule"], row["sampler"]) == (schedule, sampler)]
             line.sort(key=lambda row: row[x])
             fids = np.array([row["fid"] for row in line])
-            aside = 1.015 ** (
-                i * len(samplers) + j - (len(schedules) * len(samplers) - 1) / 2
-            )  # or bars would hide bars
+            aside = 1.0
+            if x == "evaluations":  # many points share theirs, and bars would hide bars
+                aside = 1.015 ** (i * len(samplers) + j - (len(schedules) * len(samplers) - 1) / 2)
             axes.errorbar(
                 [row[x] * aside for row in line],
                 fids,

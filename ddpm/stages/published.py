@@ -19,7 +19,6 @@ def published(
     records: Mapping[str, Record],
     runs: Mapping[str, tuple[str, str]],
     place: str,
-    experiment: str = "",
 ) -> str:
     """The section of the page, as HTML.
 
@@ -42,7 +41,6 @@ def published(
     return render(
         "published.html.jinja",
         place=place,
-        experiment=experiment,
         metric=RANKING,
         plot=plot,
         timed=bool(timed),
