@@ -53,7 +53,7 @@ def card(
         licence=LICENCES[data["name"]],
         conditional="classes" in about["network"],
     )
-    return text if len(text) <= LONGEST else text[: LONGEST - 4] + "\n..."
+    return text[:LONGEST]
 
 
 def with_front_matter(body: str, name: str, metrics: Mapping[str, Any], about: Mapping[str, Any]) -> str:

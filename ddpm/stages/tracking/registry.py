@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm.stages import store
-from ddpm.stages.card import card, with_front_matter
+from ddpm.stages.card import LONGEST, card, with_front_matter
 from ddpm.stages.errors import InputError
 from ddpm.stages.metrics import HEADLINE, RANKING
 from ddpm.stages.params import Params, Point
@@ -228,7 +228,6 @@ def promote(
         target.client.set_registered_model_alias(challenger.name, CHAMPION, registered.version)
         if not replace:
             registered = _settle(target, challenger, registered, seen)
-        _introduce(target.client, registered)
         return _decided(target, challenger, champion, registered, score, verdict)
 
 
@@ -251,7 +250,7 @@ def rollback(params: Params, root: Path = Path()) -> Decision:
         reason = (
             f"rolled back from version {champion.version} to version {before.version} ({before.tags.get('ddpm.point')})"
         )
-        _introduce(client, before)
+        _introduce(client, before, reason)
         _tag(client, champion, ROLLED_BACK, before.version)
         _tag(client, champion, "ddpm.replaced_by", before.version)
         _tag(client, before, "ddpm.decision", reason)
@@ -445,6 +444,7 @@ def _decided(
     client = target.client
     _note(client, challenger.name, entry)
     if promoted and after is not None:
+        _introduce(client, after, reason)
         _tag(client, after, "ddpm.decision", reason)
         if verdict.evidence:
             _tag(client, after, "ddpm.evidence", json.dumps(verdict.evidence))
@@ -466,9 +466,10 @@ def _note(client: MlflowClient, name: str, entry: dict[str, Any]) -> None:
         client.set_registered_model_tag(name, f"ddpm.decision.{moment}", text)
 
 
-def _introduce(client: MlflowClient, champion: ModelVersion) -> None:
-    """The registered model's description is its champion's card."""
-    client.update_registered_model(champion.name, champion.description or "")
+def _introduce(client: MlflowClient, champion: ModelVersion, decision: str) -> None:
+    """The registered model's description is its champion's card, and why that is champion."""
+    text = f"{champion.description or ''}\n\n## Champion\n\nVersion {champion.version}: {decision}.\n"
+    client.update_registered_model(champion.name, text[:LONGEST])
 
 
 def _register(target: Target, params: Params, root: Path, challenger: Challenger) -> ModelVersion:
