@@ -219,6 +219,19 @@ def promote(
 
 
 @app.command()
+def card(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("MODEL_CARD.md"),
+) -> None:
+    """Write the model card of the report's best point: what it is for, made from, how good, how to load it."""
+    from ddpm.stages import tracking
+
+    if out.is_dir():
+        raise InputError(f"{out}: a folder lies there; name a file with --out")
+    store.write_text(out, tracking.model_card(Params.load(), Path()))
+    say(f"{out}: the model card")
+
+
+@app.command()
 def generate(
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write (PNG).")] = Path("grid.png"),
     count: Annotated[

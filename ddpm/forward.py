@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ddpm.likelihood import prior
 from ddpm.schedule import NoiseSchedule
 
 # Signal-to-noise ratios alpha_bar / (1 - alpha_bar) that part the five bands of `shares`.
@@ -53,6 +53,13 @@ def summary(schedule: NoiseSchedule, mean_square: float = 0.25) -> Summary:
             " learn or to draw: lower T or the end point"
         )
     return Summary(schedule.T, alpha_bar, snr, left, shares(schedule), gone, tuple(warnings))
+
+
+def prior(schedule: NoiseSchedule, mean_square: Tensor | float) -> Tensor:
+    """L_T in bits/dim, of data with E[x_0^2] = mean_square (of any shape): float64."""
+    alpha_bar = schedule.alpha_bar[-1].item()
+    signal = alpha_bar * torch.as_tensor(mean_square, dtype=torch.float64)
+    return (signal - alpha_bar - math.log1p(-alpha_bar)) / (2 * math.log(2))
 
 
 def shares(schedule: NoiseSchedule) -> tuple[float, ...]:

@@ -18,18 +18,12 @@ import torch
 from torch import Tensor
 
 from ddpm.denoiser import Denoiser
+from ddpm.forward import prior
 from ddpm.noise import gaussian
 from ddpm.objective import discretised_log_likelihood, gaussian_kl
 from ddpm.schedule import NoiseSchedule
 
 VARIANCES = ("fixed_large", "fixed_small")
-
-
-def prior(schedule: NoiseSchedule, mean_square: Tensor | float) -> Tensor:
-    """L_T in bits/dim, of data with E[x_0^2] = mean_square (of any shape): float64."""
-    alpha_bar = schedule.alpha_bar[-1].item()
-    signal = alpha_bar * torch.as_tensor(mean_square, dtype=torch.float64)
-    return (signal - alpha_bar - math.log1p(-alpha_bar)) / (2 * math.log(2))
 
 
 def reverse_log_variance(

@@ -69,7 +69,7 @@ def _summary(say: Callable[[str], None], promoted: str, seconds: float) -> None:
     report = store.report_dir()
     say("")
     if (report / "points.csv").exists():
-        from ddpm.stages.report import table
+        from ddpm.stages.metrics import table
 
         say(table(store.read_csv(report / "points.csv")))
         say("")

@@ -208,9 +208,20 @@ def _artifacts(root: Path) -> None:
         create_table_artifact(store.read_csv(report / "points.csv"), key="sweep", description="The points of the sweep")
     pictures = [path for path in (report / "fid.png", report / "samples.png") if path.exists()]
     if pictures:
-        create_markdown_artifact("\n\n".join(_embedded(path) for path in pictures), key="report")
+        page = [_where(report / "index.html")] if (report / "index.html").exists() else []
+        create_markdown_artifact("\n\n".join([*page, *map(_embedded, pictures)]), key="report")
     if "MLFLOW_UI" in os.environ:
         create_link_artifact(os.environ["MLFLOW_UI"], link_text="MLflow", key="mlflow", description="Runs and models")
+
+
+def _where(page: Path) -> str:
+    """Browsers open no file from a page of a server, so this one says where it lies."""
+    server = os.environ.get("MLFLOW_UI")
+    mlflow = f"[MLflow]({server})" if server else "MLflow"
+    return (
+        f"The whole report is one page: `{page.resolve()}`. With lineage and timings it is `report/index.html` of the"
+        f" run `report` in {mlflow}."
+    )
 
 
 def _embedded(path: Path) -> str:

@@ -1,4 +1,5 @@
-"""`report`: the scores of the whole sweep -> one table, the best point, the best for each budget of evaluations, pictures.
+"""`report`: the scores of the whole sweep -> one table, the best point, the best for each budget of evaluations, pictures,
+and all of it on one page.
 
 The best point is not simply the one of the lowest FID, which may be so by luck: of all points that are not significantly worse
 than that one (the 95 % interval of the difference, in pairs, since all points start from the same noise), it is the one that
@@ -8,8 +9,7 @@ takes the fewest network evaluations. The best for a budget is chosen in the sam
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from ddpm.intervals import CONFIDENCE
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.metrics import HEADLINE, RANKING, Candidate, choose, estimate_of, front
+from ddpm.stages.page import COMPARED, SHOWN, page
 from ddpm.stages.params import Params, Point
+from ddpm.stages.plots import draw_scores, drawing
 from ddpm.stages.progress import Progress, Report, silent
 
-SIDE_BY_SIDE = 10  # images of each point
 BUDGETS = (10, 20, 50, 100, 1000)  # network evaluations an image, at most
 SCORES: tuple[str, ...] = (
     "evaluations",
@@ -38,11 +39,6 @@ SCORES: tuple[str, ...] = (
 SCORES += ("images", "reference_images", "layer")
 OPTIONAL = ("fid_infinity", "inception_score")  # not every protocol allows them
 PROTOCOL = ("reference", "extractor_sha256", "layer", "images", "reference_images")
-
-# Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes tell lines apart in grey print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DASHES = ("-", "--", ":", "-.")
 
 Row = dict[str, Any]
 
@@ -65,42 +61,35 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
     if protocols > 1:
         message = "points were scored under different protocols; their FIDs don't compare (dvc repro)"
         report(Progress(0, len(points), "points", message=message))
+    dataset, samples = store.read_dataset(root), {}
+    for count, point in enumerate(points):
+        report(Progress(count, len(points), "points"))
+        samples[point.name] = _samples(root / store.samples_file(point), dataset)
     choice = choose(candidates)
     chosen = next(row for row in rows if row["point"] == choice.best.name)
     best = {key: value for key, value in chosen.items() if value is not None}
     best |= {"points": len(rows), "lowest": choice.leader.name, "tied": len(choice.tied)}
+    frontier = _front(candidates)
     folder = root / store.report_dir()
     store.write_csv(folder / "points.csv", rows)
     store.write_json(folder / "best.json", best)
-    store.write_json(folder / "front.json", _front(candidates))
-    _plot_fid(folder / "fid.png", rows)
-
-    def done(count: int) -> None:
-        report(Progress(count, len(points), "points"))
-
-    _plot_samples(folder / "samples.png", rows, [root / store.samples_file(point) for point in points], done)
+    store.write_json(folder / "front.json", frontier)
+    with drawing(folder / "fid.png", 1050, 675, dpi=150) as figure:
+        draw_scores(figure, rows, front=[step["point"] for step in frontier["front"]])
+    _plot_samples(folder / "samples.png", rows, samples)
+    store.write_text(folder / "index.html", page(params, root, rows, best, frontier, dataset, samples))
+    report(Progress(len(points), len(points), "points"))
     return best
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of points.csv as aligned text, FID falling: the lowest is the last line."""
-    falling = sorted(rows, key=lambda row: (-float(row["fid"]), -int(row["evaluations"])))
-    interval = f"{float(rows[0]['confidence']):.0%} interval"
-    cells = [("point", "evaluations", "FID", interval, "KID"), *(_cells(row) for row in falling)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells
-    )
-
-
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        row["point"],
-        f"{int(row['evaluations']):,}",
-        f"{float(row['fid']):.4g}",
-        f"{float(row['fid_low']):.4g} to {float(row['fid_high']):.4g}",
-        f"{float(row['kid']):.2g} ± {float(row['kid_std']):.1g}",
-    )
+def _samples(path: Path, dataset: store.Dataset) -> store.Images:
+    """As many of a point's images as the report looks at."""
+    images = store.read_samples(path)[0]
+    if images.shape[1:] != dataset.train.shape[1:]:
+        raise InputError(
+            f"{path}: images of shape {list(images.shape[1:])}, the dataset's are {list(dataset.train.shape[1:])}; run dvc repro"
+        )
+    return images[:COMPARED].copy()
 
 
 def _front(candidates: Sequence[Candidate]) -> Row:
@@ -204,89 +193,9 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-@contextmanager
-def drawing(path: Path, width: int, height: int, dpi: int) -> Iterator[Any]:
-    """A matplotlib figure of that many pixels, written to `path` as PNG when the block ends well.
-
-    The reader's own matplotlibrc has no say, and no date or version is written: same content, same bytes.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
-        FigureCanvasAgg(figure)
-        yield figure
-        with store.replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
-
-
-def _plot_fid(path: Path, rows: Sequence[Row]) -> None:
-    """One line per schedule (its colour) and sampler (its dashes), each with a marker of its own."""
-    from matplotlib.ticker import LogFormatter
-
-    schedules = list(dict.fromkeys(row["schedule"] for row in rows))
-    samplers = list(dict.fromkeys(row["sampler"] for row in rows))
-    with drawing(path, 1050, 675, dpi=150) as figure:
-        axes = figure.add_subplot()
-        for i, schedule in enumerate(schedules):
-            for j, sampler in enumerate(samplers):
-                line = [row for row in rows if (row["schedule"], row["sampler"]) == (schedule, sampler)]
-                line.sort(key=lambda row: row["evaluations"])
-                fids = np.array([row["fid"] for row in line])
-                aside = 1.015 ** (
-                    i * len(samplers) + j - (len(schedules) * len(samplers) - 1) / 2
-                )  # or bars would hide bars
-                axes.errorbar(
-                    [row["evaluations"] * aside for row in line],
-                    fids,
-                    yerr=[fids - [row["fid_low"] for row in line], [row["fid_high"] for row in line] - fids],
-                    capsize=3,
-                    color=COLOURS[i % len(COLOURS)],
-                    marker=MARKERS[(i * len(samplers) + j) % len(MARKERS)],
-                    linestyle=DASHES[j % len(DASHES)],
-                    label=f"{schedule}-{sampler}",
-                )
-        axes.set_xscale("log")
-        if all(row["fid"] > 0 for row in rows):
-            axes.set_yscale("log", nonpositive="clip")
-            axes.set_ylim(
-                bottom=0.9 * min(row["fid_low"] or row["fid"] / 3 for row in rows)
-            )  # a bar may reach down to 0
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-        ticks: list[int] = []
-        for evaluations in sorted({row["evaluations"] for row in rows}):
-            if not ticks or evaluations > 1.3 * ticks[-1]:  # labels closer than that would overlap
-                ticks.append(evaluations)
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel("network evaluations per image")
-        axes.set_ylabel(f"{RANKING.title}, with {rows[0]['confidence']:.0%} intervals")
-        axes.set_title(_protocol(rows), fontsize="medium")
-        axes.grid(which="both", alpha=0.25)
-        axes.legend()
-        figure.set_layout_engine("tight")
-
-
-def _protocol(rows: Sequence[Row]) -> str:
-    """In words, where all rows agree."""
-    if len({(row["layer"], row["images"], row["reference_images"]) for row in rows}) > 1:
-        return "scored under different protocols"
-    first = rows[0]
-    return f"Inception layer {first['layer']}, {first['images']:,} samples against {first['reference_images']:,} images"
-
-
-def _plot_samples(path: Path, rows: Sequence[Row], files: Sequence[Path], done: Callable[[int], None]) -> None:
+def _plot_samples(path: Path, rows: Sequence[Row], samples: Mapping[str, store.Images]) -> None:
     """The first images of each point, one row a point: all start from the same noise, so columns compare."""
-    strips = []
-    for count, file in enumerate(files):
-        done(count)
-        images = store.read_samples(file)[0][:SIDE_BY_SIDE]
-        strips.append(store.grid(images, columns=SIDE_BY_SIDE).transpose(1, 2, 0))
-    done(len(files))
+    strips = [store.grid(samples[row["point"]][:SHOWN], columns=SHOWN).transpose(1, 2, 0) for row in rows]
     label, gap = 250, 4  # pixels
     height, width = strips[0].shape[:2]
     with drawing(path, label + width, len(rows) * (height + gap), dpi=100) as figure:

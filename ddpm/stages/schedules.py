@@ -12,10 +12,10 @@ from ddpm.forward import BANDS, Summary, noised, summary
 from ddpm.noise import gaussian
 from ddpm.schedule import NoiseSchedule
 from ddpm.stages import store
-from ddpm.stages.checkpoint import noise_schedule
+from ddpm.stages.diagnostics import data_mean_square, schedule_of
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
-from ddpm.stages.report import COLOURS, DASHES, drawing
+from ddpm.stages.plots import COLOURS, DASHES, drawing
 
 BAND_NAMES = ("< 1e-4", "1e-4 - 0.01", "0.01 - 1", "1 - 100", "> 100")
 BAND_COLOURS = ("#08306b", "#2171b5", "#6baed6", "#bdd7e7", "#f7f7f7")  # one hue, from noise to image
@@ -32,7 +32,7 @@ def schedules(
     behind them. Raises InputError.
     """
     T = timesteps or params.diffusion.timesteps
-    made = {name: _row(params, name, T) for name in params.schedules}
+    made = {name: schedule_of(params, name, T) for name in params.schedules}
     folder = store.schedules_dir() if out is None else out
     if (root / folder).exists() and not (root / folder).is_dir():
         raise InputError(f"{folder}: a file lies there; name a folder with --out")
@@ -53,19 +53,6 @@ def schedules(
     else:
         strip.unlink(missing_ok=True)
     return rows, about
-
-
-def data_mean_square(about: dict[str, Any]) -> float:
-    """E[x_0^2] in units of [-1, 1], from dataset.json's mean and deviation per channel in 0 ... 1."""
-    squares = [(2 * mean - 1) ** 2 + 4 * std**2 for mean, std in zip(about["mean"], about["std"], strict=True)]
-    return float(np.mean(squares))
-
-
-def _row(params: Params, name: str, T: int) -> NoiseSchedule:
-    try:
-        return noise_schedule({"name": name, "timesteps": T, **params.schedules[name].options()})
-    except ValueError as error:
-        raise InputError(f"schedules.{name}: {error}") from None
 
 
 def _cells(name: str, row: Summary) -> dict[str, Any]:

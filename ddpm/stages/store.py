@@ -10,7 +10,7 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
     metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves; SCHEDULE.by_time.csv where
                                   among the network times they arise
     metrics/likelihood/SCHEDULE.json  bits per dimension; SCHEDULE.csv rate and distortion
-    report/                       points.csv, best.json, front.json, fid.png, samples.png
+    report/                       index.html, points.csv, best.json, front.json, fid.png, samples.png
     schedules/                    table.csv, snr.png, strip.png (not tracked)
 
 Writing is atomic: a file or folder is complete or not there.
@@ -144,9 +144,13 @@ def replacing_dir(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -168,8 +172,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with replacing(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+    write_text(path, text.getvalue())
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -20,8 +20,8 @@ from ddpm.samplers import trajectory
 from ddpm.schedule import NoiseSchedule
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
+from ddpm.stages.plots import drawing
 from ddpm.stages.progress import Progress, Report, silent
-from ddpm.stages.report import drawing
 from ddpm.training import TrainingState, fit
 from ddpm.unet import time_embedding
 

@@ -89,7 +89,7 @@ def test_a_change_touches_what_depends_on_it_and_nothing_else(clone: Any) -> Non
     new = ["evaluate@cosine-ddim-3", "evaluate@cosine-ddpm-3", "sample@cosine-ddim-3", "sample@cosine-ddpm-3"]
     assert edit("params.yaml", "steps: [2, 5]", "steps: [2, 5, 3]") == sorted(["report", *new])
     row = edit("params.yaml", "ddim: {sampler: ddim, eta: 0.0", "ddim: {sampler: ddim, eta: 0.5")
-    assert row == ["sample@cosine-ddim-2", "sample@cosine-ddim-5"]
+    assert row == ["report", "sample@cosine-ddim-2", "sample@cosine-ddim-5"]  # the report shows the row
     assert edit("ddpm/fidelity.py", '"""', '"""Edited. ') == evaluations
     assert edit("ddpm/likelihood.py", '"""', '"""Edited. ') == ["likelihood@cosine"]
     assert edit("ddpm/samplers.py", '"""', '"""Edited. ') == samples

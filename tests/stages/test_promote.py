@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
+from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from scipy.stats import binom
 
 from ddpm import fidelity
 from ddpm.intervals import Estimate, standard_error
 from ddpm.stages import checkpoint, store, tracking
+from ddpm.stages.card import LICENCES, LONGEST, card, with_front_matter
+from ddpm.stages.datasets import SOURCES
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point, Promotion
 from ddpm.stages.promote import Protocol, Score, Verdict, decide
@@ -350,6 +353,8 @@ def test_rollback_brings_the_last_champion_back_and_the_next_promotion_respects_
     assert (back.version, back.previous, back.point) == ("2", "3", "cosine-ddpm-5")
     assert str(registry.champion().version) == "2"
     assert "rolled back from version 3 to version 2" in registry.champion().tags["ddpm.decision"]
+    text = registry.client.get_registered_model("ddpm-digits").description
+    assert text.startswith("# ddpm-digits: cosine-ddpm-5\n") and "rolled back from version 3" in text
     assert registry.decisions()[-1] == {
         "rollback": True,
         "point": "cosine-ddpm-5",
@@ -480,3 +485,72 @@ def test_two_score_the_champion_at_once(rivals: Any) -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(promote, (worse, better)))
     assert float(registry.champion().tags["ddpm.fid"]) == 10.0
+
+
+# The card.
+
+
+def parts(text: str) -> tuple[dict[str, Any], str]:
+    """-> front matter, body."""
+    _, matter, body = text.split("---\n", 2)
+    return YAML(typ="safe").load(matter), body.lstrip()
+
+
+def test_the_cards_numbers_are_the_registrys(checkout: Path, params: Params) -> None:
+    tracking.promote(params, checkout)
+    client = MlflowClient(f"sqlite:///{checkout / 'mlflow.db'}")
+    version = client.get_model_version_by_alias("ddpm-digits", "champion")
+    (scores,) = [json.loads(value) for tag, value in version.tags.items() if tag.startswith("ddpm.score.")]
+    assert str(scores["fid"]) == version.tags["ddpm.fid"]
+    low, high = (f"{scores[f'fid_{side}']:.3g}" for side in ("low", "high"))
+    for text in (
+        f"# ddpm-digits: {version.tags['ddpm.point']}\n",
+        f"| FID (lower is better) | {scores['fid']:.3g} | {low} to {high} |",
+        f"| KID (lower is better) | {scores['kid']:.3g} | ± {scores['kid_std']:.1g} |",
+        f"{scores['images']} samples against {scores['reference_images']} training images, at Inception layer 64",
+        f"{version.tags['ddpm.evaluations']} network evaluations",
+        version.tags["ddpm.model_sha256"],
+        version.tags["ddpm.dataset_sha256"],
+        'load_model("models:/ddpm-digits@champion")',
+    ):
+        assert text in version.description
+    assert len(version.description) < LONGEST - 1000  # room for the decision below it
+    (model,) = [m for m in client.search_logged_models([client.get_run(version.run_id).info.experiment_id])
+                if m.model_id == version.source.rpartition("/")[2]]  # fmt: skip
+    beside = (Path(model.artifact_location.removeprefix("file://")) / "model-card.md").read_text(encoding="utf-8")
+    assert beside == tracking.model_card(params, checkout)
+    matter, body = parts(beside)
+    assert body == version.description
+    assert (matter["license"], matter["datasets"], matter["metrics"]) == (
+        "apache-2.0",
+        ["digits"],
+        ["fid", "kid", "precision", "recall"],
+    )
+    (result,) = matter["model-index"][0]["results"]
+    assert result["dataset"]["revision"] == version.tags["ddpm.dataset_sha256"]
+    assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {
+        name: scores[name] for name in matter["metrics"]
+    }
+    assert client.get_registered_model("ddpm-digits").description.startswith(version.description)
+    assert "is the first champion" in client.get_registered_model("ddpm-digits").description
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_has_its_licence_and_odd_names_stay_in_their_place(made: Path, source: str) -> None:
+    about = store.read_json(made / store.model_dir("cosine") / "model.json")
+    about["data"] = {**about["data"], "name": source, "classes": ["---\nlicense: mit", "| x |\n# y"]}
+    metrics = {
+        "fid": 1.5,
+        "fid_low": 1.0,
+        "fid_high": 2.0,
+        "confidence": 0.95,
+        "images": 12,
+        "reference_images": 60,
+        "layer": 2048,
+        "evaluations": 5,
+    }
+    text = card("ddpm-x", "cosine-ddim-5", {"sampler": "ddim"}, metrics, about)
+    assert (LICENCES[source] in text and "Look at its terms" in text) or source in ("digits", "fashion-mnist")
+    matter, body = parts(with_front_matter(text, "ddpm-x", metrics, about))
+    assert body == text and "# y" not in text
+    assert matter["license"] == ("apache-2.0" if source in ("digits", "fashion-mnist") else "other")

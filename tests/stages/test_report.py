@@ -14,11 +14,16 @@ import pytest
 from ddpm.intervals import standard_error
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
+from ddpm.stages.metrics import table
+from ddpm.stages.page import SHOWN
 from ddpm.stages.params import Params, Point, Sweep
 from ddpm.stages.progress import Progress
-from ddpm.stages.report import SIDE_BY_SIDE, report, table
+from ddpm.stages.report import report
 
 SWEEP = Sweep(schedules=("linear", "cosine"), samplers=("ddpm", "ddim"), steps=(5, 20))
+TRAINED = {"steps": 1234, "parameters": 56_789, "loss": 0.04567, "validation_loss": 0.05678}
+BITS = {"bits_per_dim": 4.321, "prior": 0.001, "kl": 4.0, "decoder": 0.32, "images": 17}
+BITS |= {f"{part}_error": 0.0123 for part in ("bits_per_dim", "prior", "kl", "decoder")}
 FIDS = (9.0, 3.0, 4.0, 2.0, 8.0, 2.5, 3.5, 1.0)
 
 
@@ -46,7 +51,8 @@ def write_point(root: Path, point: Point, fid: float = 1.0, error: float = 0.01,
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, digits: Path) -> Path:
+    (tmp_path / "dataset").symlink_to(digits / "dataset")
     for point, fid in zip(params().points(), FIDS, strict=True):
         write_point(tmp_path, point, fid=fid, kid=fid / 100)
     return tmp_path
@@ -67,7 +73,7 @@ def test_every_point_is_a_row_and_the_best_is_named(root: Path) -> None:
     assert best == store.read_json(root / "report" / "best.json")
     assert (best["point"], best["fid"], best["points"]) == ("cosine-ddim-20", 1.0, 8)
     assert (best["lowest"], best["tied"]) == ("cosine-ddim-20", 1)
-    assert sorted(written(root)) == ["best.json", "fid.png", "front.json", "points.csv", "samples.png"]
+    assert sorted(written(root)) == ["best.json", "fid.png", "front.json", "index.html", "points.csv", "samples.png"]
 
 
 def test_scores_that_only_some_points_have_are_empty_cells(root: Path) -> None:
@@ -180,7 +186,7 @@ def test_samples_lie_side_by_side_pixel_for_pixel(root: Path) -> None:
     height = len(picture) // len(points)
     for index, point in enumerate(points):
         images, _ = store.read_samples(root / store.samples_file(point))
-        strip = store.grid(images[:SIDE_BY_SIDE], columns=SIDE_BY_SIDE)[0]
+        strip = store.grid(images[:SHOWN], columns=SHOWN)[0]
         row = picture[index * height : (index + 1) * height]
         np.testing.assert_array_equal(row[-strip.shape[0] :, -strip.shape[1] :, 0], strip)
         assert row[:, : -strip.shape[1]].min() < 100  # a label
@@ -206,11 +212,11 @@ def lock_outputs(root: Path, without: str) -> None:
 
 def test_what_has_left_the_sweep_goes_and_nothing_else(root: Path) -> None:
     for name in ("cosine", "linear", "sqrt"):
-        store.write_json(root / store.training_metrics_file(name), {"loss": 1.0})
-        store.write_csv(root / store.history_file(name), [{"step": 1}])
-        store.write_csv(root / store.losses_by_time_file(name), [{"t": 1}])
-        store.write_json(root / store.likelihood_file(name), {"bits_per_dim": 4.0})
-        store.write_csv(root / store.likelihood_curve_file(name), [{"time": 1}])
+        store.write_json(root / store.training_metrics_file(name), TRAINED)
+        store.write_csv(root / store.history_file(name), [{"step": 1, "loss": 0.5, "validation_loss": ""}])
+        store.write_csv(root / store.losses_by_time_file(name), [{"t": 1, "loss_simple": 0.25}])
+        store.write_json(root / store.likelihood_file(name), {"test": BITS})
+        store.write_csv(root / store.likelihood_curve_file(name), [{"time": 1, "rate": 0.5, "distortion": 40.0}])
         store.write_json(root / store.run_file(store.likelihood_file(name)), {})
     for point in (*params().points(), Point.parse("sqrt-ddim-20")):
         write_point(root, point)

@@ -15,7 +15,7 @@ mlflow is imported late: that alone takes 2 s.
 from ddpm.stages.promote import Decision
 from ddpm.stages.tracking.place import champion_uri, model_name, prepare_store, repo_root, tracking_uri
 from ddpm.stages.tracking.publishing import follow, publish, publish_or_warn
-from ddpm.stages.tracking.registry import fetch_model, promote, rollback
+from ddpm.stages.tracking.registry import fetch_model, model_card, promote, rollback
 from ddpm.stages.tracking.streaming import TrainingWatch, watch_training
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "champion_uri",
     "fetch_model",
     "follow",
+    "model_card",
     "model_name",
     "prepare_store",
     "promote",

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.metrics import HEADLINE, METRICS, RANKING
+from ddpm.stages.page import publish_with
 from ddpm.stages.params import Params, Point
+from ddpm.stages.published import published
 from ddpm.stages.tracking.lineage import (
     PointSettings,
     digest,
@@ -29,6 +31,7 @@ from ddpm.stages.tracking.runs import (
     CURVES_SHA,
     KEY,
     MODEL,
+    SUPERSEDED,
     end_orphans,
     find_or_create,
     finish,
@@ -37,6 +40,7 @@ from ddpm.stages.tracking.runs import (
     log_image,
     log_metrics,
     same,
+    search,
 )
 
 if TYPE_CHECKING:
@@ -491,22 +495,79 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
 
 
 def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
-    """One run whose artifacts are the report as it is now."""
+    """One run whose artifacts are the report as it is now, its page with lineage and timings."""
     folder = root / store.report_dir()
     if not (folder / "best.json").exists():
         return
     best, times = store.read_json(folder / "best.json"), run_times(root, store.report_dir())
-    content = store.sha256(folder)
+    page = _page_with_lineage(target, root) if (folder / "index.html").exists() else ""
+    content = digest([store.sha256(folder), page])
     note = f"Best point: **{best['point']}**, {RANKING.title} {best[HEADLINE]:.4g} at {best['evaluations']} network evaluations."
     tags = {"ddpm.stage": "report", "ddpm.best": str(best["point"]), "mlflow.note.content": note}
     start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
     run = find_or_create(target, "report", "report", lambda run: True, start, tags, added)
     if run.data.tags.get("ddpm.report_sha256") == content:
         return
-    target.client.log_artifacts(run.info.run_id, str(folder), "report")
-    added["files"] += sum(file.is_file() for file in folder.rglob("*"))
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "index.html"]
+    for path in files:
+        target.client.log_artifact(run.info.run_id, str(path), "report")
+    if page:
+        target.client.log_text(run.info.run_id, page, "report/index.html")
+    added["files"] += len(files) + bool(page)
     finish(target, run, end)
     log(target, run, tags={**tags, **_commit(times), "ddpm.report_sha256": content})
+
+
+def _page_with_lineage(target: Target, root: Path) -> str:
+    """report/index.html as it is published."""
+    folder = root / store.report_dir()
+    rows = [{key: _number(cell) for key, cell in row.items()} for row in store.read_csv(folder / "points.csv")]
+    schedules = list(dict.fromkeys(row["schedule"] for row in rows))
+    outputs = {"prepare": store.dataset_dir()}
+    outputs |= {f"train@{name}": store.model_dir(name) for name in schedules}
+    for row in rows:
+        point = Point.parse(row["point"])
+        outputs |= {
+            f"sample@{point.name}": store.samples_file(point),
+            f"evaluate@{point.name}": store.metrics_file(point),
+        }
+    outputs |= {f"likelihood@{name}": store.likelihood_file(name) for name in schedules}
+    outputs["report"] = store.report_dir()
+    records = {stage: record for stage, output in outputs.items() if (record := run_times(root, output))}
+    section = published(rows, records, _runs_of(target, root, rows), target.place.shown)
+    return publish_with((folder / "index.html").read_text(encoding="utf-8"), section)
+
+
+def _number(cell: str) -> Any:
+    """A cell of a table: int, float or text; None where it is empty."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(cell)
+    return cell or None
+
+
+def _runs_of(target: Target, root: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """The run that holds what each stage wrote: its name and, behind a server, its address."""
+    held = dict[str, dict[str, str]]()  # stage -> tags that only its run has
+    for row in rows:
+        about, samples = (
+            root / store.model_dir(row["schedule"]) / "model.json",
+            store.samples_file(Point.parse(row["point"])),
+        )
+        if about.exists():
+            for stage in ("train", "likelihood"):
+                weights = store.read_json(about)["weights_sha256"]
+                held[f"{stage}@{row['schedule']}"] = {"ddpm.stage": stage, MODEL: weights}
+        if (root / samples).exists():
+            tag = {"ddpm.stage": "sample", f"ddpm.samples.{row['steps']}": store.sha256(root / samples)}
+            held |= {f"{stage}@{row['point']}": tag for stage in ("sample", "evaluate")}
+    uri, found = target.place.shown, dict[str, tuple[str, str]]()
+    for run in search(target, ""):
+        link = f"{uri}/#/experiments/{target.experiment}/runs/{run.info.run_id}" if uri.startswith("http") else ""
+        if SUPERSEDED not in run.data.tags:
+            mine = [stage for stage, tags in held.items() if tags.items() <= run.data.tags.items()]
+            found |= dict.fromkeys(mine, (run.info.run_name, link))
+    return found
 
 
 # The run of the schedules.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm.stages import store
+from ddpm.stages.card import LONGEST, card, with_front_matter
 from ddpm.stages.errors import InputError
 from ddpm.stages.metrics import HEADLINE, RANKING
 from ddpm.stages.params import Params, Point
@@ -120,6 +121,7 @@ class Challenger:
     score: Score  # with its influence values
     about: dict[str, Any]  # model.json
     folder: Path
+    likelihood: dict[str, Any] | None = None  # what `ddpm likelihood` measured of this very model
 
     @property
     def identity(self) -> dict[str, str]:
@@ -128,6 +130,14 @@ class Challenger:
 
     def is_version(self, version: ModelVersion) -> bool:
         return all(version.tags.get(tag) == value for tag, value in self.identity.items())
+
+    @property
+    def card(self) -> str:
+        return card(self.name, self.point.name, self.settings, self.metrics, self.about, self.likelihood)
+
+    @property
+    def card_file(self) -> str:
+        return with_front_matter(self.card, self.name, self.metrics, self.about)
 
     @property
     def tags(self) -> dict[str, str]:
@@ -161,7 +171,8 @@ def _challenger(params: Params, root: Path) -> Challenger:
     settings = settings_of(params, point, root, store.dvc_lock(root))
     if metrics.get(HEADLINE) != best.get(HEADLINE) or settings is None:
         raise InputError(f"{root / store.report_dir()}: the report is older than its scores; run dvc repro")
-    folder = root / store.model_dir(point.schedule)
+    folder, bound = root / store.model_dir(point.schedule), root / store.likelihood_file(point.schedule)
+    about, likelihood = store.read_json(folder / "model.json"), store.read_json(bound) if bound.exists() else None
     return Challenger(
         model_name(params),
         point,
@@ -169,9 +180,17 @@ def _challenger(params: Params, root: Path) -> Challenger:
         settings.seed,
         metrics,
         Score.of(metrics, store.read_influence(root / store.influence_file(point)), settings.seed),
-        store.read_json(folder / "model.json"),
+        about,
         folder,
+        likelihood if likelihood and likelihood["model"] == about["weights_sha256"] else None,
     )
+
+
+def model_card(params: Params, root: Path = Path()) -> str:
+    """The card of the report's best point as a file of its own: what its promotion would leave beside the model, from the outputs
+    alone. Raises InputError.
+    """
+    return _challenger(params, root).card_file
 
 
 Rescore = Callable[[Path, dict[str, Any]], tuple[dict[str, Any], "NDArray[np.float32]"]]
@@ -231,6 +250,7 @@ def rollback(params: Params, root: Path = Path()) -> Decision:
         reason = (
             f"rolled back from version {champion.version} to version {before.version} ({before.tags.get('ddpm.point')})"
         )
+        _introduce(client, before, reason)
         _tag(client, champion, ROLLED_BACK, before.version)
         _tag(client, champion, "ddpm.replaced_by", before.version)
         _tag(client, before, "ddpm.decision", reason)
@@ -424,6 +444,7 @@ def _decided(
     client = target.client
     _note(client, challenger.name, entry)
     if promoted and after is not None:
+        _introduce(client, after, reason)
         _tag(client, after, "ddpm.decision", reason)
         if verdict.evidence:
             _tag(client, after, "ddpm.evidence", json.dumps(verdict.evidence))
@@ -445,6 +466,12 @@ def _note(client: MlflowClient, name: str, entry: dict[str, Any]) -> None:
         client.set_registered_model_tag(name, f"ddpm.decision.{moment}", text)
 
 
+def _introduce(client: MlflowClient, champion: ModelVersion, decision: str) -> None:
+    """The registered model's description is its champion's card, and why that is champion."""
+    text = f"{champion.description or ''}\n\n## Champion\n\nVersion {champion.version}: {decision}.\n"
+    client.update_registered_model(champion.name, text[:LONGEST])
+
+
 def _register(target: Target, params: Params, root: Path, challenger: Challenger) -> ModelVersion:
     """The version of this point, created if there is none yet."""
     from mlflow.exceptions import MlflowException
@@ -464,8 +491,7 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
         client.create_registered_model(
             name,
             tags={"ddpm.dataset": dataset},
-            description=f"Denoising diffusion on {dataset}. `champion` is the best by {RANKING.title}; the tags"
-            " `ddpm.decision.*` tell how it came to that.",
+            description=f"Denoising diffusion on {dataset}",
         )
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -477,24 +503,12 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
             source=f"models:/{model_id}",
             run_id=run.info.run_id,
             tags=challenger.tags,
-            description=_describe(challenger),
+            description=challenger.card,
             model_id=model_id,
             await_creation_for=60,
         )
     _keep(target, created, challenger.score, challenger.metrics)
     return created
-
-
-def _describe(challenger: Challenger) -> str:
-    score, settings = challenger.score, {name: value for name, value in challenger.settings.items() if name != "steps"}
-    options = ", ".join(f"{name} {value}" for name, value in settings.items())
-    low, high = score.estimate.interval()
-    return (
-        f"**{challenger.point.name}**: {options}; {score.evaluations} network evaluations an image."
-        f" {RANKING.title} {score.value:.4g} ({low:.4g} to {high:.4g}, 95 % sure) of"
-        f" {score.protocol.images:,} samples against {score.protocol.reference_images:,} images of"
-        f" {challenger.about['data']['name']}, at Inception layer {score.protocol.layer}."
-    )
 
 
 def _log_served(target: Target, run: Run, challenger: Challenger) -> str:
@@ -513,6 +527,7 @@ def _log_served(target: Target, run: Run, challenger: Challenger) -> str:
     with tempfile.TemporaryDirectory(prefix="ddpm-served-") as name:
         folder = Path(name) / "model"
         save_served(folder, challenger, run.info.run_id, model.model_id)
+        store.write_text(folder / "model-card.md", challenger.card_file)
         client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, challenger.score.evaluations)])

@@ -1,0 +1,319 @@
+"""report/index.html: the whole sweep on one page that needs no network, and whose bytes follow from the outputs alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm.stages import store
+from ddpm.stages.diagnostics import data_mean_square, schedule_of
+from ddpm.stages.metrics import METRICS, RANKING
+from ddpm.stages.neighbours import copying, nearest
+from ddpm.stages.params import Params
+from ddpm.stages.plots import COLOURS, DASHES, MARKERS, protocol, svg
+
+# The sections of params.yaml that the page shows, and that the stage depends on.
+SECTIONS: tuple[str, ...] = ("seed", "data", "diffusion", "network", "training", "sampling", "evaluation", "likelihood")
+SECTIONS += ("schedules", "samplers", "sweep")
+TITLES = {"fid_infinity": "FID, infinite N", "reference_images": "reference images"}  # of columns that are no METRICS
+ASKED = ("10", "50")  # the budgets that the top of the page answers first
+SHOWN = 10  # samples whose neighbours are shown; images of each point
+COMPARED = 200  # samples, and unseen images, whose distances are compared
+LARGEST = 64  # pixels: larger images are made smaller
+SURE = 3.0  # standard errors
+
+BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
+
+Row = dict[str, Any]
+
+
+def page(
+    params: Params,
+    root: Path,
+    rows: Sequence[Row],
+    best: Row,
+    front: Row,
+    dataset: store.Dataset,
+    samples: Mapping[str, store.Images],
+) -> str:
+    """rows: of points.csv. best, front: what best.json and front.json hold. samples: COMPARED of each point, in the rows' order.
+    report/fid.png is there already. Raises InputError.
+    """
+    points = {row["point"]: row for row in rows}
+    return render(
+        "report.html.jinja",
+        title=f"{dataset.about['name']}: which schedule, which sampler, how many steps?",
+        metric=RANKING,
+        rows=rows,
+        columns=_columns(rows),
+        titles={key: METRICS[key].title if key in METRICS else TITLES.get(key, key) for key in rows[0]},
+        best=best,
+        answers=_answers(front, rows),
+        front=front,
+        protocol=protocol(rows),
+        scores_plot=_embedded(root / store.report_dir() / "fid.png"),
+        strips={name: (points[name], _strip(images[:SHOWN])) for name, images in samples.items()},
+        shown=SHOWN,
+        training=_training(params, root),
+        likelihood=_likelihood(params, root),
+        schedules=_schedules(params, dataset.about),
+        neighbours=_neighbours(samples[best["point"]], dataset, params.training.flip),
+        dataset=dataset.about,
+        preview=_png(store.grid(dataset.train[: 2 * SHOWN], columns=2 * SHOWN)) if _small(dataset.train) else None,
+        parameters=_parameters(params),
+        begin=BEGIN,
+        end=END,
+    )
+
+
+def render(template: str, **content: Any) -> str:
+    """A template of this folder, filled. In HTML whatever the content says is text and no markup."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=".html." in template,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["number"] = lambda value: f"{value:.3g}"
+    environment.filters["count"] = lambda value: f"{value:,}"
+    environment.filters["plain"] = lambda value: value if isinstance(value, str) else json.dumps(value)
+    return environment.get_template(template).render(**content)
+
+
+def publish_with(page: str, published: str) -> str:
+    """The page with the section of the published copy filled. Raises ValueError where it has no such section."""
+    head, begun, rest = page.partition(BEGIN)
+    _, ended, tail = rest.partition(END)
+    if not begun or not ended:
+        raise ValueError("this page has no section for lineage")
+    return f"{head}{BEGIN}\n{published}\n{END}{tail}"
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """Of the table: steps stand in the names, intervals beside their scores, and what all points share stands above."""
+    beside = ("steps", "confidence", "fid_low", "fid_high", "kid_std")
+    shared = [key for key in ("images", "reference_images", "layer") if len({row[key] for row in rows}) == 1]
+    return [key for key in rows[0] if key not in (*beside, *shared)]
+
+
+# The answer.
+
+
+def _answers(front: Row, rows: Sequence[Row]) -> list[Row]:
+    """Budgets of one and the same answer joined; those that were asked for stand out."""
+    answers: list[Row] = []
+    for budget, entry in front["budgets"].items():
+        within = sum(row["evaluations"] <= int(budget) for row in rows)
+        if answers and (answers[-1]["entry"], answers[-1]["within"]) == (entry, within):
+            answers[-1]["budgets"].append(int(budget))
+        else:
+            answers.append({"budgets": [int(budget)], "entry": entry, "within": within})
+    for answer in answers:
+        answer["sure"] = how_sure(answer["entry"], answer["within"], front["confidence"])
+        answer["asked"] = any(str(budget) in ASKED for budget in answer["budgets"])
+    return answers
+
+
+def how_sure(entry: Mapping[str, Any], points: int, confidence: float) -> str:
+    """What the choice of a point among so many is worth, in words. entry: of front.json's budgets, or best.json."""
+    if points == 1:
+        return "It is the only point."
+    others, sure = entry["tied"] - 1, f"{confidence:.0%}"
+    if not others:
+        return f"Better than each of the other {points - 1}, {sure} sure of each."
+    if entry["point"] == entry["lowest"]:
+        return (
+            f"The lowest {RANKING.title} of {points}, but {others} of the others cannot be told from it ({sure} interval of the"
+            " difference holds 0)."
+        )
+    return (
+        f"{entry['lowest']} has a lower {RANKING.title}, but that may be luck: {entry['tied']} of {points} points cannot be told"
+        f" apart ({sure} intervals of the differences hold 0), and of those this one takes the fewest evaluations."
+    )
+
+
+# Pictures.
+
+
+def _svg(width: int, height: int, draw: Any) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(width, height, draw)).decode()
+
+
+def _embedded(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _png(picture: store.Images) -> str:
+    """uint8 C,H,W -> a data URI."""
+    from PIL import Image
+
+    pixels = picture[0] if picture.shape[0] == 1 else picture.transpose(1, 2, 0)
+    written = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(written, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
+
+
+def _small(images: store.Images) -> bool:
+    return max(images.shape[2:]) <= LARGEST
+
+
+def _strip(images: store.Images) -> str:
+    """Side by side, each LARGEST pixels at most."""
+    from PIL import Image
+
+    if not _small(images):
+        scale = LARGEST / max(images.shape[2:])
+        size = [max(1, round(side * scale)) for side in images.shape[:1:-1]]
+        channels = [[Image.fromarray(channel).resize(size, Image.Resampling.LANCZOS) for channel in i] for i in images]
+        images = np.stack([np.stack([np.asarray(channel) for channel in image]) for image in channels])
+    return _png(store.grid(images, columns=len(images)))
+
+
+# Sections.
+
+
+def _table(path: Path) -> list[dict[str, float | None]]:
+    """A CSV file of numbers and empty cells; nothing where there is none."""
+    if not path.exists():
+        return []
+    return [{key: float(cell) if cell else None for key, cell in row.items()} for row in store.read_csv(path)]
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
+
+
+def _lines(axes: Any, tables: Mapping[str, list[dict[str, float | None]]], x: str, y: str, **style: Any) -> bool:
+    """A line per schedule; whether there was anything to draw."""
+    drawn = False
+    for index, (name, table) in enumerate(tables.items()):
+        known = [(row[x], row[y]) for row in table if row.get(x) is not None and row.get(y) is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), **{**_style(index), "label": name, **style})
+            drawn = True
+    return drawn
+
+
+def _training(params: Params, root: Path) -> Row:
+    """Loss curves, and where among the network times the loss arises."""
+    names = params.sweep.schedules
+    curves = {name: _table(root / store.history_file(name)) for name in names}
+    by_time = {name: _table(root / store.losses_by_time_file(name)) for name in names}
+    last = {
+        name: store.read_json(path) for name in names if (path := root / store.training_metrics_file(name)).exists()
+    }
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        for index, (name, table) in enumerate(curves.items()):
+            marker = {
+                "color": COLOURS[index % len(COLOURS)],
+                "marker": MARKERS[index % len(MARKERS)],
+                "linestyle": "none",
+            }
+            _lines(left, {name: table}, "step", "loss", **_style(index))
+            _lines(left, {name: table}, "step", "validation_loss", **marker, label=f"{name}, validation")
+        left.set(xlabel="optimiser step", ylabel="loss", title="training", yscale="log")
+        _lines(right, by_time, "t", "loss_simple")
+        right.set(xlabel="network time t", ylabel="mean square error of eps", title="where it arises", yscale="log")
+        _finish(figure)
+
+    drawable = any(curves.values()) or any(by_time.values())
+    return {"plot": _svg(1000, 400, draw) if drawable else None, "last": last}
+
+
+def _likelihood(params: Params, root: Path) -> Row:
+    """Bits per dimension, and the rate-distortion curve."""
+    names = params.sweep.schedules
+    scores = {name: store.read_json(path) for name in names if (path := root / store.likelihood_file(name)).exists()}
+    curves = {name: _table(root / store.likelihood_curve_file(name)) for name in scores}
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        _lines(left, curves, "rate", "distortion")
+        left.set(xlabel="rate (bits/dim)", ylabel="distortion (RMSE of 0 ... 255)", title="rate and distortion")
+        _lines(right, curves, "time", "rate")
+        right.set(xlabel="network time t (from noise, on the right, to image)", ylabel="bits/dim spent so far")
+        right.set_title("the bound, along the way")
+        _finish(figure)
+
+    return {"scores": scores, "plot": _svg(1000, 400, draw) if any(curves.values()) else None}
+
+
+def _finish(figure: Any) -> None:
+    for axes in figure.axes:
+        axes.grid(which="both", alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    figure.set_layout_engine("tight")
+
+
+def _schedules(params: Params, about: dict[str, Any]) -> Row:
+    """What each noise schedule of the sweep does to this data. An imported network has a T of its own, unknown here."""
+    from ddpm.forward import summary
+
+    imported = [name for name in params.sweep.schedules if params.schedules[name].imported is not None]
+    T, square = params.diffusion.timesteps, data_mean_square(about)
+    own = [name for name in params.sweep.schedules if name not in imported]
+    return {"T": T, "rows": {n: summary(schedule_of(params, n, T), square) for n in own}, "imported": imported}
+
+
+def _neighbours(samples: store.Images, dataset: store.Dataset, mirrored: bool) -> Row:
+    """The first samples of a point beside their nearest training images, and the distances of more of them."""
+    index, distance = nearest(samples, dataset.train, mirrored)
+    chosen = np.arange(min(COMPARED, len(dataset.test))) * len(dataset.test) // max(1, min(COMPARED, len(dataset.test)))
+    unseen = nearest(np.asarray(dataset.test[chosen]), dataset.train, mirrored)[1] if len(chosen) else np.empty(0)
+    found = copying(distance, unseen) if len(unseen) else None
+    return {
+        "pairs": [
+            {
+                "sample": _strip(samples[i : i + 1]),
+                "train": _strip(np.asarray(dataset.train[index[i] : index[i] + 1])),
+                "index": int(index[i]),
+                "distance": float(distance[i]),
+            }
+            for i in range(min(SHOWN, len(samples)))
+        ],
+        "median": float(np.median(distance)),
+        "least": float(distance.min()),
+        "unseen_median": float(np.median(unseen)) if len(unseen) else None,
+        "compared": len(samples),
+        "unseen": len(unseen),
+        "copies": int((distance == 0).sum()),
+        "copying": found,
+        "verdict": _verdict(found),
+        "mirrored": mirrored,
+    }
+
+
+def _verdict(found: Any) -> str:
+    if found is None:
+        return "There is no test split to compare with."
+    if found.z > SURE:
+        return "Samples lie nearer to the training images than unseen images do: a sign of memorising, or of smoother images."
+    if found.z < -SURE:
+        return "No sign of memorising: samples lie farther from the training images than unseen images do."
+    return "No sign of memorising: samples lie about as far from the training images as unseen images do."
+
+
+def _parameters(params: Params) -> dict[str, dict[str, Any]]:
+    """Section -> name -> value, of the sections that made the outputs and the rows that the sweep takes."""
+    raw = params.model_dump(mode="json", include=set(SECTIONS))
+    shown: dict[str, dict[str, Any]] = {"": {"seed": raw["seed"]}}
+    shown |= {name: raw[name] for name in SECTIONS if name not in ("seed", "schedules", "samplers")}
+    shown["schedules"] = {
+        name: {"schedule": params.schedules[name].schedule, **params.schedules[name].options()}
+        for name in params.sweep.schedules
+    }
+    shown["samplers"] = {name: params.samplers[name].options() for name in params.sweep.samplers}
+    return shown

@@ -1,0 +1,269 @@
+"""The page of the report: what it says is what the files say, and it needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+
+from ddpm.stages import store
+from ddpm.stages.neighbours import copying, nearest
+from ddpm.stages.page import SECTIONS, SHOWN, how_sure, publish_with
+from ddpm.stages.params import Params
+from ddpm.stages.published import fastest, published
+from ddpm.stages.report import report
+
+VOID = {"meta", "link", "img", "br", "hr"}
+HOSTILE = '<script>alert("x")</script>&amp;'
+BITS = {"bits_per_dim": 4.321, "prior": 0.001, "kl": 4.0, "decoder": 0.32, "images": 17}
+BITS |= {f"{part}_error": 0.0123 for part in ("bits_per_dim", "prior", "kl", "decoder")}
+
+
+class Reader(HTMLParser):
+    """Collects tags, texts and tables; fails on a tag that is not closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.tables: list[list[list[str]]] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def made_report(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with made-up outputs of every stage of the smoke recipe, its report, and classes of hostile names."""
+    root, random = tmp_path_factory.mktemp("report"), np.random.default_rng(0)
+    about = {"name": "digits", "sha256": "c" * 64, "shape": [1, 8, 8], "counts": {"train": 60, "test": 30}}
+    about |= {"classes": [HOSTILE, "1"], "mean": [0.3], "std": [0.4], "flip": False}
+    with store.writing_dataset(root, (1, 8, 8), (60, 30), None, lambda made: store.grid(made.train[:2])) as dataset:
+        dataset.train[:], dataset.test[:] = (random.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8) for n in (60, 30))
+        dataset.about.update(about)
+    store.write_json(
+        root / store.training_metrics_file("cosine"),
+        {"steps": 1234, "parameters": 56_789, "loss": 0.04567, "validation_loss": 0.05678},
+    )
+    curve = [{"step": step, "loss": 1 / step, "validation_loss": "" if step < 3 else 0.5} for step in (1, 2, 3)]
+    store.write_csv(root / store.history_file("cosine"), curve)
+    store.write_csv(
+        root / store.losses_by_time_file("cosine"), [{"t": t, "loss_simple": 1 / (t + 1)} for t in (5, 50, 95)]
+    )
+    store.write_json(root / store.likelihood_file("cosine"), {"model": "m", "test": BITS})
+    bound = [{"time": 90, "rate": 0.5, "distortion": 40.0}, {"time": 10, "rate": 1.5, "distortion": 20.0}]
+    store.write_csv(root / store.likelihood_curve_file("cosine"), bound)
+    for index, point in enumerate(smoke().points()):
+        images = random.integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)
+        store.write_samples(root / store.samples_file(point), images, point.steps)
+        store.write_influence(root / store.influence_file(point), random.normal(size=12))
+        fid = 12.34567 - index
+        scores = {"fid": fid, "fid_low": fid - 0.54321, "fid_high": fid + 0.54321, "confidence": 0.95, "kid": fid / 300}
+        scores |= {"kid_std": 0.002, "precision": 0.6, "recall": 0.4, "evaluations": point.steps, "images": 12}
+        scores |= {"reference_images": 60, "layer": 64, "reference": "c" * 64, "extractor_sha256": "e" * 64}
+        store.write_json(root / store.metrics_file(point), scores)
+    report(smoke(), root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(made_report: Path) -> str:
+    return (made_report / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_it_is_whole_and_needs_no_network(page: str) -> None:
+    reader = Reader(page)
+    addresses = [value for _, attrs in reader.tags for name, value in attrs.items() if name in ("src", "href", "data")]
+    assert addresses and all(str(value).startswith(("data:", "#")) for value in addresses)
+    assert "http" not in re.sub(r"data:[^\"]*", "", page).replace("http-equiv", "")
+    assert not re.search(r"url\(|@import", page)
+    ids = {attrs["id"] for _, attrs in reader.tags if attrs.get("id")}
+    assert {str(value)[1:] for value in addresses if str(value).startswith("#")} <= ids
+    assert all(attrs.get("alt") for tag, attrs in reader.tags if tag == "img")
+    assert len(page) < 3_000_000
+
+
+def test_every_number_is_the_files(page: str, made_report: Path) -> None:
+    reader, rows = Reader(page), store.read_csv(made_report / "report" / "points.csv")
+    shown = [[str(attrs["data-value"]) for _, attrs in reader.tags if "data-value" in attrs]]
+    columns = ("point", "schedule", "sampler", "evaluations", "fid", "kid", "precision", "recall")
+    assert shown == [[row[column] for row in rows for column in columns]]
+    (points,) = [table for table in reader.tables if table[0][1:3] == ["schedule", "sampler"]]
+    for cells, row in zip(points[1:], rows, strict=True):
+        fid, low, high = (f"{float(row[key]):.3g}" for key in ("fid", "fid_low", "fid_high"))
+        assert cells[4] == f"{fid} ({low} to {high})"
+    front = store.read_json(made_report / "report" / "front.json")
+    for entry in {json.dumps(entry): entry for entry in front["budgets"].values()}.values():
+        assert f"FID {entry['fid']:.3g} ({entry['fid_low']:.3g} to {entry['fid_high']:.3g})" in reader.text
+    assert "4.32 ± 0.01" in reader.text
+    about = store.read_json(made_report / "dataset" / "dataset.json")
+    trained = store.read_json(made_report / store.training_metrics_file("cosine"))
+    for text in (
+        about["sha256"],
+        f"{trained['parameters']:,}",
+        f"{trained['loss']:.3g}",
+        f"{about['counts']['train']:,}",
+    ):
+        assert text in reader.text
+    assert "learning_rate0.002" in reader.text
+
+
+def test_every_point_shows_its_first_images_pixel_for_pixel(
+    page: str, made_report: Path, smoke: Callable[..., Params]
+) -> None:
+    pictures = {str(attrs["alt"]): str(attrs["src"]) for tag, attrs in Reader(page).tags if tag == "img"}
+    for point in smoke().points():
+        source = base64.b64decode(pictures[f"{SHOWN} samples of {point.name}"].partition(",")[2])
+        images = store.read_samples(made_report / store.samples_file(point))[0][:SHOWN]
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(source))), store.grid(images, columns=SHOWN)[0])
+
+
+def test_names_are_text_and_no_markup(page: str) -> None:
+    reader = Reader(page)
+    assert HOSTILE in reader.text
+    assert [tag for tag, _ in reader.tags].count("script") == 1
+
+
+def test_same_inputs_same_bytes(page: str, made_report: Path, smoke: Callable[..., Params]) -> None:
+    report(smoke(), made_report)
+    again = (made_report / "report" / "index.html").read_text(encoding="utf-8")
+    assert again == page
+    assert str(made_report) not in page
+    for picture in re.findall(r"data:image/svg\+xml;base64,([^\"]*)", page):
+        assert b"<dc:date>" not in base64.b64decode(picture)
+
+
+def test_the_stage_depends_on_the_sections_it_shows_and_on_its_template() -> None:
+    stage = YAML(typ="safe").load((Path(__file__).parents[2] / "dvc.yaml").read_text())["stages"]["report"]
+    assert tuple(stage["params"]) == SECTIONS
+    assert {"ddpm/stages/report.html.jinja", "dataset", "metrics", "samples"} <= set(stage["deps"])
+    assert "report/index.html" in stage["outs"]
+
+
+def test_how_sure() -> None:
+    entry = {"point": "a", "lowest": "a", "tied": 1}
+    assert how_sure(entry, 1, 0.95) == "It is the only point."
+    assert how_sure(entry, 4, 0.95) == "Better than each of the other 3, 95% sure of each."
+    assert "2 of the others cannot be told from it" in how_sure({**entry, "tied": 3}, 4, 0.95)
+    assert how_sure({"point": "b", "lowest": "a", "tied": 2}, 4, 0.95).startswith(
+        "a has a lower FID, but that may be luck"
+    )
+
+
+# Neighbours.
+
+
+def test_the_nearest_neighbour_of_a_training_image_is_itself(made_report: Path) -> None:
+    train = store.read_dataset(made_report).train
+    index, distance = nearest(np.asarray(train[[5, 59, 0]]), train)
+    assert index.tolist() == [5, 59, 0] and distance.tolist() == [0, 0, 0]
+
+
+def test_neighbours_are_those_of_a_plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    train, images = (random.integers(0, 256, (count, 3, 4, 4), dtype=np.uint8) for count in (57, 9))
+    monkeypatch.setattr("ddpm.stages.neighbours.CHUNK", 8 * 48 * 10)  # ten at a time
+    far = np.sqrt(((images[:, None].astype(float) - train) ** 2).mean((2, 3, 4)))
+    index, distance = nearest(images, train)
+    np.testing.assert_array_equal(index, far.argmin(1))
+    np.testing.assert_allclose(distance, far.min(1), rtol=1e-12)
+    turned = train[[3, 50], :, :, ::-1]
+    index, distance = nearest(turned, train, mirrored=True)
+    assert index.tolist() == [3, 50] and distance.tolist() == [0, 0]
+    assert nearest(turned, train)[1].min() > 0
+
+
+def test_copies_are_told_from_new_images() -> None:
+    from scipy.stats import mannwhitneyu
+
+    random = np.random.default_rng(1)
+    unseen = random.normal(30, 5, 200)
+    for samples in (random.normal(30, 5, 200), random.normal(28, 5, 150)):
+        found, expected = (
+            copying(samples, unseen),
+            mannwhitneyu(unseen, samples, method="asymptotic", use_continuity=False),
+        )
+        assert found.closer == pytest.approx(expected.statistic / (len(samples) * 200))
+        assert 2 * (1 - _normal(abs(found.z))) == pytest.approx(expected.pvalue, rel=1e-6)
+    copies = copying(np.zeros(50), unseen)
+    assert (copies.closer, copies.copies) == (1.0, 50) and copies.z > 10
+    assert copying(unseen, unseen).closer == 0.5
+
+
+def _normal(z: float) -> float:
+    from statistics import NormalDist
+
+    return NormalDist().cdf(z)
+
+
+# The published copy.
+
+
+def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report: Path) -> None:
+    numbers = ("evaluations", "fid", "fid_low", "fid_high", "confidence", "layer", "images", "reference_images")
+    rows = [
+        {**row, **{key: json.loads(row[key]) for key in numbers}}
+        for row in store.read_csv(made_report / "report" / "points.csv")
+    ]
+    record = {
+        "started": 1_700_000_000_000,
+        "seconds": 10.0,
+        "unit": "images",
+        "peak_memory_bytes": 5e8,
+        "device": "cpu",
+    }
+    record |= {"git_commit": "0123456789abcdef", "git_dirty": True, "hardware": {"cpu": HOSTILE}}
+    records = {f"sample@{row['point']}": {**record, "per_second": 2.0 + index} for index, row in enumerate(rows)}
+    runs = {f"sample@{rows[0]['point']}": ("cosine-ddpm", "http://localhost:5000/#/runs/abc")}
+    whole = publish_with(page, published(rows, records, runs, "the place"))
+    reader = Reader(whole)
+    assert whole.startswith(page[: page.index("<!-- published")]) and page[-500:] == whole[-500:]
+    for text in (
+        "0123456789, edited",
+        HOSTILE,
+        "2023-11-14 22:13",
+        "500 MB",
+        "FID against seconds per image",
+        "the place",
+    ):
+        assert text in reader.text
+    assert "22:13" not in page
+    assert ("a", {"href": "http://localhost:5000/#/runs/abc"}) in reader.tags
+    with pytest.raises(ValueError, match="no section"):
+        publish_with("<html></html>", "")
+
+
+def test_the_front_against_seconds() -> None:
+    points = [("slow", 3.0, 1.0), ("fast", 1.0, 9.0), ("dear", 4.0, 2.0), ("mid", 2.0, 3.0), ("worse", 2.0, 4.0)]
+    rows = [{"point": name, "seconds": seconds, "fid": fid} for name, seconds, fid in points]
+    assert fastest(rows) == ["fast", "mid", "slow"]
