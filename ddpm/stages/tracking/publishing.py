@@ -378,6 +378,7 @@ def _point_tags(point: Point, about: Mapping[str, Any], settings: PointSettings)
     layer, images = settings.evaluation["layer"], settings.evaluation["images"]
     return {
         "ddpm.stage": "sample",
+        "mlflow.runType": "evaluation",  # MLflow's pages unfold the parents of such runs: the scores are in sight
         "ddpm.schedule": point.schedule,
         "ddpm.sampler": point.sampler,
         "ddpm.dataset": about["data"]["name"],
