@@ -169,7 +169,8 @@ def _note(experiment: str, dataset: str) -> str:
     return (
         f"**[FID against steps](#/experiments/{experiment}/runs?{query})** of denoising diffusion on {dataset}: a line per"
         " schedule and sampler, with the images beside it.\n\n"
-        "Step = network evaluations per image. A run per schedule (`linear`: the training) has a child per sampler"
+        "Step = network evaluations per image; the images at step 0 are real ones, and the slider moves on to the samples."
+        " A run per schedule (`linear`: the training) has a child per sampler"
         " (`linear-ddim`: the scores and images). Filters: ``tags.`ddpm.schedule` = 'cosine'``,"
         " ``tags.`ddpm.sampler` = 'ddim'``, ``tags.`ddpm.dataset_sha256` LIKE 'c8c4%'``,"
         " ``tags.`mlflow.source.git.commit` LIKE '0123%'``, ``metrics.fid < 20``."

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 FOLLOW_SECONDS = 1.0  # between two looks at dvc.lock
+REAL = 64  # images of the dataset beside the samples
 CONTENT, PUBLISHED = "ddpm.content_sha256", "ddpm.published_sha256"  # what a run is for, and once all of it is there
 UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, of an output without a run file
 
@@ -367,6 +368,7 @@ def publish_points(
         log(target, run, _point_params(first, about, settings))
         _log_dataset(target, run, root, about["data"], "evaluation")
         _link_model(target, run, training, weights)
+        _log_real(target, run, root, about["data"], start, added)
     for files in points:
         if any(run.data.tags.get(tag) != value for tag, value in files.tags.items()):
             _publish_point(target, root, run, files, added)
@@ -384,7 +386,8 @@ def _point_tags(point: Point, about: Mapping[str, Any], settings: PointSettings)
         "ddpm.dataset": about["data"]["name"],
         "ddpm.dataset_sha256": about["data"]["sha256"],
         "mlflow.note.content": f"Sampler {point.sampler} on the {point.schedule} schedule. Step = network evaluations per"
-        f" image. {RANKING.title} ({RANKING.words}) of at most {images:,} samples, at Inception layer {layer}.",
+        f" image; the images at step 0 are real ones. {RANKING.title} ({RANKING.words}) of at most"
+        f" {images:,} samples, at Inception layer {layer}.",
     }
 
 
@@ -400,6 +403,14 @@ def _link_model(target: Target, run: Run, training: Run, weights: str) -> None:
     model = _checkpoint_model(target, training, weights)
     if model is not None:
         target.client.log_inputs(run.info.run_id, models=[LoggedModelInput(model.model_id)])
+
+
+def _log_real(target: Target, run: Run, root: Path, data: Mapping[str, Any], start: int, added: Counter[str]) -> None:
+    """Real images at step 0, to compare with: MLflow's slider stands there when a page opens, and would show nothing."""
+    about = root / store.dataset_dir() / "dataset.json"
+    if about.exists() and store.read_json(about)["sha256"] == data["sha256"]:
+        picture = store.grid(store.read_dataset(root).train[:REAL])
+        log_image(target, run, picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0), 0, start, added)
 
 
 def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, added: Counter[str]) -> None:
