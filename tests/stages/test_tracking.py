@@ -209,7 +209,7 @@ def test_what_a_run_says_of_itself(checkout: Path, params: Params) -> None:
     assert training.data.params["schedule"] == "cosine" and training.data.params["seed"] == "0"
     assert training.data.tags["ddpm.model_sha256"] == about["weights_sha256"]
     assert training.data.tags["mlflow.source.git.commit"] == "0123456789abcdef0123456789abcdef01234567"
-    assert sampler.data.params["sampler_row.eta"] == "0.0" and sampler.data.params["evaluation.layer"] == "64"
+    assert sampler.data.tags["ddpm.row.eta"] == "0.0" and sampler.data.tags["ddpm.evaluation.layer"] == "64"
     # images/s: 24 steps of 32 images in 60 s
     assert seen.history(training, "images_per_second") == [(24, pytest.approx(24 * 32 / 60), 1_700_000_060_000)]
     assert [step for step, _, _ in seen.history(sampler, "seconds_per_image")] == [2, 5]
@@ -391,7 +391,7 @@ def test_another_protocol_is_another_run(checkout: Path, smoke: Smoke, params: P
     write_scores(checkout, POINT, 3.0, layer=192)
     tracking.publish(deeper, checkout, only=f"evaluate@{POINT.name}")
     runs = [run for run in Seen(checkout).runs if run.info.run_name == "cosine-ddim"]
-    assert sorted(run.data.params["evaluation.layer"] for run in runs) == ["192", "64"]
+    assert sorted(run.data.tags["ddpm.evaluation.layer"] for run in runs) == ["192", "64"]
     assert sorted(run.data.metrics["fid"] for run in runs) == [3.0, 37.0]  # the last of each
 
 

@@ -365,7 +365,7 @@ def publish_points(
     }
     run = find_or_create(target, key, name, agrees, start, tags, added)
     if not run.data.params:
-        log(target, run, _point_params(first, about, settings))
+        log(target, run, _point_params(first, about))
         _log_dataset(target, run, root, about["data"], "evaluation")
         _link_model(target, run, training, weights)
         _log_real(target, run, root, about["data"], start, added)
@@ -379,6 +379,7 @@ def publish_points(
 def _point_tags(point: Point, about: Mapping[str, Any], settings: PointSettings) -> dict[str, str]:
     layer, images = settings.evaluation["layer"], settings.evaluation["images"]
     return {
+        **flat({"ddpm": asdict(settings)}),
         "ddpm.stage": "sample",
         "mlflow.runType": "evaluation",  # MLflow's pages unfold the parents of such runs: the scores are in sight
         "ddpm.schedule": point.schedule,
@@ -391,10 +392,9 @@ def _point_tags(point: Point, about: Mapping[str, Any], settings: PointSettings)
     }
 
 
-def _point_params(point: Point, about: Mapping[str, Any], settings: PointSettings) -> dict[str, str]:
-    sections = {"seed": settings.seed, "sampling": settings.sampling, "evaluation": settings.evaluation}
-    names = {"schedule": point.schedule, "sampler": point.sampler, "dataset": about["data"]["name"]}
-    return flat({**names, "sampler_row": settings.row, **sections})
+def _point_params(point: Point, about: Mapping[str, Any]) -> dict[str, str]:
+    """Few: MLflow writes all of them above each picture, and more would leave the picture no room."""
+    return {"schedule": point.schedule, "sampler": point.sampler, "dataset": about["data"]["name"]}
 
 
 def _link_model(target: Target, run: Run, training: Run, weights: str) -> None:
