@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from ddpm.stages import store, tracking
 from ddpm.stages.params import Params
@@ -60,6 +61,22 @@ def sweep(
 def mlflow(sweep: Path, serve_tracking: Callable[[Path], AbstractContextManager[str]]) -> Iterator[str]:
     with serve_tracking(sweep) as url:
         yield url
+
+
+def test_the_filters_of_the_docs_find_what_they_say(mlflow: str) -> None:
+    block = (ROOT / "docs" / "mlflow.md").read_text(encoding="utf-8").split("```")[1]
+    found = []
+    for line in block.strip().splitlines():
+        found.append(sorted(run.info.run_name for run in MlflowClient(mlflow).search_runs(["1"], line)))
+    assert found == [
+        RUNS,
+        ["cosine", "cosine-ddim", "cosine-ddpm"],
+        ["cosine-ddim", "linear-ddim"],
+        ["cosine", *RUNS[:2], "linear", *RUNS[2:]],
+        ["cosine", "cosine-ddim", "cosine-ddpm"],  # only these have a run file
+        ["cosine-ddim", "cosine-ddpm"],
+        RUNS,
+    ]
 
 
 def open_experiment(page: Any, mlflow: str) -> Any:
