@@ -107,6 +107,7 @@ def _everything(root: Path, recipe: str | None, overrides: list[str], promote: b
         last = {"publish": publishing.state}
         if promote and publishing.state.is_completed():
             last["promote"] = run_promote(str(root), return_state=True)
+            _decision(last["promote"])
         for verb, state in last.items():
             if not state.is_completed():
                 return Failed(message=f"{verb}: {state.message}")
@@ -170,6 +171,7 @@ def _stages(root: Path, slots: int) -> str:
     running: set[str] = set()
     ended: Queue[str] = Queue()
     failures: dict[str, str] = {}
+    watcher.get().started("stages")
     while True:
         ready = sorted([*ready, *sorter.get_ready()], key=place.__getitem__)
         while ready and len(running) < slots:
@@ -188,6 +190,9 @@ def _stages(root: Path, slots: int) -> str:
         state = futures[stage].state
         if state.is_completed():
             sorter.done(stage)
+            done = len(futures) - len(running) - len(failures)
+            report = {"done": done, "total": len(order.waits_for), "unit": "stages", "values": {}}
+            watcher.get().progress("stages", report)
         else:
             failures[stage] = state.message or state.name or "failed"
     if not failures:
@@ -199,6 +204,13 @@ def _stages(root: Path, slots: int) -> str:
 
 def _put(ended: Queue[str], stage: str, future: PrefectFuture[State]) -> None:
     ended.put(stage)
+
+
+def _decision(promoted: State) -> None:
+    """What `ddpm promote` said about the champion, on the run's page."""
+    if promoted.is_completed():
+        text = (promoted.message or "").removeprefix("promote: ")
+        create_markdown_artifact(text, key="champion", description="Does the best point replace the champion?")
 
 
 def _artifacts(root: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+from uuid import UUID
 
 from prefect import get_run_logger
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-EVERY = 10.0  # seconds between two progress lines of one stage in the log
+EVERY = 10.0  # seconds between two progress lines of one stage in the log, and two moves of its bar
 
 
 @dataclass(frozen=True)
@@ -38,26 +41,45 @@ class Watcher(Protocol):
 
 
 class Log:
-    """Everything goes to the log of the Prefect run that the calling thread is in."""
+    """Everything goes to the Prefect run that the calling thread is in: lines to its log, progress to a bar on its page."""
 
     def __init__(self) -> None:
         self._told: dict[str, float] = {}
+        self._bars: dict[str, UUID] = {}
 
     def started(self, stage: str) -> None:
         self._told[stage] = time.monotonic()
+        self._bars.pop(stage, None)  # a retry has a bar of its own
 
     def line(self, stage: str, text: str) -> None:
         get_run_logger().info(text)
 
     def progress(self, stage: str, report: dict[str, Any]) -> None:
         now = time.monotonic()
-        if now - self._told.get(stage, 0.0) >= EVERY:
+        due = now - self._told.get(stage, 0.0) >= EVERY
+        if stage in self._bars and not due and report["done"] < report["total"]:
+            return
+        values = "".join(f", {name} {value:.4g}" for name, value in report["values"].items())
+        text = f"{stage}: {report['done']:,} of {report['total']:,} {report['unit']}{values}"
+        if due:
             self._told[stage] = now
-            values = "".join(f", {name} {value:.4g}" for name, value in report["values"].items())
-            get_run_logger().info(f"{stage}: {report['done']:,} of {report['total']:,} {report['unit']}{values}")
+            get_run_logger().info(text)
+        self._move(stage, 100 * report["done"] / max(report["total"], 1), text)
 
     def ended(self, stage: str, outcome: Outcome) -> None:
         """Prefect logs the state a task ends in."""
+        if stage in self._bars and not outcome.failed:
+            self._move(stage, 100.0, f"{stage}: {outcome.text}")
+
+    def _move(self, stage: str, percent: float, text: str) -> None:
+        try:
+            if stage in self._bars:
+                update_progress_artifact(self._bars[stage], percent, text)
+            else:
+                key = re.sub("[^a-z0-9]+", "-", stage.lower())  # all that Prefect allows
+                self._bars[stage] = create_progress_artifact(percent, key, text)  # type: ignore[assignment]
+        except Exception as error:  # noqa: BLE001 - who watches must not fail the work
+            get_run_logger().warning(f"{stage}: no progress bar ({type(error).__name__}: {error})")
 
 
 watcher: ContextVar[Watcher] = ContextVar("watcher")

@@ -11,14 +11,18 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 # For this process and all that it starts.
 os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+
+SHOTS = Path(__file__).parents[1] / "test-output"
 
 # A busy machine is no failure, and a failure must come again.
 settings.register_profile("ddpm", deadline=None, derandomize=True)
@@ -73,23 +77,83 @@ def mlflow_home(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) 
     return home
 
 
-@pytest.fixture(scope="session")
-def mlflow_server(mlflow_home: Path) -> Iterator[str]:
-    """The URI of a real `mlflow server`, set up as `make up` does it."""
-    port, log = free_port(), mlflow_home / "server.log"
-    artifacts = str(mlflow_home / "mlartifacts")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{mlflow_home / 'mlflow.db'}"]
-    command += ["--default-artifact-root", artifacts, "--artifacts-destination", artifacts]
+@contextmanager
+def served(home: Path, *arguments: str, **environment: str) -> Iterator[str]:
+    """The address of `mlflow ARGUMENTS`, a server that works in `home` until the block ends."""
+    port, log = free_port(), home / "server.log"
+    command = [sys.executable, "-m", "mlflow", *arguments, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=mlflow_home, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=home,
+            env={**os.environ, "PATH": path, **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         wait_for(f"http://127.0.0.1:{port}/health", process, log)
         yield f"http://127.0.0.1:{port}"
     finally:
         end_group(process)
+
+
+@contextmanager
+def tracking_server(home: Path) -> Iterator[str]:
+    """`mlflow server` over home's mlflow.db and mlartifacts, set up as `make up` does it."""
+    artifacts = str(home / "mlartifacts")
+    store = ("--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}")
+    with served(
+        home, "server", *store, "--default-artifact-root", artifacts, "--artifacts-destination", artifacts
+    ) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., AbstractContextManager[str]]:
+    """serve(home, "models", "serve", ...): see `served`."""
+    return served
+
+
+@pytest.fixture(scope="session")
+def serve_tracking() -> Callable[[Path], AbstractContextManager[str]]:
+    return tracking_server
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(mlflow_home: Path) -> Iterator[str]:
+    """The URI of a real `mlflow server`."""
+    with tracking_server(mlflow_home) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, headless. Not longer than a module: playwright keeps an event loop in this thread meanwhile."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """An empty page of somebody who was never here."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(60_000)
+    yield context.new_page()
+    context.close()
+
+
+@pytest.fixture(scope="session")
+def shoot() -> Callable[[Any, str], None]:
+    """shoot(page, name): a picture of what is in sight, as test-output/NAME.png, to be looked at."""
+    SHOTS.mkdir(exist_ok=True)
+    return lambda page, name: page.screenshot(path=SHOTS / f"{name}.png")
 
 
 @pytest.fixture(scope="session")

@@ -102,6 +102,11 @@ def test_a_deployment_run_does_it_all(up: Up) -> None:
     assert logs == ["train@linear: began"]
 
     artifacts = {item["key"]: item for item in up.post("/artifacts/filter")}
+    bars = {key: item["data"] for key, item in artifacts.items() if item["type"] == "progress"}
+    assert bars == dict.fromkeys(("stages", *(name.replace("@", "-") for name in up.scratch.names)), 100.0)
+    assert artifacts["stages"]["description"] == "stages: 6 of 6 stages"
+    assert artifacts["train-linear"]["task_run_id"] == tasks["train@linear"]["id"]
+    assert artifacts["champion"]["data"] == "done by a stand-in"
     assert json.loads(artifacts["sweep"]["data"])[0]["point"] == "linear-ddim-10"
     assert f"http://127.0.0.1:{up.ports['MLFLOW_PORT']}" in artifacts["mlflow"]["data"]
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import pickletools
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mlflow.models import Model
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
 from ddpm.stages import store, tracking
+from ddpm.stages.generate import generate
 from ddpm.stages.params import Params, Point
 from ddpm.stages.tracking.registry import SERVED_MODULES, SERVED_PACKAGES
 
@@ -90,6 +95,78 @@ def test_it_makes_the_samples_of_its_point_without_this_checkout(
     assert np.load(elsewhere / "example.npy").shape == (4, 1, 8, 8)
     faults = ["n = 0", "no sampler 'none'", "steps = 100000", "missing inputs"]
     assert [fault in error for fault, error in zip(faults, told["errors"], strict=True)] == [True] * 4
+
+
+def assert_generated(images: np.ndarray, params: Params, out: Path, seed: int) -> None:
+    """Bit for bit what `ddpm generate` makes of the champion."""
+    generate(params, out=out, count=len(images), seed=seed)
+    with Image.open(out) as picture:
+        np.testing.assert_array_equal(store.grid(images.astype(np.uint8))[0], np.asarray(picture))
+
+
+def test_mlflow_serves_it(
+    checkout: Path,
+    params: Params,
+    tmp_path: Path,
+    serve: Callable[..., AbstractContextManager[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tracking.promote(params, checkout)
+    uri = tracking.tracking_uri(checkout)
+    command = ("models", "serve", "--model-uri", "models:/ddpm-digits@champion", "--env-manager", "local")
+    with serve(tmp_path, *command, MLFLOW_TRACKING_URI=uri, OMP_NUM_THREADS="1") as url:
+        body = json.dumps({"dataframe_records": [{"n": 6, "seed": 3}]}).encode()
+        request = urllib.request.Request(f"{url}/invocations", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            images = np.array(json.load(answer)["predictions"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert_generated(images, params, tmp_path / "grid.png", 3)
+
+
+BARE = """
+import importlib.util, sys
+assert importlib.util.find_spec("ddpm") is None
+import mlflow, numpy, pandas
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/ddpm-digits@champion")
+numpy.save("images.npy", model.predict(pandas.DataFrame({"n": [6], "seed": [3]})))
+"""
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(3600)
+def test_it_needs_no_more_than_its_own_requirements(
+    checkout: Path, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an environment made of the model's requirements.txt alone."""
+    tracking.promote(params, checkout)
+    uri, folder = tracking.tracking_uri(checkout), tmp_path / "bare"
+    python, uv = folder / "bin" / "python", str(Path(sys.executable).with_name("uv"))
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    for command in (
+        [uv, "venv", "--python", sys.executable, str(folder)],
+        [
+            uv,
+            "pip",
+            "install",
+            "--python",
+            str(python),
+            "--requirements",
+            str(model_folder(checkout) / "requirements.txt"),
+        ],
+        [str(python), "-c", BARE, uri],
+    ):
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**environment, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert_generated(np.load(tmp_path / "images.npy"), params, tmp_path / "grid.png", 3)
 
 
 def test_its_folder_holds_no_pickle_and_says_what_it_needs(checkout: Path, params: Params) -> None:

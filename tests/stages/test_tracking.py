@@ -137,7 +137,7 @@ def assert_complete(seen: Seen, root: Path, params: Params) -> None:
             assert [(step, value) for step, value, _ in seen.history(run, key)] == expected
         images = [Path(name).name for name in seen.files(run, "images")]
         steps = Counter(int(name.split("+")[2]) for name in images if name.endswith(".png"))
-        assert steps == {entry["evaluations"]: 1 for entry in scores}
+        assert steps == {0: 1} | {entry["evaluations"]: 1 for entry in scores}  # 0: real ones
 
 
 # Where the store is.
@@ -187,7 +187,7 @@ def test_many_processes_prepare_one_store(tmp_path: Path, params: Params, monkey
 def test_everything_is_there_once_and_a_second_time_adds_nothing(checkout: Path, params: Params) -> None:
     said: list[str] = []
     added = tracking.publish(params, checkout, say=said.append)
-    assert added["runs"] == 4 and added["images"] == 4 and added["models"] == 1
+    assert added["runs"] == 4 and added["images"] == 6 and added["models"] == 1
     seen = Seen(checkout)
     assert_complete(seen, checkout, params)
     before = seen.everything()
@@ -209,7 +209,7 @@ def test_what_a_run_says_of_itself(checkout: Path, params: Params) -> None:
     assert training.data.params["schedule"] == "cosine" and training.data.params["seed"] == "0"
     assert training.data.tags["ddpm.model_sha256"] == about["weights_sha256"]
     assert training.data.tags["mlflow.source.git.commit"] == "0123456789abcdef0123456789abcdef01234567"
-    assert sampler.data.params["sampler_row.eta"] == "0.0" and sampler.data.params["evaluation.layer"] == "64"
+    assert sampler.data.tags["ddpm.row.eta"] == "0.0" and sampler.data.tags["ddpm.evaluation.layer"] == "64"
     # images/s: 24 steps of 32 images in 60 s
     assert seen.history(training, "images_per_second") == [(24, pytest.approx(24 * 32 / 60), 1_700_000_060_000)]
     assert [step for step, _, _ in seen.history(sampler, "seconds_per_image")] == [2, 5]
@@ -391,7 +391,7 @@ def test_another_protocol_is_another_run(checkout: Path, smoke: Smoke, params: P
     write_scores(checkout, POINT, 3.0, layer=192)
     tracking.publish(deeper, checkout, only=f"evaluate@{POINT.name}")
     runs = [run for run in Seen(checkout).runs if run.info.run_name == "cosine-ddim"]
-    assert sorted(run.data.params["evaluation.layer"] for run in runs) == ["192", "64"]
+    assert sorted(run.data.tags["ddpm.evaluation.layer"] for run in runs) == ["192", "64"]
     assert sorted(run.data.metrics["fid"] for run in runs) == [3.0, 37.0]  # the last of each
 
 
@@ -562,7 +562,7 @@ def test_through_a_server(checkout: Path, smoke: Smoke, on_server: str, mlflow_h
     with pytest.MonkeyPatch.context() as directly:
         directly.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_home / 'mlflow.db'}")
         added = tracking.publish(params, checkout)
-        assert added["runs"] == 2 and added["images"] == 2  # cosine-ddim and the report
+        assert added["runs"] == 2 and added["images"] == 3  # cosine-ddim and the report
         before = Seen(checkout, "ddpm-fashion-mnist").everything()
     seen = Seen(checkout, "ddpm-fashion-mnist")
     assert seen.everything() == before

@@ -141,14 +141,11 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
     found = client.get_experiment_by_name(name)
     if found is None:
         location = (where.artifacts / name).as_uri() if where.artifacts else None
-        tags = {
-            "ddpm.dataset": dataset,
-            "mlflow.experimentKind": "custom_model_development",
-            "mlflow.note.content": f"Denoising diffusion on {dataset}: a run per schedule, with a child per sampler whose"
-            " `fid` is logged at step = network evaluations.",
-        }
+        tags = {"ddpm.dataset": dataset, "mlflow.experimentKind": "custom_model_development"}
         try:
-            return str(client.create_experiment(name, artifact_location=location, tags=tags))
+            created = str(client.create_experiment(name, artifact_location=location, tags=tags))
+            client.set_experiment_tag(created, "mlflow.note.content", _note(created, dataset))
+            return created
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -161,6 +158,23 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
             " set MLFLOW_TRACKING_URI to that server"
         )
     return str(found.experiment_id)
+
+
+def _note(experiment: str, dataset: str) -> str:
+    """What the experiment's page says on top; it shows the first line, and the rest when that is opened."""
+    query = (
+        "workflowType=machine_learning&compareRunsMode=CHART&searchFilter=tags.%60ddpm.stage%60%20%3D%20'sample'"
+        "&orderByKey=tags.%60mlflow.runName%60&orderByAsc=true"
+    )
+    return (
+        f"**[FID against steps](#/experiments/{experiment}/runs?{query})** of denoising diffusion on {dataset}: a line per"
+        " schedule and sampler, with the images beside it.\n\n"
+        "Step = network evaluations per image; the images at step 0 are real ones, and the slider moves on to the samples."
+        " A run per schedule (`linear`: the training) has a child per sampler"
+        " (`linear-ddim`: the scores and images). Filters: ``tags.`ddpm.schedule` = 'cosine'``,"
+        " ``tags.`ddpm.sampler` = 'ddim'``, ``tags.`ddpm.dataset_sha256` LIKE 'c8c4%'``,"
+        " ``tags.`mlflow.source.git.commit` LIKE '0123%'``, ``metrics.fid < 20``."
+    )
 
 
 @contextmanager

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 FOLLOW_SECONDS = 1.0  # between two looks at dvc.lock
+REAL = 64  # images of the dataset beside the samples
 CONTENT, PUBLISHED = "ddpm.content_sha256", "ddpm.published_sha256"  # what a run is for, and once all of it is there
 UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, of an output without a run file
 
@@ -368,9 +369,10 @@ def publish_points(
     }
     run = find_or_create(target, key, name, agrees, start, tags, added)
     if not run.data.params:
-        log(target, run, _point_params(first, about, settings))
+        log(target, run, _point_params(first, about))
         _log_dataset(target, run, root, about["data"], "evaluation")
         _link_model(target, run, training, weights)
+        _log_real(target, run, root, about["data"], start, added)
     for files in points:
         if any(run.data.tags.get(tag) != value for tag, value in files.tags.items()):
             _publish_point(target, root, run, files, added)
@@ -381,20 +383,22 @@ def publish_points(
 def _point_tags(point: Point, about: Mapping[str, Any], settings: PointSettings) -> dict[str, str]:
     layer, images = settings.evaluation["layer"], settings.evaluation["images"]
     return {
+        **flat({"ddpm": asdict(settings)}),
         "ddpm.stage": "sample",
+        "mlflow.runType": "evaluation",  # MLflow's pages unfold the parents of such runs: the scores are in sight
         "ddpm.schedule": point.schedule,
         "ddpm.sampler": point.sampler,
         "ddpm.dataset": about["data"]["name"],
         "ddpm.dataset_sha256": about["data"]["sha256"],
         "mlflow.note.content": f"Sampler {point.sampler} on the {point.schedule} schedule. Step = network evaluations per"
-        f" image. {RANKING.title} ({RANKING.words}) of at most {images:,} samples, at Inception layer {layer}.",
+        f" image; the images at step 0 are real ones. {RANKING.title} ({RANKING.words}) of at most"
+        f" {images:,} samples, at Inception layer {layer}.",
     }
 
 
-def _point_params(point: Point, about: Mapping[str, Any], settings: PointSettings) -> dict[str, str]:
-    sections = {"seed": settings.seed, "sampling": settings.sampling, "evaluation": settings.evaluation}
-    names = {"schedule": point.schedule, "sampler": point.sampler, "dataset": about["data"]["name"]}
-    return flat({**names, "sampler_row": settings.row, **sections})
+def _point_params(point: Point, about: Mapping[str, Any]) -> dict[str, str]:
+    """Few: MLflow writes all of them above each picture, and more would leave the picture no room."""
+    return {"schedule": point.schedule, "sampler": point.sampler, "dataset": about["data"]["name"]}
 
 
 def _link_model(target: Target, run: Run, training: Run, weights: str) -> None:
@@ -403,6 +407,14 @@ def _link_model(target: Target, run: Run, training: Run, weights: str) -> None:
     model = _checkpoint_model(target, training, weights)
     if model is not None:
         target.client.log_inputs(run.info.run_id, models=[LoggedModelInput(model.model_id)])
+
+
+def _log_real(target: Target, run: Run, root: Path, data: Mapping[str, Any], start: int, added: Counter[str]) -> None:
+    """Real images at step 0, to compare with: MLflow's slider stands there when a page opens, and would show nothing."""
+    about = root / store.dataset_dir() / "dataset.json"
+    if about.exists() and store.read_json(about)["sha256"] == data["sha256"]:
+        picture = store.grid(store.read_dataset(root).train[:REAL])
+        log_image(target, run, picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0), 0, start, added)
 
 
 def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, added: Counter[str]) -> None:
