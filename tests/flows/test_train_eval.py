@@ -113,6 +113,17 @@ def test_a_deployment_run_does_it_all(up: Up) -> None:
     assert "Running stage" not in up.scratch.repro()
 
 
+def test_the_page_of_a_run_shows_its_end_and_its_artifacts(up: Up, page: Any, shoot: Any) -> None:
+    address = f"http://127.0.0.1:{up.ports['PREFECT_PORT']}/runs/flow-run/{up.flow_run()['id']}"
+    page.goto(address)
+    page.get_by_text("Completed", exact=True).first.wait_for()
+    shoot(page, "prefect-run")
+    page.get_by_role("tab", name="Artifacts").first.click()
+    for key in ("champion", "report", "sweep"):
+        page.get_by_text(key, exact=True).first.wait_for()
+    shoot(page, "prefect-artifacts")
+
+
 def test_mlflow_answers(up: Up) -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{up.ports['MLFLOW_PORT']}/health", timeout=10) as answer:
         assert answer.status == 200
