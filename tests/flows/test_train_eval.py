@@ -118,8 +118,8 @@ def test_the_page_of_a_run_shows_its_end_and_its_artifacts(up: Up, page: Any, sh
     page.goto(address)
     page.get_by_text("Completed", exact=True).first.wait_for()
     shoot(page, "prefect-run")
-    page.get_by_role("tab", name="Artifacts").first.click()
-    for key in ("champion", "report", "sweep"):
+    page.get_by_text("Artifacts", exact=True).first.click()
+    for key in ("champion", "sweep", "mlflow"):
         page.get_by_text(key, exact=True).first.wait_for()
     shoot(page, "prefect-artifacts")
 

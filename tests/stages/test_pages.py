@@ -124,12 +124,11 @@ def test_the_runs_page_has_the_samplers_below_their_schedules(page: Any, mlflow:
 
 def test_the_registry_shows_the_champion_and_where_it_comes_from(page: Any, mlflow: str, shoot: Shoot) -> None:
     page.goto(f"{mlflow}/#/models/ddpm-digits", wait_until="domcontentloaded")
-    page.get_by_text("champion", exact=True).first.wait_for()
+    page.get_by_text("champion").locator("visible=true").first.wait_for()
     shoot(page, "mlflow-model")
     page.get_by_role("link", name="Version 1").click()
-    page.get_by_text("95 % sure").wait_for()
-    for text in ("ddpm.evaluations", "cosine-ddim-10 is the first champion", "ddpm.dataset_sha256"):
-        page.get_by_text(text).first.wait_for()
+    for text in ("95%", "ddpm.evaluations", "cosine-ddim-10 is the first champion", "ddpm.dataset_sha256"):
+        page.get_by_text(text).locator("visible=true").first.wait_for()
     assert page.get_by_role("link", name="cosine-ddim", exact=True).get_attribute("href")  # the run
     shoot(page, "mlflow-version")
 
