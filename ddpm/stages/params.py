@@ -76,6 +76,7 @@ class Training(Section):
     threads: Count = 1
     log_every: Count = 50
     validate_every: Count = 500
+    validation_images: Annotated[int, Field(ge=0)] = 1024  # at most
 
 
 class Sampling(Section):

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import shutil
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import ddpm.schedule
 import ddpm.training
 import ddpm.unet
 from ddpm.denoiser import Denoiser
-from ddpm.objective import LOSSES, Objective
+from ddpm.objective import Objective
 from ddpm.schedule import NoiseSchedule
 from ddpm.stages import checkpoint, store
 from ddpm.stages.checkpoint import ResumeState
@@ -31,10 +30,8 @@ from ddpm.stages.device import find_device
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
 from ddpm.stages.progress import Progress, Report, silent
-from ddpm.training import TrainingState, autocast, fit, scaled, told
-
-VALIDATION_IMAGES = 1024  # at most
-BINS, BIN_IMAGES = 10, 256  # of the losses by network time; images at most
+from ddpm.stages.validation import Validation
+from ddpm.training import TrainingState, fit
 
 
 def noise_schedule(params: Params, name: str) -> NoiseSchedule:
@@ -86,81 +83,6 @@ def training_key(params: Params, schedule: str, dataset: str) -> str:
     return hashlib.sha256(json.dumps([settings, row, dataset, code]).encode()).hexdigest()
 
 
-@torch.no_grad()
-def _mean_losses(
-    net: torch.nn.Module,
-    images: torch.Tensor,
-    times: torch.Tensor,
-    objective: Objective,
-    batch: int,
-    precision: str,
-    generator: torch.Generator,
-    names: tuple[str, ...],
-    labels: torch.Tensor | None,
-) -> list[float]:
-    """Rows of LOSSES by name: the mean of each over uint8 images [N, C, H, W] at times int64 [N]; labels, if the network
-    is conditional, int64 [N].
-    """
-    total = torch.zeros(len(names), dtype=torch.float64, device=images.device)
-    for start in range(0, len(images), batch):
-        rows = slice(start, start + batch)
-        x_0 = scaled(images[rows])
-        eps = torch.randn(x_0.shape, device=images.device, generator=generator)
-        with autocast(images.device, precision):
-            outcome = objective.outcome(told(net, None if labels is None else labels[rows]), x_0, times[rows], eps)
-            total += torch.stack([LOSSES[name](objective, outcome).sum() for name in names])
-    return [value / len(images) for value in total.tolist()]
-
-
-def _spread(images: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """A time for each image, evenly over start ... end - 1."""
-    return (start + (torch.arange(len(images), device=images.device) + 0.5) / len(images) * (end - start)).long()
-
-
-def validation_loss(
-    net: torch.nn.Module,
-    images: torch.Tensor,
-    objective: Objective,
-    batch: int,
-    precision: str,
-    labels: torch.Tensor | None = None,
-) -> float:
-    """The objective's loss of uint8 images [N, C, H, W], with their labels int64 [N] if the network is conditional, at times
-    spread evenly over 0 ... T-1 and fixed noise.
-    """
-    generator = torch.Generator(images.device).manual_seed(0)
-    order = torch.randperm(len(images), device=images.device, generator=generator)
-    times = _spread(images, 0, len(objective.a))[order]
-    return _mean_losses(net, images, times, objective, batch, precision, generator, (objective.loss,), labels)[0]
-
-
-def losses_by_time(
-    net: torch.nn.Module,
-    images: torch.Tensor,
-    objective: Objective,
-    batch: int,
-    precision: str,
-    labels: torch.Tensor | None = None,
-) -> list[dict[str, Any]]:
-    """Where among the network times the losses arise: a row for each of BINS even ranges of 0 ... T-1, fixed noise.
-
-    t: the middle of the range. loss_simple: L_simple. loss_vlb: the bound's terms times T in nats per dimension, so that their
-    mean over even ranges is the bound without L_T. Without images the cells are empty.
-    """
-    images = images[:BIN_IMAGES]
-    generator = torch.Generator(images.device).manual_seed(0)
-    bins = min(BINS, len(objective.a))
-    edges = [len(objective.a) * i // bins for i in range(bins + 1)]
-    names, rows = ("simple", "vlb"), []
-    for start, end in pairwise(edges):
-        means: list[Any] = ["", ""]
-        if len(images):
-            times = _spread(images, start, end)
-            means = _mean_losses(net, images, times, objective, batch, precision, generator, names, labels)
-        rows.append({"t": (start + end - 1) // 2, "loss_simple": means[0], "loss_vlb": means[1]})
-    return rows
-
-
 def train(
     params: Params, schedule: str, root: Path = Path(), report: Report = silent, fresh: bool = False
 ) -> dict[str, Any]:
@@ -196,11 +118,8 @@ def train(
     rows, losses = _resume(folder, state, settings.steps, report)
 
     images = torch.from_numpy(np.array(dataset.train)).to(device)
-    validation = torch.from_numpy(np.array(dataset.test[:VALIDATION_IMAGES])).to(device)
-    labels, validation_labels = (
-        torch.from_numpy(np.array(split)).to(device) if params.diffusion.conditional else None
-        for split in (dataset.train_labels, dataset.test_labels)
-    )
+    labels = torch.from_numpy(np.array(dataset.train_labels)).to(device) if params.diffusion.conditional else None
+    validation = _validation(params, dataset, objective, device)
     denoiser = Denoiser(state.ema, noise, params.diffusion.target, clip=True)
     steps = fit(
         state,
@@ -223,7 +142,7 @@ def train(
     while state.step < settings.steps:
         step = next(steps)
         losses.append(step.loss)
-        validate = len(validation) > 0 and step.step % settings.validate_every == 0
+        validate = len(validation.images) > 0 and step.step % settings.validate_every == 0
         if step.step % settings.log_every == 0 or validate:
             values = {"loss": float(torch.stack(losses).mean()), "learning_rate": step.learning_rate}
             values["gradient_norm"] = float(step.gradient_norm)
@@ -235,9 +154,7 @@ def train(
                 )
             row: dict[str, Any] = {"step": step.step, **values, "validation_loss": ""}
             if validate:
-                row["validation_loss"] = values["validation_loss"] = validation_loss(
-                    state.ema, validation, objective, settings.batch, settings.precision, validation_labels
-                )
+                row["validation_loss"] = values["validation_loss"] = validation.loss(state.ema)
             rows.append(row)
             report(Progress(step.step, settings.steps, "steps", values, model=lambda: denoiser))
         else:
@@ -246,8 +163,17 @@ def train(
             checkpoint.write_resume(folder, ResumeState(step.step, state.tensors(), rows, [float(x) for x in losses]))
             saved = step.step
 
-    by_time = losses_by_time(state.ema, validation, objective, settings.batch, settings.precision, validation_labels)
-    return _write(params, schedule, state, network, dataset, rows, by_time, root)
+    return _write(params, schedule, state, network, dataset, rows, validation.by_time(state.ema), root)
+
+
+def _validation(params: Params, dataset: store.Dataset, objective: Objective, device: torch.device) -> Validation:
+    settings = params.training
+    images, labels = (
+        None if split is None else torch.from_numpy(np.array(split[: settings.validation_images])).to(device)
+        for split in (dataset.test, dataset.test_labels if params.diffusion.conditional else None)
+    )
+    assert images is not None
+    return Validation(images, objective, settings.batch, settings.precision, labels)
 
 
 def _objective(params: Params, schedule: str, device: torch.device) -> Objective:
@@ -328,11 +254,10 @@ def _copy_imported(params: Params, schedule: str, dataset: store.Dataset, root: 
             f"{folder}: makes images of shape {about['data']['shape']}, the dataset's are {dataset.about['shape']}"
         )
     torch.set_num_threads(params.training.threads)
-    images = torch.from_numpy(np.array(dataset.test[:VALIDATION_IMAGES])).to(device)
     report(Progress(0, 1, "models", message=f"imported, with target {denoiser.target} at T = {denoiser.schedule.T}"))
     objective = Objective.of(denoiser.schedule, denoiser.target, device)
-    how = (objective, params.training.batch, params.training.precision)
-    loss = validation_loss(denoiser.net, images, *how) if len(images) else None
+    validation = _validation(params, dataset, objective, device)
+    loss = validation.loss(denoiser.net) if len(validation.images) else None
     del about["format"]
     training = {"seed": params.seed, "steps": 0, "imported": row.imported}
     about = {**about, "data": _about_data(dataset), "training": training}
@@ -341,7 +266,7 @@ def _copy_imported(params: Params, schedule: str, dataset: store.Dataset, root: 
     checkpoint.save(root / store.model_dir(schedule), denoiser.net, about)
     curve = {"step": 0, "loss": "", "learning_rate": "", "gradient_norm": "", "validation_loss": loss}
     store.write_csv(root / store.history_file(schedule), [curve])
-    store.write_csv(root / store.losses_by_time_file(schedule), losses_by_time(denoiser.net, images, *how))
+    store.write_csv(root / store.losses_by_time_file(schedule), validation.by_time(denoiser.net))
     store.write_json(root / store.training_metrics_file(schedule), metrics)
     report(Progress(1, 1, "models"))
     return metrics

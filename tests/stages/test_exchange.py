@@ -18,7 +18,8 @@ from ddpm.stages.errors import InputError
 from ddpm.stages.exchange import WEIGHTS, export_diffusers, import_diffusers
 from ddpm.stages.params import Params, Point
 from ddpm.stages.sample import sample_point
-from ddpm.stages.train import VALIDATION_IMAGES, train, validation_loss
+from ddpm.stages.train import train
+from ddpm.stages.validation import Validation
 
 diffusers = pytest.importorskip("diffusers")
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -78,8 +79,8 @@ def test_exported_and_imported_it_makes_the_same_images(made: Path, exported: Pa
     params = Params.load(checkout / "params.yaml")
     metrics = train(params, "hub", checkout)
     original, _ = checkpoint.load(made / "models/cosine")
-    images = torch.from_numpy(np.array(store.read_dataset(made).test[:VALIDATION_IMAGES]))
-    loss = validation_loss(original.net, images, Objective.of(original.schedule, "eps"), 32, "float32")
+    images = torch.from_numpy(np.array(store.read_dataset(made).test))
+    loss = Validation(images, Objective.of(original.schedule, "eps"), 32).loss(original.net)
     assert metrics["steps"] == 0 and metrics["validation_loss"] == loss
     assert metrics["parameters"] == store.read_json(made / "metrics/train/cosine.json")["parameters"]
     (row,) = store.read_csv(checkout / "metrics/train/hub.csv")

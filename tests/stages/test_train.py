@@ -18,7 +18,8 @@ from ddpm.stages.params import Params, Point
 from ddpm.stages.progress import Progress
 from ddpm.stages.sample import sample_point
 from ddpm.stages.tracking.lineage import identity_of_model, training_identity
-from ddpm.stages.train import losses_by_time, train, training_key
+from ddpm.stages.train import train, training_key
+from ddpm.stages.validation import Validation
 
 OUTPUTS = (
     "models/cosine/model.safetensors",
@@ -68,7 +69,7 @@ def test_losses_by_time_of_a_network_that_predicts_zero(digits: Path) -> None:
     images = torch.from_numpy(np.array(store.read_dataset(digits).test))
     schedule = NoiseSchedule.named("cosine", 100)
     for target in ("eps", "x0"):
-        rows = losses_by_time(lambda x, t: 0 * x, images, Objective.of(schedule, target), 64, "float32")
+        rows = Validation(images, Objective.of(schedule, target), 64).by_time(lambda x, t: 0 * x)
         assert [row["t"] for row in rows] == [4, 14, 24, 34, 44, 54, 64, 74, 84, 94]
         square = float((images[:256].double() / 127.5 - 1).square().mean())
         expected, deviation = {"eps": (1.0, 4 * math.sqrt(2 / (256 * 64))), "x0": (square, 1e-6)}[target]
@@ -79,7 +80,7 @@ def test_losses_by_time_of_a_network_that_predicts_zero(digits: Path) -> None:
     on_x0 = alpha_bar[:-1].sqrt() * beta / (1 - alpha_bar[1:])
     terms = 100 * (ratio - 1 - ratio.log() + on_x0**2 * square / beta) / 2
     assert [row["loss_vlb"] for row in rows[1:]] == pytest.approx(terms.view(10, 10).mean(1)[1:].tolist(), rel=0.1)
-    empty = losses_by_time(lambda x, t: 0 * x, images[:0], Objective.of(schedule, "eps"), 64, "float32")
+    empty = Validation(images[:0], Objective.of(schedule, "eps"), 64).by_time(lambda x, t: 0 * x)
     assert [(row["t"], row["loss_vlb"]) for row in empty] == [(row["t"], "") for row in rows]
 
 
