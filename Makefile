@@ -75,4 +75,7 @@ else
 endif
 	@$(PIP) --compile-bytecode --require-hashes --requirements .venv/requirements.txt
 	@$(PIP) --no-build-isolation --editable .
+	@rm -rf .venv/share/prefect
+	@PREFECT_HOME='$(CURDIR)/.venv/share/prefect' .venv/bin/prefect server database upgrade --yes >/dev/null & prefect=$$!; \
+		.venv/bin/python -c 'from ddpm.stages.tracking import empty; empty.make()' && wait $$prefect
 	@touch $@

@@ -159,6 +159,7 @@ def likelihood(
         f"likelihood@{schedule}",
         store.likelihood_file(schedule),
         lambda params, report: likelihood(params, schedule, Path(), report),
+        publishes=not FOLLOWED,
     )
 
 

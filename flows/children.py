@@ -12,10 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ddpm.stages import watchdog
+from flows import warm
 
 GRACE = 10.0  # seconds from SIGTERM to SIGKILL
 
-_running: set[subprocess.Popen[str]] = set()
+Child = subprocess.Popen[str] | warm.Child
+
+_running: set[Child] = set()
+_warm: list[warm.Warm] = []  # the one there is, if any
 _lock = threading.Lock()
 _stopped = threading.Event()
 
@@ -41,18 +45,7 @@ def run(
     with _lock:
         if _stopped.is_set():
             raise Stopped
-        child = subprocess.Popen(
-            command,
-            cwd=root,
-            env=_environment(),
-            stdin=standard_input,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,
-        )
+        child = _spawn(command, root, standard_input)
         _running.add(child)
     try:
         assert child.stdout is not None
@@ -67,6 +60,26 @@ def run(
     return code
 
 
+def _spawn(command: Sequence[str], root: Path, standard_input: int) -> Child:
+    environment = _environment()
+    if warm.can_run(command[0], environment):
+        if not _warm or not _warm[0].alive():
+            _warm[:] = [warm.Warm(environment)]
+        return _warm[0].spawn(command, root, environment, standard_input)
+    return subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        stdin=standard_input,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+
+
 def stop() -> None:
     """Ends every child and all that it started: SIGTERM, then SIGKILL for what is left after GRACE seconds."""
     with _lock:
@@ -79,9 +92,11 @@ def stop() -> None:
         time.sleep(0.05)
     for child in children:
         _signal(child, signal.SIGKILL)
+    while _warm:
+        _warm.pop().close()
 
 
-def _signal(child: subprocess.Popen[str], number: int) -> bool:
+def _signal(child: Child, number: int) -> bool:
     """Signals the group; False when nobody is left in it."""
     child.poll()
     try:

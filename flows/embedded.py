@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,9 +17,12 @@ from pathlib import Path
 from ddpm.stages import watchdog
 from ddpm.stages.errors import InputError
 
+DATABASE = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")  # where it is another's
 HOME = Path(".prefect")  # Prefect's database and logs; prefect.toml names the same folder
-TIMEOUT = 120.0  # seconds; a new database takes 10 to 20
+TIMEOUT = 120.0  # seconds
 FLUSH = 1.0  # seconds between the server's writes of task states; at 0.2 it keeps a third of a core busy
+# Made once, when the project is installed: to create its tables takes Prefect ten seconds of computing.
+EMPTY = Path(sys.prefix) / "share" / "prefect" / "prefect.db"
 # What a server does for schedules, workers and automations, none of which one run has.
 IDLE_SERVICES = (
     "FOREMAN",
@@ -28,6 +33,18 @@ IDLE_SERVICES = (
     "TRIGGERS",
     "CANCELLATION_CLEANUP",
 )
+
+
+def create_database(home: Path) -> None:
+    """Gives Prefect's folder a database if it has none. What is missing then, an older one's tables, a server makes itself."""
+    home.mkdir(parents=True, exist_ok=True)
+    if not EMPTY.exists() or any(name in os.environ for name in DATABASE):
+        return
+    copy = home / f"prefect.db.{os.getpid()}"
+    shutil.copyfile(EMPTY, copy)
+    with contextlib.suppress(FileExistsError):
+        os.link(copy, home / "prefect.db")
+    copy.unlink()
 
 
 class Api:
@@ -41,7 +58,7 @@ class Api:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         home = Path(os.environ.setdefault("PREFECT_HOME", str((root / HOME).resolve())))
-        home.mkdir(parents=True, exist_ok=True)
+        create_database(home)
         self.log = home / "server.log"
         os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{self.port}/api"
         with self.log.open("wb") as log:

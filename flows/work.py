@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 from ddpm.stages import display
@@ -24,7 +23,7 @@ _KILLED = {-9, 137}
 
 def reproduce(stage: str, root: Path, watcher: Watcher) -> Outcome:
     """`dvc repro` of one stage; DVC decides whether there is anything to do. Raises children.Stopped."""
-    command = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage)
+    command = ("dvc", "--wait-for-lock", "repro", "--single-item", stage)
     code, said, dvc = _run(stage, command, root, watcher)
     if code == 0:
         if any("didn't change, skipping" in line for line in dvc):

@@ -31,6 +31,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -380,10 +381,16 @@ def read_influence(path: Path) -> NDArray[np.float32]:
 
 
 def dvc_lock(root: Path) -> dict[str, Any]:
-    """The stages of dvc.lock, or nothing."""
+    """The stages of dvc.lock, or nothing. Not to be changed: who asks again gets the same."""
     path = root / "dvc.lock"
     if not path.exists():
         return {}
+    about = path.stat()
+    return _dvc_lock(path.resolve(), about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _dvc_lock(path: Path, *version: int) -> dict[str, Any]:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
+from ddpm.stages.tracking import empty
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -47,6 +48,7 @@ class Place:
     uri: str
     lock: Path
     artifacts: Path | None
+    database: Path | None = None  # the file, if the store is one
 
     @property
     def shown(self) -> str:
@@ -82,7 +84,7 @@ def find_place(root: Path = Path()) -> Place:
     if scheme.partition("+")[0] == "sqlite" and rest:
         file = Path(unquote(rest.partition("?")[0])).resolve()
         uri = _sqlite_uri(scheme, file) + "".join(rest.partition("?")[1:])
-        lock, artifacts = file.with_name(f"{file.name}.lock"), file.parent / "mlartifacts"
+        return Place(uri, file.with_name(f"{file.name}.lock"), file.parent / "mlartifacts", file)
     return Place(uri, lock, None if scheme.partition(":")[0] in ("http", "https") else artifacts)
 
 
@@ -112,7 +114,7 @@ def prepare_store(params: Params, root: Path = Path()) -> str:
     return open_target(params, root).experiment
 
 
-def _import_mlflow() -> None:
+def import_mlflow() -> None:
     """The first import of mlflow reads the environment."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -120,8 +122,10 @@ def _import_mlflow() -> None:
 
 
 def client_of(where: Place) -> MlflowClient:
-    """Call it under the lock: the first client of a database file migrates it."""
-    _import_mlflow()
+    """Call it under the lock: the first client of a database file creates or migrates it."""
+    import_mlflow()
+    if where.database:
+        empty.create(where.database)
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(where.uri, registry_uri=where.uri)
@@ -227,7 +231,7 @@ def _unreachable(where: Place) -> str:
 @contextmanager
 def plain_errors(where: Place) -> Iterator[None]:
     """What MLflow, its server or the disk answer becomes one line. Raises InputError."""
-    _import_mlflow()
+    import_mlflow()
     from mlflow.exceptions import MlflowException
 
     try:

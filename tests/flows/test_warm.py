@@ -1,0 +1,108 @@
+"""A stage that is forked from a process with everything imported does what it does in an interpreter of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flows import children
+
+ROOT = Path(__file__).parent.parent.parent
+COMMAND = ("dvc", "repro", "--single-item", "prepare")
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these forks")
+
+
+@pytest.fixture
+def root(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The scratch repository with the real stages, the dvc.lock of the real sweep, and the real `ddpm`."""
+    for name in ("dvc.yaml", "dvc.lock"):
+        shutil.copy(ROOT / name, scratch.root)
+    for name in ("ddpm", "images"):
+        shutil.copytree(ROOT / name, scratch.root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (scratch.root / "bin" / "ddpm").unlink()
+    params = (ROOT / "params.yaml").read_text().replace("seed: 0", "seed: 5")
+    (scratch.root / "params.yaml").write_text(params)
+    monkeypatch.setenv("PATH", scratch.environment["PATH"])
+    monkeypatch.setenv("SCRATCH", scratch.mark)
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    children.start()
+    yield scratch.root
+    children.stop()
+    children.start()
+
+
+def forked(scratch: Any) -> list[int]:
+    """The pids of what started as no interpreter of its own, and of what they are forks of."""
+    return [int(line.split()[0]) for line in scratch.running() if "flows.warm" in line]
+
+
+def test_it_leaves_the_outputs_and_the_lock_that_dvc_alone_leaves(root: Path, scratch: Any, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(root, alone, symlinks=True)
+    said: list[str] = []
+    seen: list[int] = []
+
+    def line(text: str) -> None:
+        said.append(text)
+        seen.append(len(forked(scratch)))
+
+    assert children.run(COMMAND, root, line) == 0
+    assert any(text.startswith("prepare: digits: 1,438 train") for text in said)
+    assert max(seen) == 3  # the one that imports, DVC, and the stage: all forks
+    scratch.root = alone
+    assert scratch.run(sys.executable, "-m", *COMMAND).returncode == 0
+    assert (root / "dvc.lock").read_text() != (ROOT / "dvc.lock").read_text()
+    for name in ("dvc.lock", "dataset/dataset.json", "dataset/train.npy"):
+        assert (root / name).read_bytes() == (alone / name).read_bytes(), name
+
+
+def test_it_ends_with_the_exit_code_and_the_line_of_the_stage(root: Path) -> None:
+    (root / "params.yaml").write_text(
+        (root / "params.yaml").read_text().replace("test_fraction: 0.2", "test_fraction: 2")
+    )
+    said: list[str] = []
+    assert children.run(COMMAND, root, said.append) != 0
+    assert any(text.startswith("ddpm: params.yaml: data.test_fraction") for text in said)
+    assert any("exited with 2" in text for text in said)
+    said.clear()
+    assert children.run(("ddpm", "prepare"), root, said.append) == 2
+    assert len(said) == 1
+
+
+def test_a_kill_of_all_forks_is_one_of_the_work_and_the_next_goes_on(root: Path, scratch: Any) -> None:
+    def kill(text: str) -> None:
+        if text.startswith("> ddpm prepare"):
+            (importer,) = (pid for pid in forked(scratch) if psutil.Process(pid).ppid() == os.getpid())
+            os.kill(importer, signal.SIGKILL)
+
+    assert children.run(COMMAND, root, kill) == -signal.SIGKILL
+    scratch.wait(lambda: not forked(scratch), 20, "nobody is left of the killed one's forks")
+    assert children.run(COMMAND, root, print) == 0
+
+
+def test_stop_ends_the_forks(root: Path, scratch: Any) -> None:
+    began, ends = threading.Event(), []
+
+    def work() -> None:
+        try:
+            children.run(COMMAND, root, lambda text: began.set() if text.startswith("> ddpm") else None)
+        except children.Stopped:
+            ends.append("stopped")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert began.wait(30)
+    children.stop()
+    thread.join(10)
+    assert ends == ["stopped"]
+    scratch.wait(lambda: not forked(scratch), 5, "no fork is left")
