@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bench.harness import alternate, ratios
+from bench.harness import TINY, alternate, ratios
 from ddpm.stages import store
 from ddpm.stages.params import Data, Params
 from ddpm.stages.prepare import prepare as run_prepare
 
 ROOT = Path(__file__).parents[1]
-IMAGES = 5_000
+IMAGES = 200 if TINY else 5_000
 
 
 def _pack(path: Path) -> str:

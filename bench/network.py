@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness import alternate, limit, ratios
+from bench.harness import TINY, alternate, limit, ratios
 from ddpm import Denoiser, NoiseSchedule, UNet, interop, sample
 from ddpm.objective import Objective
 from ddpm.training import TrainingState, fit
@@ -29,8 +28,8 @@ PAPER: dict[str, Any] = {  # 35.7M parameters
     "heads": 1,
     "dropout": 0.1,
 }
-TINY = {**PAPER, "channels": 32, "multipliers": [1, 2], "attention": [16], "blocks": 1}
-SETTINGS = TINY if "BENCH_TINY" in os.environ else PAPER  # tiny: whether a row runs, in seconds; not for results
+LITTLE = {**PAPER, "channels": 32, "multipliers": [1, 2], "attention": [16], "blocks": 1}
+SETTINGS = LITTLE if TINY else PAPER
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.harness import figure
+from bench.harness import TINY, figure
 from ddpm.stages.display import PREFIX
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +127,10 @@ def start(device: str) -> dict[str, Any]:
     with _clone() as (root, environment):
         for verb in (["prepare"], *verbs.values()):
             _timed([str(Path(sys.executable).parent / "ddpm"), *verb], root, environment)
-        times = {name: [_first_work(verb, root, environment) for _ in range(5)] for name, verb in verbs.items()}
+        times = {
+            name: [_first_work(verb, root, environment) for _ in range(1 if TINY else 5)]
+            for name, verb in verbs.items()
+        }
     return {
         "work": "seconds from the start of a stage's process to the first thing it has done",
         "per_call": "one process",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.harness import alternate, figure, ratios
+from bench.harness import TINY, alternate, figure, ratios
 from ddpm import features, fidelity
 
-SETS, IMAGES = 3, 100  # sample sets, and images of each and of the reference
-ROWS, DIMENSIONS = (5_000, 512) if "BENCH_TINY" in os.environ else (50_000, 2048)
+SETS, IMAGES = 3, 60  # sample sets, and images of each and of the reference
+ROWS, DIMENSIONS = (1_000, 128) if TINY else (50_000, 2048)
 CACHE = Path(".cache") / "inception"
 
 
@@ -40,7 +39,7 @@ def fid_sets(device: str) -> dict[str, Any]:
     """FID of K sample sets against one reference."""
     import torch_fidelity
 
-    images = IMAGES * (50 if device == "cuda" else 1) // (4 if "BENCH_TINY" in os.environ else 1)
+    images = IMAGES * (50 if device == "cuda" else 1) // (10 if TINY else 1)
     reference, *sets = (_pictures(images, seed) for seed in range(SETS + 1))
     inception = features.load(2048, CACHE, device)
     seconds: list[float] = []
