@@ -137,10 +137,10 @@ def jackknife(features: Features, reference: Statistics, device: Device = "cpu")
         change += (a - 1) * trace - 2 * (math.sqrt(a) - 1) * cross
         along = axes[start : start + _ROWS].square() if few else (d @ axes).square_()
         changes.append(change - 2 * _root_change(along, values, a, b))
-    change = torch.cat(changes).cpu().numpy()  # FID_(-i) - FID
-    mean_change = float(change.mean())
+    changed = torch.cat(changes).cpu().numpy()  # FID_(-i) - FID
+    mean_change = float(changed.mean())
     fid = max(0.0, float(shift @ shift) + trace + float(np.trace(reference.covariance)) - 2 * cross)
-    return Jackknife(fid, (count - 1) * (mean_change - change), (count - 1) * mean_change)
+    return Jackknife(fid, (count - 1) * (mean_change - changed), (count - 1) * mean_change)
 
 
 def _root_change(squares: Tensor, values: Tensor, a: float, b: float) -> Tensor:
