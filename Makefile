@@ -1,7 +1,7 @@
 # `make help` lists what there is. Every target does the set-up it needs, once.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test proof up ui check clean lock
+.PHONY: help demo test proof bench up ui check clean lock
 
 UV := uv==0.13.9
 INSTALLED := .venv/installed
@@ -35,6 +35,11 @@ test: $(INSTALLED) ## the tests (15 minutes at most)
 
 proof: $(INSTALLED) ## the slow proofs
 	@$(RUN) pytest -m proof
+
+bench: $(INSTALLED) ## speed beside other packages, into docs/speed.md (ONLY=train: one row; 20 minutes at most)
+	@$(PIP) --quiet $$(.venv/bin/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
+	@$(RUN) python -m bench $(ONLY)
 
 up: $(INSTALLED) ## Prefect server, MLflow server and a worker, until Ctrl-C
 	@$(RUN) python -m flows.up

@@ -16,8 +16,9 @@ sqrt(z) = (1/2pi) integral_0^inf s^(-1/2) log(1 + z/s) ds and the determinant of
 
     tr (a M - b v v^T)^(1/2) = sqrt(a) tr M^(1/2) + (1/2pi) integral_0^inf s^(-1/2) log(1 - b v^T (s + a M)^(-1) v) ds.
 
-One eigendecomposition of M serves all images, and in its axes the integral is a matrix product. Nothing is inverted and nothing
-linearised: with fewer images than features, where the derivative of the root would give half the true error, it stays exact.
+One eigendecomposition of M serves all images, and in its axes the integral is a matrix product; with fewer images than features
+that of an N x N matrix does. Nothing is inverted and nothing linearised: with fewer images than features, where the derivative of
+the root would give half the true error, it stays exact.
 
 l_i = (N - 1) (mean_j FID_(-j) - FID_(-i)) are the influence values (see intervals.py), and (N - 1) (mean_j FID_(-j) - FID) is
 the bias to first order in 1/N (Quenouille 1956): FID less that is an estimate for infinitely many images, the same limit as Chong
@@ -51,8 +52,12 @@ class Statistics:
 
     @cached_property
     def root(self) -> NDArray[np.float64]:
-        """R [D, D] with R R^T = covariance."""
-        values, vectors = torch.linalg.eigh(torch.from_numpy(self.covariance))
+        """R [D, D] with R R^T = covariance: Cholesky's, or the eigenvectors' where rounding leaves an eigenvalue below 0."""
+        covariance = torch.from_numpy(self.covariance)
+        lower, failed = torch.linalg.cholesky_ex(covariance)
+        if not failed:
+            return lower.numpy()
+        values, vectors = torch.linalg.eigh(covariance)
         return (vectors * values.clamp_min(0).sqrt()).numpy()
 
 
@@ -63,7 +68,17 @@ def statistics(features: Features) -> Statistics:
     x = torch.from_numpy(features).to(torch.float64, copy=True)
     mean = x.mean(0)
     x -= mean
-    return Statistics(mean.numpy(), (x.T @ x / (len(x) - 1)).numpy())
+    return Statistics(mean.numpy(), (_gram(x) / (len(x) - 1)).numpy())
+
+
+def _gram(x: Tensor) -> Tensor:
+    """x^T x [D, D] for x [N, D], of which only one of two equal halves is computed."""
+    product, step = x.new_empty(x.shape[1], x.shape[1]), 256
+    for start in range(0, x.shape[1], step):
+        rows, upto = slice(start, start + step), slice(0, start + step)
+        block = x[:, rows].T @ x[:, upto]
+        product[rows, upto], product[upto, rows] = block, block.T
+    return product
 
 
 def fid(a: Statistics, b: Statistics) -> float:
@@ -73,11 +88,7 @@ def fid(a: Statistics, b: Statistics) -> float:
     inverted, so fewer images than features do no harm. Rounding leaves about 1e-8 of the largest variance per dimension.
     """
     root = torch.from_numpy(b.root)
-    return _distance(a, b, torch.linalg.eigvalsh(root.T @ torch.from_numpy(a.covariance) @ root))
-
-
-def _distance(a: Statistics, b: Statistics, values: Tensor) -> float:
-    """values: the eigenvalues of M."""
+    values = torch.linalg.eigvalsh(root.T @ torch.from_numpy(a.covariance) @ root)
     shift = a.mean - b.mean
     cross = float(values.clamp_min(0).sqrt().sum())
     return max(0.0, float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance)) - 2 * cross)
@@ -100,26 +111,36 @@ def jackknife(features: Features, reference: Statistics, device: Device = "cpu")
     count = len(features)
     if count < 3:
         raise ValueError(f"an error of FID takes three images or more, found {count}")
-    ours = statistics(features)
     root = torch.from_numpy(reference.root).to(device)
-    values, vectors = torch.linalg.eigh(root.T @ torch.from_numpy(ours.covariance).to(device) @ root)
+    means = torch.from_numpy(features).mean(0, dtype=torch.float64)
+    mean, shift = means.to(device), (means - torch.from_numpy(reference.mean)).to(device)
+    few = count <= features.shape[1]
+    if few:  # M = Y^T Y has no more positive eigenvalues than the smaller Y Y^T, with Y = d R (N - 1)^(-1/2)
+        d = torch.from_numpy(features).to(device, torch.float64) - mean
+        values, vectors = torch.linalg.eigh(_gram((d @ root).T) / (count - 1))
+        trace = float(d.square().sum()) / (count - 1)
+    else:
+        ours = torch.from_numpy(statistics(features).covariance).to(device)
+        values, vectors = torch.linalg.eigh(root.T @ ours @ root)
+        trace = float(ours.trace())
     values = torch.where(values > values[-1] * len(values) * torch.finfo(values.dtype).eps, values, 0.0)
-    axes = root @ vectors * (values > 0)  # d_i @ axes: v_i in M's own axes, without those that are rounding
+    # d_i @ axes: v_i in M's own axes, without those that are rounding. With few images they come from Y Y^T's vectors.
+    axes = vectors * ((count - 1) * values).sqrt() if few else root @ vectors * (values > 0)
     a, b = (count - 1) / (count - 2), count / ((count - 1) * (count - 2))
-    shift, mean = (torch.from_numpy(part).to(device) for part in (ours.mean - reference.mean, ours.mean))
-    trace, cross = float(np.trace(ours.covariance)), float(values.sqrt().sum())
+    cross = float(values.sqrt().sum())
     changes = []
-    for part in torch.from_numpy(features).split(_ROWS):
+    for start in range(0, count, _ROWS):
+        part = torch.from_numpy(features[start : start + _ROWS])
         d = part.to(device, torch.float64) - mean
         squared = d.square().sum(1)
         change = squared * (1 / (count - 1) ** 2 - b) - d @ shift * (2 / (count - 1))
         change += (a - 1) * trace - 2 * (math.sqrt(a) - 1) * cross
-        changes.append(change - 2 * _root_change((d @ axes).square_(), values, a, b))
-    change = torch.cat(changes).cpu().numpy()  # FID_(-i) - FID
-    mean_change = float(change.mean())
-    return Jackknife(
-        _distance(ours, reference, values), (count - 1) * (mean_change - change), (count - 1) * mean_change
-    )
+        along = axes[start : start + _ROWS].square() if few else (d @ axes).square_()
+        changes.append(change - 2 * _root_change(along, values, a, b))
+    changed = torch.cat(changes).cpu().numpy()  # FID_(-i) - FID
+    mean_change = float(changed.mean())
+    fid = max(0.0, float(shift @ shift) + trace + float(np.trace(reference.covariance)) - 2 * cross)
+    return Jackknife(fid, (count - 1) * (mean_change - changed), (count - 1) * mean_change)
 
 
 def _root_change(squares: Tensor, values: Tensor, a: float, b: float) -> Tensor:

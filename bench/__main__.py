@@ -1,0 +1,59 @@
+"""`python -m bench`: every row on this machine, each in a process of its own; then the page. `python -m bench NAME ...`: some."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+
+from bench import page
+
+
+def _measure(name: str, device: str, threads: int) -> None:
+    import torch
+
+    from bench import harness
+
+    torch.set_num_threads(threads)
+    module = importlib.import_module(f"bench.{page.ROWS[name].module}")
+    result = getattr(module, name)(device)
+    path = harness.write(name, device, threads, result)
+    for figure in result["figures"]:
+        print(f"  {page.shown(figure)}")
+    print(f"  {path.name}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows: {', '.join(page.ROWS)}")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: both, where there is a GPU")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a CPU")
+    parser.add_argument("--here", action="store_true", help="in this process (one row, one device)")
+    asked = parser.parse_args()
+    unknown = [name for name in asked.names if name not in page.ROWS]
+    if unknown:
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(page.ROWS)}")
+    if asked.here:
+        _measure(asked.names[0], asked.device, asked.threads)
+        return 0
+    import torch
+
+    devices = [asked.device] if asked.device else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    failed = []
+    for name in asked.names or page.ROWS:
+        for device in devices:
+            if device in page.ROWS[name].devices:
+                print(f"{name}, {device}", flush=True)
+                command = ["--here", "--device", device, "--threads", str(asked.threads), name]
+                if subprocess.run([sys.executable, "-m", "bench", *command], check=False).returncode:
+                    failed.append(f"{name} ({device})")
+    page.write()
+    if failed:
+        print(f"failed, earlier results stay: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
