@@ -51,7 +51,7 @@ class Place:
     @property
     def shown(self) -> str:
         """The URI without a password."""
-        return re.sub(r"//[^/@]*@", "//", self.uri)
+        return re.sub(r"//[^/]*@", "//", self.uri)
 
 
 def repo_root(root: Path = Path()) -> Path:
