@@ -49,12 +49,12 @@ RUN useradd --uid 10001 --no-log-init --create-home --home-dir /home/ddpm --shel
 COPY --from=packages /opt/venv /opt/venv
 # The checkout: what DVC runs and what it tracks. Mount your own over it to keep what is made.
 COPY --chown=10001:10001 . /workspace
-RUN printf '[core]\n    no_scm = true\n' >/workspace/.dvc/config.local \
-    && printf '#!/opt/venv/bin/python\nfrom ddpm.cli import main\n\nmain()\n' >/opt/venv/bin/ddpm \
-    && chmod 755 /opt/venv/bin/ddpm \
-    && echo /workspace >"$(/opt/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/workspace.pth" \
+# Bytecode too, for whoever may not write there.
+RUN --mount=type=bind,from=packages,source=/opt/uv,target=/opt/uv \
+    printf '[core]\n    no_scm = true\n' >/workspace/.dvc/config.local \
+    && /opt/uv/bin/uv pip install --quiet --no-deps --no-build-isolation --python /opt/venv/bin/python --editable /workspace \
     && /opt/venv/bin/python -m compileall -q /workspace/ddpm /workspace/flows \
-    && chown 10001:10001 /workspace && chown -R 10001:10001 /workspace/.dvc /workspace/ddpm /workspace/flows
+    && chown -R 10001:10001 /workspace
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/home/ddpm \
     PYTHONUNBUFFERED=1 \
