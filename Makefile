@@ -1,7 +1,7 @@
 # `make help` lists what there is. Every target does the set-up it needs, once.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test proof bench up ui check clean lock
+.PHONY: help demo test proof chaos bench up ui check audit sbom image clean lock
 
 UV := uv==0.13.9
 INSTALLED := .venv/installed
@@ -10,6 +10,10 @@ PYTHON ?= $(shell for python in python3.11 python3 python; do \
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP := .venv/bin/uv pip install --python .venv/bin/python --no-deps
 
+# `make up HOST=...` lets other machines in, with passwords (docs/deploy.md). Some shells have a HOST for another purpose.
+ifneq ($(origin HOST),command line)
+unexport HOST
+endif
 export PREFECT_PORT ?= 4200
 export MLFLOW_PORT ?= 5000
 # Nothing reports home; Prefect and DVC read the same from prefect.toml and .dvc/config when they run without make.
@@ -24,14 +28,14 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'variables: RECIPE=smoke (demo), PREFECT_PORT, MLFLOW_PORT (up, ui), TORCH_INDEX=<address of a package index> (another'
+	@echo 'variables: RECIPE=smoke (demo), HOST, PREFECT_PORT, MLFLOW_PORT (up, ui), TORCH_INDEX=<address of a package index> (another'
 	@echo '           torch, such as the smaller CPU-only one), PYTHON=<interpreter> (3.11 or newer)'
 
 demo: $(INSTALLED) ## the whole pipeline on real digits, from data to a promoted model, in a few minutes
 	@$(RUN) python -m flows $(if $(RECIPE),--recipe $(RECIPE))
 
 test: $(INSTALLED) ## the tests (15 minutes at most)
-	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof'
+	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof and not chaos'
 
 proof: $(INSTALLED) ## the slow proofs
 	@$(RUN) pytest -m proof
@@ -47,11 +51,25 @@ up: $(INSTALLED) ## Prefect server, MLflow server and a worker, until Ctrl-C
 ui: $(INSTALLED) ## MLflow's pages alone
 	@$(RUN) python -m flows.up mlflow
 
-check: $(INSTALLED) ## format, lint, types, imports
+check: $(INSTALLED) ## format, lint, types, imports, Dockerfile, compose.yaml, known vulnerabilities
 	@$(RUN) ruff format --check
 	@$(RUN) ruff check
 	@$(RUN) mypy
 	@$(RUN) lint-imports
+	@$(RUN) hadolint Dockerfile
+	@$(RUN) check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
+	@$(RUN) python deploy/audit.py
+
+audit: $(INSTALLED) ## known vulnerabilities in what requirements.lock names
+	@$(RUN) python deploy/audit.py
+
+sbom: $(INSTALLED) ## a bill of materials of requirements.lock (CycloneDX), in build/sbom.json
+	@mkdir -p build
+	@$(RUN) cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json
+	@echo build/sbom.json
+
+image: ## the container image, by buildah (docs/deploy.md)
+	@deploy/image.sh
 
 clean: ## remove outputs and caches; DVC's cache, MLflow's and Prefect's records and .venv stay
 	rm -rf dataset models samples metrics report schedules *.run.json

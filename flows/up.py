@@ -1,6 +1,6 @@
 """`python -m flows.up`: the servers and a worker of Procfile under one supervisor, until Ctrl-C stops them all.
 
-`python -m flows.up mlflow` starts only that one.
+`python -m flows.up mlflow` starts only that one. HOST=<address> lets other machines in, with passwords: see access.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import psutil
 from honcho.environ import parse_procfile
 from honcho.manager import Manager
 
-from flows import children
+from ddpm.stages.errors import InputError
+from flows import access, children
 
 MARK = "DDPM_UP"  # in the environment of everything that one `make up` started
 INTERRUPTED = 130  # Ctrl-C, which is how it is meant to end
@@ -25,45 +27,73 @@ GRACE = 20.0  # seconds for flow runs to end their stages
 
 def main(chosen: list[str]) -> None:
     processes = parse_procfile(Path("Procfile").read_text(encoding="utf-8")).processes
+    if unknown := set(chosen) - set(processes):
+        sys.exit(f"make up: no {', '.join(sorted(unknown))} in Procfile; it has {', '.join(processes)}")
     store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     if store.startswith("http"):
         del processes["mlflow"]  # a server elsewhere has it
     names = [name for name in processes if name in chosen or not chosen]
+    host = os.environ.get("HOST") or access.LOOPBACK
+    with tempfile.TemporaryDirectory(prefix="ddpm-up-") as folder:
+        try:
+            environment = _environment(names, host, store, Path(folder))
+        except InputError as error:
+            sys.exit(f"make up: {error}")
+        print("Ctrl-C stops what runs here", flush=True)
+        manager = Manager()
+        for name in names:
+            manager.add_process(name, processes[name], env=environment)
+        manager.loop()
+        _end_what_is_left(environment[MARK])
+    sys.exit(0 if manager.returncode == INTERRUPTED else manager.returncode)
+
+
+def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[str, str]:
+    """Of all that starts, and says where to find it. Raises InputError; folder: a private one, for MLflow's accounts."""
     environment = {
         **os.environ,
         "PATH": children.path(),
         "PYTHONUNBUFFERED": "1",
         MARK: secrets.token_hex(8),
+        "HOST": host,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_STORE": store,
-        "MLFLOW_UI": store,
+        "MLFLOW_BACKEND_STORE_URI": store,  # not an argument: it may hold a password, and everybody can list arguments
+        "MLFLOW_UI": access.shown(store),
     }
+    here = access.LOOPBACK if host in ("0.0.0.0", "::") else host
+    environment["PREFECT_PORT"] = _port("PREFECT_PORT", "4200", host if "prefect" in names else None)
+    environment["MLFLOW_PORT"] = _port("MLFLOW_PORT", "5000", host if "mlflow" in names else None)
+    environment |= access.guard(host, environment["PREFECT_PORT"], names, environment, folder)
     if "prefect" in names:
-        environment["PREFECT_PORT"] = port = _port("PREFECT_PORT", "4200")
-        environment["PREFECT_API_URL"] = environment["PREFECT_UI_API_URL"] = f"http://127.0.0.1:{port}/api"
-        print(f"Prefect: http://127.0.0.1:{port}", flush=True)
-        if port != "4200":
-            print(f"in other shells: export PREFECT_API_URL={environment['PREFECT_API_URL']}", flush=True)
+        address = f"http://{here}:{environment['PREFECT_PORT']}"
+        environment["PREFECT_API_URL"] = f"{address}/api"
+        # The page asks the address that it came from: a browser elsewhere doesn't reach this machine's loopback.
+        environment["PREFECT_UI_API_URL"] = f"{address}/api" if access.is_loopback(host) else "/api"
+        print(f"Prefect: {address}", flush=True)
+        if environment["PREFECT_PORT"] != "4200" or here != access.LOOPBACK:
+            print(f"in other shells: export PREFECT_API_URL={address}/api", flush=True)
+    elif "worker" in names:
+        environment.setdefault("PREFECT_API_URL", f"http://{access.LOOPBACK}:{environment['PREFECT_PORT']}/api")
     if "mlflow" in names:
-        environment["MLFLOW_PORT"] = port = _port("MLFLOW_PORT", "5000")
-        environment["MLFLOW_UI"] = f"http://127.0.0.1:{port}"
-    print(f"MLflow:  {environment['MLFLOW_UI']}\nCtrl-C stops what runs here", flush=True)
-    manager = Manager()
-    for name in names:
-        manager.add_process(name, processes[name], env=environment)
-    manager.loop()
-    _end_what_is_left(environment[MARK])
-    sys.exit(0 if manager.returncode == INTERRUPTED else manager.returncode)
+        environment["MLFLOW_UI"] = f"http://{here}:{environment['MLFLOW_PORT']}"
+    print(f"MLflow:  {environment['MLFLOW_UI']}", flush=True)
+    return environment
 
 
-def _port(variable: str, default: str) -> str:
+def _port(variable: str, default: str, host: str | None) -> str:
+    """Raises InputError when nothing can listen there; host None: nothing will."""
     port = os.environ.get(variable, default)
-    with socket.socket() as probe:
+    if host is None:
+        return port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", int(port)))
+            probe.bind((host, int(port)))
         except (OSError, ValueError, OverflowError) as error:
-            sys.exit(f"make up: port {port} can't be used ({error}); free it, or choose another with {variable}=<port>")
+            raise InputError(
+                f"port {port} of {host} can't be used ({error}); free it, or choose another with {variable}=<port>"
+            ) from error
     return port
 
 

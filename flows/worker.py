@@ -9,9 +9,10 @@ import time
 import urllib.request
 
 from ddpm.stages import watchdog
+from flows import access
 
 POOL = "local"
-TIMEOUT = 120.0  # seconds; a new database takes 10 to 20
+TIMEOUT = 300.0  # seconds; a new database takes 10 to 20, and minutes on a busy machine
 
 
 def main() -> None:
@@ -25,7 +26,9 @@ def main() -> None:
         _prefect("work-pool", "create", POOL, "--type", "process")
     _prefect("--no-prompt", "deploy", "--all")
     os.environ[watchdog.VARIABLE] = str(os.getpid())  # exec keeps the id: flow runs end with this worker
-    os.execv(sys.executable, [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL])
+    # Only where a port is named: several workers on one machine would ask for the same one.
+    health = ["--with-healthcheck"] if "PREFECT_WORKER_WEBSERVER_PORT" in os.environ else []
+    os.execv(sys.executable, [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, *health])
 
 
 def _prefect(*arguments: str) -> None:
@@ -34,7 +37,7 @@ def _prefect(*arguments: str) -> None:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(access.request(url), timeout=5) as answer:
             return bool(answer.status == 200)
     except OSError:  # 404 and the like too
         return False

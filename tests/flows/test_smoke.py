@@ -16,6 +16,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.timeout(600)
+# In the environment of all that runs here, and nowhere else.
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": "planted-key-30c1",
+    "AWS_SECRET_ACCESS_KEY": "planted-secret-5d27",
+    "MLFLOW_TRACKING_PASSWORD": "planted-password-91ab",
+    "DDPM_PLANTED": "planted-word-08be",
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +45,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, scratch_maker: Callable[[Pat
         subprocess.run(["git", *command], cwd=source, check=True)
     made = scratch_maker(root, source)
     made.environment["PYTHONPATH"] = os.fspath(root)  # the code of the clone, not the one that is installed
+    made.environment |= SECRETS
     yield made
     made.end()
 
@@ -118,3 +126,11 @@ def test_the_champion_makes_images(clone: Any) -> None:
     with Image.open(clone.root / "grid.png") as picture:
         assert picture.width == picture.height > 9
         assert len(picture.getcolors(maxcolors=256) or ()) > 10
+
+
+def test_no_secret_is_left_anywhere(clone: Any) -> None:
+    """In outputs, DVC's files and cache, the databases and logs of Prefect and MLflow."""
+    files = [path for path in clone.root.rglob("*") if path.is_file() and path.suffix != ".py"]
+    for kind in ("dvc.lock", "mlflow.db", "prefect.db", "server.log"):
+        assert any(path.name == kind for path in files), kind
+    assert [str(path) for path in files if b"planted-" in path.read_bytes()] == []

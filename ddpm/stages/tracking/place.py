@@ -37,6 +37,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with the password that it may hold
     "MLFLOW_UV_AUTO_DETECT": "false",
 }
 
@@ -53,7 +54,7 @@ class Place:
     @property
     def shown(self) -> str:
         """The URI without a password."""
-        return re.sub(r"//[^/@]*@", "//", self.uri)
+        return re.sub(r"//[^/]*@", "//", self.uri)
 
 
 def repo_root(root: Path = Path()) -> Path:

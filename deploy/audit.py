@@ -1,0 +1,82 @@
+"""Known vulnerabilities of the packages in requirements.lock, by pip-audit: `make audit`.
+
+Exit code 1 when there are any. Without an answer from the database the audit did not happen: one line says so, and the
+exit code is 0, because a build behind a mirror would otherwise never pass; AUDIT=required makes it 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+LOCK = Path(__file__).parent.parent / "requirements.lock"
+SERVICES = ("pypi", "osv")
+CANARY = "jinja2==2.4.1"  # has advisories: a database that knows none is a mirror's empty answer, not good news
+# Advisories that do not concern this project, with the reason.
+ACCEPTED: dict[str, str] = {}
+
+
+def main() -> int:
+    said = []
+    for service in SERVICES:
+        canary, error = audit(service, "--no-deps", "--requirement", "-", given=CANARY)
+        if canary is None or not any(item.get("vulns") for item in canary):
+            said.append(f"{service}: {error or 'knows no vulnerability at all'}")
+            continue
+        report, error = audit(service, "--require-hashes", "--requirement", str(LOCK))
+        if report is None:
+            said.append(f"{service}: {error}")
+            continue
+        return verdict([item for item in report if "vulns" in item], len(report))
+    print(f"audit: NOT DONE, no database of vulnerabilities answers ({'; '.join(said)})")
+    return int(os.environ.get("AUDIT") == "required")
+
+
+def audit(service: str, *arguments: str, given: str = "") -> tuple[list[dict[str, Any]] | None, str]:
+    """-> what pip-audit says of each package, or None and the last line of its complaint."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip_audit",
+        "--vulnerability-service",
+        service,
+        "--disable-pip",
+        "--timeout",
+        "10",
+    ]
+    output = ["--format", "json", "--progress-spinner", "off"]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(given)
+        file.flush()
+        chosen = [file.name if item == "-" else item for item in arguments]
+        done = subprocess.run([*command, *output, *chosen], capture_output=True, text=True, check=False)
+    try:
+        return json.loads(done.stdout)["dependencies"], ""
+    except (json.JSONDecodeError, KeyError):
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return None, last.partition("(Caused by")[0][:120]
+
+
+def verdict(known: list[dict[str, Any]], asked: int) -> int:
+    found = [(item, vulnerability) for item in known for vulnerability in item["vulns"]]
+    open_ = [
+        (item, vulnerability)
+        for item, vulnerability in found
+        if not {vulnerability["id"], *vulnerability.get("aliases", ())} & set(ACCEPTED)
+    ]
+    for item, vulnerability in open_:
+        fixed = ", ".join(vulnerability["fix_versions"]) or "no release"
+        print(f"audit: {item['name']} {item['version']}: {vulnerability['id']}, fixed in {fixed}")
+    print(
+        f"audit: {len(known)} of {asked} packages known, {len(open_)} vulnerabilities, {len(found) - len(open_)} accepted"
+    )
+    return int(bool(open_))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

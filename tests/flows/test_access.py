@@ -1,0 +1,145 @@
+"""Who reaches the servers of `make up`: with HOST set, whoever knows the passwords; without it, this machine alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ddpm.stages.errors import InputError
+from flows import access
+
+ROOT = Path(__file__).parents[2]
+NAME, PREFECT_PASSWORD, MLFLOW_PASSWORD = "ddpm", "prefect-0f3a91c7", "mlflow-7be2d604"
+PASSWORDS = {
+    "PREFECT_API_AUTH_STRING": f"{NAME}:{PREFECT_PASSWORD}",
+    "MLFLOW_TRACKING_USERNAME": NAME,
+    "MLFLOW_TRACKING_PASSWORD": MLFLOW_PASSWORD,
+}
+
+
+@pytest.mark.parametrize(
+    ("host", "names", "changes", "missing"),
+    [
+        ("0.0.0.0", ["prefect", "mlflow"], {"PREFECT_API_AUTH_STRING": ""}, "PREFECT_API_AUTH_STRING"),
+        ("0.0.0.0", ["prefect"], {"PREFECT_API_AUTH_STRING": "ddpm"}, "PREFECT_API_AUTH_STRING"),
+        ("0.0.0.0", ["prefect"], {"PREFECT_API_AUTH_STRING": "ddpm:short"}, "PREFECT_API_AUTH_STRING"),
+        ("0.0.0.0", ["prefect"], {"PREFECT_API_AUTH_STRING": f":{PREFECT_PASSWORD}"}, "PREFECT_API_AUTH_STRING"),
+        ("::", ["mlflow"], {"MLFLOW_TRACKING_PASSWORD": ""}, "MLFLOW_TRACKING_PASSWORD"),
+        ("10.0.0.7", ["mlflow"], {"MLFLOW_TRACKING_USERNAME": ""}, "MLFLOW_TRACKING_USERNAME"),
+        ("trainer", ["mlflow"], {"MLFLOW_TRACKING_PASSWORD": "eleven-char"}, "MLFLOW_TRACKING_PASSWORD"),
+    ],
+)
+def test_nothing_opens_without_its_password(
+    host: str, names: list[str], changes: dict[str, str], missing: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=missing) as refused:
+        access.guard(host, "4200", names, PASSWORDS | changes, tmp_path)
+    assert not any(value and value in str(refused.value) for value in changes.values() if len(value) > len(NAME))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_this_machine_alone_needs_no_password(host: str, tmp_path: Path) -> None:
+    added = access.guard(host, "4200", ["prefect", "mlflow", "worker"], {}, tmp_path)
+    assert set(added) == {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS"}
+    assert "*" not in added["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"]
+
+
+@pytest.mark.parametrize(
+    ("address", "without"),
+    [
+        ("postgresql+psycopg://ddpm:secret@db:5432/mlflow", "postgresql+psycopg://db:5432/mlflow"),
+        ("https://a:b@c@host/path@x", "https://host/path@x"),
+        ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
+    ],
+)
+def test_an_address_is_shown_without_its_password(address: str, without: str) -> None:
+    assert access.shown(address) == without
+
+
+def test_make_up_refuses_to_open_without_passwords(scratch: Any) -> None:
+    done = scratch.run(sys.executable, "-m", "flows.up", HOST="0.0.0.0")
+    assert done.returncode != 0
+    assert len(done.stderr.splitlines()) == 1
+    assert "PREFECT_API_AUTH_STRING" in done.stderr
+    assert not scratch.running()
+
+
+def ask(url: str, user: str = "", password: str = "", body: Any = None, **headers: str) -> tuple[int, dict[str, str]]:
+    """-> status and headers of the answer."""
+    if user:
+        headers["Authorization"] = f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, {name.lower(): value for name, value in answer.headers.items()}
+    except urllib.error.HTTPError as error:
+        return error.code, {name.lower(): value for name, value in error.headers.items()}
+
+
+def addresses(scratch: Any, ports: set[int]) -> set[str]:
+    """Where what was started here listens on those ports."""
+    return {
+        connection.laddr.ip
+        for process in scratch.processes()
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports
+    }
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(600)
+def test_with_host_the_servers_ask_everybody_for_a_password(scratch: Any) -> None:
+    """The real servers and the worker of `make up HOST=0.0.0.0`."""
+    ports = {"PREFECT_PORT": scratch.free_port(), "MLFLOW_PORT": scratch.free_port()}
+    variables = {name: str(port) for name, port in ports.items()}
+    process = scratch.start(sys.executable, "-m", "flows.up", log="up.log", HOST="0.0.0.0", **variables, **PASSWORDS)
+    log = scratch.root / "up.log"
+    prefect, mlflow = (f"http://127.0.0.1:{port}" for port in ports.values())
+    # Ours get in: the worker has made its pool and its deployment, and waits for work.
+    scratch.wait(lambda: "started!" in log.read_text() or process.poll() is not None, 400, "the worker starts")
+    assert process.poll() is None, log.read_text()[-3000:]
+    assert addresses(scratch, set(ports.values())) == {"0.0.0.0"}
+
+    runs, found = f"{prefect}/api/flow_runs/filter", f"{mlflow}/api/2.0/mlflow/experiments/search"
+    for url, password, body in ((runs, PREFECT_PASSWORD, {}), (found, MLFLOW_PASSWORD, {"max_results": 5})):
+        assert ask(url, body=body)[0] == 401
+        assert ask(url, NAME, "wrong-password", body)[0] == 401
+        assert ask(url, "admin", password, body)[0] == 401
+        assert ask(url, NAME, password, body)[0] == 200
+    assert ask(f"{mlflow}/ajax-api/2.0/mlflow/experiments/search?max_results=5")[0] == 401
+    assert ask(f"{mlflow}/")[0] == 401
+    assert ask(f"{mlflow}/api/2.0/mlflow-artifacts/artifacts?path=.")[0] == 401
+
+    # A page of another site, in the browser of somebody who has been let in, reads nothing and starts nothing.
+    elsewhere = {"Origin": "http://elsewhere.example"}
+    assert "access-control-allow-origin" not in ask(runs, NAME, PREFECT_PASSWORD, {}, **elsewhere)[1]
+    assert ask(found, NAME, MLFLOW_PASSWORD, {"max_results": 5}, **elsewhere)[0] == 403
+    assert ask(found, NAME, MLFLOW_PASSWORD, {"max_results": 5}, Host="elsewhere.example")[0] == 403
+
+    # No password among the arguments, which everybody on the machine can list, or in what the servers say and keep.
+    for running in scratch.processes():
+        assert not any(secret in item for item in running.cmdline() for secret in (PREFECT_PASSWORD, MLFLOW_PASSWORD))
+    for path in scratch.root.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert PREFECT_PASSWORD.encode() not in content, path
+            assert MLFLOW_PASSWORD.encode() not in content, path
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(600)
+def test_without_host_nothing_listens_beyond_loopback(scratch: Any) -> None:
+    """Both servers, told to listen where they do by nothing; Prefect answers pages of its own address only."""
+    ports = {"PREFECT_PORT": scratch.free_port(), "MLFLOW_PORT": scratch.free_port()}
+    scratch.start(sys.executable, "-m", "flows.up", "mlflow", **{name: str(port) for name, port in ports.items()})
+    scratch.wait(lambda: addresses(scratch, set(ports.values())), 240, "a server listens")
+    assert addresses(scratch, set(ports.values())) == {"127.0.0.1"}
