@@ -22,6 +22,12 @@ linearised: with fewer images than features, where the derivative of the root wo
 l_i = (N - 1) (mean_j FID_(-j) - FID_(-i)) are the influence values (see intervals.py), and (N - 1) (mean_j FID_(-j) - FID) is
 the bias to first order in 1/N (Quenouille 1956): FID less that is an estimate for infinitely many images, the same limit as Chong
 and Forsyth's (2020, arXiv:1911.07023) line in 1/N, without their random subsets. It needs more images than features.
+
+KID has no bias. Its subsets estimate the sum over all pairs of images, U = sum_{i != j} k(x_i, x_j) / (N (N - 1))
+- 2 sum_ij k(x_i, y_j) / (N M) + a part of the reference alone. Leaving out image i takes its row out of both sums, so with
+r_i = sum_{j != i} k(x_i, x_j) and c_i = sum_j k(x_i, y_j) the influence values are, exactly,
+
+    l_i = 2 (r_i - mean r)/(N - 2) - 2 (c_i - mean c)/M.
 """
 
 from __future__ import annotations
@@ -39,6 +45,7 @@ Features = NDArray[np.float32]  # N,D
 Device = torch.device | str
 
 NEIGHBOURS = 3  # of precision and recall
+SUBSETS = 100  # of KID
 _ROWS = 2048  # at once, where every row meets a whole set
 
 
@@ -174,10 +181,13 @@ def inception_score(logits: NDArray[np.float32], splits: int = 10, seed: int = 2
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def kid(a: Features, b: Features, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> tuple[float, float]:
+def kid(
+    a: Features, b: Features, subsets: int = SUBSETS, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
     """Mean and standard deviation of the estimate over `subsets` random subsets of both sets, drawn as torch-fidelity does.
 
-    The mean may fall below 0 where the sets agree. Raises ValueError when a set is smaller than a subset.
+    The deviation is that between subsets, not the error of the mean (see kid_influence). The mean may fall below 0 where the
+    sets agree. Raises ValueError when a set is smaller than a subset.
     """
     if not 2 <= subset_size <= min(len(a), len(b)):
         raise ValueError(f"KID subsets of {subset_size} images don't fit sets of {len(a)} and {len(b)}")
@@ -191,15 +201,34 @@ def kid(a: Features, b: Features, subsets: int = 100, subset_size: int = 1000, s
     return float(np.mean(estimates)), float(np.std(estimates))
 
 
+def kid_influence(fake: Features, real: Features, device: Device = "cpu") -> NDArray[np.float64]:
+    """The influence values [N] of fake images [N, D] on KID (mean 0), against a reference [M, D] that stays as it is.
+
+    Raises ValueError for fewer than three fake images.
+    """
+    count = len(fake)
+    if count < 3:
+        raise ValueError(f"an error of KID takes three images or more, found {count}")
+    x, y = (torch.from_numpy(part).to(device, torch.float64) for part in (fake, real))
+    rows = []
+    for part in x.split(_ROWS):
+        itself = (part.square().sum(1) / x.shape[1] + 1) ** 3
+        within, across = _kernel(part, x).sum(1) - itself, _kernel(part, y).sum(1)
+        rows.append(within / (count - 2) - across / len(y))
+    influence = 2 * torch.cat(rows)
+    return (influence - influence.mean()).cpu().numpy()
+
+
+def _kernel(p: Tensor, q: Tensor) -> Tensor:
+    return (p @ q.T).div_(p.shape[1]).add_(1).pow_(3)
+
+
 def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
     """Unbiased, for two sets of equal size [N, D]: no image is paired with itself."""
     count = len(x)
 
-    def kernel(p: Tensor, q: Tensor) -> Tensor:
-        return (p @ q.T / p.shape[1] + 1).pow_(3)
-
     def within(p: Tensor) -> Tensor:
-        k = kernel(p, p)
+        k = _kernel(p, p)
         return (k.sum() - k.trace()) / (count * (count - 1))
 
-    return within(x) + within(y) - 2 * kernel(x, y).mean()
+    return within(x) + within(y) - 2 * _kernel(x, y).mean()

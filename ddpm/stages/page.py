@@ -25,6 +25,7 @@ TITLES = {"fid_infinity": "FID, infinite N", "reference_images": "reference imag
 ASKED = ("10", "50")  # the budgets that the top of the page answers first
 SHOWN = 10  # samples whose neighbours are shown; images of each point
 COMPARED = 200  # samples, and unseen images, whose distances are compared
+NAMED = 6  # points that may be best
 LARGEST = 64  # pixels: larger images are made smaller
 SURE = 3.0  # standard errors
 
@@ -45,7 +46,7 @@ def page(
     """rows: of points.csv. best, front: what best.json and front.json hold. samples: COMPARED of each point, in the rows' order.
     report/fid.png is there already. Raises InputError.
     """
-    points = {row["point"]: row for row in rows}
+    points, training = {row["point"]: row for row in rows}, _training(params, root)
     return render(
         "report.html.jinja",
         title=f"{dataset.about['name']}: which schedule, which sampler, how many steps?",
@@ -60,9 +61,9 @@ def page(
         scores_plot=_embedded(root / store.report_dir() / "fid.png"),
         strips={name: (points[name], _strip(images[:SHOWN])) for name, images in samples.items()},
         shown=SHOWN,
-        training=_training(params, root),
+        training=training,
         likelihood=_likelihood(params, root),
-        schedules=_schedules(params, dataset.about),
+        schedules=_schedules(params, training["last"], dataset.about),
         neighbours=_neighbours(samples[best["point"]], dataset, params.training.flip),
         dataset=dataset.about,
         preview=_png(store.grid(dataset.train[: 2 * SHOWN], columns=2 * SHOWN)) if _small(dataset.train) else None,
@@ -101,7 +102,7 @@ def publish_with(page: str, published: str) -> str:
 
 def _columns(rows: Sequence[Row]) -> list[str]:
     """Of the table: steps stand in the names, intervals beside their scores, and what all points share stands above."""
-    beside = ("steps", "confidence", "fid_low", "fid_high", "kid_std")
+    beside = ("steps", "confidence", "fid_low", "fid_high", "kid_low", "kid_high", "kid_std")
     shared = [key for key in ("images", "reference_images", "layer") if len({row[key] for row in rows}) == 1]
     return [key for key in rows[0] if key not in (*beside, *shared)]
 
@@ -125,20 +126,19 @@ def _answers(front: Row, rows: Sequence[Row]) -> list[Row]:
 
 
 def how_sure(entry: Mapping[str, Any], points: int, confidence: float) -> str:
-    """What the choice of a point among so many is worth, in words. entry: of front.json's budgets, or best.json."""
+    """What the choice of a point among so many is worth, in words. entry: of front.json's budgets."""
     if points == 1:
         return "It is the only point."
-    others, sure = entry["tied"] - 1, f"{confidence:.0%}"
-    if not others:
-        return f"Better than each of the other {points - 1}, {sure} sure of each."
+    names, sure = entry["may_be_best"], f"{confidence:.0%}"
+    if len(names) == 1:
+        return f"Better than the other {points - 1}: {sure} sure, of all at once."
+    among = f"{sure} sure, the best of the {points} points is one of {len(names)}"
+    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     if entry["point"] == entry["lowest"]:
-        return (
-            f"The lowest {RANKING.title} of {points}, but {others} of the others cannot be told from it ({sure} interval of the"
-            " difference holds 0)."
-        )
+        return f"It has the lowest {RANKING.title} and takes the fewest evaluations of those that may be best. {among}: {listed}."
     return (
-        f"{entry['lowest']} has a lower {RANKING.title}, but that may be luck: {entry['tied']} of {points} points cannot be told"
-        f" apart ({sure} intervals of the differences hold 0), and of those this one takes the fewest evaluations."
+        f"{entry['lowest']} has a lower {RANKING.title}, but that may be luck, and this one takes fewer evaluations. {among}:"
+        f" {listed}."
     )
 
 
@@ -258,14 +258,21 @@ def _finish(figure: Any) -> None:
     figure.set_layout_engine("tight")
 
 
-def _schedules(params: Params, about: dict[str, Any]) -> Row:
-    """What each noise schedule of the sweep does to this data. An imported network has a T of its own, unknown here."""
+def _schedules(params: Params, trained: Mapping[str, Mapping[str, Any]], about: dict[str, Any]) -> Row:
+    """What each noise schedule of the sweep does to this data. An imported network has a T of its own, of which its training
+    record tells; without that, such a schedule has no row.
+    """
     from ddpm.forward import summary
 
-    imported = [name for name in params.sweep.schedules if params.schedules[name].imported is not None]
-    T, square = params.diffusion.timesteps, data_mean_square(about)
-    own = [name for name in params.sweep.schedules if name not in imported]
-    return {"T": T, "rows": {n: summary(schedule_of(params, n, T), square) for n in own}, "imported": imported}
+    square, rows, unknown = data_mean_square(about), {}, []
+    for name in params.sweep.schedules:
+        imported = params.schedules[name].imported is not None
+        T = trained.get(name, {}).get("timesteps") if imported else params.diffusion.timesteps
+        if T is None:
+            unknown.append(name)
+        else:
+            rows[name] = summary(schedule_of(params, name, T), square)
+    return {"rows": rows, "unknown": unknown}
 
 
 def _neighbours(samples: store.Images, dataset: store.Dataset, mirrored: bool) -> Row:

@@ -86,6 +86,8 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
     assert scores.pop("fid") == pytest.approx(fid, rel=1e-5)
     assert scores.pop("kid") == pytest.approx(kid, rel=1e-4)
     assert scores.pop("kid_std") == pytest.approx(kid_std, rel=1e-4)
+    reach = 1.959964 * np.hypot(standard_error(fidelity.kid_influence(fake, real)), kid_std / np.sqrt(100))
+    assert [scores.pop("kid_low"), scores.pop("kid_high")] == pytest.approx([kid - reach, kid + reach], rel=1e-4)
     assert scores == {  # with 12 images at 64 features, none of fid_infinity; without a classifier no Inception Score
         "confidence": 0.95,
         "evaluations": 5,

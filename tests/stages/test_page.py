@@ -88,7 +88,15 @@ def made_report(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathF
         store.write_samples(root / store.samples_file(point), images, point.steps)
         store.write_influence(root / store.influence_file(point), random.normal(size=12))
         fid = 12.34567 - index
-        scores = {"fid": fid, "fid_low": fid - 0.54321, "fid_high": fid + 0.54321, "confidence": 0.95, "kid": fid / 300}
+        scores = {
+            "fid": fid,
+            "fid_low": fid - 0.54321,
+            "fid_high": fid + 0.54321,
+            "confidence": 0.95,
+            "kid": fid / 300,
+            "kid_low": -0.01234,
+            "kid_high": 0.4321,
+        }
         scores |= {"kid_std": 0.002, "precision": 0.6, "recall": 0.4, "evaluations": point.steps, "images": 12}
         scores |= {"reference_images": 60, "layer": 64, "reference": "c" * 64, "extractor_sha256": "e" * 64}
         store.write_json(root / store.metrics_file(point), scores)
@@ -122,6 +130,7 @@ def test_every_number_is_the_files(page: str, made_report: Path) -> None:
     for cells, row in zip(points[1:], rows, strict=True):
         fid, low, high = (f"{float(row[key]):.3g}" for key in ("fid", "fid_low", "fid_high"))
         assert cells[4] == f"{fid} ({low} to {high})"
+        assert cells[5] == f"{float(row['kid']):.3g} (-0.0123 to 0.432)"
     front = store.read_json(made_report / "report" / "front.json")
     for entry in {json.dumps(entry): entry for entry in front["budgets"].values()}.values():
         assert f"FID {entry['fid']:.3g} ({entry['fid_low']:.3g} to {entry['fid_high']:.3g})" in reader.text
@@ -171,12 +180,15 @@ def test_the_stage_depends_on_the_sections_it_shows_and_on_its_template() -> Non
 
 
 def test_how_sure() -> None:
-    entry = {"point": "a", "lowest": "a", "tied": 1}
+    entry = {"point": "a", "lowest": "a", "may_be_best": ["a"]}
     assert how_sure(entry, 1, 0.95) == "It is the only point."
-    assert how_sure(entry, 4, 0.95) == "Better than each of the other 3, 95% sure of each."
-    assert "2 of the others cannot be told from it" in how_sure({**entry, "tied": 3}, 4, 0.95)
-    assert how_sure({"point": "b", "lowest": "a", "tied": 2}, 4, 0.95).startswith(
-        "a has a lower FID, but that may be luck"
+    assert how_sure(entry, 4, 0.95) == "Better than the other 3: 95% sure, of all at once."
+    among = "95% sure, the best of the 9 points is one of"
+    tied = how_sure({**entry, "may_be_best": ["a", "b", "c"]}, 9, 0.95)
+    assert tied.startswith("It has the lowest FID") and tied.endswith(f"{among} 3: a, b, c.")
+    luck = how_sure({"point": "b", "lowest": "a", "may_be_best": list("abcdefgh")}, 9, 0.95)
+    assert luck.startswith("a has a lower FID, but that may be luck") and luck.endswith(
+        "8: a, b, c, d, e, f and 2 more."
     )
 
 
