@@ -164,6 +164,25 @@ def _share_within(points: Tensor, centres: Tensor, neighbours: int) -> float:
     return sum(int((torch.cdist(part, centres) <= reach).any(1).sum()) for part in points.split(_ROWS)) / len(points)
 
 
+def nearest_distances(
+    fake: Features, real: Features, device: Device = "cpu"
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How far it is from each fake image to the nearest real one [N], and from each real image to the nearest other one [M].
+
+    Real images are drawn as unseen ones would be, so that the second is what new images of the data would have, but for one real
+    image fewer to be near to. Raises ValueError for fewer than two real images.
+    """
+    if len(real) < 2:
+        raise ValueError(f"a nearest other image takes two images or more, found {len(real)}")
+    centre = real.mean(0, dtype=np.float64).astype(np.float32)
+    a, b = (torch.from_numpy(part - centre).to(device) for part in (fake, real))
+    found = [
+        torch.cat([torch.cdist(part, b).kthvalue(nth)[0] for part in points.split(_ROWS)])
+        for points, nth in ((a, 1), (b, 2))
+    ]
+    return found[0].double().cpu().numpy(), found[1].double().cpu().numpy()
+
+
 def inception_score(logits: NDArray[np.float32], splits: int = 10, seed: int = 2020) -> tuple[float, float]:
     """exp of the mean KL(p(y|x) || p(y)) over `splits` parts of the shuffled images: its mean and standard deviation.
 

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from ddpm import features
-from ddpm.fidelity import Statistics, fid, inception_score, jackknife, kid, kid_influence, precision_recall, statistics
+from ddpm.fidelity import (
+    Statistics,
+    fid,
+    inception_score,
+    jackknife,
+    kid,
+    kid_influence,
+    nearest_distances,
+    precision_recall,
+    statistics,
+)
 
 
 def with_moments(mean: Any, covariance: Any, count: int, seed: int = 0) -> np.ndarray:
@@ -126,6 +136,18 @@ def test_precision_and_recall_by_hand() -> None:
     assert precision_recall(fake[:2], real, neighbours=1) == (1.0, 1 / 3)
     with pytest.raises(ValueError, match="3 neighbours take 4 images, found 3"):
         precision_recall(fake, real)
+
+
+def test_distances_to_the_nearest_and_to_the_nearest_other() -> None:
+    real, fake = blob(30, 6, 0), np.concatenate([blob(9, 6, 1), blob(30, 6, 0)[4:5]])
+    far = np.linalg.norm(fake[:, None].astype(float) - real, axis=2)
+    others = np.linalg.norm(real[:, None].astype(float) - real, axis=2) + np.diag(np.full(30, np.inf))
+    samples, unseen = nearest_distances(fake, real)
+    np.testing.assert_allclose(samples, far.min(1), rtol=1e-5, atol=1e-2)
+    np.testing.assert_allclose(unseen, others.min(1), rtol=1e-5)
+    assert samples[-1] < 1e-2 < samples[:-1].min()
+    with pytest.raises(ValueError, match="two images"):
+        nearest_distances(fake, real[:1])
 
 
 def test_precision_falls_with_bad_images_and_recall_with_missing_ones() -> None:

@@ -22,6 +22,7 @@ from ddpm import features, fidelity, intervals
 from ddpm.stages import store
 from ddpm.stages.device import find_device
 from ddpm.stages.errors import InputError
+from ddpm.stages.neighbours import copying
 from ddpm.stages.params import Params, Point
 from ddpm.stages.progress import Progress, Report, silent
 
@@ -87,6 +88,7 @@ def _scores(
     drawn = kid_std / math.sqrt(fidelity.SUBSETS)  # by which other subsets would move the mean
     kid_low, kid_high = intervals.Estimate(kid, math.hypot(luck, drawn)).interval()
     precision, recall = fidelity.precision_recall(fake, real, device=inception.device)
+    copied = copying(*fidelity.nearest_distances(fake, real, inception.device))
     scores = {
         "fid": found.fid,
         "fid_low": max(0.0, low),
@@ -98,6 +100,8 @@ def _scores(
         "kid_std": kid_std,
         "precision": precision,
         "recall": recall,
+        "copying": copied.closer,
+        "copying_z": copied.z,
     }
     if len(fake) > inception.layer:  # with fewer images the bias is not proportional to 1/N
         scores["fid_infinity"] = found.fid - found.bias

@@ -20,7 +20,7 @@ from ddpm.intervals import CONFIDENCE, difference, simultaneous
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.metrics import HEADLINE, Candidate, choose, estimate_of, front
-from ddpm.stages.page import COMPARED, SHOWN, page
+from ddpm.stages.page import SHOWN, page
 from ddpm.stages.params import Params, Point
 from ddpm.stages.plots import draw_scores, drawing
 from ddpm.stages.progress import Progress, Report, silent
@@ -40,7 +40,7 @@ SCORES: tuple[str, ...] = (
     "recall",
 )
 SCORES += ("images", "reference_images", "layer")
-OPTIONAL = ("fid_infinity", "inception_score")  # not every protocol allows them
+OPTIONAL = ("fid_infinity", "inception_score", "copying", "copying_z")  # not every protocol allows them
 PROTOCOL = ("reference", "extractor_sha256", "layer", "images", "reference_images")
 
 Row = dict[str, Any]
@@ -92,7 +92,7 @@ def _samples(path: Path, dataset: store.Dataset) -> store.Images:
         raise InputError(
             f"{path}: images of shape {list(images.shape[1:])}, the dataset's are {list(dataset.train.shape[1:])}; run dvc repro"
         )
-    return images[:COMPARED].copy()
+    return images[:SHOWN].copy()
 
 
 def _front(candidates: Sequence[Candidate]) -> Row:

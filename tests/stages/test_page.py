@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,9 +16,9 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from ddpm.stages import store
-from ddpm.stages.neighbours import copying, nearest
-from ddpm.stages.page import SECTIONS, SHOWN, how_sure, publish_with
+from ddpm.stages import neighbours, store
+from ddpm.stages.neighbours import Copying, copying, nearest
+from ddpm.stages.page import SECTIONS, SHOWN, how_sure, publish_with, verdict
 from ddpm.stages.params import Params
 from ddpm.stages.published import fastest, published
 from ddpm.stages.report import report
@@ -230,6 +231,42 @@ def test_copies_are_told_from_new_images() -> None:
     copies = copying(np.zeros(50), unseen)
     assert (copies.closer, copies.copies) == (1.0, 50) and copies.z > 10
     assert copying(unseen, unseen).closer == 0.5
+
+
+def test_the_verdict_follows_from_both_comparisons() -> None:
+    far, near = Copying(0.4, -4.0, 0), Copying(0.7, 4.0, 0)
+    said = {(a, b): verdict(a, b) for a in (None, far, near) for b in (None, far, near)}
+    assert said[None, None] == "There is nothing to compare with."
+    assert all(said[pair].startswith("No sign") for pair in ((far, far), (far, None), (None, far)))
+    assert said[near, near].startswith("A strong sign of memorising: in pixels and features")
+    assert said[near, far].startswith("A sign") and said[near, far].endswith("though not in features.")
+    assert said[far, near].endswith("though not in pixels.") and "though" not in said[None, near]
+
+
+def test_a_model_that_copies_is_caught_and_its_data_is_not(
+    made_report: Path, smoke: Callable[..., Params], tmp_path: Path
+) -> None:
+    """The page of a sweep whose samples are the training images."""
+    root = tmp_path / "copies"
+    shutil.copytree(made_report, root)
+    train = store.read_dataset(root).train
+    for point in smoke().points():
+        store.write_samples(root / store.samples_file(point), np.asarray(train[:12]), point.steps)
+        scores = store.read_json(root / store.metrics_file(point))
+        store.write_json(root / store.metrics_file(point), {**scores, "copying": 0.99, "copying_z": 6.0})
+    report(smoke(), root)
+    text = Reader((root / "report" / "index.html").read_text(encoding="utf-8")).text
+    assert "A strong sign of memorising" in text
+    assert "12: median 0.0, least 0.0; exact copies: 12" in text
+    assert "30 of the test split" in text and "the sample lies nearer in 100%" in text and "nearer in 99%" in text
+    assert "No sign of memorising: in pixels" in Reader((made_report / "report" / "index.html").read_text()).text
+
+
+def test_what_would_take_minutes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = np.zeros((100, 1, 4, 4), np.uint8)
+    assert neighbours.affordable(1000, train) == 1000
+    monkeypatch.setattr(neighbours, "AFFORDED", 1600 * 7.5)
+    assert [neighbours.affordable(count, train) for count in (5, 7, 8, 1000)] == [5, 7, 7, 7]
 
 
 def _normal(z: float) -> float:
