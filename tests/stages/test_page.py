@@ -294,7 +294,7 @@ def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report
     record |= {"git_commit": "0123456789abcdef", "git_dirty": True, "hardware": {"cpu": HOSTILE}}
     records = {f"sample@{row['point']}": {**record, "per_second": 2.0 + index} for index, row in enumerate(rows)}
     runs = {f"sample@{rows[0]['point']}": ("cosine-ddpm", "http://localhost:5000/#/runs/abc")}
-    whole = publish_with(page, published(rows, records, runs, "the place"))
+    whole = publish_with(page, published(rows, records, runs, "the place", "http://x/#/chart?a='b'"))
     reader = Reader(whole)
     assert whole.startswith(page[: page.index("<!-- published")]) and page[-500:] == whole[-500:]
     for text in (
@@ -307,7 +307,8 @@ def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report
     ):
         assert text in reader.text
     assert "22:13" not in page
-    assert ("a", {"href": "http://localhost:5000/#/runs/abc"}) in reader.tags
+    for link in ("http://localhost:5000/#/runs/abc", "http://x/#/chart?a='b'"):
+        assert ("a", {"href": link}) in reader.tags
     with pytest.raises(ValueError, match="no section"):
         publish_with("<html></html>", "")
 
