@@ -163,8 +163,8 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
 def chart(experiment: str) -> str:
     """The chart of all points, as the fragment of an address.
 
-    MLflow 3.17 chooses between its pages for agents and for models by the address and by what the browser was last told; no tag of
-    the experiment has a say.
+    MLflow 3.17 chooses between its pages for agents and for models by the address and by what the browser was last told; no tag
+    of the experiment has a say.
     """
     return (
         f"#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"
