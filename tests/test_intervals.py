@@ -162,7 +162,7 @@ def test_the_interval_of_kid_covers_what_it_claims(model: tuple[float, float], c
 
 @pytest.mark.proof
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("case", [case for case in CASES if case.images > 100 and case.dimensions > 1], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
 def test_the_interval_of_kid_covers_what_it_claims_with_many_images(case: Case) -> None:
     """With one feature it is 88 %: the cube of a normal is far from normal."""
     assert plausible(cover_kid(case, 500), 500, 0.95, slack=0.03)
