@@ -23,6 +23,12 @@ the root would give half the true error, it stays exact.
 l_i = (N - 1) (mean_j FID_(-j) - FID_(-i)) are the influence values (see intervals.py), and (N - 1) (mean_j FID_(-j) - FID) is
 the bias to first order in 1/N (Quenouille 1956): FID less that is an estimate for infinitely many images, the same limit as Chong
 and Forsyth's (2020, arXiv:1911.07023) line in 1/N, without their random subsets. It needs more images than features.
+
+KID has no bias. Its subsets estimate the sum over all pairs of images, U = sum_{i != j} k(x_i, x_j) / (N (N - 1))
+- 2 sum_ij k(x_i, y_j) / (N M) + a part of the reference alone. Leaving out image i takes its row out of both sums, so with
+r_i = sum_{j != i} k(x_i, x_j) and c_i = sum_j k(x_i, y_j) the influence values are, exactly,
+
+    l_i = 2 (r_i - mean r)/(N - 2) - 2 (c_i - mean c)/M.
 """
 
 from __future__ import annotations
@@ -40,6 +46,7 @@ Features = NDArray[np.float32]  # N,D
 Device = torch.device | str
 
 NEIGHBOURS = 3  # of precision and recall
+SUBSETS = 100  # of KID
 _ROWS = 2048  # at once, where every row meets a whole set
 
 
@@ -178,6 +185,25 @@ def _share_within(points: Tensor, centres: Tensor, neighbours: int) -> float:
     return sum(int((torch.cdist(part, centres) <= reach).any(1).sum()) for part in points.split(_ROWS)) / len(points)
 
 
+def nearest_distances(
+    fake: Features, real: Features, device: Device = "cpu"
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How far it is from each fake image to the nearest real one [N], and from each real image to the nearest other one [M].
+
+    Real images are drawn as unseen ones would be, so that the second is what new images of the data would have, but for one real
+    image fewer to be near to. Raises ValueError for fewer than two real images.
+    """
+    if len(real) < 2:
+        raise ValueError(f"a nearest other image takes two images or more, found {len(real)}")
+    centre = real.mean(0, dtype=np.float64).astype(np.float32)
+    a, b = (torch.from_numpy(part - centre).to(device) for part in (fake, real))
+    found = [
+        torch.cat([torch.cdist(part, b).kthvalue(nth)[0] for part in points.split(_ROWS)])
+        for points, nth in ((a, 1), (b, 2))
+    ]
+    return found[0].double().cpu().numpy(), found[1].double().cpu().numpy()
+
+
 def inception_score(logits: NDArray[np.float32], splits: int = 10, seed: int = 2020) -> tuple[float, float]:
     """exp of the mean KL(p(y|x) || p(y)) over `splits` parts of the shuffled images: its mean and standard deviation.
 
@@ -195,10 +221,13 @@ def inception_score(logits: NDArray[np.float32], splits: int = 10, seed: int = 2
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def kid(a: Features, b: Features, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> tuple[float, float]:
+def kid(
+    a: Features, b: Features, subsets: int = SUBSETS, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
     """Mean and standard deviation of the estimate over `subsets` random subsets of both sets, drawn as torch-fidelity does.
 
-    The mean may fall below 0 where the sets agree. Raises ValueError when a set is smaller than a subset.
+    The deviation is that between subsets, not the error of the mean (see kid_influence). The mean may fall below 0 where the
+    sets agree. Raises ValueError when a set is smaller than a subset.
     """
     if not 2 <= subset_size <= min(len(a), len(b)):
         raise ValueError(f"KID subsets of {subset_size} images don't fit sets of {len(a)} and {len(b)}")
@@ -212,15 +241,34 @@ def kid(a: Features, b: Features, subsets: int = 100, subset_size: int = 1000, s
     return float(np.mean(estimates)), float(np.std(estimates))
 
 
+def kid_influence(fake: Features, real: Features, device: Device = "cpu") -> NDArray[np.float64]:
+    """The influence values [N] of fake images [N, D] on KID (mean 0), against a reference [M, D] that stays as it is.
+
+    Raises ValueError for fewer than three fake images.
+    """
+    count = len(fake)
+    if count < 3:
+        raise ValueError(f"an error of KID takes three images or more, found {count}")
+    x, y = (torch.from_numpy(part).to(device, torch.float64) for part in (fake, real))
+    rows = []
+    for part in x.split(_ROWS):
+        itself = (part.square().sum(1) / x.shape[1] + 1) ** 3
+        within, across = _kernel(part, x).sum(1) - itself, _kernel(part, y).sum(1)
+        rows.append(within / (count - 2) - across / len(y))
+    influence = 2 * torch.cat(rows)
+    return (influence - influence.mean()).cpu().numpy()
+
+
+def _kernel(p: Tensor, q: Tensor) -> Tensor:
+    return (p @ q.T).div_(p.shape[1]).add_(1).pow_(3)
+
+
 def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
     """Unbiased, for two sets of equal size [N, D]: no image is paired with itself."""
     count = len(x)
 
-    def kernel(p: Tensor, q: Tensor) -> Tensor:
-        return (p @ q.T / p.shape[1] + 1).pow_(3)
-
     def within(p: Tensor) -> Tensor:
-        k = kernel(p, p)
+        k = _kernel(p, p)
         return (k.sum() - k.trace()) / (count * (count - 1))
 
-    return within(x) + within(y) - 2 * kernel(x, y).mean()
+    return within(x) + within(y) - 2 * _kernel(x, y).mean()

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from ddpm import features
-from ddpm.fidelity import Statistics, fid, inception_score, jackknife, kid, precision_recall, statistics
+from ddpm.fidelity import (
+    Statistics,
+    fid,
+    inception_score,
+    jackknife,
+    kid,
+    kid_influence,
+    nearest_distances,
+    precision_recall,
+    statistics,
+)
 
 
 def with_moments(mean: Any, covariance: Any, count: int, seed: int = 0) -> np.ndarray:
@@ -128,6 +138,18 @@ def test_precision_and_recall_by_hand() -> None:
         precision_recall(fake, real)
 
 
+def test_distances_to_the_nearest_and_to_the_nearest_other() -> None:
+    real, fake = blob(30, 6, 0), np.concatenate([blob(9, 6, 1), blob(30, 6, 0)[4:5]])
+    far = np.linalg.norm(fake[:, None].astype(float) - real, axis=2)
+    others = np.linalg.norm(real[:, None].astype(float) - real, axis=2) + np.diag(np.full(30, np.inf))
+    samples, unseen = nearest_distances(fake, real)
+    np.testing.assert_allclose(samples, far.min(1), rtol=1e-5, atol=1e-2)
+    np.testing.assert_allclose(unseen, others.min(1), rtol=1e-5)
+    assert samples[-1] < 1e-2 < samples[:-1].min()
+    with pytest.raises(ValueError, match="two images"):
+        nearest_distances(fake, real[:1])
+
+
 def test_precision_falls_with_bad_images_and_recall_with_missing_ones() -> None:
     real = np.concatenate([blob(150, 4, 0), blob(150, 4, 1, shift=20.0)])
     half, noisy = (
@@ -169,6 +191,20 @@ def test_kid_is_unbiased() -> None:
     assert abs(np.mean(found)) < 3 * error
     assert min(found) < 0 < max(found)
     assert kid(blob(100, 3, 0), blob(100, 3, 1, shift=1.0), subsets=5, subset_size=50)[0] > 10 * error
+
+
+def test_the_influence_on_kid_is_leaving_out_one_after_the_other() -> None:
+    """On the sum over all pairs, with another number of images on either side."""
+    x, y = blob(20, 5, 0, shift=0.3), blob(30, 5, 1)
+
+    def whole(p: np.ndarray) -> float:
+        within, across = ((p @ q.T / 5.0 + 1) ** 3 for q in (p.astype(float), y.astype(float)))
+        return float((within.sum() - within.trace()) / (len(p) * (len(p) - 1)) - 2 * across.mean())
+
+    without = np.array([whole(np.delete(x, i, axis=0).astype(float)) for i in range(20)])
+    np.testing.assert_allclose(kid_influence(x, y), 19 * (without.mean() - without), atol=1e-10)
+    with pytest.raises(ValueError, match="three images"):
+        kid_influence(x[:2], y)
 
 
 @pytest.mark.parametrize("size", [1, 13])

@@ -2,13 +2,14 @@
 
 The protocol, whatever the point: the first `evaluation.images` samples, as uint8, exactly as saved, against as many
 images of the train split, drawn without replacement in an order that never changes (`params.seed` has no say).
-One pass of Inception features gives every score. fid_low ... fid_high is about the samples: where FID of other samples of the
-same model, as many and against the same reference, has its mean.
+One pass of Inception features gives every score. fid_low ... fid_high and kid_low ... kid_high are about the samples: where the
+score of other samples of the same model, as many and against the same reference, has its mean.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ddpm import features, fidelity, intervals
 from ddpm.stages import store
 from ddpm.stages.device import find_device
 from ddpm.stages.errors import InputError
+from ddpm.stages.neighbours import copying
 from ddpm.stages.params import Params, Point
 from ddpm.stages.progress import Progress, Report, silent
 
@@ -82,16 +84,24 @@ def _scores(
     influence = found.influence.astype(np.float32)  # as kept, so that the interval follows from the file
     low, high = intervals.Estimate(found.fid, intervals.standard_error(influence)).interval()
     kid, kid_std = fidelity.kid(fake, real, subset_size=max(2, min(KID_SUBSET_SIZE, len(fake) // 2, len(real) // 2)))
+    luck = intervals.standard_error(fidelity.kid_influence(fake, real, inception.device))
+    drawn = kid_std / math.sqrt(fidelity.SUBSETS)  # by which other subsets would move the mean
+    kid_low, kid_high = intervals.Estimate(kid, math.hypot(luck, drawn)).interval()
     precision, recall = fidelity.precision_recall(fake, real, device=inception.device)
+    copied = copying(*fidelity.nearest_distances(fake, real, inception.device))
     scores = {
         "fid": found.fid,
         "fid_low": max(0.0, low),
         "fid_high": high,
         "confidence": intervals.CONFIDENCE,
         "kid": kid,
+        "kid_low": kid_low,
+        "kid_high": kid_high,
         "kid_std": kid_std,
         "precision": precision,
         "recall": recall,
+        "copying": copied.closer,
+        "copying_z": copied.z,
     }
     if len(fake) > inception.layer:  # with fewer images the bias is not proportional to 1/N
         scores["fid_infinity"] = found.fid - found.bias

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.intervals import CONFIDENCE, Difference, Estimate, difference, quantile
+from ddpm.intervals import CONFIDENCE, Difference, Estimate, difference, may_be_best, quantile
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """best: of the points that are not significantly worse than `leader`, the one of the best score, that of fewest
-    evaluations. tied: all of these, by name."""
+    """leader: the point of the best score. tied: the names of all that may be the best in truth. best: of these, the one of the
+    fewest evaluations."""
 
     best: Candidate
     leader: Candidate
@@ -77,7 +77,8 @@ class Choice:
 def choose(candidates: Sequence[Candidate]) -> Choice:
     """Raises ValueError when there are none."""
     leader = min(candidates, key=lambda point: point.order)
-    tied = [point for point in candidates if RANKING.compare(point.estimate, leader.estimate)[0] >= 0]
+    kept = may_be_best([point.estimate for point in candidates], RANKING.direction)
+    tied = [point for point, may_be in zip(candidates, kept, strict=True) if may_be]
     best = min(tied, key=lambda point: (point.evaluations, *point.order))
     return Choice(best, leader, tuple(point.name for point in tied))
 
@@ -95,7 +96,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of points.csv as aligned text, FID falling: the lowest is the last line."""
     falling = sorted(rows, key=lambda row: (-float(row["fid"]), -int(row["evaluations"])))
     interval = f"{float(rows[0]['confidence']):.0%} interval"
-    cells = [("point", "evaluations", "FID", interval, "KID"), *(_cells(row) for row in falling)]
+    cells = [("point", "evaluations", "FID", interval, "KID", interval), *(_cells(row) for row in falling)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells
@@ -108,5 +109,6 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{int(row['evaluations']):,}",
         f"{float(row['fid']):.4g}",
         f"{float(row['fid_low']):.4g} to {float(row['fid_high']):.4g}",
-        f"{float(row['kid']):.2g} ± {float(row['kid_std']):.1g}",
+        f"{float(row['kid']):.2g}",
+        f"{float(row['kid_low']):.2g} to {float(row['kid_high']):.2g}",
     )

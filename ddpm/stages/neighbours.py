@@ -1,4 +1,4 @@
-"""Is a model memorising? The training images nearest to its samples, in pixels, and the same for images it never saw."""
+"""Is a model memorising? How near its samples lie to training images, and how near images lie that it never saw."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ddpm.stages.store import Images
 
 CHUNK = 64 * 2**20  # bytes of training images, as float64, at a time
+AFFORDED = 5e11  # products of pixels in one search: half a minute of two cores
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ def nearest(images: Images, train: Images, mirrored: bool = False) -> tuple[NDAr
         better = distance < best
         best[better], index[better] = distance[better], found[better] + start
     return index, np.sqrt(best / wanted.shape[-1])
+
+
+def affordable(images: int, train: Images) -> int:
+    """How many of so many images to seek neighbours of: all, unless that would take minutes."""
+    return min(images, max(1, int(AFFORDED / train.size)))
 
 
 def copying(samples: NDArray[np.float64], unseen: NDArray[np.float64]) -> Copying:

@@ -14,17 +14,21 @@ import numpy as np
 from ddpm.stages import store
 from ddpm.stages.diagnostics import data_mean_square, schedule_of
 from ddpm.stages.metrics import METRICS, RANKING
-from ddpm.stages.neighbours import copying, nearest
-from ddpm.stages.params import Params
+from ddpm.stages.neighbours import Copying, affordable, copying, nearest
+from ddpm.stages.params import Params, Point
 from ddpm.stages.plots import COLOURS, DASHES, MARKERS, protocol, svg
 
 # The sections of params.yaml that the page shows, and that the stage depends on.
 SECTIONS: tuple[str, ...] = ("seed", "data", "diffusion", "network", "training", "sampling", "evaluation", "likelihood")
 SECTIONS += ("schedules", "samplers", "sweep")
-TITLES = {"fid_infinity": "FID, infinite N", "reference_images": "reference images"}  # of columns that are no METRICS
+TITLES = {
+    "fid_infinity": "FID, infinite N",
+    "reference_images": "reference images",
+    "copying": "nearer to train",
+}  # of columns that are no METRICS
 ASKED = ("10", "50")  # the budgets that the top of the page answers first
 SHOWN = 10  # samples whose neighbours are shown; images of each point
-COMPARED = 200  # samples, and unseen images, whose distances are compared
+NAMED = 6  # points that may be best
 LARGEST = 64  # pixels: larger images are made smaller
 SURE = 3.0  # standard errors
 
@@ -42,10 +46,10 @@ def page(
     dataset: store.Dataset,
     samples: Mapping[str, store.Images],
 ) -> str:
-    """rows: of points.csv. best, front: what best.json and front.json hold. samples: COMPARED of each point, in the rows' order.
+    """rows: of points.csv. best, front: what best.json and front.json hold. samples: the first of each point, in the rows' order.
     report/fid.png is there already. Raises InputError.
     """
-    points = {row["point"]: row for row in rows}
+    points, training = {row["point"]: row for row in rows}, _training(params, root)
     return render(
         "report.html.jinja",
         title=f"{dataset.about['name']}: which schedule, which sampler, how many steps?",
@@ -60,10 +64,10 @@ def page(
         scores_plot=_embedded(root / store.report_dir() / "fid.png"),
         strips={name: (points[name], _strip(images[:SHOWN])) for name, images in samples.items()},
         shown=SHOWN,
-        training=_training(params, root),
+        training=training,
         likelihood=_likelihood(params, root),
-        schedules=_schedules(params, dataset.about),
-        neighbours=_neighbours(samples[best["point"]], dataset, params.training.flip),
+        schedules=_schedules(params, training["last"], dataset.about),
+        neighbours=_neighbours(root, best, dataset, params.training.flip),
         dataset=dataset.about,
         preview=_png(store.grid(dataset.train[: 2 * SHOWN], columns=2 * SHOWN)) if _small(dataset.train) else None,
         parameters=_parameters(params),
@@ -101,7 +105,7 @@ def publish_with(page: str, published: str) -> str:
 
 def _columns(rows: Sequence[Row]) -> list[str]:
     """Of the table: steps stand in the names, intervals beside their scores, and what all points share stands above."""
-    beside = ("steps", "confidence", "fid_low", "fid_high", "kid_std")
+    beside = ("steps", "confidence", "fid_low", "fid_high", "kid_low", "kid_high", "kid_std", "copying_z")
     shared = [key for key in ("images", "reference_images", "layer") if len({row[key] for row in rows}) == 1]
     return [key for key in rows[0] if key not in (*beside, *shared)]
 
@@ -125,20 +129,19 @@ def _answers(front: Row, rows: Sequence[Row]) -> list[Row]:
 
 
 def how_sure(entry: Mapping[str, Any], points: int, confidence: float) -> str:
-    """What the choice of a point among so many is worth, in words. entry: of front.json's budgets, or best.json."""
+    """What the choice of a point among so many is worth, in words. entry: of front.json's budgets."""
     if points == 1:
         return "It is the only point."
-    others, sure = entry["tied"] - 1, f"{confidence:.0%}"
-    if not others:
-        return f"Better than each of the other {points - 1}, {sure} sure of each."
+    names, sure = entry["may_be_best"], f"{confidence:.0%}"
+    if len(names) == 1:
+        return f"Better than the other {points - 1}: {sure} sure, of all at once."
+    among = f"{sure} sure, the best of the {points} points is one of {len(names)}"
+    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     if entry["point"] == entry["lowest"]:
-        return (
-            f"The lowest {RANKING.title} of {points}, but {others} of the others cannot be told from it ({sure} interval of the"
-            " difference holds 0)."
-        )
+        return f"It has the lowest {RANKING.title} and takes the fewest evaluations of those that may be best. {among}: {listed}."
     return (
-        f"{entry['lowest']} has a lower {RANKING.title}, but that may be luck: {entry['tied']} of {points} points cannot be told"
-        f" apart ({sure} intervals of the differences hold 0), and of those this one takes the fewest evaluations."
+        f"{entry['lowest']} has a lower {RANKING.title}, but that may be luck, and this one takes fewer evaluations. {among}:"
+        f" {listed}."
     )
 
 
@@ -258,22 +261,33 @@ def _finish(figure: Any) -> None:
     figure.set_layout_engine("tight")
 
 
-def _schedules(params: Params, about: dict[str, Any]) -> Row:
-    """What each noise schedule of the sweep does to this data. An imported network has a T of its own, unknown here."""
+def _schedules(params: Params, trained: Mapping[str, Mapping[str, Any]], about: dict[str, Any]) -> Row:
+    """What each noise schedule of the sweep does to this data. An imported network has a T of its own, of which its training
+    record tells; without that, such a schedule has no row.
+    """
     from ddpm.forward import summary
 
-    imported = [name for name in params.sweep.schedules if params.schedules[name].imported is not None]
-    T, square = params.diffusion.timesteps, data_mean_square(about)
-    own = [name for name in params.sweep.schedules if name not in imported]
-    return {"T": T, "rows": {n: summary(schedule_of(params, n, T), square) for n in own}, "imported": imported}
+    square, rows, unknown = data_mean_square(about), {}, []
+    for name in params.sweep.schedules:
+        imported = params.schedules[name].imported is not None
+        T = trained.get(name, {}).get("timesteps") if imported else params.diffusion.timesteps
+        if T is None:
+            unknown.append(name)
+        else:
+            rows[name] = summary(schedule_of(params, name, T), square)
+    return {"rows": rows, "unknown": unknown}
 
 
-def _neighbours(samples: store.Images, dataset: store.Dataset, mirrored: bool) -> Row:
-    """The first samples of a point beside their nearest training images, and the distances of more of them."""
+def _neighbours(root: Path, best: Row, dataset: store.Dataset, mirrored: bool) -> Row:
+    """The first samples of the best point beside their nearest training images, and the distances of all that can be afforded."""
+    samples = store.read_samples(root / store.samples_file(Point.parse(best["point"])))[0]
+    samples = np.asarray(samples[: affordable(len(samples), dataset.train)])
     index, distance = nearest(samples, dataset.train, mirrored)
-    chosen = np.arange(min(COMPARED, len(dataset.test))) * len(dataset.test) // max(1, min(COMPARED, len(dataset.test)))
-    unseen = nearest(np.asarray(dataset.test[chosen]), dataset.train, mirrored)[1] if len(chosen) else np.empty(0)
-    found = copying(distance, unseen) if len(unseen) else None
+    compared = affordable(len(dataset.test), dataset.train) if len(dataset.test) else 0
+    chosen = np.arange(compared) * len(dataset.test) // max(1, compared)
+    unseen = nearest(np.asarray(dataset.test[chosen]), dataset.train, mirrored)[1] if compared else np.empty(0)
+    found = copying(distance, unseen) if compared else None
+    in_features = Copying(best["copying"], best["copying_z"], 0) if "copying" in best else None
     return {
         "pairs": [
             {
@@ -290,20 +304,28 @@ def _neighbours(samples: store.Images, dataset: store.Dataset, mirrored: bool) -
         "compared": len(samples),
         "unseen": len(unseen),
         "copies": int((distance == 0).sum()),
+        "unseen_copies": int((unseen == 0).sum()),
         "copying": found,
-        "verdict": _verdict(found),
+        "in_features": in_features,
+        "verdict": verdict(found, in_features),
         "mirrored": mirrored,
     }
 
 
-def _verdict(found: Any) -> str:
-    if found is None:
-        return "There is no test split to compare with."
-    if found.z > SURE:
-        return "Samples lie nearer to the training images than unseen images do: a sign of memorising, or of smoother images."
-    if found.z < -SURE:
-        return "No sign of memorising: samples lie farther from the training images than unseen images do."
-    return "No sign of memorising: samples lie about as far from the training images as unseen images do."
+def verdict(in_pixels: Copying | None, in_features: Copying | None) -> str:
+    """None: not compared, for want of a test split or of a score."""
+    spaces = {"pixels": in_pixels, "features": in_features}
+    z = {space: found.z for space, found in spaces.items() if found is not None}
+    if not z:
+        return "There is nothing to compare with."
+    near, both = [space for space in z if z[space] > SURE], " and ".join(z)
+    if not near:
+        return f"No sign of memorising: in {both}, samples lie no nearer to training images than images do that it never saw."
+    nearer = "samples lie nearer to training images than images do that it never saw"
+    if len(near) == 2:
+        return f"A strong sign of memorising: in {both}, {nearer}."
+    other = "".join(f", though not in {space}" for space in z if space not in near)
+    return f"A sign of memorising, or of smooth images: in {near[0]}, {nearer}{other}."
 
 
 def _parameters(params: Params) -> dict[str, dict[str, Any]]:

@@ -112,6 +112,10 @@ def draw_scores(
                 ticks.append(evaluations)
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.set_xticks([], minor=True)
+    else:
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(label)
     axes.set_ylabel(f"{RANKING.title}, with {rows[0]['confidence']:.0%} intervals")
     axes.set_title(protocol(rows), fontsize="medium")

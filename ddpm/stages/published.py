@@ -19,11 +19,12 @@ def published(
     records: Mapping[str, Record],
     runs: Mapping[str, tuple[str, str]],
     place: str,
+    chart: str = "",
 ) -> str:
     """The section of the page, as HTML.
 
     rows: of points.csv, as numbers. records: run files by stage, such as sample@linear-ddim-50. runs: by stage, the name and
-    the address (or "") of the MLflow run.
+    the address (or "") of the MLflow run. chart: that of the chart of all points in MLflow.
     """
     sampled = {row["point"]: records.get(f"sample@{row['point']}", {}) for row in rows}
     timed = [
@@ -41,6 +42,7 @@ def published(
     return render(
         "published.html.jinja",
         place=place,
+        chart=chart,
         metric=RANKING,
         plot=plot,
         timed=bool(timed),
@@ -63,13 +65,19 @@ def _machine(record: Record) -> str:
     return f"{hardware.get('gpu') or hardware.get('cpu', 'an unknown machine')} ({record.get('device', '?')})"
 
 
+def _pace(record: Record) -> str:
+    if not (pace := record.get("per_second")):
+        return ""
+    return f"{pace:,.0f} {record['unit']}/s" if pace >= 100 else f"{pace:.3g} {record['unit']}/s"
+
+
 def _row(stage: str, record: Record, run: str, link: str) -> dict[str, Any]:
     memory, commit = record.get("gpu_peak_memory_bytes") or record.get("peak_memory_bytes"), record.get("git_commit")
     started = datetime.fromtimestamp(record["started"] / 1000, UTC)
     return {
         "stage": stage,
         "seconds": record["seconds"],
-        "pace": f"{record['per_second']:,.3g} {record['unit']}/s" if record.get("per_second") else "",
+        "pace": _pace(record),
         "memory": f"{memory / 1e6:,.0f} MB" if memory else "",
         "started": f"{started:%Y-%m-%d %H:%M}",
         "machine": _machine(record),

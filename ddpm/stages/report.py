@@ -1,9 +1,10 @@
 """`report`: the scores of the whole sweep -> one table, the best point, the best for each budget of evaluations, pictures,
 and all of it on one page.
 
-The best point is not simply the one of the lowest FID, which may be so by luck: of all points that are not significantly worse
-than that one (the 95 % interval of the difference, in pairs, since all points start from the same noise), it is the one that
-takes the fewest network evaluations. The best for a budget is chosen in the same way from the points within it.
+The best point is not simply the one of the lowest FID, which may be so by luck: of the points that may be the best in truth
+(intervals.may_be_best: the best is among them with 95 %, however many points there are; in pairs, since all points start from the
+same noise), it is the one that takes the fewest network evaluations. The best for a budget is chosen in the same way from the
+points within it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ddpm.intervals import CONFIDENCE
+from ddpm.intervals import CONFIDENCE, difference, simultaneous
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
-from ddpm.stages.metrics import HEADLINE, RANKING, Candidate, choose, estimate_of, front
-from ddpm.stages.page import COMPARED, SHOWN, page
+from ddpm.stages.metrics import HEADLINE, Candidate, choose, estimate_of, front
+from ddpm.stages.page import SHOWN, page
 from ddpm.stages.params import Params, Point
 from ddpm.stages.plots import draw_scores, drawing
 from ddpm.stages.progress import Progress, Report, silent
@@ -32,12 +33,14 @@ SCORES: tuple[str, ...] = (
     "fid_high",
     "confidence",
     "kid",
+    "kid_low",
+    "kid_high",
     "kid_std",
     "precision",
     "recall",
 )
 SCORES += ("images", "reference_images", "layer")
-OPTIONAL = ("fid_infinity", "inception_score")  # not every protocol allows them
+OPTIONAL = ("fid_infinity", "inception_score", "copying", "copying_z")  # not every protocol allows them
 PROTOCOL = ("reference", "extractor_sha256", "layer", "images", "reference_images")
 
 Row = dict[str, Any]
@@ -45,7 +48,7 @@ Row = dict[str, Any]
 
 def report(params: Params, root: Path = Path(), report: Report = silent) -> dict[str, Any]:
     """Writes report/ and returns best.json's content: the best point's row, `points` (how many there are), `lowest` (the point
-    of the lowest FID) and `tied` (how many are not significantly worse than that one).
+    of the lowest FID) and `tied` (how many may be the best in truth).
 
     Removes what samples/ and metrics/ still hold of points that have left the sweep, where DVC can bring it back.
     Raises InputError when a point of the sweep has no scores.
@@ -89,14 +92,15 @@ def _samples(path: Path, dataset: store.Dataset) -> store.Images:
         raise InputError(
             f"{path}: images of shape {list(images.shape[1:])}, the dataset's are {list(dataset.train.shape[1:])}; run dvc repro"
         )
-    return images[:COMPARED].copy()
+    return images[:SHOWN].copy()
 
 
 def _front(candidates: Sequence[Candidate]) -> Row:
     """front.json.
 
-    budgets: the best point of at most so many evaluations; `lowest` and `tied` as in best.json.
-    front: the points that no other of as few evaluations beats, each with its difference to the one before.
+    budgets: the best point of at most so many evaluations; `lowest` and `tied` as in best.json, and the names of the tied.
+    front: the points that no other of as few evaluations beats, each with its difference to the one before. Their intervals hold
+    at once for all pairs of points, so also for these, which were picked by their scores.
     """
     budgets = {}
     for budget in BUDGETS:
@@ -106,19 +110,21 @@ def _front(candidates: Sequence[Candidate]) -> Row:
                 **_entry(choice.best),
                 "lowest": choice.leader.name,
                 "tied": len(choice.tied),
+                "may_be_best": list(choice.tied),
             }
+    reach = simultaneous([point.estimate for point in candidates])
     steps, best = [], front(candidates)
     for before, point in zip([None, *best], best, strict=False):
         step = _entry(point)
         if before is not None:
-            side, gap = RANKING.compare(point.estimate, before.estimate)
-            low, high = gap.interval()
+            gap = difference(point.estimate, before.estimate)
+            low, high = gap.value - reach * gap.error, gap.value + reach * gap.error
             step |= {
                 "difference": _rounded(gap.value),
                 "difference_low": _rounded(low),
                 "difference_high": _rounded(high),
             }
-            step |= {"significant": side != 0, "paired": gap.paired}
+            step |= {"significant": low > 0 or high < 0, "paired": gap.paired}
         steps.append(step)
     return {"metric": HEADLINE, "confidence": CONFIDENCE, "budgets": budgets, "front": steps}
 

@@ -263,6 +263,7 @@ def _copy_imported(params: Params, schedule: str, dataset: store.Dataset, root: 
     about = {**about, "data": _about_data(dataset), "training": training}
     parameters = sum(parameter.numel() for parameter in denoiser.net.parameters())
     metrics = {"steps": 0, "parameters": parameters, "loss": None, "validation_loss": loss}
+    metrics["timesteps"] = denoiser.schedule.T  # params don't know it, and the report shows what the schedule does
     checkpoint.save(root / store.model_dir(schedule), denoiser.net, about)
     curve = {"step": 0, "loss": "", "learning_rate": "", "gradient_norm": "", "validation_loss": loss}
     store.write_csv(root / store.history_file(schedule), [curve])

@@ -44,8 +44,8 @@ if control.get("exit"):
     sys.exit(control["exit"])
 path = pathlib.Path(out)
 path.parent.mkdir(exist_ok=True)
-header = "point,schedule,sampler,steps,evaluations,fid,fid_low,fid_high,confidence,kid,kid_std,images,reference_images,layer"
-row = "linear-ddim-10,linear,ddim,10,10,1.5,1.4,1.6,0.95,0.1,0.01,500,500,64"
+header = "point,schedule,sampler,steps,evaluations,fid,fid_low,fid_high,confidence,kid,kid_low,kid_high,images,layer"
+row = "linear-ddim-10,linear,ddim,10,10,1.5,1.4,1.6,0.95,0.1,0.05,0.15,500,64"
 path.write_text(f"{header}\\n{row}\\n" if name == "report" else name)
 print(f"{name}: 2 steps in 0.0 s")
 '''

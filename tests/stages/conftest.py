@@ -89,6 +89,8 @@ def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **change
         "precision": 0.5,
         "recall": 0.25,
         "kid": fid / 1000,
+        "kid_low": fid / 1000 - 0.003,
+        "kid_high": fid / 1000 + 0.003,
         "kid_std": fid / 10_000,
         "evaluations": store.read_evaluations(samples),
         "images": 64,

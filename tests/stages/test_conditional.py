@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +181,16 @@ def test_no_classes_in_the_dataset(digits: Path, params: Callable[..., Params], 
     assert not (tmp_path / "models").exists()
 
 
-def test_the_registered_model_takes_a_class(
+@pytest.fixture
+def champion(
     trained: Path,
     params: Callable[..., Params],
     write_scores: Callable[..., None],
     empty_database: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> tuple[str, np.ndarray]:
+    """The store where a conditional model is champion, and the 12 samples that earned it that: classes 0 to 9, 0 and 1."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root, settings = tmp_path / "checkout", params(sampling={"images": 12, "batch": 12})
     shutil.copytree(trained, root, symlinks=True, ignore=shutil.ignore_patterns(".cache"))
@@ -192,10 +198,15 @@ def test_the_registered_model_takes_a_class(
     made = draw(root, settings, GUIDED)
     write_scores(root, GUIDED, 3.0)
     tracking.promote(settings, root)
-    mlflow.set_tracking_uri(tracking.tracking_uri(root))
+    return tracking.tracking_uri(root), made["images"]
+
+
+def test_the_registered_model_takes_a_class(champion: tuple[str, np.ndarray]) -> None:
+    uri, made = champion
+    mlflow.set_tracking_uri(uri)
     model = mlflow.pyfunc.load_model("models:/ddpm-digits@champion")
     images = model.predict(pd.DataFrame({"n": [12]})).astype(int)
-    assert np.abs(images - made["images"]).max() <= 1
+    assert np.abs(images - made).max() <= 1
     threes = model.predict(pd.DataFrame({"n": [12, 1], "label": ["3", None]})).astype(int)
     assert np.abs(threes[3] - images[3]).max() <= 1 and np.abs(threes[2] - images[2]).max() > 1
     assert np.abs(threes[12] - images[0]).max() <= 1
@@ -203,6 +214,31 @@ def test_the_registered_model_takes_a_class(
         model.predict(pd.DataFrame({"n": [1], "label": ["ten"]}))
     columns = Model.load("models:/ddpm-digits@champion").signature.inputs.inputs
     assert [(column.name, column.required) for column in columns][-1] == ("label", False)
+
+
+@pytest.mark.proof
+def test_mlflow_serves_the_class_asked_for(
+    champion: tuple[str, np.ndarray], serve: Callable[..., AbstractContextManager[str]], tmp_path: Path
+) -> None:
+    """As `mlflow models serve` answers a client: the class asked for is the one of the samples, and a wrong one is refused."""
+    uri, made = champion
+    command = ("models", "serve", "--model-uri", "models:/ddpm-digits@champion", "--env-manager", "local")
+    with serve(tmp_path, *command, MLFLOW_TRACKING_URI=uri, OMP_NUM_THREADS="1") as url:
+
+        def answer(*rows: dict[str, Any]) -> np.ndarray:
+            body = json.dumps({"dataframe_records": rows}).encode()
+            request = urllib.request.Request(f"{url}/invocations", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return np.array(json.load(response)["predictions"])
+
+        in_turn, threes = answer({"n": 12}), answer({"n": 4, "label": "3"})
+        mixed = answer({"n": 4, "label": "3"}, {"n": 2, "label": None})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            answer({"n": 1, "label": "ten"})
+        assert "no class 'ten'; there are 0, 1, 2" in refused.value.read().decode()
+    assert np.abs(in_turn - made).max() <= 1
+    assert np.abs(threes[3] - made[3]).max() <= 1 and np.abs(threes[2] - made[2].astype(int)).max() > 1
+    assert np.abs(mixed[:4] - threes).max() <= 1 and np.abs(mixed[4:] - made[:2]).max() <= 1
 
 
 @pytest.mark.proof

@@ -18,6 +18,7 @@ from ddpm.intervals import standard_error
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.evaluate import evaluate, reference_images
+from ddpm.stages.neighbours import copying
 from ddpm.stages.params import Compute, Evaluation, Params, Point
 from ddpm.stages.progress import Progress
 
@@ -81,11 +82,15 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
     reach = 1.959964 * standard_error(influence)
     assert scores.pop("fid_high") == pytest.approx(fid + reach, rel=1e-5)
     assert scores.pop("fid_low") == pytest.approx(max(0.0, fid - reach), rel=1e-5)
+    copied = copying(*fidelity.nearest_distances(fake, real))
+    assert [scores.pop("copying"), scores.pop("copying_z")] == pytest.approx([copied.closer, copied.z], rel=1e-4)
     found = [scores.pop("precision"), scores.pop("recall")]
     assert found == pytest.approx(fidelity.precision_recall(fake, real), rel=1e-7)
     assert scores.pop("fid") == pytest.approx(fid, rel=1e-5)
     assert scores.pop("kid") == pytest.approx(kid, rel=1e-4)
     assert scores.pop("kid_std") == pytest.approx(kid_std, rel=1e-4)
+    reach = 1.959964 * np.hypot(standard_error(fidelity.kid_influence(fake, real)), kid_std / np.sqrt(100))
+    assert [scores.pop("kid_low"), scores.pop("kid_high")] == pytest.approx([kid - reach, kid + reach], rel=1e-4)
     assert scores == {  # with 12 images at 64 features, none of fid_infinity; without a classifier no Inception Score
         "confidence": 0.95,
         "evaluations": 5,
@@ -104,7 +109,9 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
 
 def test_the_training_images_themselves_score_nothing(root: Path) -> None:
     store.write_samples(root / store.samples_file(POINT), digits()[:30], evaluations=5)
-    assert run(root, protocol(images=30))[0]["fid"] < 1e-6
+    copies = run(root, protocol(images=30))[0]
+    assert copies["fid"] < 1e-6
+    assert copies["copying"] > 0.99 and copies["copying_z"] > 5
     store.write_samples(root / store.samples_file(POINT), 255 - digits()[:30], evaluations=5)
     assert run(root, protocol(images=30))[0]["fid"] > 1
 

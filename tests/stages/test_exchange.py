@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ddpm import NoiseSchedule
 from ddpm.objective import Objective
 from ddpm.samplers import Level, ddim, ddpm
 from ddpm.stages import checkpoint, store
 from ddpm.stages.errors import InputError
 from ddpm.stages.exchange import WEIGHTS, export_diffusers, import_diffusers
+from ddpm.stages.page import _schedules
 from ddpm.stages.params import Params, Point
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
@@ -162,6 +164,14 @@ def test_a_target_and_length_of_its_own_stand(exported: Path, checkout: Path) ->
     assert "imported, with target v at T = 300" in messages
     denoiser, _ = checkpoint.load(checkout / "models/hub")
     assert (denoiser.target, denoiser.schedule.T, float(denoiser.schedule.alpha_bar[-1])) == ("v", 300, 0.0)
+    trained = store.read_json(checkout / store.training_metrics_file("hub"))
+    about = store.read_json(checkout / "dataset/dataset.json")
+    shown = _schedules(params, {"hub": trained}, about)  # in the report, each at its own length
+    assert {name: (row.T, row.alpha_bar) for name, row in shown["rows"].items()} == {
+        "cosine": (100, pytest.approx(float(NoiseSchedule.named("cosine", 100).alpha_bar[-1]))),
+        "hub": (300, 0.0),
+    }
+    assert _schedules(params, {}, about)["unknown"] == ["hub"]
 
 
 def test_a_changed_missing_or_unfitting_import_is_one_line(exported: Path, checkout: Path) -> None:

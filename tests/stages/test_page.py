@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,9 +16,9 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from ddpm.stages import store
-from ddpm.stages.neighbours import copying, nearest
-from ddpm.stages.page import SECTIONS, SHOWN, how_sure, publish_with
+from ddpm.stages import neighbours, store
+from ddpm.stages.neighbours import Copying, copying, nearest
+from ddpm.stages.page import SECTIONS, SHOWN, how_sure, publish_with, verdict
 from ddpm.stages.params import Params
 from ddpm.stages.published import fastest, published
 from ddpm.stages.report import report
@@ -88,7 +89,15 @@ def made_report(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathF
         store.write_samples(root / store.samples_file(point), images, point.steps)
         store.write_influence(root / store.influence_file(point), random.normal(size=12))
         fid = 12.34567 - index
-        scores = {"fid": fid, "fid_low": fid - 0.54321, "fid_high": fid + 0.54321, "confidence": 0.95, "kid": fid / 300}
+        scores = {
+            "fid": fid,
+            "fid_low": fid - 0.54321,
+            "fid_high": fid + 0.54321,
+            "confidence": 0.95,
+            "kid": fid / 300,
+            "kid_low": -0.01234,
+            "kid_high": 0.4321,
+        }
         scores |= {"kid_std": 0.002, "precision": 0.6, "recall": 0.4, "evaluations": point.steps, "images": 12}
         scores |= {"reference_images": 60, "layer": 64, "reference": "c" * 64, "extractor_sha256": "e" * 64}
         store.write_json(root / store.metrics_file(point), scores)
@@ -122,6 +131,7 @@ def test_every_number_is_the_files(page: str, made_report: Path) -> None:
     for cells, row in zip(points[1:], rows, strict=True):
         fid, low, high = (f"{float(row[key]):.3g}" for key in ("fid", "fid_low", "fid_high"))
         assert cells[4] == f"{fid} ({low} to {high})"
+        assert cells[5] == f"{float(row['kid']):.3g} (-0.0123 to 0.432)"
     front = store.read_json(made_report / "report" / "front.json")
     for entry in {json.dumps(entry): entry for entry in front["budgets"].values()}.values():
         assert f"FID {entry['fid']:.3g} ({entry['fid_low']:.3g} to {entry['fid_high']:.3g})" in reader.text
@@ -171,12 +181,15 @@ def test_the_stage_depends_on_the_sections_it_shows_and_on_its_template() -> Non
 
 
 def test_how_sure() -> None:
-    entry = {"point": "a", "lowest": "a", "tied": 1}
+    entry = {"point": "a", "lowest": "a", "may_be_best": ["a"]}
     assert how_sure(entry, 1, 0.95) == "It is the only point."
-    assert how_sure(entry, 4, 0.95) == "Better than each of the other 3, 95% sure of each."
-    assert "2 of the others cannot be told from it" in how_sure({**entry, "tied": 3}, 4, 0.95)
-    assert how_sure({"point": "b", "lowest": "a", "tied": 2}, 4, 0.95).startswith(
-        "a has a lower FID, but that may be luck"
+    assert how_sure(entry, 4, 0.95) == "Better than the other 3: 95% sure, of all at once."
+    among = "95% sure, the best of the 9 points is one of"
+    tied = how_sure({**entry, "may_be_best": ["a", "b", "c"]}, 9, 0.95)
+    assert tied.startswith("It has the lowest FID") and tied.endswith(f"{among} 3: a, b, c.")
+    luck = how_sure({"point": "b", "lowest": "a", "may_be_best": list("abcdefgh")}, 9, 0.95)
+    assert luck.startswith("a has a lower FID, but that may be luck") and luck.endswith(
+        "8: a, b, c, d, e, f and 2 more."
     )
 
 
@@ -220,6 +233,42 @@ def test_copies_are_told_from_new_images() -> None:
     assert copying(unseen, unseen).closer == 0.5
 
 
+def test_the_verdict_follows_from_both_comparisons() -> None:
+    far, near = Copying(0.4, -4.0, 0), Copying(0.7, 4.0, 0)
+    said = {(a, b): verdict(a, b) for a in (None, far, near) for b in (None, far, near)}
+    assert said[None, None] == "There is nothing to compare with."
+    assert all(said[pair].startswith("No sign") for pair in ((far, far), (far, None), (None, far)))
+    assert said[near, near].startswith("A strong sign of memorising: in pixels and features")
+    assert said[near, far].startswith("A sign") and said[near, far].endswith("though not in features.")
+    assert said[far, near].endswith("though not in pixels.") and "though" not in said[None, near]
+
+
+def test_a_model_that_copies_is_caught_and_its_data_is_not(
+    made_report: Path, smoke: Callable[..., Params], tmp_path: Path
+) -> None:
+    """The page of a sweep whose samples are the training images."""
+    root = tmp_path / "copies"
+    shutil.copytree(made_report, root)
+    train = store.read_dataset(root).train
+    for point in smoke().points():
+        store.write_samples(root / store.samples_file(point), np.asarray(train[:12]), point.steps)
+        scores = store.read_json(root / store.metrics_file(point))
+        store.write_json(root / store.metrics_file(point), {**scores, "copying": 0.99, "copying_z": 6.0})
+    report(smoke(), root)
+    text = Reader((root / "report" / "index.html").read_text(encoding="utf-8")).text
+    assert "A strong sign of memorising" in text
+    assert "12: median 0.0, least 0.0; exact copies: 12" in text
+    assert "30 of the test split" in text and "the sample lies nearer in 100%" in text and "nearer in 99%" in text
+    assert "No sign of memorising: in pixels" in Reader((made_report / "report" / "index.html").read_text()).text
+
+
+def test_what_would_take_minutes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = np.zeros((100, 1, 4, 4), np.uint8)
+    assert neighbours.affordable(1000, train) == 1000
+    monkeypatch.setattr(neighbours, "AFFORDED", 1600 * 7.5)
+    assert [neighbours.affordable(count, train) for count in (5, 7, 8, 1000)] == [5, 7, 7, 7]
+
+
 def _normal(z: float) -> float:
     from statistics import NormalDist
 
@@ -245,7 +294,7 @@ def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report
     record |= {"git_commit": "0123456789abcdef", "git_dirty": True, "hardware": {"cpu": HOSTILE}}
     records = {f"sample@{row['point']}": {**record, "per_second": 2.0 + index} for index, row in enumerate(rows)}
     runs = {f"sample@{rows[0]['point']}": ("cosine-ddpm", "http://localhost:5000/#/runs/abc")}
-    whole = publish_with(page, published(rows, records, runs, "the place"))
+    whole = publish_with(page, published(rows, records, runs, "the place", "http://x/#/chart?a='b'"))
     reader = Reader(whole)
     assert whole.startswith(page[: page.index("<!-- published")]) and page[-500:] == whole[-500:]
     for text in (
@@ -258,7 +307,8 @@ def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report
     ):
         assert text in reader.text
     assert "22:13" not in page
-    assert ("a", {"href": "http://localhost:5000/#/runs/abc"}) in reader.tags
+    for link in ("http://localhost:5000/#/runs/abc", "http://x/#/chart?a='b'"):
+        assert ("a", {"href": link}) in reader.tags
     with pytest.raises(ValueError, match="no section"):
         publish_with("<html></html>", "")
 

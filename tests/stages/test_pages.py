@@ -18,6 +18,7 @@ from ddpm.stages.report import report
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
 
+SHOTS = Path(__file__).parents[2] / "test-output"
 ROOT = Path(__file__).parents[2]
 RUNS = ["cosine-ddim", "cosine-ddpm", "linear-ddim", "linear-ddpm"]
 LINES = """card => card.querySelector('.js-plotly-plot').data
@@ -144,4 +145,23 @@ def test_the_report_opens_without_a_network(page: Any, sweep: Path, shoot: Shoot
     page.goto(html.as_uri(), wait_until="load")
     page.get_by_text("cosine-ddim-10").first.wait_for()
     shoot(page, "report")
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    shoot(page, "report-narrow")
     assert not errors
+
+
+def test_the_report_is_all_there_without_a_script_and_on_paper(browser: Any, sweep: Path, shoot: Shoot) -> None:
+    context = browser.new_context(java_script_enabled=False, viewport={"width": 794, "height": 1123})
+    page = context.new_page()
+    page.goto((sweep / "report" / "index.html").as_uri(), wait_until="load")
+    hint = page.get_by_text("A click on a column sorts by it.")
+    assert not hint.is_visible()
+    assert page.locator("#points tbody tr").count() == 12
+    paper = page.pdf(path=SHOTS / "report.pdf", format="A4")
+    assert paper.startswith(b"%PDF") and 3 <= paper.count(b"/Type /Page\n") <= 9
+    page.emulate_media(media="print")
+    assert not page.get_by_role("navigation").is_visible()
+    shoot(page, "report-print")
+    context.close()

@@ -506,7 +506,7 @@ def test_the_cards_numbers_are_the_registrys(checkout: Path, params: Params) -> 
     for text in (
         f"# ddpm-digits: {version.tags['ddpm.point']}\n",
         f"| FID (lower is better) | {scores['fid']:.3g} | {low} to {high} |",
-        f"| KID (lower is better) | {scores['kid']:.3g} | ± {scores['kid_std']:.1g} |",
+        f"| KID (lower is better) | {scores['kid']:.3g} | {scores['kid_low']:.3g} to {scores['kid_high']:.3g} |",
         f"{scores['images']} samples against {scores['reference_images']} training images, at Inception layer 64",
         f"{version.tags['ddpm.evaluations']} network evaluations",
         version.tags["ddpm.model_sha256"],

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpm.intervals import standard_error
+from ddpm.intervals import Estimate, simultaneous, standard_error
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.metrics import table
@@ -42,7 +42,8 @@ def influence_of(point: Point, error: float) -> np.ndarray:
 def write_point(root: Path, point: Point, fid: float = 1.0, error: float = 0.01, **changes: Any) -> None:
     reach = 1.959964 * error
     scores = {"fid": fid, "fid_low": max(0.0, fid - reach), "fid_high": fid + reach, "confidence": 0.95}
-    scores |= {"kid": 0.01, "kid_std": 0.002, "precision": 0.6, "recall": 0.4, "evaluations": point.steps, "images": 12}
+    scores |= {"kid": 0.01, "kid_low": 0.006, "kid_high": 0.014, "kid_std": 0.002}
+    scores |= {"precision": 0.6, "recall": 0.4, "evaluations": point.steps, "images": 12}
     scores |= {"reference_images": 30, "layer": 64, "reference": "version", "extractor_sha256": "weights"}
     store.write_json(root / store.metrics_file(point), scores | changes)
     store.write_influence(root / store.influence_file(point), influence_of(point, error))
@@ -65,8 +66,8 @@ def written(root: Path) -> dict[str, bytes]:
 def test_every_point_is_a_row_and_the_best_is_named(root: Path) -> None:
     best = report(params(), root)
     rows = store.read_csv(root / "report" / "points.csv")
-    columns = "point schedule sampler steps evaluations fid fid_low fid_high confidence kid kid_std precision recall"
-    columns += " images reference_images layer"
+    columns = "point schedule sampler steps evaluations fid fid_low fid_high confidence kid kid_low kid_high kid_std"
+    columns += " precision recall images reference_images layer"
     assert list(rows[0]) == columns.split()
     assert [row["point"] for row in rows] == [point.name for point in params().points()]
     assert [float(row["fid"]) for row in rows] == list(FIDS)
@@ -91,16 +92,14 @@ def test_a_tie_goes_to_fewer_evaluations(root: Path) -> None:
 
 
 def test_a_lower_fid_that_may_be_luck_does_not_beat_fewer_evaluations(root: Path) -> None:
-    """20 evaluations give 1.0 and 5 give 3.5: which is best depends on how sure those numbers are."""
+    """20 evaluations give 1.0 and 5 give 3.5: which is best depends on how sure those numbers are, one-sided with two points."""
     cheaper, good = (Point.parse(name) for name in ("cosine-ddim-5", "cosine-ddim-20"))
     gap = influence_of(cheaper, 1.0).astype(float) - influence_of(good, 1.0)
-    scale = 2.5 / (1.959964 * standard_error(gap))  # at this error the interval of their difference ends at 0
-    for factor, chosen in ((0.99, "cosine-ddim-20"), (1.01, "cosine-ddim-5")):
-        for point, fid in zip(params().points(), FIDS, strict=True):
-            write_point(root, point, fid=fid + 90 * (point not in (cheaper, good)), error=0.01)
+    scale = 2.5 / (1.644854 * standard_error(gap))
+    for factor, chosen in ((0.97, "cosine-ddim-20"), (1.03, "cosine-ddim-5")):
         write_point(root, cheaper, fid=3.5, error=scale * factor)
         write_point(root, good, fid=1.0, error=scale * factor)
-        best = report(params(), root)
+        best = report(params(Sweep(schedules=("cosine",), samplers=("ddim",), steps=(5, 20))), root)
         assert (best["point"], best["lowest"], best["tied"]) == (chosen, "cosine-ddim-20", 1 + (factor > 1))
         assert best["fid"] == (1.0 if factor < 1 else 3.5)
 
@@ -131,7 +130,9 @@ def test_the_front_and_the_best_for_each_budget(root: Path) -> None:
     step = found["front"][1]
     assert step["fid_high"] == pytest.approx(2.99 + 0.1959964)
     own = [influence_of(Point.parse(name), 0.1).astype(float) for name in names[:2]]
-    reach = 1.959964 * standard_error(own[1] - own[0])
+    scores = [Estimate(fids[point.name], 0.1, influence_of(point, 0.1)) for point in params().points()]
+    reach = simultaneous(scores)
+    reach *= standard_error(own[1] - own[0])
     expected = (2.99 - 3.5, 2.99 - 3.5 - reach, 2.99 - 3.5 + reach)
     assert (step["difference"], step["difference_low"], step["difference_high"]) == pytest.approx(expected, rel=1e-6)
     assert step["paired"]
@@ -292,11 +293,14 @@ def test_the_table_is_aligned_with_the_best_point_last(read: Callable[[Any], Any
         {"point": "linear-ddpm-1000", "evaluations": 1000, "fid": 12.3, "fid_low": 11.5, "fid_high": 13.1},
         {"point": "linear-ddim-10", "evaluations": 10, "fid": 0.71234, "fid_low": 0.0, "fid_high": 1.5},
     ]
-    kids = ((0.00123, 0.0004), (0.1, 0.02), (-0.0001, 0.0004))
-    rows = [{**row, "kid": kid, "kid_std": std, "confidence": 0.95} for row, (kid, std) in zip(rows, kids, strict=True)]
+    kids = ((0.00123, 0.0008, 0.0016), (0.1, 0.08, 0.12), (-0.0001, -0.0005, 0.0003))
+    names = ("kid", "kid_low", "kid_high")
+    rows = [
+        {**row, **dict(zip(names, kid, strict=True)), "confidence": 0.95} for row, kid in zip(rows, kids, strict=True)
+    ]
     assert table(read(rows)).splitlines() == [
-        "point             evaluations     FID   95% interval               KID",
-        "linear-ddpm-1000        1,000    12.3   11.5 to 13.1        0.1 ± 0.02",
-        "linear-ddim-20             20  0.7123  0.6235 to 0.8   0.0012 ± 0.0004",
-        "linear-ddim-10             10  0.7123       0 to 1.5  -0.0001 ± 0.0004",
+        "point             evaluations     FID   95% interval      KID       95% interval",
+        "linear-ddpm-1000        1,000    12.3   11.5 to 13.1      0.1       0.08 to 0.12",
+        "linear-ddim-20             20  0.7123  0.6235 to 0.8   0.0012   0.0008 to 0.0016",
+        "linear-ddim-10             10  0.7123       0 to 1.5  -0.0001  -0.0005 to 0.0003",
     ]

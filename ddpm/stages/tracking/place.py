@@ -165,14 +165,22 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
     return str(found.experiment_id)
 
 
+def chart(experiment: str) -> str:
+    """The chart of all points, as the fragment of an address.
+
+    MLflow 3.17 chooses between its pages for agents and for models by the address and by what the browser was last told; no tag
+    of the experiment has a say.
+    """
+    return (
+        f"#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+        "&searchFilter=tags.%60ddpm.stage%60%20%3D%20'sample'&orderByKey=tags.%60mlflow.runName%60&orderByAsc=true"
+    )
+
+
 def _note(experiment: str, dataset: str) -> str:
     """What the experiment's page says on top; it shows the first line, and the rest when that is opened."""
-    query = (
-        "workflowType=machine_learning&compareRunsMode=CHART&searchFilter=tags.%60ddpm.stage%60%20%3D%20'sample'"
-        "&orderByKey=tags.%60mlflow.runName%60&orderByAsc=true"
-    )
     return (
-        f"**[FID against steps](#/experiments/{experiment}/runs?{query})** of denoising diffusion on {dataset}: a line per"
+        f"**[FID against steps]({chart(experiment)})** of denoising diffusion on {dataset}: a line per"
         " schedule and sampler, with the images beside it.\n\n"
         "Step = network evaluations per image; the images at step 0 are real ones, and the slider moves on to the samples."
         " A run per schedule (`linear`: the training) has a child per sampler"

@@ -25,7 +25,7 @@ from ddpm.stages.tracking.lineage import (
     run_times,
     settings_of,
 )
-from ddpm.stages.tracking.place import Say, Target, locked, open_target, plain_errors, warn
+from ddpm.stages.tracking.place import Say, Target, chart, locked, open_target, plain_errors, warn
 from ddpm.stages.tracking.runs import (
     CURVES,
     CURVES_SHA,
@@ -546,7 +546,9 @@ def _page_with_lineage(target: Target, root: Path) -> str:
     outputs |= {f"likelihood@{name}": store.likelihood_file(name) for name in schedules}
     outputs["report"] = store.report_dir()
     records = {stage: record for stage, output in outputs.items() if (record := run_times(root, output))}
-    section = published(rows, records, _runs_of(target, root, rows), target.place.shown)
+    place = target.place.shown
+    link = f"{place}/{chart(target.experiment)}" if place.startswith("http") else ""
+    section = published(rows, records, _runs_of(target, root, rows), place, link)
     return publish_with((folder / "index.html").read_text(encoding="utf-8"), section)
 
 
