@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import sys
@@ -25,9 +26,16 @@ GRACE = 20.0  # seconds for flow runs to end their stages
 
 def main(chosen: list[str]) -> None:
     processes = parse_procfile(Path("Procfile").read_text(encoding="utf-8")).processes
-    store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    store = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI") or "sqlite:///mlflow.db"
     if store.startswith("http"):
         del processes["mlflow"]  # a server elsewhere has it
+    # Not on its command line: there every user of the machine could read a password.
+    artifacts = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or str(Path("mlartifacts").resolve())
+    mlflow = {
+        "MLFLOW_BACKEND_STORE_URI": store,
+        "MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts,
+        "MLFLOW_ARTIFACTS_DESTINATION": artifacts,
+    }
     names = [name for name in processes if name in chosen or not chosen]
     environment = {
         **os.environ,
@@ -35,8 +43,7 @@ def main(chosen: list[str]) -> None:
         "PYTHONUNBUFFERED": "1",
         MARK: secrets.token_hex(8),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_STORE": store,
-        "MLFLOW_UI": store,
+        "MLFLOW_UI": re.sub(r"//[^/@]*@", "//", store),
     }
     if "prefect" in names:
         environment["PREFECT_PORT"] = port = _port("PREFECT_PORT", "4200")
@@ -50,7 +57,7 @@ def main(chosen: list[str]) -> None:
     print(f"MLflow:  {environment['MLFLOW_UI']}\nCtrl-C stops what runs here", flush=True)
     manager = Manager()
     for name in names:
-        manager.add_process(name, processes[name], env=environment)
+        manager.add_process(name, processes[name], env={**environment, **(mlflow if name == "mlflow" else {})})
     manager.loop()
     _end_what_is_left(environment[MARK])
     sys.exit(0 if manager.returncode == INTERRUPTED else manager.returncode)

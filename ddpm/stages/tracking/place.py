@@ -42,11 +42,11 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Place:
-    """A tracking store. artifacts: the folder for new experiments, or None where a server decides."""
+    """A tracking store. artifacts: the URI below which new experiments keep theirs, or None where a server decides."""
 
     uri: str
     lock: Path
-    artifacts: Path | None
+    artifacts: str | None
 
     @property
     def shown(self) -> str:
@@ -65,8 +65,11 @@ def repo_root(root: Path = Path()) -> Path:
 
 
 def tracking_uri(root: Path = Path()) -> str:
-    """MLFLOW_TRACKING_URI if it is set, else mlflow.db at the root of the checkout."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri("sqlite", repo_root(root) / "mlflow.db")
+    """MLFLOW_TRACKING_URI if it is set, else the database that MLFLOW_BACKEND_STORE_URI names, else mlflow.db at the root of
+    the checkout.
+    """
+    named = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI")
+    return named or _sqlite_uri("sqlite", repo_root(root) / "mlflow.db")
 
 
 def _sqlite_uri(scheme: str, file: Path) -> str:
@@ -75,7 +78,7 @@ def _sqlite_uri(scheme: str, file: Path) -> str:
 
 
 def find_place(root: Path = Path()) -> Place:
-    """The store that `tracking_uri` names, its lock, and where its artifacts go."""
+    """The store that `tracking_uri` names, its lock, and where its artifacts go: MLFLOW_DEFAULT_ARTIFACT_ROOT if it is set."""
     uri, home = tracking_uri(root), repo_root(root)
     lock, artifacts = home / store.CACHE / "mlflow.lock", home / "mlartifacts"
     scheme, _, rest = uri.partition(":///")
@@ -83,7 +86,9 @@ def find_place(root: Path = Path()) -> Place:
         file = Path(unquote(rest.partition("?")[0])).resolve()
         uri = _sqlite_uri(scheme, file) + "".join(rest.partition("?")[1:])
         lock, artifacts = file.with_name(f"{file.name}.lock"), file.parent / "mlartifacts"
-    return Place(uri, lock, None if scheme.partition(":")[0] in ("http", "https") else artifacts)
+    if scheme.partition(":")[0] in ("http", "https"):
+        return Place(uri, lock, None)
+    return Place(uri, lock, os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or artifacts.as_uri())
 
 
 def model_name(params: Params) -> str:
@@ -140,7 +145,7 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
 
     found = client.get_experiment_by_name(name)
     if found is None:
-        location = (where.artifacts / name).as_uri() if where.artifacts else None
+        location = f"{where.artifacts.rstrip('/')}/{name}" if where.artifacts else None
         tags = {"ddpm.dataset": dataset, "mlflow.experimentKind": "custom_model_development"}
         try:
             created = str(client.create_experiment(name, artifact_location=location, tags=tags))
@@ -226,17 +231,29 @@ def _unreachable(where: Place) -> str:
 
 @contextmanager
 def plain_errors(where: Place) -> Iterator[None]:
-    """What MLflow, its server or the disk answer becomes one line. Raises InputError."""
+    """What MLflow, its server, S3 or the disk answer becomes one line. Raises InputError."""
     _import_mlflow()
     from mlflow.exceptions import MlflowException
 
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, *_s3_errors()) as error:
         text = " ".join(str(error).split())
+        if isinstance(error, _s3_errors()):
+            raise InputError(
+                f"S3, where MLflow keeps its files: {text[:300]}; publish later with `ddpm publish`"
+            ) from error
         if "API request to" in text or isinstance(error, ConnectionError):
             raise InputError(_unreachable(where)) from error
         raise InputError(f"MLflow at {where.shown}: {text[:300]}") from error
+
+
+def _s3_errors() -> tuple[type[Exception], ...]:
+    """Asked for when something was raised: to import them takes a moment."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return Boto3Error, BotoCoreError, ClientError
 
 
 _warned: set[str] = set()

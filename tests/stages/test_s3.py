@@ -1,0 +1,112 @@
+"""MLflow's files in S3: a real server, and a line to it that refuses, drops or crawls. In the end all is there once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from ddpm.stages import store, tracking
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params
+from ddpm.stages.tracking import place
+
+
+@pytest.fixture
+def params(smoke: Callable[..., Params]) -> Params:
+    return smoke(training={"steps": 24})
+
+
+@pytest.fixture
+def bucket(s3: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new one, where MLflow keeps its files."""
+    name = "b" + hashlib.sha256(request.node.name.encode()).hexdigest()[:20]
+    for variable, value in s3.environment.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", f"s3://{s3.bucket(name)}/mlflow")
+    monkeypatch.setattr(place, "_warned", set())
+    return name
+
+
+def assert_whole(s3: Any, bucket: str, root: Path, params: Params) -> None:
+    """Every file of every run is in the bucket once, with the bytes on disk, and nothing else is."""
+    client = MlflowClient(tracking.tracking_uri(root))
+    experiment = client.get_experiment_by_name("ddpm-digits")
+    assert experiment.artifact_location == f"s3://{bucket}/mlflow/ddpm-digits"
+    keys = [key.removeprefix("mlflow/ddpm-digits/") for key in s3.keys(bucket)]
+    runs = {run.info.run_name: run.info.run_id for run in client.search_runs([experiment.experiment_id])}
+    (model,) = client.search_logged_models([experiment.experiment_id])
+    assert {key.split("/")[0] for key in keys} <= {"models", *runs.values()}
+    assert all(f"/{model.model_id}/" in key for key in keys if key.startswith("models/"))
+    for name in ("model.safetensors", "model.json"):
+        key = f"mlflow/ddpm-digits/models/{model.model_id}/artifacts/{name}"
+        body = s3.client().get_object(Bucket=bucket, Key=key)["Body"].read()
+        assert body == (root / store.model_dir("cosine") / name).read_bytes()
+    for sampler in params.sweep.samplers:
+        run = client.get_run(runs[f"cosine-{sampler}"])
+        images = [Path(key).name for key in keys if key.startswith(f"{run.info.run_id}/artifacts/images/")]
+        steps = Counter((int(name.split("+")[2]), Path(name).suffix) for name in images)
+        assert steps == {(step, kind): 1 for step in (0, 2, 5) for kind in (".png", ".webp")}
+        assert run.data.tags["mlflow.loggedImages"] == "True"
+
+
+def test_everything_is_in_the_bucket_once(checkout: Path, params: Params, s3: Any, bucket: str) -> None:
+    tracking.publish(params, checkout)
+    assert_whole(s3, bucket, checkout, params)
+    before = s3.keys(bucket)
+    assert tracking.publish(params, checkout) == {}
+    assert s3.keys(bucket) == before and not (checkout / "mlartifacts").exists()
+
+
+def test_a_line_that_drops_is_tried_again(
+    checkout: Path, params: Params, s3: Any, bucket: str, bad_line: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the weights, three times: one call to publish gets there all the same."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", bad_line.url)
+    weights = (checkout / "models/cosine/model.safetensors").stat().st_size
+    bad_line.cut, bad_line.cuts = weights // 2, 3
+    tracking.publish(params, checkout)
+    assert bad_line.dropped == 3
+    assert_whole(s3, bucket, checkout, params)
+
+
+def test_a_dead_server_costs_a_line_and_is_made_up_for(
+    checkout: Path, params: Params, s3: Any, bucket: str, bad_line: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off for good at one place after another: each time one line; each publication goes on; the end is whole."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", bad_line.url)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    bad_line.cut, failures = 0, 0
+    for allowed in range(200):
+        bad_line.dropped, bad_line.cuts = 0, 10**6
+        bad_line.cut = 3000 * (allowed + 1) ** 2  # a connection is kept: ever more goes through before it drops
+        try:
+            tracking.publish(params, checkout)
+            break
+        except InputError as error:
+            assert "S3" in str(error) and "ddpm publish" in str(error) and "\n" not in str(error)
+            failures += 1
+    assert failures > 3
+    assert_whole(s3, bucket, checkout, params)
+
+
+def test_a_refusal_is_one_line(
+    checkout: Path, params: Params, s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-one")
+    with pytest.raises(InputError, match="S3, where MLflow keeps its files") as caught:
+        tracking.publish(params, checkout)
+    assert "not-the-one" not in str(caught.value) and "\n" not in str(caught.value)
+    said: list[str] = []
+    tracking.publish_or_warn(
+        params, checkout, only="train@cosine", say=said.append
+    )  # at the end of a stage: no more than this
+    assert len(said) == 1 and said[0].startswith("warning: S3")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.environment["AWS_SECRET_ACCESS_KEY"])
+    tracking.publish(params, checkout)
+    assert_whole(s3, bucket, checkout, params)
