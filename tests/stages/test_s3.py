@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
+from mlflow.store.artifact.s3_artifact_repo import _cached_get_s3_client
 from mlflow.tracking import MlflowClient
 
 from ddpm.stages import store, tracking
@@ -23,28 +26,43 @@ def params(smoke: Callable[..., Params]) -> Params:
 
 
 @pytest.fixture
-def bucket(s3: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def bucket(
+    s3: Any, request: pytest.FixtureRequest, setting: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> str:
     """A new one, where MLflow keeps its files."""
     name = "b" + hashlib.sha256(request.node.name.encode()).hexdigest()[:20]
     for variable, value in s3.environment.items():
-        monkeypatch.setenv(variable, value)
+        setting(variable, value)
     monkeypatch.setenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", f"s3://{s3.bucket(name)}/mlflow")
     monkeypatch.setattr(place, "_warned", set())
     return name
+
+
+@pytest.fixture
+def setting(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Sets a variable of the AWS chain; boto3 and MLflow keep what they once read, which a new process would not have."""
+
+    def setting(name: str, value: str) -> None:
+        monkeypatch.setenv(name, value)
+        monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+        _cached_get_s3_client.cache_clear()
+
+    return setting
 
 
 def assert_whole(s3: Any, bucket: str, root: Path, params: Params) -> None:
     """Every file of every run is in the bucket once, with the bytes on disk, and nothing else is."""
     client = MlflowClient(tracking.tracking_uri(root))
     experiment = client.get_experiment_by_name("ddpm-digits")
-    assert experiment.artifact_location == f"s3://{bucket}/mlflow/ddpm-digits"
-    keys = [key.removeprefix("mlflow/ddpm-digits/") for key in s3.keys(bucket)]
+    location = experiment.artifact_location.removeprefix(f"s3://{bucket}/") + "/"
+    assert re.fullmatch("mlflow/ddpm-digits-[0-9a-f]{8}/", location)
+    keys = [key.removeprefix(location) for key in s3.keys(bucket)]
     runs = {run.info.run_name: run.info.run_id for run in client.search_runs([experiment.experiment_id])}
     (model,) = client.search_logged_models([experiment.experiment_id])
     assert {key.split("/")[0] for key in keys} <= {"models", *runs.values()}
     assert all(f"/{model.model_id}/" in key for key in keys if key.startswith("models/"))
     for name in ("model.safetensors", "model.json"):
-        key = f"mlflow/ddpm-digits/models/{model.model_id}/artifacts/{name}"
+        key = f"{location}models/{model.model_id}/artifacts/{name}"
         body = s3.client().get_object(Bucket=bucket, Key=key)["Body"].read()
         assert body == (root / store.model_dir("cosine") / name).read_bytes()
     for sampler in params.sweep.samplers:
@@ -64,10 +82,10 @@ def test_everything_is_in_the_bucket_once(checkout: Path, params: Params, s3: An
 
 
 def test_a_line_that_drops_is_tried_again(
-    checkout: Path, params: Params, s3: Any, bucket: str, bad_line: Any, monkeypatch: pytest.MonkeyPatch
+    checkout: Path, params: Params, s3: Any, bucket: str, bad_line: Any, setting: Callable[[str, str], None]
 ) -> None:
     """In the middle of the weights, three times: one call to publish gets there all the same."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", bad_line.url)
+    setting("AWS_ENDPOINT_URL", bad_line.url)
     weights = (checkout / "models/cosine/model.safetensors").stat().st_size
     bad_line.cut, bad_line.cuts = weights // 2, 3
     tracking.publish(params, checkout)
@@ -76,11 +94,11 @@ def test_a_line_that_drops_is_tried_again(
 
 
 def test_a_dead_server_costs_a_line_and_is_made_up_for(
-    checkout: Path, params: Params, s3: Any, bucket: str, bad_line: Any, monkeypatch: pytest.MonkeyPatch
+    checkout: Path, params: Params, s3: Any, bucket: str, bad_line: Any, setting: Callable[[str, str], None]
 ) -> None:
     """Cut off for good at one place after another: each time one line; each publication goes on; the end is whole."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", bad_line.url)
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    setting("AWS_ENDPOINT_URL", bad_line.url)
+    setting("AWS_MAX_ATTEMPTS", "1")
     bad_line.cut, failures = 0, 0
     for allowed in range(200):
         bad_line.dropped, bad_line.cuts = 0, 10**6
@@ -96,9 +114,9 @@ def test_a_dead_server_costs_a_line_and_is_made_up_for(
 
 
 def test_a_refusal_is_one_line(
-    checkout: Path, params: Params, s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+    checkout: Path, params: Params, s3: Any, bucket: str, setting: Callable[[str, str], None]
 ) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-one")
+    setting("AWS_SECRET_ACCESS_KEY", "not-the-one")
     with pytest.raises(InputError, match="S3, where MLflow keeps its files") as caught:
         tracking.publish(params, checkout)
     assert "not-the-one" not in str(caught.value) and "\n" not in str(caught.value)
@@ -107,6 +125,6 @@ def test_a_refusal_is_one_line(
         params, checkout, only="train@cosine", say=said.append
     )  # at the end of a stage: no more than this
     assert len(said) == 1 and said[0].startswith("warning: S3")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.environment["AWS_SECRET_ACCESS_KEY"])
+    setting("AWS_SECRET_ACCESS_KEY", s3.environment["AWS_SECRET_ACCESS_KEY"])
     tracking.publish(params, checkout)
     assert_whole(s3, bucket, checkout, params)

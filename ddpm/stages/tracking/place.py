@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -146,6 +147,8 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
     found = client.get_experiment_by_name(name)
     if found is None:
         location = f"{where.artifacts.rstrip('/')}/{name}" if where.artifacts else None
+        if location and "MLFLOW_DEFAULT_ARTIFACT_ROOT" in os.environ:
+            location += f"-{secrets.token_hex(4)}"  # other databases may keep theirs below the same root
         tags = {"ddpm.dataset": dataset, "mlflow.experimentKind": "custom_model_development"}
         try:
             created = str(client.create_experiment(name, artifact_location=location, tags=tags))
