@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,7 @@ def dvc(scratch: Any, *arguments: str) -> str:
     return str(done.stdout)
 
 
+@pytest.mark.proof
 def test_a_clone_pulls_a_result_and_has_nothing_to_do(scratch: Any, s3: Any, clones: Callable[..., Any]) -> None:
     bucket = s3.bucket("clones")
     done = make_remote(scratch, f"URL=s3://{bucket}/a/folder", f"ENDPOINT={s3.url}")
@@ -109,3 +111,47 @@ def test_no_bucket_is_one_line(scratch: Any) -> None:
     done = make_remote(scratch)
     assert done.returncode == 2 and "URL=s3://bucket/folder" in done.stderr
     assert not (scratch.root / ".dvc" / "config").read_text().strip()
+
+
+@pytest.mark.chaos
+def test_a_push_that_is_cut_off_goes_on(scratch: Any, s3: Any, bad_line: Any, clones: Callable[..., Any]) -> None:
+    """Every connection drops in the middle of a file of 40 MB; then the line is good again, and only what is missing goes up."""
+    bucket = s3.bucket("cut-off")
+    assert make_remote(scratch, f"URL=s3://{bucket}", f"ENDPOINT={bad_line.url}").returncode == 0
+    scratch.repro()
+    large = scratch.root / "large"
+    with large.open("wb") as file:
+        for block in range(40):
+            file.write(hashlib.sha256(str(block).encode()).digest() * 32768)
+    dvc(scratch, "add", "large")
+    bad_line.cut, bad_line.cuts = 3_000_000, 10**6
+    done = scratch.run("dvc", "push", "--run-cache")
+    assert done.returncode != 0 and "Traceback" not in done.stderr and bad_line.dropped
+    sent = {key: s3.client().head_object(Bucket=bucket, Key=key)["LastModified"] for key in s3.keys(bucket)}
+    digest = hashlib.md5(large.read_bytes()).hexdigest()
+    assert f"files/md5/{digest[:2]}/{digest[2:]}" not in sent  # no half object
+
+    bad_line.cuts = bad_line.dropped + 2  # drops twice more, and is mended by trying again
+    dvc(scratch, "push", "--run-cache")
+    now = {key: s3.client().head_object(Bucket=bucket, Key=key)["LastModified"] for key in s3.keys(bucket)}
+    assert {key: now[key] for key in sent if key.startswith("files/")} == {
+        key: when for key, when in sent.items() if key.startswith("files/")
+    }
+    other = clones()
+    dvc(other, "pull")
+    assert (other.root / "large").read_bytes() == large.read_bytes()
+    assert "Running stage" not in other.repro()
+
+
+@pytest.mark.chaos
+def test_a_remote_that_refuses_leaves_everything_as_it_was(scratch: Any, s3: Any, clones: Callable[..., Any]) -> None:
+    bucket = s3.bucket("refused")
+    assert make_remote(scratch, f"URL=s3://{bucket}", f"ENDPOINT={s3.url}").returncode == 0
+    scratch.repro()
+    scratch.environment["AWS_SECRET_ACCESS_KEY"] = "not-the-one"
+    done = scratch.run("dvc", "push")
+    assert done.returncode != 0 and "Traceback" not in done.stderr and "not-the-one" not in done.stderr
+    assert not s3.keys(bucket) and "Running stage" not in scratch.repro()
+    scratch.environment.update(s3.environment)
+    dvc(scratch, "push")
+    assert len(s3.keys(bucket)) == len(scratch.names)

@@ -161,7 +161,7 @@ def test_s3_is_cleaned_when_asked(
 
     for variable, value in s3.environment.items():
         monkeypatch.setenv(variable, value)
-    bucket = s3.bucket("gc")
+    bucket = s3.bucket("cleaned")
     url = f"s3://{bucket}/results"
     config = f"[core]\n    remote = storage\n['remote \"storage\"']\n    url = {url}\n    endpointurl = {s3.url}\n"
     (tmp_path / ".dvc" / "config").write_text(config)
