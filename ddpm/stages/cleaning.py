@@ -72,8 +72,8 @@ class _Paths(logging.Handler):
         self.paths: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.msg == "Removing %s" and record.args:
-            self.paths.append(str(record.args[0]))
+        if record.msg == "Removing %s":
+            self.paths.append(record.getMessage().removeprefix("Removing "))
 
 
 def dvc_objects(root: Path, tips: bool = False, cloud: bool = False) -> Iterator[Garbage]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from ddpm.stages.cleaning import Garbage, incomplete_uploads
 from ddpm.stages.errors import InputError
@@ -100,7 +101,7 @@ def _garbage(kind: str, name: str, why: str, location: str, forget: Callable[[],
     """The files at a location, and the record that `forget` removes after them: cut off in between, it is found again."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    files = get_artifact_repository(location)
+    files = get_artifact_repository(location.removesuffix("/artifacts"))  # with the folder around them
 
     def remove() -> None:
         files.delete_artifacts()
@@ -129,10 +130,9 @@ def _is_own(location: str, name: str, uri: str) -> bool:
     """Whether no other database keeps files there, so that what this one does not know nobody does."""
     if OWN.search(location):
         return True
-    file = Path(uri.partition(":///")[2])
-    return Path(location.removeprefix("file://")) == file.parent / "mlartifacts" / name and [file] == list(
-        file.parent.glob("*.db")
-    )
+    file = Path(unquote(uri.partition(":///")[2]))
+    beside = file.parent / "mlartifacts" / name
+    return Path(unquote(location.removeprefix("file://"))) == beside and [*file.parent.glob("*.db")] == [file]
 
 
 def _models(client: MlflowClient, records: Any, experiment: str) -> list[LoggedModel]:
@@ -145,7 +145,10 @@ def _models(client: MlflowClient, records: Any, experiment: str) -> list[LoggedM
 
 def _models_of(client: MlflowClient, run_id: str) -> set[str]:
     run = client.get_run(run_id)
-    linked = [*(run.inputs.model_inputs if run.inputs else []), *(run.outputs.model_outputs if run.outputs else [])]
+    linked: list[Any] = [
+        *(run.inputs.model_inputs if run.inputs else []),
+        *(run.outputs.model_outputs if run.outputs else []),
+    ]
     return {link.model_id for link in linked}
 
 

@@ -240,15 +240,18 @@ def plain_errors(where: Place) -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, OSError, *_s3_errors()) as error:
+    except (MlflowException, OSError) as error:
         text = " ".join(str(error).split())
-        if isinstance(error, _s3_errors()):
-            raise InputError(
-                f"S3, where MLflow keeps its files: {text[:300]}; publish later with `ddpm publish`"
-            ) from error
         if "API request to" in text or isinstance(error, ConnectionError):
             raise InputError(_unreachable(where)) from error
         raise InputError(f"MLflow at {where.shown}: {text[:300]}") from error
+    except Exception as error:
+        if not isinstance(error, _s3_errors()):
+            raise
+        text = " ".join(str(error).split())
+        raise InputError(
+            f"S3, where MLflow keeps its files: {text[:300]}; publish later with `ddpm publish`"
+        ) from error
 
 
 def _s3_errors() -> tuple[type[Exception], ...]:
