@@ -25,13 +25,13 @@ def test_a_backup_brings_the_champion_back(checkout: Path, smoke: Callable[..., 
         subprocess.run(["sh", "-e", "-c", script], cwd=checkout, env={**os.environ, "PATH": path}, check=True)
 
     params = smoke(training={"steps": 24})
-    champion = tracking.promote(params, checkout).champion
+    champion = tracking.promote(params, checkout).version
     shell(save)
     for name in ("mlflow.db", "mlartifacts"):
         (shutil.rmtree if name == "mlartifacts" else os.unlink)(checkout / name)
     shell(restore)
     folder, _ = tracking.fetch_model("models:/ddpm-digits@champion", checkout / "fetched", checkout)
     checkpoint.load(folder)
-    assert tracking.promote(params, checkout).champion == champion
+    assert tracking.promote(params, checkout).version == champion
     tracking.publish(params, checkout)
     assert tracking.publish(params, checkout) == {}

@@ -80,7 +80,7 @@ def test_mlflow_keeps_what_is_referred_to(checkout: Path, smoke: Smoke) -> None:
     checkpoint.load(folder)  # whole: its checksum is right
     assert tracking.unreferenced(later(), checkout) == []
     tracking.publish(params, checkout)
-    assert tracking.promote(params, checkout).champion == decision.champion
+    assert tracking.promote(params, checkout).version == decision.version
 
 
 def test_behind_a_server_it_says_where_to_go(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,12 @@ def versions(tmp_path: Path) -> Callable[[str], bool]:
 
     author = ("-c", "user.name=test", "-c", "user.email=test@example.org")
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
-    with Repo.init(str(tmp_path)) as repo:
+    Repo.init(str(tmp_path)).close()
+    # In every commit: DVC pushes what a commit has to the remote that it names.
+    (tmp_path / ".dvc" / "config").write_text(
+        "[core]\n    remote = storage\n['remote \"storage\"']\n    url = s3://cleaned/results\n"
+    )
+    with Repo(str(tmp_path)) as repo:
         for text in "abcd":
             (tmp_path / "file").write_text(text)
             repo.add(str(tmp_path / "file"))
@@ -162,9 +167,6 @@ def test_s3_is_cleaned_when_asked(
     for variable, value in s3.environment.items():
         monkeypatch.setenv(variable, value)
     bucket = s3.bucket("cleaned")
-    url = f"s3://{bucket}/results"
-    config = f"[core]\n    remote = storage\n['remote \"storage\"']\n    url = {url}\n    endpointurl = {s3.url}\n"
-    (tmp_path / ".dvc" / "config").write_text(config)
     with Repo(str(tmp_path)) as repo:
         repo.push(all_commits=True)
     upload = s3.client().create_multipart_upload(Bucket=bucket, Key="results/files/md5/half")["UploadId"]
@@ -178,7 +180,7 @@ def test_s3_is_cleaned_when_asked(
     found = list(cleaning.dvc_objects(tmp_path, tips=True, cloud=True))
     assert kinds(found) == {"objects of DVC's cache": 1, "objects of DVC's remote": 1}
     remote = cleaning.dvc_remote(tmp_path)
-    assert remote == (url, s3.url)
+    assert remote == (f"s3://{bucket}/results", None)
     assert list(cleaning.incomplete_uploads(*remote, time.time() - 86400)) == []
     (half,) = cleaning.incomplete_uploads(*remote, later())
     assert half.name == f"s3://{bucket}/results/files/md5/half"
