@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def postgres() -> Iterator[str]:
             subprocess.run([*ask, "CREATE DATABASE prefect"], check=True)
             yield address
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # SIGTERM would wait for whoever is connected
             process.wait(30)
 
 
