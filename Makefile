@@ -1,7 +1,7 @@
 # `make help` lists what there is. Every target does the set-up it needs, once.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test proof chaos bench up ui check audit sbom image clean lock
+.PHONY: help demo test proof chaos bench up ui remote check audit sbom image clean lock
 
 UV := uv==0.13.9
 INSTALLED := .venv/installed
@@ -51,6 +51,13 @@ up: $(INSTALLED) ## Prefect server, MLflow server and a worker, until Ctrl-C
 ui: $(INSTALLED) ## MLflow's pages alone
 	@$(RUN) python -m flows.up mlflow
 
+remote: $(INSTALLED) ## keep results in S3: URL=s3://bucket/folder, and ENDPOINT=<address> unless it is Amazon's
+	@test -n "$(URL)" || { echo 'make remote: which bucket? URL=s3://bucket/folder' >&2; exit 2; }
+	@$(RUN) dvc remote add --quiet --force --default storage '$(URL)'
+	@$(RUN) dvc remote modify storage verify true
+	@$(if $(ENDPOINT),$(RUN) dvc remote modify storage endpointurl '$(ENDPOINT)')
+	@echo 'written to .dvc/config: commit it, and every clone has it. `dvc push --run-cache` uploads, `dvc pull --run-cache` fetches'
+
 check: $(INSTALLED) ## format, lint, types, imports, Dockerfile, compose.yaml, known vulnerabilities
 	@$(RUN) ruff format --check
 	@$(RUN) ruff check
@@ -78,7 +85,7 @@ clean: ## remove outputs and caches; DVC's cache, MLflow's and Prefect's records
 
 lock: .venv/bin/uv ## bring requirements.lock up to date with pyproject.toml (UPGRADE=1: newest versions)
 	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
-		--extra dev $(if $(UPGRADE),--upgrade) pyproject.toml --output-file requirements.lock
+		--extra dev --extra postgres $(if $(UPGRADE),--upgrade) pyproject.toml --output-file requirements.lock
 
 .venv/bin/uv:
 	@test -n "$(PYTHON)" || { echo 'make: no Python 3.11 or newer with venv found; name one: make PYTHON=/path/to/python3' >&2; exit 2; }

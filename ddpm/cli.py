@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -217,6 +218,45 @@ def promote(
             return rescore(params, checkpoint, settings, Path(), watch)
 
     say(tracking.promote(params, Path(), replace=replace, rescore=score, say=say).reason)
+
+
+@app.command()
+def gc(
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Remove what is listed; without it nothing changes.")
+    ] = False,
+    older_than: Annotated[
+        float,
+        typer.Option("--older-than", min=0, metavar="DAYS", help="Leave younger records, states and uploads alone."),
+    ] = 7,
+    tips: Annotated[
+        bool, typer.Option("--tips", help="Keep results of the tips of branches and tags, not of every commit.")
+    ] = False,
+    cloud: Annotated[bool, typer.Option("--cloud", help="Clean DVC's remote too; `git fetch --all` first.")] = False,
+) -> None:
+    """List what no run, alias or dvc.lock refers to: in MLflow, DVC's cache, S3 and the saved states of training."""
+    from ddpm.stages import cleaning, tracking
+
+    params, before = Params.load(), time.time() - older_than * 86400
+    found = [*tracking.unreferenced(before), *cleaning.training_states(params, Path(), before)]
+    found += cleaning.dvc_objects(Path(), tips, cloud)
+    if cloud and (remote := cleaning.dvc_remote(Path())):
+        found += cleaning.incomplete_uploads(*remote, before)
+    for item in found:
+        size = "" if item.size is None else f", {item.size / 1e6:,.1f} MB"
+        say(f"{item.kind}: {item.name}: {item.why}{size}")
+    if delete:
+        for item in found:
+            item.remove()
+    total = sum(item.size or 0 for item in found) / 1e6
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(item.kind for item in found).items())
+    if not found:
+        say("gc: nothing to remove")
+    else:
+        say(
+            f"gc: {'removed' if delete else 'would remove'} {kinds}, {total:,.1f} MB"
+            + ("" if delete else "; --delete does it")
+        )
 
 
 @app.command()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import sys
@@ -29,9 +30,16 @@ def main(chosen: list[str]) -> None:
     processes = parse_procfile(Path("Procfile").read_text(encoding="utf-8")).processes
     if unknown := set(chosen) - set(processes):
         sys.exit(f"make up: no {', '.join(sorted(unknown))} in Procfile; it has {', '.join(processes)}")
-    store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    store = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI") or "sqlite:///mlflow.db"
     if store.startswith("http"):
         del processes["mlflow"]  # a server elsewhere has it
+    # Not on its command line: there every user of the machine could read a password.
+    artifacts = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or str(Path("mlartifacts").resolve())
+    mlflow = {
+        "MLFLOW_BACKEND_STORE_URI": store,
+        "MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts,
+        "MLFLOW_ARTIFACTS_DESTINATION": os.environ.get("MLFLOW_ARTIFACTS_DESTINATION") or artifacts,
+    }
     names = [name for name in processes if name in chosen or not chosen]
     host = os.environ.get("HOST") or access.LOOPBACK
     with tempfile.TemporaryDirectory(prefix="ddpm-up-") as folder:
@@ -42,7 +50,7 @@ def main(chosen: list[str]) -> None:
         print("Ctrl-C stops what runs here", flush=True)
         manager = Manager()
         for name in names:
-            manager.add_process(name, processes[name], env=environment)
+            manager.add_process(name, processes[name], env={**environment, **(mlflow if name == "mlflow" else {})})
         manager.loop()
         _end_what_is_left(environment[MARK])
     sys.exit(0 if manager.returncode == INTERRUPTED else manager.returncode)
@@ -57,7 +65,6 @@ def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[
         MARK: secrets.token_hex(8),
         "HOST": host,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_BACKEND_STORE_URI": store,  # not an argument: it may hold a password, and everybody can list arguments
         "MLFLOW_UI": access.shown(store),
     }
     here = access.LOOPBACK if host in ("0.0.0.0", "::") else host

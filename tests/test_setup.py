@@ -12,6 +12,7 @@ import sys
 import tomllib
 import zipfile
 from importlib.metadata import distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_the_lock_answers_every_requirement_of_the_project() -> None:
     versions: dict[str, list[str]] = {}
     for requirement, _ in locked():
         versions.setdefault(canonicalize_name(requirement.name), []).append(next(iter(requirement.specifier)).version)
-    for text in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]):
+    for text in (*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())):
         wanted = Requirement(text)
         assert canonicalize_name(wanted.name) in versions, f"{wanted}: run `make lock`"
         for version in versions[canonicalize_name(wanted.name)]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -44,11 +45,11 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Place:
-    """A tracking store. artifacts: the folder for new experiments, or None where a server decides."""
+    """A tracking store. artifacts: the URI below which new experiments keep theirs, or None where a server decides."""
 
     uri: str
     lock: Path
-    artifacts: Path | None
+    artifacts: str | None
     database: Path | None = None  # the file, if the store is one
 
     @property
@@ -68,8 +69,11 @@ def repo_root(root: Path = Path()) -> Path:
 
 
 def tracking_uri(root: Path = Path()) -> str:
-    """MLFLOW_TRACKING_URI if it is set, else mlflow.db at the root of the checkout."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri("sqlite", repo_root(root) / "mlflow.db")
+    """MLFLOW_TRACKING_URI if it is set, else the database that MLFLOW_BACKEND_STORE_URI names, else mlflow.db at the root of
+    the checkout.
+    """
+    named = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI")
+    return named or _sqlite_uri("sqlite", repo_root(root) / "mlflow.db")
 
 
 def _sqlite_uri(scheme: str, file: Path) -> str:
@@ -78,15 +82,18 @@ def _sqlite_uri(scheme: str, file: Path) -> str:
 
 
 def find_place(root: Path = Path()) -> Place:
-    """The store that `tracking_uri` names, its lock, and where its artifacts go."""
+    """The store that `tracking_uri` names, its lock, and where its artifacts go: MLFLOW_DEFAULT_ARTIFACT_ROOT if it is set."""
     uri, home = tracking_uri(root), repo_root(root)
     lock, artifacts = home / store.CACHE / "mlflow.lock", home / "mlartifacts"
     scheme, _, rest = uri.partition(":///")
     if scheme.partition("+")[0] == "sqlite" and rest:
         file = Path(unquote(rest.partition("?")[0])).resolve()
         uri = _sqlite_uri(scheme, file) + "".join(rest.partition("?")[1:])
-        return Place(uri, file.with_name(f"{file.name}.lock"), file.parent / "mlartifacts", file)
-    return Place(uri, lock, None if scheme.partition(":")[0] in ("http", "https") else artifacts)
+        root = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or (file.parent / "mlartifacts").as_uri()
+        return Place(uri, file.with_name(f"{file.name}.lock"), root, file)
+    if scheme.partition(":")[0] in ("http", "https"):
+        return Place(uri, lock, None)
+    return Place(uri, lock, os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or artifacts.as_uri())
 
 
 def model_name(params: Params) -> str:
@@ -145,7 +152,9 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
 
     found = client.get_experiment_by_name(name)
     if found is None:
-        location = (where.artifacts / name).as_uri() if where.artifacts else None
+        location = f"{where.artifacts.rstrip('/')}/{name}" if where.artifacts else None
+        if location and "MLFLOW_DEFAULT_ARTIFACT_ROOT" in os.environ:
+            location += f"-{secrets.token_hex(4)}"  # other databases may keep theirs below the same root
         tags = {"ddpm.dataset": dataset, "mlflow.experimentKind": "custom_model_development"}
         try:
             created = str(client.create_experiment(name, artifact_location=location, tags=tags))
@@ -239,7 +248,7 @@ def _unreachable(where: Place) -> str:
 
 @contextmanager
 def plain_errors(where: Place) -> Iterator[None]:
-    """What MLflow, its server or the disk answer becomes one line. Raises InputError."""
+    """What MLflow, its server, S3 or the disk answer becomes one line. Raises InputError."""
     import_mlflow()
     from mlflow.exceptions import MlflowException
 
@@ -250,6 +259,21 @@ def plain_errors(where: Place) -> Iterator[None]:
         if "API request to" in text or isinstance(error, ConnectionError):
             raise InputError(_unreachable(where)) from error
         raise InputError(f"MLflow at {where.shown}: {text[:300]}") from error
+    except Exception as error:
+        if not isinstance(error, _s3_errors()):
+            raise
+        text = " ".join(str(error).split())
+        raise InputError(
+            f"S3, where MLflow keeps its files: {text[:300]}; publish later with `ddpm publish`"
+        ) from error
+
+
+def _s3_errors() -> tuple[type[Exception], ...]:
+    """Asked for when something was raised: to import them takes a moment."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return Boto3Error, BotoCoreError, ClientError
 
 
 _warned: set[str] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 CURVES = ("loss", "learning_rate", "gradient_norm", "validation_loss")  # of a training, as in its CSV
 KEY, MODEL, CURVES_SHA = "ddpm.key", "ddpm.model_sha256", "ddpm.curves_sha256"
+COMPRESSED = "+compressed.webp"  # the picture that MLflow's slider shows
 SUPERSEDED, PROCESS, SETTINGS = "ddpm.superseded", "ddpm.process", "ddpm.settings"
 
 
@@ -59,9 +61,26 @@ def log_metrics(target: Target, run: Run, metrics: Sequence[Metric], added: Coun
 def log_image(target: Target, run: Run, picture: Any, step: int, timestamp: int, added: Counter[str]) -> None:
     """A PIL image or an array H,W(,3) under the key `samples`, unless that step has one."""
     known = [Path(file.path).name for file in target.client.list_artifacts(run.info.run_id, "images")]
-    if not any(name.startswith(f"samples+step+{step}+") for name in known):
+    here = [name for name in known if name.startswith(f"samples+step+{step}+")]
+    if not here:
         target.client.log_image(run.info.run_id, picture, key="samples", step=step, timestamp=timestamp)
         added["images"] += 1
+    elif not any(name.endswith(COMPRESSED) for name in here):
+        _log_thumbnail(target, run, picture, Path(here[0]).stem)
+        added["images"] += 1
+
+
+def _log_thumbnail(target: Target, run: Run, picture: Any, name: str) -> None:
+    """What `log_image` sends after the picture itself, and what it says last: it was cut off in between."""
+    from mlflow import Image
+    from mlflow.tracking.multimedia import compress_image_size
+    from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
+
+    with tempfile.TemporaryDirectory(prefix="ddpm-image-") as folder:
+        path = Path(folder) / f"{name}{COMPRESSED}"
+        compress_image_size(Image(picture).to_pil()).save(path)
+        target.client.log_artifact(run.info.run_id, str(path), "images")
+    target.client.set_tag(run.info.run_id, MLFLOW_LOGGED_IMAGES, True)
 
 
 def same(a: float, b: float) -> bool:

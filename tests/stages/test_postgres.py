@@ -1,0 +1,123 @@
+"""MLflow and Prefect on a real PostgreSQL server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from ddpm.stages import tracking
+from ddpm.stages.params import Params
+
+
+def program(name: str) -> str:
+    """Debian keeps them off the PATH."""
+    homes = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(str(home) for home in reversed(homes)))
+    if found is None:
+        pytest.skip("no PostgreSQL here: apt-get install postgresql")
+    return found
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """user@host:port of a server on loopback, with the databases mlflow and prefect."""
+    initdb, server, client = (program(name) for name in ("initdb", "postgres", "psql"))
+    pytest.importorskip("psycopg")
+    # It refuses root, and its user cannot enter pytest's folders.
+    other = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="ddpm-postgres-") as name:
+        home = Path(name)
+        home.chmod(0o777)
+        quiet = {"cwd": "/", "stdout": subprocess.DEVNULL, **other}
+        cluster = ("--auth=trust", "--username=ddpm", "--encoding=UTF8", "--no-sync", f"--pgdata={home}/data")
+        subprocess.run([initdb, *cluster], check=True, **quiet)
+        options = ("listen_addresses=127.0.0.1", f"port={port}", f"unix_socket_directories={home}", "fsync=off")
+        settings = [word for option in options for word in ("-c", option)]
+        process = subprocess.Popen([server, "-D", f"{home}/data", *settings], stderr=subprocess.DEVNULL, **quiet)
+        try:
+            address = f"ddpm@127.0.0.1:{port}"
+            ask = [client, f"postgresql://{address}/postgres", "--quiet", "--command"]
+            end = time.monotonic() + 60
+            while subprocess.run([*ask, "CREATE DATABASE mlflow"], stderr=subprocess.DEVNULL, check=False).returncode:
+                assert process.poll() is None and time.monotonic() < end, "PostgreSQL does not start"
+                time.sleep(0.2)
+            subprocess.run([*ask, "CREATE DATABASE prefect"], check=True)
+            yield address
+        finally:
+            process.send_signal(signal.SIGINT)  # SIGTERM would wait for whoever is connected
+            process.wait(30)
+
+
+@pytest.mark.proof
+def test_mlflow_on_postgresql(
+    checkout: Path, smoke: Callable[..., Params], postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published once, promoted, cleaned: as on SQLite."""
+    (checkout / "mlflow.db").unlink()
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", f"postgresql://{postgres}/mlflow")
+    params = smoke(training={"steps": 24})
+    added = tracking.publish(params, checkout)
+    assert added["runs"] == 4 and added["images"] == 6 and added["models"] == 1
+    assert tracking.publish(params, checkout) == {}
+    assert tracking.promote(params, checkout).promoted
+    client = MlflowClient(f"postgresql://{postgres}/mlflow")
+    experiment = client.get_experiment_by_name("ddpm-digits")
+    champion = client.get_model_version_by_alias("ddpm-digits", "champion")
+    runs = client.search_runs([experiment.experiment_id])
+    assert champion.run_id in {run.info.run_id for run in runs}
+    for run in runs:
+        client.delete_run(run.info.run_id)
+    for item in tracking.unreferenced(time.time() + 60, checkout):
+        item.remove()
+    folder, _ = tracking.fetch_model("models:/ddpm-digits@champion", checkout / "fetched", checkout)
+    assert (folder / "model.safetensors").read_bytes() == (checkout / "models/cosine/model.safetensors").read_bytes()
+    assert not (checkout / "mlflow.db").exists()
+
+
+@pytest.mark.proof
+def test_prefect_on_postgresql(tmp_path: Path, postgres: str) -> None:
+    """A flow run's end is in the database, through the server that the project starts for a run of its own."""
+    import psycopg
+
+    flow = "\n".join(
+        (
+            "from pathlib import Path",
+            "from flows.embedded import Api",
+            "api = Api(Path())",
+            "from prefect import flow",
+            "api.wait()",
+            "flow(lambda: 1, name='on-postgresql')()",
+        )
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    url = f"postgresql+asyncpg://{postgres}/prefect"
+    done = subprocess.run(
+        [sys.executable, "-c", flow],
+        cwd=tmp_path,
+        env={**environment, "PREFECT_API_DATABASE_CONNECTION_URL": url, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    with psycopg.connect(f"postgresql://{postgres}/prefect") as connection:
+        states = connection.execute(
+            "SELECT flow_run.state_type FROM flow_run JOIN flow ON flow.id = flow_run.flow_id WHERE flow.name = 'on-postgresql'"
+        ).fetchall()
+    assert states == [("COMPLETED",)]
+    assert not list(tmp_path.rglob("*.db"))
