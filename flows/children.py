@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ddpm.stages import watchdog
 
-GRACE = 10.0  # seconds from SIGTERM to SIGKILL
+GRACE = 6.0  # seconds from SIGTERM to SIGKILL; with what Prefect takes to notice, a cancelled stage ends within ten
 
 _running: set[subprocess.Popen[str]] = set()
 _lock = threading.Lock()

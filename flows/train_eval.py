@@ -23,7 +23,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from ddpm.stages import store, watchdog
 from ddpm.stages.errors import InputError
-from flows import children, dag, parameters, work
+from ddpm.stages.params import Params
+from flows import children, dag, parameters, reaping, work
 from flows.watch import Log, Outcome, watcher
 
 
@@ -86,6 +87,8 @@ def train_eval(recipe: str | None = None, overrides: list[str] | None = None, pr
     root = Path.cwd()
     token = watcher.set(watcher.get(Log()))
     _end_with_the_worker()
+    reaping.claim()
+    reaping.reap()
     try:
         with _alone(root):
             return _everything(root, recipe, overrides or [], promote)
@@ -100,7 +103,7 @@ def _everything(root: Path, recipe: str | None, overrides: list[str], promote: b
     try:
         params = parameters.write(root, recipe, overrides)
         with _published(root) as publishing:
-            problem = _stages(root, params.compute.slots)
+            problem = _stages(root, params)
         if problem:
             return Failed(message=problem)
         _artifacts(root)
@@ -157,10 +160,11 @@ def _alone(root: Path) -> Iterator[None]:
         lock.release()
 
 
-def _stages(root: Path, slots: int) -> str:
-    """Runs what dvc.yaml asks for, `slots` stages at a time, each as soon as those before it are done.
+def _stages(root: Path, params: Params) -> str:
+    """Runs what dvc.yaml asks for, `compute.slots` stages at a time, each as soon as those before it are done.
 
-    A failed stage stops only what depends on it. -> "" or what failed, in one line.
+    A failed stage stops only what depends on it; nothing more starts once params.yaml has changed.
+    -> "" or what failed, in one line.
     """
     order = dag.read(root)
     sorter = TopologicalSorter(order.waits_for)
@@ -171,10 +175,12 @@ def _stages(root: Path, slots: int) -> str:
     running: set[str] = set()
     ended: Queue[str] = Queue()
     failures: dict[str, str] = {}
+    edited, edits = "", parameters.edits(root, params)
     watcher.get().started("stages")
     while True:
         ready = sorted([*ready, *sorter.get_ready()], key=place.__getitem__)
-        while ready and len(running) < slots:
+        edited = edited or edits()
+        while ready and len(running) < params.compute.slots and not edited:
             stage = ready.pop(0)
             before = [futures[name] for name in order.waits_for[stage]]
             futures[stage] = run_stage.submit(
@@ -195,6 +201,8 @@ def _stages(root: Path, slots: int) -> str:
             watcher.get().progress("stages", report)
         else:
             failures[stage] = state.message or state.name or "failed"
+    if edited:
+        failures["params.yaml"] = f"{edited} changed while this ran; what is done is kept, run again"
     if not failures:
         return ""
     skipped = len(order.waits_for) - len(futures)

@@ -24,6 +24,11 @@ def main() -> None:
     if not _answers(f"{api}/work_pools/{POOL}"):
         _prefect("work-pool", "create", POOL, "--type", "process")
     _prefect("--no-prompt", "deploy", "--all")
+    from flows import reaping
+
+    reaping.watch_heartbeats()
+    if count := reaping.reap():
+        print(f"worker: {count} flow runs were killed earlier and are Crashed now", flush=True)
     os.environ[watchdog.VARIABLE] = str(os.getpid())  # exec keeps the id: flow runs end with this worker
     os.execv(sys.executable, [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL])
 

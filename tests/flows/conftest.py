@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -21,13 +23,22 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 STAGE = '''\
-"""Usage: stage.py NAME OUT. control.json says, by name: a file to wait for, an exit code, whether to die by SIGKILL."""
+"""Usage: stage.py NAME OUT. control.json says, by name: a file to wait for, an exit code, whether to die by SIGKILL,
+whether to save something on SIGTERM, or to ignore it."""
 import json, os, pathlib, signal, sys, time
-from ddpm.stages import watchdog
+from contextlib import ExitStack
+from ddpm.stages import inputs, watchdog
 
 watchdog.start()
 name, out = sys.argv[1:]
+stack = ExitStack()
+stack.enter_context(inputs.unchanged(name))
 control = json.loads(pathlib.Path("control.json").read_text()).get(name, {})
+def save(*_):
+    pathlib.Path(f"{name}.saved").touch()
+    sys.exit(143)
+if control.get("saves"):
+    signal.signal(signal.SIGTERM, save)
 if control.get("deaf"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 pathlib.Path(f"{name}.pid").write_text(str(os.getpid()))
@@ -42,6 +53,10 @@ if control.get("die"):
 if control.get("exit"):
     print(f"ddpm: {name} can't", file=sys.stderr)
     sys.exit(control["exit"])
+try:
+    stack.close()
+except inputs.InputError as error:
+    sys.exit(f"ddpm: {error}")
 path = pathlib.Path(out)
 path.parent.mkdir(exist_ok=True)
 header = "point,schedule,sampler,steps,evaluations,fid,fid_low,fid_high,confidence,kid,kid_std,images,reference_images,layer"
@@ -226,3 +241,68 @@ def scratch(tmp_path: Path, template: Path) -> Iterator[Scratch]:
     made = make_scratch(tmp_path / "a checkout", template)
     yield made
     made.end()
+
+
+FLOW = (
+    sys.executable,
+    "-c",
+    "import json, sys; from flows.train_eval import train_eval\n"
+    "state = train_eval(**json.loads(sys.argv[1]), return_state=True); print(f'{state.name}: {state.message}')",
+)
+
+
+class Up(SimpleNamespace):
+    """The servers and the worker of `make up`, in a scratch repository. api: Prefect's address."""
+
+    FLOW = FLOW
+
+    def post(self, path: str, **body: Any) -> Any:
+        request = urllib.request.Request(
+            f"{self.api}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self.api}{path}", timeout=30) as answer:
+            return json.load(answer)
+
+    def open_runs(self) -> list[str]:
+        """Names of the flow runs and task runs that have not ended."""
+        state = {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING", "PAUSED"]}}
+        flows = self.post("/flow_runs/filter", flow_runs={"state": state})
+        return [run["name"] for run in flows + self.post("/task_runs/filter", task_runs={"state": state})]
+
+    def start(self, **parameters: Any) -> str:
+        """As `prefect deployment run` does it; gives the flow run's id."""
+        deployment = self.post("/deployments/filter")[0]["id"]
+        return str(self.post(f"/deployments/{deployment}/create_flow_run", parameters=parameters)["id"])
+
+    def flow_run(self) -> dict[str, Any]:
+        """The newest."""
+        return dict(self.post("/flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0])
+
+    def tasks(self, flow_run: str) -> dict[str, dict[str, Any]]:
+        """Task runs by name."""
+        return {run["name"]: run for run in self.post("/task_runs/filter", flow_runs={"id": {"any_": [flow_run]}})}
+
+    def states(self, flow_run: str) -> dict[str, str]:
+        return {name: run["state"]["name"] for name, run in self.tasks(flow_run).items()}
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Up]:
+    scratch = make_scratch(tmp_path_factory.mktemp("up"), template)
+    ports = {"PREFECT_PORT": str(scratch.free_port()), "MLFLOW_PORT": str(scratch.free_port())}
+    toml = scratch.root / "prefect.toml"  # what `prefect` reads where nothing is exported
+    toml.write_text(toml.read_text().replace(":4200/", f":{ports['PREFECT_PORT']}/"))
+    process = scratch.start(sys.executable, "-m", "flows.up", log="up.log", **ports)
+    log = scratch.root / "up.log"
+    try:
+        scratch.wait(lambda: "started!" in log.read_text() or process.poll() is not None, 180, "the worker starts")
+        assert process.poll() is None, log.read_text()
+        yield Up(
+            scratch=scratch, process=process, log=log, ports=ports, api=f"http://127.0.0.1:{ports['PREFECT_PORT']}/api"
+        )
+    finally:
+        scratch.end()
