@@ -29,8 +29,8 @@ from flows.watch import Log, Outcome, watcher
 
 
 def _worth_retrying(task: Any, task_run: TaskRun, state: State) -> bool:
-    """Another process held what the stage needs, or the stage was killed. An error of the stage itself comes again."""
-    return state.name in ("Busy", "Killed")
+    """Another process held what it needs, it was killed, or MLflow is away. An error of its own comes again."""
+    return state.name in ("Busy", "Killed", "Unreachable")
 
 
 @task(
@@ -51,7 +51,14 @@ def run_stage(stage: str, root: str, unchanged: bool) -> State:
         return Cancelled(message="stopped with the flow")
 
 
-@task(name="ddpm", task_run_name="publish", cache_policy=NO_CACHE)
+@task(
+    name="ddpm",
+    task_run_name="publish",
+    retries=3,
+    retry_delay_seconds=[5, 15, 60],  # a server that restarts
+    retry_condition_fn=_worth_retrying,
+    cache_policy=NO_CACHE,
+)
 def run_publish(root: str, standard_input: int) -> State:
     """`ddpm publish --follow`: one process for MLflow beside the stages, until its standard input ends."""
     try:
@@ -61,7 +68,14 @@ def run_publish(root: str, standard_input: int) -> State:
         return Cancelled(message="stopped with the flow")
 
 
-@task(name="ddpm", task_run_name="promote", cache_policy=NO_CACHE)
+@task(
+    name="ddpm",
+    task_run_name="promote",
+    retries=3,
+    retry_delay_seconds=[5, 15, 60],  # a server that restarts
+    retry_condition_fn=_worth_retrying,
+    cache_policy=NO_CACHE,
+)
 def run_promote(root: str) -> State:
     """`ddpm promote`: the registry belongs to no DVC stage."""
     try:
@@ -113,7 +127,8 @@ def _everything(root: Path, recipe: str | None, overrides: list[str], promote: b
             _decision(last["promote"])
         for verb, state in last.items():
             if not state.is_completed():
-                return Failed(message=f"{verb}: {state.message}")
+                name = "Unpublished" if state.name == "Unreachable" else "Failed"
+                return Failed(name=name, message=f"{verb}: {state.message} (all stages are done and kept)")
         return Completed(message=state.message)
     finally:
         children.stop()  # before the next run may begin

@@ -19,12 +19,12 @@ EVERY = 10.0  # seconds between two progress lines of one stage in the log, and 
 class Outcome:
     """kind: the name of the Prefect state. text: one line, without the stage's name."""
 
-    kind: Literal["Completed", "Restored", "Unchanged", "Busy", "Killed", "Failed"]
+    kind: Literal["Completed", "Restored", "Unchanged", "Busy", "Killed", "Unreachable", "Failed"]
     text: str
 
     @property
     def failed(self) -> bool:
-        return self.kind in ("Busy", "Killed", "Failed")
+        return self.kind in ("Busy", "Killed", "Unreachable", "Failed")
 
 
 class Watcher(Protocol):

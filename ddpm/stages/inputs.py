@@ -48,9 +48,9 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read(stage: str, root: Path) -> dict[str, Any]:
-    """Parameters by key, and code by path with its sha256, as dvc.yaml names them for the stage."""
+    """Parameters by key, and code by path with its sha256, as dvc.yaml, if there is one, names them for the stage."""
     name, _, values = stage.partition("@")
-    about = _yaml(root / "dvc.yaml")["stages"][name]
+    about = _yaml(root / "dvc.yaml")["stages"].get(name, {}) if (root / "dvc.yaml").exists() else {}
     item = dict(zip(about.get("matrix", ()), values.split("-"), strict=False))
     params, found = _yaml(root / "params.yaml"), {}
     for key in about.get("params", ()):

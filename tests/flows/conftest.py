@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -89,6 +90,16 @@ stages:
     cmd: python stage.py report report/points.csv
     deps: [sampled-linear, sampled-cosine]
     outs: [report/points.csv]
+"""
+# As many times as the file `away` has lines, MLflow is away.
+STAND_IN = """\
+#!/bin/sh
+if [ -s away ]; then
+    sed -i 1d away
+    echo "ddpm: MLflow at somewhere cannot be reached; publish later with \\`ddpm publish\\`" >&2
+    exit 2
+fi
+echo "$1: done by a stand-in"
 """
 NAMES = ("prepare", "train@linear", "train@cosine", "sample@linear", "sample@cosine", "report")
 
@@ -226,7 +237,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "source").write_text("1")
     (root / "control.json").write_text("{}")
     (root / "bin").mkdir()
-    (root / "bin" / "ddpm").write_text('#!/bin/sh\necho "$1: done by a stand-in"\n')
+    (root / "bin" / "ddpm").write_text(STAND_IN)
     (root / "bin" / "ddpm").chmod(0o755)
     return root
 
@@ -241,6 +252,27 @@ def scratch(tmp_path: Path, template: Path) -> Iterator[Scratch]:
     made = make_scratch(tmp_path / "a checkout", template)
     yield made
     made.end()
+
+
+@pytest.fixture(scope="session")
+def clone_maker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Scratch]:
+    """Makes what git would clone, with the changes that are not committed yet."""
+    source = tmp_path_factory.mktemp("source")
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    author = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    for command in (["init", "--quiet"], ["add", "--all"], [*author, "commit", "--quiet", "--message", "all"]):
+        subprocess.run(["git", *command], cwd=source, check=True)
+
+    def make(root: Path) -> Scratch:
+        made = make_scratch(root, source)
+        made.environment["PYTHONPATH"] = os.fspath(root)  # the code of the clone, not the one that is installed
+        return made
+
+    return make
 
 
 FLOW = (
@@ -293,16 +325,25 @@ class Up(SimpleNamespace):
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Up]:
     scratch = make_scratch(tmp_path_factory.mktemp("up"), template)
-    ports = {"PREFECT_PORT": str(scratch.free_port()), "MLFLOW_PORT": str(scratch.free_port())}
-    toml = scratch.root / "prefect.toml"  # what `prefect` reads where nothing is exported
-    toml.write_text(toml.read_text().replace(":4200/", f":{ports['PREFECT_PORT']}/"))
-    process = scratch.start(sys.executable, "-m", "flows.up", log="up.log", **ports)
-    log = scratch.root / "up.log"
     try:
-        scratch.wait(lambda: "started!" in log.read_text() or process.poll() is not None, 180, "the worker starts")
-        assert process.poll() is None, log.read_text()
-        yield Up(
-            scratch=scratch, process=process, log=log, ports=ports, api=f"http://127.0.0.1:{ports['PREFECT_PORT']}/api"
-        )
+        yield start_up(scratch)
     finally:
         scratch.end()
+
+
+def start_up(scratch: Scratch) -> Up:
+    ports = {"PREFECT_PORT": str(scratch.free_port()), "MLFLOW_PORT": str(scratch.free_port())}
+    toml = scratch.root / "prefect.toml"  # what `prefect` reads where nothing is exported
+    toml.write_text(re.sub(r":\d+/api", f":{ports['PREFECT_PORT']}/api", toml.read_text()))
+    process = scratch.start(sys.executable, "-m", "flows.up", log="up.log", **ports)
+    log = scratch.root / "up.log"
+    wait(lambda: "started!" in log.read_text() or process.poll() is not None, 180, "the worker starts")
+    assert process.poll() is None, log.read_text()
+    api = f"http://127.0.0.1:{ports['PREFECT_PORT']}/api"
+    return Up(scratch=scratch, process=process, log=log, ports=ports, api=api)
+
+
+@pytest.fixture(scope="session")
+def up_starter() -> Callable[[Scratch], Up]:
+    """`make up` in any repository."""
+    return start_up

@@ -111,6 +111,25 @@ def test_a_killed_stage_is_run_again(up: Any) -> None:
     assert up.tasks(up.flow_run()["id"])["train@linear"]["run_count"] == 2
 
 
+def test_an_mlflow_that_comes_back_gets_it_all(up: Any) -> None:
+    (up.scratch.root / "away").write_text("once\n")
+    done = up.scratch.run(*up.FLOW, json.dumps({"promote": False}))
+    assert done.stdout.splitlines()[-1].startswith("Completed"), done.stdout + done.stderr
+    assert up.tasks(up.flow_run()["id"])["publish"]["run_count"] == 2
+
+
+@pytest.mark.chaos  # it waits for more than a minute until it gives up
+def test_an_mlflow_that_stays_away_costs_no_work(up: Any) -> None:
+    (up.scratch.root / "away").write_text("away\n" * 4)
+    done = up.scratch.run(*up.FLOW, json.dumps({"overrides": ["training.steps=17"]}))
+    assert done.stdout.splitlines()[-1] == (
+        "Unpublished: publish: ddpm: MLflow at somewhere cannot be reached; publish later with `ddpm publish`"
+        " (all stages are done and kept)"
+    )
+    assert up.flow_run()["state"]["type"] == "FAILED"
+    assert "Running stage" not in up.scratch.repro()
+
+
 def test_wrong_input_is_said_in_one_line(up: Any) -> None:
     before = (up.scratch.root / "params.yaml").read_bytes()
     done = up.scratch.run(*up.FLOW, json.dumps({"overrides": ["training.stops=1"]}))
