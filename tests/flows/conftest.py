@@ -76,7 +76,7 @@ stages:
     matrix:
       schedule: ${sweep.schedules}
     cmd: python stage.py train@${item.schedule} trained-${item.schedule}
-    deps: [prepared]
+    deps: [prepared, stage.py]
     params: [training.steps]
     outs: ["trained-${item.schedule}"]
   sample:

@@ -141,7 +141,7 @@ def test_mlflow_dies_while_it_trains(clone: Any, undisturbed: bytes) -> None:
     off = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     address = f"http://127.0.0.1:{port}"
     server = clone.start(*command, log="mlflow.log", **off)
-    clone.wait(lambda: _answers(f"{address}/health"), 90, "MLflow answers")
+    clone.wait(lambda: _answers(f"{address}/health"), 200, "MLflow answers")
     flow = clone.start(*MAIN, log="flow.log", MLFLOW_TRACKING_URI=address)
     training(clone)
     os.killpg(server.pid, signal.SIGKILL)
@@ -150,7 +150,7 @@ def test_mlflow_dies_while_it_trains(clone: Any, undisturbed: bytes) -> None:
     assert "cannot be reached; publish later with `ddpm publish` (all stages are done and kept)" in said
     assert (clone.root / "dvc.lock").read_bytes() == undisturbed
     clone.start(*command, log="mlflow.log", **off)
-    clone.wait(lambda: _answers(f"{address}/health"), 90, "MLflow answers again")
+    clone.wait(lambda: _answers(f"{address}/health"), 200, "MLflow answers again")
     done = clone.run(*MAIN, MLFLOW_TRACKING_URI=address)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert "is the first champion" in done.stdout
@@ -174,22 +174,22 @@ def test_prefect_is_away_for_a_minute(scratch: Any) -> None:
     toml.write_text(toml.read_text().replace(":4200/", f":{port}/"))
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     server = scratch.start(*command, log="server.log")
-    scratch.wait(lambda: _answers(f"{api}/health"), 120, "Prefect answers")
+    scratch.wait(lambda: _answers(f"{api}/health"), 300, "Prefect answers")
     scratch.control(train_linear={"until": "go"})
     code = (
         "from flows.train_eval import train_eval\n"
         "state = train_eval(promote=False, return_state=True); print(f'{state.name}: {state.message}')"
     )
     flow = scratch.start(sys.executable, "-c", code, log="flow.log")
-    scratch.pid("train@linear")
+    scratch.pid("train@linear", 200)
     os.killpg(server.pid, signal.SIGKILL)
     time.sleep(5)
     (scratch.root / "go").touch()  # stages end and begin while there is no API
     time.sleep(55)
     assert flow.poll() is None or (scratch.root / "flow.log").read_text().splitlines()[-1].startswith("Completed")
     scratch.start(*command, log="server.log")
-    scratch.wait(lambda: _answers(f"{api}/health"), 120, "Prefect answers again")
-    assert flow.wait(120) == 0, (scratch.root / "flow.log").read_text()[-3000:]
+    scratch.wait(lambda: _answers(f"{api}/health"), 300, "Prefect answers again")
+    assert flow.wait(200) == 0, (scratch.root / "flow.log").read_text()[-3000:]
     assert (scratch.root / "flow.log").read_text().splitlines()[-1].startswith("Completed")
     assert "Running stage" not in scratch.repro()
     with closing(sqlite3.connect(scratch.root / ".prefect" / "prefect.db")) as database:
