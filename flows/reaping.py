@@ -20,9 +20,9 @@ from prefect.client.schemas.filters import (
     TaskRunFilterState,
     TaskRunFilterStateType,
 )
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
-from prefect.states import Crashed
+from prefect.states import Completed, Crashed
 
 from ddpm.stages.processes import is_alive, is_here, this_process
 
@@ -62,11 +62,14 @@ def _is_dead(process: Any) -> bool:
 
 
 def _end_tasks(client: Any, alive: set[UUID]) -> None:
-    """Task runs that are open in a flow run that isn't: it was ended by Prefect's worker, or just now."""
+    """Task runs that are open in a flow run that isn't: killed, or ended while the API was away and could not be told."""
     state = TaskRunFilterState(type=TaskRunFilterStateType(any_=OPEN))
     for run in client.read_task_runs(flow_filter=FLOW, task_run_filter=TaskRunFilter(state=state)):
         if run.flow_run_id not in alive:
-            client.set_task_run_state(run.id, Crashed(message=GONE), force=True)
+            flow_run = client.read_flow_run(run.flow_run_id)
+            unheard = flow_run.state is not None and flow_run.state.is_completed()
+            end: State[Any] = Completed(message="ended while the API was away") if unheard else Crashed(message=GONE)
+            client.set_task_run_state(run.id, end, force=True)
 
 
 def watch_heartbeats() -> None:

@@ -24,7 +24,7 @@ MAIN = (
     "--recipe",
     "smoke",
     "-S",
-    "training.steps=600",
+    "training.steps=300",
     "-S",
     "compute.checkpoint_every=20",
 )
@@ -192,8 +192,10 @@ def test_prefect_is_away_for_a_minute(scratch: Any) -> None:
     assert flow.wait(200) == 0, (scratch.root / "flow.log").read_text()[-3000:]
     assert (scratch.root / "flow.log").read_text().splitlines()[-1].startswith("Completed")
     assert "Running stage" not in scratch.repro()
+    assert scratch.run(sys.executable, "-c", code).returncode == 0
     with closing(sqlite3.connect(scratch.root / ".prefect" / "prefect.db")) as database:
-        assert database.execute("select state_name from flow_run").fetchall() == [("Completed",)]
+        assert database.execute("select state_name from flow_run").fetchall() == [("Completed",), ("Completed",)]
+    scratch.wait(lambda: not open_in_prefect(scratch), 30, "task runs that ended unheard are ended by the next run")
 
 
 def _answers(url: str) -> bool:
