@@ -145,7 +145,7 @@ class Scratch:
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
-            timeout=240,
+            timeout=600,
             check=False,
         )
 
@@ -337,7 +337,7 @@ def start_up(scratch: Scratch) -> Up:
     toml.write_text(re.sub(r":\d+/api", f":{ports['PREFECT_PORT']}/api", toml.read_text()))
     process = scratch.start(sys.executable, "-m", "flows.up", log="up.log", **ports)
     log = scratch.root / "up.log"
-    wait(lambda: "started!" in log.read_text() or process.poll() is not None, 180, "the worker starts")
+    wait(lambda: "started!" in log.read_text() or process.poll() is not None, 300, "the worker starts")
     assert process.poll() is None, log.read_text()
     api = f"http://127.0.0.1:{ports['PREFECT_PORT']}/api"
     return Up(scratch=scratch, process=process, log=log, ports=ports, api=api)
