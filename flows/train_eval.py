@@ -101,8 +101,11 @@ def train_eval(recipe: str | None = None, overrides: list[str] | None = None, pr
     root = Path.cwd()
     token = watcher.set(watcher.get(Log()))
     _end_with_the_worker()
-    reaping.claim()
-    reaping.reap()
+    try:
+        reaping.claim()
+        reaping.reap()
+    except Exception as error:  # noqa: BLE001 - who watches must not fail the work
+        watcher.get().line("train-eval", f"killed runs may still show as Running ({type(error).__name__}: {error})")
     try:
         with _alone(root):
             return _everything(root, recipe, overrides or [], promote)
