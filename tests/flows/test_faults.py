@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,12 @@ def training(clone: Any, pid: int | None = None) -> psutil.Process:
 
     def found() -> psutil.Process | None:
         for process in clone.processes():
-            command = process.cmdline()
-            if command[-2:] == ["train", "cosine"] and "ddpm" in command[-3] and process.pid != pid:
-                saved = [
-                    path.stat().st_mtime for path in (clone.root / ".cache" / "training").rglob("*") if path.is_file()
-                ]
-                if saved and max(saved) > process.create_time() + 1:
-                    return process
+            with suppress(psutil.Error):  # it has ended meanwhile
+                command = process.cmdline()
+                if command[-2:] == ["train", "cosine"] and "ddpm" in command[-3] and process.pid != pid:
+                    files = [path for path in (clone.root / ".cache" / "training").rglob("*") if path.is_file()]
+                    if max((path.stat().st_mtime for path in files), default=0.0) > process.create_time() + 1:
+                        return process
         return None
 
     return clone.wait(found, 200, "a training has saved its state")
