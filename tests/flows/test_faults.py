@@ -44,7 +44,7 @@ def training(clone: Any, pid: int | None = None) -> psutil.Process:
 
     def found() -> psutil.Process | None:
         for process in clone.processes():
-            with suppress(psutil.Error):  # it has ended meanwhile
+            with suppress(psutil.Error, FileNotFoundError):  # it has ended meanwhile
                 command = process.cmdline()
                 if command[-2:] == ["train", "cosine"] and "ddpm" in command[-3] and process.pid != pid:
                     files = [path for path in (clone.root / ".cache" / "training").rglob("*") if path.is_file()]
