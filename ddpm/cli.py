@@ -18,6 +18,7 @@ import typer
 from ddpm.stages import store, watchdog
 from ddpm.stages.display import display, say
 from ddpm.stages.errors import InputError
+from ddpm.stages.inputs import unchanged
 from ddpm.stages.params import Params, Point
 from ddpm.stages.progress import Progress, Report
 
@@ -51,9 +52,9 @@ def _run(
     publishes: not where somebody else does, since MLflow alone takes three seconds to import: the next stage, or the
     `ddpm publish --follow` that the flow runs beside its stages.
     """
-    params = Params.load()
     started, before, last = time.time(), 0, Progress(0, 0, "")
-    with ExitStack() as stack:
+    with unchanged(stage), ExitStack() as stack:
+        params = Params.load()
         show = stack.enter_context(display(stage))
         watcher = watch(params, stack) if watch else None
 

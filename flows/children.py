@@ -14,7 +14,7 @@ from pathlib import Path
 from ddpm.stages import watchdog
 from flows import warm
 
-GRACE = 10.0  # seconds from SIGTERM to SIGKILL
+GRACE = 6.0  # seconds from SIGTERM to SIGKILL; with what Prefect takes to notice, a cancelled stage ends within ten
 
 Child = subprocess.Popen[str] | warm.Child
 

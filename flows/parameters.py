@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ruamel.yaml.error import YAMLError
 
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
+from ddpm.stages.inputs import changes
 from ddpm.stages.params import Params
 from ddpm.stages.rewrite import rewritten
 
@@ -37,6 +38,23 @@ def write(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) 
         with store.replacing(target) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return params
+
+
+def edits(root: Path, params: Params) -> Callable[[], str]:
+    """Gives the keys in which params.yaml is another one by now: "" if in none, "all of it" if it can't be read."""
+    path, seen = root / "params.yaml", [0]
+
+    def look() -> str:
+        try:
+            now = path.stat().st_mtime_ns
+            if now == seen[0]:
+                return ""
+            seen[0] = now
+            return changes(params.model_dump(), Params.load(path).model_dump())
+        except (InputError, OSError):
+            return "all of it"
+
+    return look
 
 
 def _recipe(root: Path, recipe: str) -> Path:

@@ -23,13 +23,14 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from ddpm.stages import store, watchdog
 from ddpm.stages.errors import InputError
-from flows import children, dag, parameters, work
+from ddpm.stages.params import Params
+from flows import children, dag, parameters, reaping, work
 from flows.watch import Log, Outcome, watcher
 
 
 def _worth_retrying(task: Any, task_run: TaskRun, state: State) -> bool:
-    """Another process held what the stage needs, or the stage was killed. An error of the stage itself comes again."""
-    return state.name in ("Busy", "Killed")
+    """Another process held what it needs, it was killed, or MLflow is away. An error of its own comes again."""
+    return state.name in ("Busy", "Killed", "Unreachable")
 
 
 @task(
@@ -50,7 +51,14 @@ def run_stage(stage: str, root: str, unchanged: bool) -> State:
         return Cancelled(message="stopped with the flow")
 
 
-@task(name="ddpm", task_run_name="publish", cache_policy=NO_CACHE)
+@task(
+    name="ddpm",
+    task_run_name="publish",
+    retries=3,
+    retry_delay_seconds=[5, 15, 60],  # a server that restarts
+    retry_condition_fn=_worth_retrying,
+    cache_policy=NO_CACHE,
+)
 def run_publish(root: str, standard_input: int) -> State:
     """`ddpm publish --follow`: one process for MLflow beside the stages, until its standard input ends."""
     try:
@@ -60,7 +68,14 @@ def run_publish(root: str, standard_input: int) -> State:
         return Cancelled(message="stopped with the flow")
 
 
-@task(name="ddpm", task_run_name="promote", cache_policy=NO_CACHE)
+@task(
+    name="ddpm",
+    task_run_name="promote",
+    retries=3,
+    retry_delay_seconds=[5, 15, 60],  # a server that restarts
+    retry_condition_fn=_worth_retrying,
+    cache_policy=NO_CACHE,
+)
 def run_promote(root: str) -> State:
     """`ddpm promote`: the registry belongs to no DVC stage."""
     try:
@@ -87,6 +102,11 @@ def train_eval(recipe: str | None = None, overrides: list[str] | None = None, pr
     token = watcher.set(watcher.get(Log()))
     _end_with_the_worker()
     try:
+        reaping.claim()
+        reaping.reap()
+    except Exception as error:  # noqa: BLE001 - who watches must not fail the work
+        watcher.get().line("train-eval", f"killed runs may still show as Running ({type(error).__name__}: {error})")
+    try:
         with _alone(root):
             return _everything(root, recipe, overrides or [], promote)
     except InputError as error:
@@ -100,7 +120,7 @@ def _everything(root: Path, recipe: str | None, overrides: list[str], promote: b
     try:
         params = parameters.write(root, recipe, overrides)
         with _published(root) as publishing:
-            problem = _stages(root, params.compute.slots)
+            problem = _stages(root, params)
         if problem:
             return Failed(message=problem)
         _artifacts(root)
@@ -110,7 +130,8 @@ def _everything(root: Path, recipe: str | None, overrides: list[str], promote: b
             _decision(last["promote"])
         for verb, state in last.items():
             if not state.is_completed():
-                return Failed(message=f"{verb}: {state.message}")
+                name = "Unpublished" if state.name == "Unreachable" else "Failed"
+                return Failed(name=name, message=f"{verb}: {state.message} (all stages are done and kept)")
         return Completed(message=state.message)
     finally:
         children.stop()  # before the next run may begin
@@ -157,10 +178,11 @@ def _alone(root: Path) -> Iterator[None]:
         lock.release()
 
 
-def _stages(root: Path, slots: int) -> str:
-    """Runs what dvc.yaml asks for, `slots` stages at a time, each as soon as those before it are done.
+def _stages(root: Path, params: Params) -> str:
+    """Runs what dvc.yaml asks for, `compute.slots` stages at a time, each as soon as those before it are done.
 
-    A failed stage stops only what depends on it. -> "" or what failed, in one line.
+    A failed stage stops only what depends on it; nothing more starts once params.yaml has changed.
+    -> "" or what failed, in one line.
     """
     order = dag.read(root)
     sorter = TopologicalSorter(order.waits_for)
@@ -171,10 +193,12 @@ def _stages(root: Path, slots: int) -> str:
     running: set[str] = set()
     ended: Queue[str] = Queue()
     failures: dict[str, str] = {}
+    edited, edits = "", parameters.edits(root, params)
     watcher.get().started("stages")
     while True:
         ready = sorted([*ready, *sorter.get_ready()], key=place.__getitem__)
-        while ready and len(running) < slots:
+        edited = edited or edits()
+        while ready and len(running) < params.compute.slots and not edited:
             stage = ready.pop(0)
             before = [futures[name] for name in order.waits_for[stage]]
             futures[stage] = run_stage.submit(
@@ -195,6 +219,8 @@ def _stages(root: Path, slots: int) -> str:
             watcher.get().progress("stages", report)
         else:
             failures[stage] = state.message or state.name or "failed"
+    if edited:
+        failures["params.yaml"] = f"{edited} changed while this ran; what is done is kept, run again"
     if not failures:
         return ""
     skipped = len(order.waits_for) - len(futures)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
-from contextvars import ContextVar
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 from uuid import UUID
@@ -13,18 +15,19 @@ from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 EVERY = 10.0  # seconds between two progress lines of one stage in the log, and two moves of its bar
+SHOWN = 5.0  # seconds that a stage which has ended waits for its bar to show it
 
 
 @dataclass(frozen=True)
 class Outcome:
     """kind: the name of the Prefect state. text: one line, without the stage's name."""
 
-    kind: Literal["Completed", "Restored", "Unchanged", "Busy", "Killed", "Failed"]
+    kind: Literal["Completed", "Restored", "Unchanged", "Busy", "Killed", "Unreachable", "Failed"]
     text: str
 
     @property
     def failed(self) -> bool:
-        return self.kind in ("Busy", "Killed", "Failed")
+        return self.kind in ("Busy", "Killed", "Unreachable", "Failed")
 
 
 class Watcher(Protocol):
@@ -46,10 +49,15 @@ class Log:
     def __init__(self) -> None:
         self._told: dict[str, float] = {}
         self._bars: dict[str, UUID] = {}
+        self._next: dict[str, tuple[float, str]] = {}  # what a bar is to show, once Prefect has taken what was before
+        self._moves: dict[str, Future[None]] = {}
+        self._lock = threading.Lock()
+        self._mover = ThreadPoolExecutor(1, "bars")
 
     def started(self, stage: str) -> None:
         self._told[stage] = time.monotonic()
         self._bars.pop(stage, None)  # a retry has a bar of its own
+        self._moves.pop(stage, None)
 
     def line(self, stage: str, text: str) -> None:
         get_run_logger().info(text)
@@ -57,7 +65,7 @@ class Log:
     def progress(self, stage: str, report: dict[str, Any]) -> None:
         now = time.monotonic()
         due = now - self._told.get(stage, 0.0) >= EVERY
-        if stage in self._bars and not due and report["done"] < report["total"]:
+        if stage in self._moves and not due and report["done"] < report["total"]:
             return
         values = "".join(f", {name} {value:.4g}" for name, value in report["values"].items())
         text = f"{stage}: {report['done']:,} of {report['total']:,} {report['unit']}{values}"
@@ -68,10 +76,22 @@ class Log:
 
     def ended(self, stage: str, outcome: Outcome) -> None:
         """Prefect logs the state a task ends in."""
-        if stage in self._bars and not outcome.failed:
-            self._move(stage, 100.0, f"{stage}: {outcome.text}")
+        if stage in self._moves:
+            if not outcome.failed:
+                self._move(stage, 100.0, f"{stage}: {outcome.text}")
+            wait([self._moves[stage]], SHOWN)
 
     def _move(self, stage: str, percent: float, text: str) -> None:
+        """In a thread of its own: an API that is away keeps a call for a minute, and the stage would wait to print."""
+        with self._lock:
+            waiting = stage in self._next
+            self._next[stage] = (percent, text)
+        if not waiting:
+            self._moves[stage] = self._mover.submit(copy_context().run, self._send, stage)
+
+    def _send(self, stage: str) -> None:
+        with self._lock:
+            percent, text = self._next.pop(stage)
         try:
             if stage in self._bars:
                 update_progress_artifact(self._bars[stage], percent, text)

@@ -17,6 +17,7 @@ _DVC = re.compile(
     r"|To (track the changes|enable auto staging)|\t|Use `dvc push`|Checking out|WARNING: Process '"
 )
 _BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
+_UNREACHABLE = re.compile(r"MLflow at .* (cannot be reached|is in use by another process)")
 _EXIT = re.compile(r"exited with (-?\d+)$")
 _KILLED = {-9, 137}
 
@@ -47,7 +48,8 @@ def run(
     code, said, _ = _run(name, command, root, watcher, standard_input)
     if code == 0:
         return Outcome("Completed", said[-1] if said else "done")
-    return Outcome("Failed", said[-1] if said else f"'{' '.join(command)}' ended with exit code {code}")
+    text = said[-1] if said else f"'{' '.join(command)}' ended with exit code {code}"
+    return Outcome("Unreachable" if _UNREACHABLE.search(text) else "Failed", text)
 
 
 def _run(

@@ -25,6 +25,11 @@ def main() -> None:
     if not _answers(f"{api}/work_pools/{POOL}"):
         _prefect("work-pool", "create", POOL, "--type", "process")
     _prefect("--no-prompt", "deploy", "--all")
+    from flows import reaping
+
+    reaping.watch_heartbeats()
+    if count := reaping.reap():
+        print(f"worker: {count} flow runs were killed earlier and are Crashed now", flush=True)
     os.environ[watchdog.VARIABLE] = str(os.getpid())  # exec keeps the id: flow runs end with this worker
     # Only where a port is named: several workers on one machine would ask for the same one.
     health = ["--with-healthcheck"] if "PREFECT_WORKER_WEBSERVER_PORT" in os.environ else []

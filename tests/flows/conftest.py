@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -21,13 +24,22 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 STAGE = '''\
-"""Usage: stage.py NAME OUT. control.json says, by name: a file to wait for, an exit code, whether to die by SIGKILL."""
+"""Usage: stage.py NAME OUT. control.json says, by name: a file to wait for, an exit code, whether to die by SIGKILL,
+whether to save something on SIGTERM, or to ignore it."""
 import json, os, pathlib, signal, sys, time
-from ddpm.stages import watchdog
+from contextlib import ExitStack
+from ddpm.stages import inputs, watchdog
 
 watchdog.start()
 name, out = sys.argv[1:]
+stack = ExitStack()
+stack.enter_context(inputs.unchanged(name))
 control = json.loads(pathlib.Path("control.json").read_text()).get(name, {})
+def save(*_):
+    pathlib.Path(f"{name}.saved").touch()
+    sys.exit(143)
+if control.get("saves"):
+    signal.signal(signal.SIGTERM, save)
 if control.get("deaf"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 pathlib.Path(f"{name}.pid").write_text(str(os.getpid()))
@@ -42,6 +54,10 @@ if control.get("die"):
 if control.get("exit"):
     print(f"ddpm: {name} can't", file=sys.stderr)
     sys.exit(control["exit"])
+try:
+    stack.close()
+except inputs.InputError as error:
+    sys.exit(f"ddpm: {error}")
 path = pathlib.Path(out)
 path.parent.mkdir(exist_ok=True)
 header = "point,schedule,sampler,steps,evaluations,fid,fid_low,fid_high,confidence,kid,kid_low,kid_high,images,layer"
@@ -60,7 +76,7 @@ stages:
     matrix:
       schedule: ${sweep.schedules}
     cmd: python stage.py train@${item.schedule} trained-${item.schedule}
-    deps: [prepared]
+    deps: [prepared, stage.py]
     params: [training.steps]
     outs: ["trained-${item.schedule}"]
   sample:
@@ -74,6 +90,16 @@ stages:
     cmd: python stage.py report report/points.csv
     deps: [sampled-linear, sampled-cosine]
     outs: [report/points.csv]
+"""
+# As many times as the file `away` has lines, MLflow is away.
+STAND_IN = """\
+#!/bin/sh
+if [ -s away ]; then
+    sed -i 1d away
+    echo "ddpm: MLflow at somewhere cannot be reached; publish later with \\`ddpm publish\\`" >&2
+    exit 2
+fi
+echo "$1: done by a stand-in"
 """
 NAMES = ("prepare", "train@linear", "train@cosine", "sample@linear", "sample@cosine", "report")
 
@@ -119,7 +145,7 @@ class Scratch:
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
-            timeout=240,
+            timeout=600,
             check=False,
         )
 
@@ -211,7 +237,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "source").write_text("1")
     (root / "control.json").write_text("{}")
     (root / "bin").mkdir()
-    (root / "bin" / "ddpm").write_text('#!/bin/sh\necho "$1: done by a stand-in"\n')
+    (root / "bin" / "ddpm").write_text(STAND_IN)
     (root / "bin" / "ddpm").chmod(0o755)
     return root
 
@@ -226,3 +252,98 @@ def scratch(tmp_path: Path, template: Path) -> Iterator[Scratch]:
     made = make_scratch(tmp_path / "a checkout", template)
     yield made
     made.end()
+
+
+@pytest.fixture(scope="session")
+def clone_maker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Scratch]:
+    """Makes what git would clone, with the changes that are not committed yet."""
+    source = tmp_path_factory.mktemp("source")
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    author = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    for command in (["init", "--quiet"], ["add", "--all"], [*author, "commit", "--quiet", "--message", "all"]):
+        subprocess.run(["git", *command], cwd=source, check=True)
+
+    def make(root: Path) -> Scratch:
+        made = make_scratch(root, source)
+        made.environment["PYTHONPATH"] = os.fspath(root)  # the code of the clone, not the one that is installed
+        return made
+
+    return make
+
+
+FLOW = (
+    sys.executable,
+    "-c",
+    "import json, sys; from flows.train_eval import train_eval\n"
+    "state = train_eval(**json.loads(sys.argv[1]), return_state=True); print(f'{state.name}: {state.message}')",
+)
+
+
+class Up(SimpleNamespace):
+    """The servers and the worker of `make up`, in a scratch repository. api: Prefect's address."""
+
+    FLOW = FLOW
+
+    def post(self, path: str, **body: Any) -> Any:
+        request = urllib.request.Request(
+            f"{self.api}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self.api}{path}", timeout=30) as answer:
+            return json.load(answer)
+
+    def open_runs(self) -> list[str]:
+        """Names of the flow runs and task runs that have not ended."""
+        state = {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING", "PAUSED"]}}
+        flows = self.post("/flow_runs/filter", flow_runs={"state": state})
+        return [run["name"] for run in flows + self.post("/task_runs/filter", task_runs={"state": state})]
+
+    def start(self, **parameters: Any) -> str:
+        """As `prefect deployment run` does it; gives the flow run's id."""
+        deployment = self.post("/deployments/filter")[0]["id"]
+        return str(self.post(f"/deployments/{deployment}/create_flow_run", parameters=parameters)["id"])
+
+    def flow_run(self) -> dict[str, Any]:
+        """The newest."""
+        return dict(self.post("/flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0])
+
+    def tasks(self, flow_run: str) -> dict[str, dict[str, Any]]:
+        """Task runs by name."""
+        return {run["name"]: run for run in self.post("/task_runs/filter", flow_runs={"id": {"any_": [flow_run]}})}
+
+    def states(self, flow_run: str) -> dict[str, str]:
+        return {name: run["state"]["name"] for name, run in self.tasks(flow_run).items()}
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Up]:
+    scratch = make_scratch(tmp_path_factory.mktemp("up"), template)
+    try:
+        yield start_up(scratch)
+    finally:
+        scratch.end()
+
+
+def start_up(scratch: Scratch) -> Up:
+    ports = {"PREFECT_PORT": str(scratch.free_port()), "MLFLOW_PORT": str(scratch.free_port())}
+    toml = scratch.root / "prefect.toml"  # what `prefect` reads where nothing is exported
+    toml.write_text(re.sub(r":\d+/api", f":{ports['PREFECT_PORT']}/api", toml.read_text()))
+    process = scratch.start(sys.executable, "-m", "flows.up", log="up.log", **ports)
+    log = scratch.root / "up.log"
+    wait(lambda: "started!" in log.read_text() or process.poll() is not None, 300, "the worker starts")
+    assert process.poll() is None, log.read_text()
+    api = f"http://127.0.0.1:{ports['PREFECT_PORT']}/api"
+    return Up(scratch=scratch, process=process, log=log, ports=ports, api=api)
+
+
+@pytest.fixture(scope="session")
+def up_starter() -> Callable[[Scratch], Up]:
+    """`make up` in any repository."""
+    return start_up

@@ -126,3 +126,37 @@ def test_what_another_dvc_holds_is_busy(scratch: Any) -> None:
     began = time.monotonic()
     assert "prepare" not in dag.read(scratch.root).unchanged
     assert time.monotonic() - began < 20  # it doesn't wait for the other to end
+
+
+def test_what_is_edited_while_a_stage_runs_is_not_recorded_as_its_own(scratch: Any) -> None:
+    """DVC reads parameters and code when a stage has ended, so the stage itself has to say no."""
+    params, code = scratch.root / "params.yaml", scratch.root / "stage.py"
+    prepare = (sys.executable, "-m", "dvc", "repro", "--single-item", "prepare")
+    train = (*prepare[:-1], "train@linear")
+    assert scratch.run(*prepare).returncode == 0
+    lock = (scratch.root / "dvc.lock").read_text()
+    for number, (file, old, new, named) in enumerate(
+        [(params, "steps: ", "steps: 1", "training.steps"), (code, "import json", "import json as json", "stage.py")]
+    ):
+        scratch.control(train_linear={"until": f"edited-{number}"})
+        scratch.forget("train@linear")
+        running = scratch.start(*train)
+        scratch.pid("train@linear")
+        file.write_text(file.read_text().replace(old, new))
+        (scratch.root / f"edited-{number}").touch()
+        assert running.wait(60) != 0
+        said = (scratch.root / "log").read_text()
+        assert f"ddpm: train@linear: {named} changed while it ran, so its outputs belong to neither; run again" in said
+        assert (scratch.root / "dvc.lock").read_text() == lock
+    scratch.control()
+    assert scratch.run(*train).returncode == 0
+    assert "train@linear" in (scratch.root / "dvc.lock").read_text()
+
+
+def test_an_edit_that_is_none_of_the_stage_s_costs_nothing(scratch: Any) -> None:
+    scratch.control(prepare={"until": "edited"})
+    running = scratch.start(sys.executable, "-m", "dvc", "repro", "--single-item", "prepare")
+    scratch.pid("prepare")
+    parameters.write(scratch.root, overrides=["training.steps=7"])
+    (scratch.root / "edited").touch()
+    assert running.wait(60) == 0

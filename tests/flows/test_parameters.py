@@ -82,3 +82,16 @@ def test_wrong_input_is_one_line_and_changes_nothing(
     assert "\n" not in str(caught.value)
     assert (checkout / "params.yaml").read_bytes() == before
     assert sorted(path.name for path in checkout.iterdir()) == ["params.yaml", "recipes"]
+
+
+def test_edits_are_named_once_they_mean_something(checkout: Path) -> None:
+    path = checkout / "params.yaml"
+    look = parameters.edits(checkout, Params.load(path))
+    assert look() == ""
+    text = path.read_text()
+    path.write_text(text + "# a remark\n")
+    assert look() == ""
+    path.write_text(text.replace("seed: 0", "seed: 7").replace("eta: 0.0", "eta: 0.25", 1))
+    assert look() == "seed, samplers.ddim.eta"
+    path.write_text("seed: [")
+    assert look() == "all of it"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +11,6 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.timeout(600)
 # In the environment of all that runs here, and nowhere else.
 SECRETS = {
@@ -26,25 +22,8 @@ SECRETS = {
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, scratch_maker: Callable[[Path, Path], Any]) -> Iterator[Any]:
-    """What git would clone, with the changes that are not committed yet."""
-    source, root = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("clone")
-    names = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    for name in names:
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
-    author = ("-c", "user.name=test", "-c", "user.email=test@example.org")
-    for command in (["init", "--quiet"], ["add", "--all"], [*author, "commit", "--quiet", "--message", "all"]):
-        subprocess.run(["git", *command], cwd=source, check=True)
-    made = scratch_maker(root, source)
-    made.environment["PYTHONPATH"] = os.fspath(root)  # the code of the clone, not the one that is installed
+def clone(tmp_path_factory: pytest.TempPathFactory, clone_maker: Callable[[Path], Any]) -> Iterator[Any]:
+    made = clone_maker(tmp_path_factory.mktemp("clone"))
     made.environment |= SECRETS
     yield made
     made.end()

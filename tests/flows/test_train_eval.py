@@ -6,9 +6,7 @@ import json
 import signal
 import sys
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -17,61 +15,10 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 PREFECT = (sys.executable, "-m", "prefect")
 RUN = (*PREFECT, "deployment", "run", "train-eval/default")
-FLOW = (
-    sys.executable,
-    "-c",
-    "import json, sys; from flows.train_eval import train_eval\n"
-    "state = train_eval(**json.loads(sys.argv[1]), return_state=True); print(f'{state.name}: {state.message}')",
-)
 pytestmark = pytest.mark.timeout(400)
 
 
-class Up(SimpleNamespace):
-    """The servers and the worker of `make up`, in a scratch repository. api: Prefect's address."""
-
-    def post(self, path: str, **body: Any) -> Any:
-        request = urllib.request.Request(
-            f"{self.api}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
-
-    def start(self, **parameters: Any) -> str:
-        """As `prefect deployment run` does it; gives the flow run's id."""
-        deployment = self.post("/deployments/filter")[0]["id"]
-        return str(self.post(f"/deployments/{deployment}/create_flow_run", parameters=parameters)["id"])
-
-    def flow_run(self) -> dict[str, Any]:
-        """The newest."""
-        return dict(self.post("/flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0])
-
-    def tasks(self, flow_run: str) -> dict[str, dict[str, Any]]:
-        """Task runs by name."""
-        return {run["name"]: run for run in self.post("/task_runs/filter", flow_runs={"id": {"any_": [flow_run]}})}
-
-    def states(self, flow_run: str) -> dict[str, str]:
-        return {name: run["state"]["name"] for name, run in self.tasks(flow_run).items()}
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory, template: Path, scratch_maker: Any) -> Iterator[Up]:
-    scratch = scratch_maker(tmp_path_factory.mktemp("up"), template)
-    ports = {"PREFECT_PORT": str(scratch.free_port()), "MLFLOW_PORT": str(scratch.free_port())}
-    toml = scratch.root / "prefect.toml"  # what `prefect` reads where nothing is exported
-    toml.write_text(toml.read_text().replace(":4200/", f":{ports['PREFECT_PORT']}/"))
-    process = scratch.start(sys.executable, "-m", "flows.up", log="up.log", **ports)
-    log = scratch.root / "up.log"
-    try:
-        scratch.wait(lambda: "started!" in log.read_text() or process.poll() is not None, 180, "the worker starts")
-        assert process.poll() is None, log.read_text()
-        yield Up(
-            scratch=scratch, process=process, log=log, ports=ports, api=f"http://127.0.0.1:{ports['PREFECT_PORT']}/api"
-        )
-    finally:
-        scratch.end()
-
-
-def test_a_deployment_run_does_it_all(up: Up) -> None:
+def test_a_deployment_run_does_it_all(up: Any) -> None:
     done = up.scratch.run(
         *RUN, "--watch", "--param", 'overrides=["training.steps=7", "seed=3"]', "--param", "recipe=more"
     )
@@ -113,7 +60,7 @@ def test_a_deployment_run_does_it_all(up: Up) -> None:
     assert "Running stage" not in up.scratch.repro()
 
 
-def test_the_page_of_a_run_shows_its_end_and_its_artifacts(up: Up, page: Any, shoot: Any) -> None:
+def test_the_page_of_a_run_shows_its_end_and_its_artifacts(up: Any, page: Any, shoot: Any) -> None:
     address = f"http://127.0.0.1:{up.ports['PREFECT_PORT']}/runs/flow-run/{up.flow_run()['id']}"
     page.goto(address)
     page.get_by_text("Completed", exact=True).first.wait_for()
@@ -124,28 +71,28 @@ def test_the_page_of_a_run_shows_its_end_and_its_artifacts(up: Up, page: Any, sh
     shoot(page, "prefect-artifacts")
 
 
-def test_mlflow_answers(up: Up) -> None:
+def test_mlflow_answers(up: Any) -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{up.ports['MLFLOW_PORT']}/health", timeout=10) as answer:
         assert answer.status == 200
 
 
-def test_what_dvc_has_done_the_flow_skips(up: Up) -> None:
-    assert up.scratch.run(*FLOW, json.dumps({"overrides": ["training.steps=8"], "promote": False})).returncode == 0
+def test_what_dvc_has_done_the_flow_skips(up: Any) -> None:
+    assert up.scratch.run(*up.FLOW, json.dumps({"overrides": ["training.steps=8"], "promote": False})).returncode == 0
     states = up.states(up.flow_run()["id"])
     assert states["train@linear"] == "Completed"
     assert states["prepare"] == "Unchanged"
     assert "promote" not in states
     up.scratch.repro()
-    done = up.scratch.run(*FLOW, "{}")
+    done = up.scratch.run(*up.FLOW, "{}")
     states = up.states(up.flow_run()["id"])
     assert {name: states[name] for name in up.scratch.names} == dict.fromkeys(up.scratch.names, "Unchanged"), (
         done.stdout
     )
 
 
-def test_a_failing_stage_fails_the_run_and_nothing_beside_it(up: Up) -> None:
+def test_a_failing_stage_fails_the_run_and_nothing_beside_it(up: Any) -> None:
     up.scratch.control(train_linear={"exit": 2})
-    done = up.scratch.run(*FLOW, json.dumps({"overrides": ["training.steps=9"]}))
+    done = up.scratch.run(*up.FLOW, json.dumps({"overrides": ["training.steps=9"]}))
     up.scratch.control()
     assert done.stdout.splitlines()[-1] == (
         "Failed: train@linear: ddpm: train@linear can't (2 stages after it did not run)"
@@ -157,16 +104,35 @@ def test_a_failing_stage_fails_the_run_and_nothing_beside_it(up: Up) -> None:
     assert [run["run_count"] for name, run in up.tasks(up.flow_run()["id"]).items() if name == "train@linear"] == [1]
 
 
-def test_a_killed_stage_is_run_again(up: Up) -> None:
+def test_a_killed_stage_is_run_again(up: Any) -> None:
     up.scratch.control(train_linear={"die": True})
-    done = up.scratch.run(*FLOW, json.dumps({"overrides": ["training.steps=10"], "promote": False}))
+    done = up.scratch.run(*up.FLOW, json.dumps({"overrides": ["training.steps=10"], "promote": False}))
     assert done.stdout.splitlines()[-1].startswith("Completed"), done.stdout + done.stderr
     assert up.tasks(up.flow_run()["id"])["train@linear"]["run_count"] == 2
 
 
-def test_wrong_input_is_said_in_one_line(up: Up) -> None:
+def test_an_mlflow_that_comes_back_gets_it_all(up: Any) -> None:
+    (up.scratch.root / "away").write_text("once\n")
+    done = up.scratch.run(*up.FLOW, json.dumps({"promote": False}))
+    assert done.stdout.splitlines()[-1].startswith("Completed"), done.stdout + done.stderr
+    assert up.tasks(up.flow_run()["id"])["publish"]["run_count"] == 2
+
+
+@pytest.mark.chaos  # it waits for more than a minute until it gives up
+def test_an_mlflow_that_stays_away_costs_no_work(up: Any) -> None:
+    (up.scratch.root / "away").write_text("away\n" * 4)
+    done = up.scratch.run(*up.FLOW, json.dumps({"overrides": ["training.steps=17"]}))
+    assert done.stdout.splitlines()[-1] == (
+        "Unpublished: publish: ddpm: MLflow at somewhere cannot be reached; publish later with `ddpm publish`"
+        " (all stages are done and kept)"
+    )
+    assert up.flow_run()["state"]["type"] == "FAILED"
+    assert "Running stage" not in up.scratch.repro()
+
+
+def test_wrong_input_is_said_in_one_line(up: Any) -> None:
     before = (up.scratch.root / "params.yaml").read_bytes()
-    done = up.scratch.run(*FLOW, json.dumps({"overrides": ["training.stops=1"]}))
+    done = up.scratch.run(*up.FLOW, json.dumps({"overrides": ["training.stops=1"]}))
     assert (
         done.stdout.splitlines()[-1] == "InputError: override 'training.stops=1': params.yaml has no 'training.stops'"
     )
@@ -175,12 +141,14 @@ def test_wrong_input_is_said_in_one_line(up: Up) -> None:
     assert (up.scratch.root / "params.yaml").read_bytes() == before
 
 
-def test_a_second_run_waits_for_the_first(up: Up) -> None:
+def test_a_second_run_waits_for_the_first(up: Any) -> None:
     up.scratch.control(train_linear={"until": "go"})
     up.scratch.forget("train@linear")
-    first = up.scratch.start(*FLOW, json.dumps({"overrides": ["training.steps=11"], "promote": False}), log="first")
+    first = up.scratch.start(*up.FLOW, json.dumps({"overrides": ["training.steps=11"], "promote": False}), log="first")
     up.scratch.pid("train@linear")
-    second = up.scratch.start(*FLOW, json.dumps({"overrides": ["training.steps=12"], "promote": False}), log="second")
+    second = up.scratch.start(
+        *up.FLOW, json.dumps({"overrides": ["training.steps=12"], "promote": False}), log="second"
+    )
     said = f"waiting: another run (process {first.pid}) is at work in this checkout"
     up.scratch.wait(lambda: said in (up.scratch.root / "second").read_text(), 60, "the second run says that it waits")
     assert "steps: 11" in (up.scratch.root / "params.yaml").read_text()
@@ -197,12 +165,12 @@ NEVER = {"train_linear": {"until": "never"}, "train_cosine": {"until": "never"}}
 
 
 @pytest.mark.parametrize("victim", ["flow", "dvc"])
-def test_kill_9_leaves_no_process(up: Up, victim: str) -> None:
+def test_kill_9_leaves_no_process(up: Any, victim: str) -> None:
     up.scratch.control(**NEVER)
     servers = set(up.scratch.running())
     up.scratch.forget("train@linear")
     steps = {"flow": 13, "dvc": 14}[victim]
-    flow = up.scratch.start(*FLOW, json.dumps({"overrides": [f"training.steps={steps}"]}), log="flow.log")
+    flow = up.scratch.start(*up.FLOW, json.dumps({"overrides": [f"training.steps={steps}"]}), log="flow.log")
     stage = up.scratch.pid("train@linear")
     dvc = next(process for process in psutil.Process(stage).parents() if "dvc" in " ".join(process.cmdline()))
     if victim == "flow":
@@ -216,23 +184,56 @@ def test_kill_9_leaves_no_process(up: Up, victim: str) -> None:
     flow.wait(30)
     up.scratch.wait(lambda: set(up.scratch.running()) <= servers, 20, "all that the flow started ends")
     up.scratch.control()
-    up.scratch.repro()  # no stuck lock
+    killed = up.flow_run()["id"]
+    assert bool(up.open_runs()) == (victim == "flow")
+    assert up.scratch.run(*up.FLOW, json.dumps({"promote": False})).returncode == 0  # no stuck lock
+    up.scratch.wait(lambda: not up.open_runs(), 10, "neither a flow run nor a task run is left Running")
+    if victim == "flow":
+        assert up.get(f"/flow_runs/{killed}")["state"]["name"] == "Crashed"
+        assert up.states(killed)["train@linear"] == "Crashed"
+    assert "Running stage" not in up.scratch.repro()
 
 
-def test_cancelling_ends_the_processes(up: Up) -> None:
-    up.scratch.control(train_linear={"until": "never"}, train_cosine={"until": "never", "deaf": True})
+def test_cancelling_ends_the_stages_within_ten_seconds(up: Any) -> None:
+    """SIGTERM first, so that a training can save its state; SIGKILL for what doesn't listen."""
+    up.scratch.control(train_linear={"until": "never", "saves": True}, train_cosine={"until": "never", "deaf": True})
     servers = set(up.scratch.running())
     up.scratch.forget("train@linear", "train@cosine")
     run = up.start(overrides=["training.steps=15"])
-    up.scratch.pid("train@linear")
-    up.scratch.pid("train@cosine")
-    up.post(f"/flow_runs/{run}/set_state", state={"type": "CANCELLING"})
+    stages = [up.scratch.pid("train@linear"), up.scratch.pid("train@cosine")]
+    assert up.scratch.run(*PREFECT, "flow-run", "cancel", run).returncode == 0
+    up.scratch.wait(lambda: not any(psutil.pid_exists(stage) for stage in stages), 10, "the stages end")
+    assert (up.scratch.root / "train@linear.saved").exists()
     up.scratch.wait(lambda: set(up.scratch.running()) <= servers, 60, "cancelling ends what the run started")
-    up.scratch.wait(lambda: up.flow_run()["state"]["name"] == "Cancelled", 30, "the run is Cancelled")
+    up.scratch.wait(lambda: up.flow_run()["state"]["name"] == "Cancelled", 90, "the run is Cancelled")
     up.scratch.control()
 
 
-def test_kill_9_of_the_worker_ends_everything(up: Up) -> None:
+@pytest.mark.chaos
+def test_params_changed_meanwhile_are_never_what_dvc_recorded(up: Any) -> None:
+    """DVC reads params.yaml when a stage has ended. The stage says no, and what an edit doesn't touch is kept."""
+    up.scratch.control(train_linear={"until": "edited"}, train_cosine={"until": "edited"})
+    up.scratch.forget("train@linear", "train@cosine")
+    flow = up.scratch.start(
+        *up.FLOW, json.dumps({"overrides": ["training.steps=21"], "promote": False}), log="flow.log"
+    )
+    up.scratch.pid("train@linear")
+    up.scratch.pid("train@cosine")
+    params = up.scratch.root / "params.yaml"
+    params.write_text(params.read_text().replace("steps: 21", "steps: 22"))
+    (up.scratch.root / "edited").touch()
+    assert flow.wait(60) == 0
+    last = (up.scratch.root / "flow.log").read_text().splitlines()[-1]
+    for schedule in ("linear", "cosine"):
+        assert f"train@{schedule}: training.steps changed while it ran" in last
+    assert "params.yaml: training.steps changed while this ran; what is done is kept, run again" in last
+    assert "steps: 22" not in (up.scratch.root / "dvc.lock").read_text()
+    assert up.scratch.run(*up.FLOW, json.dumps({"promote": False})).stdout.splitlines()[-1].startswith("Completed")
+    assert "steps: 22" in (up.scratch.root / "dvc.lock").read_text()
+    assert "Running stage" not in up.scratch.repro()
+
+
+def test_kill_9_of_the_worker_ends_everything(up: Any) -> None:
     """The last one: its flow run and stages end with it, and so do the servers beside it."""
     up.scratch.control(**NEVER)
     up.scratch.forget("train@linear", "train@cosine")

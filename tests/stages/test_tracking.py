@@ -30,7 +30,7 @@ from ddpm.stages.likelihood import likelihood
 from ddpm.stages.params import Params, Point
 from ddpm.stages.progress import Progress
 from ddpm.stages.schedules import schedules
-from ddpm.stages.tracking import place, publishing, streaming
+from ddpm.stages.tracking import place, publishing, runs, streaming
 from ddpm.stages.train import train
 
 Smoke = Callable[..., Params]
@@ -118,6 +118,7 @@ def curves(root: Path) -> dict[str, list[tuple[int, float]]]:
 
 def assert_complete(seen: Seen, root: Path, params: Params) -> None:
     """Every value on disk is there once, and nothing else."""
+    assert all(run.info.status == "FINISHED" and runs.PUBLISHER not in run.data.tags for run in seen.runs)
     training = seen.named("cosine")
     assert training.info.status == "FINISHED"
     for key, values in curves(root).items():
@@ -541,6 +542,28 @@ with tracking.watch_training(Params.load(Path({str(recipe)!r})), "linear", Path(
     finally:
         process.kill()
         process.wait(10)
+
+
+def test_a_killed_publication_leaves_no_run_running(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even when nothing of what it published is there any more."""
+    program = "from ddpm.stages.processes import this_process; print(this_process())"
+    dead = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise OSError("killed here")
+
+    with monkeypatch.context() as dying:
+        dying.setattr(runs, "this_process", lambda: dead)
+        dying.setattr(MlflowClient, "log_inputs", cut)
+        with pytest.raises(InputError, match="killed here"):
+            tracking.publish(params, checkout, only="train@cosine")
+    assert [run.info.status for run in Seen(checkout).runs] == ["RUNNING"]
+    for folder in ("models", "samples", "metrics", "report"):
+        shutil.rmtree(checkout / folder, ignore_errors=True)
+    tracking.publish(params, checkout)
+    assert [run.info.status for run in Seen(checkout).runs] == ["KILLED"]
 
 
 # Servers.

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import platform
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
+from ddpm.stages.processes import is_alive, is_here, this_process
 from ddpm.stages.tracking.place import Target
 
 if TYPE_CHECKING:
@@ -21,6 +19,7 @@ CURVES = ("loss", "learning_rate", "gradient_norm", "validation_loss")  # of a t
 KEY, MODEL, CURVES_SHA = "ddpm.key", "ddpm.model_sha256", "ddpm.curves_sha256"
 COMPRESSED = "+compressed.webp"  # the picture that MLflow's slider shows
 SUPERSEDED, PROCESS, SETTINGS = "ddpm.superseded", "ddpm.process", "ddpm.settings"
+PUBLISHER = "ddpm.publisher"  # the process that fills a run in; gone once it is FINISHED
 
 
 def log(
@@ -104,7 +103,10 @@ def find_or_create(
         chosen = agreeing[0]
     else:
         chosen = target.client.create_run(
-            target.experiment, start_time=start, run_name=name, tags={KEY: key, "mlflow.source.name": "ddpm", **tags}
+            target.experiment,
+            start_time=start,
+            run_name=name,
+            tags={KEY: key, "mlflow.source.name": "ddpm", PUBLISHER: this_process(), **tags},
         )
         added["runs"] += 1
     for run in runs:
@@ -141,25 +143,16 @@ def search(target: Target, where: str) -> list[Run]:
 def finish(target: Target, run: Run, end: int) -> None:
     if run.info.status != "FINISHED" or (run.info.end_time or 0) < end:
         target.client.set_terminated(run.info.run_id, "FINISHED", end)
-
-
-def this_process() -> str:
-    process = psutil.Process()
-    return f"{platform.node()} {process.pid} {process.create_time():.2f}"
+    if PUBLISHER in run.data.tags:
+        target.client.delete_tag(run.info.run_id, PUBLISHER)
 
 
 def is_live(run: Run) -> bool:
     """Whether a process is streaming to it: one that runs here, or one of another host, of which nothing is known."""
     if run.info.status != "RUNNING" or PROCESS not in run.data.tags:
         return False
-    host, pid, created = run.data.tags[PROCESS].split(" ")
-    if host != platform.node():
-        return True
-    try:
-        process = psutil.Process(int(pid))
-        return f"{process.create_time():.2f}" == created and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    process = run.data.tags[PROCESS]
+    return not is_here(process) or is_alive(process)
 
 
 def is_unfinished(run: Run) -> bool:
@@ -170,5 +163,6 @@ def is_unfinished(run: Run) -> bool:
 def end_orphans(target: Target) -> None:
     """Runs whose process was killed before it could end them."""
     for run in search(target, "attributes.status = 'RUNNING'"):
-        if PROCESS in run.data.tags and not is_live(run):
+        process = run.data.tags.get(PROCESS) or run.data.tags.get(PUBLISHER)
+        if process and is_here(process) and not is_alive(process):
             target.client.set_terminated(run.info.run_id, "KILLED")

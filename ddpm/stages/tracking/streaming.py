@@ -15,6 +15,7 @@ import psutil
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
+from ddpm.stages.processes import this_process
 from ddpm.stages.progress import Progress
 from ddpm.stages.tracking.lineage import digest, flat, training_identity
 from ddpm.stages.tracking.place import Say, Target, locked, open_target, plain_errors, require_reachable, warn
@@ -31,7 +32,6 @@ from ddpm.stages.tracking.runs import (
     log,
     log_image,
     search,
-    this_process,
 )
 
 if TYPE_CHECKING:
@@ -110,10 +110,12 @@ class TrainingWatch:
                 self._known = {
                     (key, step) for key in self._run.data.metrics for step in history(self._target, self._run, key)
                 }
+            load = _system_load()
             with self._mutex:
-                values, pictures, step = list(self._values), list(self._pictures), self._step
-            system = [(key, value, _now(), step) for key, value in _system_load().items()] if step else []
-            new = {(value[0], value[3]): Metric(*value) for value in values + system}
+                # Kept with the rest: what is sent a second time, since no answer came, is then the same to the millisecond.
+                self._values += [(key, value, _now(), self._step) for key, value in load.items()]
+                values, pictures = list(self._values), list(self._pictures)
+            new = {(value[0], value[3]): Metric(*value) for value in values}
             missing = [metric for name, metric in new.items() if name not in self._known]
             for chunk in chunks(missing, 1000):
                 self._target.client.log_batch(self._run.info.run_id, metrics=chunk)

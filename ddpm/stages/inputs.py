@@ -1,0 +1,70 @@
+"""A stage's parameters and code, which must not change while it runs: DVC reads them when it has ended."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from ddpm.stages import store
+from ddpm.stages.errors import InputError
+
+
+@contextmanager
+def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
+    """Around the work of a stage that DVC runs. DVC would write into dvc.lock that what was edited meanwhile made these outputs.
+
+    Raises InputError when a parameter or a module that dvc.yaml names for the stage is another one at the end;
+    DVC then records nothing.
+    """
+    if "DVC_STAGE" not in os.environ:
+        yield
+        return
+    before = _read(stage, root)
+    yield
+    changed = changes(before, _read(stage, root))
+    if changed:
+        raise InputError(f"{stage}: {changed} changed while it ran, so its outputs belong to neither; run again")
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The dotted names of the leaves that differ, such as "training.steps, seed"; "" if none does."""
+    old, new = _leaves(before), _leaves(after)
+    return ", ".join(name for name in {**old, **new} if old.get(name) != new.get(name))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
+        found |= inner or {f"{prefix}{name}": value}
+    return found
+
+
+def _read(stage: str, root: Path) -> dict[str, Any]:
+    """Parameters by key, and code by path with its sha256, as dvc.yaml, if there is one, names them for the stage."""
+    name, _, values = stage.partition("@")
+    about = _yaml(root / "dvc.yaml")["stages"].get(name, {}) if (root / "dvc.yaml").exists() else {}
+    item = dict(zip(about.get("matrix", ()), values.split("-"), strict=False))
+    params, found = _yaml(root / "params.yaml"), {}
+    for key in about.get("params", ()):
+        key = re.sub(r"\$\{item\.(\w+)\}", lambda match: item[match[1]], key)  # noqa: PLW2901
+        value: Any = params
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        found[key] = value
+    code = [root / dependency for dependency in about.get("deps", ()) if dependency.endswith(".py")]
+    return found | {str(path.relative_to(root)): store.sha256(path) if path.exists() else None for path in code}
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
