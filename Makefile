@@ -1,7 +1,7 @@
 # `make help` lists what there is. Every target does the set-up it needs, once.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test proof up ui check clean lock
+.PHONY: help demo test proof chaos up ui check clean lock
 
 UV := uv==0.13.9
 INSTALLED := .venv/installed
@@ -31,10 +31,13 @@ demo: $(INSTALLED) ## the whole pipeline on real digits, from data to a promoted
 	@$(RUN) python -m flows $(if $(RECIPE),--recipe $(RECIPE))
 
 test: $(INSTALLED) ## the tests (15 minutes at most)
-	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof'
+	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof and not chaos'
 
 proof: $(INSTALLED) ## the slow proofs
 	@$(RUN) pytest -m proof
+
+chaos: $(INSTALLED) ## faults injected for real: kills, full disks, dead servers
+	@$(RUN) pytest -m chaos
 
 up: $(INSTALLED) ## Prefect server, MLflow server and a worker, until Ctrl-C
 	@$(RUN) python -m flows.up
