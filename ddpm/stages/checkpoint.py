@@ -105,8 +105,9 @@ def write_resume(folder: Path, state: ResumeState, keep: int = 2) -> None:
     """Adds a state to `folder`. Of it and those before it the newest `keep` stay, and so many of a longer training's."""
     path = resume_file(folder, state.step)
     with store.replacing(path) as temporary:
-        history = json.dumps({"step": state.step, "rows": state.rows, "losses": state.losses})
-        _write_tensors(temporary, state.tensors, {"training": folder.name, "history": history})
+        history = {"training": folder.name, "step": state.step, "rows": state.rows, "losses": state.losses}
+        # One entry: safetensors writes several in any order.
+        _write_tensors(temporary, state.tensors, {"history": json.dumps(history)})
         digest = store.sha256(temporary)
     store.write_json(path.with_suffix(".json"), {"step": state.step, "sha256": digest})
     there = sorted(folder.glob(STATES))
@@ -135,10 +136,10 @@ def read_resume(folder: Path, at_most: int) -> tuple[ResumeState | None, list[st
                 raise InputError("its checksum does not match")
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                about = file.metadata()
-            state = ResumeState(tensors=tensors, **json.loads(about["history"]))
-            if (about["training"], state.step) != (folder.name, int(path.stem)):
-                raise InputError(f"it is of step {state.step} of {about['training']}")
+                history = json.loads(file.metadata()["history"])
+            training, state = history.pop("training"), ResumeState(tensors=tensors, **history)
+            if (training, state.step) != (folder.name, int(path.stem)):
+                raise InputError(f"it is of step {state.step} of {training}")
             return state, complaints
         except (InputError, SafetensorError, KeyError, TypeError, ValueError) as error:
             complaints.append(f"{path}: damaged, passed over ({' '.join(str(error).split())})")

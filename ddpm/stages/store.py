@@ -372,16 +372,18 @@ class KeptImages:
     """
 
     def __init__(self, folder: Path, key: str, shape: tuple[int, ...]) -> None:
-        self._folder, self._log, self._array = folder, folder / "batches.jsonl", folder / "images.npy"
+        self._folder, self._log = folder, folder / "batches.jsonl"
         self.batches: dict[int, int] = {}
-        about = folder / "about.json"
-        if not about.exists() or read_json(about) != {"key": key, "shape": list(shape)}:
+        about, array, content = folder / "about.json", folder / "images.npy", {"key": key, "shape": list(shape)}
+        try:
+            if read_json(about) != content:
+                raise ValueError("of another sampling")
+            self._images = np.lib.format.open_memmap(array, mode="r+")
+        except (InputError, ValueError, OSError):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            self._images = _new_array(self._array, shape)
-            write_json(about, {"key": key, "shape": list(shape)})  # last: whoever finds it finds the array
-            return
-        self._images = np.lib.format.open_memmap(self._array, mode="r+")
+            self._images = _new_array(array, shape)
+            write_json(about, content)  # last: whoever finds it finds the array
         for line in self._log.read_bytes().splitlines() if self._log.exists() else []:
             try:
                 entry = json.loads(line)
