@@ -306,7 +306,7 @@ def test_sigterm_to_the_program_is_one_line_and_quick(
     print(f"{verb}: SIGTERM to the end in {time.monotonic() - began:.1f} s")
     assert process.returncode == 128 + signal.SIGTERM
     assert errors.splitlines()[-1].startswith("ddpm: ") and "the next run goes on after" in errors.splitlines()[-1]
-    assert not [path for path in root.rglob(".*.tmp-*")]
+    assert not list(root.rglob(".*.tmp-*"))
 
 
 # Damaged states.
@@ -469,14 +469,14 @@ def test_fifty_thousand_images_killed_half_way(trained: Path, smoke: Callable[..
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 8 MiB."""
+    """A file system of its own, of 16 MiB."""
     path = tmp_path / "disk"
     path.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        pytest.skip(f"a disk of 8 MiB cannot be mounted here: {done.stderr.strip()}")
+        pytest.skip(f"a disk of 16 MiB cannot be mounted here: {done.stderr.strip()}")
     yield path
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
@@ -589,15 +589,16 @@ from ddpm.stages.train import train
 raw, root = json.loads(sys.argv[1]), Path(sys.argv[2])
 train(Params.check(raw, "smoke"), "cosine", root)
 pages = int(Path("/proc/self/statm").read_text().split()[0])
-limit = pages * resource.getpagesize() + 300 * 2**20
+limit = pages * resource.getpagesize() + 100 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-raw["training"]["batch"], raw["sampling"] = 40_000, {**raw["sampling"], "images": 40_000, "batch": 40_000}
-for work in (lambda params: train(params, "cosine", root), lambda params: sample_point(params, Point.parse("cosine-ddpm-5"), root)):
+raw["training"]["batch"], raw["sampling"] = 4000, {**raw["sampling"], "images": 40_000, "batch": 40_000}
+point = Point.parse("cosine-ddpm-5")
+for work in (lambda params: train(params, "cosine", root), lambda params: sample_point(params, point, root)):
     try:
         work(Params.check(raw, "smoke"))
     except InputError as error:
         print(error)
-raw["training"]["accumulate"] = 400
+raw["training"]["accumulate"] = 80
 raw["training"]["steps"] = 1
 train(Params.check(raw, "smoke"), "cosine", root)
 print("trained")
