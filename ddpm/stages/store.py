@@ -378,7 +378,7 @@ class KeptImages:
         try:
             if read_json(about) != content:
                 raise ValueError("of another sampling")
-            self._images = np.lib.format.open_memmap(array, mode="r+")
+            self._images: Images = np.lib.format.open_memmap(array, mode="r+")
         except (InputError, ValueError, OSError):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
