@@ -496,6 +496,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(
 ) -> None:
     params = smoke(**SETTINGS, sweep={"schedules": ["cosine"], "samplers": ["ddpm"], "steps": [5]})
     prepare(params, small_disk)
+    root = beside(root, "straight")
     train(params, "cosine", root)
     sample_point(params, POINT, root)
 
