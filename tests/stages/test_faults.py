@@ -481,10 +481,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def fill(disk: Path, leave: int = 0) -> None:
+def fill(disk: Path) -> None:
     free = shutil.disk_usage(disk).free
     with (disk / "filler").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free - leave)
+        os.posix_fallocate(file.fileno(), 0, free)
 
 
 def empty(disk: Path) -> None:
@@ -533,7 +533,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(
     assert {name: made[name] for name in straight} == straight
 
     write_scores(small_disk, POINT, 30.0)
-    fill(small_disk, leave=8192)
+    fill(small_disk)
     refused(lambda: report(params, small_disk), "")
     empty(small_disk)
     report(params, small_disk)
