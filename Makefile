@@ -40,6 +40,9 @@ test: $(INSTALLED) ## the tests (15 minutes at most)
 proof: $(INSTALLED) ## the slow proofs
 	@$(RUN) pytest -m proof
 
+chaos: $(INSTALLED) ## faults injected for real: kills, full disks, dead servers
+	@$(RUN) pytest -m chaos
+
 bench: $(INSTALLED) ## speed beside other packages, into docs/speed.md (ONLY=train: one row; 20 minutes at most)
 	@$(PIP) --quiet $$(.venv/bin/python -c 'import tomllib; \
 		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ddpm.stages import store, watchdog
+from ddpm.stages import stopping, store, watchdog
 from ddpm.stages.display import display, say
 from ddpm.stages.errors import InputError
 from ddpm.stages.inputs import unchanged
@@ -427,7 +427,8 @@ def import_diffusers(
 
 
 def main() -> None:
-    """The console script: wrong input is one line on standard error and exit code 2."""
+    """The console script: wrong input is one line on standard error and exit code 2. SIGTERM is one line too, and 143."""
+    stopping.on_sigterm()
     watchdog.start()
     try:
         app()
@@ -436,6 +437,9 @@ def main() -> None:
             raise
         print(f"ddpm: {error}", file=sys.stderr)
         sys.exit(2)
+    except stopping.Stopped as stopped:
+        print(f"ddpm: {stopped}", file=sys.stderr, flush=True)
+        os._exit(128 + stopped.number)  # at once: a server that doesn't answer may hold a thread
     except KeyboardInterrupt:
         print("ddpm: interrupted", file=sys.stderr)
         sys.exit(130)

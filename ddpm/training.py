@@ -124,6 +124,7 @@ def fit(
     forward: Callable[..., Tensor] | None = None,
     labels: Tensor | None = None,
     label_dropout: float = 0.1,
+    accumulate: int = 1,
 ) -> Iterator[Step]:
     """Trains for as long as the caller asks for steps.
 
@@ -133,9 +134,12 @@ def fit(
     norm. ema: decay of the average, warmed up as min(ema, (1 + k) / (10 + k)). flip: mirror every other image at random.
     precision: "float32" or "bfloat16" (autocast). forward: what computes net(x, t) instead of the network itself, such as
     its compiled form. labels: int64 [N] on the same device, for a conditional network; each is withheld with probability
-    label_dropout, so that the network also learns to predict without (algorithm 1 of Ho & Salimans 2022). While it runs,
-    torch's global seed is set at each step if the network has dropout.
+    label_dropout, so that the network also learns to predict without (algorithm 1 of Ho & Salimans 2022). accumulate: the
+    batch goes through the network in that many equal parts, whose gradients add up to the same mean with less memory.
+    While it runs, torch's global seed is set at each step if the network has dropout. Raises ValueError.
     """
+    if batch % accumulate:
+        raise ValueError(f"a batch of {batch} does not divide into {accumulate} equal parts")
     device = images.device
     generator = torch.Generator(device)
     net = state.net if forward is None else forward
@@ -161,14 +165,19 @@ def fit(
             withheld = torch.rand(batch, device=device, generator=generator) < label_dropout
             classes = labels[rows].masked_fill(withheld, NO_LABEL)
 
-        with autocast(device, precision):
-            loss = objective.losses(told(net, classes), x_0, t, eps).mean()
         state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = torch.zeros((), device=device)
+        for start in range(0, batch, batch // accumulate):
+            part = slice(start, start + batch // accumulate)
+            these = None if classes is None else classes[part]
+            with autocast(device, precision):
+                mean = objective.losses(told(net, these), x_0[part], t[part], eps[part]).mean()
+            (mean / accumulate).backward()
+            loss = loss + mean.detach() / accumulate
         norm = nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
         group["lr"] = learning_rate * min(1.0, (k + 1) / (warmup + 1))
         state.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - min(ema, (1 + k) / (10 + k)))
         state.step = k + 1
-        yield Step(k + 1, loss.detach(), norm.detach(), group["lr"])
+        yield Step(k + 1, loss, norm.detach(), group["lr"])

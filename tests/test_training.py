@@ -145,3 +145,36 @@ def test_training_learns() -> None:
     state = small_state()
     done = steps(state, 150, batch=16, learning_rate=3e-3)
     assert float(sum(step.loss for step in done[-20:])) < 0.8 * float(sum(step.loss for step in done[:20]))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int) -> None:
+    """In float64 the losses, and after some steps the weights, agree to rounding; labels and flips go with their images."""
+
+    def train(accumulate: int) -> tuple[list[float], TrainingState]:
+        torch.manual_seed(0)
+        state = TrainingState(UNet(1, 8, 8, (1, 2), 1, (4,), classes=3).double())
+        schedule = NoiseSchedule.named("cosine", 50)
+        done = fit(
+            state,
+            images().double() / 127.5 - 1,
+            Objective.of(schedule, "eps"),
+            batch=6,
+            learning_rate=1e-3,
+            seed=3,
+            flip=True,
+            labels=torch.arange(20) % 3,
+            label_dropout=0.3,
+            accumulate=accumulate,
+        )
+        return [float(step.loss) for step in itertools.islice(done, 5)], state
+
+    (whole, one), (summed, other) = train(1), train(parts)
+    assert summed == pytest.approx(whole, rel=1e-5)
+    for name, tensor in one.tensors().items():
+        assert torch.allclose(tensor, other.tensors()[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_unequal_parts_are_refused() -> None:
+    with pytest.raises(ValueError, match="a batch of 6 does not divide into 4 equal parts"):
+        steps(small_state(), 1, accumulate=4)

@@ -1,11 +1,12 @@
 """Checkpoints: model.safetensors beside a model.json that says how to rebuild the network, its schedule and data range.
 
-Resume states of training lie apart, in the cache: two at most, each complete and with a checksum, or not there.
+Resume states of training lie apart, in the cache: two at most of one training, each complete and with a checksum, or not there.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def save(path: Path, net: nn.Module, about: dict[str, Any]) -> None:
     """Writes the folder `path`: net's weights, and `about` with the format and the weights' sha256 added."""
     with store.replacing_dir(path) as folder:
         weights = folder / "model.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}, weights)
+        _write_tensors(weights, {name: x.detach().cpu().contiguous() for name, x in net.state_dict().items()})
         store.write_json(folder / "model.json", {"format": FORMAT, "weights_sha256": store.sha256(weights), **about})
 
 
@@ -83,34 +84,64 @@ class ResumeState:
     losses: list[float]
 
 
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """safetensors' save_file, whose errors of the disk are OSErrors here, as they are everywhere else."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        if (number := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), str(error)) from None
+
+
+STATES = "[0-9]" * 9 + ".safetensors"  # the names of resume states; sorted, they are in the order of their steps
+
+
+def resume_file(folder: Path, step: int) -> Path:
+    return folder / f"{step:09d}.safetensors"
+
+
 def write_resume(folder: Path, state: ResumeState, keep: int = 2) -> None:
-    """Adds a state to `folder` and drops all but the newest `keep`."""
-    path = folder / f"{state.step:09d}.safetensors"
+    """Adds a state to `folder`. Of it and those before it the newest `keep` stay, and so many of a longer training's."""
+    path = resume_file(folder, state.step)
     with store.replacing(path) as temporary:
-        history = json.dumps({"step": state.step, "rows": state.rows, "losses": state.losses})
-        save_file(state.tensors, temporary, metadata={"history": history})
+        history = {"training": folder.name, "step": state.step, "rows": state.rows, "losses": state.losses}
+        # One entry: safetensors writes several in any order.
+        _write_tensors(temporary, state.tensors, {"history": json.dumps(history)})
         digest = store.sha256(temporary)
     store.write_json(path.with_suffix(".json"), {"step": state.step, "sha256": digest})
-    for old in sorted(folder.glob("*.safetensors"))[:-keep]:
-        old.unlink()
-        old.with_suffix(".json").unlink(missing_ok=True)
+    there = sorted(folder.glob(STATES))
+    now = there.index(path) + 1
+    for old in there[: max(0, now - keep)] + there[now:-keep]:
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    for file in (path, path.with_suffix(".json")):
+        file.unlink(missing_ok=True)
 
 
 def read_resume(folder: Path, at_most: int) -> tuple[ResumeState | None, list[str]]:
-    """The newest sound state of at most that many steps, and a line for each damaged one that was passed over."""
+    """The newest sound state of at most that many steps, and a line for each damaged one, which is removed."""
     from safetensors import safe_open
 
     complaints: list[str] = []
-    for path in sorted(folder.glob("*.safetensors"), reverse=True):
+    for path in sorted(folder.glob(STATES), reverse=True):
         if int(path.stem) > at_most:
             continue
         try:
+            if not path.with_suffix(".json").exists():
+                raise InputError("its checksum is missing")
             if store.sha256(path) != store.read_json(path.with_suffix(".json"))["sha256"]:
                 raise InputError("its checksum does not match")
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 history = json.loads(file.metadata()["history"])
-            return ResumeState(tensors=tensors, **history), complaints
-        except (InputError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            training, state = history.pop("training"), ResumeState(tensors=tensors, **history)
+            if (training, state.step) != (folder.name, int(path.stem)):
+                raise InputError(f"it is of step {state.step} of {training}")
+            return state, complaints
+        except (InputError, SafetensorError, KeyError, TypeError, ValueError) as error:
             complaints.append(f"{path}: damaged, passed over ({' '.join(str(error).split())})")
+            _remove(path)
     return None, complaints

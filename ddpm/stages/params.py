@@ -65,6 +65,7 @@ class Training(Section):
     loss: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
     steps: Count
     batch: Count
+    accumulate: Count = 1  # equal parts of a batch, one after the other
     learning_rate: Positive
     warmup: Annotated[int, Field(ge=0)] = 0
     clip: Positive = 1.0
@@ -77,6 +78,12 @@ class Training(Section):
     log_every: Count = 50
     validate_every: Count = 500
     validation_images: Annotated[int, Field(ge=0)] = 1024  # at most
+
+    @model_validator(mode="after")
+    def _parts_are_equal(self) -> Training:
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate: a batch of {self.batch} does not divide into {self.accumulate} equal parts")
+        return self
 
 
 class Sampling(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import ddpm.denoiser
+import ddpm.noise
+import ddpm.samplers
+import ddpm.schedule
+import ddpm.timesteps
+import ddpm.unet
 from ddpm.denoiser import Denoiser
 from ddpm.noise import gaussian
 from ddpm.samplers import check_options, trajectory
 from ddpm.schedule import SCHEDULES, NoiseSchedule
 from ddpm.stages import checkpoint, store
-from ddpm.stages.device import find_device
+from ddpm.stages.device import find_device, memory_errors
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point, Sampler
 from ddpm.stages.progress import Progress, Report, silent
+from ddpm.stages.stopping import Stopped, deferred
 
 PREVIEW = 64  # images in a grid
 
@@ -125,8 +134,20 @@ def prepared_denoiser(
     return Denoiser(net, denoiser.schedule, denoiser.target, clip), about
 
 
+def sampling_key(params: Params, point: Point, about: dict[str, Any], device: torch.device) -> str:
+    """Names everything that decides the images of a point, the code among it. about: model.json."""
+    modules = (ddpm.denoiser, ddpm.noise, ddpm.samplers, ddpm.schedule, ddpm.timesteps, ddpm.unet)
+    code = [store.sha256(Path(file)) for file in (*(str(module.__file__) for module in modules), __file__)]
+    settings = [params.seed, params.samplers[point.sampler].options(), params.sampling.model_dump(mode="json")]
+    return hashlib.sha256(json.dumps([about, settings, point.steps, device.type, code]).encode()).hexdigest()
+
+
 def sample_point(params: Params, point: Point, root: Path = Path(), report: Report = silent) -> int:
-    """Writes samples/POINT.npz and samples/POINT.png; returns the network evaluations per image. Raises InputError."""
+    """Writes samples/POINT.npz and samples/POINT.png; returns the network evaluations per image.
+
+    Finished batches are kept in the cache until both are there, so that a stopped run goes on where it was.
+    Raises InputError, and Stopped when a signal came.
+    """
     if point.sampler not in params.samplers:
         raise InputError(f"no row '{point.sampler}' in samplers; there are {', '.join(params.samplers)}")
     row, settings = params.samplers[point.sampler], params.sampling
@@ -136,26 +157,48 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
     denoiser, about = prepared_denoiser(
         root / store.model_dir(point.schedule), device, settings.clip, settings.precision, settings.compile
     )
-    path = root / store.samples_file(point)
+    path, total = root / store.samples_file(point), settings.images
     channels, height, width = about["data"]["shape"]
-    labels = class_labels(about, settings.images)
-    with store.scratch_array(path, (settings.images, channels, height, width)) as images:
-        try:
-            _, evaluations = generate(
-                denoiser,
-                (channels, height, width),
-                range(settings.images),
-                seed=params.seed,
-                batch=settings.batch,
-                steps=point.steps,
-                settings=row.options(),
-                device=device,
-                labels=labels,
-                done=lambda count, _: report(Progress(count, settings.images, "images")),
-                into=images,
-            )
-        except ValueError as error:
-            raise InputError(f"{point.name}: {error}") from None
+    labels = class_labels(about, total)
+    folder = root / store.CACHE / "sampling" / point.name
+    kept = store.KeptImages(folder, sampling_key(params, point, about, device), (total, channels, height, width))
+    batches = [range(start, min(start + settings.batch, total)) for start in range(0, total, settings.batch)]
+    evaluations = 0
+    with kept as images, deferred() as signalled, memory_errors(point.name, "lower sampling.batch"):
+        made = sum(len(batch) for batch in batches if batch.start in kept.batches)
+        if made:
+            report(Progress(made, total, "images", message=f"going on after {made:,} images"))
+
+        def done(count: int, _: int) -> None:
+            if signalled():
+                raise Stopped(
+                    f"{point.name}: stopped; the next run goes on after {made:,} of {total:,} images", signalled()
+                )
+            report(Progress(made + count, total, "images"))
+
+        for batch in batches:
+            if batch.start in kept.batches:
+                evaluations = kept.batches[batch.start]
+                continue
+            try:
+                _, evaluations = generate(
+                    denoiser,
+                    (channels, height, width),
+                    batch,
+                    seed=params.seed,
+                    batch=len(batch),
+                    steps=point.steps,
+                    settings=row.options(),
+                    device=device,
+                    labels=None if labels is None else labels[batch.start : batch.stop],
+                    done=done,
+                    into=images[batch.start : batch.stop],
+                )
+            except ValueError as error:
+                raise InputError(f"{point.name}: {error}") from None
+            kept.keep(batch, evaluations)
+            made += len(batch)
         store.write_samples(path, images, evaluations, labels)
         store.write_png(path.with_suffix(".png"), store.grid(images[:PREVIEW]))
+    kept.remove()
     return evaluations

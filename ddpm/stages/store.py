@@ -19,6 +19,8 @@ Writing is atomic: a file or folder is complete or not there.
 from __future__ import annotations
 
 import csv
+import errno
+import glob
 import hashlib
 import io
 import json
@@ -36,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from ddpm.stages.errors import InputError
@@ -112,37 +115,69 @@ def run_file(output: Path) -> Path:
 
 # Atomic writing.
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def disk_full_is_one_line(path: Path) -> Iterator[None]:
+    """Raises InputError where the block, which writes `path`, finds no room on the disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise InputError(
+            f"{path}: no room on the disk ({os.strerror(error.errno)}); what was there before is as it was:"
+            " free some space and run this again"
+        ) from None
+
+
+def _temporary_beside(path: Path) -> str:
+    """The start of a temporary name, which .dvcignore knows. What a killed process left under such a name is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+        owner = left.name.rpartition(".tmp-")[2].partition("-")[0]
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    return f".{path.name}.tmp-{os.getpid()}-"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and is gone when it doesn't."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A temporary file beside `path` that takes its place when the block ends well, and is gone when it doesn't.
+
+    Raises InputError when the disk is full.
+    """
+    with disk_full_is_one_line(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_temporary_beside(path))
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_dir(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, and is gone when it doesn't."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """A temporary folder beside `path` that takes its place when the block ends well, and is gone when it doesn't.
+
+    Raises InputError when the disk is full.
+    """
+    with disk_full_is_one_line(path):
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_temporary_beside(path)))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -329,12 +364,60 @@ def read_evaluations(path: Path) -> int:
         raise InputError(f"{path}: not a sample set: {error}; make it again with `ddpm sample {path.stem}`") from None
 
 
-@contextmanager
-def scratch_array(path: Path, shape: tuple[int, ...]) -> Iterator[Images]:
-    """A uint8 array on disk beside `path`, gone when the block ends: memory stays bounded whatever its size."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as file:
-        yield np.memmap(file, np.uint8, mode="w+", shape=shape)
+class KeptImages:
+    """Images N,C,H,W of a sampling under way, on disk below `folder`, so that memory stays bounded whatever their number.
+
+    batches: the network evaluations of each finished batch, by its first image; after a kill too, if the key and the shape
+    are the same and their checksums hold. What another key left in the folder is removed. As a context it gives the array.
+    Raises InputError when there is no room on the disk.
+    """
+
+    def __init__(self, folder: Path, key: str, shape: tuple[int, ...]) -> None:
+        self._folder, self._log = folder, folder / "batches.jsonl"
+        self.batches: dict[int, int] = {}
+        about, array, content = folder / "about.json", folder / "images.npy", {"key": key, "shape": list(shape)}
+        try:
+            if read_json(about) != content:
+                raise ValueError("of another sampling")
+            self._images: Images = np.lib.format.open_memmap(array, mode="r+")
+        except (InputError, ValueError, OSError):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self._images = _new_array(array, shape)
+            write_json(about, content)  # last: whoever finds it finds the array
+        for line in self._log.read_bytes().splitlines() if self._log.exists() else []:
+            try:
+                entry = json.loads(line)
+                start, stop = entry["batch"]
+                if _digest(self._images[start:stop]) == entry["sha256"]:
+                    self.batches[start] = entry["evaluations"]
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off by a kill: that batch is made again
+
+    def __enter__(self) -> Images:
+        return self._images
+
+    def __exit__(self, *_: object) -> None:
+        del self._images
+
+    def keep(self, batch: range, evaluations: int) -> None:
+        """The images of that batch are made: from now on a kill doesn't cost them."""
+        assert isinstance(self._images, np.memmap)
+        self._images.flush()
+        entry = {"batch": [batch.start, batch.stop], "evaluations": evaluations}
+        entry["sha256"] = _digest(self._images[batch.start : batch.stop])
+        with disk_full_is_one_line(self._log), self._log.open("ab") as file:
+            file.write(f"\n{json.dumps(entry)}\n".encode())  # the first line break ends what a kill cut off
+            file.flush()
+            os.fsync(file.fileno())
+        self.batches[batch.start] = evaluations
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _digest(images: Images) -> str:
+    return hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
 
 
 # Cached arrays.

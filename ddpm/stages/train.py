@@ -2,6 +2,7 @@
 
 It saves what it needs to go on every `compute.checkpoint_every` steps in the cache, under a key of everything that decides
 the result except the number of steps, and goes on from there by itself, with the weights of training straight through.
+SIGTERM and Ctrl-C save before they end it.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ from ddpm.objective import Objective
 from ddpm.schedule import NoiseSchedule
 from ddpm.stages import checkpoint, store
 from ddpm.stages.checkpoint import ResumeState
-from ddpm.stages.device import find_device
+from ddpm.stages.device import find_device, memory_errors
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
 from ddpm.stages.progress import Progress, Report, silent
+from ddpm.stages.stopping import Stopped, deferred
 from ddpm.stages.validation import Validation
-from ddpm.training import TrainingState, fit
+from ddpm.training import Step, TrainingState, fit
+
+DIVERGED, ROWS = 10.0, 10  # the loss is so many times that of a network that predicts nothing, in so many rows running
+BASE_IMAGES = 256  # that say what the latter is
 
 
 def noise_schedule(params: Params, name: str) -> NoiseSchedule:
@@ -89,8 +94,18 @@ def train(
     """Trains the network on one schedule; writes models/SCHEDULE and metrics/train/SCHEDULE.csv, .by_time.csv and .json.
     A row that says `imported` has a network already: that is checked and copied.
 
-    fresh: forget what an earlier run of the same training saved. Returns the content of the JSON file. Raises InputError.
+    fresh: forget what an earlier run of the same training saved. Returns the content of the JSON file. Raises InputError,
+    and Stopped when a signal came.
     """
+    with memory_errors(
+        f"train {schedule}", "raise training.accumulate (the same training in less memory), or lower network.channels"
+    ):
+        return _train(params, schedule, root, report, fresh)
+
+
+def _train(  # noqa: PLR0915 - the loop and all that it needs
+    params: Params, schedule: str, root: Path, report: Report, fresh: bool
+) -> dict[str, Any]:
     settings = params.training
     noise = noise_schedule(params, schedule)
     device = find_device(params.compute.device)
@@ -121,6 +136,7 @@ def train(
     labels = torch.from_numpy(np.array(dataset.train_labels)).to(device) if params.diffusion.conditional else None
     validation = _validation(params, dataset, objective, device)
     denoiser = Denoiser(state.ema, noise, params.diffusion.target, clip=True)
+    bar = DIVERGED * _loss_of_nothing(images[:BASE_IMAGES], objective, network.get("out_channels", images.shape[1]))
     steps = fit(
         state,
         images,
@@ -136,34 +152,58 @@ def train(
         forward=torch.compile(net) if settings.compile else None,
         labels=labels,
         label_dropout=settings.label_dropout,
+        accumulate=settings.accumulate,
     )
     saved = state.step
+
+    def give_up(what: str, step: Step) -> InputError:
+        file = f" ({checkpoint.resume_file(folder, saved)})" if saved else ", the start"
+        return InputError(
+            f"train {schedule}: {what} at step {step.step} (learning rate {step.learning_rate:g}); the last good state is at"
+            f" step {saved}{file}; lower training.learning_rate"
+        )
+
     values: dict[str, float] = {}
-    while state.step < settings.steps:
-        step = next(steps)
-        losses.append(step.loss)
-        validate = len(validation.images) > 0 and step.step % settings.validate_every == 0
-        if step.step % settings.log_every == 0 or validate:
-            values = {"loss": float(torch.stack(losses).mean()), "learning_rate": step.learning_rate}
-            values["gradient_norm"] = float(step.gradient_norm)
-            losses.clear()
-            if not math.isfinite(values["loss"]):
-                raise InputError(
-                    f"train {schedule}: the loss is {values['loss']} at step {step.step} (learning rate "
-                    f"{step.learning_rate:g}); the last good state is at step {saved}; lower training.learning_rate"
+    with deferred() as signalled:
+        while state.step < settings.steps:
+            step = next(steps)
+            losses.append(step.loss)
+            validate = len(validation.images) > 0 and step.step % settings.validate_every == 0
+            if step.step % settings.log_every == 0 or validate:
+                values = {"loss": float(torch.stack(losses).mean()), "learning_rate": step.learning_rate}
+                values["gradient_norm"] = float(step.gradient_norm)
+                losses.clear()
+                if not math.isfinite(values["loss"]):
+                    raise give_up(f"the loss is {values['loss']}", step)
+                row: dict[str, Any] = {"step": step.step, **values, "validation_loss": ""}
+                if validate:
+                    row["validation_loss"] = values["validation_loss"] = validation.loss(state.ema)
+                rows.append(row)
+                if len(rows) >= ROWS and all(row["loss"] > bar for row in rows[-ROWS:]):
+                    raise give_up(f"the loss is {values['loss']:g}, and has long been above {bar:g},", step)
+                report(Progress(step.step, settings.steps, "steps", values, model=lambda: denoiser))
+            else:
+                report(Progress(step.step, settings.steps, "steps", model=lambda: denoiser))
+            sound = not rows or rows[-1]["loss"] <= bar  # else the last good state stays the newest
+            last = step.step == settings.steps
+            if last or (sound and (signalled() or step.step - saved >= params.compute.checkpoint_every)):
+                tensors = state.tensors()
+                if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                    raise give_up("the weights are not finite", step)
+                checkpoint.write_resume(folder, ResumeState(step.step, tensors, rows, [float(x) for x in losses]))
+                saved = step.step
+            if signalled() and not last:
+                raise Stopped(
+                    f"train {schedule}: stopped; the next run goes on after step {saved}, of {settings.steps}",
+                    signalled(),
                 )
-            row: dict[str, Any] = {"step": step.step, **values, "validation_loss": ""}
-            if validate:
-                row["validation_loss"] = values["validation_loss"] = validation.loss(state.ema)
-            rows.append(row)
-            report(Progress(step.step, settings.steps, "steps", values, model=lambda: denoiser))
-        else:
-            report(Progress(step.step, settings.steps, "steps", model=lambda: denoiser))
-        if step.step - saved >= params.compute.checkpoint_every or step.step == settings.steps:
-            checkpoint.write_resume(folder, ResumeState(step.step, state.tensors(), rows, [float(x) for x in losses]))
-            saved = step.step
 
     return _write(params, schedule, state, network, dataset, rows, validation.by_time(state.ema), root)
+
+
+def _loss_of_nothing(images: torch.Tensor, objective: Objective, channels: int) -> float:
+    """The loss of a network whose prediction is zero, at times spread evenly."""
+    return Validation(images, objective, batch=64).loss(lambda x, t: x.new_zeros(len(x), channels, *x.shape[2:]))
 
 
 def _validation(params: Params, dataset: store.Dataset, objective: Objective, device: torch.device) -> Validation:

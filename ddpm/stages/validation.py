@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -27,14 +28,14 @@ class Validation:
     precision: str = "float32"
     labels: Tensor | None = None
 
-    def loss(self, net: torch.nn.Module) -> float:
+    def loss(self, net: Callable[..., Tensor]) -> float:
         """The objective's loss at times spread evenly over 0 ... T-1; it takes an image at least."""
         generator = torch.Generator(self.images.device).manual_seed(0)
         order = torch.randperm(len(self.images), device=self.images.device, generator=generator)
         times = self._spread(len(self.images), 0, len(self.objective.a))[order]
         return self._means(net, times, generator, (self.objective.loss,))[0]
 
-    def by_time(self, net: torch.nn.Module) -> list[dict[str, Any]]:
+    def by_time(self, net: Callable[..., Tensor]) -> list[dict[str, Any]]:
         """Where among the network times the losses arise: a row for each of BINS even ranges of 0 ... T-1.
 
         t: the middle of the range. loss_simple: L_simple. loss_vlb: the bound's terms times T in nats per dimension, so that
@@ -56,7 +57,7 @@ class Validation:
 
     @torch.no_grad()
     def _means(
-        self, net: torch.nn.Module, times: Tensor, generator: torch.Generator, names: tuple[str, ...]
+        self, net: Callable[..., Tensor], times: Tensor, generator: torch.Generator, names: tuple[str, ...]
     ) -> list[float]:
         """Rows of LOSSES by name: the mean of each over the first images, at times int64 [N]."""
         total = torch.zeros(len(names), dtype=torch.float64, device=times.device)

@@ -89,8 +89,8 @@ def find_place(root: Path = Path()) -> Place:
     if scheme.partition("+")[0] == "sqlite" and rest:
         file = Path(unquote(rest.partition("?")[0])).resolve()
         uri = _sqlite_uri(scheme, file) + "".join(rest.partition("?")[1:])
-        root = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or (file.parent / "mlartifacts").as_uri()
-        return Place(uri, file.with_name(f"{file.name}.lock"), root, file)
+        beside = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or (file.parent / "mlartifacts").as_uri()
+        return Place(uri, file.with_name(f"{file.name}.lock"), beside, file)
     if scheme.partition(":")[0] in ("http", "https"):
         return Place(uri, lock, None)
     return Place(uri, lock, os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or artifacts.as_uri())

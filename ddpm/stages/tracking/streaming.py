@@ -69,11 +69,11 @@ class TrainingWatch:
         with self._mutex:
             self._pictures.append((step, picture, _now()))
 
-    def close(self, status: str) -> None:
-        """Sends what is left and ends the run as FINISHED, FAILED or KILLED."""
+    def close(self, status: str, seconds: float = 60) -> None:
+        """Sends what is left and ends the run as FINISHED, FAILED or KILLED, if that takes no longer than `seconds`."""
         self._ending = True
         self._wake.set()
-        self._thread.join(timeout=60)
+        self._thread.join(timeout=seconds)
         if self._thread.is_alive() or self._target is None or self._run is None:
             return
         try:
@@ -188,7 +188,7 @@ def watch_training(params: Params, schedule: str, root: Path = Path(), say: Say 
     except Exception:
         watch.close("FAILED")
         raise
-    except BaseException:  # KeyboardInterrupt, SystemExit
-        watch.close("KILLED")
+    except BaseException:  # KeyboardInterrupt, Stopped: whoever wants an end wants it soon
+        watch.close("KILLED", seconds=5)
         raise
     watch.close("FINISHED")

@@ -1,0 +1,624 @@
+"""Faults, injected for real: kill -9, signals, damaged and full disks, divergence, no memory. docs/faults.md has the table.
+
+What takes long is marked `chaos` and runs with `make chaos`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from ddpm.stages.checkpoint import ResumeState, read_resume, write_resume
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params, Point
+from ddpm.stages.prepare import prepare
+from ddpm.stages.progress import Progress
+from ddpm.stages.report import report
+from ddpm.stages.sample import sample_point
+from ddpm.stages.stopping import Stopped, deferred
+from ddpm.stages.train import train
+
+ROOT = Path(__file__).parents[2]
+POINT = Point.parse("cosine-ddpm-5")
+SETTINGS: dict[str, Any] = {
+    "training": {"steps": 12, "log_every": 5, "validate_every": 6},
+    "compute": {"checkpoint_every": 4},
+    "sampling": {"images": 30, "batch": 8},
+}
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """All that lies below root, hidden or not, but for the prepared dataset."""
+    found = (path for path in root.rglob("*") if path.is_file() and "dataset" not in path.parts)
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
+
+
+def at(step: int, act: Callable[[], Any]) -> Callable[[Progress], None]:
+    """A report that acts once, when so much is done."""
+    acted = []
+
+    def watch(progress: Progress) -> None:
+        if progress.done >= step and not progress.message and not acted:
+            acted.append(act())
+
+    return watch
+
+
+def beside(root: Path, name: str) -> Path:
+    """A new root with the same dataset, and the same models if there are any."""
+    other = root / name
+    other.mkdir()
+    for shared in ("dataset", "models"):
+        if (root / shared).exists():
+            (other / shared).symlink_to((root / shared).resolve())
+    return other
+
+
+# kill -9.
+
+# Forks a training, which so has nothing to import, kills it after a random while, and does so again.
+KILLER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+from ddpm.stages.params import Params
+from ddpm.stages.train import train
+
+torch.set_num_threads(1)
+torch.optim.Adam([torch.zeros(1, requires_grad=True)]).zero_grad()  # imports what it takes, once for all
+raw, straight, killed, kills = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+params, moments = Params.check(raw, "smoke"), random.Random(0)
+
+def start(root):
+    if pid := os.fork():
+        return pid
+    with open(root / "log", "a", buffering=1) as log:
+        train(params, "cosine", root, lambda progress: progress.message and log.write(progress.message + "\\n"))
+    os._exit(0)
+
+began = time.monotonic()
+assert os.waitpid(start(straight), 0)[1] == 0
+straight_seconds = time.monotonic() - began
+for _ in range(kills):
+    pid = start(killed)
+    time.sleep(moments.uniform(0, straight_seconds / 2))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    if (killed / "metrics/train/cosine.json").exists():
+        break
+began = time.monotonic()
+assert os.waitpid(start(killed), 0)[1] == 0
+"""
+
+
+def plain(params: Params) -> str:
+    return json.dumps(params.model_dump(mode="json"))
+
+
+def kill_and_compare(root: Path, params: Params, kills: int) -> list[int]:
+    """Kills a training again and again; gives the steps after which it went on."""
+    straight, killed = beside(root, "straight"), beside(root, "killed")
+    command = [sys.executable, "-c", KILLER, plain(params), str(straight), str(killed), str(kills)]
+    subprocess.run(command, check=True, timeout=500, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    log = (killed / "log").read_text()
+    (killed / "log").unlink()
+    (straight / "log").unlink()
+    assert files(killed) == files(straight)  # and so no temporary file is left, and two resume states
+    return [int(line.split()[-1]) for line in log.splitlines() if line.startswith("resuming")]
+
+
+def test_a_training_killed_at_random_moments_ends_with_the_same_bytes(root: Path, smoke: Callable[..., Params]) -> None:
+    params = smoke(training={"steps": 40}, compute={"checkpoint_every": 2})
+    assert max(kill_and_compare(root, params, 5)) > 0
+
+
+@pytest.mark.chaos
+def test_a_training_killed_fifty_times_ends_with_the_same_bytes(root: Path, smoke: Callable[..., Params]) -> None:
+    params, kills, resumed = smoke(training={"steps": 150}, compute={"checkpoint_every": 1}), 0, []
+    for attempt in range(50):
+        (root / str(attempt)).mkdir()
+        (root / str(attempt) / "dataset").symlink_to((root / "dataset").resolve())
+        steps = kill_and_compare(root / str(attempt), params, 50 - kills)
+        resumed += steps
+        kills += len(steps)  # the kills that hit a training with something saved; its first life doesn't count
+        if kills >= 50:
+            break
+    assert kills >= 50 and max(resumed) > 100
+
+
+# What DVC is told about the stages, without the code they depend on.
+DVC = """\
+stages:
+  prepare:
+    cmd: PYTHON -m ddpm.cli prepare
+    params: [seed, data]
+    outs: [dataset]
+  train:
+    cmd: PYTHON -m ddpm.cli train cosine
+    deps: [dataset]
+    params: [seed, training]
+    outs: [models/cosine]
+    metrics: [metrics/train/cosine.json]
+  sample:
+    cmd: PYTHON -m ddpm.cli sample cosine-ddpm-5
+    deps: [models/cosine]
+    params: [seed, sampling]
+    outs: [samples/cosine-ddpm-5.npz, samples/cosine-ddpm-5.png]
+  gather:
+    cmd: ls samples metrics > gathered
+    deps: [samples, metrics]
+    outs: [gathered]
+"""
+
+
+@pytest.fixture
+def checkout_of(tmp_path: Path, empty_database: Path) -> Callable[[str, Params], Path]:
+    def make(name: str, params: Params) -> Path:
+        root = tmp_path / name
+        root.mkdir()
+        for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
+            subprocess.run(command, cwd=root, check=True)
+        shutil.copy(ROOT / ".dvcignore", root)
+        shutil.copy(empty_database, root / "mlflow.db")
+        (root / "dvc.yaml").write_text(DVC.replace("PYTHON", sys.executable))
+        with (root / "params.yaml").open("w") as file:
+            YAML(typ="safe").dump(json.loads(plain(params)), file)
+        return root
+
+    return make
+
+
+def repro(root: Path) -> subprocess.Popen[str]:
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_TRACKING", "DDPM_"))
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro"],
+        cwd=root,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def working_in(root: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == str(root.resolve()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError("waited in vain")
+
+
+@pytest.mark.chaos
+def test_dvc_and_its_stages_killed_leave_the_same_lock_and_no_orphan(
+    checkout_of: Callable[[str, Params], Path], smoke: Callable[..., Params]
+) -> None:
+    params = smoke(training={"steps": 300}, compute={"checkpoint_every": 5}, sampling={"images": 2000, "batch": 100})
+    roots = {name: checkout_of(name, params) for name in ("straight", "killed")}
+    straight, killed = repro(roots["straight"]), roots["killed"]
+    output, _ = straight.communicate(timeout=300)
+    assert straight.returncode == 0, output
+
+    outputs = []
+    for victim, sign in (
+        ("dvc", ".cache/training/*/000000005.json"),
+        ("ddpm.cli train", ".cache/training/*/*[1-9]5.json"),
+        ("ddpm.cli sample", ".cache/sampling/*/batches.jsonl"),
+    ):
+        dvc = repro(killed)
+        wait(lambda sign=sign: list(killed.glob(sign)))
+        targets = [dvc.pid]
+        if victim != "dvc":
+            targets = [process.pid for process in working_in(killed) if victim in " ".join(process.cmdline())]
+        for pid in targets:
+            os.kill(pid, signal.SIGKILL)
+        outputs.append(dvc.communicate(timeout=60)[0])
+        wait(lambda: not working_in(killed), 20)
+    # What a writer killed in the middle leaves beside an output enters no hash.
+    (killed / "samples").mkdir(exist_ok=True)
+    (killed / "samples" / ".other.npz.tmp-1-abc").write_bytes(b"half")
+    last = repro(killed)
+    outputs.append(last.communicate(timeout=300)[0])
+    assert last.returncode == 0, outputs
+    assert "resuming after step" in outputs[1] and "going on after" in outputs[-1], outputs
+    assert (killed / "dvc.lock").read_bytes() == (roots["straight"] / "dvc.lock").read_bytes()
+
+
+# Signals.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_makes_training_save_that_very_step(number: int, root: Path, smoke: Callable[..., Params]) -> None:
+    params, straight, stopped = smoke(**SETTINGS), beside(root, "straight"), beside(root, "stopped")
+    train(params, "cosine", straight)
+    with pytest.raises(Stopped, match="the next run goes on after step 7, of 12") as caught:
+        train(params, "cosine", stopped, at(7, lambda: signal.raise_signal(number)))
+    assert caught.value.number == number
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before
+    messages: list[str] = []
+    train(params, "cosine", stopped, lambda progress: messages.append(progress.message))
+    assert "resuming after step 7" in messages
+    made = files(stopped)
+    assert {name: made[name] for name in files(straight) if not name.startswith(".cache")} == {
+        name: content for name, content in files(straight).items() if not name.startswith(".cache")
+    }
+
+
+def test_a_second_signal_acts_at_once_and_an_unanswered_one_afterwards() -> None:
+    with pytest.raises(KeyboardInterrupt), deferred() as signalled:
+        signal.raise_signal(signal.SIGINT)
+        assert signalled() == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it came too late")
+    reached = []
+    with pytest.raises(KeyboardInterrupt), deferred():
+        signal.raise_signal(signal.SIGINT)
+        reached.append(True)
+    assert reached
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("verb", ["train", "sample"])
+def test_sigterm_to_the_program_is_one_line_and_quick(
+    verb: str, checkout_of: Callable[[str, Params], Path], smoke: Callable[..., Params], digits: Path
+) -> None:
+    params = smoke(training={"steps": 3000}, sampling={"images": 50_000, "batch": 100})
+    root = checkout_of("stopped", params)
+    (root / "dataset").symlink_to(digits / "dataset")
+    if verb == "sample":
+        train(smoke(training={"steps": 1}), "cosine", root)
+    command = [sys.executable, "-m", "ddpm.cli", verb, "cosine" if verb == "train" else "cosine-ddpm-5"]
+    process = subprocess.Popen(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+    )
+    wait(lambda: list(root.glob(f".cache/{'training/*/*.json' if verb == 'train' else 'sampling/*/batches.jsonl'}")))
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    print(f"{verb}: SIGTERM to the end in {time.monotonic() - began:.1f} s")
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.splitlines()[-1].startswith("ddpm: ") and "the next run goes on after" in errors.splitlines()[-1]
+    assert not list(root.rglob(".*.tmp-*"))
+
+
+# Damaged states.
+
+
+def state_of(step: int) -> ResumeState:
+    return ResumeState(step, {"weight": torch.full((100,), float(step))}, [{"step": step}], [0.5])
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+
+
+def swap(path: Path) -> None:
+    """With the state before, weights and checksum both: each is sound, and not what its name says."""
+    for suffix in (".safetensors", ".json"):
+        one, other = path.with_suffix(suffix), (path.parent / "000000008").with_suffix(suffix)
+        contents = one.read_bytes(), other.read_bytes()
+        other.write_bytes(contents[0])
+        one.write_bytes(contents[1])
+
+
+def foreign(path: Path) -> None:
+    other = path.parent.parent / "cosine-ffff"
+    write_resume(other, state_of(12))
+    for suffix in (".safetensors", ".json"):
+        shutil.copy((other / path.name).with_suffix(suffix), path.with_suffix(suffix))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], int | None]] = {
+    "truncated": (truncate, 8),
+    "flipped": (flip, 8),
+    "empty": (lambda path: path.write_bytes(b""), 8),
+    "no checksum": (lambda path: path.with_suffix(".json").unlink(), 8),
+    "empty checksum": (lambda path: path.with_suffix(".json").write_bytes(b""), 8),
+    "checksum without sum": (lambda path: path.with_suffix(".json").write_text("{}"), 8),
+    "swapped weights": (lambda path: shutil.copy(path.parent / "000000008.safetensors", path), 8),
+    "swapped": (swap, None),
+    "of another training": (foreign, 8),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_passed_over_in_one_line_and_gone(damage: str, tmp_path: Path) -> None:
+    folder = tmp_path / "cosine-0123"
+    for step in (4, 8, 12):
+        write_resume(folder, state_of(step))
+    hurt, expected = DAMAGES[damage]
+    hurt(folder / "000000012.safetensors")
+    found, complaints = read_resume(folder, at_most=100)
+    assert (found.step if found else None) == expected
+    if found:
+        assert torch.equal(found.tensors["weight"], torch.full((100,), 8.0)) and found.rows == [{"step": 8}]
+    assert "000000012.safetensors: damaged, passed over" in complaints[0]
+    assert len(complaints) == (1 if found else 2) and not any("\n" in line for line in complaints)
+    # It takes no place from a sound one: of the next two, one is the state gone on from.
+    write_resume(folder, state_of(10))
+    left = [int(path.stem) for path in sorted(folder.glob("*.safetensors"))]
+    assert left == ([8, 10] if found else [10])
+
+
+def test_a_shorter_training_keeps_its_states_beside_those_of_a_longer_one(tmp_path: Path) -> None:
+    folder = tmp_path / "cosine-0123"
+    for step in (600, 800, 100, 200, 300):
+        write_resume(folder, state_of(step))
+    assert [int(path.stem) for path in sorted(folder.glob("*.safetensors"))] == [200, 300, 600, 800]
+    found, complaints = read_resume(folder, at_most=400)
+    assert found is not None and found.step == 300 and not complaints
+
+
+# Sampling.
+
+
+@pytest.fixture
+def trained(root: Path, smoke: Callable[..., Params]) -> Path:
+    train(smoke(training={"steps": 1}), "cosine", root)
+    return root
+
+
+def test_sampling_goes_on_where_it_was(trained: Path, smoke: Callable[..., Params]) -> None:
+    params, straight, stopped = smoke(**SETTINGS), beside(trained, "straight"), beside(trained, "stopped")
+    assert sample_point(params, POINT, straight) == 5
+    with pytest.raises(Stopped, match="goes on after 16 of 30 images"):
+        sample_point(params, POINT, stopped, at(20, lambda: signal.raise_signal(signal.SIGTERM)))
+    (folder,) = (stopped / ".cache/sampling").iterdir()
+    images = np.lib.format.open_memmap(folder / "images.npy", mode="r+")
+    images[3] ^= 1  # the first batch is damaged
+    images.flush()
+    with (folder / "batches.jsonl").open("a") as log:
+        log.write('{"batch": [16, 24], "eval')  # and a kill cut the log off
+    reports: list[Progress] = []
+    assert sample_point(params, POINT, stopped, reports.append) == 5
+    assert reports[0].message == "going on after 8 images" and reports[-1].done == 30
+    assert files(stopped) == files(straight)
+    assert not list((stopped / ".cache/sampling").iterdir())
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"sampling": {"batch": 4}}, {"samplers": {"ddpm": {"spacing": "trailing"}}}]
+)
+def test_what_another_sampling_made_is_not_taken(
+    change: dict[str, Any], trained: Path, smoke: Callable[..., Params]
+) -> None:
+    stopped = beside(trained, "stopped")
+    with pytest.raises(Stopped):
+        sample_point(smoke(**SETTINGS), POINT, stopped, at(20, lambda: signal.raise_signal(signal.SIGTERM)))
+    reports: list[Progress] = []
+    changed = smoke(**{**SETTINGS, **change, "sampling": {**SETTINGS["sampling"], **change.get("sampling", {})}})
+    sample_point(changed, POINT, stopped, reports.append)
+    assert not any(progress.message for progress in reports)
+    straight = beside(trained, "straight")
+    sample_point(changed, POINT, straight)
+    assert files(stopped) == files(straight)
+
+
+# Samples, as often as it is told, and says how much memory that took at most.
+SAMPLER = """
+import json, resource, sys
+from pathlib import Path
+from ddpm.stages.params import Params, Point
+from ddpm.stages.sample import sample_point
+sample_point(Params.check(json.loads(sys.argv[1]), "smoke"), Point.parse("cosine-ddim-2"), Path(sys.argv[2]),
+             lambda progress: progress.message and print(progress.message, flush=True))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
+"""
+
+
+@pytest.mark.chaos
+def test_fifty_thousand_images_killed_half_way(trained: Path, smoke: Callable[..., Params]) -> None:
+    roots = {name: beside(trained, name) for name in ("few", "straight", "killed")}
+
+    def start(name: str, images: int) -> subprocess.Popen[str]:
+        params = plain(smoke(sampling={"images": images, "batch": 250}))
+        command = [sys.executable, "-c", SAMPLER, params, str(roots[name])]
+        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+
+    few = int(start("few", 500).communicate()[0])
+    many = int(start("straight", 50_000).communicate()[0])
+    killed = start("killed", 50_000)
+    log = roots["killed"] / ".cache/sampling/cosine-ddim-2/batches.jsonl"
+    wait(lambda: log.exists() and log.read_text().count("sha256") >= 100, 300)
+    killed.kill()
+    killed.wait()
+    began = time.monotonic()
+    message, _ = start("killed", 50_000).communicate()
+    print(f"the second half in {time.monotonic() - began:.0f} s: {message}; KiB for 500: {few}, for 50,000: {many}")
+    assert int(message.split()[3].replace(",", "")) >= 25_000
+    assert files(roots["killed"]) == files(roots["straight"])
+    assert many - few < 64 * 1024
+
+
+# Full disks.
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 16 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"a disk of 16 MiB cannot be mounted here: {done.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def fill(disk: Path) -> None:
+    free = shutil.disk_usage(disk).free
+    with (disk / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free)
+
+
+def empty(disk: Path) -> None:
+    (disk / "filler").unlink()
+
+
+def test_a_full_disk_is_one_line_and_harms_nothing(
+    small_disk: Path, root: Path, smoke: Callable[..., Params], write_scores: Callable[..., None]
+) -> None:
+    params = smoke(**SETTINGS, sweep={"schedules": ["cosine"], "samplers": ["ddpm"], "steps": [5]})
+    prepare(params, small_disk)
+    root = beside(root, "straight")
+    train(params, "cosine", root)
+    sample_point(params, POINT, root)
+
+    def refused(work: Callable[[], Any], name: str) -> None:
+        before = {name: content for name, content in files(small_disk).items() if "sampling" not in name}
+        with pytest.raises(InputError, match=rf"{name}.*no room") as caught:
+            work()
+        assert "\n" not in str(caught.value)
+        after = files(small_disk)
+        after.pop("filler"), before.pop("filler", None)
+        assert {name: after[name] for name in before} == before
+        assert not [name for name in after if ".tmp-" in name]
+
+    about = (small_disk / "dataset/dataset.json").read_bytes()
+    fill(small_disk)
+    refused(lambda: prepare(smoke(seed=1), small_disk), "")
+    assert (small_disk / "dataset/dataset.json").read_bytes() == about
+    empty(small_disk)
+
+    refused(lambda: train(params, "cosine", small_disk, at(6, lambda: fill(small_disk))), "000000008.safetensors")
+    empty(small_disk)
+    messages: list[str] = []
+    train(params, "cosine", small_disk, lambda progress: messages.append(progress.message))
+    assert "resuming after step 4" in messages
+
+    fill(small_disk)
+    refused(lambda: sample_point(params, POINT, small_disk), "images.npy")
+    empty(small_disk)
+    refused(lambda: sample_point(params, POINT, small_disk, at(12, lambda: fill(small_disk))), "samples|batches")
+    empty(small_disk)
+    sample_point(params, POINT, small_disk, lambda progress: messages.append(progress.message))
+    assert any(message.startswith("going on after") for message in messages)
+    made, straight = files(small_disk), files(root)
+    assert {name: made[name] for name in straight} == straight
+
+    write_scores(small_disk, POINT, 30.0)
+    fill(small_disk)
+    refused(lambda: report(params, small_disk), "")
+    empty(small_disk)
+    report(params, small_disk)
+    complete = files(small_disk)
+    fill(small_disk)
+    refused(lambda: report(smoke(**SETTINGS), small_disk), "")
+    assert {name: content for name, content in files(small_disk).items() if name != "filler"} == complete
+
+
+# Divergence, and no memory.
+
+
+def test_no_state_that_is_not_finite_is_saved(root: Path, smoke: Callable[..., Params]) -> None:
+    """Rows are far apart here, and states close together: the states would be bad long before a row says so."""
+    params = smoke(
+        training={"steps": 60, "learning_rate": 1e30, "log_every": 50, "validate_every": 50, "warmup": 0},
+        compute={"checkpoint_every": 1},
+    )
+    with pytest.raises(
+        InputError, match=r"not finite at step \d+ \(learning rate 1e\+30\); the last good state is at step"
+    ):
+        train(params, "cosine", root)
+    assert not (root / "models").exists()
+    for path in root.rglob("*.safetensors"):
+        found, _ = read_resume(path.parent, at_most=int(path.stem))
+        assert found is not None and all(bool(tensor.isfinite().all()) for tensor in found.tensors.values())
+
+
+def test_a_loss_far_above_that_of_predicting_nothing_stops_it(
+    root: Path, smoke: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite, and no use: after some such rows it ends, and the state from before it went wrong is the newest."""
+    monkeypatch.setattr("ddpm.stages.train.ROWS", 3)  # this network collapses to predicting nothing before ten
+    params = smoke(
+        training={"steps": 30, "learning_rate": 1.0, "log_every": 1, "warmup": 0, "clip": 1e9},
+        compute={"checkpoint_every": 1},
+    )
+    with pytest.raises(
+        InputError, match=r"the loss is .* long been above .*the last good state is at step 1 \("
+    ) as caught:
+        train(params, "cosine", root)
+    (folder,) = (root / ".cache/training").iterdir()
+    found, _ = read_resume(folder, at_most=30)
+    assert found is not None and found.step == 1 and str(folder) in str(caught.value)
+
+
+# The memory that a process may take is bounded after it has loaded what it needs.
+BOUNDED = """
+import json, resource, sys
+from pathlib import Path
+import torch
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params, Point
+from ddpm.stages.sample import sample_point
+from ddpm.stages.train import train
+raw, root = json.loads(sys.argv[1]), Path(sys.argv[2])
+train(Params.check(raw, "smoke"), "cosine", root)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 100 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+raw["training"]["batch"], raw["sampling"] = 4000, {**raw["sampling"], "images": 40_000, "batch": 40_000}
+point = Point.parse("cosine-ddpm-5")
+for work in (lambda params: train(params, "cosine", root), lambda params: sample_point(params, point, root)):
+    try:
+        work(Params.check(raw, "smoke"))
+    except InputError as error:
+        print(error)
+raw["training"]["accumulate"] = 80
+raw["training"]["steps"] = 1
+train(Params.check(raw, "smoke"), "cosine", root)
+print("trained")
+"""
+
+
+def test_out_of_memory_says_what_to_lower(root: Path, smoke: Callable[..., Params]) -> None:
+    params = smoke(training={"steps": 2, "validation_images": 0})
+    done = subprocess.run(
+        [sys.executable, "-c", BOUNDED, plain(params), str(root)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    training, sampling, trained = done.stdout.splitlines()
+    assert training.startswith("train cosine: out of memory: raise training.accumulate")
+    assert sampling.startswith("cosine-ddpm-5: out of memory: lower sampling.batch")
+    assert trained == "trained"
