@@ -24,7 +24,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from ddpm.stages import store, watchdog
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
-from flows import children, dag, parameters, reaping, work
+from flows import children, dag, links, parameters, reaping, work
 from flows.watch import Log, Outcome, watcher
 
 
@@ -249,7 +249,8 @@ def _artifacts(root: Path) -> None:
         page = [_where(report / "index.html")] if (report / "index.html").exists() else []
         create_markdown_artifact("\n\n".join([*page, *map(_embedded, pictures)]), key="report")
     if "MLFLOW_UI" in os.environ:
-        create_link_artifact(os.environ["MLFLOW_UI"], link_text="MLflow", key="mlflow", description="Runs and models")
+        chart = links.mlflow(root, os.environ["MLFLOW_UI"])
+        create_link_artifact(chart, link_text="MLflow", key="mlflow", description="FID against steps, runs and models")
 
 
 def _where(page: Path) -> str:

@@ -18,7 +18,7 @@ from honcho.environ import parse_procfile
 from honcho.manager import Manager
 
 from ddpm.stages.errors import InputError
-from flows import access, children
+from flows import access, children, links
 
 MARK = "DDPM_UP"  # in the environment of everything that one `make up` started
 INTERRUPTED = 130  # Ctrl-C, which is how it is meant to end
@@ -82,7 +82,7 @@ def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[
         environment.setdefault("PREFECT_API_URL", f"http://{access.LOOPBACK}:{environment['PREFECT_PORT']}/api")
     if "mlflow" in names:
         environment["MLFLOW_UI"] = f"http://{here}:{environment['MLFLOW_PORT']}"
-    print(f"MLflow:  {environment['MLFLOW_UI']}", flush=True)
+    print(f"MLflow:  {links.mlflow(Path(), environment['MLFLOW_UI'])}", flush=True)
     return environment
 
 

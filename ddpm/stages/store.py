@@ -47,6 +47,7 @@ from ddpm.stages.params import Point
 Images = NDArray[np.uint8]  # N,C,H,W
 
 CACHE = Path(".cache")  # kept across runs, outside DVC: resume states, converted weights, reference features
+CHART = CACHE / "mlflow-chart"  # of MLflow's pages the one with FID against steps: the end of its address
 
 
 # Paths, relative to a root.

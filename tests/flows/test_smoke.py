@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from flows import links
+
 pytestmark = pytest.mark.timeout(600)
 # In the environment of all that runs here, and nowhere else.
 SECRETS = {
@@ -38,6 +40,7 @@ def test_data_to_champion(clone: Any) -> None:
     best = min(rows, key=lambda row: (float(row["fid"]), int(row["evaluations"])))["point"]
     assert f"{best} is the first champion" in done.stdout
     assert (clone.root / "report" / "samples.png").stat().st_size > 1000
+    assert "compareRunsMode=CHART" in links.mlflow(clone.root, "http://127.0.0.1:5000")
     assert not clone.running()
 
 

@@ -110,6 +110,7 @@ def publish(params: Params, root: Path = Path(), only: str | None = None, say: S
             for name in stale:
                 say(f"publish: {name} left out: made with another model or other parameters; run dvc repro")
             summary = ", ".join(f"{count} {kind}" for kind, count in added.items())
+            store.write_text(root / store.CHART, chart(target.experiment))
             say(f"MLflow at {target.place.shown}: " + (f"added {summary}" if summary else "nothing to add"))
     return dict(added)
 

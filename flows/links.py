@@ -1,0 +1,13 @@
+"""Where to look at what a run left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ddpm.stages import store
+
+
+def mlflow(root: Path, server: str) -> str:
+    """The page of a server that shows FID against steps; its first page, until something was published in this checkout."""
+    chart = root / store.CHART
+    return f"{server.rstrip('/')}/{chart.read_text()}" if server.startswith("http") and chart.exists() else server
