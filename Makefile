@@ -5,6 +5,7 @@
 
 UV := uv==0.13.9
 INSTALLED := .venv/installed
+EMPTY := .venv/share/empty-databases
 PYTHON ?= $(shell for python in python3.11 python3 python; do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -31,16 +32,16 @@ help: ## this list
 	@echo 'variables: RECIPE=smoke (demo), HOST, PREFECT_PORT, MLFLOW_PORT (up, ui), TORCH_INDEX=<address of a package index> (another'
 	@echo '           torch, such as the smaller CPU-only one), PYTHON=<interpreter> (3.11 or newer)'
 
-demo: $(INSTALLED) ## the whole pipeline on real digits, from data to a promoted model, in a few minutes
+demo: $(EMPTY) ## the whole pipeline on real digits, from data to a promoted model, in a few minutes
 	@$(RUN) python -m flows $(if $(RECIPE),--recipe $(RECIPE))
 
-test: $(INSTALLED) ## the tests (15 minutes at most)
+test: $(EMPTY) ## the tests (15 minutes at most)
 	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof and not chaos'
 
-proof: $(INSTALLED) ## the slow proofs
+proof: $(EMPTY) ## the slow proofs
 	@$(RUN) pytest -m proof
 
-chaos: $(INSTALLED) ## faults injected for real: kills, full disks, dead servers
+chaos: $(EMPTY) ## faults injected for real: kills, full disks, dead servers
 	@$(RUN) pytest -m chaos
 
 bench: $(INSTALLED) ## speed beside other packages, into docs/speed.md (ONLY=train: one row; 20 minutes at most)
@@ -48,10 +49,10 @@ bench: $(INSTALLED) ## speed beside other packages, into docs/speed.md (ONLY=tra
 		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
 	@$(RUN) python -m bench $(ONLY)
 
-up: $(INSTALLED) ## Prefect server, MLflow server and a worker, until Ctrl-C
+up: $(EMPTY) ## Prefect server, MLflow server and a worker, until Ctrl-C
 	@$(RUN) python -m flows.up
 
-ui: $(INSTALLED) ## MLflow's pages alone
+ui: $(EMPTY) ## MLflow's pages alone
 	@$(RUN) python -m flows.up mlflow
 
 remote: $(INSTALLED) ## keep results in S3: URL=s3://bucket/folder, and ENDPOINT=<address> unless it is Amazon's
@@ -88,7 +89,7 @@ clean: ## remove outputs and caches; DVC's cache, MLflow's and Prefect's records
 
 lock: .venv/bin/uv ## bring requirements.lock up to date with pyproject.toml (UPGRADE=1: newest versions)
 	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
-		--extra dev --extra postgres $(if $(UPGRADE),--upgrade) pyproject.toml --output-file requirements.lock
+		--extra dev $(if $(UPGRADE),--upgrade) pyproject.toml --output-file requirements.lock
 
 .venv/bin/uv:
 	@test -n "$(PYTHON)" || { echo 'make: no Python 3.11 or newer with venv found; name one: make PYTHON=/path/to/python3' >&2; exit 2; }
@@ -108,7 +109,11 @@ else
 endif
 	@$(PIP) --compile-bytecode --require-hashes --requirements .venv/requirements.txt
 	@$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+# To create their tables takes Prefect and MLflow ten seconds of computing: done once, and copied by whoever needs a new one.
+$(EMPTY): $(INSTALLED)
 	@rm -rf .venv/share/prefect
 	@PREFECT_HOME='$(CURDIR)/.venv/share/prefect' .venv/bin/prefect server database upgrade --yes >/dev/null & prefect=$$!; \
-		.venv/bin/python -c 'from ddpm.stages.tracking import empty; empty.make()' && wait $$prefect
+		.venv/bin/python -c 'from ddpm.stages.tracking import empty; empty.make()'; made=$$?; wait $$prefect && exit $$made
 	@touch $@

@@ -29,6 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import setproctitle
+
 PROGRAMS = ("dvc", "ddpm")
 PLAIN = re.compile(r"[\w./@=-]+( [\w./@=-]+)*")  # a command that needs no shell
 
@@ -206,6 +208,7 @@ def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable
     os.environ.clear()
     os.environ.update(environment)
     sys.argv[:] = command
+    setproctitle.setproctitle(" ".join(command))  # what `ps` and `top` show
     if command[0] == "dvc":
         return _dvc
     main: Callable[[], Any] = importlib.import_module("ddpm.cli").main  # by name: flows itself never imports torch

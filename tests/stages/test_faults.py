@@ -539,7 +539,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(
     report(params, small_disk)
     complete = files(small_disk)
     fill(small_disk)
-    refused(lambda: report(smoke(**SETTINGS), small_disk), "")
+    refused(lambda: report(params, small_disk), "")
     assert {name: content for name, content in files(small_disk).items() if name != "filler"} == complete
 
 

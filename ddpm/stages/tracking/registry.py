@@ -62,6 +62,7 @@ SERVED_MODULES = (
     "stages/params",
     "stages/progress",
     "stages/sample",
+    "stages/stopping",
     "stages/store",
 )
 ROLLED_BACK = "ddpm.rolled_back"  # on a version: no `promote` brings it back by itself
