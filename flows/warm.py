@@ -57,6 +57,7 @@ IMPORTS = (
     "ddpm.stages.page",
     "matplotlib.backends.backend_agg",
 )
+ROOM = 100 * "."  # an argument where a fork writes what it does, for `ps` and `top`
 LARGEST = 1 << 17  # bytes of a request: arguments and environment
 _LOST = -signal.SIGKILL  # the exit code of a child whose warm process was killed
 
@@ -100,10 +101,10 @@ class Warm:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.warm", str(theirs.fileno())],
+                [sys.executable, "-m", "flows.warm", str(theirs.fileno()), ROOM],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=dict(environment),
+                env={**environment, "SPT_NOENV": "1"},  # setproctitle leaves alone what others read of the environment
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
@@ -139,6 +140,7 @@ class Warm:
 
 def serve(control: socket.socket) -> None:
     """Imports, and forks for every request, until the other end of `control` is closed."""
+    setproctitle.setproctitle("flows.warm: stages are forks of this")
     wake, woken = socket.socketpair()
     for end in (wake, woken):
         end.setblocking(False)
@@ -208,7 +210,7 @@ def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable
     os.environ.clear()
     os.environ.update(environment)
     sys.argv[:] = command
-    setproctitle.setproctitle(" ".join(command))  # what `ps` and `top` show
+    setproctitle.setproctitle(" ".join(command))
     if command[0] == "dvc":
         return _dvc
     main: Callable[[], Any] = importlib.import_module("ddpm.cli").main  # by name: flows itself never imports torch

@@ -43,7 +43,9 @@ def test_the_lock_answers_every_requirement_of_the_project() -> None:
     versions: dict[str, list[str]] = {}
     for requirement, _ in locked():
         versions.setdefault(canonicalize_name(requirement.name), []).append(next(iter(requirement.specifier)).version)
-    extras = {name: wanted for name, wanted in PROJECT["optional-dependencies"].items() if name != "bench"}  # pinned there
+    extras = {
+        name: wanted for name, wanted in PROJECT["optional-dependencies"].items() if name != "bench"
+    }  # pinned there
     for text in (*PROJECT["dependencies"], *chain(*extras.values())):
         wanted = Requirement(text)
         assert canonicalize_name(wanted.name) in versions, f"{wanted}: run `make lock`"
