@@ -20,9 +20,11 @@ from ddpm.denoiser import Denoiser
 from ddpm.schedule import NoiseSchedule
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
+from ddpm.stages.params import shortened
 from ddpm.unet import UNet
 
 FORMAT = 1
+MOST_TIMES = 100_000  # as in params.yaml: a table of more would fill the memory
 
 
 def network(about: dict[str, Any]) -> nn.Module:
@@ -40,6 +42,8 @@ def network(about: dict[str, Any]) -> nn.Module:
 def noise_schedule(about: dict[str, Any]) -> NoiseSchedule:
     """The `schedule` entry of model.json -> the schedule. Raises ValueError."""
     row = {key: value for key, value in about.items() if key not in ("name", "timesteps")}
+    if about["timesteps"] > MOST_TIMES:
+        raise ValueError(f"T = {about['timesteps']} is more than {MOST_TIMES}")
     return NoiseSchedule.named(row.pop("schedule"), about["timesteps"], **row)
 
 
@@ -62,16 +66,52 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
     try:
         if store.sha256(weights) != about["weights_sha256"]:
             raise InputError(f"{weights}: its checksum is not the one in model.json; train again or restore the file")
-        net = network(about["network"])
-        net.load_state_dict(load_file(weights))
-        schedule = noise_schedule(about["schedule"])
-        target = about["target"]
+        state = load_file(weights)
+        net = _filled(about["network"], state)
+        denoiser = Denoiser(net, noise_schedule(about["schedule"]), about["target"], clip)
+        side, channels = about["network"]["image_size"], about["network"]["image_channels"]
+        if about["data"]["shape"] != [channels, side, side]:
+            raise ValueError(f"its data are {about['data']['shape']}, its network takes {[channels, side, side]}")
+        if (classes := about["network"].get("classes", 0)) != len(about["data"].get("classes") or ()) and classes:
+            raise ValueError(f"its network knows {classes} classes, its data have another number")
     except FileNotFoundError:
         raise InputError(f"{weights}: no such file; train again or restore it") from None
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not a usable checkpoint: {' '.join(str(error).split())}") from None
-    net = net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return Denoiser(net, schedule, target, clip), about
+    except KeyError as error:
+        raise InputError(
+            f"{path}: not a usable checkpoint: model.json has no {error}; train again or restore it"
+        ) from None
+    except (
+        SafetensorError,
+        RuntimeError,
+        MemoryError,
+        ArithmeticError,
+        AttributeError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
+        why = shortened(" ".join(str(error).split()), 300)
+        raise InputError(f"{path}: not a usable checkpoint: {why}; train again or restore it") from None
+    net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return denoiser, about
+
+
+def _filled(about: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    """The network of model.json with these weights; made only where they fit, whatever size it claims. Raises ValueError."""
+    with torch.device("meta"):
+        net = network(about)
+    expected = {name: list(x.shape) for name, x in net.state_dict().items()}
+    for name in sorted({*expected, *state}, key=lambda name: (name in expected and name in state, name)):
+        if name not in state or name not in expected:
+            raise ValueError(f"{name}: {'missing' if name in expected else 'unexpected'} among the weights")
+        if list(state[name].shape) != expected[name]:
+            raise ValueError(
+                f"{name}: the weights have shape {list(state[name].shape)}, model.json says {expected[name]}"
+            )
+        if state[name].dtype != torch.float32 or not bool(state[name].isfinite().all()):
+            raise ValueError(f"{name}: expected finite float32 weights")
+    net.to_empty(device="cpu").load_state_dict(state)
+    return net
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ points within it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,8 @@ SCORES: tuple[str, ...] = (
     "precision",
     "recall",
 )
-SCORES += ("images", "reference_images", "layer")
+COUNTS = ("evaluations", "images", "reference_images", "layer")
+SCORES += COUNTS[1:]
 OPTIONAL = ("fid_infinity", "inception_score", "copying", "copying_z")  # not every protocol allows them
 PROTOCOL = ("reference", "extractor_sha256", "layer", "images", "reference_images")
 
@@ -55,12 +58,6 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
     """
     points = params.points()
     rows, candidates, protocols = _read_rows(points, root)
-    removed, kept = _prune(params, root)
-    if removed:
-        report(Progress(0, len(points), "points", message=f"removed what has left the sweep: {_few(removed)}"))
-    if kept:
-        message = f"not of the sweep, and kept because DVC has no copy: {_few(kept)}"
-        report(Progress(0, len(points), "points", message=message))
     if protocols > 1:
         message = "points were scored under different protocols; their FIDs don't compare (dvc repro)"
         report(Progress(0, len(points), "points", message=message))
@@ -73,14 +70,25 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
     best = {key: value for key, value in chosen.items() if value is not None}
     best |= {"points": len(rows), "lowest": choice.leader.name, "tied": len(choice.tied)}
     frontier = _front(candidates)
+    with TemporaryDirectory(prefix="ddpm-report-") as name:
+        with drawing(Path(name) / "fid.png", 1050, 675, dpi=150) as figure:
+            draw_scores(figure, rows, front=[step["point"] for step in frontier["front"]])
+        plot = (Path(name) / "fid.png").read_bytes()
+    text = page(params, root, rows, best, frontier, dataset, samples, plot)
+    removed, kept = _prune(params, root)  # all that is read has been read
+    if removed:
+        report(Progress(0, len(points), "points", message=f"removed what has left the sweep: {_few(removed)}"))
+    if kept:
+        message = f"not of the sweep, and kept because DVC has no copy: {_few(kept)}"
+        report(Progress(0, len(points), "points", message=message))
     folder = root / store.report_dir()
     store.write_csv(folder / "points.csv", rows)
     store.write_json(folder / "best.json", best)
     store.write_json(folder / "front.json", frontier)
-    with drawing(folder / "fid.png", 1050, 675, dpi=150) as figure:
-        draw_scores(figure, rows, front=[step["point"] for step in frontier["front"]])
+    with store.replacing(folder / "fid.png") as file:
+        file.write_bytes(plot)
     _plot_samples(folder / "samples.png", rows, samples)
-    store.write_text(folder / "index.html", page(params, root, rows, best, frontier, dataset, samples))
+    store.write_text(folder / "index.html", text)
     report(Progress(len(points), len(points), "points"))
     return best
 
@@ -152,6 +160,8 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
         absent = [key for key in dict.fromkeys((*SCORES, *PROTOCOL)) if key not in scores]
         if absent:
             raise InputError(f"{path}: without {', '.join(absent)}; run `ddpm evaluate {point.name}` again")
+        if wrong := [key for key in (*SCORES, *OPTIONAL) if key in scores and not _sound(key, scores[key])]:
+            raise InputError(f"{path}: no sound value of {', '.join(wrong)}; run `ddpm evaluate {point.name}` again")
         protocols.add(tuple(scores[key] for key in PROTOCOL))
         influence = store.read_influence(root / store.influence_file(point))
         if len(influence) != scores["images"]:
@@ -163,6 +173,12 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
     absent = [key for key in OPTIONAL if all(row[key] is None for row in rows)]
     rows = [{key: value for key, value in row.items() if key not in absent} for row in rows]
     return rows, candidates, len(protocols)
+
+
+def _sound(key: str, value: Any) -> bool:
+    if key in COUNTS:
+        return type(value) is int and value >= 1
+    return type(value) in (int, float) and math.isfinite(value) and (key != "confidence" or 0 < value < 1)
 
 
 def _prune(params: Params, root: Path) -> tuple[list[str], list[str]]:
