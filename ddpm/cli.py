@@ -356,7 +356,7 @@ def generate(
 @app.command()
 def schedules(
     timesteps: Annotated[
-        int, typer.Option("--timesteps", min=0, help="T; default: diffusion.timesteps of params.yaml.")
+        int, typer.Option("--timesteps", min=0, max=100_000, help="T; default: diffusion.timesteps of params.yaml.")
     ] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = store.schedules_dir(),  # noqa: B008
 ) -> None:

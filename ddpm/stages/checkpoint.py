@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ddpm.denoiser import Denoiser
 from ddpm.schedule import NoiseSchedule
@@ -36,7 +37,7 @@ def network(about: dict[str, Any]) -> nn.Module:
     try:
         return UNet(**settings)
     except (TypeError, ValueError) as error:
-        raise InputError(f"network: {error}") from None
+        raise InputError(f"network: {str(error).splitlines()[0]}") from None
 
 
 def noise_schedule(about: dict[str, Any]) -> NoiseSchedule:
@@ -65,7 +66,7 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
     weights = path / "model.safetensors"
     try:
         if store.sha256(weights) != about["weights_sha256"]:
-            raise InputError(f"{weights}: its checksum is not the one in model.json; train again or restore the file")
+            raise ValueError("the checksum of model.safetensors is not the one in model.json")
         state = load_file(weights)
         net = _filled(about["network"], state)
         denoiser = Denoiser(net, noise_schedule(about["schedule"]), about["target"], clip)
@@ -81,6 +82,7 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
             f"{path}: not a usable checkpoint: model.json has no {error}; train again or restore it"
         ) from None
     except (
+        InputError,
         SafetensorError,
         RuntimeError,
         MemoryError,
@@ -90,15 +92,24 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
         TypeError,
         ValueError,
     ) as error:
-        why = shortened(" ".join(str(error).split()), 300)
+        why = shortened(" ".join(str(error).partition("\nException raised")[0].split()), 300)  # not torch's own stack
         raise InputError(f"{path}: not a usable checkpoint: {why}; train again or restore it") from None
     net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     return denoiser, about
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves out how layers start. (On the meta device one of torch.nn.init's functions imports a thousand modules.)"""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return (*args, *(kwargs or {}).values())[0]
+        return func(*args, **(kwargs or {}))
+
+
 def _filled(about: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     """The network of model.json with these weights; made only where they fit, whatever size it claims. Raises ValueError."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         net = network(about)
     expected = {name: list(x.shape) for name, x in net.state_dict().items()}
     for name in sorted({*expected, *state}, key=lambda name: (name in expected and name in state, name)):
@@ -110,7 +121,7 @@ def _filled(about: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
             )
         if state[name].dtype != torch.float32 or not bool(state[name].isfinite().all()):
             raise ValueError(f"{name}: expected finite float32 weights")
-    net.to_empty(device="cpu").load_state_dict(state)
+    net.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)  # copies: the file may be replaced
     return net
 
 

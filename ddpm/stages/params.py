@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -206,9 +207,9 @@ class Point(Section):
     def parse(cls, name: str) -> Point:
         """SCHEDULE-SAMPLER-STEPS -> Point. Raises InputError."""
         parts = name.split("-")
-        if len(parts) != 3 or not parts[2].isdecimal() or int(parts[2]) < 1:
+        if len(parts) != 3 or not re.fullmatch(r"0*[1-9]\d{0,9}", parts[2]):
             raise InputError(
-                f"'{name}' is no point of a sweep: expected SCHEDULE-SAMPLER-STEPS, such as linear-ddim-50"
+                f"'{shortened(name)}' is no point of a sweep: expected SCHEDULE-SAMPLER-STEPS, such as linear-ddim-50"
             )
         try:
             return cls(schedule=parts[0], sampler=parts[1], steps=int(parts[2]))

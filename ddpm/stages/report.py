@@ -56,7 +56,7 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
     Removes what samples/ and metrics/ still hold of points that have left the sweep, where DVC can bring it back.
     Raises InputError when a point of the sweep has no scores.
     """
-    points = params.points()
+    points, lock = params.points(), store.dvc_lock(root)
     rows, candidates, protocols = _read_rows(points, root)
     if protocols > 1:
         message = "points were scored under different protocols; their FIDs don't compare (dvc repro)"
@@ -64,7 +64,7 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
     dataset, samples = store.read_dataset(root), {}
     for count, point in enumerate(points):
         report(Progress(count, len(points), "points"))
-        samples[point.name] = _samples(root / store.samples_file(point), dataset)
+        samples[point.name] = store.read_samples(root / store.samples_file(point), dataset)[0][:SHOWN].copy()
     choice = choose(candidates)
     chosen = next(row for row in rows if row["point"] == choice.best.name)
     best = {key: value for key, value in chosen.items() if value is not None}
@@ -75,7 +75,7 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
             draw_scores(figure, rows, front=[step["point"] for step in frontier["front"]])
         plot = (Path(name) / "fid.png").read_bytes()
     text = page(params, root, rows, best, frontier, dataset, samples, plot)
-    removed, kept = _prune(params, root)  # all that is read has been read
+    removed, kept = _prune(params, root, lock)  # all that is read has been read
     if removed:
         report(Progress(0, len(points), "points", message=f"removed what has left the sweep: {_few(removed)}"))
     if kept:
@@ -91,16 +91,6 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
     store.write_text(folder / "index.html", text)
     report(Progress(len(points), len(points), "points"))
     return best
-
-
-def _samples(path: Path, dataset: store.Dataset) -> store.Images:
-    """As many of a point's images as the report looks at."""
-    images = store.read_samples(path)[0]
-    if images.shape[1:] != dataset.train.shape[1:]:
-        raise InputError(
-            f"{path}: images of shape {list(images.shape[1:])}, the dataset's are {list(dataset.train.shape[1:])}; run dvc repro"
-        )
-    return images[:SHOWN].copy()
 
 
 def _front(candidates: Sequence[Candidate]) -> Row:
@@ -160,7 +150,9 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
         absent = [key for key in dict.fromkeys((*SCORES, *PROTOCOL)) if key not in scores]
         if absent:
             raise InputError(f"{path}: without {', '.join(absent)}; run `ddpm evaluate {point.name}` again")
-        if wrong := [key for key in (*SCORES, *OPTIONAL) if key in scores and not _sound(key, scores[key])]:
+        if wrong := [
+            key for key in (*SCORES, *OPTIONAL, *PROTOCOL[:2]) if key in scores and not _sound(key, scores[key])
+        ]:
             raise InputError(f"{path}: no sound value of {', '.join(wrong)}; run `ddpm evaluate {point.name}` again")
         protocols.add(tuple(scores[key] for key in PROTOCOL))
         influence = store.read_influence(root / store.influence_file(point))
@@ -176,12 +168,14 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
 
 
 def _sound(key: str, value: Any) -> bool:
+    if key in PROTOCOL[:2]:
+        return isinstance(value, str)
     if key in COUNTS:
         return type(value) is int and value >= 1
     return type(value) in (int, float) and math.isfinite(value) and (key != "confidence" or 0 < value < 1)
 
 
-def _prune(params: Params, root: Path) -> tuple[list[str], list[str]]:
+def _prune(params: Params, root: Path, stages: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Removes the outputs of points and schedules that have left the sweep, if DVC's cache has them; -> removed, kept.
 
     The report depends on the folders samples/ and metrics/ whole, so they should hold the sweep and no more.
@@ -195,7 +189,6 @@ def _prune(params: Params, root: Path) -> tuple[list[str], list[str]]:
         ("train", store.history_file(first).parent, schedule, r"\.json|(\.by_time)?\.csv", schedules),
         ("likelihood", store.likelihood_file(first).parent, schedule, r"\.json|\.csv", schedules),
     )
-    stages = store.dvc_lock(root)
     removed, kept = set(), set()
     for stage, folder, name, suffixes, wanted in kinds:
         for path in sorted((root / folder).glob("*")):

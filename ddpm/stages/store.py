@@ -403,11 +403,19 @@ def write_samples(path: Path, images: Images, evaluations: int, labels: NDArray[
         np.savez_compressed(file, images=images, evaluations=np.int64(evaluations), **asked)
 
 
-def read_samples(path: Path) -> tuple[Images, int]:
-    """-> uint8 N,C,H,W and the network evaluations each image took. Raises InputError."""
+def read_samples(path: Path, dataset: Dataset | None = None) -> tuple[Images, int]:
+    """-> uint8 N,C,H,W and the network evaluations each image took.
+
+    Raises InputError, also where the images are unlike those of `dataset`.
+    """
     with _sample_set(path) as archive:
-        _check_images(archive.zip)
-        return archive["images"], _evaluations(archive)
+        shape = _declared(archive.zip)
+        if dataset is None or shape[1:] == dataset.train.shape[1:]:
+            return archive["images"], _evaluations(archive)
+    raise InputError(
+        f"{path}: images of shape {list(shape[1:])}, the dataset's are {list(dataset.train.shape[1:])};"
+        " train and sample again (dvc repro)"
+    )
 
 
 def read_evaluations(path: Path) -> int:
@@ -419,9 +427,10 @@ def read_evaluations(path: Path) -> int:
 @contextmanager
 def _sample_set(path: Path) -> Iterator[Any]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
+        archive = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with archive:
             yield archive
     except FileNotFoundError:
         raise InputError(f"{path}: no such sample set; make it with `ddpm sample {path.stem}`") from None
@@ -437,16 +446,17 @@ def _evaluations(archive: Mapping[str, Any]) -> int:
     return int(evaluations)
 
 
-def _check_images(archive: Any) -> None:
-    """Whether images.npy holds what its header declares, before room is made for it. Raises ValueError, KeyError."""
+def _declared(archive: Any) -> tuple[int, ...]:
+    """The shape of images.npy, if it holds that much, before room is made for it. Raises ValueError, KeyError."""
     with archive.open("images.npy") as file:
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, _, kind = readers[np.lib.format.read_magic(file)](file)
         start = file.tell()
-    if kind != np.uint8 or len(shape) != 4 or 0 in shape:
+    if kind != np.uint8 or len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"expected images of uint8 N,C,H,W, found {kind} {shape}")
     if archive.getinfo("images.npy").file_size != start + math.prod(shape):
         raise ValueError(f"images.npy does not hold the {shape} that it declares")
+    return tuple(shape)
 
 
 class KeptImages:

@@ -184,7 +184,9 @@ def test_a_changed_missing_or_unfitting_import_is_one_line(exported: Path, check
     with pytest.raises(InputError, match=r"imported/hub: not the model that the row schedules\.hub speaks of"):
         train(params, "hub", checkout)
     larger = {**about["network"], "image_size": 16, "attention": [8]}  # the same weights
-    store.write_json(folder / "model.json", {**about, "network": larger, "data": {**about["data"], "shape": [1, 16, 16]}})
+    store.write_json(
+        folder / "model.json", {**about, "network": larger, "data": {**about["data"], "shape": [1, 16, 16]}}
+    )
     with pytest.raises(InputError, match=r"shape \[1, 16, 16\], the dataset's are \[1, 8, 8\]"):
         train(params, "hub", checkout)
     store.write_json(folder / "model.json", about)
