@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import zipfile
 import zlib
@@ -24,13 +25,19 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
 from ddpm import cli
 from ddpm.stages import checkpoint, store
+from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point
+from ddpm.stages.report import _read_rows
+from ddpm.stages.sample import check_point, sample_point
+from ddpm.stages.train import about_network, about_schedule, noise_schedule
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
 POINT = Point.parse("cosine-ddim-5")
@@ -54,8 +61,6 @@ def checkout(
     root, params = tmp_path_factory.mktemp("bad"), smoke()
     shutil.copyfile(RECIPE, root / "params.yaml")
     shutil.copytree(digits / "dataset", root / "dataset")
-    from ddpm.stages.train import about_network, about_schedule
-
     network = about_network(params, (1, 8, 8))
     about = {"schedule": about_schedule(params, "cosine"), "target": "eps", "variance": "fixed", "network": network}
     about |= {"data": {"name": "digits", "sha256": "d" * 64, "shape": [1, 8, 8], "classes": None, "range": [-1, 1]}}
@@ -944,12 +949,7 @@ def test_what_a_report_reads(refused: Refused, case: str) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [
-        (["train", "cosine"], "- a list\n"),
-        (["prepare"], None),
-        (["sample", "cosine", "--no"], None),
-        (["report"], "a: ["),
-    ],
+    [(["prepare"], "- a list\n"), (["prepare"], None), (["sample", "cosine", "--no"], None)],
     ids=str,
 )
 def test_by_a_process(here: Path, arguments: list[str], text: str | None) -> None:
@@ -1034,8 +1034,15 @@ def params_as_bytes(data: st.DataObject, path: Path) -> None:
 
 
 def params_as_values(data: st.DataObject, path: Path) -> None:
+    """And what follows from them before a training."""
     values = spoilt(data.draw, YAML(typ="safe").load(GOOD))
-    taken_or_refused(lambda: Params.check(values, "params.yaml"))
+
+    def read() -> None:
+        params = Params.check(values, "params.yaml")
+        for point in params.points():
+            check_point(params, point, noise_schedule(params, point.schedule), learned=False, conditional=False)
+
+    taken_or_refused(read)
 
 
 def weights_as_bytes(data: st.DataObject, path: Path) -> None:
@@ -1046,8 +1053,11 @@ def weights_as_bytes(data: st.DataObject, path: Path) -> None:
 
 
 def model_as_values(data: st.DataObject, path: Path) -> None:
+    """And, where they are taken, the sampling."""
     Path(DESCRIPTION).write_text(json.dumps(spoilt(data.draw, json.loads(path.read_text()))))
-    taken_or_refused(lambda: checkpoint.load(MODEL))
+    params = Params.load()
+    few = params.model_copy(update={"sampling": params.sampling.model_copy(update={"images": 2})})
+    taken_or_refused(lambda: sample_point(few, POINT))
 
 
 def dataset_as_values(data: st.DataObject, path: Path) -> None:
@@ -1068,8 +1078,6 @@ def samples_as_bytes(data: st.DataObject, path: Path) -> None:
 
 
 def scores_as_values(data: st.DataObject, path: Path) -> None:
-    from ddpm.stages.report import _read_rows
-
     METRICS.write_text(json.dumps(spoilt(data.draw, json.loads(path.read_text()))))
     taken_or_refused(lambda: _read_rows([POINT], Path()))
 
