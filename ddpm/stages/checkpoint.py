@@ -21,7 +21,6 @@ from ddpm.denoiser import Denoiser
 from ddpm.schedule import NoiseSchedule
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
-from ddpm.stages.params import shortened
 from ddpm.unet import UNet
 
 FORMAT = 1
@@ -92,7 +91,7 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
         TypeError,
         ValueError,
     ) as error:
-        why = shortened(" ".join(str(error).partition("\nException raised")[0].split()), 300)  # not torch's own stack
+        why = " ".join(str(error).partition("\nException raised")[0].split())  # without torch's own stack
         raise InputError(f"{path}: not a usable checkpoint: {why}; train again or restore it") from None
     net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     return denoiser, about

@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Precision = Literal["float32", "bfloat16"]
 
 DEEPEST = 100  # levels of a YAML file: the parser in C dies at some ten thousand
-FAULTS, LONGEST = 5, 60  # named in one line, and characters shown of a wrong value
+FAULTS, SHOWN = 5, 60  # named in one line, and characters shown of a wrong value
 
 
 class Section(BaseModel):
@@ -209,7 +209,7 @@ class Point(Section):
         parts = name.split("-")
         if len(parts) != 3 or not re.fullmatch(r"0*[1-9]\d{0,9}", parts[2]):
             raise InputError(
-                f"'{shortened(name)}' is no point of a sweep: expected SCHEDULE-SAMPLER-STEPS, such as linear-ddim-50"
+                f"'{name}' is no point of a sweep: expected SCHEDULE-SAMPLER-STEPS, such as linear-ddim-50"
             )
         try:
             return cls(schedule=parts[0], sampler=parts[1], steps=int(parts[2]))
@@ -339,14 +339,10 @@ def parse_yaml(text: str, where: str) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise InputError(f"{where}: not readable as YAML: {shortened(error.problem)}{place}; mend it there") from None
+        raise InputError(f"{where}: not readable as YAML: {error.problem}{place}; mend it there") from None
     except Exception as error:  # noqa: BLE001 - a tag such as !!int lets what int() and others raise through
         why = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{where}: not readable as YAML: {shortened(why)}; mend it") from None
-
-
-def shortened(text: str, longest: int = 3 * LONGEST) -> str:
-    return text if len(text) <= longest else f"{text[:longest]}..."
+        raise InputError(f"{where}: not readable as YAML: {why}; mend it") from None
 
 
 def one_line(error: ValidationError) -> str:
@@ -357,7 +353,8 @@ def one_line(error: ValidationError) -> str:
         message = fault["msg"].removeprefix("Value error, ")
         given = fault["input"]
         if isinstance(given, (str, int, bool)) or (isinstance(given, float) and not math.isnan(given)):
-            message += f" (given: {shortened(repr(given), LONGEST)})"
-        faults.append(f"{shortened(place)}: {message}" if place else message)
+            shown = repr(given)
+            message += f" (given: {shown if len(shown) <= SHOWN else shown[:SHOWN] + '...'})"
+        faults.append(f"{place}: {message}" if place else message)
     more = f"; and {len(found) - FAULTS:,} more" if len(found) > FAULTS else ""
     return "; ".join(faults) + more
