@@ -238,6 +238,16 @@ def _lines(axes: Any, tables: Mapping[str, list[dict[str, float | None]]], x: st
     return drawn
 
 
+def check_records(params: Params, root: Path) -> None:
+    """Raises InputError where a record of a training or of a likelihood cannot be read: before anything is drawn."""
+    for name in params.sweep.schedules:
+        for path, kind in ((store.training_metrics_file(name), _Trained), (store.likelihood_file(name), _Bound)):
+            if (root / path).exists():
+                store.read_json(root / path, kind)
+        for table in (store.history_file(name), store.losses_by_time_file(name), store.likelihood_curve_file(name)):
+            _table(root / table)
+
+
 def _training(params: Params, root: Path) -> Row:
     """Loss curves, and where among the network times the loss arises."""
     names = params.sweep.schedules

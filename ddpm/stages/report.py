@@ -22,7 +22,7 @@ from ddpm.intervals import CONFIDENCE, difference, simultaneous
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.metrics import HEADLINE, Candidate, choose, estimate_of, front
-from ddpm.stages.page import SHOWN, page
+from ddpm.stages.page import SHOWN, check_records, page
 from ddpm.stages.params import Params, Point
 from ddpm.stages.plots import draw_scores, drawing
 from ddpm.stages.progress import Progress, Report, silent
@@ -58,6 +58,7 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
     """
     points, lock = params.points(), store.dvc_lock(root)
     rows, candidates, protocols = _read_rows(points, root)
+    check_records(params, root)
     if protocols > 1:
         message = "points were scored under different protocols; their FIDs don't compare (dvc repro)"
         report(Progress(0, len(points), "points", message=message))
