@@ -1002,7 +1002,7 @@ def test_by_a_process(here: Path, arguments: list[str], text: str | None) -> Non
 # By chance: a valid file, damaged anywhere. Whatever comes of it is a success or one line.
 
 CHANCE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-FEW, MANY = settings(CHANCE, max_examples=50), settings(CHANCE, max_examples=5000)
+FEW, MANY = settings(CHANCE, max_examples=40), settings(CHANCE, max_examples=5000)
 
 
 def taken_or_refused(read: Callable[[], Any]) -> None:
