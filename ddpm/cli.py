@@ -92,7 +92,8 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again, from no saved state.")] = False,
 ) -> None:
     """Train the network on one noise schedule into models/SCHEDULE; goes on by itself where it was stopped."""
-    from ddpm.stages.train import train
+    from ddpm.stages.sample import check_point
+    from ddpm.stages.train import noise_schedule, train
 
     def watch(params: Params, stack: ExitStack) -> Report:
         from ddpm.stages import tracking
@@ -111,12 +112,15 @@ def train(
 
         return report
 
-    _run(
-        f"train@{schedule}",
-        store.model_dir(schedule),
-        lambda params, report: train(params, schedule, Path(), report, fresh=fresh),
-        watch,
-    )
+    def work(params: Params, report: Report) -> None:
+        made = noise_schedule(params, schedule)
+        about = params.diffusion
+        for point in params.points():  # what could not be sampled is not trained for
+            if point.schedule == schedule and not params.schedules[schedule].imported:
+                check_point(params, point, made, about.variance == "learned", about.conditional)
+        train(params, schedule, Path(), report, fresh=fresh)
+
+    _run(f"train@{schedule}", store.model_dir(schedule), work, watch)
 
 
 PointName = Annotated[str, typer.Argument(help="SCHEDULE-SAMPLER-STEPS, such as linear-ddim-50.")]
@@ -352,7 +356,7 @@ def generate(
 @app.command()
 def schedules(
     timesteps: Annotated[
-        int, typer.Option("--timesteps", min=0, help="T; default: diffusion.timesteps of params.yaml.")
+        int, typer.Option("--timesteps", min=0, max=100_000, help="T; default: diffusion.timesteps of params.yaml.")
     ] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = store.schedules_dir(),  # noqa: B008
 ) -> None:
@@ -426,16 +430,26 @@ def import_diffusers(
         say(line)
 
 
+UsageError: Any = typer.BadParameter.__base__  # the one of its errors that typer names is one of these
+
+
 def main() -> None:
     """The console script: wrong input is one line on standard error and exit code 2. SIGTERM is one line too, and 143."""
     stopping.on_sigterm()
     watchdog.start()
     try:
-        app()
+        sys.exit(app(prog_name="ddpm", standalone_mode=False))
     except InputError as error:
         if Debug:
             raise
         print(f"ddpm: {error}", file=sys.stderr)
+        sys.exit(2)
+    except UsageError as error:
+        if len(sys.argv) > 1:  # without arguments the help has been shown
+            where = error.ctx.command_path if error.ctx else "ddpm"
+            print(f"ddpm: {error.format_message().rstrip('.')}; {where} --help shows how it goes", file=sys.stderr)
+        else:
+            error.format_message()
         sys.exit(2)
     except stopping.Stopped as stopped:
         print(f"ddpm: {stopped}", file=sys.stderr, flush=True)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+MOST_BLOCKS = 64  # per resolution: beyond any network, and few enough to make
+
 
 def groups(channels: int) -> int:
     """Groups of every normalisation in a network of that base width: the paper's 32 at 128, fewer below."""
@@ -127,7 +129,7 @@ class UNet(nn.Module):
     head_channels, the width of a head, instead of `heads`; symmetric_padding, of what halves the sides. Raises ValueError.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0912 - what is refused
         self,
         image_channels: int = 3,
         image_size: int = 32,
@@ -155,6 +157,8 @@ class UNet(nn.Module):
                 raise ValueError(
                     f"attention at {side}x{side} never occurs: the resolutions are {', '.join(map(str, sides))}"
                 )
+        if not 1 <= blocks <= MOST_BLOCKS or heads < 1:
+            raise ValueError(f"blocks = {blocks} must lie in 1 ... {MOST_BLOCKS}, and heads = {heads} be 1 or more")
         widths = _widths(channels, multipliers)
         if any(width % heads for width in widths):
             raise ValueError(f"heads = {heads} must divide the channels of every resolution")

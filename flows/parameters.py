@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.inputs import changes
-from ddpm.stages.params import Params
+from ddpm.stages.params import Params, parse_yaml
 from ddpm.stages.rewrite import rewritten
 
 
@@ -26,7 +25,7 @@ def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -
     text = source.read_text(encoding="utf-8")
     if overrides:
         text = _overridden(text, overrides)
-        params = Params.check(YAML(typ="safe").load(text), "overrides")
+        params = Params.check(parse_yaml(text, "overrides"), "overrides")
     return text, params
 
 
@@ -81,7 +80,7 @@ def _overridden(text: str, overrides: Sequence[str]) -> str:
                 raise InputError(f"override '{override}': params.yaml has no '{key.strip()}'")
             try:
                 section[last] = YAML().load(value)
-            except YAMLError:
+            except Exception:  # noqa: BLE001 - a tag such as !!int lets what int() and others raise through
                 raise InputError(f"override '{override}': the value is no YAML") from None
 
     return rewritten(text, change)

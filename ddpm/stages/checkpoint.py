@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ddpm.denoiser import Denoiser
 from ddpm.schedule import NoiseSchedule
@@ -23,6 +24,7 @@ from ddpm.stages.errors import InputError
 from ddpm.unet import UNet
 
 FORMAT = 1
+MOST_TIMES = 100_000  # as in params.yaml: a table of more would fill the memory
 
 
 def network(about: dict[str, Any]) -> nn.Module:
@@ -34,12 +36,14 @@ def network(about: dict[str, Any]) -> nn.Module:
     try:
         return UNet(**settings)
     except (TypeError, ValueError) as error:
-        raise InputError(f"network: {error}") from None
+        raise InputError(f"network: {str(error).splitlines()[0]}") from None
 
 
 def noise_schedule(about: dict[str, Any]) -> NoiseSchedule:
     """The `schedule` entry of model.json -> the schedule. Raises ValueError."""
     row = {key: value for key, value in about.items() if key not in ("name", "timesteps")}
+    if about["timesteps"] > MOST_TIMES:
+        raise ValueError(f"T = {about['timesteps']} is more than {MOST_TIMES}")
     return NoiseSchedule.named(row.pop("schedule"), about["timesteps"], **row)
 
 
@@ -61,17 +65,63 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
     weights = path / "model.safetensors"
     try:
         if store.sha256(weights) != about["weights_sha256"]:
-            raise InputError(f"{weights}: its checksum is not the one in model.json; train again or restore the file")
-        net = network(about["network"])
-        net.load_state_dict(load_file(weights))
-        schedule = noise_schedule(about["schedule"])
-        target = about["target"]
+            raise ValueError("the checksum of model.safetensors is not the one in model.json")
+        state = load_file(weights)
+        net = _filled(about["network"], state)
+        denoiser = Denoiser(net, noise_schedule(about["schedule"]), about["target"], clip)
+        side, channels = about["network"]["image_size"], about["network"]["image_channels"]
+        if about["data"]["shape"] != [channels, side, side]:
+            raise ValueError(f"its data are {about['data']['shape']}, its network takes {[channels, side, side]}")
+        if (classes := about["network"].get("classes", 0)) != len(about["data"].get("classes") or ()) and classes:
+            raise ValueError(f"its network knows {classes} classes, its data have another number")
     except FileNotFoundError:
         raise InputError(f"{weights}: no such file; train again or restore it") from None
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not a usable checkpoint: {' '.join(str(error).split())}") from None
-    net = net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return Denoiser(net, schedule, target, clip), about
+    except KeyError as error:
+        raise InputError(
+            f"{path}: not a usable checkpoint: model.json has no {error}; train again or restore it"
+        ) from None
+    except (
+        InputError,
+        SafetensorError,
+        RuntimeError,
+        MemoryError,
+        ArithmeticError,
+        AttributeError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
+        why = " ".join(str(error).partition("\nException raised")[0].split())  # without torch's own stack
+        raise InputError(f"{path}: not a usable checkpoint: {why}; train again or restore it") from None
+    net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return denoiser, about
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out how layers start. (On the meta device one of torch.nn.init's functions imports a thousand modules.)"""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return (*args, *(kwargs or {}).values())[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _filled(about: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    """The network of model.json with these weights; made only where they fit, whatever size it claims. Raises ValueError."""
+    with torch.device("meta"), _Unfilled():
+        net = network(about)
+    expected = {name: list(x.shape) for name, x in net.state_dict().items()}
+    for name in sorted({*expected, *state}, key=lambda name: (name in expected and name in state, name)):
+        if name not in state or name not in expected:
+            raise ValueError(f"{name}: {'missing' if name in expected else 'unexpected'} among the weights")
+        if list(state[name].shape) != expected[name]:
+            raise ValueError(
+                f"{name}: the weights have shape {list(state[name].shape)}, model.json says {expected[name]}"
+            )
+        if state[name].dtype != torch.float32 or not bool(state[name].isfinite().all()):
+            raise ValueError(f"{name}: expected finite float32 weights")
+    net.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)  # copies: the file may be replaced
+    return net
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,8 @@ def evaluate(params: Params, point: Point, root: Path = Path(), report: Report =
     protocol = params.evaluation
     torch.set_num_threads(protocol.threads)
     path = root / store.samples_file(point)
-    samples, evaluations = store.read_samples(path)
     dataset = store.read_dataset(root)
-    if samples.shape[1:] != dataset.train.shape[1:]:
-        raise InputError(
-            f"{path}: images of shape {list(samples.shape[1:])}, the dataset's are {list(dataset.train.shape[1:])}; "
-            "train and sample again"
-        )
+    samples, evaluations = store.read_samples(path, dataset)
     samples, real = samples[: protocol.images], reference_images(dataset.train, protocol.images)
     if min(len(samples), len(real)) < FEWEST:
         raise InputError(f"{path}: {len(samples)} samples and {len(real)} reference images; a score takes four or more")

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ddpm import interop
 from ddpm.stages import checkpoint, store
 from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params
+from ddpm.stages.params import Params, parse_yaml
 from ddpm.stages.rewrite import flow_row, rewritten
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -92,7 +91,7 @@ def import_diffusers(folder: Path, name: str, root: Path = Path()) -> list[str]:
         checkpoint.save(temporary, net, about)
         entry = {**row, "imported": store.read_json(temporary / "model.json")["weights_sha256"]}
         text = rewritten(text, lambda document: document["schedules"].__setitem__(name, flow_row(entry)))
-        Params.check(YAML(typ="safe").load(text), "params.yaml")
+        Params.check(parse_yaml(text, "params.yaml"), "params.yaml")
     with store.replacing(root / "params.yaml") as file:
         file.write_text(text, encoding="utf-8")
     count = sum(tensor.numel() for tensor in weights.values())

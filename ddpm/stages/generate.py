@@ -18,7 +18,7 @@ from ddpm.paths import blend, encode, interpolate, pixel_error, snapshots
 from ddpm.samplers import sample
 from ddpm.schedule import NoiseSchedule
 from ddpm.stages import store
-from ddpm.stages.device import find_device
+from ddpm.stages.device import find_device, memory_errors
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
 from ddpm.stages.progress import Progress, Report, silent
@@ -115,7 +115,8 @@ def generate(
         )
     opened = _open(params, model, sampler, steps, label, guidance)
     try:
-        picture = KINDS[kind](opened, Request(of, count, seed, params.sampling.batch, report))
+        with memory_errors("generate", "lower -n, or sampling.batch"):
+            picture = KINDS[kind](opened, Request(of, count, seed, params.sampling.batch, report))
     except ValueError as error:
         raise InputError(f"generate: {error}") from None
     store.write_png(out, store.grid(picture.images, picture.columns))

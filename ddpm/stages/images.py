@@ -300,7 +300,7 @@ def _check(image: Any, content: bytes, channels: int | None) -> None:
 
 def _check_sums(png: bytes) -> None:
     """A chunk is length, type, data, CRC of type and data. (Pillow's verify() costs four times as much.)"""
-    start, kind = 8, b""
+    start, kind, data = 8, b"", []
     while kind != b"IEND":
         end = start + 8 + int.from_bytes(png[start : start + 4])
         kind = png[start + 4 : start + 8]
@@ -308,7 +308,37 @@ def _check_sums(png: bytes) -> None:
             raise _Refused("truncated")
         if zlib.crc32(memoryview(png)[start + 4 : end]) != int.from_bytes(png[end : end + 4]):
             raise _Refused("damaged: a checksum differs")
+        if kind == b"IDAT":
+            data.append(png[start + 8 : end])
         start = end + 4
+    _check_rows(png, b"".join(data))
+
+
+ADAM7 = (
+    (8, 0, 8, 0),
+    (8, 4, 8, 0),
+    (4, 0, 8, 4),
+    (4, 2, 4, 0),
+    (2, 0, 4, 2),
+    (2, 1, 2, 0),
+    (1, 0, 2, 1),
+)  # of interlacing
+SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by colour type
+
+
+def _check_rows(png: bytes, data: bytes) -> None:
+    """Whether the rows are all there: Pillow leaves black what is missing. A row is a filter's byte and packed pixels."""
+    width, height = int.from_bytes(png[16:20]), int.from_bytes(png[20:24])
+    bits = png[24] * SAMPLES[png[25]]
+    expected = 0
+    for across, left, down, top in ADAM7 if png[28] else ((1, 0, 1, 0),):
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        expected += rows * (1 + (columns * bits + 7) // 8) if columns > 0 and rows > 0 else 0
+    unpacker, found = zlib.decompressobj(), 0
+    while found < expected and (piece := unpacker.decompress(data, 2**20)):
+        found, data = found + len(piece), unpacker.unconsumed_tail
+    if found < expected:
+        raise _Refused(f"truncated: {found:,} of {expected:,} bytes of pixels")
 
 
 def _fitted(picture: Image.Image, side: int, fit: str) -> Image.Image:

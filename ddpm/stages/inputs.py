@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
+from ddpm.stages.params import read_yaml
 
 
 @contextmanager
@@ -50,9 +48,9 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _read(stage: str, root: Path) -> dict[str, Any]:
     """Parameters by key, and code by path with its sha256, as dvc.yaml, if there is one, names them for the stage."""
     name, _, values = stage.partition("@")
-    about = _yaml(root / "dvc.yaml")["stages"].get(name, {}) if (root / "dvc.yaml").exists() else {}
+    about = read_yaml(root / "dvc.yaml")["stages"].get(name, {}) if (root / "dvc.yaml").exists() else {}
     item = dict(zip(about.get("matrix", ()), values.split("-"), strict=False))
-    params, found = _yaml(root / "params.yaml"), {}
+    params, found = read_yaml(root / "params.yaml"), {}
     for key in about.get("params", ()):
         key = re.sub(r"\$\{item\.(\w+)\}", lambda match: item[match[1]], key)  # noqa: PLW2901
         value: Any = params
@@ -61,10 +59,3 @@ def _read(stage: str, root: Path) -> dict[str, Any]:
         found[key] = value
     code = [root / dependency for dependency in about.get("deps", ()) if dependency.endswith(".py")]
     return found | {str(path.relative_to(root)): store.sha256(path) if path.exists() else None for path in code}
-
-
-def _yaml(path: Path) -> Any:
-    try:
-        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None

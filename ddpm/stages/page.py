@@ -7,12 +7,14 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from ddpm.stages import store
 from ddpm.stages.diagnostics import data_mean_square, schedule_of
+from ddpm.stages.errors import InputError
 from ddpm.stages.metrics import METRICS, RANKING
 from ddpm.stages.neighbours import Copying, affordable, copying, nearest
 from ddpm.stages.params import Params, Point
@@ -45,9 +47,10 @@ def page(
     front: Row,
     dataset: store.Dataset,
     samples: Mapping[str, store.Images],
+    plot: bytes,
 ) -> str:
     """rows: of points.csv. best, front: what best.json and front.json hold. samples: the first of each point, in the rows' order.
-    report/fid.png is there already. Raises InputError.
+    plot: fid.png. Raises InputError.
     """
     points, training = {row["point"]: row for row in rows}, _training(params, root)
     return render(
@@ -61,7 +64,7 @@ def page(
         answers=_answers(front, rows),
         front=front,
         protocol=protocol(rows),
-        scores_plot=_embedded(root / store.report_dir() / "fid.png"),
+        scores_plot="data:image/png;base64," + base64.b64encode(plot).decode(),
         strips={name: (points[name], _strip(images[:SHOWN])) for name, images in samples.items()},
         shown=SHOWN,
         training=training,
@@ -152,10 +155,6 @@ def _svg(width: int, height: int, draw: Any) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg(width, height, draw)).decode()
 
 
-def _embedded(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
 def _png(picture: store.Images) -> str:
     """uint8 C,H,W -> a data URI."""
     from PIL import Image
@@ -185,11 +184,43 @@ def _strip(images: store.Images) -> str:
 # Sections.
 
 
+class _Trained(store.Record):
+    """metrics/train/SCHEDULE.json."""
+
+    steps: int
+    parameters: int
+    loss: float | None
+    validation_loss: float | None
+    timesteps: Annotated[int, Field(ge=1, le=100_000)] | None = None
+
+
+class _Split(store.Record):
+    bits_per_dim: float
+    bits_per_dim_error: float
+    prior: float
+    prior_error: float
+    kl: float
+    kl_error: float
+    decoder: float
+    decoder_error: float
+    images: int
+
+
+class _Bound(store.Record):
+    """metrics/likelihood/SCHEDULE.json."""
+
+    train: _Split | None = None
+    test: _Split | None = None
+
+
 def _table(path: Path) -> list[dict[str, float | None]]:
     """A CSV file of numbers and empty cells; nothing where there is none."""
     if not path.exists():
         return []
-    return [{key: float(cell) if cell else None for key, cell in row.items()} for row in store.read_csv(path)]
+    try:
+        return [{key: float(cell) if cell else None for key, cell in row.items()} for row in store.read_csv(path)]
+    except ValueError as error:
+        raise InputError(f"{path}: not a table of numbers: {error}; make it again (dvc repro)") from None
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -207,14 +238,23 @@ def _lines(axes: Any, tables: Mapping[str, list[dict[str, float | None]]], x: st
     return drawn
 
 
+def check_records(params: Params, root: Path) -> None:
+    """Raises InputError where a record of a training or of a likelihood cannot be read: before anything is drawn."""
+    for name in params.sweep.schedules:
+        for path, kind in ((store.training_metrics_file(name), _Trained), (store.likelihood_file(name), _Bound)):
+            if (root / path).exists():
+                store.read_json(root / path, kind)
+        for table in (store.history_file(name), store.losses_by_time_file(name), store.likelihood_curve_file(name)):
+            _table(root / table)
+
+
 def _training(params: Params, root: Path) -> Row:
     """Loss curves, and where among the network times the loss arises."""
     names = params.sweep.schedules
     curves = {name: _table(root / store.history_file(name)) for name in names}
     by_time = {name: _table(root / store.losses_by_time_file(name)) for name in names}
-    last = {
-        name: store.read_json(path) for name in names if (path := root / store.training_metrics_file(name)).exists()
-    }
+    files = {name: root / store.training_metrics_file(name) for name in names}
+    last = {name: store.read_json(path, _Trained) for name, path in files.items() if path.exists()}
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
@@ -238,7 +278,8 @@ def _training(params: Params, root: Path) -> Row:
 def _likelihood(params: Params, root: Path) -> Row:
     """Bits per dimension, and the rate-distortion curve."""
     names = params.sweep.schedules
-    scores = {name: store.read_json(path) for name in names if (path := root / store.likelihood_file(name)).exists()}
+    files = {name: root / store.likelihood_file(name) for name in names}
+    scores = {name: store.read_json(path, _Bound) for name, path in files.items() if path.exists()}
     curves = {name: _table(root / store.likelihood_curve_file(name)) for name in scores}
 
     def draw(figure: Any) -> None:

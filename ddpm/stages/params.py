@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 
 from ddpm.stages.errors import InputError
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Precision = Literal["float32", "bfloat16"]
+
+DEEPEST = 100  # levels of a YAML file: the parser in C dies at some ten thousand
+FAULTS, SHOWN = 5, 60  # named in one line, and characters shown of a wrong value
 
 
 class Section(BaseModel):
@@ -52,8 +56,8 @@ class Network(Section):
     """UNet of Ho et al. 2020, appendix B."""
 
     channels: Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
-    multipliers: Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
-    blocks: Count
+    multipliers: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=8)]
+    blocks: Annotated[int, Field(ge=1, le=64)]
     attention: tuple[Count, ...] = ()
     heads: Count = 1
     dropout: Fraction = 0.0
@@ -64,10 +68,10 @@ class Training(Section):
 
     loss: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
     steps: Count
-    batch: Count
+    batch: Annotated[int, Field(ge=1, le=2**20)]
     accumulate: Count = 1  # equal parts of a batch, one after the other
     learning_rate: Positive
-    warmup: Annotated[int, Field(ge=0)] = 0
+    warmup: Annotated[int, Field(ge=0, lt=2**31)] = 0
     clip: Positive = 1.0
     ema: Fraction = 0.9999
     flip: bool = False
@@ -77,7 +81,7 @@ class Training(Section):
     threads: Count = 1
     log_every: Count = 50
     validate_every: Count = 500
-    validation_images: Annotated[int, Field(ge=0)] = 1024  # at most
+    validation_images: Annotated[int, Field(ge=0, lt=2**31)] = 1024  # at most
 
     @model_validator(mode="after")
     def _parts_are_equal(self) -> Training:
@@ -108,7 +112,7 @@ class Evaluation(Section):
     """The protocol of the scores."""
 
     layer: Literal[64, 192, 768, 2048]
-    images: Annotated[int, Field(ge=4)]
+    images: Annotated[int, Field(ge=4, lt=2**31)]
     batch: Count = 50
     threads: Count = 1
 
@@ -116,7 +120,7 @@ class Evaluation(Section):
 class Likelihood(Section):
     """How the bound in bits/dim is estimated. times: None for all T."""
 
-    images: Annotated[int, Field(ge=2)]
+    images: Annotated[int, Field(ge=2, lt=2**31)]
     times: Annotated[int, Field(ge=2)] | None = None
     batch: Count
     variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
@@ -131,7 +135,7 @@ class Sampler(Section):
 
     sampler: str
     spacing: str = "leading"
-    eta: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    eta: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     variance: Literal["fixed_large", "fixed_small", "learned"] | None = None
     order: Annotated[int, Field(ge=1, le=3)] | None = None
     along: Name | None = None
@@ -203,14 +207,14 @@ class Point(Section):
     def parse(cls, name: str) -> Point:
         """SCHEDULE-SAMPLER-STEPS -> Point. Raises InputError."""
         parts = name.split("-")
-        if len(parts) != 3 or not parts[2].isdecimal() or int(parts[2]) < 1:
+        if len(parts) != 3 or not re.fullmatch(r"0*[1-9]\d{0,9}", parts[2]):
             raise InputError(
                 f"'{name}' is no point of a sweep: expected SCHEDULE-SAMPLER-STEPS, such as linear-ddim-50"
             )
         try:
             return cls(schedule=parts[0], sampler=parts[1], steps=int(parts[2]))
         except ValidationError as error:
-            raise InputError(f"'{name}' is no point of a sweep: {_one_line(error)}") from None
+            raise InputError(f"'{name}' is no point of a sweep: {one_line(error)}") from None
 
 
 class Params(Section):
@@ -242,7 +246,13 @@ class Params(Section):
                 raise ValueError(
                     f"schedules.{name}: with zero_terminal_snr, eps says nothing of the image at T; set diffusion.target to v"
                 )
+        imported = [name for name in self.sweep.schedules if self.schedules[name].imported]
         for name in self.sweep.samplers:
+            if imported and (self.samplers[name].guidance is not None or self.samplers[name].variance == "learned"):
+                raise ValueError(
+                    f"samplers.{name}: guidance and a learned variance are not for {imported[0]}: an imported network has"
+                    " neither classes nor a variance; take one of them out of the sweep"
+                )
             if self.samplers[name].guidance is not None and not self.diffusion.conditional:
                 raise ValueError(
                     f"samplers.{name}: guidance takes a class-conditional model: diffusion.conditional: true"
@@ -275,14 +285,12 @@ class Params(Section):
     @classmethod
     def load(cls, path: Path = Path("params.yaml")) -> Params:
         """Reads and checks a parameter file. Raises InputError with every fault in one line."""
-        try:
-            raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file; run this in a checkout, or copy one from recipes/") from None
-        except (YAMLError, UnicodeDecodeError, OSError) as error:
-            raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raw = read_yaml(path)
         if not isinstance(raw, dict):
-            raise InputError(f"{path}: expected sections such as data and training, found {type(raw).__name__}")
+            found = "nothing" if raw is None else f"a {type(raw).__name__}"
+            raise InputError(
+                f"{path}: expected sections such as data and training, found {found}; recipes/ has examples"
+            )
         return cls.check(raw, str(path))
 
     @classmethod
@@ -291,7 +299,7 @@ class Params(Section):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise InputError(f"{where}: {_one_line(error)}") from None
+            raise InputError(f"{where}: {one_line(error)}") from None
 
     def points(self) -> list[Point]:
         """Every point of the sweep, in DVC's order."""
@@ -304,13 +312,49 @@ class Params(Section):
         ]
 
 
-def _one_line(error: ValidationError) -> str:
-    faults = []
-    for fault in error.errors(include_url=False):
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, as plain values. Raises InputError."""
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run this in a checkout, or copy one from recipes/") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}: not UTF-8 in line {line}; save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: not readable: {error.strerror}; put a readable file there") from None
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The plain values of a YAML text, called `where` in messages. Raises InputError."""
+    parser, depth = YAML(typ="safe"), 0
+    try:
+        for event in parser.parse(text):
+            depth += type(event).__name__.endswith("StartEvent") - type(event).__name__.endswith("EndEvent")
+            if depth > DEEPEST:
+                raise InputError(f"{where}: nested more than {DEEPEST} levels deep; write it flatter")
+        return parser.load(text)
+    except InputError:
+        raise
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise InputError(f"{where}: not readable as YAML: {error.problem}{place}; mend it there") from None
+    except Exception as error:  # noqa: BLE001 - a tag such as !!int lets what int() and others raise through
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{where}: not readable as YAML: {why}; mend it") from None
+
+
+def one_line(error: ValidationError) -> str:
+    """The first few faults, each with its place and the value found there."""
+    found, faults = error.errors(include_url=False), []
+    for fault in found[:FAULTS]:
         place = ".".join(str(part) for part in fault["loc"])
         message = fault["msg"].removeprefix("Value error, ")
         given = fault["input"]
         if isinstance(given, (str, int, bool)) or (isinstance(given, float) and not math.isnan(given)):
-            message += f" (given: {given!r})"
+            shown = repr(given)
+            message += f" (given: {shown if len(shown) <= SHOWN else shown[:SHOWN] + '...'})"
         faults.append(f"{place}: {message}" if place else message)
-    return "; ".join(faults)
+    more = f"; and {len(found) - FAULTS:,} more" if len(found) > FAULTS else ""
+    return "; ".join(faults) + more

@@ -9,9 +9,11 @@ points within it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from ddpm.intervals import CONFIDENCE, difference, simultaneous
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.metrics import HEADLINE, Candidate, choose, estimate_of, front
-from ddpm.stages.page import SHOWN, page
+from ddpm.stages.page import SHOWN, check_records, page
 from ddpm.stages.params import Params, Point
 from ddpm.stages.plots import draw_scores, drawing
 from ddpm.stages.progress import Progress, Report, silent
@@ -39,7 +41,8 @@ SCORES: tuple[str, ...] = (
     "precision",
     "recall",
 )
-SCORES += ("images", "reference_images", "layer")
+COUNTS = ("evaluations", "images", "reference_images", "layer")
+SCORES += COUNTS[1:]
 OPTIONAL = ("fid_infinity", "inception_score", "copying", "copying_z")  # not every protocol allows them
 PROTOCOL = ("reference", "extractor_sha256", "layer", "images", "reference_images")
 
@@ -53,46 +56,42 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
     Removes what samples/ and metrics/ still hold of points that have left the sweep, where DVC can bring it back.
     Raises InputError when a point of the sweep has no scores.
     """
-    points = params.points()
+    points, lock = params.points(), store.dvc_lock(root)
     rows, candidates, protocols = _read_rows(points, root)
-    removed, kept = _prune(params, root)
-    if removed:
-        report(Progress(0, len(points), "points", message=f"removed what has left the sweep: {_few(removed)}"))
-    if kept:
-        message = f"not of the sweep, and kept because DVC has no copy: {_few(kept)}"
-        report(Progress(0, len(points), "points", message=message))
+    check_records(params, root)
     if protocols > 1:
         message = "points were scored under different protocols; their FIDs don't compare (dvc repro)"
         report(Progress(0, len(points), "points", message=message))
     dataset, samples = store.read_dataset(root), {}
     for count, point in enumerate(points):
         report(Progress(count, len(points), "points"))
-        samples[point.name] = _samples(root / store.samples_file(point), dataset)
+        samples[point.name] = store.read_samples(root / store.samples_file(point), dataset)[0][:SHOWN].copy()
     choice = choose(candidates)
     chosen = next(row for row in rows if row["point"] == choice.best.name)
     best = {key: value for key, value in chosen.items() if value is not None}
     best |= {"points": len(rows), "lowest": choice.leader.name, "tied": len(choice.tied)}
     frontier = _front(candidates)
+    with TemporaryDirectory(prefix="ddpm-report-") as name:
+        with drawing(Path(name) / "fid.png", 1050, 675, dpi=150) as figure:
+            draw_scores(figure, rows, front=[step["point"] for step in frontier["front"]])
+        plot = (Path(name) / "fid.png").read_bytes()
+    text = page(params, root, rows, best, frontier, dataset, samples, plot)
+    removed, kept = _prune(params, root, lock)  # all that is read has been read
+    if removed:
+        report(Progress(0, len(points), "points", message=f"removed what has left the sweep: {_few(removed)}"))
+    if kept:
+        message = f"not of the sweep, and kept because DVC has no copy: {_few(kept)}"
+        report(Progress(0, len(points), "points", message=message))
     folder = root / store.report_dir()
     store.write_csv(folder / "points.csv", rows)
     store.write_json(folder / "best.json", best)
     store.write_json(folder / "front.json", frontier)
-    with drawing(folder / "fid.png", 1050, 675, dpi=150) as figure:
-        draw_scores(figure, rows, front=[step["point"] for step in frontier["front"]])
+    with store.replacing(folder / "fid.png") as file:
+        file.write_bytes(plot)
     _plot_samples(folder / "samples.png", rows, samples)
-    store.write_text(folder / "index.html", page(params, root, rows, best, frontier, dataset, samples))
+    store.write_text(folder / "index.html", text)
     report(Progress(len(points), len(points), "points"))
     return best
-
-
-def _samples(path: Path, dataset: store.Dataset) -> store.Images:
-    """As many of a point's images as the report looks at."""
-    images = store.read_samples(path)[0]
-    if images.shape[1:] != dataset.train.shape[1:]:
-        raise InputError(
-            f"{path}: images of shape {list(images.shape[1:])}, the dataset's are {list(dataset.train.shape[1:])}; run dvc repro"
-        )
-    return images[:SHOWN].copy()
 
 
 def _front(candidates: Sequence[Candidate]) -> Row:
@@ -152,6 +151,10 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
         absent = [key for key in dict.fromkeys((*SCORES, *PROTOCOL)) if key not in scores]
         if absent:
             raise InputError(f"{path}: without {', '.join(absent)}; run `ddpm evaluate {point.name}` again")
+        if wrong := [
+            key for key in (*SCORES, *OPTIONAL, *PROTOCOL[:2]) if key in scores and not _sound(key, scores[key])
+        ]:
+            raise InputError(f"{path}: no sound value of {', '.join(wrong)}; run `ddpm evaluate {point.name}` again")
         protocols.add(tuple(scores[key] for key in PROTOCOL))
         influence = store.read_influence(root / store.influence_file(point))
         if len(influence) != scores["images"]:
@@ -165,7 +168,15 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
     return rows, candidates, len(protocols)
 
 
-def _prune(params: Params, root: Path) -> tuple[list[str], list[str]]:
+def _sound(key: str, value: Any) -> bool:
+    if key in PROTOCOL[:2]:
+        return isinstance(value, str)
+    if key in COUNTS:
+        return type(value) is int and value >= 1
+    return type(value) in (int, float) and math.isfinite(value) and (key != "confidence" or 0 < value < 1)
+
+
+def _prune(params: Params, root: Path, stages: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Removes the outputs of points and schedules that have left the sweep, if DVC's cache has them; -> removed, kept.
 
     The report depends on the folders samples/ and metrics/ whole, so they should hold the sweep and no more.
@@ -179,7 +190,6 @@ def _prune(params: Params, root: Path) -> tuple[list[str], list[str]]:
         ("train", store.history_file(first).parent, schedule, r"\.json|(\.by_time)?\.csv", schedules),
         ("likelihood", store.likelihood_file(first).parent, schedule, r"\.json|\.csv", schedules),
     )
-    stages = store.dvc_lock(root)
     removed, kept = set(), set()
     for stage, folder, name, suffixes, wanted in kinds:
         for path in sorted((root / folder).glob("*")):

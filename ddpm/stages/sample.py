@@ -21,7 +21,7 @@ import ddpm.timesteps
 import ddpm.unet
 from ddpm.denoiser import Denoiser
 from ddpm.noise import gaussian
-from ddpm.samplers import check_options, trajectory
+from ddpm.samplers import check_options, noise_levels, trajectory
 from ddpm.schedule import SCHEDULES, NoiseSchedule
 from ddpm.stages import checkpoint, store
 from ddpm.stages.device import find_device, memory_errors
@@ -48,6 +48,26 @@ def check_row(name: str, row: Sampler) -> None:
         check_options(**options)
     except ValueError as error:
         raise InputError(f"samplers.{name}: {error}") from None
+
+
+def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: bool, conditional: bool) -> None:
+    """Raises InputError for a point whose row or steps such a network could not be sampled with: at once, not after its training.
+
+    schedule: the network's. learned: whether it has learned its variance; conditional: whether it knows classes.
+    """
+    if point.sampler not in params.samplers:
+        raise InputError(f"no row '{point.sampler}' in samplers; there are {', '.join(params.samplers)}")
+    row = params.samplers[point.sampler]
+    check_row(point.sampler, row)
+    try:
+        along = NoiseSchedule.named(row.along, schedule.T) if row.along else None
+        noise_levels(schedule, point.steps, row.spacing, along)
+        if row.variance == "learned" and not learned:
+            raise ValueError("variance learned: this network has learned no variance; take fixed_large or fixed_small")
+        if row.guidance is not None and not conditional:
+            raise ValueError("guidance takes a class-conditional model (diffusion.conditional: true)")
+    except ValueError as error:
+        raise InputError(f"{point.name}: {error}") from None
 
 
 def class_labels(about: dict[str, Any], count: int, label: str | int | None = None) -> np.ndarray | None:
@@ -148,16 +168,16 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
     Finished batches are kept in the cache until both are there, so that a stopped run goes on where it was.
     Raises InputError, and Stopped when a signal came.
     """
-    if point.sampler not in params.samplers:
-        raise InputError(f"no row '{point.sampler}' in samplers; there are {', '.join(params.samplers)}")
-    row, settings = params.samplers[point.sampler], params.sampling
-    check_row(point.sampler, row)
+    settings = params.sampling
     torch.set_num_threads(settings.threads)
     device = find_device(params.compute.device)
     denoiser, about = prepared_denoiser(
         root / store.model_dir(point.schedule), device, settings.clip, settings.precision, settings.compile
     )
-    path, total = root / store.samples_file(point), settings.images
+    network = about["network"]
+    learned = (network.get("out_channels") or 0) > network["image_channels"]
+    check_point(params, point, denoiser.schedule, learned, conditional=bool(network.get("classes")))
+    row, path, total = params.samplers[point.sampler], root / store.samples_file(point), settings.images
     channels, height, width = about["data"]["shape"]
     labels = class_labels(about, total)
     folder = root / store.CACHE / "sampling" / point.name

@@ -28,21 +28,20 @@ import math
 import os
 import shutil
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ddpm.stages.errors import InputError
-from ddpm.stages.params import Point
+from ddpm.stages.params import Point, one_line, read_yaml
 
 Images = NDArray[np.uint8]  # N,C,H,W
 
@@ -190,17 +189,31 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises InputError when the file is missing or no JSON object."""
+class Record(BaseModel):
+    """What readers of a JSON file rely on; it may hold more."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+def read_json(path: Path, kind: type[Record] = Record) -> dict[str, Any]:
+    """Raises InputError when the file is missing or no JSON object, or not of that kind."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; an earlier stage makes it (dvc repro)") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON: {error}; restore it, or make it again (dvc repro)") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object")
+        raise InputError(f"{path}: expected a JSON object; restore it, or make it again (dvc repro)")
+    try:
+        kind.model_validate(value)
+    except ValidationError as error:
+        raise InputError(f"{path}: {one_line(error)}; restore it, or make it again (dvc repro)") from None
     return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")  # we write none, and nothing good follows from one
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -213,8 +226,16 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    """Raises InputError for a file that is no table."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, restkey="", restval=None))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as CSV: {error}; make it again (dvc repro)") from None
+    for number, row in enumerate(rows, 2):
+        if "" in row or None in row.values():
+            raise InputError(f"{path}: row {number} has not as many cells as the first; make it again (dvc repro)")
+    return rows
 
 
 def sha256(path: Path) -> str:
@@ -277,20 +298,60 @@ class Dataset:
 def read_dataset(root: Path = Path()) -> Dataset:
     """The dataset that `prepare` wrote. Raises InputError."""
     folder = root / dataset_dir()
-    about = read_json(folder / "dataset.json")
+    about = read_json(folder / "dataset.json", _About)
 
-    def array(name: str) -> Any:
-        path = folder / name
-        return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
+    def array(name: str, kind: type) -> Any:
+        path = folder / f"{name}.npy"
+        if not path.exists():
+            return None
+        try:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # noqa: BLE001 - numpy raises half a dozen types on a damaged file
+            raise ValueError(f"{path.name}: {error}") from None
+        if not isinstance(found, np.ndarray) or found.dtype != kind:
+            raise ValueError(f"{path.name} holds no array of {kind.__name__}")
+        return found
 
     try:
-        train, test = array("train.npy"), array("test.npy")
-        labels = array("train-labels.npy"), array("test-labels.npy")
-    except (ValueError, OSError) as error:
+        images = array("train", np.uint8), array("test", np.uint8)
+        labels = array("train-labels", np.int64), array("test-labels", np.int64)
+        for split, *pair in zip(("train", "test"), images, labels, strict=True):
+            _check_split(about, split, *pair)
+    except ValueError as error:
         raise InputError(f"{folder}: not a prepared dataset: {error}; run `ddpm prepare` again") from None
-    if train is None or test is None:
-        raise InputError(f"{folder}: train.npy or test.npy is missing; run `ddpm prepare` again")
-    return Dataset(train, test, *labels, about)
+    return Dataset(*images, *labels, about)
+
+
+class _About(Record):
+    """dataset.json."""
+
+    name: str
+    sha256: str
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
+    counts: dict[Literal["train", "test"], Annotated[int, Field(ge=0)]]
+    classes: list[str] | None
+    mean: list[Annotated[float, Field(ge=0, le=1)]]
+    std: list[Annotated[float, Field(ge=0, le=1)]]
+    flip: bool
+
+
+def _check_split(about: dict[str, Any], split: str, images: Any, labels: Any) -> None:
+    """Raises ValueError where a split is not what dataset.json says of it."""
+    if images is None:
+        raise ValueError(f"{split}.npy is missing")
+    expected = (about["counts"].get(split), *about["shape"])
+    if images.shape != expected:
+        raise ValueError(f"{split}.npy has shape {images.shape}, dataset.json says {expected}")
+    if (labels is None) != (about["classes"] is None):
+        raise ValueError(
+            f"{split}-labels.npy is {'missing' if labels is None else 'there, and dataset.json has no classes'}"
+        )
+    if labels is None:
+        return
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{split}-labels.npy has shape {labels.shape}, for {len(images)} images")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(about["classes"]):
+        raise ValueError(f"{split}-labels.npy has labels that are none of the {len(about['classes'])} classes")
 
 
 @contextmanager
@@ -342,27 +403,60 @@ def write_samples(path: Path, images: Images, evaluations: int, labels: NDArray[
         np.savez_compressed(file, images=images, evaluations=np.int64(evaluations), **asked)
 
 
-def read_samples(path: Path) -> tuple[Images, int]:
-    """-> uint8 N,C,H,W and the network evaluations each image took. Raises InputError."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            images, evaluations = archive["images"], int(archive["evaluations"])
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such sample set; make it with `ddpm sample {path.stem}`") from None
-    except (ValueError, KeyError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: not a sample set: {error}; make it again with `ddpm sample {path.stem}`") from None
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise InputError(f"{path}: expected uint8 N,C,H,W, found {images.dtype} {images.shape}")
-    return images, evaluations
+def read_samples(path: Path, dataset: Dataset | None = None) -> tuple[Images, int]:
+    """-> uint8 N,C,H,W and the network evaluations each image took.
+
+    Raises InputError, also where the images are unlike those of `dataset`.
+    """
+    with _sample_set(path) as archive:
+        shape = _declared(archive.zip)
+        if dataset is None or shape[1:] == dataset.train.shape[1:]:
+            return archive["images"], _evaluations(archive)
+    raise InputError(
+        f"{path}: images of shape {list(shape[1:])}, the dataset's are {list(dataset.train.shape[1:])};"
+        " train and sample again (dvc repro)"
+    )
 
 
 def read_evaluations(path: Path) -> int:
     """The network evaluations of a sample set, without its images. Raises InputError."""
+    with _sample_set(path) as archive:
+        return _evaluations(archive)
+
+
+@contextmanager
+def _sample_set(path: Path) -> Iterator[Any]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return int(archive["evaluations"])
+        archive = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with archive:
+            yield archive
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such sample set; make it with `ddpm sample {path.stem}`") from None
     except Exception as error:  # noqa: BLE001 - numpy and zipfile raise a dozen types on a damaged archive
-        raise InputError(f"{path}: not a sample set: {error}; make it again with `ddpm sample {path.stem}`") from None
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: not a sample set: {why}; make it again with `ddpm sample {path.stem}`") from None
+
+
+def _evaluations(archive: Mapping[str, Any]) -> int:
+    evaluations = archive["evaluations"]
+    if evaluations.shape != () or evaluations.dtype.kind != "i" or evaluations < 1:
+        raise ValueError(f"evaluations is {evaluations.dtype} {evaluations.shape}, expected one whole number from 1")
+    return int(evaluations)
+
+
+def _declared(archive: Any) -> tuple[int, ...]:
+    """The shape of images.npy, if it holds that much, before room is made for it. Raises ValueError, KeyError."""
+    with archive.open("images.npy") as file:
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, kind = readers[np.lib.format.read_magic(file)](file)
+        start = file.tell()
+    if kind != np.uint8 or len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"expected images of uint8 N,C,H,W, found {kind} {shape}")
+    if archive.getinfo("images.npy").file_size != start + math.prod(shape):
+        raise ValueError(f"images.npy does not hold the {shape} that it declares")
+    return tuple(shape)
 
 
 class KeptImages:
@@ -451,13 +545,16 @@ def write_influence(path: Path, influence: NDArray[np.floating]) -> None:
 def read_influence(path: Path) -> NDArray[np.float32]:
     """Raises InputError."""
     try:
-        influence: NDArray[np.float32] = np.load(path, allow_pickle=False)
+        influence: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(influence, np.ndarray) or influence.dtype != np.float32 or influence.ndim != 1:
+            raise ValueError("expected float32 values, one per image")
+        influence = np.array(influence)
+        if not np.isfinite(influence).all():
+            raise ValueError("not all values are finite")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; `ddpm evaluate` writes it beside the scores") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path}: not readable as an array: {error}") from None
-    if influence.dtype != np.float32 or influence.ndim != 1 or not np.isfinite(influence).all():
-        raise InputError(f"{path}: expected finite float32 values, one per image")
+    except Exception as error:  # noqa: BLE001 - numpy raises half a dozen types on a damaged file
+        raise InputError(f"{path}: not the influence values of a point: {error}; evaluate it again") from None
     return influence
 
 
@@ -475,14 +572,11 @@ def dvc_lock(root: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _dvc_lock(path: Path, *version: int) -> dict[str, Any]:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        lock = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    return dict((lock or {}).get("stages") or {})
+    lock = read_yaml(path)
+    stages = (lock or {}).get("stages") if isinstance(lock or {}, dict) else lock
+    if not isinstance(stages or {}, dict):
+        raise InputError(f"{path}: expected DVC's stages; bring it back with git")
+    return dict(stages or {})
 
 
 def locked_md5(stages: Mapping[str, Any], stage: str, kind: str, path: Path) -> str | None:

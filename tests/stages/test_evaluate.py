@@ -43,7 +43,9 @@ def write_dataset(root: Path, train: np.ndarray) -> None:
     folder.mkdir(exist_ok=True)
     np.save(folder / "train.npy", train)
     np.save(folder / "test.npy", train[:2])
-    store.write_json(folder / "dataset.json", {"name": "digits", "sha256": "the version", "shape": [1, 8, 8]})
+    about = {"name": "digits", "sha256": "the version", "shape": [1, 8, 8], "counts": {"train": len(train), "test": 2}}
+    about |= {"classes": None, "mean": [0.3], "std": [0.4], "flip": False}
+    store.write_json(folder / "dataset.json", about)
 
 
 @pytest.fixture

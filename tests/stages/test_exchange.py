@@ -183,8 +183,11 @@ def test_a_changed_missing_or_unfitting_import_is_one_line(exported: Path, check
     store.write_json(folder / "model.json", {**about, "schedule": {**about["schedule"], "s": 0.1}})
     with pytest.raises(InputError, match=r"imported/hub: not the model that the row schedules\.hub speaks of"):
         train(params, "hub", checkout)
-    store.write_json(folder / "model.json", {**about, "data": {**about["data"], "shape": [3, 8, 8]}})
-    with pytest.raises(InputError, match=r"shape \[3, 8, 8\], the dataset's are \[1, 8, 8\]"):
+    larger = {**about["network"], "image_size": 16, "attention": [8]}  # the same weights
+    store.write_json(
+        folder / "model.json", {**about, "network": larger, "data": {**about["data"], "shape": [1, 16, 16]}}
+    )
+    with pytest.raises(InputError, match=r"shape \[1, 16, 16\], the dataset's are \[1, 8, 8\]"):
         train(params, "hub", checkout)
     store.write_json(folder / "model.json", about)
     with (folder / "model.safetensors").open("r+b") as file:

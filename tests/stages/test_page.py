@@ -69,7 +69,8 @@ def made_report(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathF
     root, random = tmp_path_factory.mktemp("report"), np.random.default_rng(0)
     about = {"name": "digits", "sha256": "c" * 64, "shape": [1, 8, 8], "counts": {"train": 60, "test": 30}}
     about |= {"classes": [HOSTILE, "1"], "mean": [0.3], "std": [0.4], "flip": False}
-    with store.writing_dataset(root, (1, 8, 8), (60, 30), None, lambda made: store.grid(made.train[:2])) as dataset:
+    labels = np.arange(60) % 2, np.arange(30) % 2
+    with store.writing_dataset(root, (1, 8, 8), (60, 30), labels, lambda made: store.grid(made.train[:2])) as dataset:
         dataset.train[:], dataset.test[:] = (random.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8) for n in (60, 30))
         dataset.about.update(about)
     store.write_json(

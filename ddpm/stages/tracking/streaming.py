@@ -48,7 +48,7 @@ class TrainingWatch:
         self._values: list[tuple[str, float, int, int]] = []  # key, value, timestamp, step
         self._pictures: list[tuple[int, store.Images, int]] = []
         self._mutex, self._wake, self._ending = threading.Lock(), threading.Event(), False
-        self._step = 0
+        self._step, self._started = 0, threading.Event()
         self._target: Target | None = None
         self._run: Run | None = None
         self._known: set[tuple[str, int]] = set()
@@ -63,6 +63,8 @@ class TrainingWatch:
             self._values += [
                 (key, progress.values[key], now, progress.done) for key in CURVES if key in progress.values
             ]
+        if progress.done:
+            self._started.set()
 
     def log_preview(self, step: int, picture: store.Images) -> None:
         """A sample grid drawn at that step: uint8 C,H,W."""
@@ -72,6 +74,7 @@ class TrainingWatch:
     def close(self, status: str, seconds: float = 60) -> None:
         """Sends what is left and ends the run as FINISHED, FAILED or KILLED, if that takes no longer than `seconds`."""
         self._ending = True
+        self._started.set()
         self._wake.set()
         self._thread.join(timeout=seconds)
         if self._thread.is_alive() or self._target is None or self._run is None:
@@ -83,7 +86,8 @@ class TrainingWatch:
             warn(str(error), self._say)
 
     def _stream(self) -> None:
-        while True:
+        self._started.wait()  # what is refused before its first step pays for no MLflow, and leaves no mlflow.db
+        while self._step:
             ending = self._ending
             try:
                 self._flush()
@@ -93,15 +97,13 @@ class TrainingWatch:
                 warn(f"streaming to MLflow failed ({type(error).__name__}: {error})", self._say)
             if ending:
                 return
-            self._wake.wait(FLUSH_SECONDS if self._run or self._target is None else 1.0)
+            self._wake.wait(FLUSH_SECONDS)
 
     def _flush(self) -> None:
         if self._target is None:
             self._target = open_target(self._params, self._root)
         else:
             require_reachable(self._target.place)
-        if not self._step:
-            return  # a training that fails at once leaves no run
         with plain_errors(self._target.place), locked(self._target.place):
             from mlflow.entities import Metric
 
