@@ -105,8 +105,12 @@ def train(
     from ddpm.stages.train import train
 
     if ranks.number() > 0:  # the first one shows, records and publishes
-        if not imported:
-            train(params, schedule)
+        try:
+            if not imported:
+                train(params, schedule)
+        except InputError:
+            time.sleep(5)  # what all of them find wrong is the first one's to say; this one is then ended
+            raise
         return
 
     def watch(params: Params, stack: ExitStack) -> Report:

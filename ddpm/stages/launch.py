@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,15 +54,19 @@ def launch(processes: int, arguments: list[str]) -> None:
 
 
 def _fail(codes: dict[int, int], folder: Path) -> NoReturn:
-    """codes: exit codes by rank, negative for signals. Of several, the cause is a signal, or input that somebody refused."""
-    rank, code = min(codes.items(), key=lambda item: (item[1] >= 0, item[1] != 2, item[0]))
-    if code < 0:
-        raise Stopped(
-            f"process {rank} of the training was killed by signal {-code}; the next run goes on after the last saved state",
-            -code,
-        )
-    if rank == 0:
-        sys.exit(code)
+    """codes: exit codes by rank, negative for signals. Once one has failed the others are sent SIGTERM: not the cause."""
+
+    def weight(code: int) -> int:
+        if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+            return 3
+        return 0 if code < 0 else 1 if code == 2 else 2
+
+    rank, code = min(codes.items(), key=lambda item: (weight(item[1]), item[0]))
+    if weight(code) == 0:
+        what = f"process {rank} of the training was killed by signal {-code}"
+        raise Stopped(f"{what}; the next run goes on after the last saved state", -code)
+    if rank == 0 or weight(code) == 3:
+        sys.exit(code if code > 0 else 128 - code)
     log = next(folder.glob(f"*/*/{rank}/stderr.log"), None)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log else []
     raise InputError(f"process {rank}: " + (lines[-1].removeprefix("ddpm: ") if lines else f"exit code {code}"))

@@ -96,8 +96,8 @@ def train(
     """Trains the network on one schedule; writes models/SCHEDULE and metrics/train/SCHEDULE.csv, .by_time.csv and .json.
     A row that says `imported` has a network already: that is checked and copied.
 
-    fresh: forget what an earlier run of the same training saved. Returns the content of the JSON file. Raises InputError,
-    and Stopped when a signal came.
+    fresh: forget what an earlier run of the same training saved. Returns the content of the JSON file, and {} in all but the
+    first of several processes. Raises InputError, and Stopped when a signal came.
     """
     with memory_errors(
         f"train {schedule}", "raise training.accumulate (the same training in less memory), or lower network.channels"
@@ -218,6 +218,8 @@ def _train(  # noqa: PLR0912, PLR0915 - the loop and all that it needs
                     signal,
                 )
 
+    if not writer:
+        return {}
     return _write(params, schedule, state, network, dataset, rows, validation.by_time(state.ema), root)
 
 
