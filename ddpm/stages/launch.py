@@ -27,7 +27,8 @@ def launch(processes: int, arguments: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    logging.disable(logging.CRITICAL)  # the processes speak for themselves
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # which would listen on every address
     os.environ[watchdog.VARIABLE] = str(os.getpid())  # they end with this process, and this one as it would alone
     if LOOPBACK:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
