@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from ddpm.stages import display
+from ddpm.stages.errors import InputError
 from flows import children
 from flows.watch import Outcome, Watcher
 
@@ -22,9 +23,12 @@ _EXIT = re.compile(r"exited with (-?\d+)$")
 _KILLED = {-9, 137}
 
 
-def reproduce(stage: str, root: Path, watcher: Watcher) -> Outcome:
-    """`dvc repro` of one stage; DVC decides whether there is anything to do. Raises children.Stopped."""
-    command = ("dvc", "--wait-for-lock", "repro", "--single-item", stage)
+def reproduce(stage: str, root: Path, watcher: Watcher, *how: str) -> Outcome:
+    """`dvc repro` of one stage; DVC decides whether there is anything to do. Raises children.Stopped.
+
+    how: options of `dvc repro` other than --single-item.
+    """
+    command = ("dvc", "--wait-for-lock", "repro", *(how or ("--single-item",)), stage)
     code, said, dvc = _run(stage, command, root, watcher)
     if code == 0:
         if any("didn't change, skipping" in line for line in dvc):
@@ -39,6 +43,16 @@ def reproduce(stage: str, root: Path, watcher: Watcher) -> Outcome:
     if any(_BUSY.search(line) for line in errors):
         return Outcome("Busy", next(line for line in errors if _BUSY.search(line)))
     return Outcome("Failed", (said or errors or [f"dvc ended with exit code {code}"])[-1])
+
+
+def exchange(verb: str, stage: str, root: Path, watcher: Watcher) -> None:
+    """The run-cache and the stage's outputs, to ("push") or from ("fetch") the DVC remote. Raises InputError, children.Stopped.
+
+    What dvc.lock names and the remote lacks is no error of a fetch: the stage has changed, and the run-cache says how.
+    """
+    code, said, dvc = _run(stage, ("dvc", "--wait-for-lock", verb, "--run-cache", stage), root, watcher)
+    if code and verb == "push":
+        raise InputError(f"dvc {verb}: {(dvc or said or [f'exit code {code}'])[-1]}")
 
 
 def run(
