@@ -31,9 +31,10 @@ def reproduce(stage: str, root: Path, watcher: Watcher, *how: str) -> Outcome:
     command = ("dvc", "--wait-for-lock", "repro", *(how or ("--single-item",)), stage)
     code, said, dvc = _run(stage, command, root, watcher)
     if code == 0:
-        if any("didn't change, skipping" in line for line in dvc):
+        ran = any(line.startswith(f"Running stage '{stage}'") for line in dvc)  # whatever came of those before it
+        if not ran and any("didn't change, skipping" in line for line in dvc):
             return Outcome("Unchanged", "unchanged")
-        if any("is cached - skipping run" in line for line in dvc):
+        if not ran and any("is cached - skipping run" in line for line in dvc):
             return Outcome("Restored", "restored from DVC's cache")
         return Outcome("Completed", said[-1].removeprefix(f"{stage}: ") if said else "done")
     errors = [line.removeprefix("ERROR: ") for line in dvc if line.startswith("ERROR: ")]

@@ -84,3 +84,20 @@ def test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one(
     assert sorted(path.stem for path in hosts[1].root.glob("*.pid")) == sorted(MANY)
     states = up.states(run)
     assert {states[name] for name in MANY} == {"Restored"}, states
+
+
+@pytest.mark.chaos
+def test_a_cancelled_run_ends_on_its_host(
+    scratch: Any, s3: Any, clones: Callable[..., Any], up_starter: Callable[[Any], Any]
+) -> None:
+    bucket = s3.bucket("cancelled")
+    host = clones(bucket, "host")
+    up = up_starter(scratch)
+    host.control(train_linear={"until": "go", "saves": True}, train_cosine={"until": "go", "saves": True})
+    host.start(sys.executable, "-m", "flows.worker", "hosts", PREFECT_API_URL=up.api)
+    run = up.start(hosts=True)
+    host.wait(lambda: list(host.root.glob("train@*.pid")), 200, "the host trains")
+    done = scratch.run(sys.executable, "-m", "prefect", "flow-run", "cancel", run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    host.wait(lambda: list(host.root.glob("train@*.saved")), 60, "the training saves and ends")
+    host.wait(lambda: not up.open_runs(), 120, "nothing shows as running")
