@@ -20,8 +20,8 @@ from prefect.states import Cancelled, Cancelling, Completed, Failed
 
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
-from flows import children, work
-from flows.watch import Log, Outcome, Watcher, watcher
+from flows import children, reaping, work
+from flows.watch import Kind, Log, Outcome, Watcher, watcher
 
 DEPLOYMENT = "run-stage/hosts"
 POLL = 1.0  # seconds
@@ -39,6 +39,7 @@ def run_stage(stage: str, commit: str, params: str) -> State:
     token = watcher.set(watcher.get(Log()))
     end_with_the_worker()
     try:
+        reaping.claim()
         if (here := head(root)) != commit:
             raise InputError(f"this host's clone is at {here[:10]}, the run is of {commit[:10]}: check that out here")
         children.start()
@@ -52,7 +53,8 @@ def run_stage(stage: str, commit: str, params: str) -> State:
     except children.Stopped:
         return Cancelled(message="stopped with the flow")
     except InputError as error:
-        return Failed(name="InputError", message=str(error))
+        name = "Unreachable" if isinstance(error, work.RemoteAway) else "InputError"
+        return Failed(name=name, message=str(error))
     finally:
         children.stop()
         watcher.reset(token)
@@ -68,11 +70,11 @@ def reproduce(stage: str, root: Path, watching: Watcher) -> Outcome:
         watching.started(stage)
         watching.line(stage, f"{stage}: asked the pool for a host")
         state = _followed(client, run.id)
-    if state is None or not state.is_completed():
-        lost = state is None or state.is_crashed()
-        return Outcome(
-            "Killed" if lost else "Failed", (state and state.message) or "its host is gone"
-        )  # another may do it
+    if state is None or state.is_crashed():
+        return Outcome("Killed", (state and state.message) or "its host is gone")  # another one may do it
+    if not state.is_completed():
+        again: dict[str | None, Kind] = {"Busy": "Busy", "Killed": "Killed", "Unreachable": "Unreachable"}
+        return Outcome(again.get(state.name, "Failed"), state.message or "failed on its host")
     work.exchange("fetch", stage, root, watching)
     return work.reproduce(stage, root, watching, "--pull", "--single-item")
 

@@ -52,6 +52,10 @@ def run_stage(stage: str, root: str, unchanged: bool, hosts: bool = False) -> St
         if hosts and not outcome.failed:
             work.exchange("push", stage, Path(root), watcher.get())
         return _state(stage, outcome)
+    except work.RemoteAway as error:
+        return _state(stage, Outcome("Unreachable", str(error)))
+    except InputError as error:
+        return _state(stage, Outcome("Failed", str(error)))
     except children.Stopped:
         return Cancelled(message="stopped with the flow")
 

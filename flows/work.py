@@ -46,14 +46,18 @@ def reproduce(stage: str, root: Path, watcher: Watcher, *how: str) -> Outcome:
     return Outcome("Failed", (said or errors or [f"dvc ended with exit code {code}"])[-1])
 
 
+class RemoteAway(InputError):
+    """The DVC remote does not answer as it should."""
+
+
 def exchange(verb: str, stage: str, root: Path, watcher: Watcher) -> None:
-    """The run-cache and the stage's outputs, to ("push") or from ("fetch") the DVC remote. Raises InputError, children.Stopped.
+    """The run-cache and the stage's outputs, to ("push") or from ("fetch") the DVC remote. Raises RemoteAway, children.Stopped.
 
     What dvc.lock names and the remote lacks is no error of a fetch: the stage has changed, and the run-cache says how.
     """
     code, said, dvc = _run(stage, ("dvc", "--wait-for-lock", verb, "--run-cache", stage), root, watcher)
-    if code and verb == "push":
-        raise InputError(f"dvc {verb}: {(dvc or said or [f'exit code {code}'])[-1]}")
+    if code:
+        raise RemoteAway(f"{stage}: dvc {verb}: {(dvc or said or [f'exit code {code}'])[-1]}")
 
 
 def run(
