@@ -6,12 +6,14 @@ The hosts are the workers of the pool `hosts` (`python -m flows.worker hosts`, i
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
@@ -82,9 +84,10 @@ def reproduce(stage: str, root: Path, watching: Watcher) -> Outcome:
 def _followed(client: SyncPrefectClient, run: UUID) -> State | None:
     """The state in which it ended."""
     while True:
-        state: State | None = client.read_flow_run(run).state
-        if state is None or state.is_final():
-            return state
+        with contextlib.suppress(httpx.TransportError):  # the API is away; the host works on
+            state: State | None = client.read_flow_run(run).state
+            if state is None or state.is_final():
+                return state
         if children.stopping():
             client.set_flow_run_state(run, Cancelling(), force=True)
             raise children.Stopped
