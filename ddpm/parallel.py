@@ -20,7 +20,8 @@ from torch import Tensor, nn
 class World:
     """The processes of one training, of which this is number `rank` (from 0) of `size`. Number 0 writes and reports.
 
-    Every method but rows() and module() of one process gives back what it got; with more, all of them must call it alike.
+    Where there is one process, it has all rows, and every method gives back what it got. Where there are more, all of them must
+    make the same calls in the same order.
     """
 
     rank: int = 0

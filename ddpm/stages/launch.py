@@ -14,7 +14,7 @@ from ddpm.stages import ranks, watchdog
 from ddpm.stages.errors import InputError
 from ddpm.stages.stopping import Stopped
 
-LOOPBACK = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+LOOPBACK = {"linux": "lo", "darwin": "lo0"}.get(sys.platform, "")
 
 
 def launch(processes: int, arguments: list[str]) -> None:
@@ -30,8 +30,8 @@ def launch(processes: int, arguments: list[str]) -> None:
     logging.disable(logging.CRITICAL)  # the processes speak for themselves
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # which would listen on every address
     os.environ[watchdog.VARIABLE] = str(os.getpid())  # they end with this process, and this one as it would alone
-    if LOOPBACK:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+    for backend in ("GLOO", "NCCL") if LOOPBACK else ():
+        os.environ.setdefault(f"{backend}_SOCKET_IFNAME", LOOPBACK)
     with TemporaryDirectory(prefix="ddpm-ranks-") as folder:
         os.environ[ranks.MEETING] = str(Path(folder) / "meeting")
         config = LaunchConfig(
