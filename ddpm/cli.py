@@ -92,16 +92,35 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again, from no saved state.")] = False,
 ) -> None:
     """Train the network on one noise schedule into models/SCHEDULE; goes on by itself where it was stopped."""
+    from ddpm.stages import ranks
+
+    params = Params.load()
+    imported = schedule in params.schedules and params.schedules[schedule].imported  # nothing is trained
+    if params.compute.processes > 1 and not ranks.started() and not imported:
+        from ddpm.stages.launch import launch
+
+        launch(params.compute.processes, sys.argv[1:])
+        return
+
     from ddpm.stages.sample import check_point
     from ddpm.stages.train import noise_schedule, train
+
+    if ranks.number() > 0:  # the first one shows, records and publishes
+        try:
+            if not imported:
+                train(params, schedule)
+        except InputError:
+            time.sleep(5)  # what all of them find wrong is the first one's to say; this one is then ended
+            raise
+        return
 
     def watch(params: Params, stack: ExitStack) -> Report:
         from ddpm.stages import tracking
         from ddpm.stages.preview import previews
         from ddpm.stages.progress import silent
 
-        if schedule in params.schedules and params.schedules[schedule].imported:
-            return silent  # nothing is trained
+        if imported:
+            return silent
 
         watcher = stack.enter_context(tracking.watch_training(params, schedule, Path(), say=say))
         preview = previews(params, Path(), schedule, watcher.log_preview)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ddpm.denoiser import NO_LABEL
 from ddpm.objective import Objective
+from ddpm.parallel import ALONE, World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -64,7 +65,8 @@ class TrainingState:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
-    def _live(self) -> dict[str, Tensor]:
+    def live(self) -> dict[str, Tensor]:
+        """All that training changes, by name, where it lies."""
         tensors = {f"net.{name}": parameter.data for name, parameter in self.net.named_parameters()}
         tensors |= {f"ema.{name}": parameter.data for name, parameter in self.ema.named_parameters()}
         for name, parameter in self.net.named_parameters():
@@ -74,11 +76,11 @@ class TrainingState:
 
     def tensors(self) -> dict[str, Tensor]:
         """A copy of the state on the CPU; with `step`, all that is needed to go on."""
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self._live().items()}
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.live().items()}
 
     def load(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Takes over what `tensors` gave. Raises ValueError where names or shapes differ."""
-        live = self._live()
+        live = self.live()
         if live.keys() != tensors.keys() or any(live[name].shape != tensors[name].shape for name in live):
             raise ValueError("the saved training state is of another network")
         for name, tensor in tensors.items():
@@ -125,6 +127,7 @@ def fit(
     labels: Tensor | None = None,
     label_dropout: float = 0.1,
     accumulate: int = 1,
+    world: World = ALONE,
 ) -> Iterator[Step]:
     """Trains for as long as the caller asks for steps.
 
@@ -136,13 +139,17 @@ def fit(
     its compiled form. labels: int64 [N] on the same device, for a conditional network; each is withheld with probability
     label_dropout, so that the network also learns to predict without (algorithm 1 of Ho & Salimans 2022). accumulate: the
     batch goes through the network in that many equal parts, whose gradients add up to the same mean with less memory.
+    world: the processes that share this training, each with an equal share of every part and the same arguments; everything
+    is drawn for the whole batch, so that their number changes nothing but rounding. `forward` is then made of world.module.
     While it runs, torch's global seed is set at each step if the network has dropout. Raises ValueError.
     """
     if batch % accumulate:
         raise ValueError(f"a batch of {batch} does not divide into {accumulate} equal parts")
+    if batch // accumulate % world.size:
+        raise ValueError(f"{batch // accumulate} images at once do not divide among {world.size} processes")
     device = images.device
     generator = torch.Generator(device)
-    net = state.net if forward is None else forward
+    net = world.module(state.net) if forward is None else forward
     parameters: list[Tensor] = list(state.net.parameters())
     averages: list[Tensor] = list(state.ema.parameters())
     has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in state.net.modules())
@@ -154,12 +161,10 @@ def fit(
         if has_dropout:
             torch.manual_seed(derived_seed(seed, "dropout", k))
         rows = _indices(len(images), batch, k, seed).to(device)
-        x_0 = scaled(images[rows])
         if flip:
             mirrored = torch.rand(batch, 1, 1, 1, device=device, generator=generator) < 0.5
-            x_0 = torch.where(mirrored, x_0.flip(-1), x_0)
         t = torch.randint(len(objective.a), (batch,), device=device, generator=generator)
-        eps = torch.randn(x_0.shape, device=device, generator=generator)
+        eps = torch.randn(batch, *images.shape[1:], device=device, generator=generator)
         classes = None
         if labels is not None:  # drawn last: without labels everything else is the same
             withheld = torch.rand(batch, device=device, generator=generator) < label_dropout
@@ -168,12 +173,17 @@ def fit(
         state.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=device)
         for start in range(0, batch, batch // accumulate):
-            part = slice(start, start + batch // accumulate)
+            part = world.rows(slice(start, start + batch // accumulate))
+            x_0 = scaled(images[rows[part]])
+            if flip:
+                x_0 = torch.where(mirrored[part], x_0.flip(-1), x_0)
             these = None if classes is None else classes[part]
-            with autocast(device, precision):
-                mean = objective.losses(told(net, these), x_0[part], t[part], eps[part]).mean()
-            (mean / accumulate).backward()
+            with world.averaging(net, last=start + batch // accumulate == batch):
+                with autocast(device, precision):
+                    mean = objective.losses(told(net, these), x_0, t[part], eps[part]).mean()
+                (mean / accumulate).backward()
             loss = loss + mean.detach() / accumulate
+        loss = world.mean(loss)
         norm = nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
         group["lr"] = learning_rate * min(1.0, (k + 1) / (warmup + 1))
         state.optimizer.step()

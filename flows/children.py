@@ -33,6 +33,11 @@ def start() -> None:
     _stopped.clear()
 
 
+def stopping() -> bool:
+    """Whether nothing starts any more."""
+    return _stopped.is_set()
+
+
 def run(
     command: Sequence[str], root: Path, on_line: Callable[[str], None], standard_input: int = subprocess.DEVNULL
 ) -> int:

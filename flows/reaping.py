@@ -26,9 +26,10 @@ from prefect.states import Completed, Crashed
 
 from ddpm.stages.processes import is_alive, is_here, this_process
 
-FLOW = FlowFilter(name=FlowFilterName(any_=["train-eval"]))
+FLOWS = ["train-eval", "run-stage"]
+FLOW = FlowFilter(name=FlowFilterName(any_=FLOWS))
 LABEL = "ddpm.process"
-AUTOMATION = "crash train-eval runs without a heartbeat"
+AUTOMATION = "crash runs of ours without a heartbeat"
 SILENCE = timedelta(seconds=150)  # prefect.toml: a heartbeat every 30 s; an API that is down for a minute misses some
 OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
 GONE = "its process was killed; the next run goes on from what it left"
@@ -87,9 +88,7 @@ def watch_heartbeats() -> None:
             after={heartbeat},
             expect={heartbeat, *(f"prefect.flow-run.{end}" for end in ends)},
             match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
-            match_related=ResourceSpecification(
-                {"prefect.resource.role": "flow", "prefect.resource.name": "train-eval"}
-            ),
+            match_related=ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": FLOWS}),
             for_each={"prefect.resource.id"},
             threshold=1,
             within=SILENCE,

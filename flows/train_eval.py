@@ -24,7 +24,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from ddpm.stages import store, watchdog
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
-from flows import children, dag, links, parameters, reaping, work
+from flows import children, dag, elsewhere, links, parameters, reaping, work
 from flows.watch import Log, Outcome, watcher
 
 
@@ -41,12 +41,21 @@ def _worth_retrying(task: Any, task_run: TaskRun, state: State) -> bool:
     retry_condition_fn=_worth_retrying,
     cache_policy=NO_CACHE,
 )
-def run_stage(stage: str, root: str, unchanged: bool) -> State:
-    """One DVC stage. `unchanged`: DVC was asked already and has nothing to do."""
+def run_stage(stage: str, root: str, unchanged: bool, hosts: bool = False) -> State:
+    """One DVC stage. `unchanged`: DVC was asked already and has nothing to do. hosts: others do what a matrix makes many of."""
     if unchanged:
         return _state(stage, Outcome("Unchanged", "unchanged"))
     try:
-        return _state(stage, work.reproduce(stage, Path(root), watcher.get()))
+        if hosts and "@" in stage:
+            return _state(stage, elsewhere.reproduce(stage, Path(root), watcher.get()))
+        outcome = work.reproduce(stage, Path(root), watcher.get())
+        if hosts and not outcome.failed:
+            work.exchange("push", stage, Path(root), watcher.get())
+        return _state(stage, outcome)
+    except work.RemoteAway as error:
+        return _state(stage, Outcome("Unreachable", str(error)))
+    except InputError as error:
+        return _state(stage, Outcome("Failed", str(error)))
     except children.Stopped:
         return Cancelled(message="stopped with the flow")
 
@@ -91,36 +100,39 @@ def _state(name: str, outcome: Outcome) -> State:
 
 
 @flow(name="train-eval", task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
-def train_eval(recipe: str | None = None, overrides: list[str] | None = None, promote: bool = True) -> State:
+def train_eval(
+    recipe: str | None = None, overrides: list[str] | None = None, promote: bool = True, hosts: bool = False
+) -> State:
     """Train, sample, evaluate and report whatever DVC says is missing, in the checkout this runs in.
 
     recipe: a name in recipes/ or a path; becomes params.yaml first.
     overrides: KEY=VALUE, such as training.steps=200; written into params.yaml.
     promote: register the best point; it becomes champion if it beats the one there is.
+    hosts: let the workers of the pool `hosts` run the stages of which there are many, compute.slots at a time.
     """
     root = Path.cwd()
     token = watcher.set(watcher.get(Log()))
-    _end_with_the_worker()
+    end_with_the_worker()
     try:
         reaping.claim()
         reaping.reap()
     except Exception as error:  # noqa: BLE001 - who watches must not fail the work
         watcher.get().line("train-eval", f"killed runs may still show as Running ({type(error).__name__}: {error})")
     try:
-        with _alone(root):
-            return _everything(root, recipe, overrides or [], promote)
+        with alone(root):
+            return _everything(root, recipe, overrides or [], promote, hosts)
     except InputError as error:
         return Failed(name="InputError", message=str(error))
     finally:
         watcher.reset(token)
 
 
-def _everything(root: Path, recipe: str | None, overrides: list[str], promote: bool) -> State:
+def _everything(root: Path, recipe: str | None, overrides: list[str], promote: bool, hosts: bool) -> State:
     children.start()
     try:
         params = parameters.write(root, recipe, overrides)
         with _published(root) as publishing:
-            problem = _stages(root, params)
+            problem = _stages(root, params, hosts)
         if problem:
             return Failed(message=problem)
         _artifacts(root)
@@ -152,14 +164,15 @@ def _published(root: Path) -> Iterator[PrefectFuture[State]]:
         os.close(told)
 
 
-def _end_with_the_worker() -> None:
+def end_with_the_worker() -> None:
+    """A flow run that a worker started ends with it."""
     if "PREFECT__FLOW_RUN_ID" in os.environ:
         os.environ.setdefault(watchdog.VARIABLE, str(os.getppid()))
         watchdog.start()
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[None]:
+def alone(root: Path) -> Iterator[None]:
     """One run at a time works in a checkout: a second one waits, and says for whom."""
     path = root / store.CACHE / "train-eval.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +191,7 @@ def _alone(root: Path) -> Iterator[None]:
         lock.release()
 
 
-def _stages(root: Path, params: Params) -> str:
+def _stages(root: Path, params: Params, hosts: bool) -> str:
     """Runs what dvc.yaml asks for, `compute.slots` stages at a time, each as soon as those before it are done.
 
     A failed stage stops only what depends on it; nothing more starts once params.yaml has changed.
@@ -195,6 +208,9 @@ def _stages(root: Path, params: Params) -> str:
     failures: dict[str, str] = {}
     edited, edits = "", parameters.edits(root, params)
     watcher.get().started("stages")
+    if hosts:
+        for stage in order.unchanged:
+            work.exchange("push", stage, root, watcher.get())  # what hosts are to build upon
     while True:
         ready = sorted([*ready, *sorter.get_ready()], key=place.__getitem__)
         edited = edited or edits()
@@ -202,7 +218,12 @@ def _stages(root: Path, params: Params) -> str:
             stage = ready.pop(0)
             before = [futures[name] for name in order.waits_for[stage]]
             futures[stage] = run_stage.submit(
-                stage=stage, root=str(root), unchanged=stage in order.unchanged, wait_for=before, return_state=False
+                stage=stage,
+                root=str(root),
+                unchanged=stage in order.unchanged,
+                hosts=hosts,
+                wait_for=before,
+                return_state=False,
             )
             futures[stage].add_done_callback(partial(_put, ended, stage))
             running.add(stage)

@@ -18,11 +18,14 @@ EVERY = 10.0  # seconds between two progress lines of one stage in the log, and 
 SHOWN = 5.0  # seconds that a stage which has ended waits for its bar to show it
 
 
+Kind = Literal["Completed", "Restored", "Unchanged", "Busy", "Killed", "Unreachable", "Failed"]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """kind: the name of the Prefect state. text: one line, without the stage's name."""
 
-    kind: Literal["Completed", "Restored", "Unchanged", "Busy", "Killed", "Unreachable", "Failed"]
+    kind: Kind
     text: str
 
     @property

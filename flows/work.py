@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from ddpm.stages import display
+from ddpm.stages.errors import InputError
 from flows import children
 from flows.watch import Outcome, Watcher
 
@@ -22,14 +23,18 @@ _EXIT = re.compile(r"exited with (-?\d+)$")
 _KILLED = {-9, 137}
 
 
-def reproduce(stage: str, root: Path, watcher: Watcher) -> Outcome:
-    """`dvc repro` of one stage; DVC decides whether there is anything to do. Raises children.Stopped."""
-    command = ("dvc", "--wait-for-lock", "repro", "--single-item", stage)
+def reproduce(stage: str, root: Path, watcher: Watcher, *how: str) -> Outcome:
+    """`dvc repro` of one stage; DVC decides whether there is anything to do. Raises children.Stopped.
+
+    how: options of `dvc repro` other than --single-item.
+    """
+    command = ("dvc", "--wait-for-lock", "repro", *(how or ("--single-item",)), stage)
     code, said, dvc = _run(stage, command, root, watcher)
     if code == 0:
-        if any("didn't change, skipping" in line for line in dvc):
+        ran = any(line.startswith(f"Running stage '{stage}'") for line in dvc)  # whatever came of those before it
+        if not ran and any("didn't change, skipping" in line for line in dvc):
             return Outcome("Unchanged", "unchanged")
-        if any("is cached - skipping run" in line for line in dvc):
+        if not ran and any("is cached - skipping run" in line for line in dvc):
             return Outcome("Restored", "restored from DVC's cache")
         return Outcome("Completed", said[-1].removeprefix(f"{stage}: ") if said else "done")
     errors = [line.removeprefix("ERROR: ") for line in dvc if line.startswith("ERROR: ")]
@@ -39,6 +44,20 @@ def reproduce(stage: str, root: Path, watcher: Watcher) -> Outcome:
     if any(_BUSY.search(line) for line in errors):
         return Outcome("Busy", next(line for line in errors if _BUSY.search(line)))
     return Outcome("Failed", (said or errors or [f"dvc ended with exit code {code}"])[-1])
+
+
+class RemoteAway(InputError):
+    """The DVC remote does not answer as it should."""
+
+
+def exchange(verb: str, stage: str, root: Path, watcher: Watcher) -> None:
+    """The run-cache and the stage's outputs, to ("push") or from ("fetch") the DVC remote. Raises RemoteAway, children.Stopped.
+
+    What dvc.lock names and the remote lacks is no error of a fetch: the stage has changed, and the run-cache says how.
+    """
+    code, said, dvc = _run(stage, ("dvc", "--wait-for-lock", verb, "--run-cache", stage), root, watcher)
+    if code:
+        raise RemoteAway(f"{stage}: dvc {verb}: {(dvc or said or [f'exit code {code}'])[-1]}")
 
 
 def run(

@@ -1,4 +1,7 @@
-"""`python -m flows.worker`: waits for the Prefect API, makes the pool and the deployments, and becomes the worker."""
+"""`python -m flows.worker`: waits for the Prefect API, makes the pool and the deployments, and becomes the worker.
+
+`python -m flows.worker hosts` makes this clone a host for the stages of others (elsewhere.py), one at a time.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,38 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 from ddpm.stages import watchdog
 from flows import access
 
-POOL = "local"
+POOLS = {"local": (), "hosts": ("--prefect-file", "deploy/hosts.yaml")}  # and where their deployments are
 TIMEOUT = 300.0  # seconds; a new database takes 10 to 20, and minutes on a busy machine
 
 
-def main() -> None:
+def main(pool: str) -> None:
     api = os.environ["PREFECT_API_URL"]
     end = time.monotonic() + TIMEOUT
     while not _answers(f"{api}/health"):
         if time.monotonic() > end:
             sys.exit(f"worker: no Prefect API at {api} after {TIMEOUT:.0f} s")
         time.sleep(0.2)
-    if not _answers(f"{api}/work_pools/{POOL}"):
-        _prefect("work-pool", "create", POOL, "--type", "process")
-    _prefect("--no-prompt", "deploy", "--all")
+    if not _answers(f"{api}/work_pools/{pool}"):
+        _prefect("work-pool", "create", pool, "--type", "process")
+    _prefect("--no-prompt", "deploy", "--all", *POOLS[pool])
     from flows import reaping
 
     reaping.watch_heartbeats()
     if count := reaping.reap():
         print(f"worker: {count} flow runs were killed earlier and are Crashed now", flush=True)
     os.environ[watchdog.VARIABLE] = str(os.getpid())  # exec keeps the id: flow runs end with this worker
+    if pool == "hosts":
+        os.environ["DDPM_CHECKOUT"] = str(Path.cwd())
+        os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
     # Only where a port is named: several workers on one machine would ask for the same one.
-    health = ["--with-healthcheck"] if "PREFECT_WORKER_WEBSERVER_PORT" in os.environ else []
-    os.execv(sys.executable, [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, *health])
+    options = ["--with-healthcheck"] if "PREFECT_WORKER_WEBSERVER_PORT" in os.environ else []
+    options += ["--limit", "1"] if pool == "hosts" else []  # one checkout holds one stage
+    os.execv(sys.executable, [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, *options])
 
 
 def _prefect(*arguments: str) -> None:
@@ -49,4 +57,4 @@ def _answers(url: str) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:] or ["local"])

@@ -188,6 +188,7 @@ class Compute(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     slots: Count = 1
+    processes: Count = 1  # of one training, each with its share of the batch
     checkpoint_every: Count = 1000
     preview_every: Count = 1000
 
@@ -264,6 +265,13 @@ class Params(Section):
             raise ValueError(
                 f"likelihood.times: {self.likelihood.times} is more than diffusion.timesteps = {self.diffusion.timesteps}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_are_equal(self) -> Params:
+        part, processes = self.training.batch // self.training.accumulate, self.compute.processes
+        if part % processes:
+            raise ValueError(f"compute.processes: {part} images at once do not divide among {processes} processes")
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 It saves what it needs to go on every `compute.checkpoint_every` steps in the cache, under a key of everything that decides
 the result except the number of steps, and goes on from there by itself, with the weights of training straight through.
-SIGTERM and Ctrl-C save before they end it.
+SIGTERM and Ctrl-C save before they end it. Of several processes (ddpm/parallel.py) the first one reads, writes and reports.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import torch
 
 import ddpm.denoiser
 import ddpm.objective
+import ddpm.parallel
 import ddpm.schedule
 import ddpm.training
 import ddpm.unet
 from ddpm.denoiser import Denoiser
 from ddpm.objective import Objective
+from ddpm.parallel import World
 from ddpm.schedule import NoiseSchedule
-from ddpm.stages import checkpoint, store
+from ddpm.stages import checkpoint, ranks, store
 from ddpm.stages.checkpoint import ResumeState
 from ddpm.stages.device import find_device, memory_errors
 from ddpm.stages.errors import InputError
@@ -82,7 +84,7 @@ def training_key(params: Params, schedule: str, dataset: str) -> str:
     """Names the training that `steps` may prolong: everything else that decides the weights, the code among it."""
     settings = params.model_dump(mode="json", include={"seed", "diffusion", "network", "training"})
     del settings["training"]["steps"]
-    modules = (ddpm.denoiser, ddpm.objective, ddpm.schedule, ddpm.training, ddpm.unet)
+    modules = (ddpm.denoiser, ddpm.objective, ddpm.parallel, ddpm.schedule, ddpm.training, ddpm.unet)
     code = [store.sha256(Path(str(module.__file__))) for module in modules]
     row = params.schedules[schedule].options()
     return hashlib.sha256(json.dumps([settings, row, dataset, code]).encode()).hexdigest()
@@ -94,24 +96,34 @@ def train(
     """Trains the network on one schedule; writes models/SCHEDULE and metrics/train/SCHEDULE.csv, .by_time.csv and .json.
     A row that says `imported` has a network already: that is checked and copied.
 
-    fresh: forget what an earlier run of the same training saved. Returns the content of the JSON file. Raises InputError,
-    and Stopped when a signal came.
+    fresh: forget what an earlier run of the same training saved. Returns the content of the JSON file, and {} in all but the
+    first of several processes. Raises InputError, and Stopped when a signal came.
     """
     with memory_errors(
         f"train {schedule}", "raise training.accumulate (the same training in less memory), or lower network.channels"
     ):
-        return _train(params, schedule, root, report, fresh)
+        noise_schedule(params, schedule)
+        device = find_device(params.compute.device)
+        dataset = store.read_dataset(root)
+        if params.schedules[schedule].imported is not None:
+            return _copy_imported(params, schedule, dataset, root, report)
+        with ranks.joined(device) as (world, device):
+            return _train(params, schedule, dataset, root, report if world.rank == 0 else silent, fresh, world, device)
 
 
-def _train(  # noqa: PLR0915 - the loop and all that it needs
-    params: Params, schedule: str, root: Path, report: Report, fresh: bool
+def _train(  # noqa: PLR0912, PLR0915 - the loop and all that it needs
+    params: Params,
+    schedule: str,
+    dataset: store.Dataset,
+    root: Path,
+    report: Report,
+    fresh: bool,
+    world: World,
+    device: torch.device,
 ) -> dict[str, Any]:
     settings = params.training
     noise = noise_schedule(params, schedule)
-    device = find_device(params.compute.device)
-    dataset = store.read_dataset(root)
-    if params.schedules[schedule].imported is not None:
-        return _copy_imported(params, schedule, dataset, root, report)
+    writer = world.rank == 0
     objective = _objective(params, schedule, device)
     network = about_network(params, dataset.train.shape[1:], class_count(params, dataset))
     if settings.flip and not dataset.about["flip"]:
@@ -128,15 +140,20 @@ def _train(  # noqa: PLR0915 - the loop and all that it needs
     state = TrainingState(net)
     key = training_key(params, schedule, dataset.about["sha256"])
     folder = root / store.CACHE / "training" / f"{schedule}-{key[:16]}"
-    if fresh:
+    if world.largest(int(world.told(key) != key)):
+        raise InputError(
+            f"train {schedule}: its processes differ in their data, parameters or code; give all of them the same"
+        )
+    if fresh and writer:
         shutil.rmtree(folder, ignore_errors=True)
-    rows, losses = _resume(folder, state, settings.steps, report)
+    rows, losses = _resume(folder, state, settings.steps, report, world)
 
     images = torch.from_numpy(np.array(dataset.train)).to(device)
     labels = torch.from_numpy(np.array(dataset.train_labels)).to(device) if params.diffusion.conditional else None
     validation = _validation(params, dataset, objective, device)
     denoiser = Denoiser(state.ema, noise, params.diffusion.target, clip=True)
     bar = DIVERGED * _loss_of_nothing(images[:BASE_IMAGES], objective, network.get("out_channels", images.shape[1]))
+    forward = world.module(net)
     steps = fit(
         state,
         images,
@@ -149,10 +166,11 @@ def _train(  # noqa: PLR0915 - the loop and all that it needs
         ema=settings.ema,
         flip=settings.flip,
         precision=settings.precision,
-        forward=torch.compile(net) if settings.compile else None,
+        forward=torch.compile(forward) if settings.compile else forward,
         labels=labels,
         label_dropout=settings.label_dropout,
         accumulate=settings.accumulate,
+        world=world,
     )
     saved = state.step
 
@@ -176,7 +194,7 @@ def _train(  # noqa: PLR0915 - the loop and all that it needs
                 if not math.isfinite(values["loss"]):
                     raise give_up(f"the loss is {values['loss']}", step)
                 row: dict[str, Any] = {"step": step.step, **values, "validation_loss": ""}
-                if validate:
+                if validate and writer:
                     row["validation_loss"] = values["validation_loss"] = validation.loss(state.ema)
                 rows.append(row)
                 if len(rows) >= ROWS and all(row["loss"] > bar for row in rows[-ROWS:]):
@@ -186,18 +204,22 @@ def _train(  # noqa: PLR0915 - the loop and all that it needs
                 report(Progress(step.step, settings.steps, "steps", model=lambda: denoiser))
             sound = not rows or rows[-1]["loss"] <= bar  # else the last good state stays the newest
             last = step.step == settings.steps
-            if last or (sound and (signalled() or step.step - saved >= params.compute.checkpoint_every)):
+            signal = world.largest(signalled())  # sent to one, it ends all of them after the same step
+            if last or (sound and (signal or step.step - saved >= params.compute.checkpoint_every)):
                 tensors = state.tensors()
                 if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
                     raise give_up("the weights are not finite", step)
-                checkpoint.write_resume(folder, ResumeState(step.step, tensors, rows, [float(x) for x in losses]))
+                if writer:
+                    checkpoint.write_resume(folder, ResumeState(step.step, tensors, rows, [float(x) for x in losses]))
                 saved = step.step
-            if signalled() and not last:
+            if signal and not last:
                 raise Stopped(
                     f"train {schedule}: stopped; the next run goes on after step {saved}, of {settings.steps}",
-                    signalled(),
+                    signal,
                 )
 
+    if not writer:
+        return {}
     return _write(params, schedule, state, network, dataset, rows, validation.by_time(state.ema), root)
 
 
@@ -224,18 +246,26 @@ def _objective(params: Params, schedule: str, device: torch.device) -> Objective
 
 
 def _resume(
-    folder: Path, state: TrainingState, steps: int, report: Report
+    folder: Path, state: TrainingState, steps: int, report: Report, world: World
 ) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
-    """Brings `state` to the newest saved step; gives the rows of the history, and the losses since its last row."""
-    resumed, complaints = checkpoint.read_resume(folder, at_most=steps)
-    for complaint in complaints:
-        report(Progress(0, steps, "steps", message=complaint))
-    if resumed is None:
-        return [], []
-    state.load(resumed.step, resumed.tensors)
-    report(Progress(resumed.step, steps, "steps", message=f"resuming after step {resumed.step}"))
+    """Brings `state` to the newest saved step; gives the rows of the history, and the losses since its last row.
+
+    Only process 0 looks for one: the others need not reach its disk.
+    """
+    rows: list[dict[str, Any]] = []
+    losses: list[float] = []
+    if world.rank == 0:
+        resumed, complaints = checkpoint.read_resume(folder, at_most=steps)
+        for complaint in complaints:
+            report(Progress(0, steps, "steps", message=complaint))
+        if resumed is not None:
+            state.load(resumed.step, resumed.tensors)
+            rows, losses = resumed.rows, resumed.losses
+            report(Progress(resumed.step, steps, "steps", message=f"resuming after step {resumed.step}"))
+    state.step, rows, losses = world.told((state.step, rows, losses))
+    world.copy(state.live().values())
     device = next(state.net.parameters()).device
-    return resumed.rows, [torch.tensor(loss, device=device) for loss in resumed.losses]
+    return rows, [torch.tensor(loss, device=device) for loss in losses]
 
 
 def _write(

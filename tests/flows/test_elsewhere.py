@@ -1,0 +1,120 @@
+"""A sweep on two hosts: clones that share nothing but git, one S3 server and the Prefect API."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import urllib.error
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MANY = [f"{stage}@{schedule}" for stage in ("train", "sample") for schedule in ("linear", "cosine")]
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture
+def clones(
+    scratch: Any, s3: Any, tmp_path: Path, scratch_maker: Callable[[Path, Path], Any]
+) -> Iterator[Callable[[str, str], Any]]:
+    """clones(bucket, name): a clone of `scratch`, whose results lie in that bucket."""
+    for name in ("Makefile", "deploy/hosts.yaml"):
+        (scratch.root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, scratch.root / name)
+    with (scratch.root / ".gitignore").open("a") as file:
+        file.write("\n*.pid\n*.saved\nlog\nup.log\n.prefect\nmlflow.db*\n.cache\n")
+    scratch.environment.update(s3.environment)
+    empty, made = tmp_path / "empty", []
+    empty.mkdir()
+
+    def clone(bucket: str, name: str) -> Any:
+        if not made:
+            assert scratch.run("make", "remote", "INSTALLED=", f"URL=s3://{bucket}").returncode == 0
+            author = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+            for command in (("add", "--all"), (*author, "commit", "--quiet", "--message", "all")):
+                assert scratch.run("git", *command).returncode == 0
+        assert scratch.run("git", "clone", "--quiet", ".", str(tmp_path / name)).returncode == 0
+        made.append(scratch_maker(tmp_path / name, empty))
+        made[-1].environment.update(s3.environment)
+        return made[-1]
+
+    yield clone
+    for item in made:
+        item.end()
+
+
+def begun(up: Any) -> str:
+    """A run on the hosts. Prefect on SQLite answers 503 while several workers write."""
+
+    def start() -> str:
+        try:
+            return str(up.start(hosts=True))
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+            return ""
+
+    return str(up.scratch.wait(start, 60, "the run is taken"))
+
+
+@pytest.mark.chaos
+def test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one(
+    scratch: Any, s3: Any, clones: Callable[..., Any], up_starter: Callable[[Any], Any]
+) -> None:
+    bucket = s3.bucket("hosts")
+    hosts = [clones(bucket, f"host {number}") for number in range(2)]
+    serial = clones(bucket, "serial")
+    serial.repro()
+    lock = (serial.root / "dvc.lock").read_bytes()
+
+    up = up_starter(scratch)
+    for host in hosts:
+        host.control(train_linear={"until": "go"}, train_cosine={"until": "go"})
+        host.start(sys.executable, "-m", "flows.worker", "hosts", PREFECT_API_URL=up.api)
+        log = host.root / "log"
+        host.wait(lambda log=log: "started!" in log.read_text(), 120, "a host waits for work")
+    run = begun(up)
+    for host in hosts:
+        host.wait(lambda root=host.root: list(root.glob("train@*.pid")), 120, "each host trains")
+    for process in hosts[0].processes():
+        process.kill()
+    (hosts[1].root / "go").touch()
+
+    def ended() -> Any:
+        with contextlib.suppress(OSError):  # a busy server
+            return up.get(f"/flow_runs/{run}")["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+    scratch.wait(ended, 400, "the sweep ends")  # the silence alone takes 150 s
+    about = up.get(f"/flow_runs/{run}")["state"]
+    assert about["name"] == "Completed", (
+        about,
+        up.log.read_text()[-3000:],
+        (hosts[1].root / "log").read_text()[-3000:],
+    )
+    assert (scratch.root / "dvc.lock").read_bytes() == lock
+    assert "Running stage" not in scratch.repro()
+    assert sorted(path.stem for path in scratch.root.glob("*.pid")) == ["prepare", "report"]
+    assert sorted(path.stem for path in hosts[1].root.glob("*.pid")) == sorted(MANY)
+    states = up.states(run)
+    assert {states[name] for name in MANY} == {"Restored"}, states  # here
+
+
+@pytest.mark.chaos
+def test_a_cancelled_run_ends_on_its_host(
+    scratch: Any, s3: Any, clones: Callable[..., Any], up_starter: Callable[[Any], Any]
+) -> None:
+    bucket = s3.bucket("cancelled")
+    host = clones(bucket, "host")
+    up = up_starter(scratch)
+    host.control(train_linear={"until": "go", "saves": True}, train_cosine={"until": "go", "saves": True})
+    host.start(sys.executable, "-m", "flows.worker", "hosts", PREFECT_API_URL=up.api)
+    run = begun(up)
+    host.wait(lambda: list(host.root.glob("train@*.pid")), 200, "the host trains")
+    done = scratch.run(sys.executable, "-m", "prefect", "flow-run", "cancel", run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    host.wait(lambda: list(host.root.glob("train@*.saved")), 60, "the training saves and ends")
+    host.wait(lambda: not up.open_runs(), 120, "nothing shows as running")

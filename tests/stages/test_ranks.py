@@ -1,0 +1,222 @@
+"""`ddpm train` on two processes of this machine, and on two hosts by torchrun: the same training, resumed by either number.
+
+float32: the two orders of summation differ by 1e-7 of a gradient. Adam may turn that into 1e-6 of a weight (measured after
+60 steps: 7e-7 of the weights' norm, 2e-7 of the losses); another batch, mask or noise moves the losses by 1e-2 or more.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from ruamel.yaml import YAML
+from safetensors.torch import load_file
+
+from ddpm.stages.params import Params
+from ddpm.stages.train import train
+
+pytestmark = pytest.mark.proof
+ROOT = Path(__file__).parents[2]
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def write(root: Path, params: Params, processes: int) -> None:
+    raw = params.model_dump(mode="json", exclude_none=True)
+    YAML().dump({**raw, "compute": {**raw["compute"], "processes": processes}}, root / "params.yaml")
+
+
+@pytest.fixture
+def start(root: Path, empty_database: Path) -> Iterator[Start]:
+    """Starts a program in a root, `ddpm train cosine` by default; at the end nothing of it may be left."""
+    started = []
+
+    def begin(*command: str, at: Path = root, **variables: str) -> subprocess.Popen[str]:
+        command = command or (sys.executable, "-m", "ddpm", "train", "cosine")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{empty_database}"}
+        environment |= {"OMP_NUM_THREADS": "1", "RANKS_OF": str(root), **variables}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, cwd=at, env=environment, **pipes))
+        return started[-1]
+
+    yield begin
+    end = time.monotonic() + 20
+    while living(root) and time.monotonic() < end:
+        time.sleep(0.1)
+    left = living(root)
+    for process in left:
+        process.kill()
+    assert not left
+
+
+def living(root: Path) -> list[psutil.Process]:
+    """Every process that was started for this root, in whatever session it is."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("RANKS_OF") == str(root) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def ended(process: subprocess.Popen[str], code: int = 0) -> str:
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == code, said
+    return said
+
+
+def states(root: Path) -> list[int]:
+    return sorted(int(path.stem) for path in root.glob(".cache/training/*/*.safetensors"))
+
+
+def after(root: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Waits until a state of that step or a later one is saved."""
+    end = time.monotonic() + 120
+    while max(states(root), default=0) < step:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+
+
+def results(root: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The curve, and all weights."""
+    with (root / "metrics/train/cosine.csv").open() as file:
+        rows = [[float(row["loss"]), float(row["validation_loss"] or 0)] for row in csv.DictReader(file)]
+    weights = load_file(root / "models/cosine/model.safetensors")
+    return torch.tensor(rows), torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+def assert_same(root: Path, other: Path) -> None:
+    (curve, weights), (other_curve, other_weights) = results(root), results(other)
+    torch.testing.assert_close(curve, other_curve, rtol=1e-4, atol=0)
+    assert (weights - other_weights).norm() < 1e-4 * weights.norm()
+    names = [
+        sorted(path.relative_to(each).as_posix() for path in (each / "metrics").rglob("*")) for each in (root, other)
+    ]
+    assert names[0] == names[1]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def params(smoke: Callable[..., Params]) -> Params:
+    training = {"steps": 200, "log_every": 20, "validate_every": 50}
+    return smoke(training=training, network={"dropout": 0.1}, compute={"checkpoint_every": 10})
+
+
+@pytest.fixture(scope="module")
+def alone(digits: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of one process's training, undisturbed."""
+    root = tmp_path_factory.mktemp("alone")
+    (root / "dataset").symlink_to(digits / "dataset")
+    train(params, "cosine", root)
+    return root
+
+
+def test_two_processes_then_one_then_two(root: Path, params: Params, start: Start, alone: Path) -> None:
+    for processes, step, number in ((2, 30, signal.SIGTERM), (1, 80, signal.SIGTERM), (2, 130, signal.SIGINT)):
+        write(root, params, processes)
+        process = start()
+        after(root, step, process)
+        process.send_signal(number)
+        said = ended(process, 128 + number)
+        assert said.splitlines()[-1].startswith("ddpm: train cosine: stopped; the next run goes on after step "), said
+        assert said.count("stopped") == 1 and str(states(root)[-1]) in said.splitlines()[-1]
+        assert not (root / "models").exists() and not living(root)
+    assert "resuming after step" in ended(start())
+    assert_same(root, alone)
+
+
+def test_a_killed_process_ends_all_and_the_next_run_goes_on(
+    root: Path, params: Params, start: Start, alone: Path
+) -> None:
+    write(root, params, 2)
+    for victim in (0, 1):
+        process = start()
+        after(root, max(states(root), default=0) + 10, process)
+        ranks = {item.environ().get("RANK"): item for item in psutil.Process(process.pid).children(recursive=True)}
+        ranks[str(victim)].kill()
+        said = ended(process, 137)
+        assert said.splitlines()[-1].startswith(f"ddpm: process {victim} of the training was killed by signal 9"), said
+        assert not living(root)
+    process = start()
+    after(root, states(root)[-1] + 10, process)
+    sockets = [socket for item in living(root) for socket in item.net_connections("inet")]
+    assert sockets and {socket.laddr.ip for socket in sockets} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    process.kill()  # the launcher, which can hand nothing on: its processes see to themselves
+    ended(process, -9)
+    end = time.monotonic() + 20
+    while living(root) and time.monotonic() < end:
+        time.sleep(0.1)
+    ended(start())
+    assert_same(root, alone)
+
+
+def test_two_hosts_that_share_no_disk(root: Path, params: Params, start: Start, alone: Path) -> None:
+    """Two folders with a dataset each, which meet by MASTER_ADDR; only the first one gets states and outputs."""
+    second = root / "second"
+    second.mkdir()
+    (second / "dataset").symlink_to((root / "dataset").resolve())
+    for where in (root, second):
+        write(where, params, 1)
+
+    def both() -> list[subprocess.Popen[str]]:
+        port, rank = free_port(), (sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1")
+        return [
+            start(
+                *rank,
+                f"--node-rank={number}",
+                "--master-addr=127.0.0.1",
+                f"--master-port={port}",
+                "-m",
+                "ddpm",
+                "train",
+                "cosine",
+                at=where,
+            )
+            for number, where in enumerate((root, second))
+        ]
+
+    processes = both()
+    after(root, 40, processes[0])
+    processes[1].terminate()  # a spot host goes: all of them save, at the first one
+    for process in processes:
+        process.communicate(timeout=60)
+        assert process.returncode
+    assert states(root) and not states(second)
+    for process in both():
+        ended(process)
+    assert_same(root, alone)
+    assert not (second / "models").exists()
+    assert not list(second.rglob("*.csv"))
+
+
+def test_what_cannot_be_is_one_line(root: Path, params: Params, start: Start, smoke: Callable[..., Params]) -> None:
+    write(root, smoke(training={"learning_rate": 1e30, "log_every": 1, "warmup": 0}), 2)
+    said = ended(start(), 2)
+    assert said.count("the loss is") == 1 and "Traceback" not in said
+    write(root, params, 3)
+    assert "32 images at once do not divide among 3 processes" in ended(start(), 2)
+    other = root / "other"
+    other.mkdir()
+    (other / "dataset").symlink_to((root / "dataset").resolve())
+    write(root, params, 1)
+    write(other, params.model_copy(update={"seed": 1}), 1)
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for process in [start(RANK="0", **world), start(RANK="1", at=other, **world)]:
+        assert "its processes differ in their data, parameters or code" in ended(process, 2)

@@ -1,0 +1,79 @@
+"""Training on two real processes (gloo, on the CPU) is training on one.
+
+The processes compute in float64, where the two orders of summation differ by some 1e-16 of a gradient. Adam divides by the
+gradient's own size, so where the true gradient is zero (the keys' bias, which softmax ignores) such noise, over Adam's 1e-8,
+moves a weight by 1e-8 of the learning rate in a step: hence 1e-9 for the weights, and 1e-12 for the losses. Masks, noise,
+times, flips or labels of other rows than one process would use move both by 1e-3 or more.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm import NoiseSchedule, UNet
+from ddpm.objective import Objective
+from ddpm.parallel import ALONE, World, joined
+from ddpm.training import TrainingState, fit
+
+
+def trained(world: World) -> dict[str, torch.Tensor]:
+    """Everything that could depend on the row is on: dropout, flips, classes, parts of a batch."""
+    torch.manual_seed(0)
+    state = TrainingState(UNet(1, 8, 8, (1, 2), 1, (4,), dropout=0.2, classes=3).to(memory_format=torch.channels_last))
+    images = torch.randn(20, 1, 8, 8)
+    objective = Objective.of(NoiseSchedule.named("cosine", 50), "eps")
+    about = {"batch": 8, "learning_rate": 1e-2, "seed": 3, "warmup": 2, "flip": True, "accumulate": 2}
+    labels = torch.arange(20) % 3
+    steps = list(islice(fit(state, images, objective, labels=labels, world=world, **about), 4))
+    return {**state.tensors(), "loss": torch.stack([step.loss for step in steps])}
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    with joined(rank, 2, torch.device("cpu"), f"file://{folder / 'meeting'}") as world:
+        assert world.largest(3 + rank) == 4 and world.told(f"of {rank}") == "of 0"
+        torch.save(trained(world), folder / f"{rank}.pt")
+
+
+def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        alone = trained(ALONE)
+    finally:
+        torch.set_default_dtype(before)
+    assert [process.wait(120) for process in started] == [0, 0]
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name, value in alone.items():
+        assert torch.equal(both[0][name], both[1][name]), name
+        assert (both[0][name] - value).abs().max() < (1e-12 if name == "loss" else 1e-9), name
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    objective = Objective.of(NoiseSchedule.named("cosine", 50), "eps")
+    state = TrainingState(UNet(1, 8, 8, (1,), 1, ()))
+    with pytest.raises(ValueError, match="4 images at once do not divide among 3 processes"):
+        next(
+            fit(
+                state,
+                torch.zeros(8, 1, 8, 8),
+                objective,
+                batch=8,
+                learning_rate=1.0,
+                seed=0,
+                accumulate=2,
+                world=World(0, 3),
+            )
+        )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
