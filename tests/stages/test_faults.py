@@ -229,8 +229,8 @@ def test_dvc_and_its_stages_killed_leave_the_same_lock_and_no_orphan(
 
     outputs = []
     for victim, sign in (
-        ("dvc", ".cache/training/*/000000005.json"),
-        ("ddpm.cli train", ".cache/training/*/*[1-9]5.json"),
+        ("dvc", ".cache/training/*/*.safetensors"),
+        ("ddpm.cli train", ".cache/training/*/*[1-9][05].safetensors"),
         ("ddpm.cli sample", ".cache/sampling/*/batches.jsonl"),
     ):
         dvc = repro(killed)
