@@ -67,6 +67,22 @@ def test_it_leaves_the_outputs_and_the_lock_that_dvc_alone_leaves(root: Path, sc
         assert (root / name).read_bytes() == (alone / name).read_bytes(), name
 
 
+def test_code_that_is_edited_meanwhile_is_the_code_that_runs(
+    root: Path, scratch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC would record the new code beside what the old one, imported before, has made."""
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    source = root / "ddpm" / "stages" / "prepare.py"
+    said: list[str] = []
+    assert children.run(COMMAND, root, said.append) == 0
+    source.write_text(
+        source.read_text().replace("train and {test:,} test images", "new train and {test:,} test images")
+    )
+    assert children.run(COMMAND, root, said.append) == 0
+    assert [text.partition("1,438 ")[2][:3] for text in said if "1,438" in text] == ["tra", "new"]
+
+
 def test_it_ends_with_the_exit_code_and_the_line_of_the_stage(root: Path) -> None:
     (root / "params.yaml").write_text(
         (root / "params.yaml").read_text().replace("test_fraction: 0.2", "test_fraction: 2")
