@@ -95,7 +95,7 @@ assert os.waitpid(start(straight), 0)[1] == 0
 straight_seconds = time.monotonic() - began
 for _ in range(kills):
     pid = start(killed)
-    time.sleep(moments.uniform(0, straight_seconds / 2))
+    time.sleep(moments.uniform(0, straight_seconds / 8))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     if (killed / "metrics/train/cosine.json").exists():
