@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -306,9 +307,18 @@ class Up(SimpleNamespace):
         return [run["name"] for run in flows + self.post("/task_runs/filter", task_runs={"state": state})]
 
     def start(self, **parameters: Any) -> str:
-        """As `prefect deployment run` does it; gives the flow run's id."""
-        deployment = self.post("/deployments/filter")[0]["id"]
-        return str(self.post(f"/deployments/{deployment}/create_flow_run", parameters=parameters)["id"])
+        """As `prefect deployment run` does it; gives the flow run's id. Prefect on SQLite answers 503 while others write."""
+
+        def start() -> str:
+            try:
+                deployment = self.post("/deployments/filter")[0]["id"]
+                return str(self.post(f"/deployments/{deployment}/create_flow_run", parameters=parameters)["id"])
+            except urllib.error.HTTPError as error:
+                if error.code != 503:
+                    raise
+                return ""
+
+        return str(wait(start, 60, "the run is taken"))
 
     def flow_run(self) -> dict[str, Any]:
         """The newest."""

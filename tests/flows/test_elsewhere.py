@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,20 +48,6 @@ def clones(
         item.end()
 
 
-def begun(up: Any) -> str:
-    """A run on the hosts. Prefect on SQLite answers 503 while several workers write."""
-
-    def start() -> str:
-        try:
-            return str(up.start(hosts=True))
-        except urllib.error.HTTPError as error:
-            if error.code != 503:
-                raise
-            return ""
-
-    return str(up.scratch.wait(start, 60, "the run is taken"))
-
-
 @pytest.mark.chaos
 def test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one(
     scratch: Any, s3: Any, clones: Callable[..., Any], up_starter: Callable[[Any], Any]
@@ -79,7 +64,7 @@ def test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one(
         host.start(sys.executable, "-m", "flows.worker", "hosts", PREFECT_API_URL=up.api)
         log = host.root / "log"
         host.wait(lambda log=log: "started!" in log.read_text(), 120, "a host waits for work")
-    run = begun(up)
+    run = up.start(hosts=True)
     for host in hosts:
         host.wait(lambda root=host.root: list(root.glob("train@*.pid")), 120, "each host trains")
     for process in hosts[0].processes():
@@ -114,7 +99,7 @@ def test_a_cancelled_run_ends_on_its_host(
     up = up_starter(scratch)
     host.control(train_linear={"until": "go", "saves": True}, train_cosine={"until": "go", "saves": True})
     host.start(sys.executable, "-m", "flows.worker", "hosts", PREFECT_API_URL=up.api)
-    run = begun(up)
+    run = up.start(hosts=True)
     host.wait(lambda: list(host.root.glob("train@*.pid")), 200, "the host trains")
     done = scratch.run(sys.executable, "-m", "prefect", "flow-run", "cancel", run)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -85,12 +85,12 @@ def test_kills_of_stage_dvc_and_flow_change_no_bit(clone: Any, undisturbed: byte
     stage = training(clone, stage.pid)
     dvc_of(stage).kill()
     stage = training(clone, stage.pid)
+    clone.wait(lambda: open_in_mlflow(clone) == ["cosine"], 100, "MLflow shows the training")
     flow.kill()
     flow.wait()
     began = time.monotonic()
     clone.wait(lambda: not clone.running(), 20, "all that the flow started ends")
     print(f"kill -9 of the flow: nothing left after {time.monotonic() - began:.1f} s")
-    assert open_in_mlflow(clone) == ["cosine"]
     assert open_in_prefect(clone)  # which is why the next run ends them
     done = clone.run(*MAIN)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr

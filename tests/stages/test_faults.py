@@ -172,8 +172,8 @@ def checkout_of(tmp_path: Path, empty_database: Path) -> Callable[[str, Params],
         root.mkdir()
         for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
             subprocess.run(command, cwd=root, check=True)
-        for name in (".dvcignore", ".gitignore"):
-            shutil.copy(ROOT / name, root)
+        for file in (".dvcignore", ".gitignore"):
+            shutil.copy(ROOT / file, root)
         shutil.copy(empty_database, root / "mlflow.db")
         (root / "dvc.yaml").write_text(DVC.replace("PYTHON", sys.executable))
         with (root / "params.yaml").open("w") as file:
