@@ -49,12 +49,38 @@ def clones(
         item.end()
 
 
-def begun(up: Any) -> str:
-    """A run on the hosts. Prefect on SQLite answers 503 while several workers write."""
+def pool(scratch: Any, hosts: list[Any], api: str) -> bool:
+    for host in hosts:
+        host.start(sys.executable, "-m", "flows.worker", "hosts", PREFECT_API_URL=api)
+    for host in hosts:
+        host.wait(lambda log=host.root / "log": "started!" in log.read_text(), 120, "a host waits for work")
+    return True
+
+
+def dask(scratch: Any, hosts: list[Any], api: str) -> str:
+    """A scheduler, of which the hosts are workers."""
+    pytest.importorskip("prefect_dask", reason="the extra dask is not installed; `make chaos` does that")
+    port, mine = scratch.free_port(), ("--host", "127.0.0.1", "--no-dashboard")
+    address = f"tcp://127.0.0.1:{port}"
+    scheduler = ("distributed.cli.dask_scheduler", "--port", str(port))
+    scratch.start(sys.executable, "-m", *scheduler, *mine, log="scheduler.log")
+    for host in hosts:
+        worker = ("distributed.cli.dask_worker", address, "--nthreads", "1")
+        host.start(sys.executable, "-m", *worker, *mine, PREFECT_API_URL=api)
+    for host in hosts:
+        host.wait(lambda log=host.root / "log": "Registered to" in log.read_text(), 120, "a host joins the cluster")
+    return address
+
+
+JOINED = {"pool": pool, "dask": dask}  # how hosts offer themselves -> what `hosts` is then
+
+
+def begun(up: Any, hosts: bool | str) -> str:
+    """A run on these hosts. Prefect on SQLite answers 503 while several workers write."""
 
     def start() -> str:
         try:
-            return str(up.start(hosts=True))
+            return str(up.start(hosts=hosts))
         except urllib.error.HTTPError as error:
             if error.code != 503:
                 raise
@@ -64,10 +90,11 @@ def begun(up: Any) -> str:
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("how", JOINED)
 def test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one(
-    scratch: Any, s3: Any, clones: Callable[..., Any], up_starter: Callable[[Any], Any]
+    how: str, scratch: Any, s3: Any, clones: Callable[..., Any], up_starter: Callable[[Any], Any]
 ) -> None:
-    bucket = s3.bucket("hosts")
+    bucket = s3.bucket(f"hosts-{how}")
     hosts = [clones(bucket, f"host {number}") for number in range(2)]
     serial = clones(bucket, "serial")
     serial.repro()
@@ -76,10 +103,7 @@ def test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one(
     up = up_starter(scratch)
     for host in hosts:
         host.control(train_linear={"until": "go"}, train_cosine={"until": "go"})
-        host.start(sys.executable, "-m", "flows.worker", "hosts", PREFECT_API_URL=up.api)
-        log = host.root / "log"
-        host.wait(lambda log=log: "started!" in log.read_text(), 120, "a host waits for work")
-    run = begun(up)
+    run = begun(up, JOINED[how](scratch, hosts, up.api))
     for host in hosts:
         host.wait(lambda root=host.root: list(root.glob("train@*.pid")), 120, "each host trains")
     for process in hosts[0].processes():
@@ -106,15 +130,15 @@ def test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one(
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("how", JOINED)
 def test_a_cancelled_run_ends_on_its_host(
-    scratch: Any, s3: Any, clones: Callable[..., Any], up_starter: Callable[[Any], Any]
+    how: str, scratch: Any, s3: Any, clones: Callable[..., Any], up_starter: Callable[[Any], Any]
 ) -> None:
-    bucket = s3.bucket("cancelled")
+    bucket = s3.bucket(f"cancelled-{how}")
     host = clones(bucket, "host")
     up = up_starter(scratch)
     host.control(train_linear={"until": "go", "saves": True}, train_cosine={"until": "go", "saves": True})
-    host.start(sys.executable, "-m", "flows.worker", "hosts", PREFECT_API_URL=up.api)
-    run = begun(up)
+    run = begun(up, JOINED[how](scratch, [host], up.api))
     host.wait(lambda: list(host.root.glob("train@*.pid")), 200, "the host trains")
     done = scratch.run(sys.executable, "-m", "prefect", "flow-run", "cancel", run)
     assert done.returncode == 0, done.stdout + done.stderr
