@@ -40,6 +40,7 @@ def connected(hosts: bool | str) -> Iterator[None]:
     runner = _runner(hosts)
     try:
         runner.__enter__()
+        getattr(runner, "client", None)  # Dask's connects when it is first asked for: once, and before anything has run
     except (OSError, RuntimeError, ValueError) as error:
         said = str(error).strip() or type(error).__name__
         raise InputError(f"hosts: nothing to work with at {hosts} ({said.splitlines()[0]})") from error
@@ -77,9 +78,8 @@ def submit(task: Task[..., Any], parameters: dict[str, Any]) -> PrefectFuture[An
     runner, here = cluster.get(), FlowRunContext.get()
     assert here is not None
     flow_run = here.model_copy(update={"flow": _asking})
-    settings = SettingsContext(
-        profile=Profile(name="host"), settings=Settings.model_construct()
-    )  # none: the host reads its own
+    unset = Settings.model_construct()  # the host reads its own
+    settings = SettingsContext(profile=Profile(name="host"), settings=unset)
 
     def begin() -> PrefectFuture[Any]:
         with settings, flow_run:
