@@ -130,7 +130,8 @@ def reproduce(stage: str, root: Path, watching: Watcher) -> Outcome:
 
 def _by_the_pool(asked: dict[str, str], watching: Watcher) -> State | None:
     with get_client(sync_client=True) as client:
-        run: Any = run_deployment(DEPLOYMENT, parameters=asked, timeout=0)
+        # Where a host is a container made for this stage, it clones that commit (deploy/kubernetes).
+        run: Any = run_deployment(DEPLOYMENT, parameters=asked, job_variables={"commit": asked["commit"]}, timeout=0)
         watching.line(asked["stage"], f"{asked['stage']}: asked the pool for a host")
         return _followed(client, run.id)
 

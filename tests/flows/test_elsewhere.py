@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+import tomllib
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import psutil
 import pytest
 
 from ddpm.stages import store
+from ddpm.stages.errors import InputError
+from flows import engines
 
 ROOT = Path(__file__).parents[2]
 MANY = [f"{stage}@{schedule}" for stage in ("train", "sample") for schedule in ("linear", "cosine")]
@@ -88,6 +91,32 @@ def begun(up: Any, hosts: bool | str) -> str:
             return ""
 
     return str(up.scratch.wait(start, 60, "the run is taken"))
+
+
+@pytest.mark.parametrize("hosts", [False, True])
+def test_the_pool_and_this_checkout_need_no_cluster(hosts: bool) -> None:
+    with engines.connected(hosts):
+        assert engines.cluster.get(None) is None
+    assert not {"distributed", "prefect_dask", "prefect_ray", "ray"} & set(sys.modules)
+
+
+@pytest.mark.parametrize("hosts", ["", "true", "dask", "scheduler:8786", "tcp://", "http://scheduler:8786"])
+def test_what_is_no_address_of_a_cluster_is_refused_in_one_line(hosts: str) -> None:
+    with pytest.raises(InputError, match=r"^hosts: .*tcp://scheduler:8786.*ray://head:10001$"), engines.connected(hosts):
+        pass
+
+
+@pytest.mark.parametrize(("hosts", "module"), [("tcp://a:1", "prefect_dask"), ("ray://a:1", "prefect_ray")])
+def test_a_missing_extra_is_named_with_what_installs_it(
+    hosts: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    extra = module.removeprefix("prefect_")
+    line = rf"^hosts: {hosts} needs the extra {extra}, .*uv pip install .*'\.\[{extra}\]'$"
+    with pytest.raises(InputError, match=line), engines.connected(hosts):
+        pass
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras[extra][0].startswith(module.replace("_", "-"))
 
 
 @pytest.mark.chaos
