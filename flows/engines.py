@@ -12,9 +12,8 @@ from contextvars import Context, ContextVar
 from typing import Any
 
 from prefect import Task, flow
-from prefect.context import FlowRunContext, SettingsContext
+from prefect.context import FlowRunContext, SettingsContext, get_settings_context
 from prefect.futures import PrefectFuture
-from prefect.settings import Profile, Settings
 from prefect.task_runners import TaskRunner
 
 from ddpm.stages.errors import InputError
@@ -78,14 +77,18 @@ def submit(task: Task[..., Any], parameters: dict[str, Any]) -> PrefectFuture[An
     runner, here = cluster.get(), FlowRunContext.get()
     assert here is not None
     flow_run = here.model_copy(update={"flow": _asking})
-    unset = Settings.model_construct()  # the host reads its own
-    settings = SettingsContext(profile=Profile(name="host"), settings=unset)
+    settings = _TheHostsOwn(**dict(get_settings_context()))
 
     def begin() -> PrefectFuture[Any]:
         with settings, flow_run:
             return runner.submit(task, parameters)
 
     return Context().run(begin)
+
+
+class _TheHostsOwn(SettingsContext):
+    def serialize(self, include_secrets: bool = True) -> dict[str, Any]:
+        return {}
 
 
 @flow(name="train-eval")

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import subprocess
 import sys
 import tomllib
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import cloudpickle
 import psutil
 import pytest
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext, serialize_context
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
-from flows import engines
+from flows import elsewhere, engines
+from flows.train_eval import train_eval
 
 ROOT = Path(__file__).parents[2]
 MANY = [f"{stage}@{schedule}" for stage in ("train", "sample") for schedule in ("linear", "cosine")]
@@ -102,7 +109,10 @@ def test_the_pool_and_this_checkout_need_no_cluster(hosts: bool) -> None:
 
 @pytest.mark.parametrize("hosts", ["", "true", "dask", "scheduler:8786", "tcp://", "http://scheduler:8786"])
 def test_what_is_no_address_of_a_cluster_is_refused_in_one_line(hosts: str) -> None:
-    with pytest.raises(InputError, match=r"^hosts: .*tcp://scheduler:8786.*ray://head:10001$"), engines.connected(hosts):
+    with (
+        pytest.raises(InputError, match=r"^hosts: .*tcp://scheduler:8786.*ray://head:10001$"),
+        engines.connected(hosts),
+    ):
         pass
 
 
@@ -117,6 +127,41 @@ def test_a_missing_extra_is_named_with_what_installs_it(
         pass
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert extras[extra][0].startswith(module.replace("_", "-"))
+
+
+def test_a_task_takes_neither_passwords_nor_the_flows_code_along() -> None:
+    class Recorder:
+        def submit(self, task: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+            return serialize_context()  # what both task runners send
+
+    asking = FlowRunContext.model_construct(
+        flow=train_eval, flow_run=FlowRun(id=uuid4(), flow_id=uuid4()), result_store=None
+    )
+    here = {PREFECT_API_URL: "http://here/api", PREFECT_API_AUTH_STRING: "name:planted-password"}
+    token = engines.cluster.set(Recorder())  # type: ignore[arg-type]
+    with temporary_settings(here), asking:
+        assert b"planted-password" in cloudpickle.dumps(serialize_context()["settings_context"])  # as Prefect would
+        sent: Any = engines.submit(elsewhere.on_a_host, {})
+    engines.cluster.reset(token)
+    packed = cloudpickle.dumps(sent)
+    assert not any(text in packed for text in (b"planted-password", b"http://here", b"flows.train_eval"))
+    assert not sent["settings_context"]  # so Prefect leaves the host's in place
+    assert sent["flow_run_context"]["flow_run"]["id"] == asking.flow_run.id
+
+
+def test_a_clone_at_another_commit_refuses_in_one_line(
+    template: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(template, tmp_path / "host")
+    monkeypatch.chdir(tmp_path / "host")
+    author = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    subprocess.run(["git", *author, "commit", "--quiet", "--allow-empty", "--message", "all"], check=True)
+    params = Path("params.yaml").read_bytes()
+    state = elsewhere._stage("train@cosine", 40 * "0", "changed: true")
+    assert (state.name, state.type.value) == ("InputError", "FAILED")
+    here = elsewhere.head(Path())[:10]
+    assert state.message == f"this host's clone is at {here}, the run is of 0000000000: check that out here"
+    assert Path("params.yaml").read_bytes() == params
 
 
 @pytest.mark.chaos
