@@ -24,7 +24,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from ddpm.stages import store, watchdog
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
-from flows import children, dag, elsewhere, links, parameters, reaping, work
+from flows import children, dag, elsewhere, engines, links, parameters, reaping, work
 from flows.watch import Log, Outcome, watcher
 
 
@@ -101,14 +101,15 @@ def _state(name: str, outcome: Outcome) -> State:
 
 @flow(name="train-eval", task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
 def train_eval(
-    recipe: str | None = None, overrides: list[str] | None = None, promote: bool = True, hosts: bool = False
+    recipe: str | None = None, overrides: list[str] | None = None, promote: bool = True, hosts: bool | str = False
 ) -> State:
     """Train, sample, evaluate and report whatever DVC says is missing, in the checkout this runs in.
 
     recipe: a name in recipes/ or a path; becomes params.yaml first.
     overrides: KEY=VALUE, such as training.steps=200; written into params.yaml.
     promote: register the best point; it becomes champion if it beats the one there is.
-    hosts: let the workers of the pool `hosts` run the stages of which there are many, compute.slots at a time.
+    hosts: who runs the stages of which there are many, compute.slots at a time: false: this checkout; true: the workers of
+        the pool `hosts`; tcp://scheduler:8786: a Dask cluster's; ray://head:10001: a Ray cluster's.
     """
     root = Path.cwd()
     token = watcher.set(watcher.get(Log()))
@@ -127,12 +128,13 @@ def train_eval(
         watcher.reset(token)
 
 
-def _everything(root: Path, recipe: str | None, overrides: list[str], promote: bool, hosts: bool) -> State:
+def _everything(root: Path, recipe: str | None, overrides: list[str], promote: bool, hosts: bool | str) -> State:
     children.start()
     try:
-        params = parameters.write(root, recipe, overrides)
-        with _published(root) as publishing:
-            problem = _stages(root, params, hosts)
+        with engines.connected(hosts):
+            params = parameters.write(root, recipe, overrides)
+            with _published(root) as publishing:
+                problem = _stages(root, params, bool(hosts))
         if problem:
             return Failed(message=problem)
         _artifacts(root)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import re
 import runpy
@@ -9,9 +11,13 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
+
+from ddpm.stages import store
 
 ROOT = Path(__file__).parents[1]
 COMPOSE: dict[str, Any] = YAML(typ="safe").load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
@@ -41,6 +47,88 @@ def test_images_are_pinned() -> None:
     base = re.search(r"(?m)^ARG BASE_IMAGE=(\S+)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
     assert base and re.search(r":\d+\.\d+", base[1])
     assert f"${{BASE_IMAGE:-{base[1]}}}" in (ROOT / "compose.yaml").read_text(encoding="utf-8")
+
+
+KUBERNETES = ROOT / "deploy" / "kubernetes"
+JOB: dict[str, Any] = json.loads((KUBERNETES / "job.json").read_text(encoding="utf-8"))
+POD: dict[str, Any] = JOB["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+WORKER: list[dict[str, Any]] = list(YAML(typ="safe").load_all((KUBERNETES / "worker.yaml").read_text(encoding="utf-8")))
+
+
+def test_every_variable_of_the_job_is_declared_used_and_has_a_default_or_is_required() -> None:
+    declared = JOB["variables"]["properties"]
+    used = set(re.findall(r"\{\{ (\w+) \}\}", json.dumps(JOB["job_configuration"])))
+    assert used == set(declared)
+    validator = Draft202012Validator(JOB["variables"])
+    validator.check_schema(JOB["variables"])
+    defaults = {name: about["default"] for name, about in declared.items() if "default" in about}
+    validator.validate({**defaults, "image": "ddpm", "repository": "https://example.org/ddpm.git"})
+    assert set(declared) == set(defaults) | {"image", "repository", "command"}  # Prefect has a command of its own
+
+
+def test_the_pod_fits_the_image() -> None:
+    image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    folder = re.search(r"(?m)^WORKDIR (/workspace)$", image)
+    user = re.search(r"(?m)^USER (\d+):(\d+)$", image)
+    assert folder and user
+    security = POD["securityContext"]
+    assert (security["runAsUser"], security["runAsGroup"]) == (int(user[1]), int(user[2]))
+    assert security["runAsNonRoot"] and security["fsGroup"] == int(user[2])
+    for container in (*POD["containers"], *POD["initContainers"]):
+        assert container["workingDir"] == folder[1]
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert mounts["workspace"] == folder[1]
+        assert mounts.get("states", "").removeprefix(folder[1]) in ("", f"/{store.CACHE}/training")
+    (main,) = POD["containers"]
+    assert {"name": "DDPM_CHECKOUT", "value": folder[1]} in main["env"]  # deploy/hosts.yaml asks for it
+    assert "$DDPM_CHECKOUT" in (ROOT / "deploy" / "hosts.yaml").read_text(encoding="utf-8")
+
+
+def test_nothing_in_the_cluster_has_more_rights_than_it_needs() -> None:
+    (deployment,) = (item for item in WORKER if item["kind"] == "Deployment")
+    for pod in (POD, deployment["spec"]["template"]["spec"]):
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+        assert not any("hostPath" in volume for volume in pod["volumes"])
+        for container in (*pod["containers"], *pod.get("initContainers", ())):
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert "memory" in container["resources"]["limits"]
+    assert POD["automountServiceAccountToken"] is False
+    assert {item["kind"] for item in WORKER} == {
+        "ServiceAccount",
+        "Role",
+        "RoleBinding",
+        "Deployment",
+    }  # no ClusterRole
+    (role,) = (item for item in WORKER if item["kind"] == "Role")
+    assert "*" not in json.dumps(role["rules"]) and "secrets" not in json.dumps(role["rules"])
+
+
+def test_the_worker_in_the_cluster_is_of_the_locked_version() -> None:
+    locked = re.search(r"(?m)^prefect==(\S+)", (ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    assert locked and f"prefecthq/prefect:{locked[1]}-python" in (KUBERNETES / "worker.yaml").read_text(
+        encoding="utf-8"
+    )
+
+
+@pytest.mark.chaos
+def test_prefect_makes_a_job_of_the_template() -> None:
+    """Its own validation, and no secret in the manifest."""
+    worker = pytest.importorskip("prefect_kubernetes.worker", reason="the extra kubernetes; `make chaos` installs it")
+    from prefect.client.schemas.objects import FlowRun
+
+    said = {"image": "registry/ddpm:1", "repository": "https://example.org/ddpm.git", "commit": "abc", "gpus": 2}
+    made = asyncio.run(worker.KubernetesWorkerJobConfiguration.from_template_and_values(JOB, said))
+    made.prepare_for_flow_run(FlowRun(flow_id=uuid4(), name="train@cosine", parameters={}))
+    pod = made.job_manifest["spec"]["template"]["spec"]
+    (main,), (clone,) = pod["containers"], pod["initContainers"]
+    assert "{{" not in json.dumps(made.job_manifest)
+    assert main["args"] == ["prefect", "flow-run", "execute"]
+    assert main["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert {"name": "COMMIT", "value": "abc"} in clone["env"]
+    assert {"name": "states", "emptyDir": {}} in pod["volumes"]
+    assert main["envFrom"] == [{"secretRef": {"name": "ddpm"}}]
 
 
 AUDIT = runpy.run_path(str(ROOT / "deploy" / "audit.py"))

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import cloudpickle
+import psutil
 import pytest
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext, serialize_context
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from ddpm.stages import store
+from ddpm.stages.errors import InputError
+from flows import elsewhere, engines
+from flows.train_eval import train_eval
 
 ROOT = Path(__file__).parents[2]
 MANY = [f"{stage}@{schedule}" for stage in ("train", "sample") for schedule in ("linear", "cosine")]
@@ -48,11 +59,99 @@ def clones(
         item.end()
 
 
-@pytest.mark.chaos
-def test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one(
-    scratch: Any, s3: Any, clones: Callable[..., Any], up_starter: Callable[[Any], Any]
+def pool(scratch: Any, hosts: list[Any], api: str) -> bool:
+    for host in hosts:
+        host.start(sys.executable, "-m", "flows.worker", "hosts", PREFECT_API_URL=api)
+    for host in hosts:
+        host.wait(lambda log=host.root / "log": "started!" in log.read_text(), 120, "a host waits for work")
+    return True
+
+
+def dask(scratch: Any, hosts: list[Any], api: str) -> str:
+    """A scheduler, of which the hosts are workers."""
+    pytest.importorskip("prefect_dask", reason="the extra dask is not installed; `make chaos` does that")
+    port, mine = scratch.free_port(), ("--host", "127.0.0.1", "--no-dashboard")
+    address = f"tcp://127.0.0.1:{port}"
+    scheduler = ("distributed.cli.dask_scheduler", "--port", str(port))
+    scratch.start(sys.executable, "-m", *scheduler, *mine, log="scheduler.log")
+    for host in hosts:
+        worker = ("distributed.cli.dask_worker", address, "--nthreads", "1")
+        host.start(sys.executable, "-m", *worker, *mine, PREFECT_API_URL=api)
+    for host in hosts:
+        host.wait(lambda log=host.root / "log": "Registered to" in log.read_text(), 120, "a host joins the cluster")
+    return address
+
+
+JOINED = {"pool": pool, "dask": dask}  # how hosts offer themselves -> what `hosts` is then
+
+
+@pytest.mark.parametrize("hosts", [False, True])
+def test_the_pool_and_this_checkout_need_no_cluster(hosts: bool) -> None:
+    with engines.connected(hosts):
+        assert engines.cluster.get(None) is None
+    assert not {"distributed", "prefect_dask", "prefect_ray", "ray"} & set(sys.modules)
+
+
+@pytest.mark.parametrize("hosts", ["", "true", "dask", "scheduler:8786", "tcp://", "http://scheduler:8786"])
+def test_what_is_no_address_of_a_cluster_is_refused_in_one_line(hosts: str) -> None:
+    with (
+        pytest.raises(InputError, match=r"^hosts: .*tcp://scheduler:8786.*ray://head:10001$"),
+        engines.connected(hosts),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("hosts", "module"), [("tcp://a:1", "prefect_dask"), ("ray://a:1", "prefect_ray")])
+def test_a_missing_extra_is_named_with_what_installs_it(
+    hosts: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bucket = s3.bucket("hosts")
+    monkeypatch.setitem(sys.modules, module, None)
+    extra = module.removeprefix("prefect_")
+    line = rf"^hosts: {hosts} needs the extra {extra}, .*uv pip install .*'\.\[{extra}\]'$"
+    with pytest.raises(InputError, match=line), engines.connected(hosts):
+        pass
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras[extra][0].startswith(module.replace("_", "-"))
+
+
+def test_a_task_takes_neither_passwords_nor_the_flows_code_along() -> None:
+    class Recorder:
+        def submit(self, task: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+            return serialize_context()  # what both task runners send
+
+    asking = FlowRunContext.model_construct(
+        flow=train_eval, flow_run=FlowRun(id=uuid4(), flow_id=uuid4()), result_store=None
+    )
+    here = {PREFECT_API_URL: "http://here/api", PREFECT_API_AUTH_STRING: "name:planted-password"}
+    token = engines.cluster.set(Recorder())  # type: ignore[arg-type]
+    with temporary_settings(here), asking:
+        assert b"planted-password" in cloudpickle.dumps(serialize_context()["settings_context"])  # as Prefect would
+        sent: Any = engines.submit(elsewhere.on_a_host, {})
+    engines.cluster.reset(token)
+    packed = cloudpickle.dumps(sent)
+    assert not any(text in packed for text in (b"planted-password", b"http://here", b"flows.train_eval"))
+    assert not sent["settings_context"]  # so Prefect leaves the host's in place
+    assert sent["flow_run_context"]["flow_run"]["id"] == asking.flow_run.id
+
+
+def test_a_clone_at_another_commit_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    author = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    for command in (("init", "--quiet"), (*author, "commit", "--quiet", "--allow-empty", "--message", "all")):
+        subprocess.run(["git", *command], check=True)
+    state = elsewhere._stage("train@cosine", 40 * "0", "changed: true")
+    assert (state.name, state.type.value) == ("InputError", "FAILED")
+    here = elsewhere.head(Path())[:10]
+    assert state.message == f"this host's clone is at {here}, the run is of 0000000000: check that out here"
+    assert [path.name for path in tmp_path.iterdir()] == [".git"]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("how", JOINED)
+def test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one(
+    how: str, scratch: Any, s3: Any, clones: Callable[..., Any], up_starter: Callable[[Any], Any]
+) -> None:
+    bucket = s3.bucket(f"hosts-{how}")
     hosts = [clones(bucket, f"host {number}") for number in range(2)]
     serial = clones(bucket, "serial")
     serial.repro()
@@ -61,14 +160,12 @@ def test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one(
     up = up_starter(scratch)
     for host in hosts:
         host.control(train_linear={"until": "go"}, train_cosine={"until": "go"})
-        host.start(sys.executable, "-m", "flows.worker", "hosts", PREFECT_API_URL=up.api)
-        log = host.root / "log"
-        host.wait(lambda log=log: "started!" in log.read_text(), 120, "a host waits for work")
-    run = up.start(hosts=True)
+    run = up.start(hosts=JOINED[how](scratch, hosts, up.api))
     for host in hosts:
         host.wait(lambda root=host.root: list(root.glob("train@*.pid")), 120, "each host trains")
     for process in hosts[0].processes():
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended with the one before it
+            process.kill()
     (hosts[1].root / "go").touch()
 
     def ended() -> Any:
@@ -91,15 +188,15 @@ def test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one(
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("how", JOINED)
 def test_a_cancelled_run_ends_on_its_host(
-    scratch: Any, s3: Any, clones: Callable[..., Any], up_starter: Callable[[Any], Any]
+    how: str, scratch: Any, s3: Any, clones: Callable[..., Any], up_starter: Callable[[Any], Any]
 ) -> None:
-    bucket = s3.bucket("cancelled")
+    bucket = s3.bucket(f"cancelled-{how}")
     host = clones(bucket, "host")
     up = up_starter(scratch)
     host.control(train_linear={"until": "go", "saves": True}, train_cosine={"until": "go", "saves": True})
-    host.start(sys.executable, "-m", "flows.worker", "hosts", PREFECT_API_URL=up.api)
-    run = up.start(hosts=True)
+    run = up.start(hosts=JOINED[how](scratch, [host], up.api))
     host.wait(lambda: list(host.root.glob("train@*.pid")), 200, "the host trains")
     done = scratch.run(sys.executable, "-m", "prefect", "flow-run", "cancel", run)
     assert done.returncode == 0, done.stdout + done.stderr
