@@ -164,7 +164,9 @@ def _where(about: dict[str, Any]) -> str:
 
 
 def _variants(found: dict[str, dict[str, Any]]) -> list[str]:
-    lines = ["| variant | steps x batch | minutes | images/s | FID along the way, at the end | FID, 50,000 | bits/dim, test |"]
+    lines = [
+        "| variant | steps x batch | minutes | images/s | FID along the way, at the end | FID, 50,000 | bits/dim, test |"
+    ]
     lines += ["|---|---|---|---|---|---|---|"]
     for name, about in found.items():
         if not about:
@@ -220,7 +222,18 @@ def _on_cpu() -> list[str]:
             times = f"{row['minutes']:.2f} | {row['processor_minutes']:.2f}"
             protocol = f"{row['images']:,} samples, layer {about['layer']}, {about['point']}"
             lines.append(f"| `{name}` | {row['step']:,} | {times} | {_interval(row)} | {protocol} |")
-    return lines
+    lines += ["", "### Trials of `cifar10-cpu`, in equal processor time", ""]
+    lines += [
+        "| one change | parameters | steps | processor seconds | error on test images | FID |",
+        "|---|---|---|---|---|---|",
+    ]
+    trials = _read("trials-cifar10-cpu").get("trials", {})
+    for name, row in trials.items():
+        size = f"{row['parameters']:,} | {row['steps']:,} | {row['processor_seconds']:.0f}"
+        lines.append(
+            f"| {name} | {size} | {row['error']:.4f} | {_interval(row)} of {row['images']:,}, layer {row['layer']} |"
+        )
+    return lines if trials else [*lines, f"| all | {NONE} | | | | |"]
 
 
 def metrics(found: dict[tuple[str, str], dict[str, Any]]) -> str:
