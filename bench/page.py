@@ -177,11 +177,8 @@ def _variants(found: dict[str, dict[str, Any]]) -> list[str]:
         row = [f"{about['step']:,} x {about['recipe']['batch']}", f"{about['minutes']:.1f}", rate]
         row.append(f"{_interval(last)} of {last['images']:,}" if last else NONE)
         row.append(f"{_interval(final)} of {final['images']:,}, {final['point']}" if final else NONE)
-        row.append(
-            f"{bound['bits_per_dim']:.3f} ± {bound['standard_error']:.3f} ({bound['images']:,} images, {bound['times']} times each)"
-            if bound
-            else NONE
-        )
+        of = f" ({bound['images']:,} images, {bound['times']} times each)" if bound else ""
+        row.append(f"{bound['bits_per_dim']:.3f} ± {bound['standard_error']:.3f}{of}" if bound else NONE)
         lines.append(f"| `{name}` | {' | '.join(row)} |")
     return lines
 

@@ -109,6 +109,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(CHANGES)}")
     until = time.monotonic() + asked.minutes * 60
     params, dataset = prepared(NAME, asked.images, asked.state)
+    if harness.TINY:
+        params = params.model_copy(
+            update={"evaluation": params.evaluation.model_copy(update={"images": 20, "layer": 64})}
+        )
     torch.set_num_threads(params.training.threads)
     recipe = of_params(params, params.points()[-1].schedule, tuple(dataset.train.shape[1:]))
     inception = features.load(params.evaluation.layer, ROOT / ".cache" / "inception")

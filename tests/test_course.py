@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import cifar10, course
+from bench import cifar10, course, curves, trials
 from bench.course import Course, Recipe
+from ddpm import Denoiser, NoiseSchedule
 
 ROOT = Path(__file__).parents[1]
 TINY = Recipe(
@@ -134,3 +135,28 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
     assert (tmp_path / "whole/out/cifar10-fast.png").read_bytes() == (
         tmp_path / "killed/out/cifar10-fast.png"
     ).read_bytes()
+
+
+@pytest.mark.proof
+def test_a_curve_goes_on_and_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = ["--state", str(tmp_path / "state"), "--out", str(tmp_path), "--pictures", str(tmp_path)]
+    monkeypatch.setattr(curves, "FIRST", 0.5)
+    curves.main(["smoke", "--minutes", "0.0001", *places])
+    assert not list(tmp_path.glob("*.png"))  # stopped before its first score
+    curves.main(["smoke", *places])
+    about = json.loads((tmp_path / "curve-smoke.json").read_text())
+    assert about["complete"] and about["curve"][-1]["step"] == 60 and len(about["curve"]) > 1
+    minutes = [row["minutes"] for row in about["curve"]]
+    assert minutes == sorted(minutes) and all(row["low"] <= row["fid"] <= row["high"] for row in about["curve"])
+    before = (tmp_path / "curve-smoke.png").read_bytes()
+    curves.main(["draw", *places])
+    assert (tmp_path / "curve-smoke.png").read_bytes() == before  # same content, same bytes
+
+
+def test_the_error_of_trials_is_that_of_the_best_guess() -> None:
+    """A denoiser that says 0 errs by x_0 itself, whatever the noise: the mean weight times the mean square."""
+    schedule = NoiseSchedule.named("cosine", 100)
+    denoiser = Denoiser(lambda x, t: torch.zeros_like(x), schedule, "x0")
+    grey = torch.full((100, 1, 8, 8), 191, dtype=torch.uint8)
+    weight = (schedule.alpha_bar[1:] / (1 - schedule.alpha_bar[1:])).clamp(max=5).mean()
+    assert trials.error(denoiser, grey) == pytest.approx(float(weight) * (191 / 127.5 - 1) ** 2, rel=1e-6)
