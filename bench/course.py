@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class Course:
     """
 
     training: TrainingState
+    recipe: str = ""
     steps: int | None = None
     seconds: float = 0.0
     processor: float = 0.0
@@ -96,10 +97,12 @@ class Course:
 
     @classmethod
     def load(cls, folder: Path, recipe: Recipe, device: str) -> Course:
-        """Where `save` left it, or the start."""
-        course = cls(TrainingState(recipe.net(device)))
+        """Where `save` left it, or the start. What was saved under another recipe is refused."""
+        course = cls(TrainingState(recipe.net(device)), json.dumps(asdict(recipe)))
         if (folder / "course.pt").exists():
             kept = torch.load(folder / "course.pt", weights_only=True, mmap=True)
+            if json.loads(kept["about"])["recipe"] != course.recipe:
+                raise SystemExit(f"{folder}: a training of another recipe; remove it, or name another --state")
             course.training.load(kept["step"], kept["tensors"])
             for key, value in json.loads(kept["about"]).items():
                 setattr(course, key, value)

@@ -58,6 +58,8 @@ def test_a_course_in_parts_is_the_course_in_one_go(tmp_path: Path) -> None:
     # The rate's way down is part of the course: without it the first half is the same, and the second is not.
     level = went(tmp_path / "level", replace(TINY, decay=()), 9)
     assert level.losses[:2] == whole.losses[:2] and level.losses[3] != whole.losses[3]
+    with pytest.raises(SystemExit, match="another recipe"):
+        Course.load(tmp_path / "whole", replace(TINY, decay=()), "cpu")
 
 
 def write_zip(path: Path, split: str, images: np.ndarray) -> None:
