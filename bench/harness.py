@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from ddpm.stages.record import _hardware
-
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     *("torch", "torchvision", "numpy", "scipy", "diffusers", "accelerate", "denoising-diffusion-pytorch"),
@@ -94,6 +92,8 @@ def limit(work: float, seconds: float, device: str, dtype: torch.dtype) -> dict[
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
+    from ddpm.stages.record import _hardware  # wants more than torch: not everything here runs where that is
+
     about = {**_hardware(), "threads": threads, "load": os.getloadavg()[0]}
     about["device"] = device
     return about

@@ -1,6 +1,6 @@
-"""bench/results/*.json -> the table in docs/speed.md, and bench/metrics.json for `dvc metrics`. Standard library alone.
+"""bench/results/*.json -> the tables in docs/speed.md and docs/cifar10.md, and bench/metrics.json for `dvc metrics`.
 
-`python -m bench.page` writes both; with --check it says whether they are what the results say.
+`python -m bench.page` writes all, with the standard library alone; with --check it says whether they are what the results say.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "speed.md"
+CIFAR10 = HERE.parent / "docs" / "cifar10.md"
 METRICS = HERE / "metrics.json"
 BEGIN, END = "<!-- results: python -m bench.page -->\n", "<!-- end of results -->\n"
 
@@ -110,6 +111,128 @@ def _place(about: dict[str, Any]) -> str:
     )
 
 
+# Unconditional CIFAR-10, 50,000 samples against train: DDIM and eta from Song et al. 2020, table 1; DPM-Solver++ and UniPC from
+# Zhao et al. 2023, on the network of Song et al. 2021; the curve is of a public replication of Ho et al. 2020.
+REPLICATION = {46_800: 9.162, 93_600: 5.778, 187_000: 4.083, 421_000: 3.31, 796_000: 3.188}
+PUBLISHED = {
+    **{f"ddim-{n}": fid for n, fid in {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16}.items()},
+    **{f"ddim_eta1-{n}": fid for n, fid in {10: 41.07, 20: 18.36, 50: 8.01, 100: 5.78}.items()},
+    **{f"ddpm-{n}": fid for n, fid in {10: 367.43, 20: 133.37, 50: 32.72, 100: 9.99}.items()},
+    **{f"dpmpp_2m-{n}": fid for n, fid in {5: 28.53, 10: 4.01, 20: 2.90}.items()},
+    **{f"unipc-{n}": fid for n, fid in {5: 23.71, 10: 3.93, 20: 2.73}.items()},
+}
+NONE = "not measured"
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = HERE / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def render_cifar10() -> str:
+    """Throughput; every variant in a row; then the curve, the sweep and the rest of the two recipes."""
+    names = {"paper", "fast"} | {path.stem.partition("-")[2] for path in (HERE / "results").glob("cifar10-*.json")}
+    found = {name: _read(f"cifar10-{name}") for name in sorted(names - {"throughput"}, reverse=True)}
+    lines = [*_throughput(_read("cifar10-throughput")), "", "### Variants", "", *_variants(found)]
+    lines += ["", "### FID along the way", "", *_along(found), "", "### Samplers and steps", "", *_swept(found)]
+    return "\n".join([*lines, "", "### On this kind of CPU", "", *_on_cpu()]) + "\n"
+
+
+def _throughput(about: dict[str, Any]) -> list[str]:
+    lines = ["### Training throughput, the paper's network, bfloat16", ""]
+    lines += ["| batch | | images/s | share of the matmul rate | hours to 800k steps of 128 | peak memory |"]
+    lines += ["|---|---|---|---|---|---|"]
+    cells = {(cell["compiled"], cell["batch"]): cell for cell in about.get("cells", ())}
+    for compiled in (False, True):
+        for batch in sorted({batch for _, batch in cells}) or (128, 256, 512, 1024):
+            kind = "compiled" if compiled else "eager"
+            if (cell := cells.get((compiled, batch))) is None:
+                lines.append(f"| {batch} | {kind} | {NONE} | | | |")
+                continue
+            memory = f"{cell['memory_bytes'] / 2**30:.1f} GiB" if cell["memory_bytes"] else ""
+            rate, hours = f"{cell['images_per_second']:,.0f}", _number(cell["hours_to_800k"])
+            lines.append(f"| {batch} | {kind} | {rate} | {100 * cell['share']:.0f} % | {hours} | {memory} |")
+    if about:
+        rate = max(cell["matmul_rate"] for cell in cells.values()) / 1e12
+        lines += ["", f"{_where(about)}; its rate of matrix products is {rate:,.0f} TFLOP/s."]
+    return lines
+
+
+def _where(about: dict[str, Any]) -> str:
+    machine = about["machine"]
+    return f"{machine.get('gpu', 'CPU')}, torch {machine['torch']}"
+
+
+def _variants(found: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "| variant | steps x batch | minutes | images/s | FID along the way, at the end | FID, 50,000 | bits/dim, test |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for name, about in found.items():
+        if not about:
+            lines.append(f"| `{name}` | {NONE} | | | {NONE} | {NONE} | {NONE} |")
+            continue
+        last, final, bound = (about["curve"] or [None])[-1], about["final"], about["bound"]
+        rate = f"{about['images_per_second']:,.0f}" if about["images_per_second"] else ""
+        row = [f"{about['step']:,} x {about['recipe']['batch']}", f"{about['minutes']:.1f}", rate]
+        row.append(f"{_interval(last)} of {last['images']:,}" if last else NONE)
+        row.append(f"{_interval(final)} of {final['images']:,}, {final['point']}" if final else NONE)
+        of = f" ({bound['images']:,} images, {bound['times']} times each)" if bound else ""
+        row.append(f"{bound['bits_per_dim']:.3f} ± {bound['standard_error']:.3f}{of}" if bound else NONE)
+        lines.append(f"| `{name}` | {' | '.join(row)} |")
+    return lines
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return f"{row['fid']:.2f} ({row['low']:.2f} ... {row['high']:.2f})"
+
+
+def _along(found: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["| variant | minutes | step | images seen | FID | as of 50,000 samples |", "|---|---|---|---|---|---|"]
+    for name in ("paper", "fast"):
+        rows = found[name].get("curve") or []
+        lines += [] if rows else [f"| `{name}` | {NONE} | | | | |"]
+        for row in rows:
+            more = f"{row['as_of_50000']:.2f}" if "as_of_50000" in row else ""
+            minutes, seen = f"{row['minutes']:.1f}", f"{row['images_seen']:,}"
+            lines.append(f"| `{name}` | {minutes} | {row['step']:,} | {seen} | {_interval(row)} | {more} |")
+    return lines + [
+        f"| the public replication | | {step:,} | {128 * step:,} | | {fid} |" for step, fid in REPLICATION.items()
+    ]
+
+
+def _swept(found: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["| sampler-steps | `paper` | `fast` | published |", "|---|---|---|---|"]
+    sweeps = [found[name].get("sweep") or {} for name in ("paper", "fast")]
+    for point in dict.fromkeys([*PUBLISHED, *sweeps[0], *sweeps[1]]):
+        cells = [_interval(sweep[point]) if point in sweep else NONE for sweep in sweeps]
+        lines.append(f"| `{point}` | {' | '.join(cells)} | {PUBLISHED.get(point, '')} |")
+    return lines
+
+
+def _on_cpu() -> list[str]:
+    lines = ["| recipe | steps | minutes | processor minutes | FID | protocol |", "|---|---|---|---|---|---|"]
+    for name in ("digits", "cifar10-cpu"):
+        about = _read(f"curve-{name}")
+        lines += [] if about else [f"| `{name}` | {NONE} | | | | |"]
+        for row in about.get("curve", ()):
+            times = f"{row['minutes']:.2f} | {row['processor_minutes']:.2f}"
+            protocol = f"{row['images']:,} samples, layer {about['layer']}, {about['point']}"
+            lines.append(f"| `{name}` | {row['step']:,} | {times} | {_interval(row)} | {protocol} |")
+    lines += ["", "### Trials of `cifar10-cpu`, in equal processor time", ""]
+    lines += [
+        "| one change | parameters | steps | processor seconds | error on test images | FID |",
+        "|---|---|---|---|---|---|",
+    ]
+    trials = _read("trials-cifar10-cpu").get("trials", {})
+    for name, row in trials.items():
+        size = f"{row['parameters']:,} | {row['steps']:,} | {row['processor_seconds']:.0f}"
+        lines.append(
+            f"| {name} | {size} | {row['error']:.4f} | {_interval(row)} of {row['images']:,}, layer {row['layer']} |"
+        )
+    return lines if trials else [*lines, f"| all | {NONE} | | | | |"]
+
+
 def metrics(found: dict[tuple[str, str], dict[str, Any]]) -> str:
     values = {
         f"{name}-{device}": {figure["name"]: figure["value"] for figure in about["figures"]}
@@ -118,11 +241,16 @@ def metrics(found: dict[tuple[str, str], dict[str, Any]]) -> str:
     return json.dumps(values, indent=1) + "\n"
 
 
+def _between(page: Path, text: str) -> str:
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + "\n" + text + "\n" + END + after
+
+
 def expected() -> dict[Path, str]:
     found = results()
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return {PAGE: before + BEGIN + "\n" + render(found) + "\n" + END + after, METRICS: metrics(found)}
+    pages = {PAGE: _between(PAGE, render(found)), CIFAR10: _between(CIFAR10, render_cifar10())}
+    return {**pages, METRICS: metrics(found)}
 
 
 def write() -> None:

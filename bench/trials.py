@@ -1,0 +1,140 @@
+"""Which settings of recipes/cifar10-cpu.yaml give the most in equal processor time: `python -m bench.trials --seconds 240`.
+
+Every row of CHANGES is trained for as many processor seconds, then scored as the recipe says, and by its error on test images.
+Results: bench/results/trials-cifar10-cpu.json. It stops within --minutes and goes on from --state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import course, harness
+from bench.course import Course, OutOfTime, Recipe
+from bench.curves import ROOT, of_params, prepared
+from ddpm import Denoiser, features, fidelity
+
+NAME = "cifar10-cpu"
+# One change each: of the recipe's fields, or of its network's.
+CHANGES: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "eps": {"target": "eps"},
+    "min_snr": {"loss": "min_snr"},
+    "linear": {"schedule": {"name": "linear", "steps": 1000}},
+    "rate 1e-3": {"learning_rate": 1e-3},
+    "rate 4e-3": {"learning_rate": 4e-3},
+    "batch 32": {"batch": 32},
+    "batch 128": {"batch": 128},
+    "ema 0.99": {"ema": 0.99},
+    "unflipped": {"flip": False},
+    "channels 24": {"network": {"channels": 24}},
+    "channels 48": {"network": {"channels": 48}},
+    "multipliers 1-2-4": {"network": {"multipliers": [1, 2, 4]}},
+    "no attention": {"network": {"attention": []}},
+}
+
+
+def changed(recipe: Recipe, change: dict[str, Any]) -> Recipe:
+    return replace(recipe, **{**change, "network": {**recipe.network, **change.get("network", {})}})
+
+
+@torch.inference_mode()
+def error(denoiser: Denoiser, images: torch.Tensor, seed: int = 0) -> float:
+    """min(SNR, 5) times the squared error of x0_hat, at times and noise that are the same for every training on a schedule."""
+    schedule, generator = denoiser.schedule, torch.Generator().manual_seed(seed)
+    t = ((torch.arange(len(images)) + 0.5) / len(images) * schedule.T).long()
+    alpha_bar = schedule.alpha_bar[t + 1].view(-1, 1, 1, 1)
+    x_0 = images.float() / 127.5 - 1
+    eps = torch.randn(x_0.shape, generator=generator)
+    x_t = (alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps).float()
+    x0_hat = torch.cat([denoiser(x, at) for x, at in zip(x_t.split(64), t.split(64), strict=True)])
+    return float(((alpha_bar / (1 - alpha_bar)).clamp(max=5) * (x0_hat - x_0).square()).mean())
+
+
+def trial(
+    recipe: Recipe, params: Any, dataset: Any, inception: features.Inception, seconds: float, state: Path, until: float
+) -> dict[str, Any]:
+    """One training of that many processor seconds, and its scores. Raises OutOfTime."""
+    shape, point, scoring = tuple(dataset.train.shape[1:]), params.points()[-1], params.evaluation
+    here = Course.load(state, recipe, "cpu")
+    if here.processor < seconds:
+        for _ in course.advance(here, recipe, torch.from_numpy(np.array(dataset.train)), "cpu"):
+            over = time.monotonic() > until
+            if over or here.processor >= seconds:
+                here.save(state)
+                break
+        if here.processor < seconds:
+            raise OutOfTime
+    denoiser = course.denoiser_of(here, recipe, "cpu")
+    row = {**params.samplers[point.sampler].options(), "steps": point.steps}
+    some, count = np.array(dataset.train[: scoring.images]), scoring.images
+    real = course.features_of(
+        lambda rows: some[rows.start : rows.stop], count, 100, inception, state.parent / "real", until
+    )
+    made = course.features_of(
+        lambda rows: course.drawn(denoiser, shape, rows, row, "cpu"), count, 100, inception, state / "made", until
+    )
+    test = torch.from_numpy(np.array(dataset.test[:256]))
+    return {
+        "steps": here.training.step,
+        "processor_seconds": here.processor,
+        "minutes": here.seconds / 60,
+        "parameters": sum(parameter.numel() for parameter in here.training.net.parameters()),
+        "error": error(denoiser, test),
+        "layer": scoring.layer,
+        "point": point.name,
+        **course.fid(made, fidelity.statistics(real), "cpu"),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.trials", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows: {', '.join(CHANGES)}; default: all")
+    parser.add_argument("--images", type=Path, help="PNG files or zips of them, instead of the recipe's data")
+    parser.add_argument("--seconds", type=float, default=240, help="of processor time, for each training")
+    parser.add_argument("--minutes", type=float, default=9, help="of this command, about")
+    parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "curves" / f"{NAME}-trials")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS)
+    asked = parser.parse_args(arguments)
+    if unknown := [name for name in asked.names if name not in CHANGES]:
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(CHANGES)}")
+    until = time.monotonic() + asked.minutes * 60
+    params, dataset = prepared(NAME, asked.images, asked.state)
+    if harness.TINY:
+        params = params.model_copy(
+            update={"evaluation": params.evaluation.model_copy(update={"images": 20, "layer": 64})}
+        )
+    torch.set_num_threads(params.training.threads)
+    recipe = of_params(params, params.points()[-1].schedule, tuple(dataset.train.shape[1:]))
+    inception = features.load(params.evaluation.layer, ROOT / ".cache" / "inception")
+    path = asked.out / f"trials-{NAME}.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["trials"] if path.exists() else {}
+    try:
+        for name in asked.names or CHANGES:
+            if name in found:
+                continue
+            folder = asked.state / name.replace(" ", "-")
+            row = trial(changed(recipe, CHANGES[name]), params, dataset, inception, asked.seconds, folder, until)
+            found[name] = harness._short(row)
+            about = {"trials": found, "machine": harness.machine("cpu", params.training.threads)}
+            course.write_json(path, about)
+            shutil.rmtree(folder)
+            print(f"  {name}: FID {row['fid']:.4g}, error {row['error']:.4g}, {row['steps']:,} steps", flush=True)
+    except OutOfTime:
+        print("out of time; the same command goes on")
+        return 0
+    print("complete")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
