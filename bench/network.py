@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import TINY, alternate, limit, ratios
-from ddpm import Denoiser, NoiseSchedule, UNet, interop, sample
+from ddpm import Denoiser, NoiseSchedule, UNet, interop, native, sample
 from ddpm.objective import Objective
 from ddpm.training import TrainingState, fit
 
@@ -86,6 +86,8 @@ def train(device: str) -> dict[str, Any]:
     checks["loss, ours and diffusers"] = _same_loss(ours, theirs, objective, device)
     precision = "bfloat16" if device == "cuda" else "float32"
     compiled = device == "cuda"
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ours(torch.randn(1, 3, 32, 32, device=device), torch.zeros(1, device=device))
     state = TrainingState(ours)
     steps = fit(
         state,
@@ -97,7 +99,7 @@ def train(device: str) -> dict[str, Any]:
         warmup=5000,
         flip=True,
         precision=precision,
-        forward=torch.compile(ours) if compiled else None,
+        forward=native.compiled(ours),
     )
     sides: dict[str, Callable[[], Any]] = {"ours": lambda: next(steps).loss}
     sides["diffusers"] = _diffusers_training(theirs, size.batch, device, compiled=False)
@@ -112,8 +114,6 @@ def train(device: str) -> dict[str, Any]:
         warmups=3 if compiled else 1,
         device=device,
     )
-    with FlopCounterMode(display=False) as counter:
-        ours(torch.randn(1, 3, 32, 32, device=device), torch.zeros(1, device=device))
     work = 3 * counter.get_total_flops() * size.batch * size.steps  # backward costs two forwards
     dtype = torch.bfloat16 if compiled else torch.float32
     goals = {"diffusers": 2.5, "diffusers compiled": 1.3} if compiled else {"diffusers": 1.5}
@@ -222,7 +222,9 @@ def _sampling(device: str, size: Size, kind: str, full: int) -> dict[str, Any]:
         pipeline = DDPMPipeline(theirs, DDPMScheduler(1000, beta_schedule="linear", variance_type="fixed_large"))
         options, more = {"sampler": "ddpm", "variance": "fixed_large"}, {}
     pipeline.set_progress_bar_config(disable=True)
-    forward = torch.compile(ours) if device == "cuda" else ours
+
+    few = min(size.steps, 10)
+    forward: Callable[..., Any] = ours
 
     def fast(x: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -242,18 +244,21 @@ def _sampling(device: str, size: Size, kind: str, full: int) -> dict[str, Any]:
         random = torch.Generator().manual_seed(3)
         return pipeline(size.batch, random, num_inference_steps=steps, output_type="np", **more).images
 
-    few = min(size.steps, 10)
     gap = float(np.abs(run(ours, few) - peer(few)).max())
     assert gap < (0.05 if device == "cuda" else 1 / 255), gap
     checks["largest difference of images, of 1"] = gap
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ours(torch.randn(1, 3, 32, 32, device=device), torch.zeros(1, device=device))
+    forward = native.compiled(ours)
+    gap = float(np.abs(run(fast, few) - peer(few)).max())
+    assert gap < (0.05 if device == "cuda" else 1 / 255), gap
+    checks["largest difference of images, of 1, compiled"] = gap
     times, _ = alternate(
         {"ours": lambda: run(fast, size.steps), "diffusers": lambda: peer(size.steps)},
         size.repeats,
         warmups=2 if device == "cuda" else 0,
         device=device,
     )
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        ours(torch.randn(1, 3, 32, 32, device=device), torch.zeros(1, device=device))
     work = counter.get_total_flops() * size.batch * size.steps
     return {
         "work": f"sampling, {kind}, the paper's UNet, batch {size.batch}, {size.steps} steps",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import ddpm.denoiser
+import ddpm.native
 import ddpm.noise
 import ddpm.samplers
 import ddpm.schedule
@@ -23,7 +24,7 @@ from ddpm.denoiser import Denoiser
 from ddpm.noise import gaussian
 from ddpm.samplers import check_options, noise_levels, trajectory
 from ddpm.schedule import SCHEDULES, NoiseSchedule
-from ddpm.stages import checkpoint, store
+from ddpm.stages import checkpoint, compiling, store
 from ddpm.stages.device import find_device, memory_errors
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point, Sampler
@@ -143,7 +144,7 @@ def prepared_denoiser(
 ) -> tuple[Denoiser, dict[str, Any]]:
     """A checkpoint's denoiser, as the `sampling` section wants it computed. Raises InputError."""
     denoiser, about = checkpoint.load(path, device, clip)
-    net = torch.compile(denoiser.net) if compiled else denoiser.net
+    net = compiling.compiled(denoiser.net, "sampling") if compiled else denoiser.net
     if precision == "bfloat16":
         plain = net
 
@@ -156,8 +157,9 @@ def prepared_denoiser(
 
 def sampling_key(params: Params, point: Point, about: dict[str, Any], device: torch.device) -> str:
     """Names everything that decides the images of a point, the code among it. about: model.json."""
-    modules = (ddpm.denoiser, ddpm.noise, ddpm.samplers, ddpm.schedule, ddpm.timesteps, ddpm.unet)
-    code = [store.sha256(Path(file)) for file in (*(str(module.__file__) for module in modules), __file__)]
+    modules = (ddpm.denoiser, ddpm.native, ddpm.noise, ddpm.samplers, ddpm.schedule, ddpm.timesteps, ddpm.unet)
+    files = (*(str(module.__file__) for module in modules), __file__, ddpm.native.SOURCE)
+    code = [store.sha256(Path(file)) for file in files]
     settings = [params.seed, params.samplers[point.sampler].options(), params.sampling.model_dump(mode="json")]
     return hashlib.sha256(json.dumps([about, settings, point.steps, device.type, code]).encode()).hexdigest()
 

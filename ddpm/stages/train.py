@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import ddpm.denoiser
+import ddpm.native
 import ddpm.objective
 import ddpm.parallel
 import ddpm.schedule
@@ -29,6 +30,7 @@ from ddpm.parallel import World
 from ddpm.schedule import NoiseSchedule
 from ddpm.stages import checkpoint, ranks, store
 from ddpm.stages.checkpoint import ResumeState
+from ddpm.stages.compiling import compiled
 from ddpm.stages.device import find_device, memory_errors
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
@@ -84,8 +86,8 @@ def training_key(params: Params, schedule: str, dataset: str) -> str:
     """Names the training that `steps` may prolong: everything else that decides the weights, the code among it."""
     settings = params.model_dump(mode="json", include={"seed", "diffusion", "network", "training"})
     del settings["training"]["steps"]
-    modules = (ddpm.denoiser, ddpm.objective, ddpm.parallel, ddpm.schedule, ddpm.training, ddpm.unet)
-    code = [store.sha256(Path(str(module.__file__))) for module in modules]
+    modules = (ddpm.denoiser, ddpm.native, ddpm.objective, ddpm.parallel, ddpm.schedule, ddpm.training, ddpm.unet)
+    code = [store.sha256(path) for path in (*(Path(str(module.__file__)) for module in modules), ddpm.native.SOURCE)]
     row = params.schedules[schedule].options()
     return hashlib.sha256(json.dumps([settings, row, dataset, code]).encode()).hexdigest()
 
@@ -153,7 +155,7 @@ def _train(  # noqa: PLR0912, PLR0915 - the loop and all that it needs
     validation = _validation(params, dataset, objective, device)
     denoiser = Denoiser(state.ema, noise, params.diffusion.target, clip=True)
     bar = DIVERGED * _loss_of_nothing(images[:BASE_IMAGES], objective, network.get("out_channels", images.shape[1]))
-    forward = world.module(net)
+    forward = compiled(world.module(net), "training") if settings.compile else world.module(net)
     steps = fit(
         state,
         images,
@@ -166,7 +168,7 @@ def _train(  # noqa: PLR0912, PLR0915 - the loop and all that it needs
         ema=settings.ema,
         flip=settings.flip,
         precision=settings.precision,
-        forward=torch.compile(forward) if settings.compile else forward,
+        forward=forward,
         labels=labels,
         label_dropout=settings.label_dropout,
         accumulate=settings.accumulate,

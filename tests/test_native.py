@@ -1,0 +1,143 @@
+"""Winograd's convolutions, compiled on this machine: against torch's own in double precision."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddpm import NoiseSchedule, UNet, native
+from ddpm.objective import Objective
+from ddpm.training import TrainingState, fit
+from ddpm.unet import NormSwish
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network() -> UNet:
+    torch.manual_seed(0)
+    net = UNet(1, 16, channels=16, multipliers=[1, 2], attention=[8], blocks=1, dropout=0.0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.05)
+    return net.to(memory_format=torch.channels_last)
+
+
+def close(found: Tensor, expected: Tensor, part: float) -> None:
+    assert float((found.double() - expected).abs().max()) < part * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 4), (32, 16), (5, 7), (1, 13), (6, 3)])
+@pytest.mark.parametrize("channels", [(8, 16), (40, 24)])
+def test_a_convolution_and_its_gradients(
+    size: tuple[int, int], channels: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of sizes that tiles do not divide, and in several parts."""
+    monkeypatch.setattr(native, "TILES", 10)
+    layer = nn.Conv2d(*channels, 3, padding=1)
+    fast = native.compiled(copy.deepcopy(layer))
+    assert type(fast) is native.Convolution
+    x = random(9, channels[0], *size)
+    gradient = random(9, channels[1], *size, seed=1)
+    inputs = x.clone().requires_grad_(), x.double().requires_grad_()
+    found, expected = fast(inputs[0]), layer.double()(inputs[1])
+    close(found, expected, 1e-5)
+    with torch.no_grad():
+        assert torch.equal(fast(x), found)
+    found.backward(gradient)
+    expected.backward(gradient.double())
+    assert layer.weight.grad is not None and layer.bias is not None and layer.bias.grad is not None
+    for mine, double in ((inputs[0], inputs[1]), (fast.weight, layer.weight), (fast.bias, layer.bias)):
+        assert mine is not None and mine.grad is not None
+        assert double.grad is not None
+        close(mine.grad, double.grad, 2e-5)
+
+
+def test_the_gradients_are_the_adjoint() -> None:
+    """<g, conv(x)> is linear in x and in w: its gradients give it back."""
+    layer = native.compiled(nn.Conv2d(16, 8, 3, padding=1, bias=False))
+    x = random(2, 16, 12, 20, seed=2).requires_grad_()
+    gradient = random(2, 8, 12, 20, seed=3)
+    value = (gradient * layer(x)).double().sum()
+    value.backward()
+    assert x.grad is not None and layer.weight.grad is not None
+    for one, of in ((x, x.grad), (layer.weight, layer.weight.grad)):
+        assert float((one * of).double().sum()) == pytest.approx(float(value), rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_normalisation_and_swish(scale: float) -> None:
+    layer = NormSwish(4, 16, eps=1e-6)
+    with torch.no_grad():
+        layer.weight.copy_(scale * random(16))
+        layer.bias.copy_(random(16, seed=1))
+    x = 3 * random(3, 16, 5, 6, seed=2) + 2
+    fast = native.compiled(copy.deepcopy(layer))
+    assert type(fast) is native.Normalisation
+    with torch.no_grad():
+        close(fast(x), layer.double()(x.double()), 2e-6)
+
+
+def test_a_network_and_its_training_stay_what_they_are() -> None:
+    plain, schedule = network(), NoiseSchedule.named("cosine", 100)
+    fast = native.compiled(copy.deepcopy(plain))
+    kinds = {type(module) for module in fast.modules()}
+    assert kinds >= {native.Convolution, native.Pointwise, native.Normalisation}
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    images = torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for net in (plain, fast):
+        state = TrainingState(net)
+        objective = Objective.of(schedule, "eps", torch.device("cpu"))
+        steps = fit(state, images, objective, batch=8, learning_rate=1e-3, seed=0)
+        losses.append(torch.stack([next(steps).loss for _ in range(10)]))
+        net.eval()
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
+    x, t = random(4, 1, 16, 16), torch.tensor([0.0, 3.0, 50.0, 99.0])
+    with torch.no_grad():
+        before, expected = fast(x, t), plain(x, t)
+        torch.testing.assert_close(before, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+        for parameter in fast.parameters():
+            parameter.mul_(0.9)  # what is kept of the weights is made anew
+        again = copy.deepcopy(fast)
+        assert not torch.allclose(fast(x, t), before)
+        assert torch.equal(fast(x, t), again(x, t))
+
+
+def test_other_types_are_left_to_torch() -> None:
+    layer = nn.Conv2d(16, 16, 3, padding=1)
+    fast = native.compiled(copy.deepcopy(layer))
+    x = random(2, 16, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x), layer(x))
+    with torch.no_grad():
+        assert torch.equal(fast.double()(x.double()), F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "line"),
+    [
+        ("", r"no C compiler found \(cc, gcc, or what CC names\)"),
+        ("nothing-of-this-name -O2", r"no C compiler found \(nothing-of-this-name -O2\)"),
+        (str(shutil.which("false")), "the C compiler failed: it said nothing"),
+    ],
+)
+def test_without_a_compiler_it_says_so(compiler: str, line: str, tmp_path: Path) -> None:
+    code = "import torch; from ddpm import native\ntry: native.compiled(torch.nn.Conv2d(16, 16, 3, padding=1))\n"
+    code += "except native.NoCompiler as error: print(error)"
+    environment = {**os.environ, "CC": compiler, "PATH": str(tmp_path), "TORCH_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert re.fullmatch(line, done.stdout.strip())
+    assert not list(tmp_path.rglob("*.so"))
