@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -82,6 +83,8 @@ def test_kill_9_ends_the_api_and_the_stages(here: Any) -> None:
     flow = here.start(*MAIN, "-S", "training.steps=9")
     here.pid("train@linear", 90)
     assert len(here.running()) >= 4  # the flow, its API, DVC, the stage
+    sockets = [socket for process in here.processes() for socket in process.net_connections("inet")]
+    assert {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
     flow.kill()
     flow.wait()
     here.wait(lambda: not here.running(), 30, "all that it started ends")

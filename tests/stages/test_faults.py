@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pathspec
 import psutil
 import pytest
 import torch
 from ruamel.yaml import YAML
 
+from ddpm import cli
 from ddpm.stages.checkpoint import ResumeState, read_resume, write_resume
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point
@@ -30,6 +32,7 @@ from ddpm.stages.progress import Progress
 from ddpm.stages.report import report
 from ddpm.stages.sample import sample_point
 from ddpm.stages.stopping import Stopped, deferred
+from ddpm.stages.store import replacing, write_json
 from ddpm.stages.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +141,42 @@ def test_a_training_killed_fifty_times_ends_with_the_same_bytes(root: Path, smok
         if kills >= 50:
             break
     assert kills >= 50 and max(resumed) > 100
+
+
+def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody(tmp_path: Path) -> None:
+    """Killed after half of a file: the one before is whole, and so is the next; of a writer that lives nothing is touched."""
+    path, living = tmp_path / "scores.json", tmp_path / f".scores.json.tmp-{os.getppid()}-x"
+    write_json(path, {"fid": 1.0})
+    living.touch()
+    code = (
+        "import os, signal, sys; from pathlib import Path; from ddpm.stages import store\n"
+        "with store.replacing(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert path.read_text() == '{\n  "fid": 1.0\n}\n'
+    (half,) = set(tmp_path.iterdir()) - {path, living}
+    assert half.read_text() == "half"
+    ignored = pathspec.GitIgnoreSpec.from_lines((ROOT / ".dvcignore").read_text().splitlines())
+    assert ignored.match_file(f"samples/{half.name}") and not ignored.match_file(f"samples/{path.name}")
+    write_json(path, {"fid": 2.0})
+    assert set(tmp_path.iterdir()) == {path, living} and "2.0" in path.read_text()
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a host that loses its power may come back with the new name and none of the bytes. Nothing but the order shows here."""
+    path, seen = tmp_path / "state", []
+    sync = os.fsync
+
+    def watched(number: int) -> None:
+        seen.append((os.pread(number, 9, 0), path.exists()))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"all of it")
+    assert seen == [(b"all of it", False)] and path.read_bytes() == b"all of it"
 
 
 # What DVC is told about the stages, without the code they depend on.
@@ -288,6 +327,50 @@ def test_a_second_signal_acts_at_once_and_an_unanswered_one_afterwards() -> None
         signal.raise_signal(signal.SIGINT)
         reached.append(True)
     assert reached
+
+
+def test_sigterm_is_one_line_and_143_whatever_runs(tmp_path: Path) -> None:
+    """In the middle of `ddpm prepare`: what it has half-written is cleared away."""
+    (tmp_path / "params.yaml").write_bytes((ROOT / "recipes/smoke.yaml").read_bytes())
+    code = (
+        "import signal, sys; from pathlib import Path; from ddpm import cli; from ddpm.stages import prepare, store\n"
+        "def work(params, root, report):\n"
+        "    with store.replacing_dir(root / 'dataset') as folder:\n"
+        "        (folder / 'half').touch()\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "prepare.prepare = work\n"
+        "sys.argv = ['ddpm', 'prepare']\n"
+        "cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "ddpm: stopped\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_what_is_edited_under_the_program_is_recorded_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ddpm prepare`, run by DVC, whose parameters change before it ends."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_STAGE", "prepare")
+    shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
+    text = (ROOT / "recipes/smoke.yaml").read_text()
+    Path("params.yaml").write_text(text)
+
+    def prepare(params: Params, root: Path, report: Callable[[Progress], None]) -> None:
+        Path("params.yaml").write_text(text.replace("seed: 0", "seed: 7"))
+
+    monkeypatch.setattr("ddpm.stages.prepare.prepare", prepare)
+    monkeypatch.setattr("ddpm.stages.record.record", lambda *about: pytest.fail("it was recorded"))
+    with pytest.raises(InputError, match="prepare: seed changed while it ran"):
+        cli.prepare()
 
 
 @pytest.mark.chaos
