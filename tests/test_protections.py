@@ -30,7 +30,7 @@ class Protection(NamedTuple):
     text: str
     gone: str
     test: str
-    how: str = "fails"  # or hangs, where a pipe is read that nobody writes to
+    how: str = "fails"  # or hangs, at a pipe that nobody writes to or in a loop
 
 
 STORE, TRAIN, SAMPLE, CHECKPOINT = (f"ddpm/stages/{name}.py" for name in ("store", "train", "sample", "checkpoint"))
@@ -769,6 +769,7 @@ INPUT = [
         "if len(png) < end + 4:",
         "if False:",
         "tests/stages/test_images.py::test_refused[png without its end]",
+        "hangs",
     ),
     Protection(
         "images: too few rows", IMAGES, "    if found < expected:\n", "    if False:\n", f"{PICTURE}[half of its rows]"
@@ -1090,13 +1091,12 @@ PROMISES = [
 # Forks for each run, so that what takes seconds to import is imported once; none of it is ours, or reads a setting.
 RUNS_OF_PYTEST = """
 import json, os, sys
-import hypothesis, numpy, PIL.Image, pydantic, pytest, psutil, ruamel.yaml, safetensors.torch, scipy.linalg, sklearn.datasets, torch
+import hypothesis, numpy, PIL.Image, psutil, pydantic, pytest, ruamel.yaml, safetensors.torch, scipy.linalg, sklearn.datasets
 import torch._dynamo, torchvision, typer
 for line in sys.stdin:
     copy, *arguments = json.loads(line)
     pid = os.fork()
     if not pid:
-        os.setsid()
         os.chdir(copy)
         os.environ["PYTHONPATH"] = copy
         sys.path[0] = copy
@@ -1121,7 +1121,17 @@ def run() -> Iterator[Run]:
         assert process.stdin is not None and process.stdout is not None
 
         def run(copy: Path, *tests: str) -> tuple[int, str]:
-            request = [str(copy), "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *tests]
+            request = [
+                str(copy),
+                "-x",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:xdist",
+                "--timeout=120",
+                "--tb=short",
+                *tests,
+            ]
             print(json.dumps(request), file=process.stdin, flush=True)
             code = int(process.stdout.readline())
             return code, (copy / "said").read_text(encoding="utf-8", errors="replace")

@@ -86,12 +86,12 @@ end_with_the_worker()
 print(os.getpid(), flush=True)
 time.sleep(60)
 """
-WORKER = "import os, subprocess, sys; os.environ['PREFECT__FLOW_RUN_ID'] = 'x'; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+WORKER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
 
 
 def test_a_flow_run_ends_with_its_worker(tmp_path: Path) -> None:
     """Nobody is there who could kill what the worker has left, as `make up` would."""
-    home = {**os.environ, "PREFECT_HOME": str(tmp_path)}
+    home = {**os.environ, "PREFECT_HOME": str(tmp_path), "PREFECT__FLOW_RUN_ID": "x"}
     home.pop(watchdog.VARIABLE, None)
     command = [sys.executable, "-c", WORKER, FLOW_RUN]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=home) as worker:

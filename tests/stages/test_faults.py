@@ -165,7 +165,7 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a host that loses its power may come back with the new name and none of the bytes. Nothing but the order shows here."""
+    """Else a host that loses its power may come back with the new name and none of the bytes. What can be seen is the order."""
     path, seen = tmp_path / "state", []
     sync = os.fsync
 
@@ -211,8 +211,8 @@ def checkout_of(tmp_path: Path, empty_database: Path) -> Callable[[str, Params],
         root.mkdir()
         for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
             subprocess.run(command, cwd=root, check=True)
-        for name in (".dvcignore", ".gitignore"):
-            shutil.copy(ROOT / name, root)
+        for file in (".dvcignore", ".gitignore"):
+            shutil.copy(ROOT / file, root)
         shutil.copy(empty_database, root / "mlflow.db")
         (root / "dvc.yaml").write_text(DVC.replace("PYTHON", sys.executable))
         with (root / "params.yaml").open("w") as file:
