@@ -1088,6 +1088,75 @@ PROMISES = [
 ]
 
 
+# Whose tests take minutes: kills of one of several processes, hosts that fall silent, servers that stay away.
+RANKS = "tests/stages/test_ranks.py::test_"
+HOSTS = "tests/flows/test_elsewhere.py::test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one"
+LONG = [
+    Protection(
+        "SIGTERM to one of several processes of a training: all of them save and end",
+        TRAIN,
+        "signal = world.largest(signalled())",
+        "signal = signalled()",
+        f"{RANKS}two_hosts_that_share_no_disk",
+    ),
+    Protection(
+        "kill -9 of one of several processes of a training: exit code 137 and one line",
+        "ddpm/stages/launch.py",
+        "    if weight(code) == 0:\n",
+        "    if False:\n",
+        f"{RANKS}a_killed_process_ends_all_and_the_next_run_goes_on",
+    ),
+    Protection(
+        "kill -9 of what started several processes: they end",
+        "ddpm/stages/launch.py",
+        "os.environ[watchdog.VARIABLE] = str(os.getpid())",
+        "pass",
+        f"{RANKS}a_killed_process_ends_all_and_the_next_run_goes_on",
+    ),
+    Protection(
+        "without HOST nothing listens beyond loopback: several processes of a training",
+        "ddpm/stages/launch.py",
+        'os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"',
+        "pass",
+        f"{RANKS}a_killed_process_ends_all_and_the_next_run_goes_on",
+    ),
+    Protection(
+        "the host of a flow run is gone: the worker watches heartbeats",
+        "flows/worker.py",
+        "    reaping.watch_heartbeats()\n",
+        "",
+        HOSTS,
+    ),
+    Protection(
+        "a host of the sweep dies: another one gets the stage",
+        "flows/elsewhere.py",
+        "if state is None or state.is_crashed():",
+        "if state is None:",
+        HOSTS,
+    ),
+    Protection(
+        "MLflow stays away: the run is Unpublished",
+        "flows/train_eval.py",
+        'name = "Unpublished" if state.name == "Unreachable" else "Failed"',
+        'name = "Failed"',
+        f"{FLOW}an_mlflow_that_stays_away_costs_no_work",
+    ),
+    Protection(
+        "params.yaml edited while a flow runs: no more stages start",
+        "flows/train_eval.py",
+        "edited = edited or edits()",
+        'edited = ""',
+        f"{FLOW}params_changed_meanwhile_are_never_what_dvc_recorded",
+    ),
+    Protection(
+        "Prefect's API away for a minute: ends that it did not hear of",
+        "flows/reaping.py",
+        "        _end_tasks(client, {run.id for run in left} - set(dead))\n",
+        "",
+        "tests/flows/test_faults.py::test_prefect_is_away_for_a_minute",
+    ),
+]
+
 # Forks for each run, so that what takes seconds to import is imported once; none of it is ours, or reads a setting.
 RUNS_OF_PYTEST = """
 import json, os, sys
@@ -1139,23 +1208,25 @@ def run() -> Iterator[Run]:
         yield run
 
 
-def copied(folder: Path) -> Path:
-    """What git knows of the checkout, as it is on the disk."""
+@pytest.fixture(scope="module")
+def files() -> list[Path]:
+    """What git knows of the checkout, and what Python has compiled of it: bytecode is used where the source is as old as it says."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for file in listed.split("\0")[:-1]:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / file, folder / file)
-    for command in (["init", "--quiet"], ["add", "--all"]):  # some tests ask git which files there are
-        subprocess.run(["git", *command], cwd=folder, check=True)
-    return folder
+    known = [Path(name) for name in listed.split("\0")[:-1]]
+    compiled = (
+        path.glob("__pycache__/*.pyc") for path in {ROOT / path.parent for path in known if path.suffix == ".py"}
+    )
+    return known + [path.relative_to(ROOT) for paths in compiled for path in paths]
 
 
-def check(protection: Protection, folder: Path, run: Run) -> None:
-    copy = copied(folder)
+def check(protection: Protection, copy: Path, files: list[Path], run: Run) -> None:
+    for file in files:
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / file, copy / file)
     path = copy / protection.file
-    code = path.read_text(encoding="utf-8")
-    assert code.count(protection.text) == 1
-    path.write_text(code.replace(protection.text, protection.gone), encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    assert text.count(protection.text) == 1
+    path.write_text(text.replace(protection.text, protection.gone), encoding="utf-8")
     hangs = protection.how == "hangs"
     code, said = run(copy, protection.test, *(["--timeout=10"] if hangs else []))
     assert code == 1 and re.search(r"^1 failed(, \d+ warnings?)? in ", said, re.MULTILINE), said
@@ -1167,5 +1238,15 @@ ALL = TRAINING + FLOWS + STORAGE + INPUT + PROMISES
 
 @pytest.mark.proof
 @pytest.mark.parametrize("protection", ALL, ids=lambda protection: protection.fault)
-def test_without_its_protection_a_test_fails(protection: Protection, tmp_path: Path, run: Run) -> None:
-    check(protection, tmp_path, run)
+def test_without_its_protection_a_test_fails(
+    protection: Protection, tmp_path: Path, files: list[Path], run: Run
+) -> None:
+    check(protection, tmp_path, files, run)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("protection", LONG, ids=lambda protection: protection.fault)
+def test_without_its_protection_a_long_test_fails(
+    protection: Protection, tmp_path: Path, files: list[Path], run: Run
+) -> None:
+    check(protection, tmp_path, files, run)

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,9 @@ def test_kill_9_ends_the_api_and_the_stages(here: Any) -> None:
     assert {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
     flow.kill()
     flow.wait()
+    began = time.monotonic()
     here.wait(lambda: not here.running(), 30, "all that it started ends")
+    print(f"kill -9 of the flow: nothing left after {time.monotonic() - began:.1f} s")
 
 
 def test_what_the_terminal_shows() -> None:
