@@ -820,6 +820,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], str]] = {
     "more blocks": (of_network(blocks=2), "among the weights"),
     "a billion blocks": (of_network(blocks=10**9), "blocks = 1000000000 must lie in 1 ... 64"),
     "no blocks": (of_network(blocks=0), "blocks = 0 must lie in 1 ... 64"),
+    "channels beyond what a refusal may take": (of_network(channels=8192), "the weights have shape"),
     "channels beyond memory": (of_network(channels=8 * 10**9), "not a usable checkpoint"),
     "channels beyond integers": (of_network(channels=8 * 10**30), "not a usable checkpoint"),
     "classes beyond memory": (of_network(classes=10**12), "not a usable checkpoint"),
