@@ -126,7 +126,7 @@ def kill_and_compare(root: Path, params: Params, kills: int) -> list[int]:
 
 def test_a_training_killed_at_random_moments_ends_with_the_same_bytes(root: Path, smoke: Callable[..., Params]) -> None:
     params = smoke(training={"steps": 40}, compute={"checkpoint_every": 2})
-    assert max(kill_and_compare(root, params, 5)) > 0
+    assert any(0 < step < 40 for step in kill_and_compare(root, params, 5))
 
 
 @pytest.mark.chaos
@@ -140,7 +140,7 @@ def test_a_training_killed_fifty_times_ends_with_the_same_bytes(root: Path, smok
         kills += len(steps)  # the kills that hit a training with something saved; its first life doesn't count
         if kills >= 50:
             break
-    assert kills >= 50 and max(resumed) > 100
+    assert kills >= 50 and max(step for step in resumed if step < 150) > 100
 
 
 def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody(tmp_path: Path) -> None:
