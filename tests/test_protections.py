@@ -1169,9 +1169,10 @@ LONG = [
 
 # Forks for each run, so that what takes seconds to import is imported once; none of it is ours, or reads a setting.
 RUNS_OF_PYTEST = """
-import json, os, sys
+import json, os, signal, sys
 import hypothesis, numpy, PIL.Image, psutil, pydantic, pytest, ruamel.yaml, safetensors.torch, scipy.linalg, sklearn.datasets
 import torch._dynamo, torchvision, typer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell would not hear of it
 for line in sys.stdin:
     copy, *arguments = json.loads(line)
     pid = os.fork()
@@ -1229,10 +1230,14 @@ def files() -> list[Path]:
     return known + [path.relative_to(ROOT) for paths in compiled for path in paths]
 
 
-def check(protection: Protection, copy: Path, files: list[Path], run: Run) -> None:
+def fill(copy: Path, files: list[Path]) -> None:
     for file in files:
         (copy / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / file, copy / file)
+
+
+def check(protection: Protection, copy: Path, files: list[Path], run: Run) -> None:
+    fill(copy, files)
     path = copy / protection.file
     text = path.read_text(encoding="utf-8")
     assert text.count(protection.text) == 1
@@ -1263,3 +1268,11 @@ def test_without_its_protection_a_long_test_fails(
     protection: Protection, tmp_path: Path, files: list[Path], run: Run
 ) -> None:
     check(protection, tmp_path, files, run)
+
+
+@pytest.mark.chaos
+def test_with_all_protections_they_pass(tmp_path: Path, files: list[Path], run: Run) -> None:
+    """The same tests in a copy in which nothing was taken away: it is not the copy that fails them."""
+    fill(tmp_path, files)
+    code, said = run(tmp_path, *dict.fromkeys(protection.test for protection in ALL))
+    assert code == 0 and "skipped" not in said, said
