@@ -586,8 +586,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def fill(disk: Path) -> None:
-    free = shutil.disk_usage(disk).free
+def fill(disk: Path, spare: int = 0) -> None:
+    free = shutil.disk_usage(disk).free - spare
     with (disk / "filler").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, free)
 
@@ -646,6 +646,25 @@ def test_a_full_disk_is_one_line_and_harms_nothing(
     fill(small_disk)
     refused(lambda: report(params, small_disk), "")
     assert {name: content for name, content in files(small_disk).items() if name != "filler"} == complete
+
+
+PREPARER = """
+import json, sys
+from pathlib import Path
+from ddpm.stages.params import Params
+from ddpm.stages.prepare import prepare
+prepare(Params.check(json.loads(sys.argv[1]), "smoke"), Path(sys.argv[2]))
+"""
+
+
+def test_room_is_taken_before_it_is_written_to(small_disk: Path, smoke: Callable[..., Params]) -> None:
+    """An array's head finds room, and its rows would not: the kernel ends a process that writes them to a mapping."""
+    fill(small_disk, spare=2**15)
+    command = [sys.executable, "-c", PREPARER, plain(smoke()), str(small_disk)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1].count("no room for")) == (1, 1)
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
 # Divergence, and no memory.
