@@ -111,7 +111,8 @@ def test_a_flow_run_ends_with_its_worker(tmp_path: Path) -> None:
 # Ends at once, and leaves something in a session of its own.
 JOB = """\
 import subprocess, sys
-left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True, stdout=subprocess.DEVNULL)
+away = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)  # or whoever reads what we print would wait for it
+left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True, **away)
 open("left", "w").write(str(left.pid))
 """
 
@@ -122,7 +123,10 @@ def test_make_up_leaves_nothing_of_what_it_started(tmp_path: Path) -> None:
     code = "from flows import up; up.GRACE = 1.0; up.main([])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (tmp_path / "left").exists(), done.stderr
-    assert not _alive(int((tmp_path / "left").read_text()))
+    left = int((tmp_path / "left").read_text())
+    if survived := _alive(left):
+        psutil.Process(left).kill()
+    assert not survived
 
 
 def test_one_run_at_a_time_works_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
