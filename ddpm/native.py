@@ -84,7 +84,7 @@ class Convolution(nn.Conv2d):
         if not _plain(x) or len(x) * _tiles(x) < FEW:
             return super().forward(x)
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return _Winograd.apply(x, self.weight, self.bias)  # type: ignore[no-any-return, no-untyped-call]
+            return _Winograd.apply(x, self.weight, self.bias)
         state = (self.weight._version, self.weight.data_ptr())
         if self._known is None or self._known[0] != state:
             self._known = (state, _kernel(self.weight))
@@ -126,7 +126,8 @@ class _Winograd(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0].contiguous(memory_format=torch.channels_last)
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        return *_backward(*ctx.saved_tensors, gradient, of_x, of_weight), gradient.sum((0, 2, 3)) if of_bias else None
+        x, kernel = ctx.saved_tensors
+        return *_backward(x, kernel, gradient, of_x, of_weight), gradient.sum((0, 2, 3)) if of_bias else None
 
 
 def _tiles(x: Tensor) -> int:
@@ -152,7 +153,7 @@ def _planes(place: int, tiles: int, channels: int) -> Tensor:
     rooms = _space.__dict__.setdefault("rooms", {})
     if place not in rooms or rooms[place].numel() < size:
         rooms[place] = torch.empty(size)
-    return rooms[place][:size].view(tiles, 36, channels).transpose(0, 1)  # type: ignore[no-any-return]
+    return rooms[place][:size].view(tiles, 36, channels).transpose(0, 1)
 
 
 def _parts(x: Tensor) -> list[slice]:
@@ -202,7 +203,7 @@ def _backward(
 
 def _call(name: str, *arguments: Any) -> None:
     """Tensors go as addresses, whole numbers as long, others as double; whoever calls holds the tensors meanwhile."""
-    given = []
+    given: list[Any] = []
     for argument in arguments:
         if argument is None or isinstance(argument, Tensor):
             given.append(ctypes.c_void_p(None if argument is None else argument.data_ptr()))

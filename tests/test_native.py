@@ -36,7 +36,7 @@ def network() -> UNet:
 
 
 def close(found: Tensor, expected: Tensor, part: float) -> None:
-    assert float((found.double() - expected).abs().max()) < part * float(expected.abs().max())
+    assert float((found.detach().double() - expected.detach()).abs().max()) < part * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 4), (32, 16), (5, 7), (1, 13), (6, 3)])
@@ -123,7 +123,9 @@ def test_other_types_are_left_to_torch() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fast(x), layer(x))
     with torch.no_grad():
-        assert torch.equal(fast.double()(x.double()), F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1))  # type: ignore[union-attr]
+        assert torch.equal(
+            fast.double()(x.double()), F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+        )  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,11 @@ def test_a_training_state_that_is_a_pickle(bomb: bytes, mark: Path, tmp_path: Pa
 def test_arrays_that_hold_a_pickle(mark: Path, tmp_path: Path) -> None:
     folder = tmp_path / store.dataset_dir()
     folder.mkdir(parents=True)
-    for name in ("train", "test", "train_labels", "test_labels"):
+    for name in ("train", "test", "train-labels", "test-labels"):
         np.save(folder / f"{name}.npy", array(mark), allow_pickle=True)
-    (folder / "dataset.json").write_text(json.dumps({"sha256": "0" * 64, "classes": ["a"], "image": [1, 8, 8]}))
+    about = {"name": "planted", "sha256": "0" * 64, "shape": [1, 8, 8], "counts": {"train": 1, "test": 1}}
+    about |= {"classes": ["a"], "mean": [0.5], "std": [0.5], "flip": False}
+    (folder / "dataset.json").write_text(json.dumps(about))
     npz(tmp_path / "samples.npz", mark, "images", "evaluations", "labels")
     npz(tmp_path / "arrays.npz", mark, "features")
     np.save(tmp_path / "influence.npy", array(mark), allow_pickle=True)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-from torch import nn
+from typing import Any
 
 from ddpm import native
 from ddpm.stages.errors import InputError
 
-Network = TypeVar("Network", bound=nn.Module)
 
-
-def compiled(net: Network, section: str) -> Network:
+def compiled(net: Any, section: str) -> Any:
     """native.compiled; InputError, where there is no C compiler, names the section whose key asks for it."""
     try:
         return native.compiled(net)

@@ -158,7 +158,7 @@ def prepared_denoiser(
 def sampling_key(params: Params, point: Point, about: dict[str, Any], device: torch.device) -> str:
     """Names everything that decides the images of a point, the code among it. about: model.json."""
     modules = (ddpm.denoiser, ddpm.native, ddpm.noise, ddpm.samplers, ddpm.schedule, ddpm.timesteps, ddpm.unet)
-    files = (*(str(module.__file__) for module in modules), __file__, ddpm.native.SOURCE)
+    files = (*(str(module.__file__) for module in modules), __file__, str(ddpm.native.SOURCE))
     code = [store.sha256(Path(file)) for file in files]
     settings = [params.seed, params.samplers[point.sampler].options(), params.sampling.model_dump(mode="json")]
     return hashlib.sha256(json.dumps([about, settings, point.steps, device.type, code]).encode()).hexdigest()

@@ -140,6 +140,7 @@ def test_with_host_the_servers_ask_everybody_for_a_password(scratch: Any) -> Non
 def test_without_host_nothing_listens_beyond_loopback(scratch: Any) -> None:
     """Both servers, told to listen where they do by nothing; Prefect answers pages of its own address only."""
     ports = {"PREFECT_PORT": scratch.free_port(), "MLFLOW_PORT": scratch.free_port()}
-    scratch.start(sys.executable, "-m", "flows.up", "mlflow", **{name: str(port) for name, port in ports.items()})
-    scratch.wait(lambda: addresses(scratch, set(ports.values())), 240, "a server listens")
+    variables = {name: str(port) for name, port in ports.items()}
+    scratch.start(sys.executable, "-m", "flows.up", "mlflow", "prefect", **variables)
+    scratch.wait(lambda: all(addresses(scratch, {port}) for port in ports.values()), 240, "both servers listen")
     assert addresses(scratch, set(ports.values())) == {"127.0.0.1"}

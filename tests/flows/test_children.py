@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ddpm.stages import watchdog
 from flows import children
 
 
@@ -60,6 +63,97 @@ def test_stop_ends_the_deaf_grandchildren_too(tmp_path: Path, monkeypatch: pytes
     assert not _alive(pids[0])
     with pytest.raises(children.Stopped):
         children.run((sys.executable, "-c", "pass"), tmp_path, print)
+
+
+def test_stop_lets_a_child_save(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('saved').touch(), sys.exit(143)))\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    with pytest.raises(children.Stopped):
+        children.run(
+            (sys.executable, "-c", code), tmp_path, lambda line: threading.Thread(target=children.stop).start()
+        )
+    assert (tmp_path / "saved").exists()
+
+
+# A flow run, and the process that watches for it: what a worker starts, and the flow run's own.
+FLOW_RUN = """\
+import os, time
+from flows.train_eval import end_with_the_worker
+end_with_the_worker()
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+WORKER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+def test_a_flow_run_ends_with_its_worker(tmp_path: Path) -> None:
+    """Nobody is there who could kill what the worker has left, as `make up` would."""
+    home = {**os.environ, "PREFECT_HOME": str(tmp_path), "PREFECT__FLOW_RUN_ID": "x"}
+    home.pop(watchdog.VARIABLE, None)
+    command = [sys.executable, "-c", WORKER, FLOW_RUN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=home) as worker:
+        assert worker.stdout is not None
+        run = int(worker.stdout.readline())
+        assert _alive(run)
+        worker.kill()
+    end = time.monotonic() + 10
+    while _alive(run) and time.monotonic() < end:
+        time.sleep(0.05)
+    left = _alive(run)
+    if left:
+        psutil.Process(run).kill()
+    assert not left
+
+
+# Ends at once, and leaves something in a session of its own.
+JOB = """\
+import subprocess, sys
+away = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)  # or whoever reads what we print would wait for it
+left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True, **away)
+open("left", "w").write(str(left.pid))
+"""
+
+
+def test_make_up_leaves_nothing_of_what_it_started(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(JOB)
+    (tmp_path / "Procfile").write_text(f"job: exec {sys.executable} job.py\n")
+    code = "from flows import up; up.GRACE = 1.0; up.main([])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (tmp_path / "left").exists(), done.stderr
+    left = int((tmp_path / "left").read_text())
+    if survived := _alive(left):
+        psutil.Process(left).kill()
+    assert not survived
+
+
+def test_one_run_at_a_time_works_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    from flows.train_eval import alone
+    from flows.watch import watcher
+
+    said, entered, waits = [], threading.Event(), threading.Event()
+
+    class Watcher:
+        def line(self, stage: str, text: str) -> None:
+            said.append(text)
+            waits.set()
+
+    def second() -> None:
+        watcher.set(Watcher())  # type: ignore[arg-type]
+        with alone(tmp_path):
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    with alone(tmp_path):
+        thread.start()
+        assert waits.wait(20)
+        assert said == [f"waiting: another run (process {os.getpid()}) is at work in this checkout"]
+        assert not entered.wait(1.5)
+    thread.join(20)
+    assert entered.is_set() and len(said) == 1
 
 
 def _alive(pid: int) -> bool:

@@ -6,10 +6,12 @@ import io
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -82,9 +84,13 @@ def test_kill_9_ends_the_api_and_the_stages(here: Any) -> None:
     flow = here.start(*MAIN, "-S", "training.steps=9")
     here.pid("train@linear", 90)
     assert len(here.running()) >= 4  # the flow, its API, DVC, the stage
+    sockets = [socket for process in here.processes() for socket in process.net_connections("inet")]
+    assert {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
     flow.kill()
     flow.wait()
+    began = time.monotonic()
     here.wait(lambda: not here.running(), 30, "all that it started ends")
+    print(f"kill -9 of the flow: nothing left after {time.monotonic() - began:.1f} s")
 
 
 def test_what_the_terminal_shows() -> None:

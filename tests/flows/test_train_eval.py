@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,9 @@ def test_kill_9_of_the_worker_ends_everything(up: Any) -> None:
         if "worker" in process.cmdline() and "start" in process.cmdline()
     )
     worker.kill()
+    began = time.monotonic()
     assert up.process.wait(60) != 0
+    print(f"kill -9 of the worker: `make up` has ended after {time.monotonic() - began:.1f} s")
     assert not up.scratch.running()
     assert not any(psutil.pid_exists(stage) for stage in stages)
     up.scratch.control()

@@ -413,6 +413,7 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "a tagged float": (GOOD.replace(b"seed: 0", b"seed: !!float zero"), "could not convert string to float"),
     "5,000 digits": (GOOD.replace(b"seed: 0", b"seed: " + b"9" * 5000), "Exceeds the limit"),
     "beyond all floats": (GOOD.replace(b"2.0e-3", b"1.0e400"), "training.learning_rate: "),
+    "101 brackets": (b"x: " + b"[" * 101 + b"]" * 101, "nested more than 100 levels deep"),
     "brackets without end": (b"x: " + b"[" * 300_000 + b"]" * 300_000, "nested more than 100 levels deep"),
     "dashes without end": (b"- " * 200_000, "nested more than 100 levels deep"),
     "a billion laughs": (
@@ -706,6 +707,7 @@ DATASETS: dict[str, tuple[Callable[[], Any], str]] = {
     "a list": (content(ABOUT, lambda old: b"[]"), "dataset.json: expected a JSON object"),
     "no JSON": (content(ABOUT, lambda old: b"\xff\xfe"), "dataset.json: not readable as JSON"),
     "NaN": (content(ABOUT, lambda old: old.replace(b"0.", b"NaN, 0.", 1)), "NaN is no number"),
+    "101 brackets": (b"x: " + b"[" * 101 + b"]" * 101, "nested more than 100 levels deep"),
     "brackets without end": (content(ABOUT, lambda old: b"[" * 100_000), "dataset.json: not readable as JSON"),
     "no shape": (of_dataset(lambda about: about.pop("shape")), "dataset.json: shape: Field required"),
     "a shape of words": (of_dataset(lambda about: about.update(shape=["1", "8", "8"])), "dataset.json: shape.0"),
@@ -818,6 +820,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], str]] = {
     "more blocks": (of_network(blocks=2), "among the weights"),
     "a billion blocks": (of_network(blocks=10**9), "blocks = 1000000000 must lie in 1 ... 64"),
     "no blocks": (of_network(blocks=0), "blocks = 0 must lie in 1 ... 64"),
+    "channels beyond what a refusal may take": (of_network(channels=8192), "the weights have shape"),
     "channels beyond memory": (of_network(channels=8 * 10**9), "not a usable checkpoint"),
     "channels beyond integers": (of_network(channels=8 * 10**30), "not a usable checkpoint"),
     "classes beyond memory": (of_network(classes=10**12), "not a usable checkpoint"),

@@ -441,6 +441,10 @@ def test_links_and_pipes_in_folders(tmp_path: Path) -> None:
     for name, reason in (("broken.png", "No such file"), ("pipe.png", "not a regular file")):
         with pytest.raises(InputError, match=reason):
             images.first_shape({name: files[name]}, None, "here")
+    os.mkfifo(tmp_path / "pipe.zip")
+    with pytest.raises(InputError, match=r"pipe\.zip \(not a readable zip file: not a regular file\)"):
+        images.find(tmp_path, "here")
+    (tmp_path / "pipe.zip").unlink()
     (tmp_path / "linked").symlink_to("real")
     with pytest.raises(InputError, match=r"linked \(a link to a folder, which DVC does not follow\)"):
         images.find(tmp_path, "here")

@@ -429,8 +429,19 @@ def rivals(
 
 
 @pytest.mark.parametrize("better_first", [True, False])
-def test_one_promotes_while_the_other_compares(rivals: Any, better_first: bool) -> None:
+def test_one_promotes_while_the_other_compares(
+    rivals: Any, better_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worse one is not champion after the better one, not even for a moment."""
     params, worse, better, registry = rivals
+    champions: list[float] = []
+    original = MlflowClient.set_registered_model_alias
+
+    def noted(self: MlflowClient, name: str, alias: str, version: str) -> None:
+        champions.append(float(self.get_model_version(name, version).tags["ddpm.fid"]))
+        original(self, name, alias, version)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", noted)
     slow, quick = (worse, better) if better_first else (better, worse)
 
     def rescore(folder: Path, settings: dict[str, Any]) -> Any:
@@ -441,6 +452,7 @@ def test_one_promotes_while_the_other_compares(rivals: Any, better_first: bool) 
     outcome = tracking.promote(params, slow, rescore=rescore)
     assert outcome.promoted is not better_first
     assert float(registry.champion().tags["ddpm.fid"]) == 10.0
+    assert champions == ([10.0] if better_first else [20.0, 10.0])
 
 
 def test_two_in_step_end_with_the_better(rivals: Any, monkeypatch: pytest.MonkeyPatch) -> None:

