@@ -130,11 +130,11 @@ def jackknife(features: Features, reference: Statistics, device: Device = "cpu")
         ours = torch.from_numpy(statistics(features).covariance).to(device)
         values, vectors = torch.linalg.eigh(root.T @ ours @ root)
         trace = float(ours.trace())
+    cross = float(values.clamp_min(0).sqrt().sum())  # of all: where many are small, they add up
     values = torch.where(values > values[-1] * len(values) * torch.finfo(values.dtype).eps, values, 0.0)
     # d_i @ axes: v_i in M's own axes, without those that are rounding. With few images they come from Y Y^T's vectors.
     axes = vectors * ((count - 1) * values).sqrt() if few else root @ vectors * (values > 0)
     a, b = (count - 1) / (count - 2), count / ((count - 1) * (count - 2))
-    cross = float(values.sqrt().sum())
     changes = []
     for start in range(0, count, _ROWS):
         part = torch.from_numpy(features[start : start + _ROWS])
