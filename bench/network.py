@@ -41,9 +41,9 @@ class Size:
     repeats: int
 
 
-TRAIN = {"cpu": Size(8, 1, 5), "cuda": Size(128, 20, 7)}
-DDIM = {"cpu": Size(8, 5, 5), "cuda": Size(256, 50, 5)}
-ANCESTRAL = {"cpu": Size(8, 5, 5), "cuda": Size(256, 1000, 3)}
+TRAIN = {"cpu": Size(8, 1, 9), "cuda": Size(128, 20, 7)}
+DDIM = {"cpu": Size(8, 5, 9), "cuda": Size(256, 50, 5)}
+ANCESTRAL = {"cpu": Size(8, 5, 9), "cuda": Size(256, 1000, 3)}
 
 
 def same_networks(device: str) -> tuple[UNet, Any, dict[str, Any]]:

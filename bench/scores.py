@@ -13,7 +13,7 @@ import torch
 from bench.harness import TINY, alternate, figure, ratios
 from ddpm import features, fidelity
 
-SETS, IMAGES = 3, 60  # sample sets, and images of each and of the reference
+SETS, IMAGES = 3, 150  # sample sets, and images of each and of the reference
 ROWS, DIMENSIONS = (1_000, 128) if TINY else (50_000, 2048)
 CACHE = Path(".cache") / "inception"
 

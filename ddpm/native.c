@@ -1,7 +1,7 @@
 // What native.py calls: Winograd's transforms, and group normalisation with swish. Images are float32 N,H,W,C with C a
 // multiple of 8, and a tile is 6x6 pixels of which the inner 4x4 are its own.
 //
-// Transformed tiles lie as 36 planes of tiles x channels, `plane` floats apart, which 36 matrix products then take.
+// Transformed tiles lie as 36 planes of rows x channels, a tile in a row, which 36 matrix products then take.
 
 #include <string.h>
 
@@ -55,7 +55,8 @@ static inline void return_input(const vec *m, vec *o)
 }
 
 // x: N,H,W,C -> planes: B^T d B of each tile d, with zeros around the image.
-void input_planes(const float *x, float *planes, long images, long height, long width, long channels)
+void input_planes(const float *x, float *planes, long images, long height, long width, long channels,
+                  long rows)
 {
   long down = (height + 3) / 4, across = (width + 3) / 4;
 #pragma omp parallel for schedule(static)
@@ -77,14 +78,15 @@ void input_planes(const float *x, float *planes, long images, long height, long 
       for (int i = 0; i < 6; i++) {
         transform_input(half[i], row);
         for (int j = 0; j < 6; j++)
-          STORE(planes + (36 * tile + 6 * i + j) * channels + c, row[j]);
+          STORE(planes + ((6 * i + j) * rows + tile) * channels + c, row[j]);
       }
     }
   }
 }
 
 // planes -> y: N,H,W,C: A^T m A of each tile, plus a bias of C values if there is one.
-void output_images(const float *planes, const float *bias, float *y, long images, long height, long width, long channels)
+void output_images(const float *planes, const float *bias, float *y, long images, long height, long width, long channels,
+                  long rows)
 {
   long down = (height + 3) / 4, across = (width + 3) / 4;
 #pragma omp parallel for schedule(static)
@@ -95,7 +97,7 @@ void output_images(const float *planes, const float *bias, float *y, long images
       vec half[4][6], column[6], row[4], add = bias ? LOAD(bias + c) : (vec){0};
       for (int j = 0; j < 6; j++) {
         for (int i = 0; i < 6; i++)
-          column[i] = LOAD(planes + (36 * tile + 6 * i + j) * channels + c);
+          column[i] = LOAD(planes + ((6 * i + j) * rows + tile) * channels + c);
         transform_output(column, row);
         for (int i = 0; i < 4; i++)
           half[i][j] = row[i];
@@ -110,7 +112,8 @@ void output_images(const float *planes, const float *bias, float *y, long images
 }
 
 // gradients of y: N,H,W,C -> planes: A g A^T of the 4x4 pixels g of each tile, zeros beyond the image.
-void gradient_planes(const float *y, float *planes, long images, long height, long width, long channels)
+void gradient_planes(const float *y, float *planes, long images, long height, long width, long channels,
+                  long rows)
 {
   long down = (height + 3) / 4, across = (width + 3) / 4;
 #pragma omp parallel for schedule(static)
@@ -131,14 +134,15 @@ void gradient_planes(const float *y, float *planes, long images, long height, lo
       for (int i = 0; i < 6; i++) {
         transform_gradient(half[i], row);
         for (int j = 0; j < 6; j++)
-          STORE(planes + (36 * tile + 6 * i + j) * channels + c, row[j]);
+          STORE(planes + ((6 * i + j) * rows + tile) * channels + c, row[j]);
       }
     }
   }
 }
 
 // planes -> gradients of x: N,H,W,C: the sum of B m B^T over the tiles, which overlap.
-void input_gradients(const float *planes, float *x, long images, long height, long width, long channels)
+void input_gradients(const float *planes, float *x, long images, long height, long width, long channels,
+                  long rows)
 {
   long down = (height + 3) / 4, across = (width + 3) / 4;
 #pragma omp parallel for schedule(static)
@@ -151,7 +155,7 @@ void input_gradients(const float *planes, float *x, long images, long height, lo
         vec half[6][6], column[6], row[6];
         for (int j = 0; j < 6; j++) {
           for (int i = 0; i < 6; i++)
-            column[i] = LOAD(planes + (36 * tile + 6 * i + j) * channels + c);
+            column[i] = LOAD(planes + ((6 * i + j) * rows + tile) * channels + c);
           return_input(column, row);
           for (int i = 0; i < 6; i++)
             half[i][j] = row[i];

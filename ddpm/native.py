@@ -30,7 +30,7 @@ from ddpm.unet import NormSwish
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-Wno-psabi")
 WIDE = 8  # channels that the C code takes at once
-TILES = 256  # worked on at once, or one image's: what is between the transforms then stays in the processor's cache
+TILES = 1024  # worked on at once, or one image's: what is between the transforms then stays in the processor's cache
 FEW = 8  # below, the kernel's transform is read for too little work
 
 # The kernel's transform, G of Lavin & Gray.
@@ -147,13 +147,14 @@ _space = threading.local()
 def _planes(place: int, tiles: int, channels: int) -> Tensor:
     """Room for [36, tiles, channels], kept from call to call: fresh memory costs more than what is done with it.
 
-    What belongs to a tile lies together.
+    With one tile more where their number is even: planes a power of two apart would share a few lines of the cache.
     """
-    size = 36 * tiles * channels
+    rows = tiles | 1
+    size = 36 * rows * channels
     rooms = _space.__dict__.setdefault("rooms", {})
     if place not in rooms or rooms[place].numel() < size:
         rooms[place] = torch.empty(size)
-    return rooms[place][:size].view(tiles, 36, channels).transpose(0, 1)
+    return rooms[place][:size].view(36, rows, channels)
 
 
 def _parts(x: Tensor) -> list[slice]:
@@ -171,9 +172,9 @@ def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         images = part.stop - part.start
         tiles = images * _tiles(x)
         given, made = _planes(0, tiles, c), _planes(1, tiles, k)
-        _call("input_planes", x[part], given, images, h, w, c)
+        _call("input_planes", x[part], given, images, h, w, c, given.shape[1])
         torch.bmm(given, kernel, out=made)
-        _call("output_images", made, bias, y[part], images, h, w, k)
+        _call("output_images", made, bias, y[part], images, h, w, k, made.shape[1])
     return y
 
 
@@ -189,13 +190,14 @@ def _backward(
         images = part.stop - part.start
         tiles = images * _tiles(x)
         given, told = _planes(0, tiles, c), _planes(1, tiles, k)
-        _call("gradient_planes", gradient[part], told, images, h, w, k)
+        _call("gradient_planes", gradient[part], told, images, h, w, k, told.shape[1])
         if total is not None:
-            _call("input_planes", x[part], given, images, h, w, c)
+            _call("input_planes", x[part], given, images, h, w, c, given.shape[1])
+            given[:, tiles:] = told[:, tiles:] = 0.0
             total.baddbmm_(given.transpose(1, 2), told)
         if back is not None:
             torch.bmm(told, kernel.transpose(1, 2), out=given)
-            _call("input_gradients", given, back[part], images, h, w, c)
+            _call("input_gradients", given, back[part], images, h, w, c, given.shape[1])
     if total is None:
         return back, None
     return back, (GG.T @ total.view(36, -1)).view(3, 3, c, k).permute(3, 2, 0, 1)

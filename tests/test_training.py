@@ -1,5 +1,6 @@
 """Training: the loss of a perfect network, Adam and EMA by hand, epochs, and resuming bit for bit."""
 
+import copy
 import itertools
 import math
 
@@ -181,3 +182,18 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int) -> None:
 def test_unequal_parts_are_refused() -> None:
     with pytest.raises(ValueError, match="a batch of 6 does not divide into 4 equal parts"):
         steps(small_state(), 1, accumulate=4)
+
+
+def test_adam_is_torchs_bit_for_bit() -> None:
+    """Also where a parameter has no gradient, which Adam passes over."""
+    torch.manual_seed(0)
+    state = TrainingState(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)))
+    other = copy.deepcopy(state.net)
+    theirs = torch.optim.Adam(other.parameters(), lr=0.01, fused=True)
+    for k in range(4):
+        for mine, its in zip(state.net.parameters(), other.parameters(), strict=True):
+            mine.grad = None if k == 2 and mine.ndim == 1 else torch.randn_like(mine)
+            its.grad = None if mine.grad is None else mine.grad.clone()
+        state.adam(0.01)
+        theirs.step()
+    assert all(torch.equal(*pair) for pair in zip(state.net.parameters(), other.parameters(), strict=True))
