@@ -1,4 +1,4 @@
-"""bench/results/*.json -> the tables in docs/speed.md and docs/cifar10.md, and bench/metrics.json for `dvc metrics`.
+"""bench/results/*.json -> the tables in README.md, docs/speed.md and docs/cifar10.md, and bench/metrics.json for `dvc metrics`.
 
 `python -m bench.page` writes all, with the standard library alone; with --check it says whether they are what the results say.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "speed.md"
+README = HERE.parent / "README.md"
 CIFAR10 = HERE.parent / "docs" / "cifar10.md"
 METRICS = HERE / "metrics.json"
 BEGIN, END = "<!-- results: python -m bench.page -->\n", "<!-- end of results -->\n"
@@ -88,9 +89,22 @@ def render(found: dict[tuple[str, str], dict[str, Any]]) -> str:
         if limit := about.get("limit"):
             lines.append(
                 f"Ours runs at {100 * limit['share']:.0f} % of this machine's rate of matrix products,"
-                f" {limit['matmul_rate'] / 1e9:,.0f} GFLOP/s ({limit['operations'] / 1e9:,.0f} GFLOP a call)."
+                f" {limit['matmul_rate'] / 1e9:,.0f} GFLOP/s ({limit['operations'] / 1e9:,.0f} GFLOP a call, convolutions"
+                " counted as direct ones: Winograd's can be above 100 %)."
             )
         lines.append(_place(about))
+    return "\n".join(lines) + "\n"
+
+
+def render_readme(found: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """The figures that have a goal."""
+    lines = ["| work | CPU | GPU |", "|---|---|---|"]
+    for name, row in ROWS.items():
+        cells = []
+        for device in ("cpu", "cuda"):
+            goals = [shown(figure) for figure in found.get((name, device), {}).get("figures", ()) if "goal" in figure]
+            cells.append("<br>".join(goals) or (NONE if device in row.devices else ""))
+        lines.append(f"| {row.work} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines) + "\n"
 
 
@@ -249,7 +263,8 @@ def _between(page: Path, text: str) -> str:
 
 def expected() -> dict[Path, str]:
     found = results()
-    pages = {PAGE: _between(PAGE, render(found)), CIFAR10: _between(CIFAR10, render_cifar10())}
+    pages = {README: _between(README, render_readme(found)), PAGE: _between(PAGE, render(found))}
+    pages |= {CIFAR10: _between(CIFAR10, render_cifar10())}
     return {**pages, METRICS: metrics(found)}
 
 
