@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import course, harness
 from bench.course import Course, Images, OutOfTime, Recipe
-from ddpm import Denoiser, features, fidelity, fit
+from ddpm import Denoiser, features, fidelity, fit, native
 from ddpm.likelihood import mean_and_error, variational_bound
 from ddpm.objective import Objective
 from ddpm.training import TrainingState
@@ -256,7 +256,7 @@ def _cell(recipe: Recipe, protocol: Protocol, device: str) -> dict[str, Any]:
         ema=recipe.ema,
         flip=recipe.flip,
         precision=recipe.precision,
-        forward=torch.compile(net, dynamic=False) if recipe.compiled else None,
+        forward=native.compiled(net, dynamic=False) if recipe.compiled else None,
     )
 
     def some() -> float:

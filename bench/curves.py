@@ -47,6 +47,7 @@ def of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Recipe:
         clip=training.clip,
         flip=training.flip,
         precision=training.precision,
+        compiled=training.compile,
         log_every=10,
         seed=params.seed,
     )
