@@ -707,7 +707,6 @@ DATASETS: dict[str, tuple[Callable[[], Any], str]] = {
     "a list": (content(ABOUT, lambda old: b"[]"), "dataset.json: expected a JSON object"),
     "no JSON": (content(ABOUT, lambda old: b"\xff\xfe"), "dataset.json: not readable as JSON"),
     "NaN": (content(ABOUT, lambda old: old.replace(b"0.", b"NaN, 0.", 1)), "NaN is no number"),
-    "101 brackets": (b"x: " + b"[" * 101 + b"]" * 101, "nested more than 100 levels deep"),
     "brackets without end": (content(ABOUT, lambda old: b"[" * 100_000), "dataset.json: not readable as JSON"),
     "no shape": (of_dataset(lambda about: about.pop("shape")), "dataset.json: shape: Field required"),
     "a shape of words": (of_dataset(lambda about: about.update(shape=["1", "8", "8"])), "dataset.json: shape.0"),

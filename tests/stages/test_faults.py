@@ -84,6 +84,7 @@ from ddpm.stages.train import train
 torch.set_num_threads(1)
 torch.optim.Adam([torch.zeros(1, requires_grad=True)]).zero_grad()  # imports what it takes, once for all
 raw, straight, killed, kills = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+part = float(sys.argv[5])
 params, moments = Params.check(raw, "smoke"), random.Random(0)
 
 def start(root):
@@ -98,7 +99,7 @@ assert os.waitpid(start(straight), 0)[1] == 0
 straight_seconds = time.monotonic() - began
 for _ in range(kills):
     pid = start(killed)
-    time.sleep(moments.uniform(0, straight_seconds / 8))
+    time.sleep(moments.uniform(0, straight_seconds * part))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     if (killed / "metrics/train/cosine.json").exists():
@@ -112,10 +113,10 @@ def plain(params: Params) -> str:
     return json.dumps(params.model_dump(mode="json"))
 
 
-def kill_and_compare(root: Path, params: Params, kills: int) -> list[int]:
-    """Kills a training again and again; gives the steps after which it went on."""
+def kill_and_compare(root: Path, params: Params, kills: int, part: float) -> list[int]:
+    """Kills a training again and again, within that part of what a whole one takes; gives the steps it went on after."""
     straight, killed = beside(root, "straight"), beside(root, "killed")
-    command = [sys.executable, "-c", KILLER, plain(params), str(straight), str(killed), str(kills)]
+    command = [sys.executable, "-c", KILLER, plain(params), str(straight), str(killed), str(kills), str(part)]
     subprocess.run(command, check=True, timeout=500, env={**os.environ, "PYTHONPATH": str(ROOT)})
     log = (killed / "log").read_text()
     (killed / "log").unlink()
@@ -126,7 +127,7 @@ def kill_and_compare(root: Path, params: Params, kills: int) -> list[int]:
 
 def test_a_training_killed_at_random_moments_ends_with_the_same_bytes(root: Path, smoke: Callable[..., Params]) -> None:
     params = smoke(training={"steps": 40}, compute={"checkpoint_every": 2})
-    assert any(0 < step < 40 for step in kill_and_compare(root, params, 5))
+    assert any(0 < step < 40 for step in kill_and_compare(root, params, 5, 0.5))
 
 
 @pytest.mark.chaos
@@ -135,7 +136,7 @@ def test_a_training_killed_fifty_times_ends_with_the_same_bytes(root: Path, smok
     for attempt in range(50):
         (root / str(attempt)).mkdir()
         (root / str(attempt) / "dataset").symlink_to((root / "dataset").resolve())
-        steps = kill_and_compare(root / str(attempt), params, 50 - kills)
+        steps = kill_and_compare(root / str(attempt), params, 50 - kills, 0.125)
         resumed += steps
         kills += len(steps)  # the kills that hit a training with something saved; its first life doesn't count
         if kills >= 50:

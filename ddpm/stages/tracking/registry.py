@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 SERVED_MODULES = (
     "__init__",
     "denoiser",
+    "native",
     "noise",
     "samplers",
     "schedule",
@@ -57,6 +58,7 @@ SERVED_MODULES = (
     "unet",
     "stages/__init__",
     "stages/checkpoint",
+    "stages/compiling",
     "stages/device",
     "stages/errors",
     "stages/params",
