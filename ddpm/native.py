@@ -43,7 +43,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class NoCompiler(RuntimeError):
-    """There is no C compiler here, or it failed."""
+    """There is no C compiler here, or it failed, or what it makes cannot be kept."""
 
 
 def compiled(net: Network, dynamic: bool | None = None) -> Network:
@@ -56,19 +56,20 @@ def compiled(net: Network, dynamic: bool | None = None) -> Network:
         return torch.compile(net, dynamic=dynamic)  # type: ignore[return-value]
     _library()
     for module in net.modules():
-        if type(module) is nn.Conv2d and _suits(module):
+        if type(module) is nn.Conv2d and _suits(module, 3):
             module.__class__ = Convolution
-        elif type(module) is nn.Conv2d and module.kernel_size == module.stride == (1, 1) and module.groups == 1:
+        elif type(module) is nn.Conv2d and _suits(module, 1):
             module.__class__ = Pointwise
         elif type(module) is NormSwish and module.num_channels % WIDE == 0:
             module.__class__ = Normalisation
     return net
 
 
-def _suits(layer: nn.Conv2d) -> bool:
+def _suits(layer: nn.Conv2d, size: int) -> bool:
+    """Whether it is a plain convolution of that size, which keeps the image's."""
     shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
-    wide = layer.in_channels % WIDE == 0 and layer.out_channels % WIDE == 0
-    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and wide
+    wide = size == 1 or (layer.in_channels % WIDE == 0 and layer.out_channels % WIDE == 0)
+    return shape == ((size, size), (1, 1), (size // 2, size // 2), (1, 1), 1, "zeros") and wide
 
 
 def _plain(x: Tensor) -> bool:
@@ -221,13 +222,16 @@ def _library() -> ctypes.CDLL:
     about = (SOURCE.read_text(encoding="utf-8"), compiler, FLAGS, threads, _processor())
     folder = Path(torch.hub.get_dir()).parent / "ddpm"
     path = folder / f"native-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            made, whole = Path(place) / "native.o", Path(place) / "native.so"
-            _run([*compiler, *FLAGS, *(["-fopenmp"] if threads else []), "-c", str(SOURCE), "-o", str(made)])
-            _run([*compiler, "-shared", str(made), *([threads] if threads else []), "-o", str(whole)])
-            whole.replace(path)
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                made, whole = Path(place) / "native.o", Path(place) / "native.so"
+                _run([*compiler, *FLAGS, *(["-fopenmp"] if threads else []), "-c", str(SOURCE), "-o", str(made)])
+                _run([*compiler, "-shared", str(made), *([threads] if threads else []), "-o", str(whole)])
+                whole.replace(path)
+    except OSError as error:  # no room, or a home that cannot be written to
+        raise NoCompiler(f"what the C compiler makes cannot be kept: {error}") from None
     return ctypes.CDLL(str(path))
 
 
@@ -251,7 +255,7 @@ def _openmp() -> str:
     maps = Path("/proc/self/maps")
     if maps.exists():
         for line in maps.read_text(encoding="utf-8").splitlines():
-            file = line.split()[-1]
+            file = line.split(maxsplit=5)[-1]  # which may hold spaces
             if "/lib" in file and Path(file).name.startswith(("libgomp", "libiomp5")):
                 return file
     return ""

@@ -143,3 +143,12 @@ def test_without_a_compiler_it_says_so(compiler: str, line: str, tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert re.fullmatch(line, done.stdout.strip())
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_without_a_place_to_keep_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    code = "import torch; from ddpm import native\ntry: native.compiled(torch.nn.Conv2d(16, 16, 3, padding=1))\n"
+    code += "except native.NoCompiler as error: print(error)"
+    environment = {**os.environ, "TORCH_HOME": str(tmp_path / "file")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("what the C compiler makes cannot be kept: ") and len(done.stdout.splitlines()) == 1
