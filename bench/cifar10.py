@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -438,7 +438,7 @@ class Run:
             return found.total.numpy()
 
         began = time.monotonic()
-        totals = _kept(part, len(test), self.protocol.batch, self.folder / "bound", self.until)
+        totals = course.kept(part, len(test), self.protocol.batch, self.folder / "bound", self.until)
         bits, error = mean_and_error(torch.from_numpy(totals))
         about = {"bits_per_dim": bits, "standard_error": error, "images": len(test)}
         about |= {"times": self.protocol.bound_times, "seconds": time.monotonic() - began}
@@ -489,25 +489,6 @@ def _like_final(scored: dict[str, Any], final: int = Protocol.final) -> dict[str
     if "bias" not in scored:
         return scored
     return {**scored, "as_of_50000": scored["fid"] - scored["bias"] * (1 - scored["images"] / final)}
-
-
-def _kept(
-    make: Callable[[range], NDArray[np.float64]], count: int, batch: int, folder: Path, until: float
-) -> NDArray[np.float64]:
-    """make(rows) of all rows, kept batch by batch. Raises OutOfTime."""
-    folder.mkdir(parents=True, exist_ok=True)
-    parts, longest = [], 0.0
-    for start in range(0, count, batch):
-        path = folder / f"{start:06d}.npy"
-        if not path.exists():
-            began = time.monotonic()
-            if began + 1.2 * longest > until:
-                raise OutOfTime
-            np.save(folder / "part.tmp.npy", make(range(start, min(start + batch, count))))
-            (folder / "part.tmp.npy").replace(path)
-            longest = max(longest, time.monotonic() - began)
-        parts.append(np.load(path))
-    return np.concatenate(parts)
 
 
 def write_grid(path: Path, images: Images, columns: int) -> None:

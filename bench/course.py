@@ -175,10 +175,8 @@ def drawn(denoiser: Denoiser, shape: tuple[int, ...], rows: range, row: dict[str
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
 
 
-def features_of(
-    make: Callable[[range], Images], count: int, batch: int, inception: Inception, folder: Path, until: float
-) -> NDArray[np.float32]:
-    """Features [count, layer] of the images that `make` gives, kept batch by batch. Raises OutOfTime."""
+def kept(make: Callable[[range], NDArray[Any]], count: int, batch: int, folder: Path, until: float) -> NDArray[Any]:
+    """make(rows) of all `count` rows, kept batch by batch. Raises OutOfTime."""
     folder.mkdir(parents=True, exist_ok=True)
     parts, longest = [], 0.0
     for start in range(0, count, batch):
@@ -187,13 +185,19 @@ def features_of(
             began = time.monotonic()
             if began + 1.2 * longest > until:
                 raise OutOfTime
-            rows = range(start, min(start + batch, count))
             with path.with_suffix(".tmp").open("wb") as file:
-                np.save(file, extract(inception, make(rows), min(batch, 250)))
+                np.save(file, make(range(start, min(start + batch, count))))
             path.with_suffix(".tmp").replace(path)
             longest = max(longest, time.monotonic() - began)
         parts.append(np.load(path))
     return np.concatenate(parts)
+
+
+def features_of(
+    make: Callable[[range], Images], count: int, batch: int, inception: Inception, folder: Path, until: float
+) -> NDArray[np.float32]:
+    """Features [count, layer] of the images that `make` gives, kept batch by batch. Raises OutOfTime."""
+    return kept(lambda rows: extract(inception, make(rows), min(batch, 250)), count, batch, folder, until)
 
 
 def fid(features: NDArray[np.float32], reference: fidelity.Statistics, device: str) -> dict[str, Any]:
