@@ -82,12 +82,17 @@ def ratios(
     return [figure(name, clock, "x", goal), figure(f"{name}, processor time", processor, "x")]
 
 
-def limit(work: float, seconds: float, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """How far some work (floating point operations) is from this machine's own rate of matrix products."""
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating point operations a second of this machine's own matrix products."""
     side = 8192 if device == "cuda" else 1536
     a = torch.randn(side, side, device=device, dtype=dtype)
     times, _ = alternate({"matmul": lambda: a @ a}, 9, warmups=2, device=device)
-    rate = 2 * side**3 / min(times["matmul"]["wall"])
+    return 2 * side**3 / min(times["matmul"]["wall"])
+
+
+def limit(work: float, seconds: float, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """How far some work (floating point operations) is from the machine's rate of matrix products."""
+    rate = matmul_rate(device, dtype)
     return {"operations": work, "matmul_rate": rate, "share": work / seconds / rate}
 
 

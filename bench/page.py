@@ -22,11 +22,13 @@ BEGIN, END = "<!-- results: python -m bench.page -->\n", "<!-- end of results --
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured, the module that does it in a function of the row's name, and where it makes sense."""
+    """What is measured, the module that does it in a function of the row's name, where it makes sense, and whether it has a
+    goal."""
 
     work: str
     module: str
     devices: tuple[str, ...] = ("cpu",)
+    goal: bool = True
 
 
 BOTH = ("cpu", "cuda")
@@ -39,6 +41,7 @@ ROWS = {
     "prepare": Row("prepare, PNG from a zip", "data"),
     "demo": Row("whole demo", "pipeline"),
     "start": Row("start of a stage's process", "pipeline"),
+    "growth": Row("how cost grows, and the machine's limits", "growth", BOTH, goal=False),
 }
 
 
@@ -79,13 +82,15 @@ def render(found: dict[tuple[str, str], dict[str, Any]]) -> str:
                 lines.append(f"| {row.work} (`{name}`) | {device} | {value} | {goal} | {met} |")
     for (name, device), about in found.items():
         lines += ["", f"### {name}, {device}", "", f"{about['work']}. One call: {about['per_call']}.", ""]
-        lines += ["| side | seconds a call: median (range) | processor seconds |", "|---|---|---|"]
+        if about["times"]:
+            lines += ["| side | seconds a call: median (range) | processor seconds |", "|---|---|---|"]
         for side, kinds in about["times"].items():
             wall, cpu = kinds["wall"], kinds.get("cpu")
             span = f"{_number(statistics.median(wall))} ({_number(min(wall))} ... {_number(max(wall))})"
             lines.append(f"| {side} | {span} | {_number(statistics.median(cpu)) if cpu else ''} |")
         checks = "; ".join(f"{key}: {_check(value)}" for key, value in about["checks"].items())
         lines += [""] + ([f"Asserted or noted: {checks}."] if checks else [])
+        lines += _growth(about) if "growth" in about else []
         if limit := about.get("limit"):
             lines.append(
                 f"Ours runs at {100 * limit['share']:.0f} % of this machine's rate of matrix products,"
@@ -96,10 +101,27 @@ def render(found: dict[tuple[str, str], dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _growth(about: dict[str, Any]) -> list[str]:
+    lines = ["| phase | by | at: seconds per image (peak memory, GiB) | a call takes as much as |", "|---|---|---|---|"]
+    for one in about["growth"]:
+        cells = [
+            f"{row['value']:,}: {_number(row['seconds'] / row['images'])} ({row['peak_bytes'] / 2**30:.1f})"
+            for row in one["rows"]
+        ]
+        lines.append(f"| {one['phase']} | {one['by']} | {'; '.join(cells)} | {one['by']} ^ {one['power']:.2f} |")
+    lines += ["", "| phase | share of the machine's own rate | of |", "|---|---|---|"]
+    for phase in about["phases"]:
+        unit = "GB/s" if "memory" in phase["of"] else "GFLOP/s"
+        lines.append(
+            f"| {phase['phase']} | {100 * phase['share']:.0f} % | {phase['of']}: {phase['rate'] / 1e9:,.0f} {unit} |"
+        )
+    return [*lines, ""]
+
+
 def render_readme(found: dict[tuple[str, str], dict[str, Any]]) -> str:
     """The figures that have a goal."""
     lines = ["| work | CPU | GPU |", "|---|---|---|"]
-    for name, row in ROWS.items():
+    for name, row in ((name, row) for name, row in ROWS.items() if row.goal):
         cells = []
         for device in ("cpu", "cuda"):
             goals = [shown(figure) for figure in found.get((name, device), {}).get("figures", ()) if "goal" in figure]

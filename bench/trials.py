@@ -32,8 +32,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "linear": {"schedule": {"name": "linear", "steps": 1000}},
     "rate 1e-3": {"learning_rate": 1e-3},
     "rate 4e-3": {"learning_rate": 4e-3},
-    "batch 32": {"batch": 32},
-    "batch 128": {"batch": 128},
+    "batch 16": {"batch": 16},
+    "batch 64": {"batch": 64},
     "ema 0.99": {"ema": 0.99},
     "unflipped": {"flip": False},
     "channels 24": {"network": {"channels": 24}},
@@ -101,6 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows: {', '.join(CHANGES)}; default: all")
     parser.add_argument("--images", type=Path, help="PNG files or zips of them, instead of the recipe's data")
     parser.add_argument("--seconds", type=float, default=240, help="of processor time, for each training")
+    parser.add_argument(
+        "--threads", type=int, help="instead of the recipe's: 1 beside other work, where two wait for each other"
+    )
     parser.add_argument("--minutes", type=float, default=9, help="of this command, about")
     parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "curves" / f"{NAME}-trials")
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
@@ -113,7 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
         params = params.model_copy(
             update={"evaluation": params.evaluation.model_copy(update={"images": 20, "layer": 64})}
         )
-    torch.set_num_threads(params.training.threads)
+    threads = asked.threads or params.training.threads
+    torch.set_num_threads(threads)
     recipe = of_params(params, params.points()[-1].schedule, tuple(dataset.train.shape[1:]))
     inception = features.load(params.evaluation.layer, ROOT / ".cache" / "inception")
     path = asked.out / f"trials-{NAME}.json"
@@ -125,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
             folder = asked.state / name.replace(" ", "-")
             row = trial(changed(recipe, CHANGES[name]), params, dataset, inception, asked.seconds, folder, until)
             found[name] = harness._short(row)
-            about = {"trials": found, "machine": harness.machine("cpu", params.training.threads)}
+            about = {"trials": found, "machine": harness.machine("cpu", threads)}
             course.write_json(path, about)
             shutil.rmtree(folder)
             print(f"  {name}: FID {row['fid']:.4g}, error {row['error']:.4g}, {row['steps']:,} steps", flush=True)

@@ -154,7 +154,8 @@ def _planes(place: int, tiles: int, channels: int) -> Tensor:
     size = 36 * rows * channels
     rooms = _space.__dict__.setdefault("rooms", {})
     if place not in rooms or rooms[place].numel() < size:
-        rooms[place] = torch.empty(size)
+        with torch.inference_mode(False):  # or no training could use it later
+            rooms[place] = torch.empty(size)
     return rooms[place][:size].view(36, rows, channels)
 
 

@@ -11,6 +11,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -115,11 +116,22 @@ def _indices(count: int, batch: int, step: int, seed: int) -> Tensor:
     start, parts = step * batch, []
     while start < (step + 1) * batch:
         epoch, offset = divmod(start, count)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch)))
-        part = order[offset : offset + (step + 1) * batch - start]
+        part = _epoch(count, epoch, seed)[offset : offset + (step + 1) * batch - start]
         parts.append(part)
         start += len(part)
     return torch.cat(parts)
+
+
+@lru_cache(maxsize=2)  # two meet in a batch
+def _epoch(count: int, epoch: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch)))
+
+
+def _taken(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """images[rows] on the device; what lies elsewhere is copied there without waiting for it."""
+    if images.device == device:
+        return images[rows.to(device)]
+    return images[rows].pin_memory().to(device, non_blocking=True)
 
 
 def scaled(images: Tensor) -> Tensor:
@@ -153,12 +165,12 @@ def fit(
 ) -> Iterator[Step]:
     """Trains for as long as the caller asks for steps.
 
-    state: changed in place; its `step` is where training goes on. images: uint8 [N, C, H, W] on the network's device, or
-    float [N, ...] for data of another kind.
+    state: changed in place; its `step` is where training goes on. images: uint8 [N, C, H, W] on the network's device, or on the
+    CPU, from which each batch is then copied; or float [N, ...] for data of another kind.
     objective: of the schedule and target. learning_rate: after a linear warm-up over `warmup` steps. clip: of the gradient's
     norm. ema: decay of the average, warmed up as min(ema, (1 + k) / (10 + k)). flip: mirror every other image at random.
     precision: "float32" or "bfloat16" (autocast). forward: what computes net(x, t) instead of the network itself, such as
-    its compiled form. labels: int64 [N] on the same device, for a conditional network; each is withheld with probability
+    its compiled form. labels: int64 [N], there or there, for a conditional network; each is withheld with probability
     label_dropout, so that the network also learns to predict without (algorithm 1 of Ho & Salimans 2022). accumulate: the
     batch goes through the network in that many equal parts, whose gradients add up to the same mean with less memory.
     world: the processes that share this training, each with an equal share of every part and the same arguments; everything
@@ -169,7 +181,7 @@ def fit(
         raise ValueError(f"a batch of {batch} does not divide into {accumulate} equal parts")
     if batch // accumulate % world.size:
         raise ValueError(f"{batch // accumulate} images at once do not divide among {world.size} processes")
-    device = images.device
+    device = next(state.net.parameters()).device
     generator = torch.Generator(device)
     net = world.module(state.net) if forward is None else forward
     parameters: list[Tensor] = list(state.net.parameters())
@@ -181,7 +193,7 @@ def fit(
         generator.manual_seed(derived_seed(seed, "step", k))
         if has_dropout:
             torch.manual_seed(derived_seed(seed, "dropout", k))
-        rows = _indices(len(images), batch, k, seed).to(device)
+        rows = _indices(len(images), batch, k, seed)
         if flip:
             mirrored = torch.rand(batch, 1, 1, 1, device=device, generator=generator) < 0.5
         t = torch.randint(len(objective.a), (batch,), device=device, generator=generator)
@@ -189,14 +201,14 @@ def fit(
         classes = None
         if labels is not None:  # drawn last: without labels everything else is the same
             withheld = torch.rand(batch, device=device, generator=generator) < label_dropout
-            classes = labels[rows].masked_fill(withheld, NO_LABEL)
+            classes = _taken(labels, rows, device).masked_fill(withheld, NO_LABEL)
 
         for parameter in parameters:
             parameter.grad = None
         loss = torch.zeros((), device=device)
         for start in range(0, batch, batch // accumulate):
             part = world.rows(slice(start, start + batch // accumulate))
-            x_0 = scaled(images[rows[part]])
+            x_0 = scaled(_taken(images, rows[part], device))
             if flip:
                 x_0 = torch.where(mirrored[part], x_0.flip(-1), x_0)
             these = None if classes is None else classes[part]

@@ -26,9 +26,12 @@ def main(pool: str) -> None:
         if time.monotonic() > end:
             sys.exit(f"worker: no Prefect API at {api} after {TIMEOUT:.0f} s")
         time.sleep(0.2)
-    if not _answers(f"{api}/work_pools/{pool}"):
-        _prefect("work-pool", "create", pool, "--type", "process")
-    _prefect("--no-prompt", "deploy", "--all", *POOLS[pool])
+    # Two that start together both find no pool, and one of them then makes it.
+    there = _answers(f"{api}/work_pools/{pool}") or _prefect("work-pool", "create", pool, "--type", "process")
+    if not there and not _answers(f"{api}/work_pools/{pool}"):
+        sys.exit(f"worker: could not make the work pool {pool}")
+    if not _prefect("--no-prompt", "deploy", "--all", *POOLS[pool]):
+        sys.exit(f"worker: could not make the deployments of the work pool {pool}")
     from flows import reaping
 
     reaping.watch_heartbeats()
@@ -44,8 +47,9 @@ def main(pool: str) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, *options])
 
 
-def _prefect(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "prefect", *arguments], check=True, stdin=subprocess.DEVNULL)
+def _prefect(*arguments: str) -> bool:
+    done = subprocess.run([sys.executable, "-m", "prefect", *arguments], check=False, stdin=subprocess.DEVNULL)
+    return done.returncode == 0
 
 
 def _answers(url: str) -> bool:

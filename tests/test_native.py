@@ -116,6 +116,17 @@ def test_a_network_and_its_training_stay_what_they_are() -> None:
         assert torch.equal(fast(x, t), again(x, t))
 
 
+def test_it_trains_after_it_has_sampled() -> None:
+    """What inference mode makes stays an inference tensor: the room that is kept must not."""
+    layer = native.compiled(nn.Conv2d(16, 16, 3, padding=1))
+    x = random(2, 16, 16, 16)
+    native._space.__dict__.clear()
+    with torch.inference_mode():
+        layer(x)
+    layer(x.requires_grad_()).sum().backward()
+    assert x.grad is not None and layer.weight.grad is not None
+
+
 def test_other_types_are_left_to_torch() -> None:
     layer = nn.Conv2d(16, 16, 3, padding=1)
     fast = native.compiled(copy.deepcopy(layer))

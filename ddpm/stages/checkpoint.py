@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,14 @@ class ResumeState:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """safetensors' save_file, whose errors of the disk are OSErrors here, as they are everywhere else."""
+    """safetensors' save_file, whose errors of the disk are OSErrors here, as they are everywhere else.
+
+    It writes to a file with a name of its own first, which a kill leaves: in a folder that is known by the name of `path`.
+    """
     try:
-        save_file(tensors, path, metadata)
+        with tempfile.TemporaryDirectory(prefix=f"{path.name}-", dir=path.parent) as folder:
+            save_file(tensors, Path(folder) / path.name, metadata)
+            (Path(folder) / path.name).replace(path)
     except SafetensorError as error:
         if (number := re.search(r"os error (\d+)", str(error))) is None:
             raise

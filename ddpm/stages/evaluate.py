@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from ddpm import features, fidelity, intervals
 from ddpm.stages import store
-from ddpm.stages.device import find_device
+from ddpm.stages.device import find_device, memory_errors
 from ddpm.stages.errors import InputError
 from ddpm.stages.neighbours import copying
 from ddpm.stages.params import Params, Point
@@ -33,6 +33,15 @@ KID_SUBSET_SIZE = 1000  # at most half of a set, or the subsets would all be ali
 
 def evaluate(params: Params, point: Point, root: Path = Path(), report: Report = silent) -> dict[str, Any]:
     """Writes metrics/POINT.json and POINT.influence.npy and returns the scores. Raises InputError."""
+    with memory_errors(f"evaluate {point.name}", "lower evaluation.batch, or evaluation.images"):
+        scores, influence = _evaluate(params, point, root, report)
+    store.write_influence(root / store.influence_file(point), influence)
+    store.write_json(root / store.metrics_file(point), scores)
+    return scores
+
+
+def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple[dict[str, Any], fidelity.Features]:
+    """-> the scores, and the influence values of FID."""
     protocol = params.evaluation
     torch.set_num_threads(protocol.threads)
     path = root / store.samples_file(point)
@@ -66,9 +75,7 @@ def evaluate(params: Params, point: Point, root: Path = Path(), report: Report =
         "extractor_sha256": inception.sha256,
         "samples": store.sha256(path),
     }
-    store.write_influence(root / store.influence_file(point), influence)
-    store.write_json(root / store.metrics_file(point), scores)
-    return scores
+    return scores, influence
 
 
 def _scores(

@@ -11,7 +11,7 @@ import torch
 
 from ddpm.likelihood import Bound, mean_and_error, variational_bound
 from ddpm.stages import checkpoint, store
-from ddpm.stages.device import find_device
+from ddpm.stages.device import find_device, memory_errors
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
 from ddpm.stages.progress import Progress, Report, silent
@@ -54,17 +54,18 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
             message = f"{len(images)} {name} images, not {settings.images}: there are no more"
             report(Progress(done, total, "evaluations", message=message))
         try:
-            bounds[name] = variational_bound(
-                denoiser,
-                torch.from_numpy(images),
-                labels=None if known is None else torch.from_numpy(chosen(known, settings.images)),
-                seed=params.seed,
-                times=times,
-                batch=settings.batch,
-                variance=settings.variance,
-                device=find_device(params.compute.device),
-                done=count,
-            )
+            with memory_errors(f"likelihood {schedule}", "lower likelihood.batch"):
+                bounds[name] = variational_bound(
+                    denoiser,
+                    torch.from_numpy(images),
+                    labels=None if known is None else torch.from_numpy(chosen(known, settings.images)),
+                    seed=params.seed,
+                    times=times,
+                    batch=settings.batch,
+                    variance=settings.variance,
+                    device=find_device(params.compute.device),
+                    done=count,
+                )
         except ValueError as error:
             raise InputError(f"likelihood: {error}") from None
     scores = {

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from ddpm.training import Step, TrainingState, fit
 
 DIVERGED, ROWS = 10.0, 10  # the loss is so many times that of a network that predicts nothing, in so many rows running
 BASE_IMAGES = 256  # that say what the latter is
+ROOM = 0.5  # of the GPU's free memory, for the images
 
 
 def noise_schedule(params: Params, name: str) -> NoiseSchedule:
@@ -150,11 +152,13 @@ def _train(  # noqa: PLR0912, PLR0915 - the loop and all that it needs
         shutil.rmtree(folder, ignore_errors=True)
     rows, losses = _resume(folder, state, settings.steps, report, world)
 
-    images = torch.from_numpy(np.array(dataset.train)).to(device)
+    images = _placed(dataset.train, device)
     labels = torch.from_numpy(np.array(dataset.train_labels)).to(device) if params.diffusion.conditional else None
     validation = _validation(params, dataset, objective, device)
     denoiser = Denoiser(state.ema, noise, params.diffusion.target, clip=True)
-    bar = DIVERGED * _loss_of_nothing(images[:BASE_IMAGES], objective, network.get("out_channels", images.shape[1]))
+    bar = DIVERGED * _loss_of_nothing(
+        images[:BASE_IMAGES].to(device), objective, network.get("out_channels", images.shape[1])
+    )
     forward = compiled(world.module(net), "training") if settings.compile else world.module(net)
     steps = fit(
         state,
@@ -223,6 +227,18 @@ def _train(  # noqa: PLR0912, PLR0915 - the loop and all that it needs
     if not writer:
         return {}
     return _write(params, schedule, state, network, dataset, rows, validation.by_time(state.ema), root)
+
+
+def _placed(images: store.Images, device: torch.device) -> torch.Tensor:
+    """On the GPU, where they take no more than ROOM of its free memory; else where they are: in a file, mapped, that each
+    batch is read from.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # and nobody writes
+        mapped = torch.from_numpy(images)
+    if device.type == "cuda" and mapped.nbytes <= ROOM * torch.cuda.mem_get_info(device)[0]:
+        return mapped.to(device)
+    return mapped
 
 
 def _loss_of_nothing(images: torch.Tensor, objective: Objective, channels: int) -> float:

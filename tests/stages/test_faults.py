@@ -711,19 +711,24 @@ import json, resource, sys
 from pathlib import Path
 import torch
 from ddpm.stages.errors import InputError
+from ddpm.stages.evaluate import evaluate
+from ddpm.stages.likelihood import likelihood
 from ddpm.stages.params import Params, Point
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
 raw, root = json.loads(sys.argv[1]), Path(sys.argv[2])
-train(Params.check(raw, "smoke"), "cosine", root)
-pages = int(Path("/proc/self/statm").read_text().split()[0])
-limit = pages * resource.getpagesize() + 100 * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-raw["training"]["batch"], raw["sampling"] = 4000, {**raw["sampling"], "images": 40_000, "batch": 40_000}
 point = Point.parse("cosine-ddpm-5")
-for work in (lambda params: train(params, "cosine", root), lambda params: sample_point(params, point, root)):
+train(Params.check(raw, "smoke"), "cosine", root)
+sample_point(Params.check({**raw, "sampling": {**raw["sampling"], "images": 200}}, "smoke"), point, root)
+raw["training"]["batch"], raw["sampling"] = 4000, {**raw["sampling"], "images": 40_000, "batch": 40_000}
+raw["evaluation"] = {**raw["evaluation"], "images": 200, "batch": 200}
+raw["likelihood"] = {**raw["likelihood"], "images": 2000, "batch": 2000, "times": 2}
+for room, work, what in (8, likelihood, "cosine"), (100, train, "cosine"), (100, evaluate, point), (100, sample_point, point):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + room * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
     try:
-        work(Params.check(raw, "smoke"))
+        work(Params.check(raw, "smoke"), what, root)
     except InputError as error:
         print(error)
 raw["training"]["accumulate"] = 80
@@ -743,7 +748,43 @@ def test_out_of_memory_says_what_to_lower(root: Path, smoke: Callable[..., Param
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    training, sampling, trained = done.stdout.splitlines()
+    bound, training, evaluation, sampling, trained = done.stdout.splitlines()
     assert training.startswith("train cosine: out of memory: raise training.accumulate")
+    assert evaluation.startswith("evaluate cosine-ddpm-5: out of memory: lower evaluation.batch")
+    assert bound.startswith("likelihood cosine: out of memory: lower likelihood.batch")
     assert sampling.startswith("cosine-ddpm-5: out of memory: lower sampling.batch")
     assert trained == "trained"
+
+
+# Beyond what the process has, a quarter of what the images take.
+LARGE = """
+import json, re, resource, sys
+from pathlib import Path
+import numpy as np
+from ddpm.stages.params import Params
+from ddpm.stages.train import train
+raw, root, count = json.loads(sys.argv[1]), Path(sys.argv[2]), 350_000
+(root / "dataset").mkdir()
+for split, images in ("train", count), ("test", 8):  # no blocks on the disk: all of it is zero
+    np.lib.format.open_memmap(root / f"dataset/{split}.npy", "w+", np.uint8, (images, 3, 64, 64))
+about = {"name": "dark", "sha256": "0", "shape": [3, 64, 64], "counts": {"train": count, "test": 8}, "classes": None,
+         "mean": [0.0] * 3, "std": [0.0] * 3, "flip": True}
+(root / "dataset/dataset.json").write_text(json.dumps(about))
+held = 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+limit = held + count * 3 * 64 * 64 // 4
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+print(train(Params.check(raw, "smoke"), "cosine", root)["loss"])
+"""
+
+
+def test_images_that_no_memory_holds_are_read_batch_by_batch(tmp_path: Path, smoke: Callable[..., Params]) -> None:
+    params = smoke(training={"steps": 3, "batch": 2, "log_every": 1, "validation_images": 0}, network={"attention": []})
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE, plain(params), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout) < 3

@@ -1,0 +1,241 @@
+"""How the cost of each phase grows with batch, image size, width, steps and images; how far it is from the machine's limit."""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.harness import TINY, alternate, matmul_rate
+from bench.network import SETTINGS
+from bench.scores import CACHE, _pictures
+from ddpm import Denoiser, NoiseSchedule, UNet, features, fidelity, native, sample
+from ddpm.objective import Objective
+from ddpm.training import TrainingState, autocast, fit
+
+# The settings that everything but one of them keeps, and the values of that one.
+BASE = {
+    "cpu": {"batch": 4, "size": 32, "width": 128, "steps": 1},
+    "cuda": {"batch": 128, "size": 32, "width": 128, "steps": 10},
+}
+VALUES = {
+    "cpu": {"batch": [1, 2, 4, 8, 16], "size": [16, 32, 64], "width": [32, 64, 96, 128, 160], "steps": [1, 2, 4, 8]},
+    "cuda": {
+        "batch": [16, 64, 256, 1024],
+        "size": [16, 32, 64],
+        "width": [32, 64, 128, 256],
+        "steps": [10, 20, 50, 100],
+    },
+}
+IMAGES = {"cpu": [8, 16, 32, 64], "cuda": [500, 1_000, 2_000, 4_000]}  # through Inception
+ROWS = [5_000, 10_000, 20_000, 50_000]  # of features, for statistics and the interval
+REPEATS = 3
+if TINY:
+    BASE["cpu"] |= {"batch": 2, "width": 32}
+    VALUES["cpu"], IMAGES["cpu"], ROWS = {"batch": [1, 2], "size": [16, 32], "steps": [1, 2]}, [2, 4], [200, 400]
+DIMENSIONS = 64 if TINY else 2048
+
+
+def _peak(device: str) -> int:
+    """Bytes: of this process since `_forget`, or of the GPU's tensors."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found.group(1)) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _forget(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # proc_pid_clear_refs(5): forgets the peak of memory
+
+
+def _network(width: int, size: int, device: str) -> UNet:
+    torch.manual_seed(0)
+    net = UNet(**{**SETTINGS, "channels": width, "image_size": size})
+    return net.to(device).to(memory_format=torch.channels_last)
+
+
+def _training(device: str, at: dict[str, int]) -> Callable[[], Any]:
+    """at["steps"] steps of the paper's recipe."""
+    net = _network(at["width"], at["size"], device)
+    shape = (4 * at["batch"], 3, at["size"], at["size"])
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).to(device)
+    steps = fit(
+        TrainingState(net),
+        images,
+        Objective.of(NoiseSchedule.named("linear", 1000), "eps", device),
+        batch=at["batch"],
+        learning_rate=2e-4,
+        seed=0,
+        flip=True,
+        precision=_precision(device),
+        forward=native.compiled(net),
+    )
+    return lambda: [next(steps).loss for _ in range(at["steps"])][-1]
+
+
+def _sampling(device: str, at: dict[str, int]) -> Callable[[], Any]:
+    """at["steps"] evaluations by DDIM."""
+    forward = native.compiled(_network(at["width"], at["size"], device).eval().requires_grad_(False))
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with autocast(torch.device(device), _precision(device)):
+            return forward(x, t).float()
+
+    denoiser = Denoiser(predict, NoiseSchedule.named("linear", 1000), "eps", clip=True)
+    x_T = torch.randn(at["batch"], 3, at["size"], at["size"], device=device).to(memory_format=torch.channels_last)
+    return lambda: sample(denoiser, x_T, steps=at["steps"], sampler="ddim", noise=lambda k: torch.randn_like(x_T))
+
+
+def _extraction(inception: features.Inception, pictures: NDArray[np.uint8]) -> Callable[[], Any]:
+    return lambda: features.extract(inception, pictures)
+
+
+def _interval(rows: NDArray[np.float32], reference: fidelity.Statistics, device: str) -> Callable[[], Any]:
+    return lambda: fidelity.jackknife(rows, fidelity.Statistics(reference.mean, reference.covariance), device)
+
+
+def _precision(device: str) -> str:
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def _evaluation_work(width: int, size: int) -> int:
+    """Floating point operations of the network on one image, convolutions counted as direct ones."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        _network(width, size, "cpu")(torch.randn(1, 3, size, size), torch.zeros(1))
+    return int(counter.get_total_flops())
+
+
+def _series(
+    phase: str, by: str, points: Sequence[tuple[int, Callable[[], Callable[[], Any]], int]], device: str
+) -> dict[str, Any]:
+    """points: a value, what makes the work ready, and the images of one call.
+
+    power: of the power law through the seconds of a call, by least squares.
+    """
+    rows = []
+    for value, ready, images in points:
+        _forget(device)
+        times, _ = alternate({"it": ready()}, REPEATS, device=device)
+        wall = times["it"]["wall"]
+        rows.append(
+            {"value": value, "seconds": sorted(wall)[len(wall) // 2], "images": images, "peak_bytes": _peak(device)}
+        )
+        print(f"  {phase} by {by} {value}: {rows[-1]['seconds']:.3g} s", flush=True)
+    x, y = (np.log([row[key] for row in rows]) for key in ("value", "seconds"))
+    return {"phase": phase, "by": by, "power": float(np.polyfit(x, y, 1)[0]), "rows": rows}
+
+
+def _copy_rate(device: str) -> float:
+    """Bytes a second, read and written, of copying what no cache holds."""
+    a = torch.zeros(2**22 if TINY else 2**27, device=device)
+    b = torch.empty_like(a)
+    times, _ = alternate({"copy": lambda: b.copy_(a)}, 9, warmups=2, device=device)
+    return 2 * a.nbytes / min(times["copy"]["wall"])
+
+
+def _optimiser(state: TrainingState) -> None:
+    """What follows the gradients in a step."""
+    state.adam(2e-4)
+    torch._foreach_lerp_(list(state.ema.parameters()), list(state.net.parameters()), 0.001)
+
+
+def _phases(device: str, found: list[dict[str, Any]], inception: features.Inception) -> list[dict[str, Any]]:
+    """Of each phase the work of a call, its seconds, and their share of what the machine can do at most."""
+    base = BASE[device]
+    precision = torch.bfloat16 if device == "cuda" else torch.float32
+    evaluation = _evaluation_work(base["width"], base["size"]) * base["batch"] * base["steps"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        inception(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device))
+    last = {one["phase"]: one["rows"][-1] for one in found}
+    training, sampling = (
+        next(
+            row
+            for one in found
+            if (one["phase"], one["by"]) == (phase, "batch")
+            for row in one["rows"]
+            if row["value"] == base["batch"]
+        )
+        for phase in ("training", "sampling")
+    )
+    N, D = last["FID and interval"]["images"], DIMENSIONS
+    # Half a covariance, R^T C R, eigenvectors, and each image turned into their axes.
+    scores = N * D**2 + 4 * D**3 + 9 * D**3 + 2 * N * D**2
+    products = [
+        ("training", 3 * evaluation, training["seconds"], precision),
+        ("sampling", evaluation, sampling["seconds"], precision),
+        (
+            "features",
+            counter.get_total_flops() * last["features"]["images"],
+            last["features"]["seconds"],
+            torch.float32,
+        ),
+        ("FID and interval", scores, last["FID and interval"]["seconds"], torch.float64),
+    ]
+    rates = {dtype: matmul_rate(device, dtype) for dtype in (precision, torch.float32, torch.float64)}
+    phases = [
+        {
+            "phase": phase,
+            "work": work,
+            "seconds": seconds,
+            "of": f"matrix products, {str(dtype).removeprefix('torch.')}",
+            "rate": rates[dtype],
+        }
+        for phase, work, seconds, dtype in products
+    ]
+    state = TrainingState(_network(base["width"], base["size"], device))
+    for parameter in state.net.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    times, _ = alternate({"it": lambda: _optimiser(state)}, 9, warmups=2, device=device)
+    # Adam reads weight, gradient and two moments and writes three of them; the average reads two and writes one.
+    moved = 10 * sum(parameter.nbytes for parameter in state.net.parameters())
+    phases.append(
+        {
+            "phase": "Adam and EMA",
+            "work": moved,
+            "seconds": min(times["it"]["wall"]),
+            "of": "copying memory",
+            "rate": _copy_rate(device),
+        }
+    )
+    return [{**phase, "share": phase["work"] / phase["seconds"] / phase["rate"]} for phase in phases]
+
+
+def growth(device: str) -> dict[str, Any]:
+    base, found = BASE[device], []
+    for phase, make in (("training", _training), ("sampling", _sampling)):
+        for by, values in VALUES[device].items():
+            points = []
+            for value in values:
+                at = {**base, by: value}
+                points.append((value, partial(make, device, at), at["batch"] * at["steps"]))
+            found.append(_series(phase, by, points, device))
+    inception, pictures = features.load(2048, CACHE, device), _pictures(max(IMAGES[device]), 0)
+    points = [(count, partial(_extraction, inception, pictures[:count]), count) for count in IMAGES[device]]
+    found.append(_series("features", "images", points, device))
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((max(ROWS), DIMENSIONS), np.float32)
+    reference = fidelity.statistics(random.standard_normal((4 * DIMENSIONS, DIMENSIONS), np.float32))
+    points = [(count, partial(_interval, rows[:count], reference, device), count) for count in ROWS]
+    found.append(_series("FID and interval", "images", points, device))
+    usual = ", ".join(f"{name} {value}" for name, value in base.items())
+    return {
+        "work": "the paper's UNet and recipe, compiled, and Inception's features with their scores",
+        "per_call": f"what the tables say; where they don't: {usual}",
+        "checks": {},
+        "times": {},
+        "figures": [],
+        "growth": found,
+        "phases": _phases(device, found, inception),
+    }
