@@ -332,6 +332,27 @@ TRAINING = [
         "sound = True",
         DIVERGED,
     ),
+    Protection(
+        "kill -9 of a training: what safetensors leaves of a state is removed",
+        CHECKPOINT,
+        "save_file(tensors, Path(folder) / path.name, metadata)\n            (Path(folder) / path.name).replace(path)",
+        "save_file(tensors, path, metadata)",
+        f"{FAULTS}what_a_killed_writer_of_a_state_leaves_is_removed_by_the_next",
+    ),
+    Protection(
+        "images that no memory holds",
+        TRAIN,
+        "images = _placed(dataset.train, device)",
+        "images = torch.from_numpy(np.array(dataset.train))",
+        f"{FAULTS}images_that_no_memory_holds_are_read_batch_by_batch",
+    ),
+    *(
+        Protection(f"out of memory: one line, {name}", f"ddpm/stages/{name}.py", text, "if True:", MEMORY)
+        for name, text in {
+            "likelihood": 'with memory_errors(f"likelihood {schedule}", "lower likelihood.batch"):',
+            "evaluate": 'with memory_errors(f"evaluate {point.name}", "lower evaluation.batch, or evaluation.images"):',
+        }.items()
+    ),
     Protection("out of memory: one line", "ddpm/stages/device.py", 'and "allocate memory" not in text', "", MEMORY),
     Protection(
         "out of memory: accumulated gradients", TRAIN, "accumulate=settings.accumulate,", "accumulate=1,", MEMORY

@@ -165,6 +165,29 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody
     assert set(tmp_path.iterdir()) == {path, living} and "2.0" in path.read_text()
 
 
+# Writes a state until it is killed.
+WRITER = """
+import sys; from pathlib import Path; import torch; from ddpm.stages.checkpoint import ResumeState, write_resume
+state = ResumeState(8, {"net.weight": torch.ones(2**24)}, [], [])
+while True:
+    write_resume(Path(sys.argv[1]), state)
+"""
+
+
+def test_what_a_killed_writer_of_a_state_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
+    """safetensors has a temporary file of its own, `.tmp` and some letters: killed as soon as that is seen."""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    end = time.monotonic() + 60
+    while not any(name.startswith(".tmp") for _, _, names in os.walk(tmp_path) for name in names):  # some 50 ms
+        assert time.monotonic() < end
+    writer.kill()
+    writer.wait()
+    write_resume(tmp_path, ResumeState(8, {"net.weight": torch.ones(1)}, [], []))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000008.json", "000000008.safetensors"]
+
+
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a host that loses its power may come back with the new name and none of the bytes. What can be seen is the order."""
     path, seen = tmp_path / "state", []
