@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,10 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mlflow.entities import ViewType
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from ddpm.stages import tracking
 from ddpm.stages.params import Params
+
+PAGE = Path(__file__).parents[2] / "docs" / "storage.md"
 
 
 def program(name: str) -> str:
@@ -83,9 +88,25 @@ def test_mlflow_on_postgresql(
         client.delete_run(run.info.run_id)
     for item in tracking.unreferenced(time.time() + 60, checkout):
         item.remove()
+    kept = client.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)
     folder, _ = tracking.fetch_model("models:/ddpm-digits@champion", checkout / "fetched", checkout)
     assert (folder / "model.safetensors").read_bytes() == (checkout / "models/cosine/model.safetensors").read_bytes()
     assert not (checkout / "mlflow.db").exists()
+
+    save, restore = re.findall(r"```sh\n(pg_(?:dump|restore) .*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (checkout.parent / "backup").mkdir()
+    path = f"{Path(program('pg_dump')).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def shell(command: str) -> None:
+        subprocess.run(["sh", "-e", "-c", command], cwd=checkout, env={**os.environ, "PATH": path}, check=True)
+
+    shell(save)
+    shell("psql --quiet --command 'DROP SCHEMA public CASCADE; CREATE SCHEMA public' \"$MLFLOW_BACKEND_STORE_URI\"")
+    with pytest.raises(MlflowException):
+        client.get_model_version_by_alias("ddpm-digits", "champion")
+    shell(restore)
+    assert client.get_model_version_by_alias("ddpm-digits", "champion").version == champion.version
+    assert len(client.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)) == len(kept)
 
 
 @pytest.mark.proof
