@@ -457,7 +457,7 @@ FLOWS = [
         RUNS,
         "elif not any(name.endswith(COMPRESSED) for name in here):",
         "elif False:",
-        "tests/stages/test_s3.py::test_a_dead_server_costs_a_line_and_is_made_up_for",
+        f"{TRACKING}a_picture_whose_thumbnail_never_came_gets_it",
     ),
     Protection(
         "kill -9 of `ddpm publish`: a run that nothing fills in becomes KILLED",

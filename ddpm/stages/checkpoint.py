@@ -71,8 +71,9 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
         net = _filled(about["network"], state)
         denoiser = Denoiser(net, noise_schedule(about["schedule"]), about["target"], clip)
         side, channels = about["network"]["image_size"], about["network"]["image_channels"]
-        if about["data"]["shape"] != [channels, side, side]:
-            raise ValueError(f"its data are {about['data']['shape']}, its network takes {[channels, side, side]}")
+        takes = [int(channels), int(side), int(side)]
+        if repr(about["data"]["shape"]) != repr(takes):  # true is no 1, though Python says so
+            raise ValueError(f"its data are {about['data']['shape']}, its network takes {takes}")
         if (classes := about["network"].get("classes", 0)) != len(about["data"].get("classes") or ()) and classes:
             raise ValueError(f"its network knows {classes} classes, its data have another number")
     except FileNotFoundError:

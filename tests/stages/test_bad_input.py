@@ -830,6 +830,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], str]] = {
     "negative multipliers": (of_network(multipliers=[1, -2]), "not a usable checkpoint"),
     "null for attention": (of_network(attention=None), "not a usable checkpoint"),
     "images of another size": (of_network(image_size=16, attention=[8]), "its data are [1, 8, 8], its network takes"),
+    "truth for channels": (
+        of_model(lambda about: about["data"].update(shape=[True, 8, 8])),
+        "its data are [True, 8, 8]",
+    ),
     "T beyond memory": (of_model(lambda about: about["schedule"].update(timesteps=10**12)), "is more than 100000"),
     "no T": (of_model(lambda about: about["schedule"].update(timesteps=0)), "steps = 0 must be at least 1"),
     "T in words": (of_model(lambda about: about["schedule"].update(timesteps="100")), "not a usable checkpoint"),

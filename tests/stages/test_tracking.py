@@ -304,6 +304,22 @@ def test_an_interrupted_publication_is_filled_in(
     assert len(Seen(checkout).models) == 1
 
 
+def test_a_picture_whose_thumbnail_never_came_gets_it(checkout: Path, params: Params) -> None:
+    """MLflow sends a picture, then its thumbnail, and then says that there are pictures: cut off after the first."""
+    tracking.publish(params, checkout)
+    thumbnails = sorted((checkout / "mlartifacts").rglob("samples+step+5+*.webp"))
+    content = thumbnails[0].read_bytes()
+    thumbnails[0].unlink()
+    run = thumbnails[0].parents[2].name
+    client = MlflowClient(f"sqlite:///{checkout / 'mlflow.db'}")
+    client.delete_tag(run, "mlflow.loggedImages")
+    client.delete_tag(run, "ddpm.samples.5")  # which a point gets when all of it was sent
+    assert tracking.publish(params, checkout)["images"] == 1
+    assert thumbnails[0].read_bytes() == content
+    assert client.get_run(run).data.tags["mlflow.loggedImages"] == "True"
+    assert tracking.publish(params, checkout) == {}
+
+
 def test_the_bound_below_its_training(checkout: Path, smoke: Smoke, params: Params) -> None:
     """Each number once; another way to estimate it is another run, other numbers of the same way supersede the old."""
 
