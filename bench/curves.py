@@ -25,7 +25,7 @@ from bench.course import Course, Images, OutOfTime, Recipe
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "images"
-FIRST, GROWTH = 5.0, 1.6  # seconds of training until the first mark, and how much longer until each next one
+GROWTH = 1.6  # how much longer it is until each next mark
 GREY = "#808080"  # reads on white and on black
 COLOURS = ("#1f8fd6", "#e07b28", "#2aa876", "#c46bb0")
 
@@ -68,15 +68,17 @@ def prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
     return params, store.read_dataset(state)
 
 
-def due(here: Course) -> bool:
+def due(here: Course, first: float) -> bool:
     """Whether there is to be a score now: the end is reached, or the next mark."""
     last = here.scores[-1] if here.scores else {"step": 0, "minutes": 0.0}
     if here.training.step == last["step"]:
         return False
-    return here.training.step == here.steps or here.seconds >= max(FIRST, last["minutes"] * 60 * GROWTH)
+    return here.training.step == here.steps or here.seconds >= max(first, last["minutes"] * 60 * GROWTH)
 
 
-def measure(name: str, params: Any, dataset: Any, point: Any, state: Path, out: Path, until: float) -> bool:
+def measure(
+    name: str, params: Any, dataset: Any, point: Any, state: Path, out: Path, until: float, first: float
+) -> bool:
     """-> whether the curve is whole, to the recipe's last step. Raises OutOfTime."""
     from ddpm import features, fidelity
 
@@ -113,15 +115,15 @@ def measure(name: str, params: Any, dataset: Any, point: Any, state: Path, out: 
         course.write_json(out / f"curve-{name}.json", harness._short(about))
         print(f"  step {here.training.step:,}, {times['minutes']:.2f} min: FID {scored['fid']:.4g}", flush=True)
 
-    if due(here):  # when the last command stopped
+    if due(here, first):  # when the last command stopped
         score()
     for _ in course.advance(here, recipe, torch.from_numpy(np.array(dataset.train)), "cpu"):
         over = time.monotonic() > until
-        if due(here) or over:
+        if due(here, first) or over:
             here.save(state)
         if over:
             raise OutOfTime
-        if due(here):
+        if due(here, first):
             score()
     return True
 
@@ -190,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, help="PNG files or zips of them, instead of the recipe's data")
     parser.add_argument("--point", help="SCHEDULE-SAMPLER-STEPS; default: the recipe's last point")
     parser.add_argument("--minutes", type=float, default=9, help="of this command, about")
+    parser.add_argument("--first", type=float, default=5, help="seconds of training until the first score")
     parser.add_argument("--state", type=Path, help="what it goes on from; default: .cache/curves/RECIPE")
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     parser.add_argument("--pictures", type=Path, default=PICTURES)
@@ -202,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         params, dataset = prepared(asked.what, asked.images, state)
         point = Point.parse(asked.point) if asked.point else params.points()[-1]
         try:
-            measure(asked.what, params, dataset, point, state, asked.out, until)
+            measure(asked.what, params, dataset, point, state, asked.out, until, asked.first)
             print("complete")
         except OutOfTime:
             print("out of time; the same command goes on")

@@ -140,9 +140,8 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.proof
-def test_a_curve_goes_on_and_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    places = ["--state", str(tmp_path / "state"), "--out", str(tmp_path), "--pictures", str(tmp_path)]
-    monkeypatch.setattr(curves, "FIRST", 0.5)
+def test_a_curve_goes_on_and_is_drawn(tmp_path: Path) -> None:
+    places = ["--first", "0.5", "--state", str(tmp_path / "state"), "--out", str(tmp_path), "--pictures", str(tmp_path)]
     curves.main(["smoke", "--minutes", "0.0001", *places])
     assert not list(tmp_path.glob("*.png"))  # stopped before its first score
     curves.main(["smoke", *places])
