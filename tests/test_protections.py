@@ -1263,7 +1263,7 @@ def check(protection: Protection, copy: Path, files: list[Path], run: Run) -> No
     path.write_text(text.replace(protection.text, protection.gone), encoding="utf-8")
     hangs = protection.how == "hangs"
     code, said = run(copy, protection.test, *(["--timeout=10"] if hangs else []))
-    assert code == 1 and re.search(r"^1 failed(, \d+ warnings?)? in ", said, re.MULTILINE), said
+    assert code == 1 and re.search(r"^1 failed(, \d+ warnings?)?(, 1 error)? in ", said, re.MULTILINE), said
     assert hangs == ("Failed: Timeout" in said), said
 
 

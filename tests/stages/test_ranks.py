@@ -163,6 +163,7 @@ def test_a_killed_process_ends_all_and_the_next_run_goes_on(
     end = time.monotonic() + 20
     while living(root) and time.monotonic() < end:
         time.sleep(0.1)
+    assert not living(root)
     ended(start())
     assert_same(root, alone)
 
@@ -195,10 +196,10 @@ def test_two_hosts_that_share_no_disk(root: Path, params: Params, start: Start, 
     processes = both()
     after(root, 40, processes[0])
     processes[1].terminate()  # a spot host goes: all of them save, at the first one
-    for process in processes:
-        process.communicate(timeout=60)
-        assert process.returncode
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    assert all(process.returncode for process in processes)
     assert states(root) and not states(second)
+    assert f"stopped; the next run goes on after step {states(root)[-1]}, of 200" in said[0], said[0]
     for process in both():
         ended(process)
     assert_same(root, alone)
