@@ -47,7 +47,7 @@ chaos: $(EMPTY) ## faults injected for real: kills, full disks, dead servers
 		print(*(item.replace(" ", "") for name in ("dask", "kubernetes") for item in extras[name]))')
 	@$(RUN) pytest -m chaos
 
-bench: $(INSTALLED) ## speed beside other packages, into docs/speed.md (ONLY=train: one row; about 25 minutes)
+bench: $(INSTALLED) ## speed beside other packages, into docs/speed.md (ONLY=train: one row; about 30 minutes)
 	@$(PIP) --quiet $$(.venv/bin/python -c 'import tomllib; \
 		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
 	@$(RUN) python -m bench $(ONLY)
