@@ -24,6 +24,8 @@ from hypothesis import settings
 
 # For this process and all that it starts.
 os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHOTS = Path(__file__).parents[1] / "test-output"
 

@@ -418,6 +418,13 @@ FLOWS = [
         f"{FLOW}kill_9_leaves_no_process[flow]",
     ),
     Protection(
+        "Prefect's API away for a minute: ends that it did not hear of",
+        "flows/reaping.py",
+        "unheard = flow_run.state is not None and flow_run.state.is_completed()",
+        "unheard = False",
+        f"{FLOW}a_task_run_whose_end_prefect_did_not_hear_is_ended_by_the_next_run",
+    ),
+    Protection(
         "kill -9 of the flow: its run in MLflow becomes KILLED",
         RUNS,
         "if process and is_here(process) and not is_alive(process):",
@@ -1176,13 +1183,6 @@ LONG = [
         "edited = edited or edits()",
         'edited = ""',
         f"{FLOW}params_changed_meanwhile_are_never_what_dvc_recorded",
-    ),
-    Protection(
-        "Prefect's API away for a minute: ends that it did not hear of",
-        "flows/reaping.py",
-        "        _end_tasks(client, {run.id for run in left} - set(dead))\n",
-        "",
-        "tests/flows/test_faults.py::test_prefect_is_away_for_a_minute",
     ),
 ]
 

@@ -195,6 +195,17 @@ def test_kill_9_leaves_no_process(up: Any, victim: str) -> None:
     assert "Running stage" not in up.scratch.repro()
 
 
+def test_a_task_run_whose_end_prefect_did_not_hear_is_ended_by_the_next_run(up: Any) -> None:
+    """As it is left where the API was away at that moment: Running, in a flow run that is Completed."""
+    assert up.scratch.run(*up.FLOW, json.dumps({"promote": False})).returncode == 0
+    run = up.flow_run()["id"]
+    task = up.tasks(run)["publish"]["id"]
+    up.post(f"/task_runs/{task}/set_state", state={"type": "RUNNING", "name": "Running"}, force=True)
+    assert up.states(run)["publish"] == "Running"
+    assert up.scratch.run(*up.FLOW, json.dumps({"promote": False})).returncode == 0
+    assert up.states(run)["publish"] == "Completed"
+
+
 def test_cancelling_ends_the_stages_within_ten_seconds(up: Any) -> None:
     """SIGTERM first, so that a training can save its state; SIGKILL for what doesn't listen."""
     up.scratch.control(train_linear={"until": "never", "saves": True}, train_cosine={"until": "never", "deaf": True})
