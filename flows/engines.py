@@ -20,11 +20,16 @@ from ddpm.stages.errors import InputError
 
 Runner = TaskRunner[PrefectFuture[Any]]
 
-# By the scheme of an address: the extra of pyproject.toml, and the task runner that it brings.
+# By the scheme of an address: the extra of pyproject.toml, the task runner that it brings, and its options.
+DASK: tuple[str, str, dict[str, Any]] = ("dask", "prefect_dask:DaskTaskRunner", {})
 RUNNERS = {
-    "tcp": ("dask", "prefect_dask:DaskTaskRunner"),
-    "tls": ("dask", "prefect_dask:DaskTaskRunner"),
-    "ray": ("ray", "prefect_ray:RayTaskRunner"),
+    "tcp": DASK,
+    "tls": DASK,
+    "ray": (
+        "ray",
+        "prefect_ray:RayTaskRunner",
+        {"init_kwargs": {"log_to_driver": False}},
+    ),  # Prefect has the lines already
 }
 
 cluster: ContextVar[Runner] = ContextVar("cluster")
@@ -41,8 +46,9 @@ def connected(hosts: bool | str) -> Iterator[None]:
         runner.__enter__()
         getattr(runner, "client", None)  # Dask's connects when it is first asked for: once, and before anything has run
     except (OSError, RuntimeError, ValueError) as error:
-        said = str(error).strip() or type(error).__name__
-        raise InputError(f"hosts: nothing to work with at {hosts} ({said.splitlines()[0]})") from error
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        why = " ".join(dict.fromkeys((said[0], said[-1])))  # Ray's first line is a heading
+        raise InputError(f"hosts: nothing to work with at {hosts} ({why})") from error
     token = cluster.set(runner)
     try:
         yield
@@ -58,10 +64,10 @@ def _runner(hosts: str) -> Runner:
             f"hosts: {hosts!r} is neither true (the pool `hosts`) nor the address of a Dask scheduler, such as"
             " tcp://scheduler:8786, or of a Ray head, such as ray://head:10001"
         )
-    extra, path = RUNNERS[scheme]
+    extra, path, options = RUNNERS[scheme]
     module, _, name = path.partition(":")
     try:
-        made: Runner = getattr(importlib.import_module(module), name)(address=hosts)
+        made: Runner = getattr(importlib.import_module(module), name)(address=hosts, **options)
     except ModuleNotFoundError as error:
         install = f"uv pip install --constraint requirements.lock --editable '.[{extra}]'"
         raise InputError(f"hosts: {hosts} needs the extra {extra}, here and on the hosts: {install}") from error

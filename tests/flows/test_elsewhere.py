@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import socket
 import subprocess
 import sys
 import tomllib
@@ -82,7 +83,45 @@ def dask(scratch: Any, hosts: list[Any], api: str) -> str:
     return address
 
 
-JOINED = {"pool": pool, "dask": dask}  # how hosts offer themselves -> what `hosts` is then
+def ray(scratch: Any, hosts: list[Any], api: str) -> str:
+    """A head, of which the hosts are nodes. On this one machine each has ports of its own, named, or Ray waits to hear them."""
+    pytest.importorskip("prefect_ray", reason="the extra ray is not installed; `make chaos` does that")
+    address, client = f"127.0.0.1:{scratch.free_port()}", f"127.0.0.1:{scratch.free_port()}"
+    agents = (
+        "dashboard-agent-grpc-port",
+        "dashboard-agent-listen-port",
+        "metrics-export-port",
+        "runtime-env-agent-port",
+    )
+
+    def start(where: Any, log: str, *options: str) -> None:
+        ports = [f"--{agent}={where.free_port()}" for agent in agents]
+        command = ("ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats")
+        variables = {"PREFECT_API_URL": api, "RAY_agent_register_timeout_ms": "300000"}
+        where.start(sys.executable, "-m", *command, *ports, *options, log=log, **variables)
+
+    def answers(at: str) -> Callable[[], bool]:
+        host, _, port = at.partition(":")
+
+        def connects() -> bool:
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
+                return True
+            return False
+
+        return connects
+
+    head = ("--head", "--num-cpus=0", "--include-dashboard=false", f"--port={address.partition(':')[2]}")
+    start(scratch, "head.log", *head, f"--ray-client-server-port={client.partition(':')[2]}")
+    scratch.wait(answers(client), 120, "the head answers")
+    for host in hosts:  # in turn: nodes of one machine that start together take each other for themselves
+        start(host, "log", f"--address={address}", "--num-cpus=1")
+        host.wait(
+            lambda log=host.root / "log": "Ray runtime started" in log.read_text(), 120, "a host joins the cluster"
+        )
+    return f"ray://{client}"
+
+
+JOINED = {"pool": pool, "dask": dask, "ray": ray}  # how hosts offer themselves -> what `hosts` is then
 
 
 @pytest.mark.parametrize("hosts", [False, True])
@@ -112,6 +151,31 @@ def test_a_missing_extra_is_named_with_what_installs_it(
         pass
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert extras[extra][0].startswith(module.replace("_", "-"))
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (TimeoutError(), "TimeoutError"),
+        (OSError("refused"), "refused"),
+        (
+            ConnectionError("Failure from server:\nTraceback\n  File x\nTimeout: no server\n"),
+            "Failure from server: Timeout: no server",
+        ),
+    ],
+)
+def test_a_cluster_that_does_not_answer_is_one_line_with_the_reason(
+    error: Exception, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Away:
+        def __enter__(self) -> None:
+            raise error
+
+    monkeypatch.setattr(engines, "_runner", lambda hosts: Away())
+    with pytest.raises(InputError) as refused, engines.connected("ray://head:10001"):
+        pass
+    assert str(refused.value) == f"hosts: nothing to work with at ray://head:10001 ({why})"
+    assert engines.cluster.get(None) is None
 
 
 def test_a_task_takes_neither_passwords_nor_the_flows_code_along() -> None:
