@@ -22,8 +22,8 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
-from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
+from prefect.runtime import flow_run
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed
 
 from ddpm.stages import store
@@ -36,32 +36,31 @@ POLL = 1.0  # seconds
 
 
 @flow(name="run-stage", flow_run_name="{stage}")
-def run_stage(stage: str, commit: str, params: str) -> State:
+def run_stage(stage: str, commit: str, params: str, asked_by: str) -> State:
     """One stage in the checkout this runs in, with all before it taken from the DVC remote.
 
     stage: its name in dvc.yaml. commit: of the code that asks; it must be checked out here. params: the text of params.yaml.
+    asked_by: the id of the flow run that asks.
     """
     from flows.train_eval import end_with_the_worker
 
     end_with_the_worker()
     reaping.claim()
-    return _stage(stage, commit, params)
+    return _stage(stage, commit, params, asked_by)
 
 
 @task(name="stage-on-a-host", task_run_name="{stage} on a host", cache_policy=NO_CACHE)
-def on_a_host(stage: str, commit: str, params: str) -> State:
+def on_a_host(stage: str, commit: str, params: str, asked_by: str) -> State:
     """The same as a task on a cluster's worker, which outlives the flow run that asks: so that is watched."""
-    return _wanted_stage(stage, commit, params)
+    return _wanted_stage(stage, commit, params, asked_by)
 
 
-def _wanted_stage(stage: str, commit: str, params: str) -> State:
+def _wanted_stage(stage: str, commit: str, params: str, asked_by: str) -> State:
     """Apart from the task, whose own code travels with it: this is the host's."""
-    context = FlowRunContext.get()
-    assert context is not None and context.flow_run is not None
-    return _stage(stage, commit, params, context.flow_run.id)
+    return _stage(stage, commit, params, asked_by, UUID(asked_by))
 
 
-def _stage(stage: str, commit: str, params: str, wanted_by: UUID | None = None) -> State:
+def _stage(stage: str, commit: str, params: str, asked_by: str, wanted_by: UUID | None = None) -> State:
     from flows.train_eval import alone
 
     root = Path.cwd()
@@ -69,7 +68,7 @@ def _stage(stage: str, commit: str, params: str, wanted_by: UUID | None = None) 
     try:
         if (here := head(root)) != commit:
             raise InputError(f"this host's clone is at {here[:10]}, the run is of {commit[:10]}: check that out here")
-        with alone(root), _running(wanted_by):
+        with alone(root, asked_by), _running(wanted_by):
             with store.replacing(root / "params.yaml") as temporary:
                 temporary.write_text(params, encoding="utf-8")
             work.exchange("fetch", stage, root, watcher.get())
@@ -117,6 +116,7 @@ def _running(wanted_by: UUID | None) -> Iterator[None]:
 def reproduce(stage: str, root: Path, watching: Watcher) -> Outcome:
     """Has a host run the stage, and takes its outputs over. Raises children.Stopped, and then stops it there."""
     asked = {"stage": stage, "commit": head(root), "params": (root / "params.yaml").read_text(encoding="utf-8")}
+    asked["asked_by"] = str(flow_run.id)
     watching.started(stage)
     state = _by_the_cluster(asked, watching) if engines.cluster.get(None) else _by_the_pool(asked, watching)
     if state is None or state.is_crashed():

@@ -13,7 +13,7 @@ from queue import Queue
 from typing import Any
 
 from filelock import FileLock, Timeout
-from prefect import flow, task
+from prefect import flow, runtime, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -174,8 +174,11 @@ def end_with_the_worker() -> None:
 
 
 @contextmanager
-def alone(root: Path) -> Iterator[None]:
-    """One run at a time works in a checkout: a second one waits, and says for whom."""
+def alone(root: Path, asked_by: str = "") -> Iterator[None]:
+    """One run at a time works in a checkout: a second one waits, and says for whom.
+
+    asked_by: the flow run for which a host works. Where that one holds the checkout itself, both would wait for ever: InputError.
+    """
     path = root / store.CACHE / "train-eval.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = path.with_suffix(".json")
@@ -184,10 +187,14 @@ def alone(root: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         about = store.read_json(holder) if holder.exists() else {"pid": "unknown"}
+        if asked_by and about.get("flow_run") == asked_by:
+            raise InputError(
+                "the clone that asks cannot be a host of its own run: start this worker in another clone"
+            ) from None
         watcher.get().line("train-eval", f"waiting: another run (process {about['pid']}) is at work in this checkout")
         lock.acquire(poll_interval=0.5)
     try:
-        store.write_json(holder, {"pid": os.getpid()})
+        store.write_json(holder, {"pid": os.getpid(), "flow_run": runtime.flow_run.id})
         yield
     finally:
         lock.release()

@@ -568,6 +568,20 @@ FLOWS = [
         "tests/flows/test_children.py::test_one_run_at_a_time_works_in_a_checkout",
     ),
     Protection(
+        "a worker in the clone that asks: refuses",
+        "flows/train_eval.py",
+        'if asked_by and about.get("flow_run") == asked_by:',
+        "if False:",
+        "tests/flows/test_elsewhere.py::test_a_worker_in_the_clone_that_asks_refuses_in_one_line",
+    ),
+    Protection(
+        "a host whose code is at another commit: refuses",
+        "flows/elsewhere.py",
+        "if (here := head(root)) != commit:",
+        "if (here := head(root)) != commit and False:",
+        "tests/flows/test_elsewhere.py::test_a_clone_at_another_commit_refuses_in_one_line",
+    ),
+    Protection(
         "a second train-eval: says for which process",
         "flows/train_eval.py",
         '    try:\n        store.write_json(holder, {"pid": os.getpid()})\n',

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,14 +17,14 @@ from uuid import uuid4
 import cloudpickle
 import psutil
 import pytest
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext, serialize_context
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from flows import elsewhere, engines
-from flows.train_eval import train_eval
+from flows.train_eval import alone, train_eval
 
 ROOT = Path(__file__).parents[2]
 MANY = [f"{stage}@{schedule}" for stage in ("train", "sample") for schedule in ("linear", "cosine")]
@@ -198,16 +199,42 @@ def test_a_task_takes_neither_passwords_nor_the_flows_code_along() -> None:
     assert sent["flow_run_context"]["flow_run"]["id"] == asking.flow_run.id
 
 
-def test_a_clone_at_another_commit_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """With one commit of nothing, and worked in."""
     monkeypatch.chdir(tmp_path)
     author = ("-c", "user.name=test", "-c", "user.email=test@example.org")
     for command in (("init", "--quiet"), (*author, "commit", "--quiet", "--allow-empty", "--message", "all")):
         subprocess.run(["git", *command], check=True)
-    state = elsewhere._stage("train@cosine", 40 * "0", "changed: true")
+    return tmp_path
+
+
+def test_a_clone_at_another_commit_refuses_in_one_line(repository: Path) -> None:
+    state = elsewhere._stage("train@cosine", 40 * "0", "changed: true", str(uuid4()))
     assert (state.name, state.type.value) == ("InputError", "FAILED")
     here = elsewhere.head(Path())[:10]
     assert state.message == f"this host's clone is at {here}, the run is of 0000000000: check that out here"
-    assert [path.name for path in tmp_path.iterdir()] == [".git"]
+    assert [path.name for path in repository.iterdir()] == [".git"]
+
+
+def test_a_worker_in_the_clone_that_asks_refuses_in_one_line(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for the run, and the run for it."""
+    asks = str(uuid4())
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", asks)
+    said: list[State] = []
+    with alone(repository):
+        host = threading.Thread(
+            target=lambda: said.append(
+                elsewhere._stage("train@cosine", elsewhere.head(repository), "changed: true", asks)
+            ),
+            daemon=True,
+        )
+        host.start()
+        host.join(20)
+        assert not host.is_alive()
+    assert (said[0].name, said[0].type.value) == ("InputError", "FAILED")
+    assert said[0].message == "the clone that asks cannot be a host of its own run: start this worker in another clone"
+    assert not (repository / "params.yaml").exists()
 
 
 @pytest.mark.chaos
