@@ -115,8 +115,8 @@ def _running(wanted_by: UUID | None) -> Iterator[None]:
 
 def reproduce(stage: str, root: Path, watching: Watcher) -> Outcome:
     """Has a host run the stage, and takes its outputs over. Raises children.Stopped, and then stops it there."""
-    asked = {"stage": stage, "commit": head(root), "params": (root / "params.yaml").read_text(encoding="utf-8")}
-    asked["asked_by"] = str(flow_run.id)
+    params = (root / "params.yaml").read_text(encoding="utf-8")
+    asked = {"stage": stage, "commit": head(root), "params": params, "asked_by": str(flow_run.id)}
     watching.started(stage)
     state = _by_the_cluster(asked, watching) if engines.cluster.get(None) else _by_the_pool(asked, watching)
     if state is None or state.is_crashed():

@@ -21,15 +21,11 @@ from ddpm.stages.errors import InputError
 Runner = TaskRunner[PrefectFuture[Any]]
 
 # By the scheme of an address: the extra of pyproject.toml, the task runner that it brings, and its options.
-DASK: tuple[str, str, dict[str, Any]] = ("dask", "prefect_dask:DaskTaskRunner", {})
-RUNNERS = {
-    "tcp": DASK,
-    "tls": DASK,
-    "ray": (
-        "ray",
-        "prefect_ray:RayTaskRunner",
-        {"init_kwargs": {"log_to_driver": False}},
-    ),  # Prefect has the lines already
+QUIET = {"init_kwargs": {"log_to_driver": False}}  # of Ray, whose lines Prefect has already
+RUNNERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tcp": ("dask", "prefect_dask:DaskTaskRunner", {}),
+    "tls": ("dask", "prefect_dask:DaskTaskRunner", {}),
+    "ray": ("ray", "prefect_ray:RayTaskRunner", QUIET),
 }
 
 cluster: ContextVar[Runner] = ContextVar("cluster")

@@ -101,19 +101,15 @@ def ray(scratch: Any, hosts: list[Any], api: str) -> str:
         variables = {"PREFECT_API_URL": api, "RAY_agent_register_timeout_ms": "300000"}
         where.start(sys.executable, "-m", *command, *ports, *options, log=log, **variables)
 
-    def answers(at: str) -> Callable[[], bool]:
-        host, _, port = at.partition(":")
-
-        def connects() -> bool:
-            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
-                return True
-            return False
-
-        return connects
+    def answers() -> bool:
+        host, _, port = client.partition(":")
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
+            return True
+        return False
 
     head = ("--head", "--num-cpus=0", "--include-dashboard=false", f"--port={address.partition(':')[2]}")
     start(scratch, "head.log", *head, f"--ray-client-server-port={client.partition(':')[2]}")
-    scratch.wait(answers(client), 120, "the head answers")
+    scratch.wait(answers, 120, "the head answers")
     for host in hosts:  # in turn: nodes of one machine that start together take each other for themselves
         start(host, "log", f"--address={address}", "--num-cpus=1")
         host.wait(
