@@ -28,6 +28,7 @@ import math
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -398,9 +399,17 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> Images:
 
 def write_samples(path: Path, images: Images, evaluations: int, labels: NDArray[np.int64] | None = None) -> None:
     """One compressed file. The same images give the same bytes. labels: the class that each image was asked for, if any."""
-    asked: dict[str, Any] = {} if labels is None else {"labels": labels}
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, images=images, evaluations=np.int64(evaluations), **asked)
+    arrays = {"images": images, "evaluations": np.asarray(evaluations, np.int64)}
+    if labels is not None:
+        arrays["labels"] = labels
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, array in arrays.items():
+            # Not numpy's savez: it asks for 64 bit sizes, whose header Python 3.11.2 writes otherwise than 3.11.7.
+            member = zipfile.ZipInfo(f"{name}.npy")
+            member.compress_type = zipfile.ZIP_DEFLATED
+            member.file_size = array.nbytes
+            with archive.open(member, "w") as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
 
 
 def read_samples(path: Path, dataset: Dataset | None = None) -> tuple[Images, int]:

@@ -1,5 +1,7 @@
 """The sample stage: the same images whatever the batch, deterministic bytes, and how it fails."""
 
+import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +47,18 @@ def test_bytes_are_the_same_again_and_what_is_written_is_whole(trained: Path, sm
     sample_point(params, POINT, trained)
     assert (path.read_bytes(), path.with_suffix(".png").read_bytes()) == first
     assert sorted(item.name for item in path.parent.iterdir()) == sorted([path.name, path.with_suffix(".png").name])
+
+
+def test_a_sample_file_has_no_header_that_pythons_patch_versions_write_differently(tmp_path: Path) -> None:
+    path, images = tmp_path / "samples.npz", np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2)
+    store.write_samples(path, images, 7, labels=np.array([4, 2]))
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            version, extra = (struct.unpack_from("<H", content, member.header_offset + at)[0] for at in (4, 28))
+            assert (version, extra) == (20, 0)  # APPNOTE 4.3.7: deflate, and no field for 64 bit sizes
+    with np.load(path, allow_pickle=False) as arrays:
+        assert (arrays["images"] == images).all() and arrays["evaluations"] == 7 and arrays["labels"].tolist() == [4, 2]
 
 
 def test_batch_size_moves_no_image_by_more_than_one_grey_level(trained: Path, smoke: Callable[..., Params]) -> None:
