@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddpm.denoiser import Denoiser
-from ddpm.samplers import SAMPLERS, Level, Noise, State, Steps, check_options, noise_levels, sample, trajectory
+from ddpm.samplers import SAMPLERS, Level, Noise, State, Steps, check_options, flow, noise_levels, sample, trajectory
 from ddpm.schedule import NoiseSchedule
 
 FLOWS = ("ddim", "euler", "heun", "dpmpp_2m", "dpmpp_3m", "unipc")  # with eta = 0: no noise but x_T
@@ -64,7 +64,10 @@ def encode(
     least = Level(0.0, float(denoiser.schedule.alpha_bar[1]))
     eps = (x_0 - least.a * denoiser(x_0, least.t)) / least.s
     x = rising[0].a * x_0 + rising[0].s * eps
-    return _last(SAMPLERS[sampler](denoiser, x, rising, lambda k: torch.zeros_like(x_0), **options), x)
+    # The step up to pure noise is infinite in log-SNR: for every sampler it is DDIM's.
+    top = rising.pop() if rising[-1].alpha_bar == 0 and len(rising) > 1 else None
+    x = _last(SAMPLERS[sampler](denoiser, x, rising, lambda k: torch.zeros_like(x_0), **options), x)
+    return x if top is None else flow(x, denoiser(x, rising[-1].t), rising[-1], top)
 
 
 def _last(steps: Steps, x: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def ddim(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise, *, eta:
         yield x, x0_hat
 
 
-def _flow(x: Tensor, x0_hat: Tensor, now: Level, to: Level) -> Tensor:
+def flow(x: Tensor, x0_hat: Tensor, now: Level, to: Level) -> Tensor:
     """Along the probability flow while x0_hat stays as it is: DDIM's step, and exact for a single image."""
     ratio = to.s / now.s
     return ratio * x + (to.a - ratio * now.a) * x0_hat
@@ -126,28 +126,33 @@ def euler(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Ste
     """Euler's method on the probability-flow ODE of Karras et al. 2022, eq. 1 with sigma = s / a; the same as DDIM at eta = 0."""
     for now, to in pairwise(levels):
         x0_hat = denoise(x, now.t)
-        x = _flow(x, x0_hat, now, to)
+        x = flow(x, x0_hat, now, to)
         yield x, x0_hat
 
 
 def heun(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
     """Algorithm 1 of Karras et al. 2022: second order, two evaluations a step but the last, 2S - 1 in all.
 
-    A step multiplies what x0_hat errs by sigma / sigma_to / 2. From almost pure noise (cosine, trailing: 2e4 to 12 at S = 20)
-    that spoils the image; leading, logsnr and karras spacing have no such step.
+    With sigma = s / a the mean of the slopes here and there comes to x / a = x0_hat + sigma_to slope + w (x0_hat' - x0_hat),
+    w = (sigma / sigma_to - 1) / 2. From almost pure noise (cosine, trailing: sigma = 2e4 to 12 at S = 20) such a w would multiply
+    what x0_hat' errs a thousand times; it is bounded by 1, so steps of sigma <= 3 sigma_to are Karras' own.
     """
     for now, to in pairwise(levels):
         x0_hat = denoise(x, now.t)
-        ahead = _flow(x, x0_hat, now, to)
+        ahead = flow(x, x0_hat, now, to)
+        x = ahead
         if 0 < to.alpha_bar < 1 and now.alpha_bar > 0:
-            # In x / a the slopes are (x - x0_hat) / sigma here and there; their mean takes the step.
-            sigma, sigma_to = now.s / now.a, to.s / to.a
-            slope = (x / now.a - x0_hat) / sigma
-            slope_to = (ahead / to.a - denoise(ahead, to.t)) / sigma_to
-            x = to.a * (x / now.a + (sigma_to - sigma) * (slope + slope_to) / 2)
-        else:
-            x = ahead
+            weight = min((now.s * to.a / (now.a * to.s) - 1) / 2, 1.0)
+            x = ahead + to.a * weight * (denoise(ahead, to.t) - x0_hat)
         yield x, x0_hat
+
+
+def _far(before: float, now: Level, levels: list[Level], k: int) -> bool:
+    """Whether step k leads onto the last noisy level and is more than twice as long, in half log-SNR, as the one from `before`.
+
+    That far nothing is extrapolated: `leading` and `linspace` end with a step three to six times as long as the one before it.
+    """
+    return k == len(levels) - 3 and abs(levels[k + 1].lam - now.lam) > 2 * abs(now.lam - before)
 
 
 def _multistep(
@@ -155,13 +160,16 @@ def _multistep(
 ) -> Steps:
     """DPM-Solver++ (Lu et al. 2022b, algorithm 2, and their third-order form) in half log-SNR, on past x0_hats.
 
-    The first steps have lower order, for want of a past, and so has the last, whose step in log-SNR is infinite.
+    The first steps have lower order, for want of a past, and so has the last, whose step in log-SNR is infinite; the one
+    before it, where the past is too near to extrapolate from (see _far).
     """
     past: list[tuple[float, Tensor]] = []  # (lambda, x0_hat), newest first
     for k, (now, to) in enumerate(pairwise(levels)):
         x0_hat = denoise(x, now.t)
         h = to.lam - now.lam
         usable = [] if math.isinf(h) else [(now.lam - lam, then) for lam, then in past if math.isfinite(lam)]
+        if usable and _far(past[0][0], now, levels, k):
+            usable = []
         phi_1 = -math.expm1(-(2 if stochastic else 1) * h)
         value = x0_hat  # what x0_hat amounts to over the step, extrapolated from the past
         if len(usable) >= 2 and order >= 3:
@@ -203,7 +211,10 @@ def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise)
 
 
 def unipc(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise, *, order: int = 3) -> Steps:
-    """UniPC of Zhao et al. 2023 with B(h) = e^h - 1 on x0_hat: each evaluation also corrects the step that led to it."""
+    """UniPC of Zhao et al. 2023 with B(h) = e^h - 1 on x0_hat: each evaluation also corrects the step that led to it.
+
+    As in _multistep, nothing is extrapolated onto the last noisy level where the past is too near.
+    """
     if order not in (1, 2, 3):
         raise ValueError(f"order = {order} must be 1, 2 or 3")
     past: list[tuple[Level, Tensor]] = []  # newest first
@@ -214,7 +225,8 @@ def unipc(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise, *, ord
             x = _unified(before, now, past[: min(order, k)], x0_hat)
         past = [(now, x0_hat), *past[: order - 1]]
         before = x
-        reach = 1 if to.s == 0 else min(order, k + 1)
+        near = len(past) > 1 and math.isfinite(past[1][0].lam) and _far(past[1][0].lam, now, levels, k)
+        reach = 1 if to.s == 0 or near else min(order, k + 1)
         x = _unified(before, to, past[:reach], None)
         yield x, x0_hat
 
@@ -227,7 +239,7 @@ def _unified(x: Tensor, to: Level, past: list[tuple[Level, Tensor]], there: Tens
     nodes = [((level.lam - now.lam) / h, then - x0_hat) for level, then in older]
     if there is not None:
         nodes.append((1.0, there - x0_hat))
-    x = _flow(x, x0_hat, now, to)
+    x = flow(x, x0_hat, now, to)
     if not nodes:
         return x
     # Weights that integrate the polynomial through the nodes against e^-h exactly; B(h) = e^-h - 1.
@@ -282,6 +294,9 @@ def noise_levels(
     if along is None:
         times = network_times(schedule, steps, spacing)
         log_alpha_bar = schedule.log_alpha_bar_at(times)
+        # Between the last two times of a schedule that ends without signal there is none either.
+        if int((log_alpha_bar == -math.inf).sum()) > 1:
+            raise ValueError(f"spacing '{spacing}' cannot make {steps} different noise levels of T = {schedule.T}")
     else:
         wanted = along.log_alpha_bar_at(network_times(along, steps, spacing))
         log_alpha_bar = wanted.clamp(schedule.log_alpha_bar[-1], schedule.log_alpha_bar[1]).unique().sort().values

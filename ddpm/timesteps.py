@@ -30,7 +30,8 @@ def _linspace(schedule: NoiseSchedule, steps: int) -> Tensor:
 
 
 def _quadratic(schedule: NoiseSchedule, steps: int) -> Tensor:
-    return torch.linspace(0, math.sqrt(0.8 * schedule.T), steps, dtype=torch.float64).square().flip(0)
+    last = min(0.8 * schedule.T, schedule.T - 1)  # the paper's 0.8 T, where the chain has that time
+    return torch.linspace(0, math.sqrt(last), steps, dtype=torch.float64).square().clamp(max=last).flip(0)
 
 
 def _logsnr(schedule: NoiseSchedule, steps: int) -> Tensor:

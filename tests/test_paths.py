@@ -78,6 +78,18 @@ def test_every_flow_encodes(sampler: str) -> None:
     assert torch.allclose(sample(denoiser, code, **settings), x_0, rtol=0.03)
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "linspace", "logsnr", "karras"])
+@pytest.mark.parametrize("sampler", FLOWS)
+def test_encoding_up_to_pure_noise(sampler: str, spacing: str) -> None:
+    """Where the chain ends without signal, the code is what the steps before it lead to, and comes back."""
+    denoiser = perfect(NoiseSchedule.named("linear", 1000).zero_terminal_snr())
+    x_0 = torch.tensor([[0.9], [-0.4]], dtype=torch.float64)
+    settings = {"sampler": sampler, "steps": 400, "spacing": spacing}
+    code = encode(denoiser, x_0, **settings)
+    assert torch.allclose(code, x_0 / math.sqrt(VARIANCE), rtol=0.02)
+    assert torch.allclose(sample(denoiser, code, **settings), x_0, rtol=0.04)
+
+
 def test_samplers_with_noise_of_their_own_cannot_encode() -> None:
     denoiser = perfect(NoiseSchedule.named("linear", 1000))
     for options in ({"sampler": "ddpm"}, {"sampler": "dpmpp_2m_sde"}, {"sampler": "ddim", "eta": 0.5}):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm import SCHEDULES, SPACINGS, NoiseSchedule
+from ddpm.samplers import noise_levels
 from ddpm.schedule import ALIASES
 from ddpm.timesteps import network_times
 
@@ -165,9 +166,21 @@ def test_times_fall_within_range(spacing: str, name: str, steps: int) -> None:
         assert times.tolist() == [999]
 
 
+@pytest.mark.parametrize("spacing", sorted(SPACINGS))
+def test_times_of_short_chains_fall_within_range(spacing: str) -> None:
+    for T in (2, 3, 4, 5):
+        for steps in range(1, T):
+            times = network_times(NoiseSchedule.named("linear", T), steps, spacing)
+            assert len(times) == steps and float(times[-1]) >= 0 and float(times[0]) <= T - 1, (T, steps)
+
+
 def test_too_many_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="times repeat"):
         network_times(NoiseSchedule.named("linear", 10), 11, "leading")
+    # Fractional times may be more than T, but between the last two of this schedule nothing is left of the image.
+    noise_levels(NoiseSchedule.named("linear", 10), 40, "linspace")
+    with pytest.raises(ValueError, match="40 different noise levels"):
+        noise_levels(NoiseSchedule.named("linear", 10).zero_terminal_snr(), 40, "linspace")
 
 
 @pytest.mark.parametrize(("alias", "name"), ALIASES.items())

@@ -399,7 +399,7 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> Images:
 
 def write_samples(path: Path, images: Images, evaluations: int, labels: NDArray[np.int64] | None = None) -> None:
     """One compressed file. The same images give the same bytes. labels: the class that each image was asked for, if any."""
-    arrays = {"images": images, "evaluations": np.asarray(evaluations, np.int64)}
+    arrays: dict[str, NDArray[Any]] = {"images": images, "evaluations": np.asarray(evaluations, np.int64)}
     if labels is not None:
         arrays["labels"] = labels
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
