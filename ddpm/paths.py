@@ -55,7 +55,8 @@ def encode(
     """Images -> their codes: the sampler's own steps up the same noise levels (section 5.4 of Song et al. 2020, DDIM).
 
     x_0: [B, ...] in [-1, 1]. `sample` with the same settings gives x_0 back, up to an error that shrinks with `steps` at
-    the sampler's order. As many network evaluations as `sample` makes. Returns x_T, like x_0. Raises ValueError.
+    the sampler's order. As many network evaluations as `sample` makes (of heun one fewer, where the chain ends without signal).
+    Returns x_T, like x_0. Raises ValueError.
     """
     check_options(sampler, spacing, **options)
     check_flow(sampler, **options)

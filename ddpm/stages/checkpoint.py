@@ -76,6 +76,8 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
             raise ValueError(f"its data are {about['data']['shape']}, its network takes {takes}")
         if (classes := about["network"].get("classes", 0)) != len(about["data"].get("classes") or ()) and classes:
             raise ValueError(f"its network knows {classes} classes, its data have another number")
+        if not _are_counts(about["data"].get("class_counts"), len(about["data"].get("classes") or ())):
+            raise ValueError("its class_counts are not a number of images for each class")
     except FileNotFoundError:
         raise InputError(f"{weights}: no such file; train again or restore it") from None
     except KeyError as error:
@@ -97,6 +99,15 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
         raise InputError(f"{path}: not a usable checkpoint: {why}; train again or restore it") from None
     net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     return denoiser, about
+
+
+def _are_counts(counts: Any, classes: int) -> bool:
+    """Whether they say how many images each class has, or nothing."""
+    if counts is None:
+        return True
+    return (
+        isinstance(counts, list) and len(counts) == classes and all(type(n) is int and 0 <= n < 2**40 for n in counts)
+    )
 
 
 class _Unfilled(TorchFunctionMode):

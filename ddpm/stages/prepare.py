@@ -62,10 +62,17 @@ def _about(source: Source, dataset: Dataset) -> dict[str, Any]:
         "shape": list(source.shape),
         "counts": dict(zip(("train", "test"), source.counts, strict=True)),
         "classes": list(source.classes) if source.classes is not None else None,
+        "class_counts": _class_counts(dataset, source.classes),
         "mean": mean,
         "std": deviation,
         "flip": source.flip,
     }
+
+
+def _class_counts(dataset: Dataset, classes: tuple[str, ...] | None) -> list[int] | None:
+    if classes is None or dataset.train_labels is None:
+        return None
+    return [int(count) for count in np.bincount(dataset.train_labels, minlength=len(classes))]
 
 
 def mean_and_deviation(images: Images) -> tuple[list[float], list[float]]:

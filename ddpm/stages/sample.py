@@ -32,6 +32,7 @@ from ddpm.stages.progress import Progress, Report, silent
 from ddpm.stages.stopping import Stopped, deferred
 
 PREVIEW = 64  # images in a grid
+ALIKE = 1.25  # classes of which none has more than this times the images of another
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -74,8 +75,8 @@ def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: 
 def class_labels(about: dict[str, Any], count: int, label: str | int | None = None) -> np.ndarray | None:
     """The class of each of `count` images, int64; None for an unconditional model. about: model.json.
 
-    label: the name of a class, or its number; without one image i is of class i mod classes, so that a set has all alike.
-    Raises ValueError.
+    label: the name of a class, or its number. Without one each class is as frequent as among the training images, which scores
+    compare with; where these are about alike, image i is of class i mod classes. Raises ValueError.
     """
     classes = about["network"].get("classes", 0)
     if not classes:
@@ -83,13 +84,28 @@ def class_labels(about: dict[str, Any], count: int, label: str | int | None = No
             raise ValueError("this model is unconditional: it takes no label")
         return None
     if label is None:
-        return np.arange(count) % classes
+        return _as_frequent(about["data"].get("class_counts") or [1] * classes, count)
     names = about["data"]["classes"]
     if str(label) in names:
         return np.full(count, names.index(str(label)))
     if str(label).isdecimal() and int(label) < classes:
         return np.full(count, int(label))
     raise ValueError(f"no class '{label}'; there are {', '.join(names)}, numbered from 0")
+
+
+def _as_frequent(counts: list[int], total: int) -> np.ndarray:
+    """The class of each of `total` images, int64 [total], as frequent as `counts` say; in turn, where they are alike.
+
+    Every image goes to the class furthest behind its share, so that a smaller set is the beginning of a larger one.
+    """
+    if max(counts) <= ALIKE * min(counts):
+        counts = [1] * len(counts)
+    behind, labels = np.zeros(len(counts), np.int64), np.empty(total, np.int64)
+    for i in range(total):  # in units of 1 / sum(counts): exactly
+        behind += counts
+        labels[i] = behind.argmax()
+        behind[labels[i]] -= sum(counts)
+    return labels
 
 
 @torch.inference_mode()

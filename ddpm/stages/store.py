@@ -286,7 +286,8 @@ class Dataset:
 
     train, test: uint8 N,C,H,W, memory-mapped. train_labels, test_labels: int64 N, or None.
     about: dataset.json: name, sha256 (of the arrays: the dataset's version), shape [C,H,W], counts {train, test},
-    classes (list of names, or null), mean and std per channel in 0..1, flip (whether mirrored images are still valid).
+    classes (list of names, or null), class_counts (training images of each, or null), mean and std per channel in 0..1,
+    flip (whether mirrored images are still valid).
     """
 
     train: Images
@@ -331,6 +332,7 @@ class _About(Record):
     shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
     counts: dict[Literal["train", "test"], Annotated[int, Field(ge=0)]]
     classes: list[str] | None
+    class_counts: list[Annotated[int, Field(ge=0)]] | None = None
     mean: list[Annotated[float, Field(ge=0, le=1)]]
     std: list[Annotated[float, Field(ge=0, le=1)]]
     flip: bool

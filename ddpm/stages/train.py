@@ -320,7 +320,8 @@ def _write(
 
 
 def _about_data(dataset: store.Dataset) -> dict[str, Any]:
-    return {**{key: dataset.about[key] for key in ("name", "sha256", "shape", "classes")}, "range": [-1, 1]}
+    known = {key: dataset.about[key] for key in ("name", "sha256", "shape", "classes")}
+    return {**known, "class_counts": dataset.about.get("class_counts"), "range": [-1, 1]}
 
 
 def _copy_imported(params: Params, schedule: str, dataset: store.Dataset, root: Path, report: Report) -> dict[str, Any]:

@@ -140,6 +140,23 @@ def test_a_class_by_name_or_number() -> None:
             class_labels(about, 2, wrong)
 
 
+def test_a_sample_set_has_the_classes_of_the_data() -> None:
+    def labels(counts: list[int] | None, count: int) -> list[int]:
+        data = {"classes": ["cat", "cow", "dog"], "class_counts": counts}
+        found = class_labels({"network": {"classes": 3}, "data": data}, count)
+        assert found is not None
+        return list(found)
+
+    assert labels([40, 40, 40], 7) == labels([40, 36, 45], 7) == labels(None, 7) == [0, 1, 2, 0, 1, 2, 0]
+    counts = np.array([900, 90, 10])
+    many = labels(counts.tolist(), 1000)
+    assert np.bincount(many).tolist() == counts.tolist()
+    for count in range(1, 1000):  # at every length within one image of each share, and the beginning of the longer one
+        assert np.abs(np.bincount(many[:count], minlength=3) - counts * count / 1000).max() < 1
+    assert labels(counts.tolist(), 123) == many[:123]
+    assert labels([0, 5, 0], 4) == [1, 1, 1, 1]
+
+
 def test_generate_makes_the_class_asked_for(trained: Path, params: Callable[..., Params], tmp_path: Path) -> None:
     model, out = str(trained / "models/cosine"), tmp_path / "grid.png"
 
