@@ -257,13 +257,16 @@ def gc(
         bool, typer.Option("--tips", help="Keep results of the tips of branches and tags, not of every commit.")
     ] = False,
     cloud: Annotated[bool, typer.Option("--cloud", help="Clean DVC's remote too; `git fetch --all` first.")] = False,
+    unlisted: Annotated[
+        bool, typer.Option("--unlisted", help="With --cloud, even where the list of a commit's folder is nowhere.")
+    ] = False,
 ) -> None:
     """List what no run, alias or dvc.lock refers to: in MLflow, DVC's cache, S3 and the saved states of training."""
     from ddpm.stages import cleaning, tracking
 
     params, before = Params.load(), time.time() - older_than * 86400
     found = [*tracking.unreferenced(before), *cleaning.training_states(params, Path(), before)]
-    found += cleaning.dvc_objects(Path(), tips, cloud)
+    found += cleaning.dvc_objects(Path(), tips, cloud, unlisted, say)
     if cloud and (remote := cleaning.dvc_remote(Path())):
         found += cleaning.incomplete_uploads(*remote, before)
     for item in found:

@@ -5,9 +5,13 @@ Here: saved states of training, DVC's cache and remote, uploads that were never 
 
 from __future__ import annotations
 
-import logging
+import json
+import os
+import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,56 +68,166 @@ def training_states(params: Params, root: Path, before: float) -> Iterator[Garba
 # DVC.
 
 
-class _Paths(logging.Handler):
-    """Collects what DVC says that it would remove."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.paths: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.msg == "Removing %s":
-            self.paths.append(record.getMessage().removeprefix("Removing "))
+# Where results are named. `git` reads these patterns, the regular expression what the files hold.
+LOCKS = (":(glob)**/dvc.lock", ":(glob)**/?*.dvc")
+NAMED = re.compile(rb"^ *(?:- )?(?:(deps|outs):|md5: *['\"]?([0-9a-f]{32}(?:\.dir)?)\b)", re.MULTILINE)
+QUEUES = ("refs/stash", "refs/exps/stash", "refs/exps/celery")  # their reflogs are the entries
 
 
-def dvc_objects(root: Path, tips: bool = False, cloud: bool = False) -> Iterator[Garbage]:
-    """What is in DVC's cache (cloud: and in its remote) and in no dvc.lock of the workspace, of any commit and experiment.
+def dvc_objects(
+    root: Path, tips: bool = False, cloud: bool = False, unlisted: bool = False, say: Callable[[str], None] = print
+) -> Iterator[Garbage]:
+    """What is in DVC's cache (cloud: and in its remote) and in no dvc.lock of the workspace, of any commit, stash and
+    experiment, run, running or queued.
 
-    tips: of the commits, only the tips of branches and tags count. Where DVC cannot tell what a folder holds it asks, or
-    refuses when there is nobody to ask. Raises InputError.
+    tips: of the commits, only the tips of branches and tags count. A folder's files are in its list, an object of its own; where
+    that is missing nobody can tell which they are. In the cache they go: without the list nothing could be made of them, and who
+    fetches it fetches them. The remote is left alone then, for somebody's upload may be under way, whose list comes last;
+    unlisted: it is not. Raises InputError.
     """
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
     if not (root / ".dvc").is_dir():
         return
-    kept = {"all_branches": True, "all_tags": True} if tips else {"all_commits": True}
-    collect = {"workspace": True, "all_experiments": True, "cloud": cloud, **kept}
+    with _unnamed(root, tips, cloud) as found:
+        sizes = [Path(path).stat().st_size for path in found.cache.paths]
+    clean_remote = unlisted or not found.unlisted
+    if found.unlisted:
+        where = (
+            "not in the cache (`dvc fetch --all-commits` brings those that a remote has)"
+            if not cloud
+            else "neither in the cache nor in the remote"
+        )
+        left = "" if clean_remote or not cloud else "; DVC's remote is left alone (--unlisted: it is not)"
+        say(f"gc: {found.unlisted:,} folders of other commits are {where}: their files cannot be told apart{left}")
+    why = f"in no dvc.lock of any {'branch or tag' if tips else 'commit'}"
+    if sizes:
+        remove = partial(_remove_from_cache, root, tips, cloud)
+        yield Garbage("objects of DVC's cache", f"{len(sizes):,} files", why, sum(sizes), remove)
+    if clean_remote and found.remote and (count := len(found.remote.paths)):
+        yield Garbage(
+            "objects of DVC's remote", f"{count:,} files", why, None, partial(_remove_from_remote, root, tips, unlisted)
+        )
 
-    def gc(dry: bool) -> None:
-        try:
-            with Repo(str(root), _wait_for_lock=True) as repo:
-                repo.gc(dry=dry, **collect)
-        except DvcException as error:
-            raise InputError(f"dvc gc: {' '.join(str(error).split())}") from error
 
-    found, logger = _Paths(), logging.getLogger("dvc_data.hashfile.gc")
-    level = logger.level
-    logger.addHandler(found)
-    logger.setLevel(logging.INFO)
+def _remove_from_cache(root: Path, tips: bool, cloud: bool) -> None:
+    """Looks again: a stage may have ended since."""
+    with _unnamed(root, tips, cloud) as found:
+        found.cache.remove()
+
+
+def _remove_from_remote(root: Path, tips: bool, unlisted: bool) -> None:
+    from dvc_data.hashfile.db import get_index
+
+    with _unnamed(root, tips, cloud=True) as found:
+        if found.remote and (unlisted or not found.unlisted):
+            found.remote.remove()
+            get_index(found.remote.database).clear()  # what DVC believes to be there
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Of a cache or remote of DVC's."""
+
+    database: Any
+    paths: list[str]
+
+    def remove(self) -> None:
+        if self.paths:
+            self.database.fs.remove(self.paths)
+
+
+@dataclass(frozen=True)
+class Unnamed:
+    """What no dvc.lock names. unlisted: folders that are an output of some commit and have no list."""
+
+    cache: Objects
+    remote: Objects | None
+    unlisted: int
+
+
+@contextmanager
+def _unnamed(root: Path, tips: bool, cloud: bool) -> Iterator[Unnamed]:
+    """What is so while no other process of DVC's writes. Raises InputError."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo, lock_repo
+
     try:
-        gc(dry=True)
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(found)
-    here = [path for name in found.paths if (path := Path(name)).is_absolute() and path.exists()]
-    for kind, count, size in (
-        ("objects of DVC's cache", len(here), sum(path.stat().st_size for path in here)),
-        ("objects of DVC's remote", len(found.paths) - len(here), None),
-    ):
-        if count:
-            where = "branch or tag" if tips else "commit"
-            yield Garbage(kind, f"{count:,} files", f"in no dvc.lock of any {where}", size, partial(gc, dry=False))
+        with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
+            cache = repo.cache.repo
+            remote = repo.cloud.get_remote_odb(None, "gc", hash_name="md5") if cloud else None
+            named, outputs = _named(root, tips)
+            unlisted = 0
+            for folder in [name for name in named if name.endswith(".dir")]:
+                lists = (_listed(database, folder) for database in (cache, remote) if database)
+                files = next((files for files in lists if files is not None), None)
+                unlisted += files is None and folder in outputs
+                named |= files or set()
+            yield Unnamed(_others(cache, named), _others(remote, named) if remote else None, unlisted)
+    except (DvcException, OSError) as error:
+        raise InputError(f"dvc gc: {' '.join(str(error).split())}") from error
+
+
+def _listed(database: Any, folder: str) -> set[str] | None:
+    """The files of a folder, if its list is there and whole."""
+    try:
+        with database.fs.open(database.oid_to_path(folder), "r") as file:
+            return {entry["md5"] for entry in json.load(file)}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _others(database: Any, named: set[str]) -> Objects:
+    """All but these, lists of folders first: an interrupted removal leaves no list without its files."""
+    names = sorted(set(database.all()) - named, key=lambda name: not name.endswith(".dir"))
+    return Objects(database, [database.oid_to_path(name) for name in names])
+
+
+def _named(root: Path, tips: bool) -> tuple[set[str], set[str]]:
+    """-> hashes that a dvc.lock or .dvc file names, and those among them that are an output's folder."""
+    named, folders, section = set[str](), set[str](), b""
+    for key, value in NAMED.findall(_lock_files(root, tips)):
+        section = key or section
+        if value:
+            named.add(value.decode())
+            if section == b"outs" and value.endswith(b".dir"):
+                folders.add(value.decode())
+    return named, folders
+
+
+def _lock_files(root: Path, tips: bool) -> bytes:
+    """All dvc.lock and .dvc files, one behind the other: the workspace's, those of experiments that run in temporary folders, and
+    those that git has, each version once. DVC would go through every commit, a third of a second each.
+    """
+    present = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *LOCKS)
+    files = {root / name for name in os.fsdecode(present).split("\0") if name}
+    files |= {path for depth in ("*", "*/*") for path in (root / ".dvc" / "tmp" / "exps").glob(f"{depth}/dvc.lock")}
+    texts = [path.read_bytes() for path in files if path.is_file()]
+
+    everywhere = ("refs/heads", "refs/tags", "refs/exps", "refs/stash") if tips else ("refs",)
+    commits = _git(root, "for-each-ref", "--format=%(objectname)", *everywhere).split()
+    commits += _git(root, "rev-parse", "--revs-only", "HEAD").split()  # on no branch, perhaps
+    for queue in _git(root, "for-each-ref", "--format=%(refname)", *QUEUES).decode().split():
+        commits += _git(root, "rev-list", "--walk-reflogs", queue).split()
+    if commits:
+        walk = ("--no-walk",) if tips else ("--full-history",)
+        objects = _git(root, "rev-list", "--objects", *walk, "--stdin", "--", *LOCKS, given=b"\n".join(commits))
+        blobs = [
+            name
+            for name, _, path in (line.partition(b" ") for line in objects.splitlines())
+            if path.endswith((b"dvc.lock", b".dvc"))
+        ]
+        texts.append(_git(root, "cat-file", "--batch", given=b"\n".join(blobs)))
+    return b"\n".join(texts)
+
+
+def _git(root: Path, *arguments: str, given: bytes = b"") -> bytes:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, input=given, capture_output=True, check=True)
+    except FileNotFoundError:
+        raise InputError("gc: git is not installed: nobody else knows which results the commits name") from None
+    except subprocess.CalledProcessError as error:
+        said = " ".join(error.stderr.decode(errors="replace").split())
+        raise InputError(f"gc: git {arguments[0]}: {said[:300]}") from None
+    return done.stdout
 
 
 def dvc_remote(root: Path) -> tuple[str, str | None] | None:
