@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -183,6 +183,12 @@ class Promotion(Section):
     fewer_evaluations: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
 
 
+class Tracking(Section):
+    """What MLflow calls the dataset: runs and models go to ddpm-NAME. No stage depends on it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$", max_length=64)] | None = None
+
+
 class Compute(Section):
     """Where and how often; never changes a result, so no stage depends on it."""
 
@@ -233,6 +239,7 @@ class Params(Section):
     samplers: dict[Name, Sampler]
     sweep: Sweep
     promotion: Promotion = Promotion()
+    tracking: Tracking = Tracking()
     compute: Compute = Compute()
 
     @model_validator(mode="after")
@@ -265,6 +272,13 @@ class Params(Section):
             raise ValueError(
                 f"likelihood.times: {self.likelihood.times} is more than diffusion.timesteps = {self.diffusion.timesteps}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _name_is_no_other_source(self) -> Params:
+        name, source = self.tracking.name, self.data.source
+        if name in get_args(Data.model_fields["source"].annotation) and name != source:
+            raise ValueError(f"tracking.name: {name} is a data.source of its own, and this one is {source}")
         return self
 
     @model_validator(mode="after")

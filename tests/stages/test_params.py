@@ -80,6 +80,9 @@ FAULTS = [
     (("training", "loss"), "hybrid", "training.loss: hybrid trains a variance"),
     (("diffusion", "variance"), "learned", "training.loss: simple would leave the variance"),
     (("samplers", "ddpm", "variance"), "learned", "samplers.ddpm.variance: learned needs diffusion.variance"),
+    (("tracking",), {"name": "My cats"}, "tracking.name"),
+    (("tracking",), {"name": ""}, "tracking.name"),
+    (("tracking",), {"name": "cifar10"}, "tracking.name: cifar10 is a data.source of its own, and this one is digits"),
     (("seed",), -1, "seed"),
     (("surprise",), {}, "surprise"),
 ]

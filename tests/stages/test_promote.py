@@ -302,6 +302,43 @@ def test_another_protocol_scores_the_champion_again(
     assert registry.count() == 2  # that model was registered before
 
 
+def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smoke, write_scores: Scores) -> None:
+    unnamed = smoke(training={"steps": 24}, data={"source": "image-folder"})
+    assert tracking.promote(unnamed, checkout, rescore=never).promoted
+    for point in (FIRST, SECOND, *OTHERS):
+        write_scores(checkout, point, 60.0, reference="f" * 64)
+    write_scores(checkout, SECOND, 1.0, reference="f" * 64)
+    kept = tracking.promote(unnamed, checkout, rescore=never)
+    registry = Registry(checkout, "ddpm-image-folder")
+    data = store.read_json(checkout / "models/cosine/model.json")["data"]["sha256"]
+    assert not kept.promoted and kept.version == "1" and registry.count() == 1
+    assert (
+        kept.reason
+        == registry.decisions()[-1]["reason"]
+        == (
+            "cosine-ddpm-5 does not replace champion version 1 (cosine-ddim-5): it was made from other images"
+            f" (dataset {data[:12]}, now ffffffffffff); give these a name of their own (tracking.name in params.yaml),"
+            " or promote --replace"
+        )
+    )
+
+    # Under a name it has a champion of its own, and other images are a new version of that dataset.
+    named = smoke(training={"steps": 24}, data={"source": "image-folder"}, tracking={"name": "cats"})
+    assert tracking.champion_uri(named) == "models:/ddpm-cats@champion"
+    first = tracking.promote(named, checkout, rescore=never)
+    assert first.promoted and first.reason == "cosine-ddpm-5 is the first champion"
+    assert registry.client.get_experiment_by_name("ddpm-cats").tags["ddpm.dataset"] == "cats"
+    for point in (SECOND, *OTHERS):
+        write_scores(checkout, point, 60.0, reference="a" * 64)
+    write_scores(checkout, FIRST, 2.0, reference="a" * 64)
+    better = tracking.promote(named, checkout, rescore=lambda folder, settings: scores_at(checkout, FIRST, 30.0))
+    assert better.promoted and "FID 2 is better than 30" in better.reason
+    assert str(registry.champion().version) == "1"
+
+    write_scores(checkout, SECOND, 1.0, reference="a" * 64)
+    assert tracking.promote(unnamed, checkout, replace=True, rescore=never).promoted
+
+
 def test_a_champion_without_influence_values_is_compared_as_independent(
     checkout: Path, params: Params, write_scores: Scores
 ) -> None:

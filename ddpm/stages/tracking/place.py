@@ -96,9 +96,14 @@ def find_place(root: Path = Path()) -> Place:
     return Place(uri, lock, os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or artifacts.as_uri())
 
 
+def dataset_name(params: Params) -> str:
+    """What the user calls the dataset, or else its source."""
+    return params.tracking.name or params.data.source
+
+
 def model_name(params: Params) -> str:
     """The experiment's and the registered model's: ddpm-DATASET."""
-    return f"ddpm-{params.data.source}"
+    return f"ddpm-{dataset_name(params)}"
 
 
 def champion_uri(params: Params) -> str:
@@ -144,7 +149,7 @@ def open_target(params: Params, root: Path) -> Target:
     require_reachable(where)
     with plain_errors(where), locked(where):
         client = client_of(where)
-        return Target(client, _experiment(client, where, name, params.data.source), where)
+        return Target(client, _experiment(client, where, name, dataset_name(params)), where)
 
 
 def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> str:

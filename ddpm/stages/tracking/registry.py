@@ -205,9 +205,10 @@ def promote(
     """Registers the report's best point as `ddpm-DATASET` with alias `champion`, if it beats the champion there is by the
     rule of promote.py.
 
-    A champion with a score under another dataset version or protocol is scored again first: rescore(checkpoint folder,
-    sampler settings) -> what metrics/POINT.json and POINT.influence.npy would hold. replace: take its place whatever the
-    scores say. The decision and what led to it stay as tags in the registry. Raises InputError.
+    A champion with a score under another dataset version or protocol is scored again first, but for an image-folder's without
+    a name: other images there may be another dataset, and the champion stays. rescore(checkpoint folder, sampler settings) ->
+    what metrics/POINT.json and POINT.influence.npy would hold. replace: take its place whatever the scores say. The decision
+    and what led to it stay as tags in the registry. Raises InputError.
     """
     challenger = _challenger(params, root)
     target = open_target(params, root)
@@ -355,6 +356,9 @@ def _compare(
         challenger.score.protocol,
         f"champion version {champion.version} ({champion.tags.get('ddpm.point')})",
     )
+    does_not = f"{challenger.point.name} does not replace {title}"
+    if (other := _other_images(champion, challenger, params)) and not force:
+        return Verdict(False, f"{does_not}: {other}"), None
     score = _score(champion, protocol)
     if score is not None:
         score = _with_influence(target, champion, score, say)
@@ -367,8 +371,21 @@ def _compare(
         say(f"promote: scoring the {title} again: {changed}")
         score = _score_again(target, champion, protocol, params.seed, rescore)
     verdict = decide(challenger.score, score, params.promotion, force)
-    does = "replaces" if verdict.wins else "does not replace"
-    return replace(verdict, reason=f"{challenger.point.name} {does} {title}: {verdict.reason}"), score
+    does = f"{challenger.point.name} replaces {title}" if verdict.wins else does_not
+    return replace(verdict, reason=f"{does}: {verdict.reason}"), score
+
+
+def _other_images(champion: ModelVersion, challenger: Challenger, params: Params) -> str:
+    """Why the two are not rivals, if they are not: an image-folder may hold anything, and only a name says that other images are
+    a new version of the same dataset.
+    """
+    mine, theirs = challenger.score.protocol.dataset, champion.tags.get("ddpm.dataset_sha256", "")
+    if params.data.source != "image-folder" or params.tracking.name or mine == theirs:
+        return ""
+    return (
+        f"it was made from other images (dataset {theirs[:12]}, now {mine[:12]}); give these a name of their own"
+        " (tracking.name in params.yaml), or promote --replace"
+    )
 
 
 def _score_again(target: Target, champion: ModelVersion, protocol: Protocol, seed: int, rescore: Rescore) -> Score:
