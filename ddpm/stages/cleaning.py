@@ -87,6 +87,13 @@ def dvc_objects(
     """
     if not (root / ".dvc").is_dir():
         return
+    if (cache := _cache(root)) and not cache.is_relative_to((root / ".dvc").resolve()):
+        say(f"gc: DVC's cache is {cache}, which other clones may use too: left alone (`dvc gc --projects` asks them)")
+        return
+    if cloud and _git(root, "rev-parse", "--is-shallow-repository").strip() == b"true":
+        raise InputError(
+            "gc --cloud: this clone is shallow, and the remote may serve commits that it lacks; git fetch --unshallow"
+        )
     with _unnamed(root, tips, cloud) as found:
         sizes = [Path(path).stat().st_size for path in found.cache.paths]
     clean_remote = unlisted or not found.unlisted
@@ -106,6 +113,14 @@ def dvc_objects(
         yield Garbage(
             "objects of DVC's remote", f"{count:,} files", why, None, partial(_remove_from_remote, root, tips, unlisted)
         )
+
+
+def _cache(root: Path) -> Path | None:
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        path = getattr(repo.cache.local, "path", None)
+        return Path(path).resolve() if path else None
 
 
 def _remove_from_cache(root: Path, tips: bool, cloud: bool) -> None:

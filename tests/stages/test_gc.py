@@ -163,6 +163,20 @@ def test_dvc_keeps_the_results_of_every_commit_or_of_the_tips(tmp_path: Path, ve
     assert [text for text in "abcd" if versions(text)] == ["b", "d"]
 
 
+def test_what_other_clones_may_need_is_left_alone(
+    tmp_path: Path, versions: Callable[[str], bool], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    shallow = tmp_path_factory.mktemp("shallow") / "clone"
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", tmp_path.as_uri(), shallow], check=True)
+    with pytest.raises(InputError, match="this clone is shallow"):
+        list(cleaning.dvc_objects(shallow, cloud=True))
+    said: list[str] = []
+    shared = tmp_path_factory.mktemp("shared")
+    (tmp_path / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {shared}\n")
+    assert list(cleaning.dvc_objects(tmp_path, say=said.append)) == [] and all(map(versions, "abcd"))
+    assert str(shared) in said[0] and "left alone" in said[0]
+
+
 @pytest.fixture
 def folders(tmp_path: Path) -> Callable[..., set[str]]:
     """A clone of a DVC repository that has committed its folder `data` in versions a and b; the clone's cache is empty.

@@ -409,6 +409,45 @@ def test_rollback_brings_the_last_champion_back_and_the_next_promotion_respects_
     assert tracking.rollback(params, checkout).version == "1"  # which was champion before it now, not version 2
 
 
+def cut_off(_: Any, *__: Any, **___: Any) -> None:
+    raise ConnectionError("away")
+
+
+def test_a_promotion_or_rollback_cut_off_behind_the_alias_keeps_its_books(
+    checkout: Path, params: Params, write_scores: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking.promote(params, checkout)
+    write_scores(checkout, SECOND, 20.0)
+    with monkeypatch.context() as away:
+        away.setattr("ddpm.stages.tracking.registry._decided", cut_off)
+        with pytest.raises(InputError, match="cannot be reached"):
+            tracking.promote(params, checkout, rescore=never)
+    assert "already" in tracking.promote(params, checkout, rescore=never).reason
+    registry = Registry(checkout)
+    assert "cosine-ddpm-5 replaces champion version 1" in registry.champion().tags["ddpm.decision"]
+    with monkeypatch.context() as away:
+        away.setattr("ddpm.stages.tracking.registry._introduce", cut_off)
+        with pytest.raises(InputError, match="cannot be reached"):
+            tracking.rollback(params, checkout)
+    assert str(registry.champion().version) == "1"
+    assert "was rolled back as version 2" in tracking.promote(params, checkout, rescore=never).reason
+
+
+def test_a_model_that_could_not_be_registered_is_not_kept_twice(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as away:
+        away.setattr(MlflowClient, "create_model_version", cut_off)
+        for _ in range(2):
+            with pytest.raises(InputError, match="cannot be reached"):
+                tracking.promote(params, checkout)
+    assert tracking.promote(params, checkout).promoted
+    client, version = Registry(checkout).client, Registry(checkout).champion()
+    experiment = client.get_run(version.run_id).info.experiment_id
+    models = client.search_logged_models([experiment])
+    assert [model.model_id for model in models if model.source_run_id == version.run_id] == [version.model_id]
+
+
 def test_rollback_to_a_version_that_was_deleted(checkout: Path, params: Params, write_scores: Scores) -> None:
     tracking.promote(params, checkout)
     write_scores(checkout, SECOND, 20.0)

@@ -229,6 +229,10 @@ def promote(
             now = _version(target.client, champion_uri(params))
             if (now and now.version) == (champion and champion.version):
                 break  # else somebody else promoted meanwhile: compare with that one
+        # Before the alias: should this end between the two, the next call finds a champion that knows how it came there.
+        _tag(target.client, registered, "ddpm.decision", verdict.reason)
+        if champion is not None:
+            _tag(target.client, registered, "ddpm.previous", champion.version)
         target.client.set_registered_model_alias(challenger.name, CHAMPION, registered.version)
         if not replace:
             registered = _settle(target, challenger, registered, seen)
@@ -250,13 +254,14 @@ def rollback(params: Params, root: Path = Path()) -> Decision:
         before = _earlier(client, champion)
         if before is None:
             raise InputError(f"{name}: there is no champion before version {champion.version} to go back to")
-        client.set_registered_model_alias(name, CHAMPION, before.version)
         reason = (
             f"rolled back from version {champion.version} to version {before.version} ({before.tags.get('ddpm.point')})"
         )
-        _introduce(client, before, reason)
+        # Before the alias: should this end between the two, no `promote` brings the version back.
         _tag(client, champion, ROLLED_BACK, before.version)
         _tag(client, champion, "ddpm.replaced_by", before.version)
+        client.set_registered_model_alias(name, CHAMPION, before.version)
+        _introduce(client, before, reason)
         _tag(client, before, "ddpm.decision", reason)
         point = str(before.tags.get("ddpm.point"))
         to, away = str(before.version), str(champion.version)
@@ -532,10 +537,18 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
 
 
 def _log_served(target: Target, run: Run, challenger: Challenger) -> str:
-    """The model of served.py, with code and checkpoint, as a logged model of the sampler's run; gives its id."""
+    """The model of served.py, with code and checkpoint, as a logged model of the sampler's run; gives its id.
+
+    One that an earlier call has finished, and not lived to register, is taken as it is.
+    """
     from mlflow.entities import LoggedModelOutput
 
     client = target.client
+    key, value = next(iter(challenger.identity.items()))
+    for found in client.search_logged_models([target.experiment], f"tags.`{key}` = '{value}'"):
+        alike = challenger.identity.items() <= found.tags.items() and found.params == flat(challenger.settings)
+        if alike and found.source_run_id == run.info.run_id and str(found.status) == "READY":
+            return str(found.model_id)
     model = client.create_logged_model(
         target.experiment,
         name=challenger.point.name,
