@@ -64,9 +64,9 @@ class TrainingState:
         }
 
     def live(self) -> dict[str, Tensor]:
-        """All that training changes, by name, where it lies."""
-        tensors = {f"net.{name}": parameter.data for name, parameter in self.net.named_parameters()}
-        tensors |= {f"ema.{name}": parameter.data for name, parameter in self.ema.named_parameters()}
+        """All that training changes, by name, where it lies. Detached: what writes to `.data` raises no parameter's version."""
+        tensors = {f"net.{name}": parameter.detach() for name, parameter in self.net.named_parameters()}
+        tensors |= {f"ema.{name}": parameter.detach() for name, parameter in self.ema.named_parameters()}
         for index, (name, _) in enumerate(self.net.named_parameters()):
             tensors |= {f"{key}.{name}": moments[index] for key, moments in self.moments.items()}
         return tensors
@@ -80,9 +80,10 @@ class TrainingState:
         parameters = list(self.net.parameters())
         used = [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
         steps, averages, squares = ([moments[index] for index in used] for moments in self.moments.values())
+        changed: list[Tensor] = [parameters[index] for index in used]
         torch._foreach_add_(steps, 1)
         torch._fused_adam_(
-            [parameters[index] for index in used],
+            changed,
             [gradient for parameter in parameters if (gradient := parameter.grad) is not None],
             averages,
             squares,
@@ -96,6 +97,9 @@ class TrainingState:
             amsgrad=False,
             maximize=False,
         )
+        torch.autograd.graph.increment_version(
+            changed
+        )  # the kernel does not; ddpm.native keeps what it made of weights
 
     def tensors(self) -> dict[str, Tensor]:
         """A copy of the state on the CPU; with `step`, all that is needed to go on."""

@@ -116,6 +116,29 @@ def test_a_network_and_its_training_stay_what_they_are() -> None:
         assert torch.equal(fast(x, t), again(x, t))
 
 
+def test_a_kept_kernel_is_made_anew_when_the_weights_have_changed() -> None:
+    """By a step of training, by its average, and by a saved state that is taken over."""
+    plain = network()
+    state = TrainingState(native.compiled(copy.deepcopy(plain)))
+    images = torch.randint(0, 256, (8, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    objective = Objective.of(NoiseSchedule.named("cosine", 100), "eps", torch.device("cpu"))
+    saved, x, t = state.tensors(), random(2, 1, 16, 16), torch.tensor([3.0, 50.0])
+
+    def right() -> None:
+        for net in (state.net, state.ema):
+            plain.load_state_dict(net.state_dict())
+            with torch.no_grad():
+                close(net.eval()(x, t), plain(x, t), 1e-4)
+
+    right()
+    steps = fit(state, images, objective, batch=8, learning_rate=1e-2, seed=0)
+    for _ in range(2):
+        next(steps)
+        right()
+    state.load(0, saved)
+    right()
+
+
 def test_it_trains_after_it_has_sampled() -> None:
     """What inference mode makes stays an inference tensor: the room that is kept must not."""
     layer = native.compiled(nn.Conv2d(16, 16, 3, padding=1))
