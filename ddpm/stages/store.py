@@ -30,7 +30,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -173,12 +173,37 @@ def replacing_dir(path: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_temporary_beside(path)))
         try:
             yield temporary
+            for file in temporary.rglob("*"):
+                _sync(file)
             temporary.chmod(0o755)
-            if path.exists():
-                shutil.rmtree(path)
-            temporary.replace(path)
+            _swap(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Gives a folder its name. What has that name goes aside first and is removed last, so that a kill meanwhile does no harm."""
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=_temporary_beside(path)))
+    try:
+        with suppress(FileNotFoundError):
+            path.replace(aside / path.name)
+        try:
+            new.replace(path)
+        except OSError:
+            with suppress(FileNotFoundError):
+                (aside / path.name).replace(path)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Returns when a file's bytes, or a folder's names, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -32,7 +32,7 @@ from ddpm.stages.progress import Progress
 from ddpm.stages.report import report
 from ddpm.stages.sample import sample_point
 from ddpm.stages.stopping import Stopped, deferred
-from ddpm.stages.store import replacing, write_json
+from ddpm.stages.store import replacing, replacing_dir, write_json
 from ddpm.stages.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -201,6 +201,56 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     with replacing(path) as temporary:
         temporary.write_bytes(b"all of it")
     assert seen == [(b"all of it", False)] and path.read_bytes() == b"all of it"
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file of it, also what was written to a mapping."""
+    path, seen = tmp_path / "dataset", {}
+    sync = os.fsync
+
+    def watched(number: int) -> None:
+        about = os.fstat(number)
+        seen[about.st_ino] = not path.exists()
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with replacing_dir(path) as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "weights").write_bytes(b"all of it")
+        np.lib.format.open_memmap(temporary / "train.npy", mode="w+", dtype=np.uint8, shape=(4,))[:] = 1
+    assert {file.stat().st_ino for file in path.rglob("*")} <= {number for number, early in seen.items() if early}
+
+
+def test_a_folder_that_is_replaced_goes_when_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its removal may take long, and a kill then must not leave half of it under its name. No new one: the old one stays."""
+    path, seen = tmp_path / "model", []
+
+    def write(text: str) -> None:
+        with replacing_dir(path) as temporary:
+            (temporary / "about").write_text(text)
+
+    write("old")
+    remove, rename = shutil.rmtree, Path.replace
+
+    def watched(folder: Path, **how: bool) -> None:
+        seen.append((path / "about").read_text())
+        remove(folder, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    write("new")
+    assert set(seen) == {"new"}
+
+    def refused(self: Path, target: Path) -> Path:
+        if target == path and self.parent == tmp_path:
+            raise PermissionError("not that one")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", refused)
+    with pytest.raises(PermissionError):
+        write("newer")
+    assert (path / "about").read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 # What DVC is told about the stages, without the code they depend on.
