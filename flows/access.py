@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import ipaddress
 import os
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,8 +82,3 @@ def request(url: str) -> Request:
     given = os.environ.get("PREFECT_API_AUTH_STRING")
     header = {"Authorization": f"Basic {base64.b64encode(given.encode()).decode()}"} if given else {}
     return Request(url, headers=header)
-
-
-def shown(uri: str) -> str:
-    """An address without the password in it."""
-    return re.sub(r"//[^/]*@", "//", uri)

@@ -17,7 +17,7 @@ import psutil
 from honcho.environ import parse_procfile
 from honcho.manager import Manager
 
-from ddpm.stages.errors import InputError
+from ddpm.stages.errors import InputError, without_password
 from flows import access, children, links
 
 MARK = "DDPM_UP"  # in the environment of everything that one `make up` started
@@ -64,7 +64,7 @@ def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[
         MARK: secrets.token_hex(8),
         "HOST": host,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_UI": access.shown(store),
+        "MLFLOW_UI": without_password(store),
     }
     here = access.LOOPBACK if host in ("0.0.0.0", "::") else host
     environment["PREFECT_PORT"] = _port("PREFECT_PORT", "4200", host if "prefect" in names else None)

@@ -1117,7 +1117,7 @@ PROMISES = [
     Protection(
         "secrets stay in the environment: MLflow's address in what is said",
         PLACE,
-        'return re.sub(r"//[^/]*@", "//", self.uri)',
+        "return without_password(self.uri)",
         "return self.uri",
         f"{TRACKING}without_a_server_the_work_goes_on",
     ),
@@ -1130,9 +1130,9 @@ PROMISES = [
     ),
     Protection(
         "secrets stay in the environment: addresses on pages",
-        "flows/access.py",
-        'return re.sub(r"//[^/]*@", "//", uri)',
-        "return uri",
+        "ddpm/stages/errors.py",
+        're.sub(before, "://", uri)',
+        "uri",
         f"{ACCESS}an_address_is_shown_without_its_password[https://a:b@c@host/path@x-https://host/path@x]",
     ),
 ]

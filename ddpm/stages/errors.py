@@ -1,4 +1,6 @@
-"""The one error a user can cause."""
+"""The one error a user can cause, and what its line must not show."""
+
+import re
 
 LONGEST = 750  # characters
 
@@ -14,3 +16,9 @@ class InputError(Exception):
         if len(message) > LONGEST:
             message = f"{message[: 2 * LONGEST // 3]} ... {message[-LONGEST // 3 :]}"
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+def without_password(uri: str) -> str:
+    """What stands before the host goes: a database's password may hold slashes. So does one that is given as an option."""
+    before = r"://[^/]*@" if uri.lower().startswith("http") else r"://[^/].*@"
+    return re.sub(r"(?i)([?&]\w*password=)[^&]*", r"\1***", re.sub(before, "://", uri))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -648,6 +649,34 @@ def test_without_a_server_the_work_goes_on(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     tracking.publish(params, checkout)
     assert_complete(Seen(checkout, "ddpm-image-folder"), checkout, params)
+
+
+def test_a_database_that_is_away_is_one_line_at_once(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for address, begun in (
+        ("127.0.0.1", "postgresql+psycopg://127.0.0.1"),
+        ("x:y/z@127.0.0.1", "postgresql://127.0.0.1"),
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{begun.partition('/')[0]}//{address}:{closed_port()}/mlflow")
+        started = time.monotonic()
+        with pytest.raises(InputError, match=f"^MLflow at {re.escape(begun)}:.* cannot be reached; publish later"):
+            tracking.publish(params, checkout)
+        assert time.monotonic() - started < 5
+
+
+def test_a_database_that_goes_away_is_one_line(tmp_path: Path) -> None:
+    """After the first look, or where it refuses the password."""
+    from sqlalchemy.exc import OperationalError
+
+    error = OperationalError("SELECT 1", None, Exception("server closed the connection"))
+    where = place.Place("postgresql://a:secret@db/mlflow", tmp_path / "lock", None)
+    line = r"^MLflow at postgresql://db/mlflow cannot be reached \(.*server closed.*\); publish later"
+    with pytest.raises(InputError, match=line) as said, place.plain_errors(where):
+        raise error
+    assert "secret" not in str(said.value)
+    with pytest.raises(OperationalError), place.plain_errors(place.Place("sqlite:///x", where.lock, None, tmp_path)):
+        raise error
 
 
 def test_what_a_training_had_to_say_while_mlflow_was_away_is_sent_later(

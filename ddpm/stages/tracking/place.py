@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import socket
 import urllib.request
@@ -17,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock, Timeout
 
 from ddpm.stages import store
-from ddpm.stages.errors import InputError
+from ddpm.stages.errors import InputError, without_password
 from ddpm.stages.params import Params
 from ddpm.stages.tracking import empty
 
@@ -55,7 +54,7 @@ class Place:
     @property
     def shown(self) -> str:
         """The URI without a password."""
-        return re.sub(r"//[^/]*@", "//", self.uri)
+        return without_password(self.uri)
 
 
 def repo_root(root: Path = Path()) -> Path:
@@ -235,20 +234,34 @@ def locked(where: Place, name: str = "") -> Iterator[None]:
 
 def require_reachable(where: Place) -> None:
     """A quick look before mlflow is even imported: its own attempts take far longer. Raises InputError."""
-    parts = urlsplit(where.uri)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    host, port = (None, None) if where.database else _address(where.uri)
+    if not host or not port:
         return
-    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname):
-        return
-    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError:
         raise InputError(_unreachable(where)) from None
 
 
-def _unreachable(where: Place) -> str:
-    return f"MLflow at {where.shown} cannot be reached; publish later with `ddpm publish`"
+def _address(uri: str) -> tuple[str | None, int | None]:
+    """The host and port of a server, or None for what cannot be asked: a file, a server behind a proxy, one of another kind."""
+    if uri.startswith(("http://", "https://")):
+        parts = urlsplit(uri)
+        if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname or ""):
+            return None, None
+        return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(uri)
+    except (ArgumentError, ValueError):
+        return None, None  # MLflow says what is wrong
+    return url.host, url.port or {"postgresql": 5432, "mysql": 3306}.get(url.get_backend_name())
+
+
+def _unreachable(where: Place, why: str = "") -> str:
+    return f"MLflow at {where.shown} cannot be reached{why and f' ({why})'}; publish later with `ddpm publish`"
 
 
 @contextmanager
@@ -265,12 +278,20 @@ def plain_errors(where: Place) -> Iterator[None]:
             raise InputError(_unreachable(where)) from error
         raise InputError(f"MLflow at {where.shown}: {text[:300]}") from error
     except Exception as error:
+        text = " ".join(str(error).split())
+        if _is_of_a_database(error) and where.database is None:
+            raise InputError(_unreachable(where, text.partition(" (Background")[0][:300])) from error
         if not isinstance(error, _s3_errors()):
             raise
-        text = " ".join(str(error).split())
         raise InputError(
             f"S3, where MLflow keeps its files: {text[:300]}; publish later with `ddpm publish`"
         ) from error
+
+
+def _is_of_a_database(error: Exception) -> bool:
+    from sqlalchemy.exc import OperationalError
+
+    return isinstance(error, OperationalError)
 
 
 def _s3_errors() -> tuple[type[Exception], ...]:
