@@ -90,7 +90,8 @@ class Objective:
         log_small[0] = log_small[1] if schedule.T > 1 else log_large[0]
         log_fixed = torch.cat([log_small[:1], log_large[1:]])
         # In x_0 the weight is min(SNR, gamma), and an error of the prediction is c_out times as large there.
-        min_snr = (a / s).square().clamp(max=GAMMA) * c_out.square()
+        # Not SNR times c_out^2: at a very small a the one vanishes and the other overflows.
+        min_snr = torch.minimum((a / s * c_out).square(), GAMMA * c_out.square())
         tables = {
             "a": a,
             "s": s,

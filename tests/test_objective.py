@@ -221,6 +221,21 @@ def test_min_snr_weights(target: str) -> None:
     assert objective.losses(net, x_0, t, eps).numpy() == pytest.approx(expected.numpy(), rel=1e-5)
 
 
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_the_tables_of_a_very_long_chain_are_finite(target: str) -> None:
+    """a is 1e-300 at its end."""
+    for name in ("linear", "scaled_linear", "cosine"):
+        try:
+            objective = Objective.of(NoiseSchedule.named(name, 100_000), target)
+        except ValueError as error:
+            assert "alpha_bar = 0" in str(error)
+            continue
+        tables = {name: table for name, table in vars(objective).items() if isinstance(table, torch.Tensor)}
+        assert all(table.isfinite().all() for table in tables.values())
+        if target == "eps":
+            assert objective.min_snr[-1] == 1
+
+
 class Affine(nn.Module):
     """Twice the channels: a mean and a variance, each with a weight of its own."""
 
