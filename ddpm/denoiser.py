@@ -40,7 +40,11 @@ NO_LABEL = -1  # in place of a class: nothing is told
 
 
 def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a, s, c_skip, c_out at network times t: float64, t's shape. Raises ValueError for eps and mu where alpha_bar = 0."""
+    """a, s, c_skip, c_out at network times t: float64, t's shape. Raises ValueError where a prediction says nothing of x_0.
+
+    That is for eps where alpha_bar = 0, and for mu where it is 0 one step earlier already: of A x_0 + 0 x_t, at the first zero,
+    1 / A is large and finite.
+    """
     if target not in TARGETS:
         raise ValueError(f"no target '{target}'; there are {', '.join(TARGETS)}")
     log_alpha_bar = schedule.log_alpha_bar_at(t)

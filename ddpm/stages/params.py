@@ -227,7 +227,7 @@ class Point(Section):
 class Params(Section):
     """The whole of params.yaml."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of a larger one torch's CPU generator takes 32 bits
     data: Data
     diffusion: Diffusion
     network: Network

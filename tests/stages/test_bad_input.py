@@ -240,7 +240,7 @@ VALUES: list[tuple[str, Any, str]] = [
     ("schedules.cosine.s", NAN, "schedules.cosine.s: "),
     ("schedules.linear.end", INFINITY, "schedules.linear.end: "),
     # negative, zero, beyond the end
-    ("seed", 2**63, "seed: "),
+    ("seed", 2**32, "seed: "),
     ("network.dropout", -0.1, "network.dropout: "),
     ("network.channels", -8, "network.channels: "),
     ("network.channels", 0, "network.channels: "),
