@@ -38,8 +38,10 @@ class Validation:
     def by_time(self, net: Callable[..., Tensor]) -> list[dict[str, Any]]:
         """Where among the network times the losses arise: a row for each of BINS even ranges of 0 ... T-1.
 
-        t: the middle of the range. loss_simple: L_simple. loss_vlb: the bound's terms times T in nats per dimension, so that
-        their mean over even ranges is the bound without L_T. Without images the cells are empty.
+        t: the middle of the range. loss_simple: L_simple. loss_vlb: the bound's terms times T in nats per dimension. Each image
+        has one time, spread evenly over the range. Where those are all its times, equally often, the mean over even ranges is
+        the bound without L_T. With few images loss_vlb only says where the bound arises: t = 0, which holds L_0, is among the
+        times of more than T / (2 BINS) of them. `ddpm.likelihood` has the bound itself. Without images the cells are empty.
         """
         generator = torch.Generator(self.images.device).manual_seed(0)
         T, count = len(self.objective.a), min(len(self.images), BIN_IMAGES)
