@@ -68,11 +68,12 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
                 )
         except ValueError as error:
             raise InputError(f"likelihood: {error}") from None
+    learned = (about["network"].get("out_channels") or 0) > about["network"]["image_channels"]
     scores = {
         "model": about["weights_sha256"],
         "dataset": dataset.about["sha256"],
         "seed": params.seed,
-        "variance": settings.variance,
+        "variance": "learned" if learned else settings.variance,
         "clip": settings.clip,
         "times": times,
         **{name: split_scores(bound) for name, bound in bounds.items()},

@@ -63,6 +63,19 @@ def test_the_batch_changes_nothing_and_a_second_run_no_byte(trained: Path, smoke
         assert other[split] == pytest.approx(first[split], rel=2e-5)
 
 
+def test_the_variance_that_counts_is_the_one_named(trained: Path, smoke: Smoke, tmp_path: Path) -> None:
+    _, about = checkpoint.load(trained / "models/cosine")
+    assert likelihood(settings(smoke, images=2, times=2), "cosine", trained)["variance"] == "fixed_large"
+    network = {**about["network"], "out_channels": 2 * about["network"]["image_channels"]}
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/dataset").symlink_to(trained / "dataset")
+    about = {**about, "network": network, "variance": "learned"}
+    for name in ("format", "weights_sha256"):
+        del about[name]
+    checkpoint.save(tmp_path / "root/models/cosine", checkpoint.network(network), about)
+    assert likelihood(settings(smoke, images=2, times=2), "cosine", tmp_path / "root")["variance"] == "learned"
+
+
 def test_the_images_are_spread_over_the_split() -> None:
     images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
     assert chosen(images, 4).ravel().tolist() == [0, 25, 50, 75]
