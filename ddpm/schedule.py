@@ -102,7 +102,10 @@ class NoiseSchedule:
         """The same schedule shifted and scaled so that nothing of x_0 is left at T: algorithm 1 of Lin et al. 2024.
 
         sqrt(alpha_bar_1) stays, sqrt(alpha_bar_T) becomes 0. Target eps cannot be trained at the last time then.
+        Raises ValueError for a single step, which cannot do both.
         """
+        if self.T < 2:
+            raise ValueError(f"schedule '{self.name}': zero_terminal_snr takes two steps or more, not {self.T}")
         a = self.alpha_bar[1:].sqrt()
         a = (a - a[-1]) * a[0] / (a[0] - a[-1])
         alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), a.square()])

@@ -225,7 +225,10 @@ class UNet(nn.Module):
             return self.time(time)
         if labels is None:
             labels = torch.full(t.shape, -1, device=t.device)
-        told = self.label(torch.where(labels < 0, self.classes, labels))
+        beyond = (
+            labels >= self.classes
+        )  # one more: the row for no label is nobody's class, and the others are refused anyway
+        told = self.label(torch.where(labels < 0, self.classes, labels + beyond))
         return self.time[-1](self.time[:-1](time) + told)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:

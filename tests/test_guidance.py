@@ -108,6 +108,14 @@ def test_w_1_is_the_labelled_network_w_0_the_unlabelled_and_each_costs_one_evalu
     assert float((at[1.0] - at[0.0]).abs().amax((1, 2, 3)).min()) > 1e-3  # each label says something
 
 
+def test_the_row_for_no_label_is_no_class() -> None:
+    net = UNet(1, 8, 8, [1], 1, [], classes=3)
+    x, t = torch.zeros(2, 1, 8, 8), torch.zeros(2)
+    net(x, t, torch.tensor([-1, 2]))
+    with pytest.raises(IndexError):
+        net(x, t, torch.tensor([0, 3]))
+
+
 def test_evaluations_are_those_of_each_image() -> None:
     net = exact_net("v")
     seen = 0

@@ -202,3 +202,8 @@ def test_zero_terminal_snr_by_name(name: str) -> None:
     assert float(rescaled.alpha_bar[-1]) == 0
     assert float(rescaled.alpha_bar[1]) == pytest.approx(float(plain.alpha_bar[1]), rel=1e-12)
     assert bool((rescaled.alpha_bar.diff() < 0).all())
+
+
+def test_zero_terminal_snr_of_a_single_step_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^schedule 'cosine': zero_terminal_snr takes two steps or more, not 1$"):
+        NoiseSchedule.named("cosine", 1, zero_terminal_snr=True)
