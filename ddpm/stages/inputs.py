@@ -57,5 +57,5 @@ def _read(stage: str, root: Path) -> dict[str, Any]:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         found[key] = value
-    code = [root / dependency for dependency in about.get("deps", ()) if dependency.endswith(".py")]
+    code = [root / dependency for dependency in about.get("deps", ()) if dependency.endswith((".py", ".c", ".jinja"))]
     return found | {str(path.relative_to(root)): store.sha256(path) if path.exists() else None for path in code}

@@ -1,0 +1,41 @@
+"""What a stage looks at beside its work: the code that dvc.yaml names for it, and git."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ddpm.stages.errors import InputError
+from ddpm.stages.inputs import unchanged
+from ddpm.stages.record import _git
+
+DVC = "stages:\n  report:\n    cmd: ddpm report\n    deps: [ddpm/report.py, ddpm/native.c, ddpm/page.html.jinja, samples]\n"
+
+
+@pytest.mark.parametrize("name", ["report.py", "native.c", "page.html.jinja"])
+def test_code_that_changes_while_a_stage_runs_is_noticed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_STAGE", "report")
+    (tmp_path / "ddpm").mkdir()
+    (tmp_path / "params.yaml").write_text("seed: 0\n")
+    (tmp_path / "dvc.yaml").write_text(DVC)
+    with unchanged("report", tmp_path):
+        pass
+    with pytest.raises(InputError, match=rf"ddpm/{name} changed while it ran"), unchanged("report", tmp_path):
+        (tmp_path / "ddpm" / name).write_text("edited")
+
+
+def test_looking_at_git_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a `git add` at that moment would fail. `git status` by itself writes what it found of the files into the index."""
+    monkeypatch.chdir(tmp_path)
+    for command in (["init"], ["add", "file"]):
+        (tmp_path / "file").write_text("the same")
+        subprocess.run(["git", *command], check=True, capture_output=True)
+    os.utime(tmp_path / "file", (1e9, 1e9))
+    before = (tmp_path / ".git/index").read_bytes()
+    assert _git("status", "--porcelain", "--untracked-files=no") == "A  file"
+    assert (tmp_path / ".git/index").read_bytes() == before
