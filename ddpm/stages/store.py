@@ -116,6 +116,9 @@ def run_file(output: Path) -> Path:
 
 # Atomic writing.
 
+MASK = os.umask(0o077)  # it can only be asked for by setting it
+os.umask(MASK)
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -144,9 +147,10 @@ def _temporary_beside(path: Path) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends well, and is gone when it doesn't.
 
+    keep: what another process has put there meanwhile stays, where the file system has hard links.
     Raises InputError when the disk is full.
     """
     with disk_full_is_one_line(path):
@@ -157,10 +161,22 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
+            temporary.chmod(0o666 & ~MASK)
+            if not (keep and _linked(temporary, path)):
+                temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _linked(file: Path, path: Path) -> bool:
+    """Whether there is something at `path` now: what was there, or else the file."""
+    try:
+        path.hardlink_to(file)
+    except FileExistsError:
+        pass
+    except OSError:
+        return path.exists()
+    return True
 
 
 @contextmanager
@@ -175,7 +191,7 @@ def replacing_dir(path: Path) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 _sync(file)
-            temporary.chmod(0o755)
+            temporary.chmod(0o777 & ~MASK)
             _swap(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -203,6 +203,19 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     assert seen == [(b"all of it", False)] and path.read_bytes() == b"all of it"
 
 
+@pytest.mark.parametrize("mask", [0o077, 0o002])
+def test_files_have_the_modes_that_the_umask_gives(mask: int, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from ddpm.stages import store\n"
+        "store.write_text(Path(sys.argv[1]) / 'file', '')\n"
+        "with store.replacing_dir(Path(sys.argv[1]) / 'folder'): pass"
+    )
+    command, environment = [sys.executable, "-c", code, str(tmp_path)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, umask=mask, check=True)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file of it, also what was written to a mapping."""
     path, seen = tmp_path / "dataset", {}

@@ -15,11 +15,10 @@ EMPTY = Path(sys.prefix) / "share" / "mlflow" / "mlflow.db"
 def create(file: Path) -> None:
     """A copy at `file` if nothing is there; what is missing then, or an older one's tables, MLflow makes itself.
 
-    Call it under the store's lock.
+    Call it under the store's lock, which a server that makes its own does not hold: what it has made stays.
     """
     if EMPTY.exists() and not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with store.replacing(file) as copy:
+        with store.replacing(file, keep=True) as copy:
             copy.write_bytes(EMPTY.read_bytes())
 
 
