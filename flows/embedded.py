@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import runpy
 import shutil
@@ -42,9 +41,15 @@ def create_database(home: Path) -> None:
         return
     copy = home / f"prefect.db.{os.getpid()}"
     shutil.copyfile(EMPTY, copy)
-    with contextlib.suppress(FileExistsError):
+    try:
         os.link(copy, home / "prefect.db")
-    copy.unlink()
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not (home / "prefect.db").exists():
+            copy.replace(home / "prefect.db")
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 class Api:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from flows import embedded
 from flows.display import Terminal
 from flows.watch import Outcome
 
@@ -112,3 +114,24 @@ def test_what_the_terminal_shows() -> None:
     assert lines[:2] == ["train@linear: 10 steps in 3.0 s", "train@cosine: failed: ddpm: no"]
     assert lines[2].startswith("sample@linear-ddim-50: restored from DVC's cache in ")
     assert len(lines) == 3
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_database_takes_nobodys_place(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a file system without hard links; nothing else is left there."""
+    (tmp_path / "empty.db").write_bytes(b"empty")
+    monkeypatch.setattr(embedded, "EMPTY", tmp_path / "empty.db")
+    for name in embedded.DATABASE:
+        monkeypatch.delenv(name, raising=False)
+
+    def refused(*names: Path) -> None:
+        raise PermissionError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    home = tmp_path / "home"
+    embedded.create_database(home)
+    assert [(path.name, path.read_bytes()) for path in home.iterdir()] == [("prefect.db", b"empty")]
+    (home / "prefect.db").write_bytes(b"of before")
+    embedded.create_database(home)
+    assert [(path.name, path.read_bytes()) for path in home.iterdir()] == [("prefect.db", b"of before")]
