@@ -665,6 +665,55 @@ def test_a_database_that_is_away_is_one_line_at_once(
         assert time.monotonic() - started < 5
 
 
+def test_who_waits_for_a_promotion_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(place, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(place, "LOCK_SECONDS", 0.05)
+    where = place.Place("postgresql://db/mlflow", tmp_path / "lock", None)
+    done: list[str] = []
+
+    def wait() -> None:
+        with place.locked(where, ".promote"):
+            done.append("promoted")
+
+    waiting = threading.Thread(target=wait)
+    with place.locked(where, ".promote"), place.locked(where):
+        waiting.start()
+        while not (said := capsys.readouterr().err):
+            time.sleep(0.01)
+        assert said == "MLflow at postgresql://db/mlflow: another process promotes there; waiting for it\n" and not done
+        with pytest.raises(InputError, match="is in use by another process"), place.locked(where):
+            pass
+    waiting.join()
+    assert done == ["promoted"]
+
+
+def test_a_new_database_never_takes_the_place_of_a_server_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that makes its own at that very moment holds no lock."""
+    monkeypatch.setattr(place.empty, "EMPTY", tmp_path / "empty.db")
+    (tmp_path / "empty.db").write_bytes(b"empty")
+    read = Path.read_bytes
+
+    def meanwhile(self: Path) -> bytes:
+        (tmp_path / "mlflow.db").write_bytes(b"a server's")
+        return read(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", meanwhile)
+        place.empty.create(tmp_path / "mlflow.db")
+    assert (tmp_path / "mlflow.db").read_bytes() == b"a server's"
+    for kept in (True, False):  # with hard links and without
+        (tmp_path / "mlflow.db").unlink()
+        if not kept:
+            monkeypatch.setattr(
+                os, "link", lambda *names, **how: (_ for _ in ()).throw(PermissionError("no links here"))
+            )
+        place.empty.create(tmp_path / "mlflow.db")
+        assert (tmp_path / "mlflow.db").read_bytes() == b"empty"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.db", "mlflow.db"]
+
+
 def test_a_database_that_goes_away_is_one_line(tmp_path: Path) -> None:
     """After the first look, or where it refuses the password."""
     from sqlalchemy.exc import OperationalError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ Say = Callable[[str], None]
 CHAMPION = "champion"
 CONNECT_SECONDS = 3.0
 LOCK_SECONDS = 120.0
+SILENT_SECONDS = 1.0  # of a wait without end
 
 # Bounded waiting, and quiet. What the user has set stays.
 ENVIRONMENT = {
@@ -220,13 +222,23 @@ def as_default(where: Place) -> Iterator[None]:
 
 @contextmanager
 def locked(where: Place, name: str = "") -> Iterator[None]:
+    """The store's lock, which nobody holds for long; or that of a promotion, of any length. Raises InputError."""
     where.lock.parent.mkdir(parents=True, exist_ok=True)
     path = where.lock.with_name(where.lock.name + name)
+    lock = FileLock(path)
     try:
-        with FileLock(path, timeout=LOCK_SECONDS if not name else -1):
-            yield
+        lock.acquire(timeout=SILENT_SECONDS if name else LOCK_SECONDS)
     except Timeout:
-        raise InputError(f"MLflow at {where.shown} is in use by another process since {LOCK_SECONDS:.0f} s") from None
+        if not name:
+            raise InputError(
+                f"MLflow at {where.shown} is in use by another process since {LOCK_SECONDS:.0f} s"
+            ) from None
+        print(f"MLflow at {where.shown}: another process promotes there; waiting for it", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # An unreachable server.
