@@ -605,7 +605,7 @@ FLOWS = [
     Protection(
         "code edited while a stage runs: nothing is recorded",
         "ddpm/stages/inputs.py",
-        'if dependency.endswith(".py")]',
+        'if dependency.endswith((".py", ".c", ".jinja"))]',
         "if False]",
         f"{DVC}what_is_edited_while_a_stage_runs_is_not_recorded_as_its_own",
     ),
@@ -920,7 +920,7 @@ INPUT = [
     Protection(
         "a checkpoint: of other data",
         CHECKPOINT,
-        'if about["data"]["shape"] != [channels, side, side]:',
+        'if repr(about["data"]["shape"]) != repr(takes):',
         "if False:",
         f"{BAD}a_checkpoint[images of another size]",
     ),
