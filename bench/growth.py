@@ -31,7 +31,7 @@ BASE = {
 VALUES = {
     "cpu": {"batch": [1, 2, 4, 8, 16], "size": [16, 32, 64], "width": [32, 64, 96, 128, 160], "steps": [1, 2, 4, 8]},
     "cuda": {
-        "batch": [16, 64, 256, 1024],
+        "batch": [16, 64, 128, 256, 1024],
         "size": [16, 32, 64],
         "width": [32, 64, 128, 256],
         "steps": [10, 20, 50, 100],
@@ -56,6 +56,8 @@ def _peak(device: str) -> int:
 
 def _forget(device: str) -> None:
     """Gives back what earlier work left, and forgets its peak."""
+    if device == "cuda":
+        torch.compiler.reset()  # or it compiles for shapes that vary, and after eight of them no more
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -86,14 +88,14 @@ def _training(device: str, at: dict[str, int]) -> Callable[[], Any]:
         seed=0,
         flip=True,
         precision=_precision(device),
-        forward=native.compiled(net),
+        forward=native.compiled(net, dynamic=False),
     )
     return lambda: [next(steps).loss for _ in range(at["steps"])][-1]
 
 
 def _sampling(device: str, at: dict[str, int]) -> Callable[[], Any]:
     """at["steps"] evaluations by DDIM."""
-    forward = native.compiled(_network(at["width"], at["size"], device).eval().requires_grad_(False))
+    forward = native.compiled(_network(at["width"], at["size"], device).eval().requires_grad_(False), dynamic=False)
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with autocast(torch.device(device), _precision(device)):
@@ -151,6 +153,7 @@ def _copy_rate(device: str) -> float:
     return 2 * a.nbytes / min(times["copy"]["wall"])
 
 
+@torch.no_grad()
 def _optimiser(state: TrainingState) -> None:
     """What follows the gradients in a step."""
     state.adam(2e-4)

@@ -244,15 +244,27 @@ def _sampling(device: str, size: Size, kind: str, full: int) -> dict[str, Any]:
         random = torch.Generator().manual_seed(3)
         return pipeline(size.batch, random, num_inference_steps=steps, output_type="np", **more).images
 
-    gap = float(np.abs(run(ours, few) - peer(few)).max())
-    assert gap < (0.05 if device == "cuda" else 1 / 255), gap
-    checks["largest difference of images, of 1"] = gap
+    # An error of eps is multiplied by 1 / a on its way to an image, at first by 60. On a GPU it is that of TF32 or bfloat16:
+    # the largest of all values then says little, and their mean enough.
+    which = "mean" if device == "cuda" else "largest"
+
+    def compared(net: Callable[..., Any], most: float) -> float:
+        gaps = np.abs(run(net, few) - peer(few))
+        gap = float(gaps.mean() if device == "cuda" else gaps.max())
+        assert gap < most, gap
+        return gap
+
+    checks[f"{which} difference of images, of 1"] = compared(ours, 1e-3 if device == "cuda" else 1 / 255)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ours(torch.randn(1, 3, 32, 32, device=device), torch.zeros(1, device=device))
     forward = native.compiled(ours)
-    gap = float(np.abs(run(fast, few) - peer(few)).max())
-    assert gap < (0.05 if device == "cuda" else 1 / 255), gap
-    checks["largest difference of images, of 1, compiled"] = gap
+    checks[f"{which} difference of images, of 1, compiled"] = compared(fast, 5e-3 if device == "cuda" else 1 / 255)
+    x = torch.randn(size.batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    t = torch.full((size.batch,), 700.0, device=device)
+    with torch.no_grad():  # as sample does
+        gap = float((fast(x, t) - theirs(x, t).sample).abs().max())
+    assert gap < (0.1 if device == "cuda" else 1e-3), gap  # bfloat16 on a GPU
+    checks["largest difference of outputs, compiled"] = gap
     times, _ = alternate(
         {"ours": lambda: run(fast, size.steps), "diffusers": lambda: peer(size.steps)},
         size.repeats,

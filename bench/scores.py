@@ -72,7 +72,8 @@ def fid_sets(device: str) -> dict[str, Any]:
             ]
 
         times, given = alternate({"ours": ours, "torch-fidelity": theirs}, 2, warmups=0, device=device)
-    np.testing.assert_allclose(given["ours"], given["torch-fidelity"], rtol=1e-4)
+    # On a GPU the peer runs as its users run it, its convolutions in TF32: that moves FID by 1e-3. Ours are in float32.
+    np.testing.assert_allclose(given["ours"], given["torch-fidelity"], rtol=5e-3 if device == "cuda" else 1e-4)
     over = [100 * (whole / part - 1) for whole, part in zip(times["ours"]["wall"], seconds, strict=True)]
     return {
         "work": f"FID and its interval, {SETS} sets of {images} images against one reference of as many, layer 2048",
