@@ -182,7 +182,9 @@ def variational_bound(
             signal, noise = (table[t + 1].to(device).view(-1, 1, 1, 1) for table in (a, s))
             x_t = (signal * x_0 + noise * eps).to(torch.float32, memory_format=torch.channels_last)
             told = denoiser if labels is None else replace(denoiser, labels=labels[start : rows.stop])
-            x0_hat, v = told.with_variance(x_t, t)
+            # cuDNN would round to TF32.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, fp32_precision="ieee"):
+                x0_hat, v = told.with_variance(x_t, t)
             x0_hat, v = x0_hat.double(), None if v is None else v.double()
             bits = term(schedule, t.to(device), x_0, x0_hat, variance, v)
             bound.terms[start : rows.stop, stratum] = bits.cpu() * len(parts[stratum])

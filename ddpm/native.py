@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,7 +53,10 @@ def compiled(net: Network, dynamic: bool | None = None) -> Network:
     Parameters, gradients and state_dict stay what they are. On a CPU it takes float32 in channels_last to gain, and 1 s once.
     dynamic: as torch.compile's. Raises NoCompiler.
     """
-    if next(net.parameters()).device.type != "cpu":
+    device = next(net.parameters()).device
+    if device.type == "cuda":
+        _compiler(("gcc", "clang"))  # Triton's; torch.compile would miss it only when the network is first called
+    if device.type != "cpu":
         return torch.compile(net, dynamic=dynamic)  # type: ignore[return-value]
     _library()
     for module in net.modules():
@@ -236,11 +240,12 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def _compiler() -> list[str]:
+def _compiler(names: Sequence[str] = ("cc", "gcc")) -> list[str]:
+    """What CC names, or else the first of the names that is here. Raises NoCompiler."""
     named = shlex.split(os.environ.get("CC", ""))
-    command = named or [name for name in ("cc", "gcc") if shutil.which(name)][:1]
+    command = named or [name for name in names if shutil.which(name)][:1]
     if not command or shutil.which(command[0]) is None:
-        raise NoCompiler(f"no C compiler found ({' '.join(named) or 'cc, gcc, or what CC names'})")
+        raise NoCompiler(f"no C compiler found ({' '.join(named) or ', '.join([*names, 'or what CC names'])})")
     return command
 
 

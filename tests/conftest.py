@@ -22,8 +22,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# For this process and all that it starts.
+# For this process and all that it starts: also without a GPU where there is one, since there not all repeats to the bit.
 os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

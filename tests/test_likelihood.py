@@ -344,3 +344,19 @@ def test_clipping_lowers_the_bound_of_a_wild_network() -> None:
 def test_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_network_computes_in_float32_on_a_gpu_too() -> None:
+    """Not in TF32, and what was set before is set again."""
+    schedule = NoiseSchedule.named("linear", 30)
+    seen: set[tuple[bool, str]] = set()
+    cudnn = torch.backends.cudnn
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        seen.add((cudnn.allow_tf32, cudnn.fp32_precision))
+        return x
+
+    before = cudnn.allow_tf32, cudnn.fp32_precision
+    variational_bound(Denoiser(net, schedule, "x0"), coins(4), times=3)
+    assert seen == {(False, "ieee")}
+    assert (cudnn.allow_tf32, cudnn.fp32_precision) == before

@@ -8,7 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +180,25 @@ def test_without_a_compiler_it_says_so(compiler: str, line: str, tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert re.fullmatch(line, done.stdout.strip())
     assert not list(tmp_path.rglob("*.so"))
+
+
+class Elsewhere(nn.Module):
+    """As if its parameters lay on a GPU."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        return iter([SimpleNamespace(device=torch.device("cuda"))])
+
+
+def test_without_a_compiler_it_says_so_on_a_gpu_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile would not say it before the network is first called."""
+    net, given = Elsewhere(), object()
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: given if module is net else None)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(native.NoCompiler, match=r"no C compiler found \(gcc, clang, or what CC names\)"):
+        native.compiled(net)
+    (tmp_path / "clang").touch(0o755)
+    assert native.compiled(net) is given
 
 
 def test_without_a_place_to_keep_it_says_so(tmp_path: Path) -> None:

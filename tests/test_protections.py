@@ -353,7 +353,13 @@ TRAINING = [
             "evaluate": 'with memory_errors(f"evaluate {point.name}", "lower evaluation.batch, or evaluation.images"):',
         }.items()
     ),
-    Protection("out of memory: one line", "ddpm/stages/device.py", 'and "allocate memory" not in text', "", MEMORY),
+    Protection(
+        "out of memory: one line",
+        "ddpm/stages/device.py",
+        "and not any(said in text for said in NO_MEMORY)",
+        "",
+        MEMORY,
+    ),
     Protection(
         "out of memory: accumulated gradients", TRAIN, "accumulate=settings.accumulate,", "accumulate=1,", MEMORY
     ),

@@ -43,8 +43,8 @@ def _hardware() -> dict[str, Any]:
         "cores": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
     }
-    torch = sys.modules.get("torch")  # a stage that did without torch ran on the CPU
-    if torch is None or not torch.cuda.is_available():
+    torch = sys.modules.get("torch")  # a stage that did without torch, or without its CUDA, ran on the CPU
+    if torch is None or not torch.cuda.is_initialized():
         return {"device": "cpu", "hardware": hardware}
     hardware["gpu"] = torch.cuda.get_device_name()
     return {"device": "cuda", "gpu_peak_memory_bytes": torch.cuda.max_memory_allocated(), "hardware": hardware}
