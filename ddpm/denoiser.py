@@ -133,9 +133,15 @@ class Denoiser:
 
     def with_variance(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor | None]:
         """x_t [B, ...], t a number or [B] -> x0_hat and v (see `halves`), both like x_t; None for v where it is not learned."""
-        times = torch.as_tensor(t, dtype=torch.float64).expand(len(x_t))
-        _, _, c_skip, c_out = coefficients(self.schedule, self.target, times.cpu() if times.dim() else times)
-        shape = (-1,) + (1,) * (x_t.ndim - 1)
-        c_skip, c_out = (c.to(x_t.device, x_t.dtype).view(shape) for c in (c_skip, c_out))
-        prediction, v = self._predict(x_t, times.to(x_t.device, torch.float32))
+        times = torch.as_tensor(t, dtype=torch.float64).cpu()
+        _, _, c_skip, c_out = (c.to(x_t.dtype) for c in coefficients(self.schedule, self.target, times))
+        # Nothing here waits for what a GPU still has to do: a single number goes along with the operation that takes it.
+        if times.dim() == 0:
+            times = torch.full((len(x_t),), times.item(), dtype=torch.float32, device=x_t.device)
+        else:
+            there: dict[str, Any] = {"device": x_t.device, "non_blocking": x_t.device.type == "cuda"}
+            shape = (-1,) + (1,) * (x_t.ndim - 1)
+            c_skip, c_out = (c.expand(len(x_t)).to(**there).view(shape) for c in (c_skip, c_out))
+            times = times.to(torch.float32).expand(len(x_t)).to(**there)
+        prediction, v = self._predict(x_t, times)
         return _clipped(c_skip * x_t + c_out * prediction, self.clip), v

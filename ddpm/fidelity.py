@@ -68,14 +68,14 @@ class Statistics:
         return (vectors * values.clamp_min(0).sqrt()).numpy()
 
 
-def statistics(features: Features) -> Statistics:
+def statistics(features: Features, device: Device = "cpu") -> Statistics:
     """Raises ValueError for fewer than two rows."""
     if len(features) < 2:
         raise ValueError(f"a covariance takes two images or more, found {len(features)}")
-    x = torch.from_numpy(features).to(torch.float64, copy=True)
+    x = torch.from_numpy(features).to(device, torch.float64, copy=True)
     mean = x.mean(0)
     x -= mean
-    return Statistics(mean.numpy(), (_gram(x) / (len(x) - 1)).numpy())
+    return Statistics(mean.cpu().numpy(), (_gram(x) / (len(x) - 1)).cpu().numpy())
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def jackknife(features: Features, reference: Statistics, device: Device = "cpu")
         values, vectors = torch.linalg.eigh(_gram((d @ root).T) / (count - 1))
         trace = float(d.square().sum()) / (count - 1)
     else:
-        ours = torch.from_numpy(statistics(features).covariance).to(device)
+        ours = torch.from_numpy(statistics(features, device).covariance).to(device)
         values, vectors = torch.linalg.eigh(root.T @ ours @ root)
         trace = float(ours.trace())
     cross = float(values.clamp_min(0).sqrt().sum())  # of all: where many are small, they add up
@@ -222,7 +222,7 @@ def inception_score(logits: NDArray[np.float32], splits: int = 10, seed: int = 2
 
 
 def kid(
-    a: Features, b: Features, subsets: int = SUBSETS, subset_size: int = 1000, seed: int = 0
+    a: Features, b: Features, subsets: int = SUBSETS, subset_size: int = 1000, seed: int = 0, device: Device = "cpu"
 ) -> tuple[float, float]:
     """Mean and standard deviation of the estimate over `subsets` random subsets of both sets, drawn as torch-fidelity does.
 
@@ -231,12 +231,12 @@ def kid(
     """
     if not 2 <= subset_size <= min(len(a), len(b)):
         raise ValueError(f"KID subsets of {subset_size} images don't fit sets of {len(a)} and {len(b)}")
-    first, second = torch.from_numpy(a).double(), torch.from_numpy(b).double()
+    first, second = (torch.from_numpy(part).to(device, torch.float64) for part in (a, b))
     random = np.random.RandomState(seed)  # torch-fidelity's, whose stream numpy promises to keep
     estimates = []
     for _ in range(subsets):
-        x = first[random.choice(len(a), subset_size, replace=False)]
-        y = second[random.choice(len(b), subset_size, replace=False)]
+        rows = (torch.from_numpy(random.choice(len(part), subset_size, replace=False)) for part in (a, b))
+        x, y = (part[these.to(device)] for part, these in zip((first, second), rows, strict=True))
         estimates.append(float(_squared_mmd(x, y)))
     return float(np.mean(estimates)), float(np.std(estimates))
 

@@ -41,7 +41,7 @@ def reverse_log_variance(
     if v is None:
         table = torch.cat([small[:1], large[1:]]) if variance == "fixed_large" else small
         return table.to(t.device)[t]
-    large, small = (table.to(t.device)[t].view(-1, *[1] * (v.ndim - 1)) for table in (large, small))
+    large, small = (_beside(table.to(t.device)[t], v) for table in (large, small))
     return v * large + (1 - v) * small
 
 
@@ -63,22 +63,27 @@ def term(
 ) -> Tensor:
     """One term of the bound for each image, in bits/dim: float64 [B]. L_0 if all of t is 0, L_t if none is.
 
-    t: int64 [B], network times. x_0, x0_hat: float64 [B, ...]; for L_0, x_0 on the grid of 256 values. v: see
-    `reverse_log_variance`.
+    t: int64 [B], network times, best on the CPU: nothing then waits for a GPU. x_0, x0_hat: float64 [B, ...]; for L_0, x_0 on
+    the grid of 256 values. v: see `reverse_log_variance`.
     """
     log_variance = reverse_log_variance(schedule, t, variance, v)
     if v is None:
-        log_variance = log_variance.view(-1, *[1] * (x_0.ndim - 1))
+        log_variance = _beside(log_variance, x_0)
     if not bool(t.any()):
         nats = -discretised_log_likelihood(x_0, x0_hat, log_variance)
     else:
         weight, posterior = (
-            table.to(t.device)[t].view(-1, *[1] * (x_0.ndim - 1))
+            _beside(table.to(t.device)[t], x_0)
             for table in (schedule.posterior_at(torch.arange(schedule.T))[0], _posterior_log_variance(schedule))
         )
         # Both means hold the same multiple of x_t (eq. 7), which cancels.
         nats = gaussian_kl(weight * x_0, posterior, weight * x0_hat, log_variance)
     return nats.flatten(1).mean(1) / math.log(2)
+
+
+def _beside(values: Tensor, images: Tensor) -> Tensor:
+    """values [B], where images [B, ...] are, shaped to go with them. A copy from the CPU is not waited for."""
+    return values.to(images.device, non_blocking=images.device.type == "cuda").view(-1, *[1] * (images.ndim - 1))
 
 
 def strata(T: int, times: int | None = None) -> list[range]:
@@ -176,18 +181,19 @@ def variational_bound(
         rows = range(start, min(start + batch, len(images)))
         x_0 = images[start : rows.stop].to(device, torch.float64) / 127.5 - 1
         bound.prior[start : rows.stop] = prior(schedule, x_0.square().flatten(1).mean(1).cpu())
+        told = denoiser if labels is None else replace(denoiser, labels=labels[start : rows.stop].to(device))
+        bits, errors = torch.empty(2, len(rows), len(parts), dtype=torch.float64, device=device)
         for stratum in range(len(parts)):
             t = drawn[start : rows.stop, stratum]
             eps = gaussian(seed, rows, stratum, x_0.shape[1:], device)
-            signal, noise = (table[t + 1].to(device).view(-1, 1, 1, 1) for table in (a, s))
+            signal, noise = (_beside(table[t + 1], x_0) for table in (a, s))
             x_t = (signal * x_0 + noise * eps).to(torch.float32, memory_format=torch.channels_last)
-            told = denoiser if labels is None else replace(denoiser, labels=labels[start : rows.stop])
             # cuDNN would round to TF32.
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, fp32_precision="ieee"):
                 x0_hat, v = told.with_variance(x_t, t)
             x0_hat, v = x0_hat.double(), None if v is None else v.double()
-            bits = term(schedule, t.to(device), x_0, x0_hat, variance, v)
-            bound.terms[start : rows.stop, stratum] = bits.cpu() * len(parts[stratum])
-            bound.squared_error[start : rows.stop, stratum] = (x0_hat - x_0).square().flatten(1).mean(1).cpu()
+            bits[:, stratum] = term(schedule, t, x_0, x0_hat, variance, v) * len(parts[stratum])
+            errors[:, stratum] = (x0_hat - x_0).square().flatten(1).mean(1)
             done(len(rows))
+        bound.terms[start : rows.stop], bound.squared_error[start : rows.stop] = bits.cpu(), errors.cpu()
     return bound

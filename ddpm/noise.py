@@ -92,7 +92,10 @@ def gaussian(
 
     Row j depends only on (seed, images[j], draw): seed in [0, 2^64), images in [0, 2^64), draw in [0, 2^32).
     """
-    index = torch.as_tensor(images, dtype=torch.int64, device=device)[:, None]
+    if isinstance(images, range):  # made there: a copy would wait for all that a GPU still has to do
+        index = images.start + images.step * torch.arange(len(images), dtype=torch.int64, device=device)[:, None]
+    else:
+        index = torch.as_tensor(images, dtype=torch.int64, device=device)[:, None]
     size = 1
     for side in shape:
         size *= side

@@ -134,7 +134,7 @@ def _epoch(count: int, epoch: int, seed: int) -> Tensor:
 def _taken(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     """images[rows] on the device; what lies elsewhere is copied there without waiting for it."""
     if images.device == device:
-        return images[rows.to(device)]
+        return images[rows.to(device, non_blocking=device.type == "cuda")]
     return images[rows].pin_memory().to(device, non_blocking=True)
 
 
@@ -198,6 +198,8 @@ def fit(
         if has_dropout:
             torch.manual_seed(derived_seed(seed, "dropout", k))
         rows = _indices(len(images), batch, k, seed)
+        if device.type == "cuda":
+            rows = rows.pin_memory()  # so that their copy to the device is not waited for
         if flip:
             mirrored = torch.rand(batch, 1, 1, 1, device=device, generator=generator) < 0.5
         t = torch.randint(len(objective.a), (batch,), device=device, generator=generator)

@@ -1,12 +1,17 @@
 """Noise: the published vectors of Philox, the quantile function, and independence of everything but (seed, image, draw)."""
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import ndtri
+from torch.overrides import TorchFunctionMode
 
+from ddpm import Denoiser, NoiseSchedule, sample
 from ddpm.noise import _inverse_normal, gaussian, philox
 
 
@@ -57,6 +62,36 @@ def test_an_image_alone_has_the_noise_it_has_in_a_batch(
     together = gaussian(seed, images, draw, shape)
     for row, image in zip(together, images, strict=True):
         assert torch.equal(gaussian(seed, [image], draw, shape)[0], row)
+
+
+@pytest.mark.parametrize(
+    "images", [range(3, 40, 6), range(2**40, 2**40 + 3), range(9, 2, -3), range(5, 5), range(5, 2)]
+)
+def test_a_range_is_what_its_numbers_are(images: range) -> None:
+    assert torch.equal(gaussian(3, images, 2, (2, 3)), gaussian(3, list(images), 2, (2, 3)))
+
+
+class Copies(TorchFunctionMode):
+    """Counts what takes values from the CPU elsewhere: on a GPU each waits for all that was asked before."""
+
+    count = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        made = function(*arguments, **(options or {}))
+        if function in (torch.as_tensor, torch.tensor, torch.Tensor.to) and made.device.type != "cpu":
+            self.count += not isinstance(arguments[0], torch.Tensor) or arguments[0].device != made.device
+        return made
+
+
+def test_sampling_copies_nothing_to_the_device() -> None:
+    """With tensors that have no values in the place of a GPU's."""
+    x = torch.zeros(4, 3, 8, 8, device="meta")
+    denoiser = Denoiser(lambda x, t: x * t.view(-1, 1, 1, 1), NoiseSchedule.named("cosine", 20), "v", clip=True)
+    with Copies() as copies:
+        x_0 = sample(denoiser, x, steps=3, noise=lambda k: gaussian(0, range(4), k, (3, 8, 8), "meta"), sampler="ddpm")
+    assert x_0.is_meta and copies.count == 0
 
 
 def test_threads_change_nothing() -> None:

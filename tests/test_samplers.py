@@ -188,6 +188,28 @@ def test_clipping_acts_on_x0_and_eps_is_derived_again() -> None:
     assert float(first.x0_hat) == 1.0
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_time_is_that_time_for_every_image(target: str, dtype: torch.dtype) -> None:
+    """To the bit, and the network is told it for each."""
+    x_t = torch.randn(5, 3, 4, 4, dtype=dtype).to(memory_format=torch.channels_last)
+    told = []
+
+    def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        told.append(t)
+        return x * t.view(-1, 1, 1, 1).sin().to(dtype)
+
+    denoiser = Denoiser(net, NoiseSchedule.named("linear", 50), target)
+    for t in (0, 7.3, 49):
+        given = [t, torch.tensor(t, dtype=torch.float64), torch.tensor([t], dtype=torch.float64)]
+        expected = denoiser(x_t, torch.full((5,), t, dtype=torch.float64))
+        for found in (denoiser(x_t, one) for one in given):
+            assert torch.equal(found, expected) and found.stride() == expected.stride()
+        assert all(
+            torch.equal(times, torch.full((5,), float(t))) and times.dtype == torch.float32 for times in told[-4:]
+        )
+
+
 def test_dynamic_thresholding() -> None:
     """By hand: of |x0_hat| = 0, 1, 2, 3, 4 the quantile 0.75 is 3, and 0.6 is 0.4 of the way from 2 to 3."""
     schedule = NoiseSchedule.named("linear", 10)

@@ -85,7 +85,8 @@ def _scores(
     found = fidelity.jackknife(fake, reference, inception.device)
     influence = found.influence.astype(np.float32)  # as kept, so that the interval follows from the file
     low, high = intervals.Estimate(found.fid, intervals.standard_error(influence)).interval()
-    kid, kid_std = fidelity.kid(fake, real, subset_size=max(2, min(KID_SUBSET_SIZE, len(fake) // 2, len(real) // 2)))
+    size = max(2, min(KID_SUBSET_SIZE, len(fake) // 2, len(real) // 2))
+    kid, kid_std = fidelity.kid(fake, real, subset_size=size, device=inception.device)
     luck = intervals.standard_error(fidelity.kid_influence(fake, real, inception.device))
     drawn = kid_std / math.sqrt(fidelity.SUBSETS)  # by which other subsets would move the mean
     kid_low, kid_high = intervals.Estimate(kid, math.hypot(luck, drawn)).interval()
@@ -142,7 +143,7 @@ def _reference(
         except (InputError, KeyError):
             done(0, f"reference features: {len(images)} images, once for this dataset")
         extracted = features.extract(inception, images, batch, done)
-        statistics = fidelity.statistics(extracted)
+        statistics = fidelity.statistics(extracted, inception.device)
         store.write_arrays(path, features=extracted, mean=statistics.mean, covariance=statistics.covariance)
         return extracted, statistics
 
