@@ -442,10 +442,12 @@ def test_a_model_that_could_not_be_registered_is_not_kept_twice(
             with pytest.raises(InputError, match="cannot be reached"):
                 tracking.promote(params, checkout)
     assert tracking.promote(params, checkout).promoted
-    client, version = Registry(checkout).client, Registry(checkout).champion()
+    client = Registry(checkout).client
+    version = client.get_model_version("ddpm-digits", "1")
     experiment = client.get_run(version.run_id).info.experiment_id
     models = client.search_logged_models([experiment])
-    assert [model.model_id for model in models if model.source_run_id == version.run_id] == [version.model_id]
+    of_run = [model for model in models if model.source_run_id == version.run_id]
+    assert len(of_run) == 1 and version.source == f"models:/{of_run[0].model_id}"
 
 
 def test_rollback_to_a_version_that_was_deleted(checkout: Path, params: Params, write_scores: Scores) -> None:
