@@ -99,7 +99,7 @@ image: ## the container image, by buildah (docs/deploy.md)
 clean: ## remove outputs and caches; DVC's cache, MLflow's and Prefect's records and .venv stay
 	rm -rf dataset models samples metrics report schedules *.run.json
 	rm -rf .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dvc_plots test-output
-	@echo 'kept: .dvc/cache (`dvc checkout` brings the outputs back), mlflow.db, mlruns, .prefect, .venv'
+	@echo 'kept: .dvc/cache (`dvc checkout` brings the outputs back), imported, mlflow.db, mlartifacts, .prefect, .venv'
 
 lock: .venv/bin/uv ## bring requirements.lock up to date with pyproject.toml (UPGRADE=1: newest versions)
 	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \

@@ -148,7 +148,8 @@ def _place(about: dict[str, Any]) -> str:
 
 
 # Unconditional CIFAR-10, 50,000 samples against train: DDIM and eta from Song et al. 2020, table 1; DPM-Solver++ and UniPC from
-# Zhao et al. 2023, on the network of Song et al. 2021; the curve is of a public replication of Ho et al. 2020.
+# Zhao et al. 2023, on the network of Song et al. 2021; the curve is of a public replication of Ho et al. 2020, whose name
+# did not come with the numbers.
 REPLICATION = {46_800: 9.162, 93_600: 5.778, 187_000: 4.083, 421_000: 3.31, 796_000: 3.188}
 PUBLISHED = {
     **{f"ddim-{n}": fid for n, fid in {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16}.items()},

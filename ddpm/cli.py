@@ -190,7 +190,7 @@ def likelihood(
 
 @app.command()
 def report() -> None:
-    """Gather the scores of the sweep into report/: the table, the best point, the pictures."""
+    """Gather the scores of the sweep into report/: index.html with all of it, the table, the best point, the pictures."""
     from ddpm.stages.report import report
 
     _run("report", store.report_dir(), lambda params, watch: report(params, Path(), watch), publishes=not FOLLOWED)
@@ -436,8 +436,9 @@ def export_diffusers(
             from ddpm.stages import tracking
 
             folder, settings = tracking.fetch_model(model, Path(temporary))
-        export_diffusers(folder, out, settings.get("variance", "fixed_large"))
-    say(f"{out}: a DDPMPipeline")
+        T = export_diffusers(folder, out, settings.get("variance", "fixed_large"))
+    steps = f"; it takes 1000 steps by default: call it with num_inference_steps={T}" if T < 1000 else ""
+    say(f"{out}: a DDPMPipeline{steps}")
 
 
 @app.command("import-diffusers")

@@ -209,3 +209,15 @@ def test_no_python_is_one_clear_line(clone: Clone) -> None:
     assert done.returncode != 0
     assert "no Python 3.11 or newer" in done.stderr.splitlines()[0]
     assert not (clone.root / ".venv" / "installed").exists()
+
+
+def test_git_sees_no_images_of_your_own(tmp_path: Path) -> None:
+    """And the page beside them, which keeps the folder there: data.path is a dependency of `prepare`."""
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    for name in ("images/README.md", "images/cats/1.png", "images/2.zip"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    asked = ["git", "ls-files", "--others", "--exclude-standard"]
+    shown = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert shown.split() == [".gitignore", "images/README.md"]

@@ -27,8 +27,8 @@ KNOWN = {"format", "weights_sha256", "schedule", "target", "variance", "network"
 DIFFUSERS = "0.35.0"  # the version whose keys the configurations have
 
 
-def export_diffusers(folder: Path, out: Path, variance: str = "fixed_large") -> None:
-    """A checkpoint folder -> a new folder `out` that DDPMPipeline.from_pretrained loads.
+def export_diffusers(folder: Path, out: Path, variance: str = "fixed_large") -> int:
+    """A checkpoint folder -> a new folder `out` that DDPMPipeline.from_pretrained loads. Returns its T.
 
     variance: "fixed_large" or "fixed_small", for the scheduler there. Raises InputError.
     """
@@ -52,6 +52,7 @@ def export_diffusers(folder: Path, out: Path, variance: str = "fixed_large") -> 
         _write(temporary / "scheduler" / "scheduler_config.json", scheduler)
         _write(temporary / "unet" / "config.json", config)
         save_file(weights, temporary / "unet" / WEIGHTS, metadata={"format": "pt"})
+    return denoiser.schedule.T
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

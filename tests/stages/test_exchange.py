@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from ddpm import NoiseSchedule
+from ddpm.cli import app
 from ddpm.objective import Objective
 from ddpm.samplers import Level, ddim, ddpm
 from ddpm.stages import checkpoint, store
@@ -24,7 +28,8 @@ from ddpm.stages.train import train
 from ddpm.stages.validation import Validation
 
 diffusers = pytest.importorskip("diffusers")
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +71,26 @@ def test_the_real_pipeline_loads_an_export_and_steps_as_we_do(made: Path, export
             theirs = scheduler.step(eps, t, x, **options).prev_sample
             assert torch.allclose(ours, theirs, atol=1e-5, rtol=0)
             assert float((ours - x).abs().max()) > 1e-3
+
+
+def test_the_page_s_command_draws_where_T_is_not_1000(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r'(?m)^python -c "(.+)"$', page)
+    (tmp_path / "exported").symlink_to(exported)
+    monkeypatch.chdir(tmp_path)
+    exec(command, {})
+    assert Image.open("one.png").size == (8, 8)
+
+
+def test_the_program_says_how_many_steps_the_pipeline_takes(made: Path, tmp_path: Path) -> None:
+    """Their pipeline takes 1000 unless it is told, and refuses more than T."""
+    said = CliRunner().invoke(app, ["export-diffusers", str(made / "models/cosine"), str(tmp_path / "out")]).output
+    assert "call it with num_inference_steps=100" in said
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
+    with pytest.raises(ValueError, match="cannot be larger"):
+        pipeline()
 
 
 def test_exported_and_imported_it_makes_the_same_images(made: Path, exported: Path, checkout: Path) -> None:

@@ -129,7 +129,11 @@ def test_prefect_on_postgresql(tmp_path: Path, postgres: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", flow],
         cwd=tmp_path,
-        env={**environment, "PREFECT_API_DATABASE_CONNECTION_URL": url, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={
+            **environment,
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": url,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        },
         capture_output=True,
         text=True,
         timeout=240,
