@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from ddpm.stages.errors import InputError
 from ddpm.stages.inputs import changes
 from ddpm.stages.params import Params, parse_yaml
 from ddpm.stages.rewrite import rewritten
+
+WRITTEN = store.CACHE / "params.yaml.sha256"  # of what a recipe was last written as
 
 
 def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[str, Params]:
@@ -29,14 +34,57 @@ def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -
     return text, params
 
 
-def write(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> Params:
-    """Makes params.yaml what read() says, unless it is that already. Raises InputError, and then has written nothing."""
+def write(
+    root: Path,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> Params:
+    """Makes params.yaml what read() says, unless it is that already. Raises InputError, and then has written nothing.
+
+    Where a recipe takes the place of a file that is nowhere else, that one is kept beside it. say: is told of a recipe.
+    """
     text, params = read(root, recipe, overrides)
     target = root / "params.yaml"
-    if not target.exists() or text != target.read_text(encoding="utf-8"):
-        with store.replacing(target) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    old = target.read_bytes() if target.exists() else b""
+    if text == old.decode("utf-8", "replace").replace("\r\n", "\n"):
+        return params
+    kept = _keep(root, old) if recipe and old else None
+    with store.replacing(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    if recipe:
+        store.write_text(root / WRITTEN, store.sha256(target))
+        source, before = _recipe(root, recipe), f" (before: {kept.name})" if kept else ""
+        source = source.relative_to(root) if source.is_relative_to(root) else source
+        say(f"params.yaml: now {source}{', with overrides' * bool(overrides)}{before}")
     return params
+
+
+def _keep(root: Path, old: bytes) -> Path | None:
+    """Copies these bytes of params.yaml to params.yaml.before, or the next such name, unless they can be had again."""
+    recipes = (root / "recipes").glob("*.yaml")
+    if any(path.read_bytes() == old for path in recipes) or old == _committed(root):
+        return None
+    written = root / WRITTEN
+    if written.exists() and written.read_text(encoding="utf-8") == hashlib.sha256(old).hexdigest():
+        return None  # an earlier recipe and its overrides, and nobody has touched it since
+    for number in itertools.count(1):
+        path = root / ("params.yaml.before" + (f"-{number}" if number > 1 else ""))
+        if not path.exists():
+            with store.replacing(path) as temporary:
+                temporary.write_bytes(old)
+        if path.read_bytes() == old:
+            break
+    return path
+
+
+def _committed(root: Path) -> bytes | None:
+    """params.yaml as of the last commit, where git knows one."""
+    try:
+        done = subprocess.run(["git", "show", "HEAD:./params.yaml"], cwd=root, capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def edits(root: Path, params: Params) -> Callable[[], str]:

@@ -132,7 +132,7 @@ def _everything(root: Path, recipe: str | None, overrides: list[str], promote: b
     children.start()
     try:
         with engines.connected(hosts):
-            params = parameters.write(root, recipe, overrides)
+            params = parameters.write(root, recipe, overrides, partial(watcher.get().line, "train-eval"))
             with _published(root) as publishing:
                 problem = _stages(root, params, bool(hosts))
         if problem:

@@ -61,6 +61,7 @@ def test_everything_runs_without_a_server_and_leaves_none(here: Any) -> None:
     done = here.run(*MAIN, "--recipe", "more", "-S", "training.steps=7")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
+    assert any(line.startswith("params.yaml: now recipes/more.yaml, with overrides") for line in lines)
     for stage in here.names:
         assert lines.count(f"{stage}: began") == 1
         assert lines.count(f"{stage}: 2 steps in 0.0 s") == 1

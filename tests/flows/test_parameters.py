@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,44 @@ def test_a_recipe_replaces_the_file_as_it_is(checkout: Path) -> None:
     assert parameters.write(checkout, "seven").seed == 7
     assert (checkout / "params.yaml").read_bytes() == (checkout / "recipes" / "seven.yaml").read_bytes()
     assert parameters.write(checkout, "recipes/seven.yaml", ["seed=8"]).seed == 8
+
+
+def test_what_a_recipe_takes_the_place_of_is_not_lost(checkout: Path) -> None:
+    path, said = checkout / "params.yaml", list[str]()
+    for number, name in enumerate(("params.yaml.before", "params.yaml.before-2"), 1):
+        path.write_text(path.read_text().replace("# Every", f"# Mine, {number}: every"))
+        mine = path.read_bytes()
+        parameters.write(checkout, "seven", say=said.append)
+        assert said.pop() == f"params.yaml: now recipes/seven.yaml (before: {name})"
+        assert (checkout / name).read_bytes() == mine
+    kept = (checkout / "params.yaml.before").read_bytes()
+    path.write_bytes(kept)
+    parameters.write(checkout, "seven", say=said.append)  # the same once more
+    assert said.pop() == "params.yaml: now recipes/seven.yaml (before: params.yaml.before)"
+
+    for overrides in (["seed=8"], ["seed=9"], []):  # what recipes and overrides made is not kept
+        parameters.write(checkout, "seven", overrides, said.append)
+        assert said.pop() == f"params.yaml: now recipes/seven.yaml{', with overrides' * bool(overrides)}"
+    parameters.write(checkout, "seven", say=said.append)
+    assert not said
+    assert len(list(checkout.glob("params.yaml.before*"))) == 2
+
+    parameters.write(checkout, "seven", ["seed=8"])
+    parameters.write(
+        checkout, overrides=["training.steps=7"], say=said.append
+    )  # nothing but that is changed, so nothing is said
+    assert not said
+    parameters.write(checkout, "seven", say=said.append)
+    assert said.pop().endswith("(before: params.yaml.before-3)")
+
+
+def test_what_git_has_is_not_kept_beside_it(checkout: Path) -> None:
+    said = list[str]()
+    for command in ("init --quiet", "add params.yaml", "-c user.name=a -c user.email=a commit --quiet -m a"):
+        subprocess.run(["git", *command.split()], cwd=checkout, check=True)
+    parameters.write(checkout, "seven", say=said.append)
+    assert said == ["params.yaml: now recipes/seven.yaml"]
+    assert not list(checkout.glob("params.yaml.before*"))
 
 
 def test_the_same_parameters_are_not_written_again(checkout: Path) -> None:
