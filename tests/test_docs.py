@@ -1,8 +1,12 @@
-"""The docs name what is there."""
+"""The docs name what is there, and their Python runs."""
 
 from pathlib import Path
+from typing import Any
 
-from ddpm import LOSSES, SAMPLERS, SCHEDULES, SPACINGS, TARGETS
+import pytest
+import torch
+
+from ddpm import LOSSES, SAMPLERS, SCHEDULES, SPACINGS, TARGETS, Denoiser, NoiseSchedule, UNet
 from ddpm.stages.params import Params, Sampler
 
 ROOT = Path(__file__).parents[1]
@@ -17,3 +21,52 @@ def test_every_parameter_is_documented() -> None:
     assert not missing
     values = [*SAMPLERS, *SCHEDULES, *SPACINGS, *TARGETS, *LOSSES]
     assert not [value for value in values if f"`{value}`" not in text]
+
+
+def snippets(page: str) -> list[str]:
+    return [block.partition("```")[0] for block in (ROOT / page).read_text(encoding="utf-8").split("```python\n")[1:]]
+
+
+# A page, which of its snippets, what is made smaller in it, and what it needs that the prose before it speaks of.
+RUN: dict[str, tuple[str, int, dict[str, str]]] = {
+    "the library": ("README.md", 0, {"channels=128": "channels=32", "randn(16,": "randn(2,", "blocks=2": "blocks=1"}),
+    "a training": ("README.md", 1, {"seed=0), 800)": "seed=0), 40)", "steps=50": "steps=5"}),
+    "a training on classes": (
+        "docs/conditional.md",
+        0,
+        {"islice(training, 800)": "islice(training, 40)", "steps=50": "steps=5"},
+    ),
+    "images and codes": ("docs/generate.md", 0, {"steps=200": "steps=20"}),
+    "the bound": ("docs/likelihood.md", 0, {"times=100": "times=5"}),
+}
+
+
+@pytest.mark.parametrize("case", RUN)
+def test_python_in_the_docs_runs(case: str) -> None:
+    page, which, smaller = RUN[case]
+    code = snippets(page)[which]
+    for text, less in smaller.items():
+        assert text in code
+        code = code.replace(text, less)
+    torch.manual_seed(0)
+    schedule = NoiseSchedule.named("cosine", steps=1000)
+    net = UNet(image_channels=1, image_size=8, channels=8, multipliers=(1,), blocks=1, attention=())
+    given: dict[str, Any] = {"denoiser": Denoiser(net, schedule, target="eps", clip=True)}
+    if case == "images and codes":
+        given |= {"images": torch.rand(2, 1, 8, 8), "x_T": torch.randn(2, 1, 8, 8)}
+    if case == "the bound":
+        given["images"] = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    exec(code, found := dict(given))
+    for name in ("images", "digits", "threes_and_sevens", "again", "mean"):
+        if isinstance(found.get(name), torch.Tensor):
+            assert torch.isfinite(found[name].float()).all(), name
+    if "step" in found:
+        assert found["state"].step == 40
+        assert float(found["step"].loss) < 0.8  # a network that predicts nothing has 1
+
+
+def test_every_snippet_of_the_docs_is_run() -> None:
+    """But that of docs/mlflow.md, which takes a registry: tests/stages/test_conditional.py loads a model so."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    there = [(str(page.relative_to(ROOT)), number) for page in pages for number in range(len(snippets(str(page))))]
+    assert sorted(there) == sorted([*((page, which) for page, which, _ in RUN.values()), ("docs/mlflow.md", 0)])
