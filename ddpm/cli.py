@@ -34,8 +34,24 @@ FOLLOWED = "DDPM_FOLLOWED" in os.environ  # somebody publishes what stages write
 Debug = False  # set by --debug: errors come with their traceback
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from ddpm.stages.record import versions
+
+        say(versions())
+        raise typer.Exit
+
+
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Say what runs here: versions, device, commit."
+        ),
+    ] = False,
+) -> None:
     global Debug  # noqa: PLW0603
     Debug = debug
 
@@ -316,7 +332,7 @@ def generate(
     sampler: Annotated[
         str, typer.Option(help="A row of samplers in params.yaml; default: the one that the model was promoted with.")
     ] = "",
-    steps: Annotated[int, typer.Option(min=0, help="Network times visited; default: the model's own.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Network times visited; default: the model's own.")] = None,
     label: Annotated[
         str | None, typer.Option(help="A class, by name or number, of a conditional model; default: all in turn.")
     ] = None,
@@ -367,7 +383,7 @@ def generate(
             model=model,
             seed=seed,
             sampler=sampler,
-            steps=steps,
+            steps=steps or 0,
             label=label,
             guidance=guidance,
             report=watch,
@@ -378,8 +394,9 @@ def generate(
 @app.command()
 def schedules(
     timesteps: Annotated[
-        int, typer.Option("--timesteps", min=0, max=100_000, help="T; default: diffusion.timesteps of params.yaml.")
-    ] = 0,
+        int | None,
+        typer.Option("--timesteps", min=2, max=100_000, help="T; default: diffusion.timesteps of params.yaml."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = store.schedules_dir(),  # noqa: B008
 ) -> None:
     """Is x_T really noise, and where does each schedule spend its steps: a table, a plot, a real image along the way."""

@@ -22,6 +22,7 @@ from ddpm.denoiser import Denoiser
 from ddpm.schedule import NoiseSchedule
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
+from ddpm.stages.params import Params
 from ddpm.unet import UNet
 
 FORMAT = 1
@@ -54,6 +55,16 @@ def save(path: Path, net: nn.Module, about: dict[str, Any]) -> None:
         weights = folder / "model.safetensors"
         _write_tensors(weights, {name: x.detach().cpu().contiguous() for name, x in net.state_dict().items()})
         store.write_json(folder / "model.json", {"format": FORMAT, "weights_sha256": store.sha256(weights), **about})
+
+
+def require_trained(params: Params, schedule: str, root: Path) -> None:
+    """Raises InputError, which says what makes it, where models/SCHEDULE is not there and `dvc repro` would not make it."""
+    about = store.model_dir(schedule) / "model.json"
+    if (root / about).exists() or schedule in params.sweep.schedules:
+        return
+    if schedule not in params.schedules:
+        raise InputError(f"no row '{schedule}' in schedules; there are {', '.join(params.schedules)}")
+    raise InputError(f"{about}: no such file; make it with `ddpm train {schedule}`: it is not in sweep.schedules")
 
 
 def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = False) -> tuple[Denoiser, dict[str, Any]]:

@@ -269,14 +269,15 @@ def _left_out(names: list[str]) -> str:
 
 
 def _layout(files: Mapping[str, images.Read], data: Data) -> images.Layout:
-    """What parameters leave open is as in the first image. Raises InputError."""
+    """What parameters leave open is as in the first image; a refusal goes by most of them. Raises InputError."""
     name, channels, (width, height) = images.first_shape(files, data.channels, data.path)
     if data.size is None and width != height:
         raise InputError(
             f"{data.path}: {images.shown(name)} is {width}x{height}, and networks here need squares;"
             " set data.size, and data.fit to crop, pad or resize"
         )
-    return images.Layout(channels, data.size or width, data.fit, convert=data.channels is not None)
+    given, convert = data.size is not None, data.channels is not None
+    return images.Layout(channels, data.size or width, data.fit, convert, given)
 
 
 def _split(names: list[str], data: Data, seed: int) -> tuple[list[str], NDArray[np.bool_]]:

@@ -134,7 +134,7 @@ def _open(params: Params, model: str, sampler: str, steps: int, label: str | Non
     device = find_device(params.compute.device)
     with tempfile.TemporaryDirectory(prefix="ddpm-generate-") as name:
         if model and not model.startswith("models:"):
-            folder, settings = Path(model), {**DEFAULT, "clip": params.sampling.clip}
+            folder, settings = _folder(model), {**DEFAULT, "clip": params.sampling.clip}
         else:
             folder, settings = tracking.fetch_model(model or tracking.champion_uri(params), Path(name))
         clip = settings.pop("clip", True)
@@ -147,6 +147,16 @@ def _open(params: Params, model: str, sampler: str, steps: int, label: str | Non
             settings["guidance"] = guidance
         denoiser, about = prepared_denoiser(folder, device, clip, precision="float32", compiled=False)
     return Model(denoiser, settings, about, device, label)
+
+
+def _folder(model: str) -> Path:
+    """Raises InputError, which names the models that are here, where there is no such folder."""
+    folder = Path(model)
+    if not folder.is_dir():
+        here = [str(path.parent) for top in ("models", "imported") for path in sorted(Path(top).glob("*/model.json"))]
+        there = f"there are {', '.join(here)}" if here else "`dvc repro` makes models/SCHEDULE"
+        raise InputError(f"--model {model}: no such folder; {there}")
+    return folder
 
 
 def _grid(model: Model, request: Request) -> Picture:
@@ -238,6 +248,8 @@ def _encode_decode(model: Model, request: Request) -> Picture:
     if request.count:
         raise InputError("generate: --encode-decode says itself how many images; leave -n out")
     (count,) = request.of
+    if count > (there := len(store.read_dataset().test)):
+        raise InputError(f"--encode-decode {count}: the test split has {there} images")
     x_0 = _test_images(model, range(count))
     denoiser = _watched(model, 2 * -(-count // request.batch), request)
     again = torch.cat(

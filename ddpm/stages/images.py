@@ -19,11 +19,13 @@ import stat
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -40,6 +42,7 @@ Fault = tuple[str, str]  # what, and what is wrong with it
 
 MAX_PIXELS = 2**26  # of one image; a declared size is checked before anything is decoded
 MAX_BYTES = 2**28  # of one encoded image
+MODES = {1: "L", 3: "RGB"}
 BLOCK = 64  # images between two progress reports of a reading process
 MAX_WORKERS = 16
 
@@ -59,7 +62,7 @@ def shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def offenders(where: str, what: str, faults: list[Fault], advice: str = ADVICE) -> InputError:
+def offenders(where: str, what: str, faults: Sequence[Fault], advice: str = ADVICE) -> InputError:
     """Names the first three, and says how many more there are."""
     named = ", ".join(f"{shown(name)} ({reason})" for name, reason in sorted(faults)[:3])
     more = f" and {len(faults) - 3:,} more" if len(faults) > 3 else ""
@@ -173,6 +176,14 @@ class _Refused(Exception):
     """Why an image cannot be used."""
 
 
+class _Unlike(_Refused):
+    """It is sound, but not as the others; like: the layout in which it could be used."""
+
+    def __init__(self, reason: str, like: Layout) -> None:
+        super().__init__(reason)
+        self.like = like
+
+
 def _reason(error: Exception) -> str:
     strerror = getattr(error, "strerror", None)
     return strerror or " ".join(str(error).split()) or type(error).__name__
@@ -184,21 +195,33 @@ class Layout:
 
     fit: what to do with another size: error, crop (scale the short side, cut off the rest), pad (scale the long side,
     fill up with zeros) or resize (stretch). convert: whether other modes are converted to this many channels.
+    given: whether the side was asked for, instead of taken from the images.
     """
 
     channels: int
     side: int
     fit: str
     convert: bool
+    given: bool = True
 
     def pixels(self, read: Read) -> Images:
         """-> uint8 channels,side,side. Raises _Refused."""
         picture = _picture(read, self.channels if self.convert else None)
-        if len(picture.getbands()) != self.channels:
-            raise _Refused(f"mode {picture.mode}, unlike the first image")
+        channels, (width, height) = len(picture.getbands()), picture.size
+        side = self.side if self.given or width != height else width
+        if channels != self.channels:
+            other = replace(self, channels=channels, side=side)
+            raise _Unlike(f"mode {picture.mode} instead of {MODES[self.channels]}", other)
+        if side != self.side and self.fit == "error":
+            raise _Unlike(f"{width}x{height} instead of {self.side}x{self.side}", replace(self, side=side))
         if picture.size != (self.side, self.side):
             picture = _fitted(picture, self.side, self.fit)
         return np.asarray(picture).reshape(self.side, self.side, self.channels).transpose(2, 0, 1)
+
+
+_Found = tuple[
+    int, str, Layout | None
+]  # an image by its number, what is wrong with it, and the layout that it would fit
 
 
 def first_shape(files: Mapping[str, Read], channels: int | None, where: str) -> tuple[str, int, tuple[int, int]]:
@@ -228,19 +251,33 @@ def read_all(
     """
     names, readers = list(files), list(files.values())
 
-    def read(block: range) -> list[Fault]:
+    def read(block: range, tried: Layout) -> list[_Found]:
         faults = []
         with _strict_pillow():
             for index in block:
                 try:
-                    places[index][:] = layout.pixels(readers[index])
+                    pixels = tried.pixels(readers[index])
                 except _Refused as refusal:
-                    faults.append((names[index], str(refusal)))
+                    faults.append((index, str(refusal), getattr(refusal, "like", None)))
+                else:
+                    if tried == layout:  # whose shape the places have
+                        places[index][:] = pixels
         return faults
 
-    faults = _in_processes(read, len(names), done)
-    if faults:
-        raise offenders(where, f"{len(faults):,} of {counted(len(names), 'image')} cannot be used", faults)
+    found = sorted(_in_processes(partial(read, tried=layout), len(names), done), key=itemgetter(0))
+    if not found:
+        return
+    usual = _usual(layout, len(names) - len(found), [like for *_, like in found if like])
+    if usual != layout:  # the odd ones are to be named, and the first image is one of them
+        found = _in_processes(partial(read, tried=usual), len(names), lambda _: None)
+    faults = [(names[index], reason) for index, reason, _ in found]
+    raise offenders(where, f"{len(faults):,} of {counted(len(names), 'image')} cannot be used", faults)
+
+
+def _usual(layout: Layout, count: int, others: Sequence[Layout]) -> Layout:
+    """The layout of most images, where `count` of them have the one that was tried; it stays where no other has more."""
+    ((best, most),) = Counter(others).most_common(1) or [(layout, count)]
+    return best if most > count else layout
 
 
 @contextmanager
@@ -360,7 +397,7 @@ def _fitted(picture: Image.Image, side: int, fit: str) -> Image.Image:
 # Several processes, for decoding one small image mostly runs Python.
 
 
-def _in_processes(work: Callable[[range], list[Fault]], count: int, done: Callable[[int], None]) -> list[Fault]:
+def _in_processes(work: Callable[[range], list[_Found]], count: int, done: Callable[[int], None]) -> list[_Found]:
     """Runs `work` on all blocks of range(count), in forked processes where the system has them."""
     blocks = [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
     workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS, len(blocks)) if hasattr(os, "sched_getaffinity") else 1
@@ -374,8 +411,8 @@ def _in_processes(work: Callable[[range], list[Fault]], count: int, done: Callab
 
 
 def _forked(
-    work: Callable[[range], list[Fault]], blocks: list[range], workers: int
-) -> Iterator[tuple[range, list[Fault]]]:
+    work: Callable[[range], list[_Found]], blocks: list[range], workers: int
+) -> Iterator[tuple[range, list[_Found]]]:
     """Each process takes every n-th block, and ends when they are done or the parent is gone."""
     context = multiprocessing.get_context("fork")  # what it reads and writes is inherited, not pickled
     processes, readers = [], []
@@ -405,7 +442,7 @@ def _forked(
 
 
 def _serve(
-    work: Callable[[range], list[Fault]], blocks: list[range], writer: Connection, readers: list[Connection]
+    work: Callable[[range], list[_Found]], blocks: list[range], writer: Connection, readers: list[Connection]
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -25,6 +25,7 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
     """
     settings = params.likelihood
     torch.set_num_threads(settings.threads)
+    checkpoint.require_trained(params, schedule, root)
     denoiser, about = checkpoint.load(
         root / store.model_dir(schedule), find_device(params.compute.device), settings.clip
     )

@@ -37,6 +37,18 @@ def record(output: Path, stage: str, started: float, ended: float, count: int, u
     return about
 
 
+def versions() -> str:
+    """One line: what runs here, and where torch would compute; the commit, where the code lies in a git checkout."""
+    import torch
+
+    device = f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
+    line = f"ddpm {version('ddpm')}, Python {platform.python_version()}, torch {torch.__version__}, device {device}"
+    folder = str(Path(__file__).parent)
+    if _git("-C", folder, "ls-files", Path(__file__).name):  # or it is the checkout of something else around it
+        line += f", commit {_git('-C', folder, 'describe', '--always', '--dirty', '--exclude', '*')}"
+    return line
+
+
 def _hardware() -> dict[str, Any]:
     hardware: dict[str, Any] = {
         "cpu": _processor(),

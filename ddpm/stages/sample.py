@@ -189,6 +189,7 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
     settings = params.sampling
     torch.set_num_threads(settings.threads)
     device = find_device(params.compute.device)
+    checkpoint.require_trained(params, point.schedule, root)
     denoiser, about = prepared_denoiser(
         root / store.model_dir(point.schedule), device, settings.clip, settings.precision, settings.compile
     )

@@ -321,6 +321,14 @@ def write_png(path: Path, picture: Images) -> None:
 # Datasets.
 
 
+def _unreadable(error: Exception) -> str:
+    """Why numpy cannot read a file, without its advice to run what may be in it."""
+    why = " ".join(str(error).split()) or type(error).__name__
+    if "pickled (object) data" in why:
+        return "neither a numpy array nor a zip archive of them"
+    return "Python objects, which are not read here" if "allow_pickle" in why else why
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A prepared dataset.
@@ -350,7 +358,7 @@ def read_dataset(root: Path = Path()) -> Dataset:
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # noqa: BLE001 - numpy raises half a dozen types on a damaged file
-            raise ValueError(f"{path.name}: {error}") from None
+            raise ValueError(f"{path.name}: {_unreadable(error)}") from None
         if not isinstance(found, np.ndarray) or found.dtype != kind:
             raise ValueError(f"{path.name} holds no array of {kind.__name__}")
         return found
@@ -487,8 +495,9 @@ def _sample_set(path: Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such sample set; make it with `ddpm sample {path.stem}`") from None
     except Exception as error:  # noqa: BLE001 - numpy and zipfile raise a dozen types on a damaged archive
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: not a sample set: {why}; make it again with `ddpm sample {path.stem}`") from None
+        raise InputError(
+            f"{path}: not a sample set: {_unreadable(error)}; make it again with `ddpm sample {path.stem}`"
+        ) from None
 
 
 def _evaluations(archive: Mapping[str, Any]) -> int:
@@ -582,7 +591,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
     except Exception as error:  # noqa: BLE001 - numpy and zipfile raise a dozen types on a damaged archive
-        raise InputError(f"{path}: not readable: {error}") from None
+        raise InputError(f"{path}: not readable: {_unreadable(error)}") from None
 
 
 # Influence values.
@@ -606,7 +615,9 @@ def read_influence(path: Path) -> NDArray[np.float32]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; `ddpm evaluate` writes it beside the scores") from None
     except Exception as error:  # noqa: BLE001 - numpy raises half a dozen types on a damaged file
-        raise InputError(f"{path}: not the influence values of a point: {error}; evaluate it again") from None
+        raise InputError(
+            f"{path}: not the influence values of a point: {_unreadable(error)}; evaluate it again"
+        ) from None
     return influence
 
 

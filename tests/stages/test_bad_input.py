@@ -146,6 +146,7 @@ def one_line(text: str) -> str:
     assert line.isprintable(), text  # so it is one line
     assert line.startswith("ddpm: "), text
     assert "Traceback" not in line
+    assert "pickle" not in line  # numpy would advise to read what it refuses
     assert len(line) < 1000, line
     return line.removeprefix("ddpm: ")
 
@@ -466,14 +467,23 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "very many steps": (["sample", f"cosine-ddim-{'9' * 5000}"], "no point of a sweep"),
     "more steps than times": (["sample", "cosine-ddim-101"], "times repeat"),
     "superscript steps": (["sample", "cosine-ddim-\N{SUPERSCRIPT TWO}"], "no point of a sweep"),
-    "a schedule that was not trained": (["sample", "linear-ddim-5"], "models/linear/model.json: no such file"),
+    "a schedule that was not trained": (["sample", "linear-ddim-5"], "make it with `ddpm train linear`"),
     "a sampler that is not there": (["sample", "cosine-heun-5"], "no row 'heun' in samplers"),
     "a point without samples": (["evaluate", "cosine-ddim-9"], "make it with `ddpm sample cosine-ddim-9`"),
-    "a likelihood without a model": (["likelihood", "linear"], "models/linear/model.json: no such file"),
+    "a likelihood without a model": (["likelihood", "linear"], "make it with `ddpm train linear`"),
+    "a likelihood of an unknown schedule": (["likelihood", "x"], "no row 'x' in schedules; there are linear, "),
+    "a point of an unknown schedule": (["sample", "x-ddim-5"], "no row 'x' in schedules; there are linear, "),
     "no images": (["generate", "-m", "models/cosine", "-n", "0"], "-n"),
     "words for a number": (["generate", "-m", "models/cosine", "-n", "many"], "-n"),
     "another picture": (["generate", "-m", "models/cosine", "-o", "x.jpg"], "x.jpg: the picture is a PNG"),
-    "no folder of a model": (["generate", "-m", "models/nothing"], "models/nothing/model.json: no such file"),
+    "no folder of a model": (["generate", "-m", "cosine"], "--model cosine: no such folder; there are models/cosine"),
+    "more test images than there are": (
+        ["generate", "-m", "models/cosine", "--encode-decode", str(10**12)],
+        f"--encode-decode {10**12}: the test split has 359 images",
+    ),
+    "no steps at all": (["generate", "-m", "models/cosine", "--steps", "0"], "--steps"),
+    "one time": (["schedules", "--timesteps", "1"], "--timesteps"),
+    "no times": (["schedules", "--timesteps", "0"], "--timesteps"),
     "a label": (["generate", "-m", "models/cosine", "--label", "3"], "unconditional"),
     "guidance": (["generate", "-m", "models/cosine", "--guidance", "2"], "class-conditional"),
     "guidance that is none": (["generate", "-m", "models/cosine", "--guidance", "nan"], "class-conditional"),
@@ -546,7 +556,7 @@ IMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "two billion wide": (lambda path: path.write_bytes(png(2**31 - 1, 1, b"")), "9.png ("),
     "4 GB of black": (lambda path: path.write_bytes(png(2**16, 2**16, b"")), "9.png ("),
     "CMYK": (lambda path: saved(path, Image.new("CMYK", (8, 8)), "JPEG"), "mode CMYK"),
-    "colour among grey": (lambda path: saved(path, Image.new("RGB", (8, 8))), "mode RGB, unlike the first image"),
+    "colour among grey": (lambda path: saved(path, Image.new("RGB", (8, 8))), "mode RGB instead of L"),
     "grey with alpha": (lambda path: saved(path, Image.new("LA", (8, 8))), "mode LA"),
     "a palette": (lambda path: saved(path, Image.new("P", (8, 8))), "mode P"),
     "a palette with transparency": (palette, "mode P"),
@@ -683,7 +693,7 @@ DATASETS: dict[str, tuple[Callable[[], Any], str]] = {
     "empty array": (content("dataset/train.npy", lambda old: b""), "train.npy: "),
     "array cut in its header": (content("dataset/train.npy", lambda old: old[:50]), "train.npy: "),
     "array cut in its data": (content("dataset/train.npy", lambda old: old[:-1]), "train.npy: "),
-    "array of text": (content("dataset/train.npy", lambda old: b"hello"), "train.npy: "),
+    "array of text": (content("dataset/train.npy", lambda old: b"hello"), "train.npy: neither a numpy array nor"),
     "array with a shape of its own": (
         content("dataset/train.npy", lambda old: old.replace(b"(1438, 1, 8, 8)", b"(9**9, 1, 8, 8)")),
         "train.npy: ",
@@ -694,7 +704,7 @@ DATASETS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "an archive for an array": (lambda: zipped(Path("dataset/train.npy"), {"a.npy": b""}), "train.npy holds no array"),
     "another type": (array(TRAIN, lambda old: old.astype(np.float32)), "train.npy holds no array of uint8"),
-    "objects": (lambda: np.save("dataset/train.npy", np.array([{}]), allow_pickle=True), "train.npy: "),
+    "objects": (lambda: np.save("dataset/train.npy", np.array([{}]), allow_pickle=True), "train.npy: Python objects, "),
     "fewer dimensions": (array(TRAIN, lambda old: old[:, 0]), "train.npy has shape (1438, 8, 8), dataset.json says"),
     "other images": (array(TRAIN, lambda old: old.repeat(2, -1)), "train.npy has shape (1438, 1, 8, 16)"),
     "fewer images": (array(TRAIN, lambda old: old[:9]), "train.npy has shape (9, 1, 8, 8)"),
@@ -880,7 +890,7 @@ SETS: dict[str, tuple[Callable[[], Any], str]] = {
     "missing": (without(str(SAMPLES)), "no such sample set"),
     "a folder": (lambda: (SAMPLES.unlink(), SAMPLES.mkdir()), "not a sample set"),
     "no bytes": (content(str(SAMPLES), lambda old: b""), "not a sample set"),
-    "text": (content(str(SAMPLES), lambda old: b"hello"), "not a sample set"),
+    "text": (content(str(SAMPLES), lambda old: b"hello"), "not a sample set: neither a numpy array nor a zip archive"),
     "cut off": (content(str(SAMPLES), lambda old: old[:-9]), "not a sample set"),
     "cut in half": (content(str(SAMPLES), lambda old: old[: len(old) // 2]), "not a sample set"),
     "a flipped byte": (content(str(SAMPLES), lambda old: old[:200] + bytes([old[200] ^ 255]) + old[201:]), "not a"),

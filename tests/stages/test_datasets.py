@@ -205,6 +205,29 @@ def test_sizes_that_differ(tmp_path: Path) -> None:
         assert (np.concatenate([train, test]) == 100).all()
 
 
+def test_the_odd_one_is_named_also_where_it_comes_first(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for index in range(5):
+        draw(folder / f"{index}.png", 100, (20, 20) if index == 0 else (16, 16))
+    assert "1 of 5 images cannot be used: 0.png (20x20 instead of 16x16);" in refused(tmp_path, "image-folder")
+    Image.new("RGB", (16, 16)).save(folder / "0.png")
+    assert "1 of 5 images cannot be used: 0.png (mode RGB instead of L);" in refused(tmp_path, "image-folder")
+    Image.new("RGB", (20, 20)).save(folder / "1.png")
+    (folder / "2.png").write_bytes(b"")
+    message = refused(tmp_path, "image-folder")
+    assert (
+        "3 of 5 images cannot be used: 0.png (mode RGB instead of L), 1.png (mode RGB instead of L), 2.png (empty"
+        in message
+    )
+
+
+def test_of_two_sizes_as_frequent_the_first_stands(tmp_path: Path) -> None:
+    for index, side in enumerate((20, 16, 16, 20)):
+        draw(tmp_path / f"images/{index}.png", 100, (side, side))
+    assert "2 of 4 images cannot be used: 1.png (16x16 instead of 20x20), 2" in refused(tmp_path, "image-folder")
+    assert "4 of 4 images cannot be used: 0.png (20x20 instead of 8x8)" in refused(tmp_path, "image-folder", size=8)
+
+
 def test_images_that_are_not_square(tmp_path: Path) -> None:
     draw(tmp_path / "images/a.png", 0, (10, 20))
     assert "a.png is 10x20, and networks here need squares; set data.size" in refused(tmp_path, "image-folder")
@@ -215,7 +238,7 @@ def test_images_that_are_not_square(tmp_path: Path) -> None:
 def test_modes_that_differ(tmp_path: Path) -> None:
     draw(tmp_path / "images/a.png", 9)
     Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "images/b.png")
-    assert "1 of 2 images cannot be used: b.png (mode RGB, unlike the first image)" in refused(tmp_path, "image-folder")
+    assert "1 of 2 images cannot be used: b.png (mode RGB instead of L)" in refused(tmp_path, "image-folder")
     for channels in (1, 3):
         source = opened(tmp_path, "image-folder", channels=channels)
         assert source.shape == (channels, 8, 8)

@@ -1,5 +1,6 @@
 """The pictures of `ddpm generate` show what the library computed, and wrong requests are one line."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_refused(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     trained_model = Path(MODEL).absolute()
     refuse("draws noise of its own", kind="interpolate", of=(0, 1), sampler="ddpm")
     refuse("numbered 0 ...", kind="interpolate", of=(0, 100_000))
-    refuse("numbered 0 ...", kind="encode-decode", of=(100_000,))
+    refuse("the test split has 359 images", kind="encode-decode", of=(100_000,))
     refuse("leave -n out", kind="encode-decode", of=(4,), count=4)
     refuse("times repeat", kind="progressive", steps=1000)
     elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
@@ -115,3 +116,16 @@ def test_one_picture_at_a_time() -> None:
     done = CliRunner().invoke(app, ["generate", "--strip", "--interpolate", "0", "1"])
     assert isinstance(done.exception, InputError)
     assert str(done.exception).startswith("--strip and --interpolate are different pictures")
+
+
+@pytest.mark.parametrize(("verb", "zeros"), [("generate", 1), ("schedules", 0)])  # a seed of 0 is one
+def test_the_help_shows_no_number_that_stands_for_none(verb: str, zeros: int) -> None:
+    said = CliRunner().invoke(app, [verb, "--help"], terminal_width=200).output
+    assert "--out" in said and said.count("default: 0]") == zeros
+
+
+def test_what_runs_here_is_one_line() -> None:
+    said = CliRunner().invoke(app, ["--version"])
+    pattern = r"ddpm \S+, Python 3\.\d+\.\d+\S*, torch \S+, device (cpu|cuda \(.+\))(, commit [0-9a-f]{7,}(-dirty)?)?\n"
+    assert said.exit_code == 0 and re.fullmatch(pattern, said.output), said.output
+    assert f"torch {torch.__version__}," in said.output

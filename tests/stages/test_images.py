@@ -134,7 +134,7 @@ def test_grey_and_rgb() -> None:
     luma = colour @ np.array([0.299, 0.587, 0.114])  # ITU-R 601-2
     assert np.array_equal(read(encode(grey), convert=True)[0], grey[..., None].repeat(3, 2))
     assert np.abs(read(encode(colour), channels=1, convert=True)[0].squeeze() - luma).max() <= 1
-    assert refusal(encode(grey)) == "mode L, unlike the first image"
+    assert refusal(encode(grey)) == "mode L instead of RGB"
 
 
 def test_an_unused_transparent_colour_does_no_harm() -> None:

@@ -645,6 +645,8 @@ def test_without_a_server_the_work_goes_on(
     assert "cannot be reached; publish later with `ddpm publish`" in line and "secret" not in line
     with pytest.raises(InputError, match="cannot be reached"):
         tracking.publish(params, checkout)
+    with pytest.raises(InputError, match=r"cannot be reached; start it .*, or name a checkpoint folder"):
+        tracking.fetch_model("models:/ddpm-image-folder@champion", checkout / "fetched")
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     tracking.publish(params, checkout)

@@ -244,15 +244,18 @@ def locked(where: Place, name: str = "") -> Iterator[None]:
 # An unreachable server.
 
 
-def require_reachable(where: Place) -> None:
-    """A quick look before mlflow is even imported: its own attempts take far longer. Raises InputError."""
+PUBLISH_LATER = "publish later with `ddpm publish`"
+
+
+def require_reachable(where: Place, advice: str = PUBLISH_LATER) -> None:
+    """A quick look before mlflow is even imported: its own attempts take far longer. Raises InputError with that advice."""
     host, port = (None, None) if where.database else _address(where.uri)
     if not host or not port:
         return
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError:
-        raise InputError(_unreachable(where)) from None
+        raise InputError(_unreachable(where, advice)) from None
 
 
 def _address(uri: str) -> tuple[str | None, int | None]:
@@ -272,13 +275,16 @@ def _address(uri: str) -> tuple[str | None, int | None]:
     return url.host, url.port or {"postgresql": 5432, "mysql": 3306}.get(url.get_backend_name())
 
 
-def _unreachable(where: Place, why: str = "") -> str:
-    return f"MLflow at {where.shown} cannot be reached{why and f' ({why})'}; publish later with `ddpm publish`"
+def _unreachable(where: Place, advice: str, why: str = "") -> str:
+    return f"MLflow at {where.shown} cannot be reached{why and f' ({why})'}; {advice}"
 
 
 @contextmanager
-def plain_errors(where: Place) -> Iterator[None]:
-    """What MLflow, its server, S3 or the disk answer becomes one line. Raises InputError."""
+def plain_errors(where: Place, advice: str = PUBLISH_LATER) -> Iterator[None]:
+    """What MLflow, its server, S3 or the disk answer becomes one line. Raises InputError.
+
+    advice: what to do where it cannot be reached.
+    """
     import_mlflow()
     from mlflow.exceptions import MlflowException
 
@@ -287,17 +293,15 @@ def plain_errors(where: Place) -> Iterator[None]:
     except (MlflowException, OSError) as error:
         text = " ".join(str(error).split())
         if "API request to" in text or isinstance(error, ConnectionError):
-            raise InputError(_unreachable(where)) from error
+            raise InputError(_unreachable(where, advice)) from error
         raise InputError(f"MLflow at {where.shown}: {text[:300]}") from error
     except Exception as error:
         text = " ".join(str(error).split())
         if _is_of_a_database(error) and where.database is None:
-            raise InputError(_unreachable(where, text.partition(" (Background")[0][:300])) from error
+            raise InputError(_unreachable(where, advice, text.partition(" (Background")[0][:300])) from error
         if not isinstance(error, _s3_errors()):
             raise
-        raise InputError(
-            f"S3, where MLflow keeps its files: {text[:300]}; publish later with `ddpm publish`"
-        ) from error
+        raise InputError(f"S3, where MLflow keeps its files: {text[:300]}; {advice}") from error
 
 
 def _is_of_a_database(error: Exception) -> bool:

@@ -69,6 +69,8 @@ SERVED_MODULES = (
 )
 ROLLED_BACK = "ddpm.rolled_back"  # on a version: no `promote` brings it back by itself
 
+START = "start it (`make ui`), or name a checkpoint folder such as models/cosine instead"  # for who reads a model
+
 SERVED_PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "ruamel.yaml")
 
 
@@ -79,8 +81,8 @@ def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path,
     where = find_place(root)
     if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/[0-9]+)", uri):
         raise InputError(f"'{uri}' names no registered model: expected models:/NAME@ALIAS or models:/NAME/VERSION")
-    require_reachable(where)
-    with plain_errors(where):
+    require_reachable(where, START)
+    with plain_errors(where, START):
         with locked(where):
             client = client_of(where)
         version = _version(client, uri)
