@@ -326,7 +326,8 @@ def _unreadable(error: Exception) -> str:
     why = " ".join(str(error).split()) or type(error).__name__
     if "pickled (object) data" in why:
         return "neither a numpy array nor a zip archive of them"
-    return "Python objects, which are not read here" if "allow_pickle" in why else why
+    objects = "allow_pickle" in why or "Python objects in dtype" in why
+    return "Python objects, which are not read here" if objects else why
 
 
 @dataclass(frozen=True)
