@@ -31,6 +31,8 @@ from typing import Any, NoReturn
 
 import setproctitle
 
+from flows import lockfile
+
 PROGRAMS = ("dvc", "ddpm")
 PLAIN = re.compile(r"[\w./@=-]+( [\w./@=-]+)*")  # a command that needs no shell
 
@@ -238,7 +240,6 @@ def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable
 
 def _dvc() -> NoReturn:
     import dvc.stage.run
-    import dvc.utils.serialize._yaml as serialize
     import tqdm
     from dvc.cli import main
 
@@ -259,11 +260,7 @@ def _dvc() -> NoReturn:
             raise dvc.stage.run.StageCmdFailedError(command, os.waitstatus_to_exitcode(status))
         return None
 
-    # DVC edits dvc.lock as a text with comments, which takes it a second or more; there are none in it.
-    read = serialize.parse_yaml_for_update
-    serialize.parse_yaml_for_update = lambda text, path: (
-        serialize.parse_yaml(text, path) if Path(path).name == "dvc.lock" else read(text, path)
-    )
+    lockfile.write_at_once()
     dvc.stage.run._run = run
     sys.exit(main(sys.argv[1:]))
 

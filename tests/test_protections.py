@@ -40,6 +40,7 @@ PLACE, STREAMING, PUBLISHING, RUNS, REGISTRY = (
 )
 FAULTS, BAD, TRACKING = (f"tests/stages/test_{name}.py::test_" for name in ("faults", "bad_input", "tracking"))
 FLOW, DVC, ACCESS = (f"tests/flows/test_{name}.py::test_" for name in ("train_eval", "dvc", "access"))
+LOCKFILE = "tests/flows/test_lockfile.py::test_"
 WATCH = "tests/stages/test_watchdog.py::test_a_stage_ends_with_what_started_it"
 KILLED = f"{FAULTS}a_training_killed_at_random_moments_ends_with_the_same_bytes"
 SIGNAL = f"{FAULTS}a_signal_makes_training_save_that_very_step[15]"
@@ -396,6 +397,27 @@ FLOWS = [
         "tests/flows/test_warm.py::test_a_kill_of_all_forks_is_one_of_the_work_and_the_next_goes_on",
     ),
     Protection(
+        "kill -9 of DVC, or a cancel, while it writes dvc.lock: it is the old one or the new one",
+        "flows/lockfile.py",
+        '    with store.replacing(path) as temporary:\n        temporary.write_text(written, encoding="utf-8")',
+        '    with path.open("w") as file:\n        dump(data, file)',
+        f"{LOCKFILE}a_kill_leaves_the_old_one",
+    ),
+    Protection(
+        "kill -9 of DVC, or a cancel, while it writes dvc.lock: stages of a flow are protected",
+        "flows/warm.py",
+        "    lockfile.write_at_once()\n",
+        "",
+        "tests/flows/test_warm.py::test_it_leaves_the_outputs_and_the_lock_that_dvc_alone_leaves",
+    ),
+    Protection(
+        "kill -9 of plain `dvc repro` while it writes dvc.lock: one line says what to do",
+        "flows/dag.py",
+        "if lockfile.is_damaged(said):",
+        "if False:",
+        f"{LOCKFILE}one_that_is_cut_off_says_what_to_do[0]",
+    ),
+    Protection(
         "kill -9 of the flow: stages and DVC end",
         "flows/children.py",
         "        watchdog.VARIABLE: str(os.getpid()),\n",
@@ -590,8 +612,8 @@ FLOWS = [
     Protection(
         "a second train-eval: says for which process",
         "flows/train_eval.py",
-        '    try:\n        store.write_json(holder, {"pid": os.getpid()})\n',
-        "    try:\n",
+        '        store.write_json(holder, {"pid": os.getpid(), "flow_run": runtime.flow_run.id})\n',
+        "",
         "tests/flows/test_children.py::test_one_run_at_a_time_works_in_a_checkout",
     ),
     Protection(

@@ -57,7 +57,18 @@ def test_it_leaves_the_outputs_and_the_lock_that_dvc_alone_leaves(root: Path, sc
         said.append(text)
         seen.append(len(forked(scratch)))
 
+    done, sizes = threading.Event(), {(root / "dvc.lock").stat().st_size}
+
+    def look() -> None:
+        while not done.wait(0.002):
+            sizes.add((root / "dvc.lock").stat().st_size)
+
+    looking = threading.Thread(target=look)
+    looking.start()
     assert children.run(COMMAND, root, line) == 0
+    done.set()
+    looking.join()
+    assert sizes == {(ROOT / "dvc.lock").stat().st_size, (root / "dvc.lock").stat().st_size}  # never half of it
     assert any(text.startswith("prepare: digits: 1,438 train") for text in said)
     assert max(seen) == 3  # the one that imports, DVC, and the stage: all forks
     scratch.root = alone

@@ -1,0 +1,103 @@
+"""dvc.lock, changed at once and with DVC's bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import dvc.utils.serialize._yaml as serialize
+import pytest
+
+from ddpm.stages.errors import InputError
+from flows import dag, lockfile
+
+LOCK = Path(__file__).parents[2] / "dvc.lock"
+DEPENDENCY = OrderedDict(path="a", hash="md5", md5="0" * 32, size=1)
+# What parameters may hold, and YAML writes in many ways.
+VALUES = (
+    None,
+    True,
+    1e-5,
+    1e300,
+    "",
+    "null",
+    "1e3",
+    "a: b",
+    "a\nb",
+    "'a'",
+    '"a"',
+    " a ",
+    "é",
+    "😀",
+    "a" * 200,
+    "a " * 99,
+)
+VALUES += ([], {}, [[1], [2, None]], {"a": [{"b": 1}]})  # type: ignore[assignment]
+STAGE = OrderedDict(cmd="x", deps=[DEPENDENCY, dict(DEPENDENCY)], params={"params.yaml": dict(enumerate(VALUES))})
+
+
+def into(text: str, name: str, stage: Any, tmp_path: Path) -> tuple[bytes, bytes, int]:
+    """What DVC makes of a dvc.lock with that stage, what is made of it here, and how many stages were written for that."""
+    theirs, ours = tmp_path / "theirs" / lockfile.NAME, tmp_path / "ours" / lockfile.NAME
+    dumped: list[str] = []
+
+    def dump(data: Any, stream: Any) -> None:
+        dumped.extend(data["stages"])
+        serialize._dump(data, stream)
+
+    for path in (theirs, ours):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    with serialize.modify_yaml(theirs) as data:
+        data["stages"].update({name: stage})
+    with lockfile.changed(ours, serialize.parse_yaml, dump) as data:
+        data["stages"].update({name: stage})
+    return theirs.read_bytes(), ours.read_bytes(), len(dumped)
+
+
+def test_it_is_what_dvc_writes(tmp_path: Path) -> None:
+    theirs, ours, written = into(LOCK.read_text(), "train@linear", STAGE, tmp_path)
+    assert ours == theirs != LOCK.read_bytes()
+    assert written == 1
+    text = f"{LOCK.read_text().partition('  sample@')[0]}"
+    for name in ("a new one", "'", "prepare"):  # the second name is one that YAML writes in quotes
+        theirs, ours, _ = into(text, name, STAGE, tmp_path)
+        assert ours == theirs != text.encode(), name
+        text = ours.decode()
+
+
+def test_what_dvc_did_not_write_is_written_anew(tmp_path: Path) -> None:
+    for text in ("schema: '2.0'\nstages:\n    a: {cmd: x}\n    b: {cmd: y}\n", "stages:\n  a:\n    cmd: x\n"):
+        _, ours, written = into(text, "b", STAGE, tmp_path)
+        assert written == 2
+        assert serialize.loads_yaml(ours)["stages"] == serialize.loads_yaml(text)["stages"] | {
+            "b": serialize.loads_yaml(serialize.dumps_yaml(STAGE))
+        }
+
+
+def test_a_kill_leaves_the_old_one(tmp_path: Path) -> None:
+    shutil.copy(LOCK, tmp_path)
+
+    def dump(data: Any, stream: Any) -> None:
+        serialize._dump(data, stream)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if not pid:
+        with lockfile.changed(tmp_path / lockfile.NAME, serialize.parse_yaml, dump) as data:
+            data["stages"]["report"] = STAGE
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert (tmp_path / lockfile.NAME).read_bytes() == LOCK.read_bytes()
+
+
+@pytest.mark.parametrize("left", [0, 30, 1000])
+def test_one_that_is_cut_off_says_what_to_do(left: int, scratch: Any) -> None:
+    """`dvc repro` by hand writes as DVC does."""
+    shutil.copy(LOCK.parent / "dvc.yaml", scratch.root)
+    (scratch.root / "dvc.lock").write_text(LOCK.read_text()[:left])
+    with pytest.raises(InputError, match=r"dvc\.lock: may be cut off.* `git checkout dvc\.lock`"):
+        dag.read(scratch.root)
