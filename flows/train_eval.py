@@ -24,7 +24,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from ddpm.stages import store, watchdog
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
-from flows import children, dag, elsewhere, engines, links, parameters, reaping, work
+from flows import children, dag, elsewhere, engines, links, parameters, reaping, rwlock, work
 from flows.watch import Log, Outcome, watcher
 
 
@@ -195,6 +195,10 @@ def alone(root: Path, asked_by: str = "") -> Iterator[None]:
         lock.acquire(poll_interval=0.5)
     try:
         store.write_json(holder, {"pid": os.getpid(), "flow_run": runtime.flow_run.id})
+        try:
+            rwlock.clear(root)
+        except Exception as error:  # noqa: BLE001 - a stage that is held is tried again, and says by whom
+            watcher.get().line("train-eval", f"DVC's rwlock was not looked through ({type(error).__name__}: {error})")
         yield
     finally:
         lock.release()

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 from honcho.environ import parse_procfile
 from honcho.manager import Manager
+from honcho.printer import Message, Printer
 
 from ddpm.stages.errors import InputError, without_password
 from flows import access, children, links
@@ -47,12 +52,46 @@ def main(chosen: list[str]) -> None:
         except InputError as error:
             sys.exit(f"make up: {error}")
         print("Ctrl-C stops what runs here", flush=True)
-        manager = Manager()
+        manager = Manager(_Lines())
         for name in names:
             manager.add_process(name, processes[name], env={**environment, **(mlflow if name == "mlflow" else {})})
-        manager.loop()
-        _end_what_is_left(environment[MARK])
+        # A terminal that is closed; not where `nohup` has it ignored.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with _guarded(environment[MARK], folder):
+            try:
+                manager.loop()
+            finally:
+                with suppress(Exception):  # the one that left the loop is shown
+                    manager.terminate()
+                end_what_is_left(environment[MARK])
     sys.exit(0 if manager.returncode == INTERRUPTED else manager.returncode)
+
+
+class _Lines(Printer):
+    """What the processes print. Where nobody reads it any more, `make up` ends as after Ctrl-C."""
+
+    lost = False
+
+    def write(self, message: Message) -> None:
+        try:
+            super().write(message)
+        except OSError:
+            if not self.lost:
+                self.lost = True
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def _guarded(mark: str, folder: str) -> Iterator[None]:
+    """Whoever kills this process while the block runs leaves nothing of what has the mark, nor the folder."""
+    command = [sys.executable, "-m", "flows.guard", str(os.getpid()), mark, folder]
+    guard = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield
+    finally:
+        guard.kill()
+        guard.wait()
 
 
 def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[str, str]:
@@ -103,16 +142,16 @@ def _port(variable: str, default: str, host: str | None) -> str:
     return port
 
 
-def _end_what_is_left(mark: str) -> None:
+def end_what_is_left(mark: str) -> None:
     """Flow runs outlive their worker for the moment that their stages take to stop: waits for them, then kills."""
     end = time.monotonic() + GRACE
-    while (left := _marked(mark)) and time.monotonic() < end:
+    while (left := marked(mark)) and time.monotonic() < end:
         time.sleep(0.2)
     for process in left:
         process.kill()
 
 
-def _marked(mark: str) -> list[psutil.Process]:
+def marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:

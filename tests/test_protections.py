@@ -40,6 +40,7 @@ PLACE, STREAMING, PUBLISHING, RUNS, REGISTRY = (
 )
 FAULTS, BAD, TRACKING = (f"tests/stages/test_{name}.py::test_" for name in ("faults", "bad_input", "tracking"))
 FLOW, DVC, ACCESS = (f"tests/flows/test_{name}.py::test_" for name in ("train_eval", "dvc", "access"))
+ENDS = "tests/flows/test_children.py::test_make_up_leaves_nothing_however_it_ends"
 LOCKFILE = "tests/flows/test_lockfile.py::test_"
 WATCH = "tests/stages/test_watchdog.py::test_a_stage_ends_with_what_started_it"
 KILLED = f"{FAULTS}a_training_killed_at_random_moments_ends_with_the_same_bytes"
@@ -476,9 +477,44 @@ FLOWS = [
     Protection(
         "kill -9 of the worker, a server of `make up` dies: nothing is left",
         "flows/up.py",
-        "        _end_what_is_left(environment[MARK])\n",
-        "",
+        "                end_what_is_left(environment[MARK])\n",
+        "                pass\n",
         "tests/flows/test_children.py::test_make_up_leaves_nothing_of_what_it_started",
+    ),
+    Protection(
+        "a closed terminal: `make up` ends with all that it started",
+        "flows/up.py",
+        "signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))",
+        "signal.signal(signal.SIGHUP, lambda *_: None)",
+        f"{ENDS}[SIGHUP]",
+    ),
+    Protection(
+        "nobody reads what `make up` prints: it ends with all that it started",
+        "flows/up.py",
+        "        except OSError:\n            if not self.lost:",
+        "        except ZeroDivisionError:\n            if not self.lost:",
+        f"{ENDS}[nobody reads]",
+    ),
+    Protection(
+        "kill -9 of `make up`: nothing is left",
+        "flows/guard.py",
+        "    up.end_what_is_left(mark)\n",
+        "",
+        f"{ENDS}[SIGKILL]",
+    ),
+    Protection(
+        "kill -9 of DVC in a container: what it held is free",
+        "flows/train_eval.py",
+        "            rwlock.clear(root)\n",
+        "            pass\n",
+        f"{DVC}what_a_killed_dvc_held_is_free",
+    ),
+    Protection(
+        "kill -9 of DVC in a container: what a living one holds is not",
+        "flows/rwlock.py",
+        "    return bool(_DVC.search(shown)) or",
+        "    return False and",
+        f"{DVC}what_another_dvc_holds_is_busy",
     ),
     Protection(
         "kill -9 of `ddpm publish`: what is missing is filled in, each value once",

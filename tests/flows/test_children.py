@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -127,6 +128,34 @@ def test_make_up_leaves_nothing_of_what_it_started(tmp_path: Path) -> None:
     if survived := _alive(left):
         psutil.Process(left).kill()
     assert not survived
+
+
+@pytest.mark.parametrize("end", ["SIGHUP", "SIGKILL", "nobody reads"])
+def test_make_up_leaves_nothing_however_it_ends(end: str, tmp_path: Path) -> None:
+    """A closed terminal, a kill, a pipe to `head`."""
+    (tmp_path / "Procfile").write_text(
+        f"job: exec {sys.executable} -c 'import time; time.sleep(1); print(1); time.sleep(60)'\n"
+    )
+    (tmp_path / "folder").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "folder")}
+    command = [sys.executable, "-m", "flows.up"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if "started (pid=" in line)
+        job = int(line.rpartition("=")[2].rstrip(")\n"))
+        (guard,) = [child for child in psutil.Process(process.pid).children() if "flows.guard" in child.cmdline()]
+        if end == "nobody reads":
+            process.stdout.close()
+        else:
+            process.send_signal(getattr(signal, end))
+        pids, end_by = (process.pid, job, guard.pid), time.monotonic() + 10
+        while any(map(_alive, pids)) and time.monotonic() < end_by:
+            time.sleep(0.05)
+        left = [pid for pid in pids if _alive(pid)]
+        for pid in left:
+            psutil.Process(pid).kill()
+    assert not left
+    assert not list((tmp_path / "folder").glob("ddpm-up-*"))
 
 
 def test_one_run_at_a_time_works_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

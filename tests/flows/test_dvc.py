@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
-from flows import children, dag, parameters, work
+from flows import children, dag, parameters, rwlock, work
 from flows.watch import Outcome
 
 ROOT = Path(__file__).parent.parent.parent
@@ -123,9 +124,30 @@ def test_what_another_dvc_holds_is_busy(scratch: Any) -> None:
     outcome = work.reproduce("prepare", scratch.root, Record())
     assert outcome.kind == "Busy"
     assert "prepared" in outcome.text
+    rwlock.clear(scratch.root)
+    assert work.reproduce("prepare", scratch.root, Record()).kind == "Busy"  # it is alive
     began = time.monotonic()
     assert "prepare" not in dag.read(scratch.root).unchanged
     assert time.monotonic() - began < 20  # it doesn't wait for the other to end
+
+
+@pytest.mark.usefixtures("path")
+def test_what_a_killed_dvc_held_is_free(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was killed in a container had the id 1, which some process has everywhere."""
+    monkeypatch.setenv("PREFECT_HOME", str(scratch.root / ".prefect"))
+    from flows.train_eval import alone
+
+    held = {"pid": 1, "cmd": "/usr/bin/dvc repro"}
+    path = scratch.root / rwlock.FOLDER / "rwlock"
+    prepared = str(scratch.root / "prepared")
+    path.write_text(json.dumps({"write": {prepared: held}, "read": {str(scratch.root / "source"): [held]}}))
+    assert work.reproduce("prepare", scratch.root, Record()).kind == "Busy"  # DVC alone believes it
+    with alone(scratch.root):
+        assert json.loads(path.read_text()) == {"write": {}, "read": {}}
+        assert work.reproduce("prepare", scratch.root, Record()).kind == "Completed"
+    path.write_text("")  # as one leaves it that is killed while it writes
+    with alone(scratch.root):
+        assert not path.exists()
 
 
 def test_what_is_edited_while_a_stage_runs_is_not_recorded_as_its_own(scratch: Any) -> None:
