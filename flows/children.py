@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -57,6 +58,9 @@ def run(
         for line in child.stdout:
             on_line(line.rstrip())
         code = child.wait()
+    except BaseException:  # on_line's, and nobody else would end the child
+        _end([child])
+        raise
     finally:
         with _lock:
             _running.discard(child)
@@ -70,7 +74,11 @@ def _spawn(command: Sequence[str], root: Path, standard_input: int) -> Child:
     if warm.can_run(command[0], environment):
         if not _warm or not _warm[0].alive():
             _warm[:] = [warm.Warm(environment)]
-        return _warm[0].spawn(command, root, environment, standard_input)
+        try:
+            return _warm[0].spawn(command, root, environment, standard_input)
+        except OSError as error:
+            if error.errno != errno.E2BIG:  # it was killed just now: the next one makes another
+                _warm.pop().close()
     return subprocess.Popen(
         command,
         cwd=root,
@@ -90,6 +98,12 @@ def stop() -> None:
     with _lock:
         _stopped.set()
         children = list(_running)
+    _end(children)
+    while _warm:
+        _warm.pop().close()
+
+
+def _end(children: Sequence[Child]) -> None:
     for child in children:
         _signal(child, signal.SIGTERM)
     end = time.monotonic() + GRACE
@@ -97,8 +111,6 @@ def stop() -> None:
         time.sleep(0.05)
     for child in children:
         _signal(child, signal.SIGKILL)
-    while _warm:
-        _warm.pop().close()
 
 
 def _signal(child: Child, number: int) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import importlib
 import json
 import logging
@@ -80,7 +81,10 @@ class Child:
         reply.close()
         self.stdout = open(output, encoding="utf-8", errors="replace")  # noqa: SIM115 - a file descriptor
         line = self._reply.readline()
-        if not line:
+        if not line or line.startswith(
+            "-"
+        ):  # the fork was killed before it could say which it is: that is its exit code
+            self.stdout.close()
             raise ConnectionError("the process that stages are forked from has ended")
         self.pid = int(line)
         self._code: int | None = None
@@ -115,8 +119,13 @@ class Warm:
         return self._process.poll() is None
 
     def spawn(self, command: Sequence[str], root: Path, environment: Mapping[str, str], standard_input: int) -> Child:
-        """Starts one of PROGRAMS; its standard output and error are the child's `stdout`. Raises OSError."""
+        """Starts one of PROGRAMS; its standard output and error are the child's `stdout`. Raises OSError, and has started none.
+
+        Also where arguments and environment are too large for a message.
+        """
         request = json.dumps([list(command), str(root), dict(environment)]).encode()
+        if len(request) > LARGEST:
+            raise OSError(errno.E2BIG, "arguments and environment", len(request))
         reply, theirs = socket.socketpair()
         output, write = os.pipe()
         nothing = os.open(os.devnull, os.O_RDONLY)
@@ -214,9 +223,9 @@ def _begin(request: bytes, standard_input: int, output: int, reply: int) -> None
     """In the new process: becomes what was asked for."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    command, root, environment = json.loads(request)
     os.setsid()
-    os.write(reply, b"%d\n" % os.getpid())
+    os.write(reply, b"%d\n" % os.getpid())  # before anything may fail: the exit code comes after it
+    command, root, environment = json.loads(request)
     for source, target in ((standard_input, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))

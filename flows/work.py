@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from ddpm.stages import display
 from ddpm.stages.errors import InputError
@@ -79,8 +80,8 @@ def _run(
     dvc: list[str] = []
 
     def on_line(line: str) -> None:
-        if line.startswith(display.PREFIX):
-            watcher.progress(name, json.loads(line.removeprefix(display.PREFIX)))
+        if report := _report(line):
+            watcher.progress(name, report)
         elif _DVC.match(line):
             dvc.append(line)
         elif line.startswith("ERROR: "):
@@ -92,3 +93,14 @@ def _run(
 
     watcher.started(name)
     return children.run(command, root, on_line, standard_input), said, dvc
+
+
+def _report(line: str) -> dict[str, Any]:
+    """Of the progress, if the line is one. Where another text got into it, it is a line like others."""
+    if not line.startswith(display.PREFIX):
+        return {}
+    try:
+        report = json.loads(line.removeprefix(display.PREFIX))
+    except ValueError:
+        return {}
+    return report if isinstance(report, dict) else {}

@@ -27,7 +27,9 @@ def display(stage: str) -> Iterator[Report]:
 
 
 def say(message: str) -> None:
-    print(message, flush=True)
+    """One line, in one piece: print() writes its end apart, and another thread's line may come between."""
+    sys.stdout.write(message + "\n")
+    sys.stdout.flush()
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from ddpm.stages import watchdog
-from flows import children
+from flows import children, work
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,40 @@ def test_stop_lets_a_child_save(tmp_path: Path) -> None:
             (sys.executable, "-c", code), tmp_path, lambda line: threading.Thread(target=children.stop).start()
         )
     assert (tmp_path / "saved").exists()
+
+
+def test_a_child_whose_lines_nobody_can_read_is_ended(tmp_path: Path) -> None:
+    pids: list[int] = []
+
+    def line(text: str) -> None:
+        pids.append(int(text))
+        raise ZeroDivisionError
+
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    with pytest.raises(ZeroDivisionError):
+        children.run((sys.executable, "-c", code), tmp_path, line)
+    left = _alive(pids[0])
+    if left:
+        psutil.Process(pids[0]).kill()
+    assert not left
+
+
+def test_a_line_in_a_report_of_the_progress_costs_the_report_alone(tmp_path: Path) -> None:
+    code = """print('@progress {"stage": "x", "done": 1}warning: MLflow'); print('@progress {"done": 2}'); print('@progress 3')"""
+    said: list[object] = []
+
+    class Watcher:
+        def started(self, stage: str) -> None: ...
+
+        def line(self, stage: str, text: str) -> None:
+            said.append(text)
+
+        def progress(self, stage: str, report: dict[str, object]) -> None:
+            said.append(report)
+
+    outcome = work.run("x", (sys.executable, "-c", code), tmp_path, Watcher())  # type: ignore[arg-type]
+    assert outcome.kind == "Completed"
+    assert said == ['@progress {"stage": "x", "done": 1}warning: MLflow', {"done": 2}, "@progress 3"]
 
 
 # A flow run, and the process that watches for it: what a worker starts, and the flow run's own.

@@ -118,6 +118,21 @@ def test_a_kill_of_all_forks_is_one_of_the_work_and_the_next_goes_on(root: Path,
     assert children.run(COMMAND, root, print) == 0
 
 
+def test_without_the_process_that_forks_stages_run_all_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kill is seen only when it is spoken to; and an environment may be too large for what it is told."""
+    said: list[str] = []
+    assert children.run(("dvc", "--version"), root, said.append) == 0
+    killed = children._warm[0]
+    monkeypatch.setattr(killed, "alive", lambda: True)
+    killed._process.kill()
+    killed._process.wait()
+    assert children.run(("dvc", "--version"), root, said.append) == 0
+    monkeypatch.setenv("LARGE_1", 100_000 * "1")
+    monkeypatch.setenv("LARGE_2", 100_000 * "2")
+    assert children.run(("dvc", "--version"), root, said.append) == 0
+    assert len(said) == 3 and len(set(said)) == 1
+
+
 def test_stop_ends_the_forks(root: Path, scratch: Any) -> None:
     began, ends = threading.Event(), []
 
