@@ -17,6 +17,7 @@ from urllib.request import Request
 from ddpm.stages.errors import InputError
 
 LOOPBACK = "127.0.0.1"
+LOCAL = (LOOPBACK, "localhost", "::1")
 SHORTEST = 12  # characters; MLflow asks for as many
 
 # What MLflow's basic-auth app reads besides its environment. Its accounts lie in the same folder, which is new at each
@@ -36,6 +37,22 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def in_url(host: str) -> str:
+    """As an address has it."""
+    return f"[{host}]" if ":" in host else host
+
+
+def direct(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables by which no proxy is asked for what runs on this machine, and for what they name already."""
+    added = {}
+    for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy")):
+        given = environment.get(name) or environment.get(other, "")
+        if given != "*":
+            names = [item for item in given.split(",") if item.strip()]
+            added[name] = ",".join([*names, *(item for item in LOCAL if item not in names)])
+    return added
+
+
 def guard(host: str, port: str, names: Sequence[str], environment: Mapping[str, str], folder: Path) -> dict[str, str]:
     """What the servers among `names` need in their environment to listen at `host`.
 
@@ -46,7 +63,7 @@ def guard(host: str, port: str, names: Sequence[str], environment: Mapping[str, 
     if "prefect" in names and "PREFECT_SERVER_CORS_ALLOWED_ORIGINS" not in environment:
         # Prefect's own default lets any page in any browser here read and start runs.
         own = {LOOPBACK, "localhost", host} - {"0.0.0.0", "::"}
-        added["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join(sorted(f"http://{name}:{port}" for name in own))
+        added["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join(sorted(f"http://{in_url(name)}:{port}" for name in own))
     if is_loopback(host):
         return added
     if "prefect" in names:

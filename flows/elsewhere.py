@@ -155,7 +155,7 @@ def _by_the_cluster(asked: dict[str, str], watching: Watcher) -> State | None:
 def _followed(client: SyncPrefectClient, run: UUID) -> State | None:
     """The state in which it ended."""
     while True:
-        with contextlib.suppress(httpx.TransportError):  # the API is away; the host works on
+        with contextlib.suppress(httpx.HTTPError):  # the API is away or busy; the host works on
             state: State | None = client.read_flow_run(run).state
             if state is None or state.is_final():
                 return state

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ddpm.stages import watchdog
 from ddpm.stages.errors import InputError
+from flows import access
 
 DATABASE = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")  # where it is another's
 HOME = Path(".prefect")  # Prefect's database and logs; prefect.toml names the same folder
@@ -52,6 +53,15 @@ def create_database(home: Path) -> None:
         copy.unlink(missing_ok=True)
 
 
+def database(home: Path) -> dict[str, str]:
+    """What a server needs in its environment to find the database there, where Prefect would take a part of its path for more."""
+    path = str(home.resolve() / "prefect.db")
+    if not set("%?#") & set(path) or any(name in os.environ for name in DATABASE):
+        return {}
+    escaped = path.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+    return {"PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{escaped}"}
+
+
 class Api:
     """Starts at once and is ready after wait(). Make it before `prefect` is imported: it sets PREFECT_API_URL.
 
@@ -65,6 +75,7 @@ class Api:
         home = Path(os.environ.setdefault("PREFECT_HOME", str((root / HOME).resolve())))
         create_database(home)
         self.log = home / "server.log"
+        os.environ.update(access.direct(os.environ))
         os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{self.port}/api"
         with self.log.open("wb") as log:
             self.server = subprocess.Popen(
@@ -74,6 +85,7 @@ class Api:
                 stderr=subprocess.STDOUT,
                 env={
                     **os.environ,
+                    **database(home),
                     watchdog.VARIABLE: str(os.getpid()),
                     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": str(FLUSH),
                     **{f"PREFECT_SERVER_SERVICES_{service}_ENABLED": "false" for service in IDLE_SERVICES},

@@ -5,6 +5,7 @@ A flow run tells its process in a label. Where its host cannot be asked, the aut
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -32,6 +33,7 @@ LABEL = "ddpm.process"
 AUTOMATION = "crash runs of ours without a heartbeat"
 SILENCE = timedelta(seconds=150)  # prefect.toml: a heartbeat every 30 s; an API that is down for a minute misses some
 OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
+PAGE = 200  # of runs
 GONE = "its process was killed; the next run goes on from what it left"
 
 
@@ -50,12 +52,22 @@ def reap() -> int:
     """
     with get_client(sync_client=True) as client:
         state = FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN))
-        left = client.read_flow_runs(flow_filter=FLOW, flow_run_filter=FlowRunFilter(state=state))
+        left = _all(client.read_flow_runs, flow_filter=FLOW, flow_run_filter=FlowRunFilter(state=state))
         dead = [run.id for run in left if _is_dead(run.labels.get(LABEL))]
         for run in dead:
             client.set_flow_run_state(run, Crashed(message=GONE), force=True)
         _end_tasks(client, {run.id for run in left} - set(dead))
     return len(dead)
+
+
+def _all(read: Callable[..., list[Any]], **filters: Any) -> list[Any]:
+    """Page after page: Prefect gives no more than PAGE at a time."""
+    found: list[Any] = []
+    while page := read(limit=PAGE, offset=len(found), **filters):
+        found += page
+        if len(page) < PAGE:
+            break
+    return found
 
 
 def _is_dead(process: Any) -> bool:
@@ -65,10 +77,12 @@ def _is_dead(process: Any) -> bool:
 def _end_tasks(client: Any, alive: set[UUID]) -> None:
     """Task runs that are open in a flow run that isn't: killed, or ended while the API was away and could not be told."""
     state = TaskRunFilterState(type=TaskRunFilterStateType(any_=OPEN))
-    for run in client.read_task_runs(flow_filter=FLOW, task_run_filter=TaskRunFilter(state=state)):
+    for run in _all(client.read_task_runs, flow_filter=FLOW, task_run_filter=TaskRunFilter(state=state)):
         if run.flow_run_id not in alive:
             flow_run = client.read_flow_run(run.flow_run_id)
-            unheard = flow_run.state is not None and flow_run.state.is_completed()
+            if flow_run.state is None or not flow_run.state.is_final():  # it began while this looked
+                continue
+            unheard = flow_run.state.is_completed()
             end: State[Any] = Completed(message="ended while the API was away") if unheard else Crashed(message=GONE)
             client.set_task_run_state(run.id, end, force=True)
 

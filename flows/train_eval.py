@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from graphlib import TopologicalSorter
@@ -137,11 +137,11 @@ def _everything(root: Path, recipe: str | None, overrides: list[str], promote: b
                 problem = _stages(root, params, bool(hosts))
         if problem:
             return Failed(message=problem)
-        _artifacts(root)
+        _shown(_artifacts, root)
         last = {"publish": publishing.state}
         if promote and publishing.state.is_completed():
             last["promote"] = run_promote(str(root), return_state=True)
-            _decision(last["promote"])
+            _shown(_decision, last["promote"])
         for verb, state in last.items():
             if not state.is_completed():
                 name = "Unpublished" if state.name == "Unreachable" else "Failed"
@@ -221,9 +221,8 @@ def _stages(root: Path, params: Params, hosts: bool) -> str:
     failures: dict[str, str] = {}
     edited, edits = "", parameters.edits(root, params)
     watcher.get().started("stages")
-    if hosts:
-        for stage in order.unchanged:
-            work.exchange("push", stage, root, watcher.get())  # what hosts are to build upon
+    if hosts and order.unchanged:  # what hosts are to build upon
+        work.exchange("push", "stages", root, watcher.get(), *sorted(order.unchanged))
     while True:
         ready = sorted([*ready, *sorter.get_ready()], key=place.__getitem__)
         edited = edited or edits()
@@ -264,6 +263,14 @@ def _stages(root: Path, params: Params, hosts: bool) -> str:
 
 def _put(ended: Queue[str], stage: str, future: PrefectFuture[State]) -> None:
     ended.put(stage)
+
+
+def _shown(show: Callable[..., None], *about: Any) -> None:
+    """Who watches must not fail the work."""
+    try:
+        show(*about)
+    except Exception as error:  # noqa: BLE001 - an API that is away, and whatever it may answer
+        watcher.get().line("train-eval", f"the run's page lacks something ({type(error).__name__}: {error})")
 
 
 def _decision(promoted: State) -> None:

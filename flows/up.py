@@ -23,7 +23,7 @@ from honcho.manager import Manager
 from honcho.printer import Message, Printer
 
 from ddpm.stages.errors import InputError, without_password
-from flows import access, children, links
+from flows import access, children, embedded, links
 
 MARK = "DDPM_UP"  # in the environment of everything that one `make up` started
 INTERRUPTED = 130  # Ctrl-C, which is how it is meant to end
@@ -105,11 +105,13 @@ def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_UI": without_password(store),
     }
-    here = access.LOOPBACK if host in ("0.0.0.0", "::") else host
+    environment |= access.direct(environment)
+    here = access.LOOPBACK if host in ("0.0.0.0", "::") else access.in_url(host)
     environment["PREFECT_PORT"] = _port("PREFECT_PORT", "4200", host if "prefect" in names else None)
     environment["MLFLOW_PORT"] = _port("MLFLOW_PORT", "5000", host if "mlflow" in names else None)
     environment |= access.guard(host, environment["PREFECT_PORT"], names, environment, folder)
     if "prefect" in names:
+        environment |= embedded.database(Path(environment.get("PREFECT_HOME") or embedded.HOME))
         address = f"http://{here}:{environment['PREFECT_PORT']}"
         environment["PREFECT_API_URL"] = f"{address}/api"
         # The page asks the address that it came from: a browser elsewhere doesn't reach this machine's loopback.

@@ -51,14 +51,16 @@ class RemoteAway(InputError):
     """The DVC remote does not answer as it should."""
 
 
-def exchange(verb: str, stage: str, root: Path, watcher: Watcher) -> None:
-    """The run-cache and the stage's outputs, to ("push") or from ("fetch") the DVC remote. Raises RemoteAway, children.Stopped.
+def exchange(verb: str, name: str, root: Path, watcher: Watcher, *stages: str) -> None:
+    """The run-cache and outputs, to ("push") or from ("fetch") the DVC remote. Raises RemoteAway, children.Stopped.
 
+    stages: whose outputs; by default those of the stage `name`.
     What dvc.lock names and the remote lacks is no error of a fetch: the stage has changed, and the run-cache says how.
     """
-    code, said, dvc = _run(stage, ("dvc", "--wait-for-lock", verb, "--run-cache", stage), root, watcher)
+    command = ("dvc", "--wait-for-lock", verb, "--run-cache", *(stages or (name,)))
+    code, said, dvc = _run(name, command, root, watcher)
     if code:
-        raise RemoteAway(f"{stage}: dvc {verb}: {(dvc or said or [f'exit code {code}'])[-1]}")
+        raise RemoteAway(f"{name}: dvc {verb}: {(dvc or said or [f'exit code {code}'])[-1]}")
 
 
 def run(

@@ -449,7 +449,7 @@ FLOWS = [
     Protection(
         "Prefect's API away for a minute: ends that it did not hear of",
         "flows/reaping.py",
-        "unheard = flow_run.state is not None and flow_run.state.is_completed()",
+        "unheard = flow_run.state.is_completed()",
         "unheard = False",
         f"{FLOW}a_task_run_whose_end_prefect_did_not_hear_is_ended_by_the_next_run",
     ),
@@ -498,8 +498,8 @@ FLOWS = [
     Protection(
         "kill -9 of `make up`: nothing is left",
         "flows/guard.py",
-        "    up.end_what_is_left(mark)\n",
-        "",
+        "while os.getppid() == starter:",
+        "while True:",
         f"{ENDS}[SIGKILL]",
     ),
     Protection(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import sys
 import urllib.error
 import urllib.request
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from ddpm.stages.errors import InputError, without_password
-from flows import access
+from flows import access, up
 
 ROOT = Path(__file__).parents[2]
 NAME, PREFECT_PASSWORD, MLFLOW_PASSWORD = "ddpm", "prefect-0f3a91c7", "mlflow-7be2d604"
@@ -50,6 +51,31 @@ def test_this_machine_alone_needs_no_password(host: str, tmp_path: Path) -> None
     added = access.guard(host, "4200", ["prefect", "mlflow", "worker"], {}, tmp_path)
     assert set(added) == {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS"}
     assert "*" not in added["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"]
+
+
+def test_an_address_of_ipv6_stands_in_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+            monkeypatch.setenv("PREFECT_PORT", port := str(probe.getsockname()[1]))
+    except OSError:
+        pytest.skip("no IPv6 here")
+    environment = up._environment(["prefect"], "::1", "sqlite:///mlflow.db", tmp_path)
+    assert environment["PREFECT_API_URL"] == f"http://[::1]:{port}/api"
+    assert f"http://[::1]:{port}" in environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
+
+
+@pytest.mark.parametrize(
+    ("given", "then"),
+    [
+        ({}, "127.0.0.1,localhost,::1"),
+        ({"no_proxy": "a.org,localhost"}, "a.org,localhost,127.0.0.1,::1"),
+        ({"NO_PROXY": "a.org"}, "a.org,127.0.0.1,localhost,::1"),
+    ],
+)
+def test_no_proxy_is_asked_for_this_machine(given: dict[str, str], then: str) -> None:
+    assert access.direct(given) == {"no_proxy": then, "NO_PROXY": then}
+    assert access.direct({"no_proxy": "*"}) == {}
 
 
 @pytest.mark.parametrize(

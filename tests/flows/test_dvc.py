@@ -124,11 +124,23 @@ def test_what_another_dvc_holds_is_busy(scratch: Any) -> None:
     outcome = work.reproduce("prepare", scratch.root, Record())
     assert outcome.kind == "Busy"
     assert "prepared" in outcome.text
+    holders = (scratch.root / rwlock.FOLDER / "rwlock").read_text()
     rwlock.clear(scratch.root)
-    assert work.reproduce("prepare", scratch.root, Record()).kind == "Busy"  # it is alive
+    assert (scratch.root / rwlock.FOLDER / "rwlock").read_text() == holders  # they live
     began = time.monotonic()
     assert "prepare" not in dag.read(scratch.root).unchanged
     assert time.monotonic() - began < 20  # it doesn't wait for the other to end
+
+
+@pytest.mark.usefixtures("path")
+def test_several_stages_are_pushed_at_once(scratch: Any, tmp_path: Path) -> None:
+    scratch.run("dvc", "remote", "add", "--default", "near", str(tmp_path / "remote"))
+    for stage in ("prepare", "train@linear", "train@cosine"):
+        assert work.reproduce(stage, scratch.root, Record()).kind == "Completed"
+    work.exchange("push", "stages", scratch.root, Record(), "prepare", "train@cosine")
+    sent = {path.read_text() for path in (tmp_path / "remote" / "files").rglob("*") if path.is_file()}
+    assert sent == {"prepare", "train@cosine"}
+    assert (tmp_path / "remote" / "runs").is_dir()
 
 
 @pytest.mark.usefixtures("path")

@@ -11,20 +11,24 @@ import threading
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
 import cloudpickle
+import httpx
 import psutil
 import pytest
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext, serialize_context
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from prefect.states import Completed
 
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from flows import elsewhere, engines
-from flows.train_eval import alone, train_eval
+from flows.train_eval import _artifacts, _shown, alone, train_eval
+from flows.watch import watcher
 
 ROOT = Path(__file__).parents[2]
 MANY = [f"{stage}@{schedule}" for stage in ("train", "sample") for schedule in ("linear", "cosine")]
@@ -231,6 +235,38 @@ def test_a_worker_in_the_clone_that_asks_refuses_in_one_line(repository: Path, m
     assert (said[0].name, said[0].type.value) == ("InputError", "FAILED")
     assert said[0].message == "the clone that asks cannot be a host of its own run: start this worker in another clone"
     assert not (repository / "params.yaml").exists()
+
+
+def test_an_api_that_is_busy_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Prefect's client raises once its own tries are over."""
+    monkeypatch.setattr(elsewhere, "POLL", 0.01)
+    request = httpx.Request("GET", "http://127.0.0.1/api")
+    busy = httpx.HTTPStatusError("busy", request=request, response=httpx.Response(503, request=request))
+    answers = [busy, httpx.ConnectError("away"), Completed()]
+
+    class Client:
+        def read_flow_run(self, run: object) -> SimpleNamespace:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return SimpleNamespace(state=answer)
+
+    state = elsewhere._followed(Client(), uuid4())  # type: ignore[arg-type]
+    assert state is not None and state.is_completed()
+
+
+def test_a_page_that_cannot_be_shown_fails_no_run(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Watcher:
+        def line(self, stage: str, text: str) -> None:
+            said.append(text)
+
+    (tmp_path / "report" / "points.csv").mkdir(parents=True)
+    token = watcher.set(Watcher())  # type: ignore[arg-type]
+    _shown(_artifacts, tmp_path)
+    watcher.reset(token)
+    assert len(said) == 1 and said[0].startswith("the run's page lacks something (")
 
 
 @pytest.mark.chaos

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 from collections import OrderedDict
@@ -80,17 +81,17 @@ def test_what_dvc_did_not_write_is_written_anew(tmp_path: Path) -> None:
 
 
 def test_a_kill_leaves_the_old_one(tmp_path: Path) -> None:
+    """In the middle of the writing: the kernel kills who writes more than a limit."""
     shutil.copy(LOCK, tmp_path)
-
-    def dump(data: Any, stream: Any) -> None:
-        serialize._dump(data, stream)
-        os.kill(os.getpid(), signal.SIGKILL)
-
     pid = os.fork()
     if not pid:
-        with lockfile.changed(tmp_path / lockfile.NAME, serialize.parse_yaml, dump) as data:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        with lockfile.changed(tmp_path / lockfile.NAME, serialize.parse_yaml, serialize._dump) as data:
             data["stages"]["report"] = STAGE
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGXFSZ
     assert (tmp_path / lockfile.NAME).read_bytes() == LOCK.read_bytes()
 
 

@@ -29,7 +29,8 @@ def here(
     tmp_path_factory: pytest.TempPathFactory, template: Path, scratch_maker: Callable[[Path, Path], Any]
 ) -> Iterator[Any]:
     """One repository for all of these: a new database costs Prefect ten seconds."""
-    made = scratch_maker(tmp_path_factory.mktemp("main"), template)
+    # What an address would take for more than a part of a path.
+    made = scratch_maker(tmp_path_factory.mktemp("main") / "a%41b?c#d", template)
     yield made
     made.end()
 
@@ -55,10 +56,11 @@ def test_wrong_input_is_one_line_at_once(here: Any) -> None:
 
 @pytest.mark.timeout(300)
 def test_everything_runs_without_a_server_and_leaves_none(here: Any) -> None:
-    """prefect.toml names an API where nobody listens."""
+    """prefect.toml names an API where nobody listens, and so does the environment a proxy."""
     toml = here.root / "prefect.toml"
     toml.write_text(toml.read_text().replace(":4200/", f":{here.free_port()}/"))
-    done = here.run(*MAIN, "--recipe", "more", "-S", "training.steps=7")
+    nobody = f"http://127.0.0.1:{here.free_port()}"
+    done = here.run(*MAIN, "--recipe", "more", "-S", "training.steps=7", http_proxy=nobody, HTTP_PROXY=nobody)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert any(line.startswith("params.yaml: now recipes/more.yaml, with overrides") for line in lines)
@@ -71,6 +73,8 @@ def test_everything_runs_without_a_server_and_leaves_none(here: Any) -> None:
     assert any("make ui" in line for line in lines)
     assert "Traceback" not in done.stderr
     assert not here.running()
+    assert (here.root / ".prefect" / "prefect.db").exists()
+    assert [path.name for path in here.root.parent.iterdir()] == [here.root.name]
     assert "Running stage" not in here.repro()
 
     here.control(train_linear={"exit": 2})

@@ -195,6 +195,17 @@ def test_kill_9_leaves_no_process(up: Any, victim: str) -> None:
     assert "Running stage" not in up.scratch.repro()
 
 
+REAP = """\
+from prefect.client.orchestration import get_client
+from flows import reaping
+with get_client(sync_client=True) as client:
+    reaping._end_tasks(client, set())
+    whole = reaping._all(client.read_task_runs, flow_filter=reaping.FLOW)
+    reaping.PAGE = 4
+    assert len(whole) > 4 and reaping._all(client.read_task_runs, flow_filter=reaping.FLOW) == whole
+"""
+
+
 def test_a_task_run_whose_end_prefect_did_not_hear_is_ended_by_the_next_run(up: Any) -> None:
     """As it is left where the API was away at that moment: Running, in a flow run that is Completed."""
     assert up.scratch.run(*up.FLOW, json.dumps({"promote": False})).returncode == 0
@@ -202,6 +213,11 @@ def test_a_task_run_whose_end_prefect_did_not_hear_is_ended_by_the_next_run(up: 
     task = up.tasks(run)["publish"]["id"]
     up.post(f"/task_runs/{task}/set_state", state={"type": "RUNNING", "name": "Running"}, force=True)
     assert up.states(run)["publish"] == "Running"
+    up.post(f"/flow_runs/{run}/set_state", state={"type": "RUNNING", "name": "Running"}, force=True)
+    done = up.scratch.run(sys.executable, "-c", REAP)  # which saw no flow run: this one began after it had looked
+    assert done.returncode == 0, done.stderr
+    assert up.states(run)["publish"] == "Running"
+    up.post(f"/flow_runs/{run}/set_state", state={"type": "COMPLETED", "name": "Completed"}, force=True)
     assert up.scratch.run(*up.FLOW, json.dumps({"promote": False})).returncode == 0
     assert up.states(run)["publish"] == "Completed"
 
