@@ -200,9 +200,10 @@ from prefect.client.orchestration import get_client
 from flows import reaping
 with get_client(sync_client=True) as client:
     reaping._end_tasks(client, set())
-    whole = reaping._all(client.read_task_runs, flow_filter=reaping.FLOW)
+    read = lambda: [run.id for run in reaping._all(client.read_task_runs, flow_filter=reaping.FLOW)]
+    whole = read()
     reaping.PAGE = 4
-    assert len(whole) > 4 and reaping._all(client.read_task_runs, flow_filter=reaping.FLOW) == whole
+    assert len(whole) > 4 and read() == whole
 """
 
 
