@@ -98,6 +98,20 @@ TRAINING = [
         "pass\n            temporary",
         f"{FAULTS}a_file_is_on_the_disk_before_it_has_its_name",
     ),
+    Protection(
+        "a host that loses its power: a folder's bytes are on the disk before its name is",
+        STORE,
+        "                _sync(file)\n",
+        "                pass\n",
+        f"{FAULTS}a_folder_is_on_the_disk_before_it_has_its_name",
+    ),
+    Protection(
+        "kill -9 while a folder is replaced: the old one goes last",
+        STORE,
+        "path.replace(aside / path.name)",
+        "shutil.rmtree(path)",
+        f"{FAULTS}a_folder_that_is_replaced_goes_when_the_new_one_is_there",
+    ),
     # kill -9 of dvc, or of a stage under it.
     Protection(
         "kill -9 of dvc: the stage looks for its starter",
@@ -707,6 +721,20 @@ FLOWS = [
         "if best.version != mine.version:",
         "if False:",
         "tests/stages/test_promote.py::test_two_in_step_end_with_the_better",
+    ),
+    Protection(
+        "a promotion that is cut off: the champion knows how it came there",
+        REGISTRY,
+        '        _tag(target.client, registered, "ddpm.decision", verdict.reason)\n',
+        "",
+        "tests/stages/test_promote.py::test_a_promotion_or_rollback_cut_off_behind_the_alias_keeps_its_books",
+    ),
+    Protection(
+        "a clock that is set: processes that run are alive",
+        "ddpm/stages/processes.py",
+        "    if not BOOT.exists():\n",
+        "    if True:\n",
+        "tests/stages/test_processes.py::test_a_clock_that_is_set_ends_no_process",
     ),
 ]
 

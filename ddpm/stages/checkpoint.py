@@ -174,14 +174,15 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
 
 
 STATES = "[0-9]" * 9 + ".safetensors"  # the names of resume states; sorted, they are in the order of their steps
+KEPT = 2  # of them
 
 
 def resume_file(folder: Path, step: int) -> Path:
     return folder / f"{step:09d}.safetensors"
 
 
-def write_resume(folder: Path, state: ResumeState, keep: int = 2) -> None:
-    """Adds a state to `folder`. Of it and those before it the newest `keep` stay, and so many of a longer training's."""
+def write_resume(folder: Path, state: ResumeState) -> None:
+    """Adds a state to `folder`. Of it and those before it the newest KEPT stay, and so many of a longer training's."""
     path = resume_file(folder, state.step)
     with store.replacing(path) as temporary:
         history = {"training": folder.name, "step": state.step, "rows": state.rows, "losses": state.losses}
@@ -189,14 +190,19 @@ def write_resume(folder: Path, state: ResumeState, keep: int = 2) -> None:
         _write_tensors(temporary, state.tensors, {"history": json.dumps(history)})
         digest = store.sha256(temporary)
     store.write_json(path.with_suffix(".json"), {"step": state.step, "sha256": digest})
+    _prune(folder, path)
+
+
+def _prune(folder: Path, path: Path) -> None:
     there = sorted(folder.glob(STATES))
     now = there.index(path) + 1
-    for old in there[: max(0, now - keep)] + there[now:-keep]:
+    for old in there[: max(0, now - KEPT)] + there[now:-KEPT]:
         _remove(old)
 
 
 def _remove(path: Path) -> None:
-    for file in (path, path.with_suffix(".json")):
+    """Its checksum first: a state without one, as a kill may leave it, is removed by the next who looks."""
+    for file in (path.with_suffix(".json"), path):
         file.unlink(missing_ok=True)
 
 
@@ -219,6 +225,7 @@ def read_resume(folder: Path, at_most: int) -> tuple[ResumeState | None, list[st
             training, state = history.pop("training"), ResumeState(tensors=tensors, **history)
             if (training, state.step) != (folder.name, int(path.stem)):
                 raise InputError(f"it is of step {state.step} of {training}")
+            _prune(folder, path)  # what a kill has kept from being removed
             return state, complaints
         except (InputError, SafetensorError, KeyError, TypeError, ValueError) as error:
             complaints.append(f"{path}: damaged, passed over ({' '.join(str(error).split())})")

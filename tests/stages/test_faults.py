@@ -565,6 +565,31 @@ def test_a_damaged_state_is_passed_over_in_one_line_and_gone(damage: str, tmp_pa
     assert left == ([8, 10] if found else [10])
 
 
+@pytest.mark.parametrize("of", [1, 2])
+def test_a_kill_while_an_old_state_is_removed_leaves_nothing_of_it(
+    of: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has two files. Whichever goes first, the one that is left goes when the training goes on, or the next is written."""
+    folder = tmp_path / "cosine-0123"
+    for step in (4, 8):
+        write_resume(folder, state_of(step))
+    unlink, gone = Path.unlink, []
+
+    def killed(self: Path, missing_ok: bool = False) -> None:
+        if self.stem == "000000004":
+            gone.append(self)
+            if len(gone) == of:
+                raise KeyboardInterrupt
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as killing, pytest.raises(KeyboardInterrupt):
+        killing.setattr(Path, "unlink", killed)
+        write_resume(folder, state_of(12))
+    found, complaints = read_resume(folder, at_most=100)
+    assert found is not None and found.step == 12 and not complaints
+    assert {path.stem for path in folder.iterdir()} == {"000000008", "000000012"}
+
+
 def test_a_shorter_training_keeps_its_states_beside_those_of_a_longer_one(tmp_path: Path) -> None:
     folder = tmp_path / "cosine-0123"
     for step in (600, 800, 100, 200, 300):
