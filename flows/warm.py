@@ -81,9 +81,7 @@ class Child:
         reply.close()
         self.stdout = open(output, encoding="utf-8", errors="replace")  # noqa: SIM115 - a file descriptor
         line = self._reply.readline()
-        if not line or line.startswith(
-            "-"
-        ):  # the fork was killed before it could say which it is: that is its exit code
+        if not line or line.startswith("-"):  # an exit code: the fork was killed before it could say which it is
             self.stdout.close()
             raise ConnectionError("the process that stages are forked from has ended")
         self.pid = int(line)
