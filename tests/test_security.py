@@ -9,6 +9,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,9 @@ def array(mark: Path) -> np.ndarray:
 def npz(path: Path, mark: Path, *names: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **{name: array(mark) for name in names})
+    about: dict[str, Any] = {"point": path.stem, "model": "m", "evaluations": 1, "arrays": {"images": "0" * 64}}
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(store.RECORD, json.dumps({**about, store.CHECKSUM: store.record_digest(about)}))
 
 
 def test_the_bomb_is_live(bomb: bytes, mark: Path, tmp_path: Path) -> None:
@@ -67,7 +71,7 @@ def plant_weights(folder: Path, content: bytes) -> None:
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(content)
     about = {"weights_sha256": store.sha256(folder / "model.safetensors"), "network": {}, "schedule": {}}
-    (folder / "model.json").write_text(json.dumps(about))
+    store.write_record(folder / "model.json", {"format": store.MODEL_FORMAT, **about})
 
 
 def torch_zip(mark: Path) -> bytes:
@@ -112,16 +116,15 @@ def test_arrays_that_hold_a_pickle(mark: Path, tmp_path: Path) -> None:
         np.save(folder / f"{name}.npy", array(mark), allow_pickle=True)
     about = {"name": "planted", "sha256": "0" * 64, "shape": [1, 8, 8], "counts": {"train": 1, "test": 1}}
     about |= {"classes": ["a"], "mean": [0.5], "std": [0.5], "flip": False}
-    (folder / "dataset.json").write_text(json.dumps(about))
+    store.write_record(folder / "dataset.json", about, sorted(folder.glob("*.npy")))
     npz(tmp_path / "samples.npz", mark, "images", "evaluations", "labels")
     npz(tmp_path / "arrays.npz", mark, "features")
     np.save(tmp_path / "influence.npy", array(mark), allow_pickle=True)
     for read in (
         lambda: store.read_dataset(tmp_path),
         lambda: store.read_samples(tmp_path / "samples.npz"),
-        lambda: store.read_evaluations(tmp_path / "samples.npz"),
-        lambda: store.read_arrays(tmp_path / "arrays.npz"),
-        lambda: store.read_influence(tmp_path / "influence.npy"),
+        lambda: store.read_arrays(tmp_path / "arrays.npz", "key"),
+        lambda: store.read_influence(tmp_path / "influence.npy", store.sha256(tmp_path / "influence.npy")),
     ):
         with pytest.raises((InputError, ValueError, KeyError)):
             read()

@@ -25,7 +25,6 @@ from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
 from ddpm.unet import UNet
 
-FORMAT = 1
 MOST_TIMES = 100_000  # as in params.yaml: a table of more would fill the memory
 
 
@@ -54,7 +53,8 @@ def save(path: Path, net: nn.Module, about: dict[str, Any]) -> None:
     with store.replacing_dir(path) as folder:
         weights = folder / "model.safetensors"
         _write_tensors(weights, {name: x.detach().cpu().contiguous() for name, x in net.state_dict().items()})
-        store.write_json(folder / "model.json", {"format": FORMAT, "weights_sha256": store.sha256(weights), **about})
+        known = {"format": store.MODEL_FORMAT, "weights_sha256": store.sha256(weights)}
+        store.write_record(folder / "model.json", {**known, **about})
 
 
 def require_trained(params: Params, schedule: str, root: Path) -> None:
@@ -69,15 +69,9 @@ def require_trained(params: Params, schedule: str, root: Path) -> None:
 
 def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = False) -> tuple[Denoiser, dict[str, Any]]:
     """A checkpoint folder -> its denoiser (network in eval mode, channels last) and model.json. Raises InputError."""
-    about = store.read_json(path / "model.json")
-    if about.get("format") != FORMAT:
-        raise InputError(
-            f"{path}: checkpoint format {about.get('format')} is not {FORMAT}; it was made by another version"
-        )
-    weights = path / "model.safetensors"
+    about = store.read_model_record(path)
+    weights = store.check_weights(path, about)
     try:
-        if store.sha256(weights) != about["weights_sha256"]:
-            raise ValueError("the checksum of model.safetensors is not the one in model.json")
         state = load_file(weights)
         net = _filled(about["network"], state)
         denoiser = Denoiser(net, noise_schedule(about["schedule"]), about["target"], clip)
@@ -89,8 +83,6 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
             raise ValueError(f"its network knows {classes} classes, its data have another number")
         if not _are_counts(about["data"].get("class_counts"), len(about["data"].get("classes") or ())):
             raise ValueError("its class_counts are not a number of images for each class")
-    except FileNotFoundError:
-        raise InputError(f"{weights}: no such file; train again or restore it") from None
     except KeyError as error:
         raise InputError(
             f"{path}: not a usable checkpoint: model.json has no {error}; train again or restore it"

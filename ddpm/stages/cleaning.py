@@ -46,7 +46,7 @@ def training_states(params: Params, root: Path, before: float) -> Iterator[Garba
         return
     from ddpm.stages.train import training_key
 
-    data = store.read_json(about)["sha256"]
+    data = store.read_dataset_record(root)["sha256"]
     current = {f"{schedule}-{training_key(params, schedule, data)[:16]}" for schedule in params.schedules}
     for folder in folders:
         files = [path.stat() for path in folder.rglob("*") if path.is_file()]

@@ -35,9 +35,9 @@ def evaluate(params: Params, point: Point, root: Path = Path(), report: Report =
     """Writes metrics/POINT.json and POINT.influence.npy and returns the scores. Raises InputError."""
     with memory_errors(f"evaluate {point.name}", "lower evaluation.batch, or evaluation.images"):
         scores, influence = _evaluate(params, point, root, report)
-    store.write_influence(root / store.influence_file(point), influence)
-    store.write_json(root / store.metrics_file(point), scores)
-    return scores
+    values = root / store.influence_file(point)
+    store.write_influence(values, influence)
+    return store.write_record(root / store.metrics_file(point), scores, (values,))
 
 
 def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple[dict[str, Any], fidelity.Features]:
@@ -46,8 +46,8 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
     torch.set_num_threads(protocol.threads)
     path = root / store.samples_file(point)
     dataset = store.read_dataset(root)
-    samples, evaluations = store.read_samples(path, dataset)
-    samples, real = samples[: protocol.images], reference_images(dataset.train, protocol.images)
+    found = store.read_samples(path, dataset)
+    samples, real = found.images[: protocol.images], reference_images(dataset.train, protocol.images)
     if min(len(samples), len(real)) < FEWEST:
         raise InputError(f"{path}: {len(samples)} samples and {len(real)} reference images; a score takes four or more")
     try:
@@ -66,7 +66,9 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
     fake_features = features.extract(inception, samples, protocol.batch, lambda count: done(len(real) + count))
     scores, influence = _scores(inception, fake_features, real_features, real_statistics)
     scores |= {
-        "evaluations": evaluations,
+        "point": point.name,
+        "model": found.model,
+        "evaluations": found.evaluations,
         "images": len(samples),
         "reference_images": len(real),
         "layer": protocol.layer,
@@ -138,13 +140,14 @@ def _reference(
         held = lock.acquire()
     with held:
         try:
-            kept = store.read_arrays(path)
+            kept = store.read_arrays(path, path.stem)
             return kept["features"], fidelity.Statistics(kept["mean"], kept["covariance"])
         except (InputError, KeyError):
             done(0, f"reference features: {len(images)} images, once for this dataset")
         extracted = features.extract(inception, images, batch, done)
         statistics = fidelity.statistics(extracted, inception.device)
-        store.write_arrays(path, features=extracted, mean=statistics.mean, covariance=statistics.covariance)
+        found = {"features": extracted, "mean": statistics.mean, "covariance": statistics.covariance}
+        store.write_arrays(path, path.stem, **found)
         return extracted, statistics
 
 

@@ -90,7 +90,7 @@ def import_diffusers(folder: Path, name: str, root: Path = Path()) -> list[str]:
     }
     with store.replacing_dir(root / store.imported_dir(name)) as temporary:
         checkpoint.save(temporary, net, about)
-        entry = {**row, "imported": store.read_json(temporary / "model.json")["weights_sha256"]}
+        entry = {**row, "imported": store.read_model_record(temporary)["weights_sha256"]}
         text = rewritten(text, lambda document: document["schedules"].__setitem__(name, flow_row(entry)))
         Params.check(parse_yaml(text, "params.yaml"), "params.yaml")
     with store.replacing(root / "params.yaml") as file:

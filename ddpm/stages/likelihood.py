@@ -26,6 +26,7 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
     settings = params.likelihood
     torch.set_num_threads(settings.threads)
     checkpoint.require_trained(params, schedule, root)
+    store.read_trained(root, schedule)
     denoiser, about = checkpoint.load(
         root / store.model_dir(schedule), find_device(params.compute.device), settings.clip
     )
@@ -71,6 +72,7 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
             raise InputError(f"likelihood: {error}") from None
     learned = (about["network"].get("out_channels") or 0) > about["network"]["image_channels"]
     scores = {
+        "schedule": schedule,
         "model": about["weights_sha256"],
         "dataset": dataset.about["sha256"],
         "seed": params.seed,
@@ -79,9 +81,9 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
         "times": times,
         **{name: split_scores(bound) for name, bound in bounds.items()},
     }
-    store.write_csv(root / store.likelihood_curve_file(schedule), curve(bounds.get("test") or bounds["train"]))
-    store.write_json(root / store.likelihood_file(schedule), scores)
-    return scores
+    table = root / store.likelihood_curve_file(schedule)
+    store.write_csv(table, curve(bounds.get("test") or bounds["train"]))
+    return store.write_record(root / store.likelihood_file(schedule), scores, (table,))
 
 
 def chosen(images: np.ndarray, count: int) -> np.ndarray:

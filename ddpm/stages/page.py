@@ -187,6 +187,7 @@ def _strip(images: store.Images) -> str:
 class _Trained(store.Record):
     """metrics/train/SCHEDULE.json."""
 
+    schedule: str
     steps: int
     parameters: int
     loss: float | None
@@ -209,18 +210,30 @@ class _Split(store.Record):
 class _Bound(store.Record):
     """metrics/likelihood/SCHEDULE.json."""
 
+    schedule: str
     train: _Split | None = None
     test: _Split | None = None
 
 
-def _table(path: Path) -> list[dict[str, float | None]]:
-    """A CSV file of numbers and empty cells; nothing where there is none."""
-    if not path.exists():
+Table = list[dict[str, float | None]]
+
+
+def _record(root: Path, path: Path, schedule: str, kind: type[store.Record]) -> Row | None:
+    """Reads the record of a training or of a bound; None where there is none. Raises InputError."""
+    if not (root / path).exists():
+        return None
+    about = store.read_record(root / path, kind)
+    if about["schedule"] != schedule:
+        raise InputError(f"{path}: of schedule '{about['schedule']}'; restore it, or make it again (dvc repro)")
+    return about
+
+
+def _table(root: Path, record: Path, about: Row | None, table: Path) -> Table:
+    """Reads a CSV file of numbers and empty cells that a record describes; nothing without a record. Raises InputError."""
+    if about is None:
         return []
-    try:
-        return [{key: float(cell) if cell else None for key, cell in row.items()} for row in store.read_csv(path)]
-    except ValueError as error:
-        raise InputError(f"{path}: not a table of numbers: {error}; make it again (dvc repro)") from None
+    rows = store.read_csv(store.read_described(record, about, root / table))
+    return [{key: float(cell) if cell else None for key, cell in row.items()} for row in rows]
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -241,20 +254,31 @@ def _lines(axes: Any, tables: Mapping[str, list[dict[str, float | None]]], x: st
 def check_records(params: Params, root: Path) -> None:
     """Raises InputError where a record of a training or of a likelihood cannot be read: before anything is drawn."""
     for name in params.sweep.schedules:
-        for path, kind in ((store.training_metrics_file(name), _Trained), (store.likelihood_file(name), _Bound)):
-            if (root / path).exists():
-                store.read_json(root / path, kind)
-        for table in (store.history_file(name), store.losses_by_time_file(name), store.likelihood_curve_file(name)):
-            _table(root / table)
+        _trained(root, name)
+        _bound(root, name)
+
+
+def _trained(root: Path, schedule: str) -> tuple[Row | None, Table, Table]:
+    """-> the record of a training, its history, and its losses by network time. Raises InputError."""
+    path = store.training_metrics_file(schedule)
+    about = _record(root, path, schedule, _Trained)
+    history, by_time = store.history_file(schedule), store.losses_by_time_file(schedule)
+    return about, _table(root, path, about, history), _table(root, path, about, by_time)
+
+
+def _bound(root: Path, schedule: str) -> tuple[Row | None, Table]:
+    """-> the record of a bound, and its curve. Raises InputError."""
+    path = store.likelihood_file(schedule)
+    about = _record(root, path, schedule, _Bound)
+    return about, _table(root, path, about, store.likelihood_curve_file(schedule))
 
 
 def _training(params: Params, root: Path) -> Row:
     """Loss curves, and where among the network times the loss arises."""
-    names = params.sweep.schedules
-    curves = {name: _table(root / store.history_file(name)) for name in names}
-    by_time = {name: _table(root / store.losses_by_time_file(name)) for name in names}
-    files = {name: root / store.training_metrics_file(name) for name in names}
-    last = {name: store.read_json(path, _Trained) for name, path in files.items() if path.exists()}
+    found = {name: _trained(root, name) for name in params.sweep.schedules}
+    last = {name: about for name, (about, _, _) in found.items() if about is not None}
+    curves = {name: history for name, (_, history, _) in found.items()}
+    by_time = {name: losses for name, (_, _, losses) in found.items()}
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
@@ -277,10 +301,9 @@ def _training(params: Params, root: Path) -> Row:
 
 def _likelihood(params: Params, root: Path) -> Row:
     """Bits per dimension, and the rate-distortion curve."""
-    names = params.sweep.schedules
-    files = {name: root / store.likelihood_file(name) for name in names}
-    scores = {name: store.read_json(path, _Bound) for name, path in files.items() if path.exists()}
-    curves = {name: _table(root / store.likelihood_curve_file(name)) for name in scores}
+    found = {name: _bound(root, name) for name in params.sweep.schedules}
+    scores = {name: about for name, (about, _) in found.items() if about is not None}
+    curves = {name: curve for name, (about, curve) in found.items() if about is not None}
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
@@ -321,7 +344,7 @@ def _schedules(params: Params, trained: Mapping[str, Mapping[str, Any]], about: 
 
 def _neighbours(root: Path, best: Row, dataset: store.Dataset, mirrored: bool) -> Row:
     """The first samples of the best point beside their nearest training images, and the distances of all that can be afforded."""
-    samples = store.read_samples(root / store.samples_file(Point.parse(best["point"])))[0]
+    samples = store.read_samples(root / store.samples_file(Point.parse(best["point"]))).images
     samples = np.asarray(samples[: affordable(len(samples), dataset.train)])
     index, distance = nearest(samples, dataset.train, mirrored)
     compared = affordable(len(dataset.test), dataset.train) if len(dataset.test) else 0

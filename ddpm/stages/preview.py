@@ -30,7 +30,7 @@ def previews(params: Params, root: Path, schedule: str, log: Callable[[int, stor
         from ddpm.stages.sample import generate
 
         denoiser = progress.model()
-        shape = tuple(store.read_json(root / store.dataset_dir() / "dataset.json")["shape"])
+        shape = tuple(store.read_dataset_record(root)["shape"])
         classes = denoiser.net.classes
         device = next(denoiser.net.parameters()).device
         images, _ = generate(

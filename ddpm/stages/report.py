@@ -46,6 +46,8 @@ SCORES += COUNTS[1:]
 OPTIONAL = ("fid_infinity", "inception_score", "copying", "copying_z")  # not every protocol allows them
 PROTOCOL = ("reference", "extractor_sha256", "layer", "images", "reference_images")
 
+FILES = ("best.json", "fid.png", "index.html", "points.csv", "samples.png")  # that front.json describes
+
 Row = dict[str, Any]
 
 
@@ -65,7 +67,8 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
     dataset, samples = store.read_dataset(root), {}
     for count, point in enumerate(points):
         report(Progress(count, len(points), "points"))
-        samples[point.name] = store.read_samples(root / store.samples_file(point), dataset)[0][:SHOWN].copy()
+        found = store.read_samples(root / store.samples_file(point), dataset)
+        samples[point.name] = found.images[:SHOWN].copy()
     choice = choose(candidates)
     chosen = next(row for row in rows if row["point"] == choice.best.name)
     best = {key: value for key, value in chosen.items() if value is not None}
@@ -84,12 +87,12 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
         report(Progress(0, len(points), "points", message=message))
     folder = root / store.report_dir()
     store.write_csv(folder / "points.csv", rows)
-    store.write_json(folder / "best.json", best)
-    store.write_json(folder / "front.json", frontier)
+    store.write_record(folder / "best.json", best)
     with store.replacing(folder / "fid.png") as file:
         file.write_bytes(plot)
     _plot_samples(folder / "samples.png", rows, samples)
     store.write_text(folder / "index.html", text)
+    store.write_record(folder / "front.json", frontier, [folder / name for name in FILES])
     report(Progress(len(points), len(points), "points"))
     return best
 
@@ -147,7 +150,7 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
     rows, candidates, protocols = [], [], set()
     for point in points:
         path = root / store.metrics_file(point)
-        scores = store.read_json(path)
+        scores = store.read_scores(root, point)
         absent = [key for key in dict.fromkeys((*SCORES, *PROTOCOL)) if key not in scores]
         if absent:
             raise InputError(f"{path}: without {', '.join(absent)}; run `ddpm evaluate {point.name}` again")
@@ -156,7 +159,7 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
         ]:
             raise InputError(f"{path}: no sound value of {', '.join(wrong)}; run `ddpm evaluate {point.name}` again")
         protocols.add(tuple(scores[key] for key in PROTOCOL))
-        influence = store.read_influence(root / store.influence_file(point))
+        influence = store.read_point_influence(root, point, scores)
         if len(influence) != scores["images"]:
             raise InputError(f"{path}: not of the same run as its influence values; evaluate {point.name} again")
         candidates.append(Candidate(point.name, scores["evaluations"], estimate_of(scores, influence)))

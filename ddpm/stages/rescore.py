@@ -25,8 +25,8 @@ def rescore(
     settings: a sampler row's options, its `steps`, and the `clip` that it was promoted with; without one, the present.
     Returns what metrics/POINT.json and POINT.influence.npy would hold. Raises InputError.
     """
-    about = store.read_json(checkpoint / "model.json")
-    dataset = store.read_json(root / store.dataset_dir() / "dataset.json")
+    about = store.read_model_record(checkpoint)
+    dataset = store.read_dataset_record(root)
     if about["data"]["shape"] != dataset["shape"]:
         raise InputError(
             f"{checkpoint}: makes images of shape {about['data']['shape']}, the dataset's are {dataset['shape']}"
@@ -44,5 +44,6 @@ def rescore(
         model.parent.mkdir(parents=True)
         model.symlink_to(checkpoint.resolve())
         sample_point(alone, point, folder, report)
-        scores = evaluate(alone, point, folder, report)
-        return scores, store.read_influence(folder / store.influence_file(point))
+        evaluate(alone, point, folder, report)
+        scores = store.read_scores(folder, point)
+        return scores, store.read_point_influence(folder, point, scores)

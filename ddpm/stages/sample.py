@@ -31,7 +31,6 @@ from ddpm.stages.params import Params, Point, Sampler
 from ddpm.stages.progress import Progress, Report, silent
 from ddpm.stages.stopping import Stopped, deferred
 
-PREVIEW = 64  # images in a grid
 ALIKE = 1.25  # classes of which none has more than this times the images of another
 
 
@@ -190,6 +189,7 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
     torch.set_num_threads(settings.threads)
     device = find_device(params.compute.device)
     checkpoint.require_trained(params, point.schedule, root)
+    store.read_trained(root, point.schedule)
     denoiser, about = prepared_denoiser(
         root / store.model_dir(point.schedule), device, settings.clip, settings.precision, settings.compile
     )
@@ -237,7 +237,7 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
                 raise InputError(f"{point.name}: {error}") from None
             kept.keep(batch, evaluations)
             made += len(batch)
-        store.write_samples(path, images, evaluations, labels)
-        store.write_png(path.with_suffix(".png"), store.grid(images[:PREVIEW]))
+        store.write_samples(path, images, evaluations, about["weights_sha256"], labels)
+        store.write_png(path.with_suffix(".png"), store.preview(images))
     kept.remove()
     return evaluations

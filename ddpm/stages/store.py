@@ -13,7 +13,8 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
     report/                       index.html, points.csv, best.json, front.json, fid.png, samples.png
     schedules/                    table.csv, snr.png, strip.png (not tracked)
 
-Writing is atomic: a file or folder is complete or not there.
+Writing is atomic: a file or folder is complete or not there. Reading is checked: each JSON record of the pipeline holds the
+hash of its own content and of the files that it describes, and whoever reads those bytes compares them with it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -47,6 +49,7 @@ from ddpm.stages.params import Point, one_line, read_yaml
 Images = NDArray[np.uint8]  # N,C,H,W
 
 CACHE = Path(".cache")  # kept across runs, outside DVC: resume states, converted weights, reference features
+PREVIEW = 64  # images in the grid of a sample set
 CHART = CACHE / "mlflow-chart"  # of MLflow's pages the one with FID against steps: the end of its address
 
 
@@ -247,15 +250,162 @@ def read_json(path: Path, kind: type[Record] = Record) -> dict[str, Any]:
         raise InputError(f"{path}: not readable as JSON: {error}; restore it, or make it again (dvc repro)") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object; restore it, or make it again (dvc repro)")
+    _require(path, value, kind)
+    return value
+
+
+def _require(path: Path, value: dict[str, Any], kind: type[Record]) -> None:
     try:
         kind.model_validate(value)
     except ValidationError as error:
         raise InputError(f"{path}: {one_line(error)}; restore it, or make it again (dvc repro)") from None
-    return value
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")  # we write none, and nothing good follows from one
+
+
+# Records: JSON files that hold the hash of their own content, and of the files that they describe.
+
+CHECKSUM = "record_sha256"
+MODEL_FORMAT = 2  # of model.json; 1 had no checksum
+LARGE = 1 << 26  # bytes of a file whose hash is remembered between processes
+SETTLED = 2.0  # seconds without a change, after which a later change is sure to change a file's times
+
+
+def record_digest(value: Mapping[str, Any]) -> str:
+    """Hashes the content of a record, whatever its layout as text."""
+    content = {key: item for key, item in value.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_record(path: Path, value: Mapping[str, Any], files: Sequence[Path] = ()) -> dict[str, Any]:
+    """Writes a JSON record with its checksum. Returns what `read_record` would read.
+
+    Args:
+        path: of the record.
+        value: its content.
+        files: what it describes, already written; their sha256 go into the record under `files`, by name.
+    """
+    content = dict(value) | ({"files": {file.name: sha256(file) for file in files}} if files else {})
+    write_json(path, {**content, CHECKSUM: record_digest(content)})
+    return content
+
+
+def read_record(path: Path, kind: type[Record] = Record) -> dict[str, Any]:
+    """Reads a record and compares it with its checksum, which is left out of the result. Raises InputError."""
+    content = _checked(path, read_json(path))
+    _require(path, content, kind)
+    return content
+
+
+def _checked(path: Path, value: dict[str, Any]) -> dict[str, Any]:
+    content = {key: item for key, item in value.items() if key != CHECKSUM}
+    if CHECKSUM not in value:
+        raise InputError(f"{path}: holds no checksum, so another version of ddpm made it; make it again (dvc repro)")
+    if value[CHECKSUM] != record_digest(content):
+        raise InputError(
+            f"{path}: its content is not what its checksum says: it was edited or damaged; restore it, or make it again"
+            " (dvc repro)"
+        )
+    return content
+
+
+def read_model_record(folder: Path) -> dict[str, Any]:
+    """Reads a checkpoint's model.json. One of format 1, which had no checksum, is read as it is. Raises InputError."""
+    path = folder / "model.json"
+    about = read_json(path)
+    if about.get("format") != 1 or CHECKSUM in about:
+        about = _checked(path, about)
+        if about.get("format") != MODEL_FORMAT:
+            raise InputError(
+                f"{folder}: checkpoint format {about.get('format')} is not {MODEL_FORMAT}; it was made by another version"
+            )
+    if not isinstance(about.get("weights_sha256"), str):
+        raise InputError(f"{path}: holds no hash of the weights; train again or restore it")
+    return about
+
+
+def check_weights(folder: Path, about: Mapping[str, Any]) -> Path:
+    """Compares model.safetensors with model.json. Returns its path. Raises InputError."""
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        raise InputError(f"{weights}: no such file; train again or restore it")
+    if sha256(weights) != about["weights_sha256"]:
+        raise InputError(
+            f"{folder}: not a usable checkpoint: the checksum of model.safetensors is not the one in model.json; train"
+            " again or restore it"
+        )
+    return weights
+
+
+def read_trained(root: Path, schedule: str) -> dict[str, Any]:
+    """Reads models/SCHEDULE/model.json. Raises InputError, also for another schedule's model."""
+    folder = root / model_dir(schedule)
+    about = read_model_record(folder)
+    name = about["schedule"].get("name") if isinstance(about.get("schedule"), dict) else None
+    if name != schedule:
+        raise InputError(f"{folder}: holds the model of schedule '{name}'; train again or restore it (dvc repro)")
+    return about
+
+
+def read_described(record: Path, about: Mapping[str, Any], path: Path) -> Path:
+    """Compares a file with the hash in the record that describes it.
+
+    Args:
+        record: where the record lies, for messages.
+        about: its content.
+        path: the file.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: the file is missing, or is not the one that was recorded.
+    """
+    _compare(record, about, path, sha256)
+    return path
+
+
+def read_report(root: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Reads the report, once all its files are those that front.json describes. Raises InputError.
+
+    Returns:
+        What best.json holds, and the rows of points.csv if front.json names it.
+    """
+    folder = root / report_dir()
+    record = folder / "front.json"
+    front = read_record(record)
+    for name in front["files"]:
+        read_described(record, front, folder / name)
+    rows = read_csv(folder / "points.csv") if "points.csv" in front["files"] else []
+    return read_record(folder / "best.json"), rows
+
+
+def _compare(record: Path, about: Mapping[str, Any], path: Path, digest: Callable[[Path], str]) -> None:
+    files = about.get("files")
+    expected = files.get(path.name) if isinstance(files, dict) else None
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; restore it, or make it again (dvc repro)")
+    if expected is None or digest(path) != expected:
+        raise InputError(f"{path}: not the file that {record} describes; restore it, or make it again (dvc repro)")
+
+
+def _remembered_sha256(path: Path, memory: Path) -> str:
+    """sha256 of a file. The hash of a large file is kept in the JSON file `memory` until the file changes."""
+    about = path.stat()
+    if about.st_size < LARGE:
+        return sha256(path)
+    version = [about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
+    known: dict[str, Any] = {}
+    with suppress(InputError):  # absent or damaged: it only saves time
+        known = read_record(memory)
+    if known.get(str(path.resolve()), [None])[:-1] == version:
+        return str(known[str(path.resolve())][-1])
+    digest = sha256(path)
+    if time.time() - max(about.st_mtime, about.st_ctime) > SETTLED:
+        write_record(memory, {**known, str(path.resolve()): [*version, digest]})
+    return digest
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -309,6 +459,11 @@ def grid(images: Images, columns: int | None = None) -> Images:
     return picture
 
 
+def preview(samples: Images) -> Images:
+    """The first PREVIEW samples as one picture."""
+    return grid(samples[:PREVIEW])
+
+
 def write_png(path: Path, picture: Images) -> None:
     """uint8 C,H,W with one or three channels."""
     from PIL import Image
@@ -350,7 +505,7 @@ class Dataset:
 def read_dataset(root: Path = Path()) -> Dataset:
     """The dataset that `prepare` wrote. Raises InputError."""
     folder = root / dataset_dir()
-    about = read_json(folder / "dataset.json", _About)
+    about = read_dataset_record(root)
 
     def array(name: str, kind: type) -> Any:
         path = folder / f"{name}.npy"
@@ -369,9 +524,23 @@ def read_dataset(root: Path = Path()) -> Dataset:
         labels = array("train-labels", np.int64), array("test-labels", np.int64)
         for split, *pair in zip(("train", "test"), images, labels, strict=True):
             _check_split(about, split, *pair)
+        _check_arrays(root, about)
     except ValueError as error:
         raise InputError(f"{folder}: not a prepared dataset: {error}; run `ddpm prepare` again") from None
     return Dataset(*images, *labels, about)
+
+
+def read_dataset_record(root: Path = Path()) -> dict[str, Any]:
+    """Reads dataset.json. Raises InputError."""
+    return read_record(root / dataset_dir() / "dataset.json", _About)
+
+
+def _check_arrays(root: Path, about: Mapping[str, Any]) -> None:
+    """Raises ValueError where an array is not the one that dataset.json describes."""
+    folder, memory = root / dataset_dir(), root / CACHE / "verified.json"
+    for path in sorted(folder.glob("*.npy")):
+        if _remembered_sha256(path, memory) != about["files"].get(path.name):
+            raise ValueError(f"{path.name}: its bytes are not those that dataset.json describes")
 
 
 class _About(Record):
@@ -386,6 +555,7 @@ class _About(Record):
     mean: list[Annotated[float, Field(ge=0, le=1)]]
     std: list[Annotated[float, Field(ge=0, le=1)]]
     flip: bool
+    files: dict[str, str]
 
 
 def _check_split(about: dict[str, Any], split: str, images: Any, labels: Any) -> None:
@@ -431,7 +601,9 @@ def writing_dataset(
         train_labels, test_labels = labels or (None, None)
         dataset = Dataset(train, test, train_labels, test_labels, about={})
         yield dataset
-        write_json(folder / "dataset.json", dataset.about)
+        for array in (train, test):
+            array.flush()  # type: ignore[attr-defined]
+        dataset.about.update(write_record(folder / "dataset.json", dataset.about, sorted(folder.glob("*.npy"))))
         write_png(folder / "preview.png", preview(dataset))
 
 
@@ -449,12 +621,26 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> Images:
 # Sample sets.
 
 
-def write_samples(path: Path, images: Images, evaluations: int, labels: NDArray[np.int64] | None = None) -> None:
-    """One compressed file. The same images give the same bytes. labels: the class that each image was asked for, if any."""
+def write_samples(
+    path: Path, images: Images, evaluations: int, model: str, labels: NDArray[np.int64] | None = None
+) -> None:
+    """Writes a sample set, one compressed file. The same images give the same bytes.
+
+    Args:
+        path: samples/POINT.npz.
+        images: uint8 N,C,H,W.
+        evaluations: of the network, for each image.
+        model: sha256 of the network's weights.
+        labels: int64 N, the class that each image was asked for, if any.
+    """
     arrays: dict[str, NDArray[Any]] = {"images": images, "evaluations": np.asarray(evaluations, np.int64)}
     if labels is not None:
         arrays["labels"] = labels
+    about: dict[str, Any] = {"point": path.stem, "model": model, "evaluations": int(evaluations)}
+    about["arrays"] = {name: _array_digest(array) for name, array in arrays.items()}
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        text = json.dumps({**about, CHECKSUM: record_digest(about)}, indent=2)
+        archive.writestr(zipfile.ZipInfo(RECORD), text, zipfile.ZIP_DEFLATED)
         for name, array in arrays.items():
             # Not numpy's savez: it asks for 64 bit sizes, whose header Python 3.11.2 writes otherwise than 3.11.7.
             member = zipfile.ZipInfo(f"{name}.npy")
@@ -464,35 +650,56 @@ def write_samples(path: Path, images: Images, evaluations: int, labels: NDArray[
                 np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def read_samples(path: Path, dataset: Dataset | None = None) -> tuple[Images, int]:
-    """-> uint8 N,C,H,W and the network evaluations each image took.
+RECORD = "record.json"  # in a sample set
 
-    Raises InputError, also where the images are unlike those of `dataset`.
-    """
-    with _sample_set(path) as archive:
+
+@dataclass(frozen=True)
+class Samples:
+    """A sample set. images: uint8 N,C,H,W. evaluations: of the network, for each image. model: sha256 of its weights."""
+
+    images: Images
+    evaluations: int
+    model: str
+
+
+def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
+    """Reads a sample set. Raises InputError, also where the images are unlike those of `dataset`."""
+    with _sample_set(path) as (archive, about):
         shape = _declared(archive.zip)
-        if dataset is None or shape[1:] == dataset.train.shape[1:]:
-            return archive["images"], _evaluations(archive)
-    raise InputError(
-        f"{path}: images of shape {list(shape[1:])}, the dataset's are {list(dataset.train.shape[1:])};"
-        " train and sample again (dvc repro)"
-    )
+        if dataset is not None and shape[1:] != dataset.train.shape[1:]:
+            raise InputError(
+                f"{path}: images of shape {list(shape[1:])}, the dataset's are {list(dataset.train.shape[1:])};"
+                " train and sample again (dvc repro)"
+            )
+        images = archive["images"]
+        if _array_digest(images) != about["arrays"].get("images"):
+            raise ValueError(f"its images are not those that its {RECORD} describes")
+        return Samples(images, about["evaluations"], about["model"])
 
 
-def read_evaluations(path: Path) -> int:
-    """The network evaluations of a sample set, without its images. Raises InputError."""
-    with _sample_set(path) as archive:
-        return _evaluations(archive)
+def read_samples_record(path: Path) -> dict[str, Any]:
+    """Reads what a sample set says of itself, without its images: point, model, evaluations. Raises InputError."""
+    with _sample_set(path) as (_, about):
+        return about
+
+
+class _AboutSamples(Record):
+    point: str
+    model: str
+    evaluations: Annotated[int, Field(ge=1)]
+    arrays: dict[str, str]
 
 
 @contextmanager
-def _sample_set(path: Path) -> Iterator[Any]:
+def _sample_set(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
         archive = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("a single array")
         with archive:
-            yield archive
+            yield archive, _samples_record(path, archive)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such sample set; make it with `ddpm sample {path.stem}`") from None
     except Exception as error:  # noqa: BLE001 - numpy and zipfile raise a dozen types on a damaged archive
@@ -501,11 +708,19 @@ def _sample_set(path: Path) -> Iterator[Any]:
         ) from None
 
 
-def _evaluations(archive: Mapping[str, Any]) -> int:
-    evaluations = archive["evaluations"]
-    if evaluations.shape != () or evaluations.dtype.kind != "i" or evaluations < 1:
-        raise ValueError(f"evaluations is {evaluations.dtype} {evaluations.shape}, expected one whole number from 1")
-    return int(evaluations)
+def _samples_record(path: Path, archive: Any) -> dict[str, Any]:
+    if RECORD not in archive.files:
+        raise ValueError(f"no {RECORD} in it: another version of ddpm made it")
+    value = json.loads(archive[RECORD], parse_constant=_no_constant)
+    if not isinstance(value, dict) or value.get(CHECKSUM) != record_digest(value):
+        raise ValueError(f"its {RECORD} is not what its checksum says")
+    try:
+        _AboutSamples.model_validate(value)
+    except ValidationError as error:
+        raise ValueError(f"{RECORD}: {one_line(error)}") from None
+    if value["point"] != path.stem:
+        raise ValueError(f"it holds the images of {value['point']}")
+    return value
 
 
 def _declared(archive: Any) -> tuple[int, ...]:
@@ -546,7 +761,7 @@ class KeptImages:
             try:
                 entry = json.loads(line)
                 start, stop = entry["batch"]
-                if _digest(self._images[start:stop]) == entry["sha256"]:
+                if self._entry(range(start, stop), entry["evaluations"]) == entry:
                     self.batches[start] = entry["evaluations"]
             except (ValueError, KeyError, TypeError):
                 continue  # cut off by a kill: that batch is made again
@@ -561,41 +776,73 @@ class KeptImages:
         """The images of that batch are made: from now on a kill doesn't cost them."""
         assert isinstance(self._images, np.memmap)
         self._images.flush()
-        entry = {"batch": [batch.start, batch.stop], "evaluations": evaluations}
-        entry["sha256"] = _digest(self._images[batch.start : batch.stop])
+        entry = self._entry(batch, evaluations)
         with disk_full_is_one_line(self._log), self._log.open("ab") as file:
             file.write(f"\n{json.dumps(entry)}\n".encode())  # the first line break ends what a kill cut off
             file.flush()
             os.fsync(file.fileno())
         self.batches[batch.start] = evaluations
 
+    def _entry(self, batch: range, evaluations: int) -> dict[str, Any]:
+        """What the log says of a finished batch."""
+        digest = hashlib.sha256(f"{batch.start} {batch.stop} {evaluations}".encode())
+        digest.update(np.ascontiguousarray(self._images[batch.start : batch.stop]).data)
+        return {"batch": [batch.start, batch.stop], "evaluations": evaluations, "sha256": digest.hexdigest()}
+
     def remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _digest(images: Images) -> str:
-    return hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+def _array_digest(array: NDArray[Any]) -> str:
+    """Hashes an array's type, shape and values."""
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 # Cached arrays.
 
 
-def write_arrays(path: Path, **arrays: Any) -> None:
-    """Named arrays in one file, with a checksum for each."""
+def write_arrays(path: Path, key: str, **arrays: Any) -> None:
+    """Writes named arrays in one file, with a checksum of them and of `key`, which names what they are."""
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays, sha256=np.asarray(_arrays_digest(key, arrays)))
 
 
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """What write_arrays wrote. Raises InputError when the file is missing or damaged."""
+def read_arrays(path: Path, key: str) -> dict[str, NDArray[Any]]:
+    """Reads what write_arrays wrote. Raises InputError when the file is missing, damaged or of another key."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
+            arrays = dict(archive)
+        if str(arrays.pop("sha256")) != _arrays_digest(key, arrays):
+            raise ValueError("its arrays are not those of its checksum")
     except Exception as error:  # noqa: BLE001 - numpy and zipfile raise a dozen types on a damaged archive
         raise InputError(f"{path}: not readable: {_unreadable(error)}") from None
+    return arrays
+
+
+def _arrays_digest(key: str, arrays: Mapping[str, Any]) -> str:
+    parts = {name: _array_digest(np.asarray(array)) for name, array in arrays.items()}
+    return record_digest({"key": key, **parts})
 
 
 # Influence values.
+
+
+def read_scores(root: Path, point: Point) -> dict[str, Any]:
+    """Reads metrics/POINT.json. Raises InputError, also for the scores of another point."""
+    path = root / metrics_file(point)
+    scores = read_record(path)
+    if scores.get("point") != point.name:
+        raise InputError(f"{path}: holds the scores of {scores.get('point')}; run `ddpm evaluate {point.name}` again")
+    return scores
+
+
+def read_point_influence(root: Path, point: Point, scores: Mapping[str, Any]) -> NDArray[np.float32]:
+    """Reads the influence values of a point, those that its scores were recorded with. Raises InputError."""
+    path = root / influence_file(point)
+    files = scores.get("files")
+    return read_influence(path, str(files.get(path.name)) if isinstance(files, dict) else "")
 
 
 def write_influence(path: Path, influence: NDArray[np.floating]) -> None:
@@ -604,9 +851,11 @@ def write_influence(path: Path, influence: NDArray[np.floating]) -> None:
         np.save(file, influence.astype(np.float32))
 
 
-def read_influence(path: Path) -> NDArray[np.float32]:
-    """Raises InputError."""
+def read_influence(path: Path, digest: str) -> NDArray[np.float32]:
+    """Reads influence values whose file has that sha256. Raises InputError."""
     try:
+        if path.is_file() and sha256(path) != digest:
+            raise ValueError("its bytes are not those that were recorded with the scores")
         influence: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(influence, np.ndarray) or influence.dtype != np.float32 or influence.ndim != 1:
             raise ValueError("expected float32 values, one per image")

@@ -313,10 +313,18 @@ def _write(
         ),
     }
     checkpoint.save(root / store.model_dir(schedule), state.ema, about)
-    store.write_csv(root / store.history_file(schedule), rows)
-    store.write_csv(root / store.losses_by_time_file(schedule), by_time)
-    store.write_json(root / store.training_metrics_file(schedule), metrics)
-    return metrics
+    return _write_metrics(root, schedule, metrics, rows, by_time)
+
+
+def _write_metrics(
+    root: Path, schedule: str, metrics: dict[str, Any], rows: list[dict[str, Any]], by_time: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Writes both curves, then the record that describes them, and returns the record."""
+    history, losses = root / store.history_file(schedule), root / store.losses_by_time_file(schedule)
+    store.write_csv(history, rows)
+    store.write_csv(losses, by_time)
+    about = {"schedule": schedule, **metrics}
+    return store.write_record(root / store.training_metrics_file(schedule), about, (history, losses))
 
 
 def _about_data(dataset: store.Dataset) -> dict[str, Any]:
@@ -355,8 +363,6 @@ def _copy_imported(params: Params, schedule: str, dataset: store.Dataset, root: 
     metrics["timesteps"] = denoiser.schedule.T  # params don't know it, and the report shows what the schedule does
     checkpoint.save(root / store.model_dir(schedule), denoiser.net, about)
     curve = {"step": 0, "loss": "", "learning_rate": "", "gradient_norm": "", "validation_loss": loss}
-    store.write_csv(root / store.history_file(schedule), [curve])
-    store.write_csv(root / store.losses_by_time_file(schedule), validation.by_time(denoiser.net))
-    store.write_json(root / store.training_metrics_file(schedule), metrics)
+    written = _write_metrics(root, schedule, metrics, [curve], validation.by_time(denoiser.net))
     report(Progress(1, 1, "models"))
-    return metrics
+    return written

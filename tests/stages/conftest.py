@@ -79,9 +79,12 @@ def influence_of(point: Point, count: int, error: float) -> np.ndarray:
 
 def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **changes: Any) -> None:
     """What `evaluate` would write, and a report whose best point is the one of the lowest FID."""
-    samples = root / store.samples_file(point)
-    store.write_influence(root / store.influence_file(point), influence_of(point, changes.get("images", 64), error))
+    samples, values = root / store.samples_file(point), root / store.influence_file(point)
+    store.write_influence(values, influence_of(point, changes.get("images", 64), error))
+    about = store.read_samples_record(samples)
     scores = {
+        "point": point.name,
+        "model": about["model"],
         "fid": fid,
         "fid_low": fid - quantile() * error,
         "fid_high": fid + quantile() * error,
@@ -92,20 +95,22 @@ def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **change
         "kid_low": fid / 1000 - 0.003,
         "kid_high": fid / 1000 + 0.003,
         "kid_std": fid / 10_000,
-        "evaluations": store.read_evaluations(samples),
+        "evaluations": about["evaluations"],
         "images": 64,
         "reference_images": 64,
         "layer": 64,
-        "reference": store.read_json(root / store.dataset_dir() / "dataset.json")["sha256"],
+        "reference": store.read_dataset_record(root)["sha256"],
         "extractor": "inception-v3-2015-12-05",
         "extractor_sha256": "e" * 64,
         "samples": store.sha256(samples),
     }
-    store.write_json(root / store.metrics_file(point), {**scores, **changes})
+    store.write_record(root / store.metrics_file(point), {**scores, **changes}, [values])
     files = [path for path in (root / "metrics").glob("*-*.json") if not path.name.endswith(".run.json")]
-    all_scores = {path.stem: store.read_json(path) for path in files}
+    all_scores = {path.stem: store.read_record(path) for path in files}
     best = min(all_scores, key=lambda name: (all_scores[name]["fid"], all_scores[name]["evaluations"]))
-    store.write_json(root / "report" / "best.json", {"point": best, **all_scores[best], "points": len(all_scores)})
+    record = root / "report" / "best.json"
+    store.write_record(record, {**all_scores[best], "points": len(all_scores)})
+    store.write_record(root / "report" / "front.json", {"metric": "fid"}, [record])
 
 
 @pytest.fixture(scope="session")

@@ -71,12 +71,17 @@ def checkout(
     checkpoint.save(root / MODEL, checkpoint.network(network), about)
     images = np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8), np.uint8)
     for point in params.points():
-        store.write_samples(root / store.samples_file(point), images, point.steps)
+        store.write_samples(root / store.samples_file(point), images, point.steps, "m" * 64)
         write_scores(root, point, 10.0)
     shutil.rmtree(root / "report")
-    store.write_json(root / store.training_metrics_file("cosine"), TRAINED)
-    store.write_csv(root / store.history_file("cosine"), [{"step": 1, "loss": 1.0, "validation_loss": ""}])
-    store.write_json(root / store.likelihood_file("cosine"), {"model": "m", "test": BITS})
+    curves = [root / store.history_file("cosine"), root / store.losses_by_time_file("cosine")]
+    curves.append(root / store.likelihood_curve_file("cosine"))
+    store.write_csv(curves[0], [{"step": 1, "loss": 1.0, "validation_loss": ""}])
+    store.write_csv(curves[1], [{"t": 1, "loss_simple": 1.0}])
+    store.write_csv(curves[2], [{"time": 1, "rate": 1.0, "distortion": 1.0}])
+    store.write_record(root / store.training_metrics_file("cosine"), TRAINED, curves[:2])
+    bound = {"schedule": "cosine", "model": "m", "test": BITS}
+    store.write_record(root / store.likelihood_file("cosine"), bound, curves[2:])
     for number in range(4):
         folder = root / "images" / f"class {number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +89,7 @@ def checkout(
     return root
 
 
-TRAINED = {"steps": 60, "parameters": 5000, "loss": 0.5, "validation_loss": None}
+TRAINED = {"schedule": "cosine", "steps": 60, "parameters": 5000, "loss": 0.5, "validation_loss": None}
 BITS = {f"{part}{error}": 1.0 for part in ("bits_per_dim", "prior", "kl", "decoder") for error in ("", "_error")}
 BITS |= {"images": 9}
 
@@ -372,8 +377,8 @@ def test_a_combination_is_refused_before_a_training(refused: Refused, here: Path
 
 
 def unlabelled(root: Path) -> None:
-    about = store.read_json(root / "dataset/dataset.json")
-    store.write_json(root / "dataset/dataset.json", {**about, "classes": None})
+    about = store.read_dataset_record(root)
+    store.write_record(root / "dataset/dataset.json", {**about, "classes": None})
     for split in ("train", "test"):
         (root / f"dataset/{split}-labels.npy").unlink()
 
@@ -657,14 +662,24 @@ def test_an_image_or_an_archive(refused: Refused, here: Path, case: str) -> None
 # A prepared dataset.
 
 
-def of_dataset(change: Callable[[dict[str, Any]], Any]) -> Callable[[], Any]:
+def sign(path: Path, value: Any) -> None:
+    """Writes a record with the checksum of its content, as somebody would who edits both."""
+    if isinstance(value, dict):
+        value = {**value, store.CHECKSUM: store.record_digest(value)}
+    path.write_text(json.dumps(value))
+
+
+def of_record(path: str | Path, change: Callable[[dict[str, Any]], Any]) -> Callable[[], Any]:
     def write() -> None:
-        path = Path("dataset/dataset.json")
-        about = json.loads(path.read_text())
+        about = json.loads(Path(path).read_text())
         change(about)
-        path.write_text(json.dumps(about))
+        sign(Path(path), about)
 
     return write
+
+
+def of_dataset(change: Callable[[dict[str, Any]], Any]) -> Callable[[], Any]:
+    return of_record("dataset/dataset.json", change)
 
 
 def array(name: str, make: Callable[[np.ndarray], Any]) -> Callable[[], Any]:
@@ -724,6 +739,16 @@ DATASETS: dict[str, tuple[Callable[[], Any], str]] = {
     "no version": (of_dataset(lambda about: about.update(sha256=None)), "dataset.json: sha256"),
     "counts of words": (of_dataset(lambda about: about.update(counts="many")), "dataset.json: counts"),
     "one count": (of_dataset(lambda about: about["counts"].pop("test")), "test.npy has shape (359, 1, 8, 8)"),
+    "another image": (
+        array(TRAIN, lambda old: old[::-1]),
+        "train.npy: its bytes are not those that dataset.json describes",
+    ),
+    "labels in another order": (array(LABELS, lambda old: old[::-1]), "train-labels.npy: its bytes are not those"),
+    "edited": (content(ABOUT, lambda old: old.replace(b"digits", b"digitS")), "not what its checksum says"),
+    "of an older version": (
+        content(ABOUT, lambda old: old.replace(store.CHECKSUM.encode(), b"no_checksum")),
+        "holds no checksum, so another version of ddpm made it",
+    ),
     "flip of words": (of_dataset(lambda about: about.update(flip="no")), "dataset.json: flip"),
 }
 
@@ -744,12 +769,7 @@ WEIGHTS, DESCRIPTION = f"{MODEL}/model.safetensors", f"{MODEL}/model.json"
 
 
 def of_model(change: Callable[[dict[str, Any]], Any]) -> Callable[[], Any]:
-    def write() -> None:
-        about = json.loads(Path(DESCRIPTION).read_text())
-        change(about)
-        Path(DESCRIPTION).write_text(json.dumps(about))
-
-    return write
+    return of_record(DESCRIPTION, change)
 
 
 def of_network(**changes: Any) -> Callable[[], Any]:
@@ -814,14 +834,16 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], str]] = {
     "description cut off": (content(DESCRIPTION, lambda old: old[:99]), "not readable as JSON"),
     "no bytes": (content(DESCRIPTION, lambda old: b""), "not readable as JSON"),
     "a list": (content(DESCRIPTION, lambda old: b"[1]"), "expected a JSON object"),
-    "another format": (of_model(lambda about: about.update(format=2)), "checkpoint format 2 is not 1"),
+    "another format": (of_model(lambda about: about.update(format=3)), "checkpoint format 3 is not 2"),
+    "edited": (content(DESCRIPTION, lambda old: old.replace(b'"eps"', b'"mu"')), "not what its checksum says"),
+    "of another schedule": (of_model(lambda about: about["schedule"].update(name="x")), "the model of schedule 'x'"),
     "no network": (of_model(lambda about: about.pop("network")), "model.json has no 'network'"),
-    "no schedule": (of_model(lambda about: about.pop("schedule")), "model.json has no 'schedule'"),
+    "no schedule": (of_model(lambda about: about.pop("schedule")), "the model of schedule 'None'"),
     "no target": (of_model(lambda about: about.pop("target")), "model.json has no 'target'"),
     "no data": (of_model(lambda about: about.pop("data")), "model.json has no 'data'"),
-    "no checksum": (of_model(lambda about: about.pop("weights_sha256")), "model.json has no 'weights_sha256'"),
+    "no checksum": (of_model(lambda about: about.pop("weights_sha256")), "holds no hash of the weights"),
     "a network of words": (of_model(lambda about: about.update(network="unet")), "not a usable checkpoint"),
-    "a list of a schedule": (of_model(lambda about: about.update(schedule=[])), "not a usable checkpoint"),
+    "a list of a schedule": (of_model(lambda about: about.update(schedule=[])), "the model of schedule 'None'"),
     "an unknown target": (of_model(lambda about: about.update(target="score")), "no target 'score'"),
     "an unknown kind": (of_network(kind="transformer"), "network kind 'transformer' is not known here"),
     "a setting more": (of_network(depth=3), "depth"),
@@ -874,16 +896,31 @@ def test_a_checkpoint_of_another_dataset(refused: Refused) -> None:
 # Sample sets.
 
 
-def drawn(**arrays: Any) -> Callable[[], Any]:
-    full = {"images": np.zeros((8, 1, 8, 8), np.uint8), "evaluations": np.int64(5), **arrays}
-    return lambda: np.savez_compressed(SAMPLES, **{name: value for name, value in full.items() if value is not None})
+def record(**changes: Any) -> bytes:
+    """A record of sample sets, with the checksum of its content."""
+    about: dict[str, Any] = {"point": POINT.name, "model": "m", "evaluations": 5, "arrays": {}, **changes}
+    return json.dumps({**about, store.CHECKSUM: store.record_digest(about)}).encode()
+
+
+def drawn(about: bytes | None = None, **arrays: Any) -> Callable[[], Any]:
+    """A set that describes its arrays, unless it gets another record."""
+    full = {"images": np.zeros((8, 1, 8, 8), np.uint8), **arrays}
+    kept = {name: value for name, value in full.items() if value is not None}
+    right = record(arrays={name: store._array_digest(value) for name, value in kept.items()})
+
+    def write() -> None:
+        np.savez_compressed(SAMPLES, **kept)
+        with zipfile.ZipFile(SAMPLES, "a") as archive:
+            archive.writestr(store.RECORD, right if about is None else about)
+
+    return write
 
 
 def npy_with_shape(shape: str) -> Callable[[], Any]:
     """A set whose images.npy declares more than it holds."""
     head = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
     images = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + bytes(64)
-    return lambda: zipped(SAMPLES, {"images.npy": images})
+    return lambda: zipped(SAMPLES, {"images.npy": images, store.RECORD: record()})
 
 
 SETS: dict[str, tuple[Callable[[], Any], str]] = {
@@ -897,7 +934,12 @@ SETS: dict[str, tuple[Callable[[], Any], str]] = {
     "one array": (lambda: np.save(SAMPLES.open("wb"), np.zeros(3)), "not a sample set: a single array"),
     "an empty archive": (lambda: zipped(SAMPLES, {}), "not a sample set"),
     "no images": (drawn(images=None), "images.npy"),
-    "no evaluations": (drawn(evaluations=None), "evaluations"),
+    "without a record": (lambda: np.savez(SAMPLES, images=np.zeros((8, 1, 8, 8), np.uint8)), "another version of ddpm"),
+    "a record of another point": (drawn(record(point="cosine-ddim-2")), "it holds the images of cosine-ddim-2"),
+    "a record of other images": (drawn(record(arrays={"images": "0" * 64})), "its images are not those"),
+    "a record that was edited": (drawn(record().replace(b"5", b"4")), "is not what its checksum says"),
+    "a record without model": (drawn(record(model=None)), "model: Input should be a valid string"),
+    "no evaluations": (drawn(record(evaluations=None)), "evaluations: Input should be a valid integer"),
     "floats": (drawn(images=np.zeros((8, 1, 8, 8), np.float32)), "expected images of uint8 N,C,H,W, found float32"),
     "three dimensions": (drawn(images=np.zeros((8, 8, 8), np.uint8)), "found uint8 (8, 8, 8)"),
     "none": (drawn(images=np.zeros((0, 1, 8, 8), np.uint8)), "found uint8 (0, 1, 8, 8)"),
@@ -906,10 +948,9 @@ SETS: dict[str, tuple[Callable[[], Any], str]] = {
     "of another size": (drawn(images=np.zeros((8, 1, 16, 16), np.uint8)), "[1, 16, 16], the dataset's are [1, 8, 8]"),
     "in colour": (drawn(images=np.zeros((8, 3, 8, 8), np.uint8)), "[3, 8, 8], the dataset's are [1, 8, 8]"),
     "a bomb of another size": (drawn(images=np.zeros((64, 1, 512, 512), np.uint8)), "[1, 512, 512]"),
-    "evaluations in a row": (drawn(evaluations=np.arange(3)), "expected one whole number from 1"),
-    "no evaluation": (drawn(evaluations=np.int64(0)), "expected one whole number from 1"),
-    "half an evaluation": (drawn(evaluations=np.float64(0.5)), "expected one whole number from 1"),
-    "evaluations in words": (drawn(evaluations=np.str_("five")), "expected one whole number from 1"),
+    "evaluations in a row": (drawn(record(evaluations=[5])), "evaluations: Input should be a valid integer"),
+    "no evaluation": (drawn(record(evaluations=0)), "evaluations: Input should be greater than or equal to 1"),
+    "half an evaluation": (drawn(record(evaluations=0.5)), "evaluations: Input should be a valid integer"),
     "more than it holds": (npy_with_shape("(9, 1, 8, 8)"), "images.npy does not hold the (9, 1, 8, 8)"),
     "a petabyte": (npy_with_shape("(10000000000, 100, 32, 32)"), "images.npy does not hold"),
     "negative": (npy_with_shape("(-1, -1, 8, 8)"), "not a sample set"),
@@ -933,12 +974,26 @@ def test_a_sample_set(refused: Refused, case: str) -> None:
 def of_scores(**changes: Any) -> Callable[[], Any]:
     def write() -> None:
         scores = json.loads(METRICS.read_text()) | changes
-        METRICS.write_text(json.dumps({key: value for key, value in scores.items() if value is not ...}))
+        sign(METRICS, {key: value for key, value in scores.items() if value is not ...})
 
     return write
 
 
 INFLUENCE, LOSSES = str(store.influence_file(POINT)), str(store.history_file("cosine"))
+
+
+def influence(values: np.ndarray) -> Callable[[], Any]:
+    """Other influence values, recorded with the scores."""
+
+    def write() -> None:
+        np.save(INFLUENCE, values)
+        files = {Path(INFLUENCE).name: store.sha256(Path(INFLUENCE))}
+        of_scores(files=files)()
+
+    return write
+
+
+OTHER = "not the file that"  # the record describes
 TRAINING, BOUND = str(store.training_metrics_file("cosine")), str(store.likelihood_file("cosine"))
 REPORTS: dict[str, tuple[Callable[[], Any], str]] = {
     "no scores": (without(str(METRICS)), "metrics: no scores of cosine-ddim-5"),
@@ -952,7 +1007,13 @@ REPORTS: dict[str, tuple[Callable[[], Any], str]] = {
     "FID is NaN": (of_scores(fid=NAN), "NaN is no number"),
     "FID beyond all floats": (
         content(str(METRICS), lambda old: old.replace(b'"kid_std": ', b'"kid_std": 1e999, "x": ')),
-        "kid_std",
+        "not what its checksum says",
+    ),
+    "scores of another point": (of_scores(point="cosine-ddim-2"), "holds the scores of cosine-ddim-2"),
+    "scores that were edited": (content(str(METRICS), lambda old: old.replace(b"10.", b"1.0")), "its checksum says"),
+    "another point's influence": (
+        lambda: shutil.copyfile("metrics/cosine-ddim-2.influence.npy", INFLUENCE),
+        "its bytes are not those that were recorded with the scores",
     ),
     "FID true": (of_scores(fid=True), "no sound value of fid"),
     "confidence of one": (of_scores(confidence=1.0), "no sound value of confidence"),
@@ -965,20 +1026,21 @@ REPORTS: dict[str, tuple[Callable[[], Any], str]] = {
     "no influence": (without(INFLUENCE), "`ddpm evaluate` writes it beside the scores"),
     "influence of no bytes": (content(INFLUENCE, lambda old: b""), "not the influence values"),
     "influence cut off": (content(INFLUENCE, lambda old: old[:-1]), "not the influence values"),
-    "influence of another type": (lambda: np.save(INFLUENCE, np.zeros(64)), "expected float32 values"),
-    "influence in rows": (lambda: np.save(INFLUENCE, np.zeros((8, 8), np.float32)), "expected float32 values"),
-    "influence that is NaN": (lambda: np.save(INFLUENCE, np.full(64, np.nan, np.float32)), "not all values are finite"),
+    "influence of another type": (influence(np.zeros(64)), "expected float32 values"),
+    "influence in rows": (influence(np.zeros((8, 8), np.float32)), "expected float32 values"),
+    "influence that is NaN": (influence(np.full(64, np.nan, np.float32)), "not all values are finite"),
     "samples of another dataset": (drawn(images=np.zeros((8, 3, 8, 8), np.uint8)), "the dataset's are [1, 8, 8]"),
     "samples cut off": (content(str(SAMPLES), lambda old: old[:-9]), "not a sample set"),
     "training cut off": (content(TRAINING, lambda old: old[:9]), "not readable as JSON"),
-    "training without steps": (content(TRAINING, lambda old: old.replace(b"steps", b"stops")), "steps: Field required"),
-    "losses of words": (content(LOSSES, lambda old: old.replace(b"1.0", b"one")), "not a table of numbers"),
-    "losses cut off": (content(LOSSES, lambda old: old[:-5]), "row 2 has not as many cells"),
-    "losses with a cell more": (content(LOSSES, lambda old: old.rstrip() + b",7,8\n"), "row 2 has not as many cells"),
-    "losses not UTF-8": (content(LOSSES, lambda old: b"\xff" + old), "not readable as CSV"),
-    "losses with zeros": (content(LOSSES, lambda old: old.replace(b"1.0", b"\0")), "cosine.csv: not"),
-    "bits in words": (content(BOUND, lambda old: old.replace(b'"prior": 1.0', b'"prior": "low"')), "test.prior"),
-    "bits in a list": (content(BOUND, lambda old: b'{"test": []}'), "cosine.json: test: "),
+    "training without steps": (of_record(TRAINING, lambda about: about.pop("steps")), "steps: Field required"),
+    "training of another schedule": (of_record(TRAINING, lambda about: about.update(schedule="x")), "of schedule 'x'"),
+    "training that was edited": (content(TRAINING, lambda old: old.replace(b"60", b"61")), "its checksum says"),
+    "losses of words": (content(LOSSES, lambda old: old.replace(b"1.0", b"one")), OTHER),
+    "losses of another training": (content(LOSSES, lambda old: old.replace(b"1.0", b"2.0")), OTHER),
+    "losses cut off": (content(LOSSES, lambda old: old[:-5]), OTHER),
+    "no losses": (without(LOSSES), "no such file"),
+    "bits in words": (of_record(BOUND, lambda about: about["test"].update(prior="low")), "test.prior"),
+    "bits in a list": (of_record(BOUND, lambda about: about.update(test=[])), "cosine.json: test: "),
     "dvc.lock cut off": (lambda: Path("dvc.lock").write_text("stages: {a: [1"), "dvc.lock: not readable as YAML"),
     "dvc.lock of a list": (lambda: Path("dvc.lock").write_text("- a\n"), "dvc.lock: expected DVC's stages"),
     "dvc.lock of a word": (lambda: Path("dvc.lock").write_text("stages: none\n"), "dvc.lock: expected DVC's stages"),
@@ -1102,14 +1164,14 @@ def weights_as_bytes(data: st.DataObject, path: Path) -> None:
 
 def model_as_values(data: st.DataObject, path: Path) -> None:
     """And, where they are taken, the sampling."""
-    Path(DESCRIPTION).write_text(json.dumps(spoilt(data.draw, json.loads(path.read_text()))))
+    sign(Path(DESCRIPTION), spoilt(data.draw, json.loads(path.read_text())))
     params = Params.load()
     few = params.model_copy(update={"sampling": params.sampling.model_copy(update={"images": 2})})
     taken_or_refused(lambda: sample_point(few, POINT))
 
 
 def dataset_as_values(data: st.DataObject, path: Path) -> None:
-    Path(ABOUT).write_text(json.dumps(spoilt(data.draw, json.loads(path.read_text()))))
+    sign(Path(ABOUT), spoilt(data.draw, json.loads(path.read_text())))
     taken_or_refused(store.read_dataset)
 
 
@@ -1126,7 +1188,7 @@ def samples_as_bytes(data: st.DataObject, path: Path) -> None:
 
 
 def scores_as_values(data: st.DataObject, path: Path) -> None:
-    METRICS.write_text(json.dumps(spoilt(data.draw, json.loads(path.read_text()))))
+    sign(METRICS, spoilt(data.draw, json.loads(path.read_text())))
     taken_or_refused(lambda: _read_rows([POINT], Path()))
 
 

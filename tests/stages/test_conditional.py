@@ -95,7 +95,7 @@ def test_classes_come_in_turn_and_are_kept_with_the_images(trained: Path, params
         split = draw(trained, params(sampling={"images": 23, "batch": batch}), GUIDED)
         assert np.array_equal(split["labels"], made["labels"])
         assert np.abs(split["images"].astype(int) - made["images"]).max() <= 1
-    assert store.read_samples(trained / store.samples_file(GUIDED))[1] == 8
+    assert store.read_samples(trained / store.samples_file(GUIDED)).evaluations == 8
 
 
 def test_guidance_of_the_row_is_that_of_the_denoiser(trained: Path, params: Callable[..., Params]) -> None:
@@ -113,8 +113,8 @@ def test_guidance_of_the_row_is_that_of_the_denoiser(trained: Path, params: Call
 
 def test_an_unconditional_set_is_as_it_was(unconditional: Path, smoke: Smoke) -> None:
     point = Point.parse("cosine-ddim-5")
-    assert set(draw(unconditional, smoke(), point)) == {"images", "evaluations"}
-    assert "classes" not in store.read_json(unconditional / "models/cosine/model.json")["network"]
+    assert set(draw(unconditional, smoke(), point)) == {"images", "evaluations", store.RECORD}
+    assert "classes" not in store.read_model_record(unconditional / "models/cosine")["network"]
 
 
 def test_previews_show_the_classes_in_turn(trained: Path, params: Callable[..., Params], tmp_path: Path) -> None:
@@ -192,7 +192,8 @@ def test_no_classes_in_the_dataset(digits: Path, params: Callable[..., Params], 
     folder.mkdir()
     for name in ("train.npy", "test.npy"):
         (folder / name).symlink_to(digits / "dataset" / name)
-    store.write_json(folder / "dataset.json", {**store.read_json(digits / "dataset/dataset.json"), "classes": None})
+    about = {**store.read_dataset_record(digits), "classes": None}
+    store.write_record(folder / "dataset.json", about, sorted(folder.glob("*.npy")))
     with pytest.raises(InputError, match=r"diffusion\.conditional is true, but the dataset digits has no classes"):
         train(params(), "cosine", tmp_path)
     assert not (tmp_path / "models").exists()

@@ -45,14 +45,14 @@ def write_dataset(root: Path, train: np.ndarray) -> None:
     np.save(folder / "test.npy", train[:2])
     about = {"name": "digits", "sha256": "the version", "shape": [1, 8, 8], "counts": {"train": len(train), "test": 2}}
     about |= {"classes": None, "mean": [0.3], "std": [0.4], "flip": False}
-    store.write_json(folder / "dataset.json", about)
+    store.write_record(folder / "dataset.json", about, [folder / "train.npy", folder / "test.npy"])
 
 
 @pytest.fixture
 def root(tmp_path: Path, inception_cache: Path) -> Path:
     """A dataset of 30 digits and a sample set of 20 others."""
     write_dataset(tmp_path, digits()[:30])
-    store.write_samples(tmp_path / store.samples_file(POINT), digits()[30:50], evaluations=5)
+    store.write_samples(tmp_path / store.samples_file(POINT), digits()[30:50], evaluations=5, model="m")
     (tmp_path / store.CACHE).mkdir()
     (tmp_path / store.CACHE / "inception").symlink_to(inception_cache)
     return tmp_path
@@ -79,7 +79,7 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
     )
     fid = fidelity.fid(fidelity.statistics(fake), fidelity.statistics(real))
     kid, kid_std = fidelity.kid(fake, real, subset_size=6)
-    influence = store.read_influence(root / store.influence_file(POINT))
+    influence = store.read_point_influence(root, POINT, store.read_scores(root, POINT))
     np.testing.assert_allclose(influence, fidelity.jackknife(fake, fidelity.statistics(real)).influence, rtol=1e-4)
     reach = 1.959964 * standard_error(influence)
     assert scores.pop("fid_high") == pytest.approx(fid + reach, rel=1e-5)
@@ -95,6 +95,8 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
     assert [scores.pop("kid_low"), scores.pop("kid_high")] == pytest.approx([kid - reach, kid + reach], rel=1e-4)
     assert scores == {  # with 12 images at 64 features, none of fid_infinity; without a classifier no Inception Score
         "confidence": 0.95,
+        "point": POINT.name,
+        "model": "m",
         "evaluations": 5,
         "images": 12,
         "reference_images": 12,
@@ -103,6 +105,7 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
         "extractor": "inception-v3-2015-12-05",
         "extractor_sha256": inception.sha256,
         "samples": store.sha256(root / store.samples_file(POINT)),
+        "files": {store.influence_file(POINT).name: store.sha256(root / store.influence_file(POINT))},
     }
     assert json.loads((root / store.metrics_file(POINT)).read_text()).items() >= scores.items()
     assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
@@ -110,11 +113,11 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
 
 
 def test_the_training_images_themselves_score_nothing(root: Path) -> None:
-    store.write_samples(root / store.samples_file(POINT), digits()[:30], evaluations=5)
+    store.write_samples(root / store.samples_file(POINT), digits()[:30], evaluations=5, model="m")
     copies = run(root, protocol(images=30))[0]
     assert copies["fid"] < 1e-6
     assert copies["copying"] > 0.99 and copies["copying_z"] > 5
-    store.write_samples(root / store.samples_file(POINT), 255 - digits()[:30], evaluations=5)
+    store.write_samples(root / store.samples_file(POINT), 255 - digits()[:30], evaluations=5, model="m")
     assert run(root, protocol(images=30))[0]["fid"] > 1
 
 
@@ -148,13 +151,16 @@ def test_reference_features_are_found_by_content(root: Path, inception_weights: 
     assert len(cached(root)) == 4
 
 
-@pytest.mark.parametrize("damage", ["truncated", "one bit flipped", "another archive"])
+@pytest.mark.parametrize("damage", ["truncated", "one bit flipped", "another archive", "of other images"])
 def test_a_damaged_cache_file_is_computed_again(root: Path, damage: str) -> None:
     before, _ = run(root)
     (path,) = cached(root)
     good = path.read_bytes()
     if damage == "another archive":
-        store.write_arrays(path, something=np.zeros(3))
+        store.write_arrays(path, path.stem, something=np.zeros(3))
+    elif damage == "of other images":
+        kept = store.read_arrays(path, path.stem)
+        store.write_arrays(path, "another key", **{name: array + 1 for name, array in kept.items()})
     else:
         middle = 1000  # within the features
         flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
@@ -209,16 +215,16 @@ def test_wrong_input_is_one_line_and_leaves_nothing(root: Path, monkeypatch: Any
     refused(r"nothing\.pth")
     monkeypatch.delenv(features.WEIGHTS_VARIABLE)
     samples = root / store.samples_file(POINT)
-    store.write_samples(samples, digits()[:3], evaluations=5)
+    store.write_samples(samples, digits()[:3], evaluations=5, model="m")
     refused("four or more")
-    store.write_samples(samples, np.zeros((4, 3, 8, 8), np.uint8), evaluations=5)
+    store.write_samples(samples, np.zeros((4, 3, 8, 8), np.uint8), evaluations=5, model="m")
     refused(r"\[3, 8, 8\].*\[1, 8, 8\]")
     samples.write_bytes(samples.read_bytes()[:100])
     refused("not a sample set")
     samples.unlink()
     refused("no such sample set")
     shutil.rmtree(root / store.dataset_dir())
-    store.write_samples(samples, digits()[:4], evaluations=5)
+    store.write_samples(samples, digits()[:4], evaluations=5, model="m")
     refused("dataset")
 
 
@@ -248,7 +254,7 @@ def test_with_more_images_than_features_fid_is_extrapolated(root: Path, inceptio
 
     images = (load_digits().images[:140, None] * (255 / 16)).round().astype(np.uint8)
     write_dataset(root, images[:70])
-    store.write_samples(root / store.samples_file(POINT), images[70:], evaluations=5)
+    store.write_samples(root / store.samples_file(POINT), images[70:], evaluations=5, model="m")
     scores, _ = run(root, protocol(images=70))
     inception = features.load(64, inception_cache)
     fake, real = (features.extract(inception, part) for part in (images[70:], images[:70]))

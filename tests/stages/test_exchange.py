@@ -109,15 +109,17 @@ def test_exported_and_imported_it_makes_the_same_images(made: Path, exported: Pa
     images = torch.from_numpy(np.array(store.read_dataset(made).test))
     loss = Validation(images, Objective.of(original.schedule, "eps"), 32).loss(original.net)
     assert metrics["steps"] == 0 and metrics["validation_loss"] == loss
-    assert metrics["parameters"] == store.read_json(made / "metrics/train/cosine.json")["parameters"]
+    assert metrics["parameters"] == store.read_record(made / "metrics/train/cosine.json")["parameters"]
     (row,) = store.read_csv(checkout / "metrics/train/hub.csv")
     assert (row["step"], float(row["validation_loss"])) == ("0", metrics["validation_loss"])
     for point in ("ddpm-2", "ddim-5"):
         sample_point(params, Point.parse(f"hub-{point}"), checkout)
-        ours, evaluations = store.read_samples(checkout / f"samples/hub-{point}.npz")
-        expected, count = store.read_samples(made / f"samples/cosine-{point}.npz")
-        assert evaluations == count and len(np.unique(expected)) > 10
-        assert np.array_equal(ours, expected)
+        ours, expected = (
+            store.read_samples(path)
+            for path in (checkout / f"samples/hub-{point}.npz", made / f"samples/cosine-{point}.npz")
+        )
+        assert ours.evaluations == expected.evaluations and len(np.unique(expected.images)) > 10
+        assert np.array_equal(ours.images, expected.images)
 
 
 def test_it_is_published_and_promoted_like_our_own(
@@ -158,7 +160,7 @@ def test_the_google_repositories_layout_is_read(exported: Path, checkout: Path, 
     assert Params.load(checkout / "params.yaml").schedules["hub"].schedule == "cosine"
     lines = import_diffusers(exported / "unet", "bare", checkout)
     assert "linear schedule, T = 1000, target eps" in lines[0]
-    assert store.read_json(checkout / "imported/bare/model.json")["schedule"]["timesteps"] == 1000
+    assert store.read_model_record(checkout / "imported/bare")["schedule"]["timesteps"] == 1000
 
 
 def test_it_may_be_imported_again_but_never_over_a_row_of_ones_own(exported: Path, checkout: Path) -> None:
@@ -189,8 +191,8 @@ def test_a_target_and_length_of_its_own_stand(exported: Path, checkout: Path) ->
     assert "imported, with target v at T = 300" in messages
     denoiser, _ = checkpoint.load(checkout / "models/hub")
     assert (denoiser.target, denoiser.schedule.T, float(denoiser.schedule.alpha_bar[-1])) == ("v", 300, 0.0)
-    trained = store.read_json(checkout / store.training_metrics_file("hub"))
-    about = store.read_json(checkout / "dataset/dataset.json")
+    trained = store.read_record(checkout / store.training_metrics_file("hub"))
+    about = store.read_dataset_record(checkout)
     shown = _schedules(params, {"hub": trained}, about)  # in the report, each at its own length
     assert {name: (row.T, row.alpha_bar) for name, row in shown["rows"].items()} == {
         "cosine": (100, pytest.approx(float(NoiseSchedule.named("cosine", 100).alpha_bar[-1]))),
@@ -204,17 +206,17 @@ def test_a_changed_missing_or_unfitting_import_is_one_line(exported: Path, check
     params = Params.load(checkout / "params.yaml")
     folder = checkout / "imported/hub"
 
-    about = store.read_json(folder / "model.json")
-    store.write_json(folder / "model.json", {**about, "schedule": {**about["schedule"], "s": 0.1}})
+    about = store.read_model_record(folder)
+    store.write_record(folder / "model.json", {**about, "schedule": {**about["schedule"], "s": 0.1}})
     with pytest.raises(InputError, match=r"imported/hub: not the model that the row schedules\.hub speaks of"):
         train(params, "hub", checkout)
     larger = {**about["network"], "image_size": 16, "attention": [8]}  # the same weights
-    store.write_json(
+    store.write_record(
         folder / "model.json", {**about, "network": larger, "data": {**about["data"], "shape": [1, 16, 16]}}
     )
     with pytest.raises(InputError, match=r"shape \[1, 16, 16\], the dataset's are \[1, 8, 8\]"):
         train(params, "hub", checkout)
-    store.write_json(folder / "model.json", about)
+    store.write_record(folder / "model.json", about)
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
@@ -286,13 +288,13 @@ def test_a_broken_folder_is_one_line_and_writes_nothing(
 def test_what_cannot_be_exported_is_one_line_and_writes_nothing(made: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(made / "models/cosine", source)
-    about = store.read_json(source / "model.json")
-    store.write_json(source / "model.json", {**about, "labels": 10})
+    about = store.read_model_record(source)
+    store.write_record(source / "model.json", {**about, "labels": 10})
     with pytest.raises(InputError, match="no place for 'labels'"):
         export_diffusers(source, out)
     assert not out.exists()
     out.mkdir()
-    store.write_json(source / "model.json", about)
+    store.write_record(source / "model.json", about)
     with pytest.raises(InputError, match="is there already"):
         export_diffusers(source, out)
     assert list(out.iterdir()) == []

@@ -872,6 +872,7 @@ LARGE = """
 import json, re, resource, sys
 from pathlib import Path
 import numpy as np
+from ddpm.stages import store
 from ddpm.stages.params import Params
 from ddpm.stages.train import train
 raw, root, count = json.loads(sys.argv[1]), Path(sys.argv[2]), 350_000
@@ -880,7 +881,7 @@ for split, images in ("train", count), ("test", 8):  # no blocks on the disk: al
     np.lib.format.open_memmap(root / f"dataset/{split}.npy", "w+", np.uint8, (images, 3, 64, 64))
 about = {"name": "dark", "sha256": "0", "shape": [3, 64, 64], "counts": {"train": count, "test": 8}, "classes": None,
          "mean": [0.0] * 3, "std": [0.0] * 3, "flip": True}
-(root / "dataset/dataset.json").write_text(json.dumps(about))
+store.write_record(root / "dataset/dataset.json", about, sorted((root / "dataset").glob("*.npy")))
 held = 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 limit = held + count * 3 * 64 * 64 // 4
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

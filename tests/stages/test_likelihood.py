@@ -33,7 +33,7 @@ def settings(smoke: Smoke, **changes: object) -> Params:
 
 def test_the_files_hold_the_bound(trained: Path, smoke: Smoke) -> None:
     scores = likelihood(settings(smoke), "cosine", trained)
-    assert scores == store.read_json(trained / "metrics/likelihood/cosine.json")
+    assert scores == store.read_record(trained / "metrics/likelihood/cosine.json")
     denoiser, about = checkpoint.load(trained / "models/cosine", clip=True)
     test = torch.from_numpy(chosen(store.read_dataset(trained).test, 12))
     bound = variational_bound(denoiser, test, times=6)

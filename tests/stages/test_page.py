@@ -73,22 +73,24 @@ def made_report(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathF
     with store.writing_dataset(root, (1, 8, 8), (60, 30), labels, lambda made: store.grid(made.train[:2])) as dataset:
         dataset.train[:], dataset.test[:] = (random.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8) for n in (60, 30))
         dataset.about.update(about)
-    store.write_json(
-        root / store.training_metrics_file("cosine"),
-        {"steps": 1234, "parameters": 56_789, "loss": 0.04567, "validation_loss": 0.05678},
-    )
     curve = [{"step": step, "loss": 1 / step, "validation_loss": "" if step < 3 else 0.5} for step in (1, 2, 3)]
     store.write_csv(root / store.history_file("cosine"), curve)
     store.write_csv(
         root / store.losses_by_time_file("cosine"), [{"t": t, "loss_simple": 1 / (t + 1)} for t in (5, 50, 95)]
     )
-    store.write_json(root / store.likelihood_file("cosine"), {"model": "m", "test": BITS})
+    trained = {"steps": 1234, "parameters": 56_789, "loss": 0.04567, "validation_loss": 0.05678}
+    curves = [root / store.history_file("cosine"), root / store.losses_by_time_file("cosine")]
+    store.write_record(root / store.training_metrics_file("cosine"), {"schedule": "cosine", **trained}, curves)
     bound = [{"time": 90, "rate": 0.5, "distortion": 40.0}, {"time": 10, "rate": 1.5, "distortion": 20.0}]
-    store.write_csv(root / store.likelihood_curve_file("cosine"), bound)
+    table = root / store.likelihood_curve_file("cosine")
+    store.write_csv(table, bound)
+    about = {"schedule": "cosine", "model": "m", "test": BITS}
+    store.write_record(root / store.likelihood_file("cosine"), about, [table])
     for index, point in enumerate(smoke().points()):
         images = random.integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)
-        store.write_samples(root / store.samples_file(point), images, point.steps)
-        store.write_influence(root / store.influence_file(point), random.normal(size=12))
+        store.write_samples(root / store.samples_file(point), images, point.steps, "m")
+        values = root / store.influence_file(point)
+        store.write_influence(values, random.normal(size=12))
         fid = 12.34567 - index
         scores = {
             "fid": fid,
@@ -101,7 +103,7 @@ def made_report(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathF
         }
         scores |= {"kid_std": 0.002, "precision": 0.6, "recall": 0.4, "evaluations": point.steps, "images": 12}
         scores |= {"reference_images": 60, "layer": 64, "reference": "c" * 64, "extractor_sha256": "e" * 64}
-        store.write_json(root / store.metrics_file(point), scores)
+        store.write_record(root / store.metrics_file(point), {"point": point.name, **scores}, [values])
     report(smoke(), root)
     return root
 
@@ -133,12 +135,12 @@ def test_every_number_is_the_files(page: str, made_report: Path) -> None:
         fid, low, high = (f"{float(row[key]):.3g}" for key in ("fid", "fid_low", "fid_high"))
         assert cells[4] == f"{fid} ({low} to {high})"
         assert cells[5] == f"{float(row['kid']):.3g} (-0.0123 to 0.432)"
-    front = store.read_json(made_report / "report" / "front.json")
+    front = store.read_record(made_report / "report" / "front.json")
     for entry in {json.dumps(entry): entry for entry in front["budgets"].values()}.values():
         assert f"FID {entry['fid']:.3g} ({entry['fid_low']:.3g} to {entry['fid_high']:.3g})" in reader.text
     assert "4.32 ± 0.01" in reader.text
-    about = store.read_json(made_report / "dataset" / "dataset.json")
-    trained = store.read_json(made_report / store.training_metrics_file("cosine"))
+    about = store.read_dataset_record(made_report)
+    trained = store.read_record(made_report / store.training_metrics_file("cosine"))
     for text in (
         about["sha256"],
         f"{trained['parameters']:,}",
@@ -155,7 +157,7 @@ def test_every_point_shows_its_first_images_pixel_for_pixel(
     pictures = {str(attrs["alt"]): str(attrs["src"]) for tag, attrs in Reader(page).tags if tag == "img"}
     for point in smoke().points():
         source = base64.b64decode(pictures[f"{SHOWN} samples of {point.name}"].partition(",")[2])
-        images = store.read_samples(made_report / store.samples_file(point))[0][:SHOWN]
+        images = store.read_samples(made_report / store.samples_file(point)).images[:SHOWN]
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(source))), store.grid(images, columns=SHOWN)[0])
 
 
@@ -252,9 +254,9 @@ def test_a_model_that_copies_is_caught_and_its_data_is_not(
     shutil.copytree(made_report, root)
     train = store.read_dataset(root).train
     for point in smoke().points():
-        store.write_samples(root / store.samples_file(point), np.asarray(train[:12]), point.steps)
-        scores = store.read_json(root / store.metrics_file(point))
-        store.write_json(root / store.metrics_file(point), {**scores, "copying": 0.99, "copying_z": 6.0})
+        store.write_samples(root / store.samples_file(point), np.asarray(train[:12]), point.steps, "m")
+        scores = store.read_scores(root, point)
+        store.write_record(root / store.metrics_file(point), {**scores, "copying": 0.99, "copying_z": 6.0})
     report(smoke(), root)
     text = Reader((root / "report" / "index.html").read_text(encoding="utf-8")).text
     assert "A strong sign of memorising" in text

@@ -160,9 +160,9 @@ def never(checkpoint: Path, settings: dict[str, Any]) -> Any:
 
 def scores_at(root: Path, point: Point, fid: float) -> tuple[dict[str, Any], Any]:
     """What scoring the champion again gives: a point's entries and influence values at another FID."""
-    scores = store.read_json(root / store.metrics_file(point))
+    scores = store.read_scores(root, point)
     high = fid + scores["fid_high"] - scores["fid"]
-    return {**scores, "fid": fid, "fid_high": high}, store.read_influence(root / store.influence_file(point))
+    return {**scores, "fid": fid, "fid_high": high}, store.read_point_influence(root, point, scores)
 
 
 class Registry:
@@ -185,8 +185,8 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
     assert (first.promoted, first.version, first.point) == (True, "1", "cosine-ddim-5")
     registry = Registry(checkout)
     champion = registry.champion()
-    about = store.read_json(checkout / "models/cosine/model.json")
-    scores = store.read_json(checkout / store.metrics_file(FIRST))
+    about = store.read_model_record(checkout / "models/cosine")
+    scores = store.read_record(checkout / store.metrics_file(FIRST))
     assert champion.tags["ddpm.model_sha256"] == about["weights_sha256"]
     assert json.loads(champion.tags["ddpm.settings"]) == {
         "sampler": "ddim",
@@ -237,7 +237,7 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
     assert [entry["promoted"] for entry in registry.decisions()] == [True, False, False, True]
     decision = registry.decisions()[-1]
     assert decision["before_fid"] == scores["fid"]
-    own = [store.read_influence(checkout / store.influence_file(point)).astype(float) for point in (SECOND, FIRST)]
+    own = [np.load(checkout / store.influence_file(point)).astype(float) for point in (SECOND, FIRST)]
     reach = 1.959964 * standard_error(own[0] - own[1])  # in pairs: the champion's values came from the registry
     gap = 8.0 - scores["fid"]
     evidence = {"difference": gap, "low": gap - reach, "high": gap + reach, "confidence": 0.95, "paired": True}
@@ -310,7 +310,7 @@ def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smo
     write_scores(checkout, SECOND, 1.0, reference="f" * 64)
     kept = tracking.promote(unnamed, checkout, rescore=never)
     registry = Registry(checkout, "ddpm-image-folder")
-    data = store.read_json(checkout / "models/cosine/model.json")["data"]["sha256"]
+    data = store.read_model_record(checkout / "models/cosine")["data"]["sha256"]
     assert not kept.promoted and kept.version == "1" and registry.count() == 1
     assert (
         kept.reason
@@ -627,7 +627,7 @@ def test_the_cards_numbers_are_the_registrys(checkout: Path, params: Params) -> 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_has_its_licence_and_odd_names_stay_in_their_place(made: Path, source: str) -> None:
-    about = store.read_json(made / store.model_dir("cosine") / "model.json")
+    about = store.read_model_record(made / store.model_dir("cosine"))
     about["data"] = {**about["data"], "name": source, "classes": ["---\nlicense: mit", "| x |\n# y"]}
     metrics = {
         "fid": 1.5,

@@ -45,10 +45,11 @@ def write_point(root: Path, point: Point, fid: float = 1.0, error: float = 0.01,
     scores |= {"kid": 0.01, "kid_low": 0.006, "kid_high": 0.014, "kid_std": 0.002}
     scores |= {"precision": 0.6, "recall": 0.4, "evaluations": point.steps, "images": 12}
     scores |= {"reference_images": 30, "layer": 64, "reference": "version", "extractor_sha256": "weights"}
-    store.write_json(root / store.metrics_file(point), scores | changes)
-    store.write_influence(root / store.influence_file(point), influence_of(point, error))
+    values = root / store.influence_file(point)
+    store.write_influence(values, influence_of(point, error))
+    store.write_record(root / store.metrics_file(point), {"point": point.name} | scores | changes, [values])
     images = np.random.default_rng(len(point.name) + point.steps).integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)
-    store.write_samples(root / store.samples_file(point), images, point.steps)
+    store.write_samples(root / store.samples_file(point), images, point.steps, "m")
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_every_point_is_a_row_and_the_best_is_named(root: Path) -> None:
     assert list(rows[0]) == columns.split()
     assert [row["point"] for row in rows] == [point.name for point in params().points()]
     assert [float(row["fid"]) for row in rows] == list(FIDS)
-    assert best == store.read_json(root / "report" / "best.json")
+    assert best == store.read_record(root / "report" / "best.json")
     assert (best["point"], best["fid"], best["points"]) == ("cosine-ddim-20", 1.0, 8)
     assert (best["lowest"], best["tied"]) == ("cosine-ddim-20", 1)
     assert sorted(written(root)) == ["best.json", "fid.png", "front.json", "index.html", "points.csv", "samples.png"]
@@ -112,7 +113,7 @@ def test_the_front_and_the_best_for_each_budget(root: Path) -> None:
         point = Point.parse(name)
         write_point(root, point, fid=fid, error=0.1, evaluations=evaluations.get(name, point.steps))
     report(params(), root)
-    found = store.read_json(root / "report" / "front.json")
+    found = store.read_record(root / "report" / "front.json")
     assert (found["metric"], found["confidence"]) == ("fid", 0.95)
     best = {budget: (entry["point"], entry["lowest"], entry["tied"]) for budget, entry in found["budgets"].items()}
     tie = ("cosine-ddpm-20", "linear-ddim-20")  # 2.99 with 20 evaluations is as good as 2.9 with 50, and 3.0 with 100
@@ -145,6 +146,8 @@ def test_influence_values_that_do_not_belong_are_refused(root: Path, fault: str)
         path.unlink()
     else:
         store.write_influence(path, np.zeros(11) if fault == "of other images" else np.full(12, np.nan))
+        point = Point.parse("linear-ddim-5")
+        store.write_record(root / store.metrics_file(point), store.read_scores(root, point), [path])
     with pytest.raises(InputError, match=r"linear-ddim-5.*(evaluate|finite)"):
         report(params(), root)
     assert not (root / store.report_dir()).exists()
@@ -156,7 +159,7 @@ def test_an_interval_that_reaches_0_is_drawn(root: Path) -> None:
     report(params(), root)
     first = np.asarray(Image.open(root / "report" / "fid.png").convert("L"))
     write_point(root, Point.parse("cosine-ddim-20"), fid=1.0, error=2.0)
-    assert store.read_json(root / store.metrics_file(Point.parse("cosine-ddim-20")))["fid_low"] == 0.0
+    assert store.read_record(root / store.metrics_file(Point.parse("cosine-ddim-20")))["fid_low"] == 0.0
     report(params(), root)
     second = np.asarray(Image.open(root / "report" / "fid.png").convert("L"))
     assert first.shape == second.shape
@@ -186,7 +189,7 @@ def test_samples_lie_side_by_side_pixel_for_pixel(root: Path) -> None:
     points = params().points()
     height = len(picture) // len(points)
     for index, point in enumerate(points):
-        images, _ = store.read_samples(root / store.samples_file(point))
+        images = store.read_samples(root / store.samples_file(point)).images
         strip = store.grid(images[:SHOWN], columns=SHOWN)[0]
         row = picture[index * height : (index + 1) * height]
         np.testing.assert_array_equal(row[-strip.shape[0] :, -strip.shape[1] :, 0], strip)
@@ -213,11 +216,13 @@ def lock_outputs(root: Path, without: str) -> None:
 
 def test_what_has_left_the_sweep_goes_and_nothing_else(root: Path) -> None:
     for name in ("cosine", "linear", "sqrt"):
-        store.write_json(root / store.training_metrics_file(name), TRAINED)
-        store.write_csv(root / store.history_file(name), [{"step": 1, "loss": 0.5, "validation_loss": ""}])
-        store.write_csv(root / store.losses_by_time_file(name), [{"t": 1, "loss_simple": 0.25}])
-        store.write_json(root / store.likelihood_file(name), {"test": BITS})
-        store.write_csv(root / store.likelihood_curve_file(name), [{"time": 1, "rate": 0.5, "distortion": 40.0}])
+        curves = [root / store.history_file(name), root / store.losses_by_time_file(name)]
+        store.write_csv(curves[0], [{"step": 1, "loss": 0.5, "validation_loss": ""}])
+        store.write_csv(curves[1], [{"t": 1, "loss_simple": 0.25}])
+        store.write_record(root / store.training_metrics_file(name), {"schedule": name, **TRAINED}, curves)
+        table = root / store.likelihood_curve_file(name)
+        store.write_csv(table, [{"time": 1, "rate": 0.5, "distortion": 40.0}])
+        store.write_record(root / store.likelihood_file(name), {"schedule": name, "test": BITS}, [table])
         store.write_json(root / store.run_file(store.likelihood_file(name)), {})
     for point in (*params().points(), Point.parse("sqrt-ddim-20")):
         write_point(root, point)
@@ -269,7 +274,7 @@ def test_missing_scores_are_named_and_nothing_is_removed_or_written(root: Path) 
 
 def test_scores_of_another_kind_are_refused(root: Path) -> None:
     path = root / store.metrics_file(Point.parse("linear-ddpm-5"))
-    store.write_json(path, {"fid": 1.0})
+    store.write_record(path, {"point": "linear-ddpm-5", "fid": 1.0})
     with pytest.raises(
         InputError, match=r"linear-ddpm-5\.json: without evaluations, fid_low, fid_high, confidence, kid"
     ):

@@ -32,7 +32,7 @@ def trained(digits: Path, smoke: Callable[..., Params], tmp_path_factory: pytest
 
 def draw(root: Path, params: Params, point: Point = POINT) -> np.ndarray:
     sample_point(params, point, root)
-    return store.read_samples(root / store.samples_file(point))[0]
+    return store.read_samples(root / store.samples_file(point)).images
 
 
 def test_bytes_are_the_same_again_and_what_is_written_is_whole(trained: Path, smoke: Callable[..., Params]) -> None:
@@ -40,7 +40,8 @@ def test_bytes_are_the_same_again_and_what_is_written_is_whole(trained: Path, sm
     reports: list[Progress] = []
     assert sample_point(params, POINT, trained, reports.append) == 5
     first = path.read_bytes(), path.with_suffix(".png").read_bytes()
-    images, evaluations = store.read_samples(path)
+    found = store.read_samples(path)
+    images, evaluations = found.images, found.evaluations
     assert images.shape == (10, 1, 8, 8) and evaluations == 5
     assert reports[-1].done == reports[-1].total == 10
     assert [report.done for report in reports] == sorted(report.done for report in reports)
@@ -51,7 +52,7 @@ def test_bytes_are_the_same_again_and_what_is_written_is_whole(trained: Path, sm
 
 def test_a_sample_file_has_no_header_that_pythons_patch_versions_write_differently(tmp_path: Path) -> None:
     path, images = tmp_path / "samples.npz", np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2)
-    store.write_samples(path, images, 7, labels=np.array([4, 2]))
+    store.write_samples(path, images, 7, "m", labels=np.array([4, 2]))
     content = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():

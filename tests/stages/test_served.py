@@ -85,8 +85,8 @@ def test_it_makes_the_samples_of_its_point_without_this_checkout(
     assert not Path(told["ddpm"]).is_relative_to(repository)
     assert Path(told["ddpm"]).is_relative_to(model_folder(checkout))
 
-    samples, _ = store.read_samples(checkout / store.samples_file(POINT))
-    other, _ = store.read_samples(checkout / store.samples_file(Point(schedule="cosine", sampler="ddpm", steps=2)))
+    samples = store.read_samples(checkout / store.samples_file(POINT)).images
+    other = store.read_samples(checkout / store.samples_file(Point(schedule="cosine", sampler="ddpm", steps=2))).images
     default, rows = np.load(elsewhere / "default.npy"), np.load(elsewhere / "rows.npy")
     assert default.dtype == np.uint8
     assert np.abs(default.astype(int) - samples[:6]).max() <= 1  # float32 in batches of another size

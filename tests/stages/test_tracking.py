@@ -132,7 +132,7 @@ def assert_complete(seen: Seen, root: Path, params: Params) -> None:
         run = seen.named(f"cosine-{sampler}")
         assert run.data.tags["mlflow.parentRunId"] == training.info.run_id
         scores = [
-            store.read_json(root / store.metrics_file(point)) for point in params.points() if point.sampler == sampler
+            store.read_record(root / store.metrics_file(point)) for point in params.points() if point.sampler == sampler
         ]
         for key in ("fid", "kid", "precision", "recall"):
             expected = sorted((entry["evaluations"], entry[key]) for entry in scores)
@@ -204,7 +204,7 @@ def test_what_a_run_says_of_itself(checkout: Path, params: Params) -> None:
     with (checkout / "dvc.lock").open("w") as file:
         YAML(typ="safe").dump(lock, file)
     tracking.publish(params, checkout)
-    seen, about = Seen(checkout), store.read_json(checkout / "models/cosine/model.json")
+    seen, about = Seen(checkout), store.read_model_record(checkout / "models/cosine")
     training, sampler = seen.named("cosine"), seen.named("cosine-ddim")
     assert training.data.params["training.learning_rate"] == "0.002"
     assert training.data.params["network.multipliers"] == "[1, 2]"
@@ -231,7 +231,7 @@ def test_what_a_run_says_of_itself(checkout: Path, params: Params) -> None:
     location = Path(model.artifact_location.removeprefix("file://"))
     for name in ("model.safetensors", "model.json"):
         assert (location / name).read_bytes() == (checkout / "models/cosine" / name).read_bytes()
-    assert seen.files(seen.named("report")) == ["report/best.json"]
+    assert seen.files(seen.named("report")) == ["report/best.json", "report/front.json"]
 
 
 def test_two_new_stores_get_the_same_history(checkout: Path, params: Params, empty_database: Path) -> None:
@@ -348,13 +348,13 @@ def test_the_bound_below_its_training(checkout: Path, smoke: Smoke, params: Para
     tracking.publish(params, checkout)
     assert sum(run.info.run_name == "cosine-likelihood" for run in Seen(checkout).runs) == 2
     path = checkout / store.likelihood_file("cosine")
-    changed = store.read_json(path)
+    changed = store.read_record(path)
     changed["test"]["bits_per_dim"] += 1  # code was edited
-    store.write_json(path, changed)
+    store.write_record(path, changed)
     tracking.publish(params, checkout)
     names = Counter(run.info.run_name for run in Seen(checkout).runs)
     assert (names["cosine-likelihood"], names["cosine-likelihood (superseded)"]) == (2, 1)
-    store.write_json(path, {**changed, "model": "of another training"})
+    store.write_record(path, {**changed, "model": "of another training"})
     assert tracking.publish(params, checkout) == {}
 
 
@@ -382,7 +382,7 @@ def test_the_schedules_are_a_run(checkout: Path, params: Params) -> None:
 def test_other_scores_go_to_a_run_of_their_own(checkout: Path, params: Params, write_scores: Scores) -> None:
     tracking.publish(params, checkout)
     old = Seen(checkout).named("cosine-ddim").info.run_id
-    before = store.read_json(checkout / store.metrics_file(POINT))["fid"]
+    before = store.read_record(checkout / store.metrics_file(POINT))["fid"]
 
     write_scores(checkout, POINT, 12.5)  # evaluation code was edited
     tracking.publish(params, checkout, only=f"evaluate@{POINT.name}")

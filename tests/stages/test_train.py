@@ -1,6 +1,5 @@
 """The train stage: what it writes, that it resumes to the same bytes, and how it fails."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -98,10 +97,10 @@ def test_a_learned_variance_through_train_checkpoint_and_sample(root: Path, smok
     assert v is not None and x0_hat.shape == v.shape == (2, 1, 8, 8) and bool((v != 0.5).any())
     assert identity_of_model(about) == training_identity(params, "cosine", about["data"]["sha256"])
     sample_point(params, Point.parse("cosine-ddpm-5"), root)
-    learned, _ = store.read_samples(root / "samples/cosine-ddpm-5.npz")
+    learned = store.read_samples(root / "samples/cosine-ddpm-5.npz").images
     for variance in ("fixed_large", "fixed_small"):
         sample_point(smoke(**learning, samplers={"ddpm": {"variance": variance}}), Point.parse("cosine-ddpm-5"), root)
-        assert not np.array_equal(learned, store.read_samples(root / "samples/cosine-ddpm-5.npz")[0])
+        assert not np.array_equal(learned, store.read_samples(root / "samples/cosine-ddpm-5.npz").images)
 
 
 def test_stopped_at_any_step_it_ends_with_the_same_bytes(
@@ -219,7 +218,7 @@ def test_no_dataset(tmp_path: Path, smoke: Callable[..., Params]) -> None:
 def test_a_damaged_checkpoint_is_one_line(damage: str, root: Path, smoke: Callable[..., Params]) -> None:
     train(smoke(training={"steps": 1}), "cosine", root)
     folder = root / "models/cosine"
-    about = json.loads((folder / "model.json").read_text())
+    about = store.read_model_record(folder)
     weights = folder / "model.safetensors"
     if damage == "weights":
         content = bytearray(weights.read_bytes())
@@ -228,9 +227,9 @@ def test_a_damaged_checkpoint_is_one_line(damage: str, root: Path, smoke: Callab
     elif damage == "json":
         (folder / "model.json").write_text("{")
     elif damage == "format":
-        (folder / "model.json").write_text(json.dumps({**about, "format": 99}))
+        store.write_record(folder / "model.json", {**about, "format": 99})
     elif damage == "shape":
-        (folder / "model.json").write_text(json.dumps({**about, "network": {**about["network"], "channels": 24}}))
+        store.write_record(folder / "model.json", {**about, "network": {**about["network"], "channels": 24}})
     else:
         weights.unlink()
     with pytest.raises(InputError) as caught:

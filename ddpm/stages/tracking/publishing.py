@@ -123,7 +123,7 @@ def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]
     stages, groups, stale = store.dvc_lock(root), dict[str, list[tuple[Point, PointSettings]]](), []
     for point in _points(root):
         settings = settings_of(params, point, root, stages)
-        if settings is None:
+        if settings is None or not _is_of_its_model(root, point):
             stale.append(point.name)
         else:
             identity = json.dumps([point.schedule, point.sampler, asdict(settings)])
@@ -135,6 +135,14 @@ def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]
     return stale
 
 
+def _is_of_its_model(root: Path, point: Point) -> bool:
+    """Whether the samples of a point were drawn from the model that is there, if there is one."""
+    if not (root / store.model_dir(point.schedule) / "model.json").exists():
+        return True
+    made_by = store.read_samples_record(root / store.samples_file(point))["model"]
+    return bool(made_by == store.read_trained(root, point.schedule)["weights_sha256"])
+
+
 def _points(root: Path) -> Iterator[Point]:
     """The points that have samples on disk; other files there are none of ours."""
     for path in sorted((root / "samples").glob("*.npz")):
@@ -144,10 +152,12 @@ def _points(root: Path) -> Iterator[Point]:
 
 def _publish_training(target: Target, root: Path, schedule: str, added: Counter[str]) -> Run | None:
     """None when there is no such model on disk."""
-    folder, table = root / store.model_dir(schedule), root / store.history_file(schedule)
-    if not (folder / "model.json").exists() or not table.exists():
+    folder, record = root / store.model_dir(schedule), root / store.training_metrics_file(schedule)
+    if not (folder / "model.json").exists() or not record.exists():
         return None
-    about = store.read_json(folder / "model.json")
+    about, metrics = store.read_trained(root, schedule), store.read_record(record)
+    table = store.read_described(record, metrics, root / store.history_file(schedule))
+    by_time = store.read_described(record, metrics, root / store.losses_by_time_file(schedule))
     weights, curves = about["weights_sha256"], store.sha256(table)
     identity, times = identity_of_model(about), run_times(root, store.model_dir(schedule))
     start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
@@ -172,7 +182,7 @@ def _publish_training(target: Target, root: Path, schedule: str, added: Counter[
     _log_dataset(target, run, root, about["data"], "training")
     last = about["training"]["steps"]
     log_metrics(target, run, _curve_metrics(values, last, start, end), added)
-    log_metrics(target, run, _by_time_metrics(root / store.losses_by_time_file(schedule), end), added)
+    log_metrics(target, run, _by_time_metrics(by_time, end), added)
     log_metrics(target, run, _measurements(times, about, last, end), added)
     _log_checkpoint(target, run, folder, about, last, added)
     finish(target, run, end)
@@ -218,10 +228,9 @@ def _by_time_metrics(table: Path, end: int) -> list[Metric]:
     """Losses by network time, with that time as the step."""
     from mlflow.entities import Metric
 
-    rows = store.read_csv(table) if table.exists() else []
     return [
         Metric(f"by_time/{key}", float(row[key]), end, int(row["t"]))
-        for row in rows
+        for row in store.read_csv(table)
         for key in ("loss_simple", "loss_vlb")
         if row[key]
     ]
@@ -251,8 +260,8 @@ def _log_dataset(target: Target, run: Run, root: Path, data: Mapping[str, Any], 
     md5 = store.locked_md5(store.dvc_lock(root), "prepare", "outs", store.dataset_dir()) or ""
     counts = {}
     about = root / store.dataset_dir() / "dataset.json"
-    if about.exists() and store.read_json(about).get("sha256") == data["sha256"]:
-        counts = store.read_json(about)["counts"]
+    if about.exists() and (present := store.read_dataset_record(root))["sha256"] == data["sha256"]:
+        counts = present["counts"]
     elif md5:
         md5 = ""  # dvc.lock speaks of another version
     dataset = Dataset(
@@ -294,6 +303,7 @@ def _log_checkpoint(
         )
         added["models"] += 1
     if str(model.status) != "READY":
+        store.check_weights(folder, about)
         target.client.log_model_artifacts(model.model_id, str(folder))
         target.client.finalize_logged_model(model.model_id, "READY")
         target.client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])
@@ -304,10 +314,13 @@ def _log_checkpoint(
 
 @dataclass(frozen=True)
 class PointFiles:
-    """What is on disk of a point. metrics: None before it was evaluated, or when that was done on other samples."""
+    """What is on disk of a point. model: whose samples they are, by the sha256 of its weights. metrics: None before it was
+    evaluated, or when that was done on other samples.
+    """
 
     point: Point
     evaluations: int
+    model: str
     samples: str  # sha256
     metrics: dict[str, Any] | None
     scores: str  # sha256 of the metrics file
@@ -317,14 +330,14 @@ class PointFiles:
     @classmethod
     def read(cls, root: Path, point: Point) -> PointFiles:
         path, scores = store.samples_file(point), store.metrics_file(point)
-        samples = store.sha256(root / path)
-        metrics = store.read_json(root / scores) if (root / scores).exists() else None
+        about, samples = store.read_samples_record(root / path), store.sha256(root / path)
+        metrics = store.read_scores(root, point) if (root / scores).exists() else None
         if metrics is not None and metrics["samples"] != samples:
             metrics = None
-        evaluations = metrics["evaluations"] if metrics else store.read_evaluations(root / path)
         return cls(
             point,
-            evaluations,
+            about["evaluations"],
+            about["model"],
             samples,
             metrics,
             store.sha256(root / scores) if metrics else "",
@@ -348,11 +361,14 @@ def publish_points(
     """Points of one schedule, sampler and settings. None when there is nothing on disk."""
     first, settings = group[0]
     training = _publish_training(target, root, first.schedule, added)
-    points = [PointFiles.read(root, point) for point, _ in group if (root / store.samples_file(point)).exists()]
-    if training is None or not points:
+    if training is None:
         return None
-    about = store.read_json(root / store.model_dir(first.schedule) / "model.json")
+    about = store.read_trained(root, first.schedule)
     weights = about["weights_sha256"]
+    found = [PointFiles.read(root, point) for point, _ in group if (root / store.samples_file(point)).exists()]
+    points = [files for files in found if files.model == weights]
+    if not points:
+        return None
 
     def agrees(run: Run) -> bool:
         if run.data.tags.get(MODEL) != weights:
@@ -413,15 +429,20 @@ def _link_model(target: Target, run: Run, training: Run, weights: str) -> None:
 def _log_real(target: Target, run: Run, root: Path, data: Mapping[str, Any], start: int, added: Counter[str]) -> None:
     """Real images at step 0, to compare with: MLflow's slider stands there when a page opens, and would show nothing."""
     about = root / store.dataset_dir() / "dataset.json"
-    if about.exists() and store.read_json(about)["sha256"] == data["sha256"]:
+    if about.exists() and store.read_dataset_record(root)["sha256"] == data["sha256"]:
         picture = store.grid(store.read_dataset(root).train[:REAL])
-        log_image(target, run, picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0), 0, start, added)
+        log_image(target, run, _picture(picture), 0, start, added)
+
+
+def _picture(picture: store.Images) -> store.Images:
+    """uint8 C,H,W -> H,W or H,W,3, as MLflow takes it."""
+    return picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
 
 
 def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, added: Counter[str]) -> None:
     from mlflow.entities import Metric
-    from PIL import Image
 
+    images = store.read_samples(root / store.samples_file(files.point)).images
     sampled, evaluated = (times.get("ended", UNKNOWN_TIME) for times in (files.sampled, files.evaluated))
     metrics = [Metric(key, value, sampled, files.evaluations) for key, value in _peak_memory(files.sampled).items()]
     if files.sampled.get("per_second"):
@@ -433,10 +454,7 @@ def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, adde
             Metric(key, scores[key], evaluated, files.evaluations) for key in METRICS if scores.get(key) is not None
         ]
     log_metrics(target, run, metrics, added)
-    preview = (root / store.samples_file(files.point)).with_suffix(".png")
-    if preview.exists():
-        with Image.open(preview) as picture:
-            log_image(target, run, picture, files.evaluations, sampled, added)
+    log_image(target, run, _picture(store.preview(images)), files.evaluations, sampled, added)
     if files.metrics is not None:
         record = {"scores": files.metrics, "sampled": files.sampled, "evaluated": files.evaluated}
         target.client.log_dict(run.info.run_id, record, f"points/{files.point.name}.json")
@@ -455,9 +473,10 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
     training = _publish_training(target, root, schedule, added)
     if training is None or not path.exists() or not table.exists():
         return
-    about, scores = store.read_json(root / store.model_dir(schedule) / "model.json"), store.read_json(path)
+    about, scores = store.read_trained(root, schedule), store.read_record(path)
     if scores["model"] != about["weights_sha256"]:
         return
+    store.read_described(path, scores, table)
     content = digest([store.sha256(path), store.sha256(table)])
     settings = {name: scores[name] for name in ("seed", "variance", "clip", "times")}
     settings |= {f"images_{split}": scores[split]["images"] for split in ("train", "test") if split in scores}
@@ -512,8 +531,8 @@ def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
     folder = root / store.report_dir()
     if not (folder / "best.json").exists():
         return
-    best, times = store.read_json(folder / "best.json"), run_times(root, store.report_dir())
-    page = _page_with_lineage(target, root) if (folder / "index.html").exists() else ""
+    (best, rows), times = store.read_report(root), run_times(root, store.report_dir())
+    page = _page_with_lineage(target, root, rows) if rows else ""
     content = digest([store.sha256(folder), page])
     note = f"Best point: **{best['point']}**, {RANKING.title} {best[HEADLINE]:.4g} at {best['evaluations']} network evaluations."
     tags = {"ddpm.stage": "report", "ddpm.best": str(best["point"]), "mlflow.note.content": note}
@@ -531,10 +550,10 @@ def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
     log(target, run, tags={**tags, **_commit(times), "ddpm.report_sha256": content})
 
 
-def _page_with_lineage(target: Target, root: Path) -> str:
+def _page_with_lineage(target: Target, root: Path, points: Sequence[Mapping[str, str]]) -> str:
     """report/index.html as it is published."""
     folder = root / store.report_dir()
-    rows = [{key: _number(cell) for key, cell in row.items()} for row in store.read_csv(folder / "points.csv")]
+    rows = [{key: _number(cell) for key, cell in row.items()} for row in points]
     schedules = list(dict.fromkeys(row["schedule"] for row in rows))
     outputs = {"prepare": store.dataset_dir()}
     outputs |= {f"train@{name}": store.model_dir(name) for name in schedules}
@@ -571,7 +590,7 @@ def _runs_of(target: Target, root: Path, rows: Sequence[Mapping[str, Any]]) -> d
         )
         if about.exists():
             for stage in ("train", "likelihood"):
-                weights = store.read_json(about)["weights_sha256"]
+                weights = store.read_trained(root, row["schedule"])["weights_sha256"]
                 held[f"{stage}@{row['schedule']}"] = {"ddpm.stage": stage, MODEL: weights}
         if (root / samples).exists():
             tag = {"ddpm.stage": "sample", f"ddpm.samples.{row['steps']}": store.sha256(root / samples)}

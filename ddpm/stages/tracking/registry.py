@@ -37,7 +37,7 @@ from ddpm.stages.tracking.place import (
     require_reachable,
 )
 from ddpm.stages.tracking.publishing import publish_points
-from ddpm.stages.tracking.runs import MODEL, SETTINGS
+from ddpm.stages.tracking.runs import MODEL, MODEL_RECORD, SETTINGS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,7 +111,16 @@ def _download(client: MlflowClient, where: Place, version: ModelVersion, destina
     location = client.get_model_version_download_uri(version.name, version.version)
     destination.mkdir(parents=True, exist_ok=True)
     path = download_artifacts(f"{location}/artifacts/checkpoint", dst_path=str(destination), tracking_uri=where.uri)
-    return Path(path)
+    folder = Path(path)
+    about = store.read_model_record(folder)
+    store.check_weights(folder, about)
+    found = {MODEL: about["weights_sha256"], MODEL_RECORD: store.record_digest(about)}
+    if MODEL not in version.tags or any(version.tags.get(tag, value) != value for tag, value in found.items()):
+        raise InputError(
+            f"{version.name} version {version.version}: its files are not those that were registered; restore them in"
+            f" {where.shown}'s artifacts, or register the model again (ddpm promote --replace)"
+        )
+    return folder
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,7 @@ class Challenger:
     def tags(self) -> dict[str, str]:
         return {
             **self.identity,
+            MODEL_RECORD: store.record_digest(self.about),
             "ddpm.point": self.point.name,
             "ddpm.schedule": self.point.schedule,
             "ddpm.sampler": self.point.sampler,
@@ -170,21 +180,23 @@ def _influence_tag(protocol: Protocol) -> str:
 
 
 def _challenger(params: Params, root: Path) -> Challenger:
-    best = store.read_json(root / store.report_dir() / "best.json")
+    best = store.read_record(root / store.report_dir() / "best.json")
     point = Point.parse(str(best.get("point")))
-    metrics = store.read_json(root / store.metrics_file(point))
+    metrics = store.read_scores(root, point)
     settings = settings_of(params, point, root, store.dvc_lock(root))
     if metrics.get(HEADLINE) != best.get(HEADLINE) or settings is None:
         raise InputError(f"{root / store.report_dir()}: the report is older than its scores; run dvc repro")
     folder, bound = root / store.model_dir(point.schedule), root / store.likelihood_file(point.schedule)
-    about, likelihood = store.read_json(folder / "model.json"), store.read_json(bound) if bound.exists() else None
+    about, likelihood = store.read_trained(root, point.schedule), store.read_record(bound) if bound.exists() else None
+    if metrics["model"] != about["weights_sha256"]:
+        raise InputError(f"{folder}: not the model that {point.name} was scored with; run dvc repro")
     return Challenger(
         model_name(params),
         point,
         {**settings.row, "steps": point.steps, "clip": settings.sampling.get("clip", True)},
         settings.seed,
         metrics,
-        Score.of(metrics, store.read_influence(root / store.influence_file(point)), settings.seed),
+        Score.of(metrics, store.read_point_influence(root, point, metrics), settings.seed),
         about,
         folder,
         likelihood if likelihood and likelihood["model"] == about["weights_sha256"] else None,
@@ -323,7 +335,7 @@ def _with_influence(target: Target, version: ModelVersion, score: Score, say: Sa
             path = download_artifacts(
                 run_id=kept["run"], artifact_path=kept["path"], dst_path=name, tracking_uri=target.place.uri
             )
-            influence = store.read_influence(Path(path))
+            influence = store.read_influence(Path(path), str(kept.get("sha256")))
         except (MlflowException, OSError, InputError) as error:
             say(f"promote: the influence values of version {version.version} are gone ({' '.join(str(error).split())})")
             return score
@@ -342,8 +354,9 @@ def _keep(target: Target, version: ModelVersion, score: Score, metrics: dict[str
     with tempfile.TemporaryDirectory(prefix="ddpm-influence-") as name:
         file = Path(name) / Path(path).name
         store.write_influence(file, score.estimate.influence)
+        digest = store.sha256(file)
         target.client.log_artifact(version.run_id, str(file), "influence")
-    kept = {"run": version.run_id, "path": path, "seed": score.seed}
+    kept = {"run": version.run_id, "path": path, "seed": score.seed, "sha256": digest}
     _tag(target.client, version, _influence_tag(score.protocol), json.dumps(kept))
 
 
@@ -592,6 +605,7 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
     package = Path(__file__).parents[2]
     with tempfile.TemporaryDirectory(prefix="ddpm-code-") as name:
         code, checkpoint = Path(name) / package.name, Path(name) / "checkpoint"
+        store.check_weights(challenger.folder, challenger.about)
         shutil.copytree(challenger.folder, checkpoint)
         for module in SERVED_MODULES:
             (code / module).parent.mkdir(parents=True, exist_ok=True)
@@ -604,7 +618,11 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
             signature=ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype(np.uint8), shape)])),
             input_example=pd.DataFrame(example),
             pip_requirements=[f"mlflow=={installed_version('mlflow')}", *map(_requirement, SERVED_PACKAGES)],
-            model_config={"settings": challenger.settings, "seed": challenger.seed},
+            model_config={
+                "settings": challenger.settings,
+                "seed": challenger.seed,
+                "weights_sha256": challenger.about["weights_sha256"],
+            },
             metadata={
                 "point": challenger.point.name,
                 HEADLINE: challenger.score.value,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CURVES = ("loss", "learning_rate", "gradient_norm", "validation_loss")  # of a training, as in its CSV
 KEY, MODEL, CURVES_SHA = "ddpm.key", "ddpm.model_sha256", "ddpm.curves_sha256"
+MODEL_RECORD = "ddpm.model_record_sha256"  # of model.json's content
 COMPRESSED = "+compressed.webp"  # the picture that MLflow's slider shows
 SUPERSEDED, PROCESS, SETTINGS = "ddpm.superseded", "ddpm.process", "ddpm.settings"
 PUBLISHER = "ddpm.publisher"  # the process that fills a run in; gone once it is FINISHED

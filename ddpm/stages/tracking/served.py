@@ -32,6 +32,8 @@ class ImageModel(PythonModel):
         self.device = find_device("auto")
         folder = Path(context.artifacts["checkpoint"])
         self.denoiser, self.about = checkpoint.load(folder, self.device, self.settings.pop("clip"))
+        if self.about["weights_sha256"] != config.get("weights_sha256", self.about["weights_sha256"]):
+            raise ValueError(f"{folder}: not the checkpoint that this model was registered with")
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         """-> uint8 [N, C, H, W]. Raises ValueError for a sampler, a class, a number of steps or of images that cannot be."""
