@@ -75,7 +75,7 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
         "reference": dataset.about["sha256"],
         "extractor": features.EXTRACTOR,
         "extractor_sha256": inception.sha256,
-        "samples": store.sha256(path),
+        "samples": found.sha256,
     }
     return scores, influence
 

@@ -655,11 +655,16 @@ RECORD = "record.json"  # in a sample set
 
 @dataclass(frozen=True)
 class Samples:
-    """A sample set. images: uint8 N,C,H,W. evaluations: of the network, for each image. model: sha256 of its weights."""
+    """A sample set.
+
+    images: uint8 N,C,H,W. evaluations: of the network, for each image. model: sha256 of its weights. sha256: of all that the
+    set holds, whatever the bytes of its archive.
+    """
 
     images: Images
     evaluations: int
     model: str
+    sha256: str
 
 
 def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
@@ -674,11 +679,14 @@ def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
         images = archive["images"]
         if _array_digest(images) != about["arrays"].get("images"):
             raise ValueError(f"its images are not those that its {RECORD} describes")
-        return Samples(images, about["evaluations"], about["model"])
+        return Samples(images, about["evaluations"], about["model"], about[CHECKSUM])
 
 
 def read_samples_record(path: Path) -> dict[str, Any]:
-    """Reads what a sample set says of itself, without its images: point, model, evaluations. Raises InputError."""
+    """Reads what a sample set says of itself, without its images: point, model, evaluations, and its hash as `record_sha256`.
+
+    Raises InputError.
+    """
     with _sample_set(path) as (_, about):
         return about
 

@@ -102,7 +102,7 @@ def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **change
         "reference": store.read_dataset_record(root)["sha256"],
         "extractor": "inception-v3-2015-12-05",
         "extractor_sha256": "e" * 64,
-        "samples": store.sha256(samples),
+        "samples": about[store.CHECKSUM],
     }
     store.write_record(root / store.metrics_file(point), {**scores, **changes}, [values])
     files = [path for path in (root / "metrics").glob("*-*.json") if not path.name.endswith(".run.json")]

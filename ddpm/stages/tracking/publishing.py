@@ -117,13 +117,16 @@ def publish(params: Params, root: Path = Path(), only: str | None = None, say: S
 
 def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]) -> list[str]:
     end_orphans(target)
+    stale = list[str]()
     for folder in sorted((root / "models").glob("*/model.json")):
-        _publish_training(target, root, folder.parent.name, added)
-        _publish_likelihood(target, root, folder.parent.name, added)
-    stages, groups, stale = store.dvc_lock(root), dict[str, list[tuple[Point, PointSettings]]](), []
+        schedule = folder.parent.name
+        _publish_training(target, root, schedule, added)
+        if not _publish_likelihood(target, root, schedule, added):
+            stale.append(f"likelihood of {schedule}")
+    stages, groups = store.dvc_lock(root), dict[str, list[tuple[Point, PointSettings]]]()
     for point in _points(root):
         settings = settings_of(params, point, root, stages)
-        if settings is None or not _is_of_its_model(root, point):
+        if settings is None or not _belong(root, point):
             stale.append(point.name)
         else:
             identity = json.dumps([point.schedule, point.sampler, asdict(settings)])
@@ -135,12 +138,15 @@ def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]
     return stale
 
 
-def _is_of_its_model(root: Path, point: Point) -> bool:
-    """Whether the samples of a point were drawn from the model that is there, if there is one."""
-    if not (root / store.model_dir(point.schedule) / "model.json").exists():
-        return True
-    made_by = store.read_samples_record(root / store.samples_file(point))["model"]
-    return bool(made_by == store.read_trained(root, point.schedule)["weights_sha256"])
+def _belong(root: Path, point: Point) -> bool:
+    """Whether the samples of a point were drawn from the model that is there, and its scores are of these samples."""
+    about = store.read_samples_record(root / store.samples_file(point))
+    found = dict[str, Any]()
+    if (root / store.model_dir(point.schedule) / "model.json").exists():
+        found["model"] = store.read_trained(root, point.schedule)["weights_sha256"]
+    if (root / store.metrics_file(point)).exists():
+        found[store.CHECKSUM] = store.read_scores(root, point)["samples"]
+    return found.items() <= about.items()
 
 
 def _points(root: Path) -> Iterator[Point]:
@@ -321,7 +327,7 @@ class PointFiles:
     point: Point
     evaluations: int
     model: str
-    samples: str  # sha256
+    samples: str  # sha256 of what the set holds
     metrics: dict[str, Any] | None
     scores: str  # sha256 of the metrics file
     sampled: dict[str, Any]  # run files
@@ -330,7 +336,8 @@ class PointFiles:
     @classmethod
     def read(cls, root: Path, point: Point) -> PointFiles:
         path, scores = store.samples_file(point), store.metrics_file(point)
-        about, samples = store.read_samples_record(root / path), store.sha256(root / path)
+        about = store.read_samples_record(root / path)
+        samples = about[store.CHECKSUM]
         metrics = store.read_scores(root, point) if (root / scores).exists() else None
         if metrics is not None and metrics["samples"] != samples:
             metrics = None
@@ -465,17 +472,20 @@ def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, adde
 # The run of a schedule's bound.
 
 
-def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counter[str]) -> None:
-    """Below the training's run: bits/dim at step = training steps, rate and distortion at step = network time."""
+def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counter[str]) -> bool:
+    """Below the training's run: bits/dim at step = training steps, rate and distortion at step = network time.
+
+    Returns False for the likelihood of another model.
+    """
     from mlflow.entities import Metric
 
     path, table = root / store.likelihood_file(schedule), root / store.likelihood_curve_file(schedule)
     training = _publish_training(target, root, schedule, added)
     if training is None or not path.exists() or not table.exists():
-        return
+        return True
     about, scores = store.read_trained(root, schedule), store.read_record(path)
     if scores["model"] != about["weights_sha256"]:
-        return
+        return False
     store.read_described(path, scores, table)
     content = digest([store.sha256(path), store.sha256(table)])
     settings = {name: scores[name] for name in ("seed", "variance", "clip", "times")}
@@ -504,7 +514,7 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
         added,
     )
     if run.data.tags.get(PUBLISHED) == content:
-        return
+        return True
     log(target, run, flat({"schedule": schedule, "likelihood": settings}))
     _log_dataset(target, run, root, about["data"], "evaluation")
     _link_model(target, run, training, scores["model"])
@@ -521,6 +531,7 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
     log_metrics(target, run, metrics, added)
     finish(target, run, end)
     log(target, run, tags={PUBLISHED: content})
+    return True
 
 
 # The run of the report.
@@ -593,7 +604,8 @@ def _runs_of(target: Target, root: Path, rows: Sequence[Mapping[str, Any]]) -> d
                 weights = store.read_trained(root, row["schedule"])["weights_sha256"]
                 held[f"{stage}@{row['schedule']}"] = {"ddpm.stage": stage, MODEL: weights}
         if (root / samples).exists():
-            tag = {"ddpm.stage": "sample", f"ddpm.samples.{row['steps']}": store.sha256(root / samples)}
+            made = store.read_samples_record(root / samples)[store.CHECKSUM]
+            tag = {"ddpm.stage": "sample", f"ddpm.samples.{row['steps']}": made}
             held |= {f"{stage}@{row['point']}": tag for stage in ("sample", "evaluate")}
     uri, found = target.place.shown, dict[str, tuple[str, str]]()
     for run in search(target, ""):
