@@ -51,6 +51,7 @@ FULL = f"{FAULTS}a_full_disk_is_one_line_and_harms_nothing"
 DIVERGED = f"{FAULTS}a_loss_far_above_that_of_predicting_nothing_stops_it"
 MEMORY = f"{FAULTS}out_of_memory_says_what_to_lower"
 SECURITY = "tests/test_security.py::test_"
+CORRUPTION = "tests/stages/test_corruption.py::test_damage_is_refused_or_mended"
 PICTURE = f"{BAD}an_image_or_an_archive"
 
 TRAINING = [
@@ -214,7 +215,7 @@ TRAINING = [
     Protection(
         "kill -9 of sampling: whose checksums hold",
         STORE,
-        'if _digest(self._images[start:stop]) == entry["sha256"]:',
+        'if self._entry(range(start, stop), entry["evaluations"]) == entry:',
         "if True:",
         SAMPLING,
     ),
@@ -279,8 +280,8 @@ TRAINING = [
     Protection(
         "the newest training state damaged: the one before is still there",
         CHECKPOINT,
-        "keep: int = 2)",
-        "keep: int = 1)",
+        "KEPT = 2",
+        "KEPT = 1",
         f"{DAMAGED}[flipped]",
     ),
     # Full disks.
@@ -963,21 +964,21 @@ INPUT = [
     Protection(
         "dataset/: NaN in JSON",
         STORE,
-        ", parse_constant=_no_constant",
-        "",
+        'read_text(encoding="utf-8"), parse_constant=_no_constant',
+        'read_text(encoding="utf-8")',
         f"{BAD}a_prepared_dataset[NaN]",
     ),
     Protection(
         "a checkpoint: its hash",
-        CHECKPOINT,
-        'if store.sha256(weights) != about["weights_sha256"]:',
+        STORE,
+        'if sha256(weights) != about["weights_sha256"]:',
         "if False:",
         f"{BAD}a_checkpoint[a flipped bit]",
     ),
     Protection(
         "a checkpoint: another version's",
-        CHECKPOINT,
-        'if about.get("format") != FORMAT:',
+        STORE,
+        'if about.get("format") != MODEL_FORMAT:',
         "if False:",
         f"{BAD}a_checkpoint[another format]",
     ),
@@ -1019,8 +1020,8 @@ INPUT = [
     Protection(
         "a sample set: of another dataset",
         STORE,
-        "if dataset is None or shape[1:] == dataset.train.shape[1:]:",
-        "if True:",
+        "if dataset is not None and shape[1:] != dataset.train.shape[1:]:",
+        "if False:",
         f"{BAD}a_sample_set[of another size]",
     ),
     Protection(
@@ -1040,9 +1041,44 @@ INPUT = [
     Protection(
         "a sample set: evaluations",
         STORE,
-        'if evaluations.shape != () or evaluations.dtype.kind != "i" or evaluations < 1:',
-        "if False:",
+        "    evaluations: Annotated[int, Field(ge=1)]\n",
+        "    evaluations: Any\n",
         f"{BAD}a_sample_set[no evaluation]",
+    ),
+    Protection(
+        "damage: a record's own hash",
+        STORE,
+        "if value[CHECKSUM] != record_digest(content):",
+        "if False:",
+        f"{CORRUPTION}[models/cosine/model.json by sample-flipped]",
+    ),
+    Protection(
+        "damage: the arrays of a dataset",
+        STORE,
+        'if _remembered_sha256(path, memory) != about["files"].get(path.name):',
+        "if False:",
+        f"{CORRUPTION}[dataset/train.npy by train-flipped]",
+    ),
+    Protection(
+        "damage: the files that a record describes",
+        STORE,
+        "if expected is None or digest(path) != expected:",
+        "if False:",
+        f"{CORRUPTION}[metrics/train/cosine.csv by report-swapped]",
+    ),
+    Protection(
+        "damage: samples under another point's name",
+        STORE,
+        'if value["point"] != path.stem:',
+        "if False:",
+        f"{CORRUPTION}[samples/cosine-ddim-5.npz by evaluate-swapped]",
+    ),
+    Protection(
+        "damage: a registered model whose files were replaced",
+        REGISTRY,
+        "if MODEL not in version.tags or any(",
+        "if False and any(",
+        "tests/stages/test_promote.py::test_a_registered_model_whose_files_were_replaced_is_refused",
     ),
     Protection(
         "scores: of another run",

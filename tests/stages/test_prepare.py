@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import struct
 import zipfile
 import zlib
@@ -47,6 +48,39 @@ def files_of(root: Path) -> dict[str, bytes]:
 
 
 # What it writes.
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_changed_array_is_refused_though_its_times_say_nothing(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    shutil.copytree(digits / "dataset", tmp_path / "dataset")
+    path = tmp_path / "dataset" / "train.npy"
+    monkeypatch.setattr(store, "SETTLED", 0.0)  # what was written just now counts as old
+    if large:
+        monkeypatch.setattr(store, "LARGE", 1)
+    assert len(store.read_dataset(tmp_path).train) == 1438
+    assert (tmp_path / store.CACHE / "verified.json").exists() is large
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(200)
+        file.write(b"\xee")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(InputError, match=r"train\.npy: its bytes are not those that dataset\.json describes"):
+        store.read_dataset(tmp_path)
+
+
+def test_the_hash_of_a_large_array_is_computed_once(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(digits / "dataset", tmp_path / "dataset")
+    monkeypatch.setattr(store, "SETTLED", 0.0)
+    monkeypatch.setattr(store, "LARGE", 1)
+    store.read_dataset(tmp_path)
+    hashed: list[Path] = []
+    monkeypatch.setattr(store, "sha256", hashed.append)
+    store.read_dataset(tmp_path)
+    assert not hashed
 
 
 def test_digits(smoke: Smoke, tmp_path: Path) -> None:

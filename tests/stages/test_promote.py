@@ -180,6 +180,37 @@ class Registry:
         return [json.loads(tags[tag]) for tag in sorted(tags) if tag.startswith("ddpm.decision.")]
 
 
+@pytest.mark.parametrize("change", ["another model", "another target"])
+def test_a_registered_model_whose_files_were_replaced_is_refused(
+    checkout: Path, params: Params, tmp_path: Path, change: str
+) -> None:
+    """Weights and model.json fit each other, and are not those that were registered."""
+    tracking.promote(params, checkout, rescore=never)
+    (folder,) = checkout.glob("mlartifacts/*/models/*/artifacts/artifacts/checkpoint")
+    about = store.read_model_record(folder)
+    net = checkpoint.network(about["network"])
+    if change == "another target":
+        store.write_record(folder / "model.json", {**about, "target": "v"})
+    else:
+        checkpoint.save(folder, net, {key: about[key] for key in about if key not in ("format", "weights_sha256")})
+    checkpoint.load(folder)  # a whole checkpoint
+    with pytest.raises(InputError, match="version 1: its files are not those that were registered"):
+        tracking.fetch_model("models:/ddpm-digits@champion", tmp_path, checkout)
+
+
+def test_influence_values_that_were_replaced_are_not_compared_in_pairs(
+    checkout: Path, params: Params, write_scores: Scores
+) -> None:
+    tracking.promote(params, checkout, rescore=never)
+    (kept,) = checkout.glob("mlartifacts/*/*/artifacts/influence/*.npy")
+    store.write_influence(kept, np.load(kept)[::-1])
+    write_scores(checkout, SECOND, 8.0)
+    said: list[str] = []
+    tracking.promote(params, checkout, rescore=never, say=said.append)
+    assert "not those that were recorded with the scores" in said[0]
+    assert Registry(checkout).decisions()[-1]["paired"] is False
+
+
 def test_the_history_of_a_championship(checkout: Path, params: Params, write_scores: Scores) -> None:
     first = tracking.promote(params, checkout, rescore=never)
     assert (first.promoted, first.version, first.point) == (True, "1", "cosine-ddim-5")
