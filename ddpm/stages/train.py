@@ -108,11 +108,24 @@ def train(
     ):
         noise_schedule(params, schedule)
         device = find_device(params.compute.device)
-        dataset = store.read_dataset(root)
         if params.schedules[schedule].imported is not None:
-            return _copy_imported(params, schedule, dataset, root, report)
+            return _copy_imported(params, schedule, store.read_dataset(root), root, report)
         with ranks.joined(device) as (world, device):
+            dataset = _read_dataset(root, world)
             return _train(params, schedule, dataset, root, report if world.rank == 0 else silent, fresh, world, device)
+
+
+def _read_dataset(root: Path, world: World) -> store.Dataset:
+    """Reads this process's dataset. Raises InputError in every process where one of them refuses its files: none waits."""
+    dataset, refusal = None, None
+    try:
+        dataset = store.read_dataset(root)
+    except InputError as error:
+        refusal = error
+    if world.largest(int(refusal is not None)):
+        raise refusal or InputError("train: another process refuses its dataset; the output of that process says why")
+    assert dataset is not None
+    return dataset
 
 
 def _train(  # noqa: PLR0912, PLR0915 - the loop and all that it needs

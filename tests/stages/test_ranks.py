@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -221,3 +222,19 @@ def test_what_cannot_be_is_one_line(root: Path, params: Params, start: Start, sm
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for process in [start(RANK="0", **world), start(RANK="1", at=other, **world)]:
         assert "its processes differ in their data, parameters or code" in ended(process, 2)
+
+
+def test_hosts_whose_images_differ_are_told_apart_by_bytes(root: Path, params: Params, start: Start) -> None:
+    """Both dataset.json say the same."""
+    other = root / "other"
+    other.mkdir()
+    shutil.copytree(root / "dataset", other / "dataset")
+    with (other / "dataset" / "train.npy").open("r+b") as file:
+        file.seek(500)
+        file.write(b"\xee")
+    for where in (root, other):
+        write(where, params, 1)
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    first, second = start(RANK="0", **world), start(RANK="1", at=other, **world)
+    assert "another process refuses its dataset" in ended(first, 2)
+    assert "train.npy: its bytes are not those that dataset.json describes" in ended(second, 2)
