@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ddpm.training import fit
     from ddpm.unet import UNet
 
-__version__ = "0.1.0"
-
 __all__ = [
     "LOSSES",
     "SAMPLERS",
@@ -62,6 +60,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # not written here: it would be a dependency of every stage
+        return importlib.import_module("importlib.metadata").version("ddpm")
     if name not in _HOMES:
         raise AttributeError(f"module 'ddpm' has no attribute '{name}'")
     return getattr(importlib.import_module(f"ddpm.{_HOMES[name]}"), name)

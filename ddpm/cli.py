@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ddpm.stages import stopping, store, watchdog
+from ddpm.stages import checkout, stopping, store, watchdog
 from ddpm.stages.display import display, say
 from ddpm.stages.errors import InputError
 from ddpm.stages.inputs import unchanged
@@ -54,6 +54,7 @@ def options(
 ) -> None:
     global Debug  # noqa: PLW0603
     Debug = debug
+    checkout.require_own(Path())
 
 
 def _run(
@@ -497,6 +498,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("ddpm: interrupted", file=sys.stderr)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if Debug:
+            raise
+        print(f"ddpm: {checkout.missing(error)}", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         if Debug:
             raise
@@ -504,7 +510,3 @@ def main() -> None:
             f"ddpm: {type(error).__name__}: {' '.join(str(error).split())} (ddpm --debug shows where)", file=sys.stderr
         )
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -232,6 +232,10 @@ def _convert(path: Path) -> State:
             for entry in ("bias", "running_mean", "running_var"):
                 state[f"{name}.bn.{entry}"] = next(tensors)
             state[f"{name}.bn.weight"] = torch.ones_like(state[f"{name}.bn.bias"])
+    if _digest(state) != _CONVERTED_DIGEST:  # the code has changed: what another version kept must not stand for it
+        raise WeightsError(
+            f"{path}: converted into other tensors than {Path(__file__).name} expects; restore that file"
+        )
     return state
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 
 from ddpm.unet import NormSwish
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-Wno-psabi")
 WIDE = 8  # channels that the C code takes at once
 TILES = 1024  # worked on at once, or one image's: what is between the transforms then stays in the processor's cache
@@ -224,7 +225,8 @@ def _call(name: str, *arguments: Any) -> None:
 def _library() -> ctypes.CDLL:
     """native.c, compiled for this processor; the file is kept beside what torch.hub keeps. Raises NoCompiler."""
     compiler, threads = _compiler(), _openmp()
-    about = (SOURCE.read_text(encoding="utf-8"), compiler, FLAGS, threads, _processor())
+    code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (SOURCE, Path(__file__))]
+    about = (code, compiler, _run([*compiler, "--version"]), threads, _processor())
     folder = Path(torch.hub.get_dir()).parent / "ddpm"
     path = folder / f"native-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
     try:
@@ -249,11 +251,13 @@ def _compiler(names: Sequence[str] = ("cc", "gcc")) -> list[str]:
     return command
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
+    """Runs the compiler; returns its standard output. Raises NoCompiler."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
         raise NoCompiler(f"the C compiler failed: {said}")
+    return done.stdout
 
 
 def _openmp() -> str:
@@ -268,7 +272,8 @@ def _openmp() -> str:
 
 
 def _processor() -> str:
-    """What the processor can do."""
+    """Which processor this is and what it can do: the compiler makes code for it."""
     about = Path("/proc/cpuinfo")
-    lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    lines = about.read_text(encoding="utf-8").partition("\n\n")[0].splitlines() if about.exists() else []
+    named = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")  # on x86 and ARM
+    return "\n".join([platform.machine(), *(line for line in lines if line.startswith(named))])

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from ddpm.stages import store
+from ddpm.stages import checkout, store
 from ddpm.stages.errors import InputError
 from flows import parameters
 from flows.embedded import Api
@@ -37,6 +37,7 @@ def main(
     began = time.monotonic()
     console = Console()
     try:
+        checkout.require_own(Path(), "ddpm", "flows")
         parameters.read(Path(), recipe, overrides or ())  # before the wait for a server
         api = Api(Path())
         # Prefect reads its settings when it is imported; its console log would repeat what the display says.

@@ -71,9 +71,9 @@ def run(
 
 def _spawn(command: Sequence[str], root: Path, standard_input: int) -> Child:
     environment = _environment()
-    if warm.can_run(command[0], environment):
+    if warm.can_run(command, environment):
         if not _warm or not _warm[0].alive():
-            _warm[:] = [warm.Warm(environment)]
+            _warm[:] = [warm.Warm(root, environment)]
         try:
             return _warm[0].spawn(command, root, environment, standard_input)
         except OSError as error:

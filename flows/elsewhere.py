@@ -26,7 +26,7 @@ from prefect.deployments import run_deployment
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed
 
-from ddpm.stages import store
+from ddpm.stages import checkout, store
 from ddpm.stages.errors import InputError
 from flows import children, engines, reaping, work
 from flows.watch import Kind, Log, Outcome, Watcher, watcher
@@ -66,6 +66,7 @@ def _stage(stage: str, commit: str, params: str, asked_by: str, wanted_by: UUID 
     root = Path.cwd()
     token = watcher.set(watcher.get(Log()))
     try:
+        checkout.require_own(root, "ddpm", "flows")
         if (here := head(root)) != commit:
             raise InputError(f"this host's clone is at {here[:10]}, the run is of {commit[:10]}: check that out here")
         with alone(root, asked_by), _running(wanted_by):

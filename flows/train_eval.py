@@ -21,10 +21,10 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from ddpm.stages import store, watchdog
+from ddpm.stages import checkout, store, watchdog
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
-from flows import children, dag, elsewhere, engines, links, parameters, reaping, rwlock, work
+from flows import children, dag, elsewhere, engines, links, parameters, reaping, rwlock, warm, work
 from flows.watch import Log, Outcome, watcher
 
 
@@ -71,7 +71,7 @@ def run_stage(stage: str, root: str, unchanged: bool, hosts: bool = False) -> St
 def run_publish(root: str, standard_input: int) -> State:
     """`ddpm publish --follow`: one process for MLflow beside the stages, until its standard input ends."""
     try:
-        command = ("ddpm", "publish", "--follow")
+        command = (*warm.DDPM, "publish", "--follow")
         return _state("publish", work.run("publish", command, Path(root), watcher.get(), standard_input))
     except children.Stopped:
         return Cancelled(message="stopped with the flow")
@@ -88,7 +88,7 @@ def run_publish(root: str, standard_input: int) -> State:
 def run_promote(root: str) -> State:
     """`ddpm promote`: the registry belongs to no DVC stage."""
     try:
-        return _state("promote", work.run("promote", ("ddpm", "promote"), Path(root), watcher.get()))
+        return _state("promote", work.run("promote", (*warm.DDPM, "promote"), Path(root), watcher.get()))
     except children.Stopped:
         return Cancelled(message="stopped with the flow")
 
@@ -120,6 +120,7 @@ def train_eval(
     except Exception as error:  # noqa: BLE001 - who watches must not fail the work
         watcher.get().line("train-eval", f"killed runs may still show as Running ({type(error).__name__}: {error})")
     try:
+        checkout.require_own(root, "ddpm", "flows")
         with alone(root):
             return _everything(root, recipe, overrides or [], promote, hosts)
     except InputError as error:

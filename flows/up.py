@@ -22,6 +22,7 @@ from honcho.environ import parse_procfile
 from honcho.manager import Manager
 from honcho.printer import Message, Printer
 
+from ddpm.stages import checkout
 from ddpm.stages.errors import InputError, without_password
 from flows import access, children, embedded, links
 
@@ -31,6 +32,11 @@ GRACE = 20.0  # seconds for flow runs to end their stages
 
 
 def main(chosen: list[str]) -> None:
+    try:
+        checkout.require_own(Path(), "ddpm", "flows")
+    except InputError as error:
+        print(f"make up: {error}", file=sys.stderr)
+        sys.exit(2)
     processes = parse_procfile(Path("Procfile").read_text(encoding="utf-8")).processes
     if unknown := set(chosen) - set(processes):
         sys.exit(f"make up: no {', '.join(sorted(unknown))} in Procfile; it has {', '.join(processes)}")

@@ -2,8 +2,9 @@
 
 torch, Inception and MLflow take two to seven seconds to import, which is most of what a small stage lasts. So a flow has one
 process that imports and does nothing else, `python -m flows.warm`. It forks for every `dvc repro`, and that DVC forks once more
-where a stage's command is `ddpm ...`, instead of starting an interpreter. Everything else is as with a new process: a session
-of its own, the environment and the arguments, the output, the exit code, the signals that end it.
+where a stage's command is `python -B -m ddpm ...`, instead of starting an interpreter. Everything else is as with a new process:
+a session of its own, the environment and the arguments, the output, the exit code, the signals that end it. A stage in a folder
+whose ddpm/ is not the imported one starts an interpreter.
 
 Linux alone: elsewhere system libraries do not allow a fork after an import.
 """
@@ -32,9 +33,10 @@ from typing import Any, NoReturn
 
 import setproctitle
 
+from ddpm.stages import checkout
 from flows import lockfile
 
-PROGRAMS = ("dvc", "ddpm")
+DVC, DDPM = ("dvc",), ("python", "-B", "-m", "ddpm")  # how the commands begin that can be forks
 PLAIN = re.compile(r"[\w./@=-]+( [\w./@=-]+)*")  # a command that needs no shell
 
 # In the order in which a run needs them, some with a function to call. A request that comes meanwhile waits for the import
@@ -65,12 +67,17 @@ LARGEST = 1 << 17  # bytes of a request: arguments and environment
 _LOST = -signal.SIGKILL  # the exit code of a child whose warm process was killed
 
 
-def can_run(program: str, environment: Mapping[str, str]) -> bool:
-    """Whether it is one of PROGRAMS, and the one of this interpreter is what PATH leads to."""
-    if sys.platform != "linux" or program not in PROGRAMS:
+def can_run(command: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether a command is DVC's or ddpm's, and PATH leads to the one of this interpreter's environment."""
+    if sys.platform != "linux" or not (_begins(command, DVC) or _begins(command, DDPM)):
         return False
-    found, own = shutil.which(program, path=environment.get("PATH")), Path(sys.executable).with_name(program)
-    return found is not None and own.exists() and own.samefile(found)
+    found, own = shutil.which(command[0], path=environment.get("PATH")), Path(sys.executable).with_name(command[0])
+    # Folders too: environments share an interpreter, to which their links lead.
+    return found is not None and own.exists() and own.samefile(found) and own.parent.samefile(Path(found).parent)
+
+
+def _begins(command: Sequence[str], words: tuple[str, ...]) -> bool:
+    return tuple(command[: len(words)]) == words
 
 
 class Child:
@@ -101,13 +108,14 @@ class Child:
 class Warm:
     """The process, from here on until close(), or the end of the one that made it."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, root: Path, environment: Mapping[str, str]) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "flows.warm", str(theirs.fileno()), ROOM],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                cwd=root,  # whose code it imports
                 env={**environment, "SPT_NOENV": "1"},  # setproctitle leaves alone what others read of the environment
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
@@ -117,9 +125,9 @@ class Warm:
         return self._process.poll() is None
 
     def spawn(self, command: Sequence[str], root: Path, environment: Mapping[str, str], standard_input: int) -> Child:
-        """Starts one of PROGRAMS; its standard output and error are the child's `stdout`. Raises OSError, and has started none.
+        """Starts a command that can_run() allows; its standard output and error are the child's `stdout`.
 
-        Also where arguments and environment are too large for a message.
+        Raises OSError, and has started none; also where arguments and environment are too large for a message.
         """
         request = json.dumps([list(command), str(root), dict(environment)]).encode()
         if len(request) > LARGEST:
@@ -232,16 +240,17 @@ def _begin(request: bytes, standard_input: int, output: int, reply: int) -> None
 
 
 def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable[[], Any]:
-    """What a console script of that name would call, with its arguments and environment in place."""
-    if command[0] == "ddpm" and _edited():
-        return partial(os.execve, Path(sys.executable).with_name("ddpm"), list(command), dict(environment))
+    """What the command calls in the working directory, with its arguments and environment in place."""
+    ddpm = _begins(command, DDPM)
+    if ddpm and (_edited() or not checkout.is_own(Path.cwd())):
+        return partial(os.execve, Path(sys.executable).with_name(command[0]), list(command), dict(environment))
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv[:] = command
-    setproctitle.setproctitle(" ".join(command))
-    if command[0] == "dvc":
+    sys.argv[:] = command[len(DDPM) - 1 :] if ddpm else command
+    setproctitle.setproctitle(" ".join(sys.argv))
+    if not ddpm:
         return _dvc
-    main: Callable[[], Any] = importlib.import_module("ddpm.cli").main  # by name: flows itself never imports torch
+    main: Callable[[], Any] = importlib.import_module("ddpm.__main__").main  # by name: flows itself never imports torch
     return main
 
 
@@ -256,7 +265,7 @@ def _dvc() -> NoReturn:
     def run(executable: str | None, command: str, **options: Any) -> None:
         words = command.split() if PLAIN.fullmatch(command) else [""]
         # A fork has one thread; a lock that another held would be held in it for ever.
-        if not can_run(words[0], options["env"]) or threading.active_count() > 1:
+        if not can_run(words, options["env"]) or threading.active_count() > 1:
             return start(executable, command, **options)
         pid = os.fork()
         if not pid:

@@ -12,7 +12,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-from ddpm.stages import watchdog
+from ddpm.stages import checkout, watchdog
+from ddpm.stages.errors import InputError
 from flows import access
 
 POOLS = {"local": (), "hosts": ("--prefect-file", "deploy/hosts.yaml")}  # and where their deployments are
@@ -20,6 +21,11 @@ TIMEOUT = 300.0  # seconds; a new database takes 10 to 20, and minutes on a busy
 
 
 def main(pool: str) -> None:
+    try:
+        checkout.require_own(Path(), "ddpm", "flows")
+    except InputError as error:
+        print(f"worker: {error}", file=sys.stderr)
+        sys.exit(2)
     api = os.environ["PREFECT_API_URL"]
     end = time.monotonic() + TIMEOUT
     while not _answers(f"{api}/health"):

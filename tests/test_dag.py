@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from functools import cache
@@ -11,6 +12,8 @@ from typing import Any
 import grimp
 import pytest
 from ruamel.yaml import YAML
+
+from ddpm.stages import code
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -24,19 +27,50 @@ def graph() -> Any:
     )
 
 
-def source(module: str) -> str | None:
-    """A module's file below the root; None for a package's __init__.py, which holds names and no work."""
-    path = ROOT / (module.replace(".", "/") + ".py")
-    return path.relative_to(ROOT).as_posix() if path.is_file() else None
+def with_packages(modules: set[str]) -> set[str]:
+    """The modules, and the packages that hold them, which run before them."""
+    return {".".join(name.split(".")[:depth]) for name in modules for depth in range(1, name.count(".") + 2)}
+
+
+def reached(module: str) -> set[str]:
+    """The module and all of this package that it imports, as grimp finds it. grimp leaves out the packages that hold a module."""
+    found: set[str] = set()
+    queue = {module}
+    while queue:
+        found |= queue
+        upstream = {name for each in queue for name in graph().find_upstream_modules(each)}
+        queue = with_packages(queue | {name for name in upstream if name.split(".")[0] == "ddpm"}) - found
+    return found
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_code_dependencies_are_the_import_graph(stage: str) -> None:
-    module = f"ddpm.stages.{stage}"
-    imported = {name for name in graph().find_upstream_modules(module) if name.startswith("ddpm.")}
-    expected = {path for name in {module, *imported} if (path := source(name))}
-    declared = {path for path in STAGES[stage]["deps"] if path.endswith(".py")}
-    assert declared == expected
+def test_code_dependencies_are_the_files_of_the_stage(stage: str) -> None:
+    declared = {path for path in STAGES[stage]["deps"] if path.startswith("ddpm/")}
+    assert declared == {path.as_posix() for path in code.files(f"ddpm.stages.{stage}")}
+
+
+def test_the_modules_behind_a_module_are_the_import_graph() -> None:
+    modules = {name for name in graph().modules if name.split(".")[0] == "ddpm"}
+    assert len(modules) > 60
+    for module in modules:
+        assert set(code.modules([module])) == reached(module), module
+
+
+def test_files_that_a_module_names_belong_to_it() -> None:
+    data = {path.as_posix() for path in code.files(*graph().modules) if path.suffix != ".py"}
+    packages = ROOT / "ddpm", ROOT / "ddpm/stages", ROOT / "ddpm/stages/tracking"
+    there = {path for folder in packages for path in folder.iterdir() if path.is_file() and path.suffix != ".py"}
+    assert data == {path.relative_to(ROOT).as_posix() for path in there} > set()
+
+
+def test_an_init_file_of_a_stage_holds_names_and_no_work() -> None:
+    """They are dependencies of every stage."""
+    for path in ("ddpm/__init__.py", "ddpm/stages/__init__.py"):
+        for node in ast.parse((ROOT / path).read_text()).body:
+            assert isinstance(node, ast.Expr | ast.Import | ast.ImportFrom | ast.If | ast.Assign | ast.FunctionDef), (
+                path
+            )
+            assert not isinstance(node, ast.Assign) or ast.literal_eval(node.value)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -67,8 +101,10 @@ def test_torch_fidelity_is_named_in_features_alone() -> None:
 
 
 def test_importing_the_library_loads_nothing_heavy() -> None:
-    code = "import sys, ddpm; print(*{name.split('.')[0] for name in sys.modules})"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    program = "import sys, ddpm; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
     assert not {"torch", "numpy", "mlflow", "prefect", "yaml", "ruamel", "PIL"} & set(loaded.split())
 
 

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ddpm import features, fidelity, intervals
-from ddpm.stages import store
+from ddpm.stages import code, store
 from ddpm.stages.device import find_device, memory_errors
 from ddpm.stages.errors import InputError
 from ddpm.stages.neighbours import copying
@@ -127,8 +127,9 @@ def reference_images(train: store.Images, count: int) -> store.Images:
 def _reference(
     inception: features.Inception, images: store.Images, batch: int, folder: Path, done: Callable[..., None]
 ) -> tuple[fidelity.Features, fidelity.Statistics]:
-    """Features and statistics of the reference images, computed once for their content, the layer and the weights."""
-    content = hashlib.sha256(f"{inception.sha256} {inception.device.type} {images.shape}".encode())
+    """Features and statistics of the reference images, computed once for their content, the layer, the weights and the code."""
+    decisive = (inception.sha256, inception.device.type, images.shape, code.digest(__name__))
+    content = hashlib.sha256(" ".join(map(str, decisive)).encode())
     content.update(np.ascontiguousarray(images).data)
     path = folder / f"{features.EXTRACTOR}-{inception.layer}-{content.hexdigest()}.npz"
     folder.mkdir(parents=True, exist_ok=True)

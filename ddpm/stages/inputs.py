@@ -46,7 +46,11 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read(stage: str, root: Path) -> dict[str, Any]:
-    """Parameters by key, and code by path with its sha256, as dvc.yaml, if there is one, names them for the stage."""
+    """Parameters by key, and code by path with its sha256, as dvc.yaml, if there is one, names them for the stage.
+
+    Code is every dependency that dvc.yaml spells out and that is no folder: data and outputs are folders, or have the name of a
+    schedule, a point or a parameter.
+    """
     name, _, values = stage.partition("@")
     about = read_yaml(root / "dvc.yaml")["stages"].get(name, {}) if (root / "dvc.yaml").exists() else {}
     item = dict(zip(about.get("matrix", ()), values.split("-"), strict=False))
@@ -57,5 +61,6 @@ def _read(stage: str, root: Path) -> dict[str, Any]:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         found[key] = value
-    code = [root / dependency for dependency in about.get("deps", ()) if dependency.endswith((".py", ".c", ".jinja"))]
+    named = [root / dependency for dependency in about.get("deps", ()) if "${" not in dependency]
+    code = [path for path in named if not path.is_dir()]
     return found | {str(path.relative_to(root)): store.sha256(path) if path.exists() else None for path in code}

@@ -47,7 +47,7 @@ def launch(processes: int, arguments: list[str]) -> None:
             logs_specs=DefaultLogsSpecs(folder, redirects=dict.fromkeys(range(1, processes), Std.ALL)),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "ddpm", *arguments)
+            elastic_launch(config, sys.executable)("-B", "-m", "ddpm", *arguments)
         except SignalException as stopped:
             sys.exit(128 + stopped.sigval)
         except ChildFailedError as error:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
 
 from ddpm.stages.errors import InputError
 
@@ -349,6 +347,9 @@ def read_yaml(path: Path) -> Any:
 
 def parse_yaml(text: str, where: str) -> Any:
     """The plain values of a YAML text, called `where` in messages. Raises InputError."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError
+
     parser, depth = YAML(typ="safe"), 0
     try:
         for event in parser.parse(text):

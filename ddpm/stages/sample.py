@@ -13,18 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import ddpm.denoiser
-import ddpm.native
-import ddpm.noise
-import ddpm.samplers
-import ddpm.schedule
-import ddpm.timesteps
-import ddpm.unet
 from ddpm.denoiser import Denoiser
 from ddpm.noise import gaussian
 from ddpm.samplers import check_options, noise_levels, trajectory
 from ddpm.schedule import SCHEDULES, NoiseSchedule
-from ddpm.stages import checkpoint, compiling, store
+from ddpm.stages import checkpoint, code, compiling, store
 from ddpm.stages.device import find_device, memory_errors
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point, Sampler
@@ -172,11 +165,9 @@ def prepared_denoiser(
 
 def sampling_key(params: Params, point: Point, about: dict[str, Any], device: torch.device) -> str:
     """Names everything that decides the images of a point, the code among it. about: model.json."""
-    modules = (ddpm.denoiser, ddpm.native, ddpm.noise, ddpm.samplers, ddpm.schedule, ddpm.timesteps, ddpm.unet)
-    files = (*(str(module.__file__) for module in modules), __file__, str(ddpm.native.SOURCE))
-    code = [store.sha256(Path(file)) for file in files]
     settings = [params.seed, params.samplers[point.sampler].options(), params.sampling.model_dump(mode="json")]
-    return hashlib.sha256(json.dumps([about, settings, point.steps, device.type, code]).encode()).hexdigest()
+    decisive = [about, settings, point.steps, device.type, code.digest(__name__)]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
 def sample_point(params: Params, point: Point, root: Path = Path(), report: Report = silent) -> int:

@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -143,6 +142,8 @@ def _temporary_beside(path: Path) -> str:
     """The start of a temporary name, which .dvcignore knows. What a killed process left under such a name is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+        import psutil  # by nobody who only reads, such as a registered model
+
         owner = left.name.rpartition(".tmp-")[2].partition("-")[0]
         if owner.isdecimal() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)

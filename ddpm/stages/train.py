@@ -18,18 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-import ddpm.denoiser
-import ddpm.native
-import ddpm.objective
-import ddpm.parallel
-import ddpm.schedule
-import ddpm.training
-import ddpm.unet
 from ddpm.denoiser import Denoiser
 from ddpm.objective import Objective
 from ddpm.parallel import World
 from ddpm.schedule import NoiseSchedule
-from ddpm.stages import checkpoint, ranks, store
+from ddpm.stages import checkpoint, code, ranks, store
 from ddpm.stages.checkpoint import ResumeState
 from ddpm.stages.compiling import compiled
 from ddpm.stages.device import find_device, memory_errors
@@ -88,10 +81,8 @@ def training_key(params: Params, schedule: str, dataset: str) -> str:
     """Names the training that `steps` may prolong: everything else that decides the weights, the code among it."""
     settings = params.model_dump(mode="json", include={"seed", "diffusion", "network", "training"})
     del settings["training"]["steps"]
-    modules = (ddpm.denoiser, ddpm.native, ddpm.objective, ddpm.parallel, ddpm.schedule, ddpm.training, ddpm.unet)
-    code = [store.sha256(path) for path in (*(Path(str(module.__file__)) for module in modules), ddpm.native.SOURCE)]
     row = params.schedules[schedule].options()
-    return hashlib.sha256(json.dumps([settings, row, dataset, code]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([settings, row, dataset, code.digest(__name__)]).encode()).hexdigest()
 
 
 def train(

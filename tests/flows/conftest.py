@@ -92,9 +92,11 @@ stages:
     deps: [sampled-linear, sampled-cosine]
     outs: [report/points.csv]
 """
-# As many times as the file `away` has lines, MLflow is away.
-STAND_IN = """\
+# For `python -B -m ddpm VERB`. As many times as the file `away` has lines, MLflow is away.
+STAND_IN = f"""\
 #!/bin/sh
+[ "$1 $2 $3" = "-B -m ddpm" ] || exec '{sys.executable}' "$@"
+shift 3
 if [ -s away ]; then
     sed -i 1d away
     echo "ddpm: MLflow at somewhere cannot be reached; publish later with \\`ddpm publish\\`" >&2
@@ -238,8 +240,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "source").write_text("1")
     (root / "control.json").write_text("{}")
     (root / "bin").mkdir()
-    (root / "bin" / "ddpm").write_text(STAND_IN)
-    (root / "bin" / "ddpm").chmod(0o755)
+    (root / "bin" / "python").write_text(STAND_IN)
+    (root / "bin" / "python").chmod(0o755)
     return root
 
 

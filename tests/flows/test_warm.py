@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flows import children
+from flows import children, warm
 
 ROOT = Path(__file__).parent.parent.parent
 COMMAND = ("dvc", "repro", "--single-item", "prepare")
@@ -30,7 +30,7 @@ def root(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         shutil.copy(ROOT / name, scratch.root)
     for name in ("ddpm", "images"):
         shutil.copytree(ROOT / name, scratch.root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (scratch.root / "bin" / "ddpm").unlink()
+    (scratch.root / "bin" / "python").unlink()
     params = (ROOT / "params.yaml").read_text().replace("seed: 0", "seed: 5")
     (scratch.root / "params.yaml").write_text(params)
     monkeypatch.setenv("PATH", scratch.environment["PATH"])
@@ -78,12 +78,8 @@ def test_it_leaves_the_outputs_and_the_lock_that_dvc_alone_leaves(root: Path, sc
         assert (root / name).read_bytes() == (alone / name).read_bytes(), name
 
 
-def test_code_that_is_edited_meanwhile_is_the_code_that_runs(
-    root: Path, scratch: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_that_is_edited_meanwhile_is_the_code_that_runs(root: Path, scratch: Any) -> None:
     """DVC would record the new code beside what the old one, imported before, has made."""
-    monkeypatch.chdir(root)
-    monkeypatch.setenv("PYTHONPATH", str(root))
     source = root / "ddpm" / "stages" / "prepare.py"
     said: list[str] = []
     assert children.run(COMMAND, root, said.append) == 0
@@ -103,13 +99,13 @@ def test_it_ends_with_the_exit_code_and_the_line_of_the_stage(root: Path) -> Non
     assert any(text.startswith("ddpm: params.yaml: data.test_fraction") for text in said)
     assert any("exited with 2" in text for text in said)
     said.clear()
-    assert children.run(("ddpm", "prepare"), root, said.append) == 2
+    assert children.run((*warm.DDPM, "prepare"), root, said.append) == 2
     assert len(said) == 1
 
 
 def test_a_kill_of_all_forks_is_one_of_the_work_and_the_next_goes_on(root: Path, scratch: Any) -> None:
     def kill(text: str) -> None:
-        if text.startswith("> ddpm prepare"):
+        if text.startswith("> python -B -m ddpm prepare"):
             (importer,) = (pid for pid in forked(scratch) if psutil.Process(pid).ppid() == os.getpid())
             os.kill(importer, signal.SIGKILL)
 
@@ -138,7 +134,7 @@ def test_stop_ends_the_forks(root: Path, scratch: Any) -> None:
 
     def work() -> None:
         try:
-            children.run(COMMAND, root, lambda text: began.set() if text.startswith("> ddpm") else None)
+            children.run(COMMAND, root, lambda text: began.set() if text.startswith("> python -B -m ddpm") else None)
         except children.Stopped:
             ends.append("stopped")
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import packages_distributions
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm.stages import store
+from ddpm.stages import code, store
 from ddpm.stages.card import LONGEST, card, with_front_matter
 from ddpm.stages.errors import InputError
 from ddpm.stages.metrics import HEADLINE, RANKING
@@ -46,32 +48,10 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
     from numpy.typing import NDArray
 
-# What the registered model carries of this package: the import graph of ddpm.stages.sample.
-SERVED_MODULES = (
-    "__init__",
-    "denoiser",
-    "native",
-    "noise",
-    "samplers",
-    "schedule",
-    "timesteps",
-    "unet",
-    "stages/__init__",
-    "stages/checkpoint",
-    "stages/compiling",
-    "stages/device",
-    "stages/errors",
-    "stages/params",
-    "stages/progress",
-    "stages/sample",
-    "stages/stopping",
-    "stages/store",
-)
+SERVED = Path(__file__).with_name("served.py")
 ROLLED_BACK = "ddpm.rolled_back"  # on a version: no `promote` brings it back by itself
 
 START = "start it (`make ui`), or name a checkpoint folder such as models/cosine instead"  # for who reads a model
-
-SERVED_PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "ruamel.yaml")
 
 
 def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path, dict[str, Any]]:
@@ -602,22 +582,21 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
         inputs.append(ColSpec("string", "label", required=False))
         example["label"] = [challenger.about["data"]["classes"][0]]
     shape = (-1, *challenger.about["data"]["shape"])
-    package = Path(__file__).parents[2]
     with tempfile.TemporaryDirectory(prefix="ddpm-code-") as name:
-        code, checkpoint = Path(name) / package.name, Path(name) / "checkpoint"
+        checkpoint = Path(name) / "checkpoint"
         store.check_weights(challenger.folder, challenger.about)
         shutil.copytree(challenger.folder, checkpoint)
-        for module in SERVED_MODULES:
-            (code / module).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(package / f"{module}.py", code / f"{module}.py")
+        for file in code.files(*code.source(SERVED).imported):
+            (Path(name) / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(code.ROOT / file, Path(name) / file)
         mlflow.pyfunc.save_model(
             folder,
-            python_model=str(Path(__file__).with_name("served.py")),
+            python_model=str(SERVED),
             artifacts={"checkpoint": str(checkpoint)},
-            code_paths=[str(code)],
+            code_paths=[str(Path(name) / code.PACKAGE)],
             signature=ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype(np.uint8), shape)])),
             input_example=pd.DataFrame(example),
-            pip_requirements=[f"mlflow=={installed_version('mlflow')}", *map(_requirement, SERVED_PACKAGES)],
+            pip_requirements=[f"mlflow=={installed_version('mlflow')}", *map(_requirement, served_packages())],
             model_config={
                 "settings": challenger.settings,
                 "seed": challenger.seed,
@@ -630,6 +609,16 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
             },
             mlflow_model=Model(run_id=run_id, model_id=model_id),
         )
+
+
+def served_packages() -> list[str]:
+    """The distributions, beside MLflow, that the registered model and its code import when they are loaded."""
+    served = code.source(SERVED)
+    sources = [served, *map(code.source, code.modules(served.imported).values())]
+    imported = {name.partition(".")[0] for source in sources for name in source.at_once}
+    found = packages_distributions()
+    others = imported - sys.stdlib_module_names - {code.PACKAGE, "mlflow"}
+    return sorted({package for name in others for package in found[name]})
 
 
 def _requirement(package: str) -> str:
