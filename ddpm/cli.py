@@ -103,9 +103,32 @@ def prepare() -> None:
     _run("prepare", store.dataset_dir(), lambda params, report: prepare(params, Path(), report), publishes=False)
 
 
+def _item_of_dvc(verb: str, what: str) -> Callable[[], str]:
+    """Returns a default for the argument of `verb`: the item of dvc.yaml's matrix that DVC runs the verb for.
+
+    DVC passes the item in DVC_STAGE, such as train@linear. dvc.yaml therefore puts no name from params.yaml into a command,
+    where a shell would read the name.
+    """
+
+    def item() -> str:
+        stage, _, name = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")  # DIRECTORY/dvc.yaml:STAGE
+        if stage != verb or not name:
+            raise InputError(f"Missing argument '{what}'; ddpm {verb} --help shows how it goes")
+        return name
+
+    return item
+
+
 @app.command()
 def train(
-    schedule: Annotated[str, typer.Argument(help="A noise schedule, such as linear or cosine.")],
+    schedule: Annotated[
+        str,
+        typer.Argument(
+            help="A noise schedule, such as linear or cosine.",
+            default_factory=_item_of_dvc("train", "SCHEDULE"),
+            show_default=False,
+        ),
+    ],
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again, from no saved state.")] = False,
 ) -> None:
     """Train the network on one noise schedule into models/SCHEDULE; goes on by itself where it was stopped."""
@@ -159,11 +182,16 @@ def train(
     _run(f"train@{schedule}", store.model_dir(schedule), work, watch)
 
 
-PointName = Annotated[str, typer.Argument(help="SCHEDULE-SAMPLER-STEPS, such as linear-ddim-50.")]
+def _point(verb: str) -> Any:
+    return typer.Argument(
+        help="SCHEDULE-SAMPLER-STEPS, such as linear-ddim-50.",
+        default_factory=_item_of_dvc(verb, "POINT"),
+        show_default=False,
+    )
 
 
 @app.command()
-def sample(point: PointName) -> None:
+def sample(point: Annotated[str, _point("sample")]) -> None:
     """Draw images at one point of the sweep into samples/POINT.npz and .png."""
     from ddpm.stages.sample import sample_point
 
@@ -177,7 +205,7 @@ def sample(point: PointName) -> None:
 
 
 @app.command()
-def evaluate(point: PointName) -> None:
+def evaluate(point: Annotated[str, _point("evaluate")]) -> None:
     """Score the samples of one point against the dataset into metrics/POINT.json."""
     from ddpm.stages.evaluate import evaluate
 
@@ -192,7 +220,14 @@ def evaluate(point: PointName) -> None:
 
 @app.command()
 def likelihood(
-    schedule: Annotated[str, typer.Argument(help="A noise schedule whose network is trained.")],
+    schedule: Annotated[
+        str,
+        typer.Argument(
+            help="A noise schedule whose network is trained.",
+            default_factory=_item_of_dvc("likelihood", "SCHEDULE"),
+            show_default=False,
+        ),
+    ],
 ) -> None:
     """Measure a network's bits per dimension into metrics/likelihood/SCHEDULE.json, with rate and distortion per step."""
     from ddpm.stages.likelihood import likelihood

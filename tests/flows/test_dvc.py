@@ -6,10 +6,13 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dvc.repo import Repo
+from ruamel.yaml import YAML
 
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
@@ -17,6 +20,53 @@ from flows import children, dag, parameters, rwlock, work
 from flows.watch import Outcome
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+HOSTILE = "x; touch it_ran; true"
+
+
+def with_names(root: Path, name: str) -> None:
+    """Writes params.yaml with that name wherever params.yaml takes a name that dvc.yaml repeats."""
+    yaml = YAML()
+    values = yaml.load((ROOT / "recipes" / "smoke.yaml").read_text())
+    values["data"]["path"] = name
+    values["schedules"] = {name: {"schedule": "linear"}}
+    values["samplers"] = {name: {"sampler": "ddim"}}
+    values["sweep"] = {"schedules": [name], "samplers": [name], "steps": [name]}
+    with (root / "params.yaml").open("w") as file:
+        yaml.dump(values, file)
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "$(touch it_ran)", "'", "a b", "\n", "`touch it_ran`"])
+def test_no_name_of_params_yaml_is_in_a_command(name: str, scratch: Any) -> None:
+    """A shell reads the commands."""
+    shutil.copy(ROOT / "dvc.yaml", scratch.root)
+
+    def commands(name: str) -> list[str]:
+        with_names(scratch.root, name)
+        with Repo(str(scratch.root)) as repo:
+            return [stage.cmd for stage in repo.index.stages]
+
+    assert commands(name) == commands("benign")
+
+
+def test_a_hostile_name_runs_nothing(tmp_path: Path, clone_maker: Callable[[Path], Any]) -> None:
+    clone = clone_maker(tmp_path / "clone")
+    with_names(clone.root, HOSTILE)
+    for folder in ("dataset", HOSTILE):
+        (clone.root / folder).mkdir()
+    done = clone.run(sys.executable, "-m", "dvc", "repro", "--single-item", f"train@{HOSTILE}")
+    assert done.returncode != 0
+    assert "String should match pattern" in done.stderr  # so the verb ran
+    assert not (clone.root / "it_ran").exists()
+
+
+@pytest.mark.parametrize("name", ["..", "../docs", "../../outside", "/tmp/../../docs"])
+def test_dvc_refuses_a_name_that_leads_out_of_the_folder_of_an_output(name: str, scratch: Any) -> None:
+    shutil.copy(ROOT / "dvc.yaml", scratch.root)
+    with_names(scratch.root, name)
+    with pytest.raises(InputError, match=r"dvc\.yaml: .*(overlap|is specified in|outside)"):
+        dag.read(scratch.root)
 
 
 class Record:

@@ -50,7 +50,7 @@ def training(clone: Any, pid: int | None = None) -> psutil.Process:
     def found() -> psutil.Process | None:
         for process in clone.processes():
             with suppress(psutil.Error, FileNotFoundError):  # it has ended meanwhile
-                if words(process)[-3:] == ["ddpm", "train", "cosine"] and process.pid != pid:
+                if words(process)[-2:] == ["ddpm", "train"] and process.pid != pid:
                     files = [path for path in (clone.root / ".cache" / "training").rglob("*") if path.is_file()]
                     if max((path.stat().st_mtime for path in files), default=0.0) > process.create_time() + 1:
                         return process

@@ -463,6 +463,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "no such verb": (["trian"], "No such command 'trian'"),
     "no such option": (["train", "cosine", "--fast"], "No such option"),
     "no schedule": (["train"], "Missing argument"),
+    "no point to draw": (["sample"], "Missing argument"),
     "two schedules": (["train", "cosine", "linear"], "unexpected extra argument"),
     "an unknown schedule": (["train", "exponential"], "no row 'exponential' in schedules; there are"),
     "a schedule that is a path": (["train", "../cosine"], "no row '../cosine' in schedules"),
