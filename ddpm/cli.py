@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ddpm.stages import stopping, store, watchdog
+from ddpm.stages import dvc_lock, stopping, store, watchdog
 from ddpm.stages.display import display, say
 from ddpm.stages.errors import InputError
 from ddpm.stages.inputs import unchanged
@@ -54,6 +54,7 @@ def options(
 ) -> None:
     global Debug  # noqa: PLW0603
     Debug = debug
+    dvc_lock.check(Path(), say)
 
 
 def _run(
