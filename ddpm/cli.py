@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ddpm.stages import checkout, stopping, store, watchdog
+from ddpm.stages import checkout, dvc_lock, stopping, store, watchdog
 from ddpm.stages.display import display, say
 from ddpm.stages.errors import InputError
 from ddpm.stages.inputs import unchanged
@@ -55,6 +55,7 @@ def options(
     global Debug  # noqa: PLW0603
     Debug = debug
     checkout.require_own(Path())
+    dvc_lock.check(Path(), say)
 
 
 def _run(

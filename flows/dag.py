@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.stages.errors import InputError
-from flows import lockfile
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,7 @@ def read(root: Path) -> Dag:
             }
             changed = {name for stage, name in names.items() if _changed(stage)}
     except DvcException as error:
-        said = " ".join(str(error).split())
-        if lockfile.is_damaged(said):
-            raise InputError(f"{root / lockfile.NAME}: {lockfile.ADVICE} ({said})") from None
-        raise InputError(f"{root / 'dvc.yaml'}: {said}") from None
+        raise InputError(f"{root / 'dvc.yaml'}: {' '.join(str(error).split())}") from None
     if not waits_for:
         raise InputError(f"{root / 'dvc.yaml'}: no stages; run this at the top of a checkout")
     return Dag(waits_for, frozenset(name for name in waits_for if not _reaches(name, changed, waits_for)))

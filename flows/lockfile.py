@@ -1,40 +1,27 @@
-"""dvc.lock, changed as DVC changes it, but at once: who is killed meanwhile leaves the old one or the new one, never half of it.
+"""Replaces dvc.lock atomically: a kill leaves the old file or the new one, never half of it.
 
-DVC empties the file and then writes all stages anew, as a text with comments: half a second for 60 stages, a quarter of a
-minute for 300. There are no comments in it; so it is read without them, only the stages that changed are written, and the
-others keep their text. The bytes are the same.
+DVC empties the file and then writes all stages anew (https://github.com/treeverse/dvc/issues/10629), as a text with comments:
+half a second for 60 stages, a quarter of a minute for 300. There are no comments in it; so it is read without them, only the
+stages that changed are written, and the others keep their text. The bytes are the same. Without this module, a kill at that
+moment leaves a file that is cut off, which the next verb mends (ddpm/stages/dvc_lock.py).
 """
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ddpm.stages import store
-
-NAME = "dvc.lock"
-ADVICE = (
-    "may be cut off, by a `dvc repro` that was killed while it wrote it: `git checkout dvc.lock` (or delete it), and run"
-    " this again; what was made since comes back from DVC's cache"
-)
-_DAMAGED = re.compile(r"dvc\.lock'?,? (validation failed|is not valid|YAML file structure)")
-_HEAD = "schema: '2.0'\nstages:\n"
-_STAGE = re.compile(r"^(?=  \S)", re.MULTILINE)  # where the text of a stage begins
+from ddpm.stages.dvc_lock import HEAD, NAME, STAGE
 
 Dump = Callable[[Any, Any], Any]
 
 
-def is_damaged(error: str) -> bool:
-    """Whether this message of DVC's is about a dvc.lock that it cannot read."""
-    return bool(_DAMAGED.search(error))
-
-
 def write_at_once() -> None:
-    """From here on this process's DVC does."""
+    """Patches DVC in this process to write dvc.lock atomically."""
     import dvc.utils.serialize._yaml as serialize
 
     of_dvc = serialize._modify_data
@@ -65,13 +52,13 @@ def changed(path: Path, parse: Callable[[str, Path], Any], dump: Dump) -> Iterat
 
 def _spliced(data: dict[str, Any], before: dict[str, Any], text: str, dump: Dump) -> str:
     """`text` with the stages that are no longer what they were before written anew; "" where it is not as DVC writes it."""
-    head, *stages = _STAGE.split(text)
-    as_dvc_does = head == _HEAD and list(data) == ["schema", "stages"] and len(stages) == len(before)
+    head, *stages = STAGE.split(text)
+    as_dvc_does = head == HEAD and list(data) == ["schema", "stages"] and len(stages) == len(before)
     if not as_dvc_does or not all(own.startswith(f"  {name}:\n") for name, own in zip(before, stages, strict=True)):
         return ""
     own = dict(zip(before, stages, strict=True))
     # DVC puts a new object in the place of a stage's old one, and changes none.
-    return _HEAD + "".join(
+    return HEAD + "".join(
         own[name] if stage is before.get(name) else _dumped({"stages": {name: stage}}, dump).removeprefix("stages:\n")
         for name, stage in data["stages"].items()
     )

@@ -21,7 +21,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from ddpm.stages import checkout, store, watchdog
+from ddpm.stages import checkout, dvc_lock, store, watchdog
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params
 from flows import children, dag, elsewhere, engines, links, parameters, reaping, rwlock, warm, work
@@ -200,6 +200,7 @@ def alone(root: Path, asked_by: str = "") -> Iterator[None]:
             rwlock.clear(root)
         except Exception as error:  # noqa: BLE001 - a stage that is held is tried again, and says by whom
             watcher.get().line("train-eval", f"DVC's rwlock was not looked through ({type(error).__name__}: {error})")
+        dvc_lock.check(root, lambda line: watcher.get().line("train-eval", line))
         yield
     finally:
         lock.release()

@@ -7,8 +7,11 @@ import resource
 import shutil
 import signal
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import dvc.utils.serialize._yaml as serialize
 import pytest
@@ -95,10 +98,33 @@ def test_a_kill_leaves_the_old_one(tmp_path: Path) -> None:
     assert (tmp_path / lockfile.NAME).read_bytes() == LOCK.read_bytes()
 
 
-@pytest.mark.parametrize("left", [0, 30, 1000])
-def test_one_that_is_cut_off_says_what_to_do(left: int, scratch: Any) -> None:
-    """`dvc repro` by hand writes as DVC does."""
-    shutil.copy(LOCK.parent / "dvc.yaml", scratch.root)
-    (scratch.root / "dvc.lock").write_text(LOCK.read_text()[:left])
-    with pytest.raises(InputError, match=r"dvc\.lock: may be cut off.* `git checkout dvc\.lock`"):
-        dag.read(scratch.root)
+def test_a_flow_goes_on_from_one_that_is_whole(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dvc repro` by hand writes as DVC does; a kill meanwhile leaves the beginning of the file."""
+    monkeypatch.setenv("PREFECT_HOME", str(scratch.root / ".prefect"))
+    from flows.train_eval import alone
+
+    path = scratch.root / lockfile.NAME
+    scratch.repro()
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"dvc\.lock: cut off.* delete it"), alone(scratch.root):
+        pass
+    path.write_bytes(whole)
+    with alone(scratch.root):
+        assert path.read_bytes() == whole
+    said: list[str] = []
+    for left in (0, 30, 1000):
+        path.write_bytes(whole[:left])
+        with watching(said), alone(scratch.root):
+            assert path.read_bytes() == whole
+            assert set(scratch.names) == dag.read(scratch.root).unchanged
+    assert len(said) == 3 and all("mended" in line for line in said)
+
+
+@contextmanager
+def watching(said: list[str]) -> Iterator[None]:
+    from flows.watch import Watcher, watcher
+
+    token = watcher.set(cast(Watcher, SimpleNamespace(line=lambda stage, text: said.append(text))))
+    yield
+    watcher.reset(token)

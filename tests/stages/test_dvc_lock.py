@@ -1,0 +1,201 @@
+"""A dvc.lock that was cut off is mended, or named in one line; one that is shorter for a good reason is left as it is."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddpm.stages import dvc_lock
+from ddpm.stages.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+LOCK = (ROOT / "dvc.lock").read_text()
+AUTHOR = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+
+
+def run(root: Path, *command: str) -> None:
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+
+
+def commit(root: Path, lock: str) -> None:
+    (root / "dvc.lock").write_text(lock)
+    run(root, "git", "add", "--all")
+    run(root, "git", *AUTHOR, "commit", "--quiet", "--message", "another", "--allow-empty")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("template")
+    for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
+        run(root, *command)
+    for name in ("dvc.yaml", "params.yaml", ".gitignore"):
+        shutil.copy(ROOT / name, root)
+    commit(root, LOCK)
+    return root
+
+
+@pytest.fixture
+def checkout(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "checkout"))
+
+
+def checked(root: Path, lock: str | None) -> tuple[str | None, list[str]]:
+    """What a verb makes of this dvc.lock, and what it says."""
+    said: list[str] = []
+    (root / "dvc.lock").unlink(missing_ok=True)
+    if lock is not None:
+        (root / "dvc.lock").write_text(lock)
+    dvc_lock.check(root, said.append)
+    return (root / "dvc.lock").read_text() if (root / "dvc.lock").exists() else None, said
+
+
+def with_another(name: str) -> str:
+    """The committed file after that stage ran again: all its outputs have other hashes and sizes."""
+    stages = dvc_lock.entries(LOCK) or {}
+    head, _, outs = stages[name].partition("\n    outs:\n")
+    changed = re.sub(r"md5: \w{8}", "md5: 01234567", re.sub(r"size: \d+", "size: 123456", outs))
+    return LOCK.replace(stages[name], f"{head}\n    outs:\n{changed}")
+
+
+def places(text: str) -> list[int]:
+    """50 random ones, the sizes of a file system's blocks, the ends of entries, and those of the last lines."""
+    chance = random.Random(0)
+    ends = [match.start() for match in dvc_lock.STAGE.finditer(text)]
+    lines = [match.end() for match in re.finditer("\n", text)][-12:-1]
+    return [
+        *chance.sample(range(1, len(text)), 50),
+        *range(0, len(text), 4096),
+        *ends[:3],
+        *ends[-3:],
+        *lines,
+        len(text) - 1,
+    ]
+
+
+def mended(text: str, cut: int, last: str) -> str:
+    """What a cut is to become: entries that it holds whole, and those of the last whole file."""
+    new, old, begun = dvc_lock.entries(text) or {}, dvc_lock.entries(last) or {}, text[:cut]
+    pieces = [new[name] if dvc_lock.HEAD in begun and new[name] in begun else old[name] for name in new]
+    return dvc_lock.HEAD + "".join(pieces)
+
+
+@pytest.mark.parametrize(
+    ("seen", "ran"), [(True, ""), (True, "train@linear"), (True, "likelihood@cosine"), (False, ""), (False, "report")]
+)
+def test_every_cut_is_mended(seen: bool, ran: str, checkout: Path) -> None:
+    """DVC was killed while it wrote the file, unchanged or after a stage that ran again."""
+    text = with_another(ran) if ran else LOCK
+    for cut in places(text):
+        if seen:
+            assert checked(checkout, LOCK) == (LOCK, [])
+        else:
+            shutil.rmtree(checkout / ".cache", ignore_errors=True)
+        left, said = checked(checkout, text[:cut])
+        assert left == mended(text, cut, LOCK), cut
+        assert len(said) == 1 and said[0].startswith("dvc.lock: mended: it was cut off"), cut
+        assert checked(checkout, left) == (left, [])
+
+
+def test_what_dvc_made_of_a_cut_file_is_mended(checkout: Path) -> None:
+    """It read one that was cut in a valid place, and wrote it again with the next stage's entry: the half is in the middle."""
+    stages = dvc_lock.entries(LOCK) or {}
+    names = list(stages)
+    half = stages[names[4]].rpartition("    - path: ")[0]
+    last = {name: stages[name] for name in names[:-1]}
+    checked(checkout, dvc_lock.HEAD + "".join(last.values()))
+    left, said = checked(checkout, dvc_lock.HEAD + "".join([*list(stages.values())[:4], half, stages[names[-1]]]))
+    assert left == LOCK and len(said) == 1
+
+
+def test_without_a_whole_one_complete_stages_stay_or_a_line_says_what_to_do(checkout: Path) -> None:
+    run(checkout, "git", "rm", "--quiet", "dvc.lock")
+    run(checkout, "git", *AUTHOR, "commit", "--quiet", "--message", "no lock")
+    stages = list((dvc_lock.entries(LOCK) or {}).values())
+    for cut in (0, 10, len(dvc_lock.HEAD), len(dvc_lock.HEAD + stages[0]) - 1):
+        with pytest.raises(InputError, match=r"dvc\.lock: cut off.* delete it and run this again") as caught:
+            checked(checkout, LOCK[:cut])
+        assert "\n" not in str(caught.value) and (checkout / "dvc.lock").read_text() == LOCK[:cut]
+    left, said = checked(checkout, LOCK[: len(dvc_lock.HEAD + stages[0] + stages[1]) - 20])
+    assert left == dvc_lock.HEAD + stages[0] and len(said) == 1
+
+
+def test_shorter_ones_that_somebody_wanted_are_left_alone(checkout: Path) -> None:
+    stages = dvc_lock.entries(LOCK) or {}
+    older = dvc_lock.HEAD + "".join(list(stages.values())[:7])
+    assert checked(checkout, LOCK) == (LOCK, [])
+    # `git checkout` of another commit, whose file is the beginning of this one.
+    run(checkout, "git", "checkout", "--quiet", "-b", "older")
+    commit(checkout, older)
+    checked(checkout, LOCK)
+    assert checked(checkout, older) == (older, [])
+    # `dvc exp apply` and `git stash`: git has the file in a commit that no branch leads to.
+    run(checkout, "git", "checkout", "--quiet", "-")
+    shorter = dvc_lock.HEAD + "".join(list(stages.values())[:5])
+    (checkout / "dvc.lock").write_text(shorter)
+    run(checkout, "git", *AUTHOR, "stash")
+    assert checked(checkout, LOCK) == (LOCK, [])
+    run(checkout, "git", "stash", "apply")
+    assert checked(checkout, shorter) == (shorter, [])
+    # A file that was deleted, and what DVC then writes stage by stage.
+    checked(checkout, LOCK)
+    assert checked(checkout, None) == (None, [])
+    for count in (1, 2, 20):
+        begun = dvc_lock.HEAD + "".join(list(stages.values())[:count])
+        assert checked(checkout, begun) == (begun, [])
+    # What DVC did not write.
+    for text in ("stages:\n    a: {cmd: x}\n", LOCK.replace("  report:\n", "<<<<<<< HEAD\n  report:\n")):
+        checked(checkout, LOCK)
+        assert checked(checkout, text) == (text, [])
+
+
+def test_a_stage_that_dvc_removed_is_not_brought_back(checkout: Path) -> None:
+    assert checked(checkout, LOCK) == (LOCK, [])
+    run(checkout, sys.executable, "-m", "dvc", "remove", "report")
+    text = (checkout / "dvc.lock").read_text()
+    assert "  report:\n" not in text and len(text) < len(LOCK)
+    assert checked(checkout, text) == (text, [])
+
+
+def test_outside_of_a_dvc_repository_nothing_is_written(tmp_path: Path) -> None:
+    assert checked(tmp_path, "") == ("", [])
+    assert [path.name for path in tmp_path.iterdir()] == ["dvc.lock"]
+
+
+DVC = """\
+stages:
+  first:
+    cmd: echo 1 > first
+    outs: [first]
+  prepare:
+    cmd: PYTHON -m ddpm.cli prepare
+    deps: [first]
+    outs: [dataset]
+  last:
+    cmd: ls dataset > last
+    deps: [dataset]
+    outs: [last]
+"""
+
+
+@pytest.mark.parametrize("kept", ["    cmd: echo 1 > first\n", "ddpm.cli prepare\n", "/last\n"])
+def test_plain_dvc_that_goes_on_with_half_a_file_ends_with_a_whole_one(kept: str, tmp_path: Path) -> None:
+    for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
+        run(tmp_path, *command)
+    shutil.copy(ROOT / "recipes" / "smoke.yaml", tmp_path / "params.yaml")
+    (tmp_path / "dvc.yaml").write_text(DVC.replace("PYTHON", sys.executable))
+    repro = (sys.executable, "-m", "dvc", "repro")
+    run(tmp_path, *repro)
+    whole = (tmp_path / "dvc.lock").read_text()
+    dvc_lock.check(tmp_path, pytest.fail)
+    (tmp_path / "dvc.lock").write_text(whole[: whole.index(kept) + len(kept)] if kept in whole else whole[:-60])
+    shutil.rmtree(tmp_path / ".dvc" / "cache" / "runs")
+    done = subprocess.run(repro, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "dvc.lock").read_text() == whole
+    assert ("mended" in done.stdout) == ("/last" not in kept), done.stdout
