@@ -303,40 +303,24 @@ def gc(
         bool, typer.Option("--delete", help="Remove what is listed; without it nothing changes.")
     ] = False,
     older_than: Annotated[
-        float,
-        typer.Option("--older-than", min=0, metavar="DAYS", help="Leave younger records, states and uploads alone."),
+        float, typer.Option("--older-than", min=1, metavar="DAYS", help="Keep what was used in the last DAYS days.")
     ] = 7,
-    tips: Annotated[
-        bool, typer.Option("--tips", help="Keep results of the tips of branches and tags, not of every commit.")
-    ] = False,
-    cloud: Annotated[bool, typer.Option("--cloud", help="Clean DVC's remote too; `git fetch --all` first.")] = False,
-    unlisted: Annotated[
-        bool, typer.Option("--unlisted", help="With --cloud, even where the list of a commit's folder is nowhere.")
-    ] = False,
 ) -> None:
-    """List what no run, alias or dvc.lock refers to: in MLflow, DVC's cache, S3 and the saved states of training."""
-    from ddpm.stages import cleaning, tracking
+    """List old files of .cache that no run goes on from: training states, kept images, features, weights, previews."""
+    from ddpm.stages import cleaning
 
-    params, before = Params.load(), time.time() - older_than * 86400
-    found = [*tracking.unreferenced(before), *cleaning.training_states(params, Path(), before)]
-    found += cleaning.dvc_objects(Path(), tips, cloud, unlisted, say)
-    if cloud and (remote := cleaning.dvc_remote(Path())):
-        found += cleaning.incomplete_uploads(*remote, before)
+    found = list(cleaning.leftovers(Params.load(), Path(), time.time() - older_than * 86400))
     for item in found:
-        size = "" if item.size is None else f", {item.size / 1e6:,.1f} MB"
-        say(f"{item.kind}: {item.name}: {item.why}{size}")
-    if delete:
-        for item in found:
+        used = time.strftime("%Y-%m-%d", time.localtime(item.used))
+        say(f"{item.kind}: {item.name}: last used on {used}, {item.size / 1e6:,.1f} MB")
+        if delete:
             item.remove()
-    total = sum(item.size or 0 for item in found) / 1e6
-    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(item.kind for item in found).items())
     if not found:
         say("gc: nothing to remove")
-    else:
-        say(
-            f"gc: {'removed' if delete else 'would remove'} {kinds}, {total:,.1f} MB"
-            + ("" if delete else "; --delete does it")
-        )
+        return
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(item.kind for item in found).items())
+    total = f"{sum(item.size for item in found) / 1e6:,.1f} MB"
+    say(f"gc: {'removed' if delete else 'would remove'} {kinds}, {total}" + ("" if delete else "; --delete does it"))
 
 
 @app.command()

@@ -13,7 +13,6 @@ mlflow is imported late: that alone takes 2 s.
 """
 
 from ddpm.stages.promote import Decision
-from ddpm.stages.tracking.cleaning import unreferenced
 from ddpm.stages.tracking.place import champion_uri, model_name, prepare_store, repo_root, tracking_uri
 from ddpm.stages.tracking.publishing import follow, publish, publish_or_warn
 from ddpm.stages.tracking.registry import fetch_model, model_card, promote, rollback
@@ -34,6 +33,5 @@ __all__ = [
     "repo_root",
     "rollback",
     "tracking_uri",
-    "unreferenced",
     "watch_training",
 ]
