@@ -23,6 +23,7 @@ from honcho.manager import Manager
 from honcho.printer import Message, Printer
 
 from ddpm.stages import checkout
+from ddpm.stages.databases import with_driver
 from ddpm.stages.errors import InputError, without_password
 from flows import access, children, embedded, links
 
@@ -40,7 +41,8 @@ def main(chosen: list[str]) -> None:
     processes = parse_procfile(Path("Procfile").read_text(encoding="utf-8")).processes
     if unknown := set(chosen) - set(processes):
         sys.exit(f"make up: no {', '.join(sorted(unknown))} in Procfile; it has {', '.join(processes)}")
-    store = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI") or "sqlite:///mlflow.db"
+    named = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI")
+    store = with_driver(named or "sqlite:///mlflow.db")
     if store.startswith("http"):
         del processes["mlflow"]  # a server elsewhere has it
     # Not on its command line: there every user of the machine could read a password.

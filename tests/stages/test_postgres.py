@@ -79,7 +79,7 @@ def test_mlflow_on_postgresql(
     assert added["runs"] == 4 and added["images"] == 6 and added["models"] == 1
     assert tracking.publish(params, checkout) == {}
     assert tracking.promote(params, checkout).promoted
-    client = MlflowClient(f"postgresql://{postgres}/mlflow")
+    client = MlflowClient(tracking.tracking_uri())
     experiment = client.get_experiment_by_name("ddpm-digits")
     champion = client.get_model_version_by_alias("ddpm-digits", "champion")
     runs = client.search_runs([experiment.experiment_id])
@@ -107,6 +107,34 @@ def test_mlflow_on_postgresql(
     shell(restore)
     assert client.get_model_version_by_alias("ddpm-digits", "champion").version == champion.version
     assert len(client.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)) == len(kept)
+
+
+@pytest.mark.proof
+def test_make_up_serves_mlflow_from_postgresql(postgres: str, tmp_path: Path) -> None:
+    """Under the address that docs/storage.md names, which names no driver."""
+    shutil.copy(PAGE.parents[1] / "Procfile", tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    store = {"MLFLOW_BACKEND_STORE_URI": f"postgresql://{postgres}/mlflow", "MLFLOW_PORT": port}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.up", "mlflow"],
+            cwd=tmp_path,
+            env={**os.environ, **store, "PYTHONPATH": str(PAGE.parents[1])},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        end = time.monotonic() + 120
+        while "startup complete" not in (said := (tmp_path / "log").read_text()):
+            assert process.poll() is None and time.monotonic() < end, said
+            time.sleep(0.2)
+        assert MlflowClient(f"http://127.0.0.1:{port}").search_experiments()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 @pytest.mark.proof

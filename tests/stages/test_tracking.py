@@ -656,13 +656,11 @@ def test_without_a_server_the_work_goes_on(
 def test_a_database_that_is_away_is_one_line_at_once(
     checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for address, begun in (
-        ("127.0.0.1", "postgresql+psycopg://127.0.0.1"),
-        ("x:y/z@127.0.0.1", "postgresql://127.0.0.1"),
-    ):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{begun.partition('/')[0]}//{address}:{closed_port()}/mlflow")
+    for address in ("postgresql+psycopg://127.0.0.1", "postgresql://x:y/z@127.0.0.1"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{address}:{closed_port()}/mlflow")
         started = time.monotonic()
-        with pytest.raises(InputError, match=f"^MLflow at {re.escape(begun)}:.* cannot be reached; publish later"):
+        shown = re.escape("postgresql+psycopg://127.0.0.1")  # with the driver that is installed
+        with pytest.raises(InputError, match=f"^MLflow at {shown}:.* cannot be reached; publish later"):
             tracking.publish(params, checkout)
         assert time.monotonic() - started < 5
 

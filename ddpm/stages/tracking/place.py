@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock, Timeout
 
 from ddpm.stages import store
+from ddpm.stages.databases import with_driver
 from ddpm.stages.errors import InputError, without_password
 from ddpm.stages.params import Params
 from ddpm.stages.tracking import empty
@@ -74,7 +75,7 @@ def tracking_uri(root: Path = Path()) -> str:
     the checkout.
     """
     named = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI")
-    return named or _sqlite_uri("sqlite", repo_root(root) / "mlflow.db")
+    return with_driver(named) if named else _sqlite_uri("sqlite", repo_root(root) / "mlflow.db")
 
 
 def _sqlite_uri(scheme: str, file: Path) -> str:
