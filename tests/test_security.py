@@ -52,7 +52,13 @@ def array(mark: Path) -> np.ndarray:
 def npz(path: Path, mark: Path, *names: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **{name: array(mark) for name in names})
-    about: dict[str, Any] = {"point": path.stem, "model": "m", "evaluations": 1, "arrays": {"images": "0" * 64}}
+    about: dict[str, Any] = {
+        "point": path.stem,
+        "model": "m",
+        "evaluations": 1,
+        "settings": {},
+        "arrays": {"images": "0" * 64},
+    }
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(store.RECORD, json.dumps({**about, store.CHECKSUM: store.record_digest(about)}))
 

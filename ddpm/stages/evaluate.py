@@ -72,6 +72,7 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
         "images": len(samples),
         "reference_images": len(real),
         "layer": protocol.layer,
+        "evaluation": protocol.model_dump(mode="json"),
         "reference": dataset.about["sha256"],
         "extractor": features.EXTRACTOR,
         "extractor_sha256": inception.sha256,

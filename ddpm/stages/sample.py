@@ -228,7 +228,8 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
                 raise InputError(f"{point.name}: {error}") from None
             kept.keep(batch, evaluations)
             made += len(batch)
-        store.write_samples(path, images, evaluations, about["weights_sha256"], labels)
+        drawn_with = {"seed": params.seed, "row": row.options(), "sampling": settings.model_dump(mode="json")}
+        store.write_samples(path, images, evaluations, about["weights_sha256"], labels, drawn_with)
         store.write_png(path.with_suffix(".png"), store.preview(images))
     kept.remove()
     return evaluations

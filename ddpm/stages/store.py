@@ -623,7 +623,12 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> Images:
 
 
 def write_samples(
-    path: Path, images: Images, evaluations: int, model: str, labels: NDArray[np.int64] | None = None
+    path: Path,
+    images: Images,
+    evaluations: int,
+    model: str,
+    labels: NDArray[np.int64] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a sample set, one compressed file. The same images give the same bytes.
 
@@ -633,11 +638,13 @@ def write_samples(
         evaluations: of the network, for each image.
         model: sha256 of the network's weights.
         labels: int64 N, the class that each image was asked for, if any.
+        settings: the parameters that the images were drawn with.
     """
     arrays: dict[str, NDArray[Any]] = {"images": images, "evaluations": np.asarray(evaluations, np.int64)}
     if labels is not None:
         arrays["labels"] = labels
     about: dict[str, Any] = {"point": path.stem, "model": model, "evaluations": int(evaluations)}
+    about["settings"] = dict(settings or {})
     about["arrays"] = {name: _array_digest(array) for name, array in arrays.items()}
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         text = json.dumps({**about, CHECKSUM: record_digest(about)}, indent=2)
@@ -684,7 +691,8 @@ def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
 
 
 def read_samples_record(path: Path) -> dict[str, Any]:
-    """Reads what a sample set says of itself, without its images: point, model, evaluations, and its hash as `record_sha256`.
+    """Reads what a sample set says of itself, without its images: point, model, settings, evaluations, and its hash as
+    `record_sha256`.
 
     Raises InputError.
     """
@@ -696,6 +704,7 @@ class _AboutSamples(Record):
     point: str
     model: str
     evaluations: Annotated[int, Field(ge=1)]
+    settings: dict[str, Any]
     arrays: dict[str, str]
 
 

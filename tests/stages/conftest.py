@@ -85,6 +85,7 @@ def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **change
     scores = {
         "point": point.name,
         "model": about["model"],
+        "evaluation": {"layer": changes.get("layer", 64), "images": 64, "batch": 32, "threads": 1},
         "fid": fid,
         "fid_low": fid - quantile() * error,
         "fid_high": fid + quantile() * error,

@@ -899,7 +899,14 @@ def test_a_checkpoint_of_another_dataset(refused: Refused) -> None:
 
 def record(**changes: Any) -> bytes:
     """A record of sample sets, with the checksum of its content."""
-    about: dict[str, Any] = {"point": POINT.name, "model": "m", "evaluations": 5, "arrays": {}, **changes}
+    about: dict[str, Any] = {
+        "point": POINT.name,
+        "model": "m",
+        "evaluations": 5,
+        "settings": {},
+        "arrays": {},
+        **changes,
+    }
     return json.dumps({**about, store.CHECKSUM: store.record_digest(about)}).encode()
 
 

@@ -96,6 +96,7 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
     assert scores == {  # with 12 images at 64 features, none of fid_infinity; without a classifier no Inception Score
         "confidence": 0.95,
         "point": POINT.name,
+        "evaluation": protocol(12).evaluation.model_dump(mode="json"),
         "model": "m",
         "evaluations": 5,
         "images": 12,

@@ -1,17 +1,16 @@
-"""What made an output: the parameters of a training or a point, from the outputs themselves and from dvc.lock."""
+"""Reads what made an output, the parameters of a training or a point, from the outputs themselves."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ddpm.stages import store
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Evaluation, Params, Point, Sampler, Sampling
+from ddpm.stages.params import Params, Point
 
 
 @dataclass(frozen=True)
@@ -24,41 +23,19 @@ class PointSettings:
     evaluation: dict[str, Any]
 
     @classmethod
-    def of(cls, params: Params, point: Point) -> PointSettings:
-        """Raises InputError when params has no such row."""
-        if point.sampler not in params.samplers:
-            raise InputError(f"no row '{point.sampler}' in samplers; there are {', '.join(params.samplers)}")
-        return cls(
-            params.seed,
-            params.samplers[point.sampler].options(),
-            params.sampling.model_dump(mode="json"),
-            params.evaluation.model_dump(mode="json"),
-        )
+    def read(cls, params: Params, point: Point, root: Path) -> PointSettings | None:
+        """Reads what a point on disk was made with; before it was evaluated, `params` says how it will be.
 
-
-def settings_of(params: Params, point: Point, root: Path, stages: Mapping[str, Any]) -> PointSettings | None:
-    """What a point on disk was made with, by dvc.lock if that knows the file, else by `params`; None when it is stale."""
-    sample, evaluate = f"sample@{point.name}", f"evaluate@{point.name}"
-    if point.sampler in params.samplers:
-        settings = asdict(PointSettings.of(params, point))
-    else:
-        settings = {"seed": params.seed, "row": None, "sampling": {}, "evaluation": params.evaluation.model_dump()}
-    try:
-        if store.is_locked(stages, sample, root, store.samples_file(point)):
-            model = store.model_dir(point.schedule)
-            made = store.locked_md5(stages, f"train@{point.schedule}", "outs", model)
-            if made != store.locked_md5(stages, sample, "deps", model):
-                return None
-            values = stages[sample]["params"]["params.yaml"]
-            settings["seed"] = values["seed"]
-            settings["row"] = Sampler.model_validate(values[f"samplers.{point.sampler}"]).options()
-            settings["sampling"] = Sampling.model_validate(values["sampling"]).model_dump(mode="json")
-        if store.is_locked(stages, evaluate, root, store.metrics_file(point)):
-            values = stages[evaluate]["params"]["params.yaml"]
-            settings["evaluation"] = Evaluation.model_validate(values["evaluation"]).model_dump(mode="json")
-    except (KeyError, ValueError):  # made when params.yaml had other keys
-        return None
-    return PointSettings(**settings) if settings["row"] is not None else None
+        Returns None for samples that another model drew, and for scores of other samples. Raises InputError.
+        """
+        about = store.read_samples_record(root / store.samples_file(point))
+        found, evaluation = dict[str, Any](), params.evaluation.model_dump(mode="json")
+        if (root / store.model_dir(point.schedule) / "model.json").exists():
+            found["model"] = store.read_trained(root, point.schedule)["weights_sha256"]
+        if (root / store.metrics_file(point)).exists():
+            scores = store.read_scores(root, point)
+            found[store.CHECKSUM], evaluation = scores["samples"], scores["evaluation"]
+        return cls(**about["settings"], evaluation=evaluation) if found.items() <= about.items() else None
 
 
 def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, Any]:

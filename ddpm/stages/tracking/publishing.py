@@ -23,7 +23,6 @@ from ddpm.stages.tracking.lineage import (
     flat,
     identity_of_model,
     run_times,
-    settings_of,
 )
 from ddpm.stages.tracking.place import Say, Target, chart, locked, open_target, plain_errors, warn
 from ddpm.stages.tracking.runs import (
@@ -100,7 +99,8 @@ def publish(params: Params, root: Path = Path(), only: str | None = None, say: S
             _publish_likelihood(target, root, item, added)
         elif stage in ("sample", "evaluate"):
             point = Point.parse(item)
-            publish_points(target, root, [(point, PointSettings.of(params, point))], added)
+            if settings := PointSettings.read(params, point, root):
+                publish_points(target, root, [(point, settings)], added)
         elif stage == "schedules":
             _publish_schedules(target, root, Path(item), added)
         elif stage == "report":
@@ -108,7 +108,7 @@ def publish(params: Params, root: Path = Path(), only: str | None = None, say: S
         elif not stage:
             stale = _publish_all(target, params, root, added)
             for name in stale:
-                say(f"publish: {name} left out: made with another model or other parameters; run dvc repro")
+                say(f"publish: {name} left out: made with another model, or scored with other samples; run dvc repro")
             summary = ", ".join(f"{count} {kind}" for kind, count in added.items())
             store.write_text(root / store.CHART, chart(target.experiment))
             say(f"MLflow at {target.place.shown}: " + (f"added {summary}" if summary else "nothing to add"))
@@ -123,10 +123,10 @@ def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]
         _publish_training(target, root, schedule, added)
         if not _publish_likelihood(target, root, schedule, added):
             stale.append(f"likelihood of {schedule}")
-    stages, groups = store.dvc_lock(root), dict[str, list[tuple[Point, PointSettings]]]()
+    groups = dict[str, list[tuple[Point, PointSettings]]]()
     for point in _points(root):
-        settings = settings_of(params, point, root, stages)
-        if settings is None or not _belong(root, point):
+        settings = PointSettings.read(params, point, root)
+        if settings is None:
             stale.append(point.name)
         else:
             identity = json.dumps([point.schedule, point.sampler, asdict(settings)])
@@ -136,17 +136,6 @@ def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]
     _publish_report(target, root, added)
     _publish_schedules(target, root, store.schedules_dir(), added)
     return stale
-
-
-def _belong(root: Path, point: Point) -> bool:
-    """Whether the samples of a point were drawn from the model that is there, and its scores are of these samples."""
-    about = store.read_samples_record(root / store.samples_file(point))
-    found = dict[str, Any]()
-    if (root / store.model_dir(point.schedule) / "model.json").exists():
-        found["model"] = store.read_trained(root, point.schedule)["weights_sha256"]
-    if (root / store.metrics_file(point)).exists():
-        found[store.CHECKSUM] = store.read_scores(root, point)["samples"]
-    return found.items() <= about.items()
 
 
 def _points(root: Path) -> Iterator[Point]:

@@ -22,7 +22,7 @@ from ddpm.stages.errors import InputError
 from ddpm.stages.metrics import HEADLINE, RANKING
 from ddpm.stages.params import Params, Point
 from ddpm.stages.promote import Decision, Protocol, Score, Verdict, decide
-from ddpm.stages.tracking.lineage import flat, settings_of
+from ddpm.stages.tracking.lineage import PointSettings, flat
 from ddpm.stages.tracking.place import (
     CHAMPION,
     Place,
@@ -163,7 +163,7 @@ def _challenger(params: Params, root: Path) -> Challenger:
     best = store.read_record(root / store.report_dir() / "best.json")
     point = Point.parse(str(best.get("point")))
     metrics = store.read_scores(root, point)
-    settings = settings_of(params, point, root, store.dvc_lock(root))
+    settings = PointSettings.read(params, point, root)
     if metrics.get(HEADLINE) != best.get(HEADLINE) or settings is None:
         raise InputError(f"{root / store.report_dir()}: the report is older than its scores; run dvc repro")
     folder, bound = root / store.model_dir(point.schedule), root / store.likelihood_file(point.schedule)
@@ -501,7 +501,7 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
         if challenger.is_version(version) and version.status == "READY":
             _keep(target, version, challenger.score, challenger.metrics)
             return client.get_model_version(name, version.version)
-    settings = settings_of(params, challenger.point, root, store.dvc_lock(root))
+    settings = PointSettings.read(params, challenger.point, root)
     with locked(target.place):
         run = publish_points(target, root, [(challenger.point, settings)], Counter()) if settings else None
     if run is None:
