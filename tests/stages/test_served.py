@@ -132,16 +132,18 @@ numpy.save("images.npy", model.predict(pandas.DataFrame({"n": [6], "seed": [3]})
 """
 
 
-@pytest.mark.proof
 @pytest.mark.timeout(3600)
 def test_it_needs_no_more_than_its_own_requirements(
     checkout: Path, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In an environment made of the model's requirements.txt alone."""
+    """In an environment made of the model's requirements.txt alone, in the versions that are installed here and cached."""
     tracking.promote(params, checkout)
     uri, folder = tracking.tracking_uri(checkout), tmp_path / "bare"
     python, uv = folder / "bin" / "python", str(Path(sys.executable).with_name("uv"))
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    versions = tmp_path / "versions.txt"
+    freeze = [uv, "pip", "freeze", "--python", sys.executable, "--exclude-editable"]
+    versions.write_text(subprocess.run(freeze, capture_output=True, text=True, check=True).stdout)
     for command in (
         [uv, "venv", "--python", sys.executable, str(folder)],
         [
@@ -150,6 +152,8 @@ def test_it_needs_no_more_than_its_own_requirements(
             "install",
             "--python",
             str(python),
+            "--constraints",
+            str(versions),
             "--requirements",
             str(model_folder(checkout) / "requirements.txt"),
         ],
