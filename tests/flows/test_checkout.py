@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,30 @@ from ddpm.stages.errors import InputError
 from flows import elsewhere, reaping, train_eval
 
 ROOT = Path(__file__).parents[2]
+FOREIGN = {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(ROOT)}  # the working directory is not looked into for modules
 WIDE, NARROW = 651, 196  # pixels of a preview with ten columns of digits, and with three
 
 
+CODE, DATA = (
+    ("ddpm", "flows"),
+    (".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "images/README.md"),
+)
+
+
 @pytest.fixture
-def clone(clone_maker: Callable[[Path], Any], tmp_path: Path) -> Any:
+def clone(scratch_maker: Callable[[Path, Path], Any], tmp_path: Path) -> Iterator[Any]:
     """A second clone, in the environment of this checkout."""
-    made = clone_maker(tmp_path / "clone")
-    del made.environment["PYTHONPATH"]
-    made.run("git", "config", "user.name", "test")
-    made.run("git", "config", "user.email", "test@example.org")
+    source = tmp_path / "source"
+    for name in CODE:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in DATA:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    made = scratch_maker(tmp_path / "clone", source)
+    made.environment.pop("PYTHONPATH", None)
+    author = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    for command in (["init", "--quiet"], ["add", "--all"], [*author, "commit", "--quiet", "--message", "all"]):
+        assert made.run("git", *command).returncode == 0
     yield made
     made.end()
 
@@ -58,7 +73,7 @@ def test_a_stage_runs_the_code_of_its_own_checkout(kind: str, clone: Any, tmp_pa
     assert width(clone.root) == NARROW
     before = (clone.root / "dvc.lock").read_bytes()
     for arguments in (["prepare"], ["generate", "--out", "grid.png"], ["gc", "--delete"]):
-        done = clone.run("ddpm", *arguments)
+        done = clone.run("ddpm", *arguments, PYTHONPATH=str(ROOT))
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert done.stderr.startswith(f"ddpm: the code of {ROOT / 'ddpm'} would run here, not {clone.root / 'ddpm'};")
     assert (clone.root / "dvc.lock").read_bytes() == before and not (clone.root / "grid.png").exists()
@@ -88,8 +103,7 @@ def test_an_experiment_in_a_temporary_folder_runs_the_code_it_takes_there(clone:
 
 @pytest.mark.parametrize("module", ["ddpm", "flows", "flows.up", "flows.worker"])
 def test_no_entry_works_with_the_code_of_another_checkout(module: str, clone: Any) -> None:
-    """Where the working directory is not looked into for modules."""
-    done = clone.run(sys.executable, "-m", module, *(["report"] if module == "ddpm" else []), PYTHONSAFEPATH="1")
+    done = clone.run(sys.executable, "-m", module, *(["report"] if module == "ddpm" else []), **FOREIGN)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.count("\n") == 1 and f"would run here, not {clone.root / 'ddpm'};" in done.stderr
 
