@@ -43,8 +43,8 @@ except Stopped:
     print("stopped")
 """
 KEPT = ("resuming after step", "going on after 16 images")
-EDITS = {
-    "stages/train.py": ("manual_seed(params.seed)", "manual_seed(params.seed + 1)"),
+EDITS = {  # which change no weight, so that only the code tells the samplings apart
+    "stages/train.py": ("manual_seed(params.seed)", "manual_seed(params.seed + 0)"),
     "noise.py": ("import torch\n", "import torch  # and so on\n"),
     "fidelity.py": ("import torch\n", "import torch  # and so on\n"),
 }
@@ -86,7 +86,7 @@ def test_what_other_code_left_is_not_gone_on_from(checkout: Path) -> None:
     third = run(checkout)
     assert not any(line in third for line in KEPT) and "once for this dataset" in third
     weights = [line for said in (first, second, third) for line in said.splitlines() if line.startswith("weights")]
-    assert weights[0] == weights[1] != weights[2]
+    assert len(weights) == 3 and len(set(weights)) == 1
 
 
 def test_imports_are_found_wherever_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
