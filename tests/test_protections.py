@@ -41,6 +41,8 @@ PLACE, STREAMING, PUBLISHING, RUNS, REGISTRY = (
 FAULTS, BAD, TRACKING = (f"tests/stages/test_{name}.py::test_" for name in ("faults", "bad_input", "tracking"))
 FLOW, DVC, ACCESS = (f"tests/flows/test_{name}.py::test_" for name in ("train_eval", "dvc", "access"))
 ENDS = "tests/flows/test_children.py::test_make_up_leaves_nothing_however_it_ends"
+CHECKOUT = "tests/flows/test_checkout.py::test_"
+KEPT = "tests/stages/test_code.py::test_what_other_code_left_is_not_gone_on_from"
 LOCKFILE = "tests/flows/test_lockfile.py::test_"
 WATCH = "tests/stages/test_watchdog.py::test_a_stage_ends_with_what_started_it"
 KILLED = f"{FAULTS}a_training_killed_at_random_moments_ends_with_the_same_bytes"
@@ -705,8 +707,8 @@ FLOWS = [
     Protection(
         "code edited while a stage runs: nothing is recorded",
         "ddpm/stages/inputs.py",
-        'if dependency.endswith((".py", ".c", ".jinja"))]',
-        "if False]",
+        "code = [path for path in named if not path.is_dir()]",
+        "code: list[Path] = []",
         f"{DVC}what_is_edited_while_a_stage_runs_is_not_recorded_as_its_own",
     ),
     Protection(
@@ -726,9 +728,58 @@ FLOWS = [
     Protection(
         "code edited while a flow runs: the new code runs",
         "flows/warm.py",
-        'if command[0] == "ddpm" and _edited():',
-        "if False:",
+        "if ddpm and (_edited() or ",
+        "if ddpm and (",
         "tests/flows/test_warm.py::test_code_that_is_edited_meanwhile_is_the_code_that_runs",
+    ),
+    Protection(
+        "a stage under DVC in a second checkout: the code of that checkout runs",
+        "dvc.yaml",
+        "cmd: python -B -m ddpm prepare",
+        "cmd: ddpm prepare",
+        f"{CHECKOUT}a_stage_runs_the_code_of_its_own_checkout[clone]",
+    ),
+    Protection(
+        "a stage of a flow in a second checkout: the code of that checkout runs",
+        "flows/warm.py",
+        "(_edited() or not checkout.is_own(Path.cwd()))",
+        "_edited()",
+        "tests/flows/test_warm.py::test_a_stage_elsewhere_runs_the_code_that_lies_there",
+    ),
+    Protection(
+        "`ddpm` in a second checkout: refuses",
+        "ddpm/cli.py",
+        "    checkout.require_own(Path())\n",
+        "",
+        f"{CHECKOUT}no_entry_works_with_the_code_of_another_checkout[ddpm]",
+    ),
+    Protection(
+        "a flow in a second checkout: refuses",
+        "flows/train_eval.py",
+        '        checkout.require_own(root, "ddpm", "flows")\n',
+        "        raise InputError('')\n",
+        f"{CHECKOUT}neither_a_run_of_the_flow_nor_a_host_does",
+    ),
+    Protection(
+        "code that changes: a training does not go on from what the old code saved",
+        TRAIN,
+        "dataset, code.digest(__name__)]",
+        "dataset]",
+        KEPT,
+    ),
+    Protection(
+        "code that changes: a sampling does not go on from what the old code drew",
+        SAMPLE,
+        "device.type, code.digest(__name__)]",
+        "device.type]",
+        KEPT,
+    ),
+    Protection(
+        "code that changes: reference features are computed again",
+        "ddpm/stages/evaluate.py",
+        "images.shape, code.digest(__name__))",
+        "images.shape)",
+        KEPT,
     ),
     Protection(
         "two promotions at once: the one that compares looks again",

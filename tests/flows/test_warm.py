@@ -90,6 +90,40 @@ def test_code_that_is_edited_meanwhile_is_the_code_that_runs(root: Path, scratch
     assert [text.partition("1,438 ")[2][:3] for text in said if "1,438" in text] == ["tra", "new"]
 
 
+def test_a_stage_elsewhere_runs_the_code_that_lies_there(root: Path, scratch: Any, tmp_path: Path) -> None:
+    """In another checkout than the one whose code was imported."""
+    other = tmp_path / "other"
+    shutil.copytree(root, other, symlinks=True)
+    source = other / "ddpm" / "stages" / "prepare.py"
+    source.write_text(source.read_text().replace("train and {test:,} test images", "other train and"))
+    said: list[str] = []
+    seen: list[int] = []
+
+    def line(text: str) -> None:
+        said.append(text)
+        seen.append(len(forked(scratch)))
+
+    for where, forks in ((root, 3), (other, 2)):
+        seen.clear()
+        assert children.run(COMMAND, where, line) == 0
+        assert max(seen) == forks  # the one that imports, DVC, and the stage where it is a fork
+    assert [text.partition("1,438 ")[2][:5] for text in said if "1,438" in text] == ["train", "other"]
+
+
+def test_only_this_environment_s_own_programs_are_forked(tmp_path: Path) -> None:
+    """Another environment of the same interpreter has other packages."""
+    own = str(Path(sys.executable).parent)
+    (tmp_path / "python").symlink_to(sys.executable)
+    for command, path, forks in (
+        ((*warm.DDPM, "report"), own, True),
+        (("dvc", "repro"), own, True),
+        ((*warm.DDPM, "report"), os.pathsep.join((str(tmp_path), own)), False),
+        (("python", "-m", "ddpm", "report"), own, False),
+        (("ddpm", "report"), own, False),
+    ):
+        assert warm.can_run(command, {"PATH": path}) == forks, command
+
+
 def test_it_ends_with_the_exit_code_and_the_line_of_the_stage(root: Path) -> None:
     (root / "params.yaml").write_text(
         (root / "params.yaml").read_text().replace("test_fraction: 0.2", "test_fraction: 2")
