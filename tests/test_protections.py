@@ -370,11 +370,18 @@ TRAINING = [
         }.items()
     ),
     Protection(
-        "out of memory: one line",
+        "out of memory, GPU or CPU: what says so",
         "ddpm/stages/device.py",
-        "and not any(said in text for said in NO_MEMORY)",
+        "    if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY.search(str(error)):\n        return True\n",
         "",
-        MEMORY,
+        f"{FAULTS}memory_that_ran_out_is_known_whoever_says_so",
+    ),
+    Protection(
+        "out of memory, GPU or CPU: an unknown error where no memory is left",
+        "ddpm/stages/device.py",
+        "    except OSError:\n        return True\n",
+        "    except OSError:\n        return False\n",
+        f"{FAULTS}an_unknown_error_is_one_of_memory_where_there_is_none_left",
     ),
     Protection(
         "out of memory: accumulated gradients", TRAIN, "accumulate=settings.accumulate,", "accumulate=1,", MEMORY
