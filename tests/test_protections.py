@@ -381,7 +381,7 @@ TRAINING = [
         "ddpm/stages/device.py",
         "    except OSError:\n        return True\n",
         "    except OSError:\n        return False\n",
-        f"{FAULTS}an_unknown_error_is_one_of_memory_where_there_is_none_left",
+        f"{FAULTS}an_unknown_error_is_one_of_memory_where_there_is_none_left[1125899906842624-InputError]",
     ),
     Protection(
         "out of memory: accumulated gradients", TRAIN, "accumulate=settings.accumulate,", "accumulate=1,", MEMORY
@@ -407,9 +407,30 @@ FLOWS = [
     Protection(
         "kill -9 of a stage: the flow runs it again",
         "flows/train_eval.py",
-        'return state.name in ("Busy", "Killed", "Unreachable")',
-        'return state.name in ("Busy", "Unreachable")',
+        'return state.name in ("Busy", "Killed", "Unreachable", "Full")',
+        'return state.name in ("Busy", "Unreachable", "Full")',
         f"{FLOW}a_killed_stage_is_run_again",
+    ),
+    Protection(
+        "the disk fills while DVC keeps outputs: the stage fails",
+        "flows/work.py",
+        "        code = code or 1\n",
+        "",
+        f"{DVC}outputs_that_find_no_room_in_the_cache_fail_the_stage_and_go_there_later",
+    ),
+    Protection(
+        "the disk fills while DVC keeps outputs: they go there later, and the stage does not run twice",
+        "flows/work.py",
+        "        _uncommitted.add((root, stage))\n",
+        "",
+        f"{DVC}outputs_that_find_no_room_in_the_cache_fail_the_stage_and_go_there_later",
+    ),
+    Protection(
+        "the disk fills while DVC keeps outputs: the flow tries again",
+        "flows/train_eval.py",
+        'return state.name in ("Busy", "Killed", "Unreachable", "Full")',
+        'return state.name in ("Busy", "Killed", "Unreachable")',
+        f"{FLOW}a_full_disk_fails_the_stage_until_there_is_room",
     ),
     Protection(
         "kill -9 of DVC: of all forks",

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,28 @@ def test_several_stages_are_pushed_at_once(scratch: Any, tmp_path: Path) -> None
     sent = {path.read_text() for path in (tmp_path / "remote" / "files").rglob("*") if path.is_file()}
     assert sent == {"prepare", "train@cosine"}
     assert (tmp_path / "remote" / "runs").is_dir()
+
+
+@pytest.mark.usefixtures("path")
+def test_outputs_that_find_no_room_in_the_cache_fail_the_stage_and_go_there_later(
+    scratch: Any, disk: Callable[[int], Path]
+) -> None:
+    """Plain DVC exits with 0 where a folder finds no room. The stage itself runs once."""
+    (scratch.root / "dvc.yaml").write_text(
+        "stages: {prepare: {outs: [prepared], cmd: echo ran >> runs;"
+        " mkdir prepared && head -c 3000000 /dev/zero > prepared/large && echo 1 > prepared/small}}"
+    )
+    assert scratch.run("dvc", "config", "cache.dir", str(disk(1))).returncode == 0
+    for _ in range(2):
+        outcome = work.reproduce("prepare", scratch.root, Record())
+        assert outcome == Outcome(
+            "Full", "DVC found no room on the disk (No space left on device): free some space and run this again"
+        )
+    disk(10)
+    assert work.reproduce("prepare", scratch.root, Record()).kind == "Completed"
+    assert (scratch.root / "runs").read_text() == "ran\n"
+    assert "up to date" in scratch.run("dvc", "status").stdout
+    assert work.reproduce("prepare", scratch.root, Record()).kind == "Unchanged"
 
 
 @pytest.mark.usefixtures("path")
