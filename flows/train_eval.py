@@ -29,8 +29,8 @@ from flows.watch import Log, Outcome, watcher
 
 
 def _worth_retrying(task: Any, task_run: TaskRun, state: State) -> bool:
-    """Another process held what it needs, it was killed, or MLflow is away. An error of its own comes again."""
-    return state.name in ("Busy", "Killed", "Unreachable")
+    """Another process held what it needs, it was killed, MLflow is away, or a disk is full. An error of its own comes again."""
+    return state.name in ("Busy", "Killed", "Unreachable", "Full")
 
 
 @task(

@@ -18,7 +18,7 @@ EVERY = 10.0  # seconds between two progress lines of one stage in the log, and 
 SHOWN = 5.0  # seconds that a stage which has ended waits for its bar to show it
 
 
-Kind = Literal["Completed", "Restored", "Unchanged", "Busy", "Killed", "Unreachable", "Failed"]
+Kind = Literal["Completed", "Restored", "Unchanged", "Busy", "Killed", "Unreachable", "Full", "Failed"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        return self.kind in ("Busy", "Killed", "Unreachable", "Failed")
+        return self.kind in ("Busy", "Killed", "Unreachable", "Full", "Failed")
 
 
 class Watcher(Protocol):

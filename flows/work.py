@@ -22,29 +22,69 @@ _BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
 _UNREACHABLE = re.compile(r"MLflow at .* (cannot be reached|is in use by another process)")
 _EXIT = re.compile(r"exited with (-?\d+)$")
 _KILLED = {-9, 137}
+_NOT_IN_CACHE = "failed to transfer"
+_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large|disk is full")
+
+_uncommitted: set[tuple[Path, str]] = set()  # stages whose outputs found no room in DVC's cache
 
 
 def reproduce(stage: str, root: Path, watcher: Watcher, *how: str) -> Outcome:
     """`dvc repro` of one stage; DVC decides whether there is anything to do. Raises children.Stopped.
 
+    DVC exits with 0 when its cache has no room for a folder. The stage fails here then, and when it is tried again
+    `dvc commit` puts its outputs into the cache, so that the stage does not run twice.
+
     how: options of `dvc repro` other than --single-item.
     """
+    if (root, stage) in _uncommitted and (outcome := _commit(stage, root, watcher)):
+        return outcome
     command = ("dvc", "--wait-for-lock", "repro", *(how or ("--single-item",)), stage)
     code, said, dvc = _run(stage, command, root, watcher)
-    if code == 0:
-        ran = any(line.startswith(f"Running stage '{stage}'") for line in dvc)  # whatever came of those before it
-        if not ran and any("didn't change, skipping" in line for line in dvc):
-            return Outcome("Unchanged", "unchanged")
-        if not ran and any("is cached - skipping run" in line for line in dvc):
-            return Outcome("Restored", "restored from DVC's cache")
-        return Outcome("Completed", said[-1].removeprefix(f"{stage}: ") if said else "done")
-    errors = [line.removeprefix("ERROR: ") for line in dvc if line.startswith("ERROR: ")]
+    errors = _errors(dvc)
+    if any(line.startswith(_NOT_IN_CACHE) for line in errors):
+        _uncommitted.add((root, stage))
+        code = code or 1
+    return _failure(code, said, errors) if code else _success(stage, said, dvc)
+
+
+def _commit(stage: str, root: Path, watcher: Watcher) -> Outcome | None:
+    """Puts outputs into DVC's cache that found no room there. None where the stage has to run again."""
+    _, _, dvc = _run(stage, ("dvc", "--wait-for-lock", "commit", stage), root, watcher)
+    errors = _errors(dvc)
+    if full := _full(errors):
+        return full
+    _uncommitted.discard((root, stage))
+    return None if errors else Outcome("Completed", "done; its outputs are in DVC's cache now")
+
+
+def _success(stage: str, said: list[str], dvc: list[str]) -> Outcome:
+    ran = any(line.startswith(f"Running stage '{stage}'") for line in dvc)  # whatever came of those before it
+    if not ran and any("didn't change, skipping" in line for line in dvc):
+        return Outcome("Unchanged", "unchanged")
+    if not ran and any("is cached - skipping run" in line for line in dvc):
+        return Outcome("Restored", "restored from DVC's cache")
+    return Outcome("Completed", said[-1].removeprefix(f"{stage}: ") if said else "done")
+
+
+def _failure(code: int, said: list[str], errors: list[str]) -> Outcome:
     ended = _EXIT.search(errors[-1]) if errors else None
     if code in _KILLED or (ended and int(ended[1]) in _KILLED):
         return Outcome("Killed", "killed; out of memory?")
     if any(_BUSY.search(line) for line in errors):
         return Outcome("Busy", next(line for line in errors if _BUSY.search(line)))
-    return Outcome("Failed", (said or errors or [f"dvc ended with exit code {code}"])[-1])
+    if full := _full(errors):
+        return full
+    left_out = [f"not in DVC's cache: {line}" for line in errors if line.startswith(_NOT_IN_CACHE)]
+    return Outcome("Failed", (left_out or said or errors or [f"dvc ended with exit code {code}"])[-1])
+
+
+def _full(errors: list[str]) -> Outcome | None:
+    found = next(filter(None, map(_FULL.search, errors)), None)
+    return found and Outcome("Full", f"DVC found no room on the disk ({found[0]}): free some space and run this again")
+
+
+def _errors(dvc: list[str]) -> list[str]:
+    return [line.removeprefix("ERROR: ") for line in dvc if line.startswith("ERROR: ")]
 
 
 class RemoteAway(InputError):

@@ -373,11 +373,18 @@ TRAINING = [
         }.items()
     ),
     Protection(
-        "out of memory: one line",
+        "out of memory, GPU or CPU: what says so",
         "ddpm/stages/device.py",
-        "and not any(said in text for said in NO_MEMORY)",
+        "    if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY.search(str(error)):\n        return True\n",
         "",
-        MEMORY,
+        f"{FAULTS}memory_that_ran_out_is_known_whoever_says_so",
+    ),
+    Protection(
+        "out of memory, GPU or CPU: an unknown error where no memory is left",
+        "ddpm/stages/device.py",
+        "    except OSError:\n        return True\n",
+        "    except OSError:\n        return False\n",
+        f"{FAULTS}an_unknown_error_is_one_of_memory_where_there_is_none_left[1125899906842624-InputError]",
     ),
     Protection(
         "out of memory: accumulated gradients", TRAIN, "accumulate=settings.accumulate,", "accumulate=1,", MEMORY
@@ -403,9 +410,30 @@ FLOWS = [
     Protection(
         "kill -9 of a stage: the flow runs it again",
         "flows/train_eval.py",
-        'return state.name in ("Busy", "Killed", "Unreachable")',
-        'return state.name in ("Busy", "Unreachable")',
+        'return state.name in ("Busy", "Killed", "Unreachable", "Full")',
+        'return state.name in ("Busy", "Unreachable", "Full")',
         f"{FLOW}a_killed_stage_is_run_again",
+    ),
+    Protection(
+        "the disk fills while DVC keeps outputs: the stage fails",
+        "flows/work.py",
+        "        code = code or 1\n",
+        "",
+        f"{DVC}outputs_that_find_no_room_in_the_cache_fail_the_stage_and_go_there_later",
+    ),
+    Protection(
+        "the disk fills while DVC keeps outputs: they go there later, and the stage does not run twice",
+        "flows/work.py",
+        "        _uncommitted.add((root, stage))\n",
+        "",
+        f"{DVC}outputs_that_find_no_room_in_the_cache_fail_the_stage_and_go_there_later",
+    ),
+    Protection(
+        "the disk fills while DVC keeps outputs: the flow tries again",
+        "flows/train_eval.py",
+        'return state.name in ("Busy", "Killed", "Unreachable", "Full")',
+        'return state.name in ("Busy", "Killed", "Unreachable")',
+        f"{FLOW}a_full_disk_fails_the_stage_until_there_is_room",
     ),
     Protection(
         "kill -9 of DVC: of all forks",

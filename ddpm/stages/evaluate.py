@@ -50,8 +50,10 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
     samples, real = found.images[: protocol.images], reference_images(dataset.train, protocol.images)
     if min(len(samples), len(real)) < FEWEST:
         raise InputError(f"{path}: {len(samples)} samples and {len(real)} reference images; a score takes four or more")
+    cache = root / store.CACHE / "inception"
     try:
-        inception = features.load(protocol.layer, root / store.CACHE / "inception", find_device(params.compute.device))
+        with store.disk_full_is_one_line(cache):
+            inception = features.load(protocol.layer, cache, find_device(params.compute.device))
     except features.WeightsError as error:
         raise InputError(str(error)) from None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ddpm import interop
@@ -51,7 +51,9 @@ def export_diffusers(folder: Path, out: Path, variance: str = "fixed_large") -> 
         _write(temporary / "model_index.json", {"_class_name": "DDPMPipeline", **index})
         _write(temporary / "scheduler" / "scheduler_config.json", scheduler)
         _write(temporary / "unet" / "config.json", config)
-        save_file(weights, temporary / "unet" / WEIGHTS, metadata={"format": "pt"})
+        (temporary / "unet" / WEIGHTS).write_bytes(
+            save(weights, metadata={"format": "pt"})
+        )  # save_file's errors have no errno
     return denoiser.schedule.T
 
 

@@ -36,7 +36,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import SimpleNamespace
+from typing import IO, Annotated, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -597,8 +598,9 @@ def writing_dataset(
             for split, count in zip(("train", "test"), counts, strict=True)
         )
         if labels is not None:
-            np.save(folder / "train-labels.npy", labels[0])
-            np.save(folder / "test-labels.npy", labels[1])
+            for split, values in zip(("train", "test"), labels, strict=True):
+                with (folder / f"{split}-labels.npy").open("wb") as file:
+                    _write_array(file, values)
         train_labels, test_labels = labels or (None, None)
         dataset = Dataset(train, test, train_labels, test_labels, about={})
         yield dataset
@@ -606,6 +608,11 @@ def writing_dataset(
             array.flush()  # type: ignore[attr-defined]
         dataset.about.update(write_record(folder / "dataset.json", dataset.about, sorted(folder.glob("*.npy"))))
         write_png(folder / "preview.png", preview(dataset))
+
+
+def _write_array(file: IO[bytes], array: NDArray[Any]) -> None:
+    """Writes the bytes of np.save, through `file`: on a full disk, numpy's own writing raises an error that has no errno."""
+    np.lib.format.write_array(cast(IO[bytes], SimpleNamespace(write=file.write)), array, allow_pickle=False)
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> Images:
@@ -655,7 +662,7 @@ def write_samples(
             member.compress_type = zipfile.ZIP_DEFLATED
             member.file_size = array.nbytes
             with archive.open(member, "w") as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
+                _write_array(file, array)
 
 
 RECORD = "record.json"  # in a sample set
@@ -866,7 +873,7 @@ def read_point_influence(root: Path, point: Point, scores: Mapping[str, Any]) ->
 def write_influence(path: Path, influence: NDArray[np.floating]) -> None:
     """float32 [N], in the order of the images."""
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, influence.astype(np.float32))
+        _write_array(file, influence.astype(np.float32))
 
 
 def read_influence(path: Path, digest: str) -> NDArray[np.float32]:

@@ -257,6 +257,27 @@ def scratch(tmp_path: Path, template: Path) -> Iterator[Scratch]:
     made.end()
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """disk(n): a file system of its own, of n MiB from now on."""
+    path = tmp_path / "disk"
+    path.mkdir()
+
+    def mount(*options: str) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+
+    def resize(size: int) -> Path:
+        mount("remount", f"size={size}m")
+        return path
+
+    mount("size=1m")
+    yield resize
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
 @pytest.fixture(scope="session")
 def clone_maker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Scratch]:
     """Makes what git would clone, with the changes that are not committed yet."""

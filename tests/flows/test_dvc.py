@@ -194,6 +194,28 @@ def test_several_stages_are_pushed_at_once(scratch: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("path")
+def test_outputs_that_find_no_room_in_the_cache_fail_the_stage_and_go_there_later(
+    scratch: Any, disk: Callable[[int], Path]
+) -> None:
+    """Plain DVC exits with 0 where a folder finds no room. The stage itself runs once."""
+    (scratch.root / "dvc.yaml").write_text(
+        "stages: {prepare: {outs: [prepared], cmd: echo ran >> runs;"
+        " mkdir prepared && head -c 3000000 /dev/zero > prepared/large && echo 1 > prepared/small}}"
+    )
+    assert scratch.run("dvc", "config", "cache.dir", str(disk(1))).returncode == 0
+    for _ in range(2):
+        outcome = work.reproduce("prepare", scratch.root, Record())
+        assert outcome == Outcome(
+            "Full", "DVC found no room on the disk (No space left on device): free some space and run this again"
+        )
+    disk(10)
+    assert work.reproduce("prepare", scratch.root, Record()).kind == "Completed"
+    assert (scratch.root / "runs").read_text() == "ran\n"
+    assert "up to date" in scratch.run("dvc", "status").stdout
+    assert work.reproduce("prepare", scratch.root, Record()).kind == "Unchanged"
+
+
+@pytest.mark.usefixtures("path")
 def test_what_a_killed_dvc_held_is_free(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was killed in a container had the id 1, which some process has everywhere."""
     monkeypatch.setenv("PREFECT_HOME", str(scratch.root / ".prefect"))

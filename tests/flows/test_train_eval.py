@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,21 @@ def test_a_killed_stage_is_run_again(up: Any) -> None:
     done = up.scratch.run(*up.FLOW, json.dumps({"overrides": ["training.steps=10"], "promote": False}))
     assert done.stdout.splitlines()[-1].startswith("Completed"), done.stdout + done.stderr
     assert up.tasks(up.flow_run()["id"])["train@linear"]["run_count"] == 2
+
+
+def test_a_full_disk_fails_the_stage_until_there_is_room(up: Any, disk: Callable[[int], Path]) -> None:
+    (disk(1) / "filler").write_bytes(bytes(2**20))
+    (up.scratch.root / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {disk(1)}\n")
+    try:
+        flow = up.scratch.start(*up.FLOW, json.dumps({"overrides": ["training.steps=11"], "promote": False}))
+        failed = "DVC found no room on the disk (No space left on device): free some space"
+        up.scratch.wait(lambda: failed in (up.scratch.root / "log").read_text(), 60, "it says so")
+        (disk(1) / "filler").unlink()
+        assert flow.wait(120) == 0
+        assert (up.scratch.root / "log").read_text().splitlines()[-1].startswith("Completed")
+        assert "up to date" in up.scratch.run("dvc", "status").stdout
+    finally:
+        (up.scratch.root / ".dvc" / "config.local").unlink()
 
 
 def test_an_mlflow_that_comes_back_gets_it_all(up: Any) -> None:

@@ -5,6 +5,7 @@ What takes long is marked `chaos` and runs with `make chaos`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,16 +24,28 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from ddpm import cli
+from ddpm import cli, features
+from ddpm.stages import device
 from ddpm.stages.checkpoint import ResumeState, read_resume, write_resume
+from ddpm.stages.device import memory_errors
 from ddpm.stages.errors import InputError
+from ddpm.stages.exchange import export_diffusers
 from ddpm.stages.params import Params, Point
 from ddpm.stages.prepare import prepare
 from ddpm.stages.progress import Progress
 from ddpm.stages.report import report
 from ddpm.stages.sample import sample_point
 from ddpm.stages.stopping import Stopped, deferred
-from ddpm.stages.store import replacing, replacing_dir, write_json
+from ddpm.stages.store import (
+    disk_full_is_one_line,
+    replacing,
+    replacing_dir,
+    write_arrays,
+    write_influence,
+    write_json,
+    write_samples,
+    writing_dataset,
+)
 from ddpm.stages.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -760,6 +773,43 @@ def test_a_full_disk_is_one_line_and_harms_nothing(
     assert {name: content for name, content in files(small_disk).items() if name != "filler"} == complete
 
 
+def write_labels(disk: Path) -> None:
+    labels = np.zeros(300_000, np.int64), np.zeros(1, np.int64)
+    with writing_dataset(disk, (1, 1, 1), (300_000, 1), labels, lambda dataset: dataset.test):
+        pass
+
+
+def evaluate_on(disk: Path) -> None:
+    """As in a checkout where the weights of Inception were not converted yet."""
+    with disk_full_is_one_line(disk / "inception"):
+        features._from_wheel(disk / "inception")
+
+
+NOISE = np.random.default_rng(0).integers(0, 255, (100, 3, 128, 128), np.uint8)
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "influence.npy": lambda disk: write_influence(disk / "influence.npy", np.zeros(10**6)),
+    "features.npz": lambda disk: write_arrays(disk / "features.npz", real=NOISE),
+    "samples.npz": lambda disk: write_samples(disk / "samples.npz", NOISE, 1),
+    "dataset": write_labels,
+    "exported": lambda disk: export_diffusers(disk / "models" / "cosine", disk / "exported"),
+    "inception": evaluate_on,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_writer_that_finds_no_room_says_so(
+    name: str, small_disk: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for the file's head, and not for the rest: numpy and safetensors have words of their own for that."""
+    monkeypatch.setattr(features, "_convert", lambda path: {"weight": torch.zeros(10**6)})
+    shutil.copytree(trained / "models", small_disk / "models")
+    fill(small_disk, spare=700_000)
+    before = files(small_disk)
+    with pytest.raises(InputError, match=f"{name}: no room on the disk"):
+        WRITERS[name](small_disk)
+    assert files(small_disk) == before
+
+
 PREPARER = """
 import json, sys
 from pathlib import Path
@@ -849,11 +899,15 @@ print("trained")
 """
 
 
-def test_out_of_memory_says_what_to_lower(root: Path, smoke: Callable[..., Params]) -> None:
+@pytest.mark.parametrize(
+    "processor", [{}, {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"}], ids=["this", "an old one"]
+)
+def test_out_of_memory_says_what_to_lower(processor: dict[str, str], root: Path, smoke: Callable[..., Params]) -> None:
+    """Which layer finds no memory, and so what it says, depends on the processor."""
     params = smoke(training={"steps": 2, "validation_images": 0})
     done = subprocess.run(
         [sys.executable, "-c", BOUNDED, plain(params), str(root)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **processor},
         capture_output=True,
         text=True,
         check=False,
@@ -865,6 +919,33 @@ def test_out_of_memory_says_what_to_lower(root: Path, smoke: Callable[..., Param
     assert bound.startswith("likelihood cosine: out of memory: lower likelihood.batch")
     assert sampling.startswith("cosine-ddpm-5: out of memory: lower sampling.batch")
     assert trained == "trained"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("could not create a primitive"),
+        RuntimeError("could not execute a primitive"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        MemoryError(),
+    ],
+    ids=str,
+)
+def test_memory_that_ran_out_is_known_whoever_says_so(error: Exception) -> None:
+    with (
+        pytest.raises(InputError, match=r"^train cosine: out of memory: lower it"),
+        memory_errors("train cosine", "lower it"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize(("more", "expected"), [(2**12, RuntimeError), (2**50, InputError)])
+def test_an_unknown_error_is_one_of_memory_where_there_is_none_left(
+    more: int, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "PROBE", more)
+    with pytest.raises(expected), memory_errors("train cosine", "lower it"):
+        raise RuntimeError("could not create a primitive descriptor")
 
 
 # Beyond what the process has, a quarter of what the images take.
