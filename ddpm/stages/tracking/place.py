@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
-from ddpm.stages import store
+from ddpm.stages import mlflow_file, store
 from ddpm.stages.errors import InputError, without_password
+from ddpm.stages.mlflow_file import ARTIFACTS
 from ddpm.stages.params import Params
 from ddpm.stages.tracking import empty
 
@@ -55,8 +56,8 @@ class Place:
 
     @property
     def shown(self) -> str:
-        """The URI without a password."""
-        return without_password(self.uri)
+        """The URI without a password, or the path of a database file, as a reader knows it."""
+        return f"sqlite:///{self.database}" if self.database else without_password(self.uri)
 
 
 def repo_root(root: Path = Path()) -> Path:
@@ -74,24 +75,48 @@ def tracking_uri(root: Path = Path()) -> str:
     the checkout.
     """
     named = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI")
-    return named or _sqlite_uri("sqlite", repo_root(root) / "mlflow.db")
+    return named or _sqlite_uri(repo_root(root) / "mlflow.db", "")
 
 
-def _sqlite_uri(scheme: str, file: Path) -> str:
-    """Escaped no more than SQLAlchemy needs: MLflow makes the parent folder of the name as it is written here."""
-    return f"{scheme}:///{str(file).replace('%', '%25').replace('?', '%3F')}"
+def _sqlite_uri(file: Path, query: str) -> str:
+    """The address of a database file.
+
+    SQLAlchemy 2.1 decodes %XX in an address, 2.0 doesn't, and MLflow makes the parent folder of what follows `sqlite:///` as it
+    is written. So a path with % or ? goes in a form that both versions read alike and MLflow makes no folder of.
+    """
+    if not set("%?") & set(str(file)):
+        return f"sqlite:///{file}" + (query and f"?{query}")
+    from sqlalchemy.engine import URL
+
+    options = {**dict(parse_qsl(query)), "uri": "true"}
+    url = URL.create("sqlite+pysqlite", database=file.as_uri(), query=options)
+    return url.render_as_string(hide_password=False)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """The file of an SQLite address, or None for any other address. Raises InputError."""
+    if not uri.startswith("sqlite"):
+        return None
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        name = make_url(uri).database
+    except ArgumentError as error:
+        raise InputError(f"MLflow at {without_password(uri)}: {' '.join(str(error).split())}") from None
+    if not name or name == ":memory:":
+        return None
+    return Path(unquote(urlsplit(name).path) if name.startswith("file:") else name).resolve()
 
 
 def find_place(root: Path = Path()) -> Place:
     """The store that `tracking_uri` names, its lock, and where its artifacts go: MLFLOW_DEFAULT_ARTIFACT_ROOT if it is set."""
     uri, home = tracking_uri(root), repo_root(root)
-    lock, artifacts = home / store.CACHE / "mlflow.lock", home / "mlartifacts"
-    scheme, _, rest = uri.partition(":///")
-    if scheme.partition("+")[0] == "sqlite" and rest:
-        file = Path(unquote(rest.partition("?")[0])).resolve()
-        uri = _sqlite_uri(scheme, file) + "".join(rest.partition("?")[1:])
-        beside = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or (file.parent / "mlartifacts").as_uri()
-        return Place(uri, file.with_name(f"{file.name}.lock"), beside, file)
+    lock, artifacts = home / store.CACHE / "mlflow.lock", home / ARTIFACTS
+    scheme = uri.partition(":///")[0]
+    if file := _sqlite_file(uri):
+        beside = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or (file.parent / ARTIFACTS).as_uri()
+        return Place(_sqlite_uri(file, uri.partition("?")[2]), file.with_name(f"{file.name}.lock"), beside, file)
     if scheme.partition(":")[0] in ("http", "https"):
         return Place(uri, lock, None)
     return Place(uri, lock, os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or artifacts.as_uri())
@@ -136,12 +161,21 @@ def import_mlflow() -> None:
 
 
 def client_of(where: Place) -> MlflowClient:
-    """Call it under the lock: the first client of a database file creates or migrates it."""
+    """Checks a database file, then opens it. Call it under the lock: the first client creates or migrates the file.
+
+    Raises InputError.
+    """
     import_mlflow()
+    known = where.database is None or mlflow_file.check(where.database)
     if where.database:
         empty.create(where.database)
     from mlflow.tracking import MlflowClient
+    from mlflow.tracking._tracking_service.utils import _get_store
 
+    if (
+        not known
+    ):  # MLflow gives experiment 0 a place below the working folder, and fails where its path holds both quotes
+        _get_store(where.uri, where.artifacts)
     return MlflowClient(where.uri, registry_uri=where.uri)
 
 
@@ -158,6 +192,8 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
 
     found = client.get_experiment_by_name(name)
     if found is None:
+        if where.database and "MLFLOW_DEFAULT_ARTIFACT_ROOT" not in os.environ:
+            mlflow_file.require_new(where.database, name)
         location = f"{where.artifacts.rstrip('/')}/{name}" if where.artifacts else None
         if location and "MLFLOW_DEFAULT_ARTIFACT_ROOT" in os.environ:
             location += f"-{secrets.token_hex(4)}"  # other databases may keep theirs below the same root
