@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
@@ -75,38 +75,7 @@ def tracking_uri(root: Path = Path()) -> str:
     the checkout.
     """
     named = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI")
-    return named or _sqlite_uri(repo_root(root) / "mlflow.db", "")
-
-
-def _sqlite_uri(file: Path, query: str) -> str:
-    """The address of a database file.
-
-    SQLAlchemy 2.1 decodes %XX in an address, 2.0 doesn't, and MLflow makes the parent folder of what follows `sqlite:///` as it
-    is written. So a path with % or ? goes in a form that both versions read alike and MLflow makes no folder of.
-    """
-    if not set("%?") & set(str(file)):
-        return f"sqlite:///{file}" + (query and f"?{query}")
-    from sqlalchemy.engine import URL
-
-    options = {**dict(parse_qsl(query)), "uri": "true"}
-    url = URL.create("sqlite+pysqlite", database=file.as_uri(), query=options)
-    return url.render_as_string(hide_password=False)
-
-
-def _sqlite_file(uri: str) -> Path | None:
-    """The file of an SQLite address, or None for any other address. Raises InputError."""
-    if not uri.startswith("sqlite"):
-        return None
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        name = make_url(uri).database
-    except ArgumentError as error:
-        raise InputError(f"MLflow at {without_password(uri)}: {' '.join(str(error).split())}") from None
-    if not name or name == ":memory:":
-        return None
-    return Path(unquote(urlsplit(name).path) if name.startswith("file:") else name).resolve()
+    return named or mlflow_file.address_of(repo_root(root) / "mlflow.db")
 
 
 def find_place(root: Path = Path()) -> Place:
@@ -114,9 +83,9 @@ def find_place(root: Path = Path()) -> Place:
     uri, home = tracking_uri(root), repo_root(root)
     lock, artifacts = home / store.CACHE / "mlflow.lock", home / ARTIFACTS
     scheme = uri.partition(":///")[0]
-    if file := _sqlite_file(uri):
+    if file := mlflow_file.file_of(uri):
         beside = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or (file.parent / ARTIFACTS).as_uri()
-        return Place(_sqlite_uri(file, uri.partition("?")[2]), file.with_name(f"{file.name}.lock"), beside, file)
+        return Place(mlflow_file.address_of(file, uri.partition("?")[2]), mlflow_file.lock_of(file), beside, file)
     if scheme.partition(":")[0] in ("http", "https"):
         return Place(uri, lock, None)
     return Place(uri, lock, os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or artifacts.as_uri())
