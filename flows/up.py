@@ -23,7 +23,7 @@ from honcho.environ import parse_procfile
 from honcho.manager import Manager
 from honcho.printer import Message, Printer
 
-from ddpm.stages import mlflow_file
+from ddpm.stages import mlflow_file, sqlite
 from ddpm.stages.errors import InputError, without_password
 from flows import access, children, embedded, links
 
@@ -74,7 +74,7 @@ def main(chosen: list[str]) -> None:
 
 def _check_records(store: str) -> None:
     """Does for MLflow's server what every other process does before it opens a database file. Raises InputError."""
-    if file := mlflow_file.file_of(store):
+    if file := sqlite.file_of(store):
         with FileLock(mlflow_file.lock_of(file)):
             mlflow_file.check(file)
 

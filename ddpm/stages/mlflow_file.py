@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote
 
-from ddpm.stages.errors import InputError, without_password
+from ddpm.stages.errors import InputError
 
 ARTIFACTS = "mlartifacts"  # the folder beside the database
 SHARED = re.compile(r"-[0-9a-f]{8}$")  # ends the name of an experiment's folder below MLFLOW_DEFAULT_ARTIFACT_ROOT
@@ -30,37 +30,6 @@ COLUMNS = {
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 RESTORE = "restore it from a backup (docs/storage.md)"
 REBUILD = "run `ddpm publish`, which records the outputs anew, without earlier champions and their history"
-
-
-def address_of(file: Path, query: str = "") -> str:
-    """The address of a database file.
-
-    SQLAlchemy 2.1 decodes %XX in an address, 2.0 doesn't, and MLflow makes the parent folder of what follows `sqlite:///` as it
-    is written. So a path with % or ? goes in a form that both versions read alike and MLflow makes no folder of.
-    """
-    if not set("%?") & set(str(file)):
-        return f"sqlite:///{file}" + (query and f"?{query}")
-    from sqlalchemy.engine import URL
-
-    options = {**dict(parse_qsl(query)), "uri": "true"}
-    url = URL.create("sqlite+pysqlite", database=file.as_uri(), query=options)
-    return url.render_as_string(hide_password=False)
-
-
-def file_of(uri: str) -> Path | None:
-    """The file of an SQLite address, or None for any other address. Raises InputError."""
-    if not uri.startswith("sqlite"):
-        return None
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        name = make_url(uri).database
-    except ArgumentError as error:
-        raise InputError(f"MLflow at {without_password(uri)}: {' '.join(str(error).split())}") from None
-    if not name or name == ":memory:":
-        return None
-    return Path(unquote(urlsplit(name).path) if name.startswith("file:") else name).resolve()
 
 
 def lock_of(file: Path) -> Path:

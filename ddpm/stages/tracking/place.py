@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from ddpm.stages import mlflow_file, store
+from ddpm.stages import mlflow_file, sqlite, store
 from ddpm.stages.errors import InputError, without_password
 from ddpm.stages.mlflow_file import ARTIFACTS
 from ddpm.stages.params import Params
@@ -75,7 +75,7 @@ def tracking_uri(root: Path = Path()) -> str:
     the checkout.
     """
     named = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI")
-    return named or mlflow_file.address_of(repo_root(root) / "mlflow.db")
+    return named or sqlite.address_of(repo_root(root) / "mlflow.db")
 
 
 def find_place(root: Path = Path()) -> Place:
@@ -83,9 +83,9 @@ def find_place(root: Path = Path()) -> Place:
     uri, home = tracking_uri(root), repo_root(root)
     lock, artifacts = home / store.CACHE / "mlflow.lock", home / ARTIFACTS
     scheme = uri.partition(":///")[0]
-    if file := mlflow_file.file_of(uri):
+    if file := sqlite.file_of(uri):
         beside = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or (file.parent / ARTIFACTS).as_uri()
-        return Place(mlflow_file.address_of(file, uri.partition("?")[2]), mlflow_file.lock_of(file), beside, file)
+        return Place(sqlite.address_of(file, uri.partition("?")[2]), mlflow_file.lock_of(file), beside, file)
     if scheme.partition(":")[0] in ("http", "https"):
         return Place(uri, lock, None)
     return Place(uri, lock, os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or artifacts.as_uri())
