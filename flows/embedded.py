@@ -13,7 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from ddpm.stages import watchdog
+from ddpm.stages import sqlite, watchdog
 from ddpm.stages.errors import InputError
 from flows import access
 
@@ -55,11 +55,10 @@ def create_database(home: Path) -> None:
 
 def database(home: Path) -> dict[str, str]:
     """What a server needs in its environment to find the database there, where Prefect would take a part of its path for more."""
-    path = str(home.resolve() / "prefect.db")
-    if not set("%?#") & set(path) or any(name in os.environ for name in DATABASE):
+    file = home.resolve() / "prefect.db"
+    if not set("%?#") & set(str(file)) or any(name in os.environ for name in DATABASE):
         return {}
-    escaped = path.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
-    return {"PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{escaped}"}
+    return {"PREFECT_SERVER_DATABASE_CONNECTION_URL": sqlite.address_of(file, driver="aiosqlite")}
 
 
 class Api:

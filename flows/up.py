@@ -18,11 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 from honcho.environ import parse_procfile
 from honcho.manager import Manager
 from honcho.printer import Message, Printer
 
-from ddpm.stages import checkout
+from ddpm.stages import checkout, mlflow_file, sqlite
 from ddpm.stages.databases import with_driver
 from ddpm.stages.errors import InputError, without_password
 from flows import access, children, embedded, links
@@ -46,7 +47,7 @@ def main(chosen: list[str]) -> None:
     if store.startswith("http"):
         del processes["mlflow"]  # a server elsewhere has it
     # Not on its command line: there every user of the machine could read a password.
-    artifacts = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or str(Path("mlartifacts").resolve())
+    artifacts = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or Path("mlartifacts").resolve().as_uri()
     mlflow = {
         "MLFLOW_BACKEND_STORE_URI": store,
         "MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts,
@@ -56,6 +57,8 @@ def main(chosen: list[str]) -> None:
     host = os.environ.get("HOST") or access.LOOPBACK
     with tempfile.TemporaryDirectory(prefix="ddpm-up-") as folder:
         try:
+            if "mlflow" in names:
+                _check_records(store)
             environment = _environment(names, host, store, Path(folder))
         except InputError as error:
             sys.exit(f"make up: {error}")
@@ -74,6 +77,13 @@ def main(chosen: list[str]) -> None:
                     manager.terminate()
                 end_what_is_left(environment[MARK])
     sys.exit(0 if manager.returncode == INTERRUPTED else manager.returncode)
+
+
+def _check_records(store: str) -> None:
+    """Does for MLflow's server what every other process does before it opens a database file. Raises InputError."""
+    if file := sqlite.file_of(store):
+        with FileLock(mlflow_file.lock_of(file)):
+            mlflow_file.check(file)
 
 
 class _Lines(Printer):

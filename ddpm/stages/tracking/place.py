@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from ddpm.stages import store
+from ddpm.stages import mlflow_file, sqlite, store
 from ddpm.stages.databases import with_driver
 from ddpm.stages.errors import InputError, without_password
+from ddpm.stages.mlflow_file import ARTIFACTS
 from ddpm.stages.params import Params
 from ddpm.stages.tracking import empty
 
@@ -56,8 +57,8 @@ class Place:
 
     @property
     def shown(self) -> str:
-        """The URI without a password."""
-        return without_password(self.uri)
+        """The URI without a password, or the path of a database file, as a reader knows it."""
+        return f"sqlite:///{self.database}" if self.database else without_password(self.uri)
 
 
 def repo_root(root: Path = Path()) -> Path:
@@ -75,24 +76,17 @@ def tracking_uri(root: Path = Path()) -> str:
     the checkout.
     """
     named = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI")
-    return with_driver(named) if named else _sqlite_uri("sqlite", repo_root(root) / "mlflow.db")
-
-
-def _sqlite_uri(scheme: str, file: Path) -> str:
-    """Escaped no more than SQLAlchemy needs: MLflow makes the parent folder of the name as it is written here."""
-    return f"{scheme}:///{str(file).replace('%', '%25').replace('?', '%3F')}"
+    return with_driver(named) if named else sqlite.address_of(repo_root(root) / "mlflow.db")
 
 
 def find_place(root: Path = Path()) -> Place:
     """The store that `tracking_uri` names, its lock, and where its artifacts go: MLFLOW_DEFAULT_ARTIFACT_ROOT if it is set."""
     uri, home = tracking_uri(root), repo_root(root)
-    lock, artifacts = home / store.CACHE / "mlflow.lock", home / "mlartifacts"
-    scheme, _, rest = uri.partition(":///")
-    if scheme.partition("+")[0] == "sqlite" and rest:
-        file = Path(unquote(rest.partition("?")[0])).resolve()
-        uri = _sqlite_uri(scheme, file) + "".join(rest.partition("?")[1:])
-        beside = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or (file.parent / "mlartifacts").as_uri()
-        return Place(uri, file.with_name(f"{file.name}.lock"), beside, file)
+    lock, artifacts = home / store.CACHE / "mlflow.lock", home / ARTIFACTS
+    scheme = uri.partition(":///")[0]
+    if file := sqlite.file_of(uri):
+        beside = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or (file.parent / ARTIFACTS).as_uri()
+        return Place(sqlite.address_of(file, uri.partition("?")[2]), mlflow_file.lock_of(file), beside, file)
     if scheme.partition(":")[0] in ("http", "https"):
         return Place(uri, lock, None)
     return Place(uri, lock, os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or artifacts.as_uri())
@@ -137,12 +131,21 @@ def import_mlflow() -> None:
 
 
 def client_of(where: Place) -> MlflowClient:
-    """Call it under the lock: the first client of a database file creates or migrates it."""
+    """Checks a database file, then opens it. Call it under the lock: the first client creates or migrates the file.
+
+    Raises InputError.
+    """
     import_mlflow()
+    known = where.database is None or mlflow_file.check(where.database)
     if where.database:
         empty.create(where.database)
     from mlflow.tracking import MlflowClient
+    from mlflow.tracking._tracking_service.utils import _get_store
 
+    if (
+        not known
+    ):  # MLflow gives experiment 0 a place below the working folder, and fails where its path holds both quotes
+        _get_store(where.uri, where.artifacts)
     return MlflowClient(where.uri, registry_uri=where.uri)
 
 
@@ -159,6 +162,8 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
 
     found = client.get_experiment_by_name(name)
     if found is None:
+        if where.database and "MLFLOW_DEFAULT_ARTIFACT_ROOT" not in os.environ:
+            mlflow_file.require_new(where.database, name)
         location = f"{where.artifacts.rstrip('/')}/{name}" if where.artifacts else None
         if location and "MLFLOW_DEFAULT_ARTIFACT_ROOT" in os.environ:
             location += f"-{secrets.token_hex(4)}"  # other databases may keep theirs below the same root
