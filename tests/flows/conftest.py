@@ -347,7 +347,7 @@ def start_up(scratch: Scratch) -> Up:
     toml.write_text(re.sub(r":\d+/api", f":{ports['PREFECT_PORT']}/api", toml.read_text()))
     process = scratch.start(sys.executable, "-m", "flows.up", log="up.log", **ports)
     log = scratch.root / "up.log"
-    wait(lambda: "started!" in log.read_text() or process.poll() is not None, 300, "the worker starts")
+    wait(lambda: "\nready; " in log.read_text() or process.poll() is not None, 300, "`make up` is ready")
     assert process.poll() is None, log.read_text()
     api = f"http://127.0.0.1:{ports['PREFECT_PORT']}/api"
     return Up(scratch=scratch, process=process, log=log, ports=ports, api=api)
