@@ -6,7 +6,7 @@ A flow run tells its process in a label. Where its host cannot be asked, the aut
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -26,7 +26,6 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
 from prefect.states import Cancelled, Completed, Crashed
-from prefect.types._datetime import now
 
 from ddpm.stages.processes import is_alive, is_here, this_process
 
@@ -80,7 +79,7 @@ def skip_missed() -> int:
         due = FlowRunFilter(
             deployment_id=FlowRunFilterDeploymentId(any_=[mine.deployment_id]),
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
-            expected_start_time=FlowRunFilterExpectedStartTime(before_=now("UTC")),
+            expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),  # type: ignore[arg-type]
         )
         found = _all(client.read_flow_runs, flow_run_filter=due)
         missed = [run.id for run in found if run.auto_scheduled and run.parameters == mine.parameters]

@@ -60,7 +60,7 @@ def all_runs(up: Any) -> set[str]:
 
 
 def test_a_schedule_starts_runs_is_paused_kept_by_deploy_and_resumed(up: Any) -> None:
-    assert "Created" in schedule(up, "create", "--interval", "10")
+    assert "Created" in schedule(up, "create", "--interval", "20")
     run = scheduled_run(up, set())
     assert run["name"] == "digits" and run["run_count"] == 1
 
@@ -101,6 +101,7 @@ def test_retry_and_cancel_from_the_page(up: Any, page: Any, shoot: Any) -> None:
     up.scratch.control(train_linear={"exit": 2})
     run = up.start(overrides=["training.steps=41"])
     ended(up, run, "Failed")
+    up.injected += ["train@linear can't", "failed to reproduce 'train@linear'", "stopped with the flow"]
     up.scratch.control()
     page.goto(f"{address}/{run}")
     page.get_by_text("Failed", exact=True).first.wait_for()
@@ -116,7 +117,7 @@ def test_retry_and_cancel_from_the_page(up: Any, page: Any, shoot: Any) -> None:
     page.get_by_text("Running", exact=True).first.wait_for()
     page.get_by_role("button", name="Cancel").first.click()
     shoot(page, "prefect-cancel")
-    page.get_by_role("button", name="Cancel").last.click()
+    page.get_by_role("button", name="Confirm").click()
     ended(up, run, "Cancelled")
     assert (up.scratch.root / "train@linear.saved").exists()
     up.scratch.control()
