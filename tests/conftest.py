@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +55,29 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: flo
     raise RuntimeError(f"no answer from {url}:\n{log.read_text(errors='replace')[-2000:]}")
 
 
-LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL|FATAL)\b|\[(error|info|warning)\]", re.IGNORECASE)
-TROUBLE = re.compile(r"\b(ERROR|CRITICAL|FATAL)\b|\[error\]|Traceback")
+PROCESS = re.compile(r"[\d:]{8} (\w+) *\| ")  # as `make up` begins the lines of its processes
+LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL|FATAL)\b|^[IWEF]\d{4} ")
+TROUBLE = re.compile(r"\b(ERROR|CRITICAL|FATAL)\b|^[EF]\d{4} |Traceback")
 # Prefect on SQLite, which has one writer at a time, says so on a busy machine, and tries again.
 BUSY = "database is locked"
 
 
 def complaints(log: Path, *allowed: str) -> list[str]:
     """Returns what a server's log holds of errors and tracebacks, but for those with a text of `allowed` in them."""
-    records: list[str] = []
+    records: dict[str, list[str]] = {}  # by process
     for line in log.read_text(errors="replace").splitlines():
-        if LEVEL.search(line) or not records:
-            records.append(line)
+        begin = PROCESS.match(line)
+        of_process = records.setdefault(begin[1] if begin else "", [])
+        if LEVEL.search(line) or not of_process:
+            of_process.append(line)
         else:
-            records[-1] += f"\n{line}"  # a traceback belongs to the line before it
+            of_process[-1] += f"\n{line}"  # a traceback belongs to the line before it
     known = (*allowed, BUSY)
-    return [record for record in records if TROUBLE.search(record) and not any(text in record for text in known)]
+    return [
+        record
+        for record in chain.from_iterable(records.values())
+        if TROUBLE.search(record) and not any(text in record for text in known)
+    ]
 
 
 @pytest.fixture(scope="session")
