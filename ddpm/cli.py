@@ -294,7 +294,7 @@ def promote(
         with display("champion") as watch:
             return rescore(params, checkpoint, settings, Path(), watch)
 
-    say(tracking.promote(params, Path(), replace=replace, rescore=score, say=say).reason)
+    say(tracking.promote(params, Path(), replace=replace, rescore=score, say=say).line)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.request import Request
+from urllib.request import Request, urlopen
 
 from ddpm.stages.errors import InputError
 
@@ -99,3 +99,12 @@ def request(url: str) -> Request:
     given = os.environ.get("PREFECT_API_AUTH_STRING")
     header = {"Authorization": f"Basic {base64.b64encode(given.encode()).decode()}"} if given else {}
     return Request(url, headers=header)
+
+
+def answers(url: str | Request) -> bool:
+    """Returns whether a server answers 200 there; an error answer such as 404 is False too."""
+    try:
+        with urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False

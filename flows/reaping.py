@@ -6,7 +6,7 @@ A flow run tells its process in a label. Where its host cannot be asked, the aut
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -15,6 +15,8 @@ from prefect.client.schemas.filters import (
     FlowFilter,
     FlowFilterName,
     FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterExpectedStartTime,
     FlowRunFilterState,
     FlowRunFilterStateType,
     TaskRunFilter,
@@ -23,7 +25,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
-from prefect.states import Completed, Crashed
+from prefect.states import Cancelled, Completed, Crashed
 
 from ddpm.stages.processes import is_alive, is_here, this_process
 
@@ -58,6 +60,32 @@ def reap() -> int:
             client.set_flow_run_state(run, Crashed(message=GONE), force=True)
         _end_tasks(client, {run.id for run in left} - set(dead))
     return len(dead)
+
+
+def skip_missed() -> int:
+    """Skips the scheduled runs that are due already and would do the same as the flow run that this is called in.
+
+    They come about while no worker is there, or while a run takes longer than the interval. Runs that somebody asked for, and
+    those with other parameters, stay.
+
+    Returns:
+        The number of skipped flow runs.
+    """
+    context = FlowRunContext.get()
+    mine = context and context.flow_run
+    if not mine or not mine.deployment_id:
+        return 0
+    with get_client(sync_client=True) as client:
+        due = FlowRunFilter(
+            deployment_id=FlowRunFilterDeploymentId(any_=[mine.deployment_id]),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+            expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),  # type: ignore[arg-type]
+        )
+        found = _all(client.read_flow_runs, flow_run_filter=due)
+        missed = [run.id for run in found if run.auto_scheduled and run.parameters == mine.parameters]
+        for run in missed:
+            client.set_flow_run_state(run, Cancelled(name="Skipped", message=f"missed; {mine.name} does its work"))
+    return len(missed)
 
 
 def _all(read: Callable[..., list[Any]], **filters: Any) -> list[Any]:

@@ -99,7 +99,21 @@ def _state(name: str, outcome: Outcome) -> State:
     return make(name=outcome.kind, message=outcome.text)
 
 
-@flow(name="train-eval", task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
+def run_name() -> str:
+    """Names a flow run by its recipe, or else by the dataset of params.yaml, with its overrides."""
+    given = runtime.flow_run.parameters
+    try:
+        about = Path(given["recipe"]).stem if given.get("recipe") else _dataset(Params.load(Path("params.yaml")))
+    except InputError:  # the run itself says so, and fails
+        about = "train-eval"
+    return " ".join([about, *(given.get("overrides") or ())])
+
+
+def _dataset(params: Params) -> str:
+    return params.tracking.name or params.data.source
+
+
+@flow(name="train-eval", flow_run_name=run_name, task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
 def train_eval(
     recipe: str | None = None, overrides: list[str] | None = None, promote: bool = True, hosts: bool | str = False
 ) -> State:
@@ -117,6 +131,10 @@ def train_eval(
     try:
         reaping.claim()
         reaping.reap()
+        if missed := reaping.skip_missed():
+            watcher.get().line(
+                "train-eval", f"skipped {missed} scheduled runs that were due before: this one does the same"
+            )
     except Exception as error:  # noqa: BLE001 - who watches must not fail the work
         watcher.get().line("train-eval", f"killed runs may still show as Running ({type(error).__name__}: {error})")
     try:
@@ -279,7 +297,7 @@ def _decision(promoted: State) -> None:
     """What `ddpm promote` said about the champion, on the run's page."""
     if promoted.is_completed():
         text = (promoted.message or "").removeprefix("promote: ")
-        create_markdown_artifact(text, key="champion", description="Does the best point replace the champion?")
+        create_markdown_artifact(text, key="champion", description=text)
 
 
 def _artifacts(root: Path) -> None:
@@ -290,10 +308,17 @@ def _artifacts(root: Path) -> None:
     pictures = [path for path in (report / "fid.png", report / "samples.png") if path.exists()]
     if pictures:
         page = [_where(report / "index.html")] if (report / "index.html").exists() else []
-        create_markdown_artifact("\n\n".join([*page, *map(_embedded, pictures)]), key="report")
+        text = "\n\n".join([*page, *map(_embedded, pictures)])
+        create_markdown_artifact(text, key="report", description=_best(report / "best.json"))
     if "MLFLOW_UI" in os.environ:
         chart = links.mlflow(root, os.environ["MLFLOW_UI"])
         create_link_artifact(chart, link_text="MLflow", key="mlflow", description="FID against steps, runs and models")
+
+
+def _best(file: Path) -> str:
+    """Returns the report's answer in one line, from best.json."""
+    best = store.read_json(file)
+    return f"best: {best['point']}, FID {best['fid']:.4g} ({best['fid_low']:.4g} to {best['fid_high']:.4g})"
 
 
 def _where(page: Path) -> str:

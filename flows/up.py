@@ -12,10 +12,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.request import Request
 
 import psutil
 from filelock import FileLock
@@ -30,6 +32,8 @@ from flows import access, children, embedded, links
 
 MARK = "DDPM_UP"  # in the environment of everything that one `make up` started
 INTERRUPTED = 130  # Ctrl-C, which is how it is meant to end
+DEFAULT_API = f"http://{access.LOOPBACK}:4200/api"  # as prefect.toml has it
+_STARTED = "started!"  # how `prefect worker start` ends the line that says so
 GRACE = 20.0  # seconds for flow runs to end their stages
 
 
@@ -53,6 +57,7 @@ def main(chosen: list[str]) -> None:
         "MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts,
         "MLFLOW_ARTIFACTS_DESTINATION": os.environ.get("MLFLOW_ARTIFACTS_DESTINATION") or artifacts,
     }
+    os.environ.update(access.direct(os.environ))
     names = [name for name in processes if name in chosen or not chosen]
     host = os.environ.get("HOST") or access.LOOPBACK
     with tempfile.TemporaryDirectory(prefix="ddpm-up-") as folder:
@@ -63,12 +68,14 @@ def main(chosen: list[str]) -> None:
         except InputError as error:
             sys.exit(f"make up: {error}")
         print("Ctrl-C stops what runs here", flush=True)
-        manager = Manager(_Lines())
+        lines = _Lines()
+        manager = Manager(lines)
         for name in names:
             manager.add_process(name, processes[name], env={**environment, **(mlflow if name == "mlflow" else {})})
         # A terminal that is closed; not where `nohup` has it ignored.
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        threading.Thread(target=_say_when_ready, args=(names, environment, lines.worker), daemon=True).start()
         with _guarded(environment[MARK], folder):
             try:
                 manager.loop()
@@ -87,17 +94,46 @@ def _check_records(store: str) -> None:
 
 
 class _Lines(Printer):
-    """What the processes print. Where nobody reads it any more, `make up` ends as after Ctrl-C."""
+    """Prints the lines of the processes. Ends `make up` as Ctrl-C does once nobody reads them.
 
-    lost = False
+    worker: is set when Prefect's worker says that it polls its pool.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost, self.worker = False, threading.Event()
 
     def write(self, message: Message) -> None:
+        if message.name == "worker" and _STARTED in str(message.data):
+            self.worker.set()
         try:
             super().write(message)
         except OSError:
             if not self.lost:
                 self.lost = True
                 os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _say_when_ready(names: list[str], environment: Mapping[str, str], worker: threading.Event) -> None:
+    """Prints one line once every server answers and the worker waits for runs."""
+    if "worker" in names:
+        worker.wait()  # it starts after Prefect has answered and the deployment is made
+    health: dict[str, str | Request] = {
+        "prefect": access.request(f"{environment.get('PREFECT_API_URL')}/health"),
+        "mlflow": f"{environment['MLFLOW_UI']}/health",
+    }
+    for name in health.keys() & set(names):
+        while not access.answers(health[name]):
+            time.sleep(0.2)
+    print(f"ready{_how_to_run(environment) if 'worker' in names else ''}", flush=True)
+
+
+def _how_to_run(environment: Mapping[str, str]) -> str:
+    """Returns the command that starts a run, with what another shell has to set before."""
+    api, activate = environment["PREFECT_API_URL"], Path(".venv/bin/activate")
+    before = [f". {activate}"] if activate.exists() else []
+    before += [f"export PREFECT_API_URL={api}"] if api != DEFAULT_API else []
+    return f"; in another shell: {' && '.join([*before, 'prefect deployment run train-eval/default --watch'])}"
 
 
 @contextmanager
@@ -123,7 +159,6 @@ def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_UI": without_password(store),
     }
-    environment |= access.direct(environment)
     here = access.LOOPBACK if host in ("0.0.0.0", "::") else access.in_url(host)
     environment["PREFECT_PORT"] = _port("PREFECT_PORT", "4200", host if "prefect" in names else None)
     environment["MLFLOW_PORT"] = _port("MLFLOW_PORT", "5000", host if "mlflow" in names else None)
@@ -135,8 +170,6 @@ def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[
         # The page asks the address that it came from: a browser elsewhere doesn't reach this machine's loopback.
         environment["PREFECT_UI_API_URL"] = f"{address}/api" if access.is_loopback(host) else "/api"
         print(f"Prefect: {address}", flush=True)
-        if environment["PREFECT_PORT"] != "4200" or here != access.LOOPBACK:
-            print(f"in other shells: export PREFECT_API_URL={address}/api", flush=True)
     elif "worker" in names:
         environment.setdefault("PREFECT_API_URL", f"http://{access.LOOPBACK}:{environment['PREFECT_PORT']}/api")
     if "mlflow" in names:

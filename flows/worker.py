@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 from ddpm.stages import checkout, watchdog
@@ -28,13 +27,13 @@ def main(pool: str) -> None:
         sys.exit(2)
     api = os.environ["PREFECT_API_URL"]
     end = time.monotonic() + TIMEOUT
-    while not _answers(f"{api}/health"):
+    while not access.answers(access.request(f"{api}/health")):
         if time.monotonic() > end:
             sys.exit(f"worker: no Prefect API at {api} after {TIMEOUT:.0f} s")
         time.sleep(0.2)
     # Two that start together both find no pool, and one of them then makes it.
-    there = _answers(f"{api}/work_pools/{pool}") or _prefect("work-pool", "create", pool, "--type", "process")
-    if not there and not _answers(f"{api}/work_pools/{pool}"):
+    there = _has_pool(api, pool) or _prefect("work-pool", "create", pool, "--type", "process")
+    if not there and not _has_pool(api, pool):
         sys.exit(f"worker: could not make the work pool {pool}")
     if not _prefect("--no-prompt", "deploy", "--all", *POOLS[pool]):
         sys.exit(f"worker: could not make the deployments of the work pool {pool}")
@@ -49,21 +48,18 @@ def main(pool: str) -> None:
         os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
     # Only where a port is named: several workers on one machine would ask for the same one.
     options = ["--with-healthcheck"] if "PREFECT_WORKER_WEBSERVER_PORT" in os.environ else []
-    options += ["--limit", "1"] if pool == "hosts" else []  # one checkout holds one stage
+    # One checkout does one thing at a time: what is due meanwhile waits at Prefect and not as a process here.
+    options += ["--limit", "1"]
     os.execv(sys.executable, [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, *options])
+
+
+def _has_pool(api: str, pool: str) -> bool:
+    return access.answers(access.request(f"{api}/work_pools/{pool}"))
 
 
 def _prefect(*arguments: str) -> bool:
     done = subprocess.run([sys.executable, "-m", "prefect", *arguments], check=False, stdin=subprocess.DEVNULL)
     return done.returncode == 0
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(access.request(url), timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:  # 404 and the like too
-        return False
 
 
 if __name__ == "__main__":

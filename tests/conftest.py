@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,37 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: flo
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     raise RuntimeError(f"no answer from {url}:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+PROCESS = re.compile(r"[\d:]{8} (\w+) *\| ")  # as `make up` begins the lines of its processes
+LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL|FATAL)\b|^[IWEF]\d{4} ")
+TROUBLE = re.compile(r"\b(ERROR|CRITICAL|FATAL)\b|^[EF]\d{4} |Traceback")
+# Prefect on SQLite, which has one writer at a time, says so on a busy machine, and tries again.
+BUSY = "database is locked"
+
+
+def complaints(log: Path, *allowed: str) -> list[str]:
+    """Returns what a server's log holds of errors and tracebacks, but for those with a text of `allowed` in them."""
+    records: dict[str, list[str]] = {}  # by process
+    for line in log.read_text(errors="replace").splitlines():
+        begin = PROCESS.match(line)
+        of_process = records.setdefault(begin[1] if begin else "", [])
+        if LEVEL.search(line) or not of_process:
+            of_process.append(line)
+        else:
+            of_process[-1] += f"\n{line}"  # a traceback belongs to the line before it
+    known = (*allowed, BUSY)
+    return [
+        record
+        for record in chain.from_iterable(records.values())
+        if TROUBLE.search(record) and not any(text in record for text in known)
+    ]
+
+
+@pytest.fixture(scope="session")
+def check_log() -> Callable[..., list[str]]:
+    """check_log(log, *allowed): see `complaints`."""
+    return complaints
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -101,6 +134,7 @@ def served(home: Path, *arguments: str, **environment: str) -> Iterator[str]:
     try:
         wait_for(f"http://127.0.0.1:{port}/health", process, log)
         yield f"http://127.0.0.1:{port}"
+        assert not complaints(log)
     finally:
         end_group(process)
 

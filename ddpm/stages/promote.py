@@ -94,13 +94,23 @@ class Score:
 
 @dataclass(frozen=True)
 class Decision:
-    """What `promote` did. version: the champion's now, or None without one; reason: one plain line."""
+    """What `promote` did.
+
+    version, champion: the version that is champion now and its point, or None without a champion. reason: one plain line.
+    point: the one that was compared, or came back. previous: the version that was champion before.
+    """
 
     promoted: bool
     version: str | None
     reason: str
     point: str
     previous: str | None = None
+    champion: str | None = None
+
+    @property
+    def line(self) -> str:
+        """The champion, and why it is that one."""
+        return f"champion: version {self.version} ({self.champion}): {self.reason}" if self.version else self.reason
 
 
 @dataclass(frozen=True)

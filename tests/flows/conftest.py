@@ -308,7 +308,10 @@ FLOW = (
 
 
 class Up(SimpleNamespace):
-    """The servers and the worker of `make up`, in a scratch repository. api: Prefect's address."""
+    """The servers and the worker of `make up`, in a scratch repository.
+
+    api: Prefect's address. injected: texts of the errors in its log that a test has brought about; any other fails the test.
+    """
 
     FLOW = FLOW
 
@@ -356,10 +359,11 @@ class Up(SimpleNamespace):
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Up]:
+def up(tmp_path_factory: pytest.TempPathFactory, template: Path, check_log: Callable[..., list[str]]) -> Iterator[Up]:
     scratch = make_scratch(tmp_path_factory.mktemp("up"), template)
     try:
-        yield start_up(scratch)
+        yield (made := start_up(scratch))
+        assert not check_log(made.log, *made.injected)
     finally:
         scratch.end()
 
@@ -368,15 +372,24 @@ def start_up(scratch: Scratch) -> Up:
     ports = {"PREFECT_PORT": str(scratch.free_port()), "MLFLOW_PORT": str(scratch.free_port())}
     toml = scratch.root / "prefect.toml"  # what `prefect` reads where nothing is exported
     toml.write_text(re.sub(r":\d+/api", f":{ports['PREFECT_PORT']}/api", toml.read_text()))
-    process = scratch.start(sys.executable, "-m", "flows.up", log="up.log", **ports)
-    log = scratch.root / "up.log"
-    wait(lambda: "started!" in log.read_text() or process.poll() is not None, 300, "the worker starts")
+    name = f"up-{ports['PREFECT_PORT']}.log"  # one each time
+    process = scratch.start(sys.executable, "-m", "flows.up", log=name, **ports)
+    log = scratch.root / name
+    wait(lambda: "\nready; " in log.read_text() or process.poll() is not None, 300, "`make up` is ready")
     assert process.poll() is None, log.read_text()
     api = f"http://127.0.0.1:{ports['PREFECT_PORT']}/api"
-    return Up(scratch=scratch, process=process, log=log, ports=ports, api=api)
+    return Up(scratch=scratch, process=process, log=log, ports=ports, api=api, injected=[])
 
 
-@pytest.fixture(scope="session")
-def up_starter() -> Callable[[Scratch], Up]:
-    """`make up` in any repository."""
-    return start_up
+@pytest.fixture
+def up_starter(check_log: Callable[..., list[str]]) -> Iterator[Callable[[Scratch], Up]]:
+    """Starts `make up` in any repository."""
+    made: list[Up] = []
+
+    def start(scratch: Scratch) -> Up:
+        made.append(start_up(scratch))
+        return made[-1]
+
+    yield start
+    for up in made:
+        assert not check_log(up.log, *up.injected)

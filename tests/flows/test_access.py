@@ -137,7 +137,7 @@ def test_with_host_the_servers_ask_everybody_for_a_password(scratch: Any) -> Non
     log = scratch.root / "up.log"
     prefect, mlflow = (f"http://127.0.0.1:{port}" for port in ports.values())
     # Ours get in: the worker has made its pool and its deployment, and waits for work.
-    scratch.wait(lambda: "started!" in log.read_text() or process.poll() is not None, 400, "the worker starts")
+    scratch.wait(lambda: "\nready; " in log.read_text() or process.poll() is not None, 400, "`make up` is ready")
     assert process.poll() is None, log.read_text()[-3000:]
     assert addresses(scratch, set(ports.values())) == {"0.0.0.0"}
 

@@ -44,7 +44,7 @@ def clones(
         (scratch.root / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, scratch.root / name)
     with (scratch.root / ".gitignore").open("a") as file:
-        file.write("\n*.pid\n*.saved\nlog\nup.log\n.prefect\nmlflow.db*\n.cache\n")
+        file.write("\n*.pid\n*.saved\nlog\nup-*.log\n.prefect\nmlflow.db*\n.cache\n")
     scratch.environment.update(s3.environment)
     empty, made = tmp_path / "empty", []
     empty.mkdir()

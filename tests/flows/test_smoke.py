@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +34,21 @@ def clone(tmp_path_factory: pytest.TempPathFactory, clone_maker: Callable[[Path]
     made.end()
 
 
-def test_data_to_champion(clone: Any) -> None:
+def test_data_to_champion(clone: Any, check_log: Callable[..., list[str]]) -> None:
     done = clone.run(sys.executable, "-m", "flows", "--recipe", "smoke")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     with (clone.root / "report" / "points.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4
     best = min(rows, key=lambda row: (float(row["fid"]), int(row["evaluations"])))["point"]
-    assert f"{best} is the first champion" in done.stdout
+    decision = f"champion: version 1 ({best}): {best} is the first champion"
+    assert decision in done.stdout
+    with closing(sqlite3.connect(clone.root / ".prefect" / "prefect.db")) as database:
+        assert database.execute("select name from flow_run").fetchall() == [("smoke",)]
+        shown = dict(database.execute("select key, description from artifact where type = 'markdown'").fetchall())
+    assert shown["champion"] == decision
+    assert re.fullmatch(rf"best: {best}, FID [\d.e+-]+ \([\d.e+-]+ to [\d.e+-]+\)", shown["report"])
+    assert not check_log(clone.root / ".prefect" / "server.log")
     assert (clone.root / "report" / "samples.png").stat().st_size > 1000
     assert "compareRunsMode=CHART" in links.mlflow(clone.root, "http://127.0.0.1:5000")
     assert not clone.running()

@@ -245,6 +245,7 @@ def test_cancelling_ends_the_stages_within_ten_seconds(up: Any) -> None:
     servers = set(up.scratch.running())
     up.scratch.forget("train@linear", "train@cosine")
     run = up.start(overrides=["training.steps=15"])
+    up.injected.append("stopped with the flow")
     stages = [up.scratch.pid("train@linear"), up.scratch.pid("train@cosine")]
     assert up.scratch.run(*PREFECT, "flow-run", "cancel", run).returncode == 0
     up.scratch.wait(lambda: not any(psutil.pid_exists(stage) for stage in stages), 10, "the stages end")

@@ -342,7 +342,7 @@ def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smo
     kept = tracking.promote(unnamed, checkout, rescore=never)
     registry = Registry(checkout, "ddpm-image-folder")
     data = store.read_model_record(checkout / "models/cosine")["data"]["sha256"]
-    assert not kept.promoted and kept.version == "1" and registry.count() == 1
+    assert not kept.promoted and kept.version == "1" and kept.champion == "cosine-ddim-5" and registry.count() == 1
     assert (
         kept.reason
         == registry.decisions()[-1]["reason"]
@@ -357,7 +357,7 @@ def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smo
     named = smoke(training={"steps": 24}, data={"source": "image-folder"}, tracking={"name": "cats"})
     assert tracking.champion_uri(named) == "models:/ddpm-cats@champion"
     first = tracking.promote(named, checkout, rescore=never)
-    assert first.promoted and first.reason == "cosine-ddpm-5 is the first champion"
+    assert first.promoted and first.line == "champion: version 1 (cosine-ddpm-5): cosine-ddpm-5 is the first champion"
     assert registry.client.get_experiment_by_name("ddpm-cats").tags["ddpm.dataset"] == "cats"
     for point in (SECOND, *OTHERS):
         write_scores(checkout, point, 60.0, reference="a" * 64)

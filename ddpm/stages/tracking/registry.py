@@ -260,7 +260,7 @@ def rollback(params: Params, root: Path = Path()) -> Decision:
         point = str(before.tags.get("ddpm.point"))
         to, away = str(before.version), str(champion.version)
         _note(client, name, {"rollback": True, "point": point, "champion": to, "before": away})
-        return Decision(False, to, f"{name} {reason}", point, away)
+        return Decision(False, to, f"{name} {reason}", point, away, point)
 
 
 def _earlier(client: MlflowClient, champion: ModelVersion) -> ModelVersion | None:
@@ -419,8 +419,9 @@ def _tag(client: MlflowClient, version: ModelVersion, key: str, value: str) -> N
 def _already(target: Target, champion: ModelVersion, challenger: Challenger) -> Decision:
     """The same images: no new version, though perhaps a score under a new protocol."""
     _keep(target, champion, challenger.score, challenger.metrics)
-    reason = f"{challenger.point.name} is champion already ({champion.name} version {champion.version})"
-    return Decision(False, str(champion.version), reason, challenger.point.name, str(champion.version))
+    reason = f"{challenger.point.name} is champion already"
+    version, point = str(champion.version), challenger.point.name
+    return Decision(False, version, reason, point, version, point)
 
 
 def _settle(target: Target, challenger: Challenger, mine: ModelVersion, seen: int) -> ModelVersion:
@@ -474,7 +475,8 @@ def _decided(
             _tag(client, after, "ddpm.previous", before.version)
             _tag(client, before, "ddpm.replaced_by", after.version)
     version, previous = (str(item.version) if item else None for item in (after, before))
-    return Decision(promoted, version, reason, challenger.point.name, previous)
+    holder = after.tags.get("ddpm.point") if after else None
+    return Decision(promoted, version, reason, challenger.point.name, previous, holder)
 
 
 def _note(client: MlflowClient, name: str, entry: dict[str, Any]) -> None:
