@@ -37,6 +37,7 @@ from ddpm.stages import checkpoint, store
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import Params, Point
 from ddpm.stages.report import _read_rows
+from ddpm.stages.tracking.publishing import PointFiles
 from ddpm.stages.sample import check_point, sample_point
 from ddpm.stages.train import about_network, about_schedule, noise_schedule
 
@@ -956,6 +957,19 @@ REPORTS: dict[str, tuple[Callable[[], Any], str]] = {
         "kid_std",
     ),
     "FID true": (of_scores(fid=True), "no sound value of fid"),
+    "FID beyond all integers": (of_scores(fid_high=10**400), "no sound value of fid_high"),
+    "FID beyond all scores": (of_scores(fid=1e300, fid_high=1e305), "no sound value of fid, fid_high"),
+    "FID below zero": (of_scores(fid=-1.0), "no sound value of fid"),
+    "FID above its interval": (of_scores(fid=1000), "no sound value of fid"),
+    "FID below its interval": (of_scores(fid=0), "no sound value of fid"),
+    "an interval upside down": (of_scores(fid_low=50, fid_high=30), "no sound value of fid"),
+    "KID above its interval": (of_scores(kid=9), "no sound value of kid"),
+    "KID's deviation below zero": (of_scores(kid_std=-1), "no sound value of kid_std"),
+    "a precision above one": (of_scores(precision=1.5), "no sound value of precision"),
+    "a confidence without a quantile": (of_scores(confidence=0.9999999999999999), "no sound value of confidence"),
+    "a confidence of hardly anything": (of_scores(confidence=1e-300), "no sound value of confidence"),
+    "images beyond all files": (of_scores(images=10**30), "no sound value of images"),
+    "no samples": (of_scores(samples=...), "without samples"),
     "confidence of one": (of_scores(confidence=1.0), "no sound value of confidence"),
     "evaluations in parts": (of_scores(evaluations=2.5), "no sound value of evaluations"),
     "no evaluations": (of_scores(evaluations=0), "no sound value of evaluations"),
@@ -991,6 +1005,18 @@ def test_what_a_report_reads(refused: Refused, case: str) -> None:
     spoil, message = REPORTS[case]
     spoil()
     assert message in refused("report")
+
+
+@pytest.mark.parametrize(
+    "case", ["FID above its interval", "FID in words", "no FID", "an interval upside down", "no samples"]
+)
+def test_scores_are_checked_whoever_reads_them(refused: Refused, case: str) -> None:
+    spoil, message = REPORTS[case]
+    spoil()
+    store.write_json(store.report_dir() / "best.json", {"point": POINT.name, "fid": 10.0})
+    assert message in refused("card")
+    with pytest.raises(InputError, match=message):
+        PointFiles.read(Path(), POINT)
 
 
 # By real processes: what main() does around the rest of the program.

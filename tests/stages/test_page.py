@@ -101,6 +101,7 @@ def made_report(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathF
         }
         scores |= {"kid_std": 0.002, "precision": 0.6, "recall": 0.4, "evaluations": point.steps, "images": 12}
         scores |= {"reference_images": 60, "layer": 64, "reference": "c" * 64, "extractor_sha256": "e" * 64}
+        scores["samples"] = "f" * 64
         store.write_json(root / store.metrics_file(point), scores)
     report(smoke(), root)
     return root

@@ -141,6 +141,9 @@ def test_influence_values_of_other_images_are_refused() -> None:
     assert Score.of(scores, np.zeros(5)).estimate.error == pytest.approx(0.2 / 1.959964)
     with pytest.raises(InputError, match="4 influence values for 5 images"):
         Score.of(scores, np.zeros(4))
+    for key, value in (("fid_high", 0.9), ("confidence", 1.0), ("evaluations", "ten"), ("fid", 10**400)):
+        with pytest.raises(InputError, match="cannot be compared"):
+            Score.of({**scores, key: value})
     del scores["fid_high"]
     with pytest.raises(InputError, match="cannot be compared"):
         Score.of(scores)

@@ -44,7 +44,13 @@ def write_point(root: Path, point: Point, fid: float = 1.0, error: float = 0.01,
     scores = {"fid": fid, "fid_low": max(0.0, fid - reach), "fid_high": fid + reach, "confidence": 0.95}
     scores |= {"kid": 0.01, "kid_low": 0.006, "kid_high": 0.014, "kid_std": 0.002}
     scores |= {"precision": 0.6, "recall": 0.4, "evaluations": point.steps, "images": 12}
-    scores |= {"reference_images": 30, "layer": 64, "reference": "version", "extractor_sha256": "weights"}
+    scores |= {
+        "reference_images": 30,
+        "layer": 64,
+        "reference": "version",
+        "extractor_sha256": "weights",
+        "samples": "sha",
+    }
     store.write_json(root / store.metrics_file(point), scores | changes)
     store.write_influence(root / store.influence_file(point), influence_of(point, error))
     images = np.random.default_rng(len(point.name) + point.steps).integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)
@@ -55,7 +61,7 @@ def write_point(root: Path, point: Point, fid: float = 1.0, error: float = 0.01,
 def root(tmp_path: Path, digits: Path) -> Path:
     (tmp_path / "dataset").symlink_to(digits / "dataset")
     for point, fid in zip(params().points(), FIDS, strict=True):
-        write_point(tmp_path, point, fid=fid, kid=fid / 100)
+        write_point(tmp_path, point, fid=fid, kid=fid / 100, kid_low=fid / 200, kid_high=fid / 50)
     return tmp_path
 
 
