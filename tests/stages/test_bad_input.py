@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -296,6 +297,12 @@ VALUES: list[tuple[str, Any, str]] = [
     ("sweep.steps", ["a"] * 2000, "and 1,996 more"),
     ("data.source", "d" * 100_000, "data.source: "),
     ("samplers.a\nb", {"sampler": "ddim"}, "samplers.a"),
+    ("sweep.schedules", ["a" * 65], "sweep.schedules.0: "),
+    ("schedules." + "a" * 65, {"schedule": "cosine"}, "at most 64 characters"),
+    ("data.path", "", "data.path: "),
+    ("data.path", "a" * 5000, "data.path: "),
+    ("data.path", "images/" + "\u00e9" * 128, "data.path: no file system has such a path"),
+    ("data.path", "images\0", "data.path: no file system has such a path"),
 ]
 
 
@@ -1021,6 +1028,26 @@ def test_scores_are_checked_whoever_reads_them(refused: Refused, case: str) -> N
     assert message in refused("card")
     with pytest.raises(InputError, match=message):
         PointFiles.read(Path(), POINT)
+
+
+LONG = "a" * 5000
+TOO_LONG: list[list[str]] = [
+    ["generate", "--model", LONG],
+    ["generate", "--model", str(MODEL), "--out", f"{LONG}.png"],
+    ["schedules", "--out", LONG],
+    ["card", "--out", LONG],
+    ["swiss-roll", "--out", f"{LONG}.png"],
+    ["sample", f"{LONG}-ddim-5"],
+    ["export-diffusers", LONG, "out"],
+    ["export-diffusers", str(MODEL), LONG],
+    ["import-diffusers", LONG, "hub"],
+    ["import-diffusers", str(PIPELINE), LONG],
+]
+
+
+@pytest.mark.parametrize("arguments", TOO_LONG, ids=lambda arguments: " ".join(arguments)[:30])
+def test_a_name_that_no_file_can_have(refused: Refused, arguments: list[str]) -> None:
+    assert re.search("too long|no such|at most 64|no point of a sweep|restore it", refused(*arguments))
 
 
 # A model of diffusers.
