@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -526,6 +527,12 @@ def main() -> None:
     except Exception as error:
         if Debug:
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only a user gives such a name
+            print(
+                f"ddpm: {InputError(f'{error.filename}: too long for the name of a file; give a shorter one')}",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         print(
             f"ddpm: {type(error).__name__}: {' '.join(str(error).split())} (ddpm --debug shows where)", file=sys.stderr
         )

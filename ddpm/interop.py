@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddpm.schedule import ALIASES, SCHEDULES, NoiseSchedule
-from ddpm.unet import UNet
+from ddpm.unet import MOST_BLOCKS, UNet
 
 # UNet2DModel's keys that the family has one value of: what a missing key means to diffusers, and the values allowed here.
 _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -58,6 +58,8 @@ _SETTINGS: dict[str, Any] = {
 
 _OURS_ALONE = ("out_channels", "classes")  # a learned variance, and what a conditional network knows
 
+DEEPEST = 16  # resolutions of a network, at most
+
 _TARGETS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
 
@@ -90,9 +92,9 @@ def _key(key: str, value: Any, why: str) -> ValueError:
     return ValueError(f"{key} = {value!r}: {why}")
 
 
-def _whole(key: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _key(key, value, "expected a whole number, 1 or more")
+def _whole(key: str, value: Any, most: int = 2**16) -> int:
+    if type(value) is not int or not 1 <= value <= most:
+        raise _key(key, value, f"expected a whole number from 1 to {most:,}")
     return value
 
 
@@ -121,20 +123,22 @@ def settings_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a UNet2DModel -> the arguments of UNet. Raises ValueError."""
     layout = _layout(config)
     widths = layout["block_out_channels"]
-    if not isinstance(widths, (list, tuple)) or not widths:
-        raise _key("block_out_channels", widths, "expected a list of widths")
+    if not isinstance(widths, (list, tuple)) or not 1 <= len(widths) <= DEEPEST:
+        raise _key("block_out_channels", widths, f"expected a list of 1 to {DEEPEST} widths")
     widths = [_whole("block_out_channels", width) for width in widths]
     size = layout["sample_size"]
     if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
-    if not isinstance(size, int):
+    if type(size) is not int:
         raise _key("sample_size", size, "the network takes square images of one size")
-    for key in ("in_channels", "layers_per_block", "norm_num_groups"):
+    _whole("sample_size", size)
+    for key in ("in_channels", "norm_num_groups"):
         _whole(key, layout[key])
+    _whole("layers_per_block", layout["layers_per_block"], MOST_BLOCKS)
     head, groups, attention = layout["attention_head_dim"], layout["norm_num_groups"], _attention(layout, len(widths))
     attended = {width for width, attends in zip(widths, attention, strict=True) if attends} | {widths[-1]}
     for key, wrong, why in (
-        ("sample_size", size % 2 ** (len(widths) - 1) or size < 1, f"cannot be halved {len(widths) - 1} times"),
+        ("sample_size", size % 2 ** (len(widths) - 1), f"cannot be halved {len(widths) - 1} times"),
         ("out_channels", layout["out_channels"] != layout["in_channels"], "differs from in_channels"),
         ("block_out_channels", widths[0] < 8 or widths[0] % 2, "the first must be even, and 8 or more"),
         ("norm_num_groups", any(width % groups for width in widths), f"does not divide the widths {widths}"),
@@ -152,7 +156,7 @@ def settings_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
         ),
         (
             "dropout",
-            not isinstance(layout["dropout"], (int, float)) or not 0 <= layout["dropout"] < 1,
+            type(layout["dropout"]) not in (int, float) or not 0 <= layout["dropout"] < 1,
             "must lie in [0, 1)",
         ),
     ):
@@ -325,10 +329,10 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], 
     kind = config.get("_class_name")
     if kind not in ("DDPMScheduler", "DDIMScheduler"):
         raise _key("_class_name", kind, "there are DDPMScheduler and DDIMScheduler")
-    steps = _whole("num_train_timesteps", config.get("num_train_timesteps", 1000))
+    steps = _whole("num_train_timesteps", config.get("num_train_timesteps", 1000), 100_000)
     prediction = config.get("prediction_type", "epsilon")
     targets = {theirs: ours for ours, theirs in _TARGETS.items()}
-    if prediction not in targets:
+    if prediction not in [*targets]:  # a list: the value may be unhashable
         raise _key("prediction_type", prediction, f"there are {', '.join(targets)}")
     variance = config.get("variance_type", "fixed_small")
     if str(variance).startswith("learned"):
@@ -341,7 +345,7 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], 
     else:
         names = {theirs: ours for ours, theirs in _SCHEDULES.items()}
         theirs = config.get("beta_schedule", "linear")
-        if theirs not in names:
+        if theirs not in [*names]:
             raise _key("beta_schedule", theirs, f"there are {', '.join(names)}")
         row = {"schedule": names[theirs]}
         for ours, key, default in (("start", "beta_start", 1e-4), ("end", "beta_end", 2e-2)):
@@ -353,7 +357,7 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], 
         raise _key("prediction_type", prediction, "eps says nothing of the image at zero terminal SNR")
     try:
         NoiseSchedule.named(row["schedule"], steps, **{key: value for key, value in row.items() if key != "schedule"})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"beta_schedule: {error}") from None
     return row, steps, targets[prediction]
 
@@ -362,7 +366,7 @@ def _recognised(betas: Any, steps: int) -> dict[str, Any]:
     """The row of SCHEDULES at its own numbers, to float32 precision, or of sqrt between any end points."""
     try:
         table = torch.tensor(betas, dtype=torch.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         table = torch.zeros(0)
     if table.shape != (steps,):
         raise ValueError(f"trained_betas: expected a list of num_train_timesteps = {steps} numbers")

@@ -1188,6 +1188,13 @@ INPUT = [
         f"{BAD}what_a_report_reads[another run's influence]",
     ),
     Protection(
+        "scores: a FID outside its interval",
+        "ddpm/stages/metrics.py",
+        "if bounds != sorted(bounds):",
+        "if False:",
+        f"{BAD}what_a_report_reads[FID above its interval]",
+    ),
+    Protection(
         "scores: not finite",
         STORE,
         "if not np.isfinite(influence).all():",

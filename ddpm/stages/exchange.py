@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ddpm import interop
 from ddpm.stages import checkpoint, store
 from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params, parse_yaml
+from ddpm.stages.params import LONGEST_NAME, Params, parse_yaml
 from ddpm.stages.rewrite import flow_row, rewritten
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -67,8 +67,8 @@ def import_diffusers(folder: Path, name: str, root: Path = Path()) -> list[str]:
     Importing under the same name again replaces both. Returns lines to say to the user. Raises InputError, and then has
     written nothing.
     """
-    if not re.fullmatch(r"[a-z0-9_]+", name):
-        raise InputError(f"'{name}': the name of an import is made of a-z, 0-9 and _")
+    if not re.fullmatch(rf"[a-z0-9_]{{1,{LONGEST_NAME}}}", name):
+        raise InputError(f"'{name}': the name of an import is made of a-z, 0-9 and _, at most {LONGEST_NAME} of them")
     text = _params_text(root / "params.yaml", name)
     network = _network_folder(folder)
     config, (process, lines) = store.read_json(network / "config.json"), _process(folder)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.intervals import CONFIDENCE, Difference, Estimate, difference, may_be_best, quantile
+from ddpm.stages import store
+from ddpm.stages.errors import InputError
+from ddpm.stages.params import Point
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,64 @@ METRICS = {
 }
 HEADLINE = "fid"  # what points are ranked and promoted by: the one with influence values
 RANKING = METRICS[HEADLINE]
+
+# The entries of metrics/POINT.json.
+COUNTS = ("evaluations", "images", "reference_images", "layer")
+SCORES: tuple[str, ...] = (
+    "evaluations",
+    "fid",
+    "fid_low",
+    "fid_high",
+    "confidence",
+    "kid",
+    "kid_low",
+    "kid_high",
+    "kid_std",
+    "precision",
+    "recall",
+    *COUNTS[1:],
+)
+OPTIONAL = ("fid_infinity", "inception_score", "copying", "copying_z")  # not every protocol allows them
+PROTOCOL = ("reference", "extractor_sha256", "layer", "images", "reference_images")
+HASHES = (*PROTOCOL[:2], "samples", "model")
+ANY = (-1e9, 1e9)  # far from where squares overflow
+RANGES = {
+    **dict.fromkeys(COUNTS, (1, 2**31 - 1)),
+    **dict.fromkeys(("fid", "fid_low", "fid_high", "kid_std"), (0, ANY[1])),
+    **dict.fromkeys(("precision", "recall"), (0, 1)),
+    "confidence": (0.01, 0.9999),
+}
+
+
+def read_scores(root: Path, point: Point) -> dict[str, Any]:
+    """Reads metrics/POINT.json. Raises InputError for the scores of another point, a missing entry, or an impossible value."""
+    path = root / store.metrics_file(point)
+    scores = store.read_record(path)
+    if scores.get("point") != point.name:
+        raise InputError(f"{path}: holds the scores of {scores.get('point')}; run `ddpm evaluate {point.name}` again")
+    needed = dict.fromkeys((*SCORES, *HASHES))
+    if absent := [key for key in needed if key not in scores]:
+        raise InputError(f"{path}: without {', '.join(absent)}; run `ddpm evaluate {point.name}` again")
+    if wrong := unsound(scores, [*needed, *(key for key in OPTIONAL if key in scores)]):
+        raise InputError(f"{path}: no sound value of {', '.join(wrong)}; run `ddpm evaluate {point.name}` again")
+    return scores
+
+
+def unsound(scores: Mapping[str, Any], keys: Collection[str]) -> list[str]:
+    """Returns those of the keys whose values no evaluation gives: of another type, out of range, or outside their interval."""
+    wrong = [key for key in keys if not _in_range(key, scores.get(key))]
+    for key in ("fid", "kid"):
+        bounds = [scores[name] for name in (f"{key}_low", key, f"{key}_high") if name in keys and name not in wrong]
+        if bounds != sorted(bounds):
+            wrong.append(key)
+    return wrong
+
+
+def _in_range(key: str, value: Any) -> bool:
+    if key in HASHES:
+        return isinstance(value, str)
+    low, high = RANGES.get(key, ANY)
+    return type(value) in ((int,) if key in COUNTS else (int, float)) and low <= value <= high
 
 
 def estimate_of(scores: Mapping[str, Any], influence: NDArray[np.floating] | None = None) -> Estimate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -11,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ddpm.stages.errors import InputError
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+LONGEST_NAME = 64  # characters: three of them and an ending are the name of a file
+Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=LONGEST_NAME)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -34,11 +36,18 @@ class Data(Section):
     """What `prepare` reads."""
 
     source: Literal["digits", "cifar10", "fashion-mnist", "image-folder"]
-    path: str
+    path: Annotated[str, Field(min_length=1, max_length=4095)]
     fit: Literal["error", "crop", "pad", "resize"] = "error"
     size: Annotated[int, Field(ge=4, le=4096)] | None = None
     channels: Literal[1, 3] | None = None
     test_fraction: Fraction = 0.2
+
+    @field_validator("path")
+    @classmethod
+    def _can_be_a_path(cls, value: str) -> str:
+        if "\0" in value or any(len(os.fsencode(part)) > 255 for part in value.split("/")):
+            raise ValueError("no file system has such a path: a part is over 255 bytes long, or there is a zero byte")
+        return value
 
 
 class Diffusion(Section):

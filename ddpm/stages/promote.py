@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from ddpm.intervals import Estimate
 from ddpm.stages.errors import InputError
-from ddpm.stages.metrics import HEADLINE, RANKING, estimate_of
+from ddpm.stages.metrics import HEADLINE, RANKING, estimate_of, unsound
 from ddpm.stages.params import Promotion
 
 
@@ -78,14 +77,13 @@ class Score:
     ) -> Score:
         """From what metrics/POINT.json and POINT.influence.npy hold. Raises InputError."""
         again = "evaluate the point again (dvc repro)"
-        for key in (HEADLINE, f"{HEADLINE}_high", "confidence"):
-            value = metrics.get(key)
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise InputError(f"a {RANKING.title} with {key} = {value} cannot be compared: {again}")
+        if wrong := unsound(metrics, (HEADLINE, f"{HEADLINE}_high", "confidence", "evaluations")):
+            shown = ", ".join(f"{key} = {metrics.get(key)}" for key in wrong)
+            raise InputError(f"a {RANKING.title} with {shown} cannot be compared: {again}")
         protocol = Protocol.of(metrics)
         if influence is not None and len(influence) != protocol.images:
             raise InputError(f"{len(influence)} influence values for {protocol.images} images: {again}")
-        return cls(estimate_of(metrics, influence), int(metrics["evaluations"]), protocol, seed)
+        return cls(estimate_of(metrics, influence), metrics["evaluations"], protocol, seed)
 
     @property
     def value(self) -> float:

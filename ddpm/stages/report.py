@@ -9,7 +9,6 @@ points within it.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,30 +20,23 @@ import numpy as np
 from ddpm.intervals import CONFIDENCE, difference, simultaneous
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
-from ddpm.stages.metrics import HEADLINE, Candidate, choose, estimate_of, front
+from ddpm.stages.metrics import (
+    HEADLINE,
+    OPTIONAL,
+    PROTOCOL,
+    SCORES,
+    Candidate,
+    choose,
+    estimate_of,
+    front,
+    read_scores,
+)
 from ddpm.stages.page import SHOWN, check_records, page
 from ddpm.stages.params import Params, Point
 from ddpm.stages.plots import draw_scores, drawing
 from ddpm.stages.progress import Progress, Report, silent
 
 BUDGETS = (10, 20, 50, 100, 1000)  # network evaluations an image, at most
-SCORES: tuple[str, ...] = (
-    "evaluations",
-    "fid",
-    "fid_low",
-    "fid_high",
-    "confidence",
-    "kid",
-    "kid_low",
-    "kid_high",
-    "kid_std",
-    "precision",
-    "recall",
-)
-COUNTS = ("evaluations", "images", "reference_images", "layer")
-SCORES += COUNTS[1:]
-OPTIONAL = ("fid_infinity", "inception_score", "copying", "copying_z")  # not every protocol allows them
-PROTOCOL = ("reference", "extractor_sha256", "layer", "images", "reference_images")
 
 FILES = ("best.json", "fid.png", "index.html", "points.csv", "samples.png")  # that front.json describes
 
@@ -149,18 +141,11 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
         raise InputError(f"{root / 'metrics'}: no scores of {_few(missing)}; run `dvc repro` or `ddpm evaluate POINT`")
     rows, candidates, protocols = [], [], set()
     for point in points:
-        path = root / store.metrics_file(point)
-        scores = store.read_scores(root, point)
-        absent = [key for key in dict.fromkeys((*SCORES, *PROTOCOL)) if key not in scores]
-        if absent:
-            raise InputError(f"{path}: without {', '.join(absent)}; run `ddpm evaluate {point.name}` again")
-        if wrong := [
-            key for key in (*SCORES, *OPTIONAL, *PROTOCOL[:2]) if key in scores and not _sound(key, scores[key])
-        ]:
-            raise InputError(f"{path}: no sound value of {', '.join(wrong)}; run `ddpm evaluate {point.name}` again")
+        scores = read_scores(root, point)
         protocols.add(tuple(scores[key] for key in PROTOCOL))
         influence = store.read_point_influence(root, point, scores)
         if len(influence) != scores["images"]:
+            path = root / store.metrics_file(point)
             raise InputError(f"{path}: not of the same run as its influence values; evaluate {point.name} again")
         candidates.append(Candidate(point.name, scores["evaluations"], estimate_of(scores, influence)))
         rows.append(
@@ -169,14 +154,6 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
     absent = [key for key in OPTIONAL if all(row[key] is None for row in rows)]
     rows = [{key: value for key, value in row.items() if key not in absent} for row in rows]
     return rows, candidates, len(protocols)
-
-
-def _sound(key: str, value: Any) -> bool:
-    if key in PROTOCOL[:2]:
-        return isinstance(value, str)
-    if key in COUNTS:
-        return type(value) is int and value >= 1
-    return type(value) in (int, float) and math.isfinite(value) and (key != "confidence" or 0 < value < 1)
 
 
 def _prune(params: Params, root: Path, stages: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
 from ddpm.stages.evaluate import evaluate
+from ddpm.stages.metrics import read_scores
 from ddpm.stages.params import Params, Point, Sampler
 from ddpm.stages.progress import Report, silent
 from ddpm.stages.sample import sample_point
@@ -45,5 +46,5 @@ def rescore(
         model.symlink_to(checkpoint.resolve())
         sample_point(alone, point, folder, report)
         evaluate(alone, point, folder, report)
-        scores = store.read_scores(folder, point)
+        scores = read_scores(folder, point)
         return scores, store.read_point_influence(folder, point, scores)

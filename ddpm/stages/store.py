@@ -854,15 +854,6 @@ def _arrays_digest(key: str, arrays: Mapping[str, Any]) -> str:
 # Influence values.
 
 
-def read_scores(root: Path, point: Point) -> dict[str, Any]:
-    """Reads metrics/POINT.json. Raises InputError, also for the scores of another point."""
-    path = root / metrics_file(point)
-    scores = read_record(path)
-    if scores.get("point") != point.name:
-        raise InputError(f"{path}: holds the scores of {scores.get('point')}; run `ddpm evaluate {point.name}` again")
-    return scores
-
-
 def read_point_influence(root: Path, point: Point, scores: Mapping[str, Any]) -> NDArray[np.float32]:
     """Reads the influence values of a point, those that its scores were recorded with. Raises InputError."""
     path = root / influence_file(point)

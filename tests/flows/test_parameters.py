@@ -109,6 +109,8 @@ def test_the_same_parameters_are_not_written_again(checkout: Path) -> None:
         (None, ["training=3"], "training"),
         (None, ["seed=1", "sweep.samplers=[none_such]"], "none_such"),
         ("eight", [], "seven"),
+        ("a" * 5000, [], "seven"),
+        ("eight\0", [], "seven"),
     ],
 )
 def test_wrong_input_is_one_line_and_changes_nothing(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -35,15 +36,19 @@ from safetensors.torch import load_file, save_file
 from ddpm import cli
 from ddpm.stages import checkpoint, store
 from ddpm.stages.errors import InputError
+from ddpm.stages.exchange import export_diffusers, import_diffusers
 from ddpm.stages.params import Params, Point
 from ddpm.stages.report import _read_rows
 from ddpm.stages.sample import check_point, sample_point
+from ddpm.stages.tracking.publishing import PointFiles
 from ddpm.stages.train import about_network, about_schedule, noise_schedule
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
 VALID = json.dumps(YAML(typ="safe").load(RECIPE.read_text(encoding="utf-8")))
 POINT = Point.parse("cosine-ddim-5")
 MODEL, SAMPLES, METRICS = Path("models/cosine"), store.samples_file(POINT), store.metrics_file(POINT)
+PIPELINE = Path("pipeline")  # of diffusers
+CONFIG, SCHEDULER = str(PIPELINE / "unet" / "config.json"), str(PIPELINE / "scheduler" / "scheduler_config.json")
 ROOM = 2**30  # bytes that a refusal may take, at most
 
 pytestmark = pytest.mark.timeout(60)
@@ -82,6 +87,7 @@ def checkout(
     store.write_record(root / store.training_metrics_file("cosine"), TRAINED, curves[:2])
     bound = {"schedule": "cosine", "model": "m", "test": BITS}
     store.write_record(root / store.likelihood_file("cosine"), bound, curves[2:])
+    export_diffusers(root / MODEL, root / PIPELINE)
     for number in range(4):
         folder = root / "images" / f"class {number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -296,6 +302,12 @@ VALUES: list[tuple[str, Any, str]] = [
     ("sweep.steps", ["a"] * 2000, "and 1,996 more"),
     ("data.source", "d" * 100_000, "data.source: "),
     ("samplers.a\nb", {"sampler": "ddim"}, "samplers.a"),
+    ("sweep.schedules", ["a" * 65], "sweep.schedules.0: "),
+    ("schedules." + "a" * 65, {"schedule": "cosine"}, "at most 64 characters"),
+    ("data.path", "", "data.path: "),
+    ("data.path", "a" * 5000, "data.path: "),
+    ("data.path", "images/" + "\u00e9" * 128, "data.path: no file system has such a path"),
+    ("data.path", "images\0", "data.path: no file system has such a path"),
 ]
 
 
@@ -1024,6 +1036,19 @@ REPORTS: dict[str, tuple[Callable[[], Any], str]] = {
         "its bytes are not those that were recorded with the scores",
     ),
     "FID true": (of_scores(fid=True), "no sound value of fid"),
+    "FID beyond all integers": (of_scores(fid_high=10**400), "no sound value of fid_high"),
+    "FID beyond all scores": (of_scores(fid=1e300, fid_high=1e305), "no sound value of fid, fid_high"),
+    "FID below zero": (of_scores(fid=-1.0), "no sound value of fid"),
+    "FID above its interval": (of_scores(fid=1000), "no sound value of fid"),
+    "FID below its interval": (of_scores(fid=0), "no sound value of fid"),
+    "an interval upside down": (of_scores(fid_low=50, fid_high=30), "no sound value of fid"),
+    "KID above its interval": (of_scores(kid=9), "no sound value of kid"),
+    "KID's deviation below zero": (of_scores(kid_std=-1), "no sound value of kid_std"),
+    "a precision above one": (of_scores(precision=1.5), "no sound value of precision"),
+    "a confidence without a quantile": (of_scores(confidence=0.9999999999999999), "no sound value of confidence"),
+    "a confidence of hardly anything": (of_scores(confidence=1e-300), "no sound value of confidence"),
+    "images beyond all files": (of_scores(images=10**30), "no sound value of images"),
+    "no samples": (of_scores(samples=...), "without samples"),
     "confidence of one": (of_scores(confidence=1.0), "no sound value of confidence"),
     "evaluations in parts": (of_scores(evaluations=2.5), "no sound value of evaluations"),
     "no evaluations": (of_scores(evaluations=0), "no sound value of evaluations"),
@@ -1060,6 +1085,75 @@ def test_what_a_report_reads(refused: Refused, case: str) -> None:
     spoil, message = REPORTS[case]
     spoil()
     assert message in refused("report")
+
+
+@pytest.mark.parametrize(
+    "case", ["FID above its interval", "FID in words", "no FID", "an interval upside down", "no samples"]
+)
+def test_scores_are_checked_whoever_reads_them(refused: Refused, case: str) -> None:
+    spoil, message = REPORTS[case]
+    spoil()
+    store.write_json(store.report_dir() / "best.json", {"point": POINT.name, "fid": 10.0})
+    assert message in refused("card")
+    with pytest.raises(InputError, match=message):
+        PointFiles.read(Path(), POINT)
+
+
+LONG = "a" * 5000
+TOO_LONG: list[list[str]] = [
+    ["generate", "--model", LONG],
+    ["generate", "--model", str(MODEL), "--out", f"{LONG}.png"],
+    ["schedules", "--out", LONG],
+    ["card", "--out", LONG],
+    ["swiss-roll", "--out", f"{LONG}.png"],
+    ["sample", f"{LONG}-ddim-5"],
+    ["export-diffusers", LONG, "out"],
+    ["export-diffusers", str(MODEL), LONG],
+    ["import-diffusers", LONG, "hub"],
+    ["import-diffusers", str(PIPELINE), LONG],
+]
+
+
+@pytest.mark.parametrize("arguments", TOO_LONG, ids=lambda arguments: " ".join(arguments)[:30])
+def test_a_name_that_no_file_can_have(refused: Refused, arguments: list[str]) -> None:
+    assert re.search("too long|no such|at most 64|no point of a sweep|restore it", refused(*arguments))
+
+
+# A model of diffusers.
+
+
+def of_pipeline(file: str, **changes: Any) -> Callable[[], Any]:
+    return lambda: Path(file).write_text(json.dumps(json.loads(Path(file).read_text()) | changes))
+
+
+IMPORTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a width beyond all floats": (of_pipeline(CONFIG, block_out_channels=[10**400, 32]), "block_out_channels = 1000"),
+    "a width of 1e30": (of_pipeline(CONFIG, block_out_channels=[10**30, 32]), "a whole number from 1 to 65,536"),
+    "a width that is none": (of_pipeline(CONFIG, block_out_channels=[True, 32]), "block_out_channels = True"),
+    "many levels": (of_pipeline(CONFIG, block_out_channels=[8] * 99), "expected a list of 1 to 16 widths"),
+    "a side of 2^60": (of_pipeline(CONFIG, sample_size=2**60), "sample_size = 1152921504606846976"),
+    "a side that is none": (of_pipeline(CONFIG, sample_size=True), "sample_size = True"),
+    "very many channels": (of_pipeline(CONFIG, in_channels=10**30, out_channels=10**30), "in_channels = 1000"),
+    "very many blocks": (of_pipeline(CONFIG, layers_per_block=10**9), "layers_per_block = 1000000000"),
+    "very many groups": (of_pipeline(CONFIG, norm_num_groups=10**30), "norm_num_groups = 1000"),
+    "a very wide head": (of_pipeline(CONFIG, attention_head_dim=10**30), "attention_head_dim = 1000"),
+    "dropout true": (of_pipeline(CONFIG, dropout=True), "dropout = True"),
+    "very many times": (of_pipeline(SCHEDULER, num_train_timesteps=10**12), "num_train_timesteps = 1000000000000"),
+    "a prediction in a list": (of_pipeline(SCHEDULER, prediction_type=[]), "prediction_type = []"),
+    "a schedule in a list": (of_pipeline(SCHEDULER, beta_schedule=[]), "beta_schedule = []"),
+    "a start beyond all floats": (
+        of_pipeline(SCHEDULER, beta_schedule="linear", beta_start=10**400),
+        "beta_schedule: ",
+    ),
+    "a table beyond all floats": (of_pipeline(SCHEDULER, trained_betas=[10**400]), "trained_betas: expected a list"),
+}
+
+
+@pytest.mark.parametrize("case", IMPORTS)
+def test_a_model_of_diffusers(refused: Refused, case: str) -> None:
+    spoil, message = IMPORTS[case]
+    spoil()
+    assert message in refused("import-diffusers", str(PIPELINE), "hub")
 
 
 # By real processes: what main() does around the rest of the program.
@@ -1200,6 +1294,14 @@ def scores_as_values(data: st.DataObject, path: Path) -> None:
     taken_or_refused(lambda: _read_rows([POINT], Path()))
 
 
+def pipeline_as_values(data: st.DataObject, path: Path) -> None:
+    spoilt_file = Path(*path.parts[-3:])
+    for name in (CONFIG, SCHEDULER):
+        Path(name).write_text((path.parents[2] / name).read_text())
+    spoilt_file.write_text(json.dumps(spoilt(data.draw, json.loads(path.read_text()))))
+    taken_or_refused(lambda: import_diffusers(PIPELINE, "hub"))
+
+
 KINDS: dict[str, tuple[Callable[[st.DataObject, Path], None], str]] = {
     "the bytes of params.yaml": (params_as_bytes, "params.yaml"),
     "the values of params.yaml": (params_as_values, "params.yaml"),
@@ -1209,6 +1311,8 @@ KINDS: dict[str, tuple[Callable[[st.DataObject, Path], None], str]] = {
     "the bytes of labels": (dataset_as_bytes, "dataset/test-labels.npy"),
     "the bytes of samples": (samples_as_bytes, str(SAMPLES)),
     "the values of scores": (scores_as_values, str(METRICS)),
+    "the values of a diffusers network": (pipeline_as_values, CONFIG),
+    "the values of a diffusers scheduler": (pipeline_as_values, SCHEDULER),
 }
 
 

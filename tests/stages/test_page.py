@@ -103,6 +103,7 @@ def made_report(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathF
         }
         scores |= {"kid_std": 0.002, "precision": 0.6, "recall": 0.4, "evaluations": point.steps, "images": 12}
         scores |= {"reference_images": 60, "layer": 64, "reference": "c" * 64, "extractor_sha256": "e" * 64}
+        scores |= {"samples": "f" * 64, "model": "m"}
         store.write_record(root / store.metrics_file(point), {"point": point.name, **scores}, [values])
     report(smoke(), root)
     return root
@@ -255,7 +256,7 @@ def test_a_model_that_copies_is_caught_and_its_data_is_not(
     train = store.read_dataset(root).train
     for point in smoke().points():
         store.write_samples(root / store.samples_file(point), np.asarray(train[:12]), point.steps, "m")
-        scores = store.read_scores(root, point)
+        scores = store.read_record(root / store.metrics_file(point))
         store.write_record(root / store.metrics_file(point), {**scores, "copying": 0.99, "copying_z": 6.0})
     report(smoke(), root)
     text = Reader((root / "report" / "index.html").read_text(encoding="utf-8")).text

@@ -141,6 +141,9 @@ def test_influence_values_of_other_images_are_refused() -> None:
     assert Score.of(scores, np.zeros(5)).estimate.error == pytest.approx(0.2 / 1.959964)
     with pytest.raises(InputError, match="4 influence values for 5 images"):
         Score.of(scores, np.zeros(4))
+    for key, value in (("fid_high", 0.9), ("confidence", 1.0), ("evaluations", "ten"), ("fid", 10**400)):
+        with pytest.raises(InputError, match="cannot be compared"):
+            Score.of({**scores, key: value})
     del scores["fid_high"]
     with pytest.raises(InputError, match="cannot be compared"):
         Score.of(scores)
@@ -160,7 +163,7 @@ def never(checkpoint: Path, settings: dict[str, Any]) -> Any:
 
 def scores_at(root: Path, point: Point, fid: float) -> tuple[dict[str, Any], Any]:
     """What scoring the champion again gives: a point's entries and influence values at another FID."""
-    scores = store.read_scores(root, point)
+    scores = store.read_record(root / store.metrics_file(point))
     high = fid + scores["fid_high"] - scores["fid"]
     return {**scores, "fid": fid, "fid_high": high}, store.read_point_influence(root, point, scores)
 

@@ -45,6 +45,7 @@ def write_point(root: Path, point: Point, fid: float = 1.0, error: float = 0.01,
     scores |= {"kid": 0.01, "kid_low": 0.006, "kid_high": 0.014, "kid_std": 0.002}
     scores |= {"precision": 0.6, "recall": 0.4, "evaluations": point.steps, "images": 12}
     scores |= {"reference_images": 30, "layer": 64, "reference": "version", "extractor_sha256": "weights"}
+    scores |= {"samples": "sha", "model": "m"}
     values = root / store.influence_file(point)
     store.write_influence(values, influence_of(point, error))
     store.write_record(root / store.metrics_file(point), {"point": point.name} | scores | changes, [values])
@@ -56,7 +57,7 @@ def write_point(root: Path, point: Point, fid: float = 1.0, error: float = 0.01,
 def root(tmp_path: Path, digits: Path) -> Path:
     (tmp_path / "dataset").symlink_to(digits / "dataset")
     for point, fid in zip(params().points(), FIDS, strict=True):
-        write_point(tmp_path, point, fid=fid, kid=fid / 100)
+        write_point(tmp_path, point, fid=fid, kid=fid / 100, kid_low=fid / 200, kid_high=fid / 50)
     return tmp_path
 
 
@@ -147,7 +148,9 @@ def test_influence_values_that_do_not_belong_are_refused(root: Path, fault: str)
     else:
         store.write_influence(path, np.zeros(11) if fault == "of other images" else np.full(12, np.nan))
         point = Point.parse("linear-ddim-5")
-        store.write_record(root / store.metrics_file(point), store.read_scores(root, point), [path])
+        store.write_record(
+            root / store.metrics_file(point), store.read_record(root / store.metrics_file(point)), [path]
+        )
     with pytest.raises(InputError, match=r"linear-ddim-5.*(evaluate|finite)"):
         report(params(), root)
     assert not (root / store.report_dir()).exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.stages import store
+from ddpm.stages.metrics import read_scores
 from ddpm.stages.params import Params, Point
 
 
@@ -33,7 +34,7 @@ class PointSettings:
         if (root / store.model_dir(point.schedule) / "model.json").exists():
             found["model"] = store.read_trained(root, point.schedule)["weights_sha256"]
         if (root / store.metrics_file(point)).exists():
-            scores = store.read_scores(root, point)
+            scores = read_scores(root, point)
             found[store.CHECKSUM], evaluation = scores["samples"], scores["evaluation"]
         return cls(**about["settings"], evaluation=evaluation) if found.items() <= about.items() else None
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.stages import store
 from ddpm.stages.errors import InputError
-from ddpm.stages.metrics import HEADLINE, METRICS, RANKING
+from ddpm.stages.metrics import HEADLINE, METRICS, RANKING, read_scores
 from ddpm.stages.page import publish_with
 from ddpm.stages.params import Params, Point
 from ddpm.stages.published import published
@@ -327,7 +327,7 @@ class PointFiles:
         path, scores = store.samples_file(point), store.metrics_file(point)
         about = store.read_samples_record(root / path)
         samples = about[store.CHECKSUM]
-        metrics = store.read_scores(root, point) if (root / scores).exists() else None
+        metrics = read_scores(root, point) if (root / scores).exists() else None
         if metrics is not None and metrics["samples"] != samples:
             metrics = None
         return cls(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm.stages import code, store
 from ddpm.stages.card import LONGEST, card, with_front_matter
 from ddpm.stages.errors import InputError
-from ddpm.stages.metrics import HEADLINE, RANKING
+from ddpm.stages.metrics import HEADLINE, RANKING, read_scores
 from ddpm.stages.params import Params, Point
 from ddpm.stages.promote import Decision, Protocol, Score, Verdict, decide
 from ddpm.stages.tracking.lineage import PointSettings, flat
@@ -162,7 +162,7 @@ def _influence_tag(protocol: Protocol) -> str:
 def _challenger(params: Params, root: Path) -> Challenger:
     best = store.read_record(root / store.report_dir() / "best.json")
     point = Point.parse(str(best.get("point")))
-    metrics = store.read_scores(root, point)
+    metrics = read_scores(root, point)
     settings = PointSettings.read(params, point, root)
     if metrics.get(HEADLINE) != best.get(HEADLINE) or settings is None:
         raise InputError(f"{root / store.report_dir()}: the report is older than its scores; run dvc repro")
