@@ -432,7 +432,7 @@ FLOWS = [
         "the disk fills while DVC keeps outputs: the flow tries again",
         "flows/train_eval.py",
         'return state.name in ("Busy", "Killed", "Unreachable", "Full")',
-        'return state.name in ("Busy", "Killed", "Unreachable")',
+        'return state.name in ("Busy", "Killed", "Unreachable", "Full")',
         f"{FLOW}a_full_disk_fails_the_stage_until_there_is_room",
     ),
     Protection(
@@ -678,7 +678,7 @@ FLOWS = [
     Protection(
         "MLflow away at the end: tried again",
         "flows/train_eval.py",
-        'return state.name in ("Busy", "Killed", "Unreachable")',
+        'return state.name in ("Busy", "Killed", "Unreachable", "Full")',
         'return state.name in ("Busy", "Killed")',
         f"{FLOW}an_mlflow_that_comes_back_gets_it_all",
     ),
@@ -1352,8 +1352,8 @@ PROMISES = [
     Protection(
         "secrets stay in the environment: MLflow's address in what is said",
         PLACE,
-        "return without_password(self.uri)",
-        "return self.uri",
+        "else without_password(self.uri)",
+        "else self.uri",
         f"{TRACKING}without_a_server_the_work_goes_on",
     ),
     Protection(
