@@ -49,7 +49,7 @@ RUN useradd --uid 10001 --no-log-init --create-home --home-dir /home/ddpm --shel
 COPY --from=packages /opt/venv /opt/venv
 # The checkout: what DVC runs and what it tracks. Mount your own over it to keep what is made.
 COPY --chown=10001:10001 . /workspace
-# Bytecode too, for whoever may not write there.
+# Bytecode too, which is written here alone: nobody else may write there, and a full disk would leave half of a file.
 RUN --mount=type=bind,from=packages,source=/opt/uv,target=/opt/uv \
     printf '[core]\n    no_scm = true\n' >/workspace/.dvc/config.local \
     && /opt/uv/bin/uv pip install --quiet --no-deps --no-build-isolation --python /opt/venv/bin/python --editable /workspace \
@@ -57,6 +57,7 @@ RUN --mount=type=bind,from=packages,source=/opt/uv,target=/opt/uv \
     && chown -R 10001:10001 /workspace
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/home/ddpm \
+    PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     DO_NOT_TRACK=true \
     DVC_NO_ANALYTICS=1 \

@@ -29,8 +29,9 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # Without this MLflow's server starts ten more processes, which outlive it.
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
-# Imports take two to three times as long where bytecode is not kept.
-unexport PYTHONDONTWRITEBYTECODE
+# Python 3.11 leaves half of a .pyc when the disk fills (https://github.com/python/cpython/issues/126606), and every later start
+# fails on that. So bytecode is written at installation only. An edited file then costs 2 to 11 ms at each start.
+export PYTHONDONTWRITEBYTECODE := 1
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -123,6 +124,7 @@ else
 endif
 	@$(PIP) --compile-bytecode --require-hashes --requirements .venv/requirements.txt
 	@$(PIP) --no-build-isolation --editable .
+	@.venv/bin/python -m compileall -q bench ddpm flows
 	@touch $@
 
 # To create their tables takes Prefect and MLflow ten seconds of computing: done once, and copied by whoever needs a new one.

@@ -373,6 +373,13 @@ TRAINING = [
         }.items()
     ),
     Protection(
+        "disk full: arrays",
+        "ddpm/stages/store.py",
+        "cast(IO[bytes], SimpleNamespace(write=file.write))",
+        "file",
+        f"{FAULTS}every_writer_that_finds_no_room_says_so[influence.npy]",
+    ),
+    Protection(
         "out of memory, GPU or CPU: what says so",
         "ddpm/stages/device.py",
         "    if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY.search(str(error)):\n        return True\n",
@@ -413,6 +420,20 @@ FLOWS = [
         'return state.name in ("Busy", "Killed", "Unreachable", "Full")',
         'return state.name in ("Busy", "Unreachable", "Full")',
         f"{FLOW}a_killed_stage_is_run_again",
+    ),
+    Protection(
+        "the disk fills while Python writes bytecode: a flow writes none",
+        "flows/__init__.py",
+        "sys.dont_write_bytecode = True\n",
+        "",
+        "tests/test_setup.py::test_a_disk_that_fills_leaves_no_half_of_a_module[flows]",
+    ),
+    Protection(
+        "the disk fills while Python writes bytecode: make writes none",
+        "Makefile",
+        "export PYTHONDONTWRITEBYTECODE := 1\n",
+        "unexport PYTHONDONTWRITEBYTECODE\n",
+        "tests/test_setup.py::test_bytecode_is_written_at_installation_only",
     ),
     Protection(
         "the disk fills while DVC keeps outputs: the stage fails",

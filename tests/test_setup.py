@@ -181,6 +181,43 @@ def test_an_interrupted_installation_is_done_again_and_a_whole_one_is_not(clone:
     assert clone.installed() == {"good", "better"}
 
 
+def test_bytecode_is_written_at_installation_only(clone: Clone) -> None:
+    (clone.root / "requirements.lock").write_text(wheel(clone.index, "good", "1.0"))
+    for name in ("bench", "ddpm", "flows"):
+        (clone.root / name).mkdir()
+        (clone.root / name / "module.py").touch()
+    done = clone.make(
+        "--eval", "show: .venv/installed; @echo PYTHONDONTWRITEBYTECODE=$$PYTHONDONTWRITEBYTECODE", "show"
+    )
+    assert "PYTHONDONTWRITEBYTECODE=1" in done.stdout.splitlines(), done.stderr
+    assert len(list(clone.root.glob("*/__pycache__/module.*.pyc"))) == 3
+
+
+@pytest.mark.parametrize("module", ["flows", "flows.up", "flows.worker", "flows.warm"])
+def test_a_disk_that_fills_leaves_no_half_of_a_module(module: str, tmp_path: Path) -> None:
+    """A bound on the size of files cuts the bytecode of an edited module off, as a full disk does."""
+    for name in ("ddpm", "flows"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"import runpy, sys; sys.argv = ['flows', '--help']; runpy.run_module('{module}', run_name='imported')"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+
+    def imported(limit: int) -> str:
+        bound = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1)); " if limit else ""
+        done = subprocess.run(
+            [sys.executable, "-c", bound + code],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stderr
+
+    assert imported(8192) == imported(0) == ""
+    assert all(path.parent.parent.name == "flows" and path.stat().st_size < 4096 for path in tmp_path.rglob("*.pyc"))
+
+
 def test_a_changed_wheel_is_refused(clone: Clone) -> None:
     line = wheel(clone.index, "good", "1.0")
     (clone.root / "requirements.lock").write_text(re.sub(r"sha256:.{64}", "sha256:" + 64 * "0", line))
