@@ -106,7 +106,7 @@ def test_a_command_works_or_refuses_in_one_line(
     assert ended.value.code in (0, 2, None), said
     assert "Traceback" not in said.err
     if ended.value.code == 2:
-        assert said.err.startswith("ddpm: ")
-        assert said.err.count("\n") == 1, said.err
+        (line,) = [line for line in said.err.splitlines() if "mlflow.db was moved or copied" not in line]
+        assert line.startswith("ddpm: ")
         return
     COMMANDS[command]()
