@@ -219,6 +219,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         server = S3(url, {**keys, "AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1"})
         wait_until_ready(server, process, log)
         yield server
+        assert not complaints(log, "chunked upload failed")  # `bad_line` cuts uploads off
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # asked politely it takes 25 s, and nothing of it is kept
         process.wait(10)

@@ -43,6 +43,7 @@ FLOW, DVC, ACCESS = (f"tests/flows/test_{name}.py::test_" for name in ("train_ev
 ENDS = "tests/flows/test_children.py::test_make_up_leaves_nothing_however_it_ends"
 CHECKOUT = "tests/flows/test_checkout.py::test_"
 KEPT = "tests/stages/test_code.py::test_what_other_code_left_is_not_gone_on_from"
+SCHEDULES = "tests/flows/test_schedules.py::test_"
 LOCKFILE = "tests/flows/test_lockfile.py::test_"
 WATCH = "tests/stages/test_watchdog.py::test_a_stage_ends_with_what_started_it"
 KILLED = f"{FAULTS}a_training_killed_at_random_moments_ends_with_the_same_bytes"
@@ -731,6 +732,13 @@ FLOWS = [
         "if (here := head(root)) != commit:",
         "if (here := head(root)) != commit and False:",
         "tests/flows/test_elsewhere.py::test_a_clone_at_another_commit_refuses_in_one_line",
+    ),
+    Protection(
+        "a second run of the deployment: waits at Prefect",
+        "flows/worker.py",
+        '    options += ["--limit", "1"]\n',
+        "",
+        f"{SCHEDULES}of_two_runs_queued_at_once_the_second_waits_at_prefect",
     ),
     Protection(
         "a second train-eval: says for which process",
@@ -1432,6 +1440,13 @@ LONG = [
         "    reaping.watch_heartbeats()\n",
         "",
         HOSTS,
+    ),
+    Protection(
+        "a schedule was due without a worker: one run makes up for all",
+        "flows/train_eval.py",
+        "if missed := reaping.skip_missed():",
+        "if missed := 0:",
+        f"{SCHEDULES}a_schedule_outlives_a_restart_and_of_the_runs_missed_meanwhile_one_is_made_up_for",
     ),
     Protection(
         "a host of the sweep dies: another one gets the stage",

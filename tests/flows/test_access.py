@@ -8,6 +8,7 @@ import socket
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def addresses(scratch: Any, ports: set[int]) -> set[str]:
 
 @pytest.mark.proof
 @pytest.mark.timeout(600)
-def test_with_host_the_servers_ask_everybody_for_a_password(scratch: Any) -> None:
+def test_with_host_the_servers_ask_everybody_for_a_password(scratch: Any, check_log: Callable[..., list[str]]) -> None:
     """The real servers and the worker of `make up HOST=0.0.0.0`."""
     ports = {"PREFECT_PORT": scratch.free_port(), "MLFLOW_PORT": scratch.free_port()}
     variables = {name: str(port) for name, port in ports.items()}
@@ -156,6 +157,8 @@ def test_with_host_the_servers_ask_everybody_for_a_password(scratch: Any) -> Non
     assert "access-control-allow-origin" not in ask(runs, NAME, PREFECT_PASSWORD, {}, **elsewhere)[1]
     assert ask(found, NAME, MLFLOW_PASSWORD, {"max_results": 5}, **elsewhere)[0] == 403
     assert ask(found, NAME, MLFLOW_PASSWORD, {"max_results": 5}, Host="elsewhere.example")[0] == 403
+
+    assert not check_log(log)
 
     # No password among the arguments, which everybody on the machine can list, or in what the servers say and keep.
     for running in scratch.processes():
