@@ -69,10 +69,13 @@ def _fail(message: str, code: int) -> NoReturn:
 def _summary(say: Callable[[str], None], promoted: str, seconds: float) -> None:
     report = store.report_dir()
     say("")
-    if (report / "points.csv").exists():
+    if (report / "front.json").exists():
         from ddpm.stages.metrics import table
 
-        say(table(store.read_csv(report / "points.csv")))
+        try:
+            say(table(store.read_report(Path())[1]))
+        except InputError as error:  # the run has ended well all the same
+            say(str(error))
         say("")
     if promoted:
         say(promoted)

@@ -303,21 +303,20 @@ def _decision(promoted: State) -> None:
 def _artifacts(root: Path) -> None:
     """The sweep table, the report's pictures and the way to MLflow, on the run's page."""
     report = root / store.report_dir()
-    if (report / "points.csv").exists():
-        create_table_artifact(store.read_csv(report / "points.csv"), key="sweep", description="The points of the sweep")
-    pictures = [path for path in (report / "fid.png", report / "samples.png") if path.exists()]
-    if pictures:
-        page = [_where(report / "index.html")] if (report / "index.html").exists() else []
-        text = "\n\n".join([*page, *map(_embedded, pictures)])
-        create_markdown_artifact(text, key="report", description=_best(report / "best.json"))
+    if (report / "front.json").exists():
+        best, rows = store.read_report(root)
+        create_table_artifact(rows, key="sweep", description="The points of the sweep")
+        pictures = [path for path in (report / "fid.png", report / "samples.png") if path.exists()]
+        if pictures:
+            text = "\n\n".join([_where(report / "index.html"), *map(_embedded, pictures)])
+            create_markdown_artifact(text, key="report", description=_answer(best))
     if "MLFLOW_UI" in os.environ:
         chart = links.mlflow(root, os.environ["MLFLOW_UI"])
         create_link_artifact(chart, link_text="MLflow", key="mlflow", description="FID against steps, runs and models")
 
 
-def _best(file: Path) -> str:
-    """Returns the report's answer in one line, from best.json."""
-    best = store.read_json(file)
+def _answer(best: dict[str, Any]) -> str:
+    """Returns the report's answer in one line. best: what best.json holds."""
     return f"best: {best['point']}, FID {best['fid']:.4g} ({best['fid_low']:.4g} to {best['fid_high']:.4g})"
 
 
