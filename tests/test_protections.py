@@ -701,7 +701,7 @@ FLOWS = [
         "MLflow away at the end: tried again",
         "flows/train_eval.py",
         'return state.name in ("Busy", "Killed", "Unreachable", "Full")',
-        'return state.name in ("Busy", "Killed")',
+        'return state.name in ("Busy", "Killed", "Full")',
         f"{FLOW}an_mlflow_that_comes_back_gets_it_all",
     ),
     Protection(
