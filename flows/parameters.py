@@ -18,7 +18,7 @@ from ddpm.stages.inputs import changes
 from ddpm.stages.params import Params, parse_yaml
 from ddpm.stages.rewrite import rewritten
 
-WRITTEN = store.CACHE / "params.yaml.sha256"  # of what a recipe was last written as
+WRITTEN = store.CACHE / "params.yaml.sha256"  # of what a recipe or overrides last wrote
 
 
 def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[str, Params]:
@@ -43,22 +43,27 @@ def write(
 ) -> Params:
     """Makes params.yaml what read() says, unless it is that already. Raises InputError, and then has written nothing.
 
-    Where a recipe takes the place of a file that is nowhere else, that one is kept beside it. say: is told of a recipe.
+    A file that is nowhere else is kept beside it first. say: is told what replaced what, in one line.
     """
     text, params = read(root, recipe, overrides)
     target = root / "params.yaml"
     old = target.read_bytes() if target.exists() else b""
     if text == old.decode("utf-8", "replace").replace("\r\n", "\n"):
         return params
-    kept = _keep(root, old) if recipe and old else None
+    kept = _keep(root, old) if old else None
     with store.replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    if recipe:
-        store.write_text(root / WRITTEN, store.sha256(target))
-        source, before = _recipe(root, recipe), f" (before: {kept.name})" if kept else ""
-        source = source.relative_to(root) if source.is_relative_to(root) else source
-        say(f"params.yaml: now {source}{', with overrides' * bool(overrides)}{before}")
+    store.write_text(root / WRITTEN, store.sha256(target))
+    say(f"params.yaml: now {_described(root, recipe, overrides)}" + (f" (before: {kept.name})" if kept else ""))
     return params
+
+
+def _described(root: Path, recipe: str | None, overrides: Sequence[str]) -> str:
+    if recipe is None:
+        return f"with {', '.join(overrides)}"
+    source = _recipe(root, recipe)
+    source = source.relative_to(root) if source.is_relative_to(root) else source
+    return f"{source}{', with overrides' * bool(overrides)}"
 
 
 def _keep(root: Path, old: bytes) -> Path | None:
@@ -68,7 +73,7 @@ def _keep(root: Path, old: bytes) -> Path | None:
         return None
     written = root / WRITTEN
     if written.exists() and written.read_text(encoding="utf-8") == hashlib.sha256(old).hexdigest():
-        return None  # an earlier recipe and its overrides, and nobody has touched it since
+        return None  # written by a recipe or overrides, and not edited since
     for number in itertools.count(1):
         path = root / ("params.yaml.before" + (f"-{number}" if number > 1 else ""))
         if not path.exists():

@@ -72,12 +72,25 @@ def test_what_a_recipe_takes_the_place_of_is_not_lost(checkout: Path) -> None:
     assert len(list(checkout.glob("params.yaml.before*"))) == 2
 
     parameters.write(checkout, "seven", ["seed=8"])
-    parameters.write(
-        checkout, overrides=["training.steps=7"], say=said.append
-    )  # nothing but that is changed, so nothing is said
-    assert not said
+    parameters.write(checkout, overrides=["training.steps=7"], say=said.append)
+    assert said.pop() == "params.yaml: now with training.steps=7"
     parameters.write(checkout, "seven", say=said.append)
-    assert said.pop().endswith("(before: params.yaml.before-3)")
+    assert said.pop() == "params.yaml: now recipes/seven.yaml"
+    assert len(list(checkout.glob("params.yaml.before*"))) == 2
+
+
+def test_what_overrides_change_is_not_lost(checkout: Path) -> None:
+    path, said = checkout / "params.yaml", list[str]()
+    path.write_text(path.read_text().replace("# Every", "# Mine: every"))
+    mine = path.read_bytes()
+    for number in (7, 8, 9):
+        parameters.write(checkout, overrides=[f"seed={number}", "training.steps=5"], say=said.append)
+    assert said[0] == "params.yaml: now with seed=7, training.steps=5 (before: params.yaml.before)"
+    assert said[1:] == [f"params.yaml: now with seed={number}, training.steps=5" for number in (8, 9)]
+    assert (checkout / "params.yaml.before").read_bytes() == mine
+    path.write_text(path.read_text().replace("# Mine", "# Still mine"))
+    parameters.write(checkout, overrides=["seed=1"], say=said.append)
+    assert said[-1].endswith("(before: params.yaml.before-2)")
 
 
 def test_what_git_has_is_not_kept_beside_it(checkout: Path) -> None:

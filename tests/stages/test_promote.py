@@ -518,6 +518,38 @@ def test_a_model_that_is_not_there(checkout: Path, uri: str, tmp_path: Path) -> 
         tracking.fetch_model(uri, tmp_path / "model", checkout)
 
 
+DAMAGED = ["nonsense", "[]", "{}", "null", '{"steps": 0}', '{"fid": 1.0, "fid_high": "much", "confidence": 0.95}']
+
+
+@pytest.mark.parametrize("value", DAMAGED)
+def test_settings_that_are_damaged_draw_nothing(checkout: Path, params: Params, tmp_path: Path, value: str) -> None:
+    tracking.promote(params, checkout)
+    Registry(checkout).client.set_model_version_tag("ddpm-digits", "1", "ddpm.settings", value)
+    with pytest.raises(InputError, match=r"ddpm-digits version 1: its tag ddpm\.settings is damaged") as caught:
+        tracking.fetch_model("models:/ddpm-digits@champion", tmp_path / "model", checkout)
+    assert "\n" not in str(caught.value) and "`ddpm promote --replace`" in str(caught.value)
+    assert not (tmp_path / "model").exists()
+    assert tracking.promote(params, checkout, replace=True).version == "2"
+    tracking.fetch_model("models:/ddpm-digits@champion", tmp_path / "model", checkout)
+
+
+@pytest.mark.parametrize("value", DAMAGED[:3])
+@pytest.mark.parametrize("tag", ["ddpm.protocol", "ddpm.score.", "ddpm.influence."])
+def test_a_comparison_does_without_damaged_tags_and_says_so(
+    checkout: Path, params: Params, write_scores: Scores, tag: str, value: str
+) -> None:
+    tracking.promote(params, checkout)
+    registry, said = Registry(checkout), list[str]()
+    name = next(name for name in registry.champion().tags if name.startswith(tag))
+    registry.client.set_model_version_tag("ddpm-digits", "1", name, value)
+    write_scores(checkout, SECOND, 20.0, **({"images": 48} if tag == "ddpm.protocol" else {}))
+
+    won = tracking.promote(params, checkout, rescore=lambda *_: scores_at(checkout, SECOND, 19.0), say=said.append)
+    assert won.promoted == (tag == "ddpm.influence.")  # only there the champion's own score, 37, is compared
+    assert sum(f"version 1: its tag {name} is damaged" in line for line in said) == 1
+    assert not any("\n" in line for line in said)
+
+
 # Two at once, from two checkouts with one server: no lock is common to them.
 
 

@@ -22,6 +22,7 @@ from ddpm.stages.errors import InputError
 from ddpm.stages.metrics import HEADLINE, RANKING, read_scores
 from ddpm.stages.params import Params, Point
 from ddpm.stages.promote import Decision, Protocol, Score, Verdict, decide
+from ddpm.stages.tracking import tags
 from ddpm.stages.tracking.lineage import PointSettings, flat
 from ddpm.stages.tracking.place import (
     CHAMPION,
@@ -70,7 +71,8 @@ def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path,
             raise InputError(f"{uri}: MLflow at {where.shown} has no such model; `ddpm promote` registers one")
         if SETTINGS not in version.tags:
             raise InputError(f"{uri} was not registered by `ddpm promote`: it has no tag {SETTINGS}")
-        return _download(client, where, version, destination), json.loads(version.tags[SETTINGS])
+        settings = tags.settings(version)
+        return _download(client, where, version, destination), settings
 
 
 def _version(client: MlflowClient, uri: str) -> ModelVersion | None:
@@ -146,17 +148,9 @@ class Challenger:
             f"ddpm.{HEADLINE}": str(self.score.value),
             "ddpm.dataset": self.about["data"]["name"],
             "ddpm.dataset_sha256": self.score.protocol.dataset,
-            "ddpm.protocol": json.dumps(asdict(self.score.protocol)),
-            _score_tag(self.score.protocol): json.dumps(self.metrics),
+            tags.PROTOCOL: json.dumps(asdict(self.score.protocol)),
+            tags.score_tag(self.score.protocol): json.dumps(self.metrics),
         }
-
-
-def _score_tag(protocol: Protocol) -> str:
-    return f"ddpm.score.{protocol.id}"
-
-
-def _influence_tag(protocol: Protocol) -> str:
-    return f"ddpm.influence.{protocol.id}"
 
 
 def _challenger(params: Params, root: Path) -> Challenger:
@@ -229,7 +223,7 @@ def promote(
             _tag(target.client, registered, "ddpm.previous", champion.version)
         target.client.set_registered_model_alias(challenger.name, CHAMPION, registered.version)
         if not replace:
-            registered = _settle(target, challenger, registered, seen)
+            registered = _settle(target, challenger, registered, seen, say)
         return _decided(target, challenger, champion, registered, score, verdict)
 
 
@@ -295,10 +289,13 @@ def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
             return versions
 
 
-def _score(version: ModelVersion, protocol: Protocol) -> Score | None:
-    """A version's score under a protocol, if it was ever computed with its error."""
-    found = json.loads(version.tags.get(_score_tag(protocol), "{}"))
-    return Score.of(found) if f"{HEADLINE}_high" in found else None
+def _score(version: ModelVersion, protocol: Protocol, say: Say) -> Score | None:
+    """A version's score under a protocol, if it was ever computed with its error and is still readable."""
+    try:
+        return tags.score(version, protocol)
+    except InputError as error:
+        say(f"promote: {error}")
+        return None
 
 
 def _with_influence(target: Target, version: ModelVersion, score: Score, say: Say) -> Score:
@@ -306,26 +303,25 @@ def _with_influence(target: Target, version: ModelVersion, score: Score, say: Sa
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    tag = version.tags.get(_influence_tag(score.protocol))
-    if tag is None:
-        return score
-    kept = json.loads(tag)
     with tempfile.TemporaryDirectory(prefix="ddpm-influence-") as name:
         try:
+            kept = tags.influence(version, score.protocol)
+            if kept is None:
+                return score
             path = download_artifacts(
-                run_id=kept["run"], artifact_path=kept["path"], dst_path=name, tracking_uri=target.place.uri
+                run_id=kept.run, artifact_path=kept.path, dst_path=name, tracking_uri=target.place.uri
             )
-            influence = store.read_influence(Path(path), str(kept.get("sha256")))
+            influence = store.read_influence(Path(path), kept.sha256)
         except (MlflowException, OSError, InputError) as error:
             say(f"promote: the influence values of version {version.version} are gone ({' '.join(str(error).split())})")
             return score
-    return replace(score, estimate=replace(score.estimate, influence=influence), seed=kept["seed"])
+    return replace(score, estimate=replace(score.estimate, influence=influence), seed=kept.seed)
 
 
 def _keep(target: Target, version: ModelVersion, score: Score, metrics: dict[str, Any]) -> None:
     """Leaves a score with a version, and its influence values with the version's run, for comparisons in pairs."""
-    tag, value = _score_tag(score.protocol), json.dumps(metrics)
-    if version.tags.get(tag) == value and _influence_tag(score.protocol) in version.tags:
+    tag, value = tags.score_tag(score.protocol), json.dumps(metrics)
+    if version.tags.get(tag) == value and tags.influence_tag(score.protocol) in version.tags:
         return
     _tag(target.client, version, tag, value)
     if score.estimate.influence is None or not version.run_id:
@@ -337,7 +333,7 @@ def _keep(target: Target, version: ModelVersion, score: Score, metrics: dict[str
         digest = store.sha256(file)
         target.client.log_artifact(version.run_id, str(file), "influence")
     kept = {"run": version.run_id, "path": path, "seed": score.seed, "sha256": digest}
-    _tag(target.client, version, _influence_tag(score.protocol), json.dumps(kept))
+    _tag(target.client, version, tags.influence_tag(score.protocol), json.dumps(kept))
 
 
 def _compare(
@@ -359,13 +355,11 @@ def _compare(
     does_not = f"{challenger.point.name} does not replace {title}"
     if (other := _other_images(champion, challenger, params)) and not force:
         return Verdict(False, f"{does_not}: {other}"), None
-    score = _score(champion, protocol)
+    score = _score(champion, protocol, say)
     if score is not None:
         score = _with_influence(target, champion, score, say)
     elif not force:
-        before = champion.tags.get("ddpm.protocol")
-        changed = protocol.differences(Protocol(**json.loads(before))) if before else "unknown protocol"
-        changed = changed or "its score has no interval"
+        changed = _changed(champion, protocol)
         if rescore is None:
             raise InputError(f"{title} has no score to compare with ({changed}); score it again, or promote --replace")
         say(f"promote: scoring the {title} again: {changed}")
@@ -373,6 +367,17 @@ def _compare(
     verdict = decide(challenger.score, score, params.promotion, force)
     does = f"{challenger.point.name} replaces {title}" if verdict.wins else does_not
     return replace(verdict, reason=f"{does}: {verdict.reason}"), score
+
+
+def _changed(champion: ModelVersion, protocol: Protocol) -> str:
+    """Why the champion has no score under a protocol, in words."""
+    try:
+        before = tags.protocol(champion)
+    except InputError as error:
+        return str(error)
+    if before is None:
+        return "unknown protocol"
+    return protocol.differences(before) or "its score has no interval"
 
 
 def _other_images(champion: ModelVersion, challenger: Challenger, params: Params) -> str:
@@ -392,7 +397,7 @@ def _score_again(target: Target, champion: ModelVersion, protocol: Protocol, see
     with tempfile.TemporaryDirectory(prefix="ddpm-champion-") as name:
         folder = _download(target.client, target.place, champion, Path(name))
         try:
-            metrics, influence = rescore(folder, json.loads(champion.tags[SETTINGS]))
+            metrics, influence = rescore(folder, tags.settings(champion))
         except InputError as error:
             raise InputError(
                 f"the champion cannot be scored again: {error} (`ddpm promote --replace` skips that)"
@@ -424,13 +429,13 @@ def _already(target: Target, champion: ModelVersion, challenger: Challenger) -> 
     return Decision(False, version, reason, point, version, point)
 
 
-def _settle(target: Target, challenger: Challenger, mine: ModelVersion, seen: int) -> ModelVersion:
+def _settle(target: Target, challenger: Challenger, mine: ModelVersion, seen: int, say: Say) -> ModelVersion:
     """Of versions that were promoted at the same time, the best becomes champion, whoever set the alias last."""
     rivals = [version for version in _versions(target.client, mine.name) if int(version.version) > seen]
     scored = [
         (RANKING.rank(score.value), int(rival.version), rival)
         for rival in rivals
-        if (score := _score(rival, challenger.score.protocol))
+        if (score := _score(rival, challenger.score.protocol, say))
     ]
     best = min(scored, key=lambda entry: entry[:2], default=(0.0, 0, mine))[2]
     if best.version != mine.version:
@@ -481,9 +486,9 @@ def _decided(
 
 def _note(client: MlflowClient, name: str, entry: dict[str, Any]) -> None:
     """A decision as a tag of the registered model, unless the last one there says the same."""
-    text, tags = json.dumps(entry), client.get_registered_model(name).tags
-    past = sorted(tag for tag in tags if tag.startswith("ddpm.decision."))
-    if not past or tags[past[-1]] != text:
+    text, known = json.dumps(entry), client.get_registered_model(name).tags
+    past = sorted(tag for tag in known if tag.startswith("ddpm.decision."))
+    if not past or known[past[-1]] != text:
         moment = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
         client.set_registered_model_tag(name, f"ddpm.decision.{moment}", text)
 
