@@ -133,6 +133,14 @@ def test_damaged_converted_weights_are_made_again(damage: str, inception_cache: 
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_weights_that_are_converted_otherwise_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier version of the code has kept would otherwise stand for them, here and not in a new clone."""
+    monkeypatch.setattr(torch, "ones_like", torch.zeros_like)
+    with pytest.raises(features.WeightsError, match=r"converted into other tensors than features\.py expects"):
+        features.load(64, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_processes_convert_at_once_without_torchvision(inception_cache: Path, tmp_path: Path) -> None:
     code = """
 import sys

@@ -1171,7 +1171,7 @@ def test_by_a_process(here: Path, arguments: list[str], text: str | None) -> Non
         (here / "params.yaml").write_text(text)
     before = tree(here)
     done = subprocess.run(
-        [sys.executable, "-m", "ddpm.cli", *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "ddpm", *arguments], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 2
     assert one_line(done.stderr)

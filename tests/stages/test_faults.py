@@ -283,17 +283,17 @@ def test_a_folder_that_is_replaced_goes_when_the_new_one_is_there(
 DVC = """\
 stages:
   prepare:
-    cmd: PYTHON -m ddpm.cli prepare
+    cmd: PYTHON -m ddpm prepare
     params: [seed, data]
     outs: [dataset]
   train:
-    cmd: PYTHON -m ddpm.cli train cosine
+    cmd: PYTHON -m ddpm train cosine
     deps: [dataset]
     params: [seed, training]
     outs: [models/cosine]
     metrics: [metrics/train/cosine.json]
   sample:
-    cmd: PYTHON -m ddpm.cli sample cosine-ddpm-5
+    cmd: PYTHON -m ddpm sample cosine-ddpm-5
     deps: [models/cosine]
     params: [seed, sampling]
     outs: [samples/cosine-ddpm-5.npz, samples/cosine-ddpm-5.png]
@@ -498,7 +498,7 @@ def test_sigterm_to_the_program_is_one_line_and_quick(
     (root / "dataset").symlink_to(digits / "dataset")
     if verb == "sample":
         train(smoke(training={"steps": 1}), "cosine", root)
-    command = [sys.executable, "-m", "ddpm.cli", verb, "cosine" if verb == "train" else "cosine-ddpm-5"]
+    command = [sys.executable, "-m", "ddpm", verb, "cosine" if verb == "train" else "cosine-ddpm-5"]
     process = subprocess.Popen(
         command, cwd=root, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
     )
