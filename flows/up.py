@@ -118,14 +118,16 @@ def _say_when_ready(names: list[str], environment: Mapping[str, str], worker: th
     """Prints one line once every server answers and the worker waits for runs."""
     if "worker" in names:
         worker.wait()  # it starts after Prefect has answered and the deployment is made
-    health: dict[str, str | Request] = {
-        "prefect": access.request(f"{environment.get('PREFECT_API_URL')}/health"),
-        "mlflow": f"{environment['MLFLOW_UI']}/health",
-    }
-    for name in health.keys() & set(names):
-        while not access.answers(health[name]):
+    health: list[str | Request] = []
+    if "prefect" in names:
+        health.append(access.request(f"{environment['PREFECT_API_URL']}/health"))
+    if "mlflow" in names:
+        health.append(f"{environment['MLFLOW_UI']}/health")
+    for address in health:
+        while not access.answers(address):
             time.sleep(0.2)
-    print(f"ready{_how_to_run(environment) if 'worker' in names else ''}", flush=True)
+    with suppress(OSError):  # _Lines notices that nobody reads
+        print(f"ready{_how_to_run(environment) if 'worker' in names else ''}", flush=True)
 
 
 def _how_to_run(environment: Mapping[str, str]) -> str:

@@ -262,7 +262,7 @@ def test_a_page_that_cannot_be_shown_fails_no_run(tmp_path: Path) -> None:
         def line(self, stage: str, text: str) -> None:
             said.append(text)
 
-    (tmp_path / "report" / "points.csv").mkdir(parents=True)
+    (tmp_path / "report" / "front.json").mkdir(parents=True)
     token = watcher.set(Watcher())  # type: ignore[arg-type]
     _shown(_artifacts, tmp_path)
     watcher.reset(token)
