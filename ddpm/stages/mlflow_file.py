@@ -80,7 +80,12 @@ def _opened(file: Path) -> Iterator[sqlite3.Connection]:
             (result,) = database.execute("PRAGMA quick_check(1)").fetchone()  # 2 ms per megabyte
             if result != "ok":
                 raise InputError(_damaged(file, result))
+            (page,) = database.execute("PRAGMA page_size").fetchone()
+            if file.exists() and file.stat().st_size % page:  # SQLite takes what is missing of its last page for zeros
+                raise InputError(_damaged(file, "its last page is cut off"))
             yield database
+    except UnicodeDecodeError as error:  # of SQLite's message, which quotes the damaged bytes
+        raise InputError(_damaged(file, f"malformed: {error.reason}")) from None
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGED:
             raise InputError(_damaged(file, str(error))) from None

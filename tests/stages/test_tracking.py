@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -154,8 +156,16 @@ def test_the_store_lies_at_the_root_of_the_checkout(tmp_path: Path, monkeypatch:
     assert tracking.tracking_uri(experiment) == "http://127.0.0.1:1"
 
 
-def test_a_folder_with_odd_characters(checkout: Path, params: Params) -> None:
-    root = checkout.rename(checkout.with_name("a b#c é"))
+ODD = {"b#c é": "a b#c é", "quotes": 'it\'s "so"', "a percent sign": "50%20x", "a question mark": "why?x=1"}
+
+
+@pytest.mark.parametrize("name", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("new", [False, True], ids=["a database", "no database"])
+def test_a_folder_with_odd_characters(checkout: Path, params: Params, name: str, new: bool) -> None:
+    """The database has no experiment 0 yet: making that is where both quotes were too many."""
+    root = checkout.rename(checkout.with_name(name))
+    if new:
+        (root / "mlflow.db").unlink()
     tracking.publish(params, root)
     assert_complete(Seen(root), root, params)
     assert {path.name for path in root.parent.iterdir()} == {root.name}
@@ -180,6 +190,157 @@ def test_many_processes_prepare_one_store(tmp_path: Path, params: Params, monkey
     (experiment,) = {answers.get(timeout=5) for _ in processes}
     found = MlflowClient(tracking.tracking_uri(tmp_path)).search_experiments()
     assert {item.name: item.experiment_id for item in found} == {"Default": "0", "ddpm-digits": experiment}
+
+
+# A database and its artifacts, of which one was moved, copied, lost or damaged.
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def in_a_process(work: Callable[..., Any], *arguments: Any) -> None:
+    """MLflow remembers the artifact folder of each run as long as its process lives, and no process outlives a move."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    process.join(100)
+    assert process.exitcode == 0
+
+
+@pytest.fixture
+def published(checkout: Path, params: Params) -> Path:
+    in_a_process(tracking.publish, params, checkout, "train@cosine")
+    return checkout
+
+
+def refusal(params: Params, root: Path) -> str:
+    """The one line by which both publishing and reading a model are refused. Neither changes a file."""
+    before, lines = files_of(root), list[str]()
+    for verb in (tracking.publish, tracking.promote):
+        with pytest.raises(InputError) as caught:
+            verb(params, root)
+        lines.append(str(caught.value))
+    with pytest.raises(InputError) as caught:
+        tracking.fetch_model("models:/ddpm-digits@champion", root / "fetched", root)
+    assert {*lines, str(caught.value)} == {lines[0]} and "\n" not in lines[0]
+    locks = {Path("mlflow.db.lock"), Path("mlflow.db.lock.promote")}
+    assert {path: data for path, data in files_of(root).items() if path not in locks} == {
+        path: data for path, data in before.items() if path not in locks
+    }
+    return lines[0]
+
+
+def test_a_copy_leaves_the_original_s_artifacts_alone(published: Path, params: Params, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(published, tmp_path / "another place", symlinks=True))
+    original = files_of(published)
+    added = tracking.publish(params, copy)
+    assert added["images"] and added["files"]
+    assert files_of(published) == original
+    seen = Seen(copy)
+    assert_complete(seen, copy, params)
+    for run in seen.client.search_runs([seen.experiment]):
+        assert run.info.artifact_uri.startswith((copy / "mlartifacts").as_uri())
+    assert tracking.publish(params, copy) == {}
+
+
+def test_a_moved_checkout_never_makes_the_old_place_anew(
+    checkout: Path, params: Params, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    in_a_process(tracking.promote, params, checkout)
+    moved = checkout.rename(tmp_path / "moved")
+    tracking.publish(params, moved)
+    assert capfd.readouterr().err.count("was moved or copied") == 1
+    folder, _ = tracking.fetch_model("models:/ddpm-digits@champion", tmp_path / "fetched", moved)
+    checkpoint.load(folder)
+    assert tracking.promote(params, moved).version == "1"
+    assert not checkout.exists() and "was moved" not in capfd.readouterr().err
+
+
+def test_records_whose_artifacts_lie_elsewhere(published: Path, params: Params, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(published, alone, symlinks=True, ignore=shutil.ignore_patterns("mlartifacts"))
+    line = refusal(params, alone)
+    assert f"{alone}/mlflow.db is a copy whose artifacts lie in {published}/mlartifacts; copy that folder" in line
+    published.rename(tmp_path / "away")
+    line = refusal(params, alone)
+    assert f"names artifacts in {published}/mlartifacts, which are neither there nor in {alone}/mlartifacts" in line
+    (alone / "mlartifacts").mkdir()
+    tracking.publish(params, alone)
+    assert not published.exists()
+
+
+def test_artifacts_that_are_kept_apart_stay_where_they_are(
+    checkout: Path, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder that the user named, whatever it is called."""
+    large = tmp_path / "large" / "mlartifacts"
+    monkeypatch.setenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", str(large))
+    tracking.publish(params, checkout, only="train@cosine")
+    monkeypatch.delenv("MLFLOW_DEFAULT_ARTIFACT_ROOT")
+    tracking.publish(params, checkout, only="sample@cosine-ddim-5")
+    assert not (checkout / "mlartifacts").exists()
+    assert len(files_of(large)) > 2
+
+
+def test_artifacts_behind_a_link(checkout: Path, params: Params, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (checkout / "mlartifacts").symlink_to(tmp_path / "disk")
+    with contextlib.closing(sqlite3.connect(checkout / "mlflow.db")) as database, database:  # as `make up` records it
+        location = f"{tmp_path}/disk/ddpm-digits"
+        database.execute(
+            "INSERT INTO experiments (name, artifact_location, lifecycle_stage) VALUES (?, ?, 'active')",
+            ("ddpm-digits", location),
+        )
+    tracking.publish(params, checkout, only="train@cosine")
+    assert tracking.prepare_store(params, checkout) and files_of(tmp_path / "disk" / "ddpm-digits")
+
+
+LOST = {
+    "emptied": lambda file, empty: file.write_bytes(b""),
+    "deleted": lambda file, empty: file.unlink(),
+    "that of a new store": lambda file, empty: shutil.copyfile(empty, file),
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_lost_records_are_not_taken_for_a_new_store(
+    published: Path, params: Params, empty_database: Path, how: str
+) -> None:
+    LOST[how](published / "mlflow.db", empty_database)
+    line = refusal(params, published)
+    assert "mlflow.db holds no experiment" in line and "without earlier champions and their history" in line
+    (published / "mlartifacts").rename(published / "aside")
+    assert tracking.publish(params, published, only="train@cosine")["runs"] == 1
+
+
+def test_records_of_another_store_are_not_taken_for_those_of_a_new_experiment(published: Path, params: Params) -> None:
+    (published / "mlflow.db").unlink()
+    (published / "mlartifacts").rename(published / "aside")
+    MlflowClient(tracking.tracking_uri(published)).create_experiment("of another project")
+    (published / "aside").rename(published / "mlartifacts")
+    with pytest.raises(InputError, match=r"has no experiment ddpm-digits, and .*mlartifacts/ddpm-digits holds"):
+        tracking.publish(params, published)
+
+
+def overwritten(file: Path, start: int, stop: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[start:stop] = b"\xff" * (stop - start)
+    file.write_bytes(data)
+
+
+BROKEN = {
+    "cut off": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "cut off in a page": lambda file: os.truncate(file, file.stat().st_size - 100),
+    "a text": lambda file: file.write_text("not a database"),
+    "another first byte": lambda file: overwritten(file, 0, 1),
+    "a page overwritten": lambda file: overwritten(file, 20 * 4096, 21 * 4096),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_damaged_database_is_one_line(published: Path, params: Params, how: str) -> None:
+    BROKEN[how](published / "mlflow.db")
+    assert f"{published}/mlflow.db is damaged" in refusal(params, published)
 
 
 # What is published.
