@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -20,6 +21,7 @@ from flows import access
 DATABASE = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")  # where it is another's
 HOME = Path(".prefect")  # Prefect's database and logs; prefect.toml names the same folder
 TIMEOUT = 120.0  # seconds
+RESTARTS = 5  # of a server that was killed, in one run
 FLUSH = 1.0  # seconds between the server's writes of task states; at 0.2 it keeps a third of a core busy
 # Made once, when the project is installed: to create its tables takes Prefect ten seconds of computing.
 EMPTY = Path(sys.prefix) / "share" / "prefect" / "prefect.db"
@@ -73,33 +75,48 @@ class Api:
             self.port = probe.getsockname()[1]
         home = Path(os.environ.setdefault("PREFECT_HOME", str((root / HOME).resolve())))
         create_database(home)
-        self.log = home / "server.log"
+        self.log, self._home = home / "server.log", home
+        self._ending, self._changing = False, threading.Lock()
         os.environ.update(access.direct(os.environ))
         os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{self.port}/api"
-        with self.log.open("wb") as log:
-            self.server = subprocess.Popen(
+        self.log.unlink(missing_ok=True)
+        self.server = self._started()
+        atexit.register(self._stop)
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
                 [sys.executable, "-m", "flows.embedded", str(self.port)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={
                     **os.environ,
-                    **database(home),
+                    **database(self._home),
                     watchdog.VARIABLE: str(os.getpid()),
                     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": str(FLUSH),
                     **{f"PREFECT_SERVER_SERVICES_{service}_ENABLED": "false" for service in IDLE_SERVICES},
                 },
                 start_new_session=True,
             )
-        atexit.register(self._stop)
 
     def wait(self) -> None:
-        """Raises InputError when the server doesn't come up."""
+        """Waits until the server answers, and from then on keeps it alive. Raises InputError when the server doesn't come up."""
         end = time.monotonic() + TIMEOUT
         while not self._healthy():
             if self.server.poll() is not None or time.monotonic() > end:
                 raise InputError(f"the embedded Prefect API did not start: {self.log} says why")
             time.sleep(0.1)
+        threading.Thread(target=self._keep, name="embedded", daemon=True).start()
+
+    def _keep(self) -> None:
+        """Starts the server again when it was killed: Prefect repeats its requests meanwhile, and would give up after minutes."""
+        for _ in range(RESTARTS):
+            self.server.wait()
+            with self._changing:
+                if self._ending:
+                    return
+                self.server = self._started()
 
     def _healthy(self) -> bool:
         try:
@@ -110,6 +127,8 @@ class Api:
 
     def _stop(self) -> None:
         time.sleep(2 * FLUSH)
+        with self._changing:
+            self._ending = True
         self.server.terminate()
         try:
             self.server.wait(10)

@@ -521,6 +521,13 @@ FLOWS = [
         "tests/flows/test_main.py::test_kill_9_ends_the_api_and_the_stages",
     ),
     Protection(
+        "kill -9 of the embedded API: it is started again",
+        "flows/embedded.py",
+        "                self.server = self._started()\n",
+        "                return\n",
+        "tests/flows/test_main.py::test_a_killed_api_is_started_again_and_the_flow_goes_on",
+    ),
+    Protection(
         "kill -9 of the flow: the next one sets its run to Crashed",
         "flows/reaping.py",
         "client.set_flow_run_state(run, Crashed(message=GONE), force=True)",

@@ -196,10 +196,10 @@ class Campaign:
                 return False  # it ended before
             kind = KINDS[self.command][len(self.hits) % len(KINDS[self.command])]
             self.hits.append(Kill(kind, strike(clone, kind, command, self.chance), moment / self.seconds))
-            if kind not in ("STOP", "stage", "dvc", "group"):
+            if kind in ("flow", "SIGTERM", "SIGINT"):
                 command.wait(300)
                 return True
-            with suppress(subprocess.TimeoutExpired):  # the flow goes on by itself
+            with suppress(subprocess.TimeoutExpired):  # a flow goes on by itself
                 return command.wait(5) != 0
         return False
 

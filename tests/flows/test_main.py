@@ -100,6 +100,22 @@ def test_kill_9_ends_the_api_and_the_stages(here: Any) -> None:
     print(f"kill -9 of the flow: nothing left after {time.monotonic() - began:.1f} s")
 
 
+@pytest.mark.timeout(240)
+def test_a_killed_api_is_started_again_and_the_flow_goes_on(here: Any) -> None:
+    here.control(train_linear={"until": "go"})
+    here.forget("train@linear")
+    flow = here.start(*MAIN, "-S", "training.steps=10", log="flow.log")
+    here.pid("train@linear", 90)
+    (api,) = [process for process in here.processes() if "flows.embedded" in process.cmdline()]
+    api.kill()
+    (here.root / "go").touch()
+    assert flow.wait(120) == 0
+    said = (here.root / "flow.log").read_text()
+    assert "promote: done by a stand-in" in said
+    assert "Traceback" not in said
+    assert not here.running()
+
+
 def test_what_the_terminal_shows() -> None:
     screen = io.StringIO()
     with Terminal(Console(file=screen, width=200)) as terminal:
