@@ -1093,7 +1093,7 @@ def test_what_a_report_reads(refused: Refused, case: str) -> None:
 def test_scores_are_checked_whoever_reads_them(refused: Refused, case: str) -> None:
     spoil, message = REPORTS[case]
     spoil()
-    store.write_json(store.report_dir() / "best.json", {"point": POINT.name, "fid": 10.0})
+    store.write_record(store.report_dir() / "best.json", {"point": POINT.name, "fid": 10.0})
     assert message in refused("card")
     with pytest.raises(InputError, match=message):
         PointFiles.read(Path(), POINT)
