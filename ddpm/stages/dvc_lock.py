@@ -44,10 +44,12 @@ def check(root: Path, say: Callable[[str], None]) -> None:
     if text == copy or (text is None and copy == _DELETED):
         return
     if text is not None and _mended(root, text, copy) != text:
-        from dvc.repo import Repo, lock_repo
+        from dvc.lock import make_lock
 
-        # Another DVC may be writing the file at this moment.
-        with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
+        # Another DVC may be writing the file at this moment: it holds this lock meanwhile.
+        folder = root / ".dvc" / "tmp"
+        folder.mkdir(exist_ok=True)
+        with make_lock(str(folder / "lock"), tmp_dir=str(folder), friendly=True, wait=True):
             text = _mend(root, copy, say)
     _remember(root, text, say)
 

@@ -94,7 +94,12 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def whole(inception_cache: Path, empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    base = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it for the process
+        return make_whole(inception_cache, empty_database, tmp_path_factory.mktemp("whole"))
+
+
+def make_whole(inception_cache: Path, empty_database: Path, base: Path) -> Whole:
     found = Whole(base / "root", base / "pristine", base / "other")
     for root, seed in ((found.other, 1), (found.root, 0)):
         (root / store.CACHE).mkdir(parents=True)

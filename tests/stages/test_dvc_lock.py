@@ -173,7 +173,7 @@ stages:
     cmd: echo 1 > first
     outs: [first]
   prepare:
-    cmd: PYTHON -m ddpm.cli prepare
+    cmd: PYTHON -m ddpm prepare
     deps: [first]
     outs: [dataset]
   last:
@@ -183,7 +183,7 @@ stages:
 """
 
 
-@pytest.mark.parametrize("kept", ["    cmd: echo 1 > first\n", "ddpm.cli prepare\n", "/last\n"])
+@pytest.mark.parametrize("kept", ["    cmd: echo 1 > first\n", "ddpm prepare\n", "/last\n"])
 def test_plain_dvc_that_goes_on_with_half_a_file_ends_with_a_whole_one(kept: str, tmp_path: Path) -> None:
     for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
         run(tmp_path, *command)

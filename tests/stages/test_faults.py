@@ -788,8 +788,8 @@ def evaluate_on(disk: Path) -> None:
 NOISE = np.random.default_rng(0).integers(0, 255, (100, 3, 128, 128), np.uint8)
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "influence.npy": lambda disk: write_influence(disk / "influence.npy", np.zeros(10**6)),
-    "features.npz": lambda disk: write_arrays(disk / "features.npz", real=NOISE),
-    "samples.npz": lambda disk: write_samples(disk / "samples.npz", NOISE, 1),
+    "features.npz": lambda disk: write_arrays(disk / "features.npz", "key", real=NOISE),
+    "samples.npz": lambda disk: write_samples(disk / "samples.npz", NOISE, 1, "m"),
     "dataset": write_labels,
     "exported": lambda disk: export_diffusers(disk / "models" / "cosine", disk / "exported"),
     "inception": evaluate_on,

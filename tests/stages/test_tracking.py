@@ -763,7 +763,7 @@ def closed_port() -> int:
 def test_without_a_server_the_work_goes_on(
     checkout: Path, smoke: Smoke, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = smoke(training={"steps": 24}, data={"source": "image-folder"})
+    params = smoke(training={"steps": 24}, tracking={"name": "away"})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{closed_port()}")
     said: list[str] = []
     with tracking.watch_training(params, "cosine", checkout, say=said.append) as watch:
@@ -775,11 +775,11 @@ def test_without_a_server_the_work_goes_on(
     with pytest.raises(InputError, match="cannot be reached"):
         tracking.publish(params, checkout)
     with pytest.raises(InputError, match=r"cannot be reached; start it .*, or name a checkpoint folder"):
-        tracking.fetch_model("models:/ddpm-image-folder@champion", checkout / "fetched")
+        tracking.fetch_model("models:/ddpm-away@champion", checkout / "fetched")
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     tracking.publish(params, checkout)
-    assert_complete(Seen(checkout, "ddpm-image-folder"), checkout, params)
+    assert_complete(Seen(checkout, "ddpm-away"), checkout, params)
 
 
 def test_a_database_that_is_away_is_one_line_at_once(
