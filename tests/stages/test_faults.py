@@ -884,16 +884,18 @@ sample_point(Params.check({**raw, "sampling": {**raw["sampling"], "images": 200}
 raw["training"]["batch"], raw["sampling"] = 4000, {**raw["sampling"], "images": 40_000, "batch": 40_000}
 raw["evaluation"] = {**raw["evaluation"], "images": 200, "batch": 200}
 raw["likelihood"] = {**raw["likelihood"], "images": 2000, "batch": 2000, "times": 2}
-for room, work, what in (8, likelihood, "cosine"), (100, train, "cosine"), (100, evaluate, point), (100, sample_point, point):
+def bound(room):
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + room * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room * 2**20, -1))
+for room, work, what in (8, likelihood, "cosine"), (300, train, "cosine"), (100, evaluate, point), (100, sample_point, point):
+    bound(room)
     try:
         work(Params.check(raw, "smoke"), what, root)
     except InputError as error:
         print(error)
 raw["training"]["accumulate"] = 80
 raw["training"]["steps"] = 1
+bound(300)  # as for the training above: what the others have left behind counts for nothing
 train(Params.check(raw, "smoke"), "cosine", root)
 print("trained")
 """
