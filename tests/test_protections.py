@@ -38,6 +38,7 @@ STOPPING, WATCHDOG, PARAMS, IMAGES = (f"ddpm/stages/{name}.py" for name in ("sto
 PLACE, STREAMING, PUBLISHING, RUNS, REGISTRY = (
     f"ddpm/stages/tracking/{name}.py" for name in ("place", "streaming", "publishing", "runs", "registry")
 )
+MLFLOW_FILE, TAGS = "ddpm/stages/mlflow_file.py", "ddpm/stages/tracking/tags.py"
 FAULTS, BAD, TRACKING = (f"tests/stages/test_{name}.py::test_" for name in ("faults", "bad_input", "tracking"))
 FLOW, DVC, ACCESS = (f"tests/flows/test_{name}.py::test_" for name in ("train_eval", "dvc", "access"))
 ENDS = "tests/flows/test_children.py::test_make_up_leaves_nothing_however_it_ends"
@@ -876,6 +877,76 @@ FLOWS = [
 ]
 
 STORAGE = [
+    Protection(
+        "records copied with their artifacts: the original's stay as they are",
+        MLFLOW_FILE,
+        "for old, new in moved.items():",
+        "for old, new in dict[str, str]().items():",
+        f"{TRACKING}a_copy_leaves_the_original_s_artifacts_alone",
+    ),
+    Protection(
+        "records copied without their artifacts: one line",
+        MLFLOW_FILE,
+        "if not (recorded.parents[1] / file.name).exists():",
+        "if True:",
+        f"{TRACKING}records_whose_artifacts_lie_elsewhere",
+    ),
+    Protection(
+        "records lost: no new store beside the artifacts",
+        MLFLOW_FILE,
+        "if all(number == 0 for number, _ in rows) and _has_files(home):",
+        "if False:",
+        f"{TRACKING}lost_records_are_not_taken_for_a_new_store[emptied]",
+    ),
+    Protection(
+        "records of another store: no new experiment over the artifacts of one",
+        MLFLOW_FILE,
+        "if _has_files(folder):",
+        "if False:",
+        f"{TRACKING}records_of_another_store_are_not_taken_for_those_of_a_new_experiment",
+    ),
+    Protection(
+        "a page of the records was overwritten",
+        MLFLOW_FILE,
+        'if result != "ok":',
+        "if False:",
+        f"{TRACKING}a_damaged_database_is_one_line[a page overwritten]",
+    ),
+    Protection(
+        "the last page of the records was cut off",
+        MLFLOW_FILE,
+        "if file.exists() and file.stat().st_size % page:",
+        "if False:",
+        f"{TRACKING}a_damaged_database_is_one_line[cut off in a page]",
+    ),
+    Protection(
+        "a version's settings were damaged",
+        TAGS,
+        "_Settings.model_validate(found)",
+        "found",
+        "tests/stages/test_promote.py::test_settings_that_are_damaged_draw_nothing[{}]",
+    ),
+    Protection(
+        "overrides keep the params.yaml that they change",
+        "flows/parameters.py",
+        "_keep(root, old) if old else None",
+        "_keep(root, old) if recipe and old else None",
+        "tests/flows/test_parameters.py::test_what_overrides_change_is_not_lost",
+    ),
+    Protection(
+        "ddpm gc spares what a training may be using",
+        "ddpm/stages/cleaning.py",
+        "if found.used < before:",
+        "if True:",
+        "tests/stages/test_gc.py::test_states_that_nobody_goes_on_from",
+    ),
+    Protection(
+        "ddpm gc spares what a training would go on from",
+        "ddpm/stages/cleaning.py",
+        "if name in kept:",
+        "if False:",
+        "tests/stages/test_gc.py::test_states_that_nobody_goes_on_from",
+    ),
     Protection(
         "S3 drops every connection: one line",
         PLACE,

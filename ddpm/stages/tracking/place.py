@@ -58,7 +58,9 @@ class Place:
     @property
     def shown(self) -> str:
         """The URI without a password, or the path of a database file, as a reader knows it."""
-        return f"sqlite:///{self.database}" if self.database else without_password(self.uri)
+        if self.database:
+            return f"sqlite:///{self.database}"
+        return without_password(self.uri)
 
 
 def repo_root(root: Path = Path()) -> Path:
