@@ -1459,8 +1459,8 @@ PROMISES = [
     Protection(
         "secrets stay in the environment: MLflow's address in what is said",
         PLACE,
-        "else without_password(self.uri)",
-        "else self.uri",
+        "return without_password(self.uri)",
+        "return self.uri",
         f"{TRACKING}without_a_server_the_work_goes_on",
     ),
     Protection(
