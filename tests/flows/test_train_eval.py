@@ -161,19 +161,19 @@ def test_wrong_input_is_said_in_one_line(up: Any) -> None:
 def test_a_second_run_waits_for_the_first(up: Any) -> None:
     up.scratch.control(train_linear={"until": "go"})
     up.scratch.forget("train@linear")
-    first = up.scratch.start(*up.FLOW, json.dumps({"overrides": ["training.steps=11"], "promote": False}), log="first")
+    first = up.scratch.start(*up.FLOW, json.dumps({"overrides": ["training.steps=51"], "promote": False}), log="first")
     up.scratch.pid("train@linear")
     second = up.scratch.start(
-        *up.FLOW, json.dumps({"overrides": ["training.steps=12"], "promote": False}), log="second"
+        *up.FLOW, json.dumps({"overrides": ["training.steps=52"], "promote": False}), log="second"
     )
     said = f"waiting: another run (process {first.pid}) is at work in this checkout"
     up.scratch.wait(lambda: said in (up.scratch.root / "second").read_text(), 60, "the second run says that it waits")
-    assert "steps: 11" in (up.scratch.root / "params.yaml").read_text()
+    assert "steps: 51" in (up.scratch.root / "params.yaml").read_text()
     (up.scratch.root / "go").touch()
     assert (first.wait(60), second.wait(60)) == (0, 0)
     for log in ("first", "second"):
         assert (up.scratch.root / log).read_text().splitlines()[-1].startswith("Completed")
-    assert "steps: 12" in (up.scratch.root / "params.yaml").read_text()
+    assert "steps: 52" in (up.scratch.root / "params.yaml").read_text()
     up.scratch.control()
     assert "Running stage" not in up.scratch.repro()
 
