@@ -10,6 +10,8 @@ PYTHON ?= $(shell for python in python3.11 python3 python; do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP := .venv/bin/uv pip install --python .venv/bin/python --no-deps
+# The environment's `dvc` writes dvc.lock atomically (flows/lockfile.py).
+ATOMIC := sed -i 's/^from dvc.cli import main/from flows.lockfile import main/'
 # The packages that `make bench` compares with and that are not in the lock; of the lock, what a machine that holds torch, torchvision and
 # scipy may lack.
 PEERS = $$(.venv/bin/python -c 'import tomllib; \
@@ -124,6 +126,7 @@ else
 endif
 	@$(PIP) --compile-bytecode --require-hashes --requirements .venv/requirements.txt
 	@$(PIP) --no-build-isolation --editable .
+	@$(ATOMIC) .venv/bin/dvc
 	@.venv/bin/python -m compileall -q bench ddpm flows
 	@touch $@
 

@@ -1,23 +1,45 @@
-"""Replaces dvc.lock atomically: a kill leaves the old file or the new one, never half of it.
+"""Replaces dvc.lock atomically: a kill leaves the old file or the new one, never half of it. The environment's `dvc` starts here.
 
 DVC empties the file and then writes all stages anew (https://github.com/treeverse/dvc/issues/10629), as a text with comments:
 half a second for 60 stages, a quarter of a minute for 300. There are no comments in it; so it is read without them, only the
 stages that changed are written, and the others keep their text. The bytes are the same. Without this module, a kill at that
-moment leaves a file that is cut off, which the next verb mends (ddpm/stages/dvc_lock.py).
+moment leaves a file that is cut off. The next verb mends such a file, but DVC reads it before any verb runs, and may refuse it.
 """
 
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddpm.stages import store
+from ddpm.stages import dvc_lock, store
 from ddpm.stages.dvc_lock import HEAD, NAME, STAGE
+from ddpm.stages.errors import InputError
 
 Dump = Callable[[Any, Any], Any]
+
+
+def main() -> int:
+    """The environment's `dvc`: the Makefile and the Dockerfile name this function in DVC's console script.
+
+    A lock file that another DVC left cut off is mended before DVC reads it.
+    """
+    from dvc.cli import main as of_dvc
+
+    here = Path.cwd()
+    root = next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+    if (root / store.CACHE).is_dir():  # a project of this package, where a verb has run
+        try:
+            dvc_lock.check(root, partial(print, file=sys.stderr))
+        except InputError as error:
+            print(f"dvc: {error}", file=sys.stderr)
+            return 2
+    write_at_once()
+    return int(of_dvc(sys.argv[1:]))
 
 
 def write_at_once() -> None:

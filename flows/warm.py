@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 
 import setproctitle
 
-from ddpm.stages import checkout
+from ddpm.stages import checkout, code
 from flows import lockfile
 
 DVC, DDPM = ("dvc",), ("python", "-B", "-m", "ddpm")  # how the commands begin that can be forks
@@ -182,7 +182,6 @@ def serve(control: socket.socket) -> None:
             os.close(files[1])
         if not ready:
             _import(imports.pop(0))
-            _note_sources()
 
 
 def _import(name: str) -> None:
@@ -194,22 +193,6 @@ def _import(name: str) -> None:
     except Exception:
         # The stage that needs it meets the same error, and says so where it is seen.
         logging.getLogger(__name__).debug("no %s to import ahead", name, exc_info=True)
-
-
-_sources: dict[Path, int] = {}  # this project's modules that were imported, and when each file was written
-
-
-def _note_sources() -> None:
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "ddpm" and getattr(module, "__file__", None):
-            path = Path(str(module.__file__))
-            if path not in _sources:
-                _sources[path] = path.stat().st_mtime_ns
-
-
-def _edited() -> bool:
-    """Whether what was imported is no longer what DVC would record: such a stage takes an interpreter of its own."""
-    return any(not path.exists() or path.stat().st_mtime_ns != written for path, written in _sources.items())
 
 
 def _reap(replies: dict[int, socket.socket]) -> None:
@@ -242,7 +225,8 @@ def _begin(request: bytes, standard_input: int, output: int, reply: int) -> None
 def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable[[], Any]:
     """What the command calls in the working directory, with its arguments and environment in place."""
     ddpm = _begins(command, DDPM)
-    if ddpm and (_edited() or not checkout.is_own(Path.cwd())):
+    # DVC would record edited files, not those that were imported here.
+    if ddpm and (code.hashes() != code.AT_IMPORT or not checkout.is_own(Path.cwd())):
         return partial(os.execve, Path(sys.executable).with_name(command[0]), list(command), dict(environment))
     os.environ.clear()
     os.environ.update(environment)

@@ -49,12 +49,14 @@ def reproduce(stage: str, root: Path, watcher: Watcher, *how: str) -> Outcome:
 
 def _commit(stage: str, root: Path, watcher: Watcher) -> Outcome | None:
     """Puts outputs into DVC's cache that found no room there. None where the stage has to run again."""
-    _, _, dvc = _run(stage, ("dvc", "--wait-for-lock", "commit", stage), root, watcher)
+    code, said, dvc = _run(stage, ("dvc", "--wait-for-lock", "commit", stage), root, watcher)
     errors = _errors(dvc)
+    if code in _KILLED:
+        return _failure(code, said, errors)
     if full := _full(errors):
         return full
     _uncommitted.discard((root, stage))
-    return None if errors else Outcome("Completed", "done; its outputs are in DVC's cache now")
+    return None if code or errors else Outcome("Completed", "done; its outputs are in DVC's cache now")
 
 
 def _success(stage: str, said: list[str], dvc: list[str]) -> Outcome:

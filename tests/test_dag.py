@@ -13,6 +13,7 @@ import grimp
 import pytest
 from ruamel.yaml import YAML
 
+import ddpm
 from ddpm.stages import code
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +55,17 @@ def test_the_modules_behind_a_module_are_the_import_graph() -> None:
     assert len(modules) > 60
     for module in modules:
         assert set(code.modules([module])) == reached(module), module
+
+
+def test_no_module_imports_a_public_name_whose_module_its_text_does_not_say() -> None:
+    modules = {name for name in graph().modules if name.split(".")[0] == "ddpm"}
+    for path in code.modules(modules).values():
+        names = {
+            name.split(".")[1]
+            for name in code.source(path).imported
+            if name.startswith("ddpm.") and name.count(".") == 1
+        }
+        assert not names & set(ddpm.__all__), path
 
 
 def test_files_that_a_module_names_belong_to_it() -> None:

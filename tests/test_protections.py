@@ -772,8 +772,8 @@ FLOWS = [
     Protection(
         "code edited while a stage runs: nothing is recorded",
         "ddpm/stages/inputs.py",
-        "code = [path for path in named if not path.is_dir()]",
-        "code: list[Path] = []",
+        "sources = [path for path in named if not path.is_dir()]",
+        "sources: list[Path] = []",
         f"{DVC}what_is_edited_while_a_stage_runs_is_not_recorded_as_its_own",
     ),
     Protection(
@@ -793,7 +793,7 @@ FLOWS = [
     Protection(
         "code edited while a flow runs: the new code runs",
         "flows/warm.py",
-        "if ddpm and (_edited() or ",
+        "if ddpm and (code.hashes() != code.AT_IMPORT or ",
         "if ddpm and (",
         "tests/flows/test_warm.py::test_code_that_is_edited_meanwhile_is_the_code_that_runs",
     ),
@@ -807,8 +807,8 @@ FLOWS = [
     Protection(
         "a stage of a flow in a second checkout: the code of that checkout runs",
         "flows/warm.py",
-        "(_edited() or not checkout.is_own(Path.cwd()))",
-        "_edited()",
+        "(code.hashes() != code.AT_IMPORT or not checkout.is_own(Path.cwd()))",
+        "code.hashes() != code.AT_IMPORT",
         "tests/flows/test_warm.py::test_a_stage_elsewhere_runs_the_code_that_lies_there",
     ),
     Protection(

@@ -11,8 +11,8 @@ from ddpm.stages.errors import InputError
 
 def is_own(root: Path, package: str = "ddpm") -> bool:
     """Whether a package that lies in `root`, if one does, is the imported one."""
-    there = root / package / "__init__.py"
-    return not there.exists() or there.samefile(_imported(package))
+    there = root / package
+    return not (there / "__init__.py").exists() or there.samefile(_imported(package).parent)
 
 
 def require_own(root: Path, *packages: str) -> None:

@@ -23,6 +23,7 @@ HEAD = "schema: '2.0'\nstages:\n"
 STAGE = re.compile(r"^(?=  \S)", re.MULTILINE)  # where the text of a stage begins
 _DELETED = "deleted\n"  # the copy says so where there was no dvc.lock
 _HASH = re.compile(r"^      md5: '?[0-9a-f]{32}(\.dir)?'?$", re.MULTILINE)
+_OTHER_HASH = re.compile(r"^      (etag|checksum|cloud|files):", re.MULTILINE)  # of outputs outside of the checkout
 _FOREIGN = re.compile(r"^(<<<<<<<|=======|>>>>>>>|datasets:)", re.MULTILINE)
 
 Entries = dict[str, str]  # the text of each stage, by its name
@@ -31,8 +32,9 @@ Entries = dict[str, str]  # the text of each stage, by its name
 def check(root: Path, say: Callable[[str], None]) -> None:
     """Mends dvc.lock if it was cut off, and says so in one line. A whole one is remembered as the copy.
 
-    A file that git has (after a checkout, `dvc exp apply` or a stash), a file without the stages that dvc.yaml has lost, and a
-    deleted file are whole. So is a file that DVC did not write, such as one with a merge conflict: DVC judges it.
+    A file is cut off where its last entry is, or where its stages are the first ones of the last whole file and no more. A file
+    that git has (after a checkout, `dvc exp apply` or a stash), a file without the stages that dvc.yaml has lost, and a deleted
+    file are whole. So is a file that DVC did not write, such as one with a merge conflict: DVC judges it.
 
     Raises InputError where nothing is left to mend it from.
     """
@@ -110,7 +112,8 @@ def _mended(root: Path, text: str, copy: str | None) -> str | None:
     known = {name: [of[name] for of in (last, committed) if name in of] for name in {**last, **own}}
     stages = _stages(root)
     kept = {name: entry for name, entry in own.items() if _is_complete(entry, known[name], _outputs(stages, name))}
-    lost = [name for name in last if name not in own and name.partition("@")[0] in stages]
+    expected = [name for name in last if name in own or name.partition("@")[0] in stages]
+    lost = list(own) == expected[: len(own)] != expected
     if own and ((own == kept and not lost) or (_ends_well(own, known) and _is_in_git(root))):
         return text
     entries_left = "".join(kept.get(name) or next(iter(found), "") for name, found in known.items())
@@ -147,6 +150,8 @@ def _output_entries(entry: str) -> list[str]:
 
 
 def _is_complete_output(output: str) -> bool:
+    if _OTHER_HASH.search(output):
+        return True
     found = _HASH.search(output)
     fields = ("size", "nfiles") if found and found[1] else ("size",)
     return found is not None and all(re.search(rf"^      {field}: \d+$", output, re.MULTILINE) for field in fields)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ddpm.stages import store
+from ddpm.stages import code, store
 from ddpm.stages.errors import InputError
 from ddpm.stages.params import read_yaml
 
@@ -25,6 +25,7 @@ def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
         yield
         return
     before = _read(stage, root)
+    before |= {name: code.AT_IMPORT[Path(name)] for name in before if Path(name) in code.AT_IMPORT}
     yield
     changed = changes(before, _read(stage, root))
     if changed:
@@ -62,5 +63,5 @@ def _read(stage: str, root: Path) -> dict[str, Any]:
             value = value.get(part) if isinstance(value, dict) else None
         found[key] = value
     named = [root / dependency for dependency in about.get("deps", ()) if "${" not in dependency]
-    code = [path for path in named if not path.is_dir()]
-    return found | {str(path.relative_to(root)): store.sha256(path) if path.exists() else None for path in code}
+    sources = [path for path in named if not path.is_dir()]
+    return found | {str(path.relative_to(root)): store.sha256(path) if path.exists() else None for path in sources}

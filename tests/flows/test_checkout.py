@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -99,6 +100,12 @@ def test_an_experiment_in_a_temporary_folder_runs_the_code_it_takes_there(clone:
     dvc(clone, "exp", "run", "--temp", "prepare")
     dvc(clone, "repro", "--single-item", "prepare")
     assert width(clone.root) == NARROW
+
+
+def test_a_copy_whose_files_are_hard_links_is_another_checkout(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "ddpm", tmp_path / "ddpm", copy_function=os.link)
+    with pytest.raises(InputError, match="would run here, not"):
+        require_own(tmp_path)
 
 
 @pytest.mark.parametrize("module", ["ddpm", "flows", "flows.up", "flows.worker"])

@@ -215,6 +215,17 @@ def test_outputs_that_find_no_room_in_the_cache_fail_the_stage_and_go_there_late
     assert work.reproduce("prepare", scratch.root, Record()).kind == "Unchanged"
 
 
+@pytest.mark.parametrize(("code", "kind", "kept"), [(-9, "Killed", True), (1, None, False), (0, "Completed", False)])
+def test_a_commit_counts_only_where_dvc_ended_well(
+    code: int, kind: str | None, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "_uncommitted", {(tmp_path, "prepare")})
+    monkeypatch.setattr(work, "_run", lambda *_: (code, [], []))
+    outcome = work._commit("prepare", tmp_path, Record())
+    assert (outcome and outcome.kind) == kind
+    assert bool(work._uncommitted) == kept
+
+
 @pytest.mark.usefixtures("path")
 def test_what_a_killed_dvc_held_is_free(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was killed in a container had the id 1, which some process has everywhere."""

@@ -31,7 +31,10 @@ SEED = int(os.environ.get("KILLS_SEED", "0"))
 MOST = 5  # kills of one checkout
 RUNS = 3  # that may fail by themselves after the last kill, such as one that meets a process that is about to end
 SET = ["training.steps=120", "compute.checkpoint_every=10", "sweep.samplers=[ddim]", "sweep.steps=[2]"]
-COMMANDS = {"dvc repro": ("-m", "dvc", "repro"), "the flow": ("-m", "flows")}
+COMMANDS = {
+    "dvc repro": (str(Path(sys.executable).with_name("dvc")), "repro"),
+    "the flow": (sys.executable, "-m", "flows"),
+}
 KINDS = {
     "dvc repro": ("stage", "dvc", "group", "SIGTERM", "SIGINT", "STOP"),
     "the flow": ("stage", "dvc", "group", "flow", "server", "SIGTERM", "SIGINT", "STOP"),
@@ -100,7 +103,10 @@ def send(processes: list[psutil.Process], number: int) -> None:
 
 
 def strike(clone: Any, kind: str, command: subprocess.Popen[str], chance: random.Random) -> str:
-    """Does what `kind` says to a process that runs now, and returns its name. Where there is none, the command is killed."""
+    """Does what `kind` says to a process, and returns its name.
+
+    A process of that kind may be about to start. Where none does within five seconds, the command is killed.
+    """
     top = psutil.Process(command.pid)
     if kind == "SIGINT":  # Ctrl-C goes to the group
         os.killpg(command.pid, signal.SIGINT)
@@ -114,7 +120,9 @@ def strike(clone: Any, kind: str, command: subprocess.Popen[str], chance: random
         time.sleep(chance.uniform(2, 8))
         send(stopped, signal.SIGCONT)
         return f"{len(stopped)} processes"
-    found = named(clone, "stage" if kind == "group" else kind, top)
+    deadline, found = time.monotonic() + 5, []
+    while not found and time.monotonic() < deadline and command.poll() is None:
+        found = named(clone, "stage" if kind == "group" else kind, top)
     if not found:
         send([top], signal.SIGKILL)
         return "the command"
@@ -152,7 +160,7 @@ class Campaign:
 
     def start(self, clone: Any) -> subprocess.Popen[str]:
         log = f"log-{time.monotonic_ns()}"
-        process: subprocess.Popen[str] = clone.start(sys.executable, *COMMANDS[self.command], log=log)
+        process: subprocess.Popen[str] = clone.start(*COMMANDS[self.command], log=log)
         return process
 
     def settled(self, clone: Any) -> Result:

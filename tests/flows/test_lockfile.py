@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +83,26 @@ def test_what_dvc_did_not_write_is_written_anew(tmp_path: Path) -> None:
         assert serialize.loads_yaml(ours)["stages"] == serialize.loads_yaml(text)["stages"] | {
             "b": serialize.loads_yaml(serialize.dumps_yaml(STAGE))
         }
+
+
+def test_the_dvc_of_this_environment_mends_and_writes_the_file_at_once(tmp_path: Path) -> None:
+    """`make` and the Dockerfile name main() in DVC's console script."""
+    own = str(Path(sys.executable).with_name("dvc"))
+    (tmp_path / "dvc.yaml").write_text(
+        "stages:\n  a: {cmd: echo 1 > a, outs: [a]}\n  b: {cmd: echo 1 > b, outs: [b]}\n"
+    )
+    (tmp_path / ".cache").mkdir()
+    for command in (["init", "--no-scm", "--quiet"], ["repro"]):
+        subprocess.run([own, *command], cwd=tmp_path, check=True, capture_output=True)
+    lock = tmp_path / lockfile.NAME
+    whole, before = lock.read_text(), tmp_path / "before"
+    before.hardlink_to(lock)
+    subprocess.run([own, "repro", "--force"], cwd=tmp_path, check=True, capture_output=True)
+    assert not before.samefile(lock)  # replaced: nobody saw it empty
+    lock.write_text(whole[:-40])
+    done = subprocess.run([own, "repro"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert lock.read_text() == whole and "dvc.lock: mended" in done.stderr
+    assert "Running stage" not in done.stdout
 
 
 def test_a_kill_leaves_the_old_one(tmp_path: Path) -> None:

@@ -148,6 +148,15 @@ def test_shorter_ones_that_somebody_wanted_are_left_alone(checkout: Path) -> Non
     for count in (1, 2, 20):
         begun = dvc_lock.HEAD + "".join(list(stages.values())[:count])
         assert checked(checkout, begun) == (begun, [])
+    # Somebody took entries out of the middle.
+    without = dvc_lock.HEAD + "".join(entry for name, entry in stages.items() if name not in ("train@cosine", "report"))
+    checked(checkout, LOCK)
+    assert checked(checkout, without) == (without, [])
+    # An output outside of the checkout has another kind of hash.
+    outside = LOCK.replace("      hash: md5\n      md5: ", "      etag: ")
+    assert outside != LOCK
+    checked(checkout, LOCK)
+    assert checked(checkout, outside) == (outside, [])
     # What DVC did not write.
     for text in ("stages:\n    a: {cmd: x}\n", LOCK.replace("  report:\n", "<<<<<<< HEAD\n  report:\n")):
         checked(checkout, LOCK)
