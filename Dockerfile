@@ -53,7 +53,7 @@ COPY --chown=10001:10001 . /workspace
 RUN --mount=type=bind,from=packages,source=/opt/uv,target=/opt/uv \
     printf '[core]\n    no_scm = true\n' >/workspace/.dvc/config.local \
     && /opt/uv/bin/uv pip install --quiet --no-deps --no-build-isolation --python /opt/venv/bin/python --editable /workspace \
-    && sed -i 's/^from dvc.cli import main/from flows.lockfile import main/' /opt/venv/bin/dvc \
+    && sed -i 's/^from dvc.cli import main/from flows.repro.lockfile import main/' /opt/venv/bin/dvc \
     && /opt/venv/bin/python -m compileall -q /workspace/ddpm /workspace/flows \
     && chown -R 10001:10001 /workspace
 ENV PATH=/opt/venv/bin:$PATH \
@@ -70,7 +70,7 @@ USER 10001:10001
 # The worker says 503 when it no longer reaches Prefect; compose.yaml asks the servers in their own way.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/health', timeout=5)"]
-CMD ["python", "-m", "flows.up", "worker"]
+CMD ["python", "-m", "flows.servers.up", "worker"]
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="ddpm" \
       org.opencontainers.image.licenses="Apache-2.0" \

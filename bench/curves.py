@@ -55,8 +55,8 @@ def of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Recipe:
 
 def prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
     """-> the recipe's parameters and its dataset, which is made once."""
-    from ddpm.stages import store
-    from ddpm.stages.params import Params
+    from ddpm.files import store
+    from ddpm.files.params import Params
     from ddpm.stages.prepare import prepare
 
     params = Params.load(ROOT / "recipes" / f"{name}.yaml")
@@ -80,20 +80,20 @@ def measure(
     name: str, params: Any, dataset: Any, point: Any, state: Path, out: Path, until: float, first: float
 ) -> bool:
     """-> whether the curve is whole, to the recipe's last step. Raises OutOfTime."""
-    from ddpm import features, fidelity
+    from ddpm.scores import fidelity, inception
 
     shape, scoring = tuple(dataset.train.shape[1:]), params.evaluation
     recipe = of_params(params, point.schedule, shape)
     row = {**params.samplers[point.sampler].options(), "steps": point.steps}
     torch.set_num_threads(params.training.threads)
-    inception = features.load(scoring.layer, ROOT / ".cache" / "inception")
+    extractor = inception.load(scoring.layer, ROOT / ".cache" / "inception")
     here = Course.load(state, recipe, "cpu")
     here.steps = params.training.steps
     denoiser = course.denoiser_of(here, recipe, "cpu")
     some = np.array(dataset.train[: scoring.images])
 
     def features_of(make: Callable[[range], Images], folder: Path) -> NDArray[np.float32]:
-        return course.features_of(make, scoring.images, 100, inception, folder, until)
+        return course.features_of(make, scoring.images, 100, extractor, folder, until)
 
     def score() -> None:
         real = fidelity.statistics(features_of(lambda rows: some[rows.start : rows.stop], state / "real"))
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=Path, default=PICTURES)
     asked = parser.parse_args(arguments)
     if asked.what != "draw":
-        from ddpm.stages.params import Point
+        from ddpm.files.params import Point
 
         until = time.monotonic() + asked.minutes * 60
         state = asked.state or ROOT / ".cache" / "curves" / asked.what

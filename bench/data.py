@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from bench.harness import TINY, alternate, ratios
-from ddpm.stages import store
-from ddpm.stages.params import Data, Params
+from ddpm.files import store
+from ddpm.files.params import Data, Params
 from ddpm.stages.prepare import prepare as run_prepare
 
 ROOT = Path(__file__).parents[1]

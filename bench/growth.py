@@ -19,9 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.harness import TINY, alternate, matmul_rate
 from bench.network import SETTINGS
 from bench.scores import CACHE, _pictures
-from ddpm import Denoiser, NoiseSchedule, UNet, features, fidelity, native, sample
-from ddpm.objective import Objective
-from ddpm.training import TrainingState, autocast, fit
+from ddpm import Denoiser, NoiseSchedule, UNet, sample
+from ddpm.networks import winograd
+from ddpm.scores import fidelity, inception
+from ddpm.training.fit import TrainingState, autocast, fit
+from ddpm.training.objective import Objective
 
 # The settings that everything but one of them keeps, and the values of that one.
 BASE = {
@@ -63,7 +65,7 @@ def _forget(device: str) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
-        native._space.__dict__.clear()
+        winograd._space.__dict__.clear()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # proc_pid_clear_refs(5): forgets the peak of memory
 
@@ -88,14 +90,14 @@ def _training(device: str, at: dict[str, int]) -> Callable[[], Any]:
         seed=0,
         flip=True,
         precision=_precision(device),
-        forward=native.compiled(net, dynamic=False),
+        forward=winograd.compiled(net, dynamic=False),
     )
     return lambda: [next(steps).loss for _ in range(at["steps"])][-1]
 
 
 def _sampling(device: str, at: dict[str, int]) -> Callable[[], Any]:
     """at["steps"] evaluations by DDIM."""
-    forward = native.compiled(_network(at["width"], at["size"], device).eval().requires_grad_(False), dynamic=False)
+    forward = winograd.compiled(_network(at["width"], at["size"], device).eval().requires_grad_(False), dynamic=False)
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with autocast(torch.device(device), _precision(device)):
@@ -106,8 +108,8 @@ def _sampling(device: str, at: dict[str, int]) -> Callable[[], Any]:
     return lambda: sample(denoiser, x_T, steps=at["steps"], sampler="ddim", noise=lambda k: torch.randn_like(x_T))
 
 
-def _extraction(inception: features.Inception, pictures: NDArray[np.uint8]) -> Callable[[], Any]:
-    return lambda: features.extract(inception, pictures)
+def _extraction(extractor: inception.Inception, pictures: NDArray[np.uint8]) -> Callable[[], Any]:
+    return lambda: inception.extract(extractor, pictures)
 
 
 def _interval(rows: NDArray[np.float32], reference: fidelity.Statistics, device: str) -> Callable[[], Any]:
@@ -160,13 +162,13 @@ def _optimiser(state: TrainingState) -> None:
     torch._foreach_lerp_(list(state.ema.parameters()), list(state.net.parameters()), 0.001)
 
 
-def _phases(device: str, found: list[dict[str, Any]], inception: features.Inception) -> list[dict[str, Any]]:
+def _phases(device: str, found: list[dict[str, Any]], extractor: inception.Inception) -> list[dict[str, Any]]:
     """Of each phase the work of a call, its seconds, and their share of what the machine can do at most."""
     base = BASE[device]
     precision = torch.bfloat16 if device == "cuda" else torch.float32
     evaluation = _evaluation_work(base["width"], base["size"]) * base["batch"] * base["steps"]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        inception(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device))
+        extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device))
     last = {one["phase"]: one["rows"][-1] for one in found}
     training, sampling = (
         next(
@@ -230,8 +232,8 @@ def growth(device: str) -> dict[str, Any]:
                 at = {**base, by: value}
                 points.append((value, partial(make, device, at), at["batch"] * at["steps"]))
             found.append(_series(phase, by, points, device))
-    inception, pictures = features.load(2048, CACHE, device), _pictures(max(IMAGES[device]), 0)
-    points = [(count, partial(_extraction, inception, pictures[:count]), count) for count in IMAGES[device]]
+    extractor, pictures = inception.load(2048, CACHE, device), _pictures(max(IMAGES[device]), 0)
+    points = [(count, partial(_extraction, extractor, pictures[:count]), count) for count in IMAGES[device]]
     found.append(_series("features", "images", points, device))
     random = np.random.default_rng(0)
     rows = random.standard_normal((max(ROWS), DIMENSIONS), np.float32)
@@ -246,5 +248,5 @@ def growth(device: str) -> dict[str, Any]:
         "times": {},
         "figures": [],
         "growth": found,
-        "phases": _phases(device, found, inception),
+        "phases": _phases(device, found, extractor),
     }

@@ -97,7 +97,7 @@ def limit(work: float, seconds: float, device: str, dtype: torch.dtype) -> dict[
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
-    from ddpm.stages.record import _hardware  # wants more than torch: not everything here runs where that is
+    from ddpm.provenance.run_record import _hardware  # wants more than torch: not everything here runs where that is
 
     about = {**_hardware(), "threads": threads, "load": os.getloadavg()[0]}
     about["device"] = device

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import TINY, alternate, limit, ratios
-from ddpm import Denoiser, NoiseSchedule, UNet, interop, native, sample
-from ddpm.objective import Objective
-from ddpm.training import TrainingState, fit
+from ddpm import Denoiser, NoiseSchedule, UNet, interop, sample
+from ddpm.networks import winograd
+from ddpm.training.fit import TrainingState, fit
+from ddpm.training.objective import Objective
 
 PAPER: dict[str, Any] = {  # 35.7M parameters
     "image_channels": 3,
@@ -99,7 +100,7 @@ def train(device: str) -> dict[str, Any]:
         warmup=5000,
         flip=True,
         precision=precision,
-        forward=native.compiled(ours),
+        forward=winograd.compiled(ours),
     )
     sides: dict[str, Callable[[], Any]] = {"ours": lambda: next(steps).loss}
     sides["diffusers"] = _diffusers_training(theirs, size.batch, device, compiled=False)
@@ -257,7 +258,7 @@ def _sampling(device: str, size: Size, kind: str, full: int) -> dict[str, Any]:
     checks[f"{which} difference of images, of 1"] = compared(ours, 1e-3 if device == "cuda" else 1 / 255)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ours(torch.randn(1, 3, 32, 32, device=device), torch.zeros(1, device=device))
-    forward = native.compiled(ours)
+    forward = winograd.compiled(ours)
     checks[f"{which} difference of images, of 1, compiled"] = compared(fast, 5e-3 if device == "cuda" else 1 / 255)
     x = torch.randn(size.batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     t = torch.full((size.batch,), 700.0, device=device)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import TINY, figure
-from ddpm.stages.display import PREFIX
+from ddpm.runtime.display import PREFIX
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "smoke"
@@ -22,7 +22,7 @@ RECIPE = "smoke"
 BARE = """
 import sys
 from pathlib import Path
-from ddpm.stages.params import Params
+from ddpm.files.params import Params
 from ddpm.stages.prepare import prepare
 from ddpm.stages.train import train
 from ddpm.stages.likelihood import likelihood

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from bench.harness import TINY, alternate, figure, ratios
-from ddpm import features, fidelity
+from ddpm.scores import fidelity, inception
 
 SETS, IMAGES = 3, 150  # sample sets, and images of each and of the reference
 ROWS, DIMENSIONS = (1_000, 128) if TINY else (50_000, 2048)
@@ -41,18 +41,18 @@ def fid_sets(device: str) -> dict[str, Any]:
 
     images = IMAGES * (50 if device == "cuda" else 1) // (10 if TINY else 1)
     reference, *sets = (_pictures(images, seed) for seed in range(SETS + 1))
-    inception = features.load(2048, CACHE, device)
+    extractor = inception.load(2048, CACHE, device)
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.pth"
-        state = features._from_wheel(CACHE)
+        state = inception._from_wheel(CACHE)
         assert state is not None
         torch.save({**state, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, weights)
-        kept = fidelity.statistics(features.extract(inception, reference))  # as the stage's cache has it
+        kept = fidelity.statistics(inception.extract(extractor, reference))  # as the stage's cache has it
 
         def ours() -> list[float]:
             began = time.perf_counter()
-            extracted = [features.extract(inception, samples) for samples in sets]
+            extracted = [inception.extract(extractor, samples) for samples in sets]
             seconds.append(time.perf_counter() - began)
             again = fidelity.Statistics(kept.mean, kept.covariance)  # its root is computed once for all sets
             return [fidelity.jackknife(part, again, device).fid for part in extracted]

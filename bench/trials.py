@@ -21,7 +21,8 @@ import torch
 from bench import course, harness
 from bench.course import Course, OutOfTime, Recipe
 from bench.curves import ROOT, of_params, prepared
-from ddpm import Denoiser, features, fidelity
+from ddpm import Denoiser
+from ddpm.scores import fidelity, inception
 
 NAME = "cifar10-cpu"
 # One change each: of the recipe's fields, or of its network's.
@@ -62,7 +63,7 @@ def error(denoiser: Denoiser, images: torch.Tensor, seed: int = 0) -> float:
 
 
 def trial(
-    recipe: Recipe, params: Any, dataset: Any, inception: features.Inception, seconds: float, state: Path, until: float
+    recipe: Recipe, params: Any, dataset: Any, extractor: inception.Inception, seconds: float, state: Path, until: float
 ) -> dict[str, Any]:
     """One training of that many processor seconds, and its scores. Raises OutOfTime."""
     shape, point, scoring = tuple(dataset.train.shape[1:]), params.points()[-1], params.evaluation
@@ -79,10 +80,10 @@ def trial(
     row = {**params.samplers[point.sampler].options(), "steps": point.steps}
     some, count = np.array(dataset.train[: scoring.images]), scoring.images
     real = course.features_of(
-        lambda rows: some[rows.start : rows.stop], count, 100, inception, state.parent / "real", until
+        lambda rows: some[rows.start : rows.stop], count, 100, extractor, state.parent / "real", until
     )
     made = course.features_of(
-        lambda rows: course.drawn(denoiser, shape, rows, row, "cpu"), count, 100, inception, state / "made", until
+        lambda rows: course.drawn(denoiser, shape, rows, row, "cpu"), count, 100, extractor, state / "made", until
     )
     test = torch.from_numpy(np.array(dataset.test[:256]))
     return {
@@ -120,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     threads = asked.threads or params.training.threads
     torch.set_num_threads(threads)
     recipe = of_params(params, params.points()[-1].schedule, tuple(dataset.train.shape[1:]))
-    inception = features.load(params.evaluation.layer, ROOT / ".cache" / "inception")
+    extractor = inception.load(params.evaluation.layer, ROOT / ".cache" / "inception")
     path = asked.out / f"trials-{NAME}.json"
     found = json.loads(path.read_text(encoding="utf-8"))["trials"] if path.exists() else {}
     try:
@@ -128,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
             if name in found:
                 continue
             folder = asked.state / name.replace(" ", "-")
-            row = trial(changed(recipe, CHANGES[name]), params, dataset, inception, asked.seconds, folder, until)
+            row = trial(changed(recipe, CHANGES[name]), params, dataset, extractor, asked.seconds, folder, until)
             found[name] = harness._short(row)
             about = {"trials": found, "machine": harness.machine("cpu", threads)}
             course.write_json(path, about)

@@ -9,15 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddpm.denoiser import TARGETS, Denoiser
-    from ddpm.noise import gaussian
-    from ddpm.objective import LOSSES
-    from ddpm.paths import blend, encode, interpolate, snapshots
-    from ddpm.samplers import SAMPLERS, sample, trajectory
-    from ddpm.schedule import SCHEDULES, NoiseSchedule
-    from ddpm.timesteps import SPACINGS
-    from ddpm.training import fit
-    from ddpm.unet import UNet
+    from ddpm.diffusion.denoiser import TARGETS, Denoiser
+    from ddpm.diffusion.noise import gaussian
+    from ddpm.diffusion.paths import blend, encode, interpolate, snapshots
+    from ddpm.diffusion.samplers import SAMPLERS, sample, trajectory
+    from ddpm.diffusion.schedule import SCHEDULES, NoiseSchedule
+    from ddpm.diffusion.timesteps import SPACINGS
+    from ddpm.networks.unet import UNet
+    from ddpm.training.fit import fit
+    from ddpm.training.objective import LOSSES
 
 __all__ = [
     "LOSSES",
@@ -40,22 +40,22 @@ __all__ = [
 
 # Names are imported on first use: `import ddpm` costs nothing, and a stage depends only on the modules it uses.
 _HOMES = {
-    "Denoiser": "denoiser",
-    "LOSSES": "objective",
-    "NoiseSchedule": "schedule",
-    "SAMPLERS": "samplers",
-    "SCHEDULES": "schedule",
-    "SPACINGS": "timesteps",
-    "TARGETS": "denoiser",
-    "UNet": "unet",
-    "blend": "paths",
-    "encode": "paths",
-    "fit": "training",
-    "gaussian": "noise",
-    "interpolate": "paths",
-    "sample": "samplers",
-    "snapshots": "paths",
-    "trajectory": "samplers",
+    "Denoiser": "diffusion.denoiser",
+    "LOSSES": "training.objective",
+    "NoiseSchedule": "diffusion.schedule",
+    "SAMPLERS": "diffusion.samplers",
+    "SCHEDULES": "diffusion.schedule",
+    "SPACINGS": "diffusion.timesteps",
+    "TARGETS": "diffusion.denoiser",
+    "UNet": "networks.unet",
+    "blend": "diffusion.paths",
+    "encode": "diffusion.paths",
+    "fit": "training.fit",
+    "gaussian": "diffusion.noise",
+    "interpolate": "diffusion.paths",
+    "sample": "diffusion.samplers",
+    "snapshots": "diffusion.paths",
+    "trajectory": "diffusion.samplers",
 }
 
 

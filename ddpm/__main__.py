@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Runs a verb. Nothing is written beside the sources: a full disk would leave half of it."""
     sys.dont_write_bytecode = True
-    from ddpm.stages.checkout import missing
+    from ddpm.provenance.checkout import missing
 
     try:
         from ddpm.cli import main as run

@@ -16,12 +16,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ddpm.stages import checkout, dvc_lock, stopping, store, watchdog
-from ddpm.stages.display import display, say
-from ddpm.stages.errors import InputError
-from ddpm.stages.inputs import unchanged
-from ddpm.stages.params import Params, Point
-from ddpm.stages.progress import Progress, Report
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params, Point
+from ddpm.provenance import checkout, dvc_lock
+from ddpm.provenance.inputs import unchanged
+from ddpm.runtime import stopping, watchdog
+from ddpm.runtime.display import display, say
+from ddpm.runtime.progress import Progress, Report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,7 +39,7 @@ Debug = False  # set by --debug: errors come with their traceback
 
 def _version(asked: bool) -> None:
     if asked:
-        from ddpm.stages.record import versions
+        from ddpm.provenance.run_record import versions
 
         say(versions())
         raise typer.Exit
@@ -87,12 +89,12 @@ def _run(
                 watcher(progress)
 
         work(params, report)
-    from ddpm.stages.record import record
+    from ddpm.provenance.run_record import record
 
     about = record(output, stage, started, time.time(), last.done - before, last.unit)
     say(f"{stage}: {last.done:,} {last.unit} in {about['seconds']:.1f} s" if last.unit else f"{stage}: done")
     if publishes:
-        from ddpm.stages import tracking
+        from ddpm import tracking
 
         tracking.publish_or_warn(params, Path(), only=stage, say=say)
 
@@ -134,12 +136,12 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again, from no saved state.")] = False,
 ) -> None:
     """Train the network on one noise schedule into models/SCHEDULE; goes on by itself where it was stopped."""
-    from ddpm.stages import ranks
+    from ddpm.runtime import ranks
 
     params = Params.load()
     imported = schedule in params.schedules and params.schedules[schedule].imported  # nothing is trained
     if params.compute.processes > 1 and not ranks.started() and not imported:
-        from ddpm.stages.launch import launch
+        from ddpm.runtime.launch import launch
 
         launch(params.compute.processes, sys.argv[1:])
         return
@@ -157,9 +159,9 @@ def train(
         return
 
     def watch(params: Params, stack: ExitStack) -> Report:
-        from ddpm.stages import tracking
-        from ddpm.stages.preview import previews
-        from ddpm.stages.progress import silent
+        from ddpm import tracking
+        from ddpm.runtime.progress import silent
+        from ddpm.tools.preview import previews
 
         if imported:
             return silent
@@ -257,7 +259,7 @@ def publish(
     ] = False,
 ) -> None:
     """Bring MLflow up to date with the outputs that are here: fills in what is missing, repeats nothing."""
-    from ddpm.stages import tracking
+    from ddpm import tracking
 
     params = Params.load()
     if follow:
@@ -280,7 +282,7 @@ def promote(
     rollback: Annotated[bool, typer.Option("--rollback", help="Bring the last champion back instead.")] = False,
 ) -> None:
     """Register the best point of the report as ddpm-DATASET; it becomes champion if it beats the one there is for sure."""
-    from ddpm.stages import tracking
+    from ddpm import tracking
 
     if replace and rollback:
         raise InputError("--replace and --rollback are two different things: give one of them")
@@ -290,7 +292,7 @@ def promote(
         return
 
     def score(checkpoint: Path, settings: dict[str, Any]) -> Any:
-        from ddpm.stages.rescore import rescore
+        from ddpm.tools.rescore import rescore
 
         with display("champion") as watch:
             return rescore(params, checkpoint, settings, Path(), watch)
@@ -308,7 +310,7 @@ def gc(
     ] = 7,
 ) -> None:
     """List old files of .cache that no run goes on from: training states, kept images, features, weights, previews."""
-    from ddpm.stages import cleaning
+    from ddpm.tools import cleaning
 
     found = list(cleaning.leftovers(Params.load(), Path(), time.time() - older_than * 86400))
     for item in found:
@@ -329,7 +331,7 @@ def card(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("MODEL_CARD.md"),
 ) -> None:
     """Write the model card of the report's best point: what it is for, made from, how good, how to load it."""
-    from ddpm.stages import tracking
+    from ddpm import tracking
 
     if out.is_dir():
         raise InputError(f"{out}: a folder lies there; name a file with --out")
@@ -382,7 +384,7 @@ def generate(
 
     One picture at a time: a grid, unless --progressive, --strip, --interpolate, --blend or --encode-decode is given.
     """
-    from ddpm.stages.generate import generate
+    from ddpm.tools.generate import generate
 
     asked: dict[str, tuple[int, ...] | None] = {
         "progressive": () if progressive else None,
@@ -422,9 +424,9 @@ def schedules(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = store.schedules_dir(),  # noqa: B008
 ) -> None:
     """Is x_T really noise, and where does each schedule spend its steps: a table, a plot, a real image along the way."""
-    from ddpm.stages.display import table
-    from ddpm.stages.record import record
-    from ddpm.stages.schedules import BAND_NAMES, schedules
+    from ddpm.provenance.run_record import record
+    from ddpm.runtime.display import table
+    from ddpm.tools.schedules import BAND_NAMES, schedules
 
     params, started = Params.load(), time.time()
     rows, data = schedules(params, Path(), out, timesteps)
@@ -443,7 +445,7 @@ def schedules(
             say(f"warning: {name}: {warning}")
     say(", ".join(str(path) for path in sorted(out.glob("*")) if path.suffix in (".csv", ".png")))
     record(out, "schedules", started, time.time(), len(rows), "schedules")
-    from ddpm.stages import tracking
+    from ddpm import tracking
 
     tracking.publish_or_warn(params, Path(), only=f"schedules@{out}", say=say)
 
@@ -454,7 +456,7 @@ def swiss_roll(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 2, help="Same seed, same picture.")] = 0,
 ) -> None:
     """Learn a Swiss roll, points of the plane, from nothing but the library: forward, reverse and drift in one picture."""
-    from ddpm.stages.swiss_roll import swiss_roll
+    from ddpm.tools.swiss_roll import swiss_roll
 
     with display("swiss-roll") as watch:
         swiss_roll(out, seed, watch)
@@ -467,12 +469,12 @@ def export_diffusers(
     out: Annotated[Path, typer.Argument(help="The new folder, for DDPMPipeline.from_pretrained.")],
 ) -> None:
     """Write a model as a diffusers DDPMPipeline folder."""
-    from ddpm.stages.exchange import export_diffusers
+    from ddpm.tools.exchange import export_diffusers
 
     with TemporaryDirectory(prefix="ddpm-export-") as temporary:
         folder, settings = Path(model), dict[str, Any]()
         if model.startswith("models:"):
-            from ddpm.stages import tracking
+            from ddpm import tracking
 
             folder, settings = tracking.fetch_model(model, Path(temporary))
         T = export_diffusers(folder, out, settings.get("variance", "fixed_large"))
@@ -486,7 +488,7 @@ def import_diffusers(
     name: Annotated[str, typer.Argument(help="What to call it here, in a-z, 0-9 and _.")],
 ) -> None:
     """Read a diffusers model into imported/NAME and a row of schedules in params.yaml, to be swept like our own."""
-    from ddpm.stages.exchange import import_diffusers
+    from ddpm.tools.exchange import import_diffusers
 
     for line in import_diffusers(folder, name):
         say(line)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.schedule import ALIASES, SCHEDULES, NoiseSchedule
-from ddpm.unet import MOST_BLOCKS, UNet
+from ddpm.diffusion.schedule import ALIASES, SCHEDULES, NoiseSchedule
+from ddpm.networks.unet import MOST_BLOCKS, UNet
 
 # UNet2DModel's keys that the family has one value of: what a missing key means to diffusers, and the values allowed here.
 _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {

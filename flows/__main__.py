@@ -12,10 +12,11 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from ddpm.stages import checkout, store
-from ddpm.stages.errors import InputError
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.provenance import checkout
 from flows import parameters
-from flows.embedded import Api
+from flows.servers.embedded import Api
 
 NEXT = """
 next:
@@ -70,7 +71,7 @@ def _summary(say: Callable[[str], None], promoted: str, seconds: float) -> None:
     report = store.report_dir()
     say("")
     if (report / "front.json").exists():
-        from ddpm.stages.metrics import table
+        from ddpm.scores.metrics import table
 
         try:
             say(table(store.read_report(Path())[1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ddpm.stages import store
+from ddpm.files import store
 
 
 def mlflow(root: Path, server: str) -> str:

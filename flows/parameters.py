@@ -12,11 +12,11 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from ddpm.stages import store
-from ddpm.stages.errors import InputError
-from ddpm.stages.inputs import changes
-from ddpm.stages.params import Params, parse_yaml
-from ddpm.stages.rewrite import rewritten
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params, parse_yaml
+from ddpm.files.yaml_edit import rewritten
+from ddpm.provenance.inputs import changes
 
 WRITTEN = store.CACHE / "params.yaml.sha256"  # of what a recipe or overrides last wrote
 

@@ -21,10 +21,15 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from ddpm.stages import checkout, dvc_lock, store, watchdog
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params
-from flows import children, dag, elsewhere, engines, links, parameters, reaping, rwlock, warm, work
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params
+from ddpm.provenance import checkout, dvc_lock
+from ddpm.runtime import watchdog
+from flows import links, parameters
+from flows.hosts import dispatch, engines
+from flows.processes import children, crashed_runs, fork_server
+from flows.repro import commands, dag, rwlock
 from flows.watch import Log, Outcome, watcher
 
 
@@ -47,12 +52,12 @@ def run_stage(stage: str, root: str, unchanged: bool, hosts: bool = False) -> St
         return _state(stage, Outcome("Unchanged", "unchanged"))
     try:
         if hosts and "@" in stage:
-            return _state(stage, elsewhere.reproduce(stage, Path(root), watcher.get()))
-        outcome = work.reproduce(stage, Path(root), watcher.get())
+            return _state(stage, dispatch.reproduce(stage, Path(root), watcher.get()))
+        outcome = commands.reproduce(stage, Path(root), watcher.get())
         if hosts and not outcome.failed:
-            work.exchange("push", stage, Path(root), watcher.get())
+            commands.exchange("push", stage, Path(root), watcher.get())
         return _state(stage, outcome)
-    except work.RemoteAway as error:
+    except commands.RemoteAway as error:
         return _state(stage, Outcome("Unreachable", str(error)))
     except InputError as error:
         return _state(stage, Outcome("Failed", str(error)))
@@ -71,8 +76,8 @@ def run_stage(stage: str, root: str, unchanged: bool, hosts: bool = False) -> St
 def run_publish(root: str, standard_input: int) -> State:
     """`ddpm publish --follow`: one process for MLflow beside the stages, until its standard input ends."""
     try:
-        command = (*warm.DDPM, "publish", "--follow")
-        return _state("publish", work.run("publish", command, Path(root), watcher.get(), standard_input))
+        command = (*fork_server.DDPM, "publish", "--follow")
+        return _state("publish", commands.run("publish", command, Path(root), watcher.get(), standard_input))
     except children.Stopped:
         return Cancelled(message="stopped with the flow")
 
@@ -88,7 +93,7 @@ def run_publish(root: str, standard_input: int) -> State:
 def run_promote(root: str) -> State:
     """`ddpm promote`: the registry belongs to no DVC stage."""
     try:
-        return _state("promote", work.run("promote", (*warm.DDPM, "promote"), Path(root), watcher.get()))
+        return _state("promote", commands.run("promote", (*fork_server.DDPM, "promote"), Path(root), watcher.get()))
     except children.Stopped:
         return Cancelled(message="stopped with the flow")
 
@@ -129,9 +134,9 @@ def train_eval(
     token = watcher.set(watcher.get(Log()))
     end_with_the_worker()
     try:
-        reaping.claim()
-        reaping.reap()
-        if missed := reaping.skip_missed():
+        crashed_runs.claim()
+        crashed_runs.reap()
+        if missed := crashed_runs.skip_missed():
             watcher.get().line(
                 "train-eval", f"skipped {missed} scheduled runs that were due before: this one does the same"
             )
@@ -242,7 +247,7 @@ def _stages(root: Path, params: Params, hosts: bool) -> str:
     edited, edits = "", parameters.edits(root, params)
     watcher.get().started("stages")
     if hosts and order.unchanged:  # what hosts are to build upon
-        work.exchange("push", "stages", root, watcher.get(), *sorted(order.unchanged))
+        commands.exchange("push", "stages", root, watcher.get(), *sorted(order.unchanged))
     while True:
         ready = sorted([*ready, *sorter.get_ready()], key=place.__getitem__)
         edited = edited or edits()

@@ -41,7 +41,7 @@ class Watcher(Protocol):
     def line(self, stage: str, text: str) -> None: ...
 
     def progress(self, stage: str, report: dict[str, Any]) -> None:
-        """report: done, total, unit, values, as ddpm.stages.display writes them."""
+        """report: done, total, unit, values, as ddpm.runtime.display writes them."""
 
     def ended(self, stage: str, outcome: Outcome) -> None: ...
 

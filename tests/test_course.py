@@ -94,12 +94,12 @@ def test_images_and_weights_travel_in_parts(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.proof
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    from ddpm import features
+    from ddpm.scores import inception
 
     (tmp_path / "data").mkdir()
     write_zip(tmp_path / "data/train.zip", "train", noise(40, 32))
     write_zip(tmp_path / "data/test.zip", "test", noise(8, 32))
-    weights = features._from_wheel(ROOT / ".cache" / "inception")
+    weights = inception._from_wheel(ROOT / ".cache" / "inception")
     assert weights is not None
     parts = cifar10.pack(tmp_path / "data", tmp_path / "parts", weights)
     environment = {**os.environ, "BENCH_TINY": "1", "PYTHONPATH": str(ROOT)}

@@ -12,8 +12,8 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from ddpm import SAMPLERS, TARGETS, Denoiser, NoiseSchedule, UNet, fit, gaussian, sample
-from ddpm.objective import Objective
-from ddpm.training import TrainingState
+from ddpm.training.fit import TrainingState
+from ddpm.training.objective import Objective
 
 IMAGES, STEPS = 200, 20
 NONE = 10  # the class of what is no digit

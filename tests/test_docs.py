@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpm import LOSSES, SAMPLERS, SCHEDULES, SPACINGS, TARGETS, Denoiser, NoiseSchedule, UNet
-from ddpm.stages.params import Params, Sampler
+from ddpm.files.params import Params, Sampler
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import features
-from ddpm.fidelity import (
+from ddpm.scores import inception
+from ddpm.scores.fidelity import (
     Statistics,
     fid,
     inception_score,
@@ -280,8 +280,8 @@ def test_scores_are_torch_fidelitys_from_images_to_numbers(inception_cache: Path
         save_cpu_ram=True,
         verbose=False,
     )
-    inception = features.load(64, inception_cache)
-    x, y = (features.extract(inception, images) for images in (fake, real))
+    extractor = inception.load(64, inception_cache)
+    x, y = (inception.extract(extractor, images) for images in (fake, real))
     assert fid(statistics(x), statistics(y)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     mean, deviation = kid(x, y, subsets=10, subset_size=30, seed=3)
     assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)

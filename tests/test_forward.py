@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm import SCHEDULES, NoiseSchedule
-from ddpm.forward import noised, shares, summary
+from ddpm.diffusion.forward import noised, shares, summary
 
 
 def test_two_steps_by_hand() -> None:

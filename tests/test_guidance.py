@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from ddpm import SAMPLERS, TARGETS, Denoiser, NoiseSchedule, UNet, fit, sample, trajectory
-from ddpm.denoiser import NO_LABEL, coefficients
-from ddpm.noise import gaussian
-from ddpm.objective import Objective
-from ddpm.training import TrainingState
+from ddpm.diffusion.denoiser import NO_LABEL, coefficients
+from ddpm.diffusion.noise import gaussian
+from ddpm.training.fit import TrainingState
+from ddpm.training.objective import Objective
 
 # Two classes of numbers, x_0 | y ~ N(MEANS[y], VARIANCES[y]), as often as SHARES says.
 MEANS, VARIANCES, SHARES = (

@@ -15,8 +15,8 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import binom, norm, studentized_range
 
-from ddpm.fidelity import Statistics, jackknife, kid, kid_influence
-from ddpm.intervals import Estimate, difference, may_be_best, quantile, simultaneous, standard_error
+from ddpm.scores.fidelity import Statistics, jackknife, kid, kid_influence
+from ddpm.scores.intervals import Estimate, difference, may_be_best, quantile, simultaneous, standard_error
 
 
 @dataclass(frozen=True)

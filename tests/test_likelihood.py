@@ -14,7 +14,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from ddpm import Denoiser, NoiseSchedule
-from ddpm.likelihood import (
+from ddpm.diffusion.likelihood import (
     VARIANCES,
     discretised_log_likelihood,
     gaussian_kl,

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm import NoiseSchedule, UNet, native
-from ddpm.objective import Objective
-from ddpm.training import TrainingState, fit
-from ddpm.unet import NormSwish
+from ddpm import NoiseSchedule, UNet
+from ddpm.networks import winograd
+from ddpm.networks.unet import NormSwish
+from ddpm.training.fit import TrainingState, fit
+from ddpm.training.objective import Objective
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -48,10 +49,10 @@ def test_a_convolution_and_its_gradients(
     size: tuple[int, int], channels: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of sizes that tiles do not divide, and in several parts."""
-    monkeypatch.setattr(native, "TILES", 10)
+    monkeypatch.setattr(winograd, "TILES", 10)
     layer = nn.Conv2d(*channels, 3, padding=1)
-    fast = native.compiled(copy.deepcopy(layer))
-    assert type(fast) is native.Convolution
+    fast = winograd.compiled(copy.deepcopy(layer))
+    assert type(fast) is winograd.Convolution
     x = random(9, channels[0], *size)
     gradient = random(9, channels[1], *size, seed=1)
     inputs = x.clone().requires_grad_(), x.double().requires_grad_()
@@ -70,7 +71,7 @@ def test_a_convolution_and_its_gradients(
 
 def test_the_gradients_are_the_adjoint() -> None:
     """<g, conv(x)> is linear in x and in w: its gradients give it back."""
-    layer = native.compiled(nn.Conv2d(16, 8, 3, padding=1, bias=False))
+    layer = winograd.compiled(nn.Conv2d(16, 8, 3, padding=1, bias=False))
     x = random(2, 16, 12, 20, seed=2).requires_grad_()
     gradient = random(2, 8, 12, 20, seed=3)
     value = (gradient * layer(x)).double().sum()
@@ -87,17 +88,17 @@ def test_normalisation_and_swish(scale: float) -> None:
         layer.weight.copy_(scale * random(16))
         layer.bias.copy_(random(16, seed=1))
     x = 3 * random(3, 16, 5, 6, seed=2) + 2
-    fast = native.compiled(copy.deepcopy(layer))
-    assert type(fast) is native.Normalisation
+    fast = winograd.compiled(copy.deepcopy(layer))
+    assert type(fast) is winograd.Normalisation
     with torch.no_grad():
         close(fast(x), layer.double()(x.double()), 2e-6)
 
 
 def test_a_network_and_its_training_stay_what_they_are() -> None:
     plain, schedule = network(), NoiseSchedule.named("cosine", 100)
-    fast = native.compiled(copy.deepcopy(plain))
+    fast = winograd.compiled(copy.deepcopy(plain))
     kinds = {type(module) for module in fast.modules()}
-    assert kinds >= {native.Convolution, native.Pointwise, native.Normalisation}
+    assert kinds >= {winograd.Convolution, winograd.Pointwise, winograd.Normalisation}
     assert list(fast.state_dict()) == list(plain.state_dict())
     images = torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     losses = []
@@ -122,7 +123,7 @@ def test_a_network_and_its_training_stay_what_they_are() -> None:
 def test_a_kept_kernel_is_made_anew_when_the_weights_have_changed() -> None:
     """By a step of training, by its average, and by a saved state that is taken over."""
     plain = network()
-    state = TrainingState(native.compiled(copy.deepcopy(plain)))
+    state = TrainingState(winograd.compiled(copy.deepcopy(plain)))
     images = torch.randint(0, 256, (8, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     objective = Objective.of(NoiseSchedule.named("cosine", 100), "eps", torch.device("cpu"))
     saved, x, t = state.tensors(), random(2, 1, 16, 16), torch.tensor([3.0, 50.0])
@@ -144,9 +145,9 @@ def test_a_kept_kernel_is_made_anew_when_the_weights_have_changed() -> None:
 
 def test_it_trains_after_it_has_sampled() -> None:
     """What inference mode makes stays an inference tensor: the room that is kept must not."""
-    layer = native.compiled(nn.Conv2d(16, 16, 3, padding=1))
+    layer = winograd.compiled(nn.Conv2d(16, 16, 3, padding=1))
     x = random(2, 16, 16, 16)
-    native._space.__dict__.clear()
+    winograd._space.__dict__.clear()
     with torch.inference_mode():
         layer(x)
     layer(x.requires_grad_()).sum().backward()
@@ -155,7 +156,7 @@ def test_it_trains_after_it_has_sampled() -> None:
 
 def test_other_types_are_left_to_torch() -> None:
     layer = nn.Conv2d(16, 16, 3, padding=1)
-    fast = native.compiled(copy.deepcopy(layer))
+    fast = winograd.compiled(copy.deepcopy(layer))
     x = random(2, 16, 16, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fast(x), layer(x))
@@ -174,8 +175,8 @@ def test_other_types_are_left_to_torch() -> None:
     ],
 )
 def test_without_a_compiler_it_says_so(compiler: str, line: str, tmp_path: Path) -> None:
-    code = "import torch; from ddpm import native\ntry: native.compiled(torch.nn.Conv2d(16, 16, 3, padding=1))\n"
-    code += "except native.NoCompiler as error: print(error)"
+    code = "import torch; from ddpm import native\ntry: winograd.compiled(torch.nn.Conv2d(16, 16, 3, padding=1))\n"
+    code += "except winograd.NoCompiler as error: print(error)"
     environment = {**os.environ, "CC": compiler, "PATH": str(tmp_path), "TORCH_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert re.fullmatch(line, done.stdout.strip())
@@ -195,16 +196,16 @@ def test_without_a_compiler_it_says_so_on_a_gpu_too(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(torch, "compile", lambda module, dynamic: given if module is net else None)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(native.NoCompiler, match=r"no C compiler found \(gcc, clang, or what CC names\)"):
-        native.compiled(net)
+    with pytest.raises(winograd.NoCompiler, match=r"no C compiler found \(gcc, clang, or what CC names\)"):
+        winograd.compiled(net)
     (tmp_path / "clang").touch(0o755)
-    assert native.compiled(net) is given
+    assert winograd.compiled(net) is given
 
 
 def test_without_a_place_to_keep_it_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    code = "import torch; from ddpm import native\ntry: native.compiled(torch.nn.Conv2d(16, 16, 3, padding=1))\n"
-    code += "except native.NoCompiler as error: print(error)"
+    code = "import torch; from ddpm import native\ntry: winograd.compiled(torch.nn.Conv2d(16, 16, 3, padding=1))\n"
+    code += "except winograd.NoCompiler as error: print(error)"
     environment = {**os.environ, "TORCH_HOME": str(tmp_path / "file")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("what the C compiler makes cannot be kept: ") and len(done.stdout.splitlines()) == 1

@@ -12,7 +12,7 @@ from scipy.special import ndtri
 from torch.overrides import TorchFunctionMode
 
 from ddpm import Denoiser, NoiseSchedule, sample
-from ddpm.noise import _inverse_normal, gaussian, philox
+from ddpm.diffusion.noise import _inverse_normal, gaussian, philox
 
 
 def words(*values: int) -> list[torch.Tensor]:

@@ -11,9 +11,9 @@ from scipy import integrate, stats
 from torch import nn
 
 from ddpm import LOSSES, SCHEDULES, TARGETS, Denoiser, NoiseSchedule, sample, trajectory
-from ddpm.denoiser import coefficients
-from ddpm.noise import gaussian
-from ddpm.objective import GAMMA, HYBRID, Objective, discretised_log_likelihood, gaussian_kl
+from ddpm.diffusion.denoiser import coefficients
+from ddpm.diffusion.noise import gaussian
+from ddpm.training.objective import GAMMA, HYBRID, Objective, discretised_log_likelihood, gaussian_kl
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 

@@ -16,16 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm import NoiseSchedule, UNet, native
-from ddpm.objective import Objective
-from ddpm.parallel import ALONE, World, joined
-from ddpm.training import TrainingState, fit
+from ddpm import NoiseSchedule, UNet
+from ddpm.networks import winograd
+from ddpm.training.fit import TrainingState, fit
+from ddpm.training.objective import Objective
+from ddpm.training.parallel import ALONE, World, joined
 
 
 def trained(world: World, fast: bool = False) -> dict[str, torch.Tensor]:
     """Everything that could depend on the row is on: dropout, flips, classes, parts of a batch.
 
-    fast: with native.py's convolutions, which compute in float32.
+    fast: with winograd.py's convolutions, which compute in float32.
     """
     torch.manual_seed(0)
     state = TrainingState(UNet(1, 8, 8, (1, 2), 1, (4,), dropout=0.2, classes=3).to(memory_format=torch.channels_last))
@@ -34,8 +35,8 @@ def trained(world: World, fast: bool = False) -> dict[str, torch.Tensor]:
     about = {"batch": 8, "learning_rate": 1e-2, "seed": 3, "warmup": 2, "flip": True, "accumulate": 2}
     labels = torch.arange(20) % 3
     net = world.module(state.net)
-    forward = native.compiled(net) if fast else net
-    assert fast == any(type(module) is native.Convolution for module in net.modules())
+    forward = winograd.compiled(net) if fast else net
+    assert fast == any(type(module) is winograd.Convolution for module in net.modules())
     steps = list(islice(fit(state, images, objective, labels=labels, world=world, forward=forward, **about), 4))
     return {**state.tensors(), "loss": torch.stack([step.loss for step in steps])}
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ddpm import SAMPLERS, SPACINGS, Denoiser, NoiseSchedule, blend, encode, interpolate, sample, snapshots
-from ddpm.noise import gaussian
-from ddpm.paths import FLOWS, pixel_error, slerp
-from ddpm.timesteps import network_times
+from ddpm.diffusion.noise import gaussian
+from ddpm.diffusion.paths import FLOWS, pixel_error, slerp
+from ddpm.diffusion.timesteps import network_times
 
 VARIANCE = 0.25
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm import SAMPLERS, SCHEDULES, SPACINGS, TARGETS, Denoiser, NoiseSchedule, sample, trajectory
-from ddpm.denoiser import coefficients
-from ddpm.noise import gaussian
-from ddpm.objective import Objective
-from ddpm.samplers import Level, ddim, ddpm
-from ddpm.timesteps import network_times
+from ddpm.diffusion.denoiser import coefficients
+from ddpm.diffusion.noise import gaussian
+from ddpm.diffusion.samplers import Level, ddim, ddpm
+from ddpm.diffusion.timesteps import network_times
+from ddpm.training.objective import Objective
 
 MEAN, VARIANCE = 0.4, 0.25
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm import SCHEDULES, SPACINGS, NoiseSchedule
-from ddpm.samplers import noise_levels
-from ddpm.schedule import ALIASES
-from ddpm.timesteps import network_times
+from ddpm.diffusion.samplers import noise_levels
+from ddpm.diffusion.schedule import ALIASES
+from ddpm.diffusion.timesteps import network_times
 
 # 60-digit arithmetic at T = 1000, rounded.
 TABLE = {

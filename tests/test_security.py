@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import features
-from ddpm.features import WeightsError
-from ddpm.stages import checkpoint, store
-from ddpm.stages.errors import InputError
-from ddpm.stages.exchange import import_diffusers
-from ddpm.stages.params import Params
+from ddpm.errors import InputError
+from ddpm.files import checkpoint, store
+from ddpm.files.params import Params
+from ddpm.scores import inception
+from ddpm.scores.inception import WeightsError
+from ddpm.tools.exchange import import_diffusers
 
 ROOT = Path(__file__).parents[1]
 
@@ -142,7 +142,7 @@ def test_inception_weights_that_are_a_pickle(write: str, bomb: bytes, mark: Path
     path = tmp_path / "inception.pth"
     path.write_bytes(bomb if write == "pickle" else torch_zip(mark))
     with pytest.raises(WeightsError):
-        features.load(64, tmp_path / "cache", weights=path)
+        inception.load(64, tmp_path / "cache", weights=path)
     assert not mark.exists()
 
 

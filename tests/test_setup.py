@@ -193,7 +193,7 @@ def test_bytecode_is_written_at_installation_only(clone: Clone) -> None:
     assert len(list(clone.root.glob("*/__pycache__/module.*.pyc"))) == 3
 
 
-@pytest.mark.parametrize("module", ["flows", "flows.up", "flows.worker", "flows.warm"])
+@pytest.mark.parametrize("module", ["flows", "flows.servers.up", "flows.servers.worker", "flows.processes.fork_server"])
 def test_a_disk_that_fills_leaves_no_half_of_a_module(module: str, tmp_path: Path) -> None:
     """A bound on the size of files cuts the bytecode of an edited module off, as a full disk does."""
     for name in ("ddpm", "flows"):

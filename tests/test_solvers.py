@@ -9,9 +9,9 @@ import torch
 from scipy.stats import kstest, norm
 
 from ddpm import SAMPLERS, SCHEDULES, SPACINGS, Denoiser, NoiseSchedule, sample
-from ddpm.noise import gaussian
-from ddpm.samplers import Level, noise_levels
-from ddpm.timesteps import network_times
+from ddpm.diffusion.noise import gaussian
+from ddpm.diffusion.samplers import Level, noise_levels
+from ddpm.diffusion.timesteps import network_times
 
 MEAN, VARIANCE = 0.4, 0.25
 MEANS = torch.tensor([-0.8, 0.5], dtype=torch.float64)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ddpm import NoiseSchedule, UNet
-from ddpm.objective import Objective
-from ddpm.training import TrainingState, _indices, fit, scaled
+from ddpm.training.fit import TrainingState, _indices, fit, scaled
+from ddpm.training.objective import Objective
 
 
 def images(count: int = 20) -> torch.Tensor:

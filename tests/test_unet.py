@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddpm import UNet
-from ddpm.unet import groups, time_embedding
+from ddpm.networks.unet import groups, time_embedding
 
 
 def parameters(net: torch.nn.Module) -> int:

@@ -1,3 +1,6 @@
-"""What a pipeline stage does: files in, files out. A stage knows nothing of who watches it."""
+"""The stages of dvc.yaml, one module each: files in, files out. A stage knows nothing of who watches it.
 
-from ddpm.stages import code as code  # first: it notes the files that the modules after it are imported from
+A verb that DVC does not run belongs to ddpm.tools.
+"""
+
+import ddpm.provenance as _provenance  # noqa: F401 - first: it notes the files that the modules after it are imported from

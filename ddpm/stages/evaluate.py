@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from ddpm import features, fidelity, intervals
-from ddpm.stages import code, store
-from ddpm.stages.device import find_device, memory_errors
-from ddpm.stages.errors import InputError
-from ddpm.stages.neighbours import copying
-from ddpm.stages.params import Params, Point
-from ddpm.stages.progress import Progress, Report, silent
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params, Point
+from ddpm.provenance import code
+from ddpm.runtime.device import find_device, memory_errors
+from ddpm.runtime.progress import Progress, Report, silent
+from ddpm.scores import fidelity, inception, intervals
+from ddpm.scores.copying import copying
 
 FEWEST = fidelity.NEIGHBOURS + 1  # images that can be scored
 SPLITS = 10  # of the Inception Score
@@ -53,8 +54,8 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
     cache = root / store.CACHE / "inception"
     try:
         with store.disk_full_is_one_line(cache):
-            inception = features.load(protocol.layer, cache, find_device(params.compute.device))
-    except features.WeightsError as error:
+            extractor = inception.load(protocol.layer, cache, find_device(params.compute.device))
+    except inception.WeightsError as error:
         raise InputError(str(error)) from None
 
     total = len(real) + len(samples)
@@ -62,11 +63,11 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
     def done(count: int, message: str = "") -> None:
         report(Progress(count, total, "images", message=message))
 
-    real_features, real_statistics = _reference(inception, real, protocol.batch, root / store.CACHE / "features", done)
+    real_features, real_statistics = _reference(extractor, real, protocol.batch, root / store.CACHE / "features", done)
     few = len(samples) < protocol.images
     done(len(real), f"{len(samples)} samples, not {protocol.images}: there are no more" if few else "")
-    fake_features = features.extract(inception, samples, protocol.batch, lambda count: done(len(real) + count))
-    scores, influence = _scores(inception, fake_features, real_features, real_statistics)
+    fake_features = inception.extract(extractor, samples, protocol.batch, lambda count: done(len(real) + count))
+    scores, influence = _scores(extractor, fake_features, real_features, real_statistics)
     scores |= {
         "point": point.name,
         "model": found.model,
@@ -76,27 +77,27 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
         "layer": protocol.layer,
         "evaluation": protocol.model_dump(mode="json"),
         "reference": dataset.about["sha256"],
-        "extractor": features.EXTRACTOR,
-        "extractor_sha256": inception.sha256,
+        "extractor": inception.EXTRACTOR,
+        "extractor_sha256": extractor.sha256,
         "samples": found.sha256,
     }
     return scores, influence
 
 
 def _scores(
-    inception: features.Inception, fake: fidelity.Features, real: fidelity.Features, reference: fidelity.Statistics
+    extractor: inception.Inception, fake: fidelity.Features, real: fidelity.Features, reference: fidelity.Statistics
 ) -> tuple[dict[str, Any], fidelity.Features]:
     """-> the scores, and the influence values of FID."""
-    found = fidelity.jackknife(fake, reference, inception.device)
+    found = fidelity.jackknife(fake, reference, extractor.device)
     influence = found.influence.astype(np.float32)  # as kept, so that the interval follows from the file
     low, high = intervals.Estimate(found.fid, intervals.standard_error(influence)).interval()
     size = max(2, min(KID_SUBSET_SIZE, len(fake) // 2, len(real) // 2))
-    kid, kid_std = fidelity.kid(fake, real, subset_size=size, device=inception.device)
-    luck = intervals.standard_error(fidelity.kid_influence(fake, real, inception.device))
+    kid, kid_std = fidelity.kid(fake, real, subset_size=size, device=extractor.device)
+    luck = intervals.standard_error(fidelity.kid_influence(fake, real, extractor.device))
     drawn = kid_std / math.sqrt(fidelity.SUBSETS)  # by which other subsets would move the mean
     kid_low, kid_high = intervals.Estimate(kid, math.hypot(luck, drawn)).interval()
-    precision, recall = fidelity.precision_recall(fake, real, device=inception.device)
-    copied = copying(*fidelity.nearest_distances(fake, real, inception.device))
+    precision, recall = fidelity.precision_recall(fake, real, device=extractor.device)
+    copied = copying(*fidelity.nearest_distances(fake, real, extractor.device))
     scores = {
         "fid": found.fid,
         "fid_low": max(0.0, low),
@@ -111,10 +112,10 @@ def _scores(
         "copying": copied.closer,
         "copying_z": copied.z,
     }
-    if len(fake) > inception.layer:  # with fewer images the bias is not proportional to 1/N
+    if len(fake) > extractor.layer:  # with fewer images the bias is not proportional to 1/N
         scores["fid_infinity"] = found.fid - found.bias
-    if inception.classifier is not None and len(fake) >= SPLITS:
-        logits = fake @ inception.classifier.T
+    if extractor.classifier is not None and len(fake) >= SPLITS:
+        logits = fake @ extractor.classifier.T
         scores["inception_score"], scores["inception_score_std"] = fidelity.inception_score(logits, SPLITS)
     return {name: _rounded(value) for name, value in scores.items()}, influence
 
@@ -128,13 +129,13 @@ def reference_images(train: store.Images, count: int) -> store.Images:
 
 
 def _reference(
-    inception: features.Inception, images: store.Images, batch: int, folder: Path, done: Callable[..., None]
+    extractor: inception.Inception, images: store.Images, batch: int, folder: Path, done: Callable[..., None]
 ) -> tuple[fidelity.Features, fidelity.Statistics]:
     """Features and statistics of the reference images, computed once for their content, the layer, the weights and the code."""
-    decisive = (inception.sha256, inception.device.type, images.shape, code.digest(__name__))
+    decisive = (extractor.sha256, extractor.device.type, images.shape, code.digest(__name__))
     content = hashlib.sha256(" ".join(map(str, decisive)).encode())
     content.update(np.ascontiguousarray(images).data)
-    path = folder / f"{features.EXTRACTOR}-{inception.layer}-{content.hexdigest()}.npz"
+    path = folder / f"{inception.EXTRACTOR}-{extractor.layer}-{content.hexdigest()}.npz"
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_suffix(".lock"))
     try:
@@ -148,8 +149,8 @@ def _reference(
             return kept["features"], fidelity.Statistics(kept["mean"], kept["covariance"])
         except (InputError, KeyError):
             done(0, f"reference features: {len(images)} images, once for this dataset")
-        extracted = features.extract(inception, images, batch, done)
-        statistics = fidelity.statistics(extracted, inception.device)
+        extracted = inception.extract(extractor, images, batch, done)
+        statistics = fidelity.statistics(extracted, extractor.device)
         found = {"features": extracted, "mean": statistics.mean, "covariance": statistics.covariance}
         store.write_arrays(path, path.stem, **found)
         return extracted, statistics

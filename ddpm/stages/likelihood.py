@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm.likelihood import Bound, mean_and_error, variational_bound
-from ddpm.stages import checkpoint, store
-from ddpm.stages.device import find_device, memory_errors
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params
-from ddpm.stages.progress import Progress, Report, silent
+from ddpm.diffusion.likelihood import Bound, mean_and_error, variational_bound
+from ddpm.errors import InputError
+from ddpm.files import checkpoint, store
+from ddpm.files.params import Params
+from ddpm.runtime.device import find_device, memory_errors
+from ddpm.runtime.progress import Progress, Report, silent
 
 
 def likelihood(params: Params, schedule: str, root: Path = Path(), report: Report = silent) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ddpm.stages import datasets, store
-from ddpm.stages.datasets import Source
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params
-from ddpm.stages.progress import Progress, Report, silent
-from ddpm.stages.store import Dataset, Images
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params
+from ddpm.files.store import Dataset, Images
+from ddpm.runtime.progress import Progress, Report, silent
+from ddpm.sources import image_folder
+from ddpm.sources.image_folder import Source
 
 COLUMNS, ROWS = 10, 20  # of the preview, at most
 PREVIEW_SIDE = 64  # pixels; larger images are thinned out
@@ -25,7 +26,7 @@ def prepare(params: Params, root: Path = Path(), report: Report = silent) -> dic
 
     Raises InputError, and then leaves an earlier dataset as it was.
     """
-    source = datasets.open_source(params.data, params.seed, root, report)
+    source = image_folder.open_source(params.data, params.seed, root, report)
     if source.counts[0] == 0:
         raise InputError(f"{params.data.path}: no training images: add some, or lower data.test_fraction")
     total = sum(source.counts)

@@ -17,10 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from ddpm.intervals import CONFIDENCE, difference, simultaneous
-from ddpm.stages import store
-from ddpm.stages.errors import InputError
-from ddpm.stages.metrics import (
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params, Point
+from ddpm.reporting.page import SHOWN, check_records, page
+from ddpm.reporting.plots import draw_scores, drawing
+from ddpm.runtime.progress import Progress, Report, silent
+from ddpm.scores.intervals import CONFIDENCE, difference, simultaneous
+from ddpm.scores.metrics import (
     HEADLINE,
     OPTIONAL,
     PROTOCOL,
@@ -31,10 +35,6 @@ from ddpm.stages.metrics import (
     front,
     read_scores,
 )
-from ddpm.stages.page import SHOWN, check_records, page
-from ddpm.stages.params import Params, Point
-from ddpm.stages.plots import draw_scores, drawing
-from ddpm.stages.progress import Progress, Report, silent
 
 BUDGETS = (10, 20, 50, 100, 1000)  # network evaluations an image, at most
 

@@ -13,16 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.denoiser import Denoiser
-from ddpm.noise import gaussian
-from ddpm.samplers import check_options, noise_levels, trajectory
-from ddpm.schedule import SCHEDULES, NoiseSchedule
-from ddpm.stages import checkpoint, code, compiling, store
-from ddpm.stages.device import find_device, memory_errors
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params, Point, Sampler
-from ddpm.stages.progress import Progress, Report, silent
-from ddpm.stages.stopping import Stopped, deferred
+from ddpm.diffusion.denoiser import Denoiser
+from ddpm.diffusion.noise import gaussian
+from ddpm.diffusion.samplers import check_options, noise_levels, trajectory
+from ddpm.diffusion.schedule import SCHEDULES, NoiseSchedule
+from ddpm.errors import InputError
+from ddpm.files import checkpoint, store
+from ddpm.files.params import Params, Point, Sampler
+from ddpm.provenance import code
+from ddpm.runtime import compiling
+from ddpm.runtime.device import find_device, memory_errors
+from ddpm.runtime.progress import Progress, Report, silent
+from ddpm.runtime.stopping import Stopped, deferred
 
 ALIKE = 1.25  # classes of which none has more than this times the images of another
 

@@ -2,7 +2,8 @@
 
 It saves what it needs to go on every `compute.checkpoint_every` steps in the cache, under a key of everything that decides
 the result except the number of steps, and goes on from there by itself, with the weights of training straight through.
-SIGTERM and Ctrl-C save before they end it. Of several processes (ddpm/parallel.py) the first one reads, writes and reports.
+SIGTERM and Ctrl-C save before they end it. Of several processes
+(ddpm/training/parallel.py) the first one reads, writes and reports.
 """
 
 from __future__ import annotations
@@ -18,20 +19,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm.denoiser import Denoiser
-from ddpm.objective import Objective
-from ddpm.parallel import World
-from ddpm.schedule import NoiseSchedule
-from ddpm.stages import checkpoint, code, ranks, store
-from ddpm.stages.checkpoint import ResumeState
-from ddpm.stages.compiling import compiled
-from ddpm.stages.device import find_device, memory_errors
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params
-from ddpm.stages.progress import Progress, Report, silent
-from ddpm.stages.stopping import Stopped, deferred
-from ddpm.stages.validation import Validation
-from ddpm.training import Step, TrainingState, fit
+from ddpm.diffusion.denoiser import Denoiser
+from ddpm.diffusion.schedule import NoiseSchedule
+from ddpm.errors import InputError
+from ddpm.files import checkpoint, store
+from ddpm.files.checkpoint import ResumeState
+from ddpm.files.params import Params
+from ddpm.provenance import code
+from ddpm.runtime import ranks
+from ddpm.runtime.compiling import compiled
+from ddpm.runtime.device import find_device, memory_errors
+from ddpm.runtime.progress import Progress, Report, silent
+from ddpm.runtime.stopping import Stopped, deferred
+from ddpm.training.fit import Step, TrainingState, fit
+from ddpm.training.objective import Objective
+from ddpm.training.parallel import World
+from ddpm.training.validation import Validation
 
 DIVERGED, ROWS = 10.0, 10  # the loss is so many times that of a network that predicts nothing, in so many rows running
 BASE_IMAGES = 256  # that say what the latter is

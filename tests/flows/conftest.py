@@ -377,7 +377,7 @@ def start_up(scratch: Scratch) -> Up:
     toml = scratch.root / "prefect.toml"  # what `prefect` reads where nothing is exported
     toml.write_text(re.sub(r":\d+/api", f":{ports['PREFECT_PORT']}/api", toml.read_text()))
     name = f"up-{ports['PREFECT_PORT']}.log"  # one each time
-    process = scratch.start(sys.executable, "-m", "flows.up", log=name, **ports)
+    process = scratch.start(sys.executable, "-m", "flows.servers.up", log=name, **ports)
     log = scratch.root / name
     wait(lambda: "\nready; " in log.read_text() or process.poll() is not None, 300, "`make up` is ready")
     assert process.poll() is None, log.read_text()

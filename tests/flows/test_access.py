@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from ddpm.stages.errors import InputError, without_password
-from flows import access, up
+from ddpm.errors import InputError, without_password
+from flows.servers import access, up
 
 ROOT = Path(__file__).parents[2]
 NAME, PREFECT_PASSWORD, MLFLOW_PASSWORD = "ddpm", "prefect-0f3a91c7", "mlflow-7be2d604"
@@ -98,7 +98,7 @@ def test_an_address_is_shown_without_its_password(address: str, without: str) ->
 
 
 def test_make_up_refuses_to_open_without_passwords(scratch: Any) -> None:
-    done = scratch.run(sys.executable, "-m", "flows.up", HOST="0.0.0.0")
+    done = scratch.run(sys.executable, "-m", "flows.servers.up", HOST="0.0.0.0")
     assert done.returncode != 0
     assert len(done.stderr.splitlines()) == 1
     assert "PREFECT_API_AUTH_STRING" in done.stderr
@@ -134,7 +134,9 @@ def test_with_host_the_servers_ask_everybody_for_a_password(scratch: Any, check_
     """The real servers and the worker of `make up HOST=0.0.0.0`."""
     ports = {"PREFECT_PORT": scratch.free_port(), "MLFLOW_PORT": scratch.free_port()}
     variables = {name: str(port) for name, port in ports.items()}
-    process = scratch.start(sys.executable, "-m", "flows.up", log="up.log", HOST="0.0.0.0", **variables, **PASSWORDS)
+    process = scratch.start(
+        sys.executable, "-m", "flows.servers.up", log="up.log", HOST="0.0.0.0", **variables, **PASSWORDS
+    )
     log = scratch.root / "up.log"
     prefect, mlflow = (f"http://127.0.0.1:{port}" for port in ports.values())
     # Ours get in: the worker has made its pool and its deployment, and waits for work.
@@ -176,6 +178,6 @@ def test_without_host_nothing_listens_beyond_loopback(scratch: Any) -> None:
     """Both servers, told to listen where they do by nothing; Prefect answers pages of its own address only."""
     ports = {"PREFECT_PORT": scratch.free_port(), "MLFLOW_PORT": scratch.free_port()}
     variables = {name: str(port) for name, port in ports.items()}
-    scratch.start(sys.executable, "-m", "flows.up", "mlflow", "prefect", **variables)
+    scratch.start(sys.executable, "-m", "flows.servers.up", "mlflow", "prefect", **variables)
     scratch.wait(lambda: all(addresses(scratch, {port}) for port in ports.values()), 240, "both servers listen")
     assert addresses(scratch, set(ports.values())) == {"127.0.0.1"}

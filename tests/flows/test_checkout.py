@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ddpm.stages.checkout import require_own
-from ddpm.stages.errors import InputError
-from flows import elsewhere, reaping, train_eval
+from ddpm.errors import InputError
+from ddpm.provenance.checkout import require_own
+from flows import train_eval
+from flows.hosts import dispatch
+from flows.processes import crashed_runs
 
 ROOT = Path(__file__).parents[2]
 FOREIGN = {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(ROOT)}  # the working directory is not looked into for modules
@@ -108,7 +110,7 @@ def test_a_copy_whose_files_are_hard_links_is_another_checkout(tmp_path: Path) -
         require_own(tmp_path)
 
 
-@pytest.mark.parametrize("module", ["ddpm", "flows", "flows.up", "flows.worker"])
+@pytest.mark.parametrize("module", ["ddpm", "flows", "flows.servers.up", "flows.servers.worker"])
 def test_no_entry_works_with_the_code_of_another_checkout(module: str, clone: Any) -> None:
     done = clone.run(sys.executable, "-m", module, *(["report"] if module == "ddpm" else []), **FOREIGN)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -117,11 +119,11 @@ def test_no_entry_works_with_the_code_of_another_checkout(module: str, clone: An
 
 def test_neither_a_run_of_the_flow_nor_a_host_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("claim", "reap"):
-        monkeypatch.setattr(reaping, name, lambda: None)
+        monkeypatch.setattr(crashed_runs, name, lambda: None)
     (tmp_path / "flows").mkdir()
     (tmp_path / "flows" / "__init__.py").touch()
     monkeypatch.chdir(tmp_path)
-    for state in (train_eval.train_eval.fn(), elsewhere._stage("prepare", "0" * 40, "", "")):
+    for state in (train_eval.train_eval.fn(), dispatch._stage("prepare", "0" * 40, "", "")):
         assert state.name == "InputError" and f"would run here, not {tmp_path / 'flows'};" in str(state.message)
     assert [path.name for path in tmp_path.iterdir()] == ["flows"]
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ddpm.stages import watchdog
-from flows import children, work
+from ddpm.runtime import watchdog
+from flows.processes import children
+from flows.repro import commands
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +109,7 @@ def test_a_line_in_a_report_of_the_progress_costs_the_report_alone(tmp_path: Pat
         def progress(self, stage: str, report: dict[str, object]) -> None:
             said.append(report)
 
-    outcome = work.run("x", (sys.executable, "-c", code), tmp_path, Watcher())  # type: ignore[arg-type]
+    outcome = commands.run("x", (sys.executable, "-c", code), tmp_path, Watcher())  # type: ignore[arg-type]
     assert outcome.kind == "Completed"
     assert said == ['@progress {"stage": "x", "done": 1}warning: MLflow', {"done": 2}, "@progress 3"]
 
@@ -172,12 +173,14 @@ def test_make_up_leaves_nothing_however_it_ends(end: str, tmp_path: Path) -> Non
     )
     (tmp_path / "folder").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "folder")}
-    command = [sys.executable, "-m", "flows.up"]
+    command = [sys.executable, "-m", "flows.servers.up"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = next(line for line in process.stdout if "started (pid=" in line)
         job = int(line.rpartition("=")[2].rstrip(")\n"))
-        (guard,) = [child for child in psutil.Process(process.pid).children() if "flows.guard" in child.cmdline()]
+        (guard,) = [
+            child for child in psutil.Process(process.pid).children() if "flows.servers.guard" in child.cmdline()
+        ]
         if end == "nobody reads":
             process.stdout.close()
         else:

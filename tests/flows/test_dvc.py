@@ -14,9 +14,11 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params
-from flows import children, dag, parameters, rwlock, work
+from ddpm.errors import InputError
+from ddpm.files.params import Params
+from flows import parameters
+from flows.processes import children
+from flows.repro import commands, dag, rwlock
 from flows.watch import Outcome
 
 ROOT = Path(__file__).parent.parent.parent
@@ -146,7 +148,7 @@ def test_a_broken_dvc_yaml_is_one_line(scratch: Any, text: str, named: str) -> N
 def test_how_a_stage_ends(scratch: Any) -> None:
     def reproduce(stage: str) -> tuple[Outcome, Record]:
         record = Record()
-        return work.reproduce(stage, scratch.root, record), record
+        return commands.reproduce(stage, scratch.root, record), record
 
     outcome, record = reproduce("prepare")
     assert outcome == Outcome("Completed", "2 steps in 0.0 s")
@@ -171,7 +173,7 @@ def test_what_another_dvc_holds_is_busy(scratch: Any) -> None:
     scratch.control(prepare={"until": "never"})
     scratch.start(sys.executable, "-m", "dvc", "repro", "--single-item", "prepare")
     scratch.pid("prepare")
-    outcome = work.reproduce("prepare", scratch.root, Record())
+    outcome = commands.reproduce("prepare", scratch.root, Record())
     assert outcome.kind == "Busy"
     assert "prepared" in outcome.text
     holders = (scratch.root / rwlock.FOLDER / "rwlock").read_text()
@@ -186,8 +188,8 @@ def test_what_another_dvc_holds_is_busy(scratch: Any) -> None:
 def test_several_stages_are_pushed_at_once(scratch: Any, tmp_path: Path) -> None:
     scratch.run("dvc", "remote", "add", "--default", "near", str(tmp_path / "remote"))
     for stage in ("prepare", "train@linear", "train@cosine"):
-        assert work.reproduce(stage, scratch.root, Record()).kind == "Completed"
-    work.exchange("push", "stages", scratch.root, Record(), "prepare", "train@cosine")
+        assert commands.reproduce(stage, scratch.root, Record()).kind == "Completed"
+    commands.exchange("push", "stages", scratch.root, Record(), "prepare", "train@cosine")
     sent = {path.read_text() for path in (tmp_path / "remote" / "files").rglob("*") if path.is_file()}
     assert sent == {"prepare", "train@cosine"}
     assert (tmp_path / "remote" / "runs").is_dir()
@@ -204,26 +206,26 @@ def test_outputs_that_find_no_room_in_the_cache_fail_the_stage_and_go_there_late
     )
     assert scratch.run("dvc", "config", "cache.dir", str(disk(1))).returncode == 0
     for _ in range(2):
-        outcome = work.reproduce("prepare", scratch.root, Record())
+        outcome = commands.reproduce("prepare", scratch.root, Record())
         assert outcome == Outcome(
             "Full", "DVC found no room on the disk (No space left on device): free some space and run this again"
         )
     disk(10)
-    assert work.reproduce("prepare", scratch.root, Record()).kind == "Completed"
+    assert commands.reproduce("prepare", scratch.root, Record()).kind == "Completed"
     assert (scratch.root / "runs").read_text() == "ran\n"
     assert "up to date" in scratch.run("dvc", "status").stdout
-    assert work.reproduce("prepare", scratch.root, Record()).kind == "Unchanged"
+    assert commands.reproduce("prepare", scratch.root, Record()).kind == "Unchanged"
 
 
 @pytest.mark.parametrize(("code", "kind", "kept"), [(-9, "Killed", True), (1, None, False), (0, "Completed", False)])
 def test_a_commit_counts_only_where_dvc_ended_well(
     code: int, kind: str | None, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "_uncommitted", {(tmp_path, "prepare")})
-    monkeypatch.setattr(work, "_run", lambda *_: (code, [], []))
-    outcome = work._commit("prepare", tmp_path, Record())
+    monkeypatch.setattr(commands, "_uncommitted", {(tmp_path, "prepare")})
+    monkeypatch.setattr(commands, "_run", lambda *_: (code, [], []))
+    outcome = commands._commit("prepare", tmp_path, Record())
     assert (outcome and outcome.kind) == kind
-    assert bool(work._uncommitted) == kept
+    assert bool(commands._uncommitted) == kept
 
 
 @pytest.mark.usefixtures("path")
@@ -236,10 +238,10 @@ def test_what_a_killed_dvc_held_is_free(scratch: Any, monkeypatch: pytest.Monkey
     path = scratch.root / rwlock.FOLDER / "rwlock"
     prepared = str(scratch.root / "prepared")
     path.write_text(json.dumps({"write": {prepared: held}, "read": {str(scratch.root / "source"): [held]}}))
-    assert work.reproduce("prepare", scratch.root, Record()).kind == "Busy"  # DVC alone believes it
+    assert commands.reproduce("prepare", scratch.root, Record()).kind == "Busy"  # DVC alone believes it
     with alone(scratch.root):
         assert json.loads(path.read_text()) == {"write": {}, "read": {}}
-        assert work.reproduce("prepare", scratch.root, Record()).kind == "Completed"
+        assert commands.reproduce("prepare", scratch.root, Record()).kind == "Completed"
     path.write_text("")  # as one leaves it that is killed while it writes
     with alone(scratch.root):
         assert not path.exists()

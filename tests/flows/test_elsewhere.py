@@ -24,9 +24,9 @@ from prefect.context import FlowRunContext, serialize_context
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Completed
 
-from ddpm.stages import store
-from ddpm.stages.errors import InputError
-from flows import elsewhere, engines
+from ddpm.errors import InputError
+from ddpm.files import store
+from flows.hosts import dispatch, engines
 from flows.train_eval import _artifacts, _shown, alone, train_eval
 from flows.watch import watcher
 
@@ -67,7 +67,7 @@ def clones(
 
 def pool(scratch: Any, hosts: list[Any], api: str) -> bool:
     for host in hosts:
-        host.start(sys.executable, "-m", "flows.worker", "hosts", PREFECT_API_URL=api)
+        host.start(sys.executable, "-m", "flows.servers.worker", "hosts", PREFECT_API_URL=api)
     for host in hosts:
         host.wait(lambda log=host.root / "log": "started!" in log.read_text(), 120, "a host waits for work")
     return True
@@ -191,7 +191,7 @@ def test_a_task_takes_neither_passwords_nor_the_flows_code_along() -> None:
     token = engines.cluster.set(Recorder())  # type: ignore[arg-type]
     with temporary_settings(here), asking:
         assert b"planted-password" in cloudpickle.dumps(serialize_context()["settings_context"])  # as Prefect would
-        sent: Any = engines.submit(elsewhere.on_a_host, {})
+        sent: Any = engines.submit(dispatch.on_a_host, {})
     engines.cluster.reset(token)
     packed = cloudpickle.dumps(sent)
     assert not any(text in packed for text in (b"planted-password", b"http://here", b"flows.train_eval"))
@@ -210,9 +210,9 @@ def repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_a_clone_at_another_commit_refuses_in_one_line(repository: Path) -> None:
-    state = elsewhere._stage("train@cosine", 40 * "0", "changed: true", str(uuid4()))
+    state = dispatch._stage("train@cosine", 40 * "0", "changed: true", str(uuid4()))
     assert (state.name, state.type.value) == ("InputError", "FAILED")
-    here = elsewhere.head(Path())[:10]
+    here = dispatch.head(Path())[:10]
     assert state.message == f"this host's clone is at {here}, the run is of 0000000000: check that out here"
     assert [path.name for path in repository.iterdir()] == [".git"]
 
@@ -225,7 +225,7 @@ def test_a_worker_in_the_clone_that_asks_refuses_in_one_line(repository: Path, m
     with alone(repository):
         host = threading.Thread(
             target=lambda: said.append(
-                elsewhere._stage("train@cosine", elsewhere.head(repository), "changed: true", asks)
+                dispatch._stage("train@cosine", dispatch.head(repository), "changed: true", asks)
             ),
             daemon=True,
         )
@@ -239,7 +239,7 @@ def test_a_worker_in_the_clone_that_asks_refuses_in_one_line(repository: Path, m
 
 def test_an_api_that_is_busy_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Prefect's client raises once its own tries are over."""
-    monkeypatch.setattr(elsewhere, "POLL", 0.01)
+    monkeypatch.setattr(dispatch, "POLL", 0.01)
     request = httpx.Request("GET", "http://127.0.0.1/api")
     busy = httpx.HTTPStatusError("busy", request=request, response=httpx.Response(503, request=request))
     answers = [busy, httpx.ConnectError("away"), Completed()]
@@ -251,7 +251,7 @@ def test_an_api_that_is_busy_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> 
                 raise answer
             return SimpleNamespace(state=answer)
 
-    state = elsewhere._followed(Client(), uuid4())  # type: ignore[arg-type]
+    state = dispatch._followed(Client(), uuid4())  # type: ignore[arg-type]
     assert state is not None and state.is_completed()
 
 

@@ -89,7 +89,7 @@ def named(clone: Any, kind: str, command: psutil.Process) -> list[psutil.Process
     tests: dict[str, Callable[[list[str]], bool]] = {
         "stage": lambda said: len(said) > 1 and said[-1] in VERBS and "ddpm" in said[-2],
         "dvc": lambda said: "repro" in said,
-        "server": lambda said: "flows.embedded" in said,
+        "server": lambda said: "flows.servers.embedded" in said,
     }
     if kind not in tests:
         return [command]

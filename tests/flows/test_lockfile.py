@@ -18,8 +18,8 @@ from typing import Any, cast
 import dvc.utils.serialize._yaml as serialize
 import pytest
 
-from ddpm.stages.errors import InputError
-from flows import dag, lockfile
+from ddpm.errors import InputError
+from flows.repro import dag, lockfile
 
 LOCK = Path(__file__).parents[2] / "dvc.lock"
 DEPENDENCY = OrderedDict(path="a", hash="md5", md5="0" * 32, size=1)

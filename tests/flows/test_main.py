@@ -16,8 +16,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from flows import embedded
 from flows.display import Terminal
+from flows.servers import embedded
 from flows.watch import Outcome
 
 MAIN = (sys.executable, "-m", "flows")
@@ -106,7 +106,7 @@ def test_a_killed_api_is_started_again_and_the_flow_goes_on(here: Any) -> None:
     here.forget("train@linear")
     flow = here.start(*MAIN, "-S", "training.steps=10", log="flow.log")
     here.pid("train@linear", 90)
-    (api,) = [process for process in here.processes() if "flows.embedded" in process.cmdline()]
+    (api,) = [process for process in here.processes() if "flows.servers.embedded" in process.cmdline()]
     api.kill()
     (here.root / "go").touch()
     assert flow.wait(120) == 0

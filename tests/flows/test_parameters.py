@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params
+from ddpm.errors import InputError
+from ddpm.files.params import Params
 from flows import parameters
 
 ROOT = Path(__file__).parent.parent.parent

@@ -307,7 +307,7 @@ def test_a_busy_port_is_one_line(scratch: Any) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = scratch.run(sys.executable, "-m", "flows.up", PREFECT_PORT=str(port))
+        done = scratch.run(sys.executable, "-m", "flows.servers.up", PREFECT_PORT=str(port))
     assert done.returncode != 0
     assert len(done.stderr.splitlines()) == 1
     assert str(port) in done.stderr
@@ -317,7 +317,7 @@ def test_a_busy_port_is_one_line(scratch: Any) -> None:
 def test_ctrl_c_stops_what_was_started(scratch: Any) -> None:
     """With MLflow alone, as `make ui` starts it, in a folder whose name has a space."""
     port = scratch.free_port()
-    process = scratch.start(sys.executable, "-m", "flows.up", "mlflow", MLFLOW_PORT=str(port))
+    process = scratch.start(sys.executable, "-m", "flows.servers.up", "mlflow", MLFLOW_PORT=str(port))
 
     def answers() -> bool:
         try:

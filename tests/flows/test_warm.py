@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flows import children, warm
+from flows.processes import children, fork_server
 
 ROOT = Path(__file__).parent.parent.parent
 COMMAND = ("dvc", "repro", "--single-item", "prepare")
@@ -115,13 +115,13 @@ def test_only_this_environment_s_own_programs_are_forked(tmp_path: Path) -> None
     own = str(Path(sys.executable).parent)
     (tmp_path / "python").symlink_to(sys.executable)
     for command, path, forks in (
-        ((*warm.DDPM, "report"), own, True),
+        ((*fork_server.DDPM, "report"), own, True),
         (("dvc", "repro"), own, True),
-        ((*warm.DDPM, "report"), os.pathsep.join((str(tmp_path), own)), False),
+        ((*fork_server.DDPM, "report"), os.pathsep.join((str(tmp_path), own)), False),
         (("python", "-m", "ddpm", "report"), own, False),
         (("ddpm", "report"), own, False),
     ):
-        assert warm.can_run(command, {"PATH": path}) == forks, command
+        assert fork_server.can_run(command, {"PATH": path}) == forks, command
 
 
 def test_it_ends_with_the_exit_code_and_the_line_of_the_stage(root: Path) -> None:
@@ -133,7 +133,7 @@ def test_it_ends_with_the_exit_code_and_the_line_of_the_stage(root: Path) -> Non
     assert any(text.startswith("ddpm: params.yaml: data.test_fraction") for text in said)
     assert any("exited with 2" in text for text in said)
     said.clear()
-    assert children.run((*warm.DDPM, "prepare"), root, said.append) == 2
+    assert children.run((*fork_server.DDPM, "prepare"), root, said.append) == 2
     assert len(said) == 1
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from ddpm.intervals import CONFIDENCE, quantile, standard_error
-from ddpm.stages import store
-from ddpm.stages.params import Params, Point
+from ddpm.files import store
+from ddpm.files.params import Params, Point
+from ddpm.scores.intervals import CONFIDENCE, quantile, standard_error
 from ddpm.stages.prepare import prepare
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.stages import tracking
-from ddpm.stages.params import Params
+from ddpm import tracking
+from ddpm.files.params import Params
 
 PAGE = Path(__file__).parents[2] / "docs" / "storage.md"
 

@@ -34,14 +34,14 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
 from ddpm import cli
-from ddpm.stages import checkpoint, store
-from ddpm.stages.errors import InputError
-from ddpm.stages.exchange import export_diffusers, import_diffusers
-from ddpm.stages.params import Params, Point
+from ddpm.errors import InputError
+from ddpm.files import checkpoint, store
+from ddpm.files.params import Params, Point
 from ddpm.stages.report import _read_rows
 from ddpm.stages.sample import check_point, sample_point
-from ddpm.stages.tracking.publishing import PointFiles
 from ddpm.stages.train import about_network, about_schedule, noise_schedule
+from ddpm.tools.exchange import export_diffusers, import_diffusers
+from ddpm.tracking.publish.publishing import PointFiles
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
 VALID = json.dumps(YAML(typ="safe").load(RECIPE.read_text(encoding="utf-8")))

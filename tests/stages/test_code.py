@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm import native
-from ddpm.stages import code
+from ddpm.networks import winograd
+from ddpm.provenance import code
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,9 +20,9 @@ PROGRAM = """
 import signal
 from ddpm.stages import store
 from ddpm.stages.evaluate import evaluate
-from ddpm.stages.params import Params, Point
+from ddpm.files.params import Params, Point
 from ddpm.stages.sample import sample_point
-from ddpm.stages.stopping import Stopped
+from ddpm.runtime.stopping import Stopped
 from ddpm.stages.train import train
 
 def say(progress):
@@ -92,7 +92,7 @@ def test_what_other_code_left_is_not_gone_on_from(checkout: Path) -> None:
 EDITED = """
 from pathlib import Path
 from ddpm.stages import checkpoint, train
-from ddpm.stages.params import Params
+from ddpm.files.params import Params
 for name in ("unet.py", "training.py"):
     path = Path("ddpm") / name
     path.write_text(path.read_text() + "# and so on")
@@ -140,21 +140,21 @@ def test_a_kernel_is_compiled_anew_for_all_that_decides_it(
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler here")
-    monkeypatch.setattr(native.torch.hub, "get_dir", lambda: str(tmp_path / "kept" / "hub"))
+    monkeypatch.setattr(winograd.torch.hub, "get_dir", lambda: str(tmp_path / "kept" / "hub"))
     script = tmp_path / "a-compiler"
     monkeypatch.setenv("CC", str(script))
 
     def kernels(version: str = "1") -> int:
         script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo {version} && exit\nexec {compiler} "$@"\n')
         script.chmod(0o755)
-        native._library.__wrapped__()
+        winograd._library.__wrapped__()
         return len(list((tmp_path / "kept").rglob("*.so")))
 
-    for name, attribute in (("native.c", "SOURCE"), ("native.py", "__file__")):
-        shutil.copy(Path(native.__file__).with_name(name), tmp_path)
-        monkeypatch.setattr(native, attribute, type(getattr(native, attribute))(tmp_path / name))
+    for name, attribute in (("winograd.c", "SOURCE"), ("winograd.py", "__file__")):
+        shutil.copy(Path(winograd.__file__).with_name(name), tmp_path)
+        monkeypatch.setattr(winograd, attribute, type(getattr(winograd, attribute))(tmp_path / name))
     assert [kernels(), kernels()] == [1, 1]
     if changed != "version":
-        with (tmp_path / {"source": "native.c", "code": "native.py"}[changed]).open("a") as file:
+        with (tmp_path / {"source": "winograd.c", "code": "winograd.py"}[changed]).open("a") as file:
             file.write("\n")
     assert kernels("2" if changed == "version" else "1") == 2

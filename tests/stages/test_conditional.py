@@ -19,16 +19,16 @@ import torch
 from mlflow.models import Model
 from PIL import Image
 
-from ddpm import Denoiser, sample
-from ddpm.noise import gaussian
-from ddpm.stages import checkpoint, store, tracking
-from ddpm.stages.errors import InputError
-from ddpm.stages.generate import generate
-from ddpm.stages.params import Params, Point
-from ddpm.stages.preview import preview_file, previews
+from ddpm import Denoiser, sample, tracking
+from ddpm.diffusion.noise import gaussian
+from ddpm.errors import InputError
+from ddpm.files import checkpoint, store
+from ddpm.files.params import Params, Point
 from ddpm.stages.sample import class_labels, sample_point, to_uint8
-from ddpm.stages.tracking.lineage import identity_of_model, training_identity
 from ddpm.stages.train import train
+from ddpm.tools.generate import generate
+from ddpm.tools.preview import preview_file, previews
+from ddpm.tracking.lineage import identity_of_model, training_identity
 
 Smoke = Callable[..., Params]
 

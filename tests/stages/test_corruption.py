@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from ddpm import cli
-from ddpm.stages import store, tracking
+from ddpm import cli, tracking
+from ddpm.files import store
+from ddpm.files.params import Params, Point
+from ddpm.runtime.progress import Progress
 from ddpm.stages.evaluate import evaluate
 from ddpm.stages.likelihood import likelihood
-from ddpm.stages.params import Params, Point
 from ddpm.stages.prepare import prepare
-from ddpm.stages.progress import Progress
 from ddpm.stages.report import report
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train

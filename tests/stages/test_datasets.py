@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpm.stages import datasets
-from ddpm.stages.datasets import Source, held_out, open_source
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Data
-from ddpm.stages.progress import Progress, silent
+from ddpm.errors import InputError
+from ddpm.files.params import Data
+from ddpm.runtime.progress import Progress, silent
+from ddpm.sources import image_folder
+from ddpm.sources.image_folder import Source, held_out, open_source
 
 Pixels = NDArray[np.uint8]
 
@@ -440,7 +440,7 @@ def test_a_download_that_cannot_be_reached(
 
 @pytest.mark.parametrize("source", ["cifar10", "fashion-mnist"])
 def test_a_server_that_never_answers(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(image_folder, "DOWNLOAD_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         send_to(server.getsockname()[1], monkeypatch)
         assert "timed out" in refused(tmp_path, source)

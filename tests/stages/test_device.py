@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddpm.stages.device import memory_errors
-from ddpm.stages.errors import InputError
-from ddpm.stages.record import _hardware
+from ddpm.errors import InputError
+from ddpm.provenance.run_record import _hardware
+from ddpm.runtime.device import memory_errors
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.stages import dvc_lock
-from ddpm.stages.errors import InputError
+from ddpm.errors import InputError
+from ddpm.provenance import dvc_lock
 
 ROOT = Path(__file__).parents[2]
 LOCK = (ROOT / "dvc.lock").read_text()

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import features, fidelity
-from ddpm.intervals import standard_error
-from ddpm.stages import store
-from ddpm.stages.errors import InputError
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Compute, Evaluation, Params, Point
+from ddpm.runtime.progress import Progress
+from ddpm.scores import fidelity, inception
+from ddpm.scores.copying import copying
+from ddpm.scores.intervals import standard_error
 from ddpm.stages.evaluate import evaluate, reference_images
-from ddpm.stages.neighbours import copying
-from ddpm.stages.params import Compute, Evaluation, Params, Point
-from ddpm.stages.progress import Progress
 
 POINT = Point(schedule="linear", sampler="ddim", steps=5)
 COMPUTING = "once for this dataset"
@@ -73,9 +73,9 @@ def cached(root: Path) -> list[Path]:
 
 def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) -> None:
     scores, seen = run(root)
-    inception = features.load(64, inception_cache)
+    extractor = inception.load(64, inception_cache)
     fake, real = (
-        features.extract(inception, images) for images in (digits()[30:42], reference_images(digits()[:30], 12))
+        inception.extract(extractor, images) for images in (digits()[30:42], reference_images(digits()[:30], 12))
     )
     fid = fidelity.fid(fidelity.statistics(fake), fidelity.statistics(real))
     kid, kid_std = fidelity.kid(fake, real, subset_size=6)
@@ -104,7 +104,7 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
         "layer": 64,
         "reference": "the version",
         "extractor": "inception-v3-2015-12-05",
-        "extractor_sha256": inception.sha256,
+        "extractor_sha256": extractor.sha256,
         "samples": store.read_samples_record(root / store.samples_file(POINT))[store.CHECKSUM],
         "files": {store.influence_file(POINT).name: store.sha256(root / store.influence_file(POINT))},
     }
@@ -145,7 +145,7 @@ def test_reference_features_are_found_by_content(root: Path, inception_weights: 
     assert computed(seen)
     assert after["fid"] != before["fid"]
     assert computed(run(root, protocol(images=8))[1])
-    monkeypatch.setenv(features.WEIGHTS_VARIABLE, str(inception_weights))
+    monkeypatch.setenv(inception.WEIGHTS_VARIABLE, str(inception_weights))
     other, seen = run(root)
     assert computed(seen)
     assert other["extractor_sha256"] != after["extractor_sha256"]
@@ -212,9 +212,9 @@ def test_wrong_input_is_one_line_and_leaves_nothing(root: Path, monkeypatch: Any
 
     if not torch.cuda.is_available():
         refused("cuda", protocol(device="cuda"))
-    monkeypatch.setenv(features.WEIGHTS_VARIABLE, str(root / "nothing.pth"))
+    monkeypatch.setenv(inception.WEIGHTS_VARIABLE, str(root / "nothing.pth"))
     refused(r"nothing\.pth")
-    monkeypatch.delenv(features.WEIGHTS_VARIABLE)
+    monkeypatch.delenv(inception.WEIGHTS_VARIABLE)
     samples = root / store.samples_file(POINT)
     store.write_samples(samples, digits()[:3], evaluations=5, model="m")
     refused("four or more")
@@ -237,13 +237,13 @@ def test_full_weights_at_the_last_layer_give_an_inception_score(
     state = torch.load(inception_weights, weights_only=True)
     classifier = torch.randn(1008, 2048, generator=torch.Generator().manual_seed(0))
     torch.save(state | {"fc.weight": classifier}, tmp_path / "full.pth")
-    monkeypatch.setenv(features.WEIGHTS_VARIABLE, str(tmp_path / "full.pth"))
+    monkeypatch.setenv(inception.WEIGHTS_VARIABLE, str(tmp_path / "full.pth"))
     assert "inception_score" not in run(root)[0]
     params = protocol()
     params = params.model_copy(update={"evaluation": params.evaluation.model_copy(update={"layer": 2048})})
     scores, _ = run(root, params)
-    inception = features.load(2048, tmp_path)
-    logits = torch.from_numpy(features.extract(inception, digits()[30:42])) @ classifier.T
+    extractor = inception.load(2048, tmp_path)
+    logits = torch.from_numpy(inception.extract(extractor, digits()[30:42])) @ classifier.T
     theirs = isc_features_to_metric(logits)
     assert scores["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
     assert scores["inception_score"] > 1.01
@@ -257,8 +257,8 @@ def test_with_more_images_than_features_fid_is_extrapolated(root: Path, inceptio
     write_dataset(root, images[:70])
     store.write_samples(root / store.samples_file(POINT), images[70:], evaluations=5, model="m")
     scores, _ = run(root, protocol(images=70))
-    inception = features.load(64, inception_cache)
-    fake, real = (features.extract(inception, part) for part in (images[70:], images[:70]))
+    extractor = inception.load(64, inception_cache)
+    fake, real = (inception.extract(extractor, part) for part in (images[70:], images[:70]))
     found = fidelity.jackknife(fake, fidelity.statistics(real))
     assert scores["fid_infinity"] == pytest.approx(found.fid - found.bias, rel=1e-4)
     assert scores["fid_infinity"] < scores["fid"]

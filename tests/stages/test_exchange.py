@@ -16,16 +16,16 @@ from typer.testing import CliRunner
 
 from ddpm import NoiseSchedule
 from ddpm.cli import app
-from ddpm.objective import Objective
-from ddpm.samplers import Level, ddim, ddpm
-from ddpm.stages import checkpoint, store
-from ddpm.stages.errors import InputError
-from ddpm.stages.exchange import WEIGHTS, export_diffusers, import_diffusers
-from ddpm.stages.page import _schedules
-from ddpm.stages.params import Params, Point
+from ddpm.diffusion.samplers import Level, ddim, ddpm
+from ddpm.errors import InputError
+from ddpm.files import checkpoint, store
+from ddpm.files.params import Params, Point
+from ddpm.reporting.page import _schedules
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
-from ddpm.stages.validation import Validation
+from ddpm.tools.exchange import WEIGHTS, export_diffusers, import_diffusers
+from ddpm.training.objective import Objective
+from ddpm.training.validation import Validation
 
 diffusers = pytest.importorskip("diffusers")
 ROOT = Path(__file__).parents[2]
@@ -129,7 +129,7 @@ def test_it_is_published_and_promoted_like_our_own(
     write_scores: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ddpm.stages import tracking
+    from ddpm import tracking
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copyfile(empty_database, checkout / "mlflow.db")

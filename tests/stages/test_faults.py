@@ -24,19 +24,11 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from ddpm import cli, features
-from ddpm.stages import device
-from ddpm.stages.checkpoint import ResumeState, read_resume, write_resume
-from ddpm.stages.device import memory_errors
-from ddpm.stages.errors import InputError
-from ddpm.stages.exchange import export_diffusers
-from ddpm.stages.params import Params, Point
-from ddpm.stages.prepare import prepare
-from ddpm.stages.progress import Progress
-from ddpm.stages.report import report
-from ddpm.stages.sample import sample_point
-from ddpm.stages.stopping import Stopped, deferred
-from ddpm.stages.store import (
+from ddpm import cli
+from ddpm.errors import InputError
+from ddpm.files.checkpoint import ResumeState, read_resume, write_resume
+from ddpm.files.params import Params, Point
+from ddpm.files.store import (
     disk_full_is_one_line,
     replacing,
     replacing_dir,
@@ -46,7 +38,16 @@ from ddpm.stages.store import (
     write_samples,
     writing_dataset,
 )
+from ddpm.runtime import device
+from ddpm.runtime.device import memory_errors
+from ddpm.runtime.progress import Progress
+from ddpm.runtime.stopping import Stopped, deferred
+from ddpm.scores import inception
+from ddpm.stages.prepare import prepare
+from ddpm.stages.report import report
+from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
+from ddpm.tools.exchange import export_diffusers
 
 ROOT = Path(__file__).parents[2]
 POINT = Point.parse("cosine-ddpm-5")
@@ -91,7 +92,7 @@ KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from ddpm.stages.params import Params
+from ddpm.files.params import Params
 from ddpm.stages.train import train
 
 torch.set_num_threads(1)
@@ -180,7 +181,7 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody
 
 # Writes a state until it is killed.
 WRITER = """
-import sys; from pathlib import Path; import torch; from ddpm.stages.checkpoint import ResumeState, write_resume
+import sys; from pathlib import Path; import torch; from ddpm.files.checkpoint import ResumeState, write_resume
 state = ResumeState(8, {"net.weight": torch.ones(2**24)}, [], [])
 while True:
     write_resume(Path(sys.argv[1]), state)
@@ -483,7 +484,7 @@ def test_what_is_edited_under_the_program_is_recorded_nowhere(
         Path("params.yaml").write_text(text.replace("seed: 0", "seed: 7"))
 
     monkeypatch.setattr("ddpm.stages.prepare.prepare", prepare)
-    monkeypatch.setattr("ddpm.stages.record.record", lambda *about: pytest.fail("it was recorded"))
+    monkeypatch.setattr("ddpm.provenance.run_record.record", lambda *about: pytest.fail("it was recorded"))
     with pytest.raises(InputError, match="prepare: seed changed while it ran"):
         cli.prepare()
 
@@ -662,7 +663,7 @@ def test_what_another_sampling_made_is_not_taken(
 SAMPLER = """
 import json, resource, sys
 from pathlib import Path
-from ddpm.stages.params import Params, Point
+from ddpm.files.params import Params, Point
 from ddpm.stages.sample import sample_point
 sample_point(Params.check(json.loads(sys.argv[1]), "smoke"), Point.parse("cosine-ddim-2"), Path(sys.argv[2]),
              lambda progress: progress.message and print(progress.message, flush=True))
@@ -782,7 +783,7 @@ def write_labels(disk: Path) -> None:
 def evaluate_on(disk: Path) -> None:
     """As in a checkout where the weights of Inception were not converted yet."""
     with disk_full_is_one_line(disk / "inception"):
-        features._from_wheel(disk / "inception")
+        inception._from_wheel(disk / "inception")
 
 
 NOISE = np.random.default_rng(0).integers(0, 255, (100, 3, 128, 128), np.uint8)
@@ -801,7 +802,7 @@ def test_every_writer_that_finds_no_room_says_so(
     name: str, small_disk: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Room for the file's head, and not for the rest: numpy and safetensors have words of their own for that."""
-    monkeypatch.setattr(features, "_convert", lambda path: {"weight": torch.zeros(10**6)})
+    monkeypatch.setattr(inception, "_convert", lambda path: {"weight": torch.zeros(10**6)})
     shutil.copytree(trained / "models", small_disk / "models")
     fill(small_disk, spare=700_000)
     before = files(small_disk)
@@ -813,7 +814,7 @@ def test_every_writer_that_finds_no_room_says_so(
 PREPARER = """
 import json, sys
 from pathlib import Path
-from ddpm.stages.params import Params
+from ddpm.files.params import Params
 from ddpm.stages.prepare import prepare
 prepare(Params.check(json.loads(sys.argv[1]), "smoke"), Path(sys.argv[2]))
 """
@@ -871,10 +872,10 @@ BOUNDED = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from ddpm.stages.errors import InputError
+from ddpm.errors import InputError
 from ddpm.stages.evaluate import evaluate
 from ddpm.stages.likelihood import likelihood
-from ddpm.stages.params import Params, Point
+from ddpm.files.params import Params, Point
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
 raw, root = json.loads(sys.argv[1]), Path(sys.argv[2])
@@ -956,7 +957,7 @@ import json, re, resource, sys
 from pathlib import Path
 import numpy as np
 from ddpm.stages import store
-from ddpm.stages.params import Params
+from ddpm.files.params import Params
 from ddpm.stages.train import train
 raw, root, count = json.loads(sys.argv[1]), Path(sys.argv[2]), 350_000
 (root / "dataset").mkdir()

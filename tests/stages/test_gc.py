@@ -12,9 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ddpm.cli import app
-from ddpm.stages import cleaning, store
-from ddpm.stages.params import Params
+from ddpm.files import store
+from ddpm.files.params import Params
 from ddpm.stages.train import train
+from ddpm.tools import cleaning
 
 Smoke = Callable[..., Params]
 

@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from ddpm import encode, sample
 from ddpm.cli import app
-from ddpm.stages import checkpoint, store
-from ddpm.stages.errors import InputError
-from ddpm.stages.generate import generate
-from ddpm.stages.params import Params
+from ddpm.errors import InputError
+from ddpm.files import checkpoint, store
+from ddpm.files.params import Params
 from ddpm.stages.sample import to_uint8
 from ddpm.stages.train import train
-from ddpm.training import scaled
+from ddpm.tools.generate import generate
+from ddpm.training.fit import scaled
 
 MODEL = "models/cosine"
 

@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpm.stages import images
-from ddpm.stages.errors import InputError
-from ddpm.stages.images import Layout
+from ddpm.errors import InputError
+from ddpm.sources import decoding
+from ddpm.sources.decoding import Layout
 
 Pixels = NDArray[np.uint8]
 
@@ -60,7 +60,7 @@ def read(*contents: bytes, channels: int = 3, side: int = 8, fit: str = "error",
     """Each as uint8 H,W,C."""
     files = {f"{index}.png": (lambda content=content: content) for index, content in enumerate(contents)}
     pixels = np.zeros((len(contents), channels, side, side), np.uint8)
-    images.read_all(files, Layout(channels, side, fit, convert), list(pixels), "here", lambda done: None)
+    decoding.read_all(files, Layout(channels, side, fit, convert), list(pixels), "here", lambda done: None)
     return list(pixels.transpose(0, 2, 3, 1))
 
 
@@ -219,9 +219,9 @@ def test_the_first_three_are_named_and_all_are_counted() -> None:
 def test_file_names_cannot_break_the_line(tmp_path: Path) -> None:
     (tmp_path / "a\nb\x1b[31m.png").write_bytes(b"")
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"")
-    files, _ = images.find(tmp_path, "here")
+    files, _ = decoding.find(tmp_path, "here")
     with pytest.raises(InputError) as caught:
-        images.first_shape(files, None, "here")
+        decoding.first_shape(files, None, "here")
     assert str(caught.value).isprintable()
     assert "a\\nb" in str(caught.value)
 
@@ -336,7 +336,7 @@ def test_folders_and_zips_are_one_tree(tmp_path: Path) -> None:
         add(tmp_path, name, name.encode())
     zipped(tmp_path / "b" / "more.zip", {"c/x.PNG": b"x", "./y.png": b"y"})
     zipped(tmp_path / "stored.ZIP", {"dos\\z.png": b"z", "empty/": b""}, zipfile.ZIP_STORED)
-    files, left_out = images.find(tmp_path, "here")
+    files, left_out = decoding.find(tmp_path, "here")
     assert {name: read() for name, read in files.items()} == {
         "a.png": b"a.png",
         "b/c/d.JPG": b"b/c/d.JPG",
@@ -354,7 +354,7 @@ def test_other_files_are_left_out_and_counted(tmp_path: Path) -> None:
     for name in others:
         add(tmp_path, name)
     zipped(tmp_path / "z.zip", {"__MACOSX/a/._y.png": b"", "y.txt": b"", "b/y.png": GOOD})
-    files, left_out = images.find(tmp_path, "here")
+    files, left_out = decoding.find(tmp_path, "here")
     assert sorted(files) == ["a/x.png", "b/y.png"]
     assert sorted(left_out) == sorted([*others, "__MACOSX/a/._y.png", "y.txt"])
 
@@ -378,20 +378,20 @@ def encrypted(path: Path) -> None:
 def test_zip_members_that_escape(tmp_path: Path, name: str) -> None:
     zipped(tmp_path / "bad.zip", {"fine.png": GOOD, name: GOOD})
     with pytest.raises(InputError, match=r"here: 1 file cannot be used: bad\.zip: .* \(escapes its folder\)"):
-        images.find(tmp_path, "here")
+        decoding.find(tmp_path, "here")
 
 
 def test_zip_links(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
         archive.writestr(link("x.png"), "/etc/passwd")
     with pytest.raises(InputError, match=r"bad\.zip: x\.png \(a link\)"):
-        images.find(tmp_path / "bad.zip", "here")
+        decoding.find(tmp_path / "bad.zip", "here")
 
 
 def test_encrypted_zips(tmp_path: Path) -> None:
     encrypted(tmp_path / "bad.zip")
     with pytest.raises(InputError, match=r"bad\.zip: x\.png \(encrypted\)"):
-        images.find(tmp_path, "here")
+        decoding.find(tmp_path, "here")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", bytes(100_000), b"PK\x05\x06" + bytes(10)])
@@ -399,16 +399,16 @@ def test_not_a_zip(tmp_path: Path, content: bytes) -> None:
     add(tmp_path, "fine.png")
     add(tmp_path, "a/bad.zip", content)
     with pytest.raises(InputError, match=r"1 file cannot be used: a/bad\.zip \(not a readable zip file: .+\)"):
-        images.find(tmp_path, "here")
+        decoding.find(tmp_path, "here")
 
 
 def test_zip_bombs_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_BYTES", 2**24)
+    monkeypatch.setattr(decoding, "MAX_BYTES", 2**24)
     zipped(tmp_path / "bomb.zip", {"x.png": bytes(2**24 + 1)})
     assert (tmp_path / "bomb.zip").stat().st_size < 2**16
-    files, _ = images.find(tmp_path, "here")
+    files, _ = decoding.find(tmp_path, "here")
     with pytest.raises(InputError, match=r"x\.png \(16,777,217 bytes are too many\)"):
-        images.first_shape(files, None, "here")
+        decoding.first_shape(files, None, "here")
 
 
 def test_a_lying_zip_header(tmp_path: Path) -> None:
@@ -417,9 +417,9 @@ def test_a_lying_zip_header(tmp_path: Path) -> None:
     place = content.index(b"PK\x01\x02") + 24
     content[place : place + 4] = struct.pack("<I", 10)
     (tmp_path / "bad.zip").write_bytes(bytes(content))
-    files, _ = images.find(tmp_path, "here")
+    files, _ = decoding.find(tmp_path, "here")
     with pytest.raises(InputError, match=r"x\.png \(Bad CRC-32"):
-        images.first_shape(files, None, "here")
+        decoding.first_shape(files, None, "here")
 
 
 def test_two_images_with_one_path(tmp_path: Path) -> None:
@@ -427,38 +427,38 @@ def test_two_images_with_one_path(tmp_path: Path) -> None:
     zipped(tmp_path / "one.zip", {"a/x.png": GOOD, "a/y.png": GOOD})
     zipped(tmp_path / "two.zip", {"a//y.png": GOOD})
     with pytest.raises(InputError, match=r"2 files cannot .*: a/x\.png \(two images .*\), a/y\.png \(two images"):
-        images.find(tmp_path, "here")
+        decoding.find(tmp_path, "here")
 
 
 def test_links_and_pipes_in_folders(tmp_path: Path) -> None:
     add(tmp_path, "real/x.png")
     (tmp_path / "good.png").symlink_to("real/x.png")
-    files, _ = images.find(tmp_path, "here")
+    files, _ = decoding.find(tmp_path, "here")
     assert files["good.png"]() == GOOD
     (tmp_path / "broken.png").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.png")
-    files, _ = images.find(tmp_path, "here")
+    files, _ = decoding.find(tmp_path, "here")
     for name, reason in (("broken.png", "No such file"), ("pipe.png", "not a regular file")):
         with pytest.raises(InputError, match=reason):
-            images.first_shape({name: files[name]}, None, "here")
+            decoding.first_shape({name: files[name]}, None, "here")
     os.mkfifo(tmp_path / "pipe.zip")
     with pytest.raises(InputError, match=r"pipe\.zip \(not a readable zip file: not a regular file\)"):
-        images.find(tmp_path, "here")
+        decoding.find(tmp_path, "here")
     (tmp_path / "pipe.zip").unlink()
     (tmp_path / "linked").symlink_to("real")
     with pytest.raises(InputError, match=r"linked \(a link to a folder, which DVC does not follow\)"):
-        images.find(tmp_path, "here")
+        decoding.find(tmp_path, "here")
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="here: no PNG or JPEG images there; "):
-        images.find(tmp_path, "here")
+        decoding.find(tmp_path, "here")
     add(tmp_path, "README.md")
     with pytest.raises(InputError, match="here: no PNG or JPEG images there, only 1 other file; "):
-        images.find(tmp_path, "here")
+        decoding.find(tmp_path, "here")
     for path in (tmp_path / "missing", tmp_path / "missing.zip", tmp_path / "README.md"):
         with pytest.raises(InputError, match="here: no such folder or zip file"):
-            images.find(path, "here")
+            decoding.find(path, "here")
 
 
 ORIGINALS = {f"a/{seed}.png": encode(noise(seed=seed)) for seed in range(3)}
@@ -475,9 +475,9 @@ def test_a_damaged_zip_is_refused_or_read_right(archive: bytes, tmp_path: Path, 
     path = tmp_path / "x.zip"
     path.write_bytes(data.draw(damaged(archive)))
     try:
-        files, _ = images.find(path, "here")
+        files, _ = decoding.find(path, "here")
         pixels = np.zeros((len(files), 3, 8, 8), np.uint8)
-        images.read_all(files, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
+        decoding.read_all(files, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
     except InputError as error:
         assert str(error).isprintable()
     else:
@@ -489,9 +489,9 @@ def test_a_damaged_zip_is_refused_or_read_right(archive: bytes, tmp_path: Path, 
 
 
 @pytest.fixture
-def many(tmp_path: Path) -> dict[str, images.Read]:
+def many(tmp_path: Path) -> dict[str, decoding.Read]:
     zipped(tmp_path / "many.zip", {f"{seed:04}.png": encode(noise(seed=seed)) for seed in range(300)})
-    return images.find(tmp_path, "here")[0]
+    return decoding.find(tmp_path, "here")[0]
 
 
 @pytest.fixture
@@ -505,10 +505,10 @@ def shared_pixels(path: Path, count: int) -> Pixels:
     return np.asarray(np.lib.format.open_memmap(path, "w+", np.uint8, (count, 3, 8, 8)))
 
 
-def test_processes_read_what_one_reads(many: dict[str, images.Read], tmp_path: Path, processes: None) -> None:
+def test_processes_read_what_one_reads(many: dict[str, decoding.Read], tmp_path: Path, processes: None) -> None:
     pixels = shared_pixels(tmp_path / "x.npy", 300)
     reports: list[int] = []
-    images.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", reports.append)
+    decoding.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", reports.append)
     assert all(np.array_equal(pixels[seed].transpose(1, 2, 0), noise(seed=seed)) for seed in range(300))
     assert sorted(reports) == reports
     assert len(reports) == 5
@@ -516,38 +516,38 @@ def test_processes_read_what_one_reads(many: dict[str, images.Read], tmp_path: P
 
 
 def test_faults_of_all_processes_are_named_in_order(
-    many: dict[str, images.Read], tmp_path: Path, processes: None
+    many: dict[str, decoding.Read], tmp_path: Path, processes: None
 ) -> None:
     for name in ("0290.png", "0003.png", "0150.png"):
         many[name] = lambda: b""
     with pytest.raises(InputError, match=r"3 of 300 images .*: 0003\.png .*, 0150\.png .*, 0290\.png \(empty file\);"):
         pixels = shared_pixels(tmp_path / "x.npy", 300)
-        images.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
+        decoding.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
 
 
-def test_a_process_that_dies_is_an_error(many: dict[str, images.Read], tmp_path: Path, processes: None) -> None:
+def test_a_process_that_dies_is_an_error(many: dict[str, decoding.Read], tmp_path: Path, processes: None) -> None:
     many["0100.png"] = lambda: os.kill(os.getpid(), signal.SIGKILL) or b""
     with pytest.raises(RuntimeError, match="ended with code -9"):
         pixels = shared_pixels(tmp_path / "x.npy", 300)
-        images.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
+        decoding.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
 
 
 def test_an_interrupted_reader_leaves_no_processes(
-    many: dict[str, images.Read], tmp_path: Path, processes: None
+    many: dict[str, decoding.Read], tmp_path: Path, processes: None
 ) -> None:
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         pixels = shared_pixels(tmp_path / "x.npy", 300)
-        images.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", interrupt)
+        decoding.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", interrupt)
 
 
 SLOW = """
 import os, time
 from ddpm.stages import images
 os.sched_getaffinity = lambda pid: range(3)
-images._in_processes(lambda block: time.sleep(0.05) or [], 64 * 10_000, lambda done: print(done, flush=True))
+decoding._in_processes(lambda block: time.sleep(0.05) or [], 64 * 10_000, lambda done: print(done, flush=True))
 """
 
 
@@ -565,7 +565,7 @@ def test_a_killed_reader_leaves_no_processes() -> None:
     assert len(gone) == 3
 
 
-def test_reading_beside_threads(many: dict[str, images.Read], tmp_path: Path, processes: None) -> None:
+def test_reading_beside_threads(many: dict[str, decoding.Read], tmp_path: Path, processes: None) -> None:
     """The stage runs beside threads of the progress display and of tracking."""
     stop = threading.Event()
 
@@ -579,7 +579,7 @@ def test_reading_beside_threads(many: dict[str, images.Read], tmp_path: Path, pr
         thread.start()
     try:
         pixels = shared_pixels(tmp_path / "x.npy", 300)
-        images.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
+        decoding.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
     finally:
         stop.set()
         for thread in threads:

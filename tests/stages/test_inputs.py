@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.stages.errors import InputError
-from ddpm.stages.inputs import unchanged
-from ddpm.stages.record import _git
+from ddpm.errors import InputError
+from ddpm.provenance.inputs import unchanged
+from ddpm.provenance.run_record import _git
 
 DVC = "stages:\n  report:\n    cmd: ddpm report\n    deps: [ddpm/report.py, ddpm/native.c, ddpm/page.html.jinja, samples]\n"
 

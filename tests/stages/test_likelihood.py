@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm.likelihood import mean_and_error, variational_bound
-from ddpm.stages import checkpoint, store
-from ddpm.stages.errors import InputError
+from ddpm.diffusion.likelihood import mean_and_error, variational_bound
+from ddpm.errors import InputError
+from ddpm.files import checkpoint, store
+from ddpm.files.params import Params
 from ddpm.stages.likelihood import chosen, likelihood
-from ddpm.stages.params import Params
-from ddpm.stages.schedules import data_mean_square, schedules
+from ddpm.tools.schedules import data_mean_square, schedules
 
 Smoke = Callable[..., Params]
 

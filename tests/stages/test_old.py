@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 
 from ddpm import cli
-from ddpm.stages import checkpoint, store
-from ddpm.stages.params import Params
+from ddpm.files import checkpoint, store
+from ddpm.files.params import Params
 
 OLD = Path(__file__).parents[1] / "data" / "old-0.1.0.tar.xz"
 POINT = "cosine-ddim-2"

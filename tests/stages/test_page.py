@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from ddpm.stages import neighbours, store
-from ddpm.stages.neighbours import Copying, copying, nearest
-from ddpm.stages.page import SECTIONS, SHOWN, how_sure, publish_with, verdict
-from ddpm.stages.params import Params
-from ddpm.stages.published import fastest, published
+from ddpm.files import store
+from ddpm.files.params import Params
+from ddpm.reporting.page import SECTIONS, SHOWN, how_sure, publish_with, verdict
+from ddpm.reporting.published import fastest, published
+from ddpm.scores.copying import Copying, affordable, copying, nearest
 from ddpm.stages.report import report
 
 VOID = {"meta", "link", "img", "br", "hr"}
@@ -180,7 +180,7 @@ def test_same_inputs_same_bytes(page: str, made_report: Path, smoke: Callable[..
 def test_the_stage_depends_on_the_sections_it_shows_and_on_its_template() -> None:
     stage = YAML(typ="safe").load((Path(__file__).parents[2] / "dvc.yaml").read_text())["stages"]["report"]
     assert tuple(stage["params"]) == SECTIONS
-    assert {"ddpm/stages/report.html.jinja", "dataset", "metrics", "samples"} <= set(stage["deps"])
+    assert {"ddpm/reporting/report.html.jinja", "dataset", "metrics", "samples"} <= set(stage["deps"])
     assert "report/index.html" in stage["outs"]
 
 
@@ -209,7 +209,7 @@ def test_the_nearest_neighbour_of_a_training_image_is_itself(made_report: Path) 
 def test_neighbours_are_those_of_a_plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     train, images = (random.integers(0, 256, (count, 3, 4, 4), dtype=np.uint8) for count in (57, 9))
-    monkeypatch.setattr("ddpm.stages.neighbours.CHUNK", 8 * 48 * 10)  # ten at a time
+    monkeypatch.setattr("ddpm.scores.copying.CHUNK", 8 * 48 * 10)  # ten at a time
     far = np.sqrt(((images[:, None].astype(float) - train) ** 2).mean((2, 3, 4)))
     index, distance = nearest(images, train)
     np.testing.assert_array_equal(index, far.argmin(1))
@@ -268,9 +268,9 @@ def test_a_model_that_copies_is_caught_and_its_data_is_not(
 
 def test_what_would_take_minutes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     train = np.zeros((100, 1, 4, 4), np.uint8)
-    assert neighbours.affordable(1000, train) == 1000
-    monkeypatch.setattr(neighbours, "AFFORDED", 1600 * 7.5)
-    assert [neighbours.affordable(count, train) for count in (5, 7, 8, 1000)] == [5, 7, 7, 7]
+    assert affordable(1000, train) == 1000
+    monkeypatch.setattr("ddpm.scores.copying.AFFORDED", 1600 * 7.5)
+    assert [affordable(count, train) for count in (5, 7, 8, 1000)] == [5, 7, 7, 7]
 
 
 def _normal(z: float) -> float:

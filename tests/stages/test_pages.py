@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from ddpm.stages import store, tracking
-from ddpm.stages.params import Params
+from ddpm import tracking
+from ddpm.files import store
+from ddpm.files.params import Params
 from ddpm.stages.report import report
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train

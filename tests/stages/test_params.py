@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params, Point
+from ddpm.errors import InputError
+from ddpm.files.params import Params, Point
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +19,7 @@ def raw(name: str = "smoke") -> dict:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_sound(path: Path) -> None:
-    from ddpm.stages.checkpoint import network
+    from ddpm.files.checkpoint import network
     from ddpm.stages.sample import check_row
     from ddpm.stages.train import about_network, noise_schedule
 
@@ -38,7 +38,7 @@ def test_the_default_is_the_digits_recipe() -> None:
 
 
 def test_cifar10_is_the_papers_table() -> None:
-    from ddpm.stages.checkpoint import network
+    from ddpm.files.checkpoint import network
     from ddpm.stages.train import about_network
 
     params = Params.load(ROOT / "recipes" / "cifar10.yaml")

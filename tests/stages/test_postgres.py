@@ -19,8 +19,8 @@ from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from ddpm.stages import tracking
-from ddpm.stages.params import Params
+from ddpm import tracking
+from ddpm.files.params import Params
 
 PAGE = Path(__file__).parents[2] / "docs" / "storage.md"
 
@@ -119,7 +119,7 @@ def test_make_up_serves_mlflow_from_postgresql(postgres: str, tmp_path: Path) ->
     store = {"MLFLOW_BACKEND_STORE_URI": f"postgresql://{postgres}/mlflow", "MLFLOW_PORT": port}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.up", "mlflow"],
+            [sys.executable, "-m", "flows.servers.up", "mlflow"],
             cwd=tmp_path,
             env={**os.environ, **store, "PYTHONPATH": str(PAGE.parents[1])},
             stdout=log,
@@ -145,7 +145,7 @@ def test_prefect_on_postgresql(tmp_path: Path, postgres: str) -> None:
     flow = "\n".join(
         (
             "from pathlib import Path",
-            "from flows.embedded import Api",
+            "from flows.servers.embedded import Api",
             "api = Api(Path())",
             "from prefect import flow",
             "api.wait()",

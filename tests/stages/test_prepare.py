@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm.stages import store
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params
+from ddpm.files.store import read_dataset
+from ddpm.runtime.progress import Progress
 from ddpm.stages.prepare import mean_and_deviation, prepare, preview
-from ddpm.stages.progress import Progress
-from ddpm.stages.store import read_dataset
 
 Smoke = Callable[..., Params]
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ddpm.stages import processes
-from ddpm.stages.processes import is_alive, is_here, this_process
+from ddpm.runtime import processes
+from ddpm.runtime.processes import is_alive, is_here, this_process
 
 
 def test_a_process_lives_until_it_ends() -> None:
     name = this_process()
     assert is_here(name) and is_alive(name)
-    program = "from ddpm.stages.processes import this_process; print(this_process(), flush=True); input()"
+    program = "from ddpm.runtime.processes import this_process; print(this_process(), flush=True); input()"
     child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     name = child.stdout.readline().strip()

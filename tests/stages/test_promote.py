@@ -17,14 +17,15 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from scipy.stats import binom
 
-from ddpm import fidelity
-from ddpm.intervals import Estimate, standard_error
-from ddpm.stages import checkpoint, store, tracking
-from ddpm.stages.card import LICENCES, LONGEST, card, with_front_matter
-from ddpm.stages.datasets import SOURCES
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params, Point, Promotion
-from ddpm.stages.promote import Protocol, Score, Verdict, decide
+from ddpm import tracking
+from ddpm.errors import InputError
+from ddpm.files import checkpoint, store
+from ddpm.files.params import Params, Point, Promotion
+from ddpm.reporting.card import LICENCES, LONGEST, card, with_front_matter
+from ddpm.scores import fidelity
+from ddpm.scores.intervals import Estimate, standard_error
+from ddpm.sources.image_folder import SOURCES
+from ddpm.tracking.registry.decision import Protocol, Score, Verdict, decide
 
 Smoke = Callable[..., Params]
 Scores = Callable[..., None]
@@ -453,14 +454,14 @@ def test_a_promotion_or_rollback_cut_off_behind_the_alias_keeps_its_books(
     tracking.promote(params, checkout)
     write_scores(checkout, SECOND, 20.0)
     with monkeypatch.context() as away:
-        away.setattr("ddpm.stages.tracking.registry._decided", cut_off)
+        away.setattr("ddpm.tracking.registry.registry._decided", cut_off)
         with pytest.raises(InputError, match="cannot be reached"):
             tracking.promote(params, checkout, rescore=never)
     assert "already" in tracking.promote(params, checkout, rescore=never).reason
     registry = Registry(checkout)
     assert "cosine-ddpm-5 replaces champion version 1" in registry.champion().tags["ddpm.decision"]
     with monkeypatch.context() as away:
-        away.setattr("ddpm.stages.tracking.registry._introduce", cut_off)
+        away.setattr("ddpm.tracking.registry.registry._introduce", cut_off)
         with pytest.raises(InputError, match="cannot be reached"):
             tracking.rollback(params, checkout)
     assert str(registry.champion().version) == "1"

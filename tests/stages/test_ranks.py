@@ -24,7 +24,7 @@ import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
-from ddpm.stages.params import Params
+from ddpm.files.params import Params
 from ddpm.stages.train import train
 
 pytestmark = pytest.mark.proof

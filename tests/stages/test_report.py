@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpm.intervals import Estimate, simultaneous, standard_error
-from ddpm.stages import store
-from ddpm.stages.errors import InputError
-from ddpm.stages.metrics import table
-from ddpm.stages.page import SHOWN
-from ddpm.stages.params import Params, Point, Sweep
-from ddpm.stages.progress import Progress
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params, Point, Sweep
+from ddpm.reporting.page import SHOWN
+from ddpm.runtime.progress import Progress
+from ddpm.scores.intervals import Estimate, simultaneous, standard_error
+from ddpm.scores.metrics import table
 from ddpm.stages.report import report
 
 SWEEP = Sweep(schedules=("linear", "cosine"), samplers=("ddpm", "ddim"), steps=(5, 20))

@@ -14,10 +14,11 @@ import pytest
 from mlflow.store.artifact.s3_artifact_repo import _cached_get_s3_client
 from mlflow.tracking import MlflowClient
 
-from ddpm.stages import store, tracking
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params
-from ddpm.stages.tracking import place
+from ddpm import tracking
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params
+from ddpm.tracking import place
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from ddpm import Denoiser, NoiseSchedule, sample
-from ddpm.noise import gaussian
-from ddpm.stages import checkpoint, store
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params, Point
-from ddpm.stages.progress import Progress
+from ddpm.diffusion.noise import gaussian
+from ddpm.errors import InputError
+from ddpm.files import checkpoint, store
+from ddpm.files.params import Params, Point
+from ddpm.runtime.progress import Progress
 from ddpm.stages.sample import generate, sample_point, to_uint8
 from ddpm.stages.train import train
 

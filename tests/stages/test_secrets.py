@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ddpm.stages import tracking
-from ddpm.stages.params import Params
+from ddpm import tracking
+from ddpm.files.params import Params
 
 SECRETS = {
     "AWS_ACCESS_KEY_ID": "planted-key-30c1",

@@ -18,9 +18,11 @@ from mlflow.models import Model
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from ddpm.stages import code, store, tracking
-from ddpm.stages.generate import generate
-from ddpm.stages.params import Params, Point
+from ddpm import tracking
+from ddpm.files import store
+from ddpm.files.params import Params, Point
+from ddpm.provenance import code
+from ddpm.tools.generate import generate
 
 Smoke = Callable[..., Params]
 

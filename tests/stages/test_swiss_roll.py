@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ddpm import Denoiser
-from ddpm.stages.errors import InputError
-from ddpm.stages.swiss_roll import POINTS, T, drift, reverse, roll, swiss_roll, train_on_roll
+from ddpm.errors import InputError
+from ddpm.tools.swiss_roll import POINTS, T, drift, reverse, roll, swiss_roll, train_on_roll
 
 COUNT = 2000
 

@@ -26,14 +26,16 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
 
-from ddpm.stages import checkpoint, store, tracking
-from ddpm.stages.errors import InputError
+from ddpm import tracking
+from ddpm.errors import InputError
+from ddpm.files import checkpoint, store
+from ddpm.files.params import Params, Point
+from ddpm.runtime.progress import Progress
 from ddpm.stages.likelihood import likelihood
-from ddpm.stages.params import Params, Point
-from ddpm.stages.progress import Progress
-from ddpm.stages.schedules import schedules
-from ddpm.stages.tracking import place, publishing, runs, streaming
 from ddpm.stages.train import train
+from ddpm.tools.schedules import schedules
+from ddpm.tracking import place, runs, streaming
+from ddpm.tracking.publish import publishing
 
 Smoke = Callable[..., Params]
 Scores = Callable[..., None]
@@ -665,8 +667,8 @@ def test_a_killed_process_leaves_no_run_running(checkout: Path, params: Params) 
 import time
 from pathlib import Path
 from ddpm.stages import tracking
-from ddpm.stages.params import Params
-from ddpm.stages.progress import Progress
+from ddpm.files.params import Params
+from ddpm.runtime.progress import Progress
 with tracking.watch_training(Params.load(Path({str(recipe)!r})), "linear", Path({str(checkout)!r})) as watch:
     watch(Progress(10, 60, "steps", {{"loss": 1.0}}))
     time.sleep(100)
@@ -694,7 +696,7 @@ def test_a_killed_publication_leaves_no_run_running(
     checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even when nothing of what it published is there any more."""
-    program = "from ddpm.stages.processes import this_process; print(this_process())"
+    program = "from ddpm.runtime.processes import this_process; print(this_process())"
     dead = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
 
     def cut(*_: Any, **__: Any) -> None:
@@ -917,7 +919,7 @@ def test_a_store_that_cannot_be_used_is_one_line(checkout: Path, params: Params)
 
 def test_the_key_of_a_model_is_the_key_of_its_parameters(checkout: Path, params: Params) -> None:
     """Streaming knows only parameters, publishing only model.json."""
-    from ddpm.stages.tracking.lineage import identity_of_model, training_identity
+    from ddpm.tracking.lineage import identity_of_model, training_identity
 
     _, about = checkpoint.load(checkout / "models/cosine")
     given = training_identity(params, "cosine", about["data"]["sha256"])

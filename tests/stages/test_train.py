@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm import NoiseSchedule
-from ddpm.objective import Objective
-from ddpm.stages import checkpoint, store
-from ddpm.stages.errors import InputError
-from ddpm.stages.params import Params, Point
-from ddpm.stages.progress import Progress
+from ddpm.errors import InputError
+from ddpm.files import checkpoint, store
+from ddpm.files.params import Params, Point
+from ddpm.runtime.progress import Progress
 from ddpm.stages.sample import sample_point
-from ddpm.stages.tracking.lineage import identity_of_model, training_identity
 from ddpm.stages.train import train, training_key
-from ddpm.stages.validation import Validation
+from ddpm.tracking.lineage import identity_of_model, training_identity
+from ddpm.training.objective import Objective
+from ddpm.training.validation import Validation
 
 OUTPUTS = (
     "models/cosine/model.safetensors",

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ddpm.stages import watchdog
+from ddpm.runtime import watchdog
 
 STAGE = """\
 import os, pathlib, signal, sys, time

@@ -1,0 +1,77 @@
+"""What a schedule does to an image: is x_T really noise, and at which noise levels are the steps spent?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm.diffusion.schedule import NoiseSchedule
+
+# Signal-to-noise ratios alpha_bar / (1 - alpha_bar) that part the five bands of `shares`.
+BANDS = (1e-4, 1e-2, 1.0, 1e2)
+
+LEFT_BITS = 1e-3  # L_T in bits/dim that passes for noise; linear at T = 1000 has 7e-6
+GONE = 1e-4  # alpha_bar below which nothing of x_0 can be seen
+GONE_SHARE = 0.25  # of the steps that may be spent there; linear at T = 1000 spends 5%
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A schedule in numbers.
+
+    alpha_bar, snr: at T. prior: L_T in bits/dim. shares: of the steps, in the bands that BANDS parts, least signal first.
+    gone: share of the steps with alpha_bar < 1e-4. warnings: one line for each fault, with its reason.
+    """
+
+    T: int
+    alpha_bar: float
+    snr: float
+    prior: float
+    shares: tuple[float, ...]
+    gone: float
+    warnings: tuple[str, ...]
+
+
+def summary(schedule: NoiseSchedule, mean_square: float = 0.25) -> Summary:
+    """mean_square: E[x_0^2] of the data, in units of [-1, 1]."""
+    alpha_bar, snr = float(schedule.alpha_bar[-1]), float(schedule.snr[-1])
+    left, gone = float(prior(schedule, mean_square)), float((schedule.alpha_bar[1:] < GONE).double().mean())
+    warnings = []
+    if left > LEFT_BITS:
+        warnings.append(
+            f"x_T is not noise: alpha_bar_T = {alpha_bar:.2g}, L_T = {left:.2g} bits/dim, while sampling starts from pure noise."
+            f" T = {schedule.T} is too small for these betas, which add up to {float(schedule.betas.sum()):.2g}:"
+            " raise T or the end point, set zero_terminal_snr, or take cosine, which adapts to T"
+        )
+    if gone > GONE_SHARE:
+        first = int((schedule.alpha_bar < GONE).nonzero()[0])
+        warnings.append(
+            f"the signal is gone early: alpha_bar < {GONE:g} from t = {first} on, so {gone:.0%} of the steps have nothing to"
+            " learn or to draw: lower T or the end point"
+        )
+    return Summary(schedule.T, alpha_bar, snr, left, shares(schedule), gone, tuple(warnings))
+
+
+def prior(schedule: NoiseSchedule, mean_square: Tensor | float) -> Tensor:
+    """L_T in bits/dim, of data with E[x_0^2] = mean_square (of any shape): float64."""
+    alpha_bar = schedule.alpha_bar[-1].item()
+    signal = alpha_bar * torch.as_tensor(mean_square, dtype=torch.float64)
+    return (signal - alpha_bar - math.log1p(-alpha_bar)) / (2 * math.log(2))
+
+
+def shares(schedule: NoiseSchedule) -> tuple[float, ...]:
+    """The share of the steps 1 ... T whose signal-to-noise ratio lies in each band, least signal first; they sum to 1."""
+    band = torch.bucketize(schedule.snr[1:], torch.tensor(BANDS, dtype=torch.float64), right=True)
+    return tuple((torch.bincount(band, minlength=len(BANDS) + 1).double() / schedule.T).tolist())
+
+
+def noised(schedule: NoiseSchedule, x_0: Tensor, steps: Tensor, eps: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps at each of `steps`, int64 in 0 ... T (0 is x_0 itself).
+
+    x_0, eps: [...] -> [len(steps), ...]
+    """
+    alpha_bar = schedule.alpha_bar[steps].view(-1, *[1] * x_0.ndim).to(x_0.dtype)
+    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps

@@ -1,0 +1,199 @@
+"""The variational bound on -log2 p(x_0), in bits per dimension: eq. 5 of Ho et al. 2020.
+
+L = L_T + sum_{t=2}^T L_{t-1} + L_0, where L_T = KL(q(x_T|x_0) || N(0, I)), L_{t-1} = KL(q(x_{t-1}|x_t, x_0) ||
+p(x_{t-1}|x_t)) between two Gaussians, and L_0 = -log p(x_0|x_1) with the discretised decoder of eq. 13. Each term is an
+expectation over x_t ~ q(x_t|x_0), estimated with one draw an image; draws are seeded.
+
+Network time t = 0 is L_0, and t = 1 ... T-1 is the paper's L_t. Everything but the network is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ddpm.diffusion.denoiser import Denoiser
+from ddpm.diffusion.forward import prior
+from ddpm.diffusion.noise import gaussian
+from ddpm.diffusion.schedule import NoiseSchedule
+from ddpm.training.objective import discretised_log_likelihood, gaussian_kl
+
+VARIANCES = ("fixed_large", "fixed_small")
+
+
+def reverse_log_variance(
+    schedule: NoiseSchedule, t: Tensor, variance: str = "fixed_large", v: Tensor | None = None
+) -> Tensor:
+    """log of p(x_{t-1}|x_t)'s variance at network times t, int64: float64, t's shape.
+
+    fixed_large is beta, fixed_small the posterior's beta_tilde. v in [0, 1], whose leading dimensions are t's: the learned
+    variance beta^v beta_tilde^(1 - v) instead, eq. 15 of Nichol & Dhariwal 2021. The first beta_tilde is 0; the second
+    takes its place, also in fixed_large, as in Ho et al.'s code: or the decoder at t = 0 would be a point.
+    """
+    if variance not in VARIANCES:
+        raise ValueError(f"no variance '{variance}'; there are {', '.join(VARIANCES)}")
+    large, small = schedule.betas.log(), _posterior_log_variance(schedule)
+    if v is None:
+        table = torch.cat([small[:1], large[1:]]) if variance == "fixed_large" else small
+        return table.to(t.device)[t]
+    large, small = (_beside(table.to(t.device)[t], v) for table in (large, small))
+    return v * large + (1 - v) * small
+
+
+def _posterior_log_variance(schedule: NoiseSchedule) -> Tensor:
+    """log beta_tilde of eq. 7 of Ho et al. 2020 at 0 ... T-1, the first entry as the second. float64 [T]."""
+    if schedule.T < 2:
+        raise ValueError("the bound takes a schedule of at least T = 2")
+    small = schedule.posterior_at(torch.arange(schedule.T))[2]
+    return torch.cat([small[1:2], small[1:]])
+
+
+def term(
+    schedule: NoiseSchedule,
+    t: Tensor,
+    x_0: Tensor,
+    x0_hat: Tensor,
+    variance: str = "fixed_large",
+    v: Tensor | None = None,
+) -> Tensor:
+    """One term of the bound for each image, in bits/dim: float64 [B]. L_0 if all of t is 0, L_t if none is.
+
+    t: int64 [B], network times, best on the CPU: nothing then waits for a GPU. x_0, x0_hat: float64 [B, ...]; for L_0, x_0 on
+    the grid of 256 values. v: see `reverse_log_variance`.
+    """
+    log_variance = reverse_log_variance(schedule, t, variance, v)
+    if v is None:
+        log_variance = _beside(log_variance, x_0)
+    if not bool(t.any()):
+        nats = -discretised_log_likelihood(x_0, x0_hat, log_variance)
+    else:
+        weight, posterior = (
+            _beside(table.to(t.device)[t], x_0)
+            for table in (schedule.posterior_at(torch.arange(schedule.T))[0], _posterior_log_variance(schedule))
+        )
+        # Both means hold the same multiple of x_t (eq. 7), which cancels.
+        nats = gaussian_kl(weight * x_0, posterior, weight * x0_hat, log_variance)
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def _beside(values: Tensor, images: Tensor) -> Tensor:
+    """values [B], where images [B, ...] are, shaped to go with them. A copy from the CPU is not waited for."""
+    return values.to(images.device, non_blocking=images.device.type == "cuda").view(-1, *[1] * (images.ndim - 1))
+
+
+def strata(T: int, times: int | None = None) -> list[range]:
+    """`times` runs of network times that make up 0 ... T-1; None: every time by itself. Raises ValueError.
+
+    The first is 0 alone. The rest grow with t, like its square, since most bits are spent near the image.
+    """
+    times = T if times is None else times
+    if not 2 <= times <= T:
+        raise ValueError(f"times = {times} must lie between 2 and T = {T}")
+    edges = [1 + max(k, (T - 1) * k * k // (times - 1) ** 2) for k in range(times)]
+    return [range(1), *(range(first, after) for first, after in pairwise(edges))]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The bound of N images on S strata of times: bits/dim, float64, on the CPU.
+
+    prior: L_T [N]. terms: [N, S], of each stratum the sum over its times; the first is L_0.
+    squared_error: mean of (x0_hat - x_0)^2 over an image, in units of [-1, 1], at the time drawn from each stratum [N, S].
+    strata: see the function of that name.
+    """
+
+    prior: Tensor
+    terms: Tensor
+    squared_error: Tensor
+    strata: list[range]
+
+    @property
+    def decoder(self) -> Tensor:
+        """L_0 [N]."""
+        return self.terms[:, 0]
+
+    @property
+    def kl(self) -> Tensor:
+        """L_1 + ... + L_{T-1} [N]."""
+        return self.terms[:, 1:].sum(1)
+
+    @property
+    def total(self) -> Tensor:
+        """L [N]."""
+        return self.prior + self.terms.sum(1)
+
+    @property
+    def rate(self) -> Tensor:
+        """float64 [S]: bits/dim that x_t costs, L_T + ... + L_{t+1} of network time t, at the middle of each stratum.
+
+        As in figure 5 of Ho et al. 2020: x_0 itself costs the decoder's bits too.
+        """
+        mean = self.terms.mean(0)
+        before = self.prior.mean() + mean.flip(0).cumsum(0).flip(0) - mean
+        size = torch.tensor([len(stratum) for stratum in self.strata], dtype=torch.float64)
+        return before + mean * (size - 1) / (2 * size)
+
+    @property
+    def distortion(self) -> Tensor:
+        """float64 [S]: root mean squared error of x0_hat, on the scale of 0 ... 255."""
+        return self.squared_error.mean(0).sqrt() * 127.5
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """The mean of independent values [N], and its standard error."""
+    return float(values.mean()), float(values.std()) / math.sqrt(len(values))
+
+
+@torch.inference_mode()
+def variational_bound(
+    denoiser: Denoiser,
+    images: Tensor,
+    *,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    times: int | None = None,
+    batch: int = 256,
+    variance: str = "fixed_large",
+    device: torch.device | str = "cpu",
+    done: Callable[[int], None] = lambda count: None,
+) -> Bound:
+    """The bound of uint8 images [N, C, H, W]; of a conditional network, given their labels int64 [N].
+
+    times: network evaluations an image, at most T; None: all T. With fewer, each image draws a time of its own from each of the
+    `strata`, so its bound is unbiased, and the standard error over images holds what the draws add.
+    Draws depend on (seed, image, stratum), never on `batch`. variance: of VARIANCES, unless the denoiser has learned one.
+    done(n) is told of every n images' stratum finished. Raises ValueError.
+    """
+    schedule, parts = denoiser.schedule, strata(denoiser.schedule.T, times)
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(len(images), len(parts), generator=generator, dtype=torch.float64)
+    first, size = (torch.tensor([f(part) for part in parts]) for f in (lambda part: part.start, len))
+    drawn = first + (uniform * size).long()  # [N, S]
+    terms, squared_error = torch.zeros(2, *drawn.shape, dtype=torch.float64)
+    bound = Bound(torch.zeros(len(images), dtype=torch.float64), terms, squared_error, parts)
+    a, s = schedule.alpha_bar.sqrt(), (-torch.expm1(schedule.log_alpha_bar)).sqrt()
+    for start in range(0, len(images), batch):
+        rows = range(start, min(start + batch, len(images)))
+        x_0 = images[start : rows.stop].to(device, torch.float64) / 127.5 - 1
+        bound.prior[start : rows.stop] = prior(schedule, x_0.square().flatten(1).mean(1).cpu())
+        told = denoiser if labels is None else replace(denoiser, labels=labels[start : rows.stop].to(device))
+        bits, errors = torch.empty(2, len(rows), len(parts), dtype=torch.float64, device=device)
+        for stratum in range(len(parts)):
+            t = drawn[start : rows.stop, stratum]
+            eps = gaussian(seed, rows, stratum, x_0.shape[1:], device)
+            signal, noise = (_beside(table[t + 1], x_0) for table in (a, s))
+            x_t = (signal * x_0 + noise * eps).to(torch.float32, memory_format=torch.channels_last)
+            # cuDNN would round to TF32.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, fp32_precision="ieee"):
+                x0_hat, v = told.with_variance(x_t, t)
+            x0_hat, v = x0_hat.double(), None if v is None else v.double()
+            bits[:, stratum] = term(schedule, t, x_0, x0_hat, variance, v) * len(parts[stratum])
+            errors[:, stratum] = (x0_hat - x_0).square().flatten(1).mean(1)
+            done(len(rows))
+        bound.terms[start : rows.stop], bound.squared_error[start : rows.stop] = bits.cpu(), errors.cpu()
+    return bound

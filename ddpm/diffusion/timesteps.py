@@ -1,0 +1,83 @@
+"""Spacings: which S network times a sampler visits, from noise to image.
+
+`leading`, `trailing` and `linspace` are Table 2 of Lin et al. 2024; `quadratic` is appendix D.2 of Song et al. 2020 (DDIM);
+`karras` is eq. 5 of Karras et al. 2022 with rho = 7; `logsnr` is the uniform grid of Lu et al. 2022 (DPM-Solver).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddpm.diffusion.schedule import NoiseSchedule
+
+
+def _leading(schedule: NoiseSchedule, steps: int) -> Tensor:
+    i = torch.arange(steps - 1, -1, -1)
+    return torch.div(i * schedule.T, steps, rounding_mode="floor").double()
+
+
+def _trailing(schedule: NoiseSchedule, steps: int) -> Tensor:
+    i = torch.arange(steps, dtype=torch.float64)
+    return torch.round(schedule.T - i * schedule.T / steps) - 1
+
+
+def _linspace(schedule: NoiseSchedule, steps: int) -> Tensor:
+    return torch.linspace(schedule.T - 1, 0, steps, dtype=torch.float64)
+
+
+def _quadratic(schedule: NoiseSchedule, steps: int) -> Tensor:
+    last = min(0.8 * schedule.T, schedule.T - 1)  # the paper's 0.8 T, where the chain has that time
+    return torch.linspace(0, math.sqrt(last), steps, dtype=torch.float64).square().clamp(max=last).flip(0)
+
+
+def _logsnr(schedule: NoiseSchedule, steps: int) -> Tensor:
+    return _between_ends(schedule, steps, lambda snr: snr.log(), torch.nn.functional.logsigmoid)
+
+
+def _karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Tensor:
+    return _between_ends(schedule, steps, lambda snr: snr ** (-0.5 / rho), lambda ramp: -torch.log1p(ramp ** (2 * rho)))
+
+
+def _between_ends(
+    schedule: NoiseSchedule, steps: int, measure: Callable[[Tensor], Tensor], log_alpha_bar: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Times at even distances of `measure`, a function of the signal-to-noise ratio, between those of T-1 and of 0.
+
+    Where nothing of the signal is left at T-1, that time comes first and the even distances start at T-2.
+    """
+    silent = int(schedule.snr[-1] == 0)
+    first, last = measure(schedule.snr[[-1 - silent, 1]]).tolist()
+    grid = torch.linspace(first, last, steps - silent, dtype=torch.float64)
+    times = schedule.time_at(log_alpha_bar(grid)).clamp(0, schedule.T - 1)
+    return torch.cat([torch.full((silent,), schedule.T - 1.0, dtype=torch.float64), times])
+
+
+SPACINGS: dict[str, Callable[[NoiseSchedule, int], Tensor]] = {
+    "leading": _leading,
+    "trailing": _trailing,
+    "linspace": _linspace,
+    "quadratic": _quadratic,
+    "logsnr": _logsnr,
+    "karras": _karras,
+}
+
+
+def network_times(schedule: NoiseSchedule, steps: int, spacing: str = "leading") -> Tensor:
+    """The S = steps network times a sampler visits: float64 [S], falling, within 0 ... T-1. S = 1 visits T-1.
+
+    Raises ValueError for an unknown spacing, S < 1, or times that repeat (S too large for that spacing).
+    """
+    if spacing not in SPACINGS:
+        raise ValueError(f"no spacing '{spacing}'; there are {', '.join(SPACINGS)}")
+    if steps < 1:
+        raise ValueError(f"steps = {steps} must be at least 1")
+    if steps == 1:
+        return torch.tensor([schedule.T - 1], dtype=torch.float64)
+    times = SPACINGS[spacing](schedule, steps)
+    if not bool((times.diff() < 0).all()):
+        raise ValueError(f"steps = {steps} is too many for spacing '{spacing}' at T = {schedule.T}: times repeat")
+    return times

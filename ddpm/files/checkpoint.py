@@ -1,0 +1,225 @@
+"""Checkpoints: model.safetensors beside a model.json that says how to rebuild the network, its schedule and data range.
+
+Resume states of training lie apart, in the cache: two at most of one training, each complete and with a checksum, or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ddpm.diffusion.denoiser import Denoiser
+from ddpm.diffusion.schedule import NoiseSchedule
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params
+from ddpm.networks.unet import UNet
+
+MOST_TIMES = 100_000  # as in params.yaml: a table of more would fill the memory
+
+
+def network(about: dict[str, Any]) -> nn.Module:
+    """The `network` entry of model.json -> the network it describes, freshly initialised. Raises InputError."""
+    settings = dict(about)
+    kind = settings.pop("kind", None)
+    if kind != "unet":
+        raise InputError(f"network kind '{kind}' is not known here; there is unet")
+    try:
+        return UNet(**settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"network: {str(error).splitlines()[0]}") from None
+
+
+def noise_schedule(about: dict[str, Any]) -> NoiseSchedule:
+    """The `schedule` entry of model.json -> the schedule. Raises ValueError."""
+    row = {key: value for key, value in about.items() if key not in ("name", "timesteps")}
+    if about["timesteps"] > MOST_TIMES:
+        raise ValueError(f"T = {about['timesteps']} is more than {MOST_TIMES}")
+    return NoiseSchedule.named(row.pop("schedule"), about["timesteps"], **row)
+
+
+def save(path: Path, net: nn.Module, about: dict[str, Any]) -> None:
+    """Writes the folder `path`: net's weights, and `about` with the format and the weights' sha256 added."""
+    with store.replacing_dir(path) as folder:
+        weights = folder / "model.safetensors"
+        _write_tensors(weights, {name: x.detach().cpu().contiguous() for name, x in net.state_dict().items()})
+        known = {"format": store.MODEL_FORMAT, "weights_sha256": store.sha256(weights)}
+        store.write_record(folder / "model.json", {**known, **about})
+
+
+def require_trained(params: Params, schedule: str, root: Path) -> None:
+    """Raises InputError, which says what makes it, where models/SCHEDULE is not there and `dvc repro` would not make it."""
+    about = store.model_dir(schedule) / "model.json"
+    if (root / about).exists() or schedule in params.sweep.schedules:
+        return
+    if schedule not in params.schedules:
+        raise InputError(f"no row '{schedule}' in schedules; there are {', '.join(params.schedules)}")
+    raise InputError(f"{about}: no such file; make it with `ddpm train {schedule}`: it is not in sweep.schedules")
+
+
+def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = False) -> tuple[Denoiser, dict[str, Any]]:
+    """A checkpoint folder -> its denoiser (network in eval mode, channels last) and model.json. Raises InputError."""
+    about = store.read_model_record(path)
+    weights = store.check_weights(path, about)
+    try:
+        state = load_file(weights)
+        net = _filled(about["network"], state)
+        denoiser = Denoiser(net, noise_schedule(about["schedule"]), about["target"], clip)
+        side, channels = about["network"]["image_size"], about["network"]["image_channels"]
+        takes = [int(channels), int(side), int(side)]
+        if repr(about["data"]["shape"]) != repr(takes):  # true is no 1, though Python says so
+            raise ValueError(f"its data are {about['data']['shape']}, its network takes {takes}")
+        if (classes := about["network"].get("classes", 0)) != len(about["data"].get("classes") or ()) and classes:
+            raise ValueError(f"its network knows {classes} classes, its data have another number")
+        if not _are_counts(about["data"].get("class_counts"), len(about["data"].get("classes") or ())):
+            raise ValueError("its class_counts are not a number of images for each class")
+    except KeyError as error:
+        raise InputError(
+            f"{path}: not a usable checkpoint: model.json has no {error}; train again or restore it"
+        ) from None
+    except (
+        InputError,
+        SafetensorError,
+        RuntimeError,
+        MemoryError,
+        ArithmeticError,
+        AttributeError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
+        why = " ".join(str(error).partition("\nException raised")[0].split())  # without torch's own stack
+        raise InputError(f"{path}: not a usable checkpoint: {why}; train again or restore it") from None
+    net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return denoiser, about
+
+
+def _are_counts(counts: Any, classes: int) -> bool:
+    """Whether they say how many images each class has, or nothing."""
+    if counts is None:
+        return True
+    return (
+        isinstance(counts, list) and len(counts) == classes and all(type(n) is int and 0 <= n < 2**40 for n in counts)
+    )
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out how layers start. (On the meta device one of torch.nn.init's functions imports a thousand modules.)"""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return (*args, *(kwargs or {}).values())[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _filled(about: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    """The network of model.json with these weights; made only where they fit, whatever size it claims. Raises ValueError."""
+    with torch.device("meta"), _Unfilled():
+        net = network(about)
+    expected = {name: list(x.shape) for name, x in net.state_dict().items()}
+    for name in sorted({*expected, *state}, key=lambda name: (name in expected and name in state, name)):
+        if name not in state or name not in expected:
+            raise ValueError(f"{name}: {'missing' if name in expected else 'unexpected'} among the weights")
+        if list(state[name].shape) != expected[name]:
+            raise ValueError(
+                f"{name}: the weights have shape {list(state[name].shape)}, model.json says {expected[name]}"
+            )
+        if state[name].dtype != torch.float32 or not bool(state[name].isfinite().all()):
+            raise ValueError(f"{name}: expected finite float32 weights")
+    net.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)  # copies: the file may be replaced
+    return net
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """Training after `step` steps: TrainingState.tensors(), the rows of the history, and the losses since its last row."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    rows: list[dict[str, Any]]
+    losses: list[float]
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """safetensors' save_file, whose errors of the disk are OSErrors here, as they are everywhere else.
+
+    It writes to a file with a name of its own first, which a kill leaves: in a folder that is known by the name of `path`.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"{path.name}-", dir=path.parent) as folder:
+            save_file(tensors, Path(folder) / path.name, metadata)
+            (Path(folder) / path.name).replace(path)
+    except SafetensorError as error:
+        if (number := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), str(error)) from None
+
+
+STATES = "[0-9]" * 9 + ".safetensors"  # the names of resume states; sorted, they are in the order of their steps
+KEPT = 2  # of them
+
+
+def resume_file(folder: Path, step: int) -> Path:
+    return folder / f"{step:09d}.safetensors"
+
+
+def write_resume(folder: Path, state: ResumeState) -> None:
+    """Adds a state to `folder`. Of it and those before it the newest KEPT stay, and so many of a longer training's."""
+    path = resume_file(folder, state.step)
+    with store.replacing(path) as temporary:
+        history = {"training": folder.name, "step": state.step, "rows": state.rows, "losses": state.losses}
+        # One entry: safetensors writes several in any order.
+        _write_tensors(temporary, state.tensors, {"history": json.dumps(history)})
+        digest = store.sha256(temporary)
+    store.write_json(path.with_suffix(".json"), {"step": state.step, "sha256": digest})
+    _prune(folder, path)
+
+
+def _prune(folder: Path, path: Path) -> None:
+    there = sorted(folder.glob(STATES))
+    now = there.index(path) + 1
+    for old in there[: max(0, now - KEPT)] + there[now:-KEPT]:
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Its checksum first: a state without one, as a kill may leave it, is removed by the next who looks."""
+    for file in (path.with_suffix(".json"), path):
+        file.unlink(missing_ok=True)
+
+
+def read_resume(folder: Path, at_most: int) -> tuple[ResumeState | None, list[str]]:
+    """The newest sound state of at most that many steps, and a line for each damaged one, which is removed."""
+    from safetensors import safe_open
+
+    complaints: list[str] = []
+    for path in sorted(folder.glob(STATES), reverse=True):
+        if int(path.stem) > at_most:
+            continue
+        try:
+            if not path.with_suffix(".json").exists():
+                raise InputError("its checksum is missing")
+            if store.sha256(path) != store.read_json(path.with_suffix(".json"))["sha256"]:
+                raise InputError("its checksum does not match")
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                history = json.loads(file.metadata()["history"])
+            training, state = history.pop("training"), ResumeState(tensors=tensors, **history)
+            if (training, state.step) != (folder.name, int(path.stem)):
+                raise InputError(f"it is of step {state.step} of {training}")
+            _prune(folder, path)  # what a kill has kept from being removed
+            return state, complaints
+        except (InputError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            complaints.append(f"{path}: damaged, passed over ({' '.join(str(error).split())})")
+            _remove(path)
+    return None, complaints

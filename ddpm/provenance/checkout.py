@@ -1,0 +1,37 @@
+"""Refuses to work in a checkout with the code of another one: DVC would record files there that did not run."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+from ddpm.errors import InputError
+
+
+def is_own(root: Path, package: str = "ddpm") -> bool:
+    """Whether a package that lies in `root`, if one does, is the imported one."""
+    there = root / package
+    return not (there / "__init__.py").exists() or there.samefile(_imported(package).parent)
+
+
+def require_own(root: Path, *packages: str) -> None:
+    """Raises InputError where `root` has a package of that name (by default ddpm) which is not the imported one."""
+    for package in packages or ("ddpm",):
+        if not is_own(root, package):
+            raise InputError(
+                f"the code of {_imported(package).parent} would run here, not {root.resolve() / package};"
+                f" call `python -m {package}` at the top of this checkout, or activate its own .venv (`make demo` makes it)"
+            )
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """The line that says which package this interpreter lacks, and what to do."""
+    return (
+        f"{sys.executable} has no package {error.name}: activate the project's environment (`. .venv/bin/activate`;"
+        " `make demo` makes it) and run this again"
+    )
+
+
+def _imported(package: str) -> Path:
+    return Path(str(importlib.import_module(package).__file__))

@@ -1,0 +1,143 @@
+"""Finds the files that a module of this package runs: its import graph, as the sources themselves say it.
+
+Keys of saved states and caches hash these files, the registered model carries them, and a test holds the code dependencies of
+dvc.yaml equal to them. So a change of code cannot reach one of these and miss another.
+
+An `__init__.py` runs when a module below it is imported, so it counts. Those above the stages hold names and no work.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.util import resolve_name
+from pathlib import Path
+
+from ddpm.errors import InputError
+
+PACKAGE = __name__.partition(".")[0]
+ROOT = Path(__file__).parents[__name__.count(".")]  # the folder that holds the package
+
+
+@dataclass
+class Source(ast.NodeVisitor):
+    """The names that a module imports, and the files beside it that its string literals name.
+
+    imported: modules, and what is imported from them, which may be modules too. at_once: those imported with the module itself,
+    not by a function of it. Imports for type checkers alone do not count.
+    """
+
+    package: str
+    imported: set[str] = field(default_factory=set)
+    at_once: set[str] = field(default_factory=set)
+    literals: set[str] = field(default_factory=set)
+    _functions: int = 0
+
+    def _add(self, *names: str) -> None:
+        self.imported.update(names)
+        if not self._functions:
+            self.at_once.update(names)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self._add(*(alias.name for alias in node.names))
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        module = resolve_name("." * node.level + (node.module or ""), self.package)
+        self._add(module, *(f"{module}.{alias.name}" for alias in node.names))
+
+    def visit_Call(self, node: ast.Call) -> None:
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if called == "import_module" and isinstance(node.args[0], ast.Constant):
+            self._add(str(node.args[0].value))
+        self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> None:
+        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for child in node.orelse:
+                self.visit(child)
+        else:
+            self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        self._functions += 1
+        self.generic_visit(node)
+        self._functions -= 1
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, str):
+            self.literals.add(node.value)
+
+
+@cache
+def source(path: Path) -> Source:
+    """Reads the imports and literals of a source file below ROOT."""
+    found = Source(".".join(path.parent.relative_to(ROOT).parts))
+    found.visit(ast.parse(path.read_bytes(), str(path)))
+    return found
+
+
+def modules(names: Iterable[str]) -> dict[str, Path]:
+    """The modules of this package among `names` and all that they import, with the packages that hold them -> their files."""
+    found: dict[str, Path] = {}
+    queue = list(names)
+    while queue:
+        name = queue.pop()
+        path = _path(name)
+        if path is not None and name not in found:
+            found[name] = path
+            queue += [name.rpartition(".")[0], *source(path).imported]
+    return found
+
+
+def files(*names: str) -> tuple[Path, ...]:
+    """All files that these modules of the package run, relative to ROOT and sorted: sources, and the files that those name."""
+    paths = set(modules(names).values())
+    paths |= {file for path in paths for file in path.parent.iterdir() if file.name in source(path).literals}
+    return tuple(sorted(path.relative_to(ROOT) for path in paths if path.is_file()))
+
+
+def hashes() -> dict[Path, str]:
+    """The SHA-256 of each file of the package, by its path relative to ROOT. Takes 3 ms."""
+    found = {}
+    for path in (ROOT / PACKAGE).rglob("*"):
+        if path.is_file() and path.parent.name != "__pycache__":
+            with suppress(FileNotFoundError):  # an editor's temporary file
+                found[path.relative_to(ROOT)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+# The package of the stages imports this module first, so these are the files that Python imports from here on.
+AT_IMPORT = hashes()
+
+
+@cache
+def digest(*names: str) -> str:
+    """Hashes the names and bytes of files(*names). Computed once in a process.
+
+    Raises InputError where a file is no longer the one that this process imported: the work would be that of the old code
+    under the new code's name. All these modules are imported first, so that a later edit cannot reach the work either.
+    """
+    graph = files(*names)
+    for name in modules(names):
+        import_module(name)
+    now = hashes()
+    for path in graph:
+        if now.get(path) != AT_IMPORT.get(path):
+            raise InputError(f"{path} was edited after this process had imported it; run again")
+    lines = (f"{path.as_posix()}\0{now[path]}\n" for path in graph)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _path(name: str) -> Path | None:
+    """The file of a module of this package; None for any other name."""
+    if name.partition(".")[0] != PACKAGE:
+        return None
+    path = ROOT.joinpath(*name.split("."))
+    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)

@@ -1,0 +1,68 @@
+"""A stage's parameters and code, which must not change while it runs: DVC reads them when it has ended."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import read_yaml
+from ddpm.provenance import code
+
+
+@contextmanager
+def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
+    """Around the work of a stage that DVC runs. DVC would write into dvc.lock that what was edited meanwhile made these outputs.
+
+    Raises InputError when a parameter or a module that dvc.yaml names for the stage is another one at the end;
+    DVC then records nothing.
+    """
+    if "DVC_STAGE" not in os.environ:
+        yield
+        return
+    before = _read(stage, root)
+    before |= {name: code.AT_IMPORT[Path(name)] for name in before if Path(name) in code.AT_IMPORT}
+    yield
+    changed = changes(before, _read(stage, root))
+    if changed:
+        raise InputError(f"{stage}: {changed} changed while it ran, so its outputs belong to neither; run again")
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The dotted names of the leaves that differ, such as "training.steps, seed"; "" if none does."""
+    old, new = _leaves(before), _leaves(after)
+    return ", ".join(name for name in {**old, **new} if old.get(name) != new.get(name))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
+        found |= inner or {f"{prefix}{name}": value}
+    return found
+
+
+def _read(stage: str, root: Path) -> dict[str, Any]:
+    """Parameters by key, and code by path with its sha256, as dvc.yaml, if there is one, names them for the stage.
+
+    Code is every dependency that dvc.yaml spells out and that is no folder: data and outputs are folders, or have the name of a
+    schedule, a point or a parameter.
+    """
+    name, _, values = stage.partition("@")
+    about = read_yaml(root / "dvc.yaml")["stages"].get(name, {}) if (root / "dvc.yaml").exists() else {}
+    item = dict(zip(about.get("matrix", ()), values.split("-"), strict=False))
+    params, found = read_yaml(root / "params.yaml"), {}
+    for key in about.get("params", ()):
+        key = re.sub(r"\$\{item\.(\w+)\}", lambda match: item[match[1]], key)  # noqa: PLW2901
+        value: Any = params
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        found[key] = value
+    named = [root / dependency for dependency in about.get("deps", ()) if "${" not in dependency]
+    sources = [path for path in named if not path.is_dir()]
+    return found | {str(path.relative_to(root)): store.sha256(path) if path.exists() else None for path in sources}

@@ -1,0 +1,81 @@
+"""What is true of a run and not of its result: when, where, how fast, from which commit. Kept beside the outputs,
+in files that DVC does not track."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ddpm.files import store
+
+
+def record(output: Path, stage: str, started: float, ended: float, count: int, unit: str) -> dict[str, Any]:
+    """Writes the run file of an output. started, ended: seconds since the epoch; count: how many `unit`s were done."""
+    seconds = ended - started
+    about = {
+        "stage": stage,
+        "started": int(started * 1000),
+        "ended": int(ended * 1000),
+        "seconds": round(seconds, 3),
+        "count": count,
+        "unit": unit,
+        "per_second": round(count / seconds, 3) if seconds else None,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **_hardware(),
+        "versions": {"python": platform.python_version(), "ddpm": version("ddpm"), "torch": version("torch")},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+    store.write_json(store.run_file(output), about)
+    return about
+
+
+def versions() -> str:
+    """One line: what runs here, and where torch would compute; the commit, where the code lies in a git checkout."""
+    import torch
+
+    device = f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
+    line = f"ddpm {version('ddpm')}, Python {platform.python_version()}, torch {torch.__version__}, device {device}"
+    folder = str(Path(__file__).parent)
+    if _git("-C", folder, "ls-files", Path(__file__).name):  # or it is the checkout of something else around it
+        line += f", commit {_git('-C', folder, 'describe', '--always', '--dirty', '--exclude', '*')}"
+    return line
+
+
+def _hardware() -> dict[str, Any]:
+    hardware: dict[str, Any] = {
+        "cpu": _processor(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+    torch = sys.modules.get("torch")  # a stage that did without torch, or without its CUDA, ran on the CPU
+    if torch is None or not torch.cuda.is_initialized():
+        return {"device": "cpu", "hardware": hardware}
+    hardware["gpu"] = torch.cuda.get_device_name()
+    return {"device": "cuda", "gpu_peak_memory_bytes": torch.cuda.max_memory_allocated(), "hardware": hardware}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,26 @@
+"""What the schedules of params.yaml do to the prepared data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ddpm.diffusion.schedule import NoiseSchedule
+from ddpm.errors import InputError
+from ddpm.files.params import Params
+
+
+def schedule_of(params: Params, name: str, timesteps: int) -> NoiseSchedule:
+    """A row of params.schedules at T = timesteps. Raises InputError."""
+    row = params.schedules[name].options()
+    try:
+        return NoiseSchedule.named(row.pop("schedule"), timesteps, **row)
+    except ValueError as error:
+        raise InputError(f"schedules.{name}: {error}") from None
+
+
+def data_mean_square(about: dict[str, Any]) -> float:
+    """E[x_0^2] in units of [-1, 1], from dataset.json's mean and deviation per channel in 0 ... 1."""
+    squares = [(2 * mean - 1) ** 2 + 4 * std**2 for mean, std in zip(about["mean"], about["std"], strict=True)]
+    return float(np.mean(squares))

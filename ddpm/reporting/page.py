@@ -1,0 +1,405 @@
+"""report/index.html: the whole sweep on one page that needs no network, and whose bytes follow from the outputs alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params, Point
+from ddpm.reporting.diagnostics import data_mean_square, schedule_of
+from ddpm.reporting.plots import COLOURS, DASHES, MARKERS, protocol, svg
+from ddpm.scores.copying import Copying, affordable, copying, nearest
+from ddpm.scores.metrics import METRICS, RANKING
+
+# The sections of params.yaml that the page shows, and that the stage depends on.
+SECTIONS: tuple[str, ...] = ("seed", "data", "diffusion", "network", "training", "sampling", "evaluation", "likelihood")
+SECTIONS += ("schedules", "samplers", "sweep")
+TITLES = {
+    "fid_infinity": "FID, infinite N",
+    "reference_images": "reference images",
+    "copying": "nearer to train",
+}  # of columns that are no METRICS
+ASKED = ("10", "50")  # the budgets that the top of the page answers first
+SHOWN = 10  # samples whose neighbours are shown; images of each point
+NAMED = 6  # points that may be best
+LARGEST = 64  # pixels: larger images are made smaller
+SURE = 3.0  # standard errors
+
+BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
+
+Row = dict[str, Any]
+
+
+def page(
+    params: Params,
+    root: Path,
+    rows: Sequence[Row],
+    best: Row,
+    front: Row,
+    dataset: store.Dataset,
+    samples: Mapping[str, store.Images],
+    plot: bytes,
+) -> str:
+    """rows: of points.csv. best, front: what best.json and front.json hold. samples: the first of each point, in the rows' order.
+    plot: fid.png. Raises InputError.
+    """
+    points, training = {row["point"]: row for row in rows}, _training(params, root)
+    return render(
+        "report.html.jinja",
+        title=f"{dataset.about['name']}: which schedule, which sampler, how many steps?",
+        metric=RANKING,
+        rows=rows,
+        columns=_columns(rows),
+        titles={key: METRICS[key].title if key in METRICS else TITLES.get(key, key) for key in rows[0]},
+        best=best,
+        answers=_answers(front, rows),
+        front=front,
+        protocol=protocol(rows),
+        scores_plot="data:image/png;base64," + base64.b64encode(plot).decode(),
+        strips={name: (points[name], _strip(images[:SHOWN])) for name, images in samples.items()},
+        shown=SHOWN,
+        training=training,
+        likelihood=_likelihood(params, root),
+        schedules=_schedules(params, training["last"], dataset.about),
+        neighbours=_neighbours(root, best, dataset, params.training.flip),
+        dataset=dataset.about,
+        preview=_png(store.grid(dataset.train[: 2 * SHOWN], columns=2 * SHOWN)) if _small(dataset.train) else None,
+        parameters=_parameters(params),
+        begin=BEGIN,
+        end=END,
+    )
+
+
+def render(template: str, **content: Any) -> str:
+    """A template of this folder, filled. In HTML whatever the content says is text and no markup."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=".html." in template,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["number"] = lambda value: f"{value:.3g}"
+    environment.filters["count"] = lambda value: f"{value:,}"
+    environment.filters["plain"] = lambda value: value if isinstance(value, str) else json.dumps(value)
+    return environment.get_template(template).render(**content)
+
+
+def publish_with(page: str, published: str) -> str:
+    """The page with the section of the published copy filled. Raises ValueError where it has no such section."""
+    head, begun, rest = page.partition(BEGIN)
+    _, ended, tail = rest.partition(END)
+    if not begun or not ended:
+        raise ValueError("this page has no section for lineage")
+    return f"{head}{BEGIN}\n{published}\n{END}{tail}"
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """Of the table: steps stand in the names, intervals beside their scores, and what all points share stands above."""
+    beside = ("steps", "confidence", "fid_low", "fid_high", "kid_low", "kid_high", "kid_std", "copying_z")
+    shared = [key for key in ("images", "reference_images", "layer") if len({row[key] for row in rows}) == 1]
+    return [key for key in rows[0] if key not in (*beside, *shared)]
+
+
+# The answer.
+
+
+def _answers(front: Row, rows: Sequence[Row]) -> list[Row]:
+    """Budgets of one and the same answer joined; those that were asked for stand out."""
+    answers: list[Row] = []
+    for budget, entry in front["budgets"].items():
+        within = sum(row["evaluations"] <= int(budget) for row in rows)
+        if answers and (answers[-1]["entry"], answers[-1]["within"]) == (entry, within):
+            answers[-1]["budgets"].append(int(budget))
+        else:
+            answers.append({"budgets": [int(budget)], "entry": entry, "within": within})
+    for answer in answers:
+        answer["sure"] = how_sure(answer["entry"], answer["within"], front["confidence"])
+        answer["asked"] = any(str(budget) in ASKED for budget in answer["budgets"])
+    return answers
+
+
+def how_sure(entry: Mapping[str, Any], points: int, confidence: float) -> str:
+    """What the choice of a point among so many is worth, in words. entry: of front.json's budgets."""
+    if points == 1:
+        return "It is the only point."
+    names, sure = entry["may_be_best"], f"{confidence:.0%}"
+    if len(names) == 1:
+        return f"Better than the other {points - 1}: {sure} sure, of all at once."
+    among = f"{sure} sure, the best of the {points} points is one of {len(names)}"
+    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    if entry["point"] == entry["lowest"]:
+        return f"It has the lowest {RANKING.title} and takes the fewest evaluations of those that may be best. {among}: {listed}."
+    return (
+        f"{entry['lowest']} has a lower {RANKING.title}, but that may be luck, and this one takes fewer evaluations. {among}:"
+        f" {listed}."
+    )
+
+
+# Pictures.
+
+
+def _svg(width: int, height: int, draw: Any) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(width, height, draw)).decode()
+
+
+def _png(picture: store.Images) -> str:
+    """uint8 C,H,W -> a data URI."""
+    from PIL import Image
+
+    pixels = picture[0] if picture.shape[0] == 1 else picture.transpose(1, 2, 0)
+    written = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(written, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
+
+
+def _small(images: store.Images) -> bool:
+    return max(images.shape[2:]) <= LARGEST
+
+
+def _strip(images: store.Images) -> str:
+    """Side by side, each LARGEST pixels at most."""
+    from PIL import Image
+
+    if not _small(images):
+        scale = LARGEST / max(images.shape[2:])
+        size = [max(1, round(side * scale)) for side in images.shape[:1:-1]]
+        channels = [[Image.fromarray(channel).resize(size, Image.Resampling.LANCZOS) for channel in i] for i in images]
+        images = np.stack([np.stack([np.asarray(channel) for channel in image]) for image in channels])
+    return _png(store.grid(images, columns=len(images)))
+
+
+# Sections.
+
+
+class _Trained(store.Record):
+    """metrics/train/SCHEDULE.json."""
+
+    schedule: str
+    steps: int
+    parameters: int
+    loss: float | None
+    validation_loss: float | None
+    timesteps: Annotated[int, Field(ge=1, le=100_000)] | None = None
+
+
+class _Split(store.Record):
+    bits_per_dim: float
+    bits_per_dim_error: float
+    prior: float
+    prior_error: float
+    kl: float
+    kl_error: float
+    decoder: float
+    decoder_error: float
+    images: int
+
+
+class _Bound(store.Record):
+    """metrics/likelihood/SCHEDULE.json."""
+
+    schedule: str
+    train: _Split | None = None
+    test: _Split | None = None
+
+
+Table = list[dict[str, float | None]]
+
+
+def _record(root: Path, path: Path, schedule: str, kind: type[store.Record]) -> Row | None:
+    """Reads the record of a training or of a bound; None where there is none. Raises InputError."""
+    if not (root / path).exists():
+        return None
+    about = store.read_record(root / path, kind)
+    if about["schedule"] != schedule:
+        raise InputError(f"{path}: of schedule '{about['schedule']}'; restore it, or make it again (dvc repro)")
+    return about
+
+
+def _table(root: Path, record: Path, about: Row | None, table: Path) -> Table:
+    """Reads a CSV file of numbers and empty cells that a record describes; nothing without a record. Raises InputError."""
+    if about is None:
+        return []
+    rows = store.read_csv(store.read_described(record, about, root / table))
+    return [{key: float(cell) if cell else None for key, cell in row.items()} for row in rows]
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
+
+
+def _lines(axes: Any, tables: Mapping[str, list[dict[str, float | None]]], x: str, y: str, **style: Any) -> bool:
+    """A line per schedule; whether there was anything to draw."""
+    drawn = False
+    for index, (name, table) in enumerate(tables.items()):
+        known = [(row[x], row[y]) for row in table if row.get(x) is not None and row.get(y) is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), **{**_style(index), "label": name, **style})
+            drawn = True
+    return drawn
+
+
+def check_records(params: Params, root: Path) -> None:
+    """Raises InputError where a record of a training or of a likelihood cannot be read: before anything is drawn."""
+    for name in params.sweep.schedules:
+        _trained(root, name)
+        _bound(root, name)
+
+
+def _trained(root: Path, schedule: str) -> tuple[Row | None, Table, Table]:
+    """-> the record of a training, its history, and its losses by network time. Raises InputError."""
+    path = store.training_metrics_file(schedule)
+    about = _record(root, path, schedule, _Trained)
+    history, by_time = store.history_file(schedule), store.losses_by_time_file(schedule)
+    return about, _table(root, path, about, history), _table(root, path, about, by_time)
+
+
+def _bound(root: Path, schedule: str) -> tuple[Row | None, Table]:
+    """-> the record of a bound, and its curve. Raises InputError."""
+    path = store.likelihood_file(schedule)
+    about = _record(root, path, schedule, _Bound)
+    return about, _table(root, path, about, store.likelihood_curve_file(schedule))
+
+
+def _training(params: Params, root: Path) -> Row:
+    """Loss curves, and where among the network times the loss arises."""
+    found = {name: _trained(root, name) for name in params.sweep.schedules}
+    last = {name: about for name, (about, _, _) in found.items() if about is not None}
+    curves = {name: history for name, (_, history, _) in found.items()}
+    by_time = {name: losses for name, (_, _, losses) in found.items()}
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        for index, (name, table) in enumerate(curves.items()):
+            marker = {
+                "color": COLOURS[index % len(COLOURS)],
+                "marker": MARKERS[index % len(MARKERS)],
+                "linestyle": "none",
+            }
+            _lines(left, {name: table}, "step", "loss", **_style(index))
+            _lines(left, {name: table}, "step", "validation_loss", **marker, label=f"{name}, validation")
+        left.set(xlabel="optimiser step", ylabel="loss", title="training", yscale="log")
+        _lines(right, by_time, "t", "loss_simple")
+        right.set(xlabel="network time t", ylabel="mean square error of eps", title="where it arises", yscale="log")
+        _finish(figure)
+
+    drawable = any(curves.values()) or any(by_time.values())
+    return {"plot": _svg(1000, 400, draw) if drawable else None, "last": last}
+
+
+def _likelihood(params: Params, root: Path) -> Row:
+    """Bits per dimension, and the rate-distortion curve."""
+    found = {name: _bound(root, name) for name in params.sweep.schedules}
+    scores = {name: about for name, (about, _) in found.items() if about is not None}
+    curves = {name: curve for name, (about, curve) in found.items() if about is not None}
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        _lines(left, curves, "rate", "distortion")
+        left.set(xlabel="rate (bits/dim)", ylabel="distortion (RMSE of 0 ... 255)", title="rate and distortion")
+        _lines(right, curves, "time", "rate")
+        right.set(xlabel="network time t (from noise, on the right, to image)", ylabel="bits/dim spent so far")
+        right.set_title("the bound, along the way")
+        _finish(figure)
+
+    return {"scores": scores, "plot": _svg(1000, 400, draw) if any(curves.values()) else None}
+
+
+def _finish(figure: Any) -> None:
+    for axes in figure.axes:
+        axes.grid(which="both", alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    figure.set_layout_engine("tight")
+
+
+def _schedules(params: Params, trained: Mapping[str, Mapping[str, Any]], about: dict[str, Any]) -> Row:
+    """What each noise schedule of the sweep does to this data. An imported network has a T of its own, of which its training
+    record tells; without that, such a schedule has no row.
+    """
+    from ddpm.diffusion.forward import summary
+
+    square, rows, unknown = data_mean_square(about), {}, []
+    for name in params.sweep.schedules:
+        imported = params.schedules[name].imported is not None
+        T = trained.get(name, {}).get("timesteps") if imported else params.diffusion.timesteps
+        if T is None:
+            unknown.append(name)
+        else:
+            rows[name] = summary(schedule_of(params, name, T), square)
+    return {"rows": rows, "unknown": unknown}
+
+
+def _neighbours(root: Path, best: Row, dataset: store.Dataset, mirrored: bool) -> Row:
+    """The first samples of the best point beside their nearest training images, and the distances of all that can be afforded."""
+    samples = store.read_samples(root / store.samples_file(Point.parse(best["point"]))).images
+    samples = np.asarray(samples[: affordable(len(samples), dataset.train)])
+    index, distance = nearest(samples, dataset.train, mirrored)
+    compared = affordable(len(dataset.test), dataset.train) if len(dataset.test) else 0
+    chosen = np.arange(compared) * len(dataset.test) // max(1, compared)
+    unseen = nearest(np.asarray(dataset.test[chosen]), dataset.train, mirrored)[1] if compared else np.empty(0)
+    found = copying(distance, unseen) if compared else None
+    in_features = Copying(best["copying"], best["copying_z"], 0) if "copying" in best else None
+    return {
+        "pairs": [
+            {
+                "sample": _strip(samples[i : i + 1]),
+                "train": _strip(np.asarray(dataset.train[index[i] : index[i] + 1])),
+                "index": int(index[i]),
+                "distance": float(distance[i]),
+            }
+            for i in range(min(SHOWN, len(samples)))
+        ],
+        "median": float(np.median(distance)),
+        "least": float(distance.min()),
+        "unseen_median": float(np.median(unseen)) if len(unseen) else None,
+        "compared": len(samples),
+        "unseen": len(unseen),
+        "copies": int((distance == 0).sum()),
+        "unseen_copies": int((unseen == 0).sum()),
+        "copying": found,
+        "in_features": in_features,
+        "verdict": verdict(found, in_features),
+        "mirrored": mirrored,
+    }
+
+
+def verdict(in_pixels: Copying | None, in_features: Copying | None) -> str:
+    """None: not compared, for want of a test split or of a score."""
+    spaces = {"pixels": in_pixels, "features": in_features}
+    z = {space: found.z for space, found in spaces.items() if found is not None}
+    if not z:
+        return "There is nothing to compare with."
+    near, both = [space for space in z if z[space] > SURE], " and ".join(z)
+    if not near:
+        return f"No sign of memorising: in {both}, samples lie no nearer to training images than images do that it never saw."
+    nearer = "samples lie nearer to training images than images do that it never saw"
+    if len(near) == 2:
+        return f"A strong sign of memorising: in {both}, {nearer}."
+    other = "".join(f", though not in {space}" for space in z if space not in near)
+    return f"A sign of memorising, or of smooth images: in {near[0]}, {nearer}{other}."
+
+
+def _parameters(params: Params) -> dict[str, dict[str, Any]]:
+    """Section -> name -> value, of the sections that made the outputs and the rows that the sweep takes."""
+    raw = params.model_dump(mode="json", include=set(SECTIONS))
+    shown: dict[str, dict[str, Any]] = {"": {"seed": raw["seed"]}}
+    shown |= {name: raw[name] for name in SECTIONS if name not in ("seed", "schedules", "samplers")}
+    shown["schedules"] = {
+        name: {"schedule": params.schedules[name].schedule, **params.schedules[name].options()}
+        for name in params.sweep.schedules
+    }
+    shown["samplers"] = {name: params.samplers[name].options() for name in params.sweep.samplers}
+    return shown

@@ -1,0 +1,132 @@
+"""How pictures are drawn: same content, same bytes, readable for the colour-blind and in grey print."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm.files import store
+from ddpm.scores.metrics import RANKING
+
+# Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes tell lines apart in grey print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", ":", "-.")
+
+Row = Mapping[str, Any]
+
+
+@contextmanager
+def _blank(width: int, height: int, dpi: int) -> Iterator[Any]:
+    """A matplotlib figure of that many pixels; the reader's own matplotlibrc has no say while the block runs."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.hashsalt": "ddpm", "svg.fonttype": "none"})
+        figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+@contextmanager
+def drawing(path: Path, width: int, height: int, dpi: int) -> Iterator[Any]:
+    """A matplotlib figure of that many pixels, written to `path` as PNG when the block ends well.
+
+    No date or version is written: same content, same bytes.
+    """
+    with _blank(width, height, dpi) as figure:
+        yield figure
+        with store.replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+
+
+def svg(width: int, height: int, draw: Callable[[Any], None]) -> bytes:
+    """What draw(figure) leaves on a figure of that size (in hundredths of an inch), as SVG; text stays text."""
+    written = io.BytesIO()
+    with _blank(width, height, dpi=100) as figure:
+        draw(figure)
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+    return written.getvalue()
+
+
+def draw_scores(
+    figure: Any,
+    rows: Sequence[Row],
+    x: str = "evaluations",
+    label: str = "network evaluations per image",
+    front: Collection[str] = (),
+) -> None:
+    """The headline score against `x`: a line per schedule (its colour) and sampler (its dashes), each with a marker of its own.
+
+    front: names of points to join by a grey staircase, below which no point lies.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    schedules = list(dict.fromkeys(row["schedule"] for row in rows))
+    samplers = list(dict.fromkeys(row["sampler"] for row in rows))
+    axes = figure.add_subplot()
+    for i, schedule in enumerate(schedules):
+        for j, sampler in enumerate(samplers):
+            line = [row for row in rows if (row["schedule"], row["sampler"]) == (schedule, sampler)]
+            line.sort(key=lambda row: row[x])
+            fids = np.array([row["fid"] for row in line])
+            aside = 1.0
+            if x == "evaluations":  # many points share theirs, and bars would hide bars
+                aside = 1.015 ** (i * len(samplers) + j - (len(schedules) * len(samplers) - 1) / 2)
+            axes.errorbar(
+                [row[x] * aside for row in line],
+                fids,
+                yerr=[fids - [row["fid_low"] for row in line], [row["fid_high"] for row in line] - fids],
+                capsize=3,
+                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[(i * len(samplers) + j) % len(MARKERS)],
+                linestyle=DASHES[j % len(DASHES)],
+                label=f"{schedule}-{sampler}",
+            )
+    axes.set_xscale("log")
+    if all(row["fid"] > 0 for row in rows):
+        axes.set_yscale("log", nonpositive="clip")
+        axes.set_ylim(bottom=0.9 * min(row["fid_low"] or row["fid"] / 3 for row in rows))  # a bar may reach down to 0
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if front:
+        steps = sorted((row[x], row["fid"]) for row in rows if row["point"] in front)
+        reach = axes.get_xlim()[1]
+        steps.append((reach, steps[-1][1]))
+        style = {"color": "#bbbbbb", "linewidth": 5, "solid_capstyle": "butt", "zorder": 0}
+        axes.step(*zip(*steps, strict=True), where="post", label="front", **style)
+        axes.set_xlim(right=reach)
+    if x == "evaluations":
+        ticks: list[int] = []
+        for evaluations in sorted({row["evaluations"] for row in rows}):
+            if not ticks or evaluations > 1.3 * ticks[-1]:  # labels closer than that would overlap
+                ticks.append(evaluations)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+    else:
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(label)
+    axes.set_ylabel(f"{RANKING.title}, with {rows[0]['confidence']:.0%} intervals")
+    axes.set_title(protocol(rows), fontsize="medium")
+    axes.grid(which="both", alpha=0.25)
+    axes.legend()
+    figure.set_layout_engine("tight")
+
+
+def protocol(rows: Sequence[Row]) -> str:
+    """How the points were scored, in words, where all rows agree."""
+    if len({(row["layer"], row["images"], row["reference_images"]) for row in rows}) > 1:
+        return "scored under different protocols"
+    first = rows[0]
+    return f"Inception layer {first['layer']}, {first['images']:,} samples against {first['reference_images']:,} images"

@@ -1,0 +1,87 @@
+"""The published copy of the report: what is true of the runs and not of their results. No DVC stage imports this."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from ddpm.reporting.page import render
+from ddpm.reporting.plots import draw_scores, svg
+from ddpm.scores.metrics import RANKING
+
+Record = Mapping[str, Any]  # a run file
+
+
+def published(
+    rows: Sequence[Mapping[str, Any]],
+    records: Mapping[str, Record],
+    runs: Mapping[str, tuple[str, str]],
+    place: str,
+    chart: str = "",
+) -> str:
+    """The section of the page, as HTML.
+
+    rows: of points.csv, as numbers. records: run files by stage, such as sample@linear-ddim-50. runs: by stage, the name and
+    the address (or "") of the MLflow run. chart: that of the chart of all points in MLflow.
+    """
+    sampled = {row["point"]: records.get(f"sample@{row['point']}", {}) for row in rows}
+    timed = [
+        {**row, "seconds": 1 / record["per_second"]}
+        for row in rows
+        if (record := sampled[row["point"]]).get("per_second")
+    ]
+    machines = list(dict.fromkeys(_machine(sampled[row["point"]]) for row in timed))
+    plot = ""
+    if timed and len(machines) == 1:
+        picture = svg(
+            900, 560, lambda figure: draw_scores(figure, timed, "seconds", "seconds per image", fastest(timed))
+        )
+        plot = "data:image/svg+xml;base64," + base64.b64encode(picture).decode()
+    return render(
+        "published.html.jinja",
+        place=place,
+        chart=chart,
+        metric=RANKING,
+        plot=plot,
+        timed=bool(timed),
+        machines=machines,
+        rows=[_row(stage, record, *runs.get(stage, ("", ""))) for stage, record in records.items()],
+    )
+
+
+def fastest(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The front against seconds: the points that none as fast beats, by seconds."""
+    kept: list[Mapping[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (row["seconds"], RANKING.rank(row["fid"]))):
+        if not kept or RANKING.rank(row["fid"]) < RANKING.rank(kept[-1]["fid"]):
+            kept.append(row)
+    return [row["point"] for row in kept]
+
+
+def _machine(record: Record) -> str:
+    hardware = record.get("hardware") or {}
+    return f"{hardware.get('gpu') or hardware.get('cpu', 'an unknown machine')} ({record.get('device', '?')})"
+
+
+def _pace(record: Record) -> str:
+    if not (pace := record.get("per_second")):
+        return ""
+    return f"{pace:,.0f} {record['unit']}/s" if pace >= 100 else f"{pace:.3g} {record['unit']}/s"
+
+
+def _row(stage: str, record: Record, run: str, link: str) -> dict[str, Any]:
+    memory, commit = record.get("gpu_peak_memory_bytes") or record.get("peak_memory_bytes"), record.get("git_commit")
+    started = datetime.fromtimestamp(record["started"] / 1000, UTC)
+    return {
+        "stage": stage,
+        "seconds": record["seconds"],
+        "pace": _pace(record),
+        "memory": f"{memory / 1e6:,.0f} MB" if memory else "",
+        "started": f"{started:%Y-%m-%d %H:%M}",
+        "machine": _machine(record),
+        "commit": (commit[:10] + (", edited" if record.get("git_dirty") else "")) if commit else "unknown",
+        "run": run,
+        "link": link,
+    }

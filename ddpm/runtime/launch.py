@@ -1,0 +1,73 @@
+"""A stage as several processes of this machine, by PyTorch's own launcher, which is what torchrun calls too."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NoReturn
+
+from ddpm.errors import InputError
+from ddpm.runtime import ranks, watchdog
+from ddpm.runtime.stopping import Stopped
+
+LOOPBACK = {"linux": "lo", "darwin": "lo0"}.get(sys.platform, "")
+
+
+def launch(processes: int, arguments: list[str]) -> None:
+    """Runs `ddpm ARGUMENTS` in so many processes, to their end; the first one's output is shown, the others' when they fail.
+
+    SIGTERM and Ctrl-C are handed on. They meet by a file and talk over loopback. Raises SystemExit where the first one has
+    said why it ended; else Stopped, with the signal that killed one of them, or InputError.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable(logging.CRITICAL)  # the processes speak for themselves
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # which would listen on every address
+    os.environ[watchdog.VARIABLE] = str(os.getpid())  # they end with this process, and this one as it would alone
+    for backend in ("GLOO", "NCCL") if LOOPBACK else ():
+        os.environ.setdefault(f"{backend}_SOCKET_IFNAME", LOOPBACK)
+    with TemporaryDirectory(prefix="ddpm-ranks-") as folder:
+        os.environ[ranks.MEETING] = str(Path(folder) / "meeting")
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            rdzv_backend="c10d",
+            rdzv_endpoint=str(Path(folder) / "rendezvous"),
+            rdzv_configs={"store_type": "file"},
+            local_addr="localhost",
+            run_id="ddpm",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(folder, redirects=dict.fromkeys(range(1, processes), Std.ALL)),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-B", "-m", "ddpm", *arguments)
+        except SignalException as stopped:
+            sys.exit(128 + stopped.sigval)
+        except ChildFailedError as error:
+            _fail({rank: failure.exitcode for rank, failure in error.failures.items()}, Path(folder))
+
+
+def _fail(codes: dict[int, int], folder: Path) -> NoReturn:
+    """codes: exit codes by rank, negative for signals. Once one has failed the others are sent SIGTERM: not the cause."""
+
+    def weight(code: int) -> int:
+        if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+            return 3
+        return 0 if code < 0 else 1 if code == 2 else 2
+
+    rank, code = min(codes.items(), key=lambda item: (weight(item[1]), item[0]))
+    if weight(code) == 0:
+        what = f"process {rank} of the training was killed by signal {-code}"
+        raise Stopped(f"{what}; the next run goes on after the last saved state", -code)
+    if rank == 0 or weight(code) == 3:
+        sys.exit(code if code > 0 else 128 - code)
+    log = next(folder.glob(f"*/*/{rank}/stderr.log"), None)
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log else []
+    raise InputError(f"process {rank}: " + (lines[-1].removeprefix("ddpm: ") if lines else f"exit code {code}"))

@@ -1,0 +1,42 @@
+"""Which of several processes this one is, as torchrun says in the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ddpm.errors import InputError
+from ddpm.training import parallel
+from ddpm.training.parallel import ALONE, World
+
+MEETING = "DDPM_RANKS_MEET"  # a file by which the processes of one machine find each other; else MASTER_ADDR says where
+
+
+def number() -> int:
+    """This process's rank; 0 where it is the only one."""
+    return int(os.environ["RANK"]) if started() else 0
+
+
+def started() -> bool:
+    """Whether torchrun, or something that sets what it sets, started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
+    """The World, and the device of this process: of several, each has a GPU of its own. Raises InputError."""
+    if not started() or os.environ["WORLD_SIZE"] == "1":
+        yield ALONE, device
+        return
+    if device.type == "cuda":
+        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= count:
+            raise InputError(f"more processes than GPUs, of which there are {count} here; lower compute.processes")
+        torch.cuda.set_device(local)
+        device = torch.device("cuda", local)
+    meeting = f"file://{os.environ[MEETING]}" if MEETING in os.environ else "env://"
+    with parallel.joined(number(), int(os.environ["WORLD_SIZE"]), device, meeting) as world:
+        yield world, device

@@ -1,0 +1,456 @@
+"""PNG and JPEG files, loose in folders and inside zips: found, checked, and decoded straight into an array.
+
+Reading is strict: what cannot be used as it is, or by a conversion that was asked for, is refused by name. Without
+`convert`, 8-bit grey and RGB images are taken, and all must agree. With it, bilevel, palette and RGBA images are taken
+as well, and all become grey or RGB. Transparent pixels, CMYK, 16 bit and animations are always refused: there is no one
+right way to make them 8-bit grey or RGB. EXIF orientation is applied; colour profiles are ignored.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import multiprocessing
+import os
+import posixpath
+import re
+import signal
+import stat
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from operator import itemgetter
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from ddpm.errors import InputError
+from ddpm.files.store import Images
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Read = Callable[[], bytes]
+Fault = tuple[str, str]  # what, and what is wrong with it
+
+MAX_PIXELS = 2**26  # of one image; a declared size is checked before anything is decoded
+MAX_BYTES = 2**28  # of one encoded image
+MODES = {1: "L", 3: "RGB"}
+BLOCK = 64  # images between two progress reports of a reading process
+MAX_WORKERS = 16
+
+
+# Messages.
+
+ADVICE = "repair or remove them, or have them converted by data.size, data.fit and data.channels"
+
+
+def counted(number: int, noun: str) -> str:
+    """1, image -> 1 image; 2000, image -> 2,000 images."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+
+
+def shown(name: str) -> str:
+    """A file name, which may hold anything, as part of one printable line."""
+    return name if name.isprintable() else ascii(name)
+
+
+def offenders(where: str, what: str, faults: Sequence[Fault], advice: str = ADVICE) -> InputError:
+    """Names the first three, and says how many more there are."""
+    named = ", ".join(f"{shown(name)} ({reason})" for name, reason in sorted(faults)[:3])
+    more = f" and {len(faults) - 3:,} more" if len(faults) > 3 else ""
+    return InputError(f"{where}: {what}: {named}{more}; {advice}")
+
+
+# Finding images.
+
+
+class _Mapped(mmap.mmap):
+    """A file for ZipFile whose position belongs to the process, so forked processes read one archive side by side."""
+
+    def seekable(self) -> bool:
+        return True
+
+
+def find(path: Path, where: str) -> tuple[dict[str, Read], list[str]]:
+    """-> what reads each image, by its path, and the paths of the files that are no images.
+
+    path: a folder or a zip file, called `where` in messages. Paths are relative to it; a zip file in a folder counts as
+    unpacked where it lies. Hidden files are no images. Raises InputError.
+    """
+    images: dict[str, Read] = {}
+    left_out: list[str] = []
+    faults: list[Fault] = []
+    if path.is_dir():
+        listing = _folder_listing(path, faults)
+    elif path.suffix.lower() == ".zip" and path.exists():
+        listing = _zip_listing(path, "", faults)
+    else:
+        raise InputError(f"{where}: no such folder or zip file; data.path says where the images lie")
+    for name, read in listing:
+        if not _is_image(name):
+            left_out.append(name)
+        elif name in images:
+            faults.append((name, "two images with this path"))
+        else:
+            images[name] = read
+    if faults:
+        raise offenders(where, f"{counted(len(faults), 'file')} cannot be used", faults, "repair or remove them")
+    if not images:
+        others = f", only {counted(len(left_out), 'other file')}" if left_out else ""
+        raise InputError(f"{where}: no PNG or JPEG images there{others}; put some there, or set data.path")
+    return images, left_out
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith((".png", ".jpg", ".jpeg")) and not re.search(r"(^|/)(\.|__MACOSX/)", name)
+
+
+def _folder_listing(top: Path, faults: list[Fault]) -> Iterator[tuple[str, Read]]:
+    def unreadable(error: OSError) -> None:
+        faults.append((os.path.relpath(error.filename, top), error.strerror or "not readable"))
+
+    for folder, subfolders, names in os.walk(top, onerror=unreadable):
+        subfolders.sort()
+        inside = Path(folder).relative_to(top).as_posix()
+        prefix = "" if inside == "." else f"{inside}/"
+        for name in subfolders:
+            if Path(folder, name).is_symlink():
+                faults.append((prefix + name, "a link to a folder, which DVC does not follow"))
+        for name in sorted(names):
+            file = Path(folder, name)
+            if file.suffix.lower() == ".zip" and not name.startswith("."):
+                yield from _zip_listing(file, prefix, faults)
+            else:
+                yield prefix + name, partial(_read_file, file)
+
+
+def _zip_listing(path: Path, prefix: str, faults: list[Fault]) -> Iterator[tuple[str, Read]]:
+    """The archive stays open: `read` uses it."""
+    try:
+        if not path.is_file():
+            raise OSError("not a regular file")
+        with path.open("rb") as file:
+            archive = zipfile.ZipFile(cast(IO[bytes], _Mapped(file.fileno(), 0, access=mmap.ACCESS_READ)))
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        faults.append((prefix + path.name, f"not a readable zip file: {_reason(error)}"))
+        return
+    for member in archive.infolist():
+        name = member.filename.replace("\\", "/")
+        if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
+            faults.append((f"{prefix}{path.name}: {name}", "escapes its folder"))
+        elif stat.S_ISLNK(member.external_attr >> 16):
+            faults.append((f"{prefix}{path.name}: {name}", "a link"))
+        elif member.flag_bits & 1:
+            faults.append((f"{prefix}{path.name}: {name}", "encrypted"))
+        elif not member.is_dir():
+            yield posixpath.normpath(prefix + name), partial(_read_member, archive, member)
+
+
+def _read_file(path: Path) -> bytes:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise _Refused("not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise _Refused(f"{status.st_size:,} bytes are too many")
+    return path.read_bytes()
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    if member.file_size > MAX_BYTES:
+        raise _Refused(f"{member.file_size:,} bytes are too many")
+    return archive.read(member)
+
+
+# Reading images.
+
+
+class _Refused(Exception):
+    """Why an image cannot be used."""
+
+
+class _Unlike(_Refused):
+    """It is sound, but not as the others; like: the layout in which it could be used."""
+
+    def __init__(self, reason: str, like: Layout) -> None:
+        super().__init__(reason)
+        self.like = like
+
+
+def _reason(error: Exception) -> str:
+    strerror = getattr(error, "strerror", None)
+    return strerror or " ".join(str(error).split()) or type(error).__name__
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What every image is to become: uint8 channels,side,side.
+
+    fit: what to do with another size: error, crop (scale the short side, cut off the rest), pad (scale the long side,
+    fill up with zeros) or resize (stretch). convert: whether other modes are converted to this many channels.
+    given: whether the side was asked for, instead of taken from the images.
+    """
+
+    channels: int
+    side: int
+    fit: str
+    convert: bool
+    given: bool = True
+
+    def pixels(self, read: Read) -> Images:
+        """-> uint8 channels,side,side. Raises _Refused."""
+        picture = _picture(read, self.channels if self.convert else None)
+        channels, (width, height) = len(picture.getbands()), picture.size
+        side = self.side if self.given or width != height else width
+        if channels != self.channels:
+            other = replace(self, channels=channels, side=side)
+            raise _Unlike(f"mode {picture.mode} instead of {MODES[self.channels]}", other)
+        if side != self.side and self.fit == "error":
+            raise _Unlike(f"{width}x{height} instead of {self.side}x{self.side}", replace(self, side=side))
+        if picture.size != (self.side, self.side):
+            picture = _fitted(picture, self.side, self.fit)
+        return np.asarray(picture).reshape(self.side, self.side, self.channels).transpose(2, 0, 1)
+
+
+_Found = tuple[
+    int, str, Layout | None
+]  # an image by its number, what is wrong with it, and the layout that it would fit
+
+
+def first_shape(files: Mapping[str, Read], channels: int | None, where: str) -> tuple[str, int, tuple[int, int]]:
+    """-> name, number of channels, (width, height) of the first image that can be read. Raises InputError."""
+    faults: list[Fault] = []
+    for name, read in files.items():
+        try:
+            with _strict_pillow():
+                picture = _picture(read, channels)
+        except _Refused as refusal:
+            faults.append((name, str(refusal)))
+        else:
+            return name, len(picture.getbands()), picture.size
+    raise offenders(where, f"none of {counted(len(faults), 'image')} can be used", faults)
+
+
+def read_all(
+    files: Mapping[str, Read],
+    layout: Layout,
+    places: Sequence[Images],
+    where: str,
+    done: Callable[[int], None],
+) -> None:
+    """Decodes every image into its place: a view, channels,side,side, of a memory-mapped array.
+
+    done: told how many are finished, now and then. Raises InputError that names the first few of those that failed.
+    """
+    names, readers = list(files), list(files.values())
+
+    def read(block: range, tried: Layout) -> list[_Found]:
+        faults = []
+        with _strict_pillow():
+            for index in block:
+                try:
+                    pixels = tried.pixels(readers[index])
+                except _Refused as refusal:
+                    faults.append((index, str(refusal), getattr(refusal, "like", None)))
+                else:
+                    if tried == layout:  # whose shape the places have
+                        places[index][:] = pixels
+        return faults
+
+    found = sorted(_in_processes(partial(read, tried=layout), len(names), done), key=itemgetter(0))
+    if not found:
+        return
+    usual = _usual(layout, len(names) - len(found), [like for *_, like in found if like])
+    if usual != layout:  # the odd ones are to be named, and the first image is one of them
+        found = _in_processes(partial(read, tried=usual), len(names), lambda _: None)
+    faults = [(names[index], reason) for index, reason, _ in found]
+    raise offenders(where, f"{len(faults):,} of {counted(len(names), 'image')} cannot be used", faults)
+
+
+def _usual(layout: Layout, count: int, others: Sequence[Layout]) -> Layout:
+    """The layout of most images, where `count` of them have the one that was tried; it stays where no other has more."""
+    ((best, most),) = Counter(others).most_common(1) or [(layout, count)]
+    return best if most > count else layout
+
+
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Pillow warns of huge images and of odd metadata: the first is refused, the second does not matter here."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _picture(read: Read, channels: int | None) -> Image.Image:
+    """Encoded bytes -> a picture in mode L or RGB, upright. Raises _Refused."""
+    try:
+        content = read()
+        if not content:
+            raise _Refused("empty file")
+        return _decoded(content, channels)
+    except _Refused:
+        raise
+    except Exception as error:  # Pillow and zipfile raise a dozen types on damaged data
+        raise _Refused(_reason(error)) from error
+
+
+def _decoded(content: bytes, channels: int | None) -> Image.Image:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        image: Image.Image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+    except UnidentifiedImageError:
+        raise _Refused("no PNG or JPEG image, or damaged") from None
+    _check(image, content, channels)
+    image.load()
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise _Refused("transparent pixels")
+    if "exif" in image.info:
+        image = ImageOps.exif_transpose(image)
+    return image if channels is None else image.convert("L" if channels == 1 else "RGB")
+
+
+def _check(image: Any, content: bytes, channels: int | None) -> None:
+    """What the header declares, before anything is decoded; and a PNG's checksums, which Pillow's decoding skips."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _Refused(f"{width}x{height} pixels are too many")
+    if image.format == "PNG" and image.is_animated:
+        raise _Refused("animated")
+    if image.format == "PNG" and content[24] == 16:  # the bit depth; Pillow turns some of these into 8 bit silently
+        raise _Refused("16 bit per channel")
+    if image.mode not in (("L", "RGB") if channels is None else ("1", "L", "LA", "P", "RGB", "RGBA")):
+        raise _Refused(f"mode {image.mode}")
+    if image.format == "PNG":
+        _check_sums(content)
+
+
+def _check_sums(png: bytes) -> None:
+    """A chunk is length, type, data, CRC of type and data. (Pillow's verify() costs four times as much.)"""
+    start, kind, data = 8, b"", []
+    while kind != b"IEND":
+        end = start + 8 + int.from_bytes(png[start : start + 4])
+        kind = png[start + 4 : start + 8]
+        if len(png) < end + 4:
+            raise _Refused("truncated")
+        if zlib.crc32(memoryview(png)[start + 4 : end]) != int.from_bytes(png[end : end + 4]):
+            raise _Refused("damaged: a checksum differs")
+        if kind == b"IDAT":
+            data.append(png[start + 8 : end])
+        start = end + 4
+    _check_rows(png, b"".join(data))
+
+
+ADAM7 = (
+    (8, 0, 8, 0),
+    (8, 4, 8, 0),
+    (4, 0, 8, 4),
+    (4, 2, 4, 0),
+    (2, 0, 4, 2),
+    (2, 1, 2, 0),
+    (1, 0, 2, 1),
+)  # of interlacing
+SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by colour type
+
+
+def _check_rows(png: bytes, data: bytes) -> None:
+    """Whether the rows are all there: Pillow leaves black what is missing. A row is a filter's byte and packed pixels."""
+    width, height = int.from_bytes(png[16:20]), int.from_bytes(png[20:24])
+    bits = png[24] * SAMPLES[png[25]]
+    expected = 0
+    for across, left, down, top in ADAM7 if png[28] else ((1, 0, 1, 0),):
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        expected += rows * (1 + (columns * bits + 7) // 8) if columns > 0 and rows > 0 else 0
+    unpacker, found = zlib.decompressobj(), 0
+    while found < expected and (piece := unpacker.decompress(data, 2**20)):
+        found, data = found + len(piece), unpacker.unconsumed_tail
+    if found < expected:
+        raise _Refused(f"truncated: {found:,} of {expected:,} bytes of pixels")
+
+
+def _fitted(picture: Image.Image, side: int, fit: str) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    width, height = picture.size
+    best = Image.Resampling.LANCZOS
+    if fit == "crop":
+        return ImageOps.fit(picture, (side, side), best)
+    if fit == "pad":
+        if min(width, height) * side < max(width, height):
+            raise _Refused(f"{width}x{height} is less than a pixel high or wide when it is scaled to {side}")
+        return ImageOps.pad(picture, (side, side), best, color=0)
+    if fit == "resize":
+        return picture.resize((side, side), best)
+    raise _Refused(f"{width}x{height} instead of {side}x{side}")
+
+
+# Several processes, for decoding one small image mostly runs Python.
+
+
+def _in_processes(work: Callable[[range], list[_Found]], count: int, done: Callable[[int], None]) -> list[_Found]:
+    """Runs `work` on all blocks of range(count), in forked processes where the system has them."""
+    blocks = [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
+    workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS, len(blocks)) if hasattr(os, "sched_getaffinity") else 1
+    results = _forked(work, blocks, workers) if workers > 1 else ((block, work(block)) for block in blocks)
+    finished, faults = 0, []
+    for block, found in results:
+        finished += len(block)
+        faults.extend(found)
+        done(finished)
+    return faults
+
+
+def _forked(
+    work: Callable[[range], list[_Found]], blocks: list[range], workers: int
+) -> Iterator[tuple[range, list[_Found]]]:
+    """Each process takes every n-th block, and ends when they are done or the parent is gone."""
+    context = multiprocessing.get_context("fork")  # what it reads and writes is inherited, not pickled
+    processes, readers = [], []
+    try:
+        for index in range(workers):
+            reader, writer = context.Pipe(duplex=False)
+            readers.append(reader)
+            arguments = (work, blocks[index::workers], writer, list(readers))
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            processes.append(process)
+            writer.close()
+        while readers:
+            for ready in cast(list[Connection], wait(readers)):
+                try:
+                    yield ready.recv()
+                except EOFError:
+                    readers.remove(ready)
+        for process in processes:
+            process.join()
+            if process.exitcode != 0:
+                raise RuntimeError(f"a process that reads images ended with code {process.exitcode}")
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _serve(
+    work: Callable[[range], list[_Found]], blocks: list[range], writer: Connection, readers: list[Connection]
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for reader in readers:  # inherited; kept open, they would hide that the parent is gone
+        reader.close()
+    for block in blocks:
+        faults = work(block)
+        try:
+            writer.send((block, faults))
+        except BrokenPipeError:
+            return

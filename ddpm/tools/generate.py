@@ -1,0 +1,324 @@
+"""`generate`: pictures of what a registered model, or a checkpoint folder, makes of noise and of images."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm.diffusion.denoiser import Denoiser
+from ddpm.diffusion.noise import gaussian
+from ddpm.diffusion.paths import blend, encode, interpolate, pixel_error, snapshots
+from ddpm.diffusion.samplers import sample
+from ddpm.diffusion.schedule import NoiseSchedule
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params
+from ddpm.runtime.device import find_device, memory_errors
+from ddpm.runtime.progress import Progress, Report, silent
+from ddpm.stages.sample import check_row, class_labels, prepared_denoiser, to_uint8
+from ddpm.stages.sample import generate as draw
+from ddpm.training.fit import scaled
+
+DEFAULT: dict[str, Any] = {"sampler": "ddim", "steps": 50}
+MOMENTS = 10  # of a chain
+DEPTHS = (1.0, 0.75, 0.5, 0.25)  # of a blend, from pure noise down
+PAIRS = 40  # shown of a reconstruction, at most; its errors are those of all
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoiser, what `ddpm.sample` takes beside it, and model.json."""
+
+    denoiser: Denoiser
+    settings: dict[str, Any]  # a sampler row's options, and `steps`
+    about: dict[str, Any]
+    device: torch.device
+    label: str | None = None  # the class of all images; None: the classes in turn
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.about["data"]["shape"]
+        return channels, height, width
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The settings as `ddpm.sample` takes them."""
+        along = self.settings.get("along")
+        plain = {key: value for key, value in self.settings.items() if key != "guidance"}
+        return plain | ({"along": NoiseSchedule.named(along, self.denoiser.schedule.T)} if along else {})
+
+    def labelled(self, count: int) -> dict[str, Any]:
+        """What a conditional model's denoiser takes to make `count` images. Raises ValueError."""
+        labels, guidance = class_labels(self.about, count, self.label), self.settings.get("guidance")
+        if labels is not None:
+            return {"labels": torch.from_numpy(labels), "guidance": 1.0 if guidance is None else guidance}
+        if guidance is not None:
+            raise ValueError("guidance takes a class-conditional model (diffusion.conditional: true)")
+        return {}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a picture is asked to show."""
+
+    of: tuple[int, ...]  # images of the test split, or how many of them
+    count: int  # images, or rows; 0: the usual number
+    seed: int
+    batch: int
+    report: Report
+
+
+@dataclass(frozen=True)
+class Picture:
+    """uint8 images N,C,H,W in rows of `columns` (None: a square), what to say of them, and what to keep beside them."""
+
+    images: store.Images
+    columns: int | None
+    message: str
+    figures: dict[str, Any] | None = None
+
+
+def generate(
+    params: Params,
+    *,
+    out: Path,
+    kind: str = "grid",
+    of: tuple[int, ...] = (),
+    count: int = 0,
+    model: str = "",
+    seed: int = 0,
+    sampler: str = "",
+    steps: int = 0,
+    label: str | None = None,
+    guidance: float | None = None,
+    report: Report = silent,
+) -> str:
+    """Writes a picture to `out` (PNG), and figures beside it (JSON) where it has some; says in a line what it shows.
+
+    kind: a key of KINDS; `of` and `count` are its own. model: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint
+    folder, or "" for the champion of params' dataset. sampler: a row of params.samplers, steps: S; "" and 0 take the
+    settings that the model was registered with, or DDIM at 50 steps for a folder. label: of a conditional model, the class of
+    all images, by name or number; None: the classes in turn. guidance: instead of the settings'. Raises InputError.
+    """
+    if out.suffix.lower() != ".png":
+        raise InputError(f"{out}: the picture is a PNG; give --out a name that ends in .png")
+    if kind in OF_TEST_IMAGES and (label is not None or guidance is not None):
+        raise InputError(
+            f"generate: --{kind} shows images of the test split as they are; leave --label and --guidance out"
+        )
+    opened = _open(params, model, sampler, steps, label, guidance)
+    try:
+        with memory_errors("generate", "lower -n, or sampling.batch"):
+            picture = KINDS[kind](opened, Request(of, count, seed, params.sampling.batch, report))
+    except ValueError as error:
+        raise InputError(f"generate: {error}") from None
+    store.write_png(out, store.grid(picture.images, picture.columns))
+    if picture.figures is not None:
+        store.write_json(out.with_suffix(".json"), picture.figures)
+    return f"{out}: {picture.message}"
+
+
+def _open(params: Params, model: str, sampler: str, steps: int, label: str | None, guidance: float | None) -> Model:
+    from ddpm import tracking
+
+    if sampler and sampler not in params.samplers:
+        raise InputError(f"no row '{sampler}' in samplers of params.yaml; there are {', '.join(params.samplers)}")
+    torch.set_num_threads(params.sampling.threads)
+    device = find_device(params.compute.device)
+    with tempfile.TemporaryDirectory(prefix="ddpm-generate-") as name:
+        if model and not model.startswith("models:"):
+            folder, settings = _folder(model), {**DEFAULT, "clip": params.sampling.clip}
+        else:
+            folder, settings = tracking.fetch_model(model or tracking.champion_uri(params), Path(name))
+        clip = settings.pop("clip", True)
+        if sampler:
+            check_row(sampler, params.samplers[sampler])
+            settings = {**params.samplers[sampler].options(), "steps": settings["steps"]}
+        if steps:
+            settings["steps"] = steps
+        if guidance is not None:
+            settings["guidance"] = guidance
+        denoiser, about = prepared_denoiser(folder, device, clip, precision="float32", compiled=False)
+    return Model(denoiser, settings, about, device, label)
+
+
+def _folder(model: str) -> Path:
+    """Raises InputError, which names the models that are here, where there is no such folder."""
+    folder = Path(model)
+    if not folder.is_dir():
+        here = [str(path.parent) for top in ("models", "imported") for path in sorted(Path(top).glob("*/model.json"))]
+        there = f"there are {', '.join(here)}" if here else "`dvc repro` makes models/SCHEDULE"
+        raise InputError(f"--model {model}: no such folder; {there}")
+    return folder
+
+
+def _grid(model: Model, request: Request) -> Picture:
+    """`count` images."""
+    settings, count = dict(model.settings), request.count or 64
+    images, _ = draw(
+        model.denoiser,
+        model.shape,
+        range(count),
+        seed=request.seed,
+        batch=request.batch,
+        steps=settings.pop("steps"),
+        settings=settings,
+        device=model.device,
+        labels=class_labels(model.about, count, model.label),
+        done=lambda images, _: request.report(Progress(images, count, "images")),
+    )
+    return Picture(images, None, f"{count} images")
+
+
+def _progressive(model: Model, request: Request) -> Picture:
+    """`count` rows: what the network takes the image for, from the first step of its chain to the last."""
+    states = _states(model, request)
+    return _rows([state.x0_hat for state in states], f"{len(states[0].x)} images as they are made out, step by step")
+
+
+def _strip(model: Model, request: Request) -> Picture:
+    """`count` rows: x_t from noise to image."""
+    states = _states(model, request)
+    x_T = gaussian(request.seed, range(len(states[0].x)), 0, model.shape, model.device)
+    return _rows([x_T, *(state.x for state in states)], f"{len(x_T)} images on their way from noise")
+
+
+def _states(model: Model, request: Request) -> list[Any]:
+    rows = range(request.count or 8)
+
+    def noise(k: int) -> Tensor:
+        return gaussian(request.seed, rows, k, model.shape, model.device)
+
+    denoiser = replace(_watched(model, 1, request), **model.labelled(len(rows)))
+    return snapshots(denoiser, noise(0), MOMENTS, **model.call, noise=lambda k: noise(k + 1))
+
+
+def _rows(columns: list[Tensor], message: str) -> Picture:
+    images = torch.stack(columns, dim=1).flatten(0, 1)
+    return Picture(to_uint8(images).cpu().numpy(), len(columns), message)
+
+
+def _interpolate(model: Model, request: Request) -> Picture:
+    """Two test images at the ends, and `count` between their codes."""
+    x_0, y_0 = _test_images(model, request.of)
+    images = interpolate(_watched(model, 2, request), x_0, y_0, _weights(request), **model.call)
+    row = torch.stack([x_0, *images, y_0])
+    message = f"test images {request.of[0]} and {request.of[1]}, and {len(images)} along the way between their codes"
+    return Picture(to_uint8(row).cpu().numpy(), len(row), message)
+
+
+def _blend(model: Model, request: Request) -> Picture:
+    """Two test images at the ends of each row, and `count` mixtures of them, denoised from less and less noise."""
+    x_0, y_0 = _test_images(model, request.of)
+    denoiser = _watched(model, len(DEPTHS), request)
+    images: list[Tensor] = []
+    for depth in DEPTHS:
+        mixed = blend(
+            denoiser,
+            x_0,
+            y_0,
+            _weights(request),
+            depth,
+            lambda k: gaussian(request.seed, [0], k, model.shape, model.device)[0],
+            **model.call,
+        )
+        images += [x_0, *mixed, y_0]
+    columns = len(images) // len(DEPTHS)
+    depths = ", ".join(f"{depth:g}" for depth in DEPTHS)
+    message = (
+        f"test images {request.of[0]} and {request.of[1]}, mixed under noise and denoised from {depths} of the chain"
+    )
+    return Picture(to_uint8(torch.stack(images)).cpu().numpy(), columns, message)
+
+
+def _weights(request: Request) -> list[float]:
+    count = request.count or 9
+    return torch.linspace(0, 1, count).tolist() if count > 1 else [0.5]
+
+
+def _encode_decode(model: Model, request: Request) -> Picture:
+    """Test images, row by row, each row above what comes back from its codes; and how far apart they are."""
+    if request.count:
+        raise InputError("generate: --encode-decode says itself how many images; leave -n out")
+    (count,) = request.of
+    if count > (there := len(store.read_dataset().test)):
+        raise InputError(f"--encode-decode {count}: the test split has {there} images")
+    x_0 = _test_images(model, range(count))
+    denoiser = _watched(model, 2 * -(-count // request.batch), request)
+    again = torch.cat(
+        [sample(denoiser, encode(denoiser, part, **model.call), **model.call) for part in x_0.split(request.batch)]
+    )
+    error = pixel_error(x_0, again).double()
+    before, after = (to_uint8(images).cpu().numpy() for images in (x_0, again))
+    apart = np.abs(before.astype(int) - after).reshape(count, -1).max(1)
+    figures = {
+        "images": count,
+        "mean_squared_error": float(error.mean()),  # per value, on the [0, 1] scale
+        "worst_image": int(error.argmax()),
+        "grey_levels_apart": int(apart.max()),
+        **model.settings,
+        "clip": model.denoiser.clip,
+        "dataset_sha256": model.about["data"]["sha256"],
+        "weights_sha256": model.about["weights_sha256"],
+    }
+    columns = min(count, 10)
+    message = (
+        f"{count} test images above what comes back from their codes after {model.settings['steps']} steps each way: mean"
+        f" squared error {figures['mean_squared_error']:.3g} (values in 0 ... 1), at most {apart.max()} grey levels apart"
+    )
+    return Picture(_alternating(before[:PAIRS], after[:PAIRS], columns), columns, message, figures)
+
+
+def _alternating(above: store.Images, below: store.Images, columns: int) -> store.Images:
+    """Rows of `columns` images, by turns from the one and the other; white where the last ones are not full."""
+    padding = np.full((-len(above) % columns, *above.shape[1:]), 255, np.uint8)
+    pair = [np.concatenate([images, padding]).reshape(-1, columns, *images.shape[1:]) for images in (above, below)]
+    return np.stack(pair, axis=1).reshape(-1, *above.shape[1:])
+
+
+KINDS: dict[str, Callable[[Model, Request], Picture]] = {
+    "grid": _grid,
+    "progressive": _progressive,
+    "strip": _strip,
+    "interpolate": _interpolate,
+    "blend": _blend,
+    "encode-decode": _encode_decode,
+}
+
+
+OF_TEST_IMAGES = ("interpolate", "blend", "encode-decode")
+
+
+def _test_images(model: Model, indices: Iterable[int]) -> Tensor:
+    """Images of the prepared test split as the model knows them: [N, C, H, W] in [-1, 1]. Raises InputError."""
+    dataset, chosen = store.read_dataset(), list(indices)
+    if dataset.test.shape[1:] != model.shape:
+        raise InputError(
+            f"{store.dataset_dir()}: its images are {dataset.test.shape[1:]}, the model's are {model.shape} (channels,"
+            " height, width); prepare the dataset that it was trained on"
+        )
+    if wrong := [index for index in chosen if not 0 <= index < len(dataset.test)]:
+        last = len(dataset.test) - 1
+        raise InputError(f"{store.dataset_dir()}: test images are numbered 0 ... {last}; there is no {wrong[0]}")
+    return scaled(torch.from_numpy(np.array(dataset.test[chosen])).to(model.device))
+
+
+def _watched(model: Model, passes: int, request: Request) -> Denoiser:
+    """The denoiser, telling of each network evaluation. passes: how many times the chain is gone up or down."""
+    steps, net, done = model.settings["steps"], model.denoiser.net, 0
+    total = passes * (2 * steps - 1 if model.settings["sampler"] == "heun" else steps)
+
+    def told(*inputs: Any) -> Any:
+        nonlocal done
+        done += 1
+        request.report(Progress(min(done, total), total, "evaluations"))
+        return net(*inputs)
+
+    return replace(model.denoiser, net=told)

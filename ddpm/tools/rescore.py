@@ -1,0 +1,50 @@
+"""Scores a checkpoint from elsewhere, such as a champion of earlier days, under the present data and protocol."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params, Point, Sampler
+from ddpm.runtime.progress import Report, silent
+from ddpm.scores.metrics import read_scores
+from ddpm.stages.evaluate import evaluate
+from ddpm.stages.sample import sample_point
+
+
+def rescore(
+    params: Params, checkpoint: Path, settings: dict[str, Any], root: Path = Path(), report: Report = silent
+) -> tuple[dict[str, Any], NDArray[np.float32]]:
+    """Samples and evaluates in a folder of its own, where only the dataset and the caches are shared.
+
+    settings: a sampler row's options, its `steps`, and the `clip` that it was promoted with; without one, the present.
+    Returns what metrics/POINT.json and POINT.influence.npy would hold. Raises InputError.
+    """
+    about = store.read_model_record(checkpoint)
+    dataset = store.read_dataset_record(root)
+    if about["data"]["shape"] != dataset["shape"]:
+        raise InputError(
+            f"{checkpoint}: makes images of shape {about['data']['shape']}, the dataset's are {dataset['shape']}"
+        )
+    row = Sampler.model_validate({key: value for key, value in settings.items() if key not in ("steps", "clip")})
+    point = Point(schedule=about["schedule"]["name"], sampler="champion", steps=settings["steps"])
+    sampling = params.sampling.model_copy(update={"clip": settings.get("clip", params.sampling.clip)})
+    alone = params.model_copy(update={"samplers": {"champion": row}, "sampling": sampling})
+    with tempfile.TemporaryDirectory(prefix="ddpm-rescore-") as name:
+        folder = Path(name)
+        (root / store.CACHE).mkdir(exist_ok=True)
+        for shared in (store.dataset_dir(), store.CACHE):
+            (folder / shared).symlink_to((root / shared).resolve())
+        model = folder / store.model_dir(point.schedule)
+        model.parent.mkdir(parents=True)
+        model.symlink_to(checkpoint.resolve())
+        sample_point(alone, point, folder, report)
+        evaluate(alone, point, folder, report)
+        scores = read_scores(folder, point)
+        return scores, store.read_point_influence(folder, point, scores)

@@ -1,0 +1,126 @@
+"""`schedules`: the rows of `schedules` as a table, their signal-to-noise curves, and a real image along each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddpm.diffusion.forward import BANDS, Summary, noised, summary
+from ddpm.diffusion.noise import gaussian
+from ddpm.diffusion.schedule import NoiseSchedule
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params
+from ddpm.reporting.diagnostics import data_mean_square, schedule_of
+from ddpm.reporting.plots import COLOURS, DASHES, drawing
+
+BAND_NAMES = ("< 1e-4", "1e-4 - 0.01", "0.01 - 1", "1 - 100", "> 100")
+BAND_COLOURS = ("#08306b", "#2171b5", "#6baed6", "#bdd7e7", "#f7f7f7")  # one hue, from noise to image
+SHOWN = (-8.0, 4.0)  # log10 of the signal-to-noise ratios in the plot
+COLUMNS = 11  # of the strip
+
+
+def schedules(
+    params: Params, root: Path = Path(), out: Path | None = None, timesteps: int | None = None
+) -> tuple[dict[str, Summary], str]:
+    """Writes table.csv, snr.png and, where there is a prepared dataset, strip.png into `out` (default: schedules/).
+
+    timesteps: T, instead of the parameters'. Returns a summary for each row of params.schedules, and a line about the data
+    behind them. Raises InputError.
+    """
+    T = timesteps or params.diffusion.timesteps
+    made = {name: schedule_of(params, name, T) for name in params.schedules}
+    folder = store.schedules_dir() if out is None else out
+    if (root / folder).exists() and not (root / folder).is_dir():
+        raise InputError(f"{folder}: a file lies there; name a folder with --out")
+    dataset = None
+    if (root / store.dataset_dir() / "dataset.json").exists():
+        dataset = store.read_dataset(root)
+        mean_square = data_mean_square(dataset.about)
+        about = f"T = {T:,}, E[x_0^2] = {mean_square:.3g} of {dataset.about['name']}"
+    else:
+        mean_square, about = 0.25, f"T = {T:,}, E[x_0^2] = 0.25 and no strip, as `ddpm prepare` has not run here"
+    rows = {name: summary(schedule, mean_square) for name, schedule in made.items()}
+    store.write_csv(root / folder / "table.csv", [_cells(name, row) for name, row in rows.items()])
+    _plot(root / folder / "snr.png", made, rows)
+    strip = root / folder / "strip.png"
+    if dataset is not None:
+        index = int(np.random.default_rng(params.seed).integers(len(dataset.train)))
+        _plot_strip(strip, made, dataset.train[index], params.seed)
+    else:
+        strip.unlink(missing_ok=True)
+    return rows, about
+
+
+def _cells(name: str, row: Summary) -> dict[str, Any]:
+    shares = {f"snr {band}": f"{share:.6g}" for band, share in zip(BAND_NAMES, row.shares, strict=True)}
+    numbers = {"alpha_bar_T": f"{row.alpha_bar:.10g}", "snr_T": f"{row.snr:.10g}", "prior": f"{row.prior:.6g}"}
+    return {"schedule": name, "T": row.T, **numbers, **shares, "warnings": "; ".join(row.warnings)}
+
+
+def _plot(path: Path, made: dict[str, NoiseSchedule], rows: dict[str, Summary]) -> None:
+    """Signal-to-noise ratio over the forward process, and beside it where the steps are spent."""
+    with drawing(path, 1350, 240 + 60 * max(len(made), 5), dpi=120) as page:
+        curves, bars = page.subplots(1, 2, width_ratios=(3, 4))
+        for i, (name, schedule) in enumerate(made.items()):
+            t = np.arange(1, schedule.T + 1) / schedule.T
+            with np.errstate(divide="ignore"):
+                log_snr = np.log10(schedule.snr[1:].numpy())
+            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+            curves.plot(t, np.maximum(log_snr, SHOWN[0] - 1), label=name, **style)
+        curves.set_ylim(*SHOWN)
+        ticks = range(int(SHOWN[0]), int(SHOWN[1]) + 1, 2)
+        curves.set_yticks(list(ticks), [f"$10^{{{tick}}}$" for tick in ticks])
+        for edge in BANDS:
+            curves.axhline(np.log10(edge), color="grey", linewidth=0.8, linestyle=":")
+        curves.set_xlabel("t / T")
+        curves.set_ylabel("signal-to-noise ratio")
+        curves.set_title(f"T = {next(iter(rows.values())).T:,}", fontsize="medium")
+        curves.legend(fontsize="small")
+        for i, row in enumerate(rows.values()):
+            left = 0.0
+            for band, share in enumerate(row.shares):
+                bars.barh(i, share, left=left, color=BAND_COLOURS[band], edgecolor="black", linewidth=0.5)
+                if share >= 0.05:
+                    colour = "white" if band < 2 else "black"
+                    bars.text(left + share / 2, i, f"{share:.0%}", ha="center", va="center", color=colour, fontsize=8)
+                left += share
+        bars.set_yticks(range(len(rows)), list(rows))
+        bars.invert_yaxis()
+        bars.set_xlim(0, 1)
+        bars.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
+        bars.set_xlabel("share of the steps, by signal-to-noise ratio")
+        names = zip(BAND_COLOURS, BAND_NAMES, strict=True)
+        handles = [
+            bars.barh(0, 0, color=colour, edgecolor="black", linewidth=0.5, label=band) for colour, band in names
+        ]
+        bars.legend(handles=handles, ncols=5, fontsize="x-small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        page.set_layout_engine("tight")
+
+
+def _plot_strip(path: Path, made: dict[str, NoiseSchedule], image: store.Images, seed: int) -> None:
+    """x_0, ..., x_T of one image, a row a schedule; all rows see the same noise, so that columns compare."""
+    x_0 = torch.from_numpy(np.array(image)).double() / 127.5 - 1
+    eps = gaussian(seed, [0], 0, x_0.shape)[0].double()
+    strips = []
+    for schedule in made.values():
+        x = noised(schedule, x_0, torch.arange(COLUMNS) * schedule.T // (COLUMNS - 1), eps)
+        pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+        strips.append(store.grid(pixels, columns=COLUMNS).transpose(1, 2, 0))
+    label, top, gap = 110, 24, 4  # pixels
+    height, width = strips[0].shape[:2]
+    total = top + len(strips) * (height + gap)
+    with drawing(path, label + width, total, dpi=100) as page:
+        for index, (name, strip) in enumerate(zip(made, strips, strict=True)):
+            bottom = (len(strips) - 1 - index) * (height + gap)
+            page.figimage(np.broadcast_to(strip, (*strip.shape[:2], 3)), xo=label, yo=bottom, origin="upper")
+            page.text(
+                (label - 8) / (label + width), (bottom + height / 2) / total, name, ha="right", va="center", fontsize=9
+            )
+        for column in range(COLUMNS):
+            x = (label + (column + 0.5) * width / COLUMNS) / (label + width)
+            text = "t = 0" if column == 0 else "T" if column == COLUMNS - 1 else f"{column / (COLUMNS - 1):g} T"
+            page.text(x, 1 - top / 2 / total, text, ha="center", va="center", fontsize=9)

@@ -1,0 +1,37 @@
+"""MLflow as a view over outputs, and its model registry. No other package imports mlflow, and no stage imports this one.
+
+One experiment per dataset, `ddpm-DATASET`, holds a run per schedule (`linear`: loss curves, the checkpoint), below it a run
+per schedule and sampler (`linear-ddim`: scores and sample grids at step = network evaluations) and one for the bound in
+bits/dim (`linear-likelihood`), and the runs `report` and `schedules`.
+
+Nothing is kept in an output to find a run again. The tag `ddpm.key` hashes all that was configured, `ddpm.model_sha256`
+names the weights, `ddpm.samples.STEPS` and `ddpm.scores.STEPS` the files of a point. Where the same configuration gave other
+outputs (code was edited), they go to a new run and the old one is tagged `ddpm.superseded`: no step of a metric ever has
+two values. Times are those of the run files beside the outputs; without such a file they are 2000-01-01, for unknown.
+
+mlflow is imported late: that alone takes 2 s.
+"""
+
+from ddpm.tracking.place import champion_uri, model_name, prepare_store, repo_root, tracking_uri
+from ddpm.tracking.publish.publishing import follow, publish, publish_or_warn
+from ddpm.tracking.registry.decision import Decision
+from ddpm.tracking.registry.registry import fetch_model, model_card, promote, rollback
+from ddpm.tracking.streaming import TrainingWatch, watch_training
+
+__all__ = [
+    "Decision",
+    "TrainingWatch",
+    "champion_uri",
+    "fetch_model",
+    "follow",
+    "model_card",
+    "model_name",
+    "prepare_store",
+    "promote",
+    "publish",
+    "publish_or_warn",
+    "repo_root",
+    "rollback",
+    "tracking_uri",
+    "watch_training",
+]

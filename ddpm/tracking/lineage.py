@@ -1,0 +1,88 @@
+"""Reads what made an output, the parameters of a training or a point, from the outputs themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddpm.files import store
+from ddpm.files.params import Params, Point
+from ddpm.scores.metrics import read_scores
+
+
+@dataclass(frozen=True)
+class PointSettings:
+    """The parameters of a point: its sampler's row, and the sections that its stages depend on."""
+
+    seed: int
+    row: dict[str, Any]
+    sampling: dict[str, Any]
+    evaluation: dict[str, Any]
+
+    @classmethod
+    def read(cls, params: Params, point: Point, root: Path) -> PointSettings | None:
+        """Reads what a point on disk was made with; before it was evaluated, `params` says how it will be.
+
+        Returns None for samples that another model drew, and for scores of other samples. Raises InputError.
+        """
+        about = store.read_samples_record(root / store.samples_file(point))
+        found, evaluation = dict[str, Any](), params.evaluation.model_dump(mode="json")
+        if (root / store.model_dir(point.schedule) / "model.json").exists():
+            found["model"] = store.read_trained(root, point.schedule)["weights_sha256"]
+        if (root / store.metrics_file(point)).exists():
+            scores = read_scores(root, point)
+            found[store.CHECKSUM], evaluation = scores["samples"], scores["evaluation"]
+        return cls(**about["settings"], evaluation=evaluation) if found.items() <= about.items() else None
+
+
+def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, Any]:
+    """All that was configured of a training. dataset: sha256."""
+    sections = params.model_dump(mode="json", include={"seed", "diffusion", "network", "training"})
+    row = params.schedules[schedule].options()
+    return {"schedule": schedule, "schedules": row, "dataset_sha256": dataset, **sections}
+
+
+def identity_of_model(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, from model.json."""
+    training = dict(about["training"])
+    # What follows from the data, the variance and the condition.
+    derived = ("kind", "image_channels", "image_size", "out_channels", "classes")
+    return {
+        "schedule": about["schedule"]["name"],
+        "schedules": {key: value for key, value in about["schedule"].items() if key not in ("name", "timesteps")},
+        "dataset_sha256": about["data"]["sha256"],
+        "seed": training.pop("seed"),
+        "diffusion": {
+            "timesteps": about["schedule"]["timesteps"],
+            "target": about["target"],
+            "variance": about.get("variance", "fixed"),
+            "conditional": "classes" in about["network"],
+        },
+        "network": {name: value for name, value in about["network"].items() if name not in derived},
+        "training": training,
+    }
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings -> MLflow parameters with dotted names."""
+    parameters: dict[str, str] = {}
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            parameters |= flat(item, f"{prefix}{name}.")
+        else:
+            parameters[prefix + name] = item if isinstance(item, str) else json.dumps(item)
+    return parameters
+
+
+def run_times(root: Path, output: Path) -> dict[str, Any]:
+    """When, where and how fast an output was made; empty when that is not known."""
+    path = root / store.run_file(output)
+    return store.read_json(path) if path.exists() else {}

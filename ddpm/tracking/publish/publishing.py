@@ -1,0 +1,650 @@
+"""From the outputs on disk to MLflow: fills in what is missing, repeats nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params, Point
+from ddpm.reporting.page import publish_with
+from ddpm.reporting.published import published
+from ddpm.scores.metrics import HEADLINE, METRICS, RANKING, read_scores
+from ddpm.tracking.lineage import (
+    PointSettings,
+    digest,
+    flat,
+    identity_of_model,
+    run_times,
+)
+from ddpm.tracking.place import Say, Target, chart, locked, open_target, plain_errors, warn
+from ddpm.tracking.runs import (
+    CURVES,
+    CURVES_SHA,
+    KEY,
+    MODEL,
+    SUPERSEDED,
+    end_orphans,
+    find_or_create,
+    finish,
+    history,
+    log,
+    log_image,
+    log_metrics,
+    same,
+    search,
+)
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Run
+
+FOLLOW_SECONDS = 1.0  # between two looks at dvc.lock
+REAL = 64  # images of the dataset beside the samples
+CONTENT, PUBLISHED = "ddpm.content_sha256", "ddpm.published_sha256"  # what a run is for, and once all of it is there
+UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, of an output without a run file
+
+
+def publish_or_warn(params: Params, root: Path = Path(), only: str | None = None, say: Say = print) -> None:
+    """`publish` at the end of a stage, whose outputs are safe by now: whatever goes wrong is one line and no more."""
+    try:
+        publish(params, root, only, say)
+    except InputError as error:
+        warn(str(error), say)
+    except Exception as error:  # noqa: BLE001 - who watches must not fail the work
+        warn(f"publishing {only or ''} failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})", say)
+
+
+def follow(params: Params, root: Path, ended: threading.Event, say: Say = print) -> None:
+    """Publishes what each stage wrote as soon as dvc.lock has it, until `ended` is set; never raises InputError."""
+    path, changed, seen = root / "dvc.lock", -1, store.dvc_lock(root)
+    publish_or_warn(params, root, "prepare", say)  # nothing yet, but the store is made, and mlflow imported
+    while not ended.wait(FOLLOW_SECONDS):
+        now = path.stat().st_mtime_ns if path.exists() else -1
+        if now == changed:
+            continue
+        try:
+            stages = store.dvc_lock(root)
+        except InputError:
+            stages = {}
+        if not stages:
+            continue  # DVC is writing it
+        for stage in stages:
+            if stages[stage] != seen.get(stage):
+                publish_or_warn(params, root, stage, say)
+        changed, seen = now, stages
+
+
+# Publishing.
+
+
+def publish(params: Params, root: Path = Path(), only: str | None = None, say: Say = print) -> dict[str, int]:
+    """Fills in what MLflow lacks of the outputs below `root`; counts what was added: runs, metrics, images, models, files.
+
+    only: the output of one stage, such as "prepare", "train@linear", "sample@linear-ddim-50" or "report"; without it,
+    all there is, and a line about it. An output older than what it was made from is left out. Raises InputError.
+    """
+    target, added = open_target(params, root), Counter[str]()
+    stage, _, item = (only or "").partition("@")
+    with plain_errors(target.place), locked(target.place):
+        if stage == "train":
+            _publish_training(target, root, item, added)
+        elif stage == "likelihood":
+            _publish_likelihood(target, root, item, added)
+        elif stage in ("sample", "evaluate"):
+            point = Point.parse(item)
+            if settings := PointSettings.read(params, point, root):
+                publish_points(target, root, [(point, settings)], added)
+        elif stage == "schedules":
+            _publish_schedules(target, root, Path(item), added)
+        elif stage == "report":
+            _publish_report(target, root, added)
+        elif not stage:
+            stale = _publish_all(target, params, root, added)
+            for name in stale:
+                say(f"publish: {name} left out: made with another model, or scored with other samples; run dvc repro")
+            summary = ", ".join(f"{count} {kind}" for kind, count in added.items())
+            store.write_text(root / store.CHART, chart(target.experiment))
+            say(f"MLflow at {target.place.shown}: " + (f"added {summary}" if summary else "nothing to add"))
+    return dict(added)
+
+
+def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]) -> list[str]:
+    end_orphans(target)
+    stale = list[str]()
+    for folder in sorted((root / "models").glob("*/model.json")):
+        schedule = folder.parent.name
+        _publish_training(target, root, schedule, added)
+        if not _publish_likelihood(target, root, schedule, added):
+            stale.append(f"likelihood of {schedule}")
+    groups = dict[str, list[tuple[Point, PointSettings]]]()
+    for point in _points(root):
+        settings = PointSettings.read(params, point, root)
+        if settings is None:
+            stale.append(point.name)
+        else:
+            identity = json.dumps([point.schedule, point.sampler, asdict(settings)])
+            groups.setdefault(identity, []).append((point, settings))
+    for group in groups.values():
+        publish_points(target, root, group, added)
+    _publish_report(target, root, added)
+    _publish_schedules(target, root, store.schedules_dir(), added)
+    return stale
+
+
+def _points(root: Path) -> Iterator[Point]:
+    """The points that have samples on disk; other files there are none of ours."""
+    for path in sorted((root / "samples").glob("*.npz")):
+        with contextlib.suppress(InputError):
+            yield Point.parse(path.stem)
+
+
+def _publish_training(target: Target, root: Path, schedule: str, added: Counter[str]) -> Run | None:
+    """None when there is no such model on disk."""
+    folder, record = root / store.model_dir(schedule), root / store.training_metrics_file(schedule)
+    if not (folder / "model.json").exists() or not record.exists():
+        return None
+    about, metrics = store.read_trained(root, schedule), store.read_record(record)
+    table = store.read_described(record, metrics, root / store.history_file(schedule))
+    by_time = store.read_described(record, metrics, root / store.losses_by_time_file(schedule))
+    weights, curves = about["weights_sha256"], store.sha256(table)
+    identity, times = identity_of_model(about), run_times(root, store.model_dir(schedule))
+    start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
+    rows = store.read_csv(table)
+    values = {key: {int(row["step"]): float(row[key]) for row in rows if row.get(key)} for key in CURVES}
+
+    def agrees(run: Run) -> bool:
+        if MODEL in run.data.tags:
+            return run.data.tags[MODEL] == weights and run.data.tags.get(CURVES_SHA) == curves
+        return all(
+            step in values[key] and same(value, values[key][step])
+            for key in CURVES
+            for step, value in history(target, run, key).items()
+        )
+
+    key = digest(identity)
+    tags = training_tags(schedule, about["data"]["name"], identity)
+    run = find_or_create(target, key, schedule, agrees, start, tags, added)
+    if run.data.tags.get(MODEL) == weights:
+        return run
+    log(target, run, flat(identity), {**tags, **_commit(times)})
+    _log_dataset(target, run, root, about["data"], "training")
+    last = about["training"]["steps"]
+    log_metrics(target, run, _curve_metrics(values, last, start, end), added)
+    log_metrics(target, run, _by_time_metrics(by_time, end), added)
+    log_metrics(target, run, _measurements(times, about, last, end), added)
+    _log_checkpoint(target, run, folder, about, last, added)
+    finish(target, run, end)
+    log(target, run, tags={MODEL: weights, CURVES_SHA: curves})
+    return target.client.get_run(run.info.run_id)
+
+
+def training_tags(schedule: str, dataset: str, identity: Mapping[str, Any]) -> dict[str, str]:
+    steps = identity["training"]["steps"]
+    return {
+        "ddpm.stage": "train",
+        "ddpm.schedule": schedule,
+        "ddpm.dataset": dataset,
+        "ddpm.dataset_sha256": identity["dataset_sha256"],
+        "mlflow.note.content": f"The {schedule} schedule, {steps:,} training steps on {dataset}."
+        " Its child runs hold the scores, one run per sampler.",
+    }
+
+
+def _commit(times: Mapping[str, Any]) -> dict[str, str]:
+    """Tags about where the output was made."""
+    if not times:
+        return {"ddpm.times": "unknown"}
+    tags = {"ddpm.device": str(times.get("device")), "ddpm.hardware": json.dumps(times.get("hardware"))}
+    if times.get("git_commit"):
+        tags["mlflow.source.git.commit"] = times["git_commit"]
+        tags["mlflow.source.git.dirty"] = str(times.get("git_dirty", False)).lower()
+    return tags
+
+
+def _curve_metrics(values: Mapping[str, Mapping[int, float]], last: int, start: int, end: int) -> list[Metric]:
+    """At even times between start and end."""
+    from mlflow.entities import Metric
+
+    return [
+        Metric(key, value, start + (end - start) * step // max(last, 1), step)
+        for key, steps in values.items()
+        for step, value in steps.items()
+    ]
+
+
+def _by_time_metrics(table: Path, end: int) -> list[Metric]:
+    """Losses by network time, with that time as the step."""
+    from mlflow.entities import Metric
+
+    return [
+        Metric(f"by_time/{key}", float(row[key]), end, int(row["t"]))
+        for row in store.read_csv(table)
+        for key in ("loss_simple", "loss_vlb")
+        if row[key]
+    ]
+
+
+def _measurements(times: Mapping[str, Any], about: Mapping[str, Any], last: int, end: int) -> list[Metric]:
+    from mlflow.entities import Metric
+
+    measured = {}
+    if times.get("per_second") and times.get("unit") == "steps":
+        measured["images_per_second"] = times["per_second"] * about["training"]["batch"]
+    measured |= _peak_memory(times)
+    return [Metric(key, value, end, last) for key, value in measured.items()]
+
+
+def _peak_memory(times: Mapping[str, Any]) -> dict[str, float]:
+    names = {
+        "peak_memory_bytes": "system/peak_memory_megabytes",
+        "gpu_peak_memory_bytes": "system/gpu_peak_memory_megabytes",
+    }
+    return {metric: times[name] / 1e6 for name, metric in names.items() if times.get(name)}
+
+
+def _log_dataset(target: Target, run: Run, root: Path, data: Mapping[str, Any], context: str) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    md5 = store.locked_md5(store.dvc_lock(root), "prepare", "outs", store.dataset_dir()) or ""
+    counts = {}
+    about = root / store.dataset_dir() / "dataset.json"
+    if about.exists() and (present := store.read_dataset_record(root))["sha256"] == data["sha256"]:
+        counts = present["counts"]
+    elif md5:
+        md5 = ""  # dvc.lock speaks of another version
+    dataset = Dataset(
+        name=data["name"],
+        digest=data["sha256"][:16],
+        source_type="dvc",
+        source=json.dumps({"path": str(store.dataset_dir()), "sha256": data["sha256"], "md5": md5 or None}),
+        schema=json.dumps({"shape": data["shape"], "dtype": "uint8", "classes": data["classes"]}),
+        profile=json.dumps(counts),
+    )
+    tags = [InputTag("mlflow.data.context", context), InputTag("ddpm.dataset_sha256", data["sha256"])]
+    if md5:
+        tags.append(InputTag("ddpm.dataset_md5", md5))
+        target.client.set_tag(run.info.run_id, "ddpm.dataset_md5", md5)
+    target.client.log_inputs(run.info.run_id, [DatasetInput(dataset, tags)])
+
+
+def _checkpoint_model(target: Target, run: Run, weights: str) -> Any:
+    """The logged model of a training run with those weights, or None."""
+    found = target.client.search_logged_models([target.experiment], f"tags.`{MODEL}` = '{weights}'")
+    return next((model for model in found if model.source_run_id == run.info.run_id), None)
+
+
+def _log_checkpoint(
+    target: Target, run: Run, folder: Path, about: Mapping[str, Any], step: int, added: Counter[str]
+) -> None:
+    """safetensors and JSON, as they are."""
+    from mlflow.entities import LoggedModelOutput
+
+    model = _checkpoint_model(target, run, about["weights_sha256"])
+    if model is None:
+        model = target.client.create_logged_model(
+            target.experiment,
+            name=about["schedule"]["name"],
+            source_run_id=run.info.run_id,
+            tags={MODEL: about["weights_sha256"], "ddpm.dataset": about["data"]["name"]},
+            params=flat({"network": about["network"], "target": about["target"], "schedule": about["schedule"]}),
+            model_type="diffusion",
+        )
+        added["models"] += 1
+    if str(model.status) != "READY":
+        store.check_weights(folder, about)
+        target.client.log_model_artifacts(model.model_id, str(folder))
+        target.client.finalize_logged_model(model.model_id, "READY")
+        target.client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])
+
+
+# The run of a schedule and sampler.
+
+
+@dataclass(frozen=True)
+class PointFiles:
+    """What is on disk of a point. model: whose samples they are, by the sha256 of its weights. metrics: None before it was
+    evaluated, or when that was done on other samples.
+    """
+
+    point: Point
+    evaluations: int
+    model: str
+    samples: str  # sha256 of what the set holds
+    metrics: dict[str, Any] | None
+    scores: str  # sha256 of the metrics file
+    sampled: dict[str, Any]  # run files
+    evaluated: dict[str, Any]
+
+    @classmethod
+    def read(cls, root: Path, point: Point) -> PointFiles:
+        path, scores = store.samples_file(point), store.metrics_file(point)
+        about = store.read_samples_record(root / path)
+        samples = about[store.CHECKSUM]
+        metrics = read_scores(root, point) if (root / scores).exists() else None
+        if metrics is not None and metrics["samples"] != samples:
+            metrics = None
+        return cls(
+            point,
+            about["evaluations"],
+            about["model"],
+            samples,
+            metrics,
+            store.sha256(root / scores) if metrics else "",
+            run_times(root, path),
+            run_times(root, scores) if metrics else {},
+        )
+
+    @property
+    def times(self) -> list[dict[str, Any]]:
+        return [times for times in (self.sampled, self.evaluated) if times]
+
+    @property
+    def tags(self) -> dict[str, str]:
+        tags = {f"ddpm.samples.{self.point.steps}": self.samples}
+        return tags | {f"ddpm.scores.{self.point.steps}": self.scores} if self.scores else tags
+
+
+def publish_points(
+    target: Target, root: Path, group: Sequence[tuple[Point, PointSettings]], added: Counter[str]
+) -> Run | None:
+    """Points of one schedule, sampler and settings. None when there is nothing on disk."""
+    first, settings = group[0]
+    training = _publish_training(target, root, first.schedule, added)
+    if training is None:
+        return None
+    about = store.read_trained(root, first.schedule)
+    weights = about["weights_sha256"]
+    found = [PointFiles.read(root, point) for point, _ in group if (root / store.samples_file(point)).exists()]
+    points = [files for files in found if files.model == weights]
+    if not points:
+        return None
+
+    def agrees(run: Run) -> bool:
+        if run.data.tags.get(MODEL) != weights:
+            return False
+        return all(run.data.tags.get(tag, value) == value for files in points for tag, value in files.tags.items())
+
+    key = digest([training.data.tags[KEY], first.sampler, asdict(settings)])
+    name = f"{first.schedule}-{first.sampler}"
+    start = min((times["started"] for files in points for times in files.times), default=UNKNOWN_TIME)
+    tags = {
+        **_point_tags(first, about, settings),
+        MODEL: weights,
+        "mlflow.parentRunId": training.info.run_id,
+        **_commit(points[0].evaluated or points[0].sampled),
+    }
+    run = find_or_create(target, key, name, agrees, start, tags, added)
+    if not run.data.params:
+        log(target, run, _point_params(first, about))
+        _log_dataset(target, run, root, about["data"], "evaluation")
+        _link_model(target, run, training, weights)
+        _log_real(target, run, root, about["data"], start, added)
+    for files in points:
+        if any(run.data.tags.get(tag) != value for tag, value in files.tags.items()):
+            _publish_point(target, root, run, files, added)
+    finish(target, run, max((times["ended"] for files in points for times in files.times), default=UNKNOWN_TIME))
+    return run
+
+
+def _point_tags(point: Point, about: Mapping[str, Any], settings: PointSettings) -> dict[str, str]:
+    layer, images = settings.evaluation["layer"], settings.evaluation["images"]
+    return {
+        **flat({"ddpm": asdict(settings)}),
+        "ddpm.stage": "sample",
+        "mlflow.runType": "evaluation",  # MLflow's pages unfold the parents of such runs: the scores are in sight
+        "ddpm.schedule": point.schedule,
+        "ddpm.sampler": point.sampler,
+        "ddpm.dataset": about["data"]["name"],
+        "ddpm.dataset_sha256": about["data"]["sha256"],
+        "mlflow.note.content": f"Sampler {point.sampler} on the {point.schedule} schedule. Step = network evaluations per"
+        f" image; the images at step 0 are real ones. {RANKING.title} ({RANKING.words}) of at most"
+        f" {images:,} samples, at Inception layer {layer}.",
+    }
+
+
+def _point_params(point: Point, about: Mapping[str, Any]) -> dict[str, str]:
+    """Few: MLflow writes all of them above each picture, and more would leave the picture no room."""
+    return {"schedule": point.schedule, "sampler": point.sampler, "dataset": about["data"]["name"]}
+
+
+def _link_model(target: Target, run: Run, training: Run, weights: str) -> None:
+    from mlflow.entities import LoggedModelInput
+
+    model = _checkpoint_model(target, training, weights)
+    if model is not None:
+        target.client.log_inputs(run.info.run_id, models=[LoggedModelInput(model.model_id)])
+
+
+def _log_real(target: Target, run: Run, root: Path, data: Mapping[str, Any], start: int, added: Counter[str]) -> None:
+    """Real images at step 0, to compare with: MLflow's slider stands there when a page opens, and would show nothing."""
+    about = root / store.dataset_dir() / "dataset.json"
+    if about.exists() and store.read_dataset_record(root)["sha256"] == data["sha256"]:
+        picture = store.grid(store.read_dataset(root).train[:REAL])
+        log_image(target, run, _picture(picture), 0, start, added)
+
+
+def _picture(picture: store.Images) -> store.Images:
+    """uint8 C,H,W -> H,W or H,W,3, as MLflow takes it."""
+    return picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
+
+
+def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, added: Counter[str]) -> None:
+    from mlflow.entities import Metric
+
+    images = store.read_samples(root / store.samples_file(files.point)).images
+    sampled, evaluated = (times.get("ended", UNKNOWN_TIME) for times in (files.sampled, files.evaluated))
+    metrics = [Metric(key, value, sampled, files.evaluations) for key, value in _peak_memory(files.sampled).items()]
+    if files.sampled.get("per_second"):
+        pace = 1 / files.sampled["per_second"]
+        metrics.append(Metric("seconds_per_image", pace, sampled, files.evaluations))
+    if files.metrics is not None:
+        scores = files.metrics
+        metrics += [
+            Metric(key, scores[key], evaluated, files.evaluations) for key in METRICS if scores.get(key) is not None
+        ]
+    log_metrics(target, run, metrics, added)
+    log_image(target, run, _picture(store.preview(images)), files.evaluations, sampled, added)
+    if files.metrics is not None:
+        record = {"scores": files.metrics, "sampled": files.sampled, "evaluated": files.evaluated}
+        target.client.log_dict(run.info.run_id, record, f"points/{files.point.name}.json")
+        added["files"] += 1
+    log(target, run, tags=files.tags)
+
+
+# The run of a schedule's bound.
+
+
+def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counter[str]) -> bool:
+    """Below the training's run: bits/dim at step = training steps, rate and distortion at step = network time.
+
+    Returns False for the likelihood of another model.
+    """
+    from mlflow.entities import Metric
+
+    path, table = root / store.likelihood_file(schedule), root / store.likelihood_curve_file(schedule)
+    training = _publish_training(target, root, schedule, added)
+    if training is None or not path.exists() or not table.exists():
+        return True
+    about, scores = store.read_trained(root, schedule), store.read_record(path)
+    if scores["model"] != about["weights_sha256"]:
+        return False
+    store.read_described(path, scores, table)
+    content = digest([store.sha256(path), store.sha256(table)])
+    settings = {name: scores[name] for name in ("seed", "variance", "clip", "times")}
+    settings |= {f"images_{split}": scores[split]["images"] for split in ("train", "test") if split in scores}
+    times = run_times(root, store.likelihood_file(schedule))
+    start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
+    tags = {
+        "ddpm.stage": "likelihood",
+        "ddpm.schedule": schedule,
+        "ddpm.dataset": about["data"]["name"],
+        "ddpm.dataset_sha256": scores["dataset"],
+        MODEL: scores["model"],
+        CONTENT: content,
+        "mlflow.parentRunId": training.info.run_id,
+        "mlflow.note.content": f"The variational bound of the {schedule} model in bits/dim (lower is better): the total, and its"
+        " parts L_T (prior), the sum (kl) and L_0 (decoder). Step of `rate` and `distortion` = network time.",
+        **_commit(times),
+    }
+    run = find_or_create(
+        target,
+        digest([training.data.tags[KEY], "likelihood", settings]),
+        f"{schedule}-likelihood",
+        lambda run: run.data.tags.get(CONTENT) == content,
+        start,
+        tags,
+        added,
+    )
+    if run.data.tags.get(PUBLISHED) == content:
+        return True
+    log(target, run, flat({"schedule": schedule, "likelihood": settings}))
+    _log_dataset(target, run, root, about["data"], "evaluation")
+    _link_model(target, run, training, scores["model"])
+    last = about["training"]["steps"]
+    names = [f"{part}{error}" for part in ("bits_per_dim", "prior", "kl", "decoder") for error in ("", "_error")]
+    metrics = [
+        Metric(f"{name}_{split}", scores[split][name], end, last)
+        for split in ("train", "test")
+        if split in scores
+        for name in names
+    ]
+    for row in store.read_csv(table):
+        metrics += [Metric(key, float(row[key]), end, int(row["time"])) for key in ("rate", "distortion")]
+    log_metrics(target, run, metrics, added)
+    finish(target, run, end)
+    log(target, run, tags={PUBLISHED: content})
+    return True
+
+
+# The run of the report.
+
+
+def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
+    """One run whose artifacts are the report as it is now, its page with lineage and timings."""
+    folder = root / store.report_dir()
+    if not (folder / "best.json").exists():
+        return
+    (best, rows), times = store.read_report(root), run_times(root, store.report_dir())
+    page = _page_with_lineage(target, root, rows) if rows else ""
+    content = digest([store.sha256(folder), page])
+    note = f"Best point: **{best['point']}**, {RANKING.title} {best[HEADLINE]:.4g} at {best['evaluations']} network evaluations."
+    tags = {"ddpm.stage": "report", "ddpm.best": str(best["point"]), "mlflow.note.content": note}
+    start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
+    run = find_or_create(target, "report", "report", lambda run: True, start, tags, added)
+    if run.data.tags.get("ddpm.report_sha256") == content:
+        return
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "index.html"]
+    for path in files:
+        target.client.log_artifact(run.info.run_id, str(path), "report")
+    if page:
+        target.client.log_text(run.info.run_id, page, "report/index.html")
+    added["files"] += len(files) + bool(page)
+    finish(target, run, end)
+    log(target, run, tags={**tags, **_commit(times), "ddpm.report_sha256": content})
+
+
+def _page_with_lineage(target: Target, root: Path, points: Sequence[Mapping[str, str]]) -> str:
+    """report/index.html as it is published."""
+    folder = root / store.report_dir()
+    rows = [{key: _number(cell) for key, cell in row.items()} for row in points]
+    schedules = list(dict.fromkeys(row["schedule"] for row in rows))
+    outputs = {"prepare": store.dataset_dir()}
+    outputs |= {f"train@{name}": store.model_dir(name) for name in schedules}
+    for row in rows:
+        point = Point.parse(row["point"])
+        outputs |= {
+            f"sample@{point.name}": store.samples_file(point),
+            f"evaluate@{point.name}": store.metrics_file(point),
+        }
+    outputs |= {f"likelihood@{name}": store.likelihood_file(name) for name in schedules}
+    outputs["report"] = store.report_dir()
+    records = {stage: record for stage, output in outputs.items() if (record := run_times(root, output))}
+    place = target.place.shown
+    link = f"{place}/{chart(target.experiment)}" if place.startswith("http") else ""
+    section = published(rows, records, _runs_of(target, root, rows), place, link)
+    return publish_with((folder / "index.html").read_text(encoding="utf-8"), section)
+
+
+def _number(cell: str) -> Any:
+    """A cell of a table: int, float or text; None where it is empty."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(cell)
+    return cell or None
+
+
+def _runs_of(target: Target, root: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """The run that holds what each stage wrote: its name and, behind a server, its address."""
+    held = dict[str, dict[str, str]]()  # stage -> tags that only its run has
+    for row in rows:
+        about, samples = (
+            root / store.model_dir(row["schedule"]) / "model.json",
+            store.samples_file(Point.parse(row["point"])),
+        )
+        if about.exists():
+            for stage in ("train", "likelihood"):
+                weights = store.read_trained(root, row["schedule"])["weights_sha256"]
+                held[f"{stage}@{row['schedule']}"] = {"ddpm.stage": stage, MODEL: weights}
+        if (root / samples).exists():
+            made = store.read_samples_record(root / samples)[store.CHECKSUM]
+            tag = {"ddpm.stage": "sample", f"ddpm.samples.{row['steps']}": made}
+            held |= {f"{stage}@{row['point']}": tag for stage in ("sample", "evaluate")}
+    uri, found = target.place.shown, dict[str, tuple[str, str]]()
+    for run in search(target, ""):
+        link = f"{uri}/#/experiments/{target.experiment}/runs/{run.info.run_id}" if uri.startswith("http") else ""
+        if SUPERSEDED not in run.data.tags:
+            mine = [stage for stage, tags in held.items() if tags.items() <= run.data.tags.items()]
+            found |= dict.fromkeys(mine, (run.info.run_name, link))
+    return found
+
+
+# The run of the schedules.
+
+
+def _publish_schedules(target: Target, root: Path, folder: Path, added: Counter[str]) -> None:
+    """The table as metrics, one a schedule, and the pictures; another table or picture is another run."""
+    from mlflow.entities import Metric
+
+    if not (root / folder / "table.csv").exists():
+        return
+    files = [path for name in ("table.csv", "snr.png", "strip.png") if (path := root / folder / name).exists()]
+    content = digest([store.sha256(path) for path in files])
+    rows, times = store.read_csv(files[0]), run_times(root, folder)
+    start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
+    note = "Is x_T really noise, and where are the steps spent? `share_of_steps` has a step per band of signal-to-noise ratio,"
+    bands = [name for name in rows[0] if name.startswith("snr ")]
+    tags = {
+        "ddpm.stage": "schedules",
+        "mlflow.note.content": f"{note} from the least up: {', '.join(band.removeprefix('snr ') for band in bands)}.",
+        **_commit(times),
+    }
+    run = find_or_create(
+        target,
+        "schedules",
+        "schedules",
+        lambda run: run.data.tags.get(CONTENT) == content,
+        start,
+        {**tags, CONTENT: content},
+        added,
+    )
+    if run.data.tags.get(PUBLISHED) == content:
+        return
+    log(target, run, {"diffusion.timesteps": rows[0]["T"]}, tags)
+    metrics = []
+    for row in rows:
+        name = row["schedule"]
+        metrics += [Metric(f"{key}/{name}", float(row[key]), end, 0) for key in ("alpha_bar_T", "prior")]
+        metrics += [Metric(f"share_of_steps/{name}", float(row[band]), end, step) for step, band in enumerate(bands)]
+    log_metrics(target, run, metrics, added)
+    for path in files:
+        target.client.log_artifact(run.info.run_id, str(path), "schedules")
+    added["files"] += len(files)
+    finish(target, run, end)
+    log(target, run, tags={PUBLISHED: content})

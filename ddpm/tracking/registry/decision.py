@@ -1,0 +1,160 @@
+"""Which model is champion: the decision alone, from numbers; tracking/registry.py asks it and keeps the books.
+
+A challenger wins when the interval of the difference of the two scores lies wholly on its side. The interval is a paired one
+where both scores come with the influence values of images that start from the same noise. Otherwise the champion stays, except
+that a challenger which is not significantly worse wins when it takes a fraction of the network evaluations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm.errors import InputError
+from ddpm.files.params import Promotion
+from ddpm.scores.intervals import Estimate
+from ddpm.scores.metrics import HEADLINE, RANKING, estimate_of, unsound
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What two scores must share to be compared: the dataset's version, and how FID was computed."""
+
+    dataset: str  # sha256
+    layer: int
+    images: int
+    reference_images: int
+    extractor_sha256: str
+
+    @classmethod
+    def of(cls, metrics: Mapping[str, Any]) -> Protocol:
+        """From what metrics/POINT.json holds. Raises InputError."""
+        try:
+            return cls(
+                metrics["reference"],
+                metrics["layer"],
+                metrics["images"],
+                metrics["reference_images"],
+                metrics["extractor_sha256"],
+            )
+        except KeyError as error:
+            raise InputError(f"scores without {error}: evaluate the point again (dvc repro)") from None
+
+    @property
+    def id(self) -> str:
+        """Names it in tags: 12 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def differences(self, other: Protocol) -> str:
+        """In words: what changed from `other` to this, such as "layer 64 -> 2048"."""
+        mine, theirs = asdict(self), asdict(other)
+        hashes = {"dataset": "dataset version", "extractor_sha256": "feature extractor"}
+        changed = [name for name in mine if mine[name] != theirs[name]]
+        return ", ".join(
+            hashes[name] if name in hashes else f"{name} {theirs[name]} -> {mine[name]}".replace("_", " ")
+            for name in changed
+        )
+
+
+@dataclass(frozen=True)
+class Score:
+    """A point's headline score under a protocol. seed: of the noise that its images start from, where that is known."""
+
+    estimate: Estimate
+    evaluations: int
+    protocol: Protocol
+    seed: int | None = None
+
+    @classmethod
+    def of(
+        cls, metrics: Mapping[str, Any], influence: NDArray[np.floating] | None = None, seed: int | None = None
+    ) -> Score:
+        """From what metrics/POINT.json and POINT.influence.npy hold. Raises InputError."""
+        again = "evaluate the point again (dvc repro)"
+        if wrong := unsound(metrics, (HEADLINE, f"{HEADLINE}_high", "confidence", "evaluations")):
+            shown = ", ".join(f"{key} = {metrics.get(key)}" for key in wrong)
+            raise InputError(f"a {RANKING.title} with {shown} cannot be compared: {again}")
+        protocol = Protocol.of(metrics)
+        if influence is not None and len(influence) != protocol.images:
+            raise InputError(f"{len(influence)} influence values for {protocol.images} images: {again}")
+        return cls(estimate_of(metrics, influence), metrics["evaluations"], protocol, seed)
+
+    @property
+    def value(self) -> float:
+        return self.estimate.value
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What `promote` did.
+
+    version, champion: the version that is champion now and its point, or None without a champion. reason: one plain line.
+    point: the one that was compared, or came back. previous: the version that was champion before.
+    """
+
+    promoted: bool
+    version: str | None
+    reason: str
+    point: str
+    previous: str | None = None
+    champion: str | None = None
+
+    @property
+    def line(self) -> str:
+        """The champion, and why it is that one."""
+        return f"champion: version {self.version} ({self.champion}): {self.reason}" if self.version else self.reason
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the challenger takes the champion's place, and why, as the end of a sentence.
+
+    evidence: difference (challenger - champion), low, high, confidence, paired; empty where nothing was compared.
+    """
+
+    wins: bool
+    reason: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+def decide(challenger: Score, champion: Score | None, rule: Promotion, force: bool = False) -> Verdict:
+    """champion: None where its score is not known; only `force`, which asks for no reasons, goes without.
+
+    Raises ValueError for scores that cannot be compared otherwise.
+    """
+    comparable = champion is not None and challenger.protocol == champion.protocol
+    if not comparable and not force:
+        raise ValueError("scores under different protocols cannot be compared")
+    if champion is None or not comparable:
+        return Verdict(True, "--replace was given")
+    mine, theirs = challenger.estimate, champion.estimate
+    if challenger.seed != champion.seed:
+        theirs = replace(theirs, influence=None)
+    side, gap = RANKING.compare(mine, theirs, rule.confidence)
+    low, high = gap.interval(rule.confidence)
+    evidence = {
+        "difference": gap.value,
+        "low": low,
+        "high": high,
+        "confidence": rule.confidence,
+        "paired": gap.paired,
+    }
+    if force:
+        return Verdict(True, "--replace was given", evidence)
+    interval = (
+        f"{100 * rule.confidence:g}% interval {low:.3g} to {high:.3g}, {'paired' if gap.paired else 'independent'}"
+    )
+    cheaper = challenger.evaluations * rule.fewer_evaluations <= champion.evaluations
+    wins = side > 0 or (side == 0 and cheaper)
+    if side == 0 and cheaper:
+        words = f"is as good, with {challenger.evaluations:,} evaluations instead of {champion.evaluations:,}, as"
+    else:
+        words = {1: "is better than", 0: "is not significantly better than", -1: "is worse than"}[side]
+    reason = f"{RANKING.title} {mine.value:.4g} {words} {theirs.value:.4g} (difference {gap.value:.3g}, {interval})"
+    return Verdict(wins, reason, evidence)

@@ -1,0 +1,635 @@
+"""The model registry: who is champion and why, and the model that it serves."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import packages_distributions
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm.errors import InputError
+from ddpm.files import store
+from ddpm.files.params import Params, Point
+from ddpm.provenance import code
+from ddpm.reporting.card import LONGEST, card, with_front_matter
+from ddpm.scores.metrics import HEADLINE, RANKING, read_scores
+from ddpm.tracking import tags
+from ddpm.tracking.lineage import PointSettings, flat
+from ddpm.tracking.place import (
+    CHAMPION,
+    Place,
+    Say,
+    Target,
+    as_default,
+    champion_uri,
+    client_of,
+    find_place,
+    locked,
+    model_name,
+    open_target,
+    plain_errors,
+    require_reachable,
+)
+from ddpm.tracking.publish.publishing import publish_points
+from ddpm.tracking.registry.decision import Decision, Protocol, Score, Verdict, decide
+from ddpm.tracking.runs import MODEL, MODEL_RECORD, SETTINGS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
+    from numpy.typing import NDArray
+
+SERVED = Path(__file__).with_name("served.py")
+ROLLED_BACK = "ddpm.rolled_back"  # on a version: no `promote` brings it back by itself
+
+START = "start it (`make ui`), or name a checkpoint folder such as models/cosine instead"  # for who reads a model
+
+
+def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path, dict[str, Any]]:
+    """models:/NAME@ALIAS or models:/NAME/VERSION -> its checkpoint folder, copied below `destination`, and the sampler
+    settings that earned its promotion: a row's options, `steps` and `clip`. Raises InputError.
+    """
+    where = find_place(root)
+    if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/[0-9]+)", uri):
+        raise InputError(f"'{uri}' names no registered model: expected models:/NAME@ALIAS or models:/NAME/VERSION")
+    require_reachable(where, START)
+    with plain_errors(where, START):
+        with locked(where):
+            client = client_of(where)
+        version = _version(client, uri)
+        if version is None:
+            raise InputError(f"{uri}: MLflow at {where.shown} has no such model; `ddpm promote` registers one")
+        if SETTINGS not in version.tags:
+            raise InputError(f"{uri} was not registered by `ddpm promote`: it has no tag {SETTINGS}")
+        settings = tags.settings(version)
+        return _download(client, where, version, destination), settings
+
+
+def _version(client: MlflowClient, uri: str) -> ModelVersion | None:
+    from mlflow.exceptions import MlflowException
+
+    name, sign, which = re.split(r"([@/])", uri.removeprefix("models:/"), maxsplit=1)
+    try:
+        return client.get_model_version_by_alias(name, which) if sign == "@" else client.get_model_version(name, which)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None  # the second is its answer to an alias that is not there
+        raise
+
+
+def _download(client: MlflowClient, where: Place, version: ModelVersion, destination: Path) -> Path:
+    from mlflow.artifacts import download_artifacts
+
+    location = client.get_model_version_download_uri(version.name, version.version)
+    destination.mkdir(parents=True, exist_ok=True)
+    path = download_artifacts(f"{location}/artifacts/checkpoint", dst_path=str(destination), tracking_uri=where.uri)
+    folder = Path(path)
+    about = store.read_model_record(folder)
+    store.check_weights(folder, about)
+    found = {MODEL: about["weights_sha256"], MODEL_RECORD: store.record_digest(about)}
+    if MODEL not in version.tags or any(version.tags.get(tag, value) != value for tag, value in found.items()):
+        raise InputError(
+            f"{version.name} version {version.version}: its files are not those that were registered; restore them in"
+            f" {where.shown}'s artifacts, or register the model again (ddpm promote --replace)"
+        )
+    return folder
+
+
+@dataclass(frozen=True)
+class Challenger:
+    """The best point of the report, with all that its promotion needs."""
+
+    name: str
+    point: Point
+    settings: dict[str, Any]  # a sampler row's options, `steps`, and `clip`
+    seed: int
+    metrics: dict[str, Any]
+    score: Score  # with its influence values
+    about: dict[str, Any]  # model.json
+    folder: Path
+    likelihood: dict[str, Any] | None = None  # what `ddpm likelihood` measured of this very model
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Tags that say which images it makes."""
+        return {MODEL: self.about["weights_sha256"], SETTINGS: json.dumps(self.settings, sort_keys=True)}
+
+    def is_version(self, version: ModelVersion) -> bool:
+        return all(version.tags.get(tag) == value for tag, value in self.identity.items())
+
+    @property
+    def card(self) -> str:
+        return card(self.name, self.point.name, self.settings, self.metrics, self.about, self.likelihood)
+
+    @property
+    def card_file(self) -> str:
+        return with_front_matter(self.card, self.name, self.metrics, self.about)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        return {
+            **self.identity,
+            MODEL_RECORD: store.record_digest(self.about),
+            "ddpm.point": self.point.name,
+            "ddpm.schedule": self.point.schedule,
+            "ddpm.sampler": self.point.sampler,
+            "ddpm.steps": str(self.point.steps),
+            "ddpm.evaluations": str(self.score.evaluations),
+            f"ddpm.{HEADLINE}": str(self.score.value),
+            "ddpm.dataset": self.about["data"]["name"],
+            "ddpm.dataset_sha256": self.score.protocol.dataset,
+            tags.PROTOCOL: json.dumps(asdict(self.score.protocol)),
+            tags.score_tag(self.score.protocol): json.dumps(self.metrics),
+        }
+
+
+def _challenger(params: Params, root: Path) -> Challenger:
+    best = store.read_record(root / store.report_dir() / "best.json")
+    point = Point.parse(str(best.get("point")))
+    metrics = read_scores(root, point)
+    settings = PointSettings.read(params, point, root)
+    if metrics.get(HEADLINE) != best.get(HEADLINE) or settings is None:
+        raise InputError(f"{root / store.report_dir()}: the report is older than its scores; run dvc repro")
+    folder, bound = root / store.model_dir(point.schedule), root / store.likelihood_file(point.schedule)
+    about, likelihood = store.read_trained(root, point.schedule), store.read_record(bound) if bound.exists() else None
+    if metrics["model"] != about["weights_sha256"]:
+        raise InputError(f"{folder}: not the model that {point.name} was scored with; run dvc repro")
+    return Challenger(
+        model_name(params),
+        point,
+        {**settings.row, "steps": point.steps, "clip": settings.sampling.get("clip", True)},
+        settings.seed,
+        metrics,
+        Score.of(metrics, store.read_point_influence(root, point, metrics), settings.seed),
+        about,
+        folder,
+        likelihood if likelihood and likelihood["model"] == about["weights_sha256"] else None,
+    )
+
+
+def model_card(params: Params, root: Path = Path()) -> str:
+    """The card of the report's best point as a file of its own: what its promotion would leave beside the model, from the outputs
+    alone. Raises InputError.
+    """
+    return _challenger(params, root).card_file
+
+
+Rescore = Callable[[Path, dict[str, Any]], tuple[dict[str, Any], "NDArray[np.float32]"]]
+
+
+def promote(
+    params: Params, root: Path = Path(), replace: bool = False, rescore: Rescore | None = None, say: Say = print
+) -> Decision:
+    """Registers the report's best point as `ddpm-DATASET` with alias `champion`, if it beats the champion there is by the
+    rule of promote.py.
+
+    A champion with a score under another dataset version or protocol is scored again first, but for an image-folder's without
+    a name: other images there may be another dataset, and the champion stays. rescore(checkpoint folder, sampler settings) ->
+    what metrics/POINT.json and POINT.influence.npy would hold. replace: take its place whatever the scores say. The decision
+    and what led to it stay as tags in the registry. Raises InputError.
+    """
+    challenger = _challenger(params, root)
+    target = open_target(params, root)
+    with plain_errors(target.place), locked(target.place, ".promote"):
+        seen = max((int(version.version) for version in _versions(target.client, challenger.name)), default=0)
+        registered: ModelVersion | None = None
+        while True:
+            champion = _version(target.client, champion_uri(params))
+            if champion is not None and challenger.is_version(champion):
+                return _already(target, champion, challenger)
+            if (former := _rolled_back(target, challenger)) and not replace:
+                reason = f"{challenger.point.name} was rolled back as version {former}; --replace brings it back"
+                return _decided(target, challenger, champion, champion, None, Verdict(False, reason))
+            verdict, score = _compare(target, champion, challenger, params, replace, rescore, say)
+            if not verdict.wins:
+                return _decided(target, challenger, champion, champion, score, verdict)
+            registered = registered or _register(target, params, root, challenger)
+            now = _version(target.client, champion_uri(params))
+            if (now and now.version) == (champion and champion.version):
+                break  # else somebody else promoted meanwhile: compare with that one
+        # Before the alias: should this end between the two, the next call finds a champion that knows how it came there.
+        _tag(target.client, registered, "ddpm.decision", verdict.reason)
+        if champion is not None:
+            _tag(target.client, registered, "ddpm.previous", champion.version)
+        target.client.set_registered_model_alias(challenger.name, CHAMPION, registered.version)
+        if not replace:
+            registered = _settle(target, challenger, registered, seen, say)
+        return _decided(target, challenger, champion, registered, score, verdict)
+
+
+def rollback(params: Params, root: Path = Path()) -> Decision:
+    """Makes the version that was champion before the present one champion again, and says so in the registry.
+
+    The version that goes is marked, so that the next `promote` of the same report doesn't bring it back. Raises InputError when
+    there is no earlier champion.
+    """
+    target = open_target(params, root)
+    client, name = target.client, model_name(params)
+    with plain_errors(target.place), locked(target.place, ".promote"):
+        champion = _version(client, champion_uri(params))
+        if champion is None:
+            raise InputError(f"{name}: there is no champion to roll back")
+        before = _earlier(client, champion)
+        if before is None:
+            raise InputError(f"{name}: there is no champion before version {champion.version} to go back to")
+        reason = (
+            f"rolled back from version {champion.version} to version {before.version} ({before.tags.get('ddpm.point')})"
+        )
+        # Before the alias: should this end between the two, no `promote` brings the version back.
+        _tag(client, champion, ROLLED_BACK, before.version)
+        _tag(client, champion, "ddpm.replaced_by", before.version)
+        client.set_registered_model_alias(name, CHAMPION, before.version)
+        _introduce(client, before, reason)
+        _tag(client, before, "ddpm.decision", reason)
+        point = str(before.tags.get("ddpm.point"))
+        to, away = str(before.version), str(champion.version)
+        _note(client, name, {"rollback": True, "point": point, "champion": to, "before": away})
+        return Decision(False, to, f"{name} {reason}", point, away, point)
+
+
+def _earlier(client: MlflowClient, champion: ModelVersion) -> ModelVersion | None:
+    """The last champion before this one that is still there and was not rolled back itself."""
+    seen, version = {str(champion.version)}, champion
+    while (number := version.tags.get("ddpm.previous")) and number not in seen:
+        seen.add(number)
+        found = _version(client, f"models:/{champion.name}/{number}")
+        if found is None:
+            return None
+        if ROLLED_BACK not in found.tags:
+            return found
+        version = found
+    return None
+
+
+def _rolled_back(target: Target, challenger: Challenger) -> str | None:
+    """The number of the challenger's version, if that was rolled back."""
+    for version in _versions(target.client, challenger.name):
+        if challenger.is_version(version) and ROLLED_BACK in version.tags:
+            return str(version.version)
+    return None
+
+
+def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    versions, token = [], None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+        versions += list(page)
+        token = page.token
+        if not token:
+            return versions
+
+
+def _score(version: ModelVersion, protocol: Protocol, say: Say) -> Score | None:
+    """A version's score under a protocol, if it was ever computed with its error and is still readable."""
+    try:
+        return tags.score(version, protocol)
+    except InputError as error:
+        say(f"promote: {error}")
+        return None
+
+
+def _with_influence(target: Target, version: ModelVersion, score: Score, say: Say) -> Score:
+    """The same score with the influence values that were kept with it, if they were."""
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory(prefix="ddpm-influence-") as name:
+        try:
+            kept = tags.influence(version, score.protocol)
+            if kept is None:
+                return score
+            path = download_artifacts(
+                run_id=kept.run, artifact_path=kept.path, dst_path=name, tracking_uri=target.place.uri
+            )
+            influence = store.read_influence(Path(path), kept.sha256)
+        except (MlflowException, OSError, InputError) as error:
+            say(f"promote: the influence values of version {version.version} are gone ({' '.join(str(error).split())})")
+            return score
+    return replace(score, estimate=replace(score.estimate, influence=influence), seed=kept.seed)
+
+
+def _keep(target: Target, version: ModelVersion, score: Score, metrics: dict[str, Any]) -> None:
+    """Leaves a score with a version, and its influence values with the version's run, for comparisons in pairs."""
+    tag, value = tags.score_tag(score.protocol), json.dumps(metrics)
+    if version.tags.get(tag) == value and tags.influence_tag(score.protocol) in version.tags:
+        return
+    _tag(target.client, version, tag, value)
+    if score.estimate.influence is None or not version.run_id:
+        return
+    path = f"influence/version-{version.version}-{score.protocol.id}.npy"
+    with tempfile.TemporaryDirectory(prefix="ddpm-influence-") as name:
+        file = Path(name) / Path(path).name
+        store.write_influence(file, score.estimate.influence)
+        digest = store.sha256(file)
+        target.client.log_artifact(version.run_id, str(file), "influence")
+    kept = {"run": version.run_id, "path": path, "seed": score.seed, "sha256": digest}
+    _tag(target.client, version, tags.influence_tag(score.protocol), json.dumps(kept))
+
+
+def _compare(
+    target: Target,
+    champion: ModelVersion | None,
+    challenger: Challenger,
+    params: Params,
+    force: bool,
+    rescore: Rescore | None,
+    say: Say,
+) -> tuple[Verdict, Score | None]:
+    """-> whether the challenger wins and why, and the champion's score."""
+    if champion is None:
+        return Verdict(True, f"{challenger.point.name} is the first champion"), None
+    protocol, title = (
+        challenger.score.protocol,
+        f"champion version {champion.version} ({champion.tags.get('ddpm.point')})",
+    )
+    does_not = f"{challenger.point.name} does not replace {title}"
+    if (other := _other_images(champion, challenger, params)) and not force:
+        return Verdict(False, f"{does_not}: {other}"), None
+    score = _score(champion, protocol, say)
+    if score is not None:
+        score = _with_influence(target, champion, score, say)
+    elif not force:
+        changed = _changed(champion, protocol)
+        if rescore is None:
+            raise InputError(f"{title} has no score to compare with ({changed}); score it again, or promote --replace")
+        say(f"promote: scoring the {title} again: {changed}")
+        score = _score_again(target, champion, protocol, params.seed, rescore)
+    verdict = decide(challenger.score, score, params.promotion, force)
+    does = f"{challenger.point.name} replaces {title}" if verdict.wins else does_not
+    return replace(verdict, reason=f"{does}: {verdict.reason}"), score
+
+
+def _changed(champion: ModelVersion, protocol: Protocol) -> str:
+    """Why the champion has no score under a protocol, in words."""
+    try:
+        before = tags.protocol(champion)
+    except InputError as error:
+        return str(error)
+    if before is None:
+        return "unknown protocol"
+    return protocol.differences(before) or "its score has no interval"
+
+
+def _other_images(champion: ModelVersion, challenger: Challenger, params: Params) -> str:
+    """Why the two are not rivals, if they are not: an image-folder may hold anything, and only a name says that other images are
+    a new version of the same dataset.
+    """
+    mine, theirs = challenger.score.protocol.dataset, champion.tags.get("ddpm.dataset_sha256", "")
+    if params.data.source != "image-folder" or params.tracking.name or mine == theirs:
+        return ""
+    return (
+        f"it was made from other images (dataset {theirs[:12]}, now {mine[:12]}); give these a name of their own"
+        " (tracking.name in params.yaml), or promote --replace"
+    )
+
+
+def _score_again(target: Target, champion: ModelVersion, protocol: Protocol, seed: int, rescore: Rescore) -> Score:
+    with tempfile.TemporaryDirectory(prefix="ddpm-champion-") as name:
+        folder = _download(target.client, target.place, champion, Path(name))
+        try:
+            metrics, influence = rescore(folder, tags.settings(champion))
+        except InputError as error:
+            raise InputError(
+                f"the champion cannot be scored again: {error} (`ddpm promote --replace` skips that)"
+            ) from None
+    score = Score.of(metrics, influence, seed)
+    if score.protocol != protocol:
+        raise InputError(f"the champion's new score differs in protocol ({protocol.differences(score.protocol)})")
+    _keep(target, champion, score, metrics)
+    return score
+
+
+def _tag(client: MlflowClient, version: ModelVersion, key: str, value: str) -> None:
+    """Sets a version's tag. When two set a new one at once, MLflow refuses the second insert; trying again updates."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_model_version_tag(version.name, version.version, key, value)
+    except MlflowException as error:
+        if error.error_code != "BAD_REQUEST":
+            raise
+        client.set_model_version_tag(version.name, version.version, key, value)
+
+
+def _already(target: Target, champion: ModelVersion, challenger: Challenger) -> Decision:
+    """The same images: no new version, though perhaps a score under a new protocol."""
+    _keep(target, champion, challenger.score, challenger.metrics)
+    reason = f"{challenger.point.name} is champion already"
+    version, point = str(champion.version), challenger.point.name
+    return Decision(False, version, reason, point, version, point)
+
+
+def _settle(target: Target, challenger: Challenger, mine: ModelVersion, seen: int, say: Say) -> ModelVersion:
+    """Of versions that were promoted at the same time, the best becomes champion, whoever set the alias last."""
+    rivals = [version for version in _versions(target.client, mine.name) if int(version.version) > seen]
+    scored = [
+        (RANKING.rank(score.value), int(rival.version), rival)
+        for rival in rivals
+        if (score := _score(rival, challenger.score.protocol, say))
+    ]
+    best = min(scored, key=lambda entry: entry[:2], default=(0.0, 0, mine))[2]
+    if best.version != mine.version:
+        target.client.set_registered_model_alias(mine.name, CHAMPION, best.version)
+    return best
+
+
+def _decided(
+    target: Target,
+    challenger: Challenger,
+    before: ModelVersion | None,
+    after: ModelVersion | None,
+    score: Score | None,
+    verdict: Verdict,
+) -> Decision:
+    """Writes the decision to the registry, unless the last one there says the same."""
+    reason = verdict.reason
+    promoted = after is not None and challenger.is_version(after)
+    if not promoted and before is not after and after is not None:
+        reason = f"{challenger.point.name} was overtaken by {after.tags.get('ddpm.point')}, promoted at the same time"
+    entry = {
+        "promoted": promoted,
+        "point": challenger.point.name,
+        HEADLINE: challenger.score.value,
+        "champion": after.version if after else None,
+        "before": before.version if before else None,
+        f"before_{HEADLINE}": score.value if score else None,
+        **verdict.evidence,
+        "protocol": asdict(challenger.score.protocol),
+        "reason": reason,
+    }
+    client = target.client
+    _note(client, challenger.name, entry)
+    if promoted and after is not None:
+        _introduce(client, after, reason)
+        _tag(client, after, "ddpm.decision", reason)
+        if verdict.evidence:
+            _tag(client, after, "ddpm.evidence", json.dumps(verdict.evidence))
+        if ROLLED_BACK in after.tags:
+            client.delete_model_version_tag(after.name, after.version, ROLLED_BACK)
+        if before is not None:
+            _tag(client, after, "ddpm.previous", before.version)
+            _tag(client, before, "ddpm.replaced_by", after.version)
+    version, previous = (str(item.version) if item else None for item in (after, before))
+    holder = after.tags.get("ddpm.point") if after else None
+    return Decision(promoted, version, reason, challenger.point.name, previous, holder)
+
+
+def _note(client: MlflowClient, name: str, entry: dict[str, Any]) -> None:
+    """A decision as a tag of the registered model, unless the last one there says the same."""
+    text, known = json.dumps(entry), client.get_registered_model(name).tags
+    past = sorted(tag for tag in known if tag.startswith("ddpm.decision."))
+    if not past or known[past[-1]] != text:
+        moment = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
+        client.set_registered_model_tag(name, f"ddpm.decision.{moment}", text)
+
+
+def _introduce(client: MlflowClient, champion: ModelVersion, decision: str) -> None:
+    """The registered model's description is its champion's card, and why that is champion."""
+    text = f"{champion.description or ''}\n\n## Champion\n\nVersion {champion.version}: {decision}.\n"
+    client.update_registered_model(champion.name, text[:LONGEST])
+
+
+def _register(target: Target, params: Params, root: Path, challenger: Challenger) -> ModelVersion:
+    """The version of this point, created if there is none yet."""
+    from mlflow.exceptions import MlflowException
+
+    client, name = target.client, challenger.name
+    for version in _versions(client, name):
+        if challenger.is_version(version) and version.status == "READY":
+            _keep(target, version, challenger.score, challenger.metrics)
+            return client.get_model_version(name, version.version)
+    settings = PointSettings.read(params, challenger.point, root)
+    with locked(target.place):
+        run = publish_points(target, root, [(challenger.point, settings)], Counter()) if settings else None
+    if run is None:
+        raise InputError(f"{store.samples_file(challenger.point)}: no such sample set; run dvc repro")
+    dataset = challenger.about["data"]["name"]
+    try:
+        client.create_registered_model(
+            name,
+            tags={"ddpm.dataset": dataset},
+            description=f"Denoising diffusion on {dataset}",
+        )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    model_id = _log_served(target, run, challenger)
+    with as_default(target.place):
+        created = client.create_model_version(
+            name,
+            source=f"models:/{model_id}",
+            run_id=run.info.run_id,
+            tags=challenger.tags,
+            description=challenger.card,
+            model_id=model_id,
+            await_creation_for=60,
+        )
+    _keep(target, created, challenger.score, challenger.metrics)
+    return created
+
+
+def _log_served(target: Target, run: Run, challenger: Challenger) -> str:
+    """The model of served.py, with code and checkpoint, as a logged model of the sampler's run; gives its id.
+
+    One that an earlier call has finished, and not lived to register, is taken as it is.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    client = target.client
+    key, value = next(iter(challenger.identity.items()))
+    for found in client.search_logged_models([target.experiment], f"tags.`{key}` = '{value}'"):
+        alike = challenger.identity.items() <= found.tags.items() and found.params == flat(challenger.settings)
+        if alike and found.source_run_id == run.info.run_id and str(found.status) == "READY":
+            return str(found.model_id)
+    model = client.create_logged_model(
+        target.experiment,
+        name=challenger.point.name,
+        source_run_id=run.info.run_id,
+        tags=challenger.identity,
+        params=flat(challenger.settings),
+        model_type="diffusion",
+    )
+    with tempfile.TemporaryDirectory(prefix="ddpm-served-") as name:
+        folder = Path(name) / "model"
+        save_served(folder, challenger, run.info.run_id, model.model_id)
+        store.write_text(folder / "model-card.md", challenger.card_file)
+        client.log_model_artifacts(model.model_id, str(folder))
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, challenger.score.evaluations)])
+    return str(model.model_id)
+
+
+def save_served(folder: Path, challenger: Challenger, run_id: str | None = None, model_id: str | None = None) -> None:
+    """Writes a model folder for mlflow.pyfunc that needs none of this checkout, and holds no pickle."""
+    import mlflow.pyfunc
+    import numpy as np
+    import pandas as pd
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+
+    inputs: list[ColSpec | TensorSpec] = [
+        ColSpec("long", "n"),
+        ColSpec("long", "seed", required=False),
+        ColSpec("long", "steps", required=False),
+        ColSpec("string", "sampler", required=False),
+    ]
+    example = {"n": [4], "seed": [challenger.seed], "steps": [challenger.settings["steps"]]}
+    example["sampler"] = [challenger.settings["sampler"]]
+    if "classes" in challenger.about["network"]:
+        inputs.append(ColSpec("string", "label", required=False))
+        example["label"] = [challenger.about["data"]["classes"][0]]
+    shape = (-1, *challenger.about["data"]["shape"])
+    with tempfile.TemporaryDirectory(prefix="ddpm-code-") as name:
+        checkpoint = Path(name) / "checkpoint"
+        store.check_weights(challenger.folder, challenger.about)
+        shutil.copytree(challenger.folder, checkpoint)
+        for file in code.files(*code.source(SERVED).imported):
+            (Path(name) / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(code.ROOT / file, Path(name) / file)
+        mlflow.pyfunc.save_model(
+            folder,
+            python_model=str(SERVED),
+            artifacts={"checkpoint": str(checkpoint)},
+            code_paths=[str(Path(name) / code.PACKAGE)],
+            signature=ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype(np.uint8), shape)])),
+            input_example=pd.DataFrame(example),
+            pip_requirements=[f"mlflow=={installed_version('mlflow')}", *map(_requirement, served_packages())],
+            model_config={
+                "settings": challenger.settings,
+                "seed": challenger.seed,
+                "weights_sha256": challenger.about["weights_sha256"],
+            },
+            metadata={
+                "point": challenger.point.name,
+                HEADLINE: challenger.score.value,
+                **asdict(challenger.score.protocol),
+            },
+            mlflow_model=Model(run_id=run_id, model_id=model_id),
+        )
+
+
+def served_packages() -> list[str]:
+    """The distributions, beside MLflow, that the registered model and its code import when they are loaded."""
+    served = code.source(SERVED)
+    sources = [served, *map(code.source, code.modules(served.imported).values())]
+    imported = {name.partition(".")[0] for source in sources for name in source.at_once}
+    found = packages_distributions()
+    others = imported - sys.stdlib_module_names - {code.PACKAGE, "mlflow"}
+    return sorted({package for name in others for package in found[name]})
+
+
+def _requirement(package: str) -> str:
+    """At least the running version, below the next major one."""
+    release = installed_version(package).partition("+")[0]
+    return f"{package}>={release},<{int(release.split('.')[0]) + 1}"

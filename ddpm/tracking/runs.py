@@ -1,0 +1,169 @@
+"""Runs found again by what they hold, and only ever added to."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm.runtime.processes import is_alive, is_here, this_process
+from ddpm.tracking.place import Target
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Run
+
+CURVES = ("loss", "learning_rate", "gradient_norm", "validation_loss")  # of a training, as in its CSV
+KEY, MODEL, CURVES_SHA = "ddpm.key", "ddpm.model_sha256", "ddpm.curves_sha256"
+MODEL_RECORD = "ddpm.model_record_sha256"  # of model.json's content
+COMPRESSED = "+compressed.webp"  # the picture that MLflow's slider shows
+SUPERSEDED, PROCESS, SETTINGS = "ddpm.superseded", "ddpm.process", "ddpm.settings"
+PUBLISHER = "ddpm.publisher"  # the process that fills a run in; gone once it is FINISHED
+
+
+def log(
+    target: Target, run: Run, params: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None
+) -> None:
+    """Parameters and tags that the run lacks or has otherwise."""
+    from mlflow.entities import Param, RunTag
+
+    new_params = [Param(name, value) for name, value in (params or {}).items() if name not in run.data.params]
+    new_tags = [RunTag(name, value) for name, value in (tags or {}).items() if run.data.tags.get(name) != value]
+    for chunk in chunks(new_params, 100):
+        target.client.log_batch(run.info.run_id, params=chunk)
+    for chunk in chunks(new_tags, 100):
+        target.client.log_batch(run.info.run_id, tags=chunk)
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def history(target: Target, run: Run, key: str) -> dict[int, float]:
+    """step -> value of a metric."""
+    if key not in run.data.metrics:
+        return {}
+    return {metric.step: metric.value for metric in target.client.get_metric_history(run.info.run_id, key)}
+
+
+def log_metrics(target: Target, run: Run, metrics: Sequence[Metric], added: Counter[str]) -> None:
+    """Those whose step has no value yet."""
+    known = {key: history(target, run, key) for key in {metric.key for metric in metrics}}
+    missing = [metric for metric in metrics if metric.step not in known[metric.key]]
+    for chunk in chunks(missing, 1000):
+        target.client.log_batch(run.info.run_id, metrics=chunk)
+    if missing:
+        added["metrics"] += len(missing)
+
+
+def log_image(target: Target, run: Run, picture: Any, step: int, timestamp: int, added: Counter[str]) -> None:
+    """A PIL image or an array H,W(,3) under the key `samples`, unless that step has one."""
+    known = [Path(file.path).name for file in target.client.list_artifacts(run.info.run_id, "images")]
+    here = [name for name in known if name.startswith(f"samples+step+{step}+")]
+    if not here:
+        target.client.log_image(run.info.run_id, picture, key="samples", step=step, timestamp=timestamp)
+        added["images"] += 1
+    elif not any(name.endswith(COMPRESSED) for name in here):
+        _log_thumbnail(target, run, picture, Path(here[0]).stem)
+        added["images"] += 1
+
+
+def _log_thumbnail(target: Target, run: Run, picture: Any, name: str) -> None:
+    """What `log_image` sends after the picture itself, and what it says last: it was cut off in between."""
+    from mlflow import Image
+    from mlflow.tracking.multimedia import compress_image_size
+    from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
+
+    with tempfile.TemporaryDirectory(prefix="ddpm-image-") as folder:
+        path = Path(folder) / f"{name}{COMPRESSED}"
+        compress_image_size(Image(picture).to_pil()).save(path)
+        target.client.log_artifact(run.info.run_id, str(path), "images")
+    target.client.set_tag(run.info.run_id, MLFLOW_LOGGED_IMAGES, True)
+
+
+def same(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12) or (math.isnan(a) and math.isnan(b))
+
+
+def find_or_create(
+    target: Target,
+    key: str,
+    name: str,
+    agrees: Callable[[Run], bool],
+    start: int,
+    tags: Mapping[str, str],
+    added: Counter[str],
+) -> Run:
+    """The run of that key whose content agrees with the outputs at hand; any other becomes superseded."""
+    runs = [run for run in search(target, f"tags.`{KEY}` = '{key}'") if not is_live(run)]
+    runs.sort(key=lambda run: (SUPERSEDED in run.data.tags, is_unfinished(run), -run.info.start_time))
+    agreeing = [run for run in runs if agrees(run)]
+    if agreeing:
+        chosen = agreeing[0]
+    else:
+        chosen = target.client.create_run(
+            target.experiment,
+            start_time=start,
+            run_name=name,
+            tags={KEY: key, "mlflow.source.name": "ddpm", PUBLISHER: this_process(), **tags},
+        )
+        added["runs"] += 1
+    for run in runs:
+        if run.info.run_id == chosen.info.run_id:
+            continue
+        if is_unfinished(run) and run in agreeing:
+            target.client.delete_run(run.info.run_id)  # the live view of a training that gave what an earlier one gave
+        elif SUPERSEDED not in run.data.tags:
+            _supersede(target, run, name, chosen.info.run_id)
+    if SUPERSEDED in chosen.data.tags:
+        target.client.delete_tag(chosen.info.run_id, SUPERSEDED)
+        target.client.update_run(chosen.info.run_id, name=name)
+        chosen = target.client.get_run(chosen.info.run_id)
+    return chosen
+
+
+def _supersede(target: Target, run: Run, name: str, by: str) -> None:
+    target.client.set_tag(run.info.run_id, SUPERSEDED, by)
+    target.client.update_run(run.info.run_id, name=f"{name} (superseded)")
+    if run.info.status == "RUNNING":
+        target.client.set_terminated(run.info.run_id, "KILLED")
+
+
+def search(target: Target, where: str) -> list[Run]:
+    runs, token = [], None
+    while True:
+        page = target.client.search_runs([target.experiment], where, page_token=token)
+        runs += list(page)
+        token = page.token
+        if not token:
+            return runs
+
+
+def finish(target: Target, run: Run, end: int) -> None:
+    if run.info.status != "FINISHED" or (run.info.end_time or 0) < end:
+        target.client.set_terminated(run.info.run_id, "FINISHED", end)
+    if PUBLISHER in run.data.tags:
+        target.client.delete_tag(run.info.run_id, PUBLISHER)
+
+
+def is_live(run: Run) -> bool:
+    """Whether a process is streaming to it: one that runs here, or one of another host, of which nothing is known."""
+    if run.info.status != "RUNNING" or PROCESS not in run.data.tags:
+        return False
+    process = run.data.tags[PROCESS]
+    return not is_here(process) or is_alive(process)
+
+
+def is_unfinished(run: Run) -> bool:
+    """A training that was streamed and whose outputs were not published."""
+    return PROCESS in run.data.tags and MODEL not in run.data.tags
+
+
+def end_orphans(target: Target) -> None:
+    """Runs whose process was killed before it could end them."""
+    for run in search(target, "attributes.status = 'RUNNING'"):
+        process = run.data.tags.get(PROCESS) or run.data.tags.get(PUBLISHER)
+        if process and is_here(process) and not is_alive(process):
+            target.client.set_terminated(run.info.run_id, "KILLED")

@@ -1,0 +1,76 @@
+"""The registered model as MLflow loads it: its code and checkpoint lie in the model's own folder, so it needs no checkout.
+
+Input: one row a request; n: how many images; seed (the same seed gives the same images), steps and sampler may be left
+out for what the model was registered with. A conditional model also takes label, the name or number of a class; without
+one the classes come in turn. Output: the images of all rows in turn, uint8 [N, C, H, W].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+BATCH = 128
+MOST = 100_000  # images a row
+
+
+class ImageModel(PythonModel):
+    """A checkpoint and the sampler settings that earned its promotion."""
+
+    def load_context(self, context: Any) -> None:
+        from ddpm.files import checkpoint
+        from ddpm.runtime.device import find_device
+
+        config = context.model_config
+        self.settings = dict(config["settings"])
+        self.seed = int(config["seed"])
+        self.device = find_device("auto")
+        folder = Path(context.artifacts["checkpoint"])
+        self.denoiser, self.about = checkpoint.load(folder, self.device, self.settings.pop("clip"))
+        if self.about["weights_sha256"] != config.get("weights_sha256", self.about["weights_sha256"]):
+            raise ValueError(f"{folder}: not the checkpoint that this model was registered with")
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
+        """-> uint8 [N, C, H, W]. Raises ValueError for a sampler, a class, a number of steps or of images that cannot be."""
+        given = (
+            {key: value for key, value in row.items() if not pd.isna(value)} for row in model_input.to_dict("records")
+        )
+        return np.concatenate([self._images(**row) for row in given])
+
+    def _images(
+        self,
+        n: int,
+        seed: int | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        label: str | None = None,
+    ) -> np.ndarray:
+        from ddpm.stages.sample import class_labels, generate
+
+        if not 1 <= n <= MOST:
+            raise ValueError(f"n = {n} must lie in 1 ... {MOST}")
+        settings = dict(self.settings)
+        if sampler and sampler != settings["sampler"]:
+            kept = ("spacing", "guidance", "steps")  # the rest is the other sampler's
+            settings = {"sampler": sampler, **{key: settings[key] for key in kept if key in settings}}
+        chosen = int(steps) if steps else settings["steps"]
+        images, _ = generate(
+            self.denoiser,
+            tuple(self.about["data"]["shape"]),
+            range(int(n)),
+            seed=self.seed if seed is None else int(seed),
+            batch=BATCH,
+            steps=chosen,
+            settings={key: value for key, value in settings.items() if key != "steps"},
+            device=self.device,
+            labels=class_labels(self.about, int(n), label),
+        )
+        return images
+
+
+set_model(ImageModel())

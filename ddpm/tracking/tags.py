@@ -1,0 +1,112 @@
+"""The JSON that `promote` leaves in the tags of a registered version, checked when it is read.
+
+Anyone can edit a tag in MLflow. `promote` does without a damaged score, protocol or address of influence values, and says so.
+Damaged settings are refused, since they would draw other images.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ddpm.errors import InputError
+from ddpm.files.params import Count, Sampler, one_line
+from ddpm.scores.metrics import HEADLINE
+from ddpm.tracking.registry.decision import Protocol, Score
+from ddpm.tracking.runs import SETTINGS
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+PROTOCOL = "ddpm.protocol"
+AGAIN = "`ddpm promote --replace` registers the report's best point without it"
+
+
+class _Settings(Sampler):
+    steps: Count
+    clip: bool | float = True
+
+
+class _Influence(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    run: str
+    path: str
+    seed: int | None
+    sha256: str = ""  # of the file; versions before 0.2.0 kept none, and their values are not used
+
+
+def score_tag(protocol: Protocol) -> str:
+    return f"ddpm.score.{protocol.id}"
+
+
+def influence_tag(protocol: Protocol) -> str:
+    return f"ddpm.influence.{protocol.id}"
+
+
+def settings(version: ModelVersion) -> dict[str, Any]:
+    """The sampler settings that earned a version its promotion: a row's options, `steps` and `clip`. Raises InputError."""
+    found = _object(version, SETTINGS)
+    try:
+        _Settings.model_validate(found)
+    except ValidationError as error:
+        raise _damaged(version, SETTINGS, one_line(error)) from None
+    return found
+
+
+def protocol(version: ModelVersion) -> Protocol | None:
+    """The protocol under which a version was promoted, or None without one. Raises InputError."""
+    if PROTOCOL not in version.tags:
+        return None
+    found = _object(version, PROTOCOL)
+    kinds = {field.name: int if field.type == "int" else str for field in fields(Protocol)}
+    if found.keys() != kinds.keys() or not all(type(found[name]) is kind for name, kind in kinds.items()):
+        raise _damaged(version, PROTOCOL, f"expected {', '.join(kinds)}")
+    return Protocol(**found)
+
+
+def score(version: ModelVersion, under: Protocol) -> Score | None:
+    """A version's score under a protocol, or None if it was never computed with its error. Raises InputError."""
+    tag = score_tag(under)
+    if tag not in version.tags:
+        return None
+    found = _object(version, tag)
+    if HEADLINE in found and f"{HEADLINE}_high" not in found:
+        return None  # from before scores had intervals
+    try:
+        read = Score.of(found)
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(version, tag, str(error)) from None
+    if read.protocol != under:
+        raise _damaged(version, tag, f"it is a score under another protocol: {under.differences(read.protocol)}")
+    return read
+
+
+def influence(version: ModelVersion, under: Protocol) -> _Influence | None:
+    """The run and path of the influence values behind a score, or None where none were kept. Raises InputError."""
+    tag = influence_tag(under)
+    if tag not in version.tags:
+        return None
+    try:
+        return _Influence.model_validate(_object(version, tag))
+    except ValidationError as error:
+        raise _damaged(version, tag, one_line(error)) from None
+
+
+def _object(version: ModelVersion, tag: str) -> dict[str, Any]:
+    try:
+        found = json.loads(version.tags[tag])
+    except (ValueError, RecursionError) as error:
+        raise _damaged(version, tag, f"no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise _damaged(version, tag, "no JSON object")
+    return found
+
+
+def _damaged(version: ModelVersion, tag: str, why: str) -> InputError:
+    return InputError(
+        f"{version.name} version {version.version}: its tag {tag} is damaged ({' '.join(why.split())}); {AGAIN}"
+    )

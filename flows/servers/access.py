@@ -1,0 +1,110 @@
+"""Who may reach the servers of `make up`: this machine alone, or everybody who knows the passwords.
+
+The passwords come from the variables that Prefect's and MLflow's own clients read, so that whoever may use the servers
+exports the same ones: PREFECT_API_AUTH_STRING, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+"""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+from ddpm.errors import InputError
+
+LOOPBACK = "127.0.0.1"
+LOCAL = (LOOPBACK, "localhost", "::1")
+SHORTEST = 12  # characters; MLflow asks for as many
+
+# What MLflow's basic-auth app reads besides its environment. Its accounts lie in the same folder, which is new at each
+# start, so that the password in the environment is the one that counts.
+_MLFLOW = """\
+[mlflow]
+default_permission = READ
+database_uri = sqlite:///{folder}/accounts.db
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+"""
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def in_url(host: str) -> str:
+    """As an address has it."""
+    return f"[{host}]" if ":" in host else host
+
+
+def direct(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables by which no proxy is asked for what runs on this machine, and for what they name already."""
+    added = {}
+    for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy")):
+        given = environment.get(name) or environment.get(other, "")
+        if given != "*":
+            names = [item for item in given.split(",") if item.strip()]
+            added[name] = ",".join([*names, *(item for item in LOCAL if item not in names)])
+    return added
+
+
+def guard(host: str, port: str, names: Sequence[str], environment: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """What the servers among `names` need in their environment to listen at `host`.
+
+    port: Prefect's, which no page of another origin may read, even on loopback. folder: a private one, for MLflow's accounts.
+    Raises InputError when host is not this machine alone and a password is missing or shorter than SHORTEST.
+    """
+    added = {}
+    if "prefect" in names and "PREFECT_SERVER_CORS_ALLOWED_ORIGINS" not in environment:
+        # Prefect's own default lets any page in any browser here read and start runs.
+        own = {LOOPBACK, "localhost", host} - {"0.0.0.0", "::"}
+        added["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join(sorted(f"http://{in_url(name)}:{port}" for name in own))
+    if is_loopback(host):
+        return added
+    if "prefect" in names:
+        user, _, password = environment.get("PREFECT_API_AUTH_STRING", "").partition(":")
+        if not user or len(password) < SHORTEST:
+            raise _missing(host, "PREFECT_API_AUTH_STRING=<name>:<password>")
+        added["PREFECT_SERVER_API_AUTH_STRING"] = f"{user}:{password}"
+    if "mlflow" in names:
+        user, password = (environment.get(f"MLFLOW_TRACKING_{item}", "") for item in ("USERNAME", "PASSWORD"))
+        if not user or len(password) < SHORTEST:
+            raise _missing(host, "MLFLOW_TRACKING_USERNAME=<name> and MLFLOW_TRACKING_PASSWORD=<password>")
+        settings = folder / "basic_auth.ini"
+        settings.write_text(_MLFLOW.format(folder=folder), encoding="utf-8")
+        added |= {
+            "MLFLOW_APP": "--app-name basic-auth",
+            "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+            "MLFLOW_AUTH_ADMIN_USERNAME": user,
+            "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+        }
+    return added
+
+
+def _missing(host: str, what: str) -> InputError:
+    return InputError(
+        f"HOST={host} opens the servers to other machines, so they ask for passwords: export {what} "
+        f"({SHORTEST} characters or more), or leave HOST out to stay on this machine"
+    )
+
+
+def request(url: str) -> Request:
+    """A request to Prefect's API, with the password if there is one."""
+    given = os.environ.get("PREFECT_API_AUTH_STRING")
+    header = {"Authorization": f"Basic {base64.b64encode(given.encode()).decode()}"} if given else {}
+    return Request(url, headers=header)
+
+
+def answers(url: str | Request) -> bool:
+    """Returns whether a server answers 200 there; an error answer such as 404 is False too."""
+    try:
+        with urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
