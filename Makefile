@@ -10,8 +10,8 @@ PYTHON ?= $(shell for python in python3.11 python3 python; do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP := .venv/bin/uv pip install --python .venv/bin/python --no-deps
-# The environment's `dvc` writes dvc.lock atomically (flows/repro/lockfile.py).
-ATOMIC := sed -i 's/^from dvc.cli import main/from flows.repro.lockfile import main/'
+# The environment's `dvc` writes dvc.lock atomically (ddpm/provenance/atomic_lock.py).
+ATOMIC := sed -i 's/^from dvc.cli import main/from ddpm.provenance.atomic_lock import main/'
 # The packages that `make bench` compares with and that are not in the lock; of the lock, what a machine that holds torch, torchvision and
 # scipy may lack.
 PEERS = $$(.venv/bin/python -c 'import tomllib; \
@@ -134,5 +134,5 @@ endif
 $(EMPTY): $(INSTALLED)
 	@rm -rf .venv/share/prefect
 	@PREFECT_HOME='$(CURDIR)/.venv/share/prefect' .venv/bin/prefect server database upgrade --yes >/dev/null & prefect=$$!; \
-		.venv/bin/python -c 'from ddpm.tracking import empty; empty.make()'; made=$$?; wait $$prefect && exit $$made
+		.venv/bin/python -c 'from ddpm.tracking.place import make_empty; make_empty()'; made=$$?; wait $$prefect && exit $$made
 	@touch $@

@@ -55,7 +55,7 @@ def of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Recipe:
 
 def prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
     """-> the recipe's parameters and its dataset, which is made once."""
-    from ddpm.files import store
+    from ddpm.files.dataset import read_dataset
     from ddpm.files.params import Params
     from ddpm.stages.prepare import prepare
 
@@ -65,7 +65,7 @@ def prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
         params = params.model_copy(update={"data": params.data.model_copy(update=given)})
     if not (state / "dataset").exists():
         prepare(params, state)
-    return params, store.read_dataset(state)
+    return params, read_dataset(state)
 
 
 def due(here: Course, first: float) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from bench.harness import TINY, alternate, ratios
-from ddpm.files import store
+from ddpm.files import dataset
 from ddpm.files.params import Data, Params
 from ddpm.stages.prepare import prepare as run_prepare
 
@@ -51,9 +51,9 @@ def prepare(device: str) -> dict[str, Any]:
         base = Params.load(ROOT / "params.yaml")
         params = base.model_copy(update={"data": Data(source="image-folder", path="images", test_fraction=0.0)})
 
-        def ours() -> store.Dataset:
+        def ours() -> dataset.Dataset:
             run_prepare(params, root)
-            return store.read_dataset(root)
+            return dataset.read_dataset(root)
 
         def theirs() -> tuple[np.ndarray, np.ndarray]:
             with tempfile.TemporaryDirectory(dir=root) as unpacked:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import atomic, paths
 from ddpm.files.params import Params, Point
 from ddpm.provenance import checkout, dvc_lock
 from ddpm.provenance.inputs import unchanged
@@ -104,7 +104,7 @@ def prepare() -> None:
     """Read the data source into dataset/: uint8 arrays, labels, statistics, a preview."""
     from ddpm.stages.prepare import prepare
 
-    _run("prepare", store.dataset_dir(), lambda params, report: prepare(params, Path(), report), publishes=False)
+    _run("prepare", paths.dataset_dir(), lambda params, report: prepare(params, Path(), report), publishes=False)
 
 
 def _item_of_dvc(verb: str, what: str) -> Callable[[], str]:
@@ -146,7 +146,7 @@ def train(
         launch(params.compute.processes, sys.argv[1:])
         return
 
-    from ddpm.stages.sample import check_point
+    from ddpm.runtime.drawing import check_point
     from ddpm.stages.train import noise_schedule, train
 
     if ranks.number() > 0:  # the first one shows, records and publishes
@@ -183,7 +183,7 @@ def train(
                 check_point(params, point, made, about.variance == "learned", about.conditional)
         train(params, schedule, Path(), report, fresh=fresh)
 
-    _run(f"train@{schedule}", store.model_dir(schedule), work, watch)
+    _run(f"train@{schedule}", paths.model_dir(schedule), work, watch)
 
 
 def _point(verb: str) -> Any:
@@ -202,7 +202,7 @@ def sample(point: Annotated[str, _point("sample")]) -> None:
     parsed = Point.parse(point)
     _run(
         f"sample@{parsed.name}",
-        store.samples_file(parsed),
+        paths.samples_file(parsed),
         lambda params, report: sample_point(params, parsed, Path(), report),
         publishes=False,
     )
@@ -216,7 +216,7 @@ def evaluate(point: Annotated[str, _point("evaluate")]) -> None:
     parsed = Point.parse(point)
     _run(
         f"evaluate@{parsed.name}",
-        store.metrics_file(parsed),
+        paths.metrics_file(parsed),
         lambda params, report: evaluate(params, parsed, Path(), report),
         publishes=not FOLLOWED,
     )
@@ -238,7 +238,7 @@ def likelihood(
 
     _run(
         f"likelihood@{schedule}",
-        store.likelihood_file(schedule),
+        paths.likelihood_file(schedule),
         lambda params, report: likelihood(params, schedule, Path(), report),
         publishes=not FOLLOWED,
     )
@@ -249,7 +249,7 @@ def report() -> None:
     """Gather the scores of the sweep into report/: index.html with all of it, the table, the best point, the pictures."""
     from ddpm.stages.report import report
 
-    _run("report", store.report_dir(), lambda params, watch: report(params, Path(), watch), publishes=not FOLLOWED)
+    _run("report", paths.report_dir(), lambda params, watch: report(params, Path(), watch), publishes=not FOLLOWED)
 
 
 @app.command()
@@ -335,7 +335,7 @@ def card(
 
     if out.is_dir():
         raise InputError(f"{out}: a folder lies there; name a file with --out")
-    store.write_text(out, tracking.model_card(Params.load(), Path()))
+    atomic.write_text(out, tracking.model_card(Params.load(), Path()))
     say(f"{out}: the model card")
 
 
@@ -421,7 +421,7 @@ def schedules(
         int | None,
         typer.Option("--timesteps", min=2, max=100_000, help="T; default: diffusion.timesteps of params.yaml."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = store.schedules_dir(),  # noqa: B008
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = paths.schedules_dir(),  # noqa: B008
 ) -> None:
     """Is x_T really noise, and where does each schedule spend its steps: a table, a plot, a real image along the way."""
     from ddpm.provenance.run_record import record

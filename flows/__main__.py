@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import paths, scores
 from ddpm.provenance import checkout
 from flows import parameters
 from flows.servers.embedded import Api
@@ -68,13 +68,13 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _summary(say: Callable[[str], None], promoted: str, seconds: float) -> None:
-    report = store.report_dir()
+    report = paths.report_dir()
     say("")
     if (report / "front.json").exists():
-        from ddpm.scores.metrics import table
+        from ddpm.reporting.table import table
 
         try:
-            say(table(store.read_report(Path())[1]))
+            say(table(scores.read_report(Path())[1]))
         except InputError as error:  # the run has ended well all the same
             say(str(error))
         say("")

@@ -13,12 +13,13 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from ddpm.errors import InputError
-from ddpm.files import store
-from ddpm.files.params import Params, parse_yaml
+from ddpm.files import atomic, paths, records
+from ddpm.files.params import Params
 from ddpm.files.yaml_edit import rewritten
+from ddpm.files.yaml_file import parse_yaml
 from ddpm.provenance.inputs import changes
 
-WRITTEN = store.CACHE / "params.yaml.sha256"  # of what a recipe or overrides last wrote
+WRITTEN = paths.CACHE / "params.yaml.sha256"  # of what a recipe or overrides last wrote
 
 
 def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[str, Params]:
@@ -51,9 +52,9 @@ def write(
     if text == old.decode("utf-8", "replace").replace("\r\n", "\n"):
         return params
     kept = _keep(root, old) if old else None
-    with store.replacing(target) as temporary:
+    with atomic.replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    store.write_text(root / WRITTEN, store.sha256(target))
+    atomic.write_text(root / WRITTEN, records.sha256(target))
     say(f"params.yaml: now {_described(root, recipe, overrides)}" + (f" (before: {kept.name})" if kept else ""))
     return params
 
@@ -77,7 +78,7 @@ def _keep(root: Path, old: bytes) -> Path | None:
     for number in itertools.count(1):
         path = root / ("params.yaml.before" + (f"-{number}" if number > 1 else ""))
         if not path.exists():
-            with store.replacing(path) as temporary:
+            with atomic.replacing(path) as temporary:
                 temporary.write_bytes(old)
         if path.read_bytes() == old:
             break

@@ -12,7 +12,6 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from filelock import FileLock, Timeout
 from prefect import flow, runtime, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -22,14 +21,13 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import paths, scores
 from ddpm.files.params import Params
-from ddpm.provenance import checkout, dvc_lock
-from ddpm.runtime import watchdog
+from ddpm.provenance import checkout
 from flows import links, parameters
 from flows.hosts import dispatch, engines
 from flows.processes import children, crashed_runs, fork_server
-from flows.repro import commands, dag, rwlock
+from flows.repro import checkout_lock, commands, dag
 from flows.watch import Log, Outcome, watcher
 
 
@@ -132,7 +130,7 @@ def train_eval(
     """
     root = Path.cwd()
     token = watcher.set(watcher.get(Log()))
-    end_with_the_worker()
+    children.end_with_the_worker()
     try:
         crashed_runs.claim()
         crashed_runs.reap()
@@ -144,7 +142,7 @@ def train_eval(
         watcher.get().line("train-eval", f"killed runs may still show as Running ({type(error).__name__}: {error})")
     try:
         checkout.require_own(root, "ddpm", "flows")
-        with alone(root):
+        with checkout_lock.alone(root, runtime.flow_run.id):
             return _everything(root, recipe, overrides or [], promote, hosts)
     except InputError as error:
         return Failed(name="InputError", message=str(error))
@@ -188,45 +186,6 @@ def _published(root: Path) -> Iterator[PrefectFuture[State]]:
         publishing.wait()
     finally:
         os.close(told)
-
-
-def end_with_the_worker() -> None:
-    """A flow run that a worker started ends with it."""
-    if "PREFECT__FLOW_RUN_ID" in os.environ:
-        os.environ.setdefault(watchdog.VARIABLE, str(os.getppid()))
-        watchdog.start()
-
-
-@contextmanager
-def alone(root: Path, asked_by: str = "") -> Iterator[None]:
-    """One run at a time works in a checkout: a second one waits, and says for whom.
-
-    asked_by: the flow run for which a host works. Where that one holds the checkout itself, both would wait for ever: InputError.
-    """
-    path = root / store.CACHE / "train-eval.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    holder = path.with_suffix(".json")
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        about = store.read_json(holder) if holder.exists() else {"pid": "unknown"}
-        if asked_by and about.get("flow_run") == asked_by:
-            raise InputError(
-                "the clone that asks cannot be a host of its own run: start this worker in another clone"
-            ) from None
-        watcher.get().line("train-eval", f"waiting: another run (process {about['pid']}) is at work in this checkout")
-        lock.acquire(poll_interval=0.5)
-    try:
-        store.write_json(holder, {"pid": os.getpid(), "flow_run": runtime.flow_run.id})
-        try:
-            rwlock.clear(root)
-        except Exception as error:  # noqa: BLE001 - a stage that is held is tried again, and says by whom
-            watcher.get().line("train-eval", f"DVC's rwlock was not looked through ({type(error).__name__}: {error})")
-        dvc_lock.check(root, lambda line: watcher.get().line("train-eval", line))
-        yield
-    finally:
-        lock.release()
 
 
 def _stages(root: Path, params: Params, hosts: bool) -> str:
@@ -307,9 +266,9 @@ def _decision(promoted: State) -> None:
 
 def _artifacts(root: Path) -> None:
     """The sweep table, the report's pictures and the way to MLflow, on the run's page."""
-    report = root / store.report_dir()
+    report = root / paths.report_dir()
     if (report / "front.json").exists():
-        best, rows = store.read_report(root)
+        best, rows = scores.read_report(root)
         create_table_artifact(rows, key="sweep", description="The points of the sweep")
         pictures = [path for path in (report / "fid.png", report / "samples.png") if path.exists()]
         if pictures:

@@ -17,7 +17,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 
-from ddpm.files import store
+from ddpm.files import paths
 
 ROOT = Path(__file__).parents[1]
 COMPOSE: dict[str, Any] = YAML(typ="safe").load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
@@ -78,7 +78,7 @@ def test_the_pod_fits_the_image() -> None:
         assert container["workingDir"] == folder[1]
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         assert mounts["workspace"] == folder[1]
-        assert mounts.get("states", "").removeprefix(folder[1]) in ("", f"/{store.CACHE}/training")
+        assert mounts.get("states", "").removeprefix(folder[1]) in ("", f"/{paths.CACHE}/training")
     (main,) = POD["containers"]
     assert {"name": "DDPM_CHECKOUT", "value": folder[1]} in main["env"]  # deploy/hosts.yaml asks for it
     assert "$DDPM_CHECKOUT" in (ROOT / "deploy" / "hosts.yaml").read_text(encoding="utf-8")

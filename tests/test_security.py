@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, store
+from ddpm.files import arrays, checkpoint, dataset, models, paths, records, samples, scores
 from ddpm.files.params import Params
 from ddpm.scores import inception
 from ddpm.scores.inception import WeightsError
@@ -60,7 +60,7 @@ def npz(path: Path, mark: Path, *names: str) -> None:
         "arrays": {"images": "0" * 64},
     }
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(store.RECORD, json.dumps({**about, store.CHECKSUM: store.record_digest(about)}))
+        archive.writestr(samples.RECORD, json.dumps({**about, records.CHECKSUM: records.record_digest(about)}))
 
 
 def test_the_bomb_is_live(bomb: bytes, mark: Path, tmp_path: Path) -> None:
@@ -76,8 +76,8 @@ def plant_weights(folder: Path, content: bytes) -> None:
     """A checkpoint that says the right checksum of its weights."""
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(content)
-    about = {"weights_sha256": store.sha256(folder / "model.safetensors"), "network": {}, "schedule": {}}
-    store.write_record(folder / "model.json", {"format": store.MODEL_FORMAT, **about})
+    about = {"weights_sha256": records.sha256(folder / "model.safetensors"), "network": {}, "schedule": {}}
+    records.write_record(folder / "model.json", {"format": models.MODEL_FORMAT, **about})
 
 
 def torch_zip(mark: Path) -> bytes:
@@ -109,28 +109,28 @@ def test_a_description_that_is_a_pickle(bomb: bytes, mark: Path, tmp_path: Path)
 def test_a_training_state_that_is_a_pickle(bomb: bytes, mark: Path, tmp_path: Path) -> None:
     path = tmp_path / "000000010.safetensors"
     path.write_bytes(bomb)
-    path.with_suffix(".json").write_text(json.dumps({"step": 10, "sha256": store.sha256(path)}))
+    path.with_suffix(".json").write_text(json.dumps({"step": 10, "sha256": records.sha256(path)}))
     state, complaints = checkpoint.read_resume(tmp_path, 100)
     assert state is None and len(complaints) == 1
     assert not mark.exists()
 
 
 def test_arrays_that_hold_a_pickle(mark: Path, tmp_path: Path) -> None:
-    folder = tmp_path / store.dataset_dir()
+    folder = tmp_path / paths.dataset_dir()
     folder.mkdir(parents=True)
     for name in ("train", "test", "train-labels", "test-labels"):
         np.save(folder / f"{name}.npy", array(mark), allow_pickle=True)
     about = {"name": "planted", "sha256": "0" * 64, "shape": [1, 8, 8], "counts": {"train": 1, "test": 1}}
     about |= {"classes": ["a"], "mean": [0.5], "std": [0.5], "flip": False}
-    store.write_record(folder / "dataset.json", about, sorted(folder.glob("*.npy")))
+    records.write_record(folder / "dataset.json", about, sorted(folder.glob("*.npy")))
     npz(tmp_path / "samples.npz", mark, "images", "evaluations", "labels")
     npz(tmp_path / "arrays.npz", mark, "features")
     np.save(tmp_path / "influence.npy", array(mark), allow_pickle=True)
     for read in (
-        lambda: store.read_dataset(tmp_path),
-        lambda: store.read_samples(tmp_path / "samples.npz"),
-        lambda: store.read_arrays(tmp_path / "arrays.npz", "key"),
-        lambda: store.read_influence(tmp_path / "influence.npy", store.sha256(tmp_path / "influence.npy")),
+        lambda: dataset.read_dataset(tmp_path),
+        lambda: samples.read_samples(tmp_path / "samples.npz"),
+        lambda: arrays.read_arrays(tmp_path / "arrays.npz", "key"),
+        lambda: scores.read_influence(tmp_path / "influence.npy", records.sha256(tmp_path / "influence.npy")),
     ):
         with pytest.raises((InputError, ValueError, KeyError)):
             read()

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.forward import prior
+from ddpm.diffusion.gaussian import discretised_log_likelihood, gaussian_kl
 from ddpm.diffusion.noise import gaussian
 from ddpm.diffusion.schedule import NoiseSchedule
-from ddpm.training.objective import discretised_log_likelihood, gaussian_kl
 
 VARIANCES = ("fixed_large", "fixed_small")
 

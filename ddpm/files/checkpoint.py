@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import atomic, models, paths, records
 from ddpm.files.params import Params
 from ddpm.networks.unet import UNet
 
@@ -50,16 +50,16 @@ def noise_schedule(about: dict[str, Any]) -> NoiseSchedule:
 
 def save(path: Path, net: nn.Module, about: dict[str, Any]) -> None:
     """Writes the folder `path`: net's weights, and `about` with the format and the weights' sha256 added."""
-    with store.replacing_dir(path) as folder:
+    with atomic.replacing_dir(path) as folder:
         weights = folder / "model.safetensors"
         _write_tensors(weights, {name: x.detach().cpu().contiguous() for name, x in net.state_dict().items()})
-        known = {"format": store.MODEL_FORMAT, "weights_sha256": store.sha256(weights)}
-        store.write_record(folder / "model.json", {**known, **about})
+        known = {"format": models.MODEL_FORMAT, "weights_sha256": records.sha256(weights)}
+        records.write_record(folder / "model.json", {**known, **about})
 
 
 def require_trained(params: Params, schedule: str, root: Path) -> None:
     """Raises InputError, which says what makes it, where models/SCHEDULE is not there and `dvc repro` would not make it."""
-    about = store.model_dir(schedule) / "model.json"
+    about = paths.model_dir(schedule) / "model.json"
     if (root / about).exists() or schedule in params.sweep.schedules:
         return
     if schedule not in params.schedules:
@@ -69,8 +69,8 @@ def require_trained(params: Params, schedule: str, root: Path) -> None:
 
 def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = False) -> tuple[Denoiser, dict[str, Any]]:
     """A checkpoint folder -> its denoiser (network in eval mode, channels last) and model.json. Raises InputError."""
-    about = store.read_model_record(path)
-    weights = store.check_weights(path, about)
+    about = models.read_model_record(path)
+    weights = models.check_weights(path, about)
     try:
         state = load_file(weights)
         net = _filled(about["network"], state)
@@ -176,12 +176,12 @@ def resume_file(folder: Path, step: int) -> Path:
 def write_resume(folder: Path, state: ResumeState) -> None:
     """Adds a state to `folder`. Of it and those before it the newest KEPT stay, and so many of a longer training's."""
     path = resume_file(folder, state.step)
-    with store.replacing(path) as temporary:
+    with atomic.replacing(path) as temporary:
         history = {"training": folder.name, "step": state.step, "rows": state.rows, "losses": state.losses}
         # One entry: safetensors writes several in any order.
         _write_tensors(temporary, state.tensors, {"history": json.dumps(history)})
-        digest = store.sha256(temporary)
-    store.write_json(path.with_suffix(".json"), {"step": state.step, "sha256": digest})
+        digest = records.sha256(temporary)
+    records.write_json(path.with_suffix(".json"), {"step": state.step, "sha256": digest})
     _prune(folder, path)
 
 
@@ -209,7 +209,7 @@ def read_resume(folder: Path, at_most: int) -> tuple[ResumeState | None, list[st
         try:
             if not path.with_suffix(".json").exists():
                 raise InputError("its checksum is missing")
-            if store.sha256(path) != store.read_json(path.with_suffix(".json"))["sha256"]:
+            if records.sha256(path) != records.read_json(path.with_suffix(".json"))["sha256"]:
                 raise InputError("its checksum does not match")
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -11,16 +11,15 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ddpm.errors import InputError
+from ddpm.files import yaml_file
 
 LONGEST_NAME = 64  # characters: three of them and an ending are the name of a file
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=LONGEST_NAME)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Precision = Literal["float32", "bfloat16"]
-
-DEEPEST = 100  # levels of a YAML file: the parser in C dies at some ten thousand
 FAULTS, SHOWN = 5, 60  # named in one line, and characters shown of a wrong value
+Precision = Literal["float32", "bfloat16"]
 
 
 class Section(BaseModel):
@@ -314,7 +313,7 @@ class Params(Section):
     @classmethod
     def load(cls, path: Path = Path("params.yaml")) -> Params:
         """Reads and checks a parameter file. Raises InputError with every fault in one line."""
-        raw = read_yaml(path)
+        raw = yaml_file.read_yaml(path)
         if not isinstance(raw, dict):
             found = "nothing" if raw is None else f"a {type(raw).__name__}"
             raise InputError(
@@ -339,42 +338,6 @@ class Params(Section):
             for sampler in sweep.samplers
             for steps in sweep.steps
         ]
-
-
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, as plain values. Raises InputError."""
-    try:
-        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run this in a checkout, or copy one from recipes/") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}: not UTF-8 in line {line}; save it as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path}: not readable: {error.strerror}; put a readable file there") from None
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The plain values of a YAML text, called `where` in messages. Raises InputError."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError
-
-    parser, depth = YAML(typ="safe"), 0
-    try:
-        for event in parser.parse(text):
-            depth += type(event).__name__.endswith("StartEvent") - type(event).__name__.endswith("EndEvent")
-            if depth > DEEPEST:
-                raise InputError(f"{where}: nested more than {DEEPEST} levels deep; write it flatter")
-        return parser.load(text)
-    except InputError:
-        raise
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise InputError(f"{where}: not readable as YAML: {error.problem}{place}; mend it there") from None
-    except Exception as error:  # noqa: BLE001 - a tag such as !!int lets what int() and others raise through
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{where}: not readable as YAML: {why}; mend it") from None
 
 
 def one_line(error: ValidationError) -> str:

@@ -7,18 +7,20 @@ stage that has lost outputs. So each verb and each flow compares dvc.lock with a
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ddpm.errors import InputError
-from ddpm.files import store
-from ddpm.files.params import read_yaml
+from ddpm.files import atomic, paths
+from ddpm.files.yaml_file import read_yaml
 
 NAME = "dvc.lock"
-COPY = store.CACHE / NAME
+COPY = paths.CACHE / NAME
 HEAD = "schema: '2.0'\nstages:\n"
 STAGE = re.compile(r"^(?=  \S)", re.MULTILINE)  # where the text of a stage begins
 _DELETED = "deleted\n"  # the copy says so where there was no dvc.lock
@@ -67,7 +69,7 @@ def _mend(root: Path, copy: str | None, say: Callable[[str], None]) -> str | Non
             " a whole one: delete it and run this again; what was made since comes back from DVC's cache"
         )
     if mended != text:
-        store.write_text(root / NAME, mended)
+        atomic.write_text(root / NAME, mended)
         before, after = entries(text) or {}, entries(mended) or {}
         brought = sum(before.get(name) != entry for name, entry in after.items())
         say(
@@ -79,7 +81,7 @@ def _mend(root: Path, copy: str | None, say: Callable[[str], None]) -> str | Non
 
 def _remember(root: Path, text: str | None, say: Callable[[str], None]) -> None:
     try:
-        store.write_text(root / COPY, _DELETED if text is None else text)
+        atomic.write_text(root / COPY, _DELETED if text is None else text)
     except (OSError, InputError) as error:
         say(f"{NAME}: not remembered as whole ({error})")
 
@@ -183,3 +185,36 @@ def _git(root: Path, *arguments: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else None
+
+
+def read(root: Path) -> dict[str, Any]:
+    """Reads the stages of dvc.lock; {} without one. The caller must not change them: the result is kept for the next call."""
+    path = root / "dvc.lock"
+    if not path.exists():
+        return {}
+    about = path.stat()
+    return _read_stages(path.resolve(), about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read_stages(path: Path, *version: int) -> dict[str, Any]:
+    lock = read_yaml(path)
+    stages = (lock or {}).get("stages") if isinstance(lock or {}, dict) else lock
+    if not isinstance(stages or {}, dict):
+        raise InputError(f"{path}: expected DVC's stages; bring it back with git")
+    return dict(stages or {})
+
+
+def locked_md5(stages: Mapping[str, Any], stage: str, kind: str, path: Path) -> str | None:
+    """The hash that dvc.lock holds for a stage's "outs" or "deps" at that path."""
+    entries = stages.get(stage, {}).get(kind, [])
+    return next((entry.get("md5") for entry in entries if entry.get("path") == path.as_posix()), None)
+
+
+def is_locked(stages: Mapping[str, Any], stage: str, root: Path, path: Path) -> bool:
+    """Whether an output of a stage is the very file that dvc.lock speaks of, so that DVC's cache has it too."""
+    recorded = locked_md5(stages, stage, "outs", path)
+    if recorded is None or not (root / path).is_file():
+        return False
+    with (root / path).open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest() == recorded

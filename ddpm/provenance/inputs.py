@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import InputError
-from ddpm.files import store
-from ddpm.files.params import read_yaml
+from ddpm.files import records
+from ddpm.files.yaml_file import read_yaml
 from ddpm.provenance import code
 
 
@@ -65,4 +65,4 @@ def _read(stage: str, root: Path) -> dict[str, Any]:
         found[key] = value
     named = [root / dependency for dependency in about.get("deps", ()) if "${" not in dependency]
     sources = [path for path in named if not path.is_dir()]
-    return found | {str(path.relative_to(root)): store.sha256(path) if path.exists() else None for path in sources}
+    return found | {str(path.relative_to(root)): records.sha256(path) if path.exists() else None for path in sources}

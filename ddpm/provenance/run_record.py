@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from ddpm.files import store
+from ddpm.files import paths, records
 
 
 def record(output: Path, stage: str, started: float, ended: float, count: int, unit: str) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def record(output: Path, stage: str, started: float, ended: float, count: int, u
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
-    store.write_json(store.run_file(output), about)
+    records.write_json(paths.run_file(output), about)
     return about
 
 

@@ -13,8 +13,10 @@ import numpy as np
 from pydantic import Field
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import arrays, paths, pictures, records
+from ddpm.files.dataset import Dataset
 from ddpm.files.params import Params, Point
+from ddpm.files.samples import read_samples
 from ddpm.reporting.diagnostics import data_mean_square, schedule_of
 from ddpm.reporting.plots import COLOURS, DASHES, MARKERS, protocol, svg
 from ddpm.scores.copying import Copying, affordable, copying, nearest
@@ -45,8 +47,8 @@ def page(
     rows: Sequence[Row],
     best: Row,
     front: Row,
-    dataset: store.Dataset,
-    samples: Mapping[str, store.Images],
+    dataset: Dataset,
+    samples: Mapping[str, arrays.Images],
     plot: bytes,
 ) -> str:
     """rows: of points.csv. best, front: what best.json and front.json hold. samples: the first of each point, in the rows' order.
@@ -72,7 +74,7 @@ def page(
         schedules=_schedules(params, training["last"], dataset.about),
         neighbours=_neighbours(root, best, dataset, params.training.flip),
         dataset=dataset.about,
-        preview=_png(store.grid(dataset.train[: 2 * SHOWN], columns=2 * SHOWN)) if _small(dataset.train) else None,
+        preview=_png(pictures.grid(dataset.train[: 2 * SHOWN], columns=2 * SHOWN)) if _small(dataset.train) else None,
         parameters=_parameters(params),
         begin=BEGIN,
         end=END,
@@ -155,7 +157,7 @@ def _svg(width: int, height: int, draw: Any) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg(width, height, draw)).decode()
 
 
-def _png(picture: store.Images) -> str:
+def _png(picture: arrays.Images) -> str:
     """uint8 C,H,W -> a data URI."""
     from PIL import Image
 
@@ -165,11 +167,11 @@ def _png(picture: store.Images) -> str:
     return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
 
 
-def _small(images: store.Images) -> bool:
+def _small(images: arrays.Images) -> bool:
     return max(images.shape[2:]) <= LARGEST
 
 
-def _strip(images: store.Images) -> str:
+def _strip(images: arrays.Images) -> str:
     """Side by side, each LARGEST pixels at most."""
     from PIL import Image
 
@@ -178,13 +180,13 @@ def _strip(images: store.Images) -> str:
         size = [max(1, round(side * scale)) for side in images.shape[:1:-1]]
         channels = [[Image.fromarray(channel).resize(size, Image.Resampling.LANCZOS) for channel in i] for i in images]
         images = np.stack([np.stack([np.asarray(channel) for channel in image]) for image in channels])
-    return _png(store.grid(images, columns=len(images)))
+    return _png(pictures.grid(images, columns=len(images)))
 
 
 # Sections.
 
 
-class _Trained(store.Record):
+class _Trained(records.Record):
     """metrics/train/SCHEDULE.json."""
 
     schedule: str
@@ -195,7 +197,7 @@ class _Trained(store.Record):
     timesteps: Annotated[int, Field(ge=1, le=100_000)] | None = None
 
 
-class _Split(store.Record):
+class _Split(records.Record):
     bits_per_dim: float
     bits_per_dim_error: float
     prior: float
@@ -207,7 +209,7 @@ class _Split(store.Record):
     images: int
 
 
-class _Bound(store.Record):
+class _Bound(records.Record):
     """metrics/likelihood/SCHEDULE.json."""
 
     schedule: str
@@ -218,11 +220,11 @@ class _Bound(store.Record):
 Table = list[dict[str, float | None]]
 
 
-def _record(root: Path, path: Path, schedule: str, kind: type[store.Record]) -> Row | None:
+def _record(root: Path, path: Path, schedule: str, kind: type[records.Record]) -> Row | None:
     """Reads the record of a training or of a bound; None where there is none. Raises InputError."""
     if not (root / path).exists():
         return None
-    about = store.read_record(root / path, kind)
+    about = records.read_record(root / path, kind)
     if about["schedule"] != schedule:
         raise InputError(f"{path}: of schedule '{about['schedule']}'; restore it, or make it again (dvc repro)")
     return about
@@ -232,7 +234,7 @@ def _table(root: Path, record: Path, about: Row | None, table: Path) -> Table:
     """Reads a CSV file of numbers and empty cells that a record describes; nothing without a record. Raises InputError."""
     if about is None:
         return []
-    rows = store.read_csv(store.read_described(record, about, root / table))
+    rows = records.read_csv(records.read_described(record, about, root / table))
     return [{key: float(cell) if cell else None for key, cell in row.items()} for row in rows]
 
 
@@ -260,17 +262,17 @@ def check_records(params: Params, root: Path) -> None:
 
 def _trained(root: Path, schedule: str) -> tuple[Row | None, Table, Table]:
     """-> the record of a training, its history, and its losses by network time. Raises InputError."""
-    path = store.training_metrics_file(schedule)
+    path = paths.training_metrics_file(schedule)
     about = _record(root, path, schedule, _Trained)
-    history, by_time = store.history_file(schedule), store.losses_by_time_file(schedule)
+    history, by_time = paths.history_file(schedule), paths.losses_by_time_file(schedule)
     return about, _table(root, path, about, history), _table(root, path, about, by_time)
 
 
 def _bound(root: Path, schedule: str) -> tuple[Row | None, Table]:
     """-> the record of a bound, and its curve. Raises InputError."""
-    path = store.likelihood_file(schedule)
+    path = paths.likelihood_file(schedule)
     about = _record(root, path, schedule, _Bound)
-    return about, _table(root, path, about, store.likelihood_curve_file(schedule))
+    return about, _table(root, path, about, paths.likelihood_curve_file(schedule))
 
 
 def _training(params: Params, root: Path) -> Row:
@@ -342,9 +344,9 @@ def _schedules(params: Params, trained: Mapping[str, Mapping[str, Any]], about: 
     return {"rows": rows, "unknown": unknown}
 
 
-def _neighbours(root: Path, best: Row, dataset: store.Dataset, mirrored: bool) -> Row:
+def _neighbours(root: Path, best: Row, dataset: Dataset, mirrored: bool) -> Row:
     """The first samples of the best point beside their nearest training images, and the distances of all that can be afforded."""
-    samples = store.read_samples(root / store.samples_file(Point.parse(best["point"]))).images
+    samples = read_samples(root / paths.samples_file(Point.parse(best["point"]))).images
     samples = np.asarray(samples[: affordable(len(samples), dataset.train)])
     index, distance = nearest(samples, dataset.train, mirrored)
     compared = affordable(len(dataset.test), dataset.train) if len(dataset.test) else 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm.files import store
+from ddpm.files import atomic
 from ddpm.scores.metrics import RANKING
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes tell lines apart in grey print.
@@ -44,7 +44,7 @@ def drawing(path: Path, width: int, height: int, dpi: int) -> Iterator[Any]:
     """
     with _blank(width, height, dpi) as figure:
         yield figure
-        with store.replacing(path) as temporary:
+        with atomic.replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
 
 

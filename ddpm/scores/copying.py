@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.files.store import Images
+Images = NDArray[np.uint8]  # N,C,H,W
 
 CHUNK = 64 * 2**20  # bytes of training images, as float64, at a time
 AFFORDED = 5e11  # products of pixels in one search: half a minute of two cores

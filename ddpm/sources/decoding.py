@@ -32,7 +32,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ddpm.errors import InputError
-from ddpm.files.store import Images
+from ddpm.files.arrays import Images
 
 if TYPE_CHECKING:
     from PIL import Image

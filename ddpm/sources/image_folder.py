@@ -31,9 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import paths
+from ddpm.files.arrays import Images
 from ddpm.files.params import Data
-from ddpm.files.store import Images
 from ddpm.runtime.progress import Progress, Report
 from ddpm.sources import decoding
 
@@ -116,7 +116,7 @@ def _cifar10(data: Data, seed: int, root: Path, report: Report) -> Source:
     if path.name == CIFAR10.base_folder:
         path = path.parent
     if not (path / CIFAR10.base_folder).is_dir():
-        path = root / store.downloads_dir(data.source)
+        path = root / paths.downloads_dir(data.source)
         files = f"the folder {CIFAR10.base_folder} of {CIFAR10.url}"
         with _downloading(data, path, files, report):
             CIFAR10(str(path), download=True)
@@ -138,7 +138,7 @@ def _fashion_mnist(data: Data, seed: int, root: Path, report: Report) -> Source:
 
     folder = _idx_folder(root / data.path)
     if folder is None:
-        path = root / store.downloads_dir(data.source)
+        path = root / paths.downloads_dir(data.source)
         files = f"the four *-ubyte.gz files of {FashionMNIST.mirrors[0]} (or of Debian's dataset-fashion-mnist)"
         if _idx_folder(path) is None:
             with _downloading(data, path, files, report):

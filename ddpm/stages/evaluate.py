@@ -19,8 +19,11 @@ import torch
 from filelock import FileLock, Timeout
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import arrays, atomic, paths, records
+from ddpm.files.dataset import read_dataset
 from ddpm.files.params import Params, Point
+from ddpm.files.samples import read_samples
+from ddpm.files.scores import write_influence
 from ddpm.provenance import code
 from ddpm.runtime.device import find_device, memory_errors
 from ddpm.runtime.progress import Progress, Report, silent
@@ -36,24 +39,24 @@ def evaluate(params: Params, point: Point, root: Path = Path(), report: Report =
     """Writes metrics/POINT.json and POINT.influence.npy and returns the scores. Raises InputError."""
     with memory_errors(f"evaluate {point.name}", "lower evaluation.batch, or evaluation.images"):
         scores, influence = _evaluate(params, point, root, report)
-    values = root / store.influence_file(point)
-    store.write_influence(values, influence)
-    return store.write_record(root / store.metrics_file(point), scores, (values,))
+    values = root / paths.influence_file(point)
+    write_influence(values, influence)
+    return records.write_record(root / paths.metrics_file(point), scores, (values,))
 
 
 def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple[dict[str, Any], fidelity.Features]:
     """-> the scores, and the influence values of FID."""
     protocol = params.evaluation
     torch.set_num_threads(protocol.threads)
-    path = root / store.samples_file(point)
-    dataset = store.read_dataset(root)
-    found = store.read_samples(path, dataset)
+    path = root / paths.samples_file(point)
+    dataset = read_dataset(root)
+    found = read_samples(path, dataset)
     samples, real = found.images[: protocol.images], reference_images(dataset.train, protocol.images)
     if min(len(samples), len(real)) < FEWEST:
         raise InputError(f"{path}: {len(samples)} samples and {len(real)} reference images; a score takes four or more")
-    cache = root / store.CACHE / "inception"
+    cache = root / paths.CACHE / "inception"
     try:
-        with store.disk_full_is_one_line(cache):
+        with atomic.disk_full_is_one_line(cache):
             extractor = inception.load(protocol.layer, cache, find_device(params.compute.device))
     except inception.WeightsError as error:
         raise InputError(str(error)) from None
@@ -63,7 +66,7 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
     def done(count: int, message: str = "") -> None:
         report(Progress(count, total, "images", message=message))
 
-    real_features, real_statistics = _reference(extractor, real, protocol.batch, root / store.CACHE / "features", done)
+    real_features, real_statistics = _reference(extractor, real, protocol.batch, root / paths.CACHE / "features", done)
     few = len(samples) < protocol.images
     done(len(real), f"{len(samples)} samples, not {protocol.images}: there are no more" if few else "")
     fake_features = inception.extract(extractor, samples, protocol.batch, lambda count: done(len(real) + count))
@@ -120,7 +123,7 @@ def _scores(
     return {name: _rounded(value) for name, value in scores.items()}, influence
 
 
-def reference_images(train: store.Images, count: int) -> store.Images:
+def reference_images(train: arrays.Images, count: int) -> arrays.Images:
     """`count` images of a split, or all, if it has no more: always the same ones, and more include fewer."""
     if count >= len(train):
         return train
@@ -129,7 +132,7 @@ def reference_images(train: store.Images, count: int) -> store.Images:
 
 
 def _reference(
-    extractor: inception.Inception, images: store.Images, batch: int, folder: Path, done: Callable[..., None]
+    extractor: inception.Inception, images: arrays.Images, batch: int, folder: Path, done: Callable[..., None]
 ) -> tuple[fidelity.Features, fidelity.Statistics]:
     """Features and statistics of the reference images, computed once for their content, the layer, the weights and the code."""
     decisive = (extractor.sha256, extractor.device.type, images.shape, code.digest(__name__))
@@ -145,14 +148,14 @@ def _reference(
         held = lock.acquire()
     with held:
         try:
-            kept = store.read_arrays(path, path.stem)
+            kept = arrays.read_arrays(path, path.stem)
             return kept["features"], fidelity.Statistics(kept["mean"], kept["covariance"])
         except (InputError, KeyError):
             done(0, f"reference features: {len(images)} images, once for this dataset")
         extracted = inception.extract(extractor, images, batch, done)
         statistics = fidelity.statistics(extracted, extractor.device)
         found = {"features": extracted, "mean": statistics.mean, "covariance": statistics.covariance}
-        store.write_arrays(path, path.stem, **found)
+        arrays.write_arrays(path, path.stem, **found)
         return extracted, statistics
 
 

@@ -11,7 +11,8 @@ import torch
 
 from ddpm.diffusion.likelihood import Bound, mean_and_error, variational_bound
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, store
+from ddpm.files import checkpoint, models, paths, records
+from ddpm.files.dataset import read_dataset
 from ddpm.files.params import Params
 from ddpm.runtime.device import find_device, memory_errors
 from ddpm.runtime.progress import Progress, Report, silent
@@ -26,11 +27,11 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
     settings = params.likelihood
     torch.set_num_threads(settings.threads)
     checkpoint.require_trained(params, schedule, root)
-    store.read_trained(root, schedule)
+    models.read_trained(root, schedule)
     denoiser, about = checkpoint.load(
-        root / store.model_dir(schedule), find_device(params.compute.device), settings.clip
+        root / paths.model_dir(schedule), find_device(params.compute.device), settings.clip
     )
-    dataset = store.read_dataset(root)
+    dataset = read_dataset(root)
     if list(dataset.train.shape[1:]) != about["data"]["shape"]:
         raise InputError(
             f"models/{schedule} takes images of shape {about['data']['shape']}, the dataset's are "
@@ -81,9 +82,9 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
         "times": times,
         **{name: split_scores(bound) for name, bound in bounds.items()},
     }
-    table = root / store.likelihood_curve_file(schedule)
-    store.write_csv(table, curve(bounds.get("test") or bounds["train"]))
-    return store.write_record(root / store.likelihood_file(schedule), scores, (table,))
+    table = root / paths.likelihood_curve_file(schedule)
+    records.write_csv(table, curve(bounds.get("test") or bounds["train"]))
+    return records.write_record(root / paths.likelihood_file(schedule), scores, (table,))
 
 
 def chosen(images: np.ndarray, count: int) -> np.ndarray:

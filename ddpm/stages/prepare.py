@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import pictures
+from ddpm.files.arrays import Images
+from ddpm.files.dataset import Dataset, writing_dataset
 from ddpm.files.params import Params
-from ddpm.files.store import Dataset, Images
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.sources import image_folder
 from ddpm.sources.image_folder import Source
@@ -31,7 +32,7 @@ def prepare(params: Params, root: Path = Path(), report: Report = silent) -> dic
         raise InputError(f"{params.data.path}: no training images: add some, or lower data.test_fraction")
     total = sum(source.counts)
     report(Progress(0, total, "images"))
-    with store.writing_dataset(root, source.shape, source.counts, source.labels, preview) as dataset:
+    with writing_dataset(root, source.shape, source.counts, source.labels, preview) as dataset:
         source.fill(dataset.train, dataset.test)
         dataset.about.update(_about(source, dataset))
     report(Progress(total, total, "images", message=_summary(source)))
@@ -45,14 +46,14 @@ def preview(dataset: Dataset) -> Images:
     """
     step = math.ceil(dataset.train.shape[-1] / PREVIEW_SIDE)
     if dataset.train_labels is None:
-        return store.grid(dataset.train[: ROWS * COLUMNS, :, ::step, ::step], COLUMNS)
+        return pictures.grid(dataset.train[: ROWS * COLUMNS, :, ::step, ::step], COLUMNS)
     classes = len(dataset.about["classes"][:ROWS])
     shape = dataset.train[:1, :, ::step, ::step].shape[1:]
     images = np.full((classes, COLUMNS, *shape), 255, np.uint8)
     for label in range(classes):
         members = np.flatnonzero(dataset.train_labels == label)[:COLUMNS]
         images[label, : len(members)] = dataset.train[members, :, ::step, ::step]
-    return store.grid(images.reshape(-1, *shape), COLUMNS)
+    return pictures.grid(images.reshape(-1, *shape), COLUMNS)
 
 
 def _about(source: Source, dataset: Dataset) -> dict[str, Any]:

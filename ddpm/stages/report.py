@@ -18,23 +18,18 @@ from typing import Any
 import numpy as np
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import arrays, atomic, paths, pictures, records
+from ddpm.files.dataset import read_dataset
 from ddpm.files.params import Params, Point
+from ddpm.files.samples import read_samples
+from ddpm.files.scores import OPTIONAL, PROTOCOL, SCORES, read_point_influence, read_scores
+from ddpm.provenance import dvc_lock
 from ddpm.reporting.page import SHOWN, check_records, page
 from ddpm.reporting.plots import draw_scores, drawing
 from ddpm.runtime.progress import Progress, Report, silent
+from ddpm.scores.choice import Candidate, choose, estimate_of, front
 from ddpm.scores.intervals import CONFIDENCE, difference, simultaneous
-from ddpm.scores.metrics import (
-    HEADLINE,
-    OPTIONAL,
-    PROTOCOL,
-    SCORES,
-    Candidate,
-    choose,
-    estimate_of,
-    front,
-    read_scores,
-)
+from ddpm.scores.metrics import HEADLINE
 
 BUDGETS = (10, 20, 50, 100, 1000)  # network evaluations an image, at most
 
@@ -50,16 +45,16 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
     Removes what samples/ and metrics/ still hold of points that have left the sweep, where DVC can bring it back.
     Raises InputError when a point of the sweep has no scores.
     """
-    points, lock = params.points(), store.dvc_lock(root)
+    points, lock = params.points(), dvc_lock.read(root)
     rows, candidates, protocols = _read_rows(points, root)
     check_records(params, root)
     if protocols > 1:
         message = "points were scored under different protocols; their FIDs don't compare (dvc repro)"
         report(Progress(0, len(points), "points", message=message))
-    dataset, samples = store.read_dataset(root), {}
+    dataset, samples = read_dataset(root), {}
     for count, point in enumerate(points):
         report(Progress(count, len(points), "points"))
-        found = store.read_samples(root / store.samples_file(point), dataset)
+        found = read_samples(root / paths.samples_file(point), dataset)
         samples[point.name] = found.images[:SHOWN].copy()
     choice = choose(candidates)
     chosen = next(row for row in rows if row["point"] == choice.best.name)
@@ -77,14 +72,14 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
     if kept:
         message = f"not of the sweep, and kept because DVC has no copy: {_few(kept)}"
         report(Progress(0, len(points), "points", message=message))
-    folder = root / store.report_dir()
-    store.write_csv(folder / "points.csv", rows)
-    store.write_record(folder / "best.json", best)
-    with store.replacing(folder / "fid.png") as file:
+    folder = root / paths.report_dir()
+    records.write_csv(folder / "points.csv", rows)
+    records.write_record(folder / "best.json", best)
+    with atomic.replacing(folder / "fid.png") as file:
         file.write_bytes(plot)
     _plot_samples(folder / "samples.png", rows, samples)
-    store.write_text(folder / "index.html", text)
-    store.write_record(folder / "front.json", frontier, [folder / name for name in FILES])
+    atomic.write_text(folder / "index.html", text)
+    records.write_record(folder / "front.json", frontier, [folder / name for name in FILES])
     report(Progress(len(points), len(points), "points"))
     return best
 
@@ -136,16 +131,16 @@ def _entry(point: Candidate) -> Row:
 
 def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Candidate], int]:
     """-> points.csv's rows, the same to choose from, and how many protocols they were scored under."""
-    missing = [point.name for point in points if not (root / store.metrics_file(point)).exists()]
+    missing = [point.name for point in points if not (root / paths.metrics_file(point)).exists()]
     if missing:
         raise InputError(f"{root / 'metrics'}: no scores of {_few(missing)}; run `dvc repro` or `ddpm evaluate POINT`")
     rows, candidates, protocols = [], [], set()
     for point in points:
         scores = read_scores(root, point)
         protocols.add(tuple(scores[key] for key in PROTOCOL))
-        influence = store.read_point_influence(root, point, scores)
+        influence = read_point_influence(root, point, scores)
         if len(influence) != scores["images"]:
-            path = root / store.metrics_file(point)
+            path = root / paths.metrics_file(point)
             raise InputError(f"{path}: not of the same run as its influence values; evaluate {point.name} again")
         candidates.append(Candidate(point.name, scores["evaluations"], estimate_of(scores, influence)))
         rows.append(
@@ -165,10 +160,10 @@ def _prune(params: Params, root: Path, stages: Mapping[str, Any]) -> tuple[list[
     point, schedule = r"[a-z0-9_]+-[a-z0-9_]+-[1-9][0-9]*", r"[a-z0-9_]+"
     some, first = params.points()[0], params.sweep.schedules[0]
     kinds = (
-        ("sample", store.samples_file(some).parent, point, r"\.npz|\.png", points),
-        ("evaluate", store.metrics_file(some).parent, point, r"\.json|\.influence\.npy", points),
-        ("train", store.history_file(first).parent, schedule, r"\.json|(\.by_time)?\.csv", schedules),
-        ("likelihood", store.likelihood_file(first).parent, schedule, r"\.json|\.csv", schedules),
+        ("sample", paths.samples_file(some).parent, point, r"\.npz|\.png", points),
+        ("evaluate", paths.metrics_file(some).parent, point, r"\.json|\.influence\.npy", points),
+        ("train", paths.history_file(first).parent, schedule, r"\.json|(\.by_time)?\.csv", schedules),
+        ("likelihood", paths.likelihood_file(first).parent, schedule, r"\.json|\.csv", schedules),
     )
     removed, kept = set(), set()
     for stage, folder, name, suffixes, wanted in kinds:
@@ -176,9 +171,9 @@ def _prune(params: Params, root: Path, stages: Mapping[str, Any]) -> tuple[list[
             match = re.fullmatch(f"({name})({suffixes})", path.name)
             if match is None or match[1] in wanted or path.is_dir():
                 continue
-            if store.is_locked(stages, f"{stage}@{match[1]}", root, path.relative_to(root)):
+            if dvc_lock.is_locked(stages, f"{stage}@{match[1]}", root, path.relative_to(root)):
                 path.unlink()
-                store.run_file(path).unlink(missing_ok=True)
+                paths.run_file(path).unlink(missing_ok=True)
                 removed.add(match[1])
             else:
                 kept.add(match[1])
@@ -189,9 +184,9 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _plot_samples(path: Path, rows: Sequence[Row], samples: Mapping[str, store.Images]) -> None:
+def _plot_samples(path: Path, rows: Sequence[Row], samples: Mapping[str, arrays.Images]) -> None:
     """The first images of each point, one row a point: all start from the same noise, so columns compare."""
-    strips = [store.grid(samples[row["point"]][:SHOWN], columns=SHOWN).transpose(1, 2, 0) for row in rows]
+    strips = [pictures.grid(samples[row["point"]][:SHOWN], columns=SHOWN).transpose(1, 2, 0) for row in rows]
     label, gap = 250, 4  # pixels
     height, width = strips[0].shape[:2]
     with drawing(path, label + width, len(rows) * (height + gap), dpi=100) as figure:

@@ -22,8 +22,9 @@ import torch
 from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, store
+from ddpm.files import arrays, checkpoint, paths, records
 from ddpm.files.checkpoint import ResumeState
+from ddpm.files.dataset import Dataset, read_dataset
 from ddpm.files.params import Params
 from ddpm.provenance import code
 from ddpm.runtime import ranks
@@ -68,7 +69,7 @@ def about_network(params: Params, shape: tuple[int, int, int], classes: int = 0)
     return about | ({"classes": classes} if classes else {})
 
 
-def class_count(params: Params, dataset: store.Dataset) -> int:
+def class_count(params: Params, dataset: Dataset) -> int:
     """How many classes the network is to know: none, unless diffusion.conditional. Raises InputError."""
     if not params.diffusion.conditional:
         return 0
@@ -103,17 +104,17 @@ def train(
         noise_schedule(params, schedule)
         device = find_device(params.compute.device)
         if params.schedules[schedule].imported is not None:
-            return _copy_imported(params, schedule, store.read_dataset(root), root, report)
+            return _copy_imported(params, schedule, read_dataset(root), root, report)
         with ranks.joined(device) as (world, device):
             dataset = _read_dataset(root, world)
             return _train(params, schedule, dataset, root, report if world.rank == 0 else silent, fresh, world, device)
 
 
-def _read_dataset(root: Path, world: World) -> store.Dataset:
+def _read_dataset(root: Path, world: World) -> Dataset:
     """Reads this process's dataset. Raises InputError in every process where one of them refuses its files: none waits."""
     dataset, refusal = None, None
     try:
-        dataset = store.read_dataset(root)
+        dataset = read_dataset(root)
     except InputError as error:
         refusal = error
     if world.largest(int(refusal is not None)):
@@ -125,7 +126,7 @@ def _read_dataset(root: Path, world: World) -> store.Dataset:
 def _train(  # noqa: PLR0912, PLR0915 - the loop and all that it needs
     params: Params,
     schedule: str,
-    dataset: store.Dataset,
+    dataset: Dataset,
     root: Path,
     report: Report,
     fresh: bool,
@@ -150,7 +151,7 @@ def _train(  # noqa: PLR0912, PLR0915 - the loop and all that it needs
         net = checkpoint.network(network).to(device).to(memory_format=torch.channels_last)
     state = TrainingState(net)
     key = training_key(params, schedule, dataset.about["sha256"])
-    folder = root / store.CACHE / "training" / f"{schedule}-{key[:16]}"
+    folder = root / paths.CACHE / "training" / f"{schedule}-{key[:16]}"
     if world.largest(int(world.told(key) != key)):
         raise InputError(
             f"train {schedule}: its processes differ in their data, parameters or code; give all of them the same"
@@ -236,7 +237,7 @@ def _train(  # noqa: PLR0912, PLR0915 - the loop and all that it needs
     return _write(params, schedule, state, network, dataset, rows, validation.by_time(state.ema), root)
 
 
-def _placed(images: store.Images, device: torch.device) -> torch.Tensor:
+def _placed(images: arrays.Images, device: torch.device) -> torch.Tensor:
     """On the GPU, where they take no more than ROOM of its free memory; else where they are: in a file, mapped, that each
     batch is read from.
     """
@@ -253,7 +254,7 @@ def _loss_of_nothing(images: torch.Tensor, objective: Objective, channels: int) 
     return Validation(images, objective, batch=64).loss(lambda x, t: x.new_zeros(len(x), channels, *x.shape[2:]))
 
 
-def _validation(params: Params, dataset: store.Dataset, objective: Objective, device: torch.device) -> Validation:
+def _validation(params: Params, dataset: Dataset, objective: Objective, device: torch.device) -> Validation:
     settings = params.training
     images, labels = (
         None if split is None else torch.from_numpy(np.array(split[: settings.validation_images])).to(device)
@@ -298,7 +299,7 @@ def _write(
     schedule: str,
     state: TrainingState,
     network: dict[str, Any],
-    dataset: store.Dataset,
+    dataset: Dataset,
     rows: list[dict[str, Any]],
     by_time: list[dict[str, Any]],
     root: Path,
@@ -319,7 +320,7 @@ def _write(
             (row["validation_loss"] for row in reversed(rows) if row["validation_loss"] != ""), None
         ),
     }
-    checkpoint.save(root / store.model_dir(schedule), state.ema, about)
+    checkpoint.save(root / paths.model_dir(schedule), state.ema, about)
     return _write_metrics(root, schedule, metrics, rows, by_time)
 
 
@@ -327,24 +328,24 @@ def _write_metrics(
     root: Path, schedule: str, metrics: dict[str, Any], rows: list[dict[str, Any]], by_time: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Writes both curves, then the record that describes them, and returns the record."""
-    history, losses = root / store.history_file(schedule), root / store.losses_by_time_file(schedule)
-    store.write_csv(history, rows)
-    store.write_csv(losses, by_time)
+    history, losses = root / paths.history_file(schedule), root / paths.losses_by_time_file(schedule)
+    records.write_csv(history, rows)
+    records.write_csv(losses, by_time)
     about = {"schedule": schedule, **metrics}
-    return store.write_record(root / store.training_metrics_file(schedule), about, (history, losses))
+    return records.write_record(root / paths.training_metrics_file(schedule), about, (history, losses))
 
 
-def _about_data(dataset: store.Dataset) -> dict[str, Any]:
+def _about_data(dataset: Dataset) -> dict[str, Any]:
     known = {key: dataset.about[key] for key in ("name", "sha256", "shape", "classes")}
     return {**known, "class_counts": dataset.about.get("class_counts"), "range": [-1, 1]}
 
 
-def _copy_imported(params: Params, schedule: str, dataset: store.Dataset, root: Path, report: Report) -> dict[str, Any]:
+def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, report: Report) -> dict[str, Any]:
     """imported/SCHEDULE -> models/SCHEDULE, if it is what the schedules row says and makes images like the dataset's.
 
     Its own T and target stand, whatever `diffusion` says of the networks trained here. Raises InputError.
     """
-    folder, row, device = store.imported_dir(schedule), params.schedules[schedule], find_device(params.compute.device)
+    folder, row, device = paths.imported_dir(schedule), params.schedules[schedule], find_device(params.compute.device)
     remedy = f"run `ddpm import-diffusers FOLDER {schedule}` again"
     if not (root / folder).is_dir():
         raise InputError(f"schedules.{schedule}: {folder} is not here; {remedy}")
@@ -368,7 +369,7 @@ def _copy_imported(params: Params, schedule: str, dataset: store.Dataset, root: 
     parameters = sum(parameter.numel() for parameter in denoiser.net.parameters())
     metrics = {"steps": 0, "parameters": parameters, "loss": None, "validation_loss": loss}
     metrics["timesteps"] = denoiser.schedule.T  # params don't know it, and the report shows what the schedule does
-    checkpoint.save(root / store.model_dir(schedule), denoiser.net, about)
+    checkpoint.save(root / paths.model_dir(schedule), denoiser.net, about)
     curve = {"step": 0, "loss": "", "learning_rate": "", "gradient_norm": "", "validation_loss": loss}
     written = _write_metrics(root, schedule, metrics, [curve], validation.by_time(denoiser.net))
     report(Progress(1, 1, "models"))

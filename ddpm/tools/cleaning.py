@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from ddpm.files import store
+from ddpm.files import dataset
 from ddpm.files.params import Params
+from ddpm.files.paths import CACHE, dataset_dir
 
 # Folders below .cache. Downloads are missing: a user may have put them there.
 KINDS = {
@@ -55,7 +56,7 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
         kept = keep.get(folder, set())
         if kept is None:
             continue
-        entries = sorted((root / store.CACHE / folder).glob("*"), key=_name)
+        entries = sorted((root / CACHE / folder).glob("*"), key=_name)
         for name, paths in groupby(entries, key=_name):
             if name in kept:
                 continue
@@ -69,12 +70,12 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
 
 def _trainings(params: Params, root: Path) -> set[str] | None:
     """The folders of states from which a schedule would go on, or None where no dataset tells."""
-    about = root / store.dataset_dir() / "dataset.json"
+    about = root / dataset_dir() / "dataset.json"
     if not about.exists():
         return None
     from ddpm.stages.train import training_key
 
-    data = store.read_dataset_record(root)["sha256"]
+    data = dataset.read_dataset_record(root)["sha256"]
     return {f"{schedule}-{training_key(params, schedule, data)[:16]}" for schedule in params.schedules}
 
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ddpm import interop
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, store
-from ddpm.files.params import LONGEST_NAME, Params, parse_yaml
+from ddpm.files import atomic, checkpoint, models, paths, records
+from ddpm.files.params import LONGEST_NAME, Params
 from ddpm.files.yaml_edit import flow_row, rewritten
+from ddpm.files.yaml_file import parse_yaml
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
@@ -47,7 +48,7 @@ def export_diffusers(folder: Path, out: Path, variance: str = "fixed_large") -> 
     except (TypeError, ValueError) as error:
         raise InputError(f"{folder}: cannot be a DDPMPipeline: {error}") from None
     index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
-    with store.replacing_dir(out) as temporary:
+    with atomic.replacing_dir(out) as temporary:
         _write(temporary / "model_index.json", {"_class_name": "DDPMPipeline", **index})
         _write(temporary / "scheduler" / "scheduler_config.json", scheduler)
         _write(temporary / "unet" / "config.json", config)
@@ -58,7 +59,7 @@ def export_diffusers(folder: Path, out: Path, variance: str = "fixed_large") -> 
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
-    store.write_json(path, {"_diffusers_version": DIFFUSERS, **value})
+    records.write_json(path, {"_diffusers_version": DIFFUSERS, **value})
 
 
 def import_diffusers(folder: Path, name: str, root: Path = Path()) -> list[str]:
@@ -71,7 +72,7 @@ def import_diffusers(folder: Path, name: str, root: Path = Path()) -> list[str]:
         raise InputError(f"'{name}': the name of an import is made of a-z, 0-9 and _, at most {LONGEST_NAME} of them")
     text = _params_text(root / "params.yaml", name)
     network = _network_folder(folder)
-    config, (process, lines) = store.read_json(network / "config.json"), _process(folder)
+    config, (process, lines) = records.read_json(network / "config.json"), _process(folder)
     row, timesteps, target = process
     try:
         settings = interop.settings_from_diffusers(config)
@@ -90,17 +91,17 @@ def import_diffusers(folder: Path, name: str, root: Path = Path()) -> list[str]:
         "network": {"kind": "unet", **settings},
         "data": {"shape": shape, "range": [-1, 1]},
     }
-    with store.replacing_dir(root / store.imported_dir(name)) as temporary:
+    with atomic.replacing_dir(root / paths.imported_dir(name)) as temporary:
         checkpoint.save(temporary, net, about)
-        entry = {**row, "imported": store.read_model_record(temporary)["weights_sha256"]}
+        entry = {**row, "imported": models.read_model_record(temporary)["weights_sha256"]}
         text = rewritten(text, lambda document: document["schedules"].__setitem__(name, flow_row(entry)))
         Params.check(parse_yaml(text, "params.yaml"), "params.yaml")
-    with store.replacing(root / "params.yaml") as file:
+    with atomic.replacing(root / "params.yaml") as file:
         file.write_text(text, encoding="utf-8")
     count = sum(tensor.numel() for tensor in weights.values())
     return [
         *lines,
-        f"{store.imported_dir(name)}: {count:,} parameters, images {'x'.join(map(str, shape))}, {row['schedule']} schedule"
+        f"{paths.imported_dir(name)}: {count:,} parameters, images {'x'.join(map(str, shape))}, {row['schedule']} schedule"
         f" at T = {timesteps}, target {target}",
         f"params.yaml has the row schedules.{name}; with {name} in sweep.schedules, `dvc repro` sweeps it",
     ]
@@ -119,7 +120,7 @@ def _network_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; download the model first")
     index = folder / "model_index.json"
-    if index.exists() and (kind := store.read_json(index).get("_class_name")) not in PIPELINES:
+    if index.exists() and (kind := records.read_json(index).get("_class_name")) not in PIPELINES:
         raise InputError(f"{index}: a {kind}; there are {' and '.join(PIPELINES)}")
     for candidate in (folder / "unet", folder):
         if (candidate / "config.json").is_file():
@@ -131,7 +132,7 @@ def _process(folder: Path) -> tuple[tuple[dict[str, Any], int, str], list[str]]:
     """The schedule row, T and target, and what to say of them. Raises InputError."""
     for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
         if path.is_file():
-            config = store.read_json(path)
+            config = records.read_json(path)
             try:
                 process = interop.schedule_from_diffusers(config)
             except ValueError as error:

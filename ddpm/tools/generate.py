@@ -18,12 +18,13 @@ from ddpm.diffusion.paths import blend, encode, interpolate, pixel_error, snapsh
 from ddpm.diffusion.samplers import sample
 from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import arrays, paths, pictures, records
+from ddpm.files.dataset import read_dataset
 from ddpm.files.params import Params
 from ddpm.runtime.device import find_device, memory_errors
+from ddpm.runtime.drawing import check_row, class_labels, prepared_denoiser, to_uint8
+from ddpm.runtime.drawing import generate as draw
 from ddpm.runtime.progress import Progress, Report, silent
-from ddpm.stages.sample import check_row, class_labels, prepared_denoiser, to_uint8
-from ddpm.stages.sample import generate as draw
 from ddpm.training.fit import scaled
 
 DEFAULT: dict[str, Any] = {"sampler": "ddim", "steps": 50}
@@ -79,7 +80,7 @@ class Request:
 class Picture:
     """uint8 images N,C,H,W in rows of `columns` (None: a square), what to say of them, and what to keep beside them."""
 
-    images: store.Images
+    images: arrays.Images
     columns: int | None
     message: str
     figures: dict[str, Any] | None = None
@@ -119,9 +120,9 @@ def generate(
             picture = KINDS[kind](opened, Request(of, count, seed, params.sampling.batch, report))
     except ValueError as error:
         raise InputError(f"generate: {error}") from None
-    store.write_png(out, store.grid(picture.images, picture.columns))
+    pictures.write_png(out, pictures.grid(picture.images, picture.columns))
     if picture.figures is not None:
-        store.write_json(out.with_suffix(".json"), picture.figures)
+        records.write_json(out.with_suffix(".json"), picture.figures)
     return f"{out}: {picture.message}"
 
 
@@ -248,7 +249,7 @@ def _encode_decode(model: Model, request: Request) -> Picture:
     if request.count:
         raise InputError("generate: --encode-decode says itself how many images; leave -n out")
     (count,) = request.of
-    if count > (there := len(store.read_dataset().test)):
+    if count > (there := len(read_dataset().test)):
         raise InputError(f"--encode-decode {count}: the test split has {there} images")
     x_0 = _test_images(model, range(count))
     denoiser = _watched(model, 2 * -(-count // request.batch), request)
@@ -276,7 +277,7 @@ def _encode_decode(model: Model, request: Request) -> Picture:
     return Picture(_alternating(before[:PAIRS], after[:PAIRS], columns), columns, message, figures)
 
 
-def _alternating(above: store.Images, below: store.Images, columns: int) -> store.Images:
+def _alternating(above: arrays.Images, below: arrays.Images, columns: int) -> arrays.Images:
     """Rows of `columns` images, by turns from the one and the other; white where the last ones are not full."""
     padding = np.full((-len(above) % columns, *above.shape[1:]), 255, np.uint8)
     pair = [np.concatenate([images, padding]).reshape(-1, columns, *images.shape[1:]) for images in (above, below)]
@@ -298,15 +299,15 @@ OF_TEST_IMAGES = ("interpolate", "blend", "encode-decode")
 
 def _test_images(model: Model, indices: Iterable[int]) -> Tensor:
     """Images of the prepared test split as the model knows them: [N, C, H, W] in [-1, 1]. Raises InputError."""
-    dataset, chosen = store.read_dataset(), list(indices)
+    dataset, chosen = read_dataset(), list(indices)
     if dataset.test.shape[1:] != model.shape:
         raise InputError(
-            f"{store.dataset_dir()}: its images are {dataset.test.shape[1:]}, the model's are {model.shape} (channels,"
+            f"{paths.dataset_dir()}: its images are {dataset.test.shape[1:]}, the model's are {model.shape} (channels,"
             " height, width); prepare the dataset that it was trained on"
         )
     if wrong := [index for index in chosen if not 0 <= index < len(dataset.test)]:
         last = len(dataset.test) - 1
-        raise InputError(f"{store.dataset_dir()}: test images are numbered 0 ... {last}; there is no {wrong[0]}")
+        raise InputError(f"{paths.dataset_dir()}: test images are numbered 0 ... {last}; there is no {wrong[0]}")
     return scaled(torch.from_numpy(np.array(dataset.test[chosen])).to(model.device))
 
 

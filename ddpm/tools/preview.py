@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm.files import store
+from ddpm.files import arrays, dataset, paths, pictures
 from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress, Report
 
@@ -15,10 +15,10 @@ IMAGES, STEPS = 36, 25
 
 
 def preview_file(schedule: str, step: int) -> Path:
-    return store.CACHE / "previews" / schedule / f"{step:07d}.png"
+    return paths.CACHE / "previews" / schedule / f"{step:07d}.png"
 
 
-def previews(params: Params, root: Path, schedule: str, log: Callable[[int, store.Images], None]) -> Report:
+def previews(params: Params, root: Path, schedule: str, log: Callable[[int, arrays.Images], None]) -> Report:
     """A Report that draws a grid every `compute.preview_every` steps: the same noise each time, 25 DDIM steps.
 
     The grid goes to .cache/previews/SCHEDULE/STEP.png and to log(step, picture).
@@ -27,10 +27,10 @@ def previews(params: Params, root: Path, schedule: str, log: Callable[[int, stor
     def report(progress: Progress) -> None:
         if progress.model is None or progress.done % params.compute.preview_every:
             return
-        from ddpm.stages.sample import generate
+        from ddpm.runtime.drawing import generate
 
         denoiser = progress.model()
-        shape = tuple(store.read_dataset_record(root)["shape"])
+        shape = tuple(dataset.read_dataset_record(root)["shape"])
         classes = denoiser.net.classes
         device = next(denoiser.net.parameters()).device
         images, _ = generate(
@@ -44,8 +44,8 @@ def previews(params: Params, root: Path, schedule: str, log: Callable[[int, stor
             device=device,
             labels=np.arange(IMAGES) % classes if classes else None,
         )
-        picture = store.grid(images)
-        store.write_png(root / preview_file(schedule, progress.done), picture)
+        picture = pictures.grid(images)
+        pictures.write_png(root / preview_file(schedule, progress.done), picture)
         log(progress.done, picture)
 
     return report

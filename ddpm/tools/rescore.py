@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import models, paths
+from ddpm.files.dataset import read_dataset_record
 from ddpm.files.params import Params, Point, Sampler
+from ddpm.files.scores import read_point_influence, read_scores
 from ddpm.runtime.progress import Report, silent
-from ddpm.scores.metrics import read_scores
 from ddpm.stages.evaluate import evaluate
 from ddpm.stages.sample import sample_point
 
@@ -26,8 +27,8 @@ def rescore(
     settings: a sampler row's options, its `steps`, and the `clip` that it was promoted with; without one, the present.
     Returns what metrics/POINT.json and POINT.influence.npy would hold. Raises InputError.
     """
-    about = store.read_model_record(checkpoint)
-    dataset = store.read_dataset_record(root)
+    about = models.read_model_record(checkpoint)
+    dataset = read_dataset_record(root)
     if about["data"]["shape"] != dataset["shape"]:
         raise InputError(
             f"{checkpoint}: makes images of shape {about['data']['shape']}, the dataset's are {dataset['shape']}"
@@ -38,13 +39,13 @@ def rescore(
     alone = params.model_copy(update={"samplers": {"champion": row}, "sampling": sampling})
     with tempfile.TemporaryDirectory(prefix="ddpm-rescore-") as name:
         folder = Path(name)
-        (root / store.CACHE).mkdir(exist_ok=True)
-        for shared in (store.dataset_dir(), store.CACHE):
+        (root / paths.CACHE).mkdir(exist_ok=True)
+        for shared in (paths.dataset_dir(), paths.CACHE):
             (folder / shared).symlink_to((root / shared).resolve())
-        model = folder / store.model_dir(point.schedule)
+        model = folder / paths.model_dir(point.schedule)
         model.parent.mkdir(parents=True)
         model.symlink_to(checkpoint.resolve())
         sample_point(alone, point, folder, report)
         evaluate(alone, point, folder, report)
         scores = read_scores(folder, point)
-        return scores, store.read_point_influence(folder, point, scores)
+        return scores, read_point_influence(folder, point, scores)

@@ -12,7 +12,8 @@ from ddpm.diffusion.forward import BANDS, Summary, noised, summary
 from ddpm.diffusion.noise import gaussian
 from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import arrays, paths, pictures, records
+from ddpm.files.dataset import read_dataset
 from ddpm.files.params import Params
 from ddpm.reporting.diagnostics import data_mean_square, schedule_of
 from ddpm.reporting.plots import COLOURS, DASHES, drawing
@@ -33,18 +34,18 @@ def schedules(
     """
     T = timesteps or params.diffusion.timesteps
     made = {name: schedule_of(params, name, T) for name in params.schedules}
-    folder = store.schedules_dir() if out is None else out
+    folder = paths.schedules_dir() if out is None else out
     if (root / folder).exists() and not (root / folder).is_dir():
         raise InputError(f"{folder}: a file lies there; name a folder with --out")
     dataset = None
-    if (root / store.dataset_dir() / "dataset.json").exists():
-        dataset = store.read_dataset(root)
+    if (root / paths.dataset_dir() / "dataset.json").exists():
+        dataset = read_dataset(root)
         mean_square = data_mean_square(dataset.about)
         about = f"T = {T:,}, E[x_0^2] = {mean_square:.3g} of {dataset.about['name']}"
     else:
         mean_square, about = 0.25, f"T = {T:,}, E[x_0^2] = 0.25 and no strip, as `ddpm prepare` has not run here"
     rows = {name: summary(schedule, mean_square) for name, schedule in made.items()}
-    store.write_csv(root / folder / "table.csv", [_cells(name, row) for name, row in rows.items()])
+    records.write_csv(root / folder / "table.csv", [_cells(name, row) for name, row in rows.items()])
     _plot(root / folder / "snr.png", made, rows)
     strip = root / folder / "strip.png"
     if dataset is not None:
@@ -101,7 +102,7 @@ def _plot(path: Path, made: dict[str, NoiseSchedule], rows: dict[str, Summary]) 
         page.set_layout_engine("tight")
 
 
-def _plot_strip(path: Path, made: dict[str, NoiseSchedule], image: store.Images, seed: int) -> None:
+def _plot_strip(path: Path, made: dict[str, NoiseSchedule], image: arrays.Images, seed: int) -> None:
     """x_0, ..., x_T of one image, a row a schedule; all rows see the same noise, so that columns compare."""
     x_0 = torch.from_numpy(np.array(image)).double() / 127.5 - 1
     eps = gaussian(seed, [0], 0, x_0.shape)[0].double()
@@ -109,7 +110,7 @@ def _plot_strip(path: Path, made: dict[str, NoiseSchedule], image: store.Images,
     for schedule in made.values():
         x = noised(schedule, x_0, torch.arange(COLUMNS) * schedule.T // (COLUMNS - 1), eps)
         pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
-        strips.append(store.grid(pixels, columns=COLUMNS).transpose(1, 2, 0))
+        strips.append(pictures.grid(pixels, columns=COLUMNS).transpose(1, 2, 0))
     label, top, gap = 110, 24, 4  # pixels
     height, width = strips[0].shape[:2]
     total = top + len(strips) * (height + gap)

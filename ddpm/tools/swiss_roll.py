@@ -18,7 +18,7 @@ from ddpm.diffusion.noise import gaussian
 from ddpm.diffusion.samplers import trajectory
 from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import atomic
 from ddpm.networks.unet import time_embedding
 from ddpm.reporting.plots import drawing
 from ddpm.runtime.progress import Progress, Report, silent
@@ -139,7 +139,7 @@ def _fewer_colours(path: Path) -> None:
 
     with Image.open(path) as picture:
         small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    with store.replacing(path) as temporary:
+    with atomic.replacing(path) as temporary:
         small.save(temporary, format="PNG", optimize=True)
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm.files import store
+from ddpm.files import models, paths, records, samples
 from ddpm.files.params import Params, Point
-from ddpm.scores.metrics import read_scores
+from ddpm.files.scores import read_scores
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class PointSettings:
 
         Returns None for samples that another model drew, and for scores of other samples. Raises InputError.
         """
-        about = store.read_samples_record(root / store.samples_file(point))
+        about = samples.read_samples_record(root / paths.samples_file(point))
         found, evaluation = dict[str, Any](), params.evaluation.model_dump(mode="json")
-        if (root / store.model_dir(point.schedule) / "model.json").exists():
-            found["model"] = store.read_trained(root, point.schedule)["weights_sha256"]
-        if (root / store.metrics_file(point)).exists():
+        if (root / paths.model_dir(point.schedule) / "model.json").exists():
+            found["model"] = models.read_trained(root, point.schedule)["weights_sha256"]
+        if (root / paths.metrics_file(point)).exists():
             scores = read_scores(root, point)
-            found[store.CHECKSUM], evaluation = scores["samples"], scores["evaluation"]
+            found[records.CHECKSUM], evaluation = scores["samples"], scores["evaluation"]
         return cls(**about["settings"], evaluation=evaluation) if found.items() <= about.items() else None
 
 
@@ -84,5 +84,5 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def run_times(root: Path, output: Path) -> dict[str, Any]:
     """When, where and how fast an output was made; empty when that is not known."""
-    path = root / store.run_file(output)
-    return store.read_json(path) if path.exists() else {}
+    path = root / paths.run_file(output)
+    return records.read_json(path) if path.exists() else {}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sqlite3
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +17,12 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from ddpm.databases import mlflow_file, sqlite
+from ddpm.databases import empty, mlflow_file, sqlite
 from ddpm.databases.addresses import with_driver
 from ddpm.databases.mlflow_file import ARTIFACTS
 from ddpm.errors import InputError, without_password
-from ddpm.files import store
+from ddpm.files import atomic, paths
 from ddpm.files.params import Params
-from ddpm.tracking import empty
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -85,7 +85,7 @@ def tracking_uri(root: Path = Path()) -> str:
 def find_place(root: Path = Path()) -> Place:
     """The store that `tracking_uri` names, its lock, and where its artifacts go: MLFLOW_DEFAULT_ARTIFACT_ROOT if it is set."""
     uri, home = tracking_uri(root), repo_root(root)
-    lock, artifacts = home / store.CACHE / "mlflow.lock", home / ARTIFACTS
+    lock, artifacts = home / paths.CACHE / "mlflow.lock", home / ARTIFACTS
     scheme = uri.partition(":///")[0]
     if file := sqlite.file_of(uri):
         beside = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or (file.parent / ARTIFACTS).as_uri()
@@ -335,3 +335,12 @@ def warn(line: str, say: Say) -> None:
     if line not in _warned:
         _warned.add(line)
         say(f"warning: {line}")
+
+
+def make_empty() -> None:
+    """Creates the empty database; the installation calls this."""
+    with atomic.replacing(empty.EMPTY) as file:
+        client_of(Place(f"sqlite:///{file}", empty.EMPTY, None)).search_experiments()
+        with closing(sqlite3.connect(file)) as database:
+            database.execute("DELETE FROM experiments")  # MLflow makes the default one again, with its new place
+            database.commit()

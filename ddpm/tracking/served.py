@@ -50,7 +50,7 @@ class ImageModel(PythonModel):
         sampler: str | None = None,
         label: str | None = None,
     ) -> np.ndarray:
-        from ddpm.stages.sample import class_labels, generate
+        from ddpm.runtime.drawing import class_labels, generate
 
         if not 1 <= n <= MOST:
             raise ValueError(f"n = {n} must lie in 1 ... {MOST}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import arrays, dataset
 from ddpm.files.params import Params
 from ddpm.runtime.processes import this_process
 from ddpm.runtime.progress import Progress
@@ -46,7 +46,7 @@ class TrainingWatch:
     def __init__(self, params: Params, schedule: str, root: Path, say: Say) -> None:
         self._params, self._schedule, self._root, self._say = params, schedule, root, say
         self._values: list[tuple[str, float, int, int]] = []  # key, value, timestamp, step
-        self._pictures: list[tuple[int, store.Images, int]] = []
+        self._pictures: list[tuple[int, arrays.Images, int]] = []
         self._mutex, self._wake, self._ending = threading.Lock(), threading.Event(), False
         self._step, self._started = 0, threading.Event()
         self._target: Target | None = None
@@ -66,7 +66,7 @@ class TrainingWatch:
         if progress.done:
             self._started.set()
 
-    def log_preview(self, step: int, picture: store.Images) -> None:
+    def log_preview(self, step: int, picture: arrays.Images) -> None:
         """A sample grid drawn at that step: uint8 C,H,W."""
         with self._mutex:
             self._pictures.append((step, picture, _now()))
@@ -155,7 +155,7 @@ def _system_load() -> dict[str, float]:
 
 def _open_training(target: Target, params: Params, schedule: str, root: Path) -> Run:
     """The run to stream to: the one that an interrupted training of this configuration left, or a new one."""
-    about = store.read_dataset_record(root)
+    about = dataset.read_dataset_record(root)
     identity = training_identity(params, schedule, about["sha256"])
     tags = {**training_tags(schedule, about["name"], identity), PROCESS: this_process()}
     left = [

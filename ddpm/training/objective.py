@@ -14,34 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ddpm.diffusion import gaussian
 from ddpm.diffusion.denoiser import coefficients, halves
 from ddpm.diffusion.schedule import NoiseSchedule
 
 HYBRID = 0.001  # lambda of eq. 16 of Nichol & Dhariwal 2021
 GAMMA = 5.0  # of Hang et al. 2023
-
-
-def gaussian_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
-    """KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)) of each element, in nats. The arguments broadcast."""
-    difference = logvar2 - logvar1
-    return ((torch.expm1(-difference) + difference) + (mean1 - mean2).square() * torch.exp(-logvar2)) / 2
-
-
-def discretised_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log p(x0) of each element, in nats: the mass of N(mean, exp log_variance) on x0's bin, eq. 13 of Ho et al. 2020.
-
-    x0: one of the 256 levels -1, -1 + 1/127.5, ..., 1. A bin reaches half a level to either side, the first and the last
-    without end. Exact far into the tails too, so that a mean many deviations away still has a gradient.
-    """
-    inverse = torch.exp(-log_variance / 2)
-    below, above = (x0 - mean - 1 / 255) * inverse, (x0 - mean + 1 / 255) * inverse
-    # log Phi has its digits in the lower tail: mirror what lies above the mean.
-    mirrored = x0 > mean
-    low, high = torch.where(mirrored, -above, below), torch.where(mirrored, -below, above)
-    log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-    inside = log_high + torch.log(-torch.expm1(log_low - log_high))
-    first, last = torch.special.log_ndtr(above), torch.special.log_ndtr(-below)
-    return torch.where(x0 < -1 + 1 / 255, first, torch.where(x0 > 1 - 1 / 255, last, inside))
 
 
 @dataclass(frozen=True)
@@ -146,8 +124,8 @@ def vlb(objective: Objective, outcome: Outcome) -> Tensor:
         log_variance = outcome.v * large + (1 - outcome.v) * small
     # Both means share the part of x_t, which cancels.
     target, prediction = to_mean * outcome.target, to_mean * outcome.prediction
-    kl = gaussian_kl(target, small, prediction, log_variance)
-    decoder = -discretised_log_likelihood(x_0, x_0 + (prediction - target), log_variance)
+    kl = gaussian.gaussian_kl(target, small, prediction, log_variance)
+    decoder = -gaussian.discretised_log_likelihood(x_0, x_0 + (prediction - target), log_variance)
     last = (t == 0).view(-1, *[1] * (x_0.ndim - 1))
     return len(objective.a) * torch.where(last, decoder, kl).flatten(1).mean(1)
 

@@ -27,11 +27,11 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import atomic
 from ddpm.provenance import checkout
 from flows.hosts import engines
 from flows.processes import children, crashed_runs
-from flows.repro import commands
+from flows.repro import checkout_lock, commands
 from flows.watch import Kind, Log, Outcome, Watcher, watcher
 
 DEPLOYMENT = "run-stage/hosts"
@@ -45,9 +45,7 @@ def run_stage(stage: str, commit: str, params: str, asked_by: str) -> State:
     stage: its name in dvc.yaml. commit: of the code that asks; it must be checked out here. params: the text of params.yaml.
     asked_by: the id of the flow run that asks.
     """
-    from flows.train_eval import end_with_the_worker
-
-    end_with_the_worker()
+    children.end_with_the_worker()
     crashed_runs.claim()
     return _stage(stage, commit, params, asked_by)
 
@@ -64,16 +62,14 @@ def _wanted_stage(stage: str, commit: str, params: str, asked_by: str) -> State:
 
 
 def _stage(stage: str, commit: str, params: str, asked_by: str, wanted_by: UUID | None = None) -> State:
-    from flows.train_eval import alone
-
     root = Path.cwd()
     token = watcher.set(watcher.get(Log()))
     try:
         checkout.require_own(root, "ddpm", "flows")
         if (here := head(root)) != commit:
             raise InputError(f"this host's clone is at {here[:10]}, the run is of {commit[:10]}: check that out here")
-        with alone(root, asked_by), _running(wanted_by):
-            with store.replacing(root / "params.yaml") as temporary:
+        with checkout_lock.alone(root, flow_run.id, asked_by), _running(wanted_by):
+            with atomic.replacing(root / "params.yaml") as temporary:
                 temporary.write_text(params, encoding="utf-8")
             commands.exchange("fetch", stage, root, watcher.get())
             outcome = commands.reproduce(stage, root, watcher.get(), "--pull")

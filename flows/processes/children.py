@@ -139,3 +139,10 @@ def path() -> str:
     """PATH, with this interpreter's own programs first if it lacks them: the environment need not be activated."""
     own, given = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
     return given if own in given.split(os.pathsep) else os.pathsep.join((own, given))
+
+
+def end_with_the_worker() -> None:
+    """A flow run that a worker started ends with it."""
+    if "PREFECT__FLOW_RUN_ID" in os.environ:
+        os.environ.setdefault(watchdog.VARIABLE, str(os.getppid()))
+        watchdog.start()

@@ -33,8 +33,7 @@ from typing import Any, NoReturn
 
 import setproctitle
 
-from ddpm.provenance import checkout, code
-from flows.repro import lockfile
+from ddpm.provenance import atomic_lock, checkout, code
 
 DVC, DDPM = ("dvc",), ("python", "-B", "-m", "ddpm")  # how the commands begin that can be forks
 PLAIN = re.compile(r"[\w./@=-]+( [\w./@=-]+)*")  # a command that needs no shell
@@ -260,7 +259,7 @@ def _dvc() -> NoReturn:
             raise dvc.stage.run.StageCmdFailedError(command, os.waitstatus_to_exitcode(status))
         return None
 
-    lockfile.write_at_once()
+    atomic_lock.write_at_once()
     dvc.stage.run._run = run
     sys.exit(main(sys.argv[1:]))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from ddpm.files import store
+from ddpm.files import records
 
 FOLDER = Path(".dvc") / "tmp"
 # `dvc`, `python -m dvc` and its file; a fork of the flow's shows the same.
@@ -46,7 +46,7 @@ def clear(root: Path) -> None:
         read = {name: [one for one in several if _holds(one, written)] for name, several in entries["read"].items()}
         left = {"write": write, "read": {name: several for name, several in read.items() if several}}
         if left != entries:
-            store.write_json(path, left)
+            records.write_json(path, left)
 
 
 def _holds(entry: dict[str, Any], written: float) -> bool:

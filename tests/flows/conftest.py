@@ -29,7 +29,9 @@ STAGE = '''\
 whether to save something on SIGTERM, or to ignore it."""
 import json, os, pathlib, signal, sys, time
 from contextlib import ExitStack
-from ddpm.stages import inputs, store, watchdog
+from ddpm.files import records
+from ddpm.provenance import inputs
+from ddpm.runtime import watchdog
 
 watchdog.start()
 name, out = sys.argv[1:]
@@ -66,8 +68,8 @@ row = "linear-ddim-10,linear,ddim,10,10,1.5,1.4,1.6,0.95,0.1,0.05,0.15,500,64"
 path.write_text(f"{header}\\n{row}\\n" if name == "report" else name)
 if name == "report":
     best = {"point": "linear-ddim-10", "fid": 1.5, "fid_low": 1.4, "fid_high": 1.6}
-    store.write_record(path.with_name("best.json"), best)
-    store.write_record(path.with_name("front.json"), {}, [path, path.with_name("best.json")])
+    records.write_record(path.with_name("best.json"), best)
+    records.write_record(path.with_name("front.json"), {}, [path, path.with_name("best.json")])
 print(f"{name}: 2 steps in 0.0 s")
 '''
 

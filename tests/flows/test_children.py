@@ -117,7 +117,7 @@ def test_a_line_in_a_report_of_the_progress_costs_the_report_alone(tmp_path: Pat
 # A flow run, and the process that watches for it: what a worker starts, and the flow run's own.
 FLOW_RUN = """\
 import os, time
-from flows.train_eval import end_with_the_worker
+from flows.processes.children import end_with_the_worker
 end_with_the_worker()
 print(os.getpid(), flush=True)
 time.sleep(60)
@@ -197,7 +197,7 @@ def test_make_up_leaves_nothing_however_it_ends(end: str, tmp_path: Path) -> Non
 
 def test_one_run_at_a_time_works_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    from flows.train_eval import alone
+    from flows.repro.checkout_lock import alone
     from flows.watch import watcher
 
     said, entered, waits = [], threading.Event(), threading.Event()

@@ -232,7 +232,7 @@ def test_a_commit_counts_only_where_dvc_ended_well(
 def test_what_a_killed_dvc_held_is_free(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was killed in a container had the id 1, which some process has everywhere."""
     monkeypatch.setenv("PREFECT_HOME", str(scratch.root / ".prefect"))
-    from flows.train_eval import alone
+    from flows.repro.checkout_lock import alone
 
     held = {"pid": 1, "cmd": "/usr/bin/dvc repro"}
     path = scratch.root / rwlock.FOLDER / "rwlock"

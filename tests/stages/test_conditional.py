@@ -22,9 +22,11 @@ from PIL import Image
 from ddpm import Denoiser, sample, tracking
 from ddpm.diffusion.noise import gaussian
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, store
+from ddpm.files import arrays, checkpoint, models, paths, records, samples
+from ddpm.files.dataset import read_dataset, read_dataset_record
 from ddpm.files.params import Params, Point
-from ddpm.stages.sample import class_labels, sample_point, to_uint8
+from ddpm.runtime.drawing import class_labels, to_uint8
+from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
 from ddpm.tools.generate import generate
 from ddpm.tools.preview import preview_file, previews
@@ -75,7 +77,7 @@ def unconditional(smoke: Smoke, digits: Path, tmp_path_factory: pytest.TempPathF
 
 def draw(root: Path, params: Params, point: Point) -> dict[str, np.ndarray]:
     sample_point(params, point, root)
-    with np.load(root / store.samples_file(point)) as archive:
+    with np.load(root / paths.samples_file(point)) as archive:
         return dict(archive)
 
 
@@ -95,7 +97,7 @@ def test_classes_come_in_turn_and_are_kept_with_the_images(trained: Path, params
         split = draw(trained, params(sampling={"images": 23, "batch": batch}), GUIDED)
         assert np.array_equal(split["labels"], made["labels"])
         assert np.abs(split["images"].astype(int) - made["images"]).max() <= 1
-    assert store.read_samples(trained / store.samples_file(GUIDED)).evaluations == 8
+    assert samples.read_samples(trained / paths.samples_file(GUIDED)).evaluations == 8
 
 
 def test_guidance_of_the_row_is_that_of_the_denoiser(trained: Path, params: Callable[..., Params]) -> None:
@@ -113,14 +115,14 @@ def test_guidance_of_the_row_is_that_of_the_denoiser(trained: Path, params: Call
 
 def test_an_unconditional_set_is_as_it_was(unconditional: Path, smoke: Smoke) -> None:
     point = Point.parse("cosine-ddim-5")
-    assert set(draw(unconditional, smoke(), point)) == {"images", "evaluations", store.RECORD}
-    assert "classes" not in store.read_model_record(unconditional / "models/cosine")["network"]
+    assert set(draw(unconditional, smoke(), point)) == {"images", "evaluations", samples.RECORD}
+    assert "classes" not in models.read_model_record(unconditional / "models/cosine")["network"]
 
 
 def test_previews_show_the_classes_in_turn(trained: Path, params: Callable[..., Params], tmp_path: Path) -> None:
     (tmp_path / "dataset").symlink_to(trained / "dataset")
     now = params(training={"steps": 2}, compute={"preview_every": 2})
-    shown: list[store.Images] = []
+    shown: list[arrays.Images] = []
     train(now, "cosine", tmp_path, previews(now, tmp_path, "cosine", lambda step, picture: shown.append(picture)))
     assert len(shown) == 1 and (tmp_path / preview_file("cosine", 2)).exists()
 
@@ -182,7 +184,7 @@ def test_an_unconditional_model_refuses_labels_and_guidance(unconditional: Path,
     rows = {"guided": {"sampler": "ddim", "guidance": 2.0}}
     with pytest.raises(InputError, match="class-conditional"):
         sample_point(smoke(samplers=rows), GUIDED, unconditional)
-    assert not out.exists() and not (unconditional / store.samples_file(GUIDED)).exists()
+    assert not out.exists() and not (unconditional / paths.samples_file(GUIDED)).exists()
     with pytest.raises(InputError, match=r"samplers\.guided: guidance takes a class-conditional model"):
         smoke(samplers=rows, sweep={"samplers": ["guided"]})
 
@@ -192,8 +194,8 @@ def test_no_classes_in_the_dataset(digits: Path, params: Callable[..., Params], 
     folder.mkdir()
     for name in ("train.npy", "test.npy"):
         (folder / name).symlink_to(digits / "dataset" / name)
-    about = {**store.read_dataset_record(digits), "classes": None}
-    store.write_record(folder / "dataset.json", about, sorted(folder.glob("*.npy")))
+    about = {**read_dataset_record(digits), "classes": None}
+    records.write_record(folder / "dataset.json", about, sorted(folder.glob("*.npy")))
     with pytest.raises(InputError, match=r"diffusion\.conditional is true, but the dataset digits has no classes"):
         train(params(), "cosine", tmp_path)
     assert not (tmp_path / "models").exists()
@@ -278,7 +280,7 @@ def test_a_conditional_digits_model_makes_the_digits_asked_for(
         sweep={"samplers": list(rows), "steps": [20]},
     )
     train(settings, "cosine", tmp_path)
-    dataset = store.read_dataset(tmp_path)
+    dataset = read_dataset(tmp_path)
 
     def pixels(images: np.ndarray) -> np.ndarray:
         return images.reshape(len(images), -1) / 16

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import arrays, paths, records
 from ddpm.files.params import Compute, Evaluation, Params, Point
+from ddpm.files.samples import read_samples_record, write_samples
+from ddpm.files.scores import read_point_influence
 from ddpm.runtime.progress import Progress
 from ddpm.scores import fidelity, inception
 from ddpm.scores.copying import copying
@@ -39,22 +41,22 @@ def digits() -> np.ndarray:
 
 
 def write_dataset(root: Path, train: np.ndarray) -> None:
-    folder = root / store.dataset_dir()
+    folder = root / paths.dataset_dir()
     folder.mkdir(exist_ok=True)
     np.save(folder / "train.npy", train)
     np.save(folder / "test.npy", train[:2])
     about = {"name": "digits", "sha256": "the version", "shape": [1, 8, 8], "counts": {"train": len(train), "test": 2}}
     about |= {"classes": None, "mean": [0.3], "std": [0.4], "flip": False}
-    store.write_record(folder / "dataset.json", about, [folder / "train.npy", folder / "test.npy"])
+    records.write_record(folder / "dataset.json", about, [folder / "train.npy", folder / "test.npy"])
 
 
 @pytest.fixture
 def root(tmp_path: Path, inception_cache: Path) -> Path:
     """A dataset of 30 digits and a sample set of 20 others."""
     write_dataset(tmp_path, digits()[:30])
-    store.write_samples(tmp_path / store.samples_file(POINT), digits()[30:50], evaluations=5, model="m")
-    (tmp_path / store.CACHE).mkdir()
-    (tmp_path / store.CACHE / "inception").symlink_to(inception_cache)
+    write_samples(tmp_path / paths.samples_file(POINT), digits()[30:50], evaluations=5, model="m")
+    (tmp_path / paths.CACHE).mkdir()
+    (tmp_path / paths.CACHE / "inception").symlink_to(inception_cache)
     return tmp_path
 
 
@@ -68,7 +70,7 @@ def computed(seen: list[Progress]) -> bool:
 
 
 def cached(root: Path) -> list[Path]:
-    return sorted((root / store.CACHE / "features").glob("*.npz"))
+    return sorted((root / paths.CACHE / "features").glob("*.npz"))
 
 
 def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) -> None:
@@ -79,7 +81,7 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
     )
     fid = fidelity.fid(fidelity.statistics(fake), fidelity.statistics(real))
     kid, kid_std = fidelity.kid(fake, real, subset_size=6)
-    influence = store.read_point_influence(root, POINT, store.read_record(root / store.metrics_file(POINT)))
+    influence = read_point_influence(root, POINT, records.read_record(root / paths.metrics_file(POINT)))
     np.testing.assert_allclose(influence, fidelity.jackknife(fake, fidelity.statistics(real)).influence, rtol=1e-4)
     reach = 1.959964 * standard_error(influence)
     assert scores.pop("fid_high") == pytest.approx(fid + reach, rel=1e-5)
@@ -105,32 +107,32 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
         "reference": "the version",
         "extractor": "inception-v3-2015-12-05",
         "extractor_sha256": extractor.sha256,
-        "samples": store.read_samples_record(root / store.samples_file(POINT))[store.CHECKSUM],
-        "files": {store.influence_file(POINT).name: store.sha256(root / store.influence_file(POINT))},
+        "samples": read_samples_record(root / paths.samples_file(POINT))[records.CHECKSUM],
+        "files": {paths.influence_file(POINT).name: records.sha256(root / paths.influence_file(POINT))},
     }
-    assert json.loads((root / store.metrics_file(POINT)).read_text()).items() >= scores.items()
+    assert json.loads((root / paths.metrics_file(POINT)).read_text()).items() >= scores.items()
     assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
     assert seen[0].done == 0 and seen[-1].done == seen[-1].total == 24
 
 
 def test_the_training_images_themselves_score_nothing(root: Path) -> None:
-    store.write_samples(root / store.samples_file(POINT), digits()[:30], evaluations=5, model="m")
+    write_samples(root / paths.samples_file(POINT), digits()[:30], evaluations=5, model="m")
     copies = run(root, protocol(images=30))[0]
     assert copies["fid"] < 1e-6
     assert copies["copying"] > 0.99 and copies["copying_z"] > 5
-    store.write_samples(root / store.samples_file(POINT), 255 - digits()[:30], evaluations=5, model="m")
+    write_samples(root / paths.samples_file(POINT), 255 - digits()[:30], evaluations=5, model="m")
     assert run(root, protocol(images=30))[0]["fid"] > 1
 
 
 def test_same_input_same_bytes_with_or_without_the_cache_and_whatever_the_seed(root: Path) -> None:
-    path = root / store.metrics_file(POINT)
+    path = root / paths.metrics_file(POINT)
     assert computed(run(root)[1])
     first = path.read_bytes()
     kept, seen = run(root, protocol(seed=99))
     assert path.read_bytes() == first
     assert not computed(seen)
     assert seen[0].done == 12  # so that what is counted is what was done
-    shutil.rmtree(root / store.CACHE / "features")
+    shutil.rmtree(root / paths.CACHE / "features")
     assert computed(run(root)[1])
     assert path.read_bytes() == first
     assert kept["fid"] > 0
@@ -158,10 +160,10 @@ def test_a_damaged_cache_file_is_computed_again(root: Path, damage: str) -> None
     (path,) = cached(root)
     good = path.read_bytes()
     if damage == "another archive":
-        store.write_arrays(path, path.stem, something=np.zeros(3))
+        arrays.write_arrays(path, path.stem, something=np.zeros(3))
     elif damage == "of other images":
-        kept = store.read_arrays(path, path.stem)
-        store.write_arrays(path, "another key", **{name: array + 1 for name, array in kept.items()})
+        kept = arrays.read_arrays(path, path.stem)
+        arrays.write_arrays(path, "another key", **{name: array + 1 for name, array in kept.items()})
     else:
         middle = 1000  # within the features
         flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
@@ -208,24 +210,24 @@ def test_wrong_input_is_one_line_and_leaves_nothing(root: Path, monkeypatch: Any
         with pytest.raises(InputError, match=match) as caught:
             run(root, params)
         assert "\n" not in str(caught.value)
-        assert not (root / store.metrics_file(POINT)).exists()
+        assert not (root / paths.metrics_file(POINT)).exists()
 
     if not torch.cuda.is_available():
         refused("cuda", protocol(device="cuda"))
     monkeypatch.setenv(inception.WEIGHTS_VARIABLE, str(root / "nothing.pth"))
     refused(r"nothing\.pth")
     monkeypatch.delenv(inception.WEIGHTS_VARIABLE)
-    samples = root / store.samples_file(POINT)
-    store.write_samples(samples, digits()[:3], evaluations=5, model="m")
+    samples = root / paths.samples_file(POINT)
+    write_samples(samples, digits()[:3], evaluations=5, model="m")
     refused("four or more")
-    store.write_samples(samples, np.zeros((4, 3, 8, 8), np.uint8), evaluations=5, model="m")
+    write_samples(samples, np.zeros((4, 3, 8, 8), np.uint8), evaluations=5, model="m")
     refused(r"\[3, 8, 8\].*\[1, 8, 8\]")
     samples.write_bytes(samples.read_bytes()[:100])
     refused("not a sample set")
     samples.unlink()
     refused("no such sample set")
-    shutil.rmtree(root / store.dataset_dir())
-    store.write_samples(samples, digits()[:4], evaluations=5, model="m")
+    shutil.rmtree(root / paths.dataset_dir())
+    write_samples(samples, digits()[:4], evaluations=5, model="m")
     refused("dataset")
 
 
@@ -255,7 +257,7 @@ def test_with_more_images_than_features_fid_is_extrapolated(root: Path, inceptio
 
     images = (load_digits().images[:140, None] * (255 / 16)).round().astype(np.uint8)
     write_dataset(root, images[:70])
-    store.write_samples(root / store.samples_file(POINT), images[70:], evaluations=5, model="m")
+    write_samples(root / paths.samples_file(POINT), images[70:], evaluations=5, model="m")
     scores, _ = run(root, protocol(images=70))
     extractor = inception.load(64, inception_cache)
     fake, real = (inception.extract(extractor, part) for part in (images[70:], images[:70]))

@@ -26,18 +26,14 @@ from ruamel.yaml import YAML
 
 from ddpm import cli
 from ddpm.errors import InputError
+from ddpm.files.arrays import write_arrays
+from ddpm.files.atomic import disk_full_is_one_line, replacing, replacing_dir
 from ddpm.files.checkpoint import ResumeState, read_resume, write_resume
+from ddpm.files.dataset import writing_dataset
 from ddpm.files.params import Params, Point
-from ddpm.files.store import (
-    disk_full_is_one_line,
-    replacing,
-    replacing_dir,
-    write_arrays,
-    write_influence,
-    write_json,
-    write_samples,
-    writing_dataset,
-)
+from ddpm.files.records import write_json
+from ddpm.files.samples import write_samples
+from ddpm.files.scores import write_influence
 from ddpm.runtime import device
 from ddpm.runtime.device import memory_errors
 from ddpm.runtime.progress import Progress
@@ -164,8 +160,8 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody
     write_json(path, {"fid": 1.0})
     living.touch()
     code = (
-        "import os, signal, sys; from pathlib import Path; from ddpm.stages import store\n"
-        "with store.replacing(Path(sys.argv[1])) as temporary:\n"
+        "import os, signal, sys; from pathlib import Path; from ddpm.files import atomic\n"
+        "with atomic.replacing(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -220,9 +216,9 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("mask", [0o077, 0o002])
 def test_files_have_the_modes_that_the_umask_gives(mask: int, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from ddpm.stages import store\n"
-        "store.write_text(Path(sys.argv[1]) / 'file', '')\n"
-        "with store.replacing_dir(Path(sys.argv[1]) / 'folder'): pass"
+        "import sys; from pathlib import Path; from ddpm.files import atomic\n"
+        "atomic.write_text(Path(sys.argv[1]) / 'file', '')\n"
+        "with atomic.replacing_dir(Path(sys.argv[1]) / 'folder'): pass"
     )
     command, environment = [sys.executable, "-c", code, str(tmp_path)], {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(command, env=environment, umask=mask, check=True)
@@ -449,9 +445,10 @@ def test_sigterm_is_one_line_and_143_whatever_runs(tmp_path: Path) -> None:
     """In the middle of `ddpm prepare`: what it has half-written is cleared away."""
     (tmp_path / "params.yaml").write_bytes((ROOT / "recipes/smoke.yaml").read_bytes())
     code = (
-        "import signal, sys; from pathlib import Path; from ddpm import cli; from ddpm.stages import prepare, store\n"
+        "import signal, sys; from pathlib import Path; from ddpm import cli; from ddpm.files import atomic\n"
+        "from ddpm.stages import prepare\n"
         "def work(params, root, report):\n"
-        "    with store.replacing_dir(root / 'dataset') as folder:\n"
+        "    with atomic.replacing_dir(root / 'dataset') as folder:\n"
         "        (folder / 'half').touch()\n"
         "        signal.raise_signal(signal.SIGTERM)\n"
         "prepare.prepare = work\n"
@@ -956,7 +953,7 @@ LARGE = """
 import json, re, resource, sys
 from pathlib import Path
 import numpy as np
-from ddpm.stages import store
+from ddpm.files import records
 from ddpm.files.params import Params
 from ddpm.stages.train import train
 raw, root, count = json.loads(sys.argv[1]), Path(sys.argv[2]), 350_000
@@ -965,7 +962,7 @@ for split, images in ("train", count), ("test", 8):  # no blocks on the disk: al
     np.lib.format.open_memmap(root / f"dataset/{split}.npy", "w+", np.uint8, (images, 3, 64, 64))
 about = {"name": "dark", "sha256": "0", "shape": [3, 64, 64], "counts": {"train": count, "test": 8}, "classes": None,
          "mean": [0.0] * 3, "std": [0.0] * 3, "flip": True}
-store.write_record(root / "dataset/dataset.json", about, sorted((root / "dataset").glob("*.npy")))
+records.write_record(root / "dataset/dataset.json", about, sorted((root / "dataset").glob("*.npy")))
 held = 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 limit = held + count * 3 * 64 * 64 // 4
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -12,7 +12,8 @@ import torch
 
 from ddpm.diffusion.likelihood import mean_and_error, variational_bound
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, store
+from ddpm.files import checkpoint, records
+from ddpm.files.dataset import read_dataset
 from ddpm.files.params import Params
 from ddpm.stages.likelihood import chosen, likelihood
 from ddpm.tools.schedules import data_mean_square, schedules
@@ -33,9 +34,9 @@ def settings(smoke: Smoke, **changes: object) -> Params:
 
 def test_the_files_hold_the_bound(trained: Path, smoke: Smoke) -> None:
     scores = likelihood(settings(smoke), "cosine", trained)
-    assert scores == store.read_record(trained / "metrics/likelihood/cosine.json")
+    assert scores == records.read_record(trained / "metrics/likelihood/cosine.json")
     denoiser, about = checkpoint.load(trained / "models/cosine", clip=True)
-    test = torch.from_numpy(chosen(store.read_dataset(trained).test, 12))
+    test = torch.from_numpy(chosen(read_dataset(trained).test, 12))
     bound = variational_bound(denoiser, test, times=6)
     mean, error = mean_and_error(bound.total)
     parts = scores["test"]
@@ -45,7 +46,7 @@ def test_the_files_hold_the_bound(trained: Path, smoke: Smoke) -> None:
     assert parts["images"] == scores["train"]["images"] == 12 and scores["model"] == about["weights_sha256"]
     rows = [
         {key: float(value) for key, value in row.items()}
-        for row in store.read_csv(trained / "metrics/likelihood/cosine.csv")
+        for row in records.read_csv(trained / "metrics/likelihood/cosine.csv")
     ]
     assert sum(row["times"] for row in rows) == 100 and [row["time"] for row in rows][-1] == 0
     assert sum(row["term"] for row in rows) + parts["prior"] == pytest.approx(mean, rel=1e-4)
@@ -98,7 +99,7 @@ def test_schedules_writes_a_table_and_pictures(root: Path, smoke: Smoke) -> None
     params = smoke(diffusion={"timesteps": 1000})
     rows, about = schedules(params, root)
     assert "digits" in about and list(rows) == list(params.schedules)
-    table = {row["schedule"]: row for row in store.read_csv(root / "schedules/table.csv")}
+    table = {row["schedule"]: row for row in records.read_csv(root / "schedules/table.csv")}
     assert float(table["linear"]["alpha_bar_T"]) == pytest.approx(4.035829765e-5)
     assert [name for name, row in table.items() if row["warnings"]] == ["sqrt"]
     written = {path.name: path.read_bytes() for path in (root / "schedules").iterdir()}
@@ -120,5 +121,5 @@ def test_schedules_without_a_dataset(tmp_path: Path, smoke: Smoke) -> None:
 
 
 def test_mean_square_of_the_digits(digits: Path) -> None:
-    dataset = store.read_dataset(digits)
+    dataset = read_dataset(digits)
     assert data_mean_square(dataset.about) == pytest.approx(float(np.mean((dataset.train / 127.5 - 1) ** 2)), rel=1e-5)

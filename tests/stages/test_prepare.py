@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import dataset as dataset_file
+from ddpm.files import paths, records
+from ddpm.files.dataset import Dataset, read_dataset, writing_dataset
 from ddpm.files.params import Params
-from ddpm.files.store import read_dataset
 from ddpm.runtime.progress import Progress
 from ddpm.stages.prepare import mean_and_deviation, prepare, preview
 
@@ -56,30 +57,30 @@ def test_a_changed_array_is_refused_though_its_times_say_nothing(
 ) -> None:
     shutil.copytree(digits / "dataset", tmp_path / "dataset")
     path = tmp_path / "dataset" / "train.npy"
-    monkeypatch.setattr(store, "SETTLED", 0.0)  # what was written just now counts as old
+    monkeypatch.setattr(records, "SETTLED", 0.0)  # what was written just now counts as old
     if large:
-        monkeypatch.setattr(store, "LARGE", 1)
-    assert len(store.read_dataset(tmp_path).train) == 1438
-    assert (tmp_path / store.CACHE / "verified.json").exists() is large
+        monkeypatch.setattr(records, "LARGE", 1)
+    assert len(dataset_file.read_dataset(tmp_path).train) == 1438
+    assert (tmp_path / paths.CACHE / "verified.json").exists() is large
     before = path.stat()
     with path.open("r+b") as file:
         file.seek(200)
         file.write(b"\xee")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(InputError, match=r"train\.npy: its bytes are not those that dataset\.json describes"):
-        store.read_dataset(tmp_path)
+        dataset_file.read_dataset(tmp_path)
 
 
 def test_the_hash_of_a_large_array_is_computed_once(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(digits / "dataset", tmp_path / "dataset")
-    monkeypatch.setattr(store, "SETTLED", 0.0)
-    monkeypatch.setattr(store, "LARGE", 1)
-    store.read_dataset(tmp_path)
+    monkeypatch.setattr(records, "SETTLED", 0.0)
+    monkeypatch.setattr(records, "LARGE", 1)
+    dataset_file.read_dataset(tmp_path)
     hashed: list[Path] = []
-    monkeypatch.setattr(store, "sha256", hashed.append)
-    store.read_dataset(tmp_path)
+    monkeypatch.setattr(records, "sha256", hashed.append)
+    dataset_file.read_dataset(tmp_path)
     assert not hashed
 
 
@@ -150,8 +151,8 @@ def test_preview_stays_small() -> None:
     about = {"classes": [str(label) for label in range(1000)]}
     train = np.zeros((1000, 3, 256, 256), np.uint8)
     labels = np.arange(1000)
-    assert preview(store.Dataset(train, train, labels, labels, about)).shape == (3, 20 * 65 + 1, 10 * 65 + 1)
-    assert preview(store.Dataset(train, train, None, None, {"classes": None})).shape == (3, 20 * 65 + 1, 10 * 65 + 1)
+    assert preview(Dataset(train, train, labels, labels, about)).shape == (3, 20 * 65 + 1, 10 * 65 + 1)
+    assert preview(Dataset(train, train, None, None, {"classes": None})).shape == (3, 20 * 65 + 1, 10 * 65 + 1)
 
 
 def test_an_empty_test_split(smoke: Smoke, tmp_path: Path) -> None:
@@ -337,7 +338,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     """Room is reserved before anything is written. No disk here holds 800 TB."""
     with (
         pytest.raises(InputError, match=r"train\.npy: no room for"),
-        store.writing_dataset(tmp_path, (3, 4096, 4096), (2**24, 0), None, preview),
+        writing_dataset(tmp_path, (3, 4096, 4096), (2**24, 0), None, preview),
     ):
         pytest.fail("the block must not run")
     assert list(tmp_path.iterdir()) == []

@@ -13,10 +13,11 @@ from PIL import Image
 from ddpm import Denoiser, NoiseSchedule, sample
 from ddpm.diffusion.noise import gaussian
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, store
+from ddpm.files import checkpoint, paths, samples
 from ddpm.files.params import Params, Point
+from ddpm.runtime.drawing import generate, to_uint8
 from ddpm.runtime.progress import Progress
-from ddpm.stages.sample import generate, sample_point, to_uint8
+from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
 
 POINT = Point.parse("cosine-ddpm-5")
@@ -32,15 +33,15 @@ def trained(digits: Path, smoke: Callable[..., Params], tmp_path_factory: pytest
 
 def draw(root: Path, params: Params, point: Point = POINT) -> np.ndarray:
     sample_point(params, point, root)
-    return store.read_samples(root / store.samples_file(point)).images
+    return samples.read_samples(root / paths.samples_file(point)).images
 
 
 def test_bytes_are_the_same_again_and_what_is_written_is_whole(trained: Path, smoke: Callable[..., Params]) -> None:
-    params, path = smoke(sampling={"images": 10}), trained / store.samples_file(POINT)
+    params, path = smoke(sampling={"images": 10}), trained / paths.samples_file(POINT)
     reports: list[Progress] = []
     assert sample_point(params, POINT, trained, reports.append) == 5
     first = path.read_bytes(), path.with_suffix(".png").read_bytes()
-    found = store.read_samples(path)
+    found = samples.read_samples(path)
     images, evaluations = found.images, found.evaluations
     assert images.shape == (10, 1, 8, 8) and evaluations == 5
     assert reports[-1].done == reports[-1].total == 10
@@ -52,7 +53,7 @@ def test_bytes_are_the_same_again_and_what_is_written_is_whole(trained: Path, sm
 
 def test_a_sample_file_has_no_header_that_pythons_patch_versions_write_differently(tmp_path: Path) -> None:
     path, images = tmp_path / "samples.npz", np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2)
-    store.write_samples(path, images, 7, "m", labels=np.array([4, 2]))
+    samples.write_samples(path, images, 7, "m", labels=np.array([4, 2]))
     content = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
@@ -114,7 +115,7 @@ def test_generate_fills_what_it_is_given() -> None:
 
 def test_the_preview_shows_the_first_images(trained: Path, smoke: Callable[..., Params]) -> None:
     images = draw(trained, smoke(sampling={"images": 9}))
-    picture = np.asarray(Image.open((trained / store.samples_file(POINT)).with_suffix(".png")))
+    picture = np.asarray(Image.open((trained / paths.samples_file(POINT)).with_suffix(".png")))
     scale = (picture.shape[0] - 1) // 3 // 8
     cell = picture[1 : 1 + 8 * scale, 1 : 1 + 8 * scale][::scale, ::scale]
     assert np.array_equal(cell, images[0, 0])
@@ -142,5 +143,5 @@ def test_a_damaged_sample_file_is_one_line(content: bytes, tmp_path: Path) -> No
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(InputError, match="not a sample set") as caught:
-        store.read_samples(path)
+        samples.read_samples(path)
     assert "\n" not in str(caught.value)

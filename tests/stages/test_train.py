@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ddpm import NoiseSchedule
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, store
+from ddpm.files import checkpoint, dataset, models, records, samples
 from ddpm.files.params import Params, Point
 from ddpm.runtime.progress import Progress
 from ddpm.stages.sample import sample_point
@@ -57,7 +57,7 @@ def test_it_writes_a_checkpoint_that_describes_itself(root: Path, smoke: Callabl
     assert (denoiser.schedule.name, denoiser.schedule.T, denoiser.target) == ("cosine", 100, "eps")
     assert about["data"]["shape"] == [1, 8, 8] and about["data"]["name"] == "digits"
     assert metrics["parameters"] == sum(parameter.numel() for parameter in denoiser.net.parameters())
-    rows = store.read_csv(root / "metrics/train/cosine.csv")
+    rows = records.read_csv(root / "metrics/train/cosine.csv")
     assert [int(row["step"]) for row in rows] == [5, 6, 10, 12]
     assert [row["validation_loss"] != "" for row in rows] == [False, True, False, True]
     assert float(rows[-1]["validation_loss"]) == metrics["validation_loss"]
@@ -65,7 +65,7 @@ def test_it_writes_a_checkpoint_that_describes_itself(root: Path, smoke: Callabl
 
 def test_losses_by_time_of_a_network_that_predicts_zero(digits: Path) -> None:
     """L_simple of eps is then one in every range of times, within noise, and that of x0 is E[x_0^2]."""
-    images = torch.from_numpy(np.array(store.read_dataset(digits).test))
+    images = torch.from_numpy(np.array(dataset.read_dataset(digits).test))
     schedule = NoiseSchedule.named("cosine", 100)
     for target in ("eps", "x0"):
         rows = Validation(images, Objective.of(schedule, target), 64).by_time(lambda x, t: 0 * x)
@@ -97,10 +97,10 @@ def test_a_learned_variance_through_train_checkpoint_and_sample(root: Path, smok
     assert v is not None and x0_hat.shape == v.shape == (2, 1, 8, 8) and bool((v != 0.5).any())
     assert identity_of_model(about) == training_identity(params, "cosine", about["data"]["sha256"])
     sample_point(params, Point.parse("cosine-ddpm-5"), root)
-    learned = store.read_samples(root / "samples/cosine-ddpm-5.npz").images
+    learned = samples.read_samples(root / "samples/cosine-ddpm-5.npz").images
     for variance in ("fixed_large", "fixed_small"):
         sample_point(smoke(**learning, samplers={"ddpm": {"variance": variance}}), Point.parse("cosine-ddpm-5"), root)
-        assert not np.array_equal(learned, store.read_samples(root / "samples/cosine-ddpm-5.npz").images)
+        assert not np.array_equal(learned, samples.read_samples(root / "samples/cosine-ddpm-5.npz").images)
 
 
 def test_stopped_at_any_step_it_ends_with_the_same_bytes(
@@ -218,7 +218,7 @@ def test_no_dataset(tmp_path: Path, smoke: Callable[..., Params]) -> None:
 def test_a_damaged_checkpoint_is_one_line(damage: str, root: Path, smoke: Callable[..., Params]) -> None:
     train(smoke(training={"steps": 1}), "cosine", root)
     folder = root / "models/cosine"
-    about = store.read_model_record(folder)
+    about = models.read_model_record(folder)
     weights = folder / "model.safetensors"
     if damage == "weights":
         content = bytearray(weights.read_bytes())
@@ -227,9 +227,9 @@ def test_a_damaged_checkpoint_is_one_line(damage: str, root: Path, smoke: Callab
     elif damage == "json":
         (folder / "model.json").write_text("{")
     elif damage == "format":
-        store.write_record(folder / "model.json", {**about, "format": 99})
+        records.write_record(folder / "model.json", {**about, "format": 99})
     elif damage == "shape":
-        store.write_record(folder / "model.json", {**about, "network": {**about["network"], "channels": 24}})
+        records.write_record(folder / "model.json", {**about, "network": {**about["network"], "channels": 24}})
     else:
         weights.unlink()
     with pytest.raises(InputError) as caught:

@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import arrays, atomic, models, paths, pictures
+from ddpm.files.dataset import read_dataset, read_dataset_record
 from ddpm.files.params import Params, Point
+from ddpm.files.records import CHECKSUM, read_csv, read_described, read_record, sha256
+from ddpm.files.samples import read_samples, read_samples_record
+from ddpm.files.scores import read_report, read_scores
+from ddpm.provenance import dvc_lock
 from ddpm.reporting.page import publish_with
 from ddpm.reporting.published import published
-from ddpm.scores.metrics import HEADLINE, METRICS, RANKING, read_scores
+from ddpm.scores.metrics import HEADLINE, METRICS, RANKING
 from ddpm.tracking.lineage import (
     PointSettings,
     digest,
@@ -63,14 +68,14 @@ def publish_or_warn(params: Params, root: Path = Path(), only: str | None = None
 
 def follow(params: Params, root: Path, ended: threading.Event, say: Say = print) -> None:
     """Publishes what each stage wrote as soon as dvc.lock has it, until `ended` is set; never raises InputError."""
-    path, changed, seen = root / "dvc.lock", -1, store.dvc_lock(root)
+    path, changed, seen = root / "dvc.lock", -1, dvc_lock.read(root)
     publish_or_warn(params, root, "prepare", say)  # nothing yet, but the store is made, and mlflow imported
     while not ended.wait(FOLLOW_SECONDS):
         now = path.stat().st_mtime_ns if path.exists() else -1
         if now == changed:
             continue
         try:
-            stages = store.dvc_lock(root)
+            stages = dvc_lock.read(root)
         except InputError:
             stages = {}
         if not stages:
@@ -110,7 +115,7 @@ def publish(params: Params, root: Path = Path(), only: str | None = None, say: S
             for name in stale:
                 say(f"publish: {name} left out: made with another model, or scored with other samples; run dvc repro")
             summary = ", ".join(f"{count} {kind}" for kind, count in added.items())
-            store.write_text(root / store.CHART, chart(target.experiment))
+            atomic.write_text(root / paths.CHART, chart(target.experiment))
             say(f"MLflow at {target.place.shown}: " + (f"added {summary}" if summary else "nothing to add"))
     return dict(added)
 
@@ -134,7 +139,7 @@ def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]
     for group in groups.values():
         publish_points(target, root, group, added)
     _publish_report(target, root, added)
-    _publish_schedules(target, root, store.schedules_dir(), added)
+    _publish_schedules(target, root, paths.schedules_dir(), added)
     return stale
 
 
@@ -147,16 +152,16 @@ def _points(root: Path) -> Iterator[Point]:
 
 def _publish_training(target: Target, root: Path, schedule: str, added: Counter[str]) -> Run | None:
     """None when there is no such model on disk."""
-    folder, record = root / store.model_dir(schedule), root / store.training_metrics_file(schedule)
+    folder, record = root / paths.model_dir(schedule), root / paths.training_metrics_file(schedule)
     if not (folder / "model.json").exists() or not record.exists():
         return None
-    about, metrics = store.read_trained(root, schedule), store.read_record(record)
-    table = store.read_described(record, metrics, root / store.history_file(schedule))
-    by_time = store.read_described(record, metrics, root / store.losses_by_time_file(schedule))
-    weights, curves = about["weights_sha256"], store.sha256(table)
-    identity, times = identity_of_model(about), run_times(root, store.model_dir(schedule))
+    about, metrics = models.read_trained(root, schedule), read_record(record)
+    table = read_described(record, metrics, root / paths.history_file(schedule))
+    by_time = read_described(record, metrics, root / paths.losses_by_time_file(schedule))
+    weights, curves = about["weights_sha256"], sha256(table)
+    identity, times = identity_of_model(about), run_times(root, paths.model_dir(schedule))
     start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
-    rows = store.read_csv(table)
+    rows = read_csv(table)
     values = {key: {int(row["step"]): float(row[key]) for row in rows if row.get(key)} for key in CURVES}
 
     def agrees(run: Run) -> bool:
@@ -225,7 +230,7 @@ def _by_time_metrics(table: Path, end: int) -> list[Metric]:
 
     return [
         Metric(f"by_time/{key}", float(row[key]), end, int(row["t"]))
-        for row in store.read_csv(table)
+        for row in read_csv(table)
         for key in ("loss_simple", "loss_vlb")
         if row[key]
     ]
@@ -252,10 +257,10 @@ def _peak_memory(times: Mapping[str, Any]) -> dict[str, float]:
 def _log_dataset(target: Target, run: Run, root: Path, data: Mapping[str, Any], context: str) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    md5 = store.locked_md5(store.dvc_lock(root), "prepare", "outs", store.dataset_dir()) or ""
+    md5 = dvc_lock.locked_md5(dvc_lock.read(root), "prepare", "outs", paths.dataset_dir()) or ""
     counts = {}
-    about = root / store.dataset_dir() / "dataset.json"
-    if about.exists() and (present := store.read_dataset_record(root))["sha256"] == data["sha256"]:
+    about = root / paths.dataset_dir() / "dataset.json"
+    if about.exists() and (present := read_dataset_record(root))["sha256"] == data["sha256"]:
         counts = present["counts"]
     elif md5:
         md5 = ""  # dvc.lock speaks of another version
@@ -263,7 +268,7 @@ def _log_dataset(target: Target, run: Run, root: Path, data: Mapping[str, Any], 
         name=data["name"],
         digest=data["sha256"][:16],
         source_type="dvc",
-        source=json.dumps({"path": str(store.dataset_dir()), "sha256": data["sha256"], "md5": md5 or None}),
+        source=json.dumps({"path": str(paths.dataset_dir()), "sha256": data["sha256"], "md5": md5 or None}),
         schema=json.dumps({"shape": data["shape"], "dtype": "uint8", "classes": data["classes"]}),
         profile=json.dumps(counts),
     )
@@ -298,7 +303,7 @@ def _log_checkpoint(
         )
         added["models"] += 1
     if str(model.status) != "READY":
-        store.check_weights(folder, about)
+        models.check_weights(folder, about)
         target.client.log_model_artifacts(model.model_id, str(folder))
         target.client.finalize_logged_model(model.model_id, "READY")
         target.client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])
@@ -324,9 +329,9 @@ class PointFiles:
 
     @classmethod
     def read(cls, root: Path, point: Point) -> PointFiles:
-        path, scores = store.samples_file(point), store.metrics_file(point)
-        about = store.read_samples_record(root / path)
-        samples = about[store.CHECKSUM]
+        path, scores = paths.samples_file(point), paths.metrics_file(point)
+        about = read_samples_record(root / path)
+        samples = about[CHECKSUM]
         metrics = read_scores(root, point) if (root / scores).exists() else None
         if metrics is not None and metrics["samples"] != samples:
             metrics = None
@@ -336,7 +341,7 @@ class PointFiles:
             about["model"],
             samples,
             metrics,
-            store.sha256(root / scores) if metrics else "",
+            sha256(root / scores) if metrics else "",
             run_times(root, path),
             run_times(root, scores) if metrics else {},
         )
@@ -359,9 +364,9 @@ def publish_points(
     training = _publish_training(target, root, first.schedule, added)
     if training is None:
         return None
-    about = store.read_trained(root, first.schedule)
+    about = models.read_trained(root, first.schedule)
     weights = about["weights_sha256"]
-    found = [PointFiles.read(root, point) for point, _ in group if (root / store.samples_file(point)).exists()]
+    found = [PointFiles.read(root, point) for point, _ in group if (root / paths.samples_file(point)).exists()]
     points = [files for files in found if files.model == weights]
     if not points:
         return None
@@ -424,13 +429,13 @@ def _link_model(target: Target, run: Run, training: Run, weights: str) -> None:
 
 def _log_real(target: Target, run: Run, root: Path, data: Mapping[str, Any], start: int, added: Counter[str]) -> None:
     """Real images at step 0, to compare with: MLflow's slider stands there when a page opens, and would show nothing."""
-    about = root / store.dataset_dir() / "dataset.json"
-    if about.exists() and store.read_dataset_record(root)["sha256"] == data["sha256"]:
-        picture = store.grid(store.read_dataset(root).train[:REAL])
+    about = root / paths.dataset_dir() / "dataset.json"
+    if about.exists() and read_dataset_record(root)["sha256"] == data["sha256"]:
+        picture = pictures.grid(read_dataset(root).train[:REAL])
         log_image(target, run, _picture(picture), 0, start, added)
 
 
-def _picture(picture: store.Images) -> store.Images:
+def _picture(picture: arrays.Images) -> arrays.Images:
     """uint8 C,H,W -> H,W or H,W,3, as MLflow takes it."""
     return picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
 
@@ -438,7 +443,7 @@ def _picture(picture: store.Images) -> store.Images:
 def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, added: Counter[str]) -> None:
     from mlflow.entities import Metric
 
-    images = store.read_samples(root / store.samples_file(files.point)).images
+    images = read_samples(root / paths.samples_file(files.point)).images
     sampled, evaluated = (times.get("ended", UNKNOWN_TIME) for times in (files.sampled, files.evaluated))
     metrics = [Metric(key, value, sampled, files.evaluations) for key, value in _peak_memory(files.sampled).items()]
     if files.sampled.get("per_second"):
@@ -450,7 +455,7 @@ def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, adde
             Metric(key, scores[key], evaluated, files.evaluations) for key in METRICS if scores.get(key) is not None
         ]
     log_metrics(target, run, metrics, added)
-    log_image(target, run, _picture(store.preview(images)), files.evaluations, sampled, added)
+    log_image(target, run, _picture(pictures.preview(images)), files.evaluations, sampled, added)
     if files.metrics is not None:
         record = {"scores": files.metrics, "sampled": files.sampled, "evaluated": files.evaluated}
         target.client.log_dict(run.info.run_id, record, f"points/{files.point.name}.json")
@@ -468,18 +473,18 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
     """
     from mlflow.entities import Metric
 
-    path, table = root / store.likelihood_file(schedule), root / store.likelihood_curve_file(schedule)
+    path, table = root / paths.likelihood_file(schedule), root / paths.likelihood_curve_file(schedule)
     training = _publish_training(target, root, schedule, added)
     if training is None or not path.exists() or not table.exists():
         return True
-    about, scores = store.read_trained(root, schedule), store.read_record(path)
+    about, scores = models.read_trained(root, schedule), read_record(path)
     if scores["model"] != about["weights_sha256"]:
         return False
-    store.read_described(path, scores, table)
-    content = digest([store.sha256(path), store.sha256(table)])
+    read_described(path, scores, table)
+    content = digest([sha256(path), sha256(table)])
     settings = {name: scores[name] for name in ("seed", "variance", "clip", "times")}
     settings |= {f"images_{split}": scores[split]["images"] for split in ("train", "test") if split in scores}
-    times = run_times(root, store.likelihood_file(schedule))
+    times = run_times(root, paths.likelihood_file(schedule))
     start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
     tags = {
         "ddpm.stage": "likelihood",
@@ -515,7 +520,7 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
         if split in scores
         for name in names
     ]
-    for row in store.read_csv(table):
+    for row in read_csv(table):
         metrics += [Metric(key, float(row[key]), end, int(row["time"])) for key in ("rate", "distortion")]
     log_metrics(target, run, metrics, added)
     finish(target, run, end)
@@ -528,12 +533,12 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
 
 def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
     """One run whose artifacts are the report as it is now, its page with lineage and timings."""
-    folder = root / store.report_dir()
+    folder = root / paths.report_dir()
     if not (folder / "best.json").exists():
         return
-    (best, rows), times = store.read_report(root), run_times(root, store.report_dir())
+    (best, rows), times = read_report(root), run_times(root, paths.report_dir())
     page = _page_with_lineage(target, root, rows) if rows else ""
-    content = digest([store.sha256(folder), page])
+    content = digest([sha256(folder), page])
     note = f"Best point: **{best['point']}**, {RANKING.title} {best[HEADLINE]:.4g} at {best['evaluations']} network evaluations."
     tags = {"ddpm.stage": "report", "ddpm.best": str(best["point"]), "mlflow.note.content": note}
     start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
@@ -552,19 +557,19 @@ def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
 
 def _page_with_lineage(target: Target, root: Path, points: Sequence[Mapping[str, str]]) -> str:
     """report/index.html as it is published."""
-    folder = root / store.report_dir()
+    folder = root / paths.report_dir()
     rows = [{key: _number(cell) for key, cell in row.items()} for row in points]
     schedules = list(dict.fromkeys(row["schedule"] for row in rows))
-    outputs = {"prepare": store.dataset_dir()}
-    outputs |= {f"train@{name}": store.model_dir(name) for name in schedules}
+    outputs = {"prepare": paths.dataset_dir()}
+    outputs |= {f"train@{name}": paths.model_dir(name) for name in schedules}
     for row in rows:
         point = Point.parse(row["point"])
         outputs |= {
-            f"sample@{point.name}": store.samples_file(point),
-            f"evaluate@{point.name}": store.metrics_file(point),
+            f"sample@{point.name}": paths.samples_file(point),
+            f"evaluate@{point.name}": paths.metrics_file(point),
         }
-    outputs |= {f"likelihood@{name}": store.likelihood_file(name) for name in schedules}
-    outputs["report"] = store.report_dir()
+    outputs |= {f"likelihood@{name}": paths.likelihood_file(name) for name in schedules}
+    outputs["report"] = paths.report_dir()
     records = {stage: record for stage, output in outputs.items() if (record := run_times(root, output))}
     place = target.place.shown
     link = f"{place}/{chart(target.experiment)}" if place.startswith("http") else ""
@@ -585,15 +590,15 @@ def _runs_of(target: Target, root: Path, rows: Sequence[Mapping[str, Any]]) -> d
     held = dict[str, dict[str, str]]()  # stage -> tags that only its run has
     for row in rows:
         about, samples = (
-            root / store.model_dir(row["schedule"]) / "model.json",
-            store.samples_file(Point.parse(row["point"])),
+            root / paths.model_dir(row["schedule"]) / "model.json",
+            paths.samples_file(Point.parse(row["point"])),
         )
         if about.exists():
             for stage in ("train", "likelihood"):
-                weights = store.read_trained(root, row["schedule"])["weights_sha256"]
+                weights = models.read_trained(root, row["schedule"])["weights_sha256"]
                 held[f"{stage}@{row['schedule']}"] = {"ddpm.stage": stage, MODEL: weights}
         if (root / samples).exists():
-            made = store.read_samples_record(root / samples)[store.CHECKSUM]
+            made = read_samples_record(root / samples)[CHECKSUM]
             tag = {"ddpm.stage": "sample", f"ddpm.samples.{row['steps']}": made}
             held |= {f"{stage}@{row['point']}": tag for stage in ("sample", "evaluate")}
     uri, found = target.place.shown, dict[str, tuple[str, str]]()
@@ -615,8 +620,8 @@ def _publish_schedules(target: Target, root: Path, folder: Path, added: Counter[
     if not (root / folder / "table.csv").exists():
         return
     files = [path for name in ("table.csv", "snr.png", "strip.png") if (path := root / folder / name).exists()]
-    content = digest([store.sha256(path) for path in files])
-    rows, times = store.read_csv(files[0]), run_times(root, folder)
+    content = digest([sha256(path) for path in files])
+    rows, times = read_csv(files[0]), run_times(root, folder)
     start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
     note = "Is x_T really noise, and where are the steps spent? `share_of_steps` has a step per band of signal-to-noise ratio,"
     bands = [name for name in rows[0] if name.startswith("snr ")]

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from ddpm.errors import InputError
 from ddpm.files.params import Promotion
+from ddpm.files.scores import unsound
+from ddpm.scores.choice import estimate_of
 from ddpm.scores.intervals import Estimate
-from ddpm.scores.metrics import HEADLINE, RANKING, estimate_of, unsound
+from ddpm.scores.metrics import HEADLINE, RANKING
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm.errors import InputError
-from ddpm.files import store
+from ddpm.files import atomic, models, paths, records, scores
 from ddpm.files.params import Params, Point
+from ddpm.files.scores import read_scores
 from ddpm.provenance import code
 from ddpm.reporting.card import LONGEST, card, with_front_matter
-from ddpm.scores.metrics import HEADLINE, RANKING, read_scores
-from ddpm.tracking import tags
+from ddpm.scores.metrics import HEADLINE, RANKING
 from ddpm.tracking.lineage import PointSettings, flat
 from ddpm.tracking.place import (
     CHAMPION,
@@ -40,6 +40,7 @@ from ddpm.tracking.place import (
     require_reachable,
 )
 from ddpm.tracking.publish.publishing import publish_points
+from ddpm.tracking.registry import tags
 from ddpm.tracking.registry.decision import Decision, Protocol, Score, Verdict, decide
 from ddpm.tracking.runs import MODEL, MODEL_RECORD, SETTINGS
 
@@ -95,9 +96,9 @@ def _download(client: MlflowClient, where: Place, version: ModelVersion, destina
     destination.mkdir(parents=True, exist_ok=True)
     path = download_artifacts(f"{location}/artifacts/checkpoint", dst_path=str(destination), tracking_uri=where.uri)
     folder = Path(path)
-    about = store.read_model_record(folder)
-    store.check_weights(folder, about)
-    found = {MODEL: about["weights_sha256"], MODEL_RECORD: store.record_digest(about)}
+    about = models.read_model_record(folder)
+    models.check_weights(folder, about)
+    found = {MODEL: about["weights_sha256"], MODEL_RECORD: records.record_digest(about)}
     if MODEL not in version.tags or any(version.tags.get(tag, value) != value for tag, value in found.items()):
         raise InputError(
             f"{version.name} version {version.version}: its files are not those that were registered; restore them in"
@@ -140,7 +141,7 @@ class Challenger:
     def tags(self) -> dict[str, str]:
         return {
             **self.identity,
-            MODEL_RECORD: store.record_digest(self.about),
+            MODEL_RECORD: records.record_digest(self.about),
             "ddpm.point": self.point.name,
             "ddpm.schedule": self.point.schedule,
             "ddpm.sampler": self.point.sampler,
@@ -155,14 +156,17 @@ class Challenger:
 
 
 def _challenger(params: Params, root: Path) -> Challenger:
-    best = store.read_record(root / store.report_dir() / "best.json")
+    best = records.read_record(root / paths.report_dir() / "best.json")
     point = Point.parse(str(best.get("point")))
     metrics = read_scores(root, point)
     settings = PointSettings.read(params, point, root)
     if metrics.get(HEADLINE) != best.get(HEADLINE) or settings is None:
-        raise InputError(f"{root / store.report_dir()}: the report is older than its scores; run dvc repro")
-    folder, bound = root / store.model_dir(point.schedule), root / store.likelihood_file(point.schedule)
-    about, likelihood = store.read_trained(root, point.schedule), store.read_record(bound) if bound.exists() else None
+        raise InputError(f"{root / paths.report_dir()}: the report is older than its scores; run dvc repro")
+    folder, bound = root / paths.model_dir(point.schedule), root / paths.likelihood_file(point.schedule)
+    about, likelihood = (
+        models.read_trained(root, point.schedule),
+        records.read_record(bound) if bound.exists() else None,
+    )
     if metrics["model"] != about["weights_sha256"]:
         raise InputError(f"{folder}: not the model that {point.name} was scored with; run dvc repro")
     return Challenger(
@@ -171,7 +175,7 @@ def _challenger(params: Params, root: Path) -> Challenger:
         {**settings.row, "steps": point.steps, "clip": settings.sampling.get("clip", True)},
         settings.seed,
         metrics,
-        Score.of(metrics, store.read_point_influence(root, point, metrics), settings.seed),
+        Score.of(metrics, scores.read_point_influence(root, point, metrics), settings.seed),
         about,
         folder,
         likelihood if likelihood and likelihood["model"] == about["weights_sha256"] else None,
@@ -312,7 +316,7 @@ def _with_influence(target: Target, version: ModelVersion, score: Score, say: Sa
             path = download_artifacts(
                 run_id=kept.run, artifact_path=kept.path, dst_path=name, tracking_uri=target.place.uri
             )
-            influence = store.read_influence(Path(path), kept.sha256)
+            influence = scores.read_influence(Path(path), kept.sha256)
         except (MlflowException, OSError, InputError) as error:
             say(f"promote: the influence values of version {version.version} are gone ({' '.join(str(error).split())})")
             return score
@@ -330,8 +334,8 @@ def _keep(target: Target, version: ModelVersion, score: Score, metrics: dict[str
     path = f"influence/version-{version.version}-{score.protocol.id}.npy"
     with tempfile.TemporaryDirectory(prefix="ddpm-influence-") as name:
         file = Path(name) / Path(path).name
-        store.write_influence(file, score.estimate.influence)
-        digest = store.sha256(file)
+        scores.write_influence(file, score.estimate.influence)
+        digest = records.sha256(file)
         target.client.log_artifact(version.run_id, str(file), "influence")
     kept = {"run": version.run_id, "path": path, "seed": score.seed, "sha256": digest}
     _tag(target.client, version, tags.influence_tag(score.protocol), json.dumps(kept))
@@ -513,7 +517,7 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
     with locked(target.place):
         run = publish_points(target, root, [(challenger.point, settings)], Counter()) if settings else None
     if run is None:
-        raise InputError(f"{store.samples_file(challenger.point)}: no such sample set; run dvc repro")
+        raise InputError(f"{paths.samples_file(challenger.point)}: no such sample set; run dvc repro")
     dataset = challenger.about["data"]["name"]
     try:
         client.create_registered_model(
@@ -563,7 +567,7 @@ def _log_served(target: Target, run: Run, challenger: Challenger) -> str:
     with tempfile.TemporaryDirectory(prefix="ddpm-served-") as name:
         folder = Path(name) / "model"
         save_served(folder, challenger, run.info.run_id, model.model_id)
-        store.write_text(folder / "model-card.md", challenger.card_file)
+        atomic.write_text(folder / "model-card.md", challenger.card_file)
         client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, challenger.score.evaluations)])
@@ -592,7 +596,7 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
     shape = (-1, *challenger.about["data"]["shape"])
     with tempfile.TemporaryDirectory(prefix="ddpm-code-") as name:
         checkpoint = Path(name) / "checkpoint"
-        store.check_weights(challenger.folder, challenger.about)
+        models.check_weights(challenger.folder, challenger.about)
         shutil.copytree(challenger.folder, checkpoint)
         for file in code.files(*code.source(SERVED).imported):
             (Path(name) / file).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,67 @@
+"""Reads and writes arrays with the hash of their content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm.errors import InputError
+from ddpm.files import atomic, records
+
+Images = NDArray[np.uint8]  # N,C,H,W
+
+
+# Datasets.
+
+
+def _unreadable(error: Exception) -> str:
+    """Why numpy cannot read a file, without its advice to run what may be in it."""
+    why = " ".join(str(error).split()) or type(error).__name__
+    if "pickled (object) data" in why:
+        return "neither a numpy array nor a zip archive of them"
+    objects = "allow_pickle" in why or "Python objects in dtype" in why
+    return "Python objects, which are not read here" if objects else why
+
+
+def _write_array(file: IO[bytes], array: NDArray[Any]) -> None:
+    """Writes the bytes of np.save, through `file`: on a full disk, numpy's own writing raises an error that has no errno."""
+    np.lib.format.write_array(cast(IO[bytes], SimpleNamespace(write=file.write)), array, allow_pickle=False)
+
+
+def _array_digest(array: NDArray[Any]) -> str:
+    """Hashes an array's type, shape and values."""
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+# Cached arrays.
+
+
+def write_arrays(path: Path, key: str, **arrays: Any) -> None:
+    """Writes named arrays in one file, with a checksum of them and of `key`, which names what they are."""
+    with atomic.replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays, sha256=np.asarray(_arrays_digest(key, arrays)))
+
+
+def read_arrays(path: Path, key: str) -> dict[str, NDArray[Any]]:
+    """Reads what write_arrays wrote. Raises InputError when the file is missing, damaged or of another key."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = dict(archive)
+        if str(arrays.pop("sha256")) != _arrays_digest(key, arrays):
+            raise ValueError("its arrays are not those of its checksum")
+    except Exception as error:  # noqa: BLE001 - numpy and zipfile raise a dozen types on a damaged archive
+        raise InputError(f"{path}: not readable: {_unreadable(error)}") from None
+    return arrays
+
+
+def _arrays_digest(key: str, arrays: Mapping[str, Any]) -> str:
+    parts = {name: _array_digest(np.asarray(array)) for name, array in arrays.items()}
+    return records.record_digest({"key": key, **parts})

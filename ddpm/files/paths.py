@@ -1,0 +1,92 @@
+"""Names every file that the pipeline reads or writes.
+
+Layout, below the root of a checkout (`*.run.json` files lie beside outputs and are not tracked):
+
+    dataset/                      train.npy, test.npy (uint8 N,C,H,W), *-labels.npy (int64 N), dataset.json, preview.png
+    models/SCHEDULE/              model.safetensors, model.json
+    imported/NAME/                the same, from elsewhere: what `ddpm train NAME` copies
+    samples/POINT.npz, .png       images (uint8 N,C,H,W), evaluations, labels (int64 N, if conditional); a preview grid
+    metrics/POINT.json            scores of a point; POINT.influence.npy what each image did to its FID (float32 N)
+    metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves; SCHEDULE.by_time.csv where
+                                  among the network times they arise
+    metrics/likelihood/SCHEDULE.json  bits per dimension; SCHEDULE.csv rate and distortion
+    report/                       index.html, points.csv, best.json, front.json, fid.png, samples.png
+    schedules/                    table.csv, snr.png, strip.png (not tracked)
+
+Writing is atomic: a file or folder is complete or not there. Reading is checked: each JSON record of the pipeline holds the
+hash of its own content and of the files that it describes, and whoever reads those bytes compares them with it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ddpm.files.params import Point
+
+CACHE = Path(".cache")  # kept across runs, outside DVC: resume states, converted weights, reference features
+PREVIEW = 64  # images in the grid of a sample set
+CHART = CACHE / "mlflow-chart"  # of MLflow's pages the one with FID against steps: the end of its address
+
+
+# Paths, relative to a root.
+
+
+def dataset_dir() -> Path:
+    return Path("dataset")
+
+
+def model_dir(schedule: str) -> Path:
+    return Path("models") / schedule
+
+
+def imported_dir(name: str) -> Path:
+    return Path("imported") / name
+
+
+def samples_file(point: Point) -> Path:
+    return Path("samples") / f"{point.name}.npz"
+
+
+def metrics_file(point: Point) -> Path:
+    return Path("metrics") / f"{point.name}.json"
+
+
+def influence_file(point: Point) -> Path:
+    return Path("metrics") / f"{point.name}.influence.npy"
+
+
+def training_metrics_file(schedule: str) -> Path:
+    return Path("metrics") / "train" / f"{schedule}.json"
+
+
+def history_file(schedule: str) -> Path:
+    return Path("metrics") / "train" / f"{schedule}.csv"
+
+
+def losses_by_time_file(schedule: str) -> Path:
+    return Path("metrics") / "train" / f"{schedule}.by_time.csv"
+
+
+def likelihood_file(schedule: str) -> Path:
+    return Path("metrics") / "likelihood" / f"{schedule}.json"
+
+
+def likelihood_curve_file(schedule: str) -> Path:
+    return Path("metrics") / "likelihood" / f"{schedule}.csv"
+
+
+def downloads_dir(source: str) -> Path:
+    return CACHE / "downloads" / source
+
+
+def schedules_dir() -> Path:
+    return Path("schedules")
+
+
+def report_dir() -> Path:
+    return Path("report")
+
+
+def run_file(output: Path) -> Path:
+    """The untracked file beside an output that says when, where and how fast it was made."""
+    return output.with_name(output.name.removesuffix(output.suffix) + ".run.json")

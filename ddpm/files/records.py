@@ -1,0 +1,176 @@
+"""Reads and writes JSON records that hold their own hash and those of the files they describe; and tables."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ddpm.errors import InputError
+from ddpm.files import atomic
+from ddpm.files.params import one_line
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    atomic.write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+class Record(BaseModel):
+    """What readers of a JSON file rely on; it may hold more."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+def read_json(path: Path, kind: type[Record] = Record) -> dict[str, Any]:
+    """Raises InputError when the file is missing or no JSON object, or not of that kind."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; an earlier stage makes it (dvc repro)") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON: {error}; restore it, or make it again (dvc repro)") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object; restore it, or make it again (dvc repro)")
+    _require(path, value, kind)
+    return value
+
+
+def _require(path: Path, value: dict[str, Any], kind: type[Record]) -> None:
+    try:
+        kind.model_validate(value)
+    except ValidationError as error:
+        raise InputError(f"{path}: {one_line(error)}; restore it, or make it again (dvc repro)") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")  # we write none, and nothing good follows from one
+
+
+# Records: JSON files that hold the hash of their own content, and of the files that they describe.
+
+CHECKSUM = "record_sha256"
+LARGE = 1 << 26  # bytes of a file whose hash is remembered between processes
+SETTLED = 2.0  # seconds without a change, after which a later change is sure to change a file's times
+
+
+def record_digest(value: Mapping[str, Any]) -> str:
+    """Hashes the content of a record, whatever its layout as text."""
+    content = {key: item for key, item in value.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_record(path: Path, value: Mapping[str, Any], files: Sequence[Path] = ()) -> dict[str, Any]:
+    """Writes a JSON record with its checksum. Returns what `read_record` would read.
+
+    Args:
+        path: of the record.
+        value: its content.
+        files: what it describes, already written; their sha256 go into the record under `files`, by name.
+    """
+    content = dict(value) | ({"files": {file.name: sha256(file) for file in files}} if files else {})
+    write_json(path, {**content, CHECKSUM: record_digest(content)})
+    return content
+
+
+def read_record(path: Path, kind: type[Record] = Record) -> dict[str, Any]:
+    """Reads a record and compares it with its checksum, which is left out of the result. Raises InputError."""
+    content = _checked(path, read_json(path))
+    _require(path, content, kind)
+    return content
+
+
+def _checked(path: Path, value: dict[str, Any]) -> dict[str, Any]:
+    content = {key: item for key, item in value.items() if key != CHECKSUM}
+    if CHECKSUM not in value:
+        raise InputError(f"{path}: holds no checksum, so another version of ddpm made it; make it again (dvc repro)")
+    if value[CHECKSUM] != record_digest(content):
+        raise InputError(
+            f"{path}: its content is not what its checksum says: it was edited or damaged; restore it, or make it again"
+            " (dvc repro)"
+        )
+    return content
+
+
+def read_described(record: Path, about: Mapping[str, Any], path: Path) -> Path:
+    """Compares a file with the hash in the record that describes it.
+
+    Args:
+        record: where the record lies, for messages.
+        about: its content.
+        path: the file.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: the file is missing, or is not the one that was recorded.
+    """
+    _compare(record, about, path, sha256)
+    return path
+
+
+def _compare(record: Path, about: Mapping[str, Any], path: Path, digest: Callable[[Path], str]) -> None:
+    files = about.get("files")
+    expected = files.get(path.name) if isinstance(files, dict) else None
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; restore it, or make it again (dvc repro)")
+    if expected is None or digest(path) != expected:
+        raise InputError(f"{path}: not the file that {record} describes; restore it, or make it again (dvc repro)")
+
+
+def _remembered_sha256(path: Path, memory: Path) -> str:
+    """sha256 of a file. The hash of a large file is kept in the JSON file `memory` until the file changes."""
+    about = path.stat()
+    if about.st_size < LARGE:
+        return sha256(path)
+    version = [about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
+    known: dict[str, Any] = {}
+    with suppress(InputError):  # absent or damaged: it only saves time
+        known = read_record(memory)
+    if known.get(str(path.resolve()), [None])[:-1] == version:
+        return str(known[str(path.resolve())][-1])
+    digest = sha256(path)
+    if time.time() - max(about.st_mtime, about.st_ctime) > SETTLED:
+        write_record(memory, {**known, str(path.resolve()): [*version, digest]})
+    return digest
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of the same keys, in order. An absent value is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic.write_text(path, text.getvalue())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Raises InputError for a file that is no table."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, restkey="", restval=None))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as CSV: {error}; make it again (dvc repro)") from None
+    for number, row in enumerate(rows, 2):
+        if "" in row or None in row.values():
+            raise InputError(f"{path}: row {number} has not as many cells as the first; make it again (dvc repro)")
+    return rows
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, or of a folder's names and bytes."""
+    if path.is_dir():
+        total = hashlib.sha256()
+        for item in sorted(item for item in path.rglob("*") if item.is_file()):
+            total.update(f"{item.relative_to(path).as_posix()}\0{sha256(item)}\n".encode())
+        return total.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,217 @@
+"""Reads and writes sample sets, and keeps the finished batches of a sampling."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from ddpm.errors import InputError
+from ddpm.files import atomic, records
+from ddpm.files.arrays import Images, _array_digest, _unreadable, _write_array
+from ddpm.files.dataset import Dataset, _new_array
+from ddpm.files.params import one_line
+from ddpm.files.records import Record
+
+# Sample sets.
+
+
+def write_samples(
+    path: Path,
+    images: Images,
+    evaluations: int,
+    model: str,
+    labels: NDArray[np.int64] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a sample set, one compressed file. The same images give the same bytes.
+
+    Args:
+        path: samples/POINT.npz.
+        images: uint8 N,C,H,W.
+        evaluations: of the network, for each image.
+        model: sha256 of the network's weights.
+        labels: int64 N, the class that each image was asked for, if any.
+        settings: the parameters that the images were drawn with.
+    """
+    arrays: dict[str, NDArray[Any]] = {"images": images, "evaluations": np.asarray(evaluations, np.int64)}
+    if labels is not None:
+        arrays["labels"] = labels
+    about: dict[str, Any] = {"point": path.stem, "model": model, "evaluations": int(evaluations)}
+    about["settings"] = dict(settings or {})
+    about["arrays"] = {name: _array_digest(array) for name, array in arrays.items()}
+    with atomic.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        text = json.dumps({**about, records.CHECKSUM: records.record_digest(about)}, indent=2)
+        archive.writestr(zipfile.ZipInfo(RECORD), text, zipfile.ZIP_DEFLATED)
+        for name, array in arrays.items():
+            # Not numpy's savez: it asks for 64 bit sizes, whose header Python 3.11.2 writes otherwise than 3.11.7.
+            member = zipfile.ZipInfo(f"{name}.npy")
+            member.compress_type = zipfile.ZIP_DEFLATED
+            member.file_size = array.nbytes
+            with archive.open(member, "w") as file:
+                _write_array(file, array)
+
+
+RECORD = "record.json"  # in a sample set
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A sample set.
+
+    images: uint8 N,C,H,W. evaluations: of the network, for each image. model: sha256 of its weights. sha256: of all that the
+    set holds, whatever the bytes of its archive.
+    """
+
+    images: Images
+    evaluations: int
+    model: str
+    sha256: str
+
+
+def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
+    """Reads a sample set. Raises InputError, also where the images are unlike those of `dataset`."""
+    with _sample_set(path) as (archive, about):
+        shape = _declared(archive.zip)
+        if dataset is not None and shape[1:] != dataset.train.shape[1:]:
+            raise InputError(
+                f"{path}: images of shape {list(shape[1:])}, the dataset's are {list(dataset.train.shape[1:])};"
+                " train and sample again (dvc repro)"
+            )
+        images = archive["images"]
+        if _array_digest(images) != about["arrays"].get("images"):
+            raise ValueError(f"its images are not those that its {RECORD} describes")
+        return Samples(images, about["evaluations"], about["model"], about[records.CHECKSUM])
+
+
+def read_samples_record(path: Path) -> dict[str, Any]:
+    """Reads what a sample set says of itself, without its images: point, model, settings, evaluations, and its hash as
+    `record_sha256`.
+
+    Raises InputError.
+    """
+    with _sample_set(path) as (_, about):
+        return about
+
+
+class _AboutSamples(Record):
+    point: str
+    model: str
+    evaluations: Annotated[int, Field(ge=1)]
+    settings: dict[str, Any]
+    arrays: dict[str, str]
+
+
+@contextmanager
+def _sample_set(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    try:
+        archive = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with archive:
+            yield archive, _samples_record(path, archive)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such sample set; make it with `ddpm sample {path.stem}`") from None
+    except Exception as error:  # noqa: BLE001 - numpy and zipfile raise a dozen types on a damaged archive
+        raise InputError(
+            f"{path}: not a sample set: {_unreadable(error)}; make it again with `ddpm sample {path.stem}`"
+        ) from None
+
+
+def _samples_record(path: Path, archive: Any) -> dict[str, Any]:
+    if RECORD not in archive.files:
+        raise ValueError(f"no {RECORD} in it: another version of ddpm made it")
+    value = json.loads(archive[RECORD], parse_constant=records._no_constant)
+    if not isinstance(value, dict) or value.get(records.CHECKSUM) != records.record_digest(value):
+        raise ValueError(f"its {RECORD} is not what its checksum says")
+    try:
+        _AboutSamples.model_validate(value)
+    except ValidationError as error:
+        raise ValueError(f"{RECORD}: {one_line(error)}") from None
+    if value["point"] != path.stem:
+        raise ValueError(f"it holds the images of {value['point']}")
+    return value
+
+
+def _declared(archive: Any) -> tuple[int, ...]:
+    """The shape of images.npy, if it holds that much, before room is made for it. Raises ValueError, KeyError."""
+    with archive.open("images.npy") as file:
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, kind = readers[np.lib.format.read_magic(file)](file)
+        start = file.tell()
+    if kind != np.uint8 or len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"expected images of uint8 N,C,H,W, found {kind} {shape}")
+    if archive.getinfo("images.npy").file_size != start + math.prod(shape):
+        raise ValueError(f"images.npy does not hold the {shape} that it declares")
+    return tuple(shape)
+
+
+class KeptImages:
+    """Images N,C,H,W of a sampling under way, on disk below `folder`, so that memory stays bounded whatever their number.
+
+    batches: the network evaluations of each finished batch, by its first image; after a kill too, if the key and the shape
+    are the same and their checksums hold. What another key left in the folder is removed. As a context it gives the array.
+    Raises InputError when there is no room on the disk.
+    """
+
+    def __init__(self, folder: Path, key: str, shape: tuple[int, ...]) -> None:
+        self._folder, self._log = folder, folder / "batches.jsonl"
+        self.batches: dict[int, int] = {}
+        about, array, content = folder / "about.json", folder / "images.npy", {"key": key, "shape": list(shape)}
+        try:
+            if records.read_json(about) != content:
+                raise ValueError("of another sampling")
+            self._images: Images = np.lib.format.open_memmap(array, mode="r+")
+        except (InputError, ValueError, OSError):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self._images = _new_array(array, shape)
+            records.write_json(about, content)  # last: whoever finds it finds the array
+        for line in self._log.read_bytes().splitlines() if self._log.exists() else []:
+            try:
+                entry = json.loads(line)
+                start, stop = entry["batch"]
+                if self._entry(range(start, stop), entry["evaluations"]) == entry:
+                    self.batches[start] = entry["evaluations"]
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off by a kill: that batch is made again
+
+    def __enter__(self) -> Images:
+        return self._images
+
+    def __exit__(self, *_: object) -> None:
+        del self._images
+
+    def keep(self, batch: range, evaluations: int) -> None:
+        """The images of that batch are made: from now on a kill doesn't cost them."""
+        assert isinstance(self._images, np.memmap)
+        self._images.flush()
+        entry = self._entry(batch, evaluations)
+        with atomic.disk_full_is_one_line(self._log), self._log.open("ab") as file:
+            file.write(f"\n{json.dumps(entry)}\n".encode())  # the first line break ends what a kill cut off
+            file.flush()
+            os.fsync(file.fileno())
+        self.batches[batch.start] = evaluations
+
+    def _entry(self, batch: range, evaluations: int) -> dict[str, Any]:
+        """What the log says of a finished batch."""
+        digest = hashlib.sha256(f"{batch.start} {batch.stop} {evaluations}".encode())
+        digest.update(np.ascontiguousarray(self._images[batch.start : batch.stop]).data)
+        return {"batch": [batch.start, batch.stop], "evaluations": evaluations, "sha256": digest.hexdigest()}
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)

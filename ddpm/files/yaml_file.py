@@ -1,0 +1,46 @@
+"""Reads YAML files, and refuses what no parser should be asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ddpm.errors import InputError
+
+DEEPEST = 100  # levels of a YAML file: the parser in C dies at some ten thousand
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, as plain values. Raises InputError."""
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run this in a checkout, or copy one from recipes/") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}: not UTF-8 in line {line}; save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: not readable: {error.strerror}; put a readable file there") from None
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The plain values of a YAML text, called `where` in messages. Raises InputError."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError
+
+    parser, depth = YAML(typ="safe"), 0
+    try:
+        for event in parser.parse(text):
+            depth += type(event).__name__.endswith("StartEvent") - type(event).__name__.endswith("EndEvent")
+            if depth > DEEPEST:
+                raise InputError(f"{where}: nested more than {DEEPEST} levels deep; write it flatter")
+        return parser.load(text)
+    except InputError:
+        raise
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise InputError(f"{where}: not readable as YAML: {error.problem}{place}; mend it there") from None
+    except Exception as error:  # noqa: BLE001 - a tag such as !!int lets what int() and others raise through
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{where}: not readable as YAML: {why}; mend it") from None

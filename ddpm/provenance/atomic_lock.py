@@ -1,0 +1,93 @@
+"""Replaces dvc.lock atomically: a kill leaves the old file or the new one, never half of it. The environment's `dvc` starts here.
+
+DVC empties the file and then writes all stages anew (https://github.com/treeverse/dvc/issues/10629), as a text with comments:
+half a second for 60 stages, a quarter of a minute for 300. There are no comments in it; so it is read without them, only the
+stages that changed are written, and the others keep their text. The bytes are the same. Without this module, a kill at that
+moment leaves a file that is cut off. The next verb mends such a file, but DVC reads it before any verb runs, and may refuse it.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ddpm.errors import InputError
+from ddpm.files import atomic, paths
+from ddpm.provenance import dvc_lock
+from ddpm.provenance.dvc_lock import HEAD, NAME, STAGE
+
+Dump = Callable[[Any, Any], Any]
+
+
+def main() -> int:
+    """The environment's `dvc`: the Makefile and the Dockerfile name this function in DVC's console script.
+
+    A lock file that another DVC left cut off is mended before DVC reads it.
+    """
+    from dvc.cli import main as of_dvc
+
+    here = Path.cwd()
+    root = next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+    if (root / paths.CACHE).is_dir():  # a project of this package, where a verb has run
+        try:
+            dvc_lock.check(root, partial(print, file=sys.stderr))
+        except InputError as error:
+            print(f"dvc: {error}", file=sys.stderr)
+            return 2
+    write_at_once()
+    return int(of_dvc(sys.argv[1:]))
+
+
+def write_at_once() -> None:
+    """Patches DVC in this process to write dvc.lock atomically."""
+    import dvc.utils.serialize._yaml as serialize
+
+    of_dvc = serialize._modify_data
+
+    @contextmanager
+    def modified(path: Any, parser: Callable[[str, Any], Any], dump: Dump, fs: Any = None) -> Iterator[Any]:
+        if Path(path).name == NAME:
+            with changed(Path(path), serialize.parse_yaml, dump) as data:
+                yield data
+        else:
+            with of_dvc(path, parser, dump, fs=fs) as data:
+                yield data
+
+    serialize._modify_data = modified  # modify_yaml looks it up there
+
+
+@contextmanager
+def changed(path: Path, parse: Callable[[str, Path], Any], dump: Dump) -> Iterator[dict[str, Any]]:
+    """What the file holds, which the block changes; then the file holds that."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    data = parse(text, path)
+    before = dict(data.get("stages") or {})
+    yield data
+    written = _spliced(data, before, text, dump) or _dumped(data, dump)
+    with atomic.replacing(path) as temporary:
+        temporary.write_text(written, encoding="utf-8")
+
+
+def _spliced(data: dict[str, Any], before: dict[str, Any], text: str, dump: Dump) -> str:
+    """`text` with the stages that are no longer what they were before written anew; "" where it is not as DVC writes it."""
+    head, *stages = STAGE.split(text)
+    as_dvc_does = head == HEAD and list(data) == ["schema", "stages"] and len(stages) == len(before)
+    if not as_dvc_does or not all(own.startswith(f"  {name}:\n") for name, own in zip(before, stages, strict=True)):
+        return ""
+    own = dict(zip(before, stages, strict=True))
+    # DVC puts a new object in the place of a stage's old one, and changes none.
+    return HEAD + "".join(
+        own[name] if stage is before.get(name) else _dumped({"stages": {name: stage}}, dump).removeprefix("stages:\n")
+        for name, stage in data["stages"].items()
+    )
+
+
+def _dumped(data: dict[str, Any], dump: Dump) -> str:
+    text = io.StringIO()
+    dump(data, text)
+    return text.getvalue()

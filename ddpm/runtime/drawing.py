@@ -1,0 +1,159 @@
+"""Draws images from a checkpoint: the denoiser as configured, the classes, the batches, uint8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm.diffusion.denoiser import Denoiser
+from ddpm.diffusion.noise import gaussian
+from ddpm.diffusion.samplers import check_options, noise_levels, trajectory
+from ddpm.diffusion.schedule import SCHEDULES, NoiseSchedule
+from ddpm.errors import InputError
+from ddpm.files import checkpoint
+from ddpm.files.params import Params, Point, Sampler
+from ddpm.runtime import compiling
+
+ALIKE = 1.25  # classes of which none has more than this times the images of another
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8 0 ... 255, rounded; what lies outside is clamped."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def check_row(name: str, row: Sampler) -> None:
+    """Raises InputError for a sampler row that `ddpm.sample` would refuse."""
+    try:
+        options = row.options()
+        options.pop("guidance", None)
+        if (along := options.pop("along", None)) is not None and along not in SCHEDULES:
+            raise ValueError(f"no schedule '{along}' to go along; there are {', '.join(SCHEDULES)}")
+        check_options(**options)
+    except ValueError as error:
+        raise InputError(f"samplers.{name}: {error}") from None
+
+
+def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: bool, conditional: bool) -> None:
+    """Raises InputError for a point whose row or steps such a network could not be sampled with: at once, not after its training.
+
+    schedule: the network's. learned: whether it has learned its variance; conditional: whether it knows classes.
+    """
+    if point.sampler not in params.samplers:
+        raise InputError(f"no row '{point.sampler}' in samplers; there are {', '.join(params.samplers)}")
+    row = params.samplers[point.sampler]
+    check_row(point.sampler, row)
+    try:
+        along = NoiseSchedule.named(row.along, schedule.T) if row.along else None
+        noise_levels(schedule, point.steps, row.spacing, along)
+        if row.variance == "learned" and not learned:
+            raise ValueError("variance learned: this network has learned no variance; take fixed_large or fixed_small")
+        if row.guidance is not None and not conditional:
+            raise ValueError("guidance takes a class-conditional model (diffusion.conditional: true)")
+    except ValueError as error:
+        raise InputError(f"{point.name}: {error}") from None
+
+
+def class_labels(about: dict[str, Any], count: int, label: str | int | None = None) -> np.ndarray | None:
+    """The class of each of `count` images, int64; None for an unconditional model. about: model.json.
+
+    label: the name of a class, or its number. Without one each class is as frequent as among the training images, which scores
+    compare with; where these are about alike, image i is of class i mod classes. Raises ValueError.
+    """
+    classes = about["network"].get("classes", 0)
+    if not classes:
+        if label is not None:
+            raise ValueError("this model is unconditional: it takes no label")
+        return None
+    if label is None:
+        return _as_frequent(about["data"].get("class_counts") or [1] * classes, count)
+    names = about["data"]["classes"]
+    if str(label) in names:
+        return np.full(count, names.index(str(label)))
+    if str(label).isdecimal() and int(label) < classes:
+        return np.full(count, int(label))
+    raise ValueError(f"no class '{label}'; there are {', '.join(names)}, numbered from 0")
+
+
+def _as_frequent(counts: list[int], total: int) -> np.ndarray:
+    """The class of each of `total` images, int64 [total], as frequent as `counts` say; in turn, where they are alike.
+
+    Every image goes to the class furthest behind its share, so that a smaller set is the beginning of a larger one.
+    """
+    if max(counts) <= ALIKE * min(counts):
+        counts = [1] * len(counts)
+    behind, labels = np.zeros(len(counts), np.int64), np.empty(total, np.int64)
+    for i in range(total):  # in units of 1 / sum(counts): exactly
+        behind += counts
+        labels[i] = behind.argmax()
+        behind[labels[i]] -= sum(counts)
+    return labels
+
+
+@torch.inference_mode()
+def generate(
+    denoiser: Denoiser,
+    shape: tuple[int, int, int],
+    indices: range,
+    *,
+    seed: int,
+    batch: int,
+    steps: int,
+    settings: dict[str, Any],
+    device: torch.device,
+    labels: np.ndarray | None = None,
+    done: Callable[[int, int], None] = lambda images, evaluations: None,
+    into: np.ndarray | None = None,
+) -> tuple[np.ndarray, int]:
+    """Images number `indices` of a seed: uint8 [len(indices), *shape], and the network evaluations each took.
+
+    Their noise depends on seed and index alone, never on `batch`. done(images, evaluations) is told of each finished
+    batch, and of each step. settings: a sampler row's options. labels: the class of each image, for a conditional network.
+    into: an array to fill instead of a new one. Raises ValueError.
+    """
+    options = dict(settings)
+    guidance = options.pop("guidance", None)
+    if guidance is not None and labels is None:
+        raise ValueError("guidance takes a class-conditional model (diffusion.conditional: true)")
+    if along := options.get("along"):
+        options["along"] = NoiseSchedule.named(along, denoiser.schedule.T)
+    images = np.empty((len(indices), *shape), np.uint8) if into is None else into
+    evaluations = 0
+    for start in range(0, len(indices), batch):
+        rows = indices[start : start + batch]
+        x_T = gaussian(seed, rows, 0, shape, device).to(memory_format=torch.channels_last)
+        if labels is not None:
+            these = torch.from_numpy(labels[start : start + batch]).to(device)
+            denoiser = replace(denoiser, labels=these, guidance=1.0 if guidance is None else guidance)
+
+        def noise(k: int, rows: range = rows) -> Tensor:
+            return gaussian(seed, rows, k + 1, shape, device)
+
+        for state in trajectory(denoiser, x_T, steps=steps, noise=noise, **options):
+            x, evaluations = state.x, state.evaluations
+            done(start + len(rows) * state.k // steps, evaluations)
+        images[start : start + len(rows)] = to_uint8(x).cpu().numpy()
+        done(start + len(rows), evaluations)
+    return images, evaluations
+
+
+def prepared_denoiser(
+    path: Path, device: torch.device, clip: bool | float, precision: str, compiled: bool
+) -> tuple[Denoiser, dict[str, Any]]:
+    """A checkpoint's denoiser, as the `sampling` section wants it computed. Raises InputError."""
+    denoiser, about = checkpoint.load(path, device, clip)
+    net = compiling.compiled(denoiser.net, "sampling") if compiled else denoiser.net
+    if precision == "bfloat16":
+        plain = net
+
+        def net(x: Tensor, t: Tensor, *labels: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16):
+                return plain(x, t, *labels).float()
+
+    return Denoiser(net, denoiser.schedule, denoiser.target, clip), about

@@ -1,0 +1,54 @@
+"""Lets one flow run at a time work in a checkout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ddpm.errors import InputError
+from ddpm.files import paths, records
+from ddpm.provenance import dvc_lock
+from flows.repro import rwlock
+from flows.watch import watcher
+
+
+@contextmanager
+def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterator[None]:
+    """Holds the checkout's lock while the block runs. A second run waits, and says for which process.
+
+    Args:
+        root: the checkout.
+        flow_run: the id of the flow run that works here.
+        asked_by: the id of the flow run for which a host works.
+
+    Raises:
+        InputError: `asked_by` itself holds the checkout, so both would wait for ever.
+    """
+    path = root / paths.CACHE / "train-eval.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = path.with_suffix(".json")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        about = records.read_json(holder) if holder.exists() else {"pid": "unknown"}
+        if asked_by and about.get("flow_run") == asked_by:
+            raise InputError(
+                "the clone that asks cannot be a host of its own run: start this worker in another clone"
+            ) from None
+        watcher.get().line("train-eval", f"waiting: another run (process {about['pid']}) is at work in this checkout")
+        lock.acquire(poll_interval=0.5)
+    try:
+        records.write_json(holder, {"pid": os.getpid(), "flow_run": flow_run})
+        try:
+            rwlock.clear(root)
+        except Exception as error:  # noqa: BLE001 - a stage that is held is tried again, and says by whom
+            watcher.get().line("train-eval", f"DVC's rwlock was not looked through ({type(error).__name__}: {error})")
+        dvc_lock.check(root, lambda line: watcher.get().line("train-eval", line))
+        yield
+    finally:
+        lock.release()

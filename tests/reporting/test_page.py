@@ -1,0 +1,326 @@
+"""The page of the report: what it says is what the files say, and it needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+
+from ddpm.files import paths
+from ddpm.files.dataset import read_dataset, read_dataset_record, writing_dataset
+from ddpm.files.params import Params
+from ddpm.files.pictures import grid
+from ddpm.files.records import read_csv, read_record, write_csv, write_record
+from ddpm.files.samples import read_samples, write_samples
+from ddpm.files.scores import write_influence
+from ddpm.reporting.page import SECTIONS, SHOWN, how_sure, publish_with, verdict
+from ddpm.reporting.published import fastest, published
+from ddpm.scores.copying import Copying, affordable, copying, nearest
+from ddpm.stages.report import report
+
+VOID = {"meta", "link", "img", "br", "hr"}
+HOSTILE = '<script>alert("x")</script>&amp;'
+BITS = {"bits_per_dim": 4.321, "prior": 0.001, "kl": 4.0, "decoder": 0.32, "images": 17}
+BITS |= {f"{part}_error": 0.0123 for part in ("bits_per_dim", "prior", "kl", "decoder")}
+
+
+class Reader(HTMLParser):
+    """Collects tags, texts and tables; fails on a tag that is not closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.tables: list[list[list[str]]] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def made_report(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with made-up outputs of every stage of the smoke recipe, its report, and classes of hostile names."""
+    root, random = tmp_path_factory.mktemp("report"), np.random.default_rng(0)
+    about = {"name": "digits", "sha256": "c" * 64, "shape": [1, 8, 8], "counts": {"train": 60, "test": 30}}
+    about |= {"classes": [HOSTILE, "1"], "mean": [0.3], "std": [0.4], "flip": False}
+    labels = np.arange(60) % 2, np.arange(30) % 2
+    with writing_dataset(root, (1, 8, 8), (60, 30), labels, lambda made: grid(made.train[:2])) as dataset:
+        dataset.train[:], dataset.test[:] = (random.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8) for n in (60, 30))
+        dataset.about.update(about)
+    curve = [{"step": step, "loss": 1 / step, "validation_loss": "" if step < 3 else 0.5} for step in (1, 2, 3)]
+    write_csv(root / paths.history_file("cosine"), curve)
+    write_csv(root / paths.losses_by_time_file("cosine"), [{"t": t, "loss_simple": 1 / (t + 1)} for t in (5, 50, 95)])
+    trained = {"steps": 1234, "parameters": 56_789, "loss": 0.04567, "validation_loss": 0.05678}
+    curves = [root / paths.history_file("cosine"), root / paths.losses_by_time_file("cosine")]
+    write_record(root / paths.training_metrics_file("cosine"), {"schedule": "cosine", **trained}, curves)
+    bound = [{"time": 90, "rate": 0.5, "distortion": 40.0}, {"time": 10, "rate": 1.5, "distortion": 20.0}]
+    table = root / paths.likelihood_curve_file("cosine")
+    write_csv(table, bound)
+    about = {"schedule": "cosine", "model": "m", "test": BITS}
+    write_record(root / paths.likelihood_file("cosine"), about, [table])
+    for index, point in enumerate(smoke().points()):
+        images = random.integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)
+        write_samples(root / paths.samples_file(point), images, point.steps, "m")
+        values = root / paths.influence_file(point)
+        write_influence(values, random.normal(size=12))
+        fid = 12.34567 - index
+        scores = {
+            "fid": fid,
+            "fid_low": fid - 0.54321,
+            "fid_high": fid + 0.54321,
+            "confidence": 0.95,
+            "kid": fid / 300,
+            "kid_low": -0.01234,
+            "kid_high": 0.4321,
+        }
+        scores |= {"kid_std": 0.002, "precision": 0.6, "recall": 0.4, "evaluations": point.steps, "images": 12}
+        scores |= {"reference_images": 60, "layer": 64, "reference": "c" * 64, "extractor_sha256": "e" * 64}
+        scores |= {"samples": "f" * 64, "model": "m"}
+        write_record(root / paths.metrics_file(point), {"point": point.name, **scores}, [values])
+    report(smoke(), root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(made_report: Path) -> str:
+    return (made_report / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_it_is_whole_and_needs_no_network(page: str) -> None:
+    reader = Reader(page)
+    addresses = [value for _, attrs in reader.tags for name, value in attrs.items() if name in ("src", "href", "data")]
+    assert addresses and all(str(value).startswith(("data:", "#")) for value in addresses)
+    assert "http" not in re.sub(r"data:[^\"]*", "", page).replace("http-equiv", "")
+    assert not re.search(r"url\(|@import", page)
+    ids = {attrs["id"] for _, attrs in reader.tags if attrs.get("id")}
+    assert {str(value)[1:] for value in addresses if str(value).startswith("#")} <= ids
+    assert all(attrs.get("alt") for tag, attrs in reader.tags if tag == "img")
+    assert len(page) < 3_000_000
+
+
+def test_every_number_is_the_files(page: str, made_report: Path) -> None:
+    reader, rows = Reader(page), read_csv(made_report / "report" / "points.csv")
+    shown = [[str(attrs["data-value"]) for _, attrs in reader.tags if "data-value" in attrs]]
+    columns = ("point", "schedule", "sampler", "evaluations", "fid", "kid", "precision", "recall")
+    assert shown == [[row[column] for row in rows for column in columns]]
+    (points,) = [table for table in reader.tables if table[0][1:3] == ["schedule", "sampler"]]
+    for cells, row in zip(points[1:], rows, strict=True):
+        fid, low, high = (f"{float(row[key]):.3g}" for key in ("fid", "fid_low", "fid_high"))
+        assert cells[4] == f"{fid} ({low} to {high})"
+        assert cells[5] == f"{float(row['kid']):.3g} (-0.0123 to 0.432)"
+    front = read_record(made_report / "report" / "front.json")
+    for entry in {json.dumps(entry): entry for entry in front["budgets"].values()}.values():
+        assert f"FID {entry['fid']:.3g} ({entry['fid_low']:.3g} to {entry['fid_high']:.3g})" in reader.text
+    assert "4.32 ± 0.01" in reader.text
+    about = read_dataset_record(made_report)
+    trained = read_record(made_report / paths.training_metrics_file("cosine"))
+    for text in (
+        about["sha256"],
+        f"{trained['parameters']:,}",
+        f"{trained['loss']:.3g}",
+        f"{about['counts']['train']:,}",
+    ):
+        assert text in reader.text
+    assert "learning_rate0.002" in reader.text
+
+
+def test_every_point_shows_its_first_images_pixel_for_pixel(
+    page: str, made_report: Path, smoke: Callable[..., Params]
+) -> None:
+    pictures = {str(attrs["alt"]): str(attrs["src"]) for tag, attrs in Reader(page).tags if tag == "img"}
+    for point in smoke().points():
+        source = base64.b64decode(pictures[f"{SHOWN} samples of {point.name}"].partition(",")[2])
+        images = read_samples(made_report / paths.samples_file(point)).images[:SHOWN]
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(source))), grid(images, columns=SHOWN)[0])
+
+
+def test_names_are_text_and_no_markup(page: str) -> None:
+    reader = Reader(page)
+    assert HOSTILE in reader.text
+    assert [tag for tag, _ in reader.tags].count("script") == 1
+
+
+def test_same_inputs_same_bytes(page: str, made_report: Path, smoke: Callable[..., Params]) -> None:
+    report(smoke(), made_report)
+    again = (made_report / "report" / "index.html").read_text(encoding="utf-8")
+    assert again == page
+    assert str(made_report) not in page
+    for picture in re.findall(r"data:image/svg\+xml;base64,([^\"]*)", page):
+        assert b"<dc:date>" not in base64.b64decode(picture)
+
+
+def test_the_stage_depends_on_the_sections_it_shows_and_on_its_template() -> None:
+    stage = YAML(typ="safe").load((Path(__file__).parents[2] / "dvc.yaml").read_text())["stages"]["report"]
+    assert tuple(stage["params"]) == SECTIONS
+    assert {"ddpm/reporting/report.html.jinja", "dataset", "metrics", "samples"} <= set(stage["deps"])
+    assert "report/index.html" in stage["outs"]
+
+
+def test_how_sure() -> None:
+    entry = {"point": "a", "lowest": "a", "may_be_best": ["a"]}
+    assert how_sure(entry, 1, 0.95) == "It is the only point."
+    assert how_sure(entry, 4, 0.95) == "Better than the other 3: 95% sure, of all at once."
+    among = "95% sure, the best of the 9 points is one of"
+    tied = how_sure({**entry, "may_be_best": ["a", "b", "c"]}, 9, 0.95)
+    assert tied.startswith("It has the lowest FID") and tied.endswith(f"{among} 3: a, b, c.")
+    luck = how_sure({"point": "b", "lowest": "a", "may_be_best": list("abcdefgh")}, 9, 0.95)
+    assert luck.startswith("a has a lower FID, but that may be luck") and luck.endswith(
+        "8: a, b, c, d, e, f and 2 more."
+    )
+
+
+# Neighbours.
+
+
+def test_the_nearest_neighbour_of_a_training_image_is_itself(made_report: Path) -> None:
+    train = read_dataset(made_report).train
+    index, distance = nearest(np.asarray(train[[5, 59, 0]]), train)
+    assert index.tolist() == [5, 59, 0] and distance.tolist() == [0, 0, 0]
+
+
+def test_neighbours_are_those_of_a_plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    train, images = (random.integers(0, 256, (count, 3, 4, 4), dtype=np.uint8) for count in (57, 9))
+    monkeypatch.setattr("ddpm.scores.copying.CHUNK", 8 * 48 * 10)  # ten at a time
+    far = np.sqrt(((images[:, None].astype(float) - train) ** 2).mean((2, 3, 4)))
+    index, distance = nearest(images, train)
+    np.testing.assert_array_equal(index, far.argmin(1))
+    np.testing.assert_allclose(distance, far.min(1), rtol=1e-12)
+    turned = train[[3, 50], :, :, ::-1]
+    index, distance = nearest(turned, train, mirrored=True)
+    assert index.tolist() == [3, 50] and distance.tolist() == [0, 0]
+    assert nearest(turned, train)[1].min() > 0
+
+
+def test_copies_are_told_from_new_images() -> None:
+    from scipy.stats import mannwhitneyu
+
+    random = np.random.default_rng(1)
+    unseen = random.normal(30, 5, 200)
+    for samples in (random.normal(30, 5, 200), random.normal(28, 5, 150)):
+        found, expected = (
+            copying(samples, unseen),
+            mannwhitneyu(unseen, samples, method="asymptotic", use_continuity=False),
+        )
+        assert found.closer == pytest.approx(expected.statistic / (len(samples) * 200))
+        assert 2 * (1 - _normal(abs(found.z))) == pytest.approx(expected.pvalue, rel=1e-6)
+    copies = copying(np.zeros(50), unseen)
+    assert (copies.closer, copies.copies) == (1.0, 50) and copies.z > 10
+    assert copying(unseen, unseen).closer == 0.5
+
+
+def test_the_verdict_follows_from_both_comparisons() -> None:
+    far, near = Copying(0.4, -4.0, 0), Copying(0.7, 4.0, 0)
+    said = {(a, b): verdict(a, b) for a in (None, far, near) for b in (None, far, near)}
+    assert said[None, None] == "There is nothing to compare with."
+    assert all(said[pair].startswith("No sign") for pair in ((far, far), (far, None), (None, far)))
+    assert said[near, near].startswith("A strong sign of memorising: in pixels and features")
+    assert said[near, far].startswith("A sign") and said[near, far].endswith("though not in features.")
+    assert said[far, near].endswith("though not in pixels.") and "though" not in said[None, near]
+
+
+def test_a_model_that_copies_is_caught_and_its_data_is_not(
+    made_report: Path, smoke: Callable[..., Params], tmp_path: Path
+) -> None:
+    """The page of a sweep whose samples are the training images."""
+    root = tmp_path / "copies"
+    shutil.copytree(made_report, root)
+    train = read_dataset(root).train
+    for point in smoke().points():
+        write_samples(root / paths.samples_file(point), np.asarray(train[:12]), point.steps, "m")
+        scores = read_record(root / paths.metrics_file(point))
+        write_record(root / paths.metrics_file(point), {**scores, "copying": 0.99, "copying_z": 6.0})
+    report(smoke(), root)
+    text = Reader((root / "report" / "index.html").read_text(encoding="utf-8")).text
+    assert "A strong sign of memorising" in text
+    assert "12: median 0.0, least 0.0; exact copies: 12" in text
+    assert "30 of the test split" in text and "the sample lies nearer in 100%" in text and "nearer in 99%" in text
+    assert "No sign of memorising: in pixels" in Reader((made_report / "report" / "index.html").read_text()).text
+
+
+def test_what_would_take_minutes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = np.zeros((100, 1, 4, 4), np.uint8)
+    assert affordable(1000, train) == 1000
+    monkeypatch.setattr("ddpm.scores.copying.AFFORDED", 1600 * 7.5)
+    assert [affordable(count, train) for count in (5, 7, 8, 1000)] == [5, 7, 7, 7]
+
+
+def _normal(z: float) -> float:
+    from statistics import NormalDist
+
+    return NormalDist().cdf(z)
+
+
+# The published copy.
+
+
+def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report: Path) -> None:
+    numbers = ("evaluations", "fid", "fid_low", "fid_high", "confidence", "layer", "images", "reference_images")
+    rows = [
+        {**row, **{key: json.loads(row[key]) for key in numbers}}
+        for row in read_csv(made_report / "report" / "points.csv")
+    ]
+    record = {
+        "started": 1_700_000_000_000,
+        "seconds": 10.0,
+        "unit": "images",
+        "peak_memory_bytes": 5e8,
+        "device": "cpu",
+    }
+    record |= {"git_commit": "0123456789abcdef", "git_dirty": True, "hardware": {"cpu": HOSTILE}}
+    records = {f"sample@{row['point']}": {**record, "per_second": 2.0 + index} for index, row in enumerate(rows)}
+    runs = {f"sample@{rows[0]['point']}": ("cosine-ddpm", "http://localhost:5000/#/runs/abc")}
+    whole = publish_with(page, published(rows, records, runs, "the place", "http://x/#/chart?a='b'"))
+    reader = Reader(whole)
+    assert whole.startswith(page[: page.index("<!-- published")]) and page[-500:] == whole[-500:]
+    for text in (
+        "0123456789, edited",
+        HOSTILE,
+        "2023-11-14 22:13",
+        "500 MB",
+        "FID against seconds per image",
+        "the place",
+    ):
+        assert text in reader.text
+    assert "22:13" not in page
+    for link in ("http://localhost:5000/#/runs/abc", "http://x/#/chart?a='b'"):
+        assert ("a", {"href": link}) in reader.tags
+    with pytest.raises(ValueError, match="no section"):
+        publish_with("<html></html>", "")
+
+
+def test_the_front_against_seconds() -> None:
+    points = [("slow", 3.0, 1.0), ("fast", 1.0, 9.0), ("dear", 4.0, 2.0), ("mid", 2.0, 3.0), ("worse", 2.0, 4.0)]
+    rows = [{"point": name, "seconds": seconds, "fid": fid} for name, seconds, fid in points]
+    assert fastest(rows) == ["fast", "mid", "slow"]

@@ -1,0 +1,356 @@
+"""Do the intervals cover what they claim? Gaussian features, whose FID and KID are known, many times over.
+
+`PYTHONPATH=. python tests/scores/test_intervals.py` prints the table of docs/statistics.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq
+from scipy.stats import binom, norm, studentized_range
+
+from ddpm.scores.fidelity import Statistics, jackknife, kid, kid_influence
+from ddpm.scores.intervals import Estimate, difference, may_be_best, quantile, simultaneous, standard_error
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two models, N(shift_1, scale_1^2 D) and N(shift_2, scale_2^2 D), whose images share a part of their noise.
+
+    D: variances falling from 1 to 0.1. The reference is N(0, D). shared: the correlation of the noise of the two.
+    """
+
+    images: int
+    dimensions: int
+    models: tuple[tuple[float, float], tuple[float, float]]  # shift, scale
+    shared: float
+
+    @property
+    def variances(self) -> np.ndarray:
+        return np.geomspace(1.0, 0.1, self.dimensions)
+
+    def fid(self, model: int) -> float:
+        """Of infinitely many images: commuting covariances, so |shift|^2 + (scale - 1)^2 tr D."""
+        shift, scale = self.models[model]
+        return self.dimensions * shift**2 + (scale - 1) ** 2 * float(self.variances.sum())
+
+    def kid(self, real: np.ndarray) -> float:
+        """Of the first model against these real images [M, D]: what KID is on average.
+
+        E (u^3) = m^3 + 3 m v for a normal u, which x.y/D + 1 is for fixed y; for two of the model's images, on average over y.
+        """
+        d, (shift, scale) = self.dimensions, self.models[0]
+        mean, spread = np.full(d, shift), scale**2 * self.variances
+        m, v = real @ mean / d + 1, real**2 @ spread / d**2
+        across = float((m**3 + 3 * m * v).mean())
+        m0, v0 = float(mean @ mean) / d + 1, float(mean @ (spread * mean)) / d**2
+        both = m0 * (v0 + float(spread @ spread) / d**2) + 2 * float(mean @ (spread**2 * mean)) / d**3  # E (m v)
+        alone = m0**3 + 3 * m0 * v0 + 3 * both
+        k = (real @ real.T / d + 1) ** 3
+        return alone - 2 * across + float(k.sum() - k.trace()) / (len(real) * (len(real) - 1))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Such small matrices only lose by more, and badly so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+NARROW = ((0.3, 1.2), (0.25, 1.15))
+CASES = [
+    Case(300, 1, NARROW, 0.9),
+    Case(300, 4, NARROW, 0.9),
+    Case(300, 4, NARROW, 0.0),
+    Case(300, 4, ((0.3, 1.2), (0.3, 1.2)), 0.5),  # no difference at all
+    Case(300, 16, NARROW, 0.9),
+    Case(12, 32, NARROW, 0.9),  # fewer images than features
+]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How often, of `repetitions`, an interval held the truth."""
+
+    repetitions: int
+    at_this_size: int  # FID's interval, and the mean of FID over all repetitions
+    infinity: int  # the same interval about fid_infinity, and the FID of infinitely many images
+    paired: int  # the difference of two models, and its mean over all repetitions
+    independent: int  # the same, as if the images had nothing in common
+    narrower: float  # the mean width of the paired interval, in widths of the other
+
+
+def cover(case: Case, repetitions: int, confidence: float = 0.95, seed: int = 0) -> Coverage:
+    generator = np.random.default_rng(seed)
+    reference = Statistics(np.zeros(case.dimensions), np.diag(case.variances))
+    reach, first, unbiased, pairs, apart = quantile(confidence), [], [], [], []
+    for _ in range(repetitions):
+        common, *own = generator.normal(size=(3, case.images, case.dimensions))
+        estimates = []
+        for (shift, scale), noise in zip(case.models, own, strict=True):
+            mixed = np.sqrt(case.shared) * common + np.sqrt(1 - case.shared) * noise
+            found = jackknife(mixed * scale * np.sqrt(case.variances) + shift, reference)
+            estimates.append(Estimate(found.fid, standard_error(found.influence), found.influence))
+            if len(estimates) == 1:
+                first.append(estimates[0])
+                unbiased.append(found.fid - found.bias)
+        pairs.append(difference(*estimates))
+        apart.append(difference(*(Estimate(one.value, one.error) for one in estimates)))
+
+    def hits(found: list[Estimate], truth: float) -> int:
+        return sum(abs(one.value - truth) <= reach * one.error for one in found)
+
+    return Coverage(
+        repetitions,
+        hits(first, float(np.mean([one.value for one in first]))),
+        sum(abs(value - case.fid(0)) <= reach * one.error for value, one in zip(unbiased, first, strict=True)),
+        hits(pairs, float(np.mean([one.value for one in pairs]))),
+        hits(apart, float(np.mean([one.value for one in apart]))),
+        float(np.mean([one.error for one in pairs]) / np.mean([one.error for one in apart])),
+    )
+
+
+def cover_kid(case: Case, repetitions: int, confidence: float = 0.95, subsets: int = 5, seed: int = 0) -> int:
+    """How often, of `repetitions`, the interval of KID held what KID is on average against the same real images."""
+    generator, hits = np.random.default_rng(seed), 0
+    shift, scale = case.models[0]
+    for _ in range(repetitions):
+        real, own = generator.normal(size=(2, case.images, case.dimensions)) * np.sqrt(case.variances)
+        fake = own * scale + shift
+        value, deviation = kid(fake, real, subsets, case.images // 2)
+        error = np.hypot(standard_error(kid_influence(fake, real)), deviation / np.sqrt(subsets))
+        low, high = Estimate(value, float(error)).interval(confidence)
+        hits += low <= case.kid(real) <= high
+    return hits
+
+
+def plausible(hits: int, repetitions: int, confidence: float, slack: float = 0.015) -> bool:
+    """Whether so many hits go with a coverage of `confidence`, give or take `slack`: FID of few images is skewed."""
+    return bool(
+        binom.ppf(0.001, repetitions, confidence - slack) <= hits <= binom.ppf(0.999, repetitions, confidence + slack)
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.images}x{case.dimensions}-{case.shared}")
+def test_intervals_cover_what_they_claim(case: Case) -> None:
+    found = cover(case, 300)
+    assert plausible(found.at_this_size, 300, 0.95)
+    assert plausible(found.paired, 300, 0.95, slack=0.0)
+    if case.images > case.dimensions:
+        assert plausible(found.infinity, 300, 0.95)
+    if case.shared == 0.9:
+        assert found.narrower < 0.6
+        assert found.independent >= 298  # needlessly wide
+    if case.shared == 0:
+        assert found.narrower == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("model", [NARROW[0], (0.0, 1.0)], ids=["another model", "the data's own distribution"])
+@pytest.mark.parametrize("confidence", [0.6, 0.95])
+def test_the_interval_of_kid_covers_what_it_claims(model: tuple[float, float], confidence: float) -> None:
+    case = Case(60, 16, (model, model), 0.0)
+    assert plausible(cover_kid(case, 100, confidence), 100, confidence, slack=0.03)
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
+def test_the_interval_of_kid_covers_what_it_claims_with_many_images(case: Case) -> None:
+    """With one feature it is 88 %: the cube of a normal is far from normal."""
+    assert plausible(cover_kid(case, 500), 500, 0.95, slack=0.03)
+
+
+def test_intervals_cover_at_another_confidence() -> None:
+    case = CASES[1]
+    found = cover(case, 300, confidence=0.6)
+    assert plausible(found.at_this_size, 300, 0.6, slack=0.03)
+    assert plausible(found.paired, 300, 0.6, slack=0.03)
+
+
+# Many scores at once.
+
+
+def independent(count: int) -> list[Estimate]:
+    return [Estimate(0.0, 1.0) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("count", "confidence"), [(2, 0.95), (4, 0.95), (12, 0.95), (12, 0.5)])
+def test_intervals_of_all_differences_reach_as_far_as_tukeys(count: int, confidence: float) -> None:
+    """Of independent scores with one error: the studentised range over the root of 2."""
+    expected = max(quantile(confidence), studentized_range.ppf(confidence, count, np.inf) / np.sqrt(2))
+    assert simultaneous(independent(count), confidence) == pytest.approx(expected, abs=0.06)
+
+
+@pytest.mark.parametrize(("count", "confidence"), [(2, 0.95), (4, 0.95), (12, 0.95), (12, 0.5)])
+def test_what_may_be_the_best_ends_where_dunnetts_quantile_says(count: int, confidence: float) -> None:
+    """Of independent scores with one error: d with P(all other e_j >= e_i - d sqrt(2)) = confidence."""
+    z, weights = np.polynomial.hermite_e.hermegauss(60)
+
+    def held(d: float) -> float:
+        return float(weights @ norm.cdf(z + d * np.sqrt(2)) ** (count - 1) / weights.sum())
+
+    d = brentq(lambda d: held(d) - confidence, 0, 6)
+    for sign in (-1, 1):
+        near, far = (Estimate(-sign * (d + step) * np.sqrt(2), 1.0) for step in (-0.06, 0.06))
+        assert may_be_best([*independent(count - 1), near], sign, confidence) == [True] * count
+        assert may_be_best([*independent(count - 1), far], sign, confidence) == [True] * (count - 1) + [False]
+
+
+def means(count: int, images: int, shifts: np.ndarray, generator: np.random.Generator) -> list[Estimate]:
+    """Scores that are means of images, most of whose luck is shared: their influence values are exact."""
+    luck = generator.normal(size=(images, 1)) * 2 + generator.normal(size=(images, count)) * np.linspace(0.5, 2, count)
+    return [
+        Estimate(float(x.mean()), standard_error(x - x.mean()), (x - x.mean()).astype(np.float32))
+        for x in (luck + shifts).T
+    ]
+
+
+def best_lost(count: int, shifts: np.ndarray, repetitions: int, images: int = 200) -> tuple[int, int, int]:
+    """How often the first of `count` scores, which is best in truth, was lost: as one that may be the best, as one that is not
+    significantly worse than the lowest in a pair; and how often one of all simultaneous intervals missed."""
+    generator, lost, lost_in_pairs, missed = np.random.default_rng(0), 0, 0, 0
+    for _ in range(repetitions):
+        scores = means(count, images, shifts, generator)
+        lost += not may_be_best(scores, -1)[0]
+        gaps = [difference(scores[0], other) for other in scores[1:]]
+        lost_in_pairs += max(gap.value / gap.error for gap in gaps) > quantile(0.9)
+        reach = simultaneous(scores)
+        truths = shifts[:, None] - shifts
+        pairs = [(i, j, difference(scores[i], scores[j])) for i in range(count) for j in range(i)]
+        missed += any(abs(gap.value - truths[i, j]) > reach * gap.error for i, j, gap in pairs)
+    return lost, lost_in_pairs, missed
+
+
+def test_the_best_of_many_is_lost_no_more_often_than_claimed() -> None:
+    """The worst case: all are as good. Looked at in pairs, one-sided at the same 95 %, the best is lost far more often."""
+    lost, lost_in_pairs, missed = best_lost(6, np.zeros(6), 200)
+    assert plausible(lost, 200, 0.05, slack=0.01)
+    assert plausible(missed, 200, 0.05, slack=0.01)
+    assert lost_in_pairs > binom.ppf(0.999, 200, 0.07)
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "shifts", [np.zeros(12), np.linspace(0, 1, 12), np.array([0, *[5.0] * 11])], ids=["all", "some", "one"]
+)
+def test_the_best_of_twelve_is_lost_no_more_often_than_claimed(shifts: np.ndarray) -> None:
+    lost, lost_in_pairs, missed = best_lost(12, shifts, 500)
+    assert lost <= binom.ppf(0.999, 500, 0.055)
+    assert plausible(missed, 500, 0.05, slack=0.007)
+    if not shifts.any():
+        assert plausible(lost, 500, 0.05, slack=0.007) and lost_in_pairs > 62
+
+
+def fids_of_many(repetitions: int, models: int = 8, images: int = 300) -> tuple[int, int]:
+    """Gaussian models of one FID to the data, that share 80 % of their noise: how often the first was lost as one that may be the
+    best, and how often a pair of them was told apart."""
+    case, generator = Case(images, 4, NARROW, 0.0), np.random.default_rng(0)
+    reference = Statistics(np.zeros(4), np.diag(case.variances))
+    lost = told = 0
+    for _ in range(repetitions):
+        common, own = generator.normal(size=(images, 4)), generator.normal(size=(models, images, 4))
+        scores = []
+        for noise in own:
+            mixed = np.sqrt(0.8) * common + np.sqrt(0.2) * noise
+            found = jackknife(mixed * 1.2 * np.sqrt(case.variances) + 0.3, reference)
+            scores.append(Estimate(found.fid, standard_error(found.influence), found.influence.astype(np.float32)))
+        lost += not may_be_best(scores, -1)[0]
+        reach = simultaneous(scores)
+        gaps = [difference(a, b) for k, a in enumerate(scores) for b in scores[:k]]
+        told += any(abs(gap.value) > reach * gap.error for gap in gaps)
+    return lost, told
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(900)
+def test_fids_of_models_that_are_as_good_are_told_apart_no_more_often_than_claimed() -> None:
+    lost, told = fids_of_many(400)
+    assert plausible(lost, 400, 0.05, slack=0.01)
+    assert plausible(told, 400, 0.05, slack=0.01)
+
+
+def test_scores_of_the_same_luck_are_told_apart_by_any_difference() -> None:
+    luck = np.random.default_rng(0).normal(size=40).astype(np.float32)
+    error = standard_error(luck)
+    same = [Estimate(value, error, luck) for value in (1.0, 1.0, 1.0 + 1e-9)]
+    assert may_be_best(same, -1) == [True, True, False]
+    assert may_be_best(same, 1) == [False, False, True]
+    assert may_be_best(same[:1], -1) == [True]
+    assert simultaneous(same) == simultaneous(same[:1]) == pytest.approx(1.959964)
+    other = Estimate(1.0 + error, error, luck[:30])  # of other images: as if independent
+    assert may_be_best([same[0], other], -1) == [True, True]
+    with pytest.raises(ValueError, match="confidence"):
+        may_be_best(same, -1, 95.0)
+
+
+def test_the_difference_in_pairs_is_that_of_the_influence_values() -> None:
+    a, b = np.random.default_rng(0).normal(size=(2, 50)).astype(np.float32)
+    one, other = (Estimate(value, standard_error(luck), luck) for value, luck in ((3.0, a), (1.0, b)))
+    gap = difference(one, other)
+    assert gap.value == 2.0 and gap.paired
+    assert gap.error == pytest.approx(np.std(a.astype(float) - b, ddof=1) / np.sqrt(50), rel=1e-6)
+    assert difference(one, one).error == 0
+    for stranger in (Estimate(1.0, other.error), Estimate(1.0, other.error, b[:40])):
+        apart = difference(one, stranger)
+        assert not apart.paired
+        assert apart.error == pytest.approx(np.hypot(one.error, other.error))
+
+
+def test_the_error_of_a_mean_is_the_textbooks() -> None:
+    """The influence of an image on a mean is its distance from it."""
+    x = np.random.default_rng(0).normal(size=30)
+    without = (x.sum() - x) / 29
+    influence = 29 * (without.mean() - without)
+    np.testing.assert_allclose(influence, x - x.mean(), atol=1e-12)
+    assert standard_error(influence) == pytest.approx(np.std(x, ddof=1) / np.sqrt(30))
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_an_interval_reaches_as_far_as_the_normal_says(confidence: float) -> None:
+    low, high = Estimate(5.0, 2.0).interval(confidence)
+    normal = NormalDist(5.0, 2.0)
+    assert normal.cdf(high) - normal.cdf(low) == pytest.approx(confidence)
+    assert (low + high) / 2 == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0])
+def test_a_confidence_that_cannot_be(confidence: float) -> None:
+    with pytest.raises(ValueError, match="confidence"):
+        quantile(confidence)
+
+
+def test_one_value_has_no_error() -> None:
+    with pytest.raises(ValueError, match="two influence values"):
+        standard_error(np.zeros(1))
+
+
+def table(repetitions: int = 1000) -> str:
+    """The coverage of 95 % intervals as Markdown."""
+    lines = [
+        "| images | features | noise in common | FID at N | FID at infinity | in pairs | as if independent | width | KID |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in CASES:
+        found = cover(case, repetitions)
+        shares: list[int | None] = [found.at_this_size, found.infinity, found.paired, found.independent]
+        if case.images <= case.dimensions:
+            shares[1] = None
+        cells = ["" if share is None else f"{share / repetitions:.1%}" for share in shares]
+        cells = [str(case.images), str(case.dimensions), f"{case.shared:.0%}", *cells, f"{found.narrower:.2f}"]
+        cells.append(f"{cover_kid(case, repetitions) / repetitions:.1%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(table())

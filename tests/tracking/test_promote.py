@@ -1,0 +1,715 @@
+"""Who is champion: the rule on numbers, and its bookkeeping in a real registry."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow.tracking import MlflowClient
+from ruamel.yaml import YAML
+from safetensors.torch import load_file
+from scipy.stats import binom
+
+from ddpm import tracking
+from ddpm.errors import InputError
+from ddpm.files import checkpoint, paths, records
+from ddpm.files.models import read_model_record
+from ddpm.files.params import Params, Point, Promotion
+from ddpm.files.scores import read_point_influence, write_influence
+from ddpm.reporting.card import LICENCES, LONGEST, card, with_front_matter
+from ddpm.scores import fidelity
+from ddpm.scores.intervals import Estimate, standard_error
+from ddpm.sources.image_folder import SOURCES
+from ddpm.tracking.registry.decision import Protocol, Score, Verdict, decide
+
+Smoke = Callable[..., Params]
+Scores = Callable[..., None]
+
+PROTOCOL = Protocol("d" * 64, 64, 500, 1437, "e" * 64)
+FIRST, SECOND = (Point(schedule="cosine", sampler=name, steps=5) for name in ("ddim", "ddpm"))
+OTHERS = [Point(schedule="cosine", sampler=name, steps=2) for name in ("ddim", "ddpm")]
+
+
+# The rule.
+
+
+RULE = Promotion(confidence=0.95, fewer_evaluations=2.0)
+
+
+def scored(value: float, error: float, evaluations: int = 50, seed: int | None = None, luck: Any = None) -> Score:
+    return Score(Estimate(value, error, luck), evaluations, PROTOCOL, seed)
+
+
+@pytest.mark.parametrize(
+    ("challenger", "champion", "wins", "words"),
+    [
+        ((9.0, 0.2, 50), (10.0, 0.3, 10), True, "is better than"),  # 1 > 1.96 sqrt(0.2^2 + 0.3^2) = 0.707
+        ((9.4, 0.2, 50), (10.0, 0.3, 50), False, "not significantly better"),
+        ((9.4, 0.2, 26), (10.0, 0.3, 50), False, "not significantly better"),
+        ((9.4, 0.2, 25), (10.0, 0.3, 50), True, "25 evaluations instead of 50"),
+        ((10.6, 0.2, 25), (10.0, 0.3, 50), True, "25 evaluations instead of 50"),
+        ((10.8, 0.2, 1), (10.0, 0.3, 1000), False, "is worse than"),
+        ((10.0, 0.0, 50), (10.0, 0.0, 50), False, "not significantly better"),
+    ],
+)
+def test_only_a_significant_advantage_or_many_fewer_evaluations_win(
+    challenger: tuple[float, float, int], champion: tuple[float, float, int], wins: bool, words: str
+) -> None:
+    verdict = decide(scored(*challenger), scored(*champion), RULE)
+    assert verdict.wins is wins
+    assert words in verdict.reason
+    reach = 1.959964 * np.hypot(challenger[1], champion[1])
+    gap = challenger[0] - champion[0]
+    expected = {"difference": gap, "low": gap - reach, "high": gap + reach, "confidence": 0.95, "paired": False}
+    assert verdict.evidence == pytest.approx(expected)
+
+
+def test_force_needs_no_advantage_and_not_even_a_score() -> None:
+    worse = decide(scored(11.0, 0.1), scored(10.0, 0.1), RULE, force=True)
+    assert worse.wins and worse.evidence["difference"] == 1.0
+    assert decide(scored(11.0, 0.1), None, RULE, force=True) == Verdict(True, "--replace was given")
+
+
+def test_images_of_the_same_noise_are_compared_in_pairs() -> None:
+    """What both scores share by luck says nothing about which is better."""
+    shared, own = np.random.default_rng(0).normal(size=(2, PROTOCOL.images))
+    a, b = (shared + part for part in (0.1 * own, 0.0))
+    errors = [standard_error(values) for values in (a, b)]
+    gap = 2 * max(errors)  # of two independent scores not significant
+    champion = scored(10.0, errors[1], seed=3, luck=b)
+    verdict = decide(scored(10.0 - gap, errors[0], seed=3, luck=a), champion, RULE)
+    assert verdict.wins and verdict.evidence["paired"]
+    low, high = verdict.evidence["low"], verdict.evidence["high"]
+    assert high - low == pytest.approx(2 * 1.959964 * 0.1 * standard_error(own))
+    for other in (scored(10.0 - gap, errors[0], seed=4, luck=a), scored(10.0 - gap, errors[0], seed=3)):
+        verdict = decide(other, champion, RULE)
+        assert not verdict.wins and not verdict.evidence["paired"]
+
+
+@pytest.mark.parametrize("quality", ["far from the data", "the data's own distribution"])
+def test_the_gate_refuses_luck_and_accepts_what_is_better(quality: str) -> None:
+    """Sample sets of one model under two seeds, many times: promoted by chance at most as often as the confidence allows."""
+    generator, repetitions, count, dimensions = np.random.default_rng(0), 400, 200, 4
+    scales = np.array([1.0, 0.7, 0.5, 0.3])
+    reference = fidelity.statistics(generator.normal(size=(2000, dimensions)) * scales)
+    shift = 0.4 if quality == "far from the data" else 0.0
+    protocol = Protocol("d" * 64, 64, count, 2000, "e" * 64)
+
+    def score(shift: float, seed: int) -> Score:
+        found = fidelity.jackknife(generator.normal(size=(count, dimensions)) * scales + shift, reference)
+        return Score(Estimate(found.fid, standard_error(found.influence), found.influence), 50, protocol, seed)
+
+    pairs = [(score(shift, 0), score(shift, 1)) for _ in range(repetitions)]
+    verdicts = [decide(challenger, champion, RULE) for challenger, champion in pairs]
+    lucky = sum(verdict.evidence["difference"] < 0 for verdict in verdicts)
+    assert lucky > 0.4 * repetitions  # so often would the lower FID alone have been promoted
+    promoted = sum(verdict.wins for verdict in verdicts)
+    assert promoted <= binom.ppf(0.999, repetitions, 0.025)  # one side of 95 %
+    if shift:  # and the intervals are not simply too wide
+        assert promoted >= binom.ppf(0.001, repetitions, 0.025)
+        better = [decide(score(shift / 2, 0), champion, RULE).wins for _, champion in pairs[:50]]
+        assert all(better)
+
+
+def test_scores_under_different_protocols_are_never_compared() -> None:
+    other = Score(Estimate(1.0, 0.1), 10, Protocol("d" * 64, 2048, 500, 1437, "e" * 64))
+    with pytest.raises(ValueError, match="protocols"):
+        decide(other, scored(2.0, 0.1), RULE)
+    with pytest.raises(ValueError, match="protocols"):
+        decide(other, None, RULE)
+
+
+def test_a_protocol_says_what_changed() -> None:
+    changed = Protocol("f" * 64, 2048, 500, 1437, "e" * 64)
+    assert changed.differences(PROTOCOL) == "dataset version, layer 64 -> 2048"
+    assert changed.id != PROTOCOL.id == Protocol("d" * 64, 64, 500, 1437, "e" * 64).id
+
+
+@pytest.mark.parametrize("fid", [float("nan"), float("inf"), None])
+def test_a_score_that_is_no_number_is_refused(fid: float | None) -> None:
+    with pytest.raises(InputError, match="cannot be compared"):
+        Score.of({"fid": fid, "evaluations": 10})
+
+
+def test_influence_values_of_other_images_are_refused() -> None:
+    protocol = {"reference": "d", "layer": 64, "images": 5, "reference_images": 9, "extractor_sha256": "e"}
+    scores = {"fid": 1.0, "fid_high": 1.2, "confidence": 0.95, "evaluations": 10, **protocol}
+    assert Score.of(scores, np.zeros(5)).estimate.error == pytest.approx(0.2 / 1.959964)
+    with pytest.raises(InputError, match="4 influence values for 5 images"):
+        Score.of(scores, np.zeros(4))
+    for key, value in (("fid_high", 0.9), ("confidence", 1.0), ("evaluations", "ten"), ("fid", 10**400)):
+        with pytest.raises(InputError, match="cannot be compared"):
+            Score.of({**scores, key: value})
+    del scores["fid_high"]
+    with pytest.raises(InputError, match="cannot be compared"):
+        Score.of(scores)
+
+
+# The registry.
+
+
+@pytest.fixture
+def params(smoke: Smoke) -> Params:
+    return smoke(training={"steps": 24})
+
+
+def never(checkpoint: Path, settings: dict[str, Any]) -> Any:
+    raise AssertionError("scored again for nothing")
+
+
+def scores_at(root: Path, point: Point, fid: float) -> tuple[dict[str, Any], Any]:
+    """What scoring the champion again gives: a point's entries and influence values at another FID."""
+    scores = records.read_record(root / paths.metrics_file(point))
+    high = fid + scores["fid_high"] - scores["fid"]
+    return {**scores, "fid": fid, "fid_high": high}, read_point_influence(root, point, scores)
+
+
+class Registry:
+    def __init__(self, root: Path, name: str = "ddpm-digits") -> None:
+        self.client, self.name = MlflowClient(tracking.tracking_uri(root)), name
+
+    def champion(self) -> Any:
+        return self.client.get_model_version_by_alias(self.name, "champion")
+
+    def count(self) -> int:
+        return len(self.client.search_model_versions(f"name = '{self.name}'"))
+
+    def decisions(self) -> list[dict[str, Any]]:
+        tags = self.client.get_registered_model(self.name).tags
+        return [json.loads(tags[tag]) for tag in sorted(tags) if tag.startswith("ddpm.decision.")]
+
+
+@pytest.mark.parametrize("change", ["another model", "another target"])
+def test_a_registered_model_whose_files_were_replaced_is_refused(
+    checkout: Path, params: Params, tmp_path: Path, change: str
+) -> None:
+    """Weights and model.json fit each other, and are not those that were registered."""
+    tracking.promote(params, checkout, rescore=never)
+    (folder,) = checkout.glob("mlartifacts/*/models/*/artifacts/artifacts/checkpoint")
+    about = read_model_record(folder)
+    net = checkpoint.network(about["network"])
+    if change == "another target":
+        records.write_record(folder / "model.json", {**about, "target": "v"})
+    else:
+        checkpoint.save(folder, net, {key: about[key] for key in about if key not in ("format", "weights_sha256")})
+    checkpoint.load(folder)  # a whole checkpoint
+    with pytest.raises(InputError, match="version 1: its files are not those that were registered"):
+        tracking.fetch_model("models:/ddpm-digits@champion", tmp_path, checkout)
+
+
+def test_influence_values_that_were_replaced_are_not_compared_in_pairs(
+    checkout: Path, params: Params, write_scores: Scores
+) -> None:
+    tracking.promote(params, checkout, rescore=never)
+    (kept,) = checkout.glob("mlartifacts/*/*/artifacts/influence/*.npy")
+    write_influence(kept, np.load(kept)[::-1])
+    write_scores(checkout, SECOND, 8.0)
+    said: list[str] = []
+    tracking.promote(params, checkout, rescore=never, say=said.append)
+    assert "not those that were recorded with the scores" in said[0]
+    assert Registry(checkout).decisions()[-1]["paired"] is False
+
+
+def test_the_history_of_a_championship(checkout: Path, params: Params, write_scores: Scores) -> None:
+    first = tracking.promote(params, checkout, rescore=never)
+    assert (first.promoted, first.version, first.point) == (True, "1", "cosine-ddim-5")
+    registry = Registry(checkout)
+    champion = registry.champion()
+    about = read_model_record(checkout / "models/cosine")
+    scores = records.read_record(checkout / paths.metrics_file(FIRST))
+    assert champion.tags["ddpm.model_sha256"] == about["weights_sha256"]
+    assert json.loads(champion.tags["ddpm.settings"]) == {
+        "sampler": "ddim",
+        "eta": 0.0,
+        "spacing": "leading",
+        "steps": 5,
+        "clip": True,
+    }
+    assert float(champion.tags["ddpm.fid"]) == scores["fid"]
+    assert champion.tags["ddpm.dataset_sha256"] == about["data"]["sha256"]
+    assert json.loads(champion.tags["ddpm.protocol"]) == {
+        "dataset": about["data"]["sha256"],
+        "layer": 64,
+        "images": 64,
+        "reference_images": 64,
+        "extractor_sha256": "e" * 64,
+    }
+    run = registry.client.get_run(champion.run_id)
+    assert run.info.run_name == "cosine-ddim" and run.data.metrics["fid"] == scores["fid"]
+
+    again = tracking.promote(params, checkout, rescore=never)
+    assert not again.promoted and again.version == "1" and "already" in again.reason
+    assert registry.count() == 1 and len(registry.decisions()) == 1
+
+    # A worse one is best of its own report, but no better than the champion: no version, a reason, told once.
+    write_scores(checkout, FIRST, 90.0)
+    for point in OTHERS:
+        write_scores(checkout, point, 91.0)
+    write_scores(checkout, SECOND, 55.0)
+    for _ in range(2):
+        kept = tracking.promote(params, checkout, rescore=never)
+        assert not kept.promoted and kept.version == "1"
+        assert kept.reason.startswith(
+            "cosine-ddpm-5 does not replace champion version 1 (cosine-ddim-5): FID 55 is worse than 37 (difference 18"
+        )
+    assert registry.count() == 1 and len(registry.decisions()) == 2
+
+    write_scores(checkout, SECOND, scores["fid"] - 0.05)  # lower, by less than luck gives
+    assert "not significantly better" in tracking.promote(params, checkout, rescore=never).reason
+    assert registry.count() == 1
+
+    write_scores(checkout, SECOND, 8.0)
+    better = tracking.promote(params, checkout, rescore=never)
+    assert (better.promoted, better.version, better.previous) == (True, "2", "1")
+    champion, before = registry.champion(), registry.client.get_model_version("ddpm-digits", "1")
+    assert str(champion.version) == "2"
+    assert champion.tags["ddpm.previous"] == "1" and before.tags["ddpm.replaced_by"] == "2"
+    assert [entry["promoted"] for entry in registry.decisions()] == [True, False, False, True]
+    decision = registry.decisions()[-1]
+    assert decision["before_fid"] == scores["fid"]
+    own = [np.load(checkout / paths.influence_file(point)).astype(float) for point in (SECOND, FIRST)]
+    reach = 1.959964 * standard_error(own[0] - own[1])  # in pairs: the champion's values came from the registry
+    gap = 8.0 - scores["fid"]
+    evidence = {"difference": gap, "low": gap - reach, "high": gap + reach, "confidence": 0.95, "paired": True}
+    assert {key: decision[key] for key in evidence} == pytest.approx(evidence, rel=1e-6)
+    assert json.loads(champion.tags["ddpm.evidence"]) == pytest.approx(evidence, rel=1e-6)
+
+    # --replace takes the place without a comparison; going back needs no new version.
+    write_scores(checkout, SECOND, 99.0)
+    write_scores(checkout, FIRST, scores["fid"])
+    forced = tracking.promote(params, checkout, replace=True, rescore=never)
+    assert forced.promoted and forced.version == "1" and "--replace" in forced.reason
+    assert registry.count() == 2
+
+
+def test_another_protocol_scores_the_champion_again(
+    checkout: Path, params: Params, write_scores: Scores, tmp_path: Path
+) -> None:
+    tracking.promote(params, checkout)
+    registry = Registry(checkout)
+    for point in (FIRST, *OTHERS):
+        write_scores(checkout, point, 50.0, layer=192)
+    write_scores(checkout, SECOND, 20.0, layer=192)
+    asked: list[dict[str, Any]] = []
+    weights = load_file(checkout / "models/cosine/model.safetensors")
+
+    def rescore(fid: float) -> Callable[[Path, dict[str, Any]], Any]:
+        def score(folder: Path, settings: dict[str, Any]) -> Any:
+            denoiser, _ = checkpoint.load(folder)  # the champion's own checkpoint, whole
+            assert not folder.is_relative_to(checkout)
+            assert all((weights[name] == value).all() for name, value in denoiser.net.state_dict().items())
+            asked.append(settings)
+            return scores_at(checkout, SECOND, fid)
+
+        return score
+
+    with pytest.raises(InputError, match="layer 64 -> 192"):
+        tracking.promote(params, checkout)  # nobody there to score it
+    said: list[str] = []
+    kept = tracking.promote(params, checkout, rescore=rescore(19.0), say=said.append)
+    assert not kept.promoted and "FID 20 is worse than 19" in kept.reason
+    assert registry.decisions()[-1]["paired"]
+    assert asked == [{"sampler": "ddim", "eta": 0.0, "spacing": "leading", "steps": 5, "clip": True}]
+    assert any("again" in line and "layer 64 -> 192" in line for line in said)
+    # that score stays with the version, and its influence values too
+    assert not tracking.promote(params, checkout, rescore=never).promoted
+    assert registry.decisions()[-1]["paired"]
+    write_scores(checkout, SECOND, 18.0, layer=192)
+    assert tracking.promote(params, checkout, rescore=never).promoted
+    assert float(registry.client.get_model_version("ddpm-digits", "1").tags["ddpm.fid"]) == 37.0  # as it was promoted
+
+    # another dataset version, and a champion that cannot be scored there
+    for point in (SECOND, *OTHERS):
+        write_scores(checkout, point, 60.0, reference="f" * 64)
+    write_scores(checkout, FIRST, 30.0, reference="f" * 64)
+
+    def refuse(folder: Path, settings: dict[str, Any]) -> Any:
+        raise InputError("images of another shape")
+
+    with pytest.raises(InputError, match=r"another shape \(`ddpm promote --replace` skips that\)"):
+        tracking.promote(params, checkout, rescore=refuse)
+    assert tracking.promote(params, checkout, replace=True, rescore=never).promoted
+    assert registry.count() == 2  # that model was registered before
+
+
+def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smoke, write_scores: Scores) -> None:
+    unnamed = smoke(training={"steps": 24}, data={"source": "image-folder"})
+    assert tracking.promote(unnamed, checkout, rescore=never).promoted
+    for point in (FIRST, SECOND, *OTHERS):
+        write_scores(checkout, point, 60.0, reference="f" * 64)
+    write_scores(checkout, SECOND, 1.0, reference="f" * 64)
+    kept = tracking.promote(unnamed, checkout, rescore=never)
+    registry = Registry(checkout, "ddpm-image-folder")
+    data = read_model_record(checkout / "models/cosine")["data"]["sha256"]
+    assert not kept.promoted and kept.version == "1" and kept.champion == "cosine-ddim-5" and registry.count() == 1
+    assert (
+        kept.reason
+        == registry.decisions()[-1]["reason"]
+        == (
+            "cosine-ddpm-5 does not replace champion version 1 (cosine-ddim-5): it was made from other images"
+            f" (dataset {data[:12]}, now ffffffffffff); give these a name of their own (tracking.name in params.yaml),"
+            " or promote --replace"
+        )
+    )
+
+    # Under a name it has a champion of its own, and other images are a new version of that dataset.
+    named = smoke(training={"steps": 24}, data={"source": "image-folder"}, tracking={"name": "cats"})
+    assert tracking.champion_uri(named) == "models:/ddpm-cats@champion"
+    first = tracking.promote(named, checkout, rescore=never)
+    assert first.promoted and first.line == "champion: version 1 (cosine-ddpm-5): cosine-ddpm-5 is the first champion"
+    assert registry.client.get_experiment_by_name("ddpm-cats").tags["ddpm.dataset"] == "cats"
+    for point in (SECOND, *OTHERS):
+        write_scores(checkout, point, 60.0, reference="a" * 64)
+    write_scores(checkout, FIRST, 2.0, reference="a" * 64)
+    better = tracking.promote(named, checkout, rescore=lambda folder, settings: scores_at(checkout, FIRST, 30.0))
+    assert better.promoted and "FID 2 is better than 30" in better.reason
+    assert str(registry.champion().version) == "1"
+
+    write_scores(checkout, SECOND, 1.0, reference="a" * 64)
+    assert tracking.promote(unnamed, checkout, replace=True, rescore=never).promoted
+
+
+def test_a_champion_without_influence_values_is_compared_as_independent(
+    checkout: Path, params: Params, write_scores: Scores
+) -> None:
+    tracking.promote(params, checkout)
+    registry = Registry(checkout)
+    write_scores(checkout, SECOND, 36.0)
+    kept = list((checkout / "mlartifacts").rglob("influence/*.npy"))
+    assert len(kept) == 1
+    kept[0].unlink()
+    said: list[str] = []
+    assert tracking.promote(params, checkout, rescore=never, say=said.append).promoted
+    assert registry.decisions()[-1]["paired"] is False
+    assert any("influence values of version 1 are gone" in line for line in said)
+
+
+def test_a_champion_from_before_there_were_intervals_is_scored_again(
+    checkout: Path, params: Params, write_scores: Scores
+) -> None:
+    tracking.promote(params, checkout)
+    registry = Registry(checkout)
+    tag = next(tag for tag in registry.champion().tags if tag.startswith("ddpm.score."))
+    old = json.loads(registry.champion().tags[tag])
+    for key in ("fid_low", "fid_high", "confidence"):
+        del old[key]
+    registry.client.set_model_version_tag("ddpm-digits", "1", tag, json.dumps(old))
+    write_scores(checkout, SECOND, 20.0)
+    with pytest.raises(InputError, match="its score has no interval"):
+        tracking.promote(params, checkout)
+    kept = tracking.promote(params, checkout, rescore=lambda folder, settings: scores_at(checkout, FIRST, 19.0))
+    assert not kept.promoted and "FID 20 is worse than 19" in kept.reason
+
+
+# Going back.
+
+
+def test_rollback_brings_the_last_champion_back_and_the_next_promotion_respects_it(
+    checkout: Path, params: Params, write_scores: Scores
+) -> None:
+    with pytest.raises(InputError, match="ddpm-digits: there is no champion to roll back"):
+        tracking.rollback(params, checkout)
+    tracking.promote(params, checkout)
+    with pytest.raises(InputError, match="no champion before version 1"):
+        tracking.rollback(params, checkout)
+    registry = Registry(checkout)
+    for fid, point in ((20.0, SECOND), (10.0, OTHERS[0])):
+        write_scores(checkout, point, fid)
+        assert tracking.promote(params, checkout, rescore=never).promoted
+    back = tracking.rollback(params, checkout)
+    assert (back.version, back.previous, back.point) == ("2", "3", "cosine-ddpm-5")
+    assert str(registry.champion().version) == "2"
+    assert "rolled back from version 3 to version 2" in registry.champion().tags["ddpm.decision"]
+    text = registry.client.get_registered_model("ddpm-digits").description
+    assert text.startswith("# ddpm-digits: cosine-ddpm-5\n") and "rolled back from version 3" in text
+    assert registry.decisions()[-1] == {
+        "rollback": True,
+        "point": "cosine-ddpm-5",
+        "champion": "2",
+        "before": "3",
+    }
+    again = tracking.promote(params, checkout, rescore=never)  # the report still says that version 3 is best
+    assert not again.promoted and "was rolled back as version 3" in again.reason
+    assert str(registry.champion().version) == "2"
+    assert tracking.rollback(params, checkout).version == "1"
+    with pytest.raises(InputError, match="no champion before version 1"):
+        tracking.rollback(params, checkout)
+    assert tracking.promote(params, checkout, replace=True, rescore=never).version == "3"
+    assert registry.count() == 3
+    assert tracking.rollback(params, checkout).version == "1"  # which was champion before it now, not version 2
+
+
+def cut_off(_: Any, *__: Any, **___: Any) -> None:
+    raise ConnectionError("away")
+
+
+def test_a_promotion_or_rollback_cut_off_behind_the_alias_keeps_its_books(
+    checkout: Path, params: Params, write_scores: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking.promote(params, checkout)
+    write_scores(checkout, SECOND, 20.0)
+    with monkeypatch.context() as away:
+        away.setattr("ddpm.tracking.registry.registry._decided", cut_off)
+        with pytest.raises(InputError, match="cannot be reached"):
+            tracking.promote(params, checkout, rescore=never)
+    assert "already" in tracking.promote(params, checkout, rescore=never).reason
+    registry = Registry(checkout)
+    assert "cosine-ddpm-5 replaces champion version 1" in registry.champion().tags["ddpm.decision"]
+    with monkeypatch.context() as away:
+        away.setattr("ddpm.tracking.registry.registry._introduce", cut_off)
+        with pytest.raises(InputError, match="cannot be reached"):
+            tracking.rollback(params, checkout)
+    assert str(registry.champion().version) == "1"
+    assert "was rolled back as version 2" in tracking.promote(params, checkout, rescore=never).reason
+
+
+def test_a_model_that_could_not_be_registered_is_not_kept_twice(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as away:
+        away.setattr(MlflowClient, "create_model_version", cut_off)
+        for _ in range(2):
+            with pytest.raises(InputError, match="cannot be reached"):
+                tracking.promote(params, checkout)
+    assert tracking.promote(params, checkout).promoted
+    client = Registry(checkout).client
+    version = client.get_model_version("ddpm-digits", "1")
+    experiment = client.get_run(version.run_id).info.experiment_id
+    models = client.search_logged_models([experiment])
+    of_run = [model for model in models if model.source_run_id == version.run_id]
+    assert len(of_run) == 1 and version.source == f"models:/{of_run[0].model_id}"
+
+
+def test_rollback_to_a_version_that_was_deleted(checkout: Path, params: Params, write_scores: Scores) -> None:
+    tracking.promote(params, checkout)
+    write_scores(checkout, SECOND, 20.0)
+    tracking.promote(params, checkout)
+    registry = Registry(checkout)
+    registry.client.delete_model_version("ddpm-digits", "1")
+    with pytest.raises(InputError, match="no champion before version 2"):
+        tracking.rollback(params, checkout)
+    assert str(registry.champion().version) == "2"
+
+
+def test_a_report_older_than_its_scores_is_refused(checkout: Path, params: Params, write_scores: Scores) -> None:
+    best = (checkout / "report" / "best.json").read_bytes()
+    write_scores(checkout, FIRST, 5.0)
+    (checkout / "report" / "best.json").write_bytes(best)
+    with pytest.raises(InputError, match="older than its scores"):
+        tracking.promote(params, checkout)
+    shutil.rmtree(checkout / "report")
+    with pytest.raises(InputError, match=r"best\.json: no such file"):
+        tracking.promote(params, checkout)
+
+
+def test_promoting_into_an_empty_store_publishes_the_point(checkout: Path, params: Params) -> None:
+    tracking.promote(params, checkout)
+    assert tracking.publish(params, checkout)["runs"] == 2  # the other sampler's and the report
+    assert tracking.promote(params, checkout).version == "1"
+
+
+@pytest.mark.parametrize("uri", ["models:/ddpm-digits@champion", "models:/ddpm-digits/3", "models:/ddpm-digits", "m"])
+def test_a_model_that_is_not_there(checkout: Path, uri: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no such model|names no registered model"):
+        tracking.fetch_model(uri, tmp_path / "model", checkout)
+
+
+DAMAGED = ["nonsense", "[]", "{}", "null", '{"steps": 0}', '{"fid": 1.0, "fid_high": "much", "confidence": 0.95}']
+
+
+@pytest.mark.parametrize("value", DAMAGED)
+def test_settings_that_are_damaged_draw_nothing(checkout: Path, params: Params, tmp_path: Path, value: str) -> None:
+    tracking.promote(params, checkout)
+    Registry(checkout).client.set_model_version_tag("ddpm-digits", "1", "ddpm.settings", value)
+    with pytest.raises(InputError, match=r"ddpm-digits version 1: its tag ddpm\.settings is damaged") as caught:
+        tracking.fetch_model("models:/ddpm-digits@champion", tmp_path / "model", checkout)
+    assert "\n" not in str(caught.value) and "`ddpm promote --replace`" in str(caught.value)
+    assert not (tmp_path / "model").exists()
+    assert tracking.promote(params, checkout, replace=True).version == "2"
+    tracking.fetch_model("models:/ddpm-digits@champion", tmp_path / "model", checkout)
+
+
+@pytest.mark.parametrize("value", DAMAGED[:3])
+@pytest.mark.parametrize("tag", ["ddpm.protocol", "ddpm.score.", "ddpm.influence."])
+def test_a_comparison_does_without_damaged_tags_and_says_so(
+    checkout: Path, params: Params, write_scores: Scores, tag: str, value: str
+) -> None:
+    tracking.promote(params, checkout)
+    registry, said = Registry(checkout), list[str]()
+    name = next(name for name in registry.champion().tags if name.startswith(tag))
+    registry.client.set_model_version_tag("ddpm-digits", "1", name, value)
+    write_scores(checkout, SECOND, 20.0, **({"images": 48} if tag == "ddpm.protocol" else {}))
+
+    won = tracking.promote(params, checkout, rescore=lambda *_: scores_at(checkout, SECOND, 19.0), say=said.append)
+    assert won.promoted == (tag == "ddpm.influence.")  # only there the champion's own score, 37, is compared
+    assert sum(f"version 1: its tag {name} is damaged" in line for line in said) == 1
+    assert not any("\n" in line for line in said)
+
+
+# Two at once, from two checkouts with one server: no lock is common to them.
+
+
+@pytest.fixture
+def rivals(
+    checkout: Path, smoke: Smoke, write_scores: Scores, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """A champion of an old protocol, and two checkouts: FID 20 in one, FID 10 in the other, under the new one."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    params = smoke(training={"steps": 24}, data={"source": "image-folder"})
+    for version in MlflowClient(mlflow_server).search_model_versions("name = 'ddpm-image-folder'"):
+        MlflowClient(mlflow_server).delete_model_version(version.name, version.version)
+    tracking.promote(params, checkout)
+    other = checkout.with_name("other")
+    shutil.copytree(checkout, other, symlinks=True)
+    for root, best, fid in ((checkout, OTHERS[0], 20.0), (other, SECOND, 10.0)):
+        for point in (FIRST, SECOND, *OTHERS):
+            write_scores(root, point, 80.0, layer=192)
+        write_scores(root, best, fid, layer=192)
+    return params, checkout, other, Registry(checkout, "ddpm-image-folder")
+
+
+@pytest.mark.parametrize("better_first", [True, False])
+def test_one_promotes_while_the_other_compares(
+    rivals: Any, better_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worse one is not champion after the better one, not even for a moment."""
+    params, worse, better, registry = rivals
+    champions: list[float] = []
+    original = MlflowClient.set_registered_model_alias
+
+    def noted(self: MlflowClient, name: str, alias: str, version: str) -> None:
+        champions.append(float(self.get_model_version(name, version).tags["ddpm.fid"]))
+        original(self, name, alias, version)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", noted)
+    slow, quick = (worse, better) if better_first else (better, worse)
+
+    def rescore(folder: Path, settings: dict[str, Any]) -> Any:
+        inner = tracking.promote(params, quick, rescore=lambda folder, settings: scores_at(quick, FIRST, 60.0))
+        assert inner.promoted
+        return scores_at(slow, FIRST, 60.0)
+
+    outcome = tracking.promote(params, slow, rescore=rescore)
+    assert outcome.promoted is not better_first
+    assert float(registry.champion().tags["ddpm.fid"]) == 10.0
+    assert champions == ([10.0] if better_first else [20.0, 10.0])
+
+
+def test_two_in_step_end_with_the_better(rivals: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both read the registry before either wrote, and the worse one sets the alias last."""
+    params, worse, better, registry = rivals
+    both, order = threading.Barrier(2, timeout=60), threading.Event()
+    original = MlflowClient.set_registered_model_alias
+
+    def in_order(self: MlflowClient, name: str, alias: str, version: str) -> None:
+        fid = float(self.get_model_version(name, version).tags["ddpm.fid"])
+        if not order.is_set():
+            both.wait()  # both have made their version and are about to set the alias
+        if fid > 10.0 and not order.wait(60):
+            raise AssertionError("the other never came")
+        original(self, name, alias, version)
+        order.set()
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", in_order)
+
+    def promote(root: Path) -> Any:
+        return tracking.promote(params, root, rescore=lambda folder, settings: scores_at(root, FIRST, 60.0))
+
+    with ThreadPoolExecutor(2) as pool:
+        overtaken, promoted = pool.map(promote, (worse, better))
+    assert float(registry.champion().tags["ddpm.fid"]) == 10.0
+    assert promoted.promoted and not overtaken.promoted
+    assert "overtaken" in overtaken.reason
+
+
+def test_two_score_the_champion_at_once(rivals: Any) -> None:
+    """Both set the same new tags of the same version: MLflow's insert fails for one of them."""
+    params, worse, better, registry = rivals
+    at_once = threading.Barrier(2, timeout=60)
+
+    def rescore(root: Path) -> Any:
+        at_once.wait()
+        return scores_at(root, FIRST, 60.0)
+
+    def promote(root: Path) -> Any:
+        return tracking.promote(params, root, rescore=lambda folder, settings: rescore(root))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(promote, (worse, better)))
+    assert float(registry.champion().tags["ddpm.fid"]) == 10.0
+
+
+# The card.
+
+
+def parts(text: str) -> tuple[dict[str, Any], str]:
+    """-> front matter, body."""
+    _, matter, body = text.split("---\n", 2)
+    return YAML(typ="safe").load(matter), body.lstrip()
+
+
+def test_the_cards_numbers_are_the_registrys(checkout: Path, params: Params) -> None:
+    tracking.promote(params, checkout)
+    client = MlflowClient(f"sqlite:///{checkout / 'mlflow.db'}")
+    version = client.get_model_version_by_alias("ddpm-digits", "champion")
+    (scores,) = [json.loads(value) for tag, value in version.tags.items() if tag.startswith("ddpm.score.")]
+    assert str(scores["fid"]) == version.tags["ddpm.fid"]
+    low, high = (f"{scores[f'fid_{side}']:.3g}" for side in ("low", "high"))
+    for text in (
+        f"# ddpm-digits: {version.tags['ddpm.point']}\n",
+        f"| FID (lower is better) | {scores['fid']:.3g} | {low} to {high} |",
+        f"| KID (lower is better) | {scores['kid']:.3g} | {scores['kid_low']:.3g} to {scores['kid_high']:.3g} |",
+        f"{scores['images']} samples against {scores['reference_images']} training images, at Inception layer 64",
+        f"{version.tags['ddpm.evaluations']} network evaluations",
+        version.tags["ddpm.model_sha256"],
+        version.tags["ddpm.dataset_sha256"],
+        'load_model("models:/ddpm-digits@champion")',
+    ):
+        assert text in version.description
+    assert len(version.description) < LONGEST - 1000  # room for the decision below it
+    (model,) = [m for m in client.search_logged_models([client.get_run(version.run_id).info.experiment_id])
+                if m.model_id == version.source.rpartition("/")[2]]  # fmt: skip
+    beside = (Path(model.artifact_location.removeprefix("file://")) / "model-card.md").read_text(encoding="utf-8")
+    assert beside == tracking.model_card(params, checkout)
+    matter, body = parts(beside)
+    assert body == version.description
+    assert (matter["license"], matter["datasets"], matter["metrics"]) == (
+        "apache-2.0",
+        ["digits"],
+        ["fid", "kid", "precision", "recall"],
+    )
+    (result,) = matter["model-index"][0]["results"]
+    assert result["dataset"]["revision"] == version.tags["ddpm.dataset_sha256"]
+    assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {
+        name: scores[name] for name in matter["metrics"]
+    }
+    assert client.get_registered_model("ddpm-digits").description.startswith(version.description)
+    assert "is the first champion" in client.get_registered_model("ddpm-digits").description
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_has_its_licence_and_odd_names_stay_in_their_place(made: Path, source: str) -> None:
+    about = read_model_record(made / paths.model_dir("cosine"))
+    about["data"] = {**about["data"], "name": source, "classes": ["---\nlicense: mit", "| x |\n# y"]}
+    metrics = {
+        "fid": 1.5,
+        "fid_low": 1.0,
+        "fid_high": 2.0,
+        "confidence": 0.95,
+        "images": 12,
+        "reference_images": 60,
+        "layer": 2048,
+        "evaluations": 5,
+    }
+    text = card("ddpm-x", "cosine-ddim-5", {"sampler": "ddim"}, metrics, about)
+    assert (LICENCES[source] in text and "Look at its terms" in text) or source in ("digits", "fashion-mnist")
+    matter, body = parts(with_front_matter(text, "ddpm-x", metrics, about))
+    assert body == text and "# y" not in text
+    assert matter["license"] == ("apache-2.0" if source in ("digits", "fashion-mnist") else "other")
