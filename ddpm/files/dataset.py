@@ -4,20 +4,50 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from ddpm.errors import InputError
 from ddpm.files import arrays, atomic, paths, pictures, records
 from ddpm.files.arrays import Images
-from ddpm.files.records import Record
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """What dataset.json says of a prepared dataset.
+
+    name, sha256: of the arrays, which is the dataset's version. shape: C, H, W. counts: images of "train" and "test".
+    mean, std: per channel, in 0 ... 1. flip: whether mirrored images are still valid. classes: their names, of labelled data.
+    class_counts: training images of each class. files: the sha256 of each array's file, by name. content: all entries.
+    """
+
+    name: str
+    sha256: str
+    shape: list[int]
+    counts: dict[str, int]
+    mean: list[float]
+    std: list[float]
+    flip: bool
+    files: dict[str, str]
+    classes: list[str] | None = None
+    class_counts: list[int] | None = None
+    content: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3 or min(self.shape) < 1:
+            raise ValueError(f"shape: expected C, H, W, found {self.shape}")
+        if not self.counts.keys() <= {"train", "test"} or any(
+            count < 0 for count in (*self.counts.values(), *(self.class_counts or ()))
+        ):
+            raise ValueError(f"counts: not numbers of images: {self.counts}, {self.class_counts}")
+        if not all(0 <= value <= 1 for value in (*self.mean, *self.std)):
+            raise ValueError(f"mean, std: not in 0 ... 1: {self.mean}, {self.std}")
 
 
 @dataclass(frozen=True)
@@ -25,22 +55,34 @@ class Dataset:
     """A prepared dataset.
 
     train, test: uint8 N,C,H,W, memory-mapped. train_labels, test_labels: int64 N, or None.
-    about: dataset.json: name, sha256 (of the arrays: the dataset's version), shape [C,H,W], counts {train, test},
-    classes (list of names, or null), class_counts (training images of each, or null), mean and std per channel in 0..1,
-    flip (whether mirrored images are still valid).
     """
 
     train: Images
     test: Images
     train_labels: NDArray[np.int64] | None
     test_labels: NDArray[np.int64] | None
-    about: dict[str, Any]
+    record: DatasetRecord
+
+
+@dataclass
+class NewDataset:
+    """A dataset that is being written: arrays of zeros on disk, to be filled; and what is to stand beside them.
+
+    description: the entries of dataset.json, without the files. picture: uint8 C,H,W, for preview.png.
+    """
+
+    train: Images
+    test: Images
+    train_labels: NDArray[np.int64] | None
+    test_labels: NDArray[np.int64] | None
+    description: Mapping[str, Any] = field(default_factory=dict)
+    picture: Images | None = None
 
 
 def read_dataset(root: Path = Path()) -> Dataset:
     """The dataset that `prepare` wrote. Raises InputError."""
     folder = root / paths.dataset_dir()
-    about = read_dataset_record(root)
+    record = read_dataset_record(root)
 
     def array(name: str, kind: type) -> Any:
         path = folder / f"{name}.npy"
@@ -58,57 +100,43 @@ def read_dataset(root: Path = Path()) -> Dataset:
         images = array("train", np.uint8), array("test", np.uint8)
         labels = array("train-labels", np.int64), array("test-labels", np.int64)
         for split, *pair in zip(("train", "test"), images, labels, strict=True):
-            _check_split(about, split, *pair)
-        _check_arrays(root, about)
+            _check_split(record, split, *pair)
+        _check_arrays(root, record)
     except ValueError as error:
         raise InputError(f"{folder}: not a prepared dataset: {error}; run `ddpm prepare` again") from None
-    return Dataset(*images, *labels, about)
+    return Dataset(*images, *labels, record)
 
 
-def read_dataset_record(root: Path = Path()) -> dict[str, Any]:
+def read_dataset_record(root: Path = Path()) -> DatasetRecord:
     """Reads dataset.json. Raises InputError."""
-    return records.read_record(root / paths.dataset_dir() / "dataset.json", _About)
+    path = root / paths.dataset_dir() / "dataset.json"
+    return records.read_typed(path, DatasetRecord)
 
 
-def _check_arrays(root: Path, about: Mapping[str, Any]) -> None:
+def _check_arrays(root: Path, record: DatasetRecord) -> None:
     """Raises ValueError where an array is not the one that dataset.json describes."""
     folder, memory = root / paths.dataset_dir(), root / paths.CACHE / "verified.json"
     for path in sorted(folder.glob("*.npy")):
-        if records._remembered_sha256(path, memory) != about["files"].get(path.name):
+        if records._remembered_sha256(path, memory) != record.files.get(path.name):
             raise ValueError(f"{path.name}: its bytes are not those that dataset.json describes")
 
 
-class _About(Record):
-    """dataset.json."""
-
-    name: str
-    sha256: str
-    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
-    counts: dict[Literal["train", "test"], Annotated[int, Field(ge=0)]]
-    classes: list[str] | None
-    class_counts: list[Annotated[int, Field(ge=0)]] | None = None
-    mean: list[Annotated[float, Field(ge=0, le=1)]]
-    std: list[Annotated[float, Field(ge=0, le=1)]]
-    flip: bool
-    files: dict[str, str]
-
-
-def _check_split(about: dict[str, Any], split: str, images: Any, labels: Any) -> None:
+def _check_split(record: DatasetRecord, split: str, images: Any, labels: Any) -> None:
     """Raises ValueError where a split is not what dataset.json says of it."""
     if images is None:
         raise ValueError(f"{split}.npy is missing")
-    expected = (about["counts"].get(split), *about["shape"])
+    expected = (record.counts.get(split), *record.shape)
     if images.shape != expected:
         raise ValueError(f"{split}.npy has shape {images.shape}, dataset.json says {expected}")
-    if (labels is None) != (about["classes"] is None):
+    if (labels is None) != (record.classes is None):
         raise ValueError(
             f"{split}-labels.npy is {'missing' if labels is None else 'there, and dataset.json has no classes'}"
         )
-    if labels is None:
+    if labels is None or record.classes is None:
         return
     if labels.shape != images.shape[:1]:
         raise ValueError(f"{split}-labels.npy has shape {labels.shape}, for {len(images)} images")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < len(about["classes"]):
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(record.classes):
         raise ValueError(f"{split}-labels.npy has labels that are none of the {len(about['classes'])} classes")
 
 
@@ -118,12 +146,11 @@ def writing_dataset(
     shape: tuple[int, int, int],
     counts: tuple[int, int],
     labels: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
-    preview: Callable[[Dataset], Images],
-) -> Iterator[Dataset]:
-    """A new dataset of `counts` train and test images C,H,W: its arrays are zeros on disk, its `about` is empty.
+) -> Iterator[NewDataset]:
+    """Writes a dataset of `counts` train and test images C,H,W, whose arrays, description and picture the block fills.
 
-    The block fills both. When it ends well the dataset, with `preview` of it as a picture, takes the place of the old
-    one; when it doesn't, the old one stays. Raises InputError when there is no room on the disk.
+    When the block ends well, the dataset takes the place of the old one; when it doesn't, the old one stays. Raises InputError
+    when there is no room on the disk.
     """
     with atomic.replacing_dir(root / paths.dataset_dir()) as folder:
         train, test = (
@@ -134,13 +161,13 @@ def writing_dataset(
             for split, values in zip(("train", "test"), labels, strict=True):
                 with (folder / f"{split}-labels.npy").open("wb") as file:
                     arrays._write_array(file, values)
-        train_labels, test_labels = labels or (None, None)
-        dataset = Dataset(train, test, train_labels, test_labels, about={})
-        yield dataset
+        new = NewDataset(train, test, *(labels or (None, None)))
+        yield new
         for array in (train, test):
             array.flush()  # type: ignore[attr-defined]
-        dataset.about.update(records.write_record(folder / "dataset.json", dataset.about, sorted(folder.glob("*.npy"))))
-        pictures.write_png(folder / "preview.png", preview(dataset))
+        records.write_record(folder / "dataset.json", new.description, sorted(folder.glob("*.npy")))
+        if new.picture is not None:
+            pictures.write_png(folder / "preview.png", new.picture)
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> Images:

@@ -3,48 +3,161 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ddpm.errors import InputError
-from ddpm.files import paths, records
+from ddpm.files import paths, records, typed
 
 MODEL_FORMAT = 2  # of model.json; 1 had no checksum
+MOST_IMAGES = 2**40  # of a class
 
 
-def read_model_record(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ScheduleEntry:
+    """The noise schedule of a model.
+
+    name: of its row in params.yaml. timesteps: T. schedule: a key of ddpm.SCHEDULES. options: what else the row says.
+    """
+
+    name: str
+    timesteps: int
+    schedule: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, value: Any, place: str) -> ScheduleEntry:
+        known = ("name", "timesteps", "schedule")
+        if isinstance(value, dict):  # the options stand beside the other entries
+            value = {key: value[key] for key in known if key in value} | {
+                "options": {key: item for key, item in value.items() if key not in known}
+            }
+        return typed.build(cls, value, place)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The row of params.yaml."""
+        return {"schedule": self.schedule, **self.options}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "timesteps": self.timesteps, **self.row}
+
+
+@dataclass(frozen=True)
+class NetworkEntry:
+    """The network of a model.
+
+    kind: a key of ddpm.networks.NETWORKS. image_channels, image_size: of x. out_channels: if not those of x.
+    classes: 0 for an unconditional network. content: all entries.
+    """
+
+    kind: str
+    image_channels: int
+    image_size: int
+    out_channels: int | None = None
+    classes: int = 0
+    content: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the network's class takes."""
+        return {key: item for key, item in self.content.items() if key != "kind"}
+
+    @property
+    def learned_variance(self) -> bool:
+        return (self.out_channels or 0) > self.image_channels
+
+
+@dataclass(frozen=True)
+class DataEntry:
+    """The data of a model. name, sha256: of the dataset that it was trained on, if it was. shape: C, H, W.
+
+    classes: their names, of labelled data. class_counts: how many training images each has.
+    """
+
+    shape: list[int]
+    name: str | None = None
+    sha256: str | None = None
+    classes: list[str] | None = None
+    class_counts: list[int] | None = None
+    content: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What model.json says of a model.
+
+    weights_sha256: of model.safetensors. target: a key of ddpm.TARGETS. variance: "fixed" or "learned".
+    training: the parameters that trained it, and its seed. content: all entries of the file.
+    """
+
+    weights_sha256: str
+    schedule: ScheduleEntry
+    target: str
+    network: NetworkEntry
+    data: DataEntry
+    variance: str = "fixed"
+    training: Mapping[str, Any] = field(default_factory=dict)
+    content: Mapping[str, Any] = field(default_factory=dict)
+
+    def described_by(self, **entries: Any) -> dict[str, Any]:
+        """What save() takes, with some entries replaced."""
+        kept = {key: item for key, item in self.content.items() if key not in ("format", "weights_sha256")}
+        return {**kept, **entries}
+
+
+def read_model_record(folder: Path) -> ModelRecord:
     """Reads a checkpoint's model.json. One of format 1, which had no checksum, is read as it is. Raises InputError."""
     path = folder / "model.json"
-    about = records.read_json(path)
-    if about.get("format") != 1 or records.CHECKSUM in about:
-        about = records._checked(path, about)
-        if about.get("format") != MODEL_FORMAT:
+    content = records.read_json(path)
+    if content.get("format") != 1 or records.CHECKSUM in content:
+        content = records._checked(path, content)
+        if content.get("format") != MODEL_FORMAT:
             raise InputError(
-                f"{folder}: checkpoint format {about.get('format')} is not {MODEL_FORMAT}; it was made by another version"
+                f"{folder}: checkpoint format {content.get('format')} is not {MODEL_FORMAT}; it was made by another version"
             )
-    if not isinstance(about.get("weights_sha256"), str):
-        raise InputError(f"{path}: holds no hash of the weights; train again or restore it")
-    return about
+    try:
+        return typed.build(ModelRecord, content)
+    except ValueError as error:
+        raise unusable(folder, f"model.json: {error}") from None
 
 
-def check_weights(folder: Path, about: Mapping[str, Any]) -> Path:
+def unusable(folder: Path, why: str) -> InputError:
+    """The line that refuses a checkpoint."""
+    return InputError(f"{folder}: not a usable checkpoint: {why}; train again or restore it")
+
+
+def check_weights(folder: Path, record: ModelRecord) -> Path:
     """Compares model.safetensors with model.json. Returns its path. Raises InputError."""
     weights = folder / "model.safetensors"
     if not weights.exists():
         raise InputError(f"{weights}: no such file; train again or restore it")
-    if records.sha256(weights) != about["weights_sha256"]:
-        raise InputError(
-            f"{folder}: not a usable checkpoint: the checksum of model.safetensors is not the one in model.json; train"
-            " again or restore it"
-        )
+    if records.sha256(weights) != record.weights_sha256:
+        raise unusable(folder, "the checksum of model.safetensors is not the one in model.json")
     return weights
 
 
-def read_trained(root: Path, schedule: str) -> dict[str, Any]:
+def check_data(record: ModelRecord) -> None:
+    """Raises ValueError where the data of a model are not those that its network takes."""
+    network, data = record.network, record.data
+    takes = [network.image_channels, network.image_size, network.image_size]
+    if data.shape != takes:
+        raise ValueError(f"its data are {data.shape}, its network takes {takes}")
+    classes = len(data.classes or ())
+    if network.classes and network.classes != classes:
+        raise ValueError(f"its network knows {network.classes} classes, its data have another number")
+    counts = data.class_counts
+    if counts is not None and (len(counts) != classes or not all(0 <= count < MOST_IMAGES for count in counts)):
+        raise ValueError("its class_counts are not a number of images for each class")
+
+
+def read_trained(root: Path, schedule: str) -> ModelRecord:
     """Reads models/SCHEDULE/model.json. Raises InputError, also for another schedule's model."""
     folder = root / paths.model_dir(schedule)
-    about = read_model_record(folder)
-    name = about["schedule"].get("name") if isinstance(about.get("schedule"), dict) else None
-    if name != schedule:
-        raise InputError(f"{folder}: holds the model of schedule '{name}'; train again or restore it (dvc repro)")
-    return about
+    record = read_model_record(folder)
+    if record.schedule.name != schedule:
+        raise InputError(
+            f"{folder}: holds the model of schedule '{record.schedule.name}'; train again or restore it (dvc repro)"
+        )
+    return record

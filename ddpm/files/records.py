@@ -10,44 +10,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Any, TypeVar
 
 from ddpm.errors import InputError
-from ddpm.files import atomic
-from ddpm.files.params import one_line
+from ddpm.files import atomic, typed
+
+T = TypeVar("T")
+REMEDY = "restore it, or make it again (dvc repro)"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     atomic.write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-class Record(BaseModel):
-    """What readers of a JSON file rely on; it may hold more."""
-
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-
-
-def read_json(path: Path, kind: type[Record] = Record) -> dict[str, Any]:
-    """Raises InputError when the file is missing or no JSON object, or not of that kind."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises InputError when the file is missing or holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; an earlier stage makes it (dvc repro)") from None
     except (ValueError, RecursionError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}; restore it, or make it again (dvc repro)") from None
+        raise InputError(f"{path}: not readable as JSON: {error}; {REMEDY}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object; restore it, or make it again (dvc repro)")
-    _require(path, value, kind)
+        raise InputError(f"{path}: expected a JSON object; {REMEDY}")
     return value
-
-
-def _require(path: Path, value: dict[str, Any], kind: type[Record]) -> None:
-    try:
-        kind.model_validate(value)
-    except ValidationError as error:
-        raise InputError(f"{path}: {one_line(error)}; restore it, or make it again (dvc repro)") from None
 
 
 def _no_constant(name: str) -> None:
@@ -80,11 +66,18 @@ def write_record(path: Path, value: Mapping[str, Any], files: Sequence[Path] = (
     return content
 
 
-def read_record(path: Path, kind: type[Record] = Record) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
     """Reads a record and compares it with its checksum, which is left out of the result. Raises InputError."""
-    content = _checked(path, read_json(path))
-    _require(path, content, kind)
-    return content
+    return _checked(path, read_json(path))
+
+
+def read_typed(path: Path, kind: type[T]) -> T:
+    """Reads a record as a dataclass. Raises InputError."""
+    content = read_record(path)
+    try:
+        return typed.build(kind, content)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; {REMEDY}") from None
 
 
 def _checked(path: Path, value: dict[str, Any]) -> dict[str, Any]:
