@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from ddpm.diffusion.samplers import SAMPLERS, sample, trajectory
     from ddpm.diffusion.schedule import SCHEDULES, NoiseSchedule
     from ddpm.diffusion.timesteps import SPACINGS
+    from ddpm.networks import NETWORKS
     from ddpm.networks.unet import UNet
     from ddpm.training.fit import fit
     from ddpm.training.objective import LOSSES
 
 __all__ = [
     "LOSSES",
+    "NETWORKS",
     "SAMPLERS",
     "SCHEDULES",
     "SPACINGS",
@@ -42,6 +44,7 @@ __all__ = [
 _HOMES = {
     "Denoiser": "diffusion.denoiser",
     "LOSSES": "training.objective",
+    "NETWORKS": "networks",
     "NoiseSchedule": "diffusion.schedule",
     "SAMPLERS": "diffusion.samplers",
     "SCHEDULES": "diffusion.schedule",

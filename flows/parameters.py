@@ -15,8 +15,7 @@ from ruamel.yaml import YAML
 from ddpm.errors import InputError
 from ddpm.files import atomic, paths, records
 from ddpm.files.params import Params
-from ddpm.files.yaml_edit import rewritten
-from ddpm.files.yaml_file import parse_yaml
+from ddpm.files.yaml_file import parse_yaml, rewritten
 from ddpm.provenance.inputs import changes
 
 WRITTEN = paths.CACHE / "params.yaml.sha256"  # of what a recipe or overrides last wrote

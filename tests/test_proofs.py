@@ -77,7 +77,7 @@ def test_the_table_of_the_ablation_is_queued_and_a_cell_of_it_runs(clone: Clone)
     assert run(root, "dvc", "queue", "status").count("Queued") == 6
     run(root, "dvc", "exp", "run", "-S", "diffusion.target=mu", "-S", "training.loss=vlb", *learned)
     about = json.loads((root / "models/cosine/model.json").read_text())
-    assert (about["target"], about["variance"], about["training"]["loss"]) == ("mu", "learned", "vlb")
+    assert (about.target, about.variance, about.training["loss"]) == ("mu", "learned", "vlb")
     assert json.loads((root / "metrics/cosine-ddpm-5.json").read_text())["evaluations"] == 5
     shown = json.loads(run(root, "dvc", "plots", "show", "--json", "metrics/train/cosine.by_time.csv"))
     assert "metrics/train/cosine.by_time.csv" in str(shown)
@@ -127,8 +127,8 @@ def test_the_papers_network_on_cifar10_through_all_stages(clone: Clone) -> None:
     )
     run(root, "dvc", "repro")
     about = json.loads((root / "dataset/dataset.json").read_text())
-    assert about["counts"] == {"train": 50_000, "test": 10_000} and about["shape"] == [3, 32, 32]
-    assert about["mean"] == pytest.approx([0.49140, 0.48216, 0.44653], abs=1e-5)
+    assert about.counts == {"train": 50_000, "test": 10_000} and about.shape == [3, 32, 32]
+    assert about.mean == pytest.approx([0.49140, 0.48216, 0.44653], abs=1e-5)
     assert json.loads((root / "metrics/train/linear.json").read_text())["parameters"] == 35_746_307
     assert json.loads((root / "metrics/linear-ddim-2.json").read_text())["layer"] == 2048
     assert "first champion" in run(root, "ddpm", "promote")

@@ -1214,7 +1214,7 @@ INPUT = [
     Protection(
         "a checkpoint: its hash",
         "ddpm/files/models.py",
-        'if records.sha256(weights) != about["weights_sha256"]:',
+        "if records.sha256(weights) != record.weights_sha256:",
         "if False:",
         f"{BAD}a_checkpoint[a flipped bit]",
     ),
@@ -1249,7 +1249,7 @@ INPUT = [
     Protection(
         "a checkpoint: of another T",
         "ddpm/files/checkpoint.py",
-        'if about["timesteps"] > MOST_TIMES:',
+        "if entry.timesteps > models.MOST_TIMES:",
         "if False:",
         f"{BAD}a_checkpoint[T beyond memory]",
     ),
@@ -1298,7 +1298,7 @@ INPUT = [
     Protection(
         "damage: the arrays of a dataset",
         "ddpm/files/dataset.py",
-        'if records._remembered_sha256(path, memory) != about["files"].get(path.name):',
+        "if records._remembered_sha256(path, memory) != record.files.get(path.name):",
         "if False:",
         f"{CORRUPTION}[dataset/train.npy by train-flipped]",
     ),

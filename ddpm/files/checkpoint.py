@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,39 +23,35 @@ from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.files import atomic, models, paths, records
+from ddpm.files.models import ModelRecord, NetworkEntry, ScheduleEntry
 from ddpm.files.params import Params
-from ddpm.networks.unet import UNet
-
-MOST_TIMES = 100_000  # as in params.yaml: a table of more would fill the memory
+from ddpm.networks import NETWORKS
 
 
-def network(about: dict[str, Any]) -> nn.Module:
-    """The `network` entry of model.json -> the network it describes, freshly initialised. Raises InputError."""
-    settings = dict(about)
-    kind = settings.pop("kind", None)
-    if kind != "unet":
-        raise InputError(f"network kind '{kind}' is not known here; there is unet")
+def network(entry: NetworkEntry) -> nn.Module:
+    """The network that model.json describes, freshly initialised. Raises InputError."""
     try:
-        return UNet(**settings)
+        return NETWORKS[entry.kind](**entry.settings)
+    except KeyError:
+        raise InputError(f"network kind '{entry.kind}' is not known here; there are {', '.join(NETWORKS)}") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"network: {str(error).splitlines()[0]}") from None
 
 
-def noise_schedule(about: dict[str, Any]) -> NoiseSchedule:
-    """The `schedule` entry of model.json -> the schedule. Raises ValueError."""
-    row = {key: value for key, value in about.items() if key not in ("name", "timesteps")}
-    if about["timesteps"] > MOST_TIMES:
-        raise ValueError(f"T = {about['timesteps']} is more than {MOST_TIMES}")
-    return NoiseSchedule.named(row.pop("schedule"), about["timesteps"], **row)
+def noise_schedule(entry: ScheduleEntry) -> NoiseSchedule:
+    """The noise schedule that model.json describes. Raises ValueError."""
+    if entry.timesteps > models.MOST_TIMES:
+        raise ValueError(f"T = {entry.timesteps} is more than {models.MOST_TIMES}")
+    return NoiseSchedule.named(entry.schedule, entry.timesteps, **entry.options)
 
 
-def save(path: Path, net: nn.Module, about: dict[str, Any]) -> None:
-    """Writes the folder `path`: net's weights, and `about` with the format and the weights' sha256 added."""
+def save(path: Path, net: nn.Module, description: Mapping[str, Any]) -> None:
+    """Writes the folder `path`: net's weights, and model.json with the description, the format and the weights' sha256."""
     with atomic.replacing_dir(path) as folder:
         weights = folder / "model.safetensors"
         _write_tensors(weights, {name: x.detach().cpu().contiguous() for name, x in net.state_dict().items()})
         known = {"format": models.MODEL_FORMAT, "weights_sha256": records.sha256(weights)}
-        records.write_record(folder / "model.json", {**known, **about})
+        records.write_record(folder / "model.json", {**known, **description})
 
 
 def require_trained(params: Params, schedule: str, root: Path) -> None:
@@ -67,26 +64,14 @@ def require_trained(params: Params, schedule: str, root: Path) -> None:
     raise InputError(f"{about}: no such file; make it with `ddpm train {schedule}`: it is not in sweep.schedules")
 
 
-def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = False) -> tuple[Denoiser, dict[str, Any]]:
-    """A checkpoint folder -> its denoiser (network in eval mode, channels last) and model.json. Raises InputError."""
-    about = models.read_model_record(path)
-    weights = models.check_weights(path, about)
+def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = False) -> tuple[Denoiser, ModelRecord]:
+    """A checkpoint folder -> its denoiser (network in eval mode, channels last) and its record. Raises InputError."""
+    record = models.read_model_record(path)
+    weights = models.check_weights(path, record)
     try:
-        state = load_file(weights)
-        net = _filled(about["network"], state)
-        denoiser = Denoiser(net, noise_schedule(about["schedule"]), about["target"], clip)
-        side, channels = about["network"]["image_size"], about["network"]["image_channels"]
-        takes = [int(channels), int(side), int(side)]
-        if repr(about["data"]["shape"]) != repr(takes):  # true is no 1, though Python says so
-            raise ValueError(f"its data are {about['data']['shape']}, its network takes {takes}")
-        if (classes := about["network"].get("classes", 0)) != len(about["data"].get("classes") or ()) and classes:
-            raise ValueError(f"its network knows {classes} classes, its data have another number")
-        if not _are_counts(about["data"].get("class_counts"), len(about["data"].get("classes") or ())):
-            raise ValueError("its class_counts are not a number of images for each class")
-    except KeyError as error:
-        raise InputError(
-            f"{path}: not a usable checkpoint: model.json has no {error}; train again or restore it"
-        ) from None
+        models.check_data(record)
+        net = _filled(record.network, load_file(weights))
+        denoiser = Denoiser(net, noise_schedule(record.schedule), record.target, clip)
     except (
         InputError,
         SafetensorError,
@@ -95,22 +80,14 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
         ArithmeticError,
         AttributeError,
         OSError,
+        KeyError,
         TypeError,
         ValueError,
     ) as error:
         why = " ".join(str(error).partition("\nException raised")[0].split())  # without torch's own stack
-        raise InputError(f"{path}: not a usable checkpoint: {why}; train again or restore it") from None
+        raise models.unusable(path, why) from None
     net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return denoiser, about
-
-
-def _are_counts(counts: Any, classes: int) -> bool:
-    """Whether they say how many images each class has, or nothing."""
-    if counts is None:
-        return True
-    return (
-        isinstance(counts, list) and len(counts) == classes and all(type(n) is int and 0 <= n < 2**40 for n in counts)
-    )
+    return denoiser, record
 
 
 class _Unfilled(TorchFunctionMode):
@@ -122,10 +99,10 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _filled(about: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+def _filled(entry: NetworkEntry, state: dict[str, Tensor]) -> nn.Module:
     """The network of model.json with these weights; made only where they fit, whatever size it claims. Raises ValueError."""
     with torch.device("meta"), _Unfilled():
-        net = network(about)
+        net = network(entry)
     expected = {name: list(x.shape) for name, x in net.state_dict().items()}
     for name in sorted({*expected, *state}, key=lambda name: (name in expected and name in state, name)):
         if name not in state or name not in expected:

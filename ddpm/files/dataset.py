@@ -137,7 +137,7 @@ def _check_split(record: DatasetRecord, split: str, images: Any, labels: Any) ->
     if labels.shape != images.shape[:1]:
         raise ValueError(f"{split}-labels.npy has shape {labels.shape}, for {len(images)} images")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(record.classes):
-        raise ValueError(f"{split}-labels.npy has labels that are none of the {len(about['classes'])} classes")
+        raise ValueError(f"{split}-labels.npy has labels that are none of the {len(record.classes)} classes")
 
 
 @contextmanager

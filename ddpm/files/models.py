@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ddpm.errors import InputError
-from ddpm.files import paths, records, typed
+from ddpm.files import paths, records
 
 MODEL_FORMAT = 2  # of model.json; 1 had no checksum
 MOST_IMAGES = 2**40  # of a class
+MOST_TIMES = 100_000  # as in params.yaml: a table of more would fill the memory
+
+R = TypeVar("R", "TrainingRecord", "BoundRecord")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class ScheduleEntry:
             value = {key: value[key] for key in known if key in value} | {
                 "options": {key: item for key, item in value.items() if key not in known}
             }
-        return typed.build(cls, value, place)
+        return records.build(cls, value, place)
 
     @property
     def row(self) -> dict[str, Any]:
@@ -59,6 +62,11 @@ class NetworkEntry:
     classes: int = 0
     content: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, kind: str, settings: Mapping[str, Any]) -> NetworkEntry:
+        """The entry of a network of that kind, made with these arguments. Raises ValueError."""
+        return records.build(cls, {"kind": kind, **settings}, "network")
+
     @property
     def settings(self) -> dict[str, Any]:
         """All that the network's class takes."""
@@ -77,8 +85,8 @@ class DataEntry:
     """
 
     shape: list[int]
-    name: str | None = None
-    sha256: str | None = None
+    name: str = ""
+    sha256: str = ""
     classes: list[str] | None = None
     class_counts: list[int] | None = None
     content: Mapping[str, Any] = field(default_factory=dict)
@@ -107,6 +115,83 @@ class ModelRecord:
         return {**kept, **entries}
 
 
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What metrics/train/SCHEDULE.json says of a training.
+
+    timesteps: T of an imported model, which params.yaml does not know. files: the sha256 of its curves, by name.
+    """
+
+    schedule: str
+    steps: int
+    parameters: int
+    loss: float | None
+    validation_loss: float | None
+    timesteps: int | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.timesteps is not None and not 1 <= self.timesteps <= MOST_TIMES:
+            raise ValueError(f"timesteps: {self.timesteps} is not in 1 ... {MOST_TIMES}")
+
+
+@dataclass(frozen=True)
+class BoundOfSplit:
+    """The variational bound of a split in bits/dim: its parts, each with its standard error, and the number of images."""
+
+    bits_per_dim: float
+    bits_per_dim_error: float
+    prior: float
+    prior_error: float
+    kl: float
+    kl_error: float
+    decoder: float
+    decoder_error: float
+    images: int
+
+
+@dataclass(frozen=True)
+class BoundRecord:
+    """What metrics/likelihood/SCHEDULE.json says of a model's bound.
+
+    model: sha256 of its weights. dataset: sha256 of the data. seed, variance, clip, times: how it was estimated.
+    files: the sha256 of its curve, by name.
+    """
+
+    schedule: str
+    model: str
+    dataset: str
+    seed: int
+    variance: str
+    times: int
+    clip: Any
+    train: BoundOfSplit | None = None
+    test: BoundOfSplit | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def splits(self) -> dict[str, BoundOfSplit]:
+        """The bounds that there are, by split."""
+        return {name: bound for name, bound in (("train", self.train), ("test", self.test)) if bound is not None}
+
+
+def read_training(root: Path, schedule: str) -> TrainingRecord:
+    """Reads the record of a training. Raises InputError, also for that of another schedule."""
+    return _of_schedule(root / paths.training_metrics_file(schedule), schedule, TrainingRecord)
+
+
+def read_bound(root: Path, schedule: str) -> BoundRecord:
+    """Reads the record of a bound. Raises InputError, also for that of another schedule."""
+    return _of_schedule(root / paths.likelihood_file(schedule), schedule, BoundRecord)
+
+
+def _of_schedule(path: Path, schedule: str, kind: type[R]) -> R:
+    record = records.read_typed(path, kind)
+    if record.schedule != schedule:
+        raise InputError(f"{path}: of schedule '{record.schedule}'; {records.REMEDY}")
+    return record
+
+
 def read_model_record(folder: Path) -> ModelRecord:
     """Reads a checkpoint's model.json. One of format 1, which had no checksum, is read as it is. Raises InputError."""
     path = folder / "model.json"
@@ -118,7 +203,7 @@ def read_model_record(folder: Path) -> ModelRecord:
                 f"{folder}: checkpoint format {content.get('format')} is not {MODEL_FORMAT}; it was made by another version"
             )
     try:
-        return typed.build(ModelRecord, content)
+        return records.build(ModelRecord, content)
     except ValueError as error:
         raise unusable(folder, f"model.json: {error}") from None
 

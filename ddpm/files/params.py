@@ -8,7 +8,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ddpm.errors import InputError
 from ddpm.files import yaml_file
@@ -61,12 +70,32 @@ class Diffusion(Section):
 class Network(Section):
     """UNet of Ho et al. 2020, appendix B."""
 
+    kind: Literal["unet"] = "unet"
     channels: Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
     multipliers: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=8)]
     blocks: Annotated[int, Field(ge=1, le=64)]
     attention: tuple[Count, ...] = ()
     heads: Count = 1
     dropout: Fraction = 0.0
+
+
+class OtherNetwork(Section):
+    """A network of another module in ddpm/networks. Its class checks the entries when the network is made."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Name
+
+
+def _kind_of_network(value: Any) -> str:
+    kind = value.get("kind", "unet") if isinstance(value, dict) else getattr(value, "kind", "unet")
+    return UNET if kind == "unet" else OTHER
+
+
+UNET, OTHER = "the unet", "another network"  # in the place of a fault, where no reader needs them
+AnyNetwork = Annotated[
+    Annotated[Network, Tag(UNET)] | Annotated[OtherNetwork, Tag(OTHER)], Discriminator(_kind_of_network)
+]
 
 
 class Training(Section):
@@ -236,7 +265,7 @@ class Params(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of a larger one torch's CPU generator takes 32 bits
     data: Data
     diffusion: Diffusion
-    network: Network
+    network: AnyNetwork
     training: Training
     sampling: Sampling
     evaluation: Evaluation
@@ -344,7 +373,7 @@ def one_line(error: ValidationError) -> str:
     """The first few faults, each with its place and the value found there."""
     found, faults = error.errors(include_url=False), []
     for fault in found[:FAULTS]:
-        place = ".".join(str(part) for part in fault["loc"])
+        place = ".".join(str(part) for part in fault["loc"] if part not in (UNET, OTHER))
         message = fault["msg"].removeprefix("Value error, ")
         given = fault["input"]
         if isinstance(given, (str, int, bool)) or (isinstance(given, float) and not math.isnan(given)):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import functools
 import hashlib
 import io
 import json
+import math
 import time
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ddpm.errors import InputError
-from ddpm.files import atomic, typed
+from ddpm.files import atomic
 
 T = TypeVar("T")
 REMEDY = "restore it, or make it again (dvc repro)"
@@ -75,9 +80,70 @@ def read_typed(path: Path, kind: type[T]) -> T:
     """Reads a record as a dataclass. Raises InputError."""
     content = read_record(path)
     try:
-        return typed.build(kind, content)
+        return build(kind, content)
     except ValueError as error:
         raise InputError(f"{path}: {error}; {REMEDY}") from None
+
+
+def build(kind: type[T], value: Any, place: str = "") -> T:
+    """Builds a dataclass from a JSON object, which may hold more entries than the dataclass has fields.
+
+    Args:
+        kind: a dataclass. A field named `content` takes the object itself.
+        value: the object.
+        place: the dotted name of the object, for messages; "" for a whole file.
+
+    Raises:
+        ValueError: an entry is missing or has another type; the message names the entry.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{place or kind.__name__}: expected an object, found {_shown(value)}")
+    hints, given = typing.get_type_hints(kind), dict[str, Any]()
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        where = f"{place}.{field.name}" if place else field.name
+        if field.name == "content":
+            given[field.name] = value
+        elif field.name in value:
+            given[field.name] = _typed(hints[field.name], value[field.name], where)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where}: missing")
+    return kind(**given)
+
+
+def _typed(hint: Any, value: Any, place: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        (hint,) = (argument for argument in arguments if argument is not types.NoneType)
+        return None if value is None else _typed(hint, value, place)
+    if origin is list:
+        _require(isinstance(value, list), place, "a list", value)
+        return [_typed(arguments[0], item, f"{place}.{index}") for index, item in enumerate(value)]
+    if origin is dict or origin is Mapping:
+        _require(isinstance(value, dict), place, "an object", value)
+        return {key: _typed(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        read = getattr(hint, "from_json", functools.partial(build, typing.cast("type[Any]", hint)))
+        return read(value, place)
+    return _plain(hint, value, place)
+
+
+def _plain(hint: Any, value: Any, place: str) -> Any:
+    names = {str: "a text", bool: "true or false", int: "an integer", float: "a finite number"}
+    if hint is float:
+        _require(type(value) in (int, float) and math.isfinite(value), place, names[hint], value)
+    elif hint is not Any:
+        _require(type(value) is hint, place, names[hint], value)
+    return value
+
+
+def _require(sound: bool, place: str, expected: str, value: Any) -> None:
+    if not sound:
+        raise ValueError(f"{place}: expected {expected}, found {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _checked(path: Path, value: dict[str, Any]) -> dict[str, Any]:
@@ -92,12 +158,12 @@ def _checked(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def read_described(record: Path, about: Mapping[str, Any], path: Path) -> Path:
+def read_described(record: Path, files: Mapping[str, str], path: Path) -> Path:
     """Compares a file with the hash in the record that describes it.
 
     Args:
         record: where the record lies, for messages.
-        about: its content.
+        files: the hashes that the record holds, by the names of the files.
         path: the file.
 
     Returns:
@@ -106,12 +172,11 @@ def read_described(record: Path, about: Mapping[str, Any], path: Path) -> Path:
     Raises:
         InputError: the file is missing, or is not the one that was recorded.
     """
-    _compare(record, about, path, sha256)
+    _compare(record, files, path, sha256)
     return path
 
 
-def _compare(record: Path, about: Mapping[str, Any], path: Path, digest: Callable[[Path], str]) -> None:
-    files = about.get("files")
+def _compare(record: Path, files: Mapping[str, str], path: Path, digest: Callable[[Path], str]) -> None:
     expected = files.get(path.name) if isinstance(files, dict) else None
     if not path.is_file():
         raise InputError(f"{path}: no such file; restore it, or make it again (dvc repro)")

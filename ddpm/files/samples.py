@@ -12,18 +12,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
 
 from ddpm.errors import InputError
 from ddpm.files import atomic, records
 from ddpm.files.arrays import Images, _array_digest, _unreadable, _write_array
 from ddpm.files.dataset import Dataset, _new_array
-from ddpm.files.params import one_line
-from ddpm.files.records import Record
 
 # Sample sets.
 
@@ -83,7 +80,7 @@ class Samples:
 
 def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
     """Reads a sample set. Raises InputError, also where the images are unlike those of `dataset`."""
-    with _sample_set(path) as (archive, about):
+    with _sample_set(path) as (archive, record):
         shape = _declared(archive.zip)
         if dataset is not None and shape[1:] != dataset.train.shape[1:]:
             raise InputError(
@@ -91,31 +88,39 @@ def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
                 " train and sample again (dvc repro)"
             )
         images = archive["images"]
-        if _array_digest(images) != about["arrays"].get("images"):
+        if _array_digest(images) != record.arrays.get("images"):
             raise ValueError(f"its images are not those that its {RECORD} describes")
-        return Samples(images, about["evaluations"], about["model"], about[records.CHECKSUM])
+        return Samples(images, record.evaluations, record.model, record.record_sha256)
 
 
-def read_samples_record(path: Path) -> dict[str, Any]:
-    """Reads what a sample set says of itself, without its images: point, model, settings, evaluations, and its hash as
-    `record_sha256`.
+def read_samples_record(path: Path) -> SamplesRecord:
+    """Reads what a sample set says of itself, without its images. Raises InputError."""
+    with _sample_set(path) as (_, record):
+        return record
 
-    Raises InputError.
+
+@dataclass(frozen=True)
+class SamplesRecord:
+    """What a sample set says of itself.
+
+    point: its name. model: sha256 of the network's weights. evaluations: of the network, for each image. settings: the
+    parameters that the images were drawn with. arrays: the hash of each array, by name. record_sha256: of all this.
     """
-    with _sample_set(path) as (_, about):
-        return about
 
-
-class _AboutSamples(Record):
     point: str
     model: str
-    evaluations: Annotated[int, Field(ge=1)]
+    evaluations: int
     settings: dict[str, Any]
     arrays: dict[str, str]
+    record_sha256: str
+
+    def __post_init__(self) -> None:
+        if self.evaluations < 1:
+            raise ValueError(f"evaluations: {self.evaluations} is less than 1")
 
 
 @contextmanager
-def _sample_set(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _sample_set(path: Path) -> Iterator[tuple[Any, SamplesRecord]]:
     try:
         archive = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
@@ -132,19 +137,16 @@ def _sample_set(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         ) from None
 
 
-def _samples_record(path: Path, archive: Any) -> dict[str, Any]:
+def _samples_record(path: Path, archive: Any) -> SamplesRecord:
     if RECORD not in archive.files:
         raise ValueError(f"no {RECORD} in it: another version of ddpm made it")
     value = json.loads(archive[RECORD], parse_constant=records._no_constant)
     if not isinstance(value, dict) or value.get(records.CHECKSUM) != records.record_digest(value):
         raise ValueError(f"its {RECORD} is not what its checksum says")
-    try:
-        _AboutSamples.model_validate(value)
-    except ValidationError as error:
-        raise ValueError(f"{RECORD}: {one_line(error)}") from None
-    if value["point"] != path.stem:
-        raise ValueError(f"it holds the images of {value['point']}")
-    return value
+    record = records.build(SamplesRecord, value)
+    if record.point != path.stem:
+        raise ValueError(f"it holds the images of {record.point}")
+    return record
 
 
 def _declared(archive: Any) -> tuple[int, ...]:

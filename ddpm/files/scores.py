@@ -82,7 +82,7 @@ def read_report(root: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     record = folder / "front.json"
     front = records.read_record(record)
     for name in front["files"]:
-        records.read_described(record, front, folder / name)
+        records.read_described(record, front["files"], folder / name)
     rows = records.read_csv(folder / "points.csv") if "points.csv" in front["files"] else []
     return records.read_record(folder / "best.json"), rows
 

@@ -1,9 +1,16 @@
-"""Reads YAML files, and refuses what no parser should be asked for."""
+"""Reads YAML files, refuses what no parser should be asked for, and changes values without a change of the rest."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from ddpm.errors import InputError
 
@@ -44,3 +51,33 @@ def parse_yaml(text: str, where: str) -> Any:
     except Exception as error:  # noqa: BLE001 - a tag such as !!int lets what int() and others raise through
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{where}: not readable as YAML: {why}; mend it") from None
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes `null` as it was read; ruamel's own writes nothing."""
+
+    def represent_none(self, data: None) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_none)
+
+
+def rewritten(text: str, change: Callable[[Any], None]) -> str:
+    """YAML text after `change` has been at its document."""
+    yaml = YAML()
+    yaml.Representer = _Representer
+    yaml.preserve_quotes = True
+    yaml.width = 1_000_000  # never folds a line
+    document = yaml.load(text)
+    change(document)
+    written = io.StringIO()
+    yaml.dump(document, written)
+    return written.getvalue()
+
+
+def flow_row(row: Mapping[str, Any]) -> CommentedMap:
+    """A row of a table, written on one line: {key: value, ...}."""
+    mapping = CommentedMap(row)
+    mapping.fa.set_flow_style()
+    return mapping

@@ -6,7 +6,7 @@ At 128 channels, multipliers (1, 2, 2, 2), 2 blocks, attention at 16 and 32x32 R
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,70 @@ def _widths(channels: int, multipliers: Sequence[float]) -> list[int]:
     return widths
 
 
+def _check_width(channels: int, multiple: int) -> None:
+    if channels < 8 or channels % multiple:
+        raise ValueError(f"channels = {channels} must be a multiple of {multiple}, and 8 or more")
+
+
+def _check_counts(blocks: int, heads: int, classes: int) -> None:
+    if not 1 <= blocks <= MOST_BLOCKS or heads < 1:
+        raise ValueError(f"blocks = {blocks} must lie in 1 ... {MOST_BLOCKS}, and heads = {heads} be 1 or more")
+    if classes < 0:
+        raise ValueError(f"classes = {classes} must be 0 (unconditional) or more")
+
+
+def _sides(image_size: int, levels: int, attention: Sequence[int]) -> list[int]:
+    """The side of each resolution, in pixels."""
+    if image_size % 2 ** (levels - 1):
+        raise ValueError(f"image_size {image_size} cannot be halved {levels - 1} times")
+    sides = [image_size // 2**level for level in range(levels)]
+    for side in attention:
+        if side not in sides:
+            raise ValueError(
+                f"attention at {side}x{side} never occurs: the resolutions are {', '.join(map(str, sides))}"
+            )
+    return sides
+
+
+def _heads(channels: int, heads: int, head_channels: int | None) -> int:
+    if head_channels is None:
+        return heads
+    if channels % head_channels:
+        raise ValueError(f"head_channels = {head_channels} must divide the channels wherever there is attention")
+    return channels // head_channels
+
+
+MakeStage = Callable[[int, int, bool], Stage]
+Levels = Sequence[tuple[int, bool]]  # the width of each resolution, and whether it has attention
+
+
+def _down(
+    stage: MakeStage, channels: int, levels: Levels, blocks: int, symmetric_padding: bool
+) -> tuple[nn.ModuleList, list[int]]:
+    """The way down, and the widths that the way up takes over from it."""
+    down, skips, width = nn.ModuleList(), [channels], channels
+    for level, (to, attend) in enumerate(levels):
+        for _ in range(blocks):
+            down.append(stage(width, to, attend))
+            width = to
+            skips.append(width)
+        if level < len(levels) - 1:
+            down.append(Downsample(width, symmetric_padding))
+            skips.append(width)
+    return down, skips
+
+
+def _up(stage: MakeStage, skips: list[int], levels: Levels, blocks: int) -> nn.ModuleList:
+    up, width = nn.ModuleList(), levels[-1][0]
+    for level, (to, attend) in reversed(list(enumerate(levels))):
+        for _ in range(blocks + 1):
+            up.append(stage(width + skips.pop(), to, attend))
+            width = to
+        if level > 0:
+            up.append(Upsample(width))
+    return up
+
+
 class UNet(nn.Module):
     """net(x, t) -> a prediction like x; net(x, t, labels) where there are classes.
 
@@ -136,7 +200,7 @@ class UNet(nn.Module):
     head_channels, the width of a head, instead of `heads`; symmetric_padding, of what halves the sides. Raises ValueError.
     """
 
-    def __init__(  # noqa: PLR0912 - what is refused
+    def __init__(
         self,
         image_channels: int = 3,
         image_size: int = 32,
@@ -153,24 +217,12 @@ class UNet(nn.Module):
         symmetric_padding: bool = False,
     ) -> None:
         super().__init__()
-        sides = [image_size // 2**level for level in range(len(multipliers))]
-        if image_size % 2 ** (len(multipliers) - 1):
-            raise ValueError(f"image_size {image_size} cannot be halved {len(multipliers) - 1} times")
-        multiple = 8 if norm_groups is None else 2
-        if channels < 8 or channels % multiple:
-            raise ValueError(f"channels = {channels} must be a multiple of {multiple}, and 8 or more")
-        for side in attention:
-            if side not in sides:
-                raise ValueError(
-                    f"attention at {side}x{side} never occurs: the resolutions are {', '.join(map(str, sides))}"
-                )
-        if not 1 <= blocks <= MOST_BLOCKS or heads < 1:
-            raise ValueError(f"blocks = {blocks} must lie in 1 ... {MOST_BLOCKS}, and heads = {heads} be 1 or more")
+        _check_width(channels, 8 if norm_groups is None else 2)
+        _check_counts(blocks, heads, classes)
+        sides = _sides(image_size, len(multipliers), attention)
         widths = _widths(channels, multipliers)
         if any(width % heads for width in widths):
             raise ValueError(f"heads = {heads} must divide the channels of every resolution")
-        if classes < 0:
-            raise ValueError(f"classes = {classes} must be 0 (unconditional) or more")
         norm_groups = norm_groups or groups(channels)
         embedding = 4 * channels
         self.channels, self.classes = channels, classes
@@ -180,38 +232,16 @@ class UNet(nn.Module):
             block = ResidualBlock(channels_in, channels_out, embedding, norm_groups, dropout)
             if not attend:
                 return Stage(block, nn.Identity())
-            if head_channels is not None and channels_out % head_channels:
-                raise ValueError(
-                    f"head_channels = {head_channels} must divide the channels wherever there is attention"
-                )
-            return Stage(
-                block, Attention(channels_out, norm_groups, channels_out // head_channels if head_channels else heads)
-            )
+            return Stage(block, Attention(channels_out, norm_groups, _heads(channels_out, heads, head_channels)))
 
+        levels = [(width, side in attention) for width, side in zip(widths, sides, strict=True)]
         self.first = nn.Conv2d(image_channels, channels, 3, padding=1)
-        skips, width = [channels], channels
-        self.down = nn.ModuleList()
-        for level, (to, side) in enumerate(zip(widths, sides, strict=True)):
-            for _ in range(blocks):
-                self.down.append(stage(width, to, side in attention))
-                width = to
-                skips.append(width)
-            if level < len(widths) - 1:
-                self.down.append(Downsample(width, symmetric_padding))
-                skips.append(width)
-
+        self.down, skips = _down(stage, channels, levels, blocks, symmetric_padding)
+        width = widths[-1]
         self.middle = nn.ModuleList([stage(width, width, attend) for attend in (True, False)])
-
-        self.up = nn.ModuleList()
-        for level, (to, side) in reversed(list(enumerate(zip(widths, sides, strict=True)))):
-            for _ in range(blocks + 1):
-                self.up.append(stage(width + skips.pop(), to, side in attention))
-                width = to
-            if level > 0:
-                self.up.append(Upsample(width))
-
-        self.last_norm = NormSwish(norm_groups, width, eps=1e-6)
-        self.last = _zero(nn.Conv2d(width, out_channels or image_channels, 3, padding=1))
+        self.up = _up(stage, skips, levels, blocks)
+        self.last_norm = NormSwish(norm_groups, widths[0], eps=1e-6)
+        self.last = _zero(nn.Conv2d(widths[0], out_channels or image_channels, 3, padding=1))
         # Comes last: the other weights start the same with and without it. Classes start apart: from zero they part slowly
         # (digits after 300 steps: a classifier recognises 14% of the classes asked for, instead of 84%).
         self.label = nn.Embedding(classes + 1, embedding) if classes else None
@@ -243,3 +273,6 @@ class UNet(nn.Module):
         for layer in self.up:
             h = layer(h) if isinstance(layer, Upsample) else layer(torch.cat([h, skips.pop()], dim=1), embedding)
         return self.last(self.last_norm(h))
+
+
+NETWORK = UNet

@@ -8,6 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from ddpm.files.models import BoundRecord, ModelRecord
 from ddpm.reporting.page import render
 from ddpm.scores.metrics import METRICS
 
@@ -28,15 +29,14 @@ def card(
     point: str,
     settings: Mapping[str, Any],
     metrics: Mapping[str, Any],
-    about: Mapping[str, Any],
-    likelihood: Mapping[str, Any] | None = None,
+    model: ModelRecord,
+    likelihood: BoundRecord | None = None,
 ) -> str:
     """The body, in Markdown, at most LONGEST characters.
 
     name: of the registered model. settings: the sampler row's options, `steps` and `clip`. metrics: of metrics/POINT.json.
-    about: model.json. likelihood: of metrics/likelihood/SCHEDULE.json.
+    model: the record of the model. likelihood: the record of its bound.
     """
-    training, data = about["training"], about["data"]
     text = render(
         "card.md.jinja",
         name=name,
@@ -44,31 +44,29 @@ def card(
         settings=dict(settings),
         metrics=metrics,
         scores=[(key, METRICS[key]) for key in METRICS if metrics.get(key) is not None],
-        likelihood={split: likelihood[split] for split in ("train", "test") if split in likelihood}
-        if likelihood
-        else {},
-        about=about,
-        training=training,
-        data=data,
-        licence=LICENCES[data["name"]],
-        conditional="classes" in about["network"],
+        likelihood=likelihood.splits if likelihood else {},
+        model=model,
+        training=model.training,
+        data=model.data,
+        licence=LICENCES[model.data.name],
+        conditional=model.network.classes > 0,
     )
     return text[:LONGEST]
 
 
-def with_front_matter(body: str, name: str, metrics: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+def with_front_matter(body: str, name: str, metrics: Mapping[str, Any], model: ModelRecord) -> str:
     """The card as a file of its own, headed by what model hubs read: licence, tags, datasets, metrics."""
-    data = about["data"]
+    data = model.data.name
     hub = {key: NAMES.get(key, key) for key in METRICS if metrics.get(key) is not None}
     entry = {
         "task": {"type": "unconditional-image-generation"},
-        "dataset": {"name": data["name"], "type": data["name"], "revision": data["sha256"]},
+        "dataset": {"name": data, "type": data, "revision": model.data.sha256},
         "metrics": [{"type": kind, "name": METRICS[key].title, "value": metrics[key]} for key, kind in hub.items()],
     }
     matter = {
-        "license": "apache-2.0" if data["name"] in OPEN else "other",
+        "license": "apache-2.0" if data in OPEN else "other",
         "tags": ["diffusion", "ddpm", "unconditional-image-generation", "pytorch"],
-        "datasets": [data["name"]],
+        "datasets": [data],
         "metrics": list(hub.values()),
         "model-index": [{"name": name, "results": [entry]}],
     }

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
+from ddpm.files.dataset import DatasetRecord
 from ddpm.files.params import Params
 
 
@@ -20,7 +19,7 @@ def schedule_of(params: Params, name: str, timesteps: int) -> NoiseSchedule:
         raise InputError(f"schedules.{name}: {error}") from None
 
 
-def data_mean_square(about: dict[str, Any]) -> float:
+def data_mean_square(record: DatasetRecord) -> float:
     """E[x_0^2] in units of [-1, 1], from dataset.json's mean and deviation per channel in 0 ... 1."""
-    squares = [(2 * mean - 1) ** 2 + 4 * std**2 for mean, std in zip(about["mean"], about["std"], strict=True)]
+    squares = [(2 * mean - 1) ** 2 + 4 * std**2 for mean, std in zip(record.mean, record.std, strict=True)]
     return float(np.mean(squares))

@@ -7,14 +7,13 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from ddpm.errors import InputError
-from ddpm.files import arrays, paths, pictures, records
-from ddpm.files.dataset import Dataset
+from ddpm.files import arrays, models, paths, pictures, records
+from ddpm.files.dataset import Dataset, DatasetRecord
+from ddpm.files.models import BoundRecord, TrainingRecord
 from ddpm.files.params import Params, Point
 from ddpm.files.samples import read_samples
 from ddpm.reporting.diagnostics import data_mean_square, schedule_of
@@ -57,7 +56,7 @@ def page(
     points, training = {row["point"]: row for row in rows}, _training(params, root)
     return render(
         "report.html.jinja",
-        title=f"{dataset.about['name']}: which schedule, which sampler, how many steps?",
+        title=f"{dataset.record.name}: which schedule, which sampler, how many steps?",
         metric=RANKING,
         rows=rows,
         columns=_columns(rows),
@@ -71,9 +70,9 @@ def page(
         shown=SHOWN,
         training=training,
         likelihood=_likelihood(params, root),
-        schedules=_schedules(params, training["last"], dataset.about),
+        schedules=_schedules(params, training["last"], dataset.record),
         neighbours=_neighbours(root, best, dataset, params.training.flip),
-        dataset=dataset.about,
+        dataset=dataset.record,
         preview=_png(pictures.grid(dataset.train[: 2 * SHOWN], columns=2 * SHOWN)) if _small(dataset.train) else None,
         parameters=_parameters(params),
         begin=BEGIN,
@@ -186,55 +185,12 @@ def _strip(images: arrays.Images) -> str:
 # Sections.
 
 
-class _Trained(records.Record):
-    """metrics/train/SCHEDULE.json."""
-
-    schedule: str
-    steps: int
-    parameters: int
-    loss: float | None
-    validation_loss: float | None
-    timesteps: Annotated[int, Field(ge=1, le=100_000)] | None = None
-
-
-class _Split(records.Record):
-    bits_per_dim: float
-    bits_per_dim_error: float
-    prior: float
-    prior_error: float
-    kl: float
-    kl_error: float
-    decoder: float
-    decoder_error: float
-    images: int
-
-
-class _Bound(records.Record):
-    """metrics/likelihood/SCHEDULE.json."""
-
-    schedule: str
-    train: _Split | None = None
-    test: _Split | None = None
-
-
 Table = list[dict[str, float | None]]
 
 
-def _record(root: Path, path: Path, schedule: str, kind: type[records.Record]) -> Row | None:
-    """Reads the record of a training or of a bound; None where there is none. Raises InputError."""
-    if not (root / path).exists():
-        return None
-    about = records.read_record(root / path, kind)
-    if about["schedule"] != schedule:
-        raise InputError(f"{path}: of schedule '{about['schedule']}'; restore it, or make it again (dvc repro)")
-    return about
-
-
-def _table(root: Path, record: Path, about: Row | None, table: Path) -> Table:
-    """Reads a CSV file of numbers and empty cells that a record describes; nothing without a record. Raises InputError."""
-    if about is None:
-        return []
-    rows = records.read_csv(records.read_described(record, about, root / table))
+def _table(root: Path, record: Path, files: Mapping[str, str], table: Path) -> Table:
+    """Reads a CSV file of numbers and empty cells that a record describes. Raises InputError."""
+    rows = records.read_csv(records.read_described(record, files, root / table))
     return [{key: float(cell) if cell else None for key, cell in row.items()} for row in rows]
 
 
@@ -260,19 +216,23 @@ def check_records(params: Params, root: Path) -> None:
         _bound(root, name)
 
 
-def _trained(root: Path, schedule: str) -> tuple[Row | None, Table, Table]:
-    """-> the record of a training, its history, and its losses by network time. Raises InputError."""
+def _trained(root: Path, schedule: str) -> tuple[TrainingRecord | None, Table, Table]:
+    """-> the record of a training, its history, and its losses by network time; nothing without one. Raises InputError."""
     path = paths.training_metrics_file(schedule)
-    about = _record(root, path, schedule, _Trained)
+    if not (root / path).exists():
+        return None, [], []
+    record = models.read_training(root, schedule)
     history, by_time = paths.history_file(schedule), paths.losses_by_time_file(schedule)
-    return about, _table(root, path, about, history), _table(root, path, about, by_time)
+    return record, _table(root, path, record.files, history), _table(root, path, record.files, by_time)
 
 
-def _bound(root: Path, schedule: str) -> tuple[Row | None, Table]:
-    """-> the record of a bound, and its curve. Raises InputError."""
+def _bound(root: Path, schedule: str) -> tuple[BoundRecord | None, Table]:
+    """-> the record of a bound, and its curve; nothing without one. Raises InputError."""
     path = paths.likelihood_file(schedule)
-    about = _record(root, path, schedule, _Bound)
-    return about, _table(root, path, about, paths.likelihood_curve_file(schedule))
+    if not (root / path).exists():
+        return None, []
+    record = models.read_bound(root, schedule)
+    return record, _table(root, path, record.files, paths.likelihood_curve_file(schedule))
 
 
 def _training(params: Params, root: Path) -> Row:
@@ -327,16 +287,17 @@ def _finish(figure: Any) -> None:
     figure.set_layout_engine("tight")
 
 
-def _schedules(params: Params, trained: Mapping[str, Mapping[str, Any]], about: dict[str, Any]) -> Row:
+def _schedules(params: Params, trained: Mapping[str, TrainingRecord], data: DatasetRecord) -> Row:
     """What each noise schedule of the sweep does to this data. An imported network has a T of its own, of which its training
     record tells; without that, such a schedule has no row.
     """
     from ddpm.diffusion.forward import summary
 
-    square, rows, unknown = data_mean_square(about), {}, []
+    square, rows, unknown = data_mean_square(data), {}, []
     for name in params.sweep.schedules:
         imported = params.schedules[name].imported is not None
-        T = trained.get(name, {}).get("timesteps") if imported else params.diffusion.timesteps
+        known = trained[name].timesteps if name in trained else None
+        T = known if imported else params.diffusion.timesteps
         if T is None:
             unknown.append(name)
         else:

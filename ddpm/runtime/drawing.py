@@ -17,6 +17,7 @@ from ddpm.diffusion.samplers import check_options, noise_levels, trajectory
 from ddpm.diffusion.schedule import SCHEDULES, NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.files import checkpoint
+from ddpm.files.models import ModelRecord
 from ddpm.files.params import Params, Point, Sampler
 from ddpm.runtime import compiling
 
@@ -60,20 +61,20 @@ def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: 
         raise InputError(f"{point.name}: {error}") from None
 
 
-def class_labels(about: dict[str, Any], count: int, label: str | int | None = None) -> np.ndarray | None:
-    """The class of each of `count` images, int64; None for an unconditional model. about: model.json.
+def class_labels(model: ModelRecord, count: int, label: str | int | None = None) -> np.ndarray | None:
+    """The class of each of `count` images, int64; None for an unconditional model.
 
     label: the name of a class, or its number. Without one each class is as frequent as among the training images, which scores
     compare with; where these are about alike, image i is of class i mod classes. Raises ValueError.
     """
-    classes = about["network"].get("classes", 0)
+    classes = model.network.classes
     if not classes:
         if label is not None:
             raise ValueError("this model is unconditional: it takes no label")
         return None
     if label is None:
-        return _as_frequent(about["data"].get("class_counts") or [1] * classes, count)
-    names = about["data"]["classes"]
+        return _as_frequent(model.data.class_counts or [1] * classes, count)
+    names = model.data.classes or []
     if str(label) in names:
         return np.full(count, names.index(str(label)))
     if str(label).isdecimal() and int(label) < classes:
@@ -99,7 +100,7 @@ def _as_frequent(counts: list[int], total: int) -> np.ndarray:
 @torch.inference_mode()
 def generate(
     denoiser: Denoiser,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     indices: range,
     *,
     seed: int,
@@ -145,9 +146,9 @@ def generate(
 
 def prepared_denoiser(
     path: Path, device: torch.device, clip: bool | float, precision: str, compiled: bool
-) -> tuple[Denoiser, dict[str, Any]]:
+) -> tuple[Denoiser, ModelRecord]:
     """A checkpoint's denoiser, as the `sampling` section wants it computed. Raises InputError."""
-    denoiser, about = checkpoint.load(path, device, clip)
+    denoiser, model = checkpoint.load(path, device, clip)
     net = compiling.compiled(denoiser.net, "sampling") if compiled else denoiser.net
     if precision == "bfloat16":
         plain = net
@@ -156,4 +157,4 @@ def prepared_denoiser(
             with torch.autocast(device.type, torch.bfloat16):
                 return plain(x, t, *labels).float()
 
-    return Denoiser(net, denoiser.schedule, denoiser.target, clip), about
+    return Denoiser(net, denoiser.schedule, denoiser.target, clip), model

@@ -79,7 +79,7 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
         "reference_images": len(real),
         "layer": protocol.layer,
         "evaluation": protocol.model_dump(mode="json"),
-        "reference": dataset.about["sha256"],
+        "reference": dataset.record.sha256,
         "extractor": inception.EXTRACTOR,
         "extractor_sha256": extractor.sha256,
         "samples": found.sha256,

@@ -28,16 +28,16 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
     torch.set_num_threads(settings.threads)
     checkpoint.require_trained(params, schedule, root)
     models.read_trained(root, schedule)
-    denoiser, about = checkpoint.load(
+    denoiser, model = checkpoint.load(
         root / paths.model_dir(schedule), find_device(params.compute.device), settings.clip
     )
     dataset = read_dataset(root)
-    if list(dataset.train.shape[1:]) != about["data"]["shape"]:
+    if list(dataset.train.shape[1:]) != model.data.shape:
         raise InputError(
-            f"models/{schedule} takes images of shape {about['data']['shape']}, the dataset's are "
+            f"models/{schedule} takes images of shape {model.data.shape}, the dataset's are "
             f"{list(dataset.train.shape[1:])}; train again"
         )
-    labels = {"train": dataset.train_labels, "test": dataset.test_labels} if "classes" in about["network"] else {}
+    labels = {"train": dataset.train_labels, "test": dataset.test_labels} if model.network.classes else {}
     splits = {"train": chosen(dataset.train, settings.images), "test": chosen(dataset.test, settings.images)}
     splits = {name: images for name, images in splits.items() if len(images) > 1}
     if not splits:
@@ -71,13 +71,12 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
                 )
         except ValueError as error:
             raise InputError(f"likelihood: {error}") from None
-    learned = (about["network"].get("out_channels") or 0) > about["network"]["image_channels"]
     scores = {
         "schedule": schedule,
-        "model": about["weights_sha256"],
-        "dataset": dataset.about["sha256"],
+        "model": model.weights_sha256,
+        "dataset": dataset.record.sha256,
         "seed": params.seed,
-        "variance": "learned" if learned else settings.variance,
+        "variance": "learned" if model.network.learned_variance else settings.variance,
         "clip": settings.clip,
         "times": times,
         **{name: split_scores(bound) for name, bound in bounds.items()},

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddpm.errors import InputError
 from ddpm.files import pictures
 from ddpm.files.arrays import Images
-from ddpm.files.dataset import Dataset, writing_dataset
+from ddpm.files.dataset import DatasetRecord, NewDataset, read_dataset_record, writing_dataset
 from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.sources import image_folder
@@ -22,8 +23,8 @@ COLUMNS, ROWS = 10, 20  # of the preview, at most
 PREVIEW_SIDE = 64  # pixels; larger images are thinned out
 
 
-def prepare(params: Params, root: Path = Path(), report: Report = silent) -> dict[str, Any]:
-    """Writes the dataset that `params.data` describes below `root`; gives the content of dataset.json.
+def prepare(params: Params, root: Path = Path(), report: Report = silent) -> DatasetRecord:
+    """Writes the dataset that `params.data` describes below `root`, and returns its record.
 
     Raises InputError, and then leaves an earlier dataset as it was.
     """
@@ -32,31 +33,32 @@ def prepare(params: Params, root: Path = Path(), report: Report = silent) -> dic
         raise InputError(f"{params.data.path}: no training images: add some, or lower data.test_fraction")
     total = sum(source.counts)
     report(Progress(0, total, "images"))
-    with writing_dataset(root, source.shape, source.counts, source.labels, preview) as dataset:
-        source.fill(dataset.train, dataset.test)
-        dataset.about.update(_about(source, dataset))
+    with writing_dataset(root, source.shape, source.counts, source.labels) as new:
+        source.fill(new.train, new.test)
+        new.description = _about(source, new)
+        new.picture = preview(new.train, new.train_labels, len(source.classes or ()))
     report(Progress(total, total, "images", message=_summary(source)))
-    return dataset.about
+    return read_dataset_record(root)
 
 
-def preview(dataset: Dataset) -> Images:
+def preview(train: Images, labels: NDArray[np.int64] | None, classes: int) -> Images:
     """-> one uint8 C,H,W picture of training images, 10 columns, at most 20 rows: a row per class if there are any.
 
     A class with fewer than 10 images leaves the rest of its row white.
     """
-    step = math.ceil(dataset.train.shape[-1] / PREVIEW_SIDE)
-    if dataset.train_labels is None:
-        return pictures.grid(dataset.train[: ROWS * COLUMNS, :, ::step, ::step], COLUMNS)
-    classes = len(dataset.about["classes"][:ROWS])
-    shape = dataset.train[:1, :, ::step, ::step].shape[1:]
+    step = math.ceil(train.shape[-1] / PREVIEW_SIDE)
+    if labels is None:
+        return pictures.grid(train[: ROWS * COLUMNS, :, ::step, ::step], COLUMNS)
+    classes = min(classes, ROWS)
+    shape = train[:1, :, ::step, ::step].shape[1:]
     images = np.full((classes, COLUMNS, *shape), 255, np.uint8)
     for label in range(classes):
-        members = np.flatnonzero(dataset.train_labels == label)[:COLUMNS]
-        images[label, : len(members)] = dataset.train[members, :, ::step, ::step]
+        members = np.flatnonzero(labels == label)[:COLUMNS]
+        images[label, : len(members)] = train[members, :, ::step, ::step]
     return pictures.grid(images.reshape(-1, *shape), COLUMNS)
 
 
-def _about(source: Source, dataset: Dataset) -> dict[str, Any]:
+def _about(source: Source, dataset: NewDataset) -> dict[str, Any]:
     mean, deviation = mean_and_deviation(dataset.train)
     return {
         "name": source.name,
@@ -71,7 +73,7 @@ def _about(source: Source, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _class_counts(dataset: Dataset, classes: tuple[str, ...] | None) -> list[int] | None:
+def _class_counts(dataset: NewDataset, classes: tuple[str, ...] | None) -> list[int] | None:
     if classes is None or dataset.train_labels is None:
         return None
     return [int(count) for count in np.bincount(dataset.train_labels, minlength=len(classes))]
@@ -91,7 +93,7 @@ def mean_and_deviation(images: Images) -> tuple[list[float], list[float]]:
     return [round(value, 6) for value in mean], [round(math.sqrt(value) / 255, 6) for value in variance]
 
 
-def _version(dataset: Dataset) -> str:
+def _version(dataset: NewDataset) -> str:
     digest = hashlib.sha256()
     for array in (dataset.train, dataset.test, dataset.train_labels, dataset.test_labels):
         if array is not None:

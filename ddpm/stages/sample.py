@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ddpm.errors import InputError
 from ddpm.files import checkpoint, models, paths, pictures, samples
+from ddpm.files.models import ModelRecord
 from ddpm.files.params import Params, Point
 from ddpm.provenance import code
 from ddpm.runtime import drawing
@@ -19,10 +19,10 @@ from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.runtime.stopping import Stopped, deferred
 
 
-def sampling_key(params: Params, point: Point, about: dict[str, Any], device: torch.device) -> str:
-    """Names everything that decides the images of a point, the code among it. about: model.json."""
+def sampling_key(params: Params, point: Point, model: ModelRecord, device: torch.device) -> str:
+    """Names everything that decides the images of a point, the code among it."""
     settings = [params.seed, params.samplers[point.sampler].options(), params.sampling.model_dump(mode="json")]
-    decisive = [about, settings, point.steps, device.type, code.digest(__name__)]
+    decisive = [model.content, settings, point.steps, device.type, code.digest(__name__)]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
@@ -37,17 +37,17 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
     device = find_device(params.compute.device)
     checkpoint.require_trained(params, point.schedule, root)
     models.read_trained(root, point.schedule)
-    denoiser, about = drawing.prepared_denoiser(
+    denoiser, model = drawing.prepared_denoiser(
         root / paths.model_dir(point.schedule), device, settings.clip, settings.precision, settings.compile
     )
-    network = about["network"]
-    learned = (network.get("out_channels") or 0) > network["image_channels"]
-    drawing.check_point(params, point, denoiser.schedule, learned, conditional=bool(network.get("classes")))
+    drawing.check_point(
+        params, point, denoiser.schedule, model.network.learned_variance, conditional=model.network.classes > 0
+    )
     row, path, total = params.samplers[point.sampler], root / paths.samples_file(point), settings.images
-    channels, height, width = about["data"]["shape"]
-    labels = drawing.class_labels(about, total)
+    channels, height, width = model.data.shape
+    labels = drawing.class_labels(model, total)
     folder = root / paths.CACHE / "sampling" / point.name
-    kept = samples.KeptImages(folder, sampling_key(params, point, about, device), (total, channels, height, width))
+    kept = samples.KeptImages(folder, sampling_key(params, point, model, device), (total, channels, height, width))
     batches = [range(start, min(start + settings.batch, total)) for start in range(0, total, settings.batch)]
     evaluations = 0
     with kept as images, deferred() as signalled, memory_errors(point.name, "lower sampling.batch"):
@@ -85,7 +85,7 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
             kept.keep(batch, evaluations)
             made += len(batch)
         drawn_with = {"seed": params.seed, "row": row.options(), "sampling": settings.model_dump(mode="json")}
-        samples.write_samples(path, images, evaluations, about["weights_sha256"], labels, drawn_with)
+        samples.write_samples(path, images, evaluations, model.weights_sha256, labels, drawn_with)
         pictures.write_png(path.with_suffix(".png"), pictures.preview(images))
     kept.remove()
     return evaluations

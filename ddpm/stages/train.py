@@ -13,6 +13,8 @@ import json
 import math
 import shutil
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ddpm.errors import InputError
 from ddpm.files import arrays, checkpoint, paths, records
 from ddpm.files.checkpoint import ResumeState
 from ddpm.files.dataset import Dataset, read_dataset
+from ddpm.files.models import NetworkEntry, ScheduleEntry
 from ddpm.files.params import Params
 from ddpm.provenance import code
 from ddpm.runtime import ranks
@@ -47,26 +50,29 @@ def noise_schedule(params: Params, name: str) -> NoiseSchedule:
     if name not in params.schedules:
         raise InputError(f"no row '{name}' in schedules; there are {', '.join(params.schedules)}")
     try:
-        return checkpoint.noise_schedule(about_schedule(params, name))
+        return checkpoint.noise_schedule(schedule_entry(params, name))
     except ValueError as error:
         raise InputError(f"schedules.{name}: {error}") from None
 
 
-def about_schedule(params: Params, name: str) -> dict[str, Any]:
+def schedule_entry(params: Params, name: str) -> ScheduleEntry:
     """The `schedule` entry of model.json."""
-    return {"name": name, "timesteps": params.diffusion.timesteps, **params.schedules[name].options()}
+    row = params.schedules[name].options()
+    return ScheduleEntry(name, params.diffusion.timesteps, row.pop("schedule"), row)
 
 
-def about_network(params: Params, shape: tuple[int, int, int], classes: int = 0) -> dict[str, Any]:
+def network_entry(params: Params, shape: tuple[int, int, int], classes: int = 0) -> NetworkEntry:
     """The `network` entry of model.json. shape: C, H, W of the data; classes: 0 if unconditional. Raises InputError."""
     channels, height, width = shape
     if height != width:
         raise InputError(
             f"the network takes square images, and the dataset's are {height}x{width}; set data.size and data.fit"
         )
-    about = {"kind": "unet", "image_channels": channels, "image_size": height, **params.network.model_dump(mode="json")}
-    about |= {"out_channels": 2 * channels} if params.diffusion.variance == "learned" else {}
-    return about | ({"classes": classes} if classes else {})
+    section = params.network.model_dump(mode="json")
+    settings = {"image_channels": channels, "image_size": height, **section}
+    settings |= {"out_channels": 2 * channels} if params.diffusion.variance == "learned" else {}
+    settings |= {"classes": classes} if classes else {}
+    return NetworkEntry.of(settings.pop("kind"), settings)
 
 
 def class_count(params: Params, dataset: Dataset) -> int:
@@ -75,10 +81,10 @@ def class_count(params: Params, dataset: Dataset) -> int:
         return 0
     if dataset.train_labels is None:
         raise InputError(
-            f"diffusion.conditional is true, but the dataset {dataset.about['name']} has no classes; put its images into a"
+            f"diffusion.conditional is true, but the dataset {dataset.record.name} has no classes; put its images into a"
             " folder for each class, or set it to false"
         )
-    return len(dataset.about["classes"])
+    return len(dataset.record.classes or ())
 
 
 def training_key(params: Params, schedule: str, dataset: str) -> str:
@@ -123,7 +129,38 @@ def _read_dataset(root: Path, world: World) -> Dataset:
     return dataset
 
 
-def _train(  # noqa: PLR0912, PLR0915 - the loop and all that it needs
+@dataclass
+class Training:
+    """A training under way.
+
+    rows: of the history. losses: of the steps since the last row. bar: the loss above which a row counts as bad.
+    saved: the step of the newest saved state. folder: where the states lie.
+    """
+
+    params: Params
+    schedule: str
+    network: NetworkEntry
+    state: TrainingState
+    denoiser: Denoiser
+    validation: Validation
+    world: World
+    report: Report
+    folder: Path
+    rows: list[dict[str, Any]]
+    losses: list[torch.Tensor]
+    bar: float
+    saved: int
+
+    def failure(self, what: str, step: Step) -> InputError:
+        """The line that ends a training which cannot become good."""
+        file = f" ({checkpoint.resume_file(self.folder, self.saved)})" if self.saved else ", the start"
+        return InputError(
+            f"train {self.schedule}: {what} at step {step.step} (learning rate {step.learning_rate:g}); the last good state is"
+            f" at step {self.saved}{file}; lower training.learning_rate"
+        )
+
+
+def _train(
     params: Params,
     schedule: str,
     dataset: Dataset,
@@ -133,41 +170,59 @@ def _train(  # noqa: PLR0912, PLR0915 - the loop and all that it needs
     world: World,
     device: torch.device,
 ) -> dict[str, Any]:
+    training, steps = _set_up(params, schedule, dataset, root, report, fresh, world, device)
+    total = params.training.steps
+    with deferred() as signalled:
+        while training.state.step < total:
+            step = next(steps)
+            _observe(training, step)
+            last = step.step == total
+            signal = world.largest(signalled())  # sent to one, it ends all of them after the same step
+            sound = (
+                not training.rows or training.rows[-1]["loss"] <= training.bar
+            )  # else the last good state stays the newest
+            if last or (sound and (signal or step.step - training.saved >= params.compute.checkpoint_every)):
+                _save(training, step)
+            if signal and not last:
+                raise Stopped(
+                    f"train {schedule}: stopped; the next run goes on after step {training.saved}, of {total}", signal
+                )
+    return _write(training, dataset, root) if world.rank == 0 else {}
+
+
+def _set_up(
+    params: Params,
+    schedule: str,
+    dataset: Dataset,
+    root: Path,
+    report: Report,
+    fresh: bool,
+    world: World,
+    device: torch.device,
+) -> tuple[Training, Iterator[Step]]:
+    """Makes the network, brings it to the newest saved state, and gives the steps from there on. Raises InputError."""
     settings = params.training
     noise = noise_schedule(params, schedule)
-    writer = world.rank == 0
     objective = _objective(params, schedule, device)
-    network = about_network(params, dataset.train.shape[1:], class_count(params, dataset))
-    if settings.flip and not dataset.about["flip"]:
-        report(
-            Progress(
-                0, settings.steps, "steps", message=f"training.flip: {dataset.about['name']} may not read mirrored"
-            )
-        )
+    network = network_entry(params, dataset.train.shape[1:], class_count(params, dataset))
+    if settings.flip and not dataset.record.flip:
+        message = f"training.flip: {dataset.record.name} may not read mirrored"
+        report(Progress(0, settings.steps, "steps", message=message))
     torch.set_num_threads(settings.threads)
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)
         net = checkpoint.network(network).to(device).to(memory_format=torch.channels_last)
     state = TrainingState(net)
-    key = training_key(params, schedule, dataset.about["sha256"])
-    folder = root / paths.CACHE / "training" / f"{schedule}-{key[:16]}"
-    if world.largest(int(world.told(key) != key)):
-        raise InputError(
-            f"train {schedule}: its processes differ in their data, parameters or code; give all of them the same"
-        )
-    if fresh and writer:
+    folder = _state_folder(params, schedule, dataset, root, world)
+    if fresh and world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     rows, losses = _resume(folder, state, settings.steps, report, world)
-
     images = _placed(dataset.train, device)
     labels = torch.from_numpy(np.array(dataset.train_labels)).to(device) if params.diffusion.conditional else None
     validation = _validation(params, dataset, objective, device)
     denoiser = Denoiser(state.ema, noise, params.diffusion.target, clip=True)
-    bar = DIVERGED * _loss_of_nothing(
-        images[:BASE_IMAGES].to(device), objective, network.get("out_channels", images.shape[1])
-    )
-    forward = compiled(world.module(net), "training") if settings.compile else world.module(net)
+    base = images[:BASE_IMAGES].to(device)
+    bar = DIVERGED * _loss_of_nothing(base, objective, network.out_channels or images.shape[1])
     steps = fit(
         state,
         images,
@@ -180,61 +235,59 @@ def _train(  # noqa: PLR0912, PLR0915 - the loop and all that it needs
         ema=settings.ema,
         flip=settings.flip,
         precision=settings.precision,
-        forward=forward,
+        forward=compiled(world.module(net), "training") if settings.compile else world.module(net),
         labels=labels,
         label_dropout=settings.label_dropout,
         accumulate=settings.accumulate,
         world=world,
     )
-    saved = state.step
+    training = Training(
+        params, schedule, network, state, denoiser, validation, world, report, folder, rows, losses, bar, state.step
+    )
+    return training, steps
 
-    def give_up(what: str, step: Step) -> InputError:
-        file = f" ({checkpoint.resume_file(folder, saved)})" if saved else ", the start"
-        return InputError(
-            f"train {schedule}: {what} at step {step.step} (learning rate {step.learning_rate:g}); the last good state is at"
-            f" step {saved}{file}; lower training.learning_rate"
+
+def _state_folder(params: Params, schedule: str, dataset: Dataset, root: Path, world: World) -> Path:
+    """Where the states of this training lie. Raises InputError where the processes would train different things."""
+    key = training_key(params, schedule, dataset.record.sha256)
+    if world.largest(int(world.told(key) != key)):
+        raise InputError(
+            f"train {schedule}: its processes differ in their data, parameters or code; give all of them the same"
         )
+    return root / paths.CACHE / "training" / f"{schedule}-{key[:16]}"
 
+
+def _observe(training: Training, step: Step) -> None:
+    """Notes the loss of a step, and reports it. Raises InputError once the training has diverged."""
+    settings, rows, losses = training.params.training, training.rows, training.losses
+    losses.append(step.loss)
     values: dict[str, float] = {}
-    with deferred() as signalled:
-        while state.step < settings.steps:
-            step = next(steps)
-            losses.append(step.loss)
-            validate = len(validation.images) > 0 and step.step % settings.validate_every == 0
-            if step.step % settings.log_every == 0 or validate:
-                values = {"loss": float(torch.stack(losses).mean()), "learning_rate": step.learning_rate}
-                values["gradient_norm"] = float(step.gradient_norm)
-                losses.clear()
-                if not math.isfinite(values["loss"]):
-                    raise give_up(f"the loss is {values['loss']}", step)
-                row: dict[str, Any] = {"step": step.step, **values, "validation_loss": ""}
-                if validate and writer:
-                    row["validation_loss"] = values["validation_loss"] = validation.loss(state.ema)
-                rows.append(row)
-                if len(rows) >= ROWS and all(row["loss"] > bar for row in rows[-ROWS:]):
-                    raise give_up(f"the loss is {values['loss']:g}, and has long been above {bar:g},", step)
-                report(Progress(step.step, settings.steps, "steps", values, model=lambda: denoiser))
-            else:
-                report(Progress(step.step, settings.steps, "steps", model=lambda: denoiser))
-            sound = not rows or rows[-1]["loss"] <= bar  # else the last good state stays the newest
-            last = step.step == settings.steps
-            signal = world.largest(signalled())  # sent to one, it ends all of them after the same step
-            if last or (sound and (signal or step.step - saved >= params.compute.checkpoint_every)):
-                tensors = state.tensors()
-                if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-                    raise give_up("the weights are not finite", step)
-                if writer:
-                    checkpoint.write_resume(folder, ResumeState(step.step, tensors, rows, [float(x) for x in losses]))
-                saved = step.step
-            if signal and not last:
-                raise Stopped(
-                    f"train {schedule}: stopped; the next run goes on after step {saved}, of {settings.steps}",
-                    signal,
-                )
+    validate = len(training.validation.images) > 0 and step.step % settings.validate_every == 0
+    if step.step % settings.log_every == 0 or validate:
+        values = {"loss": float(torch.stack(losses).mean()), "learning_rate": step.learning_rate}
+        values["gradient_norm"] = float(step.gradient_norm)
+        losses.clear()
+        if not math.isfinite(values["loss"]):
+            raise training.failure(f"the loss is {values['loss']}", step)
+        row: dict[str, Any] = {"step": step.step, **values, "validation_loss": ""}
+        if validate and training.world.rank == 0:
+            row["validation_loss"] = values["validation_loss"] = training.validation.loss(training.state.ema)
+        rows.append(row)
+        if len(rows) >= ROWS and all(row["loss"] > training.bar for row in rows[-ROWS:]):
+            what = f"the loss is {values['loss']:g}, and has long been above {training.bar:g},"
+            raise training.failure(what, step)
+    training.report(Progress(step.step, settings.steps, "steps", values, model=lambda: training.denoiser))
 
-    if not writer:
-        return {}
-    return _write(params, schedule, state, network, dataset, rows, validation.by_time(state.ema), root)
+
+def _save(training: Training, step: Step) -> None:
+    """Saves the state after this step. Raises InputError where it is not finite."""
+    tensors = training.state.tensors()
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise training.failure("the weights are not finite", step)
+    if training.world.rank == 0:
+        losses = [float(loss) for loss in training.losses]
+        checkpoint.write_resume(training.folder, ResumeState(step.step, tensors, training.rows, losses))
+    training.saved = step.step
 
 
 def _placed(images: arrays.Images, device: torch.device) -> torch.Tensor:
@@ -294,21 +347,13 @@ def _resume(
     return rows, [torch.tensor(loss, device=device) for loss in losses]
 
 
-def _write(
-    params: Params,
-    schedule: str,
-    state: TrainingState,
-    network: dict[str, Any],
-    dataset: Dataset,
-    rows: list[dict[str, Any]],
-    by_time: list[dict[str, Any]],
-    root: Path,
-) -> dict[str, Any]:
-    about = {
-        "schedule": about_schedule(params, schedule),
+def _write(training: Training, dataset: Dataset, root: Path) -> dict[str, Any]:
+    params, schedule, state, rows = training.params, training.schedule, training.state, training.rows
+    description = {
+        "schedule": schedule_entry(params, schedule).to_json(),
         "target": params.diffusion.target,
         "variance": params.diffusion.variance,
-        "network": network,
+        "network": training.network.content,
         "data": _about_data(dataset),
         "training": {"seed": params.seed, **params.training.model_dump(mode="json")},
     }
@@ -320,7 +365,8 @@ def _write(
             (row["validation_loss"] for row in reversed(rows) if row["validation_loss"] != ""), None
         ),
     }
-    checkpoint.save(root / paths.model_dir(schedule), state.ema, about)
+    by_time = training.validation.by_time(state.ema)
+    checkpoint.save(root / paths.model_dir(schedule), state.ema, description)
     return _write_metrics(root, schedule, metrics, rows, by_time)
 
 
@@ -336,8 +382,8 @@ def _write_metrics(
 
 
 def _about_data(dataset: Dataset) -> dict[str, Any]:
-    known = {key: dataset.about[key] for key in ("name", "sha256", "shape", "classes")}
-    return {**known, "class_counts": dataset.about.get("class_counts"), "range": [-1, 1]}
+    known = ("name", "sha256", "shape", "classes", "class_counts")
+    return {**{key: getattr(dataset.record, key) for key in known}, "range": [-1, 1]}
 
 
 def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, report: Report) -> dict[str, Any]:
@@ -349,27 +395,25 @@ def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, 
     remedy = f"run `ddpm import-diffusers FOLDER {schedule}` again"
     if not (root / folder).is_dir():
         raise InputError(f"schedules.{schedule}: {folder} is not here; {remedy}")
-    denoiser, about = checkpoint.load(root / folder, device)
+    denoiser, model = checkpoint.load(root / folder, device)
     assert isinstance(denoiser.net, torch.nn.Module)
-    options = {key: value for key, value in about["schedule"].items() if key not in ("name", "timesteps")}
-    if about.pop("weights_sha256") != row.imported or options != row.options():
+    if model.weights_sha256 != row.imported or model.schedule.row != row.options():
         raise InputError(f"{folder}: not the model that the row schedules.{schedule} speaks of; {remedy}")
-    if about["data"]["shape"] != dataset.about["shape"]:
+    if model.data.shape != dataset.record.shape:
         raise InputError(
-            f"{folder}: makes images of shape {about['data']['shape']}, the dataset's are {dataset.about['shape']}"
+            f"{folder}: makes images of shape {model.data.shape}, the dataset's are {dataset.record.shape}"
         )
     torch.set_num_threads(params.training.threads)
     report(Progress(0, 1, "models", message=f"imported, with target {denoiser.target} at T = {denoiser.schedule.T}"))
     objective = Objective.of(denoiser.schedule, denoiser.target, device)
     validation = _validation(params, dataset, objective, device)
     loss = validation.loss(denoiser.net) if len(validation.images) else None
-    del about["format"]
     training = {"seed": params.seed, "steps": 0, "imported": row.imported}
-    about = {**about, "data": _about_data(dataset), "training": training}
+    description = model.described_by(data=_about_data(dataset), training=training)
     parameters = sum(parameter.numel() for parameter in denoiser.net.parameters())
     metrics = {"steps": 0, "parameters": parameters, "loss": None, "validation_loss": loss}
     metrics["timesteps"] = denoiser.schedule.T  # params don't know it, and the report shows what the schedule does
-    checkpoint.save(root / paths.model_dir(schedule), denoiser.net, about)
+    checkpoint.save(root / paths.model_dir(schedule), denoiser.net, description)
     curve = {"step": 0, "loss": "", "learning_rate": "", "gradient_norm": "", "validation_loss": loss}
     written = _write_metrics(root, schedule, metrics, [curve], validation.by_time(denoiser.net))
     report(Progress(1, 1, "models"))

@@ -75,7 +75,7 @@ def _trainings(params: Params, root: Path) -> set[str] | None:
         return None
     from ddpm.stages.train import training_key
 
-    data = dataset.read_dataset_record(root)["sha256"]
+    data = dataset.read_dataset_record(root).sha256
     return {f"{schedule}-{training_key(params, schedule, data)[:16]}" for schedule in params.schedules}
 
 

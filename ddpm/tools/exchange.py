@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ddpm import interop
 from ddpm.errors import InputError
 from ddpm.files import atomic, checkpoint, models, paths, records
+from ddpm.files.models import NetworkEntry
 from ddpm.files.params import LONGEST_NAME, Params
-from ddpm.files.yaml_edit import flow_row, rewritten
-from ddpm.files.yaml_file import parse_yaml
+from ddpm.files.yaml_file import flow_row, parse_yaml, rewritten
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
@@ -35,16 +35,15 @@ def export_diffusers(folder: Path, out: Path, variance: str = "fixed_large") -> 
     """
     if out.exists():
         raise InputError(f"{out}: is there already; name a folder that is not, or remove it")
-    denoiser, about = checkpoint.load(folder)
+    denoiser, model = checkpoint.load(folder)
     assert isinstance(denoiser.net, nn.Module)
-    if unknown := {key for key in about if about[key]} - KNOWN:
+    if unknown := {key for key, value in model.content.items() if value} - KNOWN:
         raise InputError(f"{folder}: diffusers has no place for '{sorted(unknown)[0]}' of model.json")
-    settings = {key: value for key, value in about["network"].items() if key != "kind"}
-    row = {key: value for key, value in about["schedule"].items() if key not in ("name", "timesteps")}
+    settings = model.network.settings
     try:
         config = interop.settings_to_diffusers(settings)
         weights = interop.weights_to_diffusers(denoiser.net.state_dict(), settings)
-        scheduler = interop.schedule_to_diffusers(row, denoiser.schedule.T, denoiser.target, variance)
+        scheduler = interop.schedule_to_diffusers(model.schedule.row, denoiser.schedule.T, denoiser.target, variance)
     except (TypeError, ValueError) as error:
         raise InputError(f"{folder}: cannot be a DDPMPipeline: {error}") from None
     index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
@@ -82,19 +81,20 @@ def import_diffusers(folder: Path, name: str, root: Path = Path()) -> list[str]:
     if broken := [key for key, tensor in weights.items() if not bool(tensor.isfinite().all())]:
         raise InputError(f"{network / WEIGHTS}: not all finite: {broken[0]} here")
 
-    net = checkpoint.network({"kind": "unet", **settings})
+    entry = NetworkEntry.of("unet", settings)
+    net = checkpoint.network(entry)
     net.load_state_dict(weights)
     shape = [settings["image_channels"], settings["image_size"], settings["image_size"]]
     about = {
         "schedule": {"name": name, "timesteps": timesteps, **row},
         "target": target,
-        "network": {"kind": "unet", **settings},
+        "network": entry.content,
         "data": {"shape": shape, "range": [-1, 1]},
     }
     with atomic.replacing_dir(root / paths.imported_dir(name)) as temporary:
         checkpoint.save(temporary, net, about)
-        entry = {**row, "imported": models.read_model_record(temporary)["weights_sha256"]}
-        text = rewritten(text, lambda document: document["schedules"].__setitem__(name, flow_row(entry)))
+        written = {**row, "imported": models.read_model_record(temporary).weights_sha256}
+        text = rewritten(text, lambda document: document["schedules"].__setitem__(name, flow_row(written)))
         Params.check(parse_yaml(text, "params.yaml"), "params.yaml")
     with atomic.replacing(root / "params.yaml") as file:
         file.write_text(text, encoding="utf-8")

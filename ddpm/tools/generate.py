@@ -20,6 +20,7 @@ from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.files import arrays, paths, pictures, records
 from ddpm.files.dataset import read_dataset
+from ddpm.files.models import ModelRecord
 from ddpm.files.params import Params
 from ddpm.runtime.device import find_device, memory_errors
 from ddpm.runtime.drawing import check_row, class_labels, prepared_denoiser, to_uint8
@@ -35,17 +36,17 @@ PAIRS = 40  # shown of a reconstruction, at most; its errors are those of all
 
 @dataclass(frozen=True)
 class Model:
-    """A denoiser, what `ddpm.sample` takes beside it, and model.json."""
+    """A denoiser, what `ddpm.sample` takes beside it, and the model's record."""
 
     denoiser: Denoiser
     settings: dict[str, Any]  # a sampler row's options, and `steps`
-    about: dict[str, Any]
+    record: ModelRecord
     device: torch.device
     label: str | None = None  # the class of all images; None: the classes in turn
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.about["data"]["shape"]
+        channels, height, width = self.record.data.shape
         return channels, height, width
 
     @property
@@ -57,7 +58,7 @@ class Model:
 
     def labelled(self, count: int) -> dict[str, Any]:
         """What a conditional model's denoiser takes to make `count` images. Raises ValueError."""
-        labels, guidance = class_labels(self.about, count, self.label), self.settings.get("guidance")
+        labels, guidance = class_labels(self.record, count, self.label), self.settings.get("guidance")
         if labels is not None:
             return {"labels": torch.from_numpy(labels), "guidance": 1.0 if guidance is None else guidance}
         if guidance is not None:
@@ -172,7 +173,7 @@ def _grid(model: Model, request: Request) -> Picture:
         steps=settings.pop("steps"),
         settings=settings,
         device=model.device,
-        labels=class_labels(model.about, count, model.label),
+        labels=class_labels(model.record, count, model.label),
         done=lambda images, _: request.report(Progress(images, count, "images")),
     )
     return Picture(images, None, f"{count} images")
@@ -266,8 +267,8 @@ def _encode_decode(model: Model, request: Request) -> Picture:
         "grey_levels_apart": int(apart.max()),
         **model.settings,
         "clip": model.denoiser.clip,
-        "dataset_sha256": model.about["data"]["sha256"],
-        "weights_sha256": model.about["weights_sha256"],
+        "dataset_sha256": model.record.data.sha256,
+        "weights_sha256": model.record.weights_sha256,
     }
     columns = min(count, 10)
     message = (

@@ -30,7 +30,7 @@ def previews(params: Params, root: Path, schedule: str, log: Callable[[int, arra
         from ddpm.runtime.drawing import generate
 
         denoiser = progress.model()
-        shape = tuple(dataset.read_dataset_record(root)["shape"])
+        shape = tuple(dataset.read_dataset_record(root).shape)
         classes = denoiser.net.classes
         device = next(denoiser.net.parameters()).device
         images, _ = generate(

@@ -27,14 +27,12 @@ def rescore(
     settings: a sampler row's options, its `steps`, and the `clip` that it was promoted with; without one, the present.
     Returns what metrics/POINT.json and POINT.influence.npy would hold. Raises InputError.
     """
-    about = models.read_model_record(checkpoint)
+    model = models.read_model_record(checkpoint)
     dataset = read_dataset_record(root)
-    if about["data"]["shape"] != dataset["shape"]:
-        raise InputError(
-            f"{checkpoint}: makes images of shape {about['data']['shape']}, the dataset's are {dataset['shape']}"
-        )
+    if model.data.shape != dataset.shape:
+        raise InputError(f"{checkpoint}: makes images of shape {model.data.shape}, the dataset's are {dataset.shape}")
     row = Sampler.model_validate({key: value for key, value in settings.items() if key not in ("steps", "clip")})
-    point = Point(schedule=about["schedule"]["name"], sampler="champion", steps=settings["steps"])
+    point = Point(schedule=model.schedule.name, sampler="champion", steps=settings["steps"])
     sampling = params.sampling.model_copy(update={"clip": settings.get("clip", params.sampling.clip)})
     alone = params.model_copy(update={"samplers": {"champion": row}, "sampling": sampling})
     with tempfile.TemporaryDirectory(prefix="ddpm-rescore-") as name:
@@ -42,9 +40,9 @@ def rescore(
         (root / paths.CACHE).mkdir(exist_ok=True)
         for shared in (paths.dataset_dir(), paths.CACHE):
             (folder / shared).symlink_to((root / shared).resolve())
-        model = folder / paths.model_dir(point.schedule)
-        model.parent.mkdir(parents=True)
-        model.symlink_to(checkpoint.resolve())
+        link = folder / paths.model_dir(point.schedule)
+        link.parent.mkdir(parents=True)
+        link.symlink_to(checkpoint.resolve())
         sample_point(alone, point, folder, report)
         evaluate(alone, point, folder, report)
         scores = read_scores(folder, point)

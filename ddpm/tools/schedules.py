@@ -40,8 +40,8 @@ def schedules(
     dataset = None
     if (root / paths.dataset_dir() / "dataset.json").exists():
         dataset = read_dataset(root)
-        mean_square = data_mean_square(dataset.about)
-        about = f"T = {T:,}, E[x_0^2] = {mean_square:.3g} of {dataset.about['name']}"
+        mean_square = data_mean_square(dataset.record)
+        about = f"T = {T:,}, E[x_0^2] = {mean_square:.3g} of {dataset.record.name}"
     else:
         mean_square, about = 0.25, f"T = {T:,}, E[x_0^2] = 0.25 and no strip, as `ddpm prepare` has not run here"
     rows = {name: summary(schedule, mean_square) for name, schedule in made.items()}

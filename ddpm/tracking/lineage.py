@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.files import models, paths, records, samples
+from ddpm.files.models import ModelRecord
 from ddpm.files.params import Params, Point
 from ddpm.files.scores import read_scores
 
@@ -29,14 +30,14 @@ class PointSettings:
 
         Returns None for samples that another model drew, and for scores of other samples. Raises InputError.
         """
-        about = samples.read_samples_record(root / paths.samples_file(point))
-        found, evaluation = dict[str, Any](), params.evaluation.model_dump(mode="json")
+        record = samples.read_samples_record(root / paths.samples_file(point))
+        fits, evaluation = True, params.evaluation.model_dump(mode="json")
         if (root / paths.model_dir(point.schedule) / "model.json").exists():
-            found["model"] = models.read_trained(root, point.schedule)["weights_sha256"]
+            fits = record.model == models.read_trained(root, point.schedule).weights_sha256
         if (root / paths.metrics_file(point)).exists():
             scores = read_scores(root, point)
-            found[records.CHECKSUM], evaluation = scores["samples"], scores["evaluation"]
-        return cls(**about["settings"], evaluation=evaluation) if found.items() <= about.items() else None
+            fits, evaluation = fits and record.record_sha256 == scores["samples"], scores["evaluation"]
+        return cls(**record.settings, evaluation=evaluation) if fits else None
 
 
 def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, Any]:
@@ -46,23 +47,30 @@ def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, 
     return {"schedule": schedule, "schedules": row, "dataset_sha256": dataset, **sections}
 
 
-def identity_of_model(about: Mapping[str, Any]) -> dict[str, Any]:
+def identity_of_model(model: ModelRecord) -> dict[str, Any]:
     """The same, from model.json."""
-    training = dict(about["training"])
-    # What follows from the data, the variance and the condition.
-    derived = ("kind", "image_channels", "image_size", "out_channels", "classes")
+    training, network = dict(model.training), model.network
+    derived = (
+        "image_channels",
+        "image_size",
+        "out_channels",
+        "classes",
+    )  # from the data, the variance and the condition
     return {
-        "schedule": about["schedule"]["name"],
-        "schedules": {key: value for key, value in about["schedule"].items() if key not in ("name", "timesteps")},
-        "dataset_sha256": about["data"]["sha256"],
+        "schedule": model.schedule.name,
+        "schedules": model.schedule.row,
+        "dataset_sha256": model.data.sha256,
         "seed": training.pop("seed"),
         "diffusion": {
-            "timesteps": about["schedule"]["timesteps"],
-            "target": about["target"],
-            "variance": about.get("variance", "fixed"),
-            "conditional": "classes" in about["network"],
+            "timesteps": model.schedule.timesteps,
+            "target": model.target,
+            "variance": model.variance,
+            "conditional": network.classes > 0,
         },
-        "network": {name: value for name, value in about["network"].items() if name not in derived},
+        "network": {
+            "kind": network.kind,
+            **{key: network.settings[key] for key in network.settings if key not in derived},
+        },
         "training": training,
     }
 

@@ -155,9 +155,9 @@ def _system_load() -> dict[str, float]:
 
 def _open_training(target: Target, params: Params, schedule: str, root: Path) -> Run:
     """The run to stream to: the one that an interrupted training of this configuration left, or a new one."""
-    about = dataset.read_dataset_record(root)
-    identity = training_identity(params, schedule, about["sha256"])
-    tags = {**training_tags(schedule, about["name"], identity), PROCESS: this_process()}
+    data = dataset.read_dataset_record(root)
+    identity = training_identity(params, schedule, data.sha256)
+    tags = {**training_tags(schedule, data.name, identity), PROCESS: this_process()}
     left = [
         run
         for run in search(target, f"tags.`{KEY}` = '{digest(identity)}'")

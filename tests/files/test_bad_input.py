@@ -41,7 +41,7 @@ from ddpm.files.params import Params, Point
 from ddpm.runtime.drawing import check_point
 from ddpm.stages.report import _read_rows
 from ddpm.stages.sample import sample_point
-from ddpm.stages.train import about_network, about_schedule, noise_schedule
+from ddpm.stages.train import network_entry, noise_schedule, schedule_entry
 from ddpm.tools.exchange import export_diffusers, import_diffusers
 from ddpm.tracking.publish.publishing import PointFiles
 
@@ -70,8 +70,9 @@ def checkout(
     root, params = tmp_path_factory.mktemp("bad"), smoke()
     shutil.copyfile(RECIPE, root / "params.yaml")
     shutil.copytree(digits / "dataset", root / "dataset")
-    network = about_network(params, (1, 8, 8))
-    about = {"schedule": about_schedule(params, "cosine"), "target": "eps", "variance": "fixed", "network": network}
+    network = network_entry(params, (1, 8, 8))
+    about = {"schedule": schedule_entry(params, "cosine").to_json(), "target": "eps", "variance": "fixed"}
+    about["network"] = network.content
     about |= {"data": {"name": "digits", "sha256": "d" * 64, "shape": [1, 8, 8], "classes": None, "range": [-1, 1]}}
     about |= {"training": {"seed": 0}}
     torch.manual_seed(0)
@@ -391,7 +392,7 @@ def test_a_combination_is_refused_before_a_training(refused: Refused, here: Path
 
 
 def unlabelled(root: Path) -> None:
-    about = dataset.read_dataset_record(root)
+    about = dict(dataset.read_dataset_record(root).content)
     records.write_record(root / "dataset/dataset.json", {**about, "classes": None})
     for split in ("train", "test"):
         (root / f"dataset/{split}-labels.npy").unlink()

@@ -107,7 +107,7 @@ def make_whole(inception_cache: Path, empty_database: Path, base: Path) -> Whole
         run_stages(write_params(root, seed), root)
     root = found.root
     shutil.copytree(root / paths.model_dir("cosine"), root / paths.imported_dir("hub"))
-    params = write_params(root, imported=models.read_model_record(root / paths.imported_dir("hub"))["weights_sha256"])
+    params = write_params(root, imported=models.read_model_record(root / paths.imported_dir("hub")).weights_sha256)
     stop_sampling(params, POINT.model_copy(update={"steps": 3}), root)
     stop_sampling(params, POINT.model_copy(update={"steps": 4}), root)
     shutil.copyfile(empty_database, root / "mlflow.db")

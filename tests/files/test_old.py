@@ -61,7 +61,7 @@ def is_picture() -> None:
 
 def is_trained() -> None:
     _, about = checkpoint.load(MODEL)
-    assert about["weights_sha256"] == records.sha256(MODEL / "model.safetensors")
+    assert about.weights_sha256 == records.sha256(MODEL / "model.safetensors")
     assert records.read_json(paths.training_metrics_file("cosine"))["steps"] == 20
 
 

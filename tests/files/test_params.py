@@ -21,7 +21,7 @@ def raw(name: str = "smoke") -> dict:
 def test_recipes_are_sound(path: Path) -> None:
     from ddpm.files.checkpoint import network
     from ddpm.runtime.drawing import check_row
-    from ddpm.stages.train import about_network, noise_schedule
+    from ddpm.stages.train import network_entry, noise_schedule
 
     params = Params.load(path)
     assert {point.schedule for point in params.points()} == set(params.sweep.schedules)
@@ -30,7 +30,7 @@ def test_recipes_are_sound(path: Path) -> None:
     for schedule in params.sweep.schedules:
         noise_schedule(params, schedule)
     shapes = {"digits": (1, 8, 8), "fashion-mnist": (1, 32, 32), "cifar10": (3, 32, 32)}
-    network(about_network(params, shapes[params.data.source]))
+    network(network_entry(params, shapes[params.data.source]))
 
 
 def test_the_default_is_the_digits_recipe() -> None:
@@ -39,10 +39,10 @@ def test_the_default_is_the_digits_recipe() -> None:
 
 def test_cifar10_is_the_papers_table() -> None:
     from ddpm.files.checkpoint import network
-    from ddpm.stages.train import about_network
+    from ddpm.stages.train import network_entry
 
     params = Params.load(ROOT / "recipes" / "cifar10.yaml")
-    net = network(about_network(params, (3, 32, 32)))
+    net = network(network_entry(params, (3, 32, 32)))
     assert sum(parameter.numel() for parameter in net.parameters()) == 35_746_307
     training = params.training
     assert (training.steps, training.batch, training.learning_rate, training.warmup) == (800_000, 128, 2e-4, 5000)

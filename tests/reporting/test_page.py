@@ -75,9 +75,9 @@ def made_report(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathF
     about = {"name": "digits", "sha256": "c" * 64, "shape": [1, 8, 8], "counts": {"train": 60, "test": 30}}
     about |= {"classes": [HOSTILE, "1"], "mean": [0.3], "std": [0.4], "flip": False}
     labels = np.arange(60) % 2, np.arange(30) % 2
-    with writing_dataset(root, (1, 8, 8), (60, 30), labels, lambda made: grid(made.train[:2])) as dataset:
-        dataset.train[:], dataset.test[:] = (random.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8) for n in (60, 30))
-        dataset.about.update(about)
+    with writing_dataset(root, (1, 8, 8), (60, 30), labels) as new:
+        new.train[:], new.test[:] = (random.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8) for n in (60, 30))
+        new.description, new.picture = about, grid(new.train[:2])
     curve = [{"step": step, "loss": 1 / step, "validation_loss": "" if step < 3 else 0.5} for step in (1, 2, 3)]
     write_csv(root / paths.history_file("cosine"), curve)
     write_csv(root / paths.losses_by_time_file("cosine"), [{"t": t, "loss_simple": 1 / (t + 1)} for t in (5, 50, 95)])
@@ -146,10 +146,10 @@ def test_every_number_is_the_files(page: str, made_report: Path) -> None:
     about = read_dataset_record(made_report)
     trained = read_record(made_report / paths.training_metrics_file("cosine"))
     for text in (
-        about["sha256"],
+        about.sha256,
         f"{trained['parameters']:,}",
         f"{trained['loss']:.3g}",
-        f"{about['counts']['train']:,}",
+        f"{about.counts['train']:,}",
     ):
         assert text in reader.text
     assert "learning_rate0.002" in reader.text

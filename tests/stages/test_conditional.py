@@ -83,11 +83,11 @@ def draw(root: Path, params: Params, point: Point) -> dict[str, np.ndarray]:
 
 def test_the_checkpoint_says_how_many_classes_it_knows(trained: Path, params: Callable[..., Params]) -> None:
     denoiser, about = checkpoint.load(trained / "models/cosine")
-    assert about["network"]["classes"] == 10 and about["data"]["classes"] == [str(digit) for digit in range(10)]
+    assert about.network.classes == 10 and about.data.classes == [str(digit) for digit in range(10)]
     x, t = gaussian(0, range(3), 0, (1, 8, 8)), torch.full((3,), 50.0)
     told = denoiser.net(x, t, torch.tensor([1, 2, 3]))
     assert float((told - denoiser.net(x, t)).abs().amax((1, 2, 3)).min()) > 0
-    assert identity_of_model(about) == training_identity(params(), "cosine", about["data"]["sha256"])
+    assert identity_of_model(about) == training_identity(params(), "cosine", about.data.sha256)
 
 
 def test_classes_come_in_turn_and_are_kept_with_the_images(trained: Path, params: Callable[..., Params]) -> None:
@@ -116,7 +116,7 @@ def test_guidance_of_the_row_is_that_of_the_denoiser(trained: Path, params: Call
 def test_an_unconditional_set_is_as_it_was(unconditional: Path, smoke: Smoke) -> None:
     point = Point.parse("cosine-ddim-5")
     assert set(draw(unconditional, smoke(), point)) == {"images", "evaluations", samples.RECORD}
-    assert "classes" not in models.read_model_record(unconditional / "models/cosine")["network"]
+    assert models.read_model_record(unconditional / "models/cosine").network.classes == 0
 
 
 def test_previews_show_the_classes_in_turn(trained: Path, params: Callable[..., Params], tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_no_classes_in_the_dataset(digits: Path, params: Callable[..., Params], 
     folder.mkdir()
     for name in ("train.npy", "test.npy"):
         (folder / name).symlink_to(digits / "dataset" / name)
-    about = {**read_dataset_record(digits), "classes": None}
+    about = {**read_dataset_record(digits).content, "classes": None}
     records.write_record(folder / "dataset.json", about, sorted(folder.glob("*.npy")))
     with pytest.raises(InputError, match=r"diffusion\.conditional is true, but the dataset digits has no classes"):
         train(params(), "cosine", tmp_path)

@@ -107,7 +107,7 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
         "reference": "the version",
         "extractor": "inception-v3-2015-12-05",
         "extractor_sha256": extractor.sha256,
-        "samples": read_samples_record(root / paths.samples_file(POINT))[records.CHECKSUM],
+        "samples": read_samples_record(root / paths.samples_file(POINT)).record_sha256,
         "files": {paths.influence_file(POINT).name: records.sha256(root / paths.influence_file(POINT))},
     }
     assert json.loads((root / paths.metrics_file(POINT)).read_text()).items() >= scores.items()

@@ -12,7 +12,7 @@ import torch
 
 from ddpm.diffusion.likelihood import mean_and_error, variational_bound
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, records
+from ddpm.files import checkpoint, models, records
 from ddpm.files.dataset import read_dataset
 from ddpm.files.params import Params
 from ddpm.stages.likelihood import chosen, likelihood
@@ -43,7 +43,7 @@ def test_the_files_hold_the_bound(trained: Path, smoke: Smoke) -> None:
     assert parts["bits_per_dim"] == pytest.approx(mean, rel=1e-5)
     assert parts["bits_per_dim_error"] == pytest.approx(error, rel=1e-3)
     assert parts["prior"] + parts["kl"] + parts["decoder"] == pytest.approx(mean, rel=1e-5)
-    assert parts["images"] == scores["train"]["images"] == 12 and scores["model"] == about["weights_sha256"]
+    assert parts["images"] == scores["train"]["images"] == 12 and scores["model"] == about.weights_sha256
     rows = [
         {key: float(value) for key, value in row.items()}
         for row in records.read_csv(trained / "metrics/likelihood/cosine.csv")
@@ -67,13 +67,12 @@ def test_the_batch_changes_nothing_and_a_second_run_no_byte(trained: Path, smoke
 def test_the_variance_that_counts_is_the_one_named(trained: Path, smoke: Smoke, tmp_path: Path) -> None:
     _, about = checkpoint.load(trained / "models/cosine")
     assert likelihood(settings(smoke, images=2, times=2), "cosine", trained)["variance"] == "fixed_large"
-    network = {**about["network"], "out_channels": 2 * about["network"]["image_channels"]}
+    larger = {**about.network.settings, "out_channels": 2 * about.network.image_channels}
+    network = models.NetworkEntry.of("unet", larger)
     (tmp_path / "root").mkdir()
     (tmp_path / "root/dataset").symlink_to(trained / "dataset")
-    about = {**about, "network": network, "variance": "learned"}
-    for name in ("format", "weights_sha256"):
-        del about[name]
-    checkpoint.save(tmp_path / "root/models/cosine", checkpoint.network(network), about)
+    description = about.described_by(network=network.content, variance="learned")
+    checkpoint.save(tmp_path / "root/models/cosine", checkpoint.network(network), description)
     assert likelihood(settings(smoke, images=2, times=2), "cosine", tmp_path / "root")["variance"] == "learned"
 
 
@@ -122,4 +121,4 @@ def test_schedules_without_a_dataset(tmp_path: Path, smoke: Smoke) -> None:
 
 def test_mean_square_of_the_digits(digits: Path) -> None:
     dataset = read_dataset(digits)
-    assert data_mean_square(dataset.about) == pytest.approx(float(np.mean((dataset.train / 127.5 - 1) ** 2)), rel=1e-5)
+    assert data_mean_square(dataset.record) == pytest.approx(float(np.mean((dataset.train / 127.5 - 1) ** 2)), rel=1e-5)

@@ -96,18 +96,18 @@ def test_digits(smoke: Smoke, tmp_path: Path) -> None:
         "train-labels.npy",
         "train.npy",
     ]
-    assert dataset.about == about
-    assert about["name"] == "digits"
-    assert about["shape"] == [1, 8, 8]
-    assert about["counts"] == {"train": 1438, "test": 359}
-    assert about["classes"] == list("0123456789")
-    assert about["flip"] is False
+    assert dataset.record == about
+    assert about.name == "digits"
+    assert about.shape == [1, 8, 8]
+    assert about.counts == {"train": 1438, "test": 359}
+    assert about.classes == list("0123456789")
+    assert about.flip is False
     assert dataset.train.dtype == np.uint8
     assert dataset.train.shape == (1438, 1, 8, 8)
     assert dataset.train_labels is not None
     assert dataset.train_labels.dtype == np.int64
-    assert about["mean"] == pytest.approx([dataset.train.mean() / 255], abs=1e-6)
-    assert about["std"] == pytest.approx([dataset.train.std() / 255], abs=1e-6)
+    assert about.mean == pytest.approx([dataset.train.mean() / 255], abs=1e-6)
+    assert about.std == pytest.approx([dataset.train.std() / 255], abs=1e-6)
     assert said[-1].message == "digits: 1,438 train and 359 test images of 1x8x8, 10 classes"
     assert (said[0].done, said[-1].done, said[-1].total, said[-1].unit) == (0, 1797, 1797, "images")
 
@@ -159,7 +159,7 @@ def test_an_empty_test_split(smoke: Smoke, tmp_path: Path) -> None:
     draw_folder(tmp_path / "images")
     about = prepare(folder_params(smoke, test_fraction=0.0), tmp_path)
     dataset = read_dataset(tmp_path)
-    assert about["counts"] == {"train": 12, "test": 0}
+    assert about.counts == {"train": 12, "test": 0}
     assert dataset.test.shape == (0, 3, 8, 8)
     assert dataset.test_labels is not None
     assert len(dataset.test_labels) == 0
@@ -170,7 +170,7 @@ def test_unlabelled(smoke: Smoke, tmp_path: Path) -> None:
         draw(tmp_path / "images" / f"{seed}.png", seed)
     about = prepare(folder_params(smoke), tmp_path)
     dataset = read_dataset(tmp_path)
-    assert about["classes"] is None
+    assert about.classes is None
     assert dataset.train_labels is None
     assert dataset.test_labels is None
     assert sorted(files_of(tmp_path)) == ["dataset.json", "preview.png", "test.npy", "train.npy"]
@@ -353,10 +353,10 @@ def test_cifar10_from_the_zips(smoke: Smoke, tmp_path: Path) -> None:
     said: list[Progress] = []
     about = prepare(folder_params(smoke, path=str(CIFAR)), tmp_path, said.append)
     dataset = read_dataset(tmp_path)
-    assert about["counts"] == {"train": 50_000, "test": 10_000}
-    assert about["classes"] == NAMES
-    assert about["mean"] == pytest.approx([0.49140, 0.48216, 0.44653], abs=1e-5)
-    assert about["std"] == pytest.approx([0.24703, 0.24349, 0.26159], abs=1e-5)
+    assert about.counts == {"train": 50_000, "test": 10_000}
+    assert about.classes == NAMES
+    assert about.mean == pytest.approx([0.49140, 0.48216, 0.44653], abs=1e-5)
+    assert about.std == pytest.approx([0.24703, 0.24349, 0.26159], abs=1e-5)
     assert dataset.train_labels is not None
     assert dataset.test_labels is not None
     assert np.bincount(dataset.train_labels).tolist() == [5000] * 10

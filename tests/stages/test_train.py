@@ -55,7 +55,7 @@ def test_it_writes_a_checkpoint_that_describes_itself(root: Path, smoke: Callabl
     metrics = train(params, "cosine", root)
     denoiser, about = checkpoint.load(root / "models/cosine")
     assert (denoiser.schedule.name, denoiser.schedule.T, denoiser.target) == ("cosine", 100, "eps")
-    assert about["data"]["shape"] == [1, 8, 8] and about["data"]["name"] == "digits"
+    assert about.data.shape == [1, 8, 8] and about.data.name == "digits"
     assert metrics["parameters"] == sum(parameter.numel() for parameter in denoiser.net.parameters())
     rows = records.read_csv(root / "metrics/train/cosine.csv")
     assert [int(row["step"]) for row in rows] == [5, 6, 10, 12]
@@ -92,10 +92,10 @@ def test_a_learned_variance_through_train_checkpoint_and_sample(root: Path, smok
     params = smoke(**learning, samplers={"ddpm": {"variance": "learned"}})
     train(params, "cosine", root)
     denoiser, about = checkpoint.load(root / "models/cosine", clip=True)
-    assert (about["variance"], about["target"], about["network"]["out_channels"]) == ("learned", "mu", 2)
+    assert (about.variance, about.target, about.network.out_channels) == ("learned", "mu", 2)
     x0_hat, v = denoiser.with_variance(torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 50.0)
     assert v is not None and x0_hat.shape == v.shape == (2, 1, 8, 8) and bool((v != 0.5).any())
-    assert identity_of_model(about) == training_identity(params, "cosine", about["data"]["sha256"])
+    assert identity_of_model(about) == training_identity(params, "cosine", about.data.sha256)
     sample_point(params, Point.parse("cosine-ddpm-5"), root)
     learned = samples.read_samples(root / "samples/cosine-ddpm-5.npz").images
     for variance in ("fixed_large", "fixed_small"):
@@ -218,7 +218,7 @@ def test_no_dataset(tmp_path: Path, smoke: Callable[..., Params]) -> None:
 def test_a_damaged_checkpoint_is_one_line(damage: str, root: Path, smoke: Callable[..., Params]) -> None:
     train(smoke(training={"steps": 1}), "cosine", root)
     folder = root / "models/cosine"
-    about = models.read_model_record(folder)
+    about = models.read_model_record(folder).content
     weights = folder / "model.safetensors"
     if damage == "weights":
         content = bytearray(weights.read_bytes())

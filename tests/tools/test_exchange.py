@@ -160,7 +160,7 @@ def test_the_google_repositories_layout_is_read(exported: Path, checkout: Path, 
     assert Params.load(checkout / "params.yaml").schedules["hub"].schedule == "cosine"
     lines = import_diffusers(exported / "unet", "bare", checkout)
     assert "linear schedule, T = 1000, target eps" in lines[0]
-    assert models.read_model_record(checkout / "imported/bare")["schedule"]["timesteps"] == 1000
+    assert models.read_model_record(checkout / "imported/bare").schedule.timesteps == 1000
 
 
 def test_it_may_be_imported_again_but_never_over_a_row_of_ones_own(exported: Path, checkout: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_changed_missing_or_unfitting_import_is_one_line(exported: Path, check
     params = Params.load(checkout / "params.yaml")
     folder = checkout / "imported/hub"
 
-    about = models.read_model_record(folder)
+    about = models.read_model_record(folder).content
     records.write_record(folder / "model.json", {**about, "schedule": {**about["schedule"], "s": 0.1}})
     with pytest.raises(InputError, match=r"imported/hub: not the model that the row schedules\.hub speaks of"):
         train(params, "hub", checkout)
@@ -288,7 +288,7 @@ def test_a_broken_folder_is_one_line_and_writes_nothing(
 def test_what_cannot_be_exported_is_one_line_and_writes_nothing(made: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(made / "models/cosine", source)
-    about = models.read_model_record(source)
+    about = models.read_model_record(source).content
     records.write_record(source / "model.json", {**about, "labels": 10})
     with pytest.raises(InputError, match="no place for 'labels'"):
         export_diffusers(source, out)

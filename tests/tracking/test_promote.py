@@ -194,11 +194,11 @@ def test_a_registered_model_whose_files_were_replaced_is_refused(
     tracking.promote(params, checkout, rescore=never)
     (folder,) = checkout.glob("mlartifacts/*/models/*/artifacts/artifacts/checkpoint")
     about = read_model_record(folder)
-    net = checkpoint.network(about["network"])
+    net = checkpoint.network(about.network)
     if change == "another target":
-        records.write_record(folder / "model.json", {**about, "target": "v"})
+        records.write_record(folder / "model.json", {**about.content, "target": "v"})
     else:
-        checkpoint.save(folder, net, {key: about[key] for key in about if key not in ("format", "weights_sha256")})
+        checkpoint.save(folder, net, about.described_by())
     checkpoint.load(folder)  # a whole checkpoint
     with pytest.raises(InputError, match="version 1: its files are not those that were registered"):
         tracking.fetch_model("models:/ddpm-digits@champion", tmp_path, checkout)
@@ -224,7 +224,7 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
     champion = registry.champion()
     about = read_model_record(checkout / "models/cosine")
     scores = records.read_record(checkout / paths.metrics_file(FIRST))
-    assert champion.tags["ddpm.model_sha256"] == about["weights_sha256"]
+    assert champion.tags["ddpm.model_sha256"] == about.weights_sha256
     assert json.loads(champion.tags["ddpm.settings"]) == {
         "sampler": "ddim",
         "eta": 0.0,
@@ -233,9 +233,9 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
         "clip": True,
     }
     assert float(champion.tags["ddpm.fid"]) == scores["fid"]
-    assert champion.tags["ddpm.dataset_sha256"] == about["data"]["sha256"]
+    assert champion.tags["ddpm.dataset_sha256"] == about.data.sha256
     assert json.loads(champion.tags["ddpm.protocol"]) == {
-        "dataset": about["data"]["sha256"],
+        "dataset": about.data.sha256,
         "layer": 64,
         "images": 64,
         "reference_images": 64,
@@ -347,7 +347,7 @@ def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smo
     write_scores(checkout, SECOND, 1.0, reference="f" * 64)
     kept = tracking.promote(unnamed, checkout, rescore=never)
     registry = Registry(checkout, "ddpm-image-folder")
-    data = read_model_record(checkout / "models/cosine")["data"]["sha256"]
+    data = read_model_record(checkout / "models/cosine").data.sha256
     assert not kept.promoted and kept.version == "1" and kept.champion == "cosine-ddim-5" and registry.count() == 1
     assert (
         kept.reason
@@ -697,7 +697,8 @@ def test_the_cards_numbers_are_the_registrys(checkout: Path, params: Params) -> 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_has_its_licence_and_odd_names_stay_in_their_place(made: Path, source: str) -> None:
     about = read_model_record(made / paths.model_dir("cosine"))
-    about["data"] = {**about["data"], "name": source, "classes": ["---\nlicense: mit", "| x |\n# y"]}
+    data = replace(about.data, name=source, classes=["---\nlicense: mit", "| x |\n# y"])
+    about = replace(about, data=data)
     metrics = {
         "fid": 1.5,
         "fid_low": 1.0,

@@ -374,7 +374,7 @@ def test_what_a_run_says_of_itself(checkout: Path, params: Params) -> None:
     assert training.data.params["training.learning_rate"] == "0.002"
     assert training.data.params["network.multipliers"] == "[1, 2]"
     assert training.data.params["schedule"] == "cosine" and training.data.params["seed"] == "0"
-    assert training.data.tags["ddpm.model_sha256"] == about["weights_sha256"]
+    assert training.data.tags["ddpm.model_sha256"] == about.weights_sha256
     assert training.data.tags["mlflow.source.git.commit"] == "0123456789abcdef0123456789abcdef01234567"
     assert sampler.data.tags["ddpm.row.eta"] == "0.0" and sampler.data.tags["ddpm.evaluation.layer"] == "64"
     # images/s: 24 steps of 32 images in 60 s
@@ -386,7 +386,7 @@ def test_what_a_run_says_of_itself(checkout: Path, params: Params) -> None:
         tags = {tag.key: tag.value for tag in data.tags}
         assert tags == {
             "mlflow.data.context": context,
-            "ddpm.dataset_sha256": about["data"]["sha256"],
+            "ddpm.dataset_sha256": about.data.sha256,
             "ddpm.dataset_md5": md5,
         }
     # the checkpoint, byte for byte, and from the sampler's run back to it
@@ -925,7 +925,7 @@ def test_the_key_of_a_model_is_the_key_of_its_parameters(checkout: Path, params:
     from ddpm.tracking.lineage import identity_of_model, training_identity
 
     _, about = checkpoint.load(checkout / "models/cosine")
-    given = training_identity(params, "cosine", about["data"]["sha256"])
+    given = training_identity(params, "cosine", about.data.sha256)
     assert json.loads(json.dumps(given)) == identity_of_model(about)
 
 

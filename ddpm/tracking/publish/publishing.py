@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from ddpm.errors import InputError
 from ddpm.files import arrays, atomic, models, paths, pictures
 from ddpm.files.dataset import read_dataset, read_dataset_record
+from ddpm.files.models import DataEntry, ModelRecord
 from ddpm.files.params import Params, Point
-from ddpm.files.records import CHECKSUM, read_csv, read_described, read_record, sha256
+from ddpm.files.records import read_csv, read_described, read_record, sha256
 from ddpm.files.samples import read_samples, read_samples_record
 from ddpm.files.scores import read_report, read_scores
 from ddpm.provenance import dvc_lock
@@ -155,11 +156,11 @@ def _publish_training(target: Target, root: Path, schedule: str, added: Counter[
     folder, record = root / paths.model_dir(schedule), root / paths.training_metrics_file(schedule)
     if not (folder / "model.json").exists() or not record.exists():
         return None
-    about, metrics = models.read_trained(root, schedule), read_record(record)
+    model, metrics = models.read_trained(root, schedule), read_record(record)
     table = read_described(record, metrics, root / paths.history_file(schedule))
     by_time = read_described(record, metrics, root / paths.losses_by_time_file(schedule))
-    weights, curves = about["weights_sha256"], sha256(table)
-    identity, times = identity_of_model(about), run_times(root, paths.model_dir(schedule))
+    weights, curves = model.weights_sha256, sha256(table)
+    identity, times = identity_of_model(model), run_times(root, paths.model_dir(schedule))
     start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
     rows = read_csv(table)
     values = {key: {int(row["step"]): float(row[key]) for row in rows if row.get(key)} for key in CURVES}
@@ -174,17 +175,17 @@ def _publish_training(target: Target, root: Path, schedule: str, added: Counter[
         )
 
     key = digest(identity)
-    tags = training_tags(schedule, about["data"]["name"], identity)
+    tags = training_tags(schedule, model.data.name, identity)
     run = find_or_create(target, key, schedule, agrees, start, tags, added)
     if run.data.tags.get(MODEL) == weights:
         return run
     log(target, run, flat(identity), {**tags, **_commit(times)})
-    _log_dataset(target, run, root, about["data"], "training")
-    last = about["training"]["steps"]
+    _log_dataset(target, run, root, model.data, "training")
+    last = model.training["steps"]
     log_metrics(target, run, _curve_metrics(values, last, start, end), added)
     log_metrics(target, run, _by_time_metrics(by_time, end), added)
-    log_metrics(target, run, _measurements(times, about, last, end), added)
-    _log_checkpoint(target, run, folder, about, last, added)
+    log_metrics(target, run, _measurements(times, model, last, end), added)
+    _log_checkpoint(target, run, folder, model, last, added)
     finish(target, run, end)
     log(target, run, tags={MODEL: weights, CURVES_SHA: curves})
     return target.client.get_run(run.info.run_id)
@@ -236,12 +237,12 @@ def _by_time_metrics(table: Path, end: int) -> list[Metric]:
     ]
 
 
-def _measurements(times: Mapping[str, Any], about: Mapping[str, Any], last: int, end: int) -> list[Metric]:
+def _measurements(times: Mapping[str, Any], model: ModelRecord, last: int, end: int) -> list[Metric]:
     from mlflow.entities import Metric
 
     measured = {}
     if times.get("per_second") and times.get("unit") == "steps":
-        measured["images_per_second"] = times["per_second"] * about["training"]["batch"]
+        measured["images_per_second"] = times["per_second"] * model.training["batch"]
     measured |= _peak_memory(times)
     return [Metric(key, value, end, last) for key, value in measured.items()]
 
@@ -254,25 +255,25 @@ def _peak_memory(times: Mapping[str, Any]) -> dict[str, float]:
     return {metric: times[name] / 1e6 for name, metric in names.items() if times.get(name)}
 
 
-def _log_dataset(target: Target, run: Run, root: Path, data: Mapping[str, Any], context: str) -> None:
+def _log_dataset(target: Target, run: Run, root: Path, data: DataEntry, context: str) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     md5 = dvc_lock.locked_md5(dvc_lock.read(root), "prepare", "outs", paths.dataset_dir()) or ""
     counts = {}
     about = root / paths.dataset_dir() / "dataset.json"
-    if about.exists() and (present := read_dataset_record(root))["sha256"] == data["sha256"]:
-        counts = present["counts"]
+    if about.exists() and (present := read_dataset_record(root)).sha256 == data.sha256:
+        counts = present.counts
     elif md5:
         md5 = ""  # dvc.lock speaks of another version
     dataset = Dataset(
-        name=data["name"],
-        digest=data["sha256"][:16],
+        name=data.name,
+        digest=data.sha256[:16],
         source_type="dvc",
-        source=json.dumps({"path": str(paths.dataset_dir()), "sha256": data["sha256"], "md5": md5 or None}),
-        schema=json.dumps({"shape": data["shape"], "dtype": "uint8", "classes": data["classes"]}),
+        source=json.dumps({"path": str(paths.dataset_dir()), "sha256": data.sha256, "md5": md5 or None}),
+        schema=json.dumps({"shape": data.shape, "dtype": "uint8", "classes": data.classes}),
         profile=json.dumps(counts),
     )
-    tags = [InputTag("mlflow.data.context", context), InputTag("ddpm.dataset_sha256", data["sha256"])]
+    tags = [InputTag("mlflow.data.context", context), InputTag("ddpm.dataset_sha256", data.sha256)]
     if md5:
         tags.append(InputTag("ddpm.dataset_md5", md5))
         target.client.set_tag(run.info.run_id, "ddpm.dataset_md5", md5)
@@ -286,24 +287,26 @@ def _checkpoint_model(target: Target, run: Run, weights: str) -> Any:
 
 
 def _log_checkpoint(
-    target: Target, run: Run, folder: Path, about: Mapping[str, Any], step: int, added: Counter[str]
+    target: Target, run: Run, folder: Path, record: ModelRecord, step: int, added: Counter[str]
 ) -> None:
     """safetensors and JSON, as they are."""
     from mlflow.entities import LoggedModelOutput
 
-    model = _checkpoint_model(target, run, about["weights_sha256"])
+    model = _checkpoint_model(target, run, record.weights_sha256)
     if model is None:
         model = target.client.create_logged_model(
             target.experiment,
-            name=about["schedule"]["name"],
+            name=record.schedule.name,
             source_run_id=run.info.run_id,
-            tags={MODEL: about["weights_sha256"], "ddpm.dataset": about["data"]["name"]},
-            params=flat({"network": about["network"], "target": about["target"], "schedule": about["schedule"]}),
+            tags={MODEL: record.weights_sha256, "ddpm.dataset": record.data.name},
+            params=flat(
+                {"network": record.network.content, "target": record.target, "schedule": record.schedule.to_json()}
+            ),
             model_type="diffusion",
         )
         added["models"] += 1
     if str(model.status) != "READY":
-        models.check_weights(folder, about)
+        models.check_weights(folder, record)
         target.client.log_model_artifacts(model.model_id, str(folder))
         target.client.finalize_logged_model(model.model_id, "READY")
         target.client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])
@@ -330,15 +333,15 @@ class PointFiles:
     @classmethod
     def read(cls, root: Path, point: Point) -> PointFiles:
         path, scores = paths.samples_file(point), paths.metrics_file(point)
-        about = read_samples_record(root / path)
-        samples = about[CHECKSUM]
+        record = read_samples_record(root / path)
+        samples = record.record_sha256
         metrics = read_scores(root, point) if (root / scores).exists() else None
         if metrics is not None and metrics["samples"] != samples:
             metrics = None
         return cls(
             point,
-            about["evaluations"],
-            about["model"],
+            record.evaluations,
+            record.model,
             samples,
             metrics,
             sha256(root / scores) if metrics else "",
@@ -364,8 +367,8 @@ def publish_points(
     training = _publish_training(target, root, first.schedule, added)
     if training is None:
         return None
-    about = models.read_trained(root, first.schedule)
-    weights = about["weights_sha256"]
+    model = models.read_trained(root, first.schedule)
+    weights = model.weights_sha256
     found = [PointFiles.read(root, point) for point, _ in group if (root / paths.samples_file(point)).exists()]
     points = [files for files in found if files.model == weights]
     if not points:
@@ -380,17 +383,17 @@ def publish_points(
     name = f"{first.schedule}-{first.sampler}"
     start = min((times["started"] for files in points for times in files.times), default=UNKNOWN_TIME)
     tags = {
-        **_point_tags(first, about, settings),
+        **_point_tags(first, model, settings),
         MODEL: weights,
         "mlflow.parentRunId": training.info.run_id,
         **_commit(points[0].evaluated or points[0].sampled),
     }
     run = find_or_create(target, key, name, agrees, start, tags, added)
     if not run.data.params:
-        log(target, run, _point_params(first, about))
-        _log_dataset(target, run, root, about["data"], "evaluation")
+        log(target, run, _point_params(first, model))
+        _log_dataset(target, run, root, model.data, "evaluation")
         _link_model(target, run, training, weights)
-        _log_real(target, run, root, about["data"], start, added)
+        _log_real(target, run, root, model.data, start, added)
     for files in points:
         if any(run.data.tags.get(tag) != value for tag, value in files.tags.items()):
             _publish_point(target, root, run, files, added)
@@ -398,7 +401,7 @@ def publish_points(
     return run
 
 
-def _point_tags(point: Point, about: Mapping[str, Any], settings: PointSettings) -> dict[str, str]:
+def _point_tags(point: Point, model: ModelRecord, settings: PointSettings) -> dict[str, str]:
     layer, images = settings.evaluation["layer"], settings.evaluation["images"]
     return {
         **flat({"ddpm": asdict(settings)}),
@@ -406,17 +409,17 @@ def _point_tags(point: Point, about: Mapping[str, Any], settings: PointSettings)
         "mlflow.runType": "evaluation",  # MLflow's pages unfold the parents of such runs: the scores are in sight
         "ddpm.schedule": point.schedule,
         "ddpm.sampler": point.sampler,
-        "ddpm.dataset": about["data"]["name"],
-        "ddpm.dataset_sha256": about["data"]["sha256"],
+        "ddpm.dataset": model.data.name,
+        "ddpm.dataset_sha256": model.data.sha256,
         "mlflow.note.content": f"Sampler {point.sampler} on the {point.schedule} schedule. Step = network evaluations per"
         f" image; the images at step 0 are real ones. {RANKING.title} ({RANKING.words}) of at most"
         f" {images:,} samples, at Inception layer {layer}.",
     }
 
 
-def _point_params(point: Point, about: Mapping[str, Any]) -> dict[str, str]:
+def _point_params(point: Point, model: ModelRecord) -> dict[str, str]:
     """Few: MLflow writes all of them above each picture, and more would leave the picture no room."""
-    return {"schedule": point.schedule, "sampler": point.sampler, "dataset": about["data"]["name"]}
+    return {"schedule": point.schedule, "sampler": point.sampler, "dataset": model.data.name}
 
 
 def _link_model(target: Target, run: Run, training: Run, weights: str) -> None:
@@ -427,10 +430,10 @@ def _link_model(target: Target, run: Run, training: Run, weights: str) -> None:
         target.client.log_inputs(run.info.run_id, models=[LoggedModelInput(model.model_id)])
 
 
-def _log_real(target: Target, run: Run, root: Path, data: Mapping[str, Any], start: int, added: Counter[str]) -> None:
+def _log_real(target: Target, run: Run, root: Path, data: DataEntry, start: int, added: Counter[str]) -> None:
     """Real images at step 0, to compare with: MLflow's slider stands there when a page opens, and would show nothing."""
     about = root / paths.dataset_dir() / "dataset.json"
-    if about.exists() and read_dataset_record(root)["sha256"] == data["sha256"]:
+    if about.exists() and read_dataset_record(root).sha256 == data.sha256:
         picture = pictures.grid(read_dataset(root).train[:REAL])
         log_image(target, run, _picture(picture), 0, start, added)
 
@@ -477,21 +480,21 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
     training = _publish_training(target, root, schedule, added)
     if training is None or not path.exists() or not table.exists():
         return True
-    about, scores = models.read_trained(root, schedule), read_record(path)
-    if scores["model"] != about["weights_sha256"]:
+    model, bound = models.read_trained(root, schedule), models.read_bound(root, schedule)
+    if bound.model != model.weights_sha256:
         return False
-    read_described(path, scores, table)
+    read_described(path, bound.files, table)
     content = digest([sha256(path), sha256(table)])
-    settings = {name: scores[name] for name in ("seed", "variance", "clip", "times")}
-    settings |= {f"images_{split}": scores[split]["images"] for split in ("train", "test") if split in scores}
+    settings = {name: getattr(bound, name) for name in ("seed", "variance", "clip", "times")}
+    settings |= {f"images_{split}": found.images for split, found in bound.splits.items()}
     times = run_times(root, paths.likelihood_file(schedule))
     start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
     tags = {
         "ddpm.stage": "likelihood",
         "ddpm.schedule": schedule,
-        "ddpm.dataset": about["data"]["name"],
-        "ddpm.dataset_sha256": scores["dataset"],
-        MODEL: scores["model"],
+        "ddpm.dataset": model.data.name,
+        "ddpm.dataset_sha256": bound.dataset,
+        MODEL: bound.model,
         CONTENT: content,
         "mlflow.parentRunId": training.info.run_id,
         "mlflow.note.content": f"The variational bound of the {schedule} model in bits/dim (lower is better): the total, and its"
@@ -510,14 +513,13 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
     if run.data.tags.get(PUBLISHED) == content:
         return True
     log(target, run, flat({"schedule": schedule, "likelihood": settings}))
-    _log_dataset(target, run, root, about["data"], "evaluation")
-    _link_model(target, run, training, scores["model"])
-    last = about["training"]["steps"]
+    _log_dataset(target, run, root, model.data, "evaluation")
+    _link_model(target, run, training, bound.model)
+    last = model.training["steps"]
     names = [f"{part}{error}" for part in ("bits_per_dim", "prior", "kl", "decoder") for error in ("", "_error")]
     metrics = [
-        Metric(f"{name}_{split}", scores[split][name], end, last)
-        for split in ("train", "test")
-        if split in scores
+        Metric(f"{name}_{split}", getattr(found, name), end, last)
+        for split, found in bound.splits.items()
         for name in names
     ]
     for row in read_csv(table):
@@ -595,10 +597,10 @@ def _runs_of(target: Target, root: Path, rows: Sequence[Mapping[str, Any]]) -> d
         )
         if about.exists():
             for stage in ("train", "likelihood"):
-                weights = models.read_trained(root, row["schedule"])["weights_sha256"]
+                weights = models.read_trained(root, row["schedule"]).weights_sha256
                 held[f"{stage}@{row['schedule']}"] = {"ddpm.stage": stage, MODEL: weights}
         if (root / samples).exists():
-            made = read_samples_record(root / samples)[CHECKSUM]
+            made = read_samples_record(root / samples).record_sha256
             tag = {"ddpm.stage": "sample", f"ddpm.samples.{row['steps']}": made}
             held |= {f"{stage}@{row['point']}": tag for stage in ("sample", "evaluate")}
     uri, found = target.place.shown, dict[str, tuple[str, str]]()

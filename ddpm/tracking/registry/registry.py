@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.errors import InputError
 from ddpm.files import atomic, models, paths, records, scores
+from ddpm.files.models import BoundRecord, ModelRecord
 from ddpm.files.params import Params, Point
 from ddpm.files.scores import read_scores
 from ddpm.provenance import code
@@ -98,7 +99,7 @@ def _download(client: MlflowClient, where: Place, version: ModelVersion, destina
     folder = Path(path)
     about = models.read_model_record(folder)
     models.check_weights(folder, about)
-    found = {MODEL: about["weights_sha256"], MODEL_RECORD: records.record_digest(about)}
+    found = {MODEL: about.weights_sha256, MODEL_RECORD: records.record_digest(about.content)}
     if MODEL not in version.tags or any(version.tags.get(tag, value) != value for tag, value in found.items()):
         raise InputError(
             f"{version.name} version {version.version}: its files are not those that were registered; restore them in"
@@ -117,38 +118,38 @@ class Challenger:
     seed: int
     metrics: dict[str, Any]
     score: Score  # with its influence values
-    about: dict[str, Any]  # model.json
+    model: ModelRecord
     folder: Path
-    likelihood: dict[str, Any] | None = None  # what `ddpm likelihood` measured of this very model
+    likelihood: BoundRecord | None = None  # what `ddpm likelihood` measured of this very model
 
     @property
     def identity(self) -> dict[str, str]:
         """Tags that say which images it makes."""
-        return {MODEL: self.about["weights_sha256"], SETTINGS: json.dumps(self.settings, sort_keys=True)}
+        return {MODEL: self.model.weights_sha256, SETTINGS: json.dumps(self.settings, sort_keys=True)}
 
     def is_version(self, version: ModelVersion) -> bool:
         return all(version.tags.get(tag) == value for tag, value in self.identity.items())
 
     @property
     def card(self) -> str:
-        return card(self.name, self.point.name, self.settings, self.metrics, self.about, self.likelihood)
+        return card(self.name, self.point.name, self.settings, self.metrics, self.model, self.likelihood)
 
     @property
     def card_file(self) -> str:
-        return with_front_matter(self.card, self.name, self.metrics, self.about)
+        return with_front_matter(self.card, self.name, self.metrics, self.model)
 
     @property
     def tags(self) -> dict[str, str]:
         return {
             **self.identity,
-            MODEL_RECORD: records.record_digest(self.about),
+            MODEL_RECORD: records.record_digest(self.model.content),
             "ddpm.point": self.point.name,
             "ddpm.schedule": self.point.schedule,
             "ddpm.sampler": self.point.sampler,
             "ddpm.steps": str(self.point.steps),
             "ddpm.evaluations": str(self.score.evaluations),
             f"ddpm.{HEADLINE}": str(self.score.value),
-            "ddpm.dataset": self.about["data"]["name"],
+            "ddpm.dataset": self.model.data.name,
             "ddpm.dataset_sha256": self.score.protocol.dataset,
             tags.PROTOCOL: json.dumps(asdict(self.score.protocol)),
             tags.score_tag(self.score.protocol): json.dumps(self.metrics),
@@ -163,11 +164,9 @@ def _challenger(params: Params, root: Path) -> Challenger:
     if metrics.get(HEADLINE) != best.get(HEADLINE) or settings is None:
         raise InputError(f"{root / paths.report_dir()}: the report is older than its scores; run dvc repro")
     folder, bound = root / paths.model_dir(point.schedule), root / paths.likelihood_file(point.schedule)
-    about, likelihood = (
-        models.read_trained(root, point.schedule),
-        records.read_record(bound) if bound.exists() else None,
-    )
-    if metrics["model"] != about["weights_sha256"]:
+    model = models.read_trained(root, point.schedule)
+    likelihood = models.read_bound(root, point.schedule) if bound.exists() else None
+    if metrics["model"] != model.weights_sha256:
         raise InputError(f"{folder}: not the model that {point.name} was scored with; run dvc repro")
     return Challenger(
         model_name(params),
@@ -176,9 +175,9 @@ def _challenger(params: Params, root: Path) -> Challenger:
         settings.seed,
         metrics,
         Score.of(metrics, scores.read_point_influence(root, point, metrics), settings.seed),
-        about,
+        model,
         folder,
-        likelihood if likelihood and likelihood["model"] == about["weights_sha256"] else None,
+        likelihood if likelihood and likelihood.model == model.weights_sha256 else None,
     )
 
 
@@ -518,7 +517,7 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
         run = publish_points(target, root, [(challenger.point, settings)], Counter()) if settings else None
     if run is None:
         raise InputError(f"{paths.samples_file(challenger.point)}: no such sample set; run dvc repro")
-    dataset = challenger.about["data"]["name"]
+    dataset = challenger.model.data.name
     try:
         client.create_registered_model(
             name,
@@ -590,13 +589,13 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
     ]
     example = {"n": [4], "seed": [challenger.seed], "steps": [challenger.settings["steps"]]}
     example["sampler"] = [challenger.settings["sampler"]]
-    if "classes" in challenger.about["network"]:
+    if challenger.model.network.classes:
         inputs.append(ColSpec("string", "label", required=False))
-        example["label"] = [challenger.about["data"]["classes"][0]]
-    shape = (-1, *challenger.about["data"]["shape"])
+        example["label"] = [(challenger.model.data.classes or [""])[0]]
+    shape = (-1, *challenger.model.data.shape)
     with tempfile.TemporaryDirectory(prefix="ddpm-code-") as name:
         checkpoint = Path(name) / "checkpoint"
-        models.check_weights(challenger.folder, challenger.about)
+        models.check_weights(challenger.folder, challenger.model)
         shutil.copytree(challenger.folder, checkpoint)
         for file in code.files(*code.source(SERVED).imported):
             (Path(name) / file).parent.mkdir(parents=True, exist_ok=True)
@@ -612,7 +611,7 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
             model_config={
                 "settings": challenger.settings,
                 "seed": challenger.seed,
-                "weights_sha256": challenger.about["weights_sha256"],
+                "weights_sha256": challenger.model.weights_sha256,
             },
             metadata={
                 "point": challenger.point.name,

@@ -31,8 +31,8 @@ class ImageModel(PythonModel):
         self.seed = int(config["seed"])
         self.device = find_device("auto")
         folder = Path(context.artifacts["checkpoint"])
-        self.denoiser, self.about = checkpoint.load(folder, self.device, self.settings.pop("clip"))
-        if self.about["weights_sha256"] != config.get("weights_sha256", self.about["weights_sha256"]):
+        self.denoiser, self.model = checkpoint.load(folder, self.device, self.settings.pop("clip"))
+        if self.model.weights_sha256 != config.get("weights_sha256", self.model.weights_sha256):
             raise ValueError(f"{folder}: not the checkpoint that this model was registered with")
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
@@ -61,14 +61,14 @@ class ImageModel(PythonModel):
         chosen = int(steps) if steps else settings["steps"]
         images, _ = generate(
             self.denoiser,
-            tuple(self.about["data"]["shape"]),
+            tuple(self.model.data.shape),
             range(int(n)),
             seed=self.seed if seed is None else int(seed),
             batch=BATCH,
             steps=chosen,
             settings={key: value for key, value in settings.items() if key != "steps"},
             device=self.device,
-            labels=class_labels(self.about, int(n), label),
+            labels=class_labels(self.model, int(n), label),
         )
         return images
 
