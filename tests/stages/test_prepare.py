@@ -70,6 +70,56 @@ def test_a_changed_array_is_refused_though_its_times_say_nothing(
         store.read_dataset(tmp_path)
 
 
+def no_room(path: Path, value: Any) -> None:
+    raise InputError(f"{path}: no room on the disk")
+
+
+def read_only(path: Path, value: Any) -> None:
+    raise PermissionError(f"{path}: read-only file system")
+
+
+@pytest.mark.parametrize("write", [no_room, read_only])
+def test_a_hash_that_cannot_be_remembered_is_computed_again(
+    write: Callable[..., None],
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(digits / "dataset", tmp_path / "dataset")
+    monkeypatch.setattr(store, "SETTLED", 0.0)
+    monkeypatch.setattr(store, "LARGE", 1)
+    monkeypatch.setattr(store, "write_record", write)
+    for _ in range(2):
+        assert len(store.read_dataset(tmp_path).train) == 1438
+    assert capfd.readouterr() == ("", "")
+
+
+def damaged(memory: Path) -> None:
+    memory.write_bytes(memory.read_bytes()[:-20])
+
+
+def unreadable(memory: Path) -> None:
+    memory.unlink()
+    memory.mkdir()
+
+
+def of_another_form(memory: Path) -> None:
+    store.write_record(memory, dict.fromkeys(store.read_record(memory), 7))
+
+
+@pytest.mark.parametrize("damage", [damaged, unreadable, of_another_form])
+def test_a_damaged_memory_of_hashes_counts_as_empty(
+    damage: Callable[[Path], None], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(digits / "dataset", tmp_path / "dataset")
+    monkeypatch.setattr(store, "SETTLED", 0.0)
+    monkeypatch.setattr(store, "LARGE", 1)
+    for work in (damage, lambda _: None):
+        assert len(store.read_dataset(tmp_path).train) == 1438
+        work(tmp_path / store.CACHE / "verified.json")
+
+
 def test_the_hash_of_a_large_array_is_computed_once(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
