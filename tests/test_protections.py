@@ -59,7 +59,7 @@ TRAINING = [
     Protection(
         "kill -9 of a training: states are saved on the way",
         TRAIN,
-        "(signal or step.step - saved >= params.compute.checkpoint_every)",
+        "(signal or step.step - training.saved >= params.compute.checkpoint_every)",
         "signal",
         KILLED,
     ),
@@ -349,7 +349,7 @@ TRAINING = [
     Protection(
         "the loss stays finite and useless: no state is written meanwhile",
         TRAIN,
-        'sound = not rows or rows[-1]["loss"] <= bar',
+        "sound = (\n                not training.rows or",
         "sound = True",
         DIVERGED,
     ),
@@ -887,21 +887,35 @@ STORAGE = [
     Protection(
         "records copied without their artifacts: one line",
         MLFLOW_FILE,
-        "if not (recorded.parents[1] / file.name).exists():",
-        "if True:",
+        "if copied and _exists(recorded):",
+        "if False:",
         f"{TRACKING}records_whose_artifacts_lie_elsewhere",
+    ),
+    Protection(
+        "records whose artifacts cannot be found: one line",
+        MLFLOW_FILE,
+        "    if used:\n        raise",
+        "    if False:\n        raise",
+        f"{TRACKING}experiments_of_another_place_keep_their_addresses",
+    ),
+    Protection(
+        "records of a place that is not mounted stay as they are",
+        MLFLOW_FILE,
+        "return recorded.parent in left",
+        "return True",
+        f"{TRACKING}experiments_of_another_place_keep_their_addresses",
     ),
     Protection(
         "records lost: no new store beside the artifacts",
         MLFLOW_FILE,
-        "if all(number == 0 for number, _ in rows) and _has_files(home):",
+        'if all(number == 0 for number, _, _ in rows) and _are_lost(file, home.glob("*")):',
         "if False:",
         f"{TRACKING}lost_records_are_not_taken_for_a_new_store[emptied]",
     ),
     Protection(
         "records of another store: no new experiment over the artifacts of one",
         MLFLOW_FILE,
-        "if _has_files(folder):",
+        "if _are_lost(file, [folder]):",
         "if False:",
         f"{TRACKING}records_of_another_store_are_not_taken_for_those_of_a_new_experiment",
     ),
@@ -1200,7 +1214,7 @@ INPUT = [
     Protection(
         "dataset/: dataset.json",
         "ddpm/files/records.py",
-        "kind.model_validate(value)",
+        "_require(type(value) is hint, place, names[hint], value)",
         "pass",
         f"{BAD}a_prepared_dataset[flip of words]",
     ),
@@ -1221,7 +1235,7 @@ INPUT = [
     Protection(
         "a checkpoint: another version's",
         "ddpm/files/models.py",
-        'if about.get("format") != MODEL_FORMAT:',
+        'if content.get("format") != MODEL_FORMAT:',
         "if False:",
         f"{BAD}a_checkpoint[another format]",
     ),
@@ -1255,8 +1269,8 @@ INPUT = [
     ),
     Protection(
         "a checkpoint: of other data",
-        "ddpm/files/checkpoint.py",
-        'if repr(about["data"]["shape"]) != repr(takes):',
+        "ddpm/files/models.py",
+        "if data.shape != takes:",
         "if False:",
         f"{BAD}a_checkpoint[images of another size]",
     ),
@@ -1284,8 +1298,8 @@ INPUT = [
     Protection(
         "a sample set: evaluations",
         "ddpm/files/samples.py",
-        "    evaluations: Annotated[int, Field(ge=1)]\n",
-        "    evaluations: Any\n",
+        "if self.evaluations < 1:",
+        "if False:",
         f"{BAD}a_sample_set[no evaluation]",
     ),
     Protection(
@@ -1294,6 +1308,13 @@ INPUT = [
         "if value[CHECKSUM] != record_digest(content):",
         "if False:",
         f"{CORRUPTION}[models/cosine/model.json by sample-flipped]",
+    ),
+    Protection(
+        "damage: the compiled kernels of a CPU",
+        "ddpm/networks/winograd.py",
+        'if path.name == f"{name}-{_digest(path)}.so"',
+        "if True",
+        "tests/test_native.py::test_a_damaged_library_is_compiled_anew[cut off]",
     ),
     Protection(
         "damage: the arrays of a dataset",
@@ -1312,7 +1333,7 @@ INPUT = [
     Protection(
         "damage: samples under another point's name",
         "ddpm/files/samples.py",
-        'if value["point"] != path.stem:',
+        "if record.point != path.stem:",
         "if False:",
         f"{CORRUPTION}[samples/cosine-ddim-5.npz by evaluate-swapped]",
     ),

@@ -11,7 +11,7 @@ import os
 import re
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import unquote
@@ -27,6 +27,12 @@ COLUMNS = {
     "logged_models": ("artifact_location",),
     "model_versions": ("source", "storage_location"),
 }
+EXPERIMENTS = """
+    SELECT experiment_id, artifact_location, EXISTS (
+        SELECT 1 FROM runs WHERE runs.experiment_id = experiments.experiment_id AND runs.lifecycle_stage = 'active'
+    ) FROM experiments
+"""
+SUFFIXES = (".db", ".sqlite", ".sqlite3")  # of databases in use; a backup may have any other
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 RESTORE = "restore it from a backup (docs/storage.md)"
 REBUILD = "run `ddpm publish`, which records the outputs anew, without earlier champions and their history"
@@ -40,20 +46,20 @@ def lock_of(file: Path) -> Path:
 def check(file: Path) -> bool:
     """Makes sure that a database file is whole, and that its artifacts lie beside it or in a place of the user's choice.
 
-    Addresses of another `mlartifacts` become those of the one beside the file. Call it under the store's lock. Returns whether
-    the file holds experiments. Raises InputError for a damaged file, and where records or artifacts are missing.
+    The address of an experiment in another `mlartifacts` is changed where the experiment's folder lies beside the file. Call it
+    under the store's lock. Returns whether the file holds experiments. Raises InputError for a damaged file, and where records
+    or artifacts are missing.
     """
     home = file.parent / ARTIFACTS
     with _opened(file) as database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        found = "experiments" in tables
-        rows = database.execute("SELECT experiment_id, artifact_location FROM experiments").fetchall() if found else []
-        if all(number == 0 for number, _ in rows) and _has_files(home):
+        rows = database.execute(EXPERIMENTS).fetchall() if "experiments" in tables else []
+        if all(number == 0 for number, _, _ in rows) and _are_lost(file, home.glob("*")):
             raise InputError(
                 f"{file} holds no experiment, and {home} holds the artifacts of some: the records are lost; {RESTORE},"
                 f" or move {ARTIFACTS} away and {REBUILD}"
             )
-        moved = {location: new for number, location in rows if (new := _moved(database, file, number, location))}
+        moved = _moved(file, {location: bool(used) for _, location, used in rows})
         for old, new in moved.items():
             _rewrite(database, tables, old, new)
     if moved:
@@ -64,11 +70,16 @@ def check(file: Path) -> bool:
 def require_new(file: Path, experiment: str) -> None:
     """Raises InputError where the folder of an experiment that is about to be created holds files of an earlier one."""
     folder = file.parent / ARTIFACTS / experiment
-    if _has_files(folder):
+    if _are_lost(file, [folder]):
         raise InputError(
             f"{file} has no experiment {experiment}, and {folder} holds the artifacts of one: the file is not the one that"
             f" recorded them; {RESTORE}, or move that folder away and {REBUILD}"
         )
+
+
+def require_in_place(file: Path, location: str) -> None:
+    """Raises InputError where the folder of an experiment that is about to be used was left behind, or is not mounted."""
+    _moved(file, {location: True})
 
 
 @contextmanager
@@ -96,28 +107,66 @@ def _damaged(file: Path, why: str) -> str:
     return f"{file} is damaged ({' '.join(why.split())}): {RESTORE}, or move it and {ARTIFACTS} away and {REBUILD}"
 
 
-def _moved(database: sqlite3.Connection, file: Path, experiment: int, location: str) -> str | None:
-    """The address that an experiment's artifacts should have, or None where the recorded one is right. Raises InputError."""
-    recorded, home = _path(location), file.parent / ARTIFACTS
-    if recorded is None or recorded.parent.name != ARTIFACTS or SHARED.search(recorded.name):
+def _moved(file: Path, experiments: dict[str, bool]) -> dict[str, str]:
+    """The addresses that are to change, with the new ones.
+
+    experiments: each recorded address, and whether the experiment has runs. Raises InputError.
+    """
+    home = file.parent / ARTIFACTS
+    away = {location: path for location in experiments if (path := _elsewhere(location, home))}
+    left = {path.parent for path in away.values() if _exists(home / path.name)}
+    moved = {}
+    for location, path in away.items():
+        here = home / path.name
+        if _exists(here) or _moves_without_files(file, path, experiments[location], left):
+            moved[location] = here.as_uri() if location.startswith("file:") else str(here)
+    return moved
+
+
+def _elsewhere(location: str, home: Path) -> Path | None:
+    """The folder that an address names in a `mlartifacts` other than `home`, or None for any other address."""
+    path = _path(location)
+    if path is None or path.parent.name != ARTIFACTS or SHARED.search(path.name):
         return None
-    if recorded.parent.resolve() in (home.resolve(), _chosen()):
-        return None
-    here = home / recorded.name
-    if not here.exists() and recorded.exists():
-        if not (recorded.parents[1] / file.name).exists():
-            return None  # kept apart from the database on purpose
+    folder = path.parent
+    mounted_twice = _exists(folder) and _exists(home) and folder.samefile(home)
+    return None if mounted_twice or folder.resolve() in (home.resolve(), _chosen()) else path
+
+
+def _moves_without_files(file: Path, recorded: Path, used: bool, left: set[Path]) -> bool:
+    """Whether an experiment without a folder beside the database keeps its files there from now on.
+
+    It does where its address is that of the database's original, and where it has no runs and its neighbours lie here.
+
+    Args:
+        file: the database.
+        recorded: the experiment's folder, as the database names it.
+        used: whether the experiment has runs.
+        left: the `mlartifacts` folders of which other experiments lie beside the database.
+
+    Raises:
+        InputError: the files are in the original's folder, or cannot be found.
+    """
+    here = file.parent / ARTIFACTS / recorded.name
+    if _exists(recorded.parent):
+        copied = _exists(recorded.parents[1] / file.name)  # or kept apart from the database on purpose
+        if copied and _exists(recorded):
+            raise InputError(
+                f"{file} is a copy whose artifacts lie in {recorded.parent}; copy that folder to {here.parent} too, so that the"
+                " original's artifacts stay as they are"
+            )
+        return copied
+    if used:
         raise InputError(
-            f"{file} is a copy whose artifacts lie in {recorded.parent}; copy that folder to {home} too, so that the original's"
-            " artifacts stay as they are"
+            f"{file} names artifacts in {recorded}, which are neither there nor in {here}; mount or restore that folder,"
+            f" or make an empty {here} to go on without its files"
         )
-    used = database.execute("SELECT 1 FROM runs WHERE experiment_id = ? LIMIT 1", (experiment,)).fetchone()
-    if used and not home.exists():
-        raise InputError(
-            f"{file} names artifacts in {recorded.parent}, which are neither there nor in {home}; bring that folder to {home},"
-            " or make an empty one to go on without them"
-        )
-    return here.as_uri() if location.startswith("file:") else str(here)
+    return recorded.parent in left
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something that this user can reach. Path.exists raises for a folder of another user."""
+    return os.access(path, os.F_OK)
 
 
 def _chosen() -> Path | None:
@@ -143,5 +192,17 @@ def _rewrite(database: sqlite3.Connection, tables: set[str], old: str, new: str)
             )
 
 
-def _has_files(folder: Path) -> bool:
-    return any(path.is_file() for path in folder.rglob("*"))
+def _are_lost(file: Path, folders: Iterable[Path]) -> bool:
+    """Whether one of the experiments' folders holds files, and no other database beside the file names the folder."""
+    others = [other for other in file.parent.iterdir() if other.suffix in SUFFIXES and other != file]
+    named = {name for other in others for name in _named(other)}
+    return any(folder.name not in named and any(path.is_file() for path in folder.rglob("*")) for folder in folders)
+
+
+def _named(file: Path) -> set[str]:
+    """The names of the artifact folders of a database's experiments. A file that is no such database has none."""
+    try:
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
+            return {Path(location).name for _, location, _ in database.execute(EXPERIMENTS)}
+    except sqlite3.DatabaseError:
+        return set()

@@ -189,15 +189,17 @@ def _remembered_sha256(path: Path, memory: Path) -> str:
     about = path.stat()
     if about.st_size < LARGE:
         return sha256(path)
-    version = [about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
+    key, version = str(path.resolve()), [about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
     known: dict[str, Any] = {}
     with suppress(InputError):  # absent or damaged: it only saves time
         known = read_record(memory)
-    if known.get(str(path.resolve()), [None])[:-1] == version:
-        return str(known[str(path.resolve())][-1])
+    entry = known.get(key)
+    if isinstance(entry, list) and entry[:-1] == version:
+        return str(entry[-1])
     digest = sha256(path)
     if time.time() - max(about.st_mtime, about.st_ctime) > SETTLED:
-        write_record(memory, {**known, str(path.resolve()): [*version, digest]})
+        with suppress(InputError, OSError):  # a full disk, or a checkout that can only be read
+            write_record(memory, {**known, key: [*version, digest]})
     return digest
 
 

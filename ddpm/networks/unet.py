@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddpm.networks.layers import NormSwish
+
 MOST_BLOCKS = 64  # per resolution: beyond any network, and few enough to make
 
 
@@ -33,13 +35,6 @@ def time_embedding(t: Tensor, channels: int) -> Tensor:
     frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / (half - 1)))
     angles = t.float()[:, None] * frequencies[None, :]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-class NormSwish(nn.GroupNorm):
-    """Group normalisation, then swish: what is before every convolution of a block."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(super().forward(x))
 
 
 class ResidualBlock(nn.Module):

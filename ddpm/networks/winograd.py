@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm.networks.unet import NormSwish
+from ddpm.networks.layers import NormSwish
 
 SOURCE = Path(__file__).with_name("winograd.c")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-Wno-psabi")
@@ -45,7 +45,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class NoCompiler(RuntimeError):
-    """There is no C compiler here, or it failed, or what it makes cannot be kept."""
+    """There is no C compiler here, or it failed, or what it makes cannot be kept or loaded."""
 
 
 def compiled(net: Network, dynamic: bool | None = None) -> Network:
@@ -223,23 +223,40 @@ def _call(name: str, *arguments: Any) -> None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """native.c, compiled for this processor; the file is kept beside what torch.hub keeps. Raises NoCompiler."""
+    """native.c, compiled for this processor. The file is kept beside what torch.hub keeps, and made anew if it is damaged.
+
+    Raises NoCompiler.
+    """
     compiler, threads = _compiler(), _openmp()
-    code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (SOURCE, Path(__file__))]
+    code = [_digest(path) for path in (SOURCE, Path(__file__))]
     about = (code, compiler, _run([*compiler, "--version"]), threads, _processor())
     folder = Path(torch.hub.get_dir()).parent / "ddpm"
-    path = folder / f"native-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
+    name = f"native-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
     try:
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as place:
-                made, whole = Path(place) / "native.o", Path(place) / "native.so"
-                _run([*compiler, *FLAGS, *(["-fopenmp"] if threads else []), "-c", str(SOURCE), "-o", str(made)])
-                _run([*compiler, "-shared", str(made), *([threads] if threads else []), "-o", str(whole)])
-                whole.replace(path)
-    except OSError as error:  # no room, or a home that cannot be written to
-        raise NoCompiler(f"what the C compiler makes cannot be kept: {error}") from None
-    return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(_kept(folder, name) or _made(folder, name, compiler, threads)))
+    except OSError as error:  # no room, or a home that cannot be written to or run from
+        raise NoCompiler(f"what the C compiler makes cannot be kept or loaded: {error}") from None
+
+
+def _kept(folder: Path, name: str) -> Path | None:
+    """A library that an earlier process left, if its bytes are those that the second part of its name is the hash of."""
+    return next((path for path in folder.glob(f"{name}-*.so") if path.name == f"{name}-{_digest(path)}.so"), None)
+
+
+def _made(folder: Path, name: str, compiler: list[str], threads: str) -> Path:
+    """Compiles native.c. Returns the library's file. Raises NoCompiler, OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        made, whole = Path(place) / "native.o", Path(place) / "native.so"
+        _run([*compiler, *FLAGS, *(["-fopenmp"] if threads else []), "-c", str(SOURCE), "-o", str(made)])
+        _run([*compiler, "-shared", str(made), *([threads] if threads else []), "-o", str(whole)])
+        with whole.open("rb") as file:
+            os.fsync(file.fileno())
+        return whole.replace(folder / f"{name}-{_digest(whole)}.so")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _compiler(names: Sequence[str] = ("cc", "gcc")) -> list[str]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from ddpm.errors import InputError
 from ddpm.files import dataset
 from ddpm.files.params import Params
-from ddpm.files.paths import CACHE, dataset_dir
+from ddpm.files.paths import CACHE
 
 # Folders below .cache. Downloads are missing: a user may have put them there.
 KINDS = {
@@ -48,8 +49,9 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
     """Finds what was last used before that moment (seconds since 1970) and what no run under `params` would go on from.
 
     Training states of any length are kept for each schedule of `params`: more `training.steps` go on from them. Kept images are
-    kept for each point of the sweep: sampling the point uses or replaces them. Without a dataset the trainings that `params`
-    would continue are unknown, so all states are kept. Features, weights and previews are made again when they are missing.
+    kept for each point of the sweep: sampling the point uses or replaces them. Without a readable dataset.json the trainings
+    that `params` would continue are unknown, so all states are kept. Features, weights and previews are made again when they are
+    missing.
     """
     keep = {"sampling": {point.name for point in params.points()}, "training": _trainings(params, root)}
     for folder, kind in KINDS.items():
@@ -69,13 +71,13 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
 
 
 def _trainings(params: Params, root: Path) -> set[str] | None:
-    """The folders of states from which a schedule would go on, or None where no dataset tells."""
-    about = root / dataset_dir() / "dataset.json"
-    if not about.exists():
-        return None
+    """The folders of states from which a schedule would go on, or None where the dataset is unknown."""
     from ddpm.stages.train import training_key
 
-    data = dataset.read_dataset_record(root).sha256
+    try:
+        data = dataset.read_dataset_record(root).sha256
+    except InputError:  # missing, damaged, or of version 0.1.0: `prepare` may make it again, and states go on
+        return None
     return {f"{schedule}-{training_key(params, schedule, data)[:16]}" for schedule in params.schedules}
 
 
@@ -87,5 +89,5 @@ def _leftover(kind: str, paths: tuple[Path, ...]) -> Leftover:
 
 
 def _name(path: Path) -> str:
-    """The name that a file shares with its lock and its temporary files."""
+    """Returns the name that groups a file with its lock and temporary files: `a` for a.npz, a.lock and .a.npz.tmp-1-x."""
     return path.name.lstrip(".").partition(".")[0]

@@ -186,6 +186,8 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
             f"MLflow at {where.shown}: experiment {name} keeps its artifacts behind a server;"
             " set MLFLOW_TRACKING_URI to that server"
         )
+    if where.database:
+        mlflow_file.require_in_place(where.database, found.artifact_location)
     return str(found.experiment_id)
 
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -202,10 +202,38 @@ def test_without_a_compiler_it_says_so_on_a_gpu_too(tmp_path: Path, monkeypatch:
     assert winograd.compiled(net) is given
 
 
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "a byte flipped": lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:],
+    "cut off": lambda data: data[: len(data) // 2],
+    "emptied": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_library_is_compiled_anew(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    make = winograd._library.__wrapped__
+    make()
+    (file,) = tmp_path.rglob("*.so")
+    whole = file.read_bytes()
+    file.unlink()  # this process has the old file mapped
+    file.write_bytes(DAMAGE[how](whole))
+    library = make()
+    assert file.read_bytes() == whole
+    monkeypatch.setattr(winograd, "_library", lambda: library)
+    layer, x = nn.Conv2d(16, 16, 3, padding=1), random(4, 16, 8, 8)
+    with torch.no_grad():
+        close(winograd.compiled(copy.deepcopy(layer))(x), layer.double()(x.double()), 1e-5)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
 def test_without_a_place_to_keep_it_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     code = "import torch; from ddpm import native\ntry: winograd.compiled(torch.nn.Conv2d(16, 16, 3, padding=1))\n"
     code += "except winograd.NoCompiler as error: print(error)"
     environment = {**os.environ, "TORCH_HOME": str(tmp_path / "file")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("what the C compiler makes cannot be kept: ") and len(done.stdout.splitlines()) == 1
+    assert (
+        done.stdout.startswith("what the C compiler makes cannot be kept or loaded: ")
+        and len(done.stdout.splitlines()) == 1
+    )

@@ -19,7 +19,7 @@ from PIL import Image
 from ddpm.errors import InputError
 from ddpm.files import dataset as dataset_file
 from ddpm.files import paths, records
-from ddpm.files.dataset import Dataset, read_dataset, writing_dataset
+from ddpm.files.dataset import read_dataset, writing_dataset
 from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress
 from ddpm.stages.prepare import mean_and_deviation, prepare, preview
@@ -69,6 +69,56 @@ def test_a_changed_array_is_refused_though_its_times_say_nothing(
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(InputError, match=r"train\.npy: its bytes are not those that dataset\.json describes"):
         dataset_file.read_dataset(tmp_path)
+
+
+def no_room(path: Path, value: Any) -> None:
+    raise InputError(f"{path}: no room on the disk")
+
+
+def read_only(path: Path, value: Any) -> None:
+    raise PermissionError(f"{path}: read-only file system")
+
+
+@pytest.mark.parametrize("write", [no_room, read_only])
+def test_a_hash_that_cannot_be_remembered_is_computed_again(
+    write: Callable[..., None],
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(digits / "dataset", tmp_path / "dataset")
+    monkeypatch.setattr(records, "SETTLED", 0.0)
+    monkeypatch.setattr(records, "LARGE", 1)
+    monkeypatch.setattr(records, "write_record", write)
+    for _ in range(2):
+        assert len(read_dataset(tmp_path).train) == 1438
+    assert capfd.readouterr() == ("", "")
+
+
+def damaged(memory: Path) -> None:
+    memory.write_bytes(memory.read_bytes()[:-20])
+
+
+def unreadable(memory: Path) -> None:
+    memory.unlink()
+    memory.mkdir()
+
+
+def of_another_form(memory: Path) -> None:
+    records.write_record(memory, dict.fromkeys(records.read_record(memory), 7))
+
+
+@pytest.mark.parametrize("damage", [damaged, unreadable, of_another_form])
+def test_a_damaged_memory_of_hashes_counts_as_empty(
+    damage: Callable[[Path], None], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(digits / "dataset", tmp_path / "dataset")
+    monkeypatch.setattr(records, "SETTLED", 0.0)
+    monkeypatch.setattr(records, "LARGE", 1)
+    for work in (damage, lambda _: None):
+        assert len(read_dataset(tmp_path).train) == 1438
+        work(tmp_path / paths.CACHE / "verified.json")
 
 
 def test_the_hash_of_a_large_array_is_computed_once(
@@ -148,11 +198,10 @@ def test_preview_has_a_row_per_class(smoke: Smoke, tmp_path: Path) -> None:
 
 
 def test_preview_stays_small() -> None:
-    about = {"classes": [str(label) for label in range(1000)]}
     train = np.zeros((1000, 3, 256, 256), np.uint8)
     labels = np.arange(1000)
-    assert preview(Dataset(train, train, labels, labels, about)).shape == (3, 20 * 65 + 1, 10 * 65 + 1)
-    assert preview(Dataset(train, train, None, None, {"classes": None})).shape == (3, 20 * 65 + 1, 10 * 65 + 1)
+    assert preview(train, labels, 1000).shape == (3, 20 * 65 + 1, 10 * 65 + 1)
+    assert preview(train, None, 0).shape == (3, 20 * 65 + 1, 10 * 65 + 1)
 
 
 def test_an_empty_test_split(smoke: Smoke, tmp_path: Path) -> None:
@@ -230,21 +279,21 @@ def test_the_split_depends_on_the_seed_and_shares_nothing(smoke: Smoke, tmp_path
 
 def test_one_image_more_less_or_changed_is_another_version(smoke: Smoke, tmp_path: Path) -> None:
     draw_folder(tmp_path / "images")
-    versions = [prepare(folder_params(smoke), tmp_path)["sha256"]]
+    versions = [prepare(folder_params(smoke), tmp_path).sha256]
     draw(tmp_path / "images" / "class 1" / "new.png", 99)
-    versions.append(prepare(folder_params(smoke), tmp_path)["sha256"])
+    versions.append(prepare(folder_params(smoke), tmp_path).sha256)
     draw(tmp_path / "images" / "class 1" / "new.png", 100)
-    versions.append(prepare(folder_params(smoke), tmp_path)["sha256"])
+    versions.append(prepare(folder_params(smoke), tmp_path).sha256)
     assert len(set(versions)) == 3
     (tmp_path / "images" / "class 1" / "new.png").unlink()
-    assert prepare(folder_params(smoke), tmp_path)["sha256"] == versions[0]
+    assert prepare(folder_params(smoke), tmp_path).sha256 == versions[0]
 
 
 def test_a_label_is_part_of_the_version(smoke: Smoke, tmp_path: Path) -> None:
     draw_folder(tmp_path / "images")
-    before = prepare(folder_params(smoke, test_fraction=0.0), tmp_path)["sha256"]
+    before = prepare(folder_params(smoke, test_fraction=0.0), tmp_path).sha256
     (tmp_path / "images" / "class 0" / "09.png").rename(tmp_path / "images" / "class 1" / "00.png")
-    assert prepare(folder_params(smoke, test_fraction=0.0), tmp_path)["sha256"] != before
+    assert prepare(folder_params(smoke, test_fraction=0.0), tmp_path).sha256 != before
 
 
 # That nothing is left of what fails.
@@ -338,7 +387,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     """Room is reserved before anything is written. No disk here holds 800 TB."""
     with (
         pytest.raises(InputError, match=r"train\.npy: no room for"),
-        writing_dataset(tmp_path, (3, 4096, 4096), (2**24, 0), None, preview),
+        writing_dataset(tmp_path, (3, 4096, 4096), (2**24, 0), None),
     ):
         pytest.fail("the block must not run")
     assert list(tmp_path.iterdir()) == []

@@ -60,6 +60,19 @@ def test_without_a_dataset_every_state_stays(tmp_path: Path, smoke: Smoke) -> No
     assert list(cleaning.leftovers(smoke(), tmp_path, later())) == []
 
 
+@pytest.mark.parametrize("text", ['{"name": "digits", "sha256": "c8c4"}', "{", ""])
+def test_a_dataset_that_cannot_be_read_keeps_the_states_and_nothing_else(
+    text: str, tmp_path: Path, smoke: Smoke
+) -> None:
+    """One of version 0.1.0, which held no checksum, or a damaged one."""
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "dataset.json").write_text(text)
+    aged(made(tmp_path, "training/cosine-0123/000000040.safetensors"))
+    aged(made(tmp_path, "features/a.npz"))
+    (gone,) = cleaning.leftovers(smoke(), tmp_path, later())
+    assert gone.kind == "reference features"
+
+
 def test_images_of_the_sweep_stay_and_what_is_used_stays(root: Path, smoke: Smoke) -> None:
     params = smoke()
     gone = {

@@ -268,10 +268,84 @@ def test_records_whose_artifacts_lie_elsewhere(published: Path, params: Params, 
     assert f"{alone}/mlflow.db is a copy whose artifacts lie in {published}/mlartifacts; copy that folder" in line
     published.rename(tmp_path / "away")
     line = refusal(params, alone)
-    assert f"names artifacts in {published}/mlartifacts, which are neither there nor in {alone}/mlartifacts" in line
-    (alone / "mlartifacts").mkdir()
+    here = alone / "mlartifacts" / "ddpm-digits"
+    assert f"names artifacts in {published}/mlartifacts/ddpm-digits, which are neither there nor in {here};" in line
+    assert f"or make an empty {here}" in line
+    here.mkdir(parents=True)
     tracking.publish(params, alone)
     assert not published.exists()
+
+
+def locations(root: Path) -> dict[str, str]:
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database:
+        return dict(database.execute("SELECT name, artifact_location FROM experiments"))
+
+
+def test_experiments_of_another_place_keep_their_addresses(published: Path, params: Params, tmp_path: Path) -> None:
+    """Their disk may not be mounted. Those without runs, and deleted ones, stop nobody; one with runs is named."""
+    away = tmp_path / "disk" / "mlartifacts"
+
+    def record() -> None:
+        client = MlflowClient(tracking.tracking_uri(published))
+        for name in ("unused", "deleted"):
+            number = client.create_experiment(name, artifact_location=str(away / name))
+            if name == "deleted":
+                client.create_run(number)
+                client.delete_experiment(number)
+
+    in_a_process(record)
+    before = locations(published)
+    assert before["unused"] == str(away / "unused")
+    tracking.publish(params, published)
+    assert locations(published) == before
+
+    def use() -> None:
+        client = MlflowClient(tracking.tracking_uri(published))
+        client.create_run(client.get_experiment_by_name("unused").experiment_id)
+
+    in_a_process(use)
+    line = refusal(params, published)
+    assert f"{away}/unused" in line and f"{published}/mlartifacts/unused" in line
+    away.mkdir(parents=True)  # mounted: this experiment has no files there yet
+    tracking.publish(params, published)
+    assert locations(published) == before
+    away.rmdir()
+    (published / "mlartifacts" / "unused").mkdir()
+    tracking.publish(params, published)
+    here = {name: f"{published}/mlartifacts/{name}" for name in ("unused", "deleted")}  # its neighbour follows
+    assert locations(published) == before | here
+    assert not away.exists()
+
+
+def test_an_experiment_without_files_writes_nothing_at_an_old_place(
+    checkout: Path, params: Params, tmp_path: Path
+) -> None:
+    in_a_process(tracking.prepare_store, params, checkout)
+    copy, moved = tmp_path / "copy", tmp_path / "moved"
+    (checkout / "mlartifacts").mkdir(exist_ok=True)
+    shutil.copytree(checkout, copy, symlinks=True)
+    tracking.publish(params, copy, only="train@cosine")
+    assert files_of(checkout / "mlartifacts") == {} and files_of(copy / "mlartifacts" / "ddpm-digits")
+    checkout.rename(moved)
+    with pytest.raises(InputError, match=f"or make an empty {moved}/mlartifacts/ddpm-digits"):
+        tracking.publish(params, moved, only="train@cosine")
+    (moved / "mlartifacts" / "ddpm-digits").mkdir()
+    tracking.publish(params, moved, only="train@cosine")
+    assert not checkout.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a folder twice")
+def test_one_store_that_is_mounted_twice_keeps_its_addresses(published: Path, params: Params, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    second.mkdir()
+    before = locations(published)
+    if subprocess.run(["mount", "--bind", published, second], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        in_a_process(tracking.publish, params, second)
+        assert locations(published) == before
+    finally:
+        subprocess.run(["umount", second], check=True)
 
 
 def test_artifacts_that_are_kept_apart_stay_where_they_are(
@@ -316,6 +390,20 @@ def test_lost_records_are_not_taken_for_a_new_store(
     assert "mlflow.db holds no experiment" in line and "without earlier champions and their history" in line
     (published / "mlartifacts").rename(published / "aside")
     assert tracking.publish(params, published, only="train@cosine")["runs"] == 1
+
+
+def test_a_second_database_beside_the_artifacts_of_the_first(
+    published: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{published}/second.sqlite")
+    assert tracking.publish(params, published, only="train@cosine")["runs"] == 1
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (published / "mlflow.db").rename(published / "mlflow.db.backup")
+    assert tracking.publish(params, published, only="train@cosine")["runs"] == 1  # the second one has the artifacts
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{published}/second.sqlite")
+    (published / "mlflow.db").unlink()
+    (published / "second.sqlite").write_bytes(b"")
+    assert "second.sqlite holds no experiment" in refusal(params, published)
 
 
 def test_records_of_another_store_are_not_taken_for_those_of_a_new_experiment(published: Path, params: Params) -> None:
