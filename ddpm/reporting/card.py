@@ -10,15 +10,8 @@ from ruamel.yaml import YAML
 
 from ddpm.reporting.page import render
 from ddpm.scores.metrics import METRICS
+from ddpm.sources.source import SOURCES, Source
 
-# What is known of a source's licence; what image-folder reads is the user's own.
-LICENCES = {
-    "digits": "Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998, UCI Machine Learning Repository), CC BY 4.0",
-    "fashion-mnist": "Fashion-MNIST (Xiao et al. 2017), MIT",
-    "cifar10": "CIFAR-10 (Krizhevsky 2009), published without a licence: photographs from the web",
-    "image-folder": "a folder of images; their licence is not known here",
-}
-OPEN = ("digits", "fashion-mnist")  # whose licence lets a model be shared under this project's own
 NAMES = {"inception_score": "is"}  # what model hubs call a metric, where that differs
 LONGEST = 5000  # characters of a description in a registry
 
@@ -37,6 +30,7 @@ def card(
     about: model.json. likelihood: of metrics/likelihood/SCHEDULE.json.
     """
     training, data = about["training"], about["data"]
+    source = _source(data["name"])
     text = render(
         "card.md.jinja",
         name=name,
@@ -50,15 +44,22 @@ def card(
         about=about,
         training=training,
         data=data,
-        licence=LICENCES[data["name"]],
+        licence=source.licence if source else "its licence is not known here",
+        shareable=source is not None and source.shareable,
         conditional="classes" in about["network"],
     )
     return text[:LONGEST]
 
 
+def _source(name: str) -> Source | None:
+    """Returns the row of the source that a model names; None if its module is gone. Models made by older code say fashion-mnist."""
+    return SOURCES.get(name.replace("-", "_"))
+
+
 def with_front_matter(body: str, name: str, metrics: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """The card as a file of its own, headed by what model hubs read: licence, tags, datasets, metrics."""
     data = about["data"]
+    source = _source(data["name"])
     hub = {key: NAMES.get(key, key) for key in METRICS if metrics.get(key) is not None}
     entry = {
         "task": {"type": "unconditional-image-generation"},
@@ -66,7 +67,7 @@ def with_front_matter(body: str, name: str, metrics: Mapping[str, Any], about: M
         "metrics": [{"type": kind, "name": METRICS[key].title, "value": metrics[key]} for key, kind in hub.items()],
     }
     matter = {
-        "license": "apache-2.0" if data["name"] in OPEN else "other",
+        "license": "apache-2.0" if source and source.shareable else "other",
         "tags": ["diffusion", "ddpm", "unconditional-image-generation", "pytorch"],
         "datasets": [data["name"]],
         "metrics": list(hub.values()),

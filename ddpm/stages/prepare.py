@@ -15,8 +15,7 @@ from ddpm.files.arrays import Images
 from ddpm.files.dataset import Dataset, writing_dataset
 from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress, Report, silent
-from ddpm.sources import image_folder
-from ddpm.sources.image_folder import Source
+from ddpm.sources.source import SOURCES, Contents
 
 COLUMNS, ROWS = 10, 20  # of the preview, at most
 PREVIEW_SIDE = 64  # pixels; larger images are thinned out
@@ -27,15 +26,16 @@ def prepare(params: Params, root: Path = Path(), report: Report = silent) -> dic
 
     Raises InputError, and then leaves an earlier dataset as it was.
     """
-    source = image_folder.open_source(params.data, params.seed, root, report)
-    if source.counts[0] == 0:
+    source = SOURCES.select(params.data.source)
+    contents = source.open(params.data, params.seed, root, report)
+    if contents.counts[0] == 0:
         raise InputError(f"{params.data.path}: no training images: add some, or lower data.test_fraction")
-    total = sum(source.counts)
+    total = sum(contents.counts)
     report(Progress(0, total, "images"))
-    with writing_dataset(root, source.shape, source.counts, source.labels, preview) as dataset:
-        source.fill(dataset.train, dataset.test)
-        dataset.about.update(_about(source, dataset))
-    report(Progress(total, total, "images", message=_summary(source)))
+    with writing_dataset(root, contents.shape, contents.counts, contents.labels, preview) as dataset:
+        contents.fill(dataset.train, dataset.test)
+        dataset.about.update(name=params.data.source, flip=source.flip, **_about(contents, dataset))
+    report(Progress(total, total, "images", message=f"{params.data.source}: {_summary(contents)}"))
     return dataset.about
 
 
@@ -56,18 +56,16 @@ def preview(dataset: Dataset) -> Images:
     return pictures.grid(images.reshape(-1, *shape), COLUMNS)
 
 
-def _about(source: Source, dataset: Dataset) -> dict[str, Any]:
+def _about(contents: Contents, dataset: Dataset) -> dict[str, Any]:
     mean, deviation = mean_and_deviation(dataset.train)
     return {
-        "name": source.name,
         "sha256": _version(dataset),
-        "shape": list(source.shape),
-        "counts": dict(zip(("train", "test"), source.counts, strict=True)),
-        "classes": list(source.classes) if source.classes is not None else None,
-        "class_counts": _class_counts(dataset, source.classes),
+        "shape": list(contents.shape),
+        "counts": dict(zip(("train", "test"), contents.counts, strict=True)),
+        "classes": list(contents.classes) if contents.classes is not None else None,
+        "class_counts": _class_counts(dataset, contents.classes),
         "mean": mean,
         "std": deviation,
-        "flip": source.flip,
     }
 
 
@@ -100,9 +98,9 @@ def _version(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _summary(source: Source) -> str:
-    train, test = source.counts
-    size = "x".join(str(number) for number in source.shape)
-    number = len(source.classes or ())
-    classes = f"{number} class{'es' if number != 1 else ''}" if source.classes is not None else "no classes"
-    return f"{source.name}: {train:,} train and {test:,} test images of {size}, {classes}"
+def _summary(contents: Contents) -> str:
+    train, test = contents.counts
+    size = "x".join(str(number) for number in contents.shape)
+    number = len(contents.classes or ())
+    classes = f"{number} class{'es' if number != 1 else ''}" if contents.classes is not None else "no classes"
+    return f"{train:,} train and {test:,} test images of {size}, {classes}"

@@ -23,6 +23,7 @@ from ddpm.files.scores import read_scores
 from ddpm.provenance import code
 from ddpm.reporting.card import LONGEST, card, with_front_matter
 from ddpm.scores.metrics import HEADLINE, RANKING
+from ddpm.sources.source import SOURCES
 from ddpm.tracking.lineage import PointSettings, flat
 from ddpm.tracking.place import (
     CHAMPION,
@@ -198,8 +199,8 @@ def promote(
     """Registers the report's best point as `ddpm-DATASET` with alias `champion`, if it beats the champion there is by the
     rule of promote.py.
 
-    A champion with a score under another dataset version or protocol is scored again first, but for an image-folder's without
-    a name: other images there may be another dataset, and the champion stays. rescore(checkpoint folder, sampler settings) ->
+    A champion with a score under another dataset version or protocol is scored again first, but for a source of users' own
+    images without a name: other images there may be another dataset, and the champion stays. rescore(checkpoint folder, sampler settings) ->
     what metrics/POINT.json and POINT.influence.npy would hold. replace: take its place whatever the scores say. The decision
     and what led to it stay as tags in the registry. Raises InputError.
     """
@@ -386,11 +387,11 @@ def _changed(champion: ModelVersion, protocol: Protocol) -> str:
 
 
 def _other_images(champion: ModelVersion, challenger: Challenger, params: Params) -> str:
-    """Why the two are not rivals, if they are not: an image-folder may hold anything, and only a name says that other images are
-    a new version of the same dataset.
+    """Says why the two are not rivals; "" if they are. A source of users' own images may hold anything, and only a name says
+    that other images are a new version of the same dataset.
     """
     mine, theirs = challenger.score.protocol.dataset, champion.tags.get("ddpm.dataset_sha256", "")
-    if params.data.source != "image-folder" or params.tracking.name or mine == theirs:
+    if not SOURCES.select(params.data.source).any_images or params.tracking.name or mine == theirs:
         return ""
     return (
         f"it was made from other images (dataset {theirs[:12]}, now {mine[:12]}); give these a name of their own"

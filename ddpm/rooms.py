@@ -1,0 +1,63 @@
+"""Finds the rows of a room: a package whose modules each hold one variant, which a key of params.yaml selects.
+
+A variant is added by adding its file, since no list names it. Its module is imported when the variant is used.
+`ddpm.provenance.code` reads the calls `Room(...)` in source files to know which modules a params.yaml selects. So their
+arguments are string literals.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from ddpm.errors import InputError
+
+Row = TypeVar("Row")
+
+
+class Room(Mapping[str, Row], Generic[Row]):
+    """Maps the name of each module that holds a row to that row.
+
+    A module holds a row if it assigns one to the name `row` at its top level. The other modules of the package are shared
+    parts.
+
+    Args:
+        package: the package's full name, such as "ddpm.sources".
+        key: the key of params.yaml that selects a row, such as "data.source".
+        row: what every module calls its row, such as "SOURCE".
+    """
+
+    def __init__(self, package: str, key: str, row: str) -> None:
+        self.package, self.key, self.row = package, key, row
+
+    def __iter__(self) -> Iterator[str]:
+        assignment = re.compile(rf"^{self.row}\b[^=\n]*=", re.MULTILINE)
+        (folder,) = import_module(self.package).__path__
+        paths = sorted(Path(folder).glob("*.py"))
+        return (path.stem for path in paths if assignment.search(path.read_text(encoding="utf-8")))
+
+    def __len__(self) -> int:
+        return len(list(self))
+
+    def __contains__(self, name: object) -> bool:
+        return name in set(self)
+
+    def __getitem__(self, name: str) -> Row:
+        if name not in self:
+            raise KeyError(name)
+        row: Row = getattr(import_module(f"{self.package}.{name}"), self.row)
+        return row
+
+    def select(self, name: str) -> Row:
+        """Returns the row of that name. Raises InputError that lists the names, if there is no such row."""
+        self.require(name)
+        return self[name]
+
+    def require(self, name: str) -> None:
+        """Raises InputError that lists the names, if there is no row of that name. Imports no row."""
+        if name not in self:
+            folder = self.package.replace(".", "/")
+            raise InputError(f"{self.key}: no '{name}' in {folder}; there are {', '.join(self)}")
