@@ -61,7 +61,7 @@ def prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
 
     params = Params.load(ROOT / "recipes" / f"{name}.yaml")
     if images is not None:
-        given = {"source": "image-folder", "path": str(images.resolve())}
+        given = {"source": "image_folder", "path": str(images.resolve())}
         params = params.model_copy(update={"data": params.data.model_copy(update=given)})
     if not (state / "dataset").exists():
         prepare(params, state)

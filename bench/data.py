@@ -49,7 +49,7 @@ def prepare(device: str) -> dict[str, Any]:
         (root / "images").mkdir()
         source = _pack(root / "images" / "pack.zip")
         base = Params.load(ROOT / "params.yaml")
-        params = base.model_copy(update={"data": Data(source="image-folder", path="images", test_fraction=0.0)})
+        params = base.model_copy(update={"data": Data(source="image_folder", path="images", test_fraction=0.0)})
 
         def ours() -> dataset.Dataset:
             run_prepare(params, root)

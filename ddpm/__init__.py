@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ddpm.diffusion.samplers import SAMPLERS, sample, trajectory
     from ddpm.diffusion.schedule import SCHEDULES, NoiseSchedule
     from ddpm.diffusion.timesteps import SPACINGS
-    from ddpm.networks import NETWORKS
+    from ddpm.networks.network import NETWORKS
     from ddpm.networks.unet import UNet
     from ddpm.training.fit import fit
     from ddpm.training.objective import LOSSES
@@ -44,7 +44,7 @@ __all__ = [
 _HOMES = {
     "Denoiser": "diffusion.denoiser",
     "LOSSES": "training.objective",
-    "NETWORKS": "networks",
+    "NETWORKS": "networks.network",
     "NoiseSchedule": "diffusion.schedule",
     "SAMPLERS": "diffusion.samplers",
     "SCHEDULES": "diffusion.schedule",

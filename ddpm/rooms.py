@@ -40,16 +40,20 @@ class Room(Mapping[str, Row], Generic[Row]):
         return (path.stem for path in paths if assignment.search(path.read_text(encoding="utf-8")))
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        return len(list(self))
 
     def __contains__(self, name: object) -> bool:
-        return name in list(iter(self))
+        return name in set(self)
 
     def __getitem__(self, name: str) -> Row:
         if name not in self:
             raise KeyError(name)
-        row: Row = getattr(import_module(f"{self.package}.{name}"), self.row)
+        row: Row = getattr(import_module(self.module(name)), self.row)
         return row
+
+    def module(self, name: str) -> str:
+        """Returns the full name of the module of a row."""
+        return f"{self.package}.{name}"
 
     def select(self, name: str) -> Row:
         """Returns the row of that name. Raises InputError that lists the names, if there is no such row."""

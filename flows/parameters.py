@@ -17,6 +17,7 @@ from ddpm.files import atomic, paths, records
 from ddpm.files.params import Params
 from ddpm.files.yaml_file import parse_yaml, rewritten
 from ddpm.provenance.inputs import changes
+from ddpm.sources.source import SOURCES, check_name
 
 WRITTEN = paths.CACHE / "params.yaml.sha256"  # of what a recipe or overrides last wrote
 
@@ -24,7 +25,8 @@ WRITTEN = paths.CACHE / "params.yaml.sha256"  # of what a recipe or overrides la
 def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[str, Params]:
     """What params.yaml is to become: the given recipe (a name in recipes/, or a path), with KEY=VALUE set for each override.
 
-    KEY is dotted and must exist, such as training.steps; VALUE is YAML. Comments stay. Raises InputError.
+    KEY is dotted and must exist, such as training.steps; VALUE is YAML. Comments stay. An old name of a source becomes the new
+    one. Raises InputError.
     """
     source = _recipe(root, recipe) if recipe else root / "params.yaml"
     params = Params.load(source)
@@ -32,7 +34,9 @@ def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -
     if overrides:
         text = _overridden(text, overrides)
         params = Params.check(parse_yaml(text, "overrides"), "overrides")
-    return text, params
+    SOURCES.require(params.data.source)
+    check_name(params)
+    return _with_source(text, params.data.source), params
 
 
 def write(
@@ -58,9 +62,18 @@ def write(
     return params
 
 
+def _with_source(text: str, source: str) -> str:
+    """Replaces an old name of the source, such as fashion-mnist: dvc.yaml takes the module's name from params.yaml."""
+
+    def change(document: Any) -> None:
+        document["data"]["source"] = source
+
+    return text if parse_yaml(text, "params.yaml")["data"]["source"] == source else rewritten(text, change)
+
+
 def _described(root: Path, recipe: str | None, overrides: Sequence[str]) -> str:
     if recipe is None:
-        return f"with {', '.join(overrides)}"
+        return f"with {', '.join(overrides)}" if overrides else "with the new name of data.source"
     source = _recipe(root, recipe)
     source = source.relative_to(root) if source.is_relative_to(root) else source
     return f"{source}{', with overrides' * bool(overrides)}"

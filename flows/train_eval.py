@@ -106,14 +106,10 @@ def run_name() -> str:
     """Names a flow run by its recipe, or else by the dataset of params.yaml, with its overrides."""
     given = runtime.flow_run.parameters
     try:
-        about = Path(given["recipe"]).stem if given.get("recipe") else _dataset(Params.load(Path("params.yaml")))
+        about = Path(given["recipe"]).stem if given.get("recipe") else Params.load(Path("params.yaml")).dataset_name
     except InputError:  # the run itself says so, and fails
         about = "train-eval"
     return " ".join([about, *(given.get("overrides") or ())])
-
-
-def _dataset(params: Params) -> str:
-    return params.tracking.name or params.data.source
 
 
 @flow(name="train-eval", flow_run_name=run_name, task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]

@@ -33,6 +33,21 @@ def with_packages(modules: set[str]) -> set[str]:
     return {".".join(name.split(".")[:depth]) for name in modules for depth in range(1, name.count(".") + 2)}
 
 
+def dependencies(stage: str) -> set[str]:
+    """The code dependencies of a stage: its import graph, and for each room the module that params.yaml selects.
+
+    What any row of a room imports is named for all rows: DVC cannot name it for the selected one alone.
+    """
+    name = f"ddpm.stages.{stage}"
+    shared, rows, selected = [name], set(), set()
+    for room in code.rooms(name):
+        folder = room.package.replace(".", "/")
+        rows |= {f"{folder}/{row}.py" for row in room}
+        selected.add(f"{folder}/${{{room.key}}}.py")
+        shared += [f"{room.package}.{row}" for row in room]
+    return {path.as_posix() for path in code.files(*shared)} - rows | selected
+
+
 def reached(module: str) -> set[str]:
     """The module and all of this package that it imports, as grimp finds it. grimp leaves out the packages that hold a module."""
     found: set[str] = set()
@@ -47,7 +62,17 @@ def reached(module: str) -> set[str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_code_dependencies_are_the_files_of_the_stage(stage: str) -> None:
     declared = {path for path in STAGES[stage]["deps"] if path.startswith("ddpm/")}
-    assert declared == {path.as_posix() for path in code.files(f"ddpm.stages.{stage}")}
+    assert declared == dependencies(stage)
+
+
+def test_the_code_that_a_row_runs_is_named_for_the_stage() -> None:
+    """dvc.yaml names the selected module itself, and all that it imports."""
+    for stage in STAGES:
+        name = f"ddpm.stages.{stage}"
+        for room in code.rooms(name):
+            for row in room:
+                executed = {path.as_posix() for path in code.files(name, f"{room.package}.{row}")}
+                assert executed <= {path.replace(f"${{{room.key}}}", row) for path in dependencies(stage)}
 
 
 def test_the_modules_behind_a_module_are_the_import_graph() -> None:

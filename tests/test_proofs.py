@@ -110,7 +110,7 @@ def test_the_papers_network_on_cifar10_through_all_stages(clone: Clone) -> None:
     root = clone(
         "cifar",
         "cifar10",
-        data={"source": "image-folder", "path": str(ROOT.parent / "shared/data")},
+        data={"source": "image_folder", "path": str(ROOT.parent / "shared/data")},
         training={
             "steps": 3,
             "batch": 8,

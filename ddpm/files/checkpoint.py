@@ -25,7 +25,7 @@ from ddpm.errors import InputError
 from ddpm.files import atomic, models, paths, records
 from ddpm.files.models import ModelRecord, NetworkEntry, ScheduleEntry
 from ddpm.files.params import Params
-from ddpm.networks import NETWORKS
+from ddpm.networks.network import NETWORKS
 
 
 def network(entry: NetworkEntry) -> nn.Module:

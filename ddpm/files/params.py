@@ -6,7 +6,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -43,12 +43,18 @@ class Section(BaseModel):
 class Data(Section):
     """What `prepare` reads."""
 
-    source: Literal["digits", "cifar10", "fashion-mnist", "image-folder"]
+    source: Name
     path: Annotated[str, Field(min_length=1, max_length=4095)]
     fit: Literal["error", "crop", "pad", "resize"] = "error"
     size: Annotated[int, Field(ge=4, le=4096)] | None = None
     channels: Literal[1, 3] | None = None
     test_fraction: Fraction = 0.2
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _dashes_are_old(cls, value: Any) -> Any:
+        """Reads fashion-mnist and image-folder, which older files say: a source has the name of its module."""
+        return value.replace("-", "_") if isinstance(value, str) else value
 
     @field_validator("path")
     @classmethod
@@ -310,13 +316,6 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
-    def _name_is_no_other_source(self) -> Params:
-        name, source = self.tracking.name, self.data.source
-        if name in get_args(Data.model_fields["source"].annotation) and name != source:
-            raise ValueError(f"tracking.name: {name} is a data.source of its own, and this one is {source}")
-        return self
-
-    @model_validator(mode="after")
     def _shares_are_equal(self) -> Params:
         part, processes = self.training.batch // self.training.accumulate, self.compute.processes
         if part % processes:
@@ -357,6 +356,11 @@ class Params(Section):
             return cls.model_validate(raw)
         except ValidationError as error:
             raise InputError(f"{where}: {one_line(error)}") from None
+
+    @property
+    def dataset_name(self) -> str:
+        """What users call the dataset: tracking.name, or else the source with dashes, such as fashion-mnist."""
+        return self.tracking.name or self.data.source.replace("_", "-")
 
     def points(self) -> list[Point]:
         """Every point of the sweep, in DVC's order."""

@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.util import resolve_name
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from ddpm.errors import InputError
+from ddpm.rooms import Room
 
 PACKAGE = __name__.partition(".")[0]
 ROOT = Path(__file__).parents[__name__.count(".")]  # the folder that holds the package
@@ -29,13 +32,14 @@ class Source(ast.NodeVisitor):
     """The names that a module imports, and the files beside it that its string literals name.
 
     imported: modules, and what is imported from them, which may be modules too. at_once: those imported with the module itself,
-    not by a function of it. Imports for type checkers alone do not count.
+    not by a function of it. Imports for type checkers alone do not count. rooms: the arguments of each call `Room(...)`.
     """
 
     package: str
     imported: set[str] = field(default_factory=set)
     at_once: set[str] = field(default_factory=set)
     literals: set[str] = field(default_factory=set)
+    rooms: list[tuple[str, str, str]] = field(default_factory=list)
     _functions: int = 0
 
     def _add(self, *names: str) -> None:
@@ -54,6 +58,8 @@ class Source(ast.NodeVisitor):
         called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if called == "import_module" and isinstance(node.args[0], ast.Constant):
             self._add(str(node.args[0].value))
+        if called == "Room" and all(isinstance(argument, ast.Constant) for argument in node.args):
+            self.rooms.append(tuple(ast.literal_eval(argument) for argument in node.args))
         self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> None:
@@ -94,6 +100,20 @@ def modules(names: Iterable[str]) -> dict[str, Path]:
             found[name] = path
             queue += [name.rpartition(".")[0], *source(path).imported]
     return found
+
+
+def rooms(*names: str) -> list[Room[Any]]:
+    """The rooms of which these modules, or any that they import, use the row that params.yaml selects."""
+    return [Room(*arguments) for path in modules(names).values() for arguments in source(path).rooms]
+
+
+def selected(params: object, *names: str) -> tuple[str, ...]:
+    """The modules of the rows that `params` select in rooms(*names), such as ddpm.sources.digits.
+
+    No import statement names them. So whoever asks which code these modules run asks for
+    `files(*names, *selected(params, *names))`.
+    """
+    return tuple(f"{room.package}.{attrgetter(room.key)(params)}" for room in rooms(*names))
 
 
 def files(*names: str) -> tuple[Path, ...]:

@@ -51,7 +51,7 @@ def _read(stage: str, root: Path) -> dict[str, Any]:
     """Parameters by key, and code by path with its sha256, as dvc.yaml, if there is one, names them for the stage.
 
     Code is every dependency that dvc.yaml spells out and that is no folder: data and outputs are folders, or have the name of a
-    schedule, a point or a parameter.
+    schedule, a point or a parameter. So is ddpm/sources/${data.source}.py, the module that params.yaml selects.
     """
     name, _, values = stage.partition("@")
     about = read_yaml(root / "dvc.yaml")["stages"].get(name, {}) if (root / "dvc.yaml").exists() else {}
@@ -59,10 +59,15 @@ def _read(stage: str, root: Path) -> dict[str, Any]:
     params, found = read_yaml(root / "params.yaml"), {}
     for key in about.get("params", ()):
         key = re.sub(r"\$\{item\.(\w+)\}", lambda match: item[match[1]], key)  # noqa: PLW2901
-        value: Any = params
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        found[key] = value
-    named = [root / dependency for dependency in about.get("deps", ()) if "${" not in dependency]
+        found[key] = _value(params, key)
+    modules = [name for name in about.get("deps", ()) if "${" not in name or name.startswith(f"{code.PACKAGE}/")]
+    named = [root / re.sub(r"\$\{([\w.]+)\}", lambda key: str(_value(params, key[1])), name) for name in modules]
     sources = [path for path in named if not path.is_dir()]
     return found | {str(path.relative_to(root)): records.sha256(path) if path.exists() else None for path in sources}
+
+
+def _value(params: Any, key: str) -> Any:
+    """The value at a dotted key; None if there is none."""
+    for part in key.split("."):
+        params = params.get(part) if isinstance(params, dict) else None
+    return params

@@ -11,15 +11,8 @@ from ruamel.yaml import YAML
 from ddpm.files.models import BoundRecord, ModelRecord
 from ddpm.reporting.page import render
 from ddpm.scores.metrics import METRICS
+from ddpm.sources.source import SOURCES, Source
 
-# What is known of a source's licence; what image-folder reads is the user's own.
-LICENCES = {
-    "digits": "Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998, UCI Machine Learning Repository), CC BY 4.0",
-    "fashion-mnist": "Fashion-MNIST (Xiao et al. 2017), MIT",
-    "cifar10": "CIFAR-10 (Krizhevsky 2009), published without a licence: photographs from the web",
-    "image-folder": "a folder of images; their licence is not known here",
-}
-OPEN = ("digits", "fashion-mnist")  # whose licence lets a model be shared under this project's own
 NAMES = {"inception_score": "is"}  # what model hubs call a metric, where that differs
 LONGEST = 5000  # characters of a description in a registry
 
@@ -37,6 +30,7 @@ def card(
     name: of the registered model. settings: the sampler row's options, `steps` and `clip`. metrics: of metrics/POINT.json.
     model: the record of the model. likelihood: the record of its bound.
     """
+    source = _source(model.data.name)
     text = render(
         "card.md.jinja",
         name=name,
@@ -48,15 +42,21 @@ def card(
         model=model,
         training=model.training,
         data=model.data,
-        licence=LICENCES[model.data.name],
+        licence=source.licence if source else "its licence is not known here",
+        shareable=source is not None and source.shareable,
         conditional=model.network.classes > 0,
     )
     return text[:LONGEST]
 
 
+def _source(name: str) -> Source | None:
+    """Returns the row of the source that a model names; None if its module is gone. Older models say fashion-mnist."""
+    return SOURCES.get(name.replace("-", "_"))
+
+
 def with_front_matter(body: str, name: str, metrics: Mapping[str, Any], model: ModelRecord) -> str:
     """The card as a file of its own, headed by what model hubs read: licence, tags, datasets, metrics."""
-    data = model.data.name
+    data, source = model.data.name, _source(model.data.name)
     hub = {key: NAMES.get(key, key) for key in METRICS if metrics.get(key) is not None}
     entry = {
         "task": {"type": "unconditional-image-generation"},
@@ -64,7 +64,7 @@ def with_front_matter(body: str, name: str, metrics: Mapping[str, Any], model: M
         "metrics": [{"type": kind, "name": METRICS[key].title, "value": metrics[key]} for key, kind in hub.items()],
     }
     matter = {
-        "license": "apache-2.0" if data in OPEN else "other",
+        "license": "apache-2.0" if source and source.shareable else "other",
         "tags": ["diffusion", "ddpm", "unconditional-image-generation", "pytorch"],
         "datasets": [data],
         "metrics": list(hub.values()),

@@ -1,238 +1,31 @@
-"""The four sources of images: digits, cifar10, fashion-mnist and image-folder.
+"""Images of one's own: a folder with PNG and JPEG files at any depth, or one zip file.
 
-Opening a source finds out what it holds; nothing large is read until `fill` is called. Sides that a network with four
-levels could not halve (28 pixels) are padded with zeros, centred, to the next multiple of 8, unless `data.size` names
-the side.
-
-An image-folder is a folder with PNG and JPEG files at any depth, with zip files that count as unpacked where they lie,
-or one zip file. The path of an image decides what it is:
+Zip files in the folder count as unpacked where they lie. The path of an image decides what the image is:
 
     [train/|test/][CLASS/]...NAME.png
 
-Where every path starts with train/ or test/, that is the source's own split; else a seeded fraction becomes the test
-split. Where every image then lies in a folder, the first folder is its class.
+Where every path starts with train/ or test/, the folder has a split of its own. Otherwise a seeded fraction becomes the test
+split. Where every image then lies in a folder, the first folder is the image's class. Sides are padded with zeros to the
+next multiple of 8, unless `data.size` names the side.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import math
-import socket
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from http.client import HTTPException
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError
-from ddpm.files import paths
 from ddpm.files.arrays import Images
 from ddpm.files.params import Data
 from ddpm.runtime.progress import Progress, Report
 from ddpm.sources import decoding
-
-Labels = NDArray[np.int64]
-
-MULTIPLE = 8  # of the padded sides: a network with four levels halves them three times
-DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
+from ddpm.sources.source import Contents, Labels, Source, centre, held_out, padded_side
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a source holds, before it is read.
-
-    shape: C,H,W. counts: train and test images. labels: int64 N for each split, with classes, or None without.
-    flip: whether a mirrored image is still one the source could hold.
-    fill: reads the images into two uint8 arrays N,C,H,W of zeros. Raises InputError.
-    """
-
-    name: str
-    shape: tuple[int, int, int]
-    counts: tuple[int, int]
-    labels: tuple[Labels, Labels] | None
-    classes: tuple[str, ...] | None
-    flip: bool
-    fill: Callable[[Images, Images], None]
-
-
-def open_source(data: Data, seed: int, root: Path, report: Report) -> Source:
-    """The source that `data` names, with paths relative to `root`. Raises InputError."""
-    return SOURCES[data.source](data, seed, root, report)
-
-
-def padded_side(side: int) -> int:
-    """The next multiple of 8: 8 -> 8, 28 -> 32."""
-    return math.ceil(side / MULTIPLE) * MULTIPLE
-
-
-def _centre(side: int, padded: int) -> tuple[Any, ...]:
-    """Of the last two axes."""
-    first = (padded - side) // 2
-    inner = slice(first, first + side)
-    return (..., inner, inner)
-
-
-def held_out(names: Sequence[str], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which of the names form the test split: round(fraction * N) of them.
-
-    They are those with the lowest hash of seed and name, so an added image moves hardly any other to the other split.
-    """
-
-    def rank(index: int) -> bytes:
-        return hashlib.sha256(f"{seed}/{names[index]}".encode(errors="surrogateescape")).digest()
-
-    chosen = sorted(range(len(names)), key=rank)[: round(fraction * len(names))]
-    result = np.zeros(len(names), bool)
-    result[chosen] = True
-    return result
-
-
-# Sources with images of one known shape.
-
-
-def _digits(data: Data, seed: int, root: Path, report: Report) -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8x8, with values 0..16."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-    labels = bunch.target.astype(np.int64)
-    is_test = held_out([str(index) for index in range(len(pixels))], data.test_fraction, seed)
-    train, test = ((pixels[chosen], labels[chosen]) for chosen in (~is_test, is_test))
-    return _in_memory(data, train, test, tuple(str(name) for name in bunch.target_names), flip=False, report=report)
-
-
-def _cifar10(data: Data, seed: int, root: Path, report: Report) -> Source:
-    """torchvision's CIFAR10: the folder cifar-10-batches-py in data.path, or data.path itself, or the download."""
-    from torchvision.datasets import CIFAR10
-
-    path = root / data.path
-    if path.name == CIFAR10.base_folder:
-        path = path.parent
-    if not (path / CIFAR10.base_folder).is_dir():
-        path = root / paths.downloads_dir(data.source)
-        files = f"the folder {CIFAR10.base_folder} of {CIFAR10.url}"
-        with _downloading(data, path, files, report):
-            CIFAR10(str(path), download=True)
-    try:
-        splits = [CIFAR10(str(path), train=train) for train in (True, False)]
-    except (RuntimeError, OSError):
-        place = path / CIFAR10.base_folder
-        raise InputError(f"{place}: CIFAR-10 is damaged or not complete there; unpack {CIFAR10.url} again") from None
-    train, test = ((split.data.transpose(0, 3, 1, 2), np.array(split.targets, np.int64)) for split in splits)
-    return _in_memory(data, train, test, tuple(splits[0].classes), flip=True, report=report)
-
-
-def _fashion_mnist(data: Data, seed: int, root: Path, report: Report) -> Source:
-    """Fashion-MNIST's four IDX files, in data.path or where torchvision puts them below it, or the download.
-
-    No flips: the shoes, three of ten classes, all point to the left.
-    """
-    from torchvision.datasets import FashionMNIST
-
-    folder = _idx_folder(root / data.path)
-    if folder is None:
-        path = root / paths.downloads_dir(data.source)
-        files = f"the four *-ubyte.gz files of {FashionMNIST.mirrors[0]} (or of Debian's dataset-fashion-mnist)"
-        if _idx_folder(path) is None:
-            with _downloading(data, path, files, report):
-                FashionMNIST(str(path), download=True)
-        folder = _idx_folder(path)
-        assert folder is not None
-    train, test = (_read_split(folder, prefix) for prefix in ("train", "t10k"))
-    return _in_memory(data, train, test, tuple(FashionMNIST.classes), flip=False, report=report)
-
-
-def _in_memory(
-    data: Data,
-    train: tuple[Images, Labels],
-    test: tuple[Images, Labels],
-    classes: tuple[str, ...],
-    *,
-    flip: bool,
-    report: Report,
-) -> Source:
-    channels, side = train[0].shape[1:3]
-    shape = (channels, padded_side(side), padded_side(side))
-    if data.size not in (None, shape[1]) or data.channels not in (None, channels):
-        raise InputError(
-            f"data.size and data.channels are for image-folder; {data.source} always has {shape[1]}x{shape[2]} pixels"
-            f" and {decoding.counted(channels, 'channel')}: leave them null"
-        )
-    counts = (len(train[0]), len(test[0]))
-    inner = _centre(side, shape[1])
-
-    def fill(train_images: Images, test_images: Images) -> None:
-        train_images[inner] = train[0]
-        test_images[inner] = test[0]
-        report(Progress(sum(counts), sum(counts), "images"))
-
-    return Source(data.source, shape, counts, (train[1], test[1]), classes, flip, fill)
-
-
-@contextmanager
-def _downloading(data: Data, path: Path, files: str, report: Report) -> Iterator[None]:
-    """Bounds the time without an answer, and turns what goes wrong into one line."""
-    report(Progress(0, 1, "files", message=f"{data.source} is not in {data.path}: using {path}, downloading if needed"))
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
-    try:
-        yield
-    except (RuntimeError, OSError, HTTPException, zlib.error, EOFError) as error:
-        why = " ".join(str(error).split())
-        advice = f"put {files} into data.path ({data.path})"
-        raise InputError(f"{data.source} could not be downloaded ({why}): {advice}") from None
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-# IDX files: two zero bytes, the type (8 is uint8), the number of dimensions, each dimension as big-endian uint32, data.
-
-
-def _idx_folder(path: Path) -> Path | None:
-    names = [f"{prefix}-{kind}-ubyte" for prefix in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    for folder in (path, path / "raw", path / "FashionMNIST" / "raw"):
-        if all(_idx_file(folder, name).exists() for name in names):
-            return folder
-    return None
-
-
-def _idx_file(folder: Path, name: str) -> Path:
-    plain = folder / name
-    return plain if plain.exists() else folder / f"{name}.gz"
-
-
-def _read_split(folder: Path, prefix: str) -> tuple[Images, Labels]:
-    pixels = _read_idx(_idx_file(folder, f"{prefix}-images-idx3-ubyte"), 3)
-    labels = _read_idx(_idx_file(folder, f"{prefix}-labels-idx1-ubyte"), 1)
-    if len(pixels) != len(labels) or pixels.shape[1:] != (28, 28) or labels.max(initial=0) > 9:
-        raise InputError(f"{folder}: the {prefix} files are not Fashion-MNIST's, or not one pair; fetch them again")
-    return pixels[:, None], labels.astype(np.int64)
-
-
-def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: not readable: {error}; fetch it again") from None
-    header = 4 + 4 * dimensions
-    shape = np.frombuffer(content[4:header], ">u4").astype(int)
-    if content[:4] != bytes((0, 0, 8, dimensions)) or len(shape) != dimensions or len(content) != header + shape.prod():
-        raise InputError(f"{path}: not an IDX file of uint8 with {dimensions} dimensions, or cut off; fetch it again")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
-
-
-# The image-folder.
-
-
-def _image_folder(data: Data, seed: int, root: Path, report: Report) -> Source:
+def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
     if data.fit != "error" and data.size is None:
         raise InputError(f"data.fit: {data.fit} needs data.size, the side in pixels")
     found, left_out = decoding.find(root / data.path, data.path)
@@ -246,18 +39,16 @@ def _image_folder(data: Data, seed: int, root: Path, report: Report) -> Source:
 
     def fill(train: Images, test: Images) -> None:
         rows = np.where(is_test, is_test.cumsum(), (~is_test).cumsum()) - 1
-        inner = _centre(layout.side, side)
+        inner = centre(layout.side, side)
         splits = np.asarray(train), np.asarray(test)  # views of a plain array are quicker to make
         places = [splits[held][row][inner] for row, held in zip(rows.tolist(), is_test.tolist(), strict=True)]
         decoding.read_all(files, layout, places, data.path, lambda done: report(Progress(done, len(files), "images")))
 
-    return Source(
-        name=data.source,
+    return Contents(
         shape=(layout.channels, side, side),
         counts=(int((~is_test).sum()), int(is_test.sum())),
         labels=None if labels is None else (labels[~is_test], labels[is_test]),
         classes=classes,
-        flip=True,  # only who chose the images knows: training.flip decides
         fill=fill,
     )
 
@@ -310,9 +101,9 @@ def _classes(names: list[str], data: Data) -> tuple[tuple[str, ...] | None, Labe
     return classes, np.array([index[name] for name in folders], np.int64)
 
 
-SOURCES = {
-    "digits": _digits,
-    "cifar10": _cifar10,
-    "fashion-mnist": _fashion_mnist,
-    "image-folder": _image_folder,
-}
+SOURCE = Source(
+    _open,
+    licence="a folder of images; their licence is not known here",
+    flip=True,  # only users know whether their images may be mirrored: training.flip decides
+    any_images=True,
+)

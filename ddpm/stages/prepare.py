@@ -16,8 +16,7 @@ from ddpm.files.arrays import Images
 from ddpm.files.dataset import DatasetRecord, NewDataset, read_dataset_record, writing_dataset
 from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress, Report, silent
-from ddpm.sources import image_folder
-from ddpm.sources.image_folder import Source
+from ddpm.sources.source import SOURCES, Contents
 
 COLUMNS, ROWS = 10, 20  # of the preview, at most
 PREVIEW_SIDE = 64  # pixels; larger images are thinned out
@@ -28,16 +27,17 @@ def prepare(params: Params, root: Path = Path(), report: Report = silent) -> Dat
 
     Raises InputError, and then leaves an earlier dataset as it was.
     """
-    source = image_folder.open_source(params.data, params.seed, root, report)
-    if source.counts[0] == 0:
+    source = SOURCES.select(params.data.source)
+    contents = source.open(params.data, params.seed, root, report)
+    if contents.counts[0] == 0:
         raise InputError(f"{params.data.path}: no training images: add some, or lower data.test_fraction")
-    total = sum(source.counts)
+    total = sum(contents.counts)
     report(Progress(0, total, "images"))
-    with writing_dataset(root, source.shape, source.counts, source.labels) as new:
-        source.fill(new.train, new.test)
-        new.description = _about(source, new)
-        new.picture = preview(new.train, new.train_labels, len(source.classes or ()))
-    report(Progress(total, total, "images", message=_summary(source)))
+    with writing_dataset(root, contents.shape, contents.counts, contents.labels) as new:
+        contents.fill(new.train, new.test)
+        new.description = {"name": params.data.source, **_about(contents, new), "flip": source.flip}
+        new.picture = preview(new.train, new.train_labels, len(contents.classes or ()))
+    report(Progress(total, total, "images", message=f"{params.data.source}: {_summary(contents)}"))
     return read_dataset_record(root)
 
 
@@ -58,18 +58,16 @@ def preview(train: Images, labels: NDArray[np.int64] | None, classes: int) -> Im
     return pictures.grid(images.reshape(-1, *shape), COLUMNS)
 
 
-def _about(source: Source, dataset: NewDataset) -> dict[str, Any]:
+def _about(contents: Contents, dataset: NewDataset) -> dict[str, Any]:
     mean, deviation = mean_and_deviation(dataset.train)
     return {
-        "name": source.name,
         "sha256": _version(dataset),
-        "shape": list(source.shape),
-        "counts": dict(zip(("train", "test"), source.counts, strict=True)),
-        "classes": list(source.classes) if source.classes is not None else None,
-        "class_counts": _class_counts(dataset, source.classes),
+        "shape": list(contents.shape),
+        "counts": dict(zip(("train", "test"), contents.counts, strict=True)),
+        "classes": list(contents.classes) if contents.classes is not None else None,
+        "class_counts": _class_counts(dataset, contents.classes),
         "mean": mean,
         "std": deviation,
-        "flip": source.flip,
     }
 
 
@@ -102,9 +100,9 @@ def _version(dataset: NewDataset) -> str:
     return digest.hexdigest()
 
 
-def _summary(source: Source) -> str:
-    train, test = source.counts
-    size = "x".join(str(number) for number in source.shape)
-    number = len(source.classes or ())
-    classes = f"{number} class{'es' if number != 1 else ''}" if source.classes is not None else "no classes"
-    return f"{source.name}: {train:,} train and {test:,} test images of {size}, {classes}"
+def _summary(contents: Contents) -> str:
+    train, test = contents.counts
+    size = "x".join(str(number) for number in contents.shape)
+    number = len(contents.classes or ())
+    classes = f"{number} class{'es' if number != 1 else ''}" if contents.classes is not None else "no classes"
+    return f"{train:,} train and {test:,} test images of {size}, {classes}"

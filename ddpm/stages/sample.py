@@ -12,6 +12,7 @@ from ddpm.errors import InputError
 from ddpm.files import checkpoint, models, paths, pictures, samples
 from ddpm.files.models import ModelRecord
 from ddpm.files.params import Params, Point
+from ddpm.networks.network import NETWORKS
 from ddpm.provenance import code
 from ddpm.runtime import drawing
 from ddpm.runtime.device import find_device, memory_errors
@@ -22,7 +23,13 @@ from ddpm.runtime.stopping import Stopped, deferred
 def sampling_key(params: Params, point: Point, model: ModelRecord, device: torch.device) -> str:
     """Names everything that decides the images of a point, the code among it."""
     settings = [params.seed, params.samplers[point.sampler].options(), params.sampling.model_dump(mode="json")]
-    decisive = [model.content, settings, point.steps, device.type, code.digest(__name__)]
+    decisive = [
+        model.content,
+        settings,
+        point.steps,
+        device.type,
+        code.digest(__name__, NETWORKS.module(model.network.kind)),
+    ]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 

@@ -92,7 +92,8 @@ def training_key(params: Params, schedule: str, dataset: str) -> str:
     settings = params.model_dump(mode="json", include={"seed", "diffusion", "network", "training"})
     del settings["training"]["steps"]
     row = params.schedules[schedule].options()
-    return hashlib.sha256(json.dumps([settings, row, dataset, code.digest(__name__)]).encode()).hexdigest()
+    decisive = [settings, row, dataset, code.digest(__name__, *code.selected(params, __name__))]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
 def train(

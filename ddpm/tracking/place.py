@@ -23,6 +23,7 @@ from ddpm.databases.mlflow_file import ARTIFACTS
 from ddpm.errors import InputError, without_password
 from ddpm.files import atomic, paths
 from ddpm.files.params import Params
+from ddpm.sources.source import check_name
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -95,14 +96,10 @@ def find_place(root: Path = Path()) -> Place:
     return Place(uri, lock, os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or artifacts.as_uri())
 
 
-def dataset_name(params: Params) -> str:
-    """What the user calls the dataset, or else its source."""
-    return params.tracking.name or params.data.source
-
-
 def model_name(params: Params) -> str:
-    """The experiment's and the registered model's: ddpm-DATASET."""
-    return f"ddpm-{dataset_name(params)}"
+    """Names the experiment and the registered model: ddpm-DATASET. Raises InputError for a name that is another source's."""
+    check_name(params)
+    return f"ddpm-{params.dataset_name}"
 
 
 def champion_uri(params: Params) -> str:
@@ -157,7 +154,7 @@ def open_target(params: Params, root: Path) -> Target:
     require_reachable(where)
     with plain_errors(where), locked(where):
         client = client_of(where)
-        return Target(client, _experiment(client, where, name, dataset_name(params)), where)
+        return Target(client, _experiment(client, where, name, params.dataset_name), where)
 
 
 def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> str:

@@ -662,7 +662,7 @@ ZIPS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("case", [*IMAGES, *(f"zip: {case}" for case in ZIPS)])
 def test_an_image_or_an_archive(refused: Refused, here: Path, case: str) -> None:
-    set_params(("data.source", "image-folder"), ("data.test_fraction", 0.25))
+    set_params(("data.source", "image_folder"), ("data.test_fraction", 0.25))
     if case.startswith("zip: "):
         make, message = ZIPS[case.removeprefix("zip: ")]
         make(here / "images/class 0/more.zip")
@@ -1169,7 +1169,7 @@ def test_a_model_of_diffusers(refused: Refused, case: str) -> None:
 )
 def test_by_a_process(here: Path, arguments: list[str], text: str | None) -> None:
     if text is None:
-        set_params(("data.source", "image-folder"), ("data.path", "nowhere"))
+        set_params(("data.source", "image_folder"), ("data.path", "nowhere"))
     else:
         (here / "params.yaml").write_text(text)
     before = tree(here)

@@ -29,7 +29,7 @@ def test_recipes_are_sound(path: Path) -> None:
         check_row(name, row)
     for schedule in params.sweep.schedules:
         noise_schedule(params, schedule)
-    shapes = {"digits": (1, 8, 8), "fashion-mnist": (1, 32, 32), "cifar10": (3, 32, 32)}
+    shapes = {"digits": (1, 8, 8), "fashion_mnist": (1, 32, 32), "cifar10": (3, 32, 32)}
     network(network_entry(params, shapes[params.data.source]))
 
 

@@ -545,7 +545,7 @@ def test_an_interrupted_reader_leaves_no_processes(
 
 SLOW = """
 import os, time
-from ddpm.stages import images
+from ddpm.sources import decoding
 os.sched_getaffinity = lambda pid: range(3)
 decoding._in_processes(lambda block: time.sleep(0.05) or [], 64 * 10_000, lambda done: print(done, flush=True))
 """

@@ -25,17 +25,18 @@ from PIL import Image
 from ddpm.errors import InputError
 from ddpm.files.params import Data
 from ddpm.runtime.progress import Progress, silent
-from ddpm.sources import image_folder
-from ddpm.sources.image_folder import Source, held_out, open_source
+from ddpm.sources import source as source_module
+from ddpm.sources.source import SOURCES, Contents, held_out
 
 Pixels = NDArray[np.uint8]
 
 
-def opened(root: Path, source: str, path: str = "images", seed: int = 0, **settings: object) -> Source:
-    return open_source(Data(source=source, path=path, **settings), seed, root, silent)  # type: ignore[arg-type]
+def opened(root: Path, source: str, path: str = "images", seed: int = 0, **settings: object) -> Contents:
+    data = Data(source=source, path=path, **settings)  # type: ignore[arg-type]
+    return SOURCES[source].open(data, seed, root, silent)
 
 
-def filled(source: Source) -> tuple[Pixels, Pixels]:
+def filled(source: Contents) -> tuple[Pixels, Pixels]:
     train, test = (np.zeros((count, *source.shape), np.uint8) for count in source.counts)
     source.fill(train, test)
     return train, test
@@ -89,7 +90,7 @@ def test_digits_are_the_1797_of_scikit_learn(tmp_path: Path) -> None:
     everything = np.concatenate([train, test])
     assert set(np.unique(everything)) == {round(value * 255 / 16) for value in range(17)}
     assert everything.mean() * 16 / 255 == pytest.approx(4.8842, abs=0.005)  # load_digits().data.mean()
-    assert not source.flip
+    assert not SOURCES["digits"].flip
 
 
 def test_digits_keep_their_labels_and_are_split_without_loss(tmp_path: Path) -> None:
@@ -110,7 +111,9 @@ def test_digits_keep_their_labels_and_are_split_without_loss(tmp_path: Path) -> 
 
 def test_digits_need_no_path_and_take_no_size(tmp_path: Path) -> None:
     assert opened(tmp_path, "digits", "no such folder", size=8, channels=1).shape == (1, 8, 8)
-    assert "digits always has 8x8 pixels and 1 channel: leave them null" in refused(tmp_path, "digits", size=16)
+    assert "digits always has 1x8x8 (channels x height x width): leave them null" in refused(
+        tmp_path, "digits", size=16
+    )
     assert "leave them null" in refused(tmp_path, "digits", channels=3)
 
 
@@ -120,20 +123,20 @@ def test_digits_need_no_path_and_take_no_size(tmp_path: Path) -> None:
 def test_unlabelled_images_are_split_by_fraction(tmp_path: Path) -> None:
     for index in range(10):
         draw(tmp_path / "images" / f"{index}.png", index)
-    source = opened(tmp_path, "image-folder", test_fraction=0.3)
+    source = opened(tmp_path, "image_folder", test_fraction=0.3)
     train, test = filled(source)
     assert source.counts == (7, 3)
     assert source.labels is None
     assert source.classes is None
     assert sorted(train[:, 0, 0, 0]) == train[:, 0, 0, 0].tolist()  # in the order of their names
     assert sorted([*train[:, 0, 0, 0], *test[:, 0, 0, 0]]) == list(range(10))
-    assert opened(tmp_path, "image-folder", test_fraction=0.0).counts == (10, 0)
+    assert opened(tmp_path, "image_folder", test_fraction=0.0).counts == (10, 0)
 
 
 def test_the_own_split_and_classes_sorted_by_name(tmp_path: Path) -> None:
     for index, name in enumerate(["train/dog/1", "train/cat/deep/2", "test/dog/3", "train/cat/4", "test/ape/5"]):
         draw(tmp_path / "images" / f"{name}.png", index + 1)
-    source = opened(tmp_path, "image-folder", test_fraction=0.9)
+    source = opened(tmp_path, "image_folder", test_fraction=0.9)
     train, test = filled(source)
     assert source.classes == ("ape", "cat", "dog")
     assert source.labels is not None
@@ -146,7 +149,7 @@ def test_the_own_split_and_classes_sorted_by_name(tmp_path: Path) -> None:
 def test_an_own_split_without_classes(tmp_path: Path) -> None:
     draw(tmp_path / "images/train/a.png", 1)
     draw(tmp_path / "images/test/b.png", 2)
-    source = opened(tmp_path, "image-folder")
+    source = opened(tmp_path, "image_folder")
     assert source.counts == (1, 1)
     assert source.classes is None
 
@@ -155,7 +158,7 @@ def test_classes_without_a_split(tmp_path: Path) -> None:
     """A class may well be called train."""
     for name in ("bus/1", "bus/2", "train/1", "train/2"):
         draw(tmp_path / "images" / f"{name}.png", 0)
-    source = opened(tmp_path, "image-folder", test_fraction=0.5)
+    source = opened(tmp_path, "image_folder", test_fraction=0.5)
     assert source.classes == ("bus", "train")
     assert source.labels is not None
     assert sorted(np.concatenate(source.labels)) == [0, 0, 1, 1]
@@ -165,12 +168,12 @@ def test_layouts_that_could_mean_two_things(tmp_path: Path) -> None:
     for name in ("loose", "cat/1", "dog/1"):
         draw(tmp_path / "mixed" / f"{name}.png", 0)
     assert "mixed: 1 of 3 images lie in no class folder, the others do: loose.png;" in refused(
-        tmp_path, "image-folder", "mixed"
+        tmp_path, "image_folder", "mixed"
     )
     for name in ("train/1", "val/1"):
         draw(tmp_path / "validation" / f"{name}.png", 0)
     assert "folders train, val: a source's own split is called train and test" in refused(
-        tmp_path, "image-folder", "validation"
+        tmp_path, "image_folder", "validation"
     )
 
 
@@ -180,7 +183,7 @@ def test_layouts_that_could_mean_two_things(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("side", "padded"), [(1, 8), (8, 8), (12, 16), (28, 32), (31, 32), (32, 32), (100, 104)])
 def test_sides_are_padded_to_multiples_of_eight(tmp_path: Path, side: int, padded: int) -> None:
     draw(tmp_path / "images/a.png", 200, (side, side))
-    source = opened(tmp_path, "image-folder", test_fraction=0.0)
+    source = opened(tmp_path, "image_folder", test_fraction=0.0)
     (image,) = filled(source)[0]
     first = (padded - side) // 2
     assert source.shape == (1, padded, padded)
@@ -190,18 +193,18 @@ def test_sides_are_padded_to_multiples_of_eight(tmp_path: Path, side: int, padde
 
 def test_a_size_that_is_named_is_kept(tmp_path: Path) -> None:
     draw(tmp_path / "images/a.png", 200, (28, 28))
-    assert opened(tmp_path, "image-folder", size=28).shape == (1, 28, 28)
-    assert opened(tmp_path, "image-folder", size=20, fit="resize", channels=3).shape == (3, 20, 20)
+    assert opened(tmp_path, "image_folder", size=28).shape == (1, 28, 28)
+    assert opened(tmp_path, "image_folder", size=20, fit="resize", channels=3).shape == (3, 20, 20)
 
 
 def test_sizes_that_differ(tmp_path: Path) -> None:
     for index, side in enumerate((16, 16, 24, 8, 16)):
         draw(tmp_path / "images" / f"{index}.png", 100, (side, side))
-    message = refused(tmp_path, "image-folder")
+    message = refused(tmp_path, "image_folder")
     assert "2 of 5 images cannot be used: 2.png (24x24 instead of 16x16), 3.png (8x8 instead of 16x16);" in message
-    assert "5 of 5 images" in refused(tmp_path, "image-folder", size=12)
+    assert "5 of 5 images" in refused(tmp_path, "image_folder", size=12)
     for fit in ("crop", "pad", "resize"):
-        train, test = filled(opened(tmp_path, "image-folder", size=12, fit=fit))
+        train, test = filled(opened(tmp_path, "image_folder", size=12, fit=fit))
         assert (np.concatenate([train, test]) == 100).all()
 
 
@@ -209,12 +212,12 @@ def test_the_odd_one_is_named_also_where_it_comes_first(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     for index in range(5):
         draw(folder / f"{index}.png", 100, (20, 20) if index == 0 else (16, 16))
-    assert "1 of 5 images cannot be used: 0.png (20x20 instead of 16x16);" in refused(tmp_path, "image-folder")
+    assert "1 of 5 images cannot be used: 0.png (20x20 instead of 16x16);" in refused(tmp_path, "image_folder")
     Image.new("RGB", (16, 16)).save(folder / "0.png")
-    assert "1 of 5 images cannot be used: 0.png (mode RGB instead of L);" in refused(tmp_path, "image-folder")
+    assert "1 of 5 images cannot be used: 0.png (mode RGB instead of L);" in refused(tmp_path, "image_folder")
     Image.new("RGB", (20, 20)).save(folder / "1.png")
     (folder / "2.png").write_bytes(b"")
-    message = refused(tmp_path, "image-folder")
+    message = refused(tmp_path, "image_folder")
     assert (
         "3 of 5 images cannot be used: 0.png (mode RGB instead of L), 1.png (mode RGB instead of L), 2.png (empty"
         in message
@@ -224,23 +227,23 @@ def test_the_odd_one_is_named_also_where_it_comes_first(tmp_path: Path) -> None:
 def test_of_two_sizes_as_frequent_the_first_stands(tmp_path: Path) -> None:
     for index, side in enumerate((20, 16, 16, 20)):
         draw(tmp_path / f"images/{index}.png", 100, (side, side))
-    assert "2 of 4 images cannot be used: 1.png (16x16 instead of 20x20), 2" in refused(tmp_path, "image-folder")
-    assert "4 of 4 images cannot be used: 0.png (20x20 instead of 8x8)" in refused(tmp_path, "image-folder", size=8)
+    assert "2 of 4 images cannot be used: 1.png (16x16 instead of 20x20), 2" in refused(tmp_path, "image_folder")
+    assert "4 of 4 images cannot be used: 0.png (20x20 instead of 8x8)" in refused(tmp_path, "image_folder", size=8)
 
 
 def test_images_that_are_not_square(tmp_path: Path) -> None:
     draw(tmp_path / "images/a.png", 0, (10, 20))
-    assert "a.png is 10x20, and networks here need squares; set data.size" in refused(tmp_path, "image-folder")
-    assert "data.fit: crop needs data.size" in refused(tmp_path, "image-folder", fit="crop")
-    assert opened(tmp_path, "image-folder", size=8, fit="crop").shape == (1, 8, 8)
+    assert "a.png is 10x20, and networks here need squares; set data.size" in refused(tmp_path, "image_folder")
+    assert "data.fit: crop needs data.size" in refused(tmp_path, "image_folder", fit="crop")
+    assert opened(tmp_path, "image_folder", size=8, fit="crop").shape == (1, 8, 8)
 
 
 def test_modes_that_differ(tmp_path: Path) -> None:
     draw(tmp_path / "images/a.png", 9)
     Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "images/b.png")
-    assert "1 of 2 images cannot be used: b.png (mode RGB instead of L)" in refused(tmp_path, "image-folder")
+    assert "1 of 2 images cannot be used: b.png (mode RGB instead of L)" in refused(tmp_path, "image_folder")
     for channels in (1, 3):
-        source = opened(tmp_path, "image-folder", channels=channels)
+        source = opened(tmp_path, "image_folder", channels=channels)
         assert source.shape == (channels, 8, 8)
         assert all((images == 9).all() for images in filled(source))
 
@@ -250,7 +253,7 @@ def test_what_was_left_out_is_said(tmp_path: Path) -> None:
     for name in ("README.md", ".DS_Store", "b.webp"):
         (tmp_path / "images" / name).write_bytes(b"")
     said: list[Progress] = []
-    open_source(Data(source="image-folder", path="images"), 0, tmp_path, said.append)
+    SOURCES["image_folder"].open(Data(source="image_folder", path="images"), 0, tmp_path, said.append)
     assert [progress.message for progress in said] == [
         "left out 3 files, hidden or neither PNG nor JPEG (.md, .webp, no suffix)"
     ]
@@ -285,7 +288,7 @@ def write_fashion(folder: Path, zipped: bool) -> None:
 @pytest.mark.parametrize("below", [".", "FashionMNIST/raw"])
 def test_fashion_mnist_layouts(tmp_path: Path, below: str, zipped: bool) -> None:
     write_fashion(tmp_path / "fashion" / below, zipped)
-    source = opened(tmp_path, "fashion-mnist", "fashion")
+    source = opened(tmp_path, "fashion_mnist", "fashion")
     train, test = filled(source)
     assert source.shape == (1, 32, 32)
     assert np.array_equal(train[:, 0, 2:30, 2:30], FASHION["train-images-idx3-ubyte"])
@@ -313,7 +316,7 @@ def test_damaged_idx_files(tmp_path: Path, name: str, damage: object) -> None:
     write_fashion(tmp_path / "fashion", zipped=False)
     path = tmp_path / "fashion" / name
     path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
-    assert f"{name}: not an IDX file" in refused(tmp_path, "fashion-mnist", "fashion")
+    assert f"{name}: not an IDX file" in refused(tmp_path, "fashion_mnist", "fashion")
 
 
 def test_idx_files_that_do_not_belong_together(tmp_path: Path) -> None:
@@ -321,9 +324,9 @@ def test_idx_files_that_do_not_belong_together(tmp_path: Path) -> None:
     labels = tmp_path / "fashion" / "train-labels-idx1-ubyte.gz"
     for wrong in (np.arange(19) % 10, np.full(20, 10)):
         labels.write_bytes(gzip.compress(idx(wrong.astype(np.uint8))))
-        assert "the train files are not Fashion-MNIST's" in refused(tmp_path, "fashion-mnist", "fashion")
+        assert "the train files are not Fashion-MNIST's" in refused(tmp_path, "fashion_mnist", "fashion")
     labels.write_bytes(gzip.compress(idx(FASHION["train-labels-idx1-ubyte"]))[:-9])
-    assert "train-labels-idx1-ubyte.gz: not readable" in refused(tmp_path, "fashion-mnist", "fashion")
+    assert "train-labels-idx1-ubyte.gz: not readable" in refused(tmp_path, "fashion_mnist", "fashion")
 
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -332,7 +335,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 @pytest.mark.skipif(not DEBIAN.exists(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_the_real_fashion_mnist(tmp_path: Path) -> None:
     """Mean 0.2860 and deviation 0.3530 of the 28x28 training images are widely published."""
-    source = opened(tmp_path, "fashion-mnist", str(DEBIAN))
+    source = opened(tmp_path, "fashion_mnist", str(DEBIAN))
     train, _ = filled(source)
     assert source.counts == (60_000, 10_000)
     assert source.labels is not None
@@ -376,10 +379,10 @@ def write_cifar(folder: Path, files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
-def check_cifar(source: Source, files: dict[str, bytes]) -> None:
+def check_cifar(source: Contents, files: dict[str, bytes]) -> None:
     train, test = filled(source)
     assert source.shape == (3, 32, 32)
-    assert source.flip
+    assert SOURCES["cifar10"].flip
     expected = [pickle.loads(files[f"data_batch_{number}"])["data"] for number in range(1, 6)]
     assert np.array_equal(train, np.concatenate(expected).reshape(-1, 3, 32, 32))
     assert np.array_equal(test.reshape(10, -1), pickle.loads(files["test_batch"])["data"])
@@ -424,7 +427,7 @@ def send_to(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{port}/"])
 
 
-@pytest.mark.parametrize("source", ["cifar10", "fashion-mnist"])
+@pytest.mark.parametrize("source", ["cifar10", "fashion_mnist"])
 def test_a_download_that_cannot_be_reached(
     tmp_path: Path, source: str, closed_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,9 +441,9 @@ def test_a_download_that_cannot_be_reached(
     assert list((tmp_path / "images").iterdir()) == []
 
 
-@pytest.mark.parametrize("source", ["cifar10", "fashion-mnist"])
+@pytest.mark.parametrize("source", ["cifar10", "fashion_mnist"])
 def test_a_server_that_never_answers(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_folder, "DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(source_module, "DOWNLOAD_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         send_to(server.getsockname()[1], monkeypatch)
         assert "timed out" in refused(tmp_path, source)

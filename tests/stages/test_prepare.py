@@ -41,7 +41,7 @@ def draw_folder(folder: Path, count: int = 12) -> None:
 
 
 def folder_params(smoke: Smoke, seed: int = 0, **data: Any) -> Params:
-    return smoke(seed=seed, data={"source": "image-folder", "path": "images", "test_fraction": 0.25, **data})
+    return smoke(seed=seed, data={"source": "image_folder", "path": "images", "test_fraction": 0.25, **data})
 
 
 def files_of(root: Path) -> dict[str, bytes]:

@@ -24,10 +24,10 @@ from ddpm.files import checkpoint, paths, records
 from ddpm.files.models import read_model_record
 from ddpm.files.params import Params, Point, Promotion
 from ddpm.files.scores import read_point_influence, write_influence
-from ddpm.reporting.card import LICENCES, LONGEST, card, with_front_matter
+from ddpm.reporting.card import LONGEST, card, with_front_matter
 from ddpm.scores import fidelity
 from ddpm.scores.intervals import Estimate, standard_error
-from ddpm.sources.image_folder import SOURCES
+from ddpm.sources.source import SOURCES
 from ddpm.tracking.registry.decision import Protocol, Score, Verdict, decide
 
 Smoke = Callable[..., Params]
@@ -341,7 +341,7 @@ def test_another_protocol_scores_the_champion_again(
 
 
 def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smoke, write_scores: Scores) -> None:
-    unnamed = smoke(training={"steps": 24}, data={"source": "image-folder"})
+    unnamed = smoke(training={"steps": 24}, data={"source": "image_folder"})
     assert tracking.promote(unnamed, checkout, rescore=never).promoted
     for point in (FIRST, SECOND, *OTHERS):
         write_scores(checkout, point, 60.0, reference="f" * 64)
@@ -361,7 +361,7 @@ def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smo
     )
 
     # Under a name it has a champion of its own, and other images are a new version of that dataset.
-    named = smoke(training={"steps": 24}, data={"source": "image-folder"}, tracking={"name": "cats"})
+    named = smoke(training={"steps": 24}, data={"source": "image_folder"}, tracking={"name": "cats"})
     assert tracking.champion_uri(named) == "models:/ddpm-cats@champion"
     first = tracking.promote(named, checkout, rescore=never)
     assert first.promoted and first.line == "champion: version 1 (cosine-ddpm-5): cosine-ddpm-5 is the first champion"
@@ -563,7 +563,7 @@ def rivals(
 ) -> Any:
     """A champion of an old protocol, and two checkouts: FID 20 in one, FID 10 in the other, under the new one."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
-    params = smoke(training={"steps": 24}, data={"source": "image-folder"})
+    params = smoke(training={"steps": 24}, data={"source": "image_folder"})
     for version in MlflowClient(mlflow_server).search_model_versions("name = 'ddpm-image-folder'"):
         MlflowClient(mlflow_server).delete_model_version(version.name, version.version)
     tracking.promote(params, checkout)
@@ -695,23 +695,35 @@ def test_the_cards_numbers_are_the_registrys(checkout: Path, params: Params) -> 
     assert "is the first champion" in client.get_registered_model("ddpm-digits").description
 
 
+CARD_SCORES = {
+    "fid": 1.5,
+    "fid_low": 1.0,
+    "fid_high": 2.0,
+    "confidence": 0.95,
+    "images": 12,
+    "reference_images": 60,
+    "layer": 2048,
+    "evaluations": 5,
+}
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_has_its_licence_and_odd_names_stay_in_their_place(made: Path, source: str) -> None:
     about = read_model_record(made / paths.model_dir("cosine"))
     data = replace(about.data, name=source, classes=["---\nlicense: mit", "| x |\n# y"])
     about = replace(about, data=data)
-    metrics = {
-        "fid": 1.5,
-        "fid_low": 1.0,
-        "fid_high": 2.0,
-        "confidence": 0.95,
-        "images": 12,
-        "reference_images": 60,
-        "layer": 2048,
-        "evaluations": 5,
-    }
-    text = card("ddpm-x", "cosine-ddim-5", {"sampler": "ddim"}, metrics, about)
-    assert (LICENCES[source] in text and "Look at its terms" in text) or source in ("digits", "fashion-mnist")
-    matter, body = parts(with_front_matter(text, "ddpm-x", metrics, about))
+    text = card("ddpm-x", "cosine-ddim-5", {"sampler": "ddim"}, CARD_SCORES, about)
+    shareable = source in ("digits", "fashion_mnist")
+    assert SOURCES[source].licence in text and ("Look at its terms" in text) is not shareable
+    matter, body = parts(with_front_matter(text, "ddpm-x", CARD_SCORES, about))
     assert body == text and "# y" not in text
-    assert matter["license"] == ("apache-2.0" if source in ("digits", "fashion-mnist") else "other")
+    assert matter["license"] == ("apache-2.0" if shareable else "other")
+
+
+@pytest.mark.parametrize(
+    ("name", "licence"), [("fashion-mnist", "(Xiao et al. 2017), MIT"), ("gone", "not known here")]
+)
+def test_a_card_of_an_older_model_or_of_a_source_that_is_gone(made: Path, name: str, licence: str) -> None:
+    about = read_model_record(made / paths.model_dir("cosine"))
+    about = replace(about, data=replace(about.data, name=name))
+    assert licence in card("ddpm-x", "cosine-ddim-5", {"sampler": "ddim"}, CARD_SCORES, about)

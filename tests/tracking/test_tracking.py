@@ -816,7 +816,7 @@ def on_server(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_through_a_server(checkout: Path, smoke: Smoke, on_server: str, mlflow_home: Path) -> None:
     """And what one logs through the server, another sees in its database, and the other way round."""
-    params = smoke(training={"steps": 24}, data={"source": "fashion-mnist"})
+    params = smoke(training={"steps": 24}, data={"source": "fashion_mnist"})
     points = params.points()
     tracking.publish(params, checkout, only="train@cosine")
     for point in points[:2]:

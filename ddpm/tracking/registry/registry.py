@@ -21,9 +21,11 @@ from ddpm.files import atomic, models, paths, records, scores
 from ddpm.files.models import BoundRecord, ModelRecord
 from ddpm.files.params import Params, Point
 from ddpm.files.scores import read_scores
+from ddpm.networks.network import NETWORKS
 from ddpm.provenance import code
 from ddpm.reporting.card import LONGEST, card, with_front_matter
 from ddpm.scores.metrics import HEADLINE, RANKING
+from ddpm.sources.source import SOURCES
 from ddpm.tracking.lineage import PointSettings, flat
 from ddpm.tracking.place import (
     CHAMPION,
@@ -197,9 +199,9 @@ def promote(
     """Registers the report's best point as `ddpm-DATASET` with alias `champion`, if it beats the champion there is by the
     rule of promote.py.
 
-    A champion with a score under another dataset version or protocol is scored again first, but for an image-folder's without
-    a name: other images there may be another dataset, and the champion stays. rescore(checkpoint folder, sampler settings) ->
-    what metrics/POINT.json and POINT.influence.npy would hold. replace: take its place whatever the scores say. The decision
+    A champion with a score under another dataset version or protocol is scored again first, but for a source of users' own
+    images without a name: other images there may be another dataset, and the champion stays. rescore(checkpoint folder,
+    sampler settings) -> what metrics/POINT.json and POINT.influence.npy would hold. replace: take its place whatever the scores say. The decision
     and what led to it stay as tags in the registry. Raises InputError.
     """
     challenger = _challenger(params, root)
@@ -385,11 +387,11 @@ def _changed(champion: ModelVersion, protocol: Protocol) -> str:
 
 
 def _other_images(champion: ModelVersion, challenger: Challenger, params: Params) -> str:
-    """Why the two are not rivals, if they are not: an image-folder may hold anything, and only a name says that other images are
-    a new version of the same dataset.
+    """Says why the two are not rivals; "" if they are. A source of users' own images may hold anything, and only a name says
+    that other images are a new version of the same dataset.
     """
     mine, theirs = challenger.score.protocol.dataset, champion.tags.get("ddpm.dataset_sha256", "")
-    if params.data.source != "image-folder" or params.tracking.name or mine == theirs:
+    if not SOURCES.select(params.data.source).any_images or params.tracking.name or mine == theirs:
         return ""
     return (
         f"it was made from other images (dataset {theirs[:12]}, now {mine[:12]}); give these a name of their own"
@@ -597,7 +599,8 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
         checkpoint = Path(name) / "checkpoint"
         models.check_weights(challenger.folder, challenger.model)
         shutil.copytree(challenger.folder, checkpoint)
-        for file in code.files(*code.source(SERVED).imported):
+        modules = served_modules(challenger.model)
+        for file in code.files(*modules):
             (Path(name) / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(code.ROOT / file, Path(name) / file)
         mlflow.pyfunc.save_model(
@@ -607,7 +610,7 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
             code_paths=[str(Path(name) / code.PACKAGE)],
             signature=ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype(np.uint8), shape)])),
             input_example=pd.DataFrame(example),
-            pip_requirements=[f"mlflow=={installed_version('mlflow')}", *map(_requirement, served_packages())],
+            pip_requirements=[f"mlflow=={installed_version('mlflow')}", *map(_requirement, served_packages(modules))],
             model_config={
                 "settings": challenger.settings,
                 "seed": challenger.seed,
@@ -622,10 +625,14 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
         )
 
 
-def served_packages() -> list[str]:
-    """The distributions, beside MLflow, that the registered model and its code import when they are loaded."""
-    served = code.source(SERVED)
-    sources = [served, *map(code.source, code.modules(served.imported).values())]
+def served_modules(model: ModelRecord) -> list[str]:
+    """The modules that a registered model runs, and with them all that these import."""
+    return [*code.source(SERVED).imported, NETWORKS.module(model.network.kind)]
+
+
+def served_packages(modules: Sequence[str]) -> list[str]:
+    """The distributions, beside MLflow, that the registered model and its modules import when they are loaded."""
+    sources = [code.source(SERVED), *map(code.source, code.modules(modules).values())]
     imported = {name.partition(".")[0] for source in sources for name in source.at_once}
     found = packages_distributions()
     others = imported - sys.stdlib_module_names - {code.PACKAGE, "mlflow"}

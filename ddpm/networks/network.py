@@ -1,0 +1,20 @@
+"""NETWORKS: what can be trained.
+
+A network is added by adding its module to this package. The module ends with `NETWORK = ...`, the network's class, and
+`network.kind` selects the class by the module's name.
+
+The class is called with image_channels, image_size, and the other entries of the section `network` of params.yaml. Where they
+are asked for, it is also called with out_channels (a learned variance) and classes (a conditional network). The network is
+called as net(x, t), or as net(x, t, labels) where there are classes; it raises ValueError for arguments that it cannot take.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ddpm.rooms import Room
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NETWORKS: Room[type[nn.Module]] = Room("ddpm.networks", "network.kind", "NETWORK")

@@ -1,0 +1,168 @@
+"""What a source of images is, SOURCES, and the parts that several sources share.
+
+A source is added by adding its module to this package. The module ends with its row, `SOURCE = Source(...)`, and
+`data.source` selects the row by the module's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import socket
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm.errors import InputError
+from ddpm.files.arrays import Images
+from ddpm.files.params import Data, Params
+from ddpm.rooms import Room
+from ddpm.runtime.progress import Progress, Report
+
+Labels = NDArray[np.int64]
+
+MULTIPLE = 8  # padded sides are multiples: a network with four levels halves a side three times
+DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Describes what an opened source holds, before its images are read.
+
+    shape: C,H,W. counts: train and test images. labels: int64 N for each split, with classes, or None without.
+    fill: reads the images into two uint8 arrays N,C,H,W of zeros. Raises InputError.
+    """
+
+    shape: tuple[int, int, int]
+    counts: tuple[int, int]
+    labels: tuple[Labels, Labels] | None
+    classes: tuple[str, ...] | None
+    fill: Callable[[Images, Images], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One row of SOURCES: how the source is opened, and what others need to know about it.
+
+    open: takes the section `data`, the seed, the folder that relative paths start from, and a progress report. It finds
+        out what the source holds, and reads nothing large. Raises InputError.
+    licence: what is known about the licence of the images, for the model card.
+    shareable: whether that licence lets a trained model be shared under this project's own licence.
+    flip: whether a mirrored image is still an image that the source could hold.
+    any_images: whether users bring their own images. Two datasets from such a source may have nothing in common.
+    """
+
+    open: Callable[[Data, int, Path, Report], Contents]
+    licence: str
+    shareable: bool = False
+    flip: bool = False
+    any_images: bool = False
+
+
+SOURCES: Room[Source] = Room("ddpm.sources", "data.source", "SOURCE")
+
+
+def check_name(params: Params) -> None:
+    """Raises InputError where tracking.name is the name of a source other than the selected one.
+
+    The two datasets would otherwise share experiments and a champion.
+    """
+    name, source = (params.tracking.name or "").replace("-", "_"), params.data.source
+    if name != source and name in SOURCES:
+        raise InputError(
+            f"tracking.name: {params.tracking.name} is a data.source of its own, and this one is {source};"
+            " choose another name"
+        )
+
+
+# The parts that sources share.
+
+
+def padded_side(side: int) -> int:
+    """Returns the next multiple of 8: 8 -> 8, 28 -> 32."""
+    return math.ceil(side / MULTIPLE) * MULTIPLE
+
+
+def centre(side: int, padded: int) -> tuple[Any, ...]:
+    """Returns the index of the last two axes that selects a centred square inside a padded one."""
+    first = (padded - side) // 2
+    inner = slice(first, first + side)
+    return (..., inner, inner)
+
+
+def held_out(names: Sequence[str], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which of the names form the test split: round(fraction * N) of them.
+
+    They are those with the lowest hash of seed and name, so an added image moves hardly any other to the other split.
+    """
+
+    def rank(index: int) -> bytes:
+        return hashlib.sha256(f"{seed}/{names[index]}".encode(errors="surrogateescape")).digest()
+
+    chosen = sorted(range(len(names)), key=rank)[: round(fraction * len(names))]
+    result = np.zeros(len(names), bool)
+    result[chosen] = True
+    return result
+
+
+def in_memory(
+    data: Data,
+    train: tuple[Images, Labels],
+    test: tuple[Images, Labels],
+    classes: tuple[str, ...],
+    report: Report,
+) -> Contents:
+    """Describes square images that are already in memory. Sides are padded with zeros to a multiple of 8.
+
+    Args:
+        data: its size and channels must be null, or be those of the images.
+        train: uint8 N,C,H,W, and a label for each image.
+        test: the same for the test split.
+        classes: the name of each label.
+        report: is told when the images are copied.
+
+    Raises:
+        InputError: data asks for another size or number of channels.
+    """
+    channels, side = train[0].shape[1:3]
+    shape = (channels, padded_side(side), padded_side(side))
+    if data.size not in (None, shape[1]) or data.channels not in (None, channels):
+        raise InputError(
+            f"data.size, data.channels: {data.source} always has {'x'.join(map(str, shape))}"
+            " (channels x height x width): leave them null"
+        )
+    counts = (len(train[0]), len(test[0]))
+    inner = centre(side, shape[1])
+
+    def fill(train_images: Images, test_images: Images) -> None:
+        train_images[inner] = train[0]
+        test_images[inner] = test[0]
+        report(Progress(sum(counts), sum(counts), "images"))
+
+    return Contents(shape, counts, (train[1], test[1]), classes, fill)
+
+
+@contextmanager
+def downloading(data: Data, path: Path, files: str, report: Report) -> Iterator[None]:
+    """Bounds the time that a download may wait for an answer, and turns errors into one line.
+
+    path: the folder that the download goes to. files: which files users may put into data.path instead.
+    """
+    report(Progress(0, 1, "files", message=f"{data.source} is not in {data.path}: using {path}, downloading if needed"))
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
+    try:
+        yield
+    except (RuntimeError, OSError, HTTPException, zlib.error, EOFError) as error:
+        why = " ".join(str(error).split())
+        advice = f"put {files} into data.path ({data.path})"
+        raise InputError(f"{data.source} could not be downloaded ({why}): {advice}") from None
+    finally:
+        socket.setdefaulttimeout(before)
