@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -131,6 +132,24 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path, monkeypatch: pyte
     assert found == sorted(["__init__.py", *(f"{name}.py" for name in "abcdeh"), *inner, "start.py", "table.csv"])
     roots = {name.partition(".")[0] for name in code.source(package / "start.py").at_once}
     assert roots == {"os", "ddpm", "typing", "torch"}
+
+
+def test_a_module_that_params_select_is_code_of_those_that_use_its_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+    room = tmp_path / "ddpm" / "inner"
+    room.mkdir(parents=True)
+    (tmp_path / "ddpm" / "stage.py").write_text("from ddpm.inner.row import ROWS\n")
+    (room / "row.py").write_text('ROWS: Room[int] = Room("ddpm.inner", "data.source", "ROW")\n')
+    (room / "one.py").write_text("from ddpm.inner import helper\nROW = 1\n")
+    for name in ("two", "helper"):
+        (room / f"{name}.py").write_text("ROW: int = 2\n" if name == "two" else "ROWS = ()\n")
+    params = SimpleNamespace(data=SimpleNamespace(source="one"))
+    assert code.selected(params, "ddpm.stage") == ("ddpm.inner.one",)
+    assert code.selected(params, "ddpm.inner.two") == ()
+    found = code.files("ddpm.stage", *code.selected(params, "ddpm.stage"))
+    assert [path.name for path in found] == ["helper.py", "one.py", "row.py", "stage.py"]
 
 
 @pytest.mark.parametrize("changed", ["source", "code", "version"])

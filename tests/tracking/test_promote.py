@@ -718,7 +718,9 @@ def test_every_source_has_its_licence_and_odd_names_stay_in_their_place(made: Pa
     assert matter["license"] == ("apache-2.0" if shareable else "other")
 
 
-@pytest.mark.parametrize(("name", "licence"), [("fashion-mnist", "(Xiao et al. 2017), MIT"), ("gone", "not known here")])
+@pytest.mark.parametrize(
+    ("name", "licence"), [("fashion-mnist", "(Xiao et al. 2017), MIT"), ("gone", "not known here")]
+)
 def test_a_card_of_an_older_model_or_of_a_source_that_is_gone(made: Path, name: str, licence: str) -> None:
     about = read_model_record(made / paths.model_dir("cosine"))
     about["data"] = {**about["data"], "name": name}
