@@ -11,7 +11,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python; do \
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP := .venv/bin/uv pip install --python .venv/bin/python --no-deps
 # The environment's `dvc` writes dvc.lock atomically (ddpm/provenance/atomic_lock.py).
-ATOMIC := sed -i 's/^from dvc.cli import main/from ddpm.provenance.atomic_lock import main/'
+ATOMIC := find .venv/bin -name dvc -exec sed -i 's/^from .* import main/from ddpm.provenance.atomic_lock import main/' {} +
 # The packages that `make bench` compares with and that are not in the lock; of the lock, what a machine that holds torch, torchvision and
 # scipy may lack.
 PEERS = $$(.venv/bin/python -c 'import tomllib; \
@@ -126,7 +126,7 @@ else
 endif
 	@$(PIP) --compile-bytecode --require-hashes --requirements .venv/requirements.txt
 	@$(PIP) --no-build-isolation --editable .
-	@$(ATOMIC) .venv/bin/dvc
+	@$(ATOMIC)
 	@.venv/bin/python -m compileall -q bench ddpm flows
 	@touch $@
 

@@ -19,7 +19,7 @@ import typer
 from ddpm.errors import InputError
 from ddpm.files import atomic, paths
 from ddpm.files.params import Params, Point
-from ddpm.provenance import checkout, dvc_lock
+from ddpm.provenance import checkout, lock_mending
 from ddpm.provenance.inputs import unchanged
 from ddpm.runtime import stopping, watchdog
 from ddpm.runtime.display import display, say
@@ -58,7 +58,7 @@ def options(
     global Debug  # noqa: PLW0603
     Debug = debug
     checkout.require_own(Path())
-    dvc_lock.check(Path(), say)
+    lock_mending.check(Path(), say)
 
 
 def _run(

@@ -40,7 +40,7 @@ class Room(Mapping[str, Row], Generic[Row]):
         return (path.stem for path in paths if assignment.search(path.read_text(encoding="utf-8")))
 
     def __len__(self) -> int:
-        return len(list(self))
+        return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
         return name in set(self)

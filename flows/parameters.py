@@ -63,7 +63,7 @@ def write(
 
 
 def _with_source(text: str, source: str) -> str:
-    """Replaces an old name of the source, such as fashion-mnist: dvc.yaml takes the module's name from params.yaml."""
+    """Replaces an old name of the source, which has dashes: dvc.yaml takes the name of the source's module from params.yaml."""
 
     def change(document: Any) -> None:
         document["data"]["source"] = source

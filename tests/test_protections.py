@@ -41,7 +41,7 @@ ENDS = "tests/flows/test_children.py::test_make_up_leaves_nothing_however_it_end
 CHECKOUT = "tests/flows/test_checkout.py::test_"
 KEPT = "tests/provenance/test_code.py::test_what_other_code_left_is_not_gone_on_from"
 SCHEDULES = "tests/flows/test_schedules.py::test_"
-LOCKFILE = "tests/provenance/test_atomic_lock.py::test_"
+LOCKFILE = "tests/flows/test_atomic_lock.py::test_"
 WATCH = "tests/runtime/test_watchdog.py::test_a_stage_ends_with_what_started_it"
 KILLED = f"{FAULTS}a_training_killed_at_random_moments_ends_with_the_same_bytes"
 SIGNAL = f"{FAULTS}a_signal_makes_training_save_that_very_step[15]"
@@ -482,30 +482,30 @@ FLOWS = [
     Protection(
         "kill -9 of plain `dvc repro` while it writes dvc.lock: the next flow mends it",
         "flows/repro/checkout_lock.py",
-        '        dvc_lock.check(root, lambda line: watcher.get().line("train-eval", line))\n',
+        '        lock_mending.check(root, lambda line: watcher.get().line("train-eval", line))\n',
         "",
         f"{LOCKFILE}a_flow_goes_on_from_one_that_is_whole",
     ),
     Protection(
         "kill -9 of plain `dvc repro` while it writes dvc.lock: the next verb mends it",
         "ddpm/cli.py",
-        "    dvc_lock.check(Path(), say)\n",
+        "    lock_mending.check(Path(), say)\n",
         "",
-        "tests/provenance/test_dvc_lock.py::test_plain_dvc_that_goes_on_with_half_a_file_ends_with_a_whole_one",
+        "tests/provenance/test_lock_mending.py::test_plain_dvc_that_goes_on_with_half_a_file_ends_with_a_whole_one",
     ),
     Protection(
         "kill -9 of plain `dvc repro` while it writes dvc.lock: an entry with fewer outputs is known",
-        "ddpm/provenance/dvc_lock.py",
+        "ddpm/provenance/lock_mending.py",
         "    if len(found) < min([outputs, *(len(_output_entries(whole)) for whole in known)]):\n        return False\n",
         "",
-        "tests/provenance/test_dvc_lock.py::test_every_cut_is_mended[True-likelihood@cosine]",
+        "tests/provenance/test_lock_mending.py::test_every_cut_is_mended[True-likelihood@cosine]",
     ),
     Protection(
         "a shorter dvc.lock from git is no cut one",
-        "ddpm/provenance/dvc_lock.py",
+        "ddpm/provenance/lock_mending.py",
         "_ends_well(own, known) and _is_in_git(root)",
         "False",
-        "tests/provenance/test_dvc_lock.py::test_shorter_ones_that_somebody_wanted_are_left_alone",
+        "tests/provenance/test_lock_mending.py::test_shorter_ones_that_somebody_wanted_are_left_alone",
     ),
     Protection(
         "kill -9 of the flow: stages and DVC end",
@@ -1374,7 +1374,7 @@ INPUT = [
     ),
     Protection(
         "dvc.lock: no stages",
-        "ddpm/provenance/dvc_lock.py",
+        "ddpm/provenance/lock_mending.py",
         "if not isinstance(stages or {}, dict):",
         "if False:",
         f"{BAD}what_a_report_reads[dvc.lock of a word]",

@@ -53,7 +53,7 @@ class Data(Section):
     @field_validator("source", mode="before")
     @classmethod
     def _dashes_are_old(cls, value: Any) -> Any:
-        """Reads fashion-mnist and image-folder, which older files say: a source has the name of its module."""
+        """Reads names with dashes, which older files hold. A source is named like its module."""
         return value.replace("-", "_") if isinstance(value, str) else value
 
     @field_validator("path")
@@ -359,7 +359,7 @@ class Params(Section):
 
     @property
     def dataset_name(self) -> str:
-        """What users call the dataset: tracking.name, or else the source with dashes, such as fashion-mnist."""
+        """What users call the dataset: tracking.name, or else the source, with dashes for underscores."""
         return self.tracking.name or self.data.source.replace("_", "-")
 
     def points(self) -> list[Point]:

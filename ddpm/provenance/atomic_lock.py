@@ -18,8 +18,8 @@ from typing import Any
 
 from ddpm.errors import InputError
 from ddpm.files import atomic, paths
-from ddpm.provenance import dvc_lock
-from ddpm.provenance.dvc_lock import HEAD, NAME, STAGE
+from ddpm.provenance import lock_mending
+from ddpm.provenance.lock_mending import HEAD, NAME, STAGE
 
 Dump = Callable[[Any, Any], Any]
 
@@ -35,7 +35,7 @@ def main() -> int:
     root = next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
     if (root / paths.CACHE).is_dir():  # a project of this package, where a verb has run
         try:
-            dvc_lock.check(root, partial(print, file=sys.stderr))
+            lock_mending.check(root, partial(print, file=sys.stderr))
         except InputError as error:
             print(f"dvc: {error}", file=sys.stderr)
             return 2

@@ -50,7 +50,7 @@ def card(
 
 
 def _source(name: str) -> Source | None:
-    """Returns the row of the source that a model names; None if its module is gone. Older models say fashion-mnist."""
+    """Returns the row of the source that a model names; None if its module is gone. Older models name it with dashes."""
     return SOURCES.get(name.replace("-", "_"))
 
 

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from ddpm.errors import InputError
 from ddpm.files import paths, records
-from ddpm.provenance import dvc_lock
+from ddpm.provenance import lock_mending
 from flows.repro import rwlock
 from flows.watch import watcher
 
@@ -48,7 +48,7 @@ def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterat
             rwlock.clear(root)
         except Exception as error:  # noqa: BLE001 - a stage that is held is tried again, and says by whom
             watcher.get().line("train-eval", f"DVC's rwlock was not looked through ({type(error).__name__}: {error})")
-        dvc_lock.check(root, lambda line: watcher.get().line("train-eval", line))
+        lock_mending.check(root, lambda line: watcher.get().line("train-eval", line))
         yield
     finally:
         lock.release()

@@ -109,6 +109,28 @@ def test_the_same_parameters_are_not_written_again(checkout: Path) -> None:
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_the_name_of_another_source_is_refused_before_anything_runs(checkout: Path) -> None:
+    recipe = checkout / "recipes" / "seven.yaml"
+    recipe.write_text(recipe.read_text() + "tracking: {name: cifar10}\n")
+    with pytest.raises(InputError, match=r"cifar10 is a data\.source of its own, and this one is digits"):
+        parameters.write(checkout, "seven")
+
+
+@pytest.mark.parametrize("overrides", [[], ["data.source=image-folder"]])
+def test_an_old_name_of_a_source_is_rewritten(checkout: Path, overrides: list[str]) -> None:
+    """dvc.yaml names the source's module by params.yaml, so the file itself must hold the module's name."""
+    path, said = checkout / "params.yaml", list[str]()
+    text = path.read_text()
+    if not overrides:
+        path.write_text(text.replace("source: digits", "source: image-folder"))
+    assert parameters.write(checkout, None, overrides, said.append).data.source == "image_folder"
+    assert path.read_text() == text.replace("source: digits", "source: image_folder")
+    words = "with data.source=image-folder" if overrides else "with the new name of data.source"
+    assert said == [f"params.yaml: now {words} (before: params.yaml.before)"]
+    parameters.write(checkout, say=said.append)
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize(
     ("recipe", "overrides", "named"),
     [
@@ -121,6 +143,7 @@ def test_the_same_parameters_are_not_written_again(checkout: Path) -> None:
         (None, ["training.steps=[1"], "training.steps=[1"),
         (None, ["training=3"], "training"),
         (None, ["seed=1", "sweep.samplers=[none_such]"], "none_such"),
+        (None, ["data.source=imagenet"], "data.source: no 'imagenet' in ddpm/sources; there are cifar10, digits,"),
         ("eight", [], "seven"),
         ("a" * 5000, [], "seven"),
         ("eight\0", [], "seven"),

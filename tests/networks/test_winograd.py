@@ -175,7 +175,7 @@ def test_other_types_are_left_to_torch() -> None:
     ],
 )
 def test_without_a_compiler_it_says_so(compiler: str, line: str, tmp_path: Path) -> None:
-    code = "import torch; from ddpm import native\ntry: winograd.compiled(torch.nn.Conv2d(16, 16, 3, padding=1))\n"
+    code = "import torch; from ddpm.networks import winograd\ntry: winograd.compiled(torch.nn.Conv2d(16, 16, 3, padding=1))\n"
     code += "except winograd.NoCompiler as error: print(error)"
     environment = {**os.environ, "CC": compiler, "PATH": str(tmp_path), "TORCH_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -229,7 +229,7 @@ def test_a_damaged_library_is_compiled_anew(how: str, tmp_path: Path, monkeypatc
 
 def test_without_a_place_to_keep_it_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    code = "import torch; from ddpm import native\ntry: winograd.compiled(torch.nn.Conv2d(16, 16, 3, padding=1))\n"
+    code = "import torch; from ddpm.networks import winograd\ntry: winograd.compiled(torch.nn.Conv2d(16, 16, 3, padding=1))\n"
     code += "except winograd.NoCompiler as error: print(error)"
     environment = {**os.environ, "TORCH_HOME": str(tmp_path / "file")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

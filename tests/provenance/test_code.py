@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,8 +46,8 @@ except Stopped:
 KEPT = ("resuming after step", "going on after 16 images")
 EDITS = {  # which change no weight, so that only the code tells the samplings apart
     "stages/train.py": ("manual_seed(params.seed)", "manual_seed(params.seed + 0)"),
-    "noise.py": ("import torch\n", "import torch  # and so on\n"),
-    "fidelity.py": ("import torch\n", "import torch  # and so on\n"),
+    "diffusion/noise.py": ("import torch\n", "import torch  # and so on\n"),
+    "scores/fidelity.py": ("import torch\n", "import torch  # and so on\n"),
 }
 
 
@@ -91,9 +92,10 @@ def test_what_other_code_left_is_not_gone_on_from(checkout: Path) -> None:
 
 EDITED = """
 from pathlib import Path
-from ddpm.stages import checkpoint, train
+from ddpm.files import checkpoint
+from ddpm.stages import train
 from ddpm.files.params import Params
-for name in ("unet.py", "training.py"):
+for name in ("networks/unet.py", "files/dataset.py"):
     path = Path("ddpm") / name
     path.write_text(path.read_text() + "# and so on")
     try:
@@ -106,7 +108,7 @@ for name in ("unet.py", "training.py"):
 def test_code_that_was_edited_after_its_import_trains_nothing(checkout: Path) -> None:
     said = run(checkout, EDITED).splitlines()
     edited = "InputError ddpm/{}.py was edited after this process had imported it; run again"
-    assert said == [edited.format("unet"), edited.format("training")]  # it names the first one
+    assert said == [edited.format("networks/unet"), edited.format("files/dataset")]  # it names the first one
     assert not list((checkout / ".cache").glob("training/*"))
 
 
@@ -131,6 +133,24 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path, monkeypatch: pyte
     assert found == sorted(["__init__.py", *(f"{name}.py" for name in "abcdeh"), *inner, "start.py", "table.csv"])
     roots = {name.partition(".")[0] for name in code.source(package / "start.py").at_once}
     assert roots == {"os", "ddpm", "typing", "torch"}
+
+
+def test_a_module_that_params_select_is_code_of_those_that_use_its_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+    room = tmp_path / "ddpm" / "inner"
+    room.mkdir(parents=True)
+    (tmp_path / "ddpm" / "stage.py").write_text("from ddpm.inner.row import ROWS\n")
+    (room / "row.py").write_text('ROWS: Room[int] = Room("ddpm.inner", "data.source", "ROW")\n')
+    (room / "one.py").write_text("from ddpm.inner import helper\nROW = 1\n")
+    for name in ("two", "helper"):
+        (room / f"{name}.py").write_text("ROW: int = 2\n" if name == "two" else "ROWS = ()\n")
+    params = SimpleNamespace(data=SimpleNamespace(source="one"))
+    assert code.selected(params, "ddpm.stage") == ("ddpm.inner.one",)
+    assert code.selected(params, "ddpm.inner.two") == ()
+    found = code.files("ddpm.stage", *code.selected(params, "ddpm.stage"))
+    assert [path.name for path in found] == ["helper.py", "one.py", "row.py", "stage.py"]
 
 
 @pytest.mark.parametrize("changed", ["source", "code", "version"])

@@ -29,6 +29,28 @@ def test_code_that_changes_while_a_stage_runs_is_noticed(
         (tmp_path / "ddpm" / name).write_text("edited")
 
 
+@pytest.mark.parametrize(("edited", "noticed"), [("one", True), ("two", False)])
+def test_the_module_that_params_select_is_code_of_the_stage(
+    edited: str, noticed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_STAGE", "prepare")
+    (tmp_path / "ddpm").mkdir()
+    (tmp_path / "params.yaml").write_text("data: {source: one, path: archive}\n")
+    dependencies = '["ddpm/${data.source}.py", "${data.path}"]'
+    (tmp_path / "dvc.yaml").write_text(f"stages:\n  prepare:\n    cmd: ddpm prepare\n    deps: {dependencies}\n")
+
+    def edit() -> None:
+        with unchanged("prepare", tmp_path):
+            (tmp_path / "ddpm" / f"{edited}.py").write_text("edited")
+            (tmp_path / "archive").write_text("data, not code")
+
+    if noticed:
+        with pytest.raises(InputError, match=r"ddpm/one\.py changed while it ran"):
+            edit()
+    else:
+        edit()
+
+
 def test_looking_at_git_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a `git add` at that moment would fail. `git status` by itself writes what it found of the files into the index."""
     monkeypatch.chdir(tmp_path)

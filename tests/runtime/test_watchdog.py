@@ -18,7 +18,7 @@ from ddpm.runtime import watchdog
 
 STAGE = """\
 import os, pathlib, signal, sys, time
-from ddpm.stages import watchdog
+from ddpm.runtime import watchdog
 watchdog.GRACE = 60  # whoever listens ends by the signal,
 if "deaf" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

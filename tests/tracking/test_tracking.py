@@ -757,7 +757,7 @@ def test_a_killed_process_leaves_no_run_running(checkout: Path, params: Params) 
     program = f"""
 import time
 from pathlib import Path
-from ddpm.stages import tracking
+from ddpm import tracking
 from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress
 with tracking.watch_training(Params.load(Path({str(recipe)!r})), "linear", Path({str(checkout)!r})) as watch:

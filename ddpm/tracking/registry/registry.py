@@ -199,10 +199,10 @@ def promote(
     """Registers the report's best point as `ddpm-DATASET` with alias `champion`, if it beats the champion there is by the
     rule of promote.py.
 
-    A champion with a score under another dataset version or protocol is scored again first, but for a source of users' own
-    images without a name: other images there may be another dataset, and the champion stays. rescore(checkpoint folder,
-    sampler settings) -> what metrics/POINT.json and POINT.influence.npy would hold. replace: take its place whatever the scores say. The decision
-    and what led to it stay as tags in the registry. Raises InputError.
+    A champion with a score under another dataset version or protocol is scored again first. The exception are users' own
+    images without a name: other images may be another dataset, so the champion stays. rescore(checkpoint folder, sampler
+    settings) -> what metrics/POINT.json and POINT.influence.npy would hold. replace: take its place whatever the scores say.
+    The decision and what led to it stay as tags in the registry. Raises InputError.
     """
     challenger = _challenger(params, root)
     target = open_target(params, root)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.errors import InputError
-from ddpm.provenance import dvc_lock
+from ddpm.provenance import lock_mending
 
 ROOT = Path(__file__).parents[2]
 LOCK = (ROOT / "dvc.lock").read_text()
@@ -51,13 +51,13 @@ def checked(root: Path, lock: str | None) -> tuple[str | None, list[str]]:
     (root / "dvc.lock").unlink(missing_ok=True)
     if lock is not None:
         (root / "dvc.lock").write_text(lock)
-    dvc_lock.check(root, said.append)
+    lock_mending.check(root, said.append)
     return (root / "dvc.lock").read_text() if (root / "dvc.lock").exists() else None, said
 
 
 def with_another(name: str) -> str:
     """The committed file after that stage ran again: all its outputs have other hashes and sizes."""
-    stages = dvc_lock.entries(LOCK) or {}
+    stages = lock_mending.entries(LOCK) or {}
     head, _, outs = stages[name].partition("\n    outs:\n")
     changed = re.sub(r"md5: \w{8}", "md5: 01234567", re.sub(r"size: \d+", "size: 123456", outs))
     return LOCK.replace(stages[name], f"{head}\n    outs:\n{changed}")
@@ -66,7 +66,7 @@ def with_another(name: str) -> str:
 def places(text: str) -> list[int]:
     """50 random ones, the sizes of a file system's blocks, the ends of entries, and those of the last lines."""
     chance = random.Random(0)
-    ends = [match.start() for match in dvc_lock.STAGE.finditer(text)]
+    ends = [match.start() for match in lock_mending.STAGE.finditer(text)]
     lines = [match.end() for match in re.finditer("\n", text)][-12:-1]
     return [
         *chance.sample(range(1, len(text)), 50),
@@ -80,9 +80,9 @@ def places(text: str) -> list[int]:
 
 def mended(text: str, cut: int, last: str) -> str:
     """What a cut is to become: entries that it holds whole, and those of the last whole file."""
-    new, old, begun = dvc_lock.entries(text) or {}, dvc_lock.entries(last) or {}, text[:cut]
-    pieces = [new[name] if dvc_lock.HEAD in begun and new[name] in begun else old[name] for name in new]
-    return dvc_lock.HEAD + "".join(pieces)
+    new, old, begun = lock_mending.entries(text) or {}, lock_mending.entries(last) or {}, text[:cut]
+    pieces = [new[name] if lock_mending.HEAD in begun and new[name] in begun else old[name] for name in new]
+    return lock_mending.HEAD + "".join(pieces)
 
 
 @pytest.mark.parametrize(
@@ -104,30 +104,30 @@ def test_every_cut_is_mended(seen: bool, ran: str, checkout: Path) -> None:
 
 def test_what_dvc_made_of_a_cut_file_is_mended(checkout: Path) -> None:
     """It read one that was cut in a valid place, and wrote it again with the next stage's entry: the half is in the middle."""
-    stages = dvc_lock.entries(LOCK) or {}
+    stages = lock_mending.entries(LOCK) or {}
     names = list(stages)
     half = stages[names[4]].rpartition("    - path: ")[0]
     last = {name: stages[name] for name in names[:-1]}
-    checked(checkout, dvc_lock.HEAD + "".join(last.values()))
-    left, said = checked(checkout, dvc_lock.HEAD + "".join([*list(stages.values())[:4], half, stages[names[-1]]]))
+    checked(checkout, lock_mending.HEAD + "".join(last.values()))
+    left, said = checked(checkout, lock_mending.HEAD + "".join([*list(stages.values())[:4], half, stages[names[-1]]]))
     assert left == LOCK and len(said) == 1
 
 
 def test_without_a_whole_one_complete_stages_stay_or_a_line_says_what_to_do(checkout: Path) -> None:
     run(checkout, "git", "rm", "--quiet", "dvc.lock")
     run(checkout, "git", *AUTHOR, "commit", "--quiet", "--message", "no lock")
-    stages = list((dvc_lock.entries(LOCK) or {}).values())
-    for cut in (0, 10, len(dvc_lock.HEAD), len(dvc_lock.HEAD + stages[0]) - 1):
+    stages = list((lock_mending.entries(LOCK) or {}).values())
+    for cut in (0, 10, len(lock_mending.HEAD), len(lock_mending.HEAD + stages[0]) - 1):
         with pytest.raises(InputError, match=r"dvc\.lock: cut off.* delete it and run this again") as caught:
             checked(checkout, LOCK[:cut])
         assert "\n" not in str(caught.value) and (checkout / "dvc.lock").read_text() == LOCK[:cut]
-    left, said = checked(checkout, LOCK[: len(dvc_lock.HEAD + stages[0] + stages[1]) - 20])
-    assert left == dvc_lock.HEAD + stages[0] and len(said) == 1
+    left, said = checked(checkout, LOCK[: len(lock_mending.HEAD + stages[0] + stages[1]) - 20])
+    assert left == lock_mending.HEAD + stages[0] and len(said) == 1
 
 
 def test_shorter_ones_that_somebody_wanted_are_left_alone(checkout: Path) -> None:
-    stages = dvc_lock.entries(LOCK) or {}
-    older = dvc_lock.HEAD + "".join(list(stages.values())[:7])
+    stages = lock_mending.entries(LOCK) or {}
+    older = lock_mending.HEAD + "".join(list(stages.values())[:7])
     assert checked(checkout, LOCK) == (LOCK, [])
     # `git checkout` of another commit, whose file is the beginning of this one.
     run(checkout, "git", "checkout", "--quiet", "-b", "older")
@@ -136,7 +136,7 @@ def test_shorter_ones_that_somebody_wanted_are_left_alone(checkout: Path) -> Non
     assert checked(checkout, older) == (older, [])
     # `dvc exp apply` and `git stash`: git has the file in a commit that no branch leads to.
     run(checkout, "git", "checkout", "--quiet", "-")
-    shorter = dvc_lock.HEAD + "".join(list(stages.values())[:5])
+    shorter = lock_mending.HEAD + "".join(list(stages.values())[:5])
     (checkout / "dvc.lock").write_text(shorter)
     run(checkout, "git", *AUTHOR, "stash")
     assert checked(checkout, LOCK) == (LOCK, [])
@@ -146,10 +146,12 @@ def test_shorter_ones_that_somebody_wanted_are_left_alone(checkout: Path) -> Non
     checked(checkout, LOCK)
     assert checked(checkout, None) == (None, [])
     for count in (1, 2, 20):
-        begun = dvc_lock.HEAD + "".join(list(stages.values())[:count])
+        begun = lock_mending.HEAD + "".join(list(stages.values())[:count])
         assert checked(checkout, begun) == (begun, [])
     # Somebody took entries out of the middle.
-    without = dvc_lock.HEAD + "".join(entry for name, entry in stages.items() if name not in ("train@cosine", "report"))
+    without = lock_mending.HEAD + "".join(
+        entry for name, entry in stages.items() if name not in ("train@cosine", "report")
+    )
     checked(checkout, LOCK)
     assert checked(checkout, without) == (without, [])
     # An output outside of the checkout has another kind of hash.
@@ -201,7 +203,7 @@ def test_plain_dvc_that_goes_on_with_half_a_file_ends_with_a_whole_one(kept: str
     repro = (sys.executable, "-m", "dvc", "repro")
     run(tmp_path, *repro)
     whole = (tmp_path / "dvc.lock").read_text()
-    dvc_lock.check(tmp_path, pytest.fail)
+    lock_mending.check(tmp_path, pytest.fail)
     (tmp_path / "dvc.lock").write_text(whole[: whole.index(kept) + len(kept)] if kept in whole else whole[:-60])
     shutil.rmtree(tmp_path / ".dvc" / "cache" / "runs")
     done = subprocess.run(repro, cwd=tmp_path, capture_output=True, text=True, check=False)

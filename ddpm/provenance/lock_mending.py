@@ -1,0 +1,185 @@
+"""Notices a dvc.lock that was cut off, and mends it.
+
+DVC empties dvc.lock and then writes all of it again (https://github.com/treeverse/dvc/issues/10629). A kill meanwhile leaves the
+beginning of the new text. Many such beginnings are valid YAML, which DVC accepts: it then goes on with fewer stages, or with a
+stage that has lost outputs. So each verb and each flow compares dvc.lock with a copy of the last whole one, in `.cache`.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddpm.errors import InputError
+from ddpm.files import atomic, paths
+from ddpm.files.yaml_file import read_yaml
+
+NAME = "dvc.lock"
+COPY = paths.CACHE / NAME
+HEAD = "schema: '2.0'\nstages:\n"
+STAGE = re.compile(r"^(?=  \S)", re.MULTILINE)  # where the text of a stage begins
+_DELETED = "deleted\n"  # the copy says so where there was no dvc.lock
+_HASH = re.compile(r"^      md5: '?[0-9a-f]{32}(\.dir)?'?$", re.MULTILINE)
+_OTHER_HASH = re.compile(r"^      (etag|checksum|cloud|files):", re.MULTILINE)  # of outputs outside of the checkout
+_FOREIGN = re.compile(r"^(<<<<<<<|=======|>>>>>>>|datasets:)", re.MULTILINE)
+
+Entries = dict[str, str]  # the text of each stage, by its name
+
+
+def check(root: Path, say: Callable[[str], None]) -> None:
+    """Mends dvc.lock if it was cut off, and says so in one line. A whole one is remembered as the copy.
+
+    A file is cut off where its last entry is, or where its stages are the first ones of the last whole file and no more. A file
+    that git has (after a checkout, `dvc exp apply` or a stash), a file without the stages that dvc.yaml has lost, and a deleted
+    file are whole. So is a file that DVC did not write, such as one with a merge conflict: DVC judges it.
+
+    Raises InputError where nothing is left to mend it from.
+    """
+    path = root / NAME
+    if not (root / ".dvc").is_dir():
+        return
+    copy = _read(root / COPY)
+    text = _read(path)
+    if text == copy or (text is None and copy == _DELETED):
+        return
+    if text is not None and _mended(root, text, copy) != text:
+        from dvc.lock import make_lock
+
+        # Another DVC may be writing the file at this moment: it holds this lock meanwhile.
+        folder = root / ".dvc" / "tmp"
+        folder.mkdir(exist_ok=True)
+        with make_lock(str(folder / "lock"), tmp_dir=str(folder), friendly=True, wait=True):
+            text = _mend(root, copy, say)
+    _remember(root, text, say)
+
+
+def _mend(root: Path, copy: str | None, say: Callable[[str], None]) -> str | None:
+    text = _read(root / NAME)
+    if text is None:
+        return None
+    mended = _mended(root, text, copy)
+    if mended is None:
+        raise InputError(
+            f"{root / NAME}: cut off, by a `dvc repro` that was killed while it wrote the file, and neither .cache nor git has"
+            " a whole one: delete it and run this again; what was made since comes back from DVC's cache"
+        )
+    if mended != text:
+        atomic.write_text(root / NAME, mended)
+        before, after = entries(text) or {}, entries(mended) or {}
+        brought = sum(before.get(name) != entry for name, entry in after.items())
+        say(
+            f"{NAME}: mended: it was cut off by a `dvc repro` that was killed while it wrote the file;"
+            f" {brought} of {len(after)} stages are those of the last whole one"
+        )
+    return mended
+
+
+def _remember(root: Path, text: str | None, say: Callable[[str], None]) -> None:
+    try:
+        atomic.write_text(root / COPY, _DELETED if text is None else text)
+    except (OSError, InputError) as error:
+        say(f"{NAME}: not remembered as whole ({error})")
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_bytes().decode("utf-8", "replace")  # a character may be cut through
+    except FileNotFoundError:
+        return None
+
+
+def entries(text: str) -> Entries | None:
+    """The stages of a dvc.lock, or of the beginning of one. None where DVC did not write it."""
+    if _FOREIGN.search(text) or not (text.startswith(HEAD) or HEAD.startswith(text)):
+        return None
+    found = STAGE.split(text.removeprefix(HEAD)) if text.startswith(HEAD) else []
+    return {entry.partition("\n")[0].strip().removesuffix(":"): entry for entry in found if entry.strip()}
+
+
+def _mended(root: Path, text: str, copy: str | None) -> str | None:
+    """The text itself where it is whole. Else its complete entries, with the last whole file's in place of the others.
+
+    None where no entry is left.
+    """
+    own = entries(text)
+    if own is None:
+        return text
+    committed = entries(_git(root, "show", f"HEAD:./{NAME}") or "") or {}
+    last = committed if copy is None else entries(copy) or {}
+    known = {name: [of[name] for of in (last, committed) if name in of] for name in {**last, **own}}
+    stages = _stages(root)
+    kept = {name: entry for name, entry in own.items() if _is_complete(entry, known[name], _outputs(stages, name))}
+    expected = [name for name in last if name in own or name.partition("@")[0] in stages]
+    lost = list(own) == expected[: len(own)] != expected
+    if own and ((own == kept and not lost) or (_ends_well(own, known) and _is_in_git(root))):
+        return text
+    entries_left = "".join(kept.get(name) or next(iter(found), "") for name, found in known.items())
+    return HEAD + entries_left if entries_left else None
+
+
+def _ends_well(own: Entries, known: dict[str, list[str]]) -> bool:
+    name, entry = list(own.items())[-1]
+    return entry.endswith("\n") and not _begins(entry, known[name])
+
+
+def _begins(entry: str, known: Sequence[str]) -> bool:
+    """Whether the entry is the beginning of a known one, and no more."""
+    return any(whole.startswith(entry) and whole != entry for whole in known)
+
+
+def _is_complete(entry: str, known: Sequence[str], outputs: int) -> bool:
+    """Whether DVC wrote the whole entry. It writes the outputs last, and of each the path, hash, size and number of files.
+
+    known: the same stage's entry in whole files. outputs: how many dvc.yaml has for the stage.
+    """
+    if entry in known:
+        return True
+    if not entry.endswith("\n") or _begins(entry, known):
+        return False
+    found = _output_entries(entry)
+    if len(found) < min([outputs, *(len(_output_entries(whole)) for whole in known)]):
+        return False
+    return all(_is_complete_output(output) for output in found)
+
+
+def _output_entries(entry: str) -> list[str]:
+    return entry.partition("\n    outs:\n")[2].split("    - path: ")[1:]
+
+
+def _is_complete_output(output: str) -> bool:
+    if _OTHER_HASH.search(output):
+        return True
+    found = _HASH.search(output)
+    fields = ("size", "nfiles") if found and found[1] else ("size",)
+    return found is not None and all(re.search(rf"^      {field}: \d+$", output, re.MULTILINE) for field in fields)
+
+
+def _stages(root: Path) -> dict[str, Any]:
+    """What dvc.yaml says of each stage."""
+    about = read_yaml(root / "dvc.yaml") if (root / "dvc.yaml").exists() else None
+    stages = about.get("stages") if isinstance(about, dict) else None
+    return stages if isinstance(stages, dict) else {}
+
+
+def _outputs(stages: dict[str, Any], name: str) -> int:
+    stage = stages.get(name.partition("@")[0])
+    found = [stage.get(kind) for kind in ("outs", "metrics", "plots")] if isinstance(stage, dict) else []
+    return sum(len(outputs) for outputs in found if isinstance(outputs, list))
+
+
+def _is_in_git(root: Path) -> bool:
+    """Whether git has a file of exactly these bytes."""
+    name = _git(root, "hash-object", NAME)
+    return name is not None and _git(root, "cat-file", "-e", name.strip()) is not None
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git prints; None where it is not installed, or has nothing."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else None
