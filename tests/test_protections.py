@@ -828,14 +828,14 @@ FLOWS = [
     Protection(
         "code that changes: a training does not go on from what the old code saved",
         TRAIN,
-        "dataset, code.digest(__name__)]",
+        "dataset, code.digest(__name__, *code.selected(params, __name__))]",
         "dataset]",
         KEPT,
     ),
     Protection(
         "code that changes: a sampling does not go on from what the old code drew",
         SAMPLE,
-        "device.type, code.digest(__name__)]",
+        "device.type, code.digest(__name__, NETWORKS.module(model.network.kind))]",
         "device.type]",
         KEPT,
     ),
@@ -1374,7 +1374,7 @@ INPUT = [
     ),
     Protection(
         "dvc.lock: no stages",
-        "ddpm/provenance/lock_mending.py",
+        "ddpm/provenance/dvc_lock.py",
         "if not isinstance(stages or {}, dict):",
         "if False:",
         f"{BAD}what_a_report_reads[dvc.lock of a word]",

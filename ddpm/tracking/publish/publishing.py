@@ -16,7 +16,7 @@ from ddpm.files import arrays, atomic, models, paths, pictures
 from ddpm.files.dataset import read_dataset, read_dataset_record
 from ddpm.files.models import DataEntry, ModelRecord
 from ddpm.files.params import Params, Point
-from ddpm.files.records import read_csv, read_described, read_record, sha256
+from ddpm.files.records import read_csv, read_described, sha256
 from ddpm.files.samples import read_samples, read_samples_record
 from ddpm.files.scores import read_report, read_scores
 from ddpm.provenance import dvc_lock
@@ -156,9 +156,9 @@ def _publish_training(target: Target, root: Path, schedule: str, added: Counter[
     folder, record = root / paths.model_dir(schedule), root / paths.training_metrics_file(schedule)
     if not (folder / "model.json").exists() or not record.exists():
         return None
-    model, metrics = models.read_trained(root, schedule), read_record(record)
-    table = read_described(record, metrics, root / paths.history_file(schedule))
-    by_time = read_described(record, metrics, root / paths.losses_by_time_file(schedule))
+    model, trained = models.read_trained(root, schedule), models.read_training(root, schedule)
+    table = read_described(record, trained.files, root / paths.history_file(schedule))
+    by_time = read_described(record, trained.files, root / paths.losses_by_time_file(schedule))
     weights, curves = model.weights_sha256, sha256(table)
     identity, times = identity_of_model(model), run_times(root, paths.model_dir(schedule))
     start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
