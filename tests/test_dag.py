@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 import ddpm
 from ddpm.provenance import code
+from ddpm.scores.extractors import EXTRACTORS
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -47,7 +48,15 @@ def reached(module: str) -> set[str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_code_dependencies_are_the_files_of_the_stage(stage: str) -> None:
     declared = {path for path in STAGES[stage]["deps"] if path.startswith("ddpm/")}
-    assert declared == {path.as_posix() for path in code.files(f"ddpm.stages.{stage}")}
+    chosen = {"evaluate": {"ddpm/scores/${evaluation.extractor}.py"}}.get(stage, set())
+    assert declared == {path.as_posix() for path in code.files(f"ddpm.stages.{stage}")} | chosen
+
+
+def test_an_extractor_runs_no_other_file_than_the_stage_and_its_own() -> None:
+    """dvc.yaml names the file that params.yaml chooses, and cannot name what that file imports."""
+    for extractor in EXTRACTORS.values():
+        own = Path("ddpm", "scores", f"{extractor.name}.py")
+        assert set(code.files(extractor.module)) <= {own, *code.files("ddpm.stages.evaluate")}
 
 
 def test_the_modules_behind_a_module_are_the_import_graph() -> None:

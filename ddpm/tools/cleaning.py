@@ -15,14 +15,15 @@ from pathlib import Path
 from ddpm.files import dataset
 from ddpm.files.params import Params
 from ddpm.files.paths import CACHE, dataset_dir
+from ddpm.scores.extractors import EXTRACTORS
 
 # Folders below .cache. Downloads are missing: a user may have put them there.
 KINDS = {
     "training": "training states",
     "sampling": "kept images",
     "features": "reference features",
-    "inception": "converted weights",
     "previews": "previews",
+    **dict.fromkeys(EXTRACTORS, "converted weights"),
 }
 
 

@@ -30,12 +30,12 @@ class PointSettings:
         Returns None for samples that another model drew, and for scores of other samples. Raises InputError.
         """
         about = samples.read_samples_record(root / paths.samples_file(point))
-        found, evaluation = dict[str, Any](), params.evaluation.model_dump(mode="json")
+        found, evaluation = dict[str, Any](), params.evaluation.recorded()
         if (root / paths.model_dir(point.schedule) / "model.json").exists():
             found["model"] = models.read_trained(root, point.schedule)["weights_sha256"]
         if (root / paths.metrics_file(point)).exists():
             scores = read_scores(root, point)
-            found[records.CHECKSUM], evaluation = scores["samples"], scores["evaluation"]
+            found[records.CHECKSUM], evaluation = scores.samples, dict(scores.evaluation)
         return cls(**about["settings"], evaluation=evaluation) if found.items() <= about.items() else None
 
 
