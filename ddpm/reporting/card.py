@@ -8,8 +8,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from ddpm.files.scores import Scores
 from ddpm.reporting.page import render
-from ddpm.scores.metrics import METRICS
+from ddpm.scores.metrics import METRICS, Metric
 
 # What is known of a source's licence; what image-folder reads is the user's own.
 LICENCES = {
@@ -19,7 +20,6 @@ LICENCES = {
     "image-folder": "a folder of images; their licence is not known here",
 }
 OPEN = ("digits", "fashion-mnist")  # whose licence lets a model be shared under this project's own
-NAMES = {"inception_score": "is"}  # what model hubs call a metric, where that differs
 LONGEST = 5000  # characters of a description in a registry
 
 
@@ -27,13 +27,13 @@ def card(
     name: str,
     point: str,
     settings: Mapping[str, Any],
-    metrics: Mapping[str, Any],
+    scores: Scores,
     about: Mapping[str, Any],
     likelihood: Mapping[str, Any] | None = None,
 ) -> str:
     """The body, in Markdown, at most LONGEST characters.
 
-    name: of the registered model. settings: the sampler row's options, `steps` and `clip`. metrics: of metrics/POINT.json.
+    name: of the registered model. settings: the sampler row's options, `steps` and `clip`. scores: of metrics/POINT.json.
     about: model.json. likelihood: of metrics/likelihood/SCHEDULE.json.
     """
     training, data = about["training"], about["data"]
@@ -42,8 +42,8 @@ def card(
         name=name,
         point=point,
         settings=dict(settings),
-        metrics=metrics,
-        scores=[(key, METRICS[key]) for key in METRICS if metrics.get(key) is not None],
+        scores=scores,
+        metrics=_shown(scores),
         likelihood={split: likelihood[split] for split in ("train", "test") if split in likelihood}
         if likelihood
         else {},
@@ -56,20 +56,27 @@ def card(
     return text[:LONGEST]
 
 
-def with_front_matter(body: str, name: str, metrics: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+def _shown(scores: Scores) -> list[Metric]:
+    """The metrics that say how good it is, as far as it has them."""
+    return [metric for metric in METRICS.values() if metric.direction and metric.name in scores.values]
+
+
+def with_front_matter(body: str, name: str, scores: Scores, about: Mapping[str, Any]) -> str:
     """The card as a file of its own, headed by what model hubs read: licence, tags, datasets, metrics."""
     data = about["data"]
-    hub = {key: NAMES.get(key, key) for key in METRICS if metrics.get(key) is not None}
+    hub = {metric.hub or metric.name: metric for metric in _shown(scores)}
     entry = {
         "task": {"type": "unconditional-image-generation"},
         "dataset": {"name": data["name"], "type": data["name"], "revision": data["sha256"]},
-        "metrics": [{"type": kind, "name": METRICS[key].title, "value": metrics[key]} for key, kind in hub.items()],
+        "metrics": [
+            {"type": kind, "name": metric.title, "value": scores.values[metric.name]} for kind, metric in hub.items()
+        ],
     }
     matter = {
         "license": "apache-2.0" if data["name"] in OPEN else "other",
         "tags": ["diffusion", "ddpm", "unconditional-image-generation", "pytorch"],
         "datasets": [data["name"]],
-        "metrics": list(hub.values()),
+        "metrics": list(hub),
         "model-index": [{"name": name, "results": [entry]}],
     }
     written = io.StringIO()
