@@ -560,7 +560,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             WEIGHTS.mkdir(parents=True, exist_ok=True)
             extractor = torch.load(asked.state / "inception.pt", weights_only=True)
-            save_file(extractor, WEIGHTS / f"{inception.EXTRACTOR}.safetensors")
+            save_file(extractor, WEIGHTS / f"{inception.NAME}.safetensors")
         return 0
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(asked.state / "inductor"))
     site = str(asked.state / "site")

@@ -25,7 +25,8 @@ from bench.harness import cpu_seconds
 from ddpm import Denoiser, NoiseSchedule, UNet, fit, gaussian, sample
 from ddpm.networks import winograd
 from ddpm.scores import fidelity, intervals
-from ddpm.scores.inception import Inception, extract
+from ddpm.scores.features import extract
+from ddpm.scores.inception import Inception
 from ddpm.training.fit import TrainingState, autocast
 from ddpm.training.objective import Objective
 

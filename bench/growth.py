@@ -22,6 +22,7 @@ from bench.scores import CACHE, _pictures
 from ddpm import Denoiser, NoiseSchedule, UNet, sample
 from ddpm.networks import winograd
 from ddpm.scores import fidelity, inception
+from ddpm.scores.features import extract
 from ddpm.training.fit import TrainingState, autocast, fit
 from ddpm.training.objective import Objective
 
@@ -109,7 +110,7 @@ def _sampling(device: str, at: dict[str, int]) -> Callable[[], Any]:
 
 
 def _extraction(extractor: inception.Inception, pictures: NDArray[np.uint8]) -> Callable[[], Any]:
-    return lambda: inception.extract(extractor, pictures)
+    return lambda: extract(extractor, pictures)
 
 
 def _interval(rows: NDArray[np.float32], reference: fidelity.Statistics, device: str) -> Callable[[], Any]:

@@ -12,6 +12,7 @@ import torch
 
 from bench.harness import TINY, alternate, figure, ratios
 from ddpm.scores import fidelity, inception
+from ddpm.scores.features import extract
 
 SETS, IMAGES = 3, 150  # sample sets, and images of each and of the reference
 ROWS, DIMENSIONS = (1_000, 128) if TINY else (50_000, 2048)
@@ -48,11 +49,11 @@ def fid_sets(device: str) -> dict[str, Any]:
         state = inception._from_wheel(CACHE)
         assert state is not None
         torch.save({**state, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, weights)
-        kept = fidelity.statistics(inception.extract(extractor, reference))  # as the stage's cache has it
+        kept = fidelity.statistics(extract(extractor, reference))  # as the stage's cache has it
 
         def ours() -> list[float]:
             began = time.perf_counter()
-            extracted = [inception.extract(extractor, samples) for samples in sets]
+            extracted = [extract(extractor, samples) for samples in sets]
             seconds.append(time.perf_counter() - began)
             again = fidelity.Statistics(kept.mean, kept.covariance)  # its root is computed once for all sets
             return [fidelity.jackknife(part, again, device).fid for part in extracted]

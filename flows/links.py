@@ -8,6 +8,6 @@ from ddpm.files import paths
 
 
 def mlflow(root: Path, server: str) -> str:
-    """The page of a server that shows FID against steps; its first page, until something was published in this checkout."""
+    """The page of a server that shows scores against steps; its first page, until something was published in this checkout."""
     chart = root / paths.CHART
     return f"{server.rstrip('/')}/{chart.read_text()}" if server.startswith("http") and chart.exists() else server

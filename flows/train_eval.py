@@ -24,6 +24,7 @@ from ddpm.errors import InputError
 from ddpm.files import paths, scores
 from ddpm.files.params import Params
 from ddpm.provenance import checkout
+from ddpm.scores.metrics import RANKING
 from flows import links, parameters
 from flows.hosts import dispatch, engines
 from flows.processes import children, crashed_runs, fork_server
@@ -265,19 +266,16 @@ def _artifacts(root: Path) -> None:
     report = root / paths.report_dir()
     if (report / "front.json").exists():
         best, rows = scores.read_report(root)
-        create_table_artifact(rows, key="sweep", description="The points of the sweep")
-        pictures = [path for path in (report / "fid.png", report / "samples.png") if path.exists()]
+        create_table_artifact([row.to_json() for row in rows], key="sweep", description="The points of the sweep")
+        pictures = [path for path in (report / scores.PICTURE, report / "samples.png") if path.exists()]
         if pictures:
             text = "\n\n".join([_where(report / "index.html"), *map(_embedded, pictures)])
-            create_markdown_artifact(text, key="report", description=_answer(best))
+            create_markdown_artifact(text, key="report", description=f"best: {best.row.point}, {best.row.text}")
     if "MLFLOW_UI" in os.environ:
-        chart = links.mlflow(root, os.environ["MLFLOW_UI"])
-        create_link_artifact(chart, link_text="MLflow", key="mlflow", description="FID against steps, runs and models")
-
-
-def _answer(best: dict[str, Any]) -> str:
-    """Returns the report's answer in one line. best: what best.json holds."""
-    return f"best: {best['point']}, FID {best['fid']:.4g} ({best['fid_low']:.4g} to {best['fid_high']:.4g})"
+        chart, title = links.mlflow(root, os.environ["MLFLOW_UI"]), RANKING.title
+        create_link_artifact(
+            chart, link_text="MLflow", key="mlflow", description=f"{title} against steps, runs and models"
+        )
 
 
 def _where(page: Path) -> str:

@@ -37,7 +37,7 @@ from ruamel.yaml import YAML
 from ddpm.files import dataset, paths, records
 from ddpm.files.params import Params, Point
 from ddpm.files.samples import read_samples_record
-from ddpm.files.scores import write_influence
+from ddpm.files.scores import Best, Row, read_scores, write_influence
 from ddpm.scores.intervals import CONFIDENCE, quantile, standard_error
 from ddpm.stages.prepare import prepare
 from ddpm.stages.sample import sample_point
@@ -451,10 +451,11 @@ def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **change
     }
     records.write_record(root / paths.metrics_file(point), {**scores, **changes}, [values])
     files = [path for path in (root / "metrics").glob("*-*.json") if not path.name.endswith(".run.json")]
-    all_scores = {path.stem: records.read_record(path) for path in files}
-    best = min(all_scores, key=lambda name: (all_scores[name]["fid"], all_scores[name]["evaluations"]))
+    points = [Point.parse(path.stem) for path in files]
+    rows = [Row.of(point, read_scores(root, point)) for point in points]
+    best = min(rows, key=lambda row: (row.value, row.evaluations))
     record = root / "report" / "best.json"
-    records.write_record(record, {**all_scores[best], "points": len(all_scores)})
+    records.write_record(record, Best(best, len(rows), best.point, 1).to_json())
     records.write_record(root / "report" / "front.json", {"metric": "fid"}, [record])
 
 

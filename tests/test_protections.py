@@ -840,9 +840,16 @@ FLOWS = [
         KEPT,
     ),
     Protection(
+        "an extractor that changes: reference features are computed again",
+        "ddpm/stages/evaluate.py",
+        "code.digest(__name__, row.module)",
+        "code.digest(__name__)",
+        "tests/scores/test_adding.py::test_an_edited_extractor_computes_the_reference_features_again",
+    ),
+    Protection(
         "code that changes: reference features are computed again",
         "ddpm/stages/evaluate.py",
-        "images.shape, code.digest(__name__))",
+        "images.shape, version)",
         "images.shape)",
         KEPT,
     ),
@@ -1347,7 +1354,7 @@ INPUT = [
     Protection(
         "scores: of another run",
         "ddpm/stages/report.py",
-        'if len(influence) != scores["images"]:',
+        "if len(influence) != scores.images:",
         "if False:",
         f"{BAD}what_a_report_reads[another run's influence]",
     ),

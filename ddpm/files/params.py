@@ -15,12 +15,14 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from ddpm.errors import InputError
 from ddpm.files import yaml_file
+from ddpm.scores.extractors import EXTRACTORS, USUAL
 
 LONGEST_NAME = 64  # characters: three of them and an ending are the name of a file
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=LONGEST_NAME)]
@@ -150,12 +152,40 @@ class Sampling(Section):
 
 
 class Evaluation(Section):
-    """The protocol of the scores."""
+    """The protocol of the scores. layer: what the extractor offers."""
 
-    layer: Literal[64, 192, 768, 2048]
+    extractor: str = USUAL
+    layer: int
     images: Annotated[int, Field(ge=4, lt=2**31)]
     batch: Count = 50
     threads: Count = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_layer(cls, given: Any) -> Any:
+        """Fills in the layer that the extractor's published scores use."""
+        name = given.get("extractor", USUAL) if isinstance(given, dict) else None
+        return {"layer": EXTRACTORS[name].default, **given} if isinstance(name, str) and name in EXTRACTORS else given
+
+    @field_validator("extractor")
+    @classmethod
+    def _is_an_extractor(cls, value: str) -> str:
+        if value not in EXTRACTORS:
+            raise ValueError(f"expected one of {', '.join(EXTRACTORS)}")
+        return value
+
+    @field_validator("layer")
+    @classmethod
+    def _is_a_layer(cls, value: int, info: ValidationInfo) -> int:
+        layers = EXTRACTORS[info.data["extractor"]].layers if "extractor" in info.data else (value,)
+        if value not in layers:
+            raise ValueError(f"expected one of {', '.join(map(str, layers))}")
+        return value
+
+    def recorded(self) -> dict[str, Any]:
+        """What scores and runs record: the usual extractor goes without saying, so that earlier runs are found again."""
+        section = self.model_dump(mode="json")
+        return {name: value for name, value in section.items() if (name, value) != ("extractor", USUAL)}
 
 
 class Likelihood(Section):

@@ -6,11 +6,12 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
     models/SCHEDULE/              model.safetensors, model.json
     imported/NAME/                the same, from elsewhere: what `ddpm train NAME` copies
     samples/POINT.npz, .png       images (uint8 N,C,H,W), evaluations, labels (int64 N, if conditional); a preview grid
-    metrics/POINT.json            scores of a point; POINT.influence.npy what each image did to its FID (float32 N)
+    metrics/POINT.json            scores of a point; POINT.influence.npy what each image did to the score that ranks points
+                                  (float32 N)
     metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves; SCHEDULE.by_time.csv where
                                   among the network times they arise
     metrics/likelihood/SCHEDULE.json  bits per dimension; SCHEDULE.csv rate and distortion
-    report/                       index.html, points.csv, best.json, front.json, fid.png, samples.png
+    report/                       index.html, points.csv, best.json, front.json, samples.png, fid.png
     schedules/                    table.csv, snr.png, strip.png (not tracked)
 
 Writing is atomic: a file or folder is complete or not there. Reading is checked: each JSON record of the pipeline holds the
@@ -25,7 +26,7 @@ from ddpm.files.params import Point
 
 CACHE = Path(".cache")  # kept across runs, outside DVC: resume states, converted weights, reference features
 PREVIEW = 64  # images in the grid of a sample set
-CHART = CACHE / "mlflow-chart"  # of MLflow's pages the one with FID against steps: the end of its address
+CHART = CACHE / "mlflow-chart"  # of MLflow's pages the one with scores against steps: the end of its address
 
 
 # Paths, relative to a root.

@@ -1,78 +1,347 @@
-"""Reads and checks scores: metrics/POINT.json, the influence of each image, and the report's answer."""
+"""Reads and checks scores: metrics/POINT.json, the influence of each image, and the report's tables and answers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError
 from ddpm.files import arrays, atomic, paths, records
-from ddpm.files.params import Point
+from ddpm.scores.extractors import EXTRACTORS, USUAL, Extractor
+from ddpm.scores.intervals import Estimate, quantile
+from ddpm.scores.metrics import HEADLINE, METRICS, RANKING, entries
 
-# The entries of metrics/POINT.json.
+if TYPE_CHECKING:
+    from ddpm.files.params import Point
+
+# The entries of metrics/POINT.json beside those of the metrics.
 COUNTS = ("evaluations", "images", "reference_images", "layer")
-SCORES: tuple[str, ...] = (
-    "evaluations",
-    "fid",
-    "fid_low",
-    "fid_high",
-    "confidence",
-    "kid",
-    "kid_low",
-    "kid_high",
-    "kid_std",
-    "precision",
-    "recall",
-    *COUNTS[1:],
-)
-OPTIONAL = ("fid_infinity", "inception_score", "copying", "copying_z")  # not every protocol allows them
-PROTOCOL = ("reference", "extractor_sha256", "layer", "images", "reference_images")
-HASHES = (*PROTOCOL[:2], "samples", "model")
-ANY = (-1e9, 1e9)  # far from where squares overflow
-RANGES = {
-    **dict.fromkeys(COUNTS, (1, 2**31 - 1)),
-    **dict.fromkeys(("fid", "fid_low", "fid_high", "kid_std"), (0, ANY[1])),
-    **dict.fromkeys(("precision", "recall"), (0, 1)),
-    "confidence": (0.01, 0.9999),
-}
+HASHES = ("reference", "extractor_sha256", "samples", "model")
+OBJECTS = ("evaluation", "files")
+PROTOCOL = (*HASHES[:2], "layer", "images", "reference_images")
+MOST = 2**31 - 1  # of a count
+CONFIDENCES = (0.01, 0.9999)
+# What a comparison of two scores takes of each.
+COMPARED = (HEADLINE, f"{HEADLINE}_high", "confidence", "evaluations", *PROTOCOL)
 
 
-def read_scores(root: Path, point: Point) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Scores:
+    """metrics/POINT.json: the scores of a point, and what they were computed from.
+
+    Args:
+        point: the name of the point.
+        evaluations: network evaluations an image.
+        images, reference_images: how many were compared.
+        layer: of the extractor.
+        reference: sha256 of the dataset.
+        extractor_sha256: what decides the features, such as a weights file.
+        confidence: of all intervals.
+        values: the entries of the metrics by name; an entry that the protocol does not allow is missing.
+        samples: sha256 of the sample set.
+        model: sha256 of the weights that drew it.
+        features: the full name of the features.
+        evaluation: the section of params.yaml.
+        files: sha256 of the influence values, by the name of the file.
+    """
+
+    point: str
+    evaluations: int
+    images: int
+    reference_images: int
+    layer: int
+    reference: str
+    extractor_sha256: str
+    confidence: float
+    values: Mapping[str, float]
+    samples: str = ""
+    model: str = ""
+    features: str = ""
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any], needed: Collection[str] = ()) -> Scores:
+        """Checks the content of metrics/POINT.json.
+
+        Args:
+            found: the content.
+            needed: entries that must be there; without any, all that an evaluation always gives.
+
+        Raises:
+            ValueError: an entry is missing, or has a value that no evaluation gives.
+        """
+        known = entries()
+        needed = needed or [
+            *COUNTS,
+            *(name for name, entry in known.items() if not entry.optional),
+            "confidence",
+            *HASHES,
+        ]
+        if absent := [name for name in needed if name not in found]:
+            raise ValueError(f"without {', '.join(absent)}")
+        optional = [name for name in (*known, *OBJECTS) if name in found and name not in needed]
+        if wrong := _unsound(found, [*needed, *optional]):
+            raise ValueError(f"no sound value of {', '.join(wrong)}")
+        own = {name: found[name] for name in (*COUNTS, *HASHES, *OBJECTS, "confidence") if name in found}
+        values = {name: found[name] for name in known if name in found}
+        return cls(point=str(found.get("point", "")), features=str(found.get("extractor", "")), values=values, **own)
+
+    def to_json(self) -> dict[str, Any]:
+        about = asdict(self)
+        return {"point": about.pop("point"), **about.pop("values"), "extractor": about.pop("features"), **about}
+
+    @property
+    def extractor(self) -> Extractor:
+        """The row of EXTRACTORS. Raises InputError where that is gone."""
+        return extractor(str(self.evaluation.get("extractor", USUAL)))
+
+    def estimate(self, influence: NDArray[np.floating] | None = None) -> Estimate:
+        """The headline score with its error."""
+        value = self.values[HEADLINE]
+        return Estimate(value, (self.values[f"{HEADLINE}_high"] - value) / quantile(self.confidence), influence)
+
+
+def extractor(name: str) -> Extractor:
+    """A row of EXTRACTORS. Raises InputError for an unknown name."""
+    if name not in EXTRACTORS:
+        raise InputError(f"no extractor '{name}'; there are {', '.join(EXTRACTORS)}")
+    return EXTRACTORS[name]
+
+
+def read_scores(root: Path, point: Point) -> Scores:
     """Reads metrics/POINT.json. Raises InputError for the scores of another point, a missing entry, or an impossible value."""
     path = root / paths.metrics_file(point)
-    scores = records.read_record(path)
-    if scores.get("point") != point.name:
-        raise InputError(f"{path}: holds the scores of {scores.get('point')}; run `ddpm evaluate {point.name}` again")
-    needed = dict.fromkeys((*SCORES, *HASHES))
-    if absent := [key for key in needed if key not in scores]:
-        raise InputError(f"{path}: without {', '.join(absent)}; run `ddpm evaluate {point.name}` again")
-    if wrong := unsound(scores, [*needed, *(key for key in OPTIONAL if key in scores)]):
-        raise InputError(f"{path}: no sound value of {', '.join(wrong)}; run `ddpm evaluate {point.name}` again")
-    return scores
+    content, again = records.read_record(path), f"run `ddpm evaluate {point.name}` again"
+    if content.get("point") != point.name:
+        raise InputError(f"{path}: holds the scores of {content.get('point')}; {again}")
+    try:
+        return Scores.from_json(content)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; {again}") from None
 
 
-def unsound(scores: Mapping[str, Any], keys: Collection[str]) -> list[str]:
-    """Returns those of the keys whose values no evaluation gives: of another type, out of range, or outside their interval."""
-    wrong = [key for key in keys if not _in_range(key, scores.get(key))]
-    for key in ("fid", "kid"):
-        bounds = [scores[name] for name in (f"{key}_low", key, f"{key}_high") if name in keys and name not in wrong]
+def write_scores(root: Path, point: Point, scores: Scores, influence: NDArray[np.floating]) -> Scores:
+    """Writes metrics/POINT.json and POINT.influence.npy. Returns what `read_scores` would read."""
+    values = root / paths.influence_file(point)
+    write_influence(values, influence)
+    content = {name: value for name, value in scores.to_json().items() if name != "files"}
+    return Scores.from_json(records.write_record(root / paths.metrics_file(point), content, (values,)))
+
+
+def _unsound(found: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """Returns those of the names whose values no evaluation gives: of another type, out of range, or outside their interval."""
+    wrong = [name for name in names if not _sound(name, found[name])]
+    for metric in METRICS.values():
+        bounds = [found[name] for name in metric.names if name in names and name not in wrong]
         if bounds != sorted(bounds):
-            wrong.append(key)
+            wrong.append(metric.name)
     return wrong
 
 
-def _in_range(key: str, value: Any) -> bool:
-    if key in HASHES:
+def _sound(name: str, value: Any) -> bool:
+    if name in HASHES:
         return isinstance(value, str)
-    low, high = RANGES.get(key, ANY)
-    return type(value) in ((int,) if key in COUNTS else (int, float)) and low <= value <= high
+    if name in OBJECTS:
+        return isinstance(value, dict)
+    if name in COUNTS:
+        return type(value) is int and 1 <= value <= MOST
+    known = entries()
+    low, high = (known[name].low, known[name].high) if name in known else CONFIDENCES
+    return type(value) in (int, float) and low <= value <= high
 
 
-def read_report(root: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
+# The report.
+
+PICTURE = f"{HEADLINE}.png"  # of all points, in the folder of the report
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of points.csv: a point of the sweep with its scores.
+
+    Args:
+        point: the name of the point.
+        evaluations: network evaluations an image.
+        confidence: of all intervals.
+        values: the entries of the metrics by name, as far as the point has them.
+        extractor: of EXTRACTORS.
+        seconds: to draw an image, where that is known; no column of the file.
+    """
+
+    point: str
+    schedule: str
+    sampler: str
+    steps: int
+    evaluations: int
+    confidence: float
+    values: Mapping[str, float]
+    images: int
+    reference_images: int
+    layer: int
+    extractor: str = USUAL
+    seconds: float | None = None
+
+    @classmethod
+    def of(cls, point: Point, scores: Scores) -> Row:
+        about = {name: getattr(scores, name) for name in (*COUNTS, "confidence", "values")}
+        return cls(point.name, point.schedule, point.sampler, point.steps, extractor=scores.extractor.name, **about)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Row:
+        """Reads a row, or the part of best.json that is one; cells of a table are texts. Raises ValueError."""
+        known = entries()
+        try:
+            values = {name: float(found[name]) for name in known if found.get(name) not in (None, "")}
+            counts = {name: int(found[name]) for name in (*COUNTS, "steps")}
+            names = {name: str(found[name]) for name in ("point", "schedule", "sampler")}
+            scored = cls(**names, **counts, confidence=float(found["confidence"]), values=values)  # type: ignore[arg-type]
+        except KeyError as error:
+            raise ValueError(f"without {error.args[0]}") from None
+        if absent := [name for name in RANKING.names if name not in values]:
+            raise ValueError(f"without {', '.join(absent)}")
+        return replace(scored, extractor=str(found.get("extractor", USUAL)))
+
+    def to_json(self) -> dict[str, Any]:
+        """By the names of the columns; without the entries that the point doesn't have."""
+        about = {name: value for name, value in asdict(self).items() if name != "seconds"}
+        return {
+            **{name: about.pop(name) for name in ("point", "schedule", "sampler", "steps", "evaluations")},
+            **about.pop("values"),
+            **about,
+        }
+
+    @property
+    def value(self) -> float:
+        """The headline score."""
+        return self.values[HEADLINE]
+
+    @property
+    def low(self) -> float:
+        return self.values[f"{HEADLINE}_low"]
+
+    @property
+    def high(self) -> float:
+        return self.values[f"{HEADLINE}_high"]
+
+    @property
+    def text(self) -> str:
+        """The headline score and its interval, for people."""
+        return f"{RANKING.title} {RANKING.text(self.value)} ({RANKING.text(self.low)} to {RANKING.text(self.high)})"
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """The columns of points.csv: all that any of these points has."""
+    there = {name for row in rows for name in row.to_json()}
+    first = list(rows[0].to_json())
+    scores = [name for name in entries() if name in there]
+    before = [name for name in first if name not in entries()]
+    return [*before[:5], *scores, *before[5:]]
+
+
+@dataclass(frozen=True)
+class Best:
+    """best.json: the best point.
+
+    Args:
+        row: of the best point.
+        points: how many there are.
+        lowest: the point of the best score, which may be luck.
+        tied: how many points may be the best in truth.
+    """
+
+    row: Row
+    points: int
+    lowest: str
+    tied: int
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Best:
+        """Raises ValueError."""
+        try:
+            return cls(Row.from_json(found), int(found["points"]), str(found["lowest"]), int(found["tied"]))
+        except KeyError as error:
+            raise ValueError(f"without {error.args[0]}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.row.to_json(), "points": self.points, "lowest": self.lowest, "tied": self.tied}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A point in front.json, with its headline score."""
+
+    point: str
+    evaluations: int
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, Any]:
+        about = asdict(self)
+        score = {name: about.pop(key) for name, key in zip(RANKING.names, ("low", "value", "high"), strict=True)}
+        return {"point": about.pop("point"), "evaluations": about.pop("evaluations"), **score, **about}
+
+
+@dataclass(frozen=True)
+class Answer(Standing):
+    """The best point within a budget. lowest: as in best.json. may_be_best: the names of the tied points."""
+
+    lowest: str
+    may_be_best: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "tied": len(self.may_be_best)}
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What a point of the front gains over the one before. paired: whether the images are compared in pairs."""
+
+    difference: float
+    difference_low: float
+    difference_high: float
+    significant: bool
+    paired: bool
+
+
+@dataclass(frozen=True)
+class Step(Standing):
+    """A point that no other of as few evaluations beats. gap: None for the first."""
+
+    gap: Gap | None
+
+    def to_json(self) -> dict[str, Any]:
+        about = super().to_json()
+        return about | (about.pop("gap") or {})
+
+
+@dataclass(frozen=True)
+class Front:
+    """front.json. budgets: the best point of at most so many evaluations. steps: the front itself, by evaluations."""
+
+    confidence: float
+    budgets: Mapping[int, Answer]
+    steps: Sequence[Step]
+
+    def to_json(self) -> dict[str, Any]:
+        budgets = {str(budget): answer.to_json() for budget, answer in self.budgets.items()}
+        front = [step.to_json() for step in self.steps]
+        return {"metric": HEADLINE, "confidence": self.confidence, "budgets": budgets, "front": front}
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """Writes points.csv."""
+    names = columns(rows)
+    records.write_csv(path, [{name: row.to_json().get(name) for name in names} for row in rows])
+
+
+def read_report(root: Path) -> tuple[Best, list[Row]]:
     """Reads the report, once all its files are those that front.json describes. Raises InputError.
 
     Returns:
@@ -83,18 +352,30 @@ def read_report(root: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     front = records.read_record(record)
     for name in front["files"]:
         records.read_described(record, front["files"], folder / name)
-    rows = records.read_csv(folder / "points.csv") if "points.csv" in front["files"] else []
-    return records.read_record(folder / "best.json"), rows
+    table = folder / "points.csv"
+    try:
+        rows = [Row.from_json(row) for row in records.read_csv(table)] if table.name in front["files"] else []
+    except ValueError as error:
+        raise InputError(f"{table}: {error}; make it again (dvc repro)") from None
+    return read_best(root), rows
+
+
+def read_best(root: Path) -> Best:
+    """Reads best.json alone. Raises InputError."""
+    path = root / paths.report_dir() / "best.json"
+    try:
+        return Best.from_json(records.read_record(path))
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; make it again (dvc repro)") from None
 
 
 # Influence values.
 
 
-def read_point_influence(root: Path, point: Point, scores: Mapping[str, Any]) -> NDArray[np.float32]:
+def read_point_influence(root: Path, point: Point, scores: Scores) -> NDArray[np.float32]:
     """Reads the influence values of a point, those that its scores were recorded with. Raises InputError."""
     path = root / paths.influence_file(point)
-    files = scores.get("files")
-    return read_influence(path, str(files.get(path.name)) if isinstance(files, dict) else "")
+    return read_influence(path, str(scores.files.get(path.name)))
 
 
 def write_influence(path: Path, influence: NDArray[np.floating]) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from ddpm.files.models import BoundRecord, ModelRecord
+from ddpm.files.scores import Scores
 from ddpm.reporting.page import render
-from ddpm.scores.metrics import METRICS
+from ddpm.scores.metrics import METRICS, Metric
 from ddpm.sources.source import SOURCES, Source
 
-NAMES = {"inception_score": "is"}  # what model hubs call a metric, where that differs
 LONGEST = 5000  # characters of a description in a registry
 
 
@@ -21,13 +21,13 @@ def card(
     name: str,
     point: str,
     settings: Mapping[str, Any],
-    metrics: Mapping[str, Any],
+    scores: Scores,
     model: ModelRecord,
     likelihood: BoundRecord | None = None,
 ) -> str:
     """The body, in Markdown, at most LONGEST characters.
 
-    name: of the registered model. settings: the sampler row's options, `steps` and `clip`. metrics: of metrics/POINT.json.
+    name: of the registered model. settings: the sampler row's options, `steps` and `clip`. scores: of metrics/POINT.json.
     model: the record of the model. likelihood: the record of its bound.
     """
     source = _source(model.data.name)
@@ -36,8 +36,8 @@ def card(
         name=name,
         point=point,
         settings=dict(settings),
-        metrics=metrics,
-        scores=[(key, METRICS[key]) for key in METRICS if metrics.get(key) is not None],
+        scores=scores,
+        metrics=_shown(scores),
         likelihood=likelihood.splits if likelihood else {},
         model=model,
         training=model.training,
@@ -54,20 +54,27 @@ def _source(name: str) -> Source | None:
     return SOURCES.get(name.replace("-", "_"))
 
 
-def with_front_matter(body: str, name: str, metrics: Mapping[str, Any], model: ModelRecord) -> str:
+def _shown(scores: Scores) -> list[Metric]:
+    """The metrics that say how good it is, as far as it has them."""
+    return [metric for metric in METRICS.values() if metric.direction and metric.name in scores.values]
+
+
+def with_front_matter(body: str, name: str, scores: Scores, model: ModelRecord) -> str:
     """The card as a file of its own, headed by what model hubs read: licence, tags, datasets, metrics."""
     data, source = model.data.name, _source(model.data.name)
-    hub = {key: NAMES.get(key, key) for key in METRICS if metrics.get(key) is not None}
+    hub = {metric.hub or metric.name: metric for metric in _shown(scores)}
     entry = {
         "task": {"type": "unconditional-image-generation"},
         "dataset": {"name": data, "type": data, "revision": model.data.sha256},
-        "metrics": [{"type": kind, "name": METRICS[key].title, "value": metrics[key]} for key, kind in hub.items()],
+        "metrics": [
+            {"type": kind, "name": metric.title, "value": scores.values[metric.name]} for kind, metric in hub.items()
+        ],
     }
     matter = {
         "license": "apache-2.0" if source and source.shareable else "other",
         "tags": ["diffusion", "ddpm", "unconditional-image-generation", "pytorch"],
         "datasets": [data],
-        "metrics": list(hub.values()),
+        "metrics": list(hub),
         "model-index": [{"name": name, "results": [entry]}],
     }
     written = io.StringIO()

@@ -16,20 +16,17 @@ from ddpm.files.dataset import Dataset, DatasetRecord
 from ddpm.files.models import BoundRecord, TrainingRecord
 from ddpm.files.params import Params, Point
 from ddpm.files.samples import read_samples
+from ddpm.files.scores import Answer, Best, Front, Row, columns, extractor
 from ddpm.reporting.diagnostics import data_mean_square, schedule_of
 from ddpm.reporting.plots import COLOURS, DASHES, MARKERS, protocol, svg
 from ddpm.scores.copying import Copying, affordable, copying, nearest
-from ddpm.scores.metrics import METRICS, RANKING
+from ddpm.scores.metrics import COPYING, METRICS, RANKING, entries
 
 # The sections of params.yaml that the page shows, and that the stage depends on.
 SECTIONS: tuple[str, ...] = ("seed", "data", "diffusion", "network", "training", "sampling", "evaluation", "likelihood")
 SECTIONS += ("schedules", "samplers", "sweep")
-TITLES = {
-    "fid_infinity": "FID, infinite N",
-    "reference_images": "reference images",
-    "copying": "nearer to train",
-}  # of columns that are no METRICS
-ASKED = ("10", "50")  # the budgets that the top of the page answers first
+TITLES = {"reference_images": "reference images"}  # of columns that are no scores
+ASKED = (10, 50)  # the budgets that the top of the page answers first
 SHOWN = 10  # samples whose neighbours are shown; images of each point
 NAMED = 6  # points that may be best
 LARGEST = 64  # pixels: larger images are made smaller
@@ -37,31 +34,34 @@ SURE = 3.0  # standard errors
 
 BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
 
-Row = dict[str, Any]
+Section = dict[str, Any]  # what the template shows
 
 
 def page(
     params: Params,
     root: Path,
     rows: Sequence[Row],
-    best: Row,
-    front: Row,
+    best: Best,
+    front: Front,
     dataset: Dataset,
     samples: Mapping[str, arrays.Images],
     plot: bytes,
 ) -> str:
     """rows: of points.csv. best, front: what best.json and front.json hold. samples: the first of each point, in the rows' order.
-    plot: fid.png. Raises InputError.
+    plot: the picture of all scores. Raises InputError.
     """
-    points, training = {row["point"]: row for row in rows}, _training(params, root)
+    points, training = {row.point: row for row in rows}, _training(params, root)
+    known = entries()
     return render(
         "report.html.jinja",
         title=f"{dataset.record.name}: which schedule, which sampler, how many steps?",
         metric=RANKING,
         rows=rows,
-        columns=_columns(rows),
-        titles={key: METRICS[key].title if key in METRICS else TITLES.get(key, key) for key in rows[0]},
-        best=best,
+        table=[(row.point, row.to_json()) for row in rows],
+        columns={name: known[name].title if name in known else TITLES.get(name, name) for name in _columns(rows)},
+        intervals=[name for name, metric in METRICS.items() if metric.interval],
+        extractor=extractor(best.row.extractor).title,
+        best=best.row,
         answers=_answers(front, rows),
         front=front,
         protocol=protocol(rows),
@@ -75,6 +75,7 @@ def page(
         dataset=dataset.record,
         preview=_png(pictures.grid(dataset.train[: 2 * SHOWN], columns=2 * SHOWN)) if _small(dataset.train) else None,
         parameters=_parameters(params),
+        nearer=COPYING.title,
         begin=BEGIN,
         end=END,
     )
@@ -109,43 +110,47 @@ def publish_with(page: str, published: str) -> str:
 
 def _columns(rows: Sequence[Row]) -> list[str]:
     """Of the table: steps stand in the names, intervals beside their scores, and what all points share stands above."""
-    beside = ("steps", "confidence", "fid_low", "fid_high", "kid_low", "kid_high", "kid_std", "copying_z")
-    shared = [key for key in ("images", "reference_images", "layer") if len({row[key] for row in rows}) == 1]
-    return [key for key in rows[0] if key not in (*beside, *shared)]
+    known, protocol = entries(), ("images", "reference_images", "layer", "extractor")
+    beside = {name for metric in METRICS.values() for name in metric.names if name != metric.name}
+    beside |= {"steps", "confidence", *(name for name, entry in known.items() if not entry.title)}
+    beside |= {name for name in protocol if len({getattr(row, name) for row in rows}) == 1}
+    return [name for name in columns(rows) if name not in beside]
 
 
 # The answer.
 
 
-def _answers(front: Row, rows: Sequence[Row]) -> list[Row]:
+def _answers(front: Front, rows: Sequence[Row]) -> list[Section]:
     """Budgets of one and the same answer joined; those that were asked for stand out."""
-    answers: list[Row] = []
-    for budget, entry in front["budgets"].items():
-        within = sum(row["evaluations"] <= int(budget) for row in rows)
+    answers: list[Section] = []
+    for budget, entry in front.budgets.items():
+        within = sum(row.evaluations <= budget for row in rows)
         if answers and (answers[-1]["entry"], answers[-1]["within"]) == (entry, within):
-            answers[-1]["budgets"].append(int(budget))
+            answers[-1]["budgets"].append(budget)
         else:
-            answers.append({"budgets": [int(budget)], "entry": entry, "within": within})
+            answers.append({"budgets": [budget], "entry": entry, "within": within})
     for answer in answers:
-        answer["sure"] = how_sure(answer["entry"], answer["within"], front["confidence"])
-        answer["asked"] = any(str(budget) in ASKED for budget in answer["budgets"])
+        answer["sure"] = how_sure(answer["entry"], answer["within"], front.confidence)
+        answer["asked"] = any(budget in ASKED for budget in answer["budgets"])
     return answers
 
 
-def how_sure(entry: Mapping[str, Any], points: int, confidence: float) -> str:
-    """What the choice of a point among so many is worth, in words. entry: of front.json's budgets."""
+def how_sure(entry: Answer, points: int, confidence: float) -> str:
+    """What the choice of a point among so many is worth, in words."""
     if points == 1:
         return "It is the only point."
-    names, sure = entry["may_be_best"], f"{confidence:.0%}"
+    names, sure = entry.may_be_best, f"{confidence:.0%}"
     if len(names) == 1:
         return f"Better than the other {points - 1}: {sure} sure, of all at once."
     among = f"{sure} sure, the best of the {points} points is one of {len(names)}"
+    better = "higher" if RANKING.direction > 0 else "lower"
     listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-    if entry["point"] == entry["lowest"]:
-        return f"It has the lowest {RANKING.title} and takes the fewest evaluations of those that may be best. {among}: {listed}."
+    if entry.point == entry.lowest:
+        title = f"{better.replace('er', 'est')} {RANKING.title}"
+        return f"It has the {title} and takes the fewest evaluations of those that may be best. {among}: {listed}."
     return (
-        f"{entry['lowest']} has a lower {RANKING.title}, but that may be luck, and this one takes fewer evaluations. {among}:"
-        f" {listed}."
+        f"{entry.lowest} has a {better} {RANKING.title}, but that may be luck, and this one takes fewer evaluations."
+        f" {among}: {listed}."
     )
 
 
@@ -235,7 +240,7 @@ def _bound(root: Path, schedule: str) -> tuple[BoundRecord | None, Table]:
     return record, _table(root, path, record.files, paths.likelihood_curve_file(schedule))
 
 
-def _training(params: Params, root: Path) -> Row:
+def _training(params: Params, root: Path) -> Section:
     """Loss curves, and where among the network times the loss arises."""
     found = {name: _trained(root, name) for name in params.sweep.schedules}
     last = {name: about for name, (about, _, _) in found.items() if about is not None}
@@ -261,7 +266,7 @@ def _training(params: Params, root: Path) -> Row:
     return {"plot": _svg(1000, 400, draw) if drawable else None, "last": last}
 
 
-def _likelihood(params: Params, root: Path) -> Row:
+def _likelihood(params: Params, root: Path) -> Section:
     """Bits per dimension, and the rate-distortion curve."""
     found = {name: _bound(root, name) for name in params.sweep.schedules}
     scores = {name: about for name, (about, _) in found.items() if about is not None}
@@ -287,7 +292,7 @@ def _finish(figure: Any) -> None:
     figure.set_layout_engine("tight")
 
 
-def _schedules(params: Params, trained: Mapping[str, TrainingRecord], data: DatasetRecord) -> Row:
+def _schedules(params: Params, trained: Mapping[str, TrainingRecord], data: DatasetRecord) -> Section:
     """What each noise schedule of the sweep does to this data. An imported network has a T of its own, of which its training
     record tells; without that, such a schedule has no row.
     """
@@ -305,16 +310,17 @@ def _schedules(params: Params, trained: Mapping[str, TrainingRecord], data: Data
     return {"rows": rows, "unknown": unknown}
 
 
-def _neighbours(root: Path, best: Row, dataset: Dataset, mirrored: bool) -> Row:
+def _neighbours(root: Path, best: Best, dataset: Dataset, mirrored: bool) -> Section:
     """The first samples of the best point beside their nearest training images, and the distances of all that can be afforded."""
-    samples = read_samples(root / paths.samples_file(Point.parse(best["point"]))).images
+    samples = read_samples(root / paths.samples_file(Point.parse(best.row.point))).images
     samples = np.asarray(samples[: affordable(len(samples), dataset.train)])
     index, distance = nearest(samples, dataset.train, mirrored)
     compared = affordable(len(dataset.test), dataset.train) if len(dataset.test) else 0
     chosen = np.arange(compared) * len(dataset.test) // max(1, compared)
     unseen = nearest(np.asarray(dataset.test[chosen]), dataset.train, mirrored)[1] if compared else np.empty(0)
     found = copying(distance, unseen) if compared else None
-    in_features = Copying(best["copying"], best["copying_z"], 0) if "copying" in best else None
+    closer, z = (best.row.values.get(name) for name in COPYING.entries)
+    in_features = None if closer is None or z is None else Copying(closer, z, 0)
     return {
         "pairs": [
             {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from ddpm.files import atomic
+from ddpm.files.scores import Row, extractor
 from ddpm.scores.metrics import RANKING
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes tell lines apart in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
-
-Row = Mapping[str, Any]
 
 
 @contextmanager
@@ -70,21 +69,21 @@ def draw_scores(
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    schedules = list(dict.fromkeys(row["schedule"] for row in rows))
-    samplers = list(dict.fromkeys(row["sampler"] for row in rows))
+    schedules = list(dict.fromkeys(row.schedule for row in rows))
+    samplers = list(dict.fromkeys(row.sampler for row in rows))
     axes = figure.add_subplot()
     for i, schedule in enumerate(schedules):
         for j, sampler in enumerate(samplers):
-            line = [row for row in rows if (row["schedule"], row["sampler"]) == (schedule, sampler)]
-            line.sort(key=lambda row: row[x])
-            fids = np.array([row["fid"] for row in line])
+            line = [row for row in rows if (row.schedule, row.sampler) == (schedule, sampler)]
+            line.sort(key=lambda row: getattr(row, x))
+            values = np.array([row.value for row in line])
             aside = 1.0
             if x == "evaluations":  # many points share theirs, and bars would hide bars
                 aside = 1.015 ** (i * len(samplers) + j - (len(schedules) * len(samplers) - 1) / 2)
             axes.errorbar(
-                [row[x] * aside for row in line],
-                fids,
-                yerr=[fids - [row["fid_low"] for row in line], [row["fid_high"] for row in line] - fids],
+                [getattr(row, x) * aside for row in line],
+                values,
+                yerr=[values - [row.low for row in line], [row.high for row in line] - values],
                 capsize=3,
                 color=COLOURS[i % len(COLOURS)],
                 marker=MARKERS[(i * len(samplers) + j) % len(MARKERS)],
@@ -92,14 +91,14 @@ def draw_scores(
                 label=f"{schedule}-{sampler}",
             )
     axes.set_xscale("log")
-    if all(row["fid"] > 0 for row in rows):
+    if all(row.value > 0 for row in rows):
         axes.set_yscale("log", nonpositive="clip")
-        axes.set_ylim(bottom=0.9 * min(row["fid_low"] or row["fid"] / 3 for row in rows))  # a bar may reach down to 0
+        axes.set_ylim(bottom=0.9 * min(row.low or row.value / 3 for row in rows))  # a bar may reach down to 0
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     if front:
-        steps = sorted((row[x], row["fid"]) for row in rows if row["point"] in front)
+        steps = sorted((getattr(row, x), row.value) for row in rows if row.point in front)
         reach = axes.get_xlim()[1]
         steps.append((reach, steps[-1][1]))
         style = {"color": "#bbbbbb", "linewidth": 5, "solid_capstyle": "butt", "zorder": 0}
@@ -107,7 +106,7 @@ def draw_scores(
         axes.set_xlim(right=reach)
     if x == "evaluations":
         ticks: list[int] = []
-        for evaluations in sorted({row["evaluations"] for row in rows}):
+        for evaluations in sorted({row.evaluations for row in rows}):
             if not ticks or evaluations > 1.3 * ticks[-1]:  # labels closer than that would overlap
                 ticks.append(evaluations)
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
@@ -117,7 +116,7 @@ def draw_scores(
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(label)
-    axes.set_ylabel(f"{RANKING.title}, with {rows[0]['confidence']:.0%} intervals")
+    axes.set_ylabel(f"{RANKING.title}, with {rows[0].confidence:.0%} intervals")
     axes.set_title(protocol(rows), fontsize="medium")
     axes.grid(which="both", alpha=0.25)
     axes.legend()
@@ -126,7 +125,8 @@ def draw_scores(
 
 def protocol(rows: Sequence[Row]) -> str:
     """How the points were scored, in words, where all rows agree."""
-    if len({(row["layer"], row["images"], row["reference_images"]) for row in rows}) > 1:
+    if len({(row.extractor, row.layer, row.images, row.reference_images) for row in rows}) > 1:
         return "scored under different protocols"
     first = rows[0]
-    return f"Inception layer {first['layer']}, {first['images']:,} samples against {first['reference_images']:,} images"
+    features = f"{extractor(first.extractor).title} layer {first.layer}"
+    return f"{features}, {first.images:,} samples against {first.reference_images:,} images"

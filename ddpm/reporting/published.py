@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from ddpm.files.scores import Row
 from ddpm.reporting.page import render
 from ddpm.reporting.plots import draw_scores, svg
 from ddpm.scores.metrics import RANKING
@@ -15,7 +17,7 @@ Record = Mapping[str, Any]  # a run file
 
 
 def published(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     records: Mapping[str, Record],
     runs: Mapping[str, tuple[str, str]],
     place: str,
@@ -23,16 +25,16 @@ def published(
 ) -> str:
     """The section of the page, as HTML.
 
-    rows: of points.csv, as numbers. records: run files by stage, such as sample@linear-ddim-50. runs: by stage, the name and
+    rows: of points.csv. records: run files by stage, such as sample@linear-ddim-50. runs: by stage, the name and
     the address (or "") of the MLflow run. chart: that of the chart of all points in MLflow.
     """
-    sampled = {row["point"]: records.get(f"sample@{row['point']}", {}) for row in rows}
+    sampled = {row.point: records.get(f"sample@{row.point}", {}) for row in rows}
     timed = [
-        {**row, "seconds": 1 / record["per_second"]}
+        replace(row, seconds=1 / record["per_second"])
         for row in rows
-        if (record := sampled[row["point"]]).get("per_second")
+        if (record := sampled[row.point]).get("per_second")
     ]
-    machines = list(dict.fromkeys(_machine(sampled[row["point"]]) for row in timed))
+    machines = list(dict.fromkeys(_machine(sampled[row.point]) for row in timed))
     plot = ""
     if timed and len(machines) == 1:
         picture = svg(
@@ -51,13 +53,13 @@ def published(
     )
 
 
-def fastest(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def fastest(rows: Sequence[Row]) -> list[str]:
     """The front against seconds: the points that none as fast beats, by seconds."""
-    kept: list[Mapping[str, Any]] = []
-    for row in sorted(rows, key=lambda row: (row["seconds"], RANKING.rank(row["fid"]))):
-        if not kept or RANKING.rank(row["fid"]) < RANKING.rank(kept[-1]["fid"]):
+    kept: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.seconds, RANKING.rank(row.value))):
+        if not kept or RANKING.rank(row.value) < RANKING.rank(kept[-1].value):
             kept.append(row)
-    return [row["point"] for row in kept]
+    return [row.point for row in kept]
 
 
 def _machine(record: Record) -> str:

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ddpm.scores import metrics
-from ddpm.scores.intervals import Estimate, may_be_best, quantile
-
-
-def estimate_of(scores: Mapping[str, Any], influence: NDArray[np.floating] | None = None) -> Estimate:
-    """The headline score of metrics/POINT.json with its error."""
-    value = scores[metrics.HEADLINE]
-    return Estimate(value, (scores[f"{metrics.HEADLINE}_high"] - value) / quantile(scores["confidence"]), influence)
+from ddpm.scores.intervals import Estimate, may_be_best
+from ddpm.scores.metrics import RANKING
 
 
 @dataclass(frozen=True)
@@ -29,7 +19,7 @@ class Candidate:
 
     @property
     def order(self) -> tuple[float, int, str]:
-        return metrics.RANKING.rank(self.estimate.value), self.evaluations, self.name
+        return RANKING.rank(self.estimate.value), self.evaluations, self.name
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,7 @@ class Choice:
 def choose(candidates: Sequence[Candidate]) -> Choice:
     """Raises ValueError when there are none."""
     leader = min(candidates, key=lambda point: point.order)
-    kept = may_be_best([point.estimate for point in candidates], metrics.RANKING.direction)
+    kept = may_be_best([point.estimate for point in candidates], RANKING.direction)
     tied = [point for point, may_be in zip(candidates, kept, strict=True) if may_be]
     best = min(tied, key=lambda point: (point.evaluations, *point.order))
     return Choice(best, leader, tuple(point.name for point in tied))
@@ -55,6 +45,6 @@ def front(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The points that no point with as few evaluations beats, by evaluations."""
     kept: list[Candidate] = []
     for point in sorted(candidates, key=lambda point: (point.evaluations, *point.order)):
-        if not kept or metrics.RANKING.rank(point.estimate.value) < metrics.RANKING.rank(kept[-1].estimate.value):
+        if not kept or RANKING.rank(point.estimate.value) < RANKING.rank(kept[-1].estimate.value):
             kept.append(point)
     return kept

@@ -42,11 +42,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddpm.scores.copying import Copying, copying
+from ddpm.scores.intervals import standard_error
+
 Features = NDArray[np.float32]  # N,D
 Device = torch.device | str
 
 NEIGHBOURS = 3  # of precision and recall
 SUBSETS = 100  # of KID
+SUBSET_SIZE = 1000
+SPLITS = 10  # of the Inception Score
 _ROWS = 2048  # at once, where every row meets a whole set
 
 
@@ -204,7 +209,7 @@ def nearest_distances(
     return found[0].double().cpu().numpy(), found[1].double().cpu().numpy()
 
 
-def inception_score(logits: NDArray[np.float32], splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+def inception_score(logits: NDArray[np.float32], splits: int = SPLITS, seed: int = 2020) -> tuple[float, float]:
     """exp of the mean KL(p(y|x) || p(y)) over `splits` parts of the shuffled images: its mean and standard deviation.
 
     logits: [N, classes]. Higher is better, at least 1. Raises ValueError for fewer images than parts.
@@ -222,7 +227,12 @@ def inception_score(logits: NDArray[np.float32], splits: int = 10, seed: int = 2
 
 
 def kid(
-    a: Features, b: Features, subsets: int = SUBSETS, subset_size: int = 1000, seed: int = 0, device: Device = "cpu"
+    a: Features,
+    b: Features,
+    subsets: int = SUBSETS,
+    subset_size: int = SUBSET_SIZE,
+    seed: int = 0,
+    device: Device = "cpu",
 ) -> tuple[float, float]:
     """Mean and standard deviation of the estimate over `subsets` random subsets of both sets, drawn as torch-fidelity does.
 
@@ -272,3 +282,53 @@ def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
         return (k.sum() - k.trace()) / (count * (count - 1))
 
     return within(x) + within(y) - 2 * _kernel(x, y).mean()
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Two sets of images as their features, and what metrics compute from them, each part once.
+
+    Args:
+        fake: features [N, D] of the samples.
+        real: features [M, D] of the reference images.
+        reference: the statistics of `real`.
+        logits: of the samples [N, classes], where the extractor has a classifier.
+        device: where to compute.
+    """
+
+    fake: Features
+    real: Features
+    reference: Statistics
+    logits: NDArray[np.float32] | None = None
+    device: Device = "cpu"
+
+    @cached_property
+    def jackknife(self) -> Jackknife:
+        return jackknife(self.fake, self.reference, self.device)
+
+    @cached_property
+    def kid(self) -> tuple[float, float]:
+        """Mean and deviation over subsets of at most half a set: larger ones would all be alike."""
+        size = max(2, min(SUBSET_SIZE, len(self.fake) // 2, len(self.real) // 2))
+        return kid(self.fake, self.real, subset_size=size, device=self.device)
+
+    @cached_property
+    def kid_error(self) -> float:
+        """The luck of the images, and that of the subsets, which would move the mean over them."""
+        images = standard_error(kid_influence(self.fake, self.real, self.device))
+        return math.hypot(images, self.kid[1] / math.sqrt(SUBSETS))
+
+    @cached_property
+    def precision_recall(self) -> tuple[float, float]:
+        return precision_recall(self.fake, self.real, device=self.device)
+
+    @cached_property
+    def inception_score(self) -> tuple[float, float] | None:
+        """Mean and deviation over SPLITS parts; None without logits or with too few images."""
+        if self.logits is None or len(self.logits) < SPLITS:
+            return None
+        return inception_score(self.logits, SPLITS)
+
+    @cached_property
+    def copying(self) -> Copying:
+        return copying(*nearest_distances(self.fake, self.real, self.device))

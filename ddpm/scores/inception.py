@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-EXTRACTOR = "inception-v3-2015-12-05"
+from ddpm.errors import InputError
+
+# What EXTRACTORS tells of this module.
+TITLE = "Inception"
 LAYERS = (64, 192, 768, 2048)
+DEFAULT = 2048
+
+NAME = "inception-v3-2015-12-05"
 WEIGHTS_VARIABLE = "DDPM_INCEPTION_WEIGHTS"
 
 _LAST_MODULE = {64: "MaxPool_1", 192: "MaxPool_2", 768: "Mixed_6e", 2048: "Mixed_7c"}
@@ -40,16 +46,17 @@ _CONVERTED_DIGEST = "db4e3053f76d5048fe97ccf0eb151720c5828c975f530ea182a0b9334ab
 State = dict[str, Tensor]
 
 
-class WeightsError(Exception):
+class WeightsError(InputError):
     """The Inception weights cannot be had: what is wrong and what to do, in one line."""
 
 
 class Inception:
     """The network up to one layer: uint8 [N, 1 or 3, H, W] -> float32 [N, layer], both on `device`.
 
-    sha256: of the weights file it was made from. classifier: float32 [1008, 2048] at layer 2048, where that file has one:
-    features @ classifier.T are the logits of the Inception Score (torch-fidelity's `logits_unbiased`).
+    sha256: of the weights file it was made from. classifier: float32 [1008, 2048] at layer 2048, where that file has one.
     """
+
+    name = NAME
 
     def __init__(self, network: nn.Module, layer: int, sha256: str, device: torch.device) -> None:
         self.layer, self.sha256, self.device = layer, sha256, device
@@ -74,6 +81,10 @@ class Inception:
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee"):
             return torch.cat([self._network(_resize(piece)).mean((2, 3)) for piece in pieces])
 
+    def logits(self, features: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """torch-fidelity's `logits_unbiased`, or None without a classifier."""
+        return None if self.classifier is None else features @ self.classifier.T
+
 
 def load(
     layer: int, cache: Path, device: torch.device | str = "cpu", weights: str | os.PathLike[str] | None = None
@@ -94,26 +105,6 @@ def load(
     else:
         state, sha256 = _from_download(cache)
     return Inception(_network(state), layer, sha256, torch.device(device))
-
-
-def extract(
-    inception: Inception,
-    images: NDArray[np.uint8],
-    batch: int = 50,
-    progress: Callable[[int], None] = lambda done: None,
-) -> NDArray[np.float32]:
-    """uint8 [N, 1 or 3, H, W] -> float32 [N, layer]. Grey images count as three equal channels.
-
-    batch: images that go to the device at once; features depend on it by rounding at most. progress is told how many are done.
-    """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"expected uint8 images N,C,H,W with 1 or 3 channels, found {images.dtype} {images.shape}")
-    features = np.empty((len(images), inception.layer), np.float32)
-    for start in range(0, len(images), batch):
-        part = torch.from_numpy(np.array(images[start : start + batch])).to(inception.device)
-        features[start : start + len(part)] = inception(part).cpu().numpy()
-        progress(start + len(part))
-    return features
 
 
 def _resize(images: Tensor) -> Tensor:
@@ -141,10 +132,10 @@ def _network(state: State) -> nn.Module:
     try:
         missing, unexpected = nn.Module.load_state_dict(network, state, strict=False, assign=True)
     except (RuntimeError, TypeError) as error:
-        raise WeightsError(f"not the weights of {EXTRACTOR}: {_one_line(error)}") from None
+        raise WeightsError(f"not the weights of {NAME}: {_one_line(error)}") from None
     wrong = [*unexpected, *(name for name in missing if not name.startswith("fc."))]
     if wrong:
-        raise WeightsError(f"not the weights of {EXTRACTOR}: {len(wrong)} names missing or unknown, such as {wrong[0]}")
+        raise WeightsError(f"not the weights of {NAME}: {len(wrong)} names missing or unknown, such as {wrong[0]}")
     return network.requires_grad_(False)
 
 
@@ -159,7 +150,7 @@ def _blank_network() -> nn.Module:
         nothing = io.BytesIO()
         torch.save({}, nothing)
         nothing.seek(0)
-        network: nn.Module = Blank(EXTRACTOR, ["2048"], feature_extractor_weights_path=nothing)
+        network: nn.Module = Blank(NAME, ["2048"], feature_extractor_weights_path=nothing)
         return network
 
 
@@ -198,7 +189,7 @@ def _from_wheel(cache: Path) -> State | None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save
 
-    path = cache / f"{EXTRACTOR}.safetensors"
+    path = cache / f"{NAME}.safetensors"
     with contextlib.suppress(FileNotFoundError, SafetensorError):  # absent or damaged: converted again
         state = load_file(path)
         if _digest(state) == _CONVERTED_DIGEST:

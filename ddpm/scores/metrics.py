@@ -1,40 +1,80 @@
-"""The metrics that judge samples: their titles, and which way they are better."""
+"""METRICS: a row for each metric that judges samples. Files, tables, plots, the report, MLflow and the registry follow the rows.
+
+A row computes with what `fidelity.Sets` offers and imports no torch, since processes that only show scores read the rows too.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ddpm.scores.intervals import CONFIDENCE, Difference, Estimate, difference
+import numpy as np
 
+from ddpm.scores.intervals import Estimate, standard_error
+from ddpm.scores.metric import Entry, Metric
 
-@dataclass(frozen=True)
-class Metric:
-    """direction: -1 where lower is better, 1 where higher is."""
-
-    title: str
-    direction: int
-
-    @property
-    def words(self) -> str:
-        return "higher is better" if self.direction > 0 else "lower is better"
-
-    def rank(self, value: float) -> float:
-        """The better, the lower: a key to sort by."""
-        return -self.direction * value
-
-    def compare(self, a: Estimate, b: Estimate, confidence: float = CONFIDENCE) -> tuple[int, Difference]:
-        """-> 1 where a is significantly better than b, -1 where it is worse, 0 where that is not known; and a - b."""
-        gap = difference(a, b)
-        low, high = gap.interval(confidence)
-        return (self.direction if low > 0 else -self.direction if high < 0 else 0), gap
+if TYPE_CHECKING:
+    from ddpm.scores.fidelity import Sets
 
 
-METRICS = {
-    "fid": Metric("FID", -1),
-    "kid": Metric("KID", -1),
-    "precision": Metric("precision", 1),
-    "recall": Metric("recall", 1),
-    "inception_score": Metric("Inception Score", 1),
-}
-HEADLINE = "fid"  # what points are ranked and promoted by: the one with influence values
+def _fid(sets: Sets) -> Estimate:
+    influence = sets.jackknife.influence.astype(np.float32)  # as kept, so that the interval follows from the file
+    return Estimate(sets.jackknife.fid, standard_error(influence), influence)
+
+
+def _fid_infinity(sets: Sets) -> float | None:
+    """With fewer images than features the bias is not proportional to 1/N."""
+    return sets.jackknife.fid - sets.jackknife.bias if len(sets.fake) > sets.fake.shape[1] else None
+
+
+def _inception_score(sets: Sets, part: int) -> float | None:
+    return sets.inception_score and sets.inception_score[part]
+
+
+ROWS = (
+    Metric(
+        "fid",
+        "FID",
+        _fid,
+        low=0,
+        direction=-1,
+        interval=True,
+        digits=4,
+        more=(Entry("fid_infinity", "FID, infinite N", _fid_infinity, optional=True),),
+    ),
+    Metric(
+        "kid",
+        "KID",
+        lambda sets: Estimate(sets.kid[0], sets.kid_error),
+        direction=-1,
+        interval=True,
+        digits=2,
+        more=(Entry("kid_std", "", lambda sets: sets.kid[1], low=0),),
+    ),
+    Metric("precision", "precision", lambda sets: sets.precision_recall[0], low=0, high=1, direction=1),
+    Metric("recall", "recall", lambda sets: sets.precision_recall[1], low=0, high=1, direction=1),
+    Metric(
+        "inception_score",
+        "Inception Score",
+        lambda sets: _inception_score(sets, 0),
+        optional=True,
+        direction=1,
+        hub="is",
+        more=(Entry("inception_score_std", "", lambda sets: _inception_score(sets, 1), optional=True),),
+    ),
+    Metric(
+        "copying",
+        "nearer to train",
+        lambda sets: sets.copying.closer,
+        optional=True,
+        more=(Entry("copying_z", "", lambda sets: sets.copying.z, optional=True),),
+    ),
+)
+METRICS = {row.name: row for row in ROWS}
+HEADLINE = "fid"  # what points are ranked and promoted by: a metric with an interval and influence values
 RANKING = METRICS[HEADLINE]
+COPYING = METRICS["copying"]  # shown by the report where it asks whether a model memorises
+
+
+def entries() -> dict[str, Entry]:
+    """The entries of all metrics by name, in the order of their columns."""
+    return {name: entry for metric in METRICS.values() for name, entry in metric.entries.items()}

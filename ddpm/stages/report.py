@@ -1,7 +1,7 @@
 """`report`: the scores of the whole sweep -> one table, the best point, the best for each budget of evaluations, pictures,
 and all of it on one page.
 
-The best point is not simply the one of the lowest FID, which may be so by luck: of the points that may be the best in truth
+The best point is not simply the one of the best score, which may be so by luck: of the points that may be the best in truth
 (intervals.may_be_best: the best is among them with 95 %, however many points there are; in pairs, since all points start from the
 same noise), it is the one that takes the fewest network evaluations. The best for a budget is chosen in the same way from the
 points within it.
@@ -22,25 +22,35 @@ from ddpm.files import arrays, atomic, paths, pictures, records
 from ddpm.files.dataset import read_dataset
 from ddpm.files.params import Params, Point
 from ddpm.files.samples import read_samples
-from ddpm.files.scores import OPTIONAL, PROTOCOL, SCORES, read_point_influence, read_scores
+from ddpm.files.scores import (
+    PICTURE,
+    PROTOCOL,
+    Answer,
+    Best,
+    Front,
+    Gap,
+    Row,
+    Standing,
+    Step,
+    read_point_influence,
+    read_scores,
+    write_table,
+)
 from ddpm.provenance import dvc_lock
 from ddpm.reporting.page import SHOWN, check_records, page
 from ddpm.reporting.plots import draw_scores, drawing
 from ddpm.runtime.progress import Progress, Report, silent
-from ddpm.scores.choice import Candidate, choose, estimate_of, front
+from ddpm.scores.choice import Candidate, choose, front
 from ddpm.scores.intervals import CONFIDENCE, difference, simultaneous
-from ddpm.scores.metrics import HEADLINE
+from ddpm.scores.metrics import RANKING
 
 BUDGETS = (10, 20, 50, 100, 1000)  # network evaluations an image, at most
 
-FILES = ("best.json", "fid.png", "index.html", "points.csv", "samples.png")  # that front.json describes
-
-Row = dict[str, Any]
+FILES = ("best.json", PICTURE, "index.html", "points.csv", "samples.png")  # that front.json describes
 
 
-def report(params: Params, root: Path = Path(), report: Report = silent) -> dict[str, Any]:
-    """Writes report/ and returns best.json's content: the best point's row, `points` (how many there are), `lowest` (the point
-    of the lowest FID) and `tied` (how many may be the best in truth).
+def report(params: Params, root: Path = Path(), report: Report = silent) -> Best:
+    """Writes report/ and returns what best.json holds.
 
     Removes what samples/ and metrics/ still hold of points that have left the sweep, where DVC can bring it back.
     Raises InputError when a point of the sweep has no scores.
@@ -49,7 +59,7 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
     rows, candidates, protocols = _read_rows(points, root)
     check_records(params, root)
     if protocols > 1:
-        message = "points were scored under different protocols; their FIDs don't compare (dvc repro)"
+        message = "points were scored under different protocols; their scores don't compare (dvc repro)"
         report(Progress(0, len(points), "points", message=message))
     dataset, samples = read_dataset(root), {}
     for count, point in enumerate(points):
@@ -57,14 +67,13 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
         found = read_samples(root / paths.samples_file(point), dataset)
         samples[point.name] = found.images[:SHOWN].copy()
     choice = choose(candidates)
-    chosen = next(row for row in rows if row["point"] == choice.best.name)
-    best = {key: value for key, value in chosen.items() if value is not None}
-    best |= {"points": len(rows), "lowest": choice.leader.name, "tied": len(choice.tied)}
+    chosen = next(row for row in rows if row.point == choice.best.name)
+    best = Best(chosen, len(rows), choice.leader.name, len(choice.tied))
     frontier = _front(candidates)
     with TemporaryDirectory(prefix="ddpm-report-") as name:
-        with drawing(Path(name) / "fid.png", 1050, 675, dpi=150) as figure:
-            draw_scores(figure, rows, front=[step["point"] for step in frontier["front"]])
-        plot = (Path(name) / "fid.png").read_bytes()
+        with drawing(Path(name) / PICTURE, 1050, 675, dpi=150) as figure:
+            draw_scores(figure, rows, front=[step.point for step in frontier.steps])
+        plot = (Path(name) / PICTURE).read_bytes()
     text = page(params, root, rows, best, frontier, dataset, samples, plot)
     removed, kept = _prune(params, root, lock)  # all that is read has been read
     if removed:
@@ -73,60 +82,46 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> dict
         message = f"not of the sweep, and kept because DVC has no copy: {_few(kept)}"
         report(Progress(0, len(points), "points", message=message))
     folder = root / paths.report_dir()
-    records.write_csv(folder / "points.csv", rows)
-    records.write_record(folder / "best.json", best)
-    with atomic.replacing(folder / "fid.png") as file:
+    write_table(folder / "points.csv", rows)
+    records.write_record(folder / "best.json", best.to_json())
+    with atomic.replacing(folder / PICTURE) as file:
         file.write_bytes(plot)
     _plot_samples(folder / "samples.png", rows, samples)
     atomic.write_text(folder / "index.html", text)
-    records.write_record(folder / "front.json", frontier, [folder / name for name in FILES])
+    records.write_record(folder / "front.json", frontier.to_json(), [folder / name for name in FILES])
     report(Progress(len(points), len(points), "points"))
     return best
 
 
-def _front(candidates: Sequence[Candidate]) -> Row:
-    """front.json.
+def _front(candidates: Sequence[Candidate]) -> Front:
+    """Chooses for each budget, and among all points those that no other of as few evaluations beats.
 
-    budgets: the best point of at most so many evaluations; `lowest` and `tied` as in best.json, and the names of the tied.
-    front: the points that no other of as few evaluations beats, each with its difference to the one before. Their intervals hold
-    at once for all pairs of points, so also for these, which were picked by their scores.
+    The intervals of the differences hold at once for all pairs of points, so also for these, which were picked by their scores.
     """
     budgets = {}
     for budget in BUDGETS:
         if within := [point for point in candidates if point.evaluations <= budget]:
             choice = choose(within)
-            budgets[str(budget)] = {
-                **_entry(choice.best),
-                "lowest": choice.leader.name,
-                "tied": len(choice.tied),
-                "may_be_best": list(choice.tied),
-            }
+            budgets[budget] = Answer(**vars(_standing(choice.best)), lowest=choice.leader.name, may_be_best=choice.tied)
     reach = simultaneous([point.estimate for point in candidates])
     steps, best = [], front(candidates)
     for before, point in zip([None, *best], best, strict=False):
-        step = _entry(point)
-        if before is not None:
-            gap = difference(point.estimate, before.estimate)
-            low, high = gap.value - reach * gap.error, gap.value + reach * gap.error
-            step |= {
-                "difference": _rounded(gap.value),
-                "difference_low": _rounded(low),
-                "difference_high": _rounded(high),
-            }
-            step |= {"significant": low > 0 or high < 0, "paired": gap.paired}
-        steps.append(step)
-    return {"metric": HEADLINE, "confidence": CONFIDENCE, "budgets": budgets, "front": steps}
+        gap = None if before is None else _gap(point, before, reach)
+        steps.append(Step(**vars(_standing(point)), gap=gap))
+    return Front(CONFIDENCE, budgets, steps)
 
 
-def _entry(point: Candidate) -> Row:
+def _gap(point: Candidate, before: Candidate, reach: float) -> Gap:
+    """reach: of the interval, in standard errors."""
+    gap = difference(point.estimate, before.estimate)
+    low, high = gap.value - reach * gap.error, gap.value + reach * gap.error
+    return Gap(_rounded(gap.value), _rounded(low), _rounded(high), low > 0 or high < 0, gap.paired)
+
+
+def _standing(point: Candidate) -> Standing:
     low, high = point.estimate.interval()
-    return {
-        "point": point.name,
-        "evaluations": point.evaluations,
-        HEADLINE: point.estimate.value,
-        f"{HEADLINE}_low": _rounded(max(0.0, low)),
-        f"{HEADLINE}_high": _rounded(high),
-    }
+    low, high = max(RANKING.low, low), min(RANKING.high, high)
+    return Standing(point.name, point.evaluations, point.estimate.value, _rounded(low), _rounded(high))
 
 
 def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Candidate], int]:
@@ -137,17 +132,13 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
     rows, candidates, protocols = [], [], set()
     for point in points:
         scores = read_scores(root, point)
-        protocols.add(tuple(scores[key] for key in PROTOCOL))
+        protocols.add(tuple(getattr(scores, name) for name in PROTOCOL))
         influence = read_point_influence(root, point, scores)
-        if len(influence) != scores["images"]:
+        if len(influence) != scores.images:
             path = root / paths.metrics_file(point)
             raise InputError(f"{path}: not of the same run as its influence values; evaluate {point.name} again")
-        candidates.append(Candidate(point.name, scores["evaluations"], estimate_of(scores, influence)))
-        rows.append(
-            {"point": point.name, **point.model_dump(), **{key: scores.get(key) for key in (*SCORES, *OPTIONAL)}}
-        )
-    absent = [key for key in OPTIONAL if all(row[key] is None for row in rows)]
-    rows = [{key: value for key, value in row.items() if key not in absent} for row in rows]
+        candidates.append(Candidate(point.name, scores.evaluations, scores.estimate(influence)))
+        rows.append(Row.of(point, scores))
     return rows, candidates, len(protocols)
 
 
@@ -186,7 +177,7 @@ def _few(names: Sequence[str]) -> str:
 
 def _plot_samples(path: Path, rows: Sequence[Row], samples: Mapping[str, arrays.Images]) -> None:
     """The first images of each point, one row a point: all start from the same noise, so columns compare."""
-    strips = [pictures.grid(samples[row["point"]][:SHOWN], columns=SHOWN).transpose(1, 2, 0) for row in rows]
+    strips = [pictures.grid(samples[row.point][:SHOWN], columns=SHOWN).transpose(1, 2, 0) for row in rows]
     label, gap = 250, 4  # pixels
     height, width = strips[0].shape[:2]
     with drawing(path, label + width, len(rows) * (height + gap), dpi=100) as figure:
@@ -194,7 +185,7 @@ def _plot_samples(path: Path, rows: Sequence[Row], samples: Mapping[str, arrays.
             bottom = (len(rows) - 1 - index) * (height + gap)
             figure.figimage(np.broadcast_to(strip, (*strip.shape[:2], 3)), xo=label, yo=bottom, origin="upper")
             middle = (bottom + height / 2) / (len(rows) * (height + gap))
-            text = f"{row['point']}   FID {row['fid']:.3g}"
+            text = f"{row.point}   {RANKING.title} {row.value:.3g}"
             figure.text((label - 8) / (label + width), middle, text, ha="right", va="center", fontsize=9)
 
 

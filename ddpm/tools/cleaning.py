@@ -16,14 +16,15 @@ from ddpm.errors import InputError
 from ddpm.files import dataset
 from ddpm.files.params import Params
 from ddpm.files.paths import CACHE
+from ddpm.scores.extractors import EXTRACTORS
 
 # Folders below .cache. Downloads are missing: a user may have put them there.
 KINDS = {
     "training": "training states",
     "sampling": "kept images",
     "features": "reference features",
-    "inception": "converted weights",
     "previews": "previews",
+    **dict.fromkeys(EXTRACTORS, "converted weights"),
 }
 
 

@@ -13,7 +13,7 @@ from ddpm.errors import InputError
 from ddpm.files import models, paths
 from ddpm.files.dataset import read_dataset_record
 from ddpm.files.params import Params, Point, Sampler
-from ddpm.files.scores import read_point_influence, read_scores
+from ddpm.files.scores import Scores, read_point_influence
 from ddpm.runtime.progress import Report, silent
 from ddpm.stages.evaluate import evaluate
 from ddpm.stages.sample import sample_point
@@ -21,11 +21,11 @@ from ddpm.stages.sample import sample_point
 
 def rescore(
     params: Params, checkpoint: Path, settings: dict[str, Any], root: Path = Path(), report: Report = silent
-) -> tuple[dict[str, Any], NDArray[np.float32]]:
+) -> tuple[Scores, NDArray[np.float32]]:
     """Samples and evaluates in a folder of its own, where only the dataset and the caches are shared.
 
     settings: a sampler row's options, its `steps`, and the `clip` that it was promoted with; without one, the present.
-    Returns what metrics/POINT.json and POINT.influence.npy would hold. Raises InputError.
+    Returns the scores and their influence values. Raises InputError.
     """
     model = models.read_model_record(checkpoint)
     dataset = read_dataset_record(root)
@@ -44,6 +44,5 @@ def rescore(
         link.parent.mkdir(parents=True)
         link.symlink_to(checkpoint.resolve())
         sample_point(alone, point, folder, report)
-        evaluate(alone, point, folder, report)
-        scores = read_scores(folder, point)
+        scores = evaluate(alone, point, folder, report)
         return scores, read_point_influence(folder, point, scores)

@@ -31,12 +31,12 @@ class PointSettings:
         Returns None for samples that another model drew, and for scores of other samples. Raises InputError.
         """
         record = samples.read_samples_record(root / paths.samples_file(point))
-        fits, evaluation = True, params.evaluation.model_dump(mode="json")
+        fits, evaluation = True, params.evaluation.recorded()
         if (root / paths.model_dir(point.schedule) / "model.json").exists():
             fits = record.model == models.read_trained(root, point.schedule).weights_sha256
         if (root / paths.metrics_file(point)).exists():
             scores = read_scores(root, point)
-            fits, evaluation = fits and record.record_sha256 == scores["samples"], scores["evaluation"]
+            fits, evaluation = fits and record.record_sha256 == scores.samples, dict(scores.evaluation)
         return cls(**record.settings, evaluation=evaluation) if fits else None
 
 

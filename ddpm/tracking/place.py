@@ -23,6 +23,7 @@ from ddpm.databases.mlflow_file import ARTIFACTS
 from ddpm.errors import InputError, without_password
 from ddpm.files import atomic, paths
 from ddpm.files.params import Params
+from ddpm.scores.metrics import HEADLINE, RANKING
 from ddpm.sources.source import check_name
 
 if TYPE_CHECKING:
@@ -203,13 +204,13 @@ def chart(experiment: str) -> str:
 def _note(experiment: str, dataset: str) -> str:
     """What the experiment's page says on top; it shows the first line, and the rest when that is opened."""
     return (
-        f"**[FID against steps]({chart(experiment)})** of denoising diffusion on {dataset}: a line per"
+        f"**[{RANKING.title} against steps]({chart(experiment)})** of denoising diffusion on {dataset}: a line per"
         " schedule and sampler, with the images beside it.\n\n"
         "Step = network evaluations per image; the images at step 0 are real ones, and the slider moves on to the samples."
         " A run per schedule (`linear`: the training) has a child per sampler"
         " (`linear-ddim`: the scores and images). Filters: ``tags.`ddpm.schedule` = 'cosine'``,"
         " ``tags.`ddpm.sampler` = 'ddim'``, ``tags.`ddpm.dataset_sha256` LIKE 'c8c4%'``,"
-        " ``tags.`mlflow.source.git.commit` LIKE '0123%'``, ``metrics.fid < 20``."
+        f" ``tags.`mlflow.source.git.commit` LIKE '0123%'``, ``metrics.{HEADLINE} < 20``."
     )
 
 

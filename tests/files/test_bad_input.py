@@ -38,6 +38,7 @@ from ddpm.errors import InputError
 from ddpm.files import arrays as arrays_file
 from ddpm.files import checkpoint, dataset, paths, records, samples
 from ddpm.files.params import Params, Point
+from ddpm.files.scores import Best, Row, read_scores
 from ddpm.runtime.drawing import check_point
 from ddpm.stages.report import _read_rows
 from ddpm.stages.sample import sample_point
@@ -1095,8 +1096,9 @@ def test_what_a_report_reads(refused: Refused, case: str) -> None:
 )
 def test_scores_are_checked_whoever_reads_them(refused: Refused, case: str) -> None:
     spoil, message = REPORTS[case]
+    best = Row.of(POINT, read_scores(Path(), POINT))
     spoil()
-    records.write_record(paths.report_dir() / "best.json", {"point": POINT.name, "fid": 10.0})
+    records.write_record(paths.report_dir() / "best.json", Best(best, 1, best.point, 1).to_json())
     assert message in refused("card")
     with pytest.raises(InputError, match=message):
         PointFiles.read(Path(), POINT)

@@ -63,11 +63,12 @@ except inputs.InputError as error:
     sys.exit(f"ddpm: {error}")
 path = pathlib.Path(out)
 path.parent.mkdir(exist_ok=True)
-header = "point,schedule,sampler,steps,evaluations,fid,fid_low,fid_high,confidence,kid,kid_low,kid_high,images,layer"
-row = "linear-ddim-10,linear,ddim,10,10,1.5,1.4,1.6,0.95,0.1,0.05,0.15,500,64"
+header = "point,schedule,sampler,steps,evaluations,fid,fid_low,fid_high,kid,kid_low,kid_high,confidence,images,reference_images"
+row = "linear-ddim-10,linear,ddim,10,10,1.5,1.4,1.6,0.1,0.05,0.15,0.95,500,500"
+header, row = f"{header},layer", f"{row},64"
 path.write_text(f"{header}\\n{row}\\n" if name == "report" else name)
 if name == "report":
-    best = {"point": "linear-ddim-10", "fid": 1.5, "fid_low": 1.4, "fid_high": 1.6}
+    best = dict(zip(header.split(","), row.split(","), strict=True)) | {"points": 1, "lowest": "linear-ddim-10", "tied": 1}
     records.write_record(path.with_name("best.json"), best)
     records.write_record(path.with_name("front.json"), {}, [path, path.with_name("best.json")])
 print(f"{name}: 2 steps in 0.0 s")

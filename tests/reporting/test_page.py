@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from ddpm.files.params import Params
 from ddpm.files.pictures import grid
 from ddpm.files.records import read_csv, read_record, write_csv, write_record
 from ddpm.files.samples import read_samples, write_samples
-from ddpm.files.scores import write_influence
+from ddpm.files.scores import PICTURE, Answer, Row, read_report, write_influence
 from ddpm.reporting.page import SECTIONS, SHOWN, how_sure, publish_with, verdict
 from ddpm.reporting.published import fastest, published
 from ddpm.scores.copying import Copying, affordable, copying, nearest
+from ddpm.scores.metrics import HEADLINE, RANKING
 from ddpm.stages.report import report
 
 VOID = {"meta", "link", "img", "br", "hr"}
@@ -184,17 +186,24 @@ def test_the_stage_depends_on_the_sections_it_shows_and_on_its_template() -> Non
     stage = YAML(typ="safe").load((Path(__file__).parents[2] / "dvc.yaml").read_text())["stages"]["report"]
     assert tuple(stage["params"]) == SECTIONS
     assert {"ddpm/reporting/report.html.jinja", "dataset", "metrics", "samples"} <= set(stage["deps"])
-    assert "report/index.html" in stage["outs"]
+    assert {"report/index.html", f"report/{PICTURE}"} <= set(stage["outs"])
+
+
+def test_dvcs_plot_shows_the_score_that_ranks_points() -> None:
+    stage = YAML(typ="safe").load((Path(__file__).parents[2] / "dvc.yaml").read_text())["stages"]["report"]
+    (plot,) = stage["plots"]
+    about = plot["report/points.csv"]
+    assert (about["y"], about["title"]) == (HEADLINE, f"{RANKING.title} against network evaluations")
 
 
 def test_how_sure() -> None:
-    entry = {"point": "a", "lowest": "a", "may_be_best": ["a"]}
+    entry = Answer("a", 10, 1.0, 0.9, 1.1, lowest="a", may_be_best=("a",))
     assert how_sure(entry, 1, 0.95) == "It is the only point."
     assert how_sure(entry, 4, 0.95) == "Better than the other 3: 95% sure, of all at once."
     among = "95% sure, the best of the 9 points is one of"
-    tied = how_sure({**entry, "may_be_best": ["a", "b", "c"]}, 9, 0.95)
+    tied = how_sure(replace(entry, may_be_best=("a", "b", "c")), 9, 0.95)
     assert tied.startswith("It has the lowest FID") and tied.endswith(f"{among} 3: a, b, c.")
-    luck = how_sure({"point": "b", "lowest": "a", "may_be_best": list("abcdefgh")}, 9, 0.95)
+    luck = how_sure(replace(entry, point="b", may_be_best=tuple("abcdefgh")), 9, 0.95)
     assert luck.startswith("a has a lower FID, but that may be luck") and luck.endswith(
         "8: a, b, c, d, e, f and 2 more."
     )
@@ -286,11 +295,7 @@ def _normal(z: float) -> float:
 
 
 def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report: Path) -> None:
-    numbers = ("evaluations", "fid", "fid_low", "fid_high", "confidence", "layer", "images", "reference_images")
-    rows = [
-        {**row, **{key: json.loads(row[key]) for key in numbers}}
-        for row in read_csv(made_report / "report" / "points.csv")
-    ]
+    rows = read_report(made_report)[1]
     record = {
         "started": 1_700_000_000_000,
         "seconds": 10.0,
@@ -299,8 +304,8 @@ def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report
         "device": "cpu",
     }
     record |= {"git_commit": "0123456789abcdef", "git_dirty": True, "hardware": {"cpu": HOSTILE}}
-    records = {f"sample@{row['point']}": {**record, "per_second": 2.0 + index} for index, row in enumerate(rows)}
-    runs = {f"sample@{rows[0]['point']}": ("cosine-ddpm", "http://localhost:5000/#/runs/abc")}
+    records = {f"sample@{row.point}": {**record, "per_second": 2.0 + index} for index, row in enumerate(rows)}
+    runs = {f"sample@{rows[0].point}": ("cosine-ddpm", "http://localhost:5000/#/runs/abc")}
     whole = publish_with(page, published(rows, records, runs, "the place", "http://x/#/chart?a='b'"))
     reader = Reader(whole)
     assert whole.startswith(page[: page.index("<!-- published")]) and page[-500:] == whole[-500:]
@@ -322,5 +327,8 @@ def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report
 
 def test_the_front_against_seconds() -> None:
     points = [("slow", 3.0, 1.0), ("fast", 1.0, 9.0), ("dear", 4.0, 2.0), ("mid", 2.0, 3.0), ("worse", 2.0, 4.0)]
-    rows = [{"point": name, "seconds": seconds, "fid": fid} for name, seconds, fid in points]
+    rows = [
+        Row(name, "linear", "ddim", 9, 9, 0.95, {"fid": fid}, 9, 9, 64, seconds=seconds)
+        for name, seconds, fid in points
+    ]
     assert fastest(rows) == ["fast", "mid", "slow"]

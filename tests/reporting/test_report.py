@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ import pytest
 from ddpm.errors import InputError
 from ddpm.files import paths, pictures, records, samples
 from ddpm.files.params import Params, Point, Sweep
-from ddpm.files.scores import write_influence
+from ddpm.files.scores import Row, read_report, write_influence
 from ddpm.reporting.page import SHOWN
 from ddpm.reporting.table import table
 from ddpm.runtime.progress import Progress
 from ddpm.scores.intervals import Estimate, simultaneous, standard_error
+from ddpm.scores.metrics import METRICS
 from ddpm.stages.report import report
 
 SWEEP = Sweep(schedules=("linear", "cosine"), samplers=("ddpm", "ddim"), steps=(5, 20))
@@ -69,14 +69,15 @@ def written(root: Path) -> dict[str, bytes]:
 def test_every_point_is_a_row_and_the_best_is_named(root: Path) -> None:
     best = report(params(), root)
     rows = records.read_csv(root / "report" / "points.csv")
-    columns = "point schedule sampler steps evaluations fid fid_low fid_high confidence kid kid_low kid_high kid_std"
-    columns += " precision recall images reference_images layer"
+    columns = "point schedule sampler steps evaluations fid fid_low fid_high kid kid_low kid_high kid_std"
+    columns += " precision recall confidence images reference_images layer extractor"
     assert list(rows[0]) == columns.split()
     assert [row["point"] for row in rows] == [point.name for point in params().points()]
     assert [float(row["fid"]) for row in rows] == list(FIDS)
-    assert best == records.read_record(root / "report" / "best.json")
-    assert (best["point"], best["fid"], best["points"]) == ("cosine-ddim-20", 1.0, 8)
-    assert (best["lowest"], best["tied"]) == ("cosine-ddim-20", 1)
+    assert best.to_json() == records.read_record(root / "report" / "best.json")
+    assert (best.row.point, best.row.value, best.points) == ("cosine-ddim-20", 1.0, 8)
+    assert (best.lowest, best.tied) == ("cosine-ddim-20", 1)
+    assert read_report(root) == (best, [Row.from_json(row) for row in rows])
     assert sorted(written(root)) == ["best.json", "fid.png", "front.json", "index.html", "points.csv", "samples.png"]
 
 
@@ -86,12 +87,12 @@ def test_scores_that_only_some_points_have_are_empty_cells(root: Path) -> None:
     rows = records.read_csv(root / "report" / "points.csv")
     assert [row["inception_score"] for row in rows] == ["7.5", *[""] * 7]
     assert "fid_infinity" not in rows[0]
-    assert "inception_score" not in best
+    assert "inception_score" not in best.row.values
 
 
 def test_a_tie_goes_to_fewer_evaluations(root: Path) -> None:
     write_point(root, Point.parse("linear-ddim-5"), fid=1.0)
-    assert report(params(), root)["point"] == "linear-ddim-5"
+    assert report(params(), root).row.point == "linear-ddim-5"
 
 
 def test_a_lower_fid_that_may_be_luck_does_not_beat_fewer_evaluations(root: Path) -> None:
@@ -103,8 +104,8 @@ def test_a_lower_fid_that_may_be_luck_does_not_beat_fewer_evaluations(root: Path
         write_point(root, cheaper, fid=3.5, error=scale * factor)
         write_point(root, good, fid=1.0, error=scale * factor)
         best = report(params(Sweep(schedules=("cosine",), samplers=("ddim",), steps=(5, 20))), root)
-        assert (best["point"], best["lowest"], best["tied"]) == (chosen, "cosine-ddim-20", 1 + (factor > 1))
-        assert best["fid"] == (1.0 if factor < 1 else 3.5)
+        assert (best.row.point, best.lowest, best.tied) == (chosen, "cosine-ddim-20", 1 + (factor > 1))
+        assert best.row.value == (1.0 if factor < 1 else 3.5)
 
 
 def test_the_front_and_the_best_for_each_budget(root: Path) -> None:
@@ -280,7 +281,8 @@ def test_scores_of_another_kind_are_refused(root: Path) -> None:
     path = root / paths.metrics_file(Point.parse("linear-ddpm-5"))
     records.write_record(path, {"point": "linear-ddpm-5", "fid": 1.0})
     with pytest.raises(
-        InputError, match=r"linear-ddpm-5\.json: without evaluations, fid_low, fid_high, confidence, kid"
+        InputError,
+        match=r"linear-ddpm-5\.json: without evaluations, images, reference_images, layer, fid_low, fid_high, kid",
     ):
         report(params(), root)
 
@@ -293,21 +295,18 @@ def test_scores_under_two_protocols_are_pointed_out(root: Path) -> None:
     assert records.read_csv(root / "report" / "points.csv")[0]["layer"] == "2048"
 
 
-@pytest.mark.parametrize(
-    "read", [lambda rows: rows, lambda rows: [{k: str(v) for k, v in row.items()} for row in rows]]
-)
-def test_the_table_is_aligned_with_the_best_point_last(read: Callable[[Any], Any]) -> None:
-    rows = [
-        {"point": "linear-ddim-20", "evaluations": 20, "fid": 0.71234, "fid_low": 0.62351, "fid_high": 0.8},
-        {"point": "linear-ddpm-1000", "evaluations": 1000, "fid": 12.3, "fid_low": 11.5, "fid_high": 13.1},
-        {"point": "linear-ddim-10", "evaluations": 10, "fid": 0.71234, "fid_low": 0.0, "fid_high": 1.5},
-    ]
-    kids = ((0.00123, 0.0008, 0.0016), (0.1, 0.08, 0.12), (-0.0001, -0.0005, 0.0003))
-    names = ("kid", "kid_low", "kid_high")
-    rows = [
-        {**row, **dict(zip(names, kid, strict=True)), "confidence": 0.95} for row, kid in zip(rows, kids, strict=True)
-    ]
-    assert table(read(rows)).splitlines() == [
+def test_the_table_is_aligned_with_the_best_point_last() -> None:
+    found = {
+        "linear-ddim-20": ((0.62351, 0.71234, 0.8), (0.0008, 0.00123, 0.0016)),
+        "linear-ddpm-1000": ((11.5, 12.3, 13.1), (0.08, 0.1, 0.12)),
+        "linear-ddim-10": ((0.0, 0.71234, 1.5), (-0.0005, -0.0001, 0.0003)),
+    }
+    names = [*METRICS["fid"].names, *METRICS["kid"].names]
+    rows = []
+    for name, (fid, kid) in found.items():
+        point, values = Point.parse(name), dict(zip(names, (*fid, *kid), strict=True))
+        rows.append(Row(name, point.schedule, point.sampler, point.steps, point.steps, 0.95, values, 9, 9, 64))
+    assert table(rows).splitlines() == [
         "point             evaluations     FID   95% interval      KID       95% interval",
         "linear-ddpm-1000        1,000    12.3   11.5 to 13.1      0.1       0.08 to 0.12",
         "linear-ddim-20             20  0.7123  0.6235 to 0.8   0.0012   0.0008 to 0.0016",

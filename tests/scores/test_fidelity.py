@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ddpm.scores import inception
+from ddpm.scores.features import extract
 from ddpm.scores.fidelity import (
     Statistics,
     fid,
@@ -281,7 +282,7 @@ def test_scores_are_torch_fidelitys_from_images_to_numbers(inception_cache: Path
         verbose=False,
     )
     extractor = inception.load(64, inception_cache)
-    x, y = (inception.extract(extractor, images) for images in (fake, real))
+    x, y = (extract(extractor, images) for images in (fake, real))
     assert fid(statistics(x), statistics(y)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     mean, deviation = kid(x, y, subsets=10, subset_size=30, seed=3)
     assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)

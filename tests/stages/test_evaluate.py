@@ -17,10 +17,11 @@ from ddpm.errors import InputError
 from ddpm.files import arrays, paths, records
 from ddpm.files.params import Compute, Evaluation, Params, Point
 from ddpm.files.samples import read_samples_record, write_samples
-from ddpm.files.scores import read_point_influence
+from ddpm.files.scores import read_point_influence, read_scores
 from ddpm.runtime.progress import Progress
 from ddpm.scores import fidelity, inception
 from ddpm.scores.copying import copying
+from ddpm.scores.features import extract
 from ddpm.scores.intervals import standard_error
 from ddpm.stages.evaluate import evaluate, reference_images
 
@@ -62,7 +63,9 @@ def root(tmp_path: Path, inception_cache: Path) -> Path:
 
 def run(root: Path, params: Params | None = None) -> tuple[dict[str, Any], list[Progress]]:
     seen: list[Progress] = []
-    return evaluate(params or protocol(), POINT, root, seen.append), seen
+    scores = evaluate(params or protocol(), POINT, root, seen.append).to_json()
+    assert scores == records.read_record(root / paths.metrics_file(POINT))
+    return scores, seen
 
 
 def computed(seen: list[Progress]) -> bool:
@@ -76,12 +79,10 @@ def cached(root: Path) -> list[Path]:
 def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) -> None:
     scores, seen = run(root)
     extractor = inception.load(64, inception_cache)
-    fake, real = (
-        inception.extract(extractor, images) for images in (digits()[30:42], reference_images(digits()[:30], 12))
-    )
+    fake, real = (extract(extractor, images) for images in (digits()[30:42], reference_images(digits()[:30], 12)))
     fid = fidelity.fid(fidelity.statistics(fake), fidelity.statistics(real))
     kid, kid_std = fidelity.kid(fake, real, subset_size=6)
-    influence = read_point_influence(root, POINT, records.read_record(root / paths.metrics_file(POINT)))
+    influence = read_point_influence(root, POINT, read_scores(root, POINT))
     np.testing.assert_allclose(influence, fidelity.jackknife(fake, fidelity.statistics(real)).influence, rtol=1e-4)
     reach = 1.959964 * standard_error(influence)
     assert scores.pop("fid_high") == pytest.approx(fid + reach, rel=1e-5)
@@ -98,7 +99,7 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
     assert scores == {  # with 12 images at 64 features, none of fid_infinity; without a classifier no Inception Score
         "confidence": 0.95,
         "point": POINT.name,
-        "evaluation": protocol(12).evaluation.model_dump(mode="json"),
+        "evaluation": {"layer": 64, "images": 12, "batch": 5, "threads": 1},
         "model": "m",
         "evaluations": 5,
         "images": 12,
@@ -245,7 +246,7 @@ def test_full_weights_at_the_last_layer_give_an_inception_score(
     params = params.model_copy(update={"evaluation": params.evaluation.model_copy(update={"layer": 2048})})
     scores, _ = run(root, params)
     extractor = inception.load(2048, tmp_path)
-    logits = torch.from_numpy(inception.extract(extractor, digits()[30:42])) @ classifier.T
+    logits = torch.from_numpy(extract(extractor, digits()[30:42])) @ classifier.T
     theirs = isc_features_to_metric(logits)
     assert scores["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
     assert scores["inception_score"] > 1.01
@@ -260,7 +261,7 @@ def test_with_more_images_than_features_fid_is_extrapolated(root: Path, inceptio
     write_samples(root / paths.samples_file(POINT), images[70:], evaluations=5, model="m")
     scores, _ = run(root, protocol(images=70))
     extractor = inception.load(64, inception_cache)
-    fake, real = (inception.extract(extractor, part) for part in (images[70:], images[:70]))
+    fake, real = (extract(extractor, part) for part in (images[70:], images[:70]))
     found = fidelity.jackknife(fake, fidelity.statistics(real))
     assert scores["fid_infinity"] == pytest.approx(found.fid - found.bias, rel=1e-4)
     assert scores["fid_infinity"] < scores["fid"]

@@ -23,7 +23,7 @@ from ddpm.errors import InputError
 from ddpm.files import checkpoint, paths, records
 from ddpm.files.models import read_model_record
 from ddpm.files.params import Params, Point, Promotion
-from ddpm.files.scores import read_point_influence, write_influence
+from ddpm.files.scores import COMPARED, Scores, read_point_influence, read_scores, write_influence
 from ddpm.reporting.card import LONGEST, card, with_front_matter
 from ddpm.scores import fidelity
 from ddpm.scores.intervals import Estimate, standard_error
@@ -31,7 +31,7 @@ from ddpm.sources.source import SOURCES
 from ddpm.tracking.registry.decision import Protocol, Score, Verdict, decide
 
 Smoke = Callable[..., Params]
-Scores = Callable[..., None]
+WriteScores = Callable[..., None]
 
 PROTOCOL = Protocol("d" * 64, 64, 500, 1437, "e" * 64)
 FIRST, SECOND = (Point(schedule="cosine", sampler=name, steps=5) for name in ("ddim", "ddpm"))
@@ -136,21 +136,21 @@ def test_a_protocol_says_what_changed() -> None:
 @pytest.mark.parametrize("fid", [float("nan"), float("inf"), None])
 def test_a_score_that_is_no_number_is_refused(fid: float | None) -> None:
     with pytest.raises(InputError, match="cannot be compared"):
-        Score.of({"fid": fid, "evaluations": 10})
+        Score.from_json({"fid": fid, "evaluations": 10})
 
 
 def test_influence_values_of_other_images_are_refused() -> None:
     protocol = {"reference": "d", "layer": 64, "images": 5, "reference_images": 9, "extractor_sha256": "e"}
     scores = {"fid": 1.0, "fid_high": 1.2, "confidence": 0.95, "evaluations": 10, **protocol}
-    assert Score.of(scores, np.zeros(5)).estimate.error == pytest.approx(0.2 / 1.959964)
+    assert Score.of(Scores.from_json(scores, COMPARED), np.zeros(5)).estimate.error == pytest.approx(0.2 / 1.959964)
     with pytest.raises(InputError, match="4 influence values for 5 images"):
-        Score.of(scores, np.zeros(4))
+        Score.of(Scores.from_json(scores, COMPARED), np.zeros(4))
     for key, value in (("fid_high", 0.9), ("confidence", 1.0), ("evaluations", "ten"), ("fid", 10**400)):
         with pytest.raises(InputError, match="cannot be compared"):
-            Score.of({**scores, key: value})
+            Score.from_json({**scores, key: value})
     del scores["fid_high"]
     with pytest.raises(InputError, match="cannot be compared"):
-        Score.of(scores)
+        Score.from_json(scores)
 
 
 # The registry.
@@ -165,11 +165,12 @@ def never(checkpoint: Path, settings: dict[str, Any]) -> Any:
     raise AssertionError("scored again for nothing")
 
 
-def scores_at(root: Path, point: Point, fid: float) -> tuple[dict[str, Any], Any]:
+def scores_at(root: Path, point: Point, fid: float) -> tuple[Scores, Any]:
     """What scoring the champion again gives: a point's entries and influence values at another FID."""
-    scores = records.read_record(root / paths.metrics_file(point))
-    high = fid + scores["fid_high"] - scores["fid"]
-    return {**scores, "fid": fid, "fid_high": high}, read_point_influence(root, point, scores)
+    scores = read_scores(root, point)
+    change = fid - scores.values["fid"]
+    values = {name: scores.values[name] + change for name in ("fid", "fid_low", "fid_high")}
+    return replace(scores, values={**scores.values, **values}), read_point_influence(root, point, scores)
 
 
 class Registry:
@@ -206,7 +207,7 @@ def test_a_registered_model_whose_files_were_replaced_is_refused(
 
 
 def test_influence_values_that_were_replaced_are_not_compared_in_pairs(
-    checkout: Path, params: Params, write_scores: Scores
+    checkout: Path, params: Params, write_scores: WriteScores
 ) -> None:
     tracking.promote(params, checkout, rescore=never)
     (kept,) = checkout.glob("mlartifacts/*/*/artifacts/influence/*.npy")
@@ -218,7 +219,7 @@ def test_influence_values_that_were_replaced_are_not_compared_in_pairs(
     assert Registry(checkout).decisions()[-1]["paired"] is False
 
 
-def test_the_history_of_a_championship(checkout: Path, params: Params, write_scores: Scores) -> None:
+def test_the_history_of_a_championship(checkout: Path, params: Params, write_scores: WriteScores) -> None:
     first = tracking.promote(params, checkout, rescore=never)
     assert (first.promoted, first.version, first.point) == (True, "1", "cosine-ddim-5")
     registry = Registry(checkout)
@@ -291,7 +292,7 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
 
 
 def test_another_protocol_scores_the_champion_again(
-    checkout: Path, params: Params, write_scores: Scores, tmp_path: Path
+    checkout: Path, params: Params, write_scores: WriteScores, tmp_path: Path
 ) -> None:
     tracking.promote(params, checkout)
     registry = Registry(checkout)
@@ -340,7 +341,7 @@ def test_another_protocol_scores_the_champion_again(
     assert registry.count() == 2  # that model was registered before
 
 
-def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smoke, write_scores: Scores) -> None:
+def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smoke, write_scores: WriteScores) -> None:
     unnamed = smoke(training={"steps": 24}, data={"source": "image_folder"})
     assert tracking.promote(unnamed, checkout, rescore=never).promoted
     for point in (FIRST, SECOND, *OTHERS):
@@ -378,7 +379,7 @@ def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smo
 
 
 def test_a_champion_without_influence_values_is_compared_as_independent(
-    checkout: Path, params: Params, write_scores: Scores
+    checkout: Path, params: Params, write_scores: WriteScores
 ) -> None:
     tracking.promote(params, checkout)
     registry = Registry(checkout)
@@ -393,7 +394,7 @@ def test_a_champion_without_influence_values_is_compared_as_independent(
 
 
 def test_a_champion_from_before_there_were_intervals_is_scored_again(
-    checkout: Path, params: Params, write_scores: Scores
+    checkout: Path, params: Params, write_scores: WriteScores
 ) -> None:
     tracking.promote(params, checkout)
     registry = Registry(checkout)
@@ -413,7 +414,7 @@ def test_a_champion_from_before_there_were_intervals_is_scored_again(
 
 
 def test_rollback_brings_the_last_champion_back_and_the_next_promotion_respects_it(
-    checkout: Path, params: Params, write_scores: Scores
+    checkout: Path, params: Params, write_scores: WriteScores
 ) -> None:
     with pytest.raises(InputError, match="ddpm-digits: there is no champion to roll back"):
         tracking.rollback(params, checkout)
@@ -452,7 +453,7 @@ def cut_off(_: Any, *__: Any, **___: Any) -> None:
 
 
 def test_a_promotion_or_rollback_cut_off_behind_the_alias_keeps_its_books(
-    checkout: Path, params: Params, write_scores: Scores, monkeypatch: pytest.MonkeyPatch
+    checkout: Path, params: Params, write_scores: WriteScores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracking.promote(params, checkout)
     write_scores(checkout, SECOND, 20.0)
@@ -488,7 +489,7 @@ def test_a_model_that_could_not_be_registered_is_not_kept_twice(
     assert len(of_run) == 1 and version.source == f"models:/{of_run[0].model_id}"
 
 
-def test_rollback_to_a_version_that_was_deleted(checkout: Path, params: Params, write_scores: Scores) -> None:
+def test_rollback_to_a_version_that_was_deleted(checkout: Path, params: Params, write_scores: WriteScores) -> None:
     tracking.promote(params, checkout)
     write_scores(checkout, SECOND, 20.0)
     tracking.promote(params, checkout)
@@ -499,7 +500,7 @@ def test_rollback_to_a_version_that_was_deleted(checkout: Path, params: Params, 
     assert str(registry.champion().version) == "2"
 
 
-def test_a_report_older_than_its_scores_is_refused(checkout: Path, params: Params, write_scores: Scores) -> None:
+def test_a_report_older_than_its_scores_is_refused(checkout: Path, params: Params, write_scores: WriteScores) -> None:
     best = (checkout / "report" / "best.json").read_bytes()
     write_scores(checkout, FIRST, 5.0)
     (checkout / "report" / "best.json").write_bytes(best)
@@ -540,7 +541,7 @@ def test_settings_that_are_damaged_draw_nothing(checkout: Path, params: Params, 
 @pytest.mark.parametrize("value", DAMAGED[:3])
 @pytest.mark.parametrize("tag", ["ddpm.protocol", "ddpm.score.", "ddpm.influence."])
 def test_a_comparison_does_without_damaged_tags_and_says_so(
-    checkout: Path, params: Params, write_scores: Scores, tag: str, value: str
+    checkout: Path, params: Params, write_scores: WriteScores, tag: str, value: str
 ) -> None:
     tracking.promote(params, checkout)
     registry, said = Registry(checkout), list[str]()
@@ -559,7 +560,7 @@ def test_a_comparison_does_without_damaged_tags_and_says_so(
 
 @pytest.fixture
 def rivals(
-    checkout: Path, smoke: Smoke, write_scores: Scores, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+    checkout: Path, smoke: Smoke, write_scores: WriteScores, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
     """A champion of an old protocol, and two checkouts: FID 20 in one, FID 10 in the other, under the new one."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
@@ -695,27 +696,15 @@ def test_the_cards_numbers_are_the_registrys(checkout: Path, params: Params) -> 
     assert "is the first champion" in client.get_registered_model("ddpm-digits").description
 
 
-CARD_SCORES = {
-    "fid": 1.5,
-    "fid_low": 1.0,
-    "fid_high": 2.0,
-    "confidence": 0.95,
-    "images": 12,
-    "reference_images": 60,
-    "layer": 2048,
-    "evaluations": 5,
-}
-
-
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_has_its_licence_and_odd_names_stay_in_their_place(made: Path, source: str) -> None:
     about = read_model_record(made / paths.model_dir("cosine"))
     data = replace(about.data, name=source, classes=["---\nlicense: mit", "| x |\n# y"])
-    about = replace(about, data=data)
-    text = card("ddpm-x", "cosine-ddim-5", {"sampler": "ddim"}, CARD_SCORES, about)
+    about, scores = replace(about, data=data), read_scores(made, FIRST)
+    text = card("ddpm-x", "cosine-ddim-5", {"sampler": "ddim"}, scores, about)
     shareable = source in ("digits", "fashion_mnist")
     assert SOURCES[source].licence in text and ("Look at its terms" in text) is not shareable
-    matter, body = parts(with_front_matter(text, "ddpm-x", CARD_SCORES, about))
+    matter, body = parts(with_front_matter(text, "ddpm-x", scores, about))
     assert body == text and "# y" not in text
     assert matter["license"] == ("apache-2.0" if shareable else "other")
 
@@ -726,4 +715,4 @@ def test_every_source_has_its_licence_and_odd_names_stay_in_their_place(made: Pa
 def test_a_card_of_an_older_model_or_of_a_source_that_is_gone(made: Path, name: str, licence: str) -> None:
     about = read_model_record(made / paths.model_dir("cosine"))
     about = replace(about, data=replace(about.data, name=name))
-    assert licence in card("ddpm-x", "cosine-ddim-5", {"sampler": "ddim"}, CARD_SCORES, about)
+    assert licence in card("ddpm-x", "cosine-ddim-5", {"sampler": "ddim"}, read_scores(made, FIRST), about)

@@ -18,11 +18,12 @@ from ddpm.files.models import DataEntry, ModelRecord
 from ddpm.files.params import Params, Point
 from ddpm.files.records import read_csv, read_described, sha256
 from ddpm.files.samples import read_samples, read_samples_record
-from ddpm.files.scores import read_report, read_scores
+from ddpm.files.scores import Row, Scores, extractor, read_report, read_scores
 from ddpm.provenance import dvc_lock
 from ddpm.reporting.page import publish_with
 from ddpm.reporting.published import published
-from ddpm.scores.metrics import HEADLINE, METRICS, RANKING
+from ddpm.scores.extractors import USUAL
+from ddpm.scores.metrics import METRICS, RANKING
 from ddpm.tracking.lineage import (
     PointSettings,
     digest,
@@ -325,7 +326,7 @@ class PointFiles:
     evaluations: int
     model: str
     samples: str  # sha256 of what the set holds
-    metrics: dict[str, Any] | None
+    metrics: Scores | None
     scores: str  # sha256 of the metrics file
     sampled: dict[str, Any]  # run files
     evaluated: dict[str, Any]
@@ -336,7 +337,7 @@ class PointFiles:
         record = read_samples_record(root / path)
         samples = record.record_sha256
         metrics = read_scores(root, point) if (root / scores).exists() else None
-        if metrics is not None and metrics["samples"] != samples:
+        if metrics is not None and metrics.samples != samples:
             metrics = None
         return cls(
             point,
@@ -403,6 +404,7 @@ def publish_points(
 
 def _point_tags(point: Point, model: ModelRecord, settings: PointSettings) -> dict[str, str]:
     layer, images = settings.evaluation["layer"], settings.evaluation["images"]
+    title = extractor(settings.evaluation.get("extractor", USUAL)).title
     return {
         **flat({"ddpm": asdict(settings)}),
         "ddpm.stage": "sample",
@@ -413,7 +415,7 @@ def _point_tags(point: Point, model: ModelRecord, settings: PointSettings) -> di
         "ddpm.dataset_sha256": model.data.sha256,
         "mlflow.note.content": f"Sampler {point.sampler} on the {point.schedule} schedule. Step = network evaluations per"
         f" image; the images at step 0 are real ones. {RANKING.title} ({RANKING.words}) of at most"
-        f" {images:,} samples, at Inception layer {layer}.",
+        f" {images:,} samples, at {title} layer {layer}.",
     }
 
 
@@ -453,14 +455,16 @@ def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, adde
         pace = 1 / files.sampled["per_second"]
         metrics.append(Metric("seconds_per_image", pace, sampled, files.evaluations))
     if files.metrics is not None:
-        scores = files.metrics
+        values = files.metrics.values
         metrics += [
-            Metric(key, scores[key], evaluated, files.evaluations) for key in METRICS if scores.get(key) is not None
+            Metric(name, values[name], evaluated, files.evaluations)
+            for name, row in METRICS.items()
+            if row.direction and name in values
         ]
     log_metrics(target, run, metrics, added)
     log_image(target, run, _picture(pictures.preview(images)), files.evaluations, sampled, added)
     if files.metrics is not None:
-        record = {"scores": files.metrics, "sampled": files.sampled, "evaluated": files.evaluated}
+        record = {"scores": files.metrics.to_json(), "sampled": files.sampled, "evaluated": files.evaluated}
         target.client.log_dict(run.info.run_id, record, f"points/{files.point.name}.json")
         added["files"] += 1
     log(target, run, tags=files.tags)
@@ -541,8 +545,9 @@ def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
     (best, rows), times = read_report(root), run_times(root, paths.report_dir())
     page = _page_with_lineage(target, root, rows) if rows else ""
     content = digest([sha256(folder), page])
-    note = f"Best point: **{best['point']}**, {RANKING.title} {best[HEADLINE]:.4g} at {best['evaluations']} network evaluations."
-    tags = {"ddpm.stage": "report", "ddpm.best": str(best["point"]), "mlflow.note.content": note}
+    row = best.row
+    note = f"Best point: **{row.point}**, {RANKING.title} {RANKING.text(row.value)} at {row.evaluations} network evaluations."
+    tags = {"ddpm.stage": "report", "ddpm.best": row.point, "mlflow.note.content": note}
     start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
     run = find_or_create(target, "report", "report", lambda run: True, start, tags, added)
     if run.data.tags.get("ddpm.report_sha256") == content:
@@ -557,15 +562,14 @@ def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
     log(target, run, tags={**tags, **_commit(times), "ddpm.report_sha256": content})
 
 
-def _page_with_lineage(target: Target, root: Path, points: Sequence[Mapping[str, str]]) -> str:
+def _page_with_lineage(target: Target, root: Path, rows: Sequence[Row]) -> str:
     """report/index.html as it is published."""
     folder = root / paths.report_dir()
-    rows = [{key: _number(cell) for key, cell in row.items()} for row in points]
-    schedules = list(dict.fromkeys(row["schedule"] for row in rows))
+    schedules = list(dict.fromkeys(row.schedule for row in rows))
     outputs = {"prepare": paths.dataset_dir()}
     outputs |= {f"train@{name}": paths.model_dir(name) for name in schedules}
     for row in rows:
-        point = Point.parse(row["point"])
+        point = Point.parse(row.point)
         outputs |= {
             f"sample@{point.name}": paths.samples_file(point),
             f"evaluate@{point.name}": paths.metrics_file(point),
@@ -579,30 +583,22 @@ def _page_with_lineage(target: Target, root: Path, points: Sequence[Mapping[str,
     return publish_with((folder / "index.html").read_text(encoding="utf-8"), section)
 
 
-def _number(cell: str) -> Any:
-    """A cell of a table: int, float or text; None where it is empty."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(cell)
-    return cell or None
-
-
-def _runs_of(target: Target, root: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+def _runs_of(target: Target, root: Path, rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     """The run that holds what each stage wrote: its name and, behind a server, its address."""
     held = dict[str, dict[str, str]]()  # stage -> tags that only its run has
     for row in rows:
         about, samples = (
-            root / paths.model_dir(row["schedule"]) / "model.json",
-            paths.samples_file(Point.parse(row["point"])),
+            root / paths.model_dir(row.schedule) / "model.json",
+            paths.samples_file(Point.parse(row.point)),
         )
         if about.exists():
             for stage in ("train", "likelihood"):
-                weights = models.read_trained(root, row["schedule"]).weights_sha256
-                held[f"{stage}@{row['schedule']}"] = {"ddpm.stage": stage, MODEL: weights}
+                weights = models.read_trained(root, row.schedule).weights_sha256
+                held[f"{stage}@{row.schedule}"] = {"ddpm.stage": stage, MODEL: weights}
         if (root / samples).exists():
             made = read_samples_record(root / samples).record_sha256
-            tag = {"ddpm.stage": "sample", f"ddpm.samples.{row['steps']}": made}
-            held |= {f"{stage}@{row['point']}": tag for stage in ("sample", "evaluate")}
+            tag = {"ddpm.stage": "sample", f"ddpm.samples.{row.steps}": made}
+            held |= {f"{stage}@{row.point}": tag for stage in ("sample", "evaluate")}
     uri, found = target.place.shown, dict[str, tuple[str, str]]()
     for run in search(target, ""):
         link = f"{uri}/#/experiments/{target.experiment}/runs/{run.info.run_id}" if uri.startswith("http") else ""

@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 
 from ddpm.errors import InputError
 from ddpm.files.params import Promotion
-from ddpm.files.scores import unsound
-from ddpm.scores.choice import estimate_of
+from ddpm.files.scores import COMPARED, Scores
 from ddpm.scores.intervals import Estimate
-from ddpm.scores.metrics import HEADLINE, RANKING
+from ddpm.scores.metrics import RANKING
+
+AGAIN = "evaluate the point again (dvc repro)"
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What two scores must share to be compared: the dataset's version, and how FID was computed."""
+    """What two scores must share to be compared: the dataset's version, and how the scores were computed."""
 
     dataset: str  # sha256
     layer: int
@@ -35,18 +36,8 @@ class Protocol:
     extractor_sha256: str
 
     @classmethod
-    def of(cls, metrics: Mapping[str, Any]) -> Protocol:
-        """From what metrics/POINT.json holds. Raises InputError."""
-        try:
-            return cls(
-                metrics["reference"],
-                metrics["layer"],
-                metrics["images"],
-                metrics["reference_images"],
-                metrics["extractor_sha256"],
-            )
-        except KeyError as error:
-            raise InputError(f"scores without {error}: evaluate the point again (dvc repro)") from None
+    def of(cls, scores: Scores) -> Protocol:
+        return cls(scores.reference, scores.layer, scores.images, scores.reference_images, scores.extractor_sha256)
 
     @property
     def id(self) -> str:
@@ -74,18 +65,19 @@ class Score:
     seed: int | None = None
 
     @classmethod
-    def of(
-        cls, metrics: Mapping[str, Any], influence: NDArray[np.floating] | None = None, seed: int | None = None
-    ) -> Score:
-        """From what metrics/POINT.json and POINT.influence.npy hold. Raises InputError."""
-        again = "evaluate the point again (dvc repro)"
-        if wrong := unsound(metrics, (HEADLINE, f"{HEADLINE}_high", "confidence", "evaluations")):
-            shown = ", ".join(f"{key} = {metrics.get(key)}" for key in wrong)
-            raise InputError(f"a {RANKING.title} with {shown} cannot be compared: {again}")
-        protocol = Protocol.of(metrics)
-        if influence is not None and len(influence) != protocol.images:
-            raise InputError(f"{len(influence)} influence values for {protocol.images} images: {again}")
-        return cls(estimate_of(metrics, influence), metrics["evaluations"], protocol, seed)
+    def of(cls, scores: Scores, influence: NDArray[np.floating] | None = None, seed: int | None = None) -> Score:
+        """Raises InputError for the influence values of other images."""
+        if influence is not None and len(influence) != scores.images:
+            raise InputError(f"{len(influence)} influence values for {scores.images} images: {AGAIN}")
+        return cls(scores.estimate(influence), scores.evaluations, Protocol.of(scores), seed)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Score:
+        """Reads what metrics/POINT.json held, of which a comparison takes a part. Raises InputError."""
+        try:
+            return cls.of(Scores.from_json(found, needed=COMPARED))
+        except ValueError as error:
+            raise InputError(f"scores {error} cannot be compared: {AGAIN}") from None
 
     @property
     def value(self) -> float:
@@ -158,5 +150,6 @@ def decide(challenger: Score, champion: Score | None, rule: Promotion, force: bo
         words = f"is as good, with {challenger.evaluations:,} evaluations instead of {champion.evaluations:,}, as"
     else:
         words = {1: "is better than", 0: "is not significantly better than", -1: "is worse than"}[side]
-    reason = f"{RANKING.title} {mine.value:.4g} {words} {theirs.value:.4g} (difference {gap.value:.3g}, {interval})"
+    scores = f"{RANKING.title} {RANKING.text(mine.value)} {words} {RANKING.text(theirs.value)}"
+    reason = f"{scores} (difference {gap.value:.3g}, {interval})"
     return Verdict(wins, reason, evidence)

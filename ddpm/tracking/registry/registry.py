@@ -20,7 +20,7 @@ from ddpm.errors import InputError
 from ddpm.files import atomic, models, paths, records, scores
 from ddpm.files.models import BoundRecord, ModelRecord
 from ddpm.files.params import Params, Point
-from ddpm.files.scores import read_scores
+from ddpm.files.scores import Scores, read_best, read_scores
 from ddpm.networks.network import NETWORKS
 from ddpm.provenance import code
 from ddpm.reporting.card import LONGEST, card, with_front_matter
@@ -118,7 +118,7 @@ class Challenger:
     point: Point
     settings: dict[str, Any]  # a sampler row's options, `steps`, and `clip`
     seed: int
-    metrics: dict[str, Any]
+    scores: Scores
     score: Score  # with its influence values
     model: ModelRecord
     folder: Path
@@ -134,11 +134,11 @@ class Challenger:
 
     @property
     def card(self) -> str:
-        return card(self.name, self.point.name, self.settings, self.metrics, self.model, self.likelihood)
+        return card(self.name, self.point.name, self.settings, self.scores, self.model, self.likelihood)
 
     @property
     def card_file(self) -> str:
-        return with_front_matter(self.card, self.name, self.metrics, self.model)
+        return with_front_matter(self.card, self.name, self.scores, self.model)
 
     @property
     def tags(self) -> dict[str, str]:
@@ -154,29 +154,29 @@ class Challenger:
             "ddpm.dataset": self.model.data.name,
             "ddpm.dataset_sha256": self.score.protocol.dataset,
             tags.PROTOCOL: json.dumps(asdict(self.score.protocol)),
-            tags.score_tag(self.score.protocol): json.dumps(self.metrics),
+            tags.score_tag(self.score.protocol): json.dumps(self.scores.to_json()),
         }
 
 
 def _challenger(params: Params, root: Path) -> Challenger:
-    best = records.read_record(root / paths.report_dir() / "best.json")
-    point = Point.parse(str(best.get("point")))
-    metrics = read_scores(root, point)
+    best = read_best(root)
+    point = Point.parse(best.row.point)
+    found = read_scores(root, point)
     settings = PointSettings.read(params, point, root)
-    if metrics.get(HEADLINE) != best.get(HEADLINE) or settings is None:
+    if found.values[HEADLINE] != best.row.value or settings is None:
         raise InputError(f"{root / paths.report_dir()}: the report is older than its scores; run dvc repro")
     folder, bound = root / paths.model_dir(point.schedule), root / paths.likelihood_file(point.schedule)
     model = models.read_trained(root, point.schedule)
     likelihood = models.read_bound(root, point.schedule) if bound.exists() else None
-    if metrics["model"] != model.weights_sha256:
+    if found.model != model.weights_sha256:
         raise InputError(f"{folder}: not the model that {point.name} was scored with; run dvc repro")
     return Challenger(
         model_name(params),
         point,
         {**settings.row, "steps": point.steps, "clip": settings.sampling.get("clip", True)},
         settings.seed,
-        metrics,
-        Score.of(metrics, scores.read_point_influence(root, point, metrics), settings.seed),
+        found,
+        Score.of(found, scores.read_point_influence(root, point, found), settings.seed),
         model,
         folder,
         likelihood if likelihood and likelihood.model == model.weights_sha256 else None,
@@ -190,7 +190,7 @@ def model_card(params: Params, root: Path = Path()) -> str:
     return _challenger(params, root).card_file
 
 
-Rescore = Callable[[Path, dict[str, Any]], tuple[dict[str, Any], "NDArray[np.float32]"]]
+Rescore = Callable[[Path, dict[str, Any]], tuple[Scores, "NDArray[np.float32]"]]
 
 
 def promote(
@@ -201,7 +201,7 @@ def promote(
 
     A champion with a score under another dataset version or protocol is scored again first. The exception are users' own
     images without a name: other images may be another dataset, so the champion stays. rescore(checkpoint folder, sampler
-    settings) -> what metrics/POINT.json and POINT.influence.npy would hold. replace: take its place whatever the scores say.
+    settings) -> its scores and their influence values. replace: take its place whatever the scores say.
     The decision and what led to it stay as tags in the registry. Raises InputError.
     """
     challenger = _challenger(params, root)
@@ -324,9 +324,9 @@ def _with_influence(target: Target, version: ModelVersion, score: Score, say: Sa
     return replace(score, estimate=replace(score.estimate, influence=influence), seed=kept.seed)
 
 
-def _keep(target: Target, version: ModelVersion, score: Score, metrics: dict[str, Any]) -> None:
+def _keep(target: Target, version: ModelVersion, score: Score, of: Scores) -> None:
     """Leaves a score with a version, and its influence values with the version's run, for comparisons in pairs."""
-    tag, value = tags.score_tag(score.protocol), json.dumps(metrics)
+    tag, value = tags.score_tag(score.protocol), json.dumps(of.to_json())
     if version.tags.get(tag) == value and tags.influence_tag(score.protocol) in version.tags:
         return
     _tag(target.client, version, tag, value)
@@ -403,15 +403,15 @@ def _score_again(target: Target, champion: ModelVersion, protocol: Protocol, see
     with tempfile.TemporaryDirectory(prefix="ddpm-champion-") as name:
         folder = _download(target.client, target.place, champion, Path(name))
         try:
-            metrics, influence = rescore(folder, tags.settings(champion))
+            found, influence = rescore(folder, tags.settings(champion))
         except InputError as error:
             raise InputError(
                 f"the champion cannot be scored again: {error} (`ddpm promote --replace` skips that)"
             ) from None
-    score = Score.of(metrics, influence, seed)
+    score = Score.of(found, influence, seed)
     if score.protocol != protocol:
         raise InputError(f"the champion's new score differs in protocol ({protocol.differences(score.protocol)})")
-    _keep(target, champion, score, metrics)
+    _keep(target, champion, score, found)
     return score
 
 
@@ -429,7 +429,7 @@ def _tag(client: MlflowClient, version: ModelVersion, key: str, value: str) -> N
 
 def _already(target: Target, champion: ModelVersion, challenger: Challenger) -> Decision:
     """The same images: no new version, though perhaps a score under a new protocol."""
-    _keep(target, champion, challenger.score, challenger.metrics)
+    _keep(target, champion, challenger.score, challenger.scores)
     reason = f"{challenger.point.name} is champion already"
     version, point = str(champion.version), challenger.point.name
     return Decision(False, version, reason, point, version, point)
@@ -512,7 +512,7 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
     client, name = target.client, challenger.name
     for version in _versions(client, name):
         if challenger.is_version(version) and version.status == "READY":
-            _keep(target, version, challenger.score, challenger.metrics)
+            _keep(target, version, challenger.score, challenger.scores)
             return client.get_model_version(name, version.version)
     settings = PointSettings.read(params, challenger.point, root)
     with locked(target.place):
@@ -540,7 +540,7 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
             model_id=model_id,
             await_creation_for=60,
         )
-    _keep(target, created, challenger.score, challenger.metrics)
+    _keep(target, created, challenger.score, challenger.scores)
     return created
 
 

@@ -77,7 +77,7 @@ def score(version: ModelVersion, under: Protocol) -> Score | None:
     if HEADLINE in found and f"{HEADLINE}_high" not in found:
         return None  # from before scores had intervals
     try:
-        read = Score.of(found)
+        read = Score.from_json(found)
     except (InputError, KeyError, TypeError, ValueError) as error:
         raise _damaged(version, tag, str(error)) from None
     if read.protocol != under:

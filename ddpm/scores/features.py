@@ -1,0 +1,81 @@
+"""Features of uint8 images, whichever extractor computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddpm.rooms import Room
+
+# Tells the import graph which module params.yaml selects. EXTRACTORS has the same rows, without torch.
+ROWS: Room[tuple[int, ...]] = Room("ddpm.scores", "evaluation.extractor", "LAYERS")
+
+
+class Features(Protocol):
+    """A loaded extractor, which turns uint8 images [N, 1 or 3, H, W] into features [N, D], both on `device`.
+
+    name: of exactly these features, for records and caches. sha256: of the weights file, or of whatever else decides them.
+    """
+
+    name: str
+    layer: int
+    sha256: str
+    device: torch.device
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+    def logits(self, features: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """Features [N, D] -> the logits [N, classes] of the Inception Score, or None without a classifier."""
+        ...
+
+
+def load(extractor: str, layer: int, cache: Path, device: torch.device | str = "cpu") -> Features:
+    """Loads a row of EXTRACTORS.
+
+    Args:
+        extractor: the name of the row.
+        layer: one of its layers.
+        cache: a folder for what is downloaded or converted.
+        device: where images are turned into features.
+
+    Raises:
+        InputError: its weights cannot be had.
+    """
+    loaded: Features = import_module(ROWS.module(extractor)).load(layer, cache, device)
+    return loaded
+
+
+def extract(
+    extractor: Features,
+    images: NDArray[np.uint8],
+    batch: int = 50,
+    progress: Callable[[int], None] = lambda done: None,
+) -> NDArray[np.float32]:
+    """Computes features: uint8 [N, 1 or 3, H, W] -> float32 [N, D]. Inception takes a grey image as three equal channels.
+
+    Args:
+        extractor: loaded by a row of EXTRACTORS.
+        images: one at least.
+        batch: images that go to the device at once; features depend on it by rounding at most.
+        progress: is told how many images are done.
+
+    Raises:
+        ValueError: these are no such images.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ValueError(f"expected uint8 images N,C,H,W with 1 or 3 channels, found {images.dtype} {images.shape}")
+    features = np.empty((0, 0), np.float32)
+    for start in range(0, len(images), batch):
+        part = extractor(torch.from_numpy(np.array(images[start : start + batch])).to(extractor.device)).cpu().numpy()
+        if not start:
+            features = np.empty((len(images), part.shape[1]), np.float32)
+        features[start : start + len(part)] = part
+        progress(start + len(part))
+    return features

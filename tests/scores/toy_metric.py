@@ -1,0 +1,20 @@
+"""The recipe "add a metric": this file as ddpm/scores/mean_distance.py, and its row in ROWS of ddpm/scores/metrics.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ddpm.scores.metric import Metric
+
+if TYPE_CHECKING:
+    from ddpm.scores.fidelity import Sets
+
+
+def _measure(sets: Sets) -> float:
+    """How far the mean features of the samples lie from those of the reference images."""
+    return float(np.linalg.norm(sets.fake.mean(0) - sets.real.mean(0)))
+
+
+MEAN_DISTANCE = Metric("mean_distance", "distance of means", _measure, low=0, direction=-1)
