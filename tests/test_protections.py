@@ -835,8 +835,8 @@ FLOWS = [
     Protection(
         "code that changes: a sampling does not go on from what the old code drew",
         SAMPLE,
-        "device.type, code.digest(__name__, NETWORKS.module(model.network.kind))]",
-        "device.type]",
+        "        code.digest(__name__, NETWORKS.module(model.network.kind)),\n",
+        "",
         KEPT,
     ),
     Protection(

@@ -7,11 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.nodes import ScalarNode
-from ruamel.yaml.representer import RoundTripRepresenter
-
 from ddpm.errors import InputError
 
 DEEPEST = 100  # levels of a YAML file: the parser in C dies at some ten thousand
@@ -53,20 +48,21 @@ def parse_yaml(text: str, where: str) -> Any:
         raise InputError(f"{where}: not readable as YAML: {why}; mend it") from None
 
 
-class _Representer(RoundTripRepresenter):
-    """Writes `null` as it was read; ruamel's own writes nothing."""
-
-    def represent_none(self, data: None) -> ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:null", "null")
-
-
-_Representer.add_representer(type(None), _Representer.represent_none)
-
-
 def rewritten(text: str, change: Callable[[Any], None]) -> str:
-    """YAML text after `change` has been at its document."""
+    """YAML text after `change` has been at its document. Comments, order and other values stay as they are."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.nodes import ScalarNode
+    from ruamel.yaml.representer import RoundTripRepresenter
+
+    class Representer(RoundTripRepresenter):
+        """Writes `null` as it was read; ruamel's own writes nothing."""
+
+        def represent_none(self, data: None) -> ScalarNode:
+            return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+    Representer.add_representer(type(None), Representer.represent_none)
     yaml = YAML()
-    yaml.Representer = _Representer
+    yaml.Representer = Representer
     yaml.preserve_quotes = True
     yaml.width = 1_000_000  # never folds a line
     document = yaml.load(text)
@@ -76,8 +72,10 @@ def rewritten(text: str, change: Callable[[Any], None]) -> str:
     return written.getvalue()
 
 
-def flow_row(row: Mapping[str, Any]) -> CommentedMap:
+def flow_row(row: Mapping[str, Any]) -> Any:
     """A row of a table, written on one line: {key: value, ...}."""
+    from ruamel.yaml.comments import CommentedMap
+
     mapping = CommentedMap(row)
     mapping.fa.set_flow_style()
     return mapping

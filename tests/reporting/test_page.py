@@ -34,6 +34,14 @@ VOID = {"meta", "link", "img", "br", "hr"}
 HOSTILE = '<script>alert("x")</script>&amp;'
 BITS = {"bits_per_dim": 4.321, "prior": 0.001, "kl": 4.0, "decoder": 0.32, "images": 17}
 BITS |= {f"{part}_error": 0.0123 for part in ("bits_per_dim", "prior", "kl", "decoder")}
+HOW = {
+    "model": "m",
+    "dataset": "d",
+    "seed": 0,
+    "variance": "fixed_large",
+    "clip": True,
+    "times": 100,
+}  # it was estimated
 
 
 class Reader(HTMLParser):
@@ -89,7 +97,7 @@ def made_report(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathF
     bound = [{"time": 90, "rate": 0.5, "distortion": 40.0}, {"time": 10, "rate": 1.5, "distortion": 20.0}]
     table = root / paths.likelihood_curve_file("cosine")
     write_csv(table, bound)
-    about = {"schedule": "cosine", "model": "m", "test": BITS}
+    about = {**HOW, "schedule": "cosine", "test": BITS}
     write_record(root / paths.likelihood_file("cosine"), about, [table])
     for index, point in enumerate(smoke().points()):
         images = random.integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)

@@ -20,10 +20,12 @@ from PIL import Image
 
 from ddpm import tracking
 from ddpm.files import paths, pictures
+from ddpm.files.models import read_model_record
 from ddpm.files.params import Params, Point
 from ddpm.files.samples import read_samples
 from ddpm.provenance import code
 from ddpm.tools.generate import generate
+from ddpm.tracking.registry.registry import served_modules
 
 Smoke = Callable[..., Params]
 
@@ -206,8 +208,10 @@ def test_its_code_is_what_python_imports_for_it(checkout: Path, params: Params) 
     """Of this package; a function of it may import more, such as the C compiler's part."""
     tracking.promote(params, checkout)
     carried = model_folder(checkout) / "code"
-    program = "import sys, ddpm.stages.sample; print(*[name for name in sys.modules if name.split('.')[0] == 'ddpm'])"
+    modules = served_modules(read_model_record(checkout / "models/cosine"))
+    imports = ", ".join(sorted(name for name in modules if name in code.modules([name])))
+    program = f"import sys, {imports}; print(*[name for name in sys.modules if name.split('.')[0] == 'ddpm'])"
     done = subprocess.run([sys.executable, "-c", program], cwd=carried, capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == set(code.modules(["ddpm.stages.sample"]))
+    assert set(done.stdout.split()) == set(code.modules(modules))
     files = {path.relative_to(carried) for path in carried.rglob("*") if path.suffix in (".py", ".c")}
-    assert files == set(code.files("ddpm.stages.sample"))
+    assert files == set(code.files(*modules))
