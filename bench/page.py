@@ -73,13 +73,7 @@ def render(found: dict[tuple[str, str], dict[str, Any]]) -> str:
     lines = ["| work | on | measured: median (range) | goal | |", "|---|---|---|---|---|"]
     for name, row in ROWS.items():
         for device in row.devices:
-            if (name, device) not in found:
-                lines.append(f"| {row.work} (`{name}`) | {device} | not measured | | |")
-                continue
-            for figure in found[name, device]["figures"]:
-                value, _, goal = shown(figure).partition("; goal ")
-                goal, _, met = goal.partition(": ")
-                lines.append(f"| {row.work} (`{name}`) | {device} | {value} | {goal} | {met} |")
+            lines += _summary(f"| {row.work} (`{name}`) | {device} |", found.get((name, device)))
     for (name, device), about in found.items():
         lines += ["", f"### {name}, {device}", "", f"{about['work']}. One call: {about['per_call']}.", ""]
         if about["times"]:
@@ -99,6 +93,17 @@ def render(found: dict[tuple[str, str], dict[str, Any]]) -> str:
             )
         lines.append(_place(about))
     return "\n".join(lines) + "\n"
+
+
+def _summary(begin: str, about: dict[str, Any] | None) -> list[str]:
+    if about is None:
+        return [f"{begin} not measured | | |"]
+    lines = []
+    for figure in about["figures"]:
+        value, _, goal = shown(figure).partition("; goal ")
+        goal, _, met = goal.partition(": ")
+        lines.append(f"{begin} {value} | {goal} | {met} |")
+    return lines
 
 
 def _growth(about: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -146,44 +147,57 @@ def train(
         launch(params.compute.processes, sys.argv[1:])
         return
 
-    from ddpm.runtime.drawing import check_point
-    from ddpm.stages.train import noise_schedule, train
+    from ddpm.stages.train import train
 
-    if ranks.number() > 0:  # the first one shows, records and publishes
-        try:
-            if not imported:
-                train(params, schedule)
-        except InputError:
-            time.sleep(5)  # what all of them find wrong is the first one's to say; this one is then ended
-            raise
+    if ranks.number() > 0:  # the first process shows, records and publishes
+        if not imported:
+            _assist(params, schedule)
         return
 
-    def watch(params: Params, stack: ExitStack) -> Report:
-        from ddpm import tracking
-        from ddpm.runtime.progress import silent
-        from ddpm.tools.preview import previews
-
-        if imported:
-            return silent
-
-        watcher = stack.enter_context(tracking.watch_training(params, schedule, Path(), say=say))
-        preview = previews(params, Path(), schedule, watcher.log_preview)
-
-        def report(progress: Progress) -> None:
-            watcher(progress)
-            preview(progress)
-
-        return report
-
     def work(params: Params, report: Report) -> None:
-        made = noise_schedule(params, schedule)
-        about = params.diffusion
-        for point in params.points():  # what could not be sampled is not trained for
-            if point.schedule == schedule and not params.schedules[schedule].imported:
-                check_point(params, point, made, about.variance == "learned", about.conditional)
+        if not imported:
+            _check_points(params, schedule)
         train(params, schedule, Path(), report, fresh=fresh)
 
+    watch = None if imported else partial(_watch_training, schedule)
     _run(f"train@{schedule}", paths.model_dir(schedule), work, watch)
+
+
+def _assist(params: Params, schedule: str) -> None:
+    """Trains as one of several processes, of which another one reports."""
+    from ddpm.stages.train import train
+
+    try:
+        train(params, schedule)
+    except InputError:
+        time.sleep(5)  # the first process says what all of them find wrong, and then ends this one
+        raise
+
+
+def _check_points(params: Params, schedule: str) -> None:
+    """Raises InputError for a point that could not be sampled with the network: before it is trained."""
+    from ddpm.runtime.drawing import check_point
+    from ddpm.stages.train import noise_schedule
+
+    made, process = noise_schedule(params, schedule), params.diffusion
+    for point in params.points():
+        if point.schedule == schedule:
+            check_point(params, point, made, process.variance == "learned", process.conditional)
+
+
+def _watch_training(schedule: str, params: Params, stack: ExitStack) -> Report:
+    """Streams the training to MLflow, with previews of its samples."""
+    from ddpm import tracking
+    from ddpm.tools.preview import previews
+
+    watcher = stack.enter_context(tracking.watch_training(params, schedule, Path(), say=say))
+    preview = previews(params, Path(), schedule, watcher.log_preview)
+
+    def report(progress: Progress) -> None:
+        watcher(progress)
+        preview(progress)
+
+    return report
 
 
 def _point(verb: str) -> Any:
@@ -503,39 +517,37 @@ def main() -> None:
     watchdog.start()
     try:
         sys.exit(app(prog_name="ddpm", standalone_mode=False))
-    except InputError as error:
-        if Debug:
-            raise
-        print(f"ddpm: {error}", file=sys.stderr)
-        sys.exit(2)
-    except UsageError as error:
-        if len(sys.argv) > 1:  # without arguments the help has been shown
-            where = error.ctx.command_path if error.ctx else "ddpm"
-            print(f"ddpm: {error.format_message().rstrip('.')}; {where} --help shows how it goes", file=sys.stderr)
-        else:
-            error.format_message()
-        sys.exit(2)
     except stopping.Stopped as stopped:
         print(f"ddpm: {stopped}", file=sys.stderr, flush=True)
         os._exit(128 + stopped.number)  # at once: a server that doesn't answer may hold a thread
     except KeyboardInterrupt:
         print("ddpm: interrupted", file=sys.stderr)
         sys.exit(130)
-    except ModuleNotFoundError as error:
-        if Debug:
-            raise
-        print(f"ddpm: {checkout.missing(error)}", file=sys.stderr)
+    except UsageError as error:
+        _say_usage(error)
         sys.exit(2)
     except Exception as error:
         if Debug:
             raise
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only a user gives such a name
-            print(
-                f"ddpm: {InputError(f'{error.filename}: too long for the name of a file; give a shorter one')}",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        print(
-            f"ddpm: {type(error).__name__}: {' '.join(str(error).split())} (ddpm --debug shows where)", file=sys.stderr
-        )
-        sys.exit(1)
+        line, code = _line(error)
+        print(f"ddpm: {line}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _say_usage(error: Any) -> None:
+    if len(sys.argv) > 1:  # without arguments the help has been shown
+        where = error.ctx.command_path if error.ctx else "ddpm"
+        print(f"ddpm: {error.format_message().rstrip('.')}; {where} --help shows how it goes", file=sys.stderr)
+    else:
+        error.format_message()
+
+
+def _line(error: Exception) -> tuple[str, int]:
+    """What to say of an error, and the exit code: 2 where the user can mend it."""
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, ModuleNotFoundError):
+        return checkout.missing(error), 2
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only a user gives such a name
+        return str(InputError(f"{error.filename}: too long for the name of a file; give a shorter one")), 2
+    return f"{type(error).__name__}: {' '.join(str(error).split())} (ddpm --debug shows where)", 1

@@ -8,7 +8,7 @@ ValueError with the configuration key that cannot be had on the other side.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -326,31 +326,13 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
     How its pipeline samples (variance_type, clip_sample, spacing) is no part of a model here and is left unread.
     """
-    kind = config.get("_class_name")
-    if kind not in ("DDPMScheduler", "DDIMScheduler"):
-        raise _key("_class_name", kind, "there are DDPMScheduler and DDIMScheduler")
+    targets = {theirs: ours for ours, theirs in _TARGETS.items()}
+    _check_configuration(config, targets)
     steps = _whole("num_train_timesteps", config.get("num_train_timesteps", 1000), 100_000)
     prediction = config.get("prediction_type", "epsilon")
-    targets = {theirs: ours for ours, theirs in _TARGETS.items()}
-    if prediction not in [*targets]:  # a list: the value may be unhashable
-        raise _key("prediction_type", prediction, f"there are {', '.join(targets)}")
-    variance = config.get("variance_type", "fixed_small")
-    if str(variance).startswith("learned"):
-        raise _key("variance_type", variance, "only networks that predict no variance can be read")
-    if config.get("clip_sample", True) and config.get("clip_sample_range", 1.0) != 1:
-        raise _key("clip_sample_range", config["clip_sample_range"], "images here lie in [-1, 1]")
     rescaled = bool(config.get("rescale_betas_zero_snr", False))
-    if config.get("trained_betas") is not None:
-        row = _recognised(config["trained_betas"], steps)
-    else:
-        names = {theirs: ours for ours, theirs in _SCHEDULES.items()}
-        theirs = config.get("beta_schedule", "linear")
-        if theirs not in [*names]:
-            raise _key("beta_schedule", theirs, f"there are {', '.join(names)}")
-        row = {"schedule": names[theirs]}
-        for ours, key, default in (("start", "beta_start", 1e-4), ("end", "beta_end", 2e-2)):
-            if names[theirs] != "cosine" and config.get(key, default) != default:
-                row[ours] = config[key]
+    betas = config.get("trained_betas")
+    row = _named(config) if betas is None else _recognised(betas, steps)
     if rescaled:
         row["zero_terminal_snr"] = True
     if row.get("zero_terminal_snr") and prediction == "epsilon":
@@ -360,6 +342,33 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], 
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"beta_schedule: {error}") from None
     return row, steps, targets[prediction]
+
+
+def _named(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The row that a configuration names by beta_schedule, beta_start and beta_end."""
+    names = {theirs: ours for ours, theirs in _SCHEDULES.items()}
+    theirs = config.get("beta_schedule", "linear")
+    if theirs not in [*names]:
+        raise _key("beta_schedule", theirs, f"there are {', '.join(names)}")
+    row: dict[str, Any] = {"schedule": names[theirs]}
+    for ours, key, default in (("start", "beta_start", 1e-4), ("end", "beta_end", 2e-2)):
+        if names[theirs] != "cosine" and config.get(key, default) != default:
+            row[ours] = config[key]
+    return row
+
+
+def _check_configuration(config: Mapping[str, Any], predictions: Collection[str]) -> None:
+    kind = config.get("_class_name")
+    if kind not in ("DDPMScheduler", "DDIMScheduler"):
+        raise _key("_class_name", kind, "there are DDPMScheduler and DDIMScheduler")
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in [*predictions]:  # a list: the value may be unhashable
+        raise _key("prediction_type", prediction, f"there are {', '.join(predictions)}")
+    variance = config.get("variance_type", "fixed_small")
+    if str(variance).startswith("learned"):
+        raise _key("variance_type", variance, "only networks that predict no variance can be read")
+    if config.get("clip_sample", True) and config.get("clip_sample_range", 1.0) != 1:
+        raise _key("clip_sample_range", config["clip_sample_range"], "images here lie in [-1, 1]")
 
 
 def _recognised(betas: Any, steps: int) -> dict[str, Any]:

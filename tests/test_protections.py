@@ -1051,8 +1051,8 @@ INPUT = [
     Protection(
         "params.yaml, combinations: before the training that would be in vain",
         "ddpm/cli.py",
-        "                check_point(params, point, made, about",
-        "                (lambda *_: 0)(params, point, made, about",
+        "            check_point(params, point, made, process",
+        "            (lambda *_: None)(params, point, made, process",
         f"{BAD}a_combination_is_refused_before_a_training[ddim takes no variance]",
     ),
     Protection(
@@ -1389,8 +1389,8 @@ INPUT = [
     Protection(
         "whatever is refused: no line but one, and exit code 2",
         "ddpm/cli.py",
-        '        print(f"ddpm: {error}", file=sys.stderr)\n        sys.exit(2)\n    except UsageError',
-        "        raise\n    except UsageError",
+        "        return str(error), 2\n    if isinstance(error, ModuleNotFoundError)",
+        "        raise error\n    if isinstance(error, ModuleNotFoundError)",
         f"{BAD}by_a_process[['prepare']-None]",
     ),
 ]

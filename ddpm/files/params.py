@@ -319,12 +319,20 @@ class Params(Section):
             for name in getattr(self.sweep, axis):
                 if name not in rows:
                     raise ValueError(f"sweep.{axis}: no row '{name}' in {axis}; there are {', '.join(rows)}")
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_fit_the_target(self) -> Params:
         for name in self.sweep.schedules:
             row = self.schedules[name]
             if row.zero_terminal_snr and self.diffusion.target == "eps" and row.imported is None:
                 raise ValueError(
                     f"schedules.{name}: with zero_terminal_snr, eps says nothing of the image at T; set diffusion.target to v"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _samplers_fit_the_networks(self) -> Params:
         imported = [name for name in self.sweep.schedules if self.schedules[name].imported]
         for name in self.sweep.samplers:
             if imported and (self.samplers[name].guidance is not None or self.samplers[name].variance == "learned"):
@@ -336,6 +344,10 @@ class Params(Section):
                 raise ValueError(
                     f"samplers.{name}: guidance takes a class-conditional model: diffusion.conditional: true"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_fit_the_process(self) -> Params:
         for steps in self.sweep.steps:
             if steps > self.diffusion.timesteps:
                 raise ValueError(f"sweep.steps: {steps} is more than diffusion.timesteps = {self.diffusion.timesteps}")

@@ -67,8 +67,6 @@ def draw_scores(
 
     front: names of points to join by a grey staircase, below which no point lies.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     schedules = list(dict.fromkeys(row.schedule for row in rows))
     samplers = list(dict.fromkeys(row.sampler for row in rows))
     axes = figure.add_subplot()
@@ -91,19 +89,44 @@ def draw_scores(
                 label=f"{schedule}-{sampler}",
             )
     axes.set_xscale("log")
+    _scale(axes, rows)
+    if front:
+        _draw_front(axes, [(getattr(row, x), row.value) for row in rows if row.point in front])
+    _tick(axes, rows, x)
+    axes.set_xlabel(label)
+    axes.set_ylabel(f"{RANKING.title}, with {rows[0].confidence:.0%} intervals")
+    axes.set_title(protocol(rows), fontsize="medium")
+    axes.grid(which="both", alpha=0.25)
+    axes.legend()
+    figure.set_layout_engine("tight")
+
+
+def _scale(axes: Any, rows: Sequence[Row]) -> None:
+    """Makes the scores' axis logarithmic, where all scores are positive."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     if all(row.value > 0 for row in rows):
         axes.set_yscale("log", nonpositive="clip")
         axes.set_ylim(bottom=0.9 * min(row.low or row.value / 3 for row in rows))  # a bar may reach down to 0
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    if front:
-        steps = sorted((getattr(row, x), row.value) for row in rows if row.point in front)
-        reach = axes.get_xlim()[1]
-        steps.append((reach, steps[-1][1]))
-        style = {"color": "#bbbbbb", "linewidth": 5, "solid_capstyle": "butt", "zorder": 0}
-        axes.step(*zip(*steps, strict=True), where="post", label="front", **style)
-        axes.set_xlim(right=reach)
+
+
+def _draw_front(axes: Any, points: Sequence[tuple[float, float]]) -> None:
+    """Joins the points by a grey staircase that reaches to the right end."""
+    steps = sorted(points)
+    reach = axes.get_xlim()[1]
+    steps.append((reach, steps[-1][1]))
+    style = {"color": "#bbbbbb", "linewidth": 5, "solid_capstyle": "butt", "zorder": 0}
+    axes.step(*zip(*steps, strict=True), where="post", label="front", **style)
+    axes.set_xlim(right=reach)
+
+
+def _tick(axes: Any, rows: Sequence[Row], x: str) -> None:
+    """Marks the numbers of evaluations that there are, or the usual ticks of a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     if x == "evaluations":
         ticks: list[int] = []
         for evaluations in sorted({row.evaluations for row in rows}):
@@ -115,12 +138,6 @@ def draw_scores(
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(label)
-    axes.set_ylabel(f"{RANKING.title}, with {rows[0].confidence:.0%} intervals")
-    axes.set_title(protocol(rows), fontsize="medium")
-    axes.grid(which="both", alpha=0.25)
-    axes.legend()
-    figure.set_layout_engine("tight")
 
 
 def protocol(rows: Sequence[Row]) -> str:

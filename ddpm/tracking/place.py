@@ -163,16 +163,8 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
 
     found = client.get_experiment_by_name(name)
     if found is None:
-        if where.database and "MLFLOW_DEFAULT_ARTIFACT_ROOT" not in os.environ:
-            mlflow_file.require_new(where.database, name)
-        location = f"{where.artifacts.rstrip('/')}/{name}" if where.artifacts else None
-        if location and "MLFLOW_DEFAULT_ARTIFACT_ROOT" in os.environ:
-            location += f"-{secrets.token_hex(4)}"  # other databases may keep theirs below the same root
-        tags = {"ddpm.dataset": dataset, "mlflow.experimentKind": "custom_model_development"}
         try:
-            created = str(client.create_experiment(name, artifact_location=location, tags=tags))
-            client.set_experiment_tag(created, "mlflow.note.content", _note(created, dataset))
-            return created
+            return _new_experiment(client, where, name, dataset)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -187,6 +179,19 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
     if where.database:
         mlflow_file.require_in_place(where.database, found.artifact_location)
     return str(found.experiment_id)
+
+
+def _new_experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> str:
+    """Creates an experiment and returns its id. Raises MlflowException, InputError."""
+    if where.database and "MLFLOW_DEFAULT_ARTIFACT_ROOT" not in os.environ:
+        mlflow_file.require_new(where.database, name)
+    location = f"{where.artifacts.rstrip('/')}/{name}" if where.artifacts else None
+    if location and "MLFLOW_DEFAULT_ARTIFACT_ROOT" in os.environ:
+        location += f"-{secrets.token_hex(4)}"  # other databases may keep theirs below the same root
+    tags = {"ddpm.dataset": dataset, "mlflow.experimentKind": "custom_model_development"}
+    created = str(client.create_experiment(name, artifact_location=location, tags=tags))
+    client.set_experiment_tag(created, "mlflow.note.content", _note(created, dataset))
+    return created
 
 
 def chart(experiment: str) -> str:

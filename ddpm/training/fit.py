@@ -148,6 +148,21 @@ def told(net: Callable[..., Tensor], labels: Tensor | None) -> Callable[..., Ten
     return net if labels is None else lambda x, t: net(x, t, labels)
 
 
+def _check_parts(batch: int, accumulate: int, world: World) -> None:
+    if batch % accumulate:
+        raise ValueError(f"a batch of {batch} does not divide into {accumulate} equal parts")
+    if batch // accumulate % world.size:
+        raise ValueError(f"{batch // accumulate} images at once do not divide among {world.size} processes")
+
+
+def _classes(labels: Tensor | None, rows: Tensor, dropout: float, generator: torch.Generator) -> Tensor | None:
+    """The labels of a batch, each withheld with probability `dropout`; None where there are none."""
+    if labels is None:
+        return None
+    withheld = torch.rand(len(rows), device=generator.device, generator=generator) < dropout
+    return _taken(labels, rows, generator.device).masked_fill(withheld, NO_LABEL)
+
+
 def fit(
     state: TrainingState,
     images: Tensor,
@@ -181,10 +196,7 @@ def fit(
     is drawn for the whole batch, so that their number changes nothing but rounding. `forward` is then made of world.module.
     While it runs, torch's global seed is set at each step if the network has dropout. Raises ValueError.
     """
-    if batch % accumulate:
-        raise ValueError(f"a batch of {batch} does not divide into {accumulate} equal parts")
-    if batch // accumulate % world.size:
-        raise ValueError(f"{batch // accumulate} images at once do not divide among {world.size} processes")
+    _check_parts(batch, accumulate, world)
     device = next(state.net.parameters()).device
     generator = torch.Generator(device)
     net = world.module(state.net) if forward is None else forward
@@ -200,14 +212,10 @@ def fit(
         rows = _indices(len(images), batch, k, seed)
         if device.type == "cuda":
             rows = rows.pin_memory()  # so that their copy to the device is not waited for
-        if flip:
-            mirrored = torch.rand(batch, 1, 1, 1, device=device, generator=generator) < 0.5
+        mirrored = torch.rand(batch, 1, 1, 1, device=device, generator=generator) < 0.5 if flip else None
         t = torch.randint(len(objective.a), (batch,), device=device, generator=generator)
         eps = torch.randn(batch, *images.shape[1:], device=device, generator=generator)
-        classes = None
-        if labels is not None:  # drawn last: without labels everything else is the same
-            withheld = torch.rand(batch, device=device, generator=generator) < label_dropout
-            classes = _taken(labels, rows, device).masked_fill(withheld, NO_LABEL)
+        classes = _classes(labels, rows, label_dropout, generator)  # drawn last: without labels all else is the same
 
         for parameter in parameters:
             parameter.grad = None
@@ -215,7 +223,7 @@ def fit(
         for start in range(0, batch, batch // accumulate):
             part = world.rows(slice(start, start + batch // accumulate))
             x_0 = scaled(_taken(images, rows[part], device))
-            if flip:
+            if mirrored is not None:
                 x_0 = torch.where(mirrored[part], x_0.flip(-1), x_0)
             these = None if classes is None else classes[part]
             with world.averaging(net, last=start + batch // accumulate == batch):

@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,30 +99,36 @@ def publish(params: Params, root: Path = Path(), only: str | None = None, say: S
     """
     target, added = open_target(params, root), Counter[str]()
     stage, _, item = (only or "").partition("@")
+
+    def publish_point() -> None:
+        point = Point.parse(item)
+        if settings := PointSettings.read(params, point, root):
+            publish_points(target, root, [(point, settings)], added)
+
+    of_stage: dict[str, Callable[[], Any]] = {
+        "train": lambda: _publish_training(target, root, item, added),
+        "likelihood": lambda: _publish_likelihood(target, root, item, added),
+        "sample": publish_point,
+        "evaluate": publish_point,
+        "schedules": lambda: _publish_schedules(target, root, Path(item), added),
+        "report": lambda: _publish_report(target, root, added),
+        "": lambda: _publish_all(target, params, root, added, say),
+    }
     with plain_errors(target.place), locked(target.place):
-        if stage == "train":
-            _publish_training(target, root, item, added)
-        elif stage == "likelihood":
-            _publish_likelihood(target, root, item, added)
-        elif stage in ("sample", "evaluate"):
-            point = Point.parse(item)
-            if settings := PointSettings.read(params, point, root):
-                publish_points(target, root, [(point, settings)], added)
-        elif stage == "schedules":
-            _publish_schedules(target, root, Path(item), added)
-        elif stage == "report":
-            _publish_report(target, root, added)
-        elif not stage:
-            stale = _publish_all(target, params, root, added)
-            for name in stale:
-                say(f"publish: {name} left out: made with another model, or scored with other samples; run dvc repro")
-            summary = ", ".join(f"{count} {kind}" for kind, count in added.items())
-            atomic.write_text(root / paths.CHART, chart(target.experiment))
-            say(f"MLflow at {target.place.shown}: " + (f"added {summary}" if summary else "nothing to add"))
+        of_stage.get(stage, lambda: None)()  # `prepare` has nothing to publish
     return dict(added)
 
 
-def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]) -> list[str]:
+def _publish_all(target: Target, params: Params, root: Path, added: Counter[str], say: Say) -> None:
+    for name in _fill_in(target, params, root, added):
+        say(f"publish: {name} left out: made with another model, or scored with other samples; run dvc repro")
+    summary = ", ".join(f"{count} {kind}" for kind, count in added.items())
+    atomic.write_text(root / paths.CHART, chart(target.experiment))
+    say(f"MLflow at {target.place.shown}: " + (f"added {summary}" if summary else "nothing to add"))
+
+
+def _fill_in(target: Target, params: Params, root: Path, added: Counter[str]) -> list[str]:
+    """Publishes all outputs. Returns the names of those that are older than what they were made from."""
     end_orphans(target)
     stale = list[str]()
     for folder in sorted((root / "models").glob("*/model.json")):
