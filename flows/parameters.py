@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import subprocess
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ddpm.errors import InputError
 from ddpm.files import atomic, paths, records
 from ddpm.files.params import Params
 from ddpm.files.yaml_file import parse_yaml, rewritten
+from ddpm.provenance import git
 from ddpm.provenance.inputs import changes
 from ddpm.sources.source import SOURCES, check_name
 
@@ -25,8 +26,8 @@ WRITTEN = paths.CACHE / "params.yaml.sha256"  # of what a recipe or overrides la
 def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[str, Params]:
     """What params.yaml is to become: the given recipe (a name in recipes/, or a path), with KEY=VALUE set for each override.
 
-    KEY is dotted and must exist, such as training.steps; VALUE is YAML. Comments stay. An old name of a source becomes the new
-    one. Raises InputError.
+    KEY is dotted and must exist, such as training.steps; VALUE is YAML. Comments stay. Names that
+    dvc.yaml takes from the file, and that an old file lacks, are added. Raises InputError.
     """
     source = _recipe(root, recipe) if recipe else root / "params.yaml"
     params = Params.load(source)
@@ -36,7 +37,7 @@ def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -
         params = Params.check(parse_yaml(text, "overrides"), "overrides")
     SOURCES.require(params.data.source)
     check_name(params)
-    return _with_source(text, params.data.source), params
+    return _with_names(text, params, root), params
 
 
 def write(
@@ -62,18 +63,27 @@ def write(
     return params
 
 
-def _with_source(text: str, source: str) -> str:
-    """Replaces an old name of the source, which has dashes: dvc.yaml takes the name of the source's module from params.yaml."""
+def _with_names(text: str, params: Params, root: Path) -> str:
+    """Writes the names that dvc.yaml takes from params.yaml: an old file has another word for one, or leaves it to a default."""
+    wiring = root / "dvc.yaml"
+    keys = re.findall(r"ddpm/\w+/\$\{(\w+)\.(\w+)\}\.py", wiring.read_text(encoding="utf-8")) if wiring.exists() else []
+    names = {key: getattr(getattr(params, key[0]), key[1]) for key in keys}
+    given = parse_yaml(text, "params.yaml")
 
     def change(document: Any) -> None:
-        document["data"]["source"] = source
+        for (section, key), name in names.items():
+            document[section][key] = name
 
-    return text if parse_yaml(text, "params.yaml")["data"]["source"] == source else rewritten(text, change)
+    return (
+        text
+        if all(given[section].get(key) == name for (section, key), name in names.items())
+        else rewritten(text, change)
+    )
 
 
 def _described(root: Path, recipe: str | None, overrides: Sequence[str]) -> str:
     if recipe is None:
-        return f"with {', '.join(overrides)}" if overrides else "with the new name of data.source"
+        return f"with {', '.join(overrides)}" if overrides else "with the names that dvc.yaml takes from it"
     source = _recipe(root, recipe)
     source = source.relative_to(root) if source.is_relative_to(root) else source
     return f"{source}{', with overrides' * bool(overrides)}"
@@ -82,7 +92,7 @@ def _described(root: Path, recipe: str | None, overrides: Sequence[str]) -> str:
 def _keep(root: Path, old: bytes) -> Path | None:
     """Copies these bytes of params.yaml to params.yaml.before, or the next such name, unless they can be had again."""
     recipes = (root / "recipes").glob("*.yaml")
-    if any(path.read_bytes() == old for path in recipes) or old == _committed(root):
+    if any(path.read_bytes() == old for path in recipes) or old == git.ask(root, "show", "HEAD:./params.yaml"):
         return None
     written = root / WRITTEN
     if written.exists() and written.read_text(encoding="utf-8") == hashlib.sha256(old).hexdigest():
@@ -95,15 +105,6 @@ def _keep(root: Path, old: bytes) -> Path | None:
         if path.read_bytes() == old:
             break
     return path
-
-
-def _committed(root: Path) -> bytes | None:
-    """params.yaml as of the last commit, where git knows one."""
-    try:
-        done = subprocess.run(["git", "show", "HEAD:./params.yaml"], cwd=root, capture_output=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def edits(root: Path, params: Params) -> Callable[[], str]:

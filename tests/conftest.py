@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -43,7 +44,8 @@ from ddpm.stages.prepare import prepare
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
 
-SHOTS = Path(__file__).parents[1] / "test-output"
+ROOT = Path(__file__).parents[1]
+SHOTS = ROOT / "test-output"
 
 # A busy machine is no failure, and a failure must come again.
 settings.register_profile("ddpm", deadline=None, derandomize=True)
@@ -492,3 +494,58 @@ def checkout(made: Path, empty_database: Path, tmp_path: Path, monkeypatch: pyte
     shutil.copytree(made, root, symlinks=True, ignore=shutil.ignore_patterns("training"))
     shutil.copyfile(empty_database, root / "mlflow.db")
     return root
+
+
+# A copy of the code, in which a test adds or edits files.
+
+SHORT = {"steps: 60": "steps: 4", "validate_every: 30": "validate_every: 4", "device: auto": "device: cpu"}
+
+
+class CopiedCheckout:
+    """A copy of the code with DVC, and the smoke recipe with four training steps."""
+
+    def __init__(self, root: Path, inception: Path) -> None:
+        self.root = root
+        shutil.copytree(ROOT / "ddpm", root / "ddpm", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copyfile(ROOT / "dvc.yaml", root / "dvc.yaml")
+        (root / "images").mkdir()
+        (root / ".cache").mkdir()
+        (root / ".cache" / "inception").symlink_to(inception)
+        recipe = (ROOT / "recipes" / "smoke.yaml").read_text(encoding="utf-8")
+        for before, after in SHORT.items():
+            assert before in recipe
+            recipe = recipe.replace(before, after, 1)
+        (root / "params.yaml").write_text(recipe, encoding="utf-8")
+        self.dvc("init", "--no-scm", "--quiet")
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        environment |= {"DVC_NO_ANALYTICS": "1"}
+        return subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
+
+    def dvc(self, *arguments: str) -> str:
+        done = self.run(sys.executable, "-m", "dvc", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def changed(self, stage: str) -> list[object]:
+        """What `dvc status` says of one stage: [] where nothing of it changed."""
+        found: list[object] = json.loads(self.dvc("status", "--json", stage)).get(stage, [])
+        return found
+
+    def edit(self, before: str, after: str) -> None:
+        """Changes params.yaml."""
+        path = self.root / "params.yaml"
+        text = path.read_text(encoding="utf-8")
+        assert before in text
+        path.write_text(text.replace(before, after), encoding="utf-8")
+
+    def dataset(self) -> dict[str, object]:
+        record: dict[str, object] = json.loads((self.root / "dataset" / "dataset.json").read_text(encoding="utf-8"))
+        return record
+
+
+@pytest.fixture
+def copied(tmp_path: Path, inception_cache: Path) -> CopiedCheckout:
+    return CopiedCheckout(tmp_path, inception_cache)

@@ -30,10 +30,9 @@ from ddpm.networks.network import NETWORKS
 
 def network(entry: NetworkEntry) -> nn.Module:
     """The network that model.json describes, freshly initialised. Raises InputError."""
+    kind = NETWORKS.select(entry.kind)
     try:
-        return NETWORKS[entry.kind](**entry.settings)
-    except KeyError:
-        raise InputError(f"network kind '{entry.kind}' is not known here; there are {', '.join(NETWORKS)}") from None
+        return kind(**entry.settings)
     except (TypeError, ValueError) as error:
         raise InputError(f"network: {str(error).splitlines()[0]}") from None
 

@@ -8,7 +8,6 @@ stage that has lost outputs. So each verb and each flow compares dvc.lock with a
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from ddpm.errors import InputError
 from ddpm.files import atomic, paths
 from ddpm.files.yaml_file import read_yaml
+from ddpm.provenance import git
 
 NAME = "dvc.lock"
 COPY = paths.CACHE / NAME
@@ -107,7 +107,7 @@ def _mended(root: Path, text: str, copy: str | None) -> str | None:
     own = entries(text)
     if own is None:
         return text
-    committed = entries(_git(root, "show", f"HEAD:./{NAME}") or "") or {}
+    committed = entries((git.ask(root, "show", f"HEAD:./{NAME}") or b"").decode("utf-8", "replace")) or {}
     last = committed if copy is None else entries(copy) or {}
     known = {name: [of[name] for of in (last, committed) if name in of] for name in {**last, **own}}
     stages = _stages(root)
@@ -172,14 +172,5 @@ def _outputs(stages: dict[str, Any], name: str) -> int:
 
 def _is_in_git(root: Path) -> bool:
     """Whether git has a file of exactly these bytes."""
-    name = _git(root, "hash-object", NAME)
-    return name is not None and _git(root, "cat-file", "-e", name.strip()) is not None
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """What git prints; None where it is not installed, or has nothing."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else None
+    name = git.line(root, "hash-object", NAME)
+    return name is not None and git.ask(root, "cat-file", "-e", name) is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import platform
 import resource
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 
 from ddpm.files import paths, records
+from ddpm.provenance import git
 
 
 def record(output: Path, stage: str, started: float, ended: float, count: int, unit: str) -> dict[str, Any]:
@@ -30,8 +30,8 @@ def record(output: Path, stage: str, started: float, ended: float, count: int, u
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **_hardware(),
         "versions": {"python": platform.python_version(), "ddpm": version("ddpm"), "torch": version("torch")},
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_commit": git.head(Path()),
+        "git_dirty": bool(git.line(Path(), "status", "--porcelain", "--untracked-files=no")),
     }
     records.write_json(paths.run_file(output), about)
     return about
@@ -43,9 +43,9 @@ def versions() -> str:
 
     device = f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
     line = f"ddpm {version('ddpm')}, Python {platform.python_version()}, torch {torch.__version__}, device {device}"
-    folder = str(Path(__file__).parent)
-    if _git("-C", folder, "ls-files", Path(__file__).name):  # or it is the checkout of something else around it
-        line += f", commit {_git('-C', folder, 'describe', '--always', '--dirty', '--exclude', '*')}"
+    folder = Path(__file__).parent
+    if git.line(folder, "ls-files", Path(__file__).name):  # or it is the checkout of something else around it
+        line += f", commit {git.line(folder, 'describe', '--always', '--dirty', '--exclude', '*')}"
     return line
 
 
@@ -69,13 +69,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "--no-optional-locks", *arguments], capture_output=True, text=True, timeout=10, check=False
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -8,7 +8,6 @@ in a clone of its own each.
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed
 
 from ddpm.errors import InputError
 from ddpm.files import atomic
-from ddpm.provenance import checkout
+from ddpm.provenance import checkout, git
 from flows.hosts import engines
 from flows.processes import children, crashed_runs
 from flows.repro import checkout_lock, commands
@@ -172,7 +171,7 @@ def _followed(client: SyncPrefectClient, run: UUID) -> State | None:
 
 def head(root: Path) -> str:
     """The commit that is checked out. Raises InputError."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    if done.returncode:
+    commit = git.head(root)
+    if commit is None:
         raise InputError(f"{root}: hosts share code by git, and this is no git repository with a commit")
-    return done.stdout.strip()
+    return commit

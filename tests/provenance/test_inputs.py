@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ddpm.errors import InputError
+from ddpm.provenance import git
 from ddpm.provenance.inputs import unchanged
-from ddpm.provenance.run_record import _git
 
 DVC = "stages:\n  report:\n    cmd: ddpm report\n    deps: [ddpm/report.py, ddpm/native.c, ddpm/page.html.jinja, samples]\n"
 
@@ -59,5 +59,5 @@ def test_looking_at_git_locks_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         subprocess.run(["git", *command], check=True, capture_output=True)
     os.utime(tmp_path / "file", (1e9, 1e9))
     before = (tmp_path / ".git/index").read_bytes()
-    assert _git("status", "--porcelain", "--untracked-files=no") == "A  file"
+    assert git.line(Path(), "status", "--porcelain", "--untracked-files=no") == "A  file"
     assert (tmp_path / ".git/index").read_bytes() == before
