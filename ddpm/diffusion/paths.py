@@ -28,8 +28,6 @@ from ddpm.diffusion.samplers import (
 )
 from ddpm.diffusion.schedule import NoiseSchedule
 
-FLOWS = ("ddim", "euler", "heun", "dpmpp_2m", "dpmpp_3m", "unipc")  # with eta = 0: no noise but x_T
-
 
 @torch.no_grad()
 def snapshots(denoiser: Denoiser, x_T: Tensor, count: int = 10, **settings: Any) -> list[State]:
@@ -44,12 +42,14 @@ def snapshots(denoiser: Denoiser, x_T: Tensor, count: int = 10, **settings: Any)
     return [state for state in trajectory(denoiser, x_T, **settings) if state.k in shown]
 
 
-def check_flow(sampler: str = "ddim", eta: float = 0.0, **options: Any) -> None:
+def check_flow(sampler: str = "ddim", **options: Any) -> None:
     """Raises ValueError for a sampler that draws noise, whose steps cannot be gone back."""
-    if sampler in SAMPLERS and (sampler not in FLOWS or eta):
+    if sampler in SAMPLERS and SAMPLERS[sampler].draws_noise(**options):
+        chosen = " and ".join(f"{name} = {value}" for name, value in options.items())
+        quiet = ", ".join(name for name, row in SAMPLERS.items() if not row.draws_noise())
         raise ValueError(
-            f"sampler '{sampler}'{f' with eta = {eta}' if eta else ''} draws noise of its own, so an image has no single"
-            f" code; take one of {', '.join(FLOWS)}, with eta = 0"
+            f"sampler '{sampler}'{f' with {chosen}' if chosen else ''} draws noise of its own, so an image has no single"
+            f" code; take one of {quiet}, with its default options"
         )
 
 
@@ -66,7 +66,7 @@ def encode(
     """Images -> their codes: the sampler's own steps up the same noise levels (section 5.4 of Song et al. 2020, DDIM).
 
     x_0: [B, ...] in [-1, 1]. `sample` with the same settings gives x_0 back, up to an error that shrinks with `steps` at
-    the sampler's order. As many network evaluations as `sample` makes (of heun one fewer, where the chain ends without signal).
+    the sampler's order. As many network evaluations as `sample` makes.
     Returns x_T, like x_0. Raises ValueError.
     """
     check_options(sampler, spacing, **options)
@@ -78,7 +78,7 @@ def encode(
     x = rising[0].a * x_0 + rising[0].s * eps
     # The step up to pure noise is infinite in log-SNR: for every sampler it is DDIM's.
     top = rising.pop() if rising[-1].alpha_bar == 0 and len(rising) > 1 else None
-    x = _last(SAMPLERS[sampler](denoiser, x, rising, lambda k: torch.zeros_like(x_0), **options), x)
+    x = _last(SAMPLERS[sampler].step(denoiser, x, rising, lambda k: torch.zeros_like(x_0), **options), x)
     return x if top is None else flow(x, denoiser(x, rising[-1].t), rising[-1], top)
 
 
@@ -143,7 +143,7 @@ def blend(
     down = levels[len(levels) - 1 - math.ceil(depth * (len(levels) - 1)) :]
     mixed = torch.stack([(1 - weight) * x_0 + weight * y_0 for weight in weights])
     x = down[0].a * mixed + down[0].s * noise(0)
-    return _last(SAMPLERS[sampler](denoiser, x, down, lambda k: noise(k + 1).expand_as(x), **options), x)
+    return _last(SAMPLERS[sampler].step(denoiser, x, down, lambda k: noise(k + 1).expand_as(x), **options), x)
 
 
 def pixel_error(x_0: Tensor, again: Tensor) -> Tensor:

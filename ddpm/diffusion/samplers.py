@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -131,7 +131,7 @@ def euler(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Ste
 
 
 def heun(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
-    """Algorithm 1 of Karras et al. 2022: second order, two evaluations a step but the last, 2S - 1 in all.
+    """Algorithm 1 of Karras et al. 2022: second order, two evaluations a step but the last: 2S - 1, from pure noise 2S - 2.
 
     With sigma = s / a the mean of the slopes here and there comes to x / a = x0_hat + sigma_to slope + w (x0_hat' - x0_hat),
     w = (sigma / sigma_to - 1) / 2. From almost pure noise (cosine, trailing: sigma = 2e4 to 12 at S = 20) such a w would multiply
@@ -141,10 +141,15 @@ def heun(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Step
         x0_hat = denoise(x, now.t)
         ahead = flow(x, x0_hat, now, to)
         x = ahead
-        if 0 < to.alpha_bar < 1 and now.alpha_bar > 0:
+        if _corrected(now, to):
             weight = min((now.s * to.a / (now.a * to.s) - 1) / 2, 1.0)
             x = ahead + to.a * weight * (denoise(ahead, to.t) - x0_hat)
         yield x, x0_hat
+
+
+def _corrected(now: Level, to: Level) -> bool:
+    """Whether Heun's step is corrected by a second evaluation: not from pure noise, nor onto the clean image."""
+    return 0 < to.alpha_bar < 1 and now.alpha_bar > 0
 
 
 def _far(before: float, now: Level, levels: list[Level], k: int) -> bool:
@@ -258,15 +263,43 @@ def _unified(x: Tensor, to: Level, past: list[tuple[Level, Tensor]], there: Tens
     return x
 
 
-SAMPLERS: dict[str, Callable[..., Steps]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "euler": euler,
-    "heun": heun,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_3m": dpmpp_3m,
-    "dpmpp_2m_sde": dpmpp_2m_sde,
-    "unipc": unipc,
+@dataclass(frozen=True)
+class Sampler:
+    """A row of SAMPLERS: everything that the rest of the project knows of a sampler.
+
+    step: (denoise, x, levels, noise, **options) -> (x, x0_hat) after each step. Its keyword-only arguments are the options.
+    deterministic: options -> whether it draws no noise, so that each image has one code. It gets every option, defaults too.
+    evaluations: levels -> the network evaluations of an image on the way from levels[0] to levels[-1], without guidance.
+    """
+
+    step: Callable[..., Steps]
+    deterministic: Callable[[Mapping[str, Any]], bool] = lambda options: True
+    evaluations: Callable[[Sequence[Level]], int] = lambda levels: len(levels) - 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The sampler's own options and their defaults."""
+        parameters = inspect.signature(self.step).parameters.values()
+        return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+    def draws_noise(self, **options: Any) -> bool:
+        """Whether it draws noise of its own with these options."""
+        return not self.deterministic({**self.options, **options})
+
+
+def _always_draws(options: Mapping[str, Any]) -> bool:
+    return False
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler(ddpm, deterministic=_always_draws),
+    "ddim": Sampler(ddim, deterministic=lambda options: options["eta"] == 0),
+    "euler": Sampler(euler),
+    "heun": Sampler(heun, evaluations=lambda levels: sum(1 + _corrected(now, to) for now, to in pairwise(levels))),
+    "dpmpp_2m": Sampler(dpmpp_2m),
+    "dpmpp_3m": Sampler(dpmpp_3m),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, deterministic=_always_draws),
+    "unipc": Sampler(unipc),
 }
 
 
@@ -276,7 +309,7 @@ def check_options(sampler: str, spacing: str = "leading", **options: Any) -> Non
         raise ValueError(f"no sampler '{sampler}'; there are {', '.join(SAMPLERS)}")
     if spacing not in SPACINGS:
         raise ValueError(f"no spacing '{spacing}'; there are {', '.join(SPACINGS)}")
-    taken = [p.name for p in inspect.signature(SAMPLERS[sampler]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    taken = SAMPLERS[sampler].options
     for option in options:
         if option not in taken:
             raise ValueError(f"sampler '{sampler}' takes no {option}; it takes {', '.join(['spacing', *taken])}")
@@ -305,6 +338,19 @@ def noise_levels(
     return [Level(*level) for level in visited] + [Level(-1.0, 1.0)]
 
 
+def evaluations(
+    schedule: NoiseSchedule,
+    sampler: str = "ddim",
+    steps: int = 50,
+    spacing: str = "leading",
+    along: NoiseSchedule | None = None,
+    **options: Any,
+) -> int:
+    """Returns how many network evaluations `sample` takes of an image with these settings. Guidance doubles them."""
+    check_options(sampler, spacing, **options)
+    return SAMPLERS[sampler].evaluations(noise_levels(schedule, steps, spacing, along))
+
+
 def trajectory(
     denoiser: Denoiser,
     x_T: Tensor,
@@ -320,7 +366,7 @@ def trajectory(
     levels = noise_levels(denoiser.schedule, steps, spacing, along)
     denoise = Counted(denoiser)
     draw = noise or (lambda k: torch.randn_like(x_T))
-    for k, (x, x0_hat) in enumerate(SAMPLERS[sampler](denoise, x_T, levels, draw, **options)):
+    for k, (x, x0_hat) in enumerate(SAMPLERS[sampler].step(denoise, x_T, levels, draw, **options)):
         yield State(k, x, x0_hat, denoise.evaluations)
 
 
@@ -337,7 +383,7 @@ def sample(
 ) -> Tensor:
     """Images from noise.
 
-    x_T: standard normal [B, ...]. sampler: a key of SAMPLERS, whose keyword-only arguments are the `options` (eta, variance).
+    x_T: standard normal [B, ...]. sampler: a key of SAMPLERS; `options` are its own (eta, variance, order).
     steps: S, the times visited, as `spacing` (a key of SPACINGS) picks them. noise: noise(k) -> a standard normal tensor
     like x_T for the k-th draw; default torch.randn. along: visit the noise levels of this schedule instead of the
     network's own (see `noise_levels`). Returns x_0, like x_T. Raises ValueError.

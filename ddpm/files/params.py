@@ -201,7 +201,7 @@ class Likelihood(Section):
 
 class Sampler(Section):
     """One row of the samplers table: the arguments of `ddpm.sample`, and the denoiser's guidance. What a sampler doesn't
-    take is an error.
+    take is an error. A new sampler's options stand below `own`, so that it needs no field here.
     """
 
     sampler: str
@@ -211,10 +211,21 @@ class Sampler(Section):
     order: Annotated[int, Field(ge=1, le=3)] | None = None
     along: Name | None = None
     guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    own: dict[
+        Name, bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
+    ] = {}  # options without a field here
+
+    @field_validator("own")
+    @classmethod
+    def _own_names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if fields := sorted(value.keys() & cls.model_fields.keys()):
+            raise ValueError(f"{', '.join(fields)}: write it in the row itself, not below `own`")
+        return value
 
     def options(self) -> dict[str, Any]:
         """What this row sets."""
-        return {key: value for key, value in self.model_dump().items() if value is not None}
+        common = self.model_dump(exclude={"own"})
+        return {key: value for key, value in common.items() if value is not None} | self.own
 
 
 class Schedule(Section):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.noise import gaussian
 from ddpm.diffusion.paths import blend, encode, interpolate, pixel_error, snapshots
-from ddpm.diffusion.samplers import sample
+from ddpm.diffusion.samplers import evaluations, sample
 from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.files import arrays, paths, pictures, records
@@ -314,8 +314,7 @@ def _test_images(model: Model, indices: Iterable[int]) -> Tensor:
 
 def _watched(model: Model, passes: int, request: Request) -> Denoiser:
     """The denoiser, telling of each network evaluation. passes: how many times the chain is gone up or down."""
-    steps, net, done = model.settings["steps"], model.denoiser.net, 0
-    total = passes * (2 * steps - 1 if model.settings["sampler"] == "heun" else steps)
+    net, done, total = model.denoiser.net, 0, passes * evaluations(model.denoiser.schedule, **model.call)
 
     def told(*inputs: Any) -> Any:
         nonlocal done

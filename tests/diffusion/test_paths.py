@@ -9,9 +9,10 @@ import torch
 
 from ddpm import SAMPLERS, SPACINGS, Denoiser, NoiseSchedule, blend, encode, interpolate, sample, snapshots
 from ddpm.diffusion.noise import gaussian
-from ddpm.diffusion.paths import FLOWS, pixel_error, slerp
+from ddpm.diffusion.paths import pixel_error, slerp
 from ddpm.diffusion.timesteps import network_times
 
+FLOWS = [name for name, row in SAMPLERS.items() if not row.draws_noise()]
 VARIANCE = 0.25
 
 
@@ -96,6 +97,8 @@ def test_samplers_with_noise_of_their_own_cannot_encode() -> None:
         with pytest.raises(ValueError, match="draws noise of its own"):
             encode(denoiser, torch.zeros(1, 1), **options)
     assert {*FLOWS, "ddpm", "dpmpp_2m_sde"} == set(SAMPLERS)
+    with pytest.raises(ValueError, match=r"'ddim' with eta = 0\.5 draws .* take one of ddim, euler, heun"):
+        encode(denoiser, torch.zeros(1, 1), sampler="ddim", eta=0.5)
     with pytest.raises(ValueError, match="no sampler"):
         encode(denoiser, torch.zeros(1, 1), sampler="none")
 

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm import SAMPLERS, SCHEDULES, SPACINGS, TARGETS, Denoiser, NoiseSchedule, sample, trajectory
+from ddpm import SAMPLERS, SCHEDULES, SPACINGS, TARGETS, Denoiser, NoiseSchedule, encode, sample, trajectory
 from ddpm.diffusion.denoiser import coefficients
 from ddpm.diffusion.noise import gaussian
-from ddpm.diffusion.samplers import Level, ddim, ddpm
+from ddpm.diffusion.samplers import Level, ddim, ddpm, evaluations
 from ddpm.diffusion.timesteps import network_times
 from ddpm.training.objective import Objective
 
@@ -237,11 +237,46 @@ def test_thresholding_is_idempotent_and_keeps_the_order_of_pixels(seed: int, cli
     assert torch.equal(denoiser(x[1:2], 0), once[1:2])
 
 
-def test_evaluations_are_counted() -> None:
-    denoiser = perfect(NoiseSchedule.named("linear", 1000))
-    for sampler in SAMPLERS:
-        states = list(trajectory(denoiser, torch.zeros(1, 1), sampler, 9, "trailing"))
-        assert len(states) == 9 and states[-1].evaluations == (17 if sampler == "heun" else 9)
+@pytest.mark.parametrize("pure", [False, True])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_takes_the_evaluations_that_its_samplers_row_says(sampler: str, pure: bool) -> None:
+    """pure: the chain starts without signal, where Heun's first step is not corrected."""
+    schedule = NoiseSchedule.named("linear", 1000)
+    schedule = schedule.zero_terminal_snr() if pure else schedule
+    other = NoiseSchedule.named("cosine", 1000)
+    asked = 0
+
+    def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        nonlocal asked
+        asked += 1
+        return torch.zeros_like(x)
+
+    settings = [{"steps": steps, "spacing": "trailing"} for steps in (1, 2, 3, 9, 50)]
+    for each in [*settings, {"steps": 12, "spacing": "logsnr", "along": other}]:
+        asked, said = 0, evaluations(schedule, sampler, **each)
+        states = list(trajectory(Denoiser(net, schedule, "v"), torch.zeros(1, 1), sampler, **each))
+        assert asked == states[-1].evaluations == said > 0, each
+        if not SAMPLERS[sampler].draws_noise():
+            asked = 0
+            encode(Denoiser(net, schedule, "v"), torch.zeros(1, 1), sampler, **each)
+            assert asked == said, each
+    assert evaluations(schedule, sampler, 9, "trailing") == (17 - pure if sampler == "heun" else 9)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sampler_draws_noise_where_its_row_says_so(sampler: str) -> None:
+    drawn = 0
+
+    def noise(k: int) -> torch.Tensor:
+        nonlocal drawn
+        drawn += 1
+        return torch.zeros(1, 1)
+
+    for options in ({}, {"eta": 0.0}, {"eta": 0.5}, {"variance": "fixed_small"}, {"order": 2}):
+        if options.keys() <= SAMPLERS[sampler].options.keys():
+            drawn = 0
+            sample(perfect(NoiseSchedule.named("linear", 1000)), torch.ones(1, 1), sampler, 5, noise=noise, **options)
+            assert (drawn > 0) == SAMPLERS[sampler].draws_noise(**options), options
 
 
 @pytest.mark.parametrize(
