@@ -26,7 +26,8 @@ def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
         yield
         return
     before = _read(stage, root)
-    before |= {name: code.AT_IMPORT[Path(name)] for name in before if Path(name) in code.AT_IMPORT}
+    imported = {str(path): digest for path, digest in code.AT_IMPORT.items()}
+    before |= {name: imported[name] for name, digest in before.items() if digest is not None and name in imported}
     yield
     changed = changes(before, _read(stage, root))
     if changed:

@@ -127,8 +127,16 @@ def test_previews_show_the_classes_in_turn(trained: Path, params: Callable[..., 
     assert len(shown) == 1 and (tmp_path / preview_file("cosine", 2)).exists()
 
 
+def model_of(names: list[str], counts: list[int] | None = None) -> models.ModelRecord:
+    network = {"kind": "unet", "image_channels": 1, "image_size": 8, "classes": len(names)}
+    data = {"shape": [1, 8, 8], "classes": names, "class_counts": counts}
+    schedule = {"name": "linear", "timesteps": 100, "schedule": "linear"}
+    entries = {"weights_sha256": "w", "schedule": schedule, "target": "eps", "network": network, "data": data}
+    return records.build(models.ModelRecord, entries)
+
+
 def test_a_class_by_name_or_number() -> None:
-    about = {"network": {"classes": 3}, "data": {"classes": ["cat", "2", "dog"]}}
+    about = model_of(["cat", "2", "dog"])
     asked = {label: class_labels(about, 2, label) for label in ("dog", "2", "0", 2, None)}
     assert {label: list(labels) for label, labels in asked.items() if labels is not None} == {
         "dog": [2, 2],
@@ -144,8 +152,7 @@ def test_a_class_by_name_or_number() -> None:
 
 def test_a_sample_set_has_the_classes_of_the_data() -> None:
     def labels(counts: list[int] | None, count: int) -> list[int]:
-        data = {"classes": ["cat", "cow", "dog"], "class_counts": counts}
-        found = class_labels({"network": {"classes": 3}, "data": data}, count)
+        found = class_labels(model_of(["cat", "cow", "dog"], counts), count)
         assert found is not None
         return list(found)
 

@@ -18,7 +18,7 @@ from ddpm import NoiseSchedule
 from ddpm.cli import app
 from ddpm.diffusion.samplers import Level, ddim, ddpm
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, dataset, models, paths, records, samples
+from ddpm.files import checkpoint, dataset, models, records, samples
 from ddpm.files.params import Params, Point
 from ddpm.reporting.page import _schedules
 from ddpm.stages.sample import sample_point
@@ -191,7 +191,7 @@ def test_a_target_and_length_of_its_own_stand(exported: Path, checkout: Path) ->
     assert "imported, with target v at T = 300" in messages
     denoiser, _ = checkpoint.load(checkout / "models/hub")
     assert (denoiser.target, denoiser.schedule.T, float(denoiser.schedule.alpha_bar[-1])) == ("v", 300, 0.0)
-    trained = records.read_record(checkout / paths.training_metrics_file("hub"))
+    trained = models.read_training(checkout, "hub")
     about = dataset.read_dataset_record(checkout)
     shown = _schedules(params, {"hub": trained}, about)  # in the report, each at its own length
     assert {name: (row.T, row.alpha_bar) for name, row in shown["rows"].items()} == {
