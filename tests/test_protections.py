@@ -152,8 +152,8 @@ TRAINING = [
     Protection(
         "kill -9 of dvc: a deaf stage ends too",
         "ddpm/runtime/watchdog.py",
-        "time.sleep(GRACE)\n    os._exit(1)",
-        "time.sleep(GRACE)",
+        "time.sleep(ending.ORPHAN)\n    os._exit(1)",
+        "time.sleep(ending.ORPHAN)",
         f"{WATCH}[flow deaf-True]",
     ),
     Protection(
@@ -643,22 +643,22 @@ FLOWS = [
     ),
     Protection(
         "cancelled: within ten seconds",
-        "flows/processes/children.py",
-        "GRACE = 6.0",
-        "GRACE = 60.0",
+        "ddpm/runtime/ending.py",
+        "STAGE = 6.0",
+        "STAGE = 60.0",
         f"{FLOW}cancelling_ends_the_stages_within_ten_seconds",
     ),
     Protection(
         "cancelled: SIGTERM, which saves",
-        "flows/processes/children.py",
-        "        _signal(child, signal.SIGTERM)\n",
+        "ddpm/runtime/ending.py",
+        "        _signal(leader, signal.SIGTERM)\n",
         "        pass\n",
         "tests/flows/test_children.py::test_stop_lets_a_child_save",
     ),
     Protection(
         "cancelled: SIGKILL for a deaf stage",
-        "flows/processes/children.py",
-        "        _signal(child, signal.SIGKILL)\n",
+        "ddpm/runtime/ending.py",
+        "        _signal(leader, signal.SIGKILL)\n",
         "        pass\n",
         "tests/flows/test_children.py::test_stop_ends_the_deaf_grandchildren_too",
     ),
@@ -722,8 +722,8 @@ FLOWS = [
     # Two at once.
     Protection(
         "a second train-eval: waits",
-        "flows/repro/checkout_lock.py",
-        "        lock.acquire(poll_interval=0.5)\n",
+        "ddpm/runtime/locks.py",
+        "        lock.acquire(poll_interval=INTERVAL)\n",
         "        pass\n",
         "tests/flows/test_children.py::test_one_run_at_a_time_works_in_a_checkout",
     ),

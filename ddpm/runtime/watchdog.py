@@ -11,18 +11,18 @@ from pathlib import Path
 
 import psutil
 
+from ddpm.runtime import ending
+
 VARIABLE = "DDPM_WATCH_PID"  # names the flow to its stages, the worker to its flows
 
 SHELLS = {"ash", "bash", "dash", "fish", "ksh", "sh", "zsh"}  # DVC runs a stage's command through one of these
-INTERVAL = 0.5  # seconds between two looks
-GRACE = 15.0  # seconds from SIGTERM to the hard end
 
 
 def start() -> None:
     """Watches, in a daemon thread, the processes between this one and the one that VARIABLE names, both ends included.
 
     Without VARIABLE, a process that DVC started (DVC_STAGE is set) watches that DVC; any other process watches nothing.
-    When one of them is gone, this process gets SIGTERM and, if it is still there after GRACE seconds, ends at once.
+    When one of them is gone, this process gets SIGTERM and, if it is still there after the grace time, ends at once.
     """
     watched = _starters()
     if watched:
@@ -62,7 +62,7 @@ def _alive(process: psutil.Process) -> bool:
 
 def _watch(watched: list[psutil.Process]) -> None:
     while all(_alive(process) for process in watched):
-        time.sleep(INTERVAL)
+        time.sleep(ending.INTERVAL)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)
+    time.sleep(ending.ORPHAN)
     os._exit(1)

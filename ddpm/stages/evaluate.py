@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError
@@ -24,6 +23,7 @@ from ddpm.files.params import Params, Point
 from ddpm.files.samples import read_samples
 from ddpm.files.scores import Scores, extractor, write_scores
 from ddpm.provenance import code
+from ddpm.runtime import locks
 from ddpm.runtime.device import find_device, memory_errors
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.scores import fidelity
@@ -118,13 +118,11 @@ def _reference(
     content.update(np.ascontiguousarray(images).data)
     path = folder / f"{extractor.name}-{extractor.layer}-{content.hexdigest()}.npz"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_suffix(".lock"))
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
+
+    def waiting() -> None:
         done(0, "another process computes the reference features: waiting for it")
-        held = lock.acquire()
-    with held:
+
+    with locks.held(path.with_suffix(".lock"), waiting=waiting):
         try:
             kept = arrays.read_arrays(path, path.stem)
             return kept["features"], fidelity.Statistics(kept["mean"], kept["covariance"])

@@ -9,13 +9,11 @@ import sqlite3
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-
-from filelock import FileLock, Timeout
 
 from ddpm.databases import empty, mlflow_file, sqlite
 from ddpm.databases.addresses import with_driver
@@ -23,6 +21,7 @@ from ddpm.databases.mlflow_file import ARTIFACTS
 from ddpm.errors import InputError, without_password
 from ddpm.files import atomic, paths
 from ddpm.files.params import Params
+from ddpm.runtime import locks
 from ddpm.scores.metrics import HEADLINE, RANKING
 from ddpm.sources.source import check_name
 
@@ -234,25 +233,18 @@ def as_default(where: Place) -> Iterator[None]:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
 
-@contextmanager
-def locked(where: Place, name: str = "") -> Iterator[None]:
+def locked(where: Place, name: str = "") -> AbstractContextManager[None]:
     """The store's lock, which nobody holds for long; or that of a promotion, of any length. Raises InputError."""
-    where.lock.parent.mkdir(parents=True, exist_ok=True)
-    path = where.lock.with_name(where.lock.name + name)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=SILENT_SECONDS if name else LOCK_SECONDS)
-    except Timeout:
+
+    def waiting() -> None:
         if not name:
             raise InputError(
                 f"MLflow at {where.shown} is in use by another process since {LOCK_SECONDS:.0f} s"
             ) from None
         print(f"MLflow at {where.shown}: another process promotes there; waiting for it", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+
+    patience = SILENT_SECONDS if name else LOCK_SECONDS
+    return locks.held(where.lock.with_name(where.lock.name + name), patience, waiting)
 
 
 # An unreachable server.

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ddpm.runtime import watchdog
+from ddpm.runtime import ending, watchdog
 from flows.processes import fork_server
-
-GRACE = 6.0  # seconds from SIGTERM to SIGKILL; with what Prefect takes to notice, a cancelled stage ends within ten
 
 Child = subprocess.Popen[str] | fork_server.Child
 
@@ -59,7 +55,7 @@ def run(
             on_line(line.rstrip())
         code = child.wait()
     except BaseException:  # on_line's, and nobody else would end the child
-        _end([child])
+        ending.end_groups([child], ending.STAGE)
         raise
     finally:
         with _lock:
@@ -94,33 +90,13 @@ def _spawn(command: Sequence[str], root: Path, standard_input: int) -> Child:
 
 
 def stop() -> None:
-    """Ends every child and all that it started: SIGTERM, then SIGKILL for what is left after GRACE seconds."""
+    """Ends every child and all that it started: SIGTERM, then SIGKILL for what is left after the grace time."""
     with _lock:
         _stopped.set()
         children = list(_running)
-    _end(children)
+    ending.end_groups(children, ending.STAGE)
     while _warm:
         _warm.pop().close()
-
-
-def _end(children: Sequence[Child]) -> None:
-    for child in children:
-        _signal(child, signal.SIGTERM)
-    end = time.monotonic() + GRACE
-    while any(_signal(child, 0) for child in children) and time.monotonic() < end:
-        time.sleep(0.05)
-    for child in children:
-        _signal(child, signal.SIGKILL)
-
-
-def _signal(child: Child, number: int) -> bool:
-    """Signals the group; False when nobody is left in it."""
-    child.poll()
-    try:
-        os.killpg(child.pid, number)
-    except (ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
-        return False
-    return True
 
 
 def _environment() -> dict[str, str]:

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from ddpm.errors import InputError
 from ddpm.files import paths, records
 from ddpm.provenance import lock_mending
+from ddpm.runtime import locks
 from flows.repro import rwlock
 from flows.watch import watcher
 
@@ -29,20 +28,17 @@ def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterat
         InputError: `asked_by` itself holds the checkout, so both would wait for ever.
     """
     path = root / paths.CACHE / "train-eval.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
     holder = path.with_suffix(".json")
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+
+    def waiting() -> None:
         about = records.read_json(holder) if holder.exists() else {"pid": "unknown"}
         if asked_by and about.get("flow_run") == asked_by:
             raise InputError(
                 "the clone that asks cannot be a host of its own run: start this worker in another clone"
             ) from None
         watcher.get().line("train-eval", f"waiting: another run (process {about['pid']}) is at work in this checkout")
-        lock.acquire(poll_interval=0.5)
-    try:
+
+    with locks.held(path, waiting=waiting):
         records.write_json(holder, {"pid": os.getpid(), "flow_run": flow_run})
         try:
             rwlock.clear(root)
@@ -50,5 +46,3 @@ def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterat
             watcher.get().line("train-eval", f"DVC's rwlock was not looked through ({type(error).__name__}: {error})")
         lock_mending.check(root, lambda line: watcher.get().line("train-eval", line))
         yield
-    finally:
-        lock.release()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ddpm.databases import sqlite
 from ddpm.errors import InputError
-from ddpm.runtime import watchdog
+from ddpm.runtime import ending, watchdog
 from flows.servers import access
 
 DATABASE = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")  # where it is another's
@@ -130,12 +130,8 @@ class Api:
         time.sleep(2 * FLUSH)
         with self._changing:
             self._ending = True
-        self.server.terminate()
-        try:
-            self.server.wait(10)
-        except subprocess.TimeoutExpired:
-            self.server.kill()
-            self.server.wait()
+        ending.end_groups([self.server], ending.SERVER)
+        self.server.wait()
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ from contextlib import suppress
 
 import psutil
 
+from ddpm.runtime import ending
 from flows.servers import up
-
-INTERVAL = 0.5  # seconds between two looks
 
 
 def main(starter: int, mark: str, folder: str) -> None:
     while os.getppid() == starter:
-        time.sleep(INTERVAL)
+        time.sleep(ending.INTERVAL)
     for process in up.marked(mark):
         with suppress(psutil.Error):  # it has ended meanwhile
             process.terminate()

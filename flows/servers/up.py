@@ -20,7 +20,6 @@ from pathlib import Path
 from urllib.request import Request
 
 import psutil
-from filelock import FileLock
 from honcho.environ import parse_procfile
 from honcho.manager import Manager
 from honcho.printer import Message, Printer
@@ -29,6 +28,7 @@ from ddpm.databases import mlflow_file, sqlite
 from ddpm.databases.addresses import with_driver
 from ddpm.errors import InputError, without_password
 from ddpm.provenance import checkout
+from ddpm.runtime import ending, locks
 from flows import links
 from flows.processes import children
 from flows.servers import access, embedded
@@ -37,7 +37,6 @@ MARK = "DDPM_UP"  # in the environment of everything that one `make up` started
 INTERRUPTED = 130  # Ctrl-C, which is how it is meant to end
 DEFAULT_API = f"http://{access.LOOPBACK}:4200/api"  # as prefect.toml has it
 _STARTED = "started!"  # how `prefect worker start` ends the line that says so
-GRACE = 20.0  # seconds for flow runs to end their stages
 
 
 def main(chosen: list[str]) -> None:
@@ -92,7 +91,7 @@ def main(chosen: list[str]) -> None:
 def _check_records(store: str) -> None:
     """Does for MLflow's server what every other process does before it opens a database file. Raises InputError."""
     if file := sqlite.file_of(store):
-        with FileLock(mlflow_file.lock_of(file)):
+        with locks.held(mlflow_file.lock_of(file)):
             mlflow_file.check(file)
 
 
@@ -202,10 +201,7 @@ def _port(variable: str, default: str, host: str | None) -> str:
 
 def end_what_is_left(mark: str) -> None:
     """Flow runs outlive their worker for the moment that their stages take to stop: waits for them, then kills."""
-    end = time.monotonic() + GRACE
-    while (left := marked(mark)) and time.monotonic() < end:
-        time.sleep(0.2)
-    for process in left:
+    for process in ending.left_after(ending.FLOW_RUNS, lambda: marked(mark)):
         process.kill()
 
 

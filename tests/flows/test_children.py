@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ddpm.runtime import watchdog
+from ddpm.runtime import ending, watchdog
 from flows.processes import children
 from flows.repro import commands
 
@@ -36,7 +36,7 @@ def test_lines_come_as_they_are_printed(tmp_path: Path) -> None:
 
 
 def test_stop_ends_the_deaf_grandchildren_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(children, "GRACE", 1.0)
+    monkeypatch.setattr(ending, "STAGE", 1.0)
     deaf = (
         "import os, signal as s, time; s.signal(s.SIGTERM, s.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
     )
@@ -156,7 +156,7 @@ open("left", "w").write(str(left.pid))
 def test_make_up_leaves_nothing_of_what_it_started(tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(JOB)
     (tmp_path / "Procfile").write_text(f"job: exec {sys.executable} job.py\n")
-    code = "from flows import up; up.GRACE = 1.0; up.main([])"
+    code = "from ddpm.runtime import ending; from flows.servers import up; ending.FLOW_RUNS = 1.0; up.main([])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (tmp_path / "left").exists(), done.stderr
     left = int((tmp_path / "left").read_text())

@@ -14,15 +14,15 @@ from typing import Any
 import psutil
 import pytest
 
-from ddpm.runtime import watchdog
+from ddpm.runtime import ending, watchdog
 
 STAGE = """\
 import os, pathlib, signal, sys, time
-from ddpm.runtime import watchdog
-watchdog.GRACE = 60  # whoever listens ends by the signal,
+from ddpm.runtime import ending, watchdog
+ending.ORPHAN = 60  # whoever listens ends by the signal,
 if "deaf" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    watchdog.GRACE = 0.5  # and whoever doesn't without
+    ending.ORPHAN = 0.5  # and whoever doesn't without
 watchdog.start()
 pathlib.Path("pid").write_text(str(os.getpid()))
 time.sleep(60)
@@ -56,13 +56,13 @@ def test_a_stage_ends_with_what_started_it(tmp_path: Path, kind: str, ends: bool
     starter = subprocess.Popen([sys.executable, "-c", STARTER, *kind.split()], cwd=tmp_path, env=environment)
     pid = int(wait(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
     try:
-        time.sleep(3 * watchdog.INTERVAL)
+        time.sleep(3 * ending.INTERVAL)
         assert alive(pid)
         starter.kill()  # and not waited for: a zombie is as dead
         if ends:
             wait(lambda: not alive(pid))
         else:
-            time.sleep(4 * watchdog.INTERVAL)
+            time.sleep(4 * ending.INTERVAL)
             assert alive(pid)
     finally:
         starter.wait()
