@@ -23,7 +23,9 @@ HEIGHT, WIDTH, GAP = 0.62, 10.0, 0.12  # of a layer, of the picture, between box
 
 def layers(package: str) -> list[list[str]]:
     """The rooms of a package, layer by layer, from the top."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
     (found,) = (c["layers"] for c in contracts if c.get("containers") == [package])
     return [re.split(r" [|:] ", layer) for layer in found]
 
@@ -61,14 +63,27 @@ def draw() -> str:
     axes.axis("off")
     for name, (left, bottom, width) in at.items():
         colour = "#e8eef7" if name.startswith("ddpm") else "#fdf1e0"
-        axes.add_patch(matplotlib.patches.Rectangle((left, bottom + 0.05), width, HEIGHT - 0.1, facecolor=colour, edgecolor="#8899aa"))
+        box = matplotlib.patches.Rectangle((left, bottom + 0.05), width, HEIGHT - 0.1)
+        box.set(facecolor=colour, edgecolor="#8899aa")
+        axes.add_patch(box)
         axes.text(left + 0.1, bottom + HEIGHT * 0.6, name.replace(".", "/"), fontsize=9, weight="bold", va="center")
-        imported = {room for room in at if room != name and any(
-            graph.direct_import_exists(importer=a, imported=b) for a in modules_of(graph, name) for b in modules_of(graph, room)
-        )}
-        shown = ", ".join(sorted(room.removeprefix("ddpm.") for room in imported if not room.endswith((".errors", ".rooms"))))
+        imported = {
+            room
+            for room in at
+            if room != name
+            and any(
+                graph.direct_import_exists(importer=a, imported=b)
+                for a in modules_of(graph, name)
+                for b in modules_of(graph, room)
+            )
+        }
+        shown = ", ".join(
+            sorted(room.removeprefix("ddpm.") for room in imported if not room.endswith((".errors", ".rooms")))
+        )
         text = f"{about(name, graph)}" + (f" → {shown}" if shown and width > WIDTH / 2 else "")
-        axes.text(left + 0.1, bottom + HEIGHT * 0.28, text[: int(width * 15)], fontsize=6.5, va="center", color="#445566")
+        axes.text(
+            left + 0.1, bottom + HEIGHT * 0.28, text[: int(width * 15)], fontsize=6.5, va="center", color="#445566"
+        )
     from io import StringIO
 
     written = StringIO()
