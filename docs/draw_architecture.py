@@ -1,24 +1,37 @@
 """`python docs/draw_architecture.py`: draws docs/architecture.svg from the import graph and the layers of pyproject.toml.
 
-A box is a room (a folder) or a module at the top. Rooms import only what lies below them. A test draws the picture again and
-compares.
+A box is a room (a folder) or a module at the top. It says what belongs there, and which rooms it imports: all of them lie below
+it. A test draws the picture again and compares.
 """
 
 from __future__ import annotations
 
+import ast
+import io
 import re
 import sys
+import textwrap
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import grimp
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "architecture.svg"
-HEIGHT, WIDTH, GAP = 0.62, 10.0, 0.12  # of a layer, of the picture, between boxes
+HEIGHT, WIDTH, GAP = 0.78, 11.0, 0.12  # of a layer, of the picture, between boxes
+LETTERS = 16.5  # of the small font in an inch
+COLOURS = {"flows": "#fdf1e0", "ddpm": "#e8eef7"}
+SHARED = ("ddpm.errors", "ddpm.rooms")  # which nearly every room imports
+
+
+@cache
+def graph() -> Any:
+    return grimp.build_graph("ddpm", "flows", exclude_type_checking_imports=True, cache_dir=None)
 
 
 def layers(package: str) -> list[list[str]]:
@@ -26,67 +39,48 @@ def layers(package: str) -> list[list[str]]:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"
     ]
-    (found,) = (c["layers"] for c in contracts if c.get("containers") == [package])
-    return [re.split(r" [|:] ", layer) for layer in found]
+    (found,) = (contract["layers"] for contract in contracts if contract.get("containers") == [package])
+    return [[f"{package}.{name}" for name in re.split(r" [|:] ", layer)] for layer in found]
 
 
-def modules_of(graph: Any, room: str) -> set[str]:
-    return {room, *graph.find_descendants(room)} & graph.modules
+def purpose(room: str) -> str:
+    """The first sentence of a room's docstring."""
+    path = ROOT.joinpath(*room.split("."))
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    said = " ".join((ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").split())
+    return re.split(r"(?<=\.) |: \w", said, maxsplit=1)[0].rstrip(".").replace("`", "")
 
 
-def about(room: str, graph: Any) -> str:
-    """The number of modules and lines of a room."""
-    files = [ROOT.joinpath(*name.split(".")) for name in modules_of(graph, room)]
-    paths = [path / "__init__.py" if path.is_dir() else path.with_suffix(".py") for path in files]
-    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
-    return f"{len(paths)} modules, {lines:,} lines" if len(paths) > 1 else f"{lines:,} lines"
-
-
-def boxes(package: str, top: float) -> dict[str, tuple[float, float, float]]:
-    """The left edge, the bottom and the width of each room."""
-    found = {}
-    for row, names in enumerate(layers(package)):
-        width = (WIDTH - GAP * (len(names) - 1)) / len(names)
-        for column, name in enumerate(names):
-            found[f"{package}.{name}"] = (column * (width + GAP), top - (row + 1) * HEIGHT, width)
-    return found
+def imported(room: str, rooms: list[str]) -> list[str]:
+    """The rooms that any module of this one imports."""
+    own = {room, *graph().find_descendants(room)}
+    found = {name for module in own for name in graph().find_modules_directly_imported_by(module)} - own
+    return [other for other in rooms if any(name == other or name.startswith(f"{other}.") for name in found)]
 
 
 def draw() -> str:
-    """The picture as SVG, the same for the same sources."""
-    graph = grimp.build_graph("ddpm", "flows", exclude_type_checking_imports=True, cache_dir=None)
-    rows = len(layers("flows")) + len(layers("ddpm"))
-    at = boxes("flows", (rows + 0.6) * HEIGHT) | boxes("ddpm", len(layers("ddpm")) * HEIGHT)
-    figure = Figure(figsize=(10, (rows + 0.8) * HEIGHT))
+    """Returns the picture as SVG, the same for the same sources."""
+    rows = [*layers("flows"), *layers("ddpm")]
+    rooms = [room for row in rows for room in row]
+    figure = Figure(figsize=(WIDTH + 0.2, len(rows) * HEIGHT + 0.2))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(-0.1, WIDTH + 0.1), ylim=(-0.1, (rows + 0.7) * HEIGHT))
+    axes.set(xlim=(-0.1, WIDTH + 0.1), ylim=(-0.1, len(rows) * HEIGHT + 0.1))
     axes.axis("off")
-    for name, (left, bottom, width) in at.items():
-        colour = "#e8eef7" if name.startswith("ddpm") else "#fdf1e0"
-        box = matplotlib.patches.Rectangle((left, bottom + 0.05), width, HEIGHT - 0.1)
-        box.set(facecolor=colour, edgecolor="#8899aa")
-        axes.add_patch(box)
-        axes.text(left + 0.1, bottom + HEIGHT * 0.6, name.replace(".", "/"), fontsize=9, weight="bold", va="center")
-        imported = {
-            room
-            for room in at
-            if room != name
-            and any(
-                graph.direct_import_exists(importer=a, imported=b)
-                for a in modules_of(graph, name)
-                for b in modules_of(graph, room)
+    for number, row in enumerate(rows):
+        width, bottom = (WIDTH - GAP * (len(row) - 1)) / len(row), (len(rows) - 1 - number) * HEIGHT
+        for column, room in enumerate(row):
+            left = column * (width + GAP)
+            colour = COLOURS[room.partition(".")[0]]
+            axes.add_patch(
+                Rectangle((left, bottom + 0.04), width, HEIGHT - 0.08, facecolor=colour, edgecolor="#8899aa")
             )
-        }
-        shown = ", ".join(
-            sorted(room.removeprefix("ddpm.") for room in imported if not room.endswith((".errors", ".rooms")))
-        )
-        text = f"{about(name, graph)}" + (f" → {shown}" if shown and width > WIDTH / 2 else "")
-        axes.text(
-            left + 0.1, bottom + HEIGHT * 0.28, text[: int(width * 15)], fontsize=6.5, va="center", color="#445566"
-        )
-    from io import StringIO
-
-    written = StringIO()
+            axes.text(left + 0.1, bottom + HEIGHT - 0.2, room.replace(".", "/"), fontsize=9, weight="bold", va="center")
+            others = [other.removeprefix("ddpm.") for other in imported(room, rooms) if other not in SHARED]
+            lines = [purpose(room), f"imports {', '.join(others)}" if others else "imports no other room"]
+            for place, line in enumerate(lines):
+                short = textwrap.shorten(line, int(width * LETTERS), placeholder=" …")
+                axes.text(left + 0.1, bottom + 0.32 - 0.16 * place, short, fontsize=7, va="center", color="#334455")
+    written = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "ddpm", "svg.fonttype": "none"}):
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     return written.getvalue()

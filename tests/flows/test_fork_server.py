@@ -44,7 +44,11 @@ def root(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forked(scratch: Any) -> list[int]:
     """The pids of the process that imports, and of the forks, which `ps` shows as what they do."""
-    return [int(line.split()[0]) for line in scratch.running() if re.search("flows[.]warm|^[0-9]+ (dvc|ddpm) ", line)]
+    return [
+        int(line.split()[0])
+        for line in scratch.running()
+        if re.search("flows[.]processes[.]fork_server|^[0-9]+ (dvc|ddpm) ", line)
+    ]
 
 
 def test_it_leaves_the_outputs_and_the_lock_that_dvc_alone_leaves(root: Path, scratch: Any, tmp_path: Path) -> None:

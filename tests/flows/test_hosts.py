@@ -218,12 +218,11 @@ def test_a_clone_at_another_commit_refuses_in_one_line(repository: Path) -> None
     assert [path.name for path in repository.iterdir()] == [".git"]
 
 
-def test_a_worker_in_the_clone_that_asks_refuses_in_one_line(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_in_the_clone_that_asks_refuses_in_one_line(repository: Path) -> None:
     """It would wait for the run, and the run for it."""
     asks = str(uuid4())
-    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", asks)
     said: list[State] = []
-    with alone(repository):
+    with alone(repository, asks):
         host = threading.Thread(
             target=lambda: said.append(
                 dispatch._stage("train@cosine", dispatch.head(repository), "changed: true", asks)

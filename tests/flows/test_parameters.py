@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def test_the_name_of_another_source_is_refused_before_anything_runs(checkout: Pa
 def test_an_old_name_of_a_source_is_rewritten(checkout: Path, overrides: list[str]) -> None:
     """dvc.yaml names the source's module by params.yaml, so the file itself must hold the module's name."""
     path, said = checkout / "params.yaml", list[str]()
+    shutil.copy(ROOT / "dvc.yaml", checkout)
     text = path.read_text()
     if not overrides:
         path.write_text(text.replace("source: digits", "source: image-folder"))

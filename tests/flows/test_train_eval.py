@@ -213,12 +213,12 @@ def test_kill_9_leaves_no_process(up: Any, victim: str) -> None:
 
 REAP = """\
 from prefect.client.orchestration import get_client
-from flows import reaping
+from flows.processes import crashed_runs
 with get_client(sync_client=True) as client:
-    reaping._end_tasks(client, set())
-    read = lambda: [run.id for run in reaping._all(client.read_task_runs, flow_filter=reaping.FLOW)]
+    crashed_runs._end_tasks(client, set())
+    read = lambda: [run.id for run in crashed_runs._all(client.read_task_runs, flow_filter=crashed_runs.FLOW)]
     whole = read()
-    reaping.PAGE = 4
+    crashed_runs.PAGE = 4
     assert len(whole) > 4 and read() == whole
 """
 
