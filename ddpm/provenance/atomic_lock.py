@@ -27,7 +27,8 @@ Dump = Callable[[Any, Any], Any]
 def main() -> int:
     """The environment's `dvc`: the Makefile and the Dockerfile name this function in DVC's console script.
 
-    A lock file that another DVC left cut off is mended before DVC reads it.
+    A lock file that another DVC left cut off is mended before DVC reads it. Before anything runs, params.yaml is checked: DVC
+    removes the old outputs of a stage before its command starts, and an output has the names of a sampler and of a schedule.
     """
     from dvc.cli import main as of_dvc
 
@@ -36,6 +37,10 @@ def main() -> int:
     if (root / paths.CACHE).is_dir():  # a project of this package, where a verb has run
         try:
             lock_mending.check(root, partial(print, file=sys.stderr))
+            if sys.argv[1:2] in (["repro"], ["exp"]) and (root / "params.yaml").exists():
+                from ddpm.files.params import Params
+
+                Params.load(root / "params.yaml")
         except InputError as error:
             print(f"dvc: {error}", file=sys.stderr)
             return 2

@@ -106,6 +106,20 @@ def test_the_dvc_of_this_environment_mends_and_writes_the_file_at_once(tmp_path:
     assert "Running stage" not in done.stdout
 
 
+def test_a_name_that_leads_out_of_the_checkout_deletes_nothing(copied: Any) -> None:
+    """DVC removes the outputs of a stage before the stage can refuse."""
+    own = str(Path(sys.executable).with_name("dvc"))
+    victim = copied.root.parent / "victim-2.npz"
+    copied.edit("  samplers: [ddpm, ddim]", "  samplers: [y/../../../victim]")
+    copied.edit("samplers:\n", "samplers:\n  y/../../../victim: {sampler: ddim}\n")
+    for command in (["repro"], ["repro", "-s", "sample@cosine-y/../../../victim-2"], ["exp", "run"]):
+        victim.write_text("needed")
+        done = copied.run(own, *command)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "samplers" in done.stderr and "victim" in done.stderr
+        assert victim.read_text() == "needed"
+
+
 def test_a_kill_leaves_the_old_one(tmp_path: Path) -> None:
     """In the middle of the writing: the kernel kills who writes more than a limit."""
     shutil.copy(LOCK, tmp_path)
