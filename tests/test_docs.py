@@ -1,5 +1,6 @@
 """The docs name what is there, and their Python runs."""
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -7,20 +8,34 @@ import pytest
 import torch
 
 from ddpm import LOSSES, SAMPLERS, SCHEDULES, SPACINGS, TARGETS, Denoiser, NoiseSchedule, UNet
-from ddpm.files.params import Params, Sampler
+from ddpm.files.params import Network, Params, Sampler
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_every_parameter_is_documented() -> None:
     text = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
-    keys = set(Sampler.model_fields)
+    keys = {*Sampler.model_fields, *Network.model_fields}
     for name, field in Params.model_fields.items():
         keys |= {name, *getattr(field.annotation, "model_fields", ())}
     missing = [key for key in keys if f"`{key}`" not in text]
     assert not missing
     values = [*SAMPLERS, *SCHEDULES, *SPACINGS, *TARGETS, *LOSSES]
     assert not [value for value in values if f"`{value}`" not in text]
+
+
+EXAMPLES = ("sources/toy_source", "networks/toy_network", "scores/toy_metric", "diffusion/toy_sampler")
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_of_the_architecture_page_are_those_of_the_tests(example: str) -> None:
+    code = (ROOT / "tests" / f"{example}.py").read_text(encoding="utf-8")
+    assert code in snippets("docs/architecture.md")
+
+
+def test_the_picture_of_the_architecture_is_what_the_code_imports() -> None:
+    scope = runpy.run_path(str(ROOT / "docs" / "draw_architecture.py"))
+    assert scope["draw"]() == scope["PICTURE"].read_text(encoding="utf-8"), "run: python docs/draw_architecture.py"
 
 
 def snippets(page: str) -> list[str]:
