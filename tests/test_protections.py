@@ -35,7 +35,9 @@ class Protection(NamedTuple):
 
 TRAIN, SAMPLE = (f"ddpm/stages/{name}.py" for name in ("train", "sample"))
 MLFLOW_FILE, TAGS = "ddpm/databases/mlflow_file.py", "ddpm/tracking/registry/tags.py"
-FAULTS, BAD, TRACKING = (f"tests/stages/test_{name}.py::test_" for name in ("faults", "bad_input", "tracking"))
+FAULTS, BAD, TRACKING = (
+    f"tests/{name}.py::test_" for name in ("stages/test_faults", "files/test_bad_input", "tracking/test_tracking")
+)
 FLOW, DVC, ACCESS = (f"tests/flows/test_{name}.py::test_" for name in ("train_eval", "dvc", "access"))
 ENDS = "tests/flows/test_children.py::test_make_up_leaves_nothing_however_it_ends"
 CHECKOUT = "tests/flows/test_checkout.py::test_"
@@ -1321,7 +1323,7 @@ INPUT = [
         "ddpm/networks/winograd.py",
         'if path.name == f"{name}-{_digest(path)}.so"',
         "if True",
-        "tests/test_native.py::test_a_damaged_library_is_compiled_anew[cut off]",
+        "tests/networks/test_winograd.py::test_a_damaged_library_is_compiled_anew[cut off]",
     ),
     Protection(
         "damage: the arrays of a dataset",

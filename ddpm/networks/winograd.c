@@ -1,4 +1,4 @@
-// What native.py calls: Winograd's transforms, and group normalisation with swish. Images are float32 N,H,W,C with C a
+// What winograd.py calls: Winograd's transforms, and group normalisation with swish. Images are float32 N,H,W,C with C a
 // multiple of 8, and a tile is 6x6 pixels of which the inner 4x4 are its own.
 //
 // Transformed tiles lie as 36 planes of rows x channels, a tile in a row, which 36 matrix products then take.

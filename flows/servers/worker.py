@@ -1,6 +1,6 @@
 """`python -m flows.servers.worker`: waits for the Prefect API, makes the pool and the deployments, and becomes the worker.
 
-`python -m flows.servers.worker hosts` makes this clone a host for the stages of others (elsewhere.py), one at a time.
+`python -m flows.servers.worker hosts` makes this clone a host for the stages of others (hosts/dispatch.py), one at a time.
 """
 
 from __future__ import annotations
