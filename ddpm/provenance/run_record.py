@@ -30,8 +30,8 @@ def record(output: Path, stage: str, started: float, ended: float, count: int, u
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **_hardware(),
         "versions": {"python": platform.python_version(), "ddpm": version("ddpm"), "torch": version("torch")},
-        "git_commit": git.head(Path()),
-        "git_dirty": bool(git.line(Path(), "status", "--porcelain", "--untracked-files=no")),
+        "git_commit": git.line(Path(), "rev-parse", "HEAD", patience=git.PATIENCE),
+        "git_dirty": bool(git.line(Path(), "status", "--porcelain", "--untracked-files=no", patience=git.PATIENCE)),
     }
     records.write_json(paths.run_file(output), about)
     return about
