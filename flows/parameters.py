@@ -16,7 +16,9 @@ from ddpm.errors import InputError
 from ddpm.files import atomic, paths, records
 from ddpm.files.params import Params
 from ddpm.files.yaml_file import parse_yaml, rewritten
+from ddpm.networks.network import NETWORKS
 from ddpm.provenance import git
+from ddpm.provenance.atomic_lock import TEMPLATE
 from ddpm.provenance.inputs import changes
 from ddpm.sources.source import SOURCES, check_name
 
@@ -36,6 +38,7 @@ def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -
         text = _overridden(text, overrides)
         params = Params.check(parse_yaml(text, "overrides"), "overrides")
     SOURCES.require(params.data.source)
+    NETWORKS.require(params.network.kind)
     check_name(params)
     return _with_names(text, params, root), params
 
@@ -66,7 +69,7 @@ def write(
 def _with_names(text: str, params: Params, root: Path) -> str:
     """Writes the names that dvc.yaml takes from params.yaml: an old file has another word for one, or leaves it to a default."""
     wiring = root / "dvc.yaml"
-    keys = re.findall(r"ddpm/\w+/\$\{(\w+)\.(\w+)\}\.py", wiring.read_text(encoding="utf-8")) if wiring.exists() else []
+    keys = re.findall(TEMPLATE, wiring.read_text(encoding="utf-8")) if wiring.exists() else []
     names = {key: getattr(getattr(params, key[0]), key[1]) for key in keys}
     given = parse_yaml(text, "params.yaml")
 

@@ -154,7 +154,7 @@ class Sampling(Section):
 class Evaluation(Section):
     """The protocol of the scores. layer: what the extractor offers."""
 
-    extractor: str = USUAL
+    extractor: Name = USUAL
     layer: int
     images: Annotated[int, Field(ge=4, lt=2**31)]
     batch: Count = 50

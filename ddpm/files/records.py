@@ -8,7 +8,7 @@ import functools
 import hashlib
 import io
 import json
-import math
+import sys
 import time
 import types
 import typing
@@ -130,7 +130,7 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
 def _plain(hint: Any, value: Any, place: str) -> Any:
     names = {str: "a text", bool: "true or false", int: "an integer", float: "a finite number"}
     if hint is float:
-        _require(type(value) in (int, float) and math.isfinite(value), place, names[hint], value)
+        _require(type(value) in (int, float) and abs(value) <= sys.float_info.max, place, names[hint], value)
     elif hint is not Any:
         _require(type(value) is hint, place, names[hint], value)
     return value

@@ -9,6 +9,7 @@ moment leaves a file that is cut off. The next verb mends such a file, but DVC r
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +19,11 @@ from typing import Any
 
 from ddpm.errors import InputError
 from ddpm.files import atomic, paths
+from ddpm.files.yaml_file import read_yaml
 from ddpm.provenance import lock_mending
 from ddpm.provenance.lock_mending import HEAD, NAME, STAGE
 
+TEMPLATE = r"ddpm/\w+/\$\{(\w+)\.(\w+)\}\.py"  # a module in dvc.yaml that params.yaml selects
 Dump = Callable[[Any, Any], Any]
 
 
@@ -32,20 +35,41 @@ def main() -> int:
     """
     from dvc.cli import main as of_dvc
 
-    here = Path.cwd()
-    root = next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
-    if (root / paths.CACHE).is_dir():  # a project of this package, where a verb has run
-        try:
+    root = _root()
+    try:
+        if (root / paths.CACHE).is_dir():  # a project of this package, where a verb has run
             lock_mending.check(root, partial(print, file=sys.stderr))
-            if sys.argv[1:2] in (["repro"], ["exp"]) and (root / "params.yaml").exists():
-                from ddpm.files.params import Params
-
-                Params.load(root / "params.yaml")
-        except InputError as error:
-            print(f"dvc: {error}", file=sys.stderr)
-            return 2
+        if {"repro", "exp", "queue"} & set(sys.argv[1:]):
+            _check_parameters(root)
+    except InputError as error:
+        print(f"dvc: {error}", file=sys.stderr)
+        return 2
     write_at_once()
     return int(of_dvc(sys.argv[1:]))
+
+
+def _root() -> Path:
+    """The folder of the DVC repository that the command line means; the working folder where there is none."""
+    given = sys.argv[sys.argv.index("--cd") + 1 :][:1] if "--cd" in sys.argv else []
+    here = Path.cwd().joinpath(*given)
+    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+
+
+def _check_parameters(root: Path) -> None:
+    """Raises InputError where params.yaml is not in order, or lacks a name that dvc.yaml takes from it."""
+    wiring = root / "dvc.yaml"
+    text = wiring.read_text(encoding="utf-8") if wiring.exists() else ""
+    if "-m ddpm " not in text or not (root / "params.yaml").exists():
+        return  # another project
+    from ddpm.files.params import Params
+
+    params, given = Params.load(root / "params.yaml"), read_yaml(root / "params.yaml")
+    for section, key in re.findall(TEMPLATE, text):
+        name = getattr(getattr(params, section), key)
+        if given[section].get(key) != name:
+            raise InputError(
+                f"params.yaml: dvc.yaml takes {section}.{key} from it; write `{key}: {name}` below {section}"
+            )
 
 
 def write_at_once() -> None:

@@ -58,11 +58,16 @@ class _Extractors(Mapping[str, Extractor]):
 def _literals(path: Path) -> dict[str, Any]:
     """The names in capitals that a source file assigns literals to."""
     found = {}
-    for node in ast.parse(path.read_bytes()).body if path.is_file() else ():
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
+    try:
+        body = ast.parse(path.read_bytes()).body if path.is_file() else []
+    except SyntaxError:  # a file that somebody is writing
+        return {}
+    for node in body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and node.value is not None:
             with suppress(ValueError):  # no literal
-                found[node.targets[0].id] = ast.literal_eval(node.value)
-    return found
+                found[target.id] = ast.literal_eval(node.value)
+    return {name: value for name, value in found.items() if name.isupper()}
 
 
 EXTRACTORS: Mapping[str, Extractor] = _Extractors()

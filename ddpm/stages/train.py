@@ -69,6 +69,10 @@ def network_entry(params: Params, shape: tuple[int, int, int], classes: int = 0)
             f"the network takes square images, and the dataset's are {height}x{width}; set data.size and data.fit"
         )
     section = params.network.model_dump(mode="json")
+    if known := {"image_channels", "image_size", "out_channels", "classes"} & section.keys():
+        raise InputError(f"network.{min(known)}: follows from the data and from diffusion; leave it out")
+    if unsound := [key for key, value in section.items() if isinstance(value, float) and not math.isfinite(value)]:
+        raise InputError(f"network.{unsound[0]}: no finite number")
     settings = {"image_channels": channels, "image_size": height, **section}
     settings |= {"out_channels": 2 * channels} if params.diffusion.variance == "learned" else {}
     settings |= {"classes": classes} if classes else {}
@@ -400,6 +404,11 @@ def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, 
     assert isinstance(denoiser.net, torch.nn.Module)
     if model.weights_sha256 != row.imported or model.schedule.row != row.options():
         raise InputError(f"{folder}: not the model that the row schedules.{schedule} speaks of; {remedy}")
+    if model.network.kind != params.network.kind:
+        raise InputError(
+            f"{folder}: a network of kind {model.network.kind}, and DVC watches the code of network.kind ="
+            f" {params.network.kind} alone; take one of them out of the sweep"
+        )
     if model.data.shape != dataset.record.shape:
         raise InputError(
             f"{folder}: makes images of shape {model.data.shape}, the dataset's are {dataset.record.shape}"

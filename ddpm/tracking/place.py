@@ -23,7 +23,7 @@ from ddpm.files import atomic, paths
 from ddpm.files.params import Params
 from ddpm.runtime import locks
 from ddpm.scores.metrics import HEADLINE, RANKING
-from ddpm.sources.source import check_name
+from ddpm.sources.source import SOURCES, check_name
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -98,6 +98,7 @@ def find_place(root: Path = Path()) -> Place:
 
 def model_name(params: Params) -> str:
     """Names the experiment and the registered model: ddpm-DATASET. Raises InputError for a name that is another source's."""
+    SOURCES.require(params.data.source)
     check_name(params)
     return f"ddpm-{params.dataset_name}"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ddpm.errors import InputError
 from ddpm.files import paths, records
@@ -31,12 +32,16 @@ def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterat
     holder = path.with_suffix(".json")
 
     def waiting() -> None:
-        about = records.read_json(holder) if holder.exists() else {"pid": "unknown"}
+        about: dict[str, Any] = {}
+        with suppress(InputError):  # absent or damaged: it only says who works here
+            about = records.read_json(holder)
         if asked_by and about.get("flow_run") == asked_by:
             raise InputError(
                 "the clone that asks cannot be a host of its own run: start this worker in another clone"
             ) from None
-        watcher.get().line("train-eval", f"waiting: another run (process {about['pid']}) is at work in this checkout")
+        watcher.get().line(
+            "train-eval", f"waiting: another run (process {about.get('pid', 'unknown')}) is at work in this checkout"
+        )
 
     with locks.held(path, waiting=waiting):
         records.write_json(holder, {"pid": os.getpid(), "flow_run": flow_run})

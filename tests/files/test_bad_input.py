@@ -876,7 +876,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], str]] = {
         "model.json: schedule: expected an object",
     ),
     "an unknown target": (of_model(lambda about: about.update(target="score")), "no target 'score'"),
-    "an unknown kind": (of_network(kind="transformer"), "network kind 'transformer' is not known here"),
+    "an unknown kind": (of_network(kind="transformer"), "no 'transformer' in ddpm/networks; there are unet"),
     "a setting more": (of_network(depth=3), "depth"),
     "other channels": (of_network(channels=24), "the weights have shape"),
     "more blocks": (of_network(blocks=2), "among the weights"),

@@ -112,12 +112,22 @@ def test_a_name_that_leads_out_of_the_checkout_deletes_nothing(copied: Any) -> N
     victim = copied.root.parent / "victim-2.npz"
     copied.edit("  samplers: [ddpm, ddim]", "  samplers: [y/../../../victim]")
     copied.edit("samplers:\n", "samplers:\n  y/../../../victim: {sampler: ddim}\n")
-    for command in (["repro"], ["repro", "-s", "sample@cosine-y/../../../victim-2"], ["exp", "run"]):
+    (copied.root / ".cache" / "inception").unlink()
+    (copied.root / ".cache").rmdir()  # as in a new clone
+    hostile = "sample@cosine-y/../../../victim-2"
+    for command in (["repro"], ["repro", "-s", hostile], ["--cd", ".", "repro", "-s", hostile], ["-q", "exp", "run"]):
         victim.write_text("needed")
         done = copied.run(own, *command)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert "samplers" in done.stderr and "victim" in done.stderr
         assert victim.read_text() == "needed"
+
+
+def test_a_name_that_dvc_takes_from_an_old_params_file_is_asked_for_in_one_line(copied: Any) -> None:
+    copied.edit("  kind: unet\n", "")
+    done = copied.run(str(Path(sys.executable).with_name("dvc")), "repro")
+    line = "dvc: params.yaml: dvc.yaml takes network.kind from it; write `kind: unet` below network\n"
+    assert (done.returncode, done.stderr) == (2, line)
 
 
 def test_a_kill_leaves_the_old_one(tmp_path: Path) -> None:
