@@ -71,7 +71,11 @@ def network_entry(params: Params, shape: tuple[int, int, int], classes: int = 0)
     section = params.network.model_dump(mode="json")
     if known := {"image_channels", "image_size", "out_channels", "classes"} & section.keys():
         raise InputError(f"network.{min(known)}: follows from the data and from diffusion; leave it out")
-    if unsound := [key for key, value in section.items() if isinstance(value, float) and not math.isfinite(value)]:
+    if unsound := [
+        key
+        for key, value in params.network.model_dump().items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]:
         raise InputError(f"network.{unsound[0]}: no finite number")
     settings = {"image_channels": channels, "image_size": height, **section}
     settings |= {"out_channels": 2 * channels} if params.diffusion.variance == "learned" else {}
