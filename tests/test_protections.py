@@ -795,8 +795,8 @@ FLOWS = [
     Protection(
         "code edited while a flow runs: the new code runs",
         "flows/processes/fork_server.py",
-        "if ddpm and (code.hashes() != code.AT_IMPORT or ",
-        "if ddpm and (",
+        " or code.hashes() != code.AT_IMPORT):",
+        "):",
         "tests/flows/test_fork_server.py::test_code_that_is_edited_meanwhile_is_the_code_that_runs",
     ),
     Protection(
@@ -809,7 +809,7 @@ FLOWS = [
     Protection(
         "a stage of a flow in a second checkout: the code of that checkout runs",
         "flows/processes/fork_server.py",
-        "(code.hashes() != code.AT_IMPORT or not checkout.is_own(Path.cwd()))",
+        "(not checkout.is_own(Path.cwd()) or code.hashes() != code.AT_IMPORT)",
         "code.hashes() != code.AT_IMPORT",
         "tests/flows/test_fork_server.py::test_a_stage_elsewhere_runs_the_code_that_lies_there",
     ),

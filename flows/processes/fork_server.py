@@ -225,7 +225,7 @@ def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable
     """What the command calls in the working directory, with its arguments and environment in place."""
     ddpm = _begins(command, DDPM)
     # DVC would record edited files, not those that were imported here.
-    if ddpm and (code.hashes() != code.AT_IMPORT or not checkout.is_own(Path.cwd())):
+    if ddpm and (not checkout.is_own(Path.cwd()) or code.hashes() != code.AT_IMPORT):
         return partial(os.execve, Path(sys.executable).with_name(command[0]), list(command), dict(environment))
     os.environ.clear()
     os.environ.update(environment)

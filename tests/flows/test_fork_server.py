@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import psutil
@@ -107,10 +108,12 @@ def test_a_stage_elsewhere_runs_the_code_that_lies_there(root: Path, scratch: An
         said.append(text)
         seen.append(len(forked(scratch)))
 
-    for where, forks in ((root, 3), (other, 2)):
+    # The process that imports, DVC, and the stage where it is a fork. Elsewhere the stage is one for the moment in which it
+    # finds out where it is.
+    for where, forks in ((root, lambda: max(seen) == 3), (other, lambda: mode(seen) == 2)):
         seen.clear()
         assert children.run(COMMAND, where, line) == 0
-        assert max(seen) == forks  # the one that imports, DVC, and the stage where it is a fork
+        assert forks(), seen
     assert [text.partition("1,438 ")[2][:5] for text in said if "1,438" in text] == ["train", "other"]
 
 
