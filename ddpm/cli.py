@@ -543,7 +543,7 @@ def _say_usage(error: Any) -> None:
 
 
 def _line(error: Exception) -> tuple[str, int]:
-    """What to say of an error, and the exit code: 2 where the user can mend it."""
+    """Returns the line that tells of an error, and the exit code: 2 where the user can mend it."""
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, ModuleNotFoundError):

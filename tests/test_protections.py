@@ -351,7 +351,7 @@ TRAINING = [
     Protection(
         "the loss stays finite and useless: no state is written meanwhile",
         TRAIN,
-        "sound = (\n                not training.rows or",
+        "sound = not training.rows or",
         "sound = True",
         DIVERGED,
     ),

@@ -20,7 +20,7 @@ from ddpm.files.arrays import Images
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """What dataset.json says of a prepared dataset.
+    """The content of dataset.json: a prepared dataset.
 
     name, sha256: of the arrays, which is the dataset's version. shape: C, H, W. counts: images of "train" and "test".
     mean, std: per channel, in 0 ... 1. flip: whether mirrored images are still valid. classes: their names, of labelled data.

@@ -94,7 +94,7 @@ class DataEntry:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """What model.json says of a model.
+    """The content of model.json: a model.
 
     weights_sha256: of model.safetensors. target: a key of ddpm.TARGETS. variance: "fixed" or "learned".
     training: the parameters that trained it, and its seed. content: all entries of the file.
@@ -110,14 +110,14 @@ class ModelRecord:
     content: Mapping[str, Any] = field(default_factory=dict)
 
     def described_by(self, **entries: Any) -> dict[str, Any]:
-        """What save() takes, with some entries replaced."""
+        """Returns the description that save() takes, with some entries replaced."""
         kept = {key: item for key, item in self.content.items() if key not in ("format", "weights_sha256")}
         return {**kept, **entries}
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What metrics/train/SCHEDULE.json says of a training.
+    """The content of metrics/train/SCHEDULE.json: a training.
 
     timesteps: T of an imported model, which params.yaml does not know. files: the sha256 of its curves, by name.
     """
@@ -152,7 +152,7 @@ class BoundOfSplit:
 
 @dataclass(frozen=True)
 class BoundRecord:
-    """What metrics/likelihood/SCHEDULE.json says of a model's bound.
+    """The content of metrics/likelihood/SCHEDULE.json: the bound of a model.
 
     model: sha256 of its weights. dataset: sha256 of the data. seed, variance, clip, times: how it was estimated.
     files: the sha256 of its curve, by name.

@@ -183,7 +183,7 @@ class Evaluation(Section):
         return value
 
     def recorded(self) -> dict[str, Any]:
-        """What scores and runs record: the usual extractor goes without saying, so that earlier runs are found again."""
+        """Returns the section as scores and runs record it: without the usual extractor, so that earlier runs are found again."""
         section = self.model_dump(mode="json")
         return {name: value for name, value in section.items() if (name, value) != ("extractor", USUAL)}
 
@@ -412,7 +412,7 @@ class Params(Section):
 
     @property
     def dataset_name(self) -> str:
-        """What users call the dataset: tracking.name, or else the source, with dashes for underscores."""
+        """The name that users know the dataset by: tracking.name, or else the source, with dashes for underscores."""
         return self.tracking.name or self.data.source.replace("_", "-")
 
     def points(self) -> list[Point]:

@@ -226,7 +226,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, or of a folder's names and bytes."""
+    """Hashes the bytes of a file, or the names and bytes of a folder's files."""
     if path.is_dir():
         total = hashlib.sha256()
         for item in sorted(item for item in path.rglob("*") if item.is_file()):

@@ -101,7 +101,7 @@ def read_samples_record(path: Path) -> SamplesRecord:
 
 @dataclass(frozen=True)
 class SamplesRecord:
-    """What a sample set says of itself.
+    """The record inside a sample set.
 
     point: its name. model: sha256 of the network's weights. evaluations: of the network, for each image. settings: the
     parameters that the images were drawn with. arrays: the hash of each array, by name. record_sha256: of all this.
@@ -210,7 +210,7 @@ class KeptImages:
         self.batches[batch.start] = evaluations
 
     def _entry(self, batch: range, evaluations: int) -> dict[str, Any]:
-        """What the log says of a finished batch."""
+        """Returns the log entry of a finished batch."""
         digest = hashlib.sha256(f"{batch.start} {batch.stop} {evaluations}".encode())
         digest.update(np.ascontiguousarray(self._images[batch.start : batch.stop]).data)
         return {"batch": [batch.start, batch.stop], "evaluations": evaluations, "sha256": digest.hexdigest()}

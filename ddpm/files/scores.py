@@ -26,7 +26,7 @@ OBJECTS = ("evaluation", "files")
 PROTOCOL = (*HASHES[:2], "layer", "images", "reference_images")
 MOST = 2**31 - 1  # of a count
 CONFIDENCES = (0.01, 0.9999)
-# What a comparison of two scores takes of each.
+# The entries of each score that a comparison of two needs.
 COMPARED = (HEADLINE, f"{HEADLINE}_high", "confidence", "evaluations", *PROTOCOL)
 
 
@@ -301,7 +301,7 @@ class Answer(Standing):
 
 @dataclass(frozen=True)
 class Gap:
-    """What a point of the front gains over the one before. paired: whether the images are compared in pairs."""
+    """The gain of a point of the front over the point before it. paired: whether the images are compared in pairs."""
 
     difference: float
     difference_low: float

@@ -13,7 +13,7 @@ DEEPEST = 100  # levels of a YAML file: the parser in C dies at some ten thousan
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, as plain values. Raises InputError."""
+    """Reads a YAML file into plain values. Raises InputError."""
     try:
         return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:

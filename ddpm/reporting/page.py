@@ -136,7 +136,7 @@ def _answers(front: Front, rows: Sequence[Row]) -> list[Section]:
 
 
 def how_sure(entry: Answer, points: int, confidence: float) -> str:
-    """What the choice of a point among so many is worth, in words."""
+    """Says in words how sure the choice among the points is."""
     if points == 1:
         return "It is the only point."
     names, sure = entry.may_be_best, f"{confidence:.0%}"

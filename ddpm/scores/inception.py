@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ddpm.errors import InputError
 
-# What EXTRACTORS tells of this module.
+# EXTRACTORS reads these literals.
 TITLE = "Inception"
 LAYERS = (64, 192, 768, 2048)
 DEFAULT = 2048

@@ -1,4 +1,4 @@
-"""What a row of METRICS says of a metric: its names, which way it is better, its possible values, and how it is computed.
+"""The type of a row of METRICS: names, which way is better, possible values, and how the metric is computed.
 
 The class lies apart from the table, so that a metric with a module of its own can import it.
 """

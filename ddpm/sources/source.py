@@ -1,4 +1,4 @@
-"""What a source of images is, SOURCES, and the parts that several sources share.
+"""Defines a source of images, SOURCES, and the parts that several sources share.
 
 A source is added by adding its module to this package. The module ends with its row, `SOURCE = Source(...)`, and
 `data.source` selects the row by the module's name.

@@ -121,8 +121,10 @@ def train(
         if params.schedules[schedule].imported is not None:
             return _copy_imported(params, schedule, read_dataset(root), root, report)
         with ranks.joined(device) as (world, device):
-            dataset = _read_dataset(root, world)
-            return _train(params, schedule, dataset, root, report if world.rank == 0 else silent, fresh, world, device)
+            dataset, told = _read_dataset(root, world), report if world.rank == 0 else silent
+            training, steps = _set_up(params, schedule, dataset, root, told, fresh, world, device)
+            _run(training, steps)
+            return _write(training, dataset, root) if world.rank == 0 else {}
 
 
 def _read_dataset(root: Path, world: World) -> Dataset:
@@ -169,34 +171,24 @@ class Training:
         )
 
 
-def _train(
-    params: Params,
-    schedule: str,
-    dataset: Dataset,
-    root: Path,
-    report: Report,
-    fresh: bool,
-    world: World,
-    device: torch.device,
-) -> dict[str, Any]:
-    training, steps = _set_up(params, schedule, dataset, root, report, fresh, world, device)
-    total = params.training.steps
+def _run(training: Training, steps: Iterator[Step]) -> None:
+    """Takes the steps, and saves on the way. Raises InputError, and Stopped when a signal came."""
+    params, world, total = training.params, training.world, training.params.training.steps
     with deferred() as signalled:
         while training.state.step < total:
             step = next(steps)
             _observe(training, step)
             last = step.step == total
             signal = world.largest(signalled())  # sent to one, it ends all of them after the same step
-            sound = (
-                not training.rows or training.rows[-1]["loss"] <= training.bar
-            )  # else the last good state stays the newest
+            # After a bad row the last good state stays the newest.
+            sound = not training.rows or training.rows[-1]["loss"] <= training.bar
             if last or (sound and (signal or step.step - training.saved >= params.compute.checkpoint_every)):
                 _save(training, step)
             if signal and not last:
                 raise Stopped(
-                    f"train {schedule}: stopped; the next run goes on after step {training.saved}, of {total}", signal
+                    f"train {training.schedule}: stopped; the next run goes on after step {training.saved}, of {total}",
+                    signal,
                 )
-    return _write(training, dataset, root) if world.rank == 0 else {}
 
 
 def _set_up(
@@ -257,7 +249,7 @@ def _set_up(
 
 
 def _state_folder(params: Params, schedule: str, dataset: Dataset, root: Path, world: World) -> Path:
-    """Where the states of this training lie. Raises InputError where the processes would train different things."""
+    """Returns the folder of this training's states. Raises InputError where the processes would train different things."""
     key = training_key(params, schedule, dataset.record.sha256)
     if world.largest(int(world.told(key) != key)):
         raise InputError(

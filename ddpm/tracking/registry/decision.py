@@ -27,7 +27,7 @@ AGAIN = "evaluate the point again (dvc repro)"
 
 @dataclass(frozen=True)
 class Protocol:
-    """What two scores must share to be compared: the dataset's version, and how the scores were computed."""
+    """The facts that two scores must share to be compared: the dataset's version, and how the scores were computed."""
 
     dataset: str  # sha256
     layer: int
