@@ -496,6 +496,15 @@ def checkout(made: Path, empty_database: Path, tmp_path: Path, monkeypatch: pyte
     return root
 
 
+@pytest.fixture(scope="session")
+def bound_of() -> Callable[[str], dict[str, Any]]:
+    """The made-up content of metrics/likelihood/SCHEDULE.json."""
+    parts = {"bits_per_dim": 4.321, "prior": 0.001, "kl": 4.0, "decoder": 0.32}
+    split = {**parts, **{f"{part}_error": 0.0123 for part in parts}, "images": 17}
+    how = {"model": "m", "dataset": "d", "seed": 0, "variance": "fixed_large", "clip": True, "times": 100}
+    return lambda schedule: {**how, "schedule": schedule, "test": split}
+
+
 # A copy of the code, in which a test adds or edits files.
 
 SHORT = {"steps: 60": "steps: 4", "validate_every: 30": "validate_every: 4", "device: auto": "device: cpu"}

@@ -65,6 +65,7 @@ def checkout(
     smoke: Callable[..., Params],
     digits: Path,
     write_scores: Callable[..., None],
+    bound_of: Callable[[str], dict[str, Any]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Every kind of file that a stage reads, of the smoke recipe: made up where that is quicker."""
@@ -89,7 +90,7 @@ def checkout(
     records.write_csv(curves[1], [{"t": 1, "loss_simple": 1.0}])
     records.write_csv(curves[2], [{"time": 1, "rate": 1.0, "distortion": 1.0}])
     records.write_record(root / paths.training_metrics_file("cosine"), TRAINED, curves[:2])
-    bound = {**HOW, "schedule": "cosine", "test": BITS}
+    bound = bound_of("cosine")
     records.write_record(root / paths.likelihood_file("cosine"), bound, curves[2:])
     export_diffusers(root / MODEL, root / PIPELINE)
     for number in range(4):
@@ -100,16 +101,6 @@ def checkout(
 
 
 TRAINED = {"schedule": "cosine", "steps": 60, "parameters": 5000, "loss": 0.5, "validation_loss": None}
-BITS = {f"{part}{error}": 1.0 for part in ("bits_per_dim", "prior", "kl", "decoder") for error in ("", "_error")}
-BITS |= {"images": 9}
-HOW = {
-    "model": "m",
-    "dataset": "d",
-    "seed": 0,
-    "variance": "fixed_large",
-    "clip": True,
-    "times": 100,
-}  # it was estimated
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
+LOCK = (RECIPE.parents[1] / "dvc.lock").read_text(encoding="utf-8")
 POINT, OTHER = Point.parse("cosine-ddim-5"), Point.parse("cosine-ddim-2")
 NOWHERE = "http://127.0.0.1:9"  # a server that nobody runs: what a stage would publish is not what is tested
 
@@ -105,6 +106,7 @@ def make_whole(inception_cache: Path, empty_database: Path, base: Path) -> Whole
         (root / paths.CACHE).mkdir(parents=True)
         (root / paths.CACHE / "inception").symlink_to(inception_cache)
         run_stages(write_params(root, seed), root)
+        (root / "dvc.lock").write_text(LOCK.replace("md5: 0", f"md5: {seed}"), encoding="utf-8")
     root = found.root
     shutil.copytree(root / paths.model_dir("cosine"), root / paths.imported_dir("hub"))
     params = write_params(root, imported=models.read_model_record(root / paths.imported_dir("hub")).weights_sha256)
@@ -204,6 +206,10 @@ CASES = [
         for verb, outputs in ((("report",), REPORT), (("publish",), ()))
     ),
     *(Case(path, ("publish",), (), f"other/{path}") for path in REPORT),
+    *(
+        Case("dvc.lock", verb, outputs, "other/dvc.lock")
+        for verb, outputs in ((("report",), REPORT), (("publish",), ()))
+    ),
     *(
         Case(
             path.replace("models/cosine", "imported/hub"), ("train", "hub"), ("models/hub/model.json",), f"other/{path}"

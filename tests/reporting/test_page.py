@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,16 +33,6 @@ from ddpm.stages.report import report
 
 VOID = {"meta", "link", "img", "br", "hr"}
 HOSTILE = '<script>alert("x")</script>&amp;'
-BITS = {"bits_per_dim": 4.321, "prior": 0.001, "kl": 4.0, "decoder": 0.32, "images": 17}
-BITS |= {f"{part}_error": 0.0123 for part in ("bits_per_dim", "prior", "kl", "decoder")}
-HOW = {
-    "model": "m",
-    "dataset": "d",
-    "seed": 0,
-    "variance": "fixed_large",
-    "clip": True,
-    "times": 100,
-}  # it was estimated
 
 
 class Reader(HTMLParser):
@@ -79,7 +70,9 @@ class Reader(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def made_report(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_report(
+    smoke: Callable[..., Params], bound_of: Callable[[str], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A root with made-up outputs of every stage of the smoke recipe, its report, and classes of hostile names."""
     root, random = tmp_path_factory.mktemp("report"), np.random.default_rng(0)
     about = {"name": "digits", "sha256": "c" * 64, "shape": [1, 8, 8], "counts": {"train": 60, "test": 30}}
@@ -97,7 +90,7 @@ def made_report(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathF
     bound = [{"time": 90, "rate": 0.5, "distortion": 40.0}, {"time": 10, "rate": 1.5, "distortion": 20.0}]
     table = root / paths.likelihood_curve_file("cosine")
     write_csv(table, bound)
-    about = {**HOW, "schedule": "cosine", "test": BITS}
+    about = bound_of("cosine")
     write_record(root / paths.likelihood_file("cosine"), about, [table])
     for index, point in enumerate(smoke().points()):
         images = random.integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)
