@@ -75,6 +75,9 @@ class Diffusion(Section):
     conditional: bool = False
 
 
+USUAL_NETWORK = "unet"  # where params.yaml names none
+
+
 class Network(Section):
     """UNet of Ho et al. 2020, appendix B."""
 
@@ -96,8 +99,8 @@ class OtherNetwork(Section):
 
 
 def _kind_of_network(value: Any) -> str:
-    kind = value.get("kind", "unet") if isinstance(value, dict) else getattr(value, "kind", "unet")
-    return UNET if kind == "unet" else OTHER
+    kind = value.get("kind", USUAL_NETWORK) if isinstance(value, dict) else getattr(value, "kind", USUAL_NETWORK)
+    return UNET if kind == USUAL_NETWORK else OTHER
 
 
 UNET, OTHER = "the unet", "another network"  # in the place of a fault, where no reader needs them

@@ -11,7 +11,7 @@ from typing import Any
 
 from ddpm.files import models, paths, records, samples
 from ddpm.files.models import ModelRecord
-from ddpm.files.params import Params, Point
+from ddpm.files.params import USUAL_NETWORK, Params, Point
 from ddpm.files.scores import read_scores
 
 
@@ -44,18 +44,19 @@ def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, 
     """All that was configured of a training. dataset: sha256."""
     sections = params.model_dump(mode="json", include={"seed", "diffusion", "network", "training"})
     row = params.schedules[schedule].options()
+    sections["network"] = _recorded(sections["network"])
     return {"schedule": schedule, "schedules": row, "dataset_sha256": dataset, **sections}
+
+
+def _recorded(network: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves out the usual kind of network, so that the runs of versions without a choice are found again."""
+    return {key: value for key, value in network.items() if (key, value) != ("kind", USUAL_NETWORK)}
 
 
 def identity_of_model(model: ModelRecord) -> dict[str, Any]:
     """The same, from model.json."""
     training, network = dict(model.training), model.network
-    derived = (
-        "image_channels",
-        "image_size",
-        "out_channels",
-        "classes",
-    )  # from the data, the variance and the condition
+    derived = ("image_channels", "image_size", "out_channels", "classes")  # from the data, the variance, the condition
     return {
         "schedule": model.schedule.name,
         "schedules": model.schedule.row,
@@ -67,10 +68,7 @@ def identity_of_model(model: ModelRecord) -> dict[str, Any]:
             "variance": model.variance,
             "conditional": network.classes > 0,
         },
-        "network": {
-            "kind": network.kind,
-            **{key: network.settings[key] for key in network.settings if key not in derived},
-        },
+        "network": _recorded({key: value for key, value in network.content.items() if key not in derived}),
         "training": training,
     }
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,9 @@ def test_a_learned_variance_through_train_checkpoint_and_sample(root: Path, smok
     x0_hat, v = denoiser.with_variance(torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 50.0)
     assert v is not None and x0_hat.shape == v.shape == (2, 1, 8, 8) and bool((v != 0.5).any())
     assert identity_of_model(about) == training_identity(params, "cosine", about.data.sha256)
+    assert "kind" not in identity_of_model(about)["network"]  # as in runs from before there was a choice
+    other = replace(about.network, kind="toy", content={**about.network.content, "kind": "toy"})
+    assert identity_of_model(replace(about, network=other))["network"]["kind"] == "toy"
     sample_point(params, Point.parse("cosine-ddpm-5"), root)
     learned = samples.read_samples(root / "samples/cosine-ddpm-5.npz").images
     for variance in ("fixed_large", "fixed_small"):
