@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from bench import course, harness
 from bench.course import Course, Images, OutOfTime, Recipe
+from ddpm.parameters import as_json
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "images"
@@ -36,7 +38,7 @@ def of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Recipe:
     """What a parameter file says of training on one schedule."""
     row, training = params.schedules[schedule].options(), params.training
     return Recipe(
-        network={"image_channels": shape[0], "image_size": shape[1], **params.network.model_dump(mode="json")},
+        network={"image_channels": shape[0], "image_size": shape[1], **as_json(params.network)},
         schedule={"name": row.pop("schedule"), "steps": params.diffusion.timesteps, **row},
         target=params.diffusion.target,
         batch=training.batch,
@@ -61,8 +63,8 @@ def prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
 
     params = Params.load(ROOT / "recipes" / f"{name}.yaml")
     if images is not None:
-        given = {"source": "image_folder", "path": str(images.resolve())}
-        params = params.model_copy(update={"data": params.data.model_copy(update=given)})
+        data = replace(params.data, source="image_folder", path=str(images.resolve()))
+        params = params.model_copy(update={"data": data})
     if not (state / "dataset").exists():
         prepare(params, state)
     return params, read_dataset(state)
@@ -198,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=Path, default=PICTURES)
     asked = parser.parse_args(arguments)
     if asked.what != "draw":
-        from ddpm.files.params import Point
+        from ddpm.parameters import Point
 
         until = time.monotonic() + asked.minutes * 60
         state = asked.state or ROOT / ".cache" / "curves" / asked.what

@@ -14,7 +14,8 @@ from PIL import Image
 
 from bench.harness import TINY, alternate, ratios
 from ddpm.files import dataset
-from ddpm.files.params import Data, Params
+from ddpm.files.params import Params
+from ddpm.parameters import Data
 from ddpm.stages.prepare import prepare as run_prepare
 
 ROOT = Path(__file__).parents[1]

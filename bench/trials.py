@@ -115,9 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     until = time.monotonic() + asked.minutes * 60
     params, dataset = prepared(NAME, asked.images, asked.state)
     if harness.TINY:
-        params = params.model_copy(
-            update={"evaluation": params.evaluation.model_copy(update={"images": 20, "layer": 64})}
-        )
+        params = params.model_copy(update={"evaluation": replace(params.evaluation, images=20, layer=64)})
     threads = asked.threads or params.training.threads
     torch.set_num_threads(threads)
     recipe = of_params(params, params.points()[-1].schedule, tuple(dataset.train.shape[1:]))

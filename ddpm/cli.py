@@ -19,7 +19,8 @@ import typer
 
 from ddpm.errors import InputError
 from ddpm.files import atomic, paths
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
+from ddpm.parameters import Point
 from ddpm.provenance import checkout, lock_mending
 from ddpm.provenance.inputs import unchanged
 from ddpm.runtime import stopping, watchdog
@@ -92,8 +93,8 @@ def _run(
         work(params, report)
     from ddpm.provenance.run_record import record
 
-    about = record(output, stage, started, time.time(), last.done - before, last.unit)
-    say(f"{stage}: {last.done:,} {last.unit} in {about['seconds']:.1f} s" if last.unit else f"{stage}: done")
+    run = record(output, stage, started, time.time(), last.done - before, last.unit)
+    say(f"{stage}: {last.done:,} {last.unit} in {run.seconds:.1f} s" if last.unit else f"{stage}: done")
     if publishes:
         from ddpm import tracking
 

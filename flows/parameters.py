@@ -120,7 +120,7 @@ def edits(root: Path, params: Params) -> Callable[[], str]:
             if now == seen[0]:
                 return ""
             seen[0] = now
-            return changes(params.model_dump(), Params.load(path).model_dump())
+            return changes(params.to_json(), Params.load(path).to_json())
         except (InputError, OSError):
             return "all of it"
 

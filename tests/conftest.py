@@ -36,9 +36,11 @@ import numpy as np
 from ruamel.yaml import YAML
 
 from ddpm.files import dataset, paths, records
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
+from ddpm.files.runs import RunRecord, write_run
 from ddpm.files.samples import read_samples_record
 from ddpm.files.scores import Best, Row, read_scores, write_influence
+from ddpm.parameters import Point
 from ddpm.scores.intervals import CONFIDENCE, quantile, standard_error
 from ddpm.stages.prepare import prepare
 from ddpm.stages.sample import sample_point
@@ -399,22 +401,22 @@ def root(digits: Path, tmp_path: Path) -> Path:
 # What tracking publishes.
 
 
-def run_record(stage: str, started: int, seconds: int, count: int, unit: str) -> dict[str, Any]:
-    return {
-        "stage": stage,
-        "started": started,
-        "ended": started + 1000 * seconds,
-        "seconds": float(seconds),
-        "count": count,
-        "unit": unit,
-        "per_second": count / seconds,
-        "peak_memory_bytes": 500_000_000,
-        "device": "cpu",
-        "hardware": {"cpu": "a processor", "cores": 2},
-        "versions": {"ddpm": "0.1.0"},
-        "git_commit": "0123456789abcdef0123456789abcdef01234567",
-        "git_dirty": False,
-    }
+def run_record(stage: str, started: int, seconds: int, count: int, unit: str) -> RunRecord:
+    return RunRecord(
+        stage=stage,
+        started=started,
+        ended=started + 1000 * seconds,
+        seconds=float(seconds),
+        count=count,
+        unit=unit,
+        per_second=count / seconds,
+        peak_memory_bytes=500_000_000,
+        device="cpu",
+        hardware={"cpu": "a processor", "cores": 2},
+        versions={"ddpm": "0.1.0"},
+        git_commit="0123456789abcdef0123456789abcdef01234567",
+        git_dirty=False,
+    )
 
 
 def influence_of(point: Point, count: int, error: float) -> np.ndarray:
@@ -475,14 +477,14 @@ def made(digits: Path, smoke: Callable[..., Params], tmp_path_factory: pytest.Te
     train(params, "cosine", root)
     started = 1_700_000_000_000
     record = run_record("train@cosine", started, 60, 24, "steps")
-    records.write_json(root / paths.run_file(paths.model_dir("cosine")), record)
+    write_run(root / paths.model_dir("cosine"), record)
     for index, point in enumerate(params.points()):
         sample_point(params, point, root)
         scores_of(root, point, 40.0 - index)
         for output, stage in ((paths.samples_file(point), "sample"), (paths.metrics_file(point), "evaluate")):
             started += 100_000
             record = run_record(f"{stage}@{point.name}", started, 10, 64, "images")
-            records.write_json(root / paths.run_file(output), record)
+            write_run(root / output, record)
     return root
 
 

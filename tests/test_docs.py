@@ -1,6 +1,7 @@
 """The docs name what is there, and their Python runs."""
 
 import runpy
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,21 @@ import pytest
 import torch
 
 from ddpm import LOSSES, SAMPLERS, SCHEDULES, SPACINGS, TARGETS, Denoiser, NoiseSchedule, UNet
-from ddpm.files.params import Network, Params, Sampler
+from ddpm.files.params import Params
+from ddpm.parameters import Network, Sampler
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_every_parameter_is_documented() -> None:
     text = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
-    keys = {*Sampler.model_fields, *Network.model_fields}
-    for name, field in Params.model_fields.items():
-        keys |= {name, *getattr(field.annotation, "model_fields", ())}
+    keys = {field.name for kind in (Sampler, Network) for field in fields(kind)}
+    for name, section in Params.model_fields.items():
+        keys |= (
+            {name, *(field.name for field in fields(section.annotation))}
+            if is_dataclass(section.annotation)
+            else {name}
+        )
     missing = [key for key in keys if f"`{key}`" not in text]
     assert not missing
     values = [*SAMPLERS, *SCHEDULES, *SPACINGS, *TARGETS, *LOSSES]

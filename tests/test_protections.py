@@ -945,7 +945,7 @@ STORAGE = [
     Protection(
         "a version's settings were damaged",
         TAGS,
-        "_Settings.model_validate(found)",
+        "section(_Settings, _Settings.arrange(found))",
         "found",
         "tests/tracking/test_promote.py::test_settings_that_are_damaged_draw_nothing[{}]",
     ),
@@ -996,7 +996,7 @@ STORAGE = [
 INPUT = [
     Protection(
         "a command line: names of points",
-        "ddpm/files/params.py",
+        "ddpm/parameters.py",
         ' or not re.fullmatch(r"0*[1-9]\\d{0,9}", parts[2])',
         "",
         f"{BAD}a_command_line[superscript steps]",
@@ -1045,9 +1045,9 @@ INPUT = [
     ),
     Protection(
         "params.yaml, its values: NaN and infinity",
-        "ddpm/files/params.py",
-        "Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]",
-        "Positive = Annotated[float, Field(gt=0)]",
+        "ddpm/parameters.py",
+        'POSITIVE = {"gt": 0, "allow_inf_nan": False}',
+        'POSITIVE = {"gt": 0}',
         f"{BAD}a_value[training.learning_rate-inf-training.learning_rate: ]",
     ),
     Protection(

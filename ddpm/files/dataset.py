@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError
-from ddpm.files import arrays, atomic, paths, pictures, records
+from ddpm.files import arrays, atomic, paths, records
 from ddpm.files.arrays import Images
 
 
@@ -167,7 +167,7 @@ def writing_dataset(
             array.flush()  # type: ignore[attr-defined]
         records.write_record(folder / "dataset.json", new.description, sorted(folder.glob("*.npy")))
         if new.picture is not None:
-            pictures.write_png(folder / "preview.png", new.picture)
+            arrays.write_png(folder / "preview.png", new.picture)
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> Images:

@@ -93,11 +93,24 @@ class DataEntry:
 
 
 @dataclass(frozen=True)
+class TrainingEntry:
+    """The training of a model. steps: of the optimiser. batch: images a step. content: all entries, as in params.yaml.
+
+    All are 0 for weights that were not trained here.
+    """
+
+    seed: int = 0
+    steps: int = 0
+    batch: int = 0
+    content: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ModelRecord:
     """The content of model.json: a model.
 
     weights_sha256: of model.safetensors. target: a key of ddpm.TARGETS. variance: "fixed" or "learned".
-    training: the parameters that trained it, and its seed. content: all entries of the file.
+    content: all entries of the file.
     """
 
     weights_sha256: str
@@ -106,7 +119,7 @@ class ModelRecord:
     network: NetworkEntry
     data: DataEntry
     variance: str = "fixed"
-    training: Mapping[str, Any] = field(default_factory=dict)
+    training: TrainingEntry = TrainingEntry()
     content: Mapping[str, Any] = field(default_factory=dict)
 
     def described_by(self, **entries: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ddpm.files.params import Point
+from ddpm.parameters import Point
 
 CACHE = Path(".cache")  # kept across runs, outside DVC: resume states, converted weights, reference features
 PREVIEW = 64  # images in the grid of a sample set

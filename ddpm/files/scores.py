@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from ddpm.errors import InputError
 from ddpm.files import arrays, atomic, paths, records
-from ddpm.scores.extractors import EXTRACTORS, USUAL, Extractor
+from ddpm.parameters import USUAL_EXTRACTOR
+from ddpm.scores.extractors import EXTRACTORS, Extractor
 from ddpm.scores.intervals import Estimate, quantile
 from ddpm.scores.metrics import HEADLINE, METRICS, RANKING, entries
 
 if TYPE_CHECKING:
-    from ddpm.files.params import Point
+    from ddpm.parameters import Point
 
 # The entries of metrics/POINT.json beside those of the metrics.
 COUNTS = ("evaluations", "images", "reference_images", "layer")
@@ -99,7 +100,7 @@ class Scores:
     @property
     def extractor(self) -> Extractor:
         """The row of EXTRACTORS. Raises InputError where that is gone."""
-        return extractor(str(self.evaluation.get("extractor", USUAL)))
+        return extractor(str(self.evaluation.get("extractor", USUAL_EXTRACTOR)))
 
     def estimate(self, influence: NDArray[np.floating] | None = None) -> Estimate:
         """The headline score with its error."""
@@ -184,7 +185,7 @@ class Row:
     images: int
     reference_images: int
     layer: int
-    extractor: str = USUAL
+    extractor: str = USUAL_EXTRACTOR
     seconds: float | None = None
 
     @classmethod
@@ -205,7 +206,7 @@ class Row:
             raise ValueError(f"without {error.args[0]}") from None
         if absent := [name for name in RANKING.names if name not in values]:
             raise ValueError(f"without {', '.join(absent)}")
-        return replace(scored, extractor=str(found.get("extractor", USUAL)))
+        return replace(scored, extractor=str(found.get("extractor", USUAL_EXTRACTOR)))
 
     def to_json(self) -> dict[str, Any]:
         """By the names of the columns; without the entries that the point doesn't have."""

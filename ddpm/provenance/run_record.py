@@ -1,5 +1,4 @@
-"""What is true of a run and not of its result: when, where, how fast, from which commit. Kept beside the outputs,
-in files that DVC does not track."""
+"""Measures a run: when, where, how fast, from which commit. The results of a run do not depend on any of this."""
 
 from __future__ import annotations
 
@@ -12,29 +11,29 @@ from typing import Any
 
 import psutil
 
-from ddpm.files import paths, records
+from ddpm.files.runs import RunRecord, write_run
 from ddpm.provenance import git
 
 
-def record(output: Path, stage: str, started: float, ended: float, count: int, unit: str) -> dict[str, Any]:
+def record(output: Path, stage: str, started: float, ended: float, count: int, unit: str) -> RunRecord:
     """Writes the run file of an output. started, ended: seconds since the epoch; count: how many `unit`s were done."""
     seconds = ended - started
-    about = {
-        "stage": stage,
-        "started": int(started * 1000),
-        "ended": int(ended * 1000),
-        "seconds": round(seconds, 3),
-        "count": count,
-        "unit": unit,
-        "per_second": round(count / seconds, 3) if seconds else None,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    made = RunRecord(
+        stage=stage,
+        started=int(started * 1000),
+        ended=int(ended * 1000),
+        seconds=round(seconds, 3),
+        count=count,
+        unit=unit,
+        per_second=round(count / seconds, 3) if seconds else None,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        versions={"python": platform.python_version(), "ddpm": version("ddpm"), "torch": version("torch")},
+        git_commit=git.line(Path(), "rev-parse", "HEAD", patience=git.PATIENCE),
+        git_dirty=bool(git.line(Path(), "status", "--porcelain", "--untracked-files=no", patience=git.PATIENCE)),
         **_hardware(),
-        "versions": {"python": platform.python_version(), "ddpm": version("ddpm"), "torch": version("torch")},
-        "git_commit": git.line(Path(), "rev-parse", "HEAD", patience=git.PATIENCE),
-        "git_dirty": bool(git.line(Path(), "status", "--porcelain", "--untracked-files=no", patience=git.PATIENCE)),
-    }
-    records.write_json(paths.run_file(output), about)
-    return about
+    )
+    write_run(output, made)
+    return made
 
 
 def versions() -> str:

@@ -40,7 +40,7 @@ def card(
         metrics=_shown(scores),
         likelihood=likelihood.splits if likelihood else {},
         model=model,
-        training=model.training,
+        training=model.training.content,
         data=model.data,
         licence=source.licence if source else "its licence is not known here",
         shareable=source is not None and source.shareable,

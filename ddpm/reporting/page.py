@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ddpm.files import arrays, models, paths, pictures, records
+from ddpm.files import arrays, models, paths, records
 from ddpm.files.dataset import Dataset, DatasetRecord
 from ddpm.files.models import BoundRecord, TrainingRecord
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
 from ddpm.files.samples import read_samples
 from ddpm.files.scores import Answer, Best, Front, Row, columns, extractor
+from ddpm.parameters import Point
 from ddpm.reporting.diagnostics import data_mean_square, schedule_of
 from ddpm.reporting.plots import COLOURS, DASHES, MARKERS, protocol, svg
 from ddpm.scores.copying import Copying, affordable, copying, nearest
@@ -73,7 +74,7 @@ def page(
         schedules=_schedules(params, training["last"], dataset.record),
         neighbours=_neighbours(root, best, dataset, params.training.flip),
         dataset=dataset.record,
-        preview=_png(pictures.grid(dataset.train[: 2 * SHOWN], columns=2 * SHOWN)) if _small(dataset.train) else None,
+        preview=_png(arrays.grid(dataset.train[: 2 * SHOWN], columns=2 * SHOWN)) if _small(dataset.train) else None,
         parameters=_parameters(params),
         nearer=COPYING.title,
         begin=BEGIN,
@@ -184,7 +185,7 @@ def _strip(images: arrays.Images) -> str:
         size = [max(1, round(side * scale)) for side in images.shape[:1:-1]]
         channels = [[Image.fromarray(channel).resize(size, Image.Resampling.LANCZOS) for channel in i] for i in images]
         images = np.stack([np.stack([np.asarray(channel) for channel in image]) for image in channels])
-    return _png(pictures.grid(images, columns=len(images)))
+    return _png(arrays.grid(images, columns=len(images)))
 
 
 # Sections.
@@ -363,7 +364,7 @@ def verdict(in_pixels: Copying | None, in_features: Copying | None) -> str:
 
 def _parameters(params: Params) -> dict[str, dict[str, Any]]:
     """Section -> name -> value, of the sections that made the outputs and the rows that the sweep takes."""
-    raw = params.model_dump(mode="json", include=set(SECTIONS))
+    raw = params.to_json(*SECTIONS)
     shown: dict[str, dict[str, Any]] = {"": {"seed": raw["seed"]}}
     shown |= {name: raw[name] for name in SECTIONS if name not in ("seed", "schedules", "samplers")}
     shown["schedules"] = {

@@ -8,17 +8,16 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from ddpm.files.runs import RunRecord
 from ddpm.files.scores import Row
 from ddpm.reporting.page import render
 from ddpm.reporting.plots import draw_scores, svg
 from ddpm.scores.metrics import RANKING
 
-Record = Mapping[str, Any]  # a run file
-
 
 def published(
     rows: Sequence[Row],
-    records: Mapping[str, Record],
+    records: Mapping[str, RunRecord],
     runs: Mapping[str, tuple[str, str]],
     place: str,
     chart: str = "",
@@ -28,11 +27,11 @@ def published(
     rows: of points.csv. records: run files by stage, such as sample@linear-ddim-50. runs: by stage, the name and
     the address (or "") of the MLflow run. chart: that of the chart of all points in MLflow.
     """
-    sampled = {row.point: records.get(f"sample@{row.point}", {}) for row in rows}
+    sampled = {row.point: record for row in rows if (record := records.get(f"sample@{row.point}"))}
     timed = [
-        replace(row, seconds=1 / record["per_second"])
+        replace(row, seconds=1 / record.per_second)
         for row in rows
-        if (record := sampled[row.point]).get("per_second")
+        if (record := sampled.get(row.point)) and record.per_second
     ]
     machines = list(dict.fromkeys(_machine(sampled[row.point]) for row in timed))
     plot = ""
@@ -62,28 +61,28 @@ def fastest(rows: Sequence[Row]) -> list[str]:
     return [row.point for row in kept]
 
 
-def _machine(record: Record) -> str:
-    hardware = record.get("hardware") or {}
-    return f"{hardware.get('gpu') or hardware.get('cpu', 'an unknown machine')} ({record.get('device', '?')})"
+def _machine(record: RunRecord) -> str:
+    name = record.hardware.get("gpu") or record.hardware.get("cpu", "an unknown machine")
+    return f"{name} ({record.device})"
 
 
-def _pace(record: Record) -> str:
-    if not (pace := record.get("per_second")):
+def _pace(record: RunRecord) -> str:
+    if not (pace := record.per_second):
         return ""
-    return f"{pace:,.0f} {record['unit']}/s" if pace >= 100 else f"{pace:.3g} {record['unit']}/s"
+    return f"{pace:,.0f} {record.unit}/s" if pace >= 100 else f"{pace:.3g} {record.unit}/s"
 
 
-def _row(stage: str, record: Record, run: str, link: str) -> dict[str, Any]:
-    memory, commit = record.get("gpu_peak_memory_bytes") or record.get("peak_memory_bytes"), record.get("git_commit")
-    started = datetime.fromtimestamp(record["started"] / 1000, UTC)
+def _row(stage: str, record: RunRecord, run: str, link: str) -> dict[str, Any]:
+    memory, commit = record.gpu_peak_memory_bytes or record.peak_memory_bytes, record.git_commit
+    started = datetime.fromtimestamp(record.started / 1000, UTC)
     return {
         "stage": stage,
-        "seconds": record["seconds"],
+        "seconds": record.seconds,
         "pace": _pace(record),
         "memory": f"{memory / 1e6:,.0f} MB" if memory else "",
         "started": f"{started:%Y-%m-%d %H:%M}",
         "machine": _machine(record),
-        "commit": (commit[:10] + (", edited" if record.get("git_dirty") else "")) if commit else "unknown",
+        "commit": (commit[:10] + (", edited" if record.git_dirty else "")) if commit else "unknown",
         "run": run,
         "link": link,
     }

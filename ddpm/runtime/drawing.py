@@ -18,7 +18,8 @@ from ddpm.diffusion.schedule import SCHEDULES, NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.files import checkpoint
 from ddpm.files.models import ModelRecord
-from ddpm.files.params import Params, Point, Sampler
+from ddpm.files.params import Params
+from ddpm.parameters import Point, Sampler
 from ddpm.runtime import compiling
 
 ALIKE = 1.25  # classes of which none has more than this times the images of another

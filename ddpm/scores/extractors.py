@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-USUAL = "inception"  # where params.yaml names none, and of scores from before there was a choice
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ddpm.errors import InputError
 from ddpm.files import paths
-from ddpm.files.params import Data
+from ddpm.parameters import Data
 from ddpm.runtime.progress import Report
 from ddpm.sources.source import Contents, Source, downloading, in_memory
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm.files.params import Data
+from ddpm.parameters import Data
 from ddpm.runtime.progress import Report
 from ddpm.sources.source import Contents, Source, held_out, in_memory
 

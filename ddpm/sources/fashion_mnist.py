@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ddpm.errors import InputError
 from ddpm.files import paths
 from ddpm.files.arrays import Images
-from ddpm.files.params import Data
+from ddpm.parameters import Data
 from ddpm.runtime.progress import Report
 from ddpm.sources.source import Contents, Labels, Source, downloading, in_memory
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ddpm.errors import InputError
 from ddpm.files.arrays import Images
-from ddpm.files.params import Data
+from ddpm.parameters import Data
 from ddpm.runtime.progress import Progress, Report
 from ddpm.sources import decoding
 from ddpm.sources.source import Contents, Labels, Source, centre, held_out, padded_side

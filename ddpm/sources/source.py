@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from ddpm.errors import InputError
 from ddpm.files.arrays import Images
-from ddpm.files.params import Data, Params
+from ddpm.files.params import Params
+from ddpm.parameters import Data
 from ddpm.rooms import Room
 from ddpm.runtime.progress import Progress, Report
 

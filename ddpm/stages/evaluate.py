@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from ddpm.errors import InputError
 from ddpm.files import arrays, atomic, paths
 from ddpm.files.dataset import read_dataset
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
 from ddpm.files.samples import read_samples
 from ddpm.files.scores import Scores, extractor, write_scores
+from ddpm.parameters import Point
 from ddpm.provenance import code
 from ddpm.runtime import locks
 from ddpm.runtime.device import find_device, memory_errors

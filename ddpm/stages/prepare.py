@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError
-from ddpm.files import pictures
+from ddpm.files import arrays
 from ddpm.files.arrays import Images
 from ddpm.files.dataset import DatasetRecord, NewDataset, read_dataset_record, writing_dataset
 from ddpm.files.params import Params
@@ -48,14 +48,14 @@ def preview(train: Images, labels: NDArray[np.int64] | None, classes: int) -> Im
     """
     step = math.ceil(train.shape[-1] / PREVIEW_SIDE)
     if labels is None:
-        return pictures.grid(train[: ROWS * COLUMNS, :, ::step, ::step], COLUMNS)
+        return arrays.grid(train[: ROWS * COLUMNS, :, ::step, ::step], COLUMNS)
     classes = min(classes, ROWS)
     shape = train[:1, :, ::step, ::step].shape[1:]
     images = np.full((classes, COLUMNS, *shape), 255, np.uint8)
     for label in range(classes):
         members = np.flatnonzero(labels == label)[:COLUMNS]
         images[label, : len(members)] = train[members, :, ::step, ::step]
-    return pictures.grid(images.reshape(-1, *shape), COLUMNS)
+    return arrays.grid(images.reshape(-1, *shape), COLUMNS)
 
 
 def _about(contents: Contents, dataset: NewDataset) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from ddpm.errors import InputError
-from ddpm.files import arrays, atomic, paths, pictures, records
+from ddpm.files import arrays, atomic, paths, records
 from ddpm.files.dataset import read_dataset
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
 from ddpm.files.samples import read_samples
 from ddpm.files.scores import (
     PICTURE,
@@ -36,6 +36,7 @@ from ddpm.files.scores import (
     read_scores,
     write_table,
 )
+from ddpm.parameters import Point
 from ddpm.provenance import dvc_lock
 from ddpm.reporting.page import SHOWN, check_records, page
 from ddpm.reporting.plots import draw_scores, drawing
@@ -177,7 +178,7 @@ def _few(names: Sequence[str]) -> str:
 
 def _plot_samples(path: Path, rows: Sequence[Row], samples: Mapping[str, arrays.Images]) -> None:
     """The first images of each point, one row a point: all start from the same noise, so columns compare."""
-    strips = [pictures.grid(samples[row.point][:SHOWN], columns=SHOWN).transpose(1, 2, 0) for row in rows]
+    strips = [arrays.grid(samples[row.point][:SHOWN], columns=SHOWN).transpose(1, 2, 0) for row in rows]
     label, gap = 250, 4  # pixels
     height, width = strips[0].shape[:2]
     with drawing(path, label + width, len(rows) * (height + gap), dpi=100) as figure:

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, models, paths, pictures, samples
+from ddpm.files import arrays, checkpoint, models, paths, samples
 from ddpm.files.models import ModelRecord
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
 from ddpm.networks.network import NETWORKS
+from ddpm.parameters import Point, as_json
 from ddpm.provenance import code
 from ddpm.runtime import drawing
 from ddpm.runtime.device import find_device, memory_errors
@@ -22,7 +23,7 @@ from ddpm.runtime.stopping import Stopped, deferred
 
 def sampling_key(params: Params, point: Point, model: ModelRecord, device: torch.device) -> str:
     """Names everything that decides the images of a point, the code among it."""
-    settings = [params.seed, params.samplers[point.sampler].options(), params.sampling.model_dump(mode="json")]
+    settings = [params.seed, params.samplers[point.sampler].options(), as_json(params.sampling)]
     decisive = [
         model.content,
         settings,
@@ -91,8 +92,8 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
                 raise InputError(f"{point.name}: {error}") from None
             kept.keep(batch, evaluations)
             made += len(batch)
-        drawn_with = {"seed": params.seed, "row": row.options(), "sampling": settings.model_dump(mode="json")}
+        drawn_with = {"seed": params.seed, "row": row.options(), "sampling": as_json(settings)}
         samples.write_samples(path, images, evaluations, model.weights_sha256, labels, drawn_with)
-        pictures.write_png(path.with_suffix(".png"), pictures.preview(images))
+        arrays.write_png(path.with_suffix(".png"), arrays.preview(images))
     kept.remove()
     return evaluations

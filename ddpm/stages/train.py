@@ -29,6 +29,7 @@ from ddpm.files.checkpoint import ResumeState
 from ddpm.files.dataset import Dataset, read_dataset
 from ddpm.files.models import NetworkEntry, ScheduleEntry
 from ddpm.files.params import Params
+from ddpm.parameters import as_json
 from ddpm.provenance import code
 from ddpm.runtime import ranks
 from ddpm.runtime.compiling import compiled
@@ -68,14 +69,10 @@ def network_entry(params: Params, shape: tuple[int, int, int], classes: int = 0)
         raise InputError(
             f"the network takes square images, and the dataset's are {height}x{width}; set data.size and data.fit"
         )
-    section = params.network.model_dump(mode="json")
+    section = as_json(params.network)
     if known := {"image_channels", "image_size", "out_channels", "classes"} & section.keys():
         raise InputError(f"network.{min(known)}: follows from the data and from diffusion; leave it out")
-    if unsound := [
-        key
-        for key, value in params.network.model_dump().items()
-        if isinstance(value, float) and not math.isfinite(value)
-    ]:
+    if unsound := [key for key, value in section.items() if isinstance(value, float) and not math.isfinite(value)]:
         raise InputError(f"network.{unsound[0]}: no finite number")
     settings = {"image_channels": channels, "image_size": height, **section}
     settings |= {"out_channels": 2 * channels} if params.diffusion.variance == "learned" else {}
@@ -97,7 +94,7 @@ def class_count(params: Params, dataset: Dataset) -> int:
 
 def training_key(params: Params, schedule: str, dataset: str) -> str:
     """Names the training that `steps` may prolong: everything else that decides the weights, the code among it."""
-    settings = params.model_dump(mode="json", include={"seed", "diffusion", "network", "training"})
+    settings = params.to_json("seed", "diffusion", "network", "training")
     del settings["training"]["steps"]
     row = params.schedules[schedule].options()
     decisive = [settings, row, dataset, code.digest(__name__, *code.selected(params, __name__))]
@@ -356,7 +353,7 @@ def _write(training: Training, dataset: Dataset, root: Path) -> dict[str, Any]:
         "variance": params.diffusion.variance,
         "network": training.network.content,
         "data": _about_data(dataset),
-        "training": {"seed": params.seed, **params.training.model_dump(mode="json")},
+        "training": {"seed": params.seed, **as_json(params.training)},
     }
     metrics = {
         "steps": state.step,

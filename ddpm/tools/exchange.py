@@ -19,8 +19,9 @@ from ddpm import interop
 from ddpm.errors import InputError
 from ddpm.files import atomic, checkpoint, models, paths, records
 from ddpm.files.models import NetworkEntry
-from ddpm.files.params import LONGEST_NAME, Params
+from ddpm.files.params import Params
 from ddpm.files.yaml_file import flow_row, parse_yaml, rewritten
+from ddpm.parameters import LONGEST_NAME
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")

@@ -18,7 +18,7 @@ from ddpm.diffusion.paths import blend, encode, interpolate, pixel_error, snapsh
 from ddpm.diffusion.samplers import evaluations, sample
 from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
-from ddpm.files import arrays, paths, pictures, records
+from ddpm.files import arrays, paths, records
 from ddpm.files.dataset import read_dataset
 from ddpm.files.models import ModelRecord
 from ddpm.files.params import Params
@@ -121,7 +121,7 @@ def generate(
             picture = KINDS[kind](opened, Request(of, count, seed, params.sampling.batch, report))
     except ValueError as error:
         raise InputError(f"generate: {error}") from None
-    pictures.write_png(out, pictures.grid(picture.images, picture.columns))
+    arrays.write_png(out, arrays.grid(picture.images, picture.columns))
     if picture.figures is not None:
         records.write_json(out.with_suffix(".json"), picture.figures)
     return f"{out}: {picture.message}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm.files import arrays, dataset, paths, pictures
+from ddpm.files import arrays, dataset, paths
 from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress, Report
 
@@ -44,8 +44,8 @@ def previews(params: Params, root: Path, schedule: str, log: Callable[[int, arra
             device=device,
             labels=np.arange(IMAGES) % classes if classes else None,
         )
-        picture = pictures.grid(images)
-        pictures.write_png(root / preview_file(schedule, progress.done), picture)
+        picture = arrays.grid(images)
+        arrays.write_png(root / preview_file(schedule, progress.done), picture)
         log(progress.done, picture)
 
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 from ddpm.errors import InputError
 from ddpm.files import models, paths
 from ddpm.files.dataset import read_dataset_record
-from ddpm.files.params import Params, Point, Sampler
+from ddpm.files.params import Params, section
 from ddpm.files.scores import Scores, read_point_influence
+from ddpm.parameters import Point, Sampler
 from ddpm.runtime.progress import Report, silent
 from ddpm.stages.evaluate import evaluate
 from ddpm.stages.sample import sample_point
@@ -31,9 +33,11 @@ def rescore(
     dataset = read_dataset_record(root)
     if model.data.shape != dataset.shape:
         raise InputError(f"{checkpoint}: makes images of shape {model.data.shape}, the dataset's are {dataset.shape}")
-    row = Sampler.model_validate({key: value for key, value in settings.items() if key not in ("steps", "clip")})
+    row = section(
+        Sampler, Sampler.arrange({key: value for key, value in settings.items() if key not in ("steps", "clip")})
+    )
     point = Point(schedule=model.schedule.name, sampler="champion", steps=settings["steps"])
-    sampling = params.sampling.model_copy(update={"clip": settings.get("clip", params.sampling.clip)})
+    sampling = replace(params.sampling, clip=settings.get("clip", params.sampling.clip))
     alone = params.model_copy(update={"samplers": {"champion": row}, "sampling": sampling})
     with tempfile.TemporaryDirectory(prefix="ddpm-rescore-") as name:
         folder = Path(name)

@@ -12,7 +12,7 @@ from ddpm.diffusion.forward import BANDS, Summary, noised, summary
 from ddpm.diffusion.noise import gaussian
 from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
-from ddpm.files import arrays, paths, pictures, records
+from ddpm.files import arrays, paths, records
 from ddpm.files.dataset import read_dataset
 from ddpm.files.params import Params
 from ddpm.reporting.diagnostics import data_mean_square, schedule_of
@@ -110,7 +110,7 @@ def _plot_strip(path: Path, made: dict[str, NoiseSchedule], image: arrays.Images
     for schedule in made.values():
         x = noised(schedule, x_0, torch.arange(COLUMNS) * schedule.T // (COLUMNS - 1), eps)
         pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
-        strips.append(pictures.grid(pixels, columns=COLUMNS).transpose(1, 2, 0))
+        strips.append(arrays.grid(pixels, columns=COLUMNS).transpose(1, 2, 0))
     label, top, gap = 110, 24, 4  # pixels
     height, width = strips[0].shape[:2]
     total = top + len(strips) * (height + gap)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm.files import models, paths, records, samples
+from ddpm.files import models, paths, samples
 from ddpm.files.models import ModelRecord
-from ddpm.files.params import USUAL_NETWORK, Params, Point
+from ddpm.files.params import Params
 from ddpm.files.scores import read_scores
+from ddpm.parameters import USUAL_NETWORK, Point
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class PointSettings:
 
 def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, Any]:
     """All that was configured of a training. dataset: sha256."""
-    sections = params.model_dump(mode="json", include={"seed", "diffusion", "network", "training"})
+    sections = params.to_json("seed", "diffusion", "network", "training")
     row = params.schedules[schedule].options()
     sections["network"] = _recorded(sections["network"])
     return {"schedule": schedule, "schedules": row, "dataset_sha256": dataset, **sections}
@@ -55,7 +56,7 @@ def _recorded(network: Mapping[str, Any]) -> dict[str, Any]:
 
 def identity_of_model(model: ModelRecord) -> dict[str, Any]:
     """The same, from model.json."""
-    training, network = dict(model.training), model.network
+    training, network = dict(model.training.content), model.network
     derived = ("image_channels", "image_size", "out_channels", "classes")  # from the data, the variance, the condition
     return {
         "schedule": model.schedule.name,
@@ -86,9 +87,3 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             parameters[prefix + name] = item if isinstance(item, str) else json.dumps(item)
     return parameters
-
-
-def run_times(root: Path, output: Path) -> dict[str, Any]:
-    """When, where and how fast an output was made; empty when that is not known."""
-    path = root / paths.run_file(output)
-    return records.read_json(path) if path.exists() else {}

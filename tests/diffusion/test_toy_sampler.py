@@ -13,7 +13,8 @@ from ruamel.yaml import YAML
 
 from ddpm.errors import InputError
 from ddpm.files import paths, samples
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
+from ddpm.parameters import Point
 
 ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).with_name("toy_sampler.py")
@@ -39,7 +40,7 @@ def with_the_toy(
     }
     samplers = ["ddpm", "ddim", *rows]
     params = smoke(training={"steps": 24}, samplers=rows, sweep={"samplers": samplers})
-    YAML().dump(params.model_dump(mode="json", exclude_none=True), root / "params.yaml")
+    YAML().dump(params.to_json(), root / "params.yaml")
     for point in POINTS:
         ddpm(root, "sample", point.name)
         write_scores(root, point, 20.0)

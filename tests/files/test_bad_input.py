@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ from ddpm import cli
 from ddpm.errors import InputError
 from ddpm.files import arrays as arrays_file
 from ddpm.files import checkpoint, dataset, paths, records, samples
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
 from ddpm.files.scores import Best, Row, read_scores
+from ddpm.parameters import Point
 from ddpm.runtime.drawing import check_point
 from ddpm.stages.report import _read_rows
 from ddpm.stages.sample import sample_point
@@ -1278,7 +1280,7 @@ def model_as_values(data: st.DataObject, path: Path) -> None:
     """And, where they are taken, the sampling."""
     sign(Path(DESCRIPTION), spoilt(data.draw, json.loads(path.read_text())))
     params = Params.load()
-    few = params.model_copy(update={"sampling": params.sampling.model_copy(update={"images": 2})})
+    few = params.model_copy(update={"sampling": replace(params.sampling, images=2)})
     taken_or_refused(lambda: sample_point(few, POINT))
 
 

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from ruamel.yaml import YAML
 
 from ddpm import cli, tracking
 from ddpm.files import models, paths
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
+from ddpm.parameters import Point
 from ddpm.runtime.progress import Progress
 from ddpm.stages.evaluate import evaluate
 from ddpm.stages.likelihood import likelihood
@@ -110,8 +111,8 @@ def make_whole(inception_cache: Path, empty_database: Path, base: Path) -> Whole
     root = found.root
     shutil.copytree(root / paths.model_dir("cosine"), root / paths.imported_dir("hub"))
     params = write_params(root, imported=models.read_model_record(root / paths.imported_dir("hub")).weights_sha256)
-    stop_sampling(params, POINT.model_copy(update={"steps": 3}), root)
-    stop_sampling(params, POINT.model_copy(update={"steps": 4}), root)
+    stop_sampling(params, replace(POINT, steps=3), root)
+    stop_sampling(params, replace(POINT, steps=4), root)
     shutil.copyfile(empty_database, root / "mlflow.db")
     tracking.promote(params, root, say=lambda line: None)
     shutil.copytree(root, found.pristine, symlinks=True)
@@ -171,7 +172,7 @@ TRAINED = (*MODEL, "metrics/train/cosine.json", "metrics/train/cosine.csv", "met
 SAMPLES = (str(paths.samples_file(POINT)),)
 SCORES = (str(paths.metrics_file(POINT)), str(paths.influence_file(POINT)))
 REPORT = tuple(f"report/{name}" for name in ("best.json", "front.json", "points.csv", "index.html"))
-HALF = POINT.model_copy(update={"steps": 3}).name
+HALF = replace(POINT, steps=3).name
 KEPT, KEPT_OTHER = f".cache/sampling/{HALF}", ".cache/sampling/cosine-ddim-4"
 CASES = [
     Case("dataset/train.npy", ("train", "cosine", "--fresh"), TRAINED, "dataset/test.npy"),

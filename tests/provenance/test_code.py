@@ -21,7 +21,8 @@ PROGRAM = """
 import signal
 from ddpm.files import paths, records
 from ddpm.stages.evaluate import evaluate
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
+from ddpm.parameters import Point
 from ddpm.stages.sample import sample_point
 from ddpm.runtime.stopping import Stopped
 from ddpm.stages.train import train

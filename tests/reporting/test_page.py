@@ -19,10 +19,11 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from ddpm.files import paths
+from ddpm.files.arrays import grid
 from ddpm.files.dataset import read_dataset, read_dataset_record, writing_dataset
 from ddpm.files.params import Params
-from ddpm.files.pictures import grid
 from ddpm.files.records import read_csv, read_record, write_csv, write_record
+from ddpm.files.runs import RunRecord
 from ddpm.files.samples import read_samples, write_samples
 from ddpm.files.scores import PICTURE, Answer, Row, read_report, write_influence
 from ddpm.reporting.page import SECTIONS, SHOWN, how_sure, publish_with, verdict
@@ -297,15 +298,22 @@ def _normal(z: float) -> float:
 
 def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report: Path) -> None:
     rows = read_report(made_report)[1]
-    record = {
-        "started": 1_700_000_000_000,
-        "seconds": 10.0,
-        "unit": "images",
-        "peak_memory_bytes": 5e8,
-        "device": "cpu",
+    records = {
+        f"sample@{row.point}": RunRecord(
+            stage=f"sample@{row.point}",
+            started=1_700_000_000_000,
+            ended=1_700_000_010_000,
+            seconds=10.0,
+            unit="images",
+            per_second=2.0 + index,
+            peak_memory_bytes=500_000_000,
+            device="cpu",
+            hardware={"cpu": HOSTILE},
+            git_commit="0123456789abcdef",
+            git_dirty=True,
+        )
+        for index, row in enumerate(rows)
     }
-    record |= {"git_commit": "0123456789abcdef", "git_dirty": True, "hardware": {"cpu": HOSTILE}}
-    records = {f"sample@{row.point}": {**record, "per_second": 2.0 + index} for index, row in enumerate(rows)}
     runs = {f"sample@{rows[0].point}": ("cosine-ddpm", "http://localhost:5000/#/runs/abc")}
     whole = publish_with(page, published(rows, records, runs, "the place", "http://x/#/chart?a='b'"))
     reader = Reader(whole)

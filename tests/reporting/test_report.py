@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from ddpm.errors import InputError
-from ddpm.files import paths, pictures, records, samples
-from ddpm.files.params import Params, Point, Sweep
+from ddpm.files import arrays, paths, records, samples
+from ddpm.files.params import Params
 from ddpm.files.scores import Row, read_report, write_influence
+from ddpm.parameters import Point, Sweep
 from ddpm.reporting.page import SHOWN
 from ddpm.reporting.table import table
 from ddpm.runtime.progress import Progress
@@ -194,7 +195,7 @@ def test_samples_lie_side_by_side_pixel_for_pixel(root: Path) -> None:
     height = len(picture) // len(points)
     for index, point in enumerate(points):
         images = samples.read_samples(root / paths.samples_file(point)).images
-        strip = pictures.grid(images[:SHOWN], columns=SHOWN)[0]
+        strip = arrays.grid(images[:SHOWN], columns=SHOWN)[0]
         row = picture[index * height : (index + 1) * height]
         np.testing.assert_array_equal(row[-strip.shape[0] :, -strip.shape[1] :, 0], strip)
         assert row[:, : -strip.shape[1]].min() < 100  # a label

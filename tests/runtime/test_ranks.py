@@ -33,7 +33,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 def write(root: Path, params: Params, processes: int) -> None:
-    raw = params.model_dump(mode="json", exclude_none=True)
+    raw = params.to_json()
     YAML().dump({**raw, "compute": {**raw["compute"], "processes": processes}}, root / "params.yaml")
 
 

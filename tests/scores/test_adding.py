@@ -17,9 +17,10 @@ from mlflow.tracking import MlflowClient
 from ddpm.errors import InputError
 from ddpm.files import paths
 from ddpm.files.dataset import read_dataset
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
 from ddpm.files.records import read_csv, read_record
 from ddpm.files.samples import read_samples
+from ddpm.parameters import Point
 from ddpm.scores import fidelity
 from ddpm.stages.evaluate import reference_images
 
@@ -139,7 +140,7 @@ def test_params_without_an_extractor_mean_inception() -> None:
     params = Params.load(ROOT / "params.yaml")
     section = {name: value for name, value in params.evaluation.recorded().items() if name != "layer"}
     assert "extractor" not in section
-    read = Params.check({**params.model_dump(exclude={"evaluation"}), "evaluation": section}, "params")
+    read = Params.check({**params.to_json(), "evaluation": section}, "params")
     assert (read.evaluation.extractor, read.evaluation.layer) == ("inception", 2048)
 
 
@@ -151,7 +152,8 @@ def test_params_are_checked_without_torch(added: Path) -> None:
 
 
 SAYING = """
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
+from ddpm.parameters import Point
 from ddpm.stages.evaluate import evaluate
 evaluate(Params.load(), Point.parse("cosine-ddim-5"), report=lambda progress: print(progress.message))
 """

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm.errors import InputError
-from ddpm.files.params import Data, Params
+from ddpm.files.params import Params
+from ddpm.parameters import Data
 from ddpm.runtime.progress import Progress, silent
 from ddpm.sources import source as source_module
 from ddpm.sources.source import SOURCES, Contents, check_name, held_out

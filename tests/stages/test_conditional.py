@@ -24,7 +24,8 @@ from ddpm.diffusion.noise import gaussian
 from ddpm.errors import InputError
 from ddpm.files import arrays, checkpoint, models, paths, records, samples
 from ddpm.files.dataset import read_dataset, read_dataset_record
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
+from ddpm.parameters import Point
 from ddpm.runtime.drawing import class_labels, to_uint8
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train

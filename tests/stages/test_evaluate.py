@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 
 from ddpm.errors import InputError
 from ddpm.files import arrays, paths, records
-from ddpm.files.params import Compute, Evaluation, Params, Point
+from ddpm.files.params import Params
 from ddpm.files.samples import read_samples_record, write_samples
 from ddpm.files.scores import read_point_influence, read_scores
+from ddpm.parameters import Compute, Evaluation, Point
 from ddpm.runtime.progress import Progress
 from ddpm.scores import fidelity, inception
 from ddpm.scores.copying import copying
@@ -243,7 +245,7 @@ def test_full_weights_at_the_last_layer_give_an_inception_score(
     monkeypatch.setenv(inception.WEIGHTS_VARIABLE, str(tmp_path / "full.pth"))
     assert "inception_score" not in run(root)[0]
     params = protocol()
-    params = params.model_copy(update={"evaluation": params.evaluation.model_copy(update={"layer": 2048})})
+    params = params.model_copy(update={"evaluation": replace(params.evaluation, layer=2048)})
     scores, _ = run(root, params)
     extractor = inception.load(2048, tmp_path)
     logits = torch.from_numpy(extract(extractor, digits()[30:42])) @ classifier.T

@@ -30,10 +30,11 @@ from ddpm.files.arrays import write_arrays
 from ddpm.files.atomic import disk_full_is_one_line, replacing, replacing_dir
 from ddpm.files.checkpoint import ResumeState, read_resume, write_resume
 from ddpm.files.dataset import writing_dataset
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
 from ddpm.files.records import write_json
 from ddpm.files.samples import write_samples
 from ddpm.files.scores import write_influence
+from ddpm.parameters import Point
 from ddpm.runtime import device
 from ddpm.runtime.device import memory_errors
 from ddpm.runtime.progress import Progress
@@ -120,7 +121,7 @@ assert os.waitpid(start(killed), 0)[1] == 0
 
 
 def plain(params: Params) -> str:
-    return json.dumps(params.model_dump(mode="json"))
+    return json.dumps(params.to_json())
 
 
 def kill_and_compare(root: Path, params: Params, kills: int, part: float) -> list[int]:
@@ -660,7 +661,8 @@ def test_what_another_sampling_made_is_not_taken(
 SAMPLER = """
 import json, resource, sys
 from pathlib import Path
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
+from ddpm.parameters import Point
 from ddpm.stages.sample import sample_point
 sample_point(Params.check(json.loads(sys.argv[1]), "smoke"), Point.parse("cosine-ddim-2"), Path(sys.argv[2]),
              lambda progress: progress.message and print(progress.message, flush=True))
@@ -872,7 +874,8 @@ import torch
 from ddpm.errors import InputError
 from ddpm.stages.evaluate import evaluate
 from ddpm.stages.likelihood import likelihood
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
+from ddpm.parameters import Point
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
 raw, root = json.loads(sys.argv[1]), Path(sys.argv[2])

@@ -14,7 +14,8 @@ from ddpm import Denoiser, NoiseSchedule, sample
 from ddpm.diffusion.noise import gaussian
 from ddpm.errors import InputError
 from ddpm.files import checkpoint, paths, samples
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
+from ddpm.parameters import Point
 from ddpm.runtime.drawing import generate, to_uint8
 from ddpm.runtime.progress import Progress
 from ddpm.stages.sample import sample_point

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from ddpm import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.files import checkpoint, dataset, models, records, samples
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
+from ddpm.parameters import Point
 from ddpm.runtime.progress import Progress
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train, training_key

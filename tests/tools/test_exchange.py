@@ -19,7 +19,8 @@ from ddpm.cli import app
 from ddpm.diffusion.samplers import Level, ddim, ddpm
 from ddpm.errors import InputError
 from ddpm.files import checkpoint, dataset, models, records, samples
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
+from ddpm.parameters import Point
 from ddpm.reporting.page import _schedules
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train

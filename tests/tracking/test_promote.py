@@ -22,8 +22,9 @@ from ddpm import tracking
 from ddpm.errors import InputError
 from ddpm.files import checkpoint, paths, records
 from ddpm.files.models import read_model_record
-from ddpm.files.params import Params, Point, Promotion
+from ddpm.files.params import Params
 from ddpm.files.scores import COMPARED, Scores, read_point_influence, read_scores, write_influence
+from ddpm.parameters import Point, Promotion
 from ddpm.reporting.card import LONGEST, card, with_front_matter
 from ddpm.scores import fidelity
 from ddpm.scores.intervals import Estimate, standard_error

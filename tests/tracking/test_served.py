@@ -19,10 +19,11 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from ddpm import tracking
-from ddpm.files import paths, pictures
+from ddpm.files import arrays, paths
 from ddpm.files.models import read_model_record
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
 from ddpm.files.samples import read_samples
+from ddpm.parameters import Point
 from ddpm.provenance import code
 from ddpm.tools.generate import generate
 from ddpm.tracking.registry.registry import served_modules
@@ -105,7 +106,7 @@ def assert_generated(images: np.ndarray, params: Params, out: Path, seed: int) -
     """Bit for bit what `ddpm generate` makes of the champion."""
     generate(params, out=out, count=len(images), seed=seed)
     with Image.open(out) as picture:
-        np.testing.assert_array_equal(pictures.grid(images.astype(np.uint8))[0], np.asarray(picture))
+        np.testing.assert_array_equal(arrays.grid(images.astype(np.uint8))[0], np.asarray(picture))
 
 
 def test_mlflow_serves_it(

@@ -30,7 +30,8 @@ from ddpm import tracking
 from ddpm.errors import InputError
 from ddpm.files import checkpoint, paths, records
 from ddpm.files.models import read_model_record
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
+from ddpm.parameters import Point
 from ddpm.runtime.progress import Progress
 from ddpm.stages.likelihood import likelihood
 from ddpm.stages.train import train

@@ -12,24 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm.errors import InputError
-from ddpm.files import arrays, atomic, models, paths, pictures
+from ddpm.files import arrays, atomic, models, paths
 from ddpm.files.dataset import read_dataset, read_dataset_record
 from ddpm.files.models import DataEntry, ModelRecord
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
 from ddpm.files.records import read_csv, read_described, sha256
+from ddpm.files.runs import RunRecord, read_run
 from ddpm.files.samples import read_samples, read_samples_record
 from ddpm.files.scores import Row, Scores, extractor, read_report, read_scores
+from ddpm.parameters import USUAL_EXTRACTOR, Point
 from ddpm.provenance import dvc_lock
 from ddpm.reporting.page import publish_with
 from ddpm.reporting.published import published
-from ddpm.scores.extractors import USUAL
 from ddpm.scores.metrics import METRICS, RANKING
 from ddpm.tracking.lineage import (
     PointSettings,
     digest,
     flat,
     identity_of_model,
-    run_times,
 )
 from ddpm.tracking.place import Say, Target, chart, locked, open_target, plain_errors, warn
 from ddpm.tracking.runs import (
@@ -167,8 +167,8 @@ def _publish_training(target: Target, root: Path, schedule: str, added: Counter[
     table = read_described(record, trained.files, root / paths.history_file(schedule))
     by_time = read_described(record, trained.files, root / paths.losses_by_time_file(schedule))
     weights, curves = model.weights_sha256, sha256(table)
-    identity, times = identity_of_model(model), run_times(root, paths.model_dir(schedule))
-    start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
+    identity, times = identity_of_model(model), read_run(root, paths.model_dir(schedule))
+    start, end = _times(times)
     rows = read_csv(table)
     values = {key: {int(row["step"]): float(row[key]) for row in rows if row.get(key)} for key in CURVES}
 
@@ -188,7 +188,7 @@ def _publish_training(target: Target, root: Path, schedule: str, added: Counter[
         return run
     log(target, run, flat(identity), {**tags, **_commit(times)})
     _log_dataset(target, run, root, model.data, "training")
-    last = model.training["steps"]
+    last = model.training.steps
     log_metrics(target, run, _curve_metrics(values, last, start, end), added)
     log_metrics(target, run, _by_time_metrics(by_time, end), added)
     log_metrics(target, run, _measurements(times, model, last, end), added)
@@ -210,14 +210,19 @@ def training_tags(schedule: str, dataset: str, identity: Mapping[str, Any]) -> d
     }
 
 
-def _commit(times: Mapping[str, Any]) -> dict[str, str]:
+def _times(run: RunRecord | None) -> tuple[int, int]:
+    """The start and the end of a run in milliseconds since the epoch."""
+    return (UNKNOWN_TIME, UNKNOWN_TIME) if run is None else (run.started, run.ended)
+
+
+def _commit(run: RunRecord | None) -> dict[str, str]:
     """Tags about where the output was made."""
-    if not times:
+    if run is None:
         return {"ddpm.times": "unknown"}
-    tags = {"ddpm.device": str(times.get("device")), "ddpm.hardware": json.dumps(times.get("hardware"))}
-    if times.get("git_commit"):
-        tags["mlflow.source.git.commit"] = times["git_commit"]
-        tags["mlflow.source.git.dirty"] = str(times.get("git_dirty", False)).lower()
+    tags = {"ddpm.device": run.device, "ddpm.hardware": json.dumps(run.hardware)}
+    if run.git_commit:
+        tags["mlflow.source.git.commit"] = run.git_commit
+        tags["mlflow.source.git.dirty"] = str(run.git_dirty).lower()
     return tags
 
 
@@ -244,22 +249,21 @@ def _by_time_metrics(table: Path, end: int) -> list[Metric]:
     ]
 
 
-def _measurements(times: Mapping[str, Any], model: ModelRecord, last: int, end: int) -> list[Metric]:
+def _measurements(made: RunRecord | None, model: ModelRecord, last: int, end: int) -> list[Metric]:
     from mlflow.entities import Metric
 
-    measured = {}
-    if times.get("per_second") and times.get("unit") == "steps":
-        measured["images_per_second"] = times["per_second"] * model.training["batch"]
-    measured |= _peak_memory(times)
+    measured = _peak_memory(made)
+    if made is not None and made.per_second and made.unit == "steps":
+        measured["images_per_second"] = made.per_second * model.training.batch
     return [Metric(key, value, end, last) for key, value in measured.items()]
 
 
-def _peak_memory(times: Mapping[str, Any]) -> dict[str, float]:
+def _peak_memory(made: RunRecord | None) -> dict[str, float]:
     names = {
         "peak_memory_bytes": "system/peak_memory_megabytes",
         "gpu_peak_memory_bytes": "system/gpu_peak_memory_megabytes",
     }
-    return {metric: times[name] / 1e6 for name, metric in names.items() if times.get(name)}
+    return {metric: size / 1e6 for name, metric in names.items() if (size := getattr(made, name, None))}
 
 
 def _log_dataset(target: Target, run: Run, root: Path, data: DataEntry, context: str) -> None:
@@ -334,8 +338,8 @@ class PointFiles:
     samples: str  # sha256 of what the set holds
     metrics: Scores | None
     scores: str  # sha256 of the metrics file
-    sampled: dict[str, Any]  # run files
-    evaluated: dict[str, Any]
+    sampled: RunRecord | None
+    evaluated: RunRecord | None
 
     @classmethod
     def read(cls, root: Path, point: Point) -> PointFiles:
@@ -352,13 +356,13 @@ class PointFiles:
             samples,
             metrics,
             sha256(root / scores) if metrics else "",
-            run_times(root, path),
-            run_times(root, scores) if metrics else {},
+            read_run(root, path),
+            read_run(root, scores) if metrics else None,
         )
 
     @property
-    def times(self) -> list[dict[str, Any]]:
-        return [times for times in (self.sampled, self.evaluated) if times]
+    def runs(self) -> list[RunRecord]:
+        return [run for run in (self.sampled, self.evaluated) if run is not None]
 
     @property
     def tags(self) -> dict[str, str]:
@@ -388,7 +392,7 @@ def publish_points(
 
     key = digest([training.data.tags[KEY], first.sampler, asdict(settings)])
     name = f"{first.schedule}-{first.sampler}"
-    start = min((times["started"] for files in points for times in files.times), default=UNKNOWN_TIME)
+    start = min((made.started for files in points for made in files.runs), default=UNKNOWN_TIME)
     tags = {
         **_point_tags(first, model, settings),
         MODEL: weights,
@@ -404,13 +408,13 @@ def publish_points(
     for files in points:
         if any(run.data.tags.get(tag) != value for tag, value in files.tags.items()):
             _publish_point(target, root, run, files, added)
-    finish(target, run, max((times["ended"] for files in points for times in files.times), default=UNKNOWN_TIME))
+    finish(target, run, max((made.ended for files in points for made in files.runs), default=UNKNOWN_TIME))
     return run
 
 
 def _point_tags(point: Point, model: ModelRecord, settings: PointSettings) -> dict[str, str]:
     layer, images = settings.evaluation["layer"], settings.evaluation["images"]
-    title = extractor(settings.evaluation.get("extractor", USUAL)).title
+    title = extractor(settings.evaluation.get("extractor", USUAL_EXTRACTOR)).title
     return {
         **flat({"ddpm": asdict(settings)}),
         "ddpm.stage": "sample",
@@ -442,7 +446,7 @@ def _log_real(target: Target, run: Run, root: Path, data: DataEntry, start: int,
     """Real images at step 0, to compare with: MLflow's slider stands there when a page opens, and would show nothing."""
     about = root / paths.dataset_dir() / "dataset.json"
     if about.exists() and read_dataset_record(root).sha256 == data.sha256:
-        picture = pictures.grid(read_dataset(root).train[:REAL])
+        picture = arrays.grid(read_dataset(root).train[:REAL])
         log_image(target, run, _picture(picture), 0, start, added)
 
 
@@ -455,10 +459,10 @@ def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, adde
     from mlflow.entities import Metric
 
     images = read_samples(root / paths.samples_file(files.point)).images
-    sampled, evaluated = (times.get("ended", UNKNOWN_TIME) for times in (files.sampled, files.evaluated))
+    (_, sampled), (_, evaluated) = _times(files.sampled), _times(files.evaluated)
     metrics = [Metric(key, value, sampled, files.evaluations) for key, value in _peak_memory(files.sampled).items()]
-    if files.sampled.get("per_second"):
-        pace = 1 / files.sampled["per_second"]
+    if files.sampled is not None and files.sampled.per_second:
+        pace = 1 / files.sampled.per_second
         metrics.append(Metric("seconds_per_image", pace, sampled, files.evaluations))
     if files.metrics is not None:
         values = files.metrics.values
@@ -468,7 +472,7 @@ def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, adde
             if row.direction and name in values
         ]
     log_metrics(target, run, metrics, added)
-    log_image(target, run, _picture(pictures.preview(images)), files.evaluations, sampled, added)
+    log_image(target, run, _picture(arrays.preview(images)), files.evaluations, sampled, added)
     if files.metrics is not None:
         record = {"scores": files.metrics.to_json(), "sampled": files.sampled, "evaluated": files.evaluated}
         target.client.log_dict(run.info.run_id, record, f"points/{files.point.name}.json")
@@ -497,8 +501,8 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
     content = digest([sha256(path), sha256(table)])
     settings = {name: getattr(bound, name) for name in ("seed", "variance", "clip", "times")}
     settings |= {f"images_{split}": found.images for split, found in bound.splits.items()}
-    times = run_times(root, paths.likelihood_file(schedule))
-    start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
+    times = read_run(root, paths.likelihood_file(schedule))
+    start, end = _times(times)
     tags = {
         "ddpm.stage": "likelihood",
         "ddpm.schedule": schedule,
@@ -525,7 +529,7 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
     log(target, run, flat({"schedule": schedule, "likelihood": settings}))
     _log_dataset(target, run, root, model.data, "evaluation")
     _link_model(target, run, training, bound.model)
-    last = model.training["steps"]
+    last = model.training.steps
     names = [f"{part}{error}" for part in ("bits_per_dim", "prior", "kl", "decoder") for error in ("", "_error")]
     metrics = [
         Metric(f"{name}_{split}", getattr(found, name), end, last)
@@ -548,13 +552,13 @@ def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
     folder = root / paths.report_dir()
     if not (folder / "best.json").exists():
         return
-    (best, rows), times = read_report(root), run_times(root, paths.report_dir())
+    (best, rows), times = read_report(root), read_run(root, paths.report_dir())
     page = _page_with_lineage(target, root, rows) if rows else ""
     content = digest([sha256(folder), page])
     row = best.row
     note = f"Best point: **{row.point}**, {RANKING.title} {RANKING.text(row.value)} at {row.evaluations} network evaluations."
     tags = {"ddpm.stage": "report", "ddpm.best": row.point, "mlflow.note.content": note}
-    start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
+    start, end = _times(times)
     run = find_or_create(target, "report", "report", lambda run: True, start, tags, added)
     if run.data.tags.get("ddpm.report_sha256") == content:
         return
@@ -582,7 +586,7 @@ def _page_with_lineage(target: Target, root: Path, rows: Sequence[Row]) -> str:
         }
     outputs |= {f"likelihood@{name}": paths.likelihood_file(name) for name in schedules}
     outputs["report"] = paths.report_dir()
-    records = {stage: record for stage, output in outputs.items() if (record := run_times(root, output))}
+    records = {stage: record for stage, output in outputs.items() if (record := read_run(root, output))}
     place = target.place.shown
     link = f"{place}/{chart(target.experiment)}" if place.startswith("http") else ""
     section = published(rows, records, _runs_of(target, root, rows), place, link)
@@ -625,8 +629,8 @@ def _publish_schedules(target: Target, root: Path, folder: Path, added: Counter[
         return
     files = [path for name in ("table.csv", "snr.png", "strip.png") if (path := root / folder / name).exists()]
     content = digest([sha256(path) for path in files])
-    rows, times = read_csv(files[0]), run_times(root, folder)
-    start, end = times.get("started", UNKNOWN_TIME), times.get("ended", UNKNOWN_TIME)
+    rows, times = read_csv(files[0]), read_run(root, folder)
+    start, end = _times(times)
     note = "Is x_T really noise, and where are the steps spent? `share_of_steps` has a step per band of signal-to-noise ratio,"
     bands = [name for name in rows[0] if name.startswith("snr ")]
     tags = {

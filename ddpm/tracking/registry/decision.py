@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError
-from ddpm.files.params import Promotion
 from ddpm.files.scores import COMPARED, Scores
+from ddpm.parameters import Promotion
 from ddpm.scores.intervals import Estimate
 from ddpm.scores.metrics import RANKING
 

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from ddpm.errors import InputError
 from ddpm.files import atomic, models, paths, records, scores
 from ddpm.files.models import BoundRecord, ModelRecord
-from ddpm.files.params import Params, Point
+from ddpm.files.params import Params
 from ddpm.files.scores import Scores, read_best, read_scores
 from ddpm.networks.network import NETWORKS
+from ddpm.parameters import Point
 from ddpm.provenance import code
 from ddpm.reporting.card import LONGEST, card, with_front_matter
 from ddpm.scores.metrics import HEADLINE, RANKING

@@ -7,13 +7,13 @@ Damaged settings are refused, since they would draw other images.
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from ddpm.errors import InputError
-from ddpm.files.params import Count, Sampler, one_line
+from ddpm.files import records
+from ddpm.files.params import section
+from ddpm.parameters import COUNT, Sampler, entry
 from ddpm.scores.metrics import HEADLINE
 from ddpm.tracking.registry.decision import Protocol, Score
 from ddpm.tracking.runs import SETTINGS
@@ -25,14 +25,14 @@ PROTOCOL = "ddpm.protocol"
 AGAIN = "`ddpm promote --replace` registers the report's best point without it"
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Settings(Sampler):
-    steps: Count
+    steps: int = entry(COUNT)
     clip: bool | float = True
 
 
-class _Influence(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+@dataclass(frozen=True)
+class _Influence:
     run: str
     path: str
     seed: int | None
@@ -51,9 +51,9 @@ def settings(version: ModelVersion) -> dict[str, Any]:
     """The sampler settings that earned a version its promotion: a row's options, `steps` and `clip`. Raises InputError."""
     found = _object(version, SETTINGS)
     try:
-        _Settings.model_validate(found)
-    except ValidationError as error:
-        raise _damaged(version, SETTINGS, one_line(error)) from None
+        section(_Settings, _Settings.arrange(found))
+    except ValueError as error:
+        raise _damaged(version, SETTINGS, str(error)) from None
     return found
 
 
@@ -91,9 +91,9 @@ def influence(version: ModelVersion, under: Protocol) -> _Influence | None:
     if tag not in version.tags:
         return None
     try:
-        return _Influence.model_validate(_object(version, tag))
-    except ValidationError as error:
-        raise _damaged(version, tag, one_line(error)) from None
+        return records.build(_Influence, _object(version, tag))
+    except ValueError as error:
+        raise _damaged(version, tag, str(error)) from None
 
 
 def _object(version: ModelVersion, tag: str) -> dict[str, Any]:

@@ -1,0 +1,288 @@
+"""The sections of params.yaml as plain dataclasses.
+
+`ddpm.files.params` checks a file against these classes. The limits of an entry stand beside it, in the terms of pydantic and
+JSON Schema: ge, gt, lt, multiple_of, pattern. This module imports neither pydantic nor torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from ddpm.errors import InputError
+
+LONGEST_NAME = 64  # characters: three of them and an ending are the name of a file
+NAME: dict[str, Any] = {"pattern": "^[a-z0-9_]+$", "max_length": LONGEST_NAME}
+COUNT = {"ge": 1, "lt": 2**31}
+POSITIVE = {"gt": 0, "allow_inf_nan": False}
+FRACTION = {"ge": 0, "lt": 1, "allow_inf_nan": False}
+FINITE = {"allow_inf_nan": False}
+INSIDE = {"gt": 0, "lt": 1}
+USUAL_NETWORK = "unet"  # where params.yaml names none
+USUAL_EXTRACTOR = "inception"  # likewise, and of scores from before there was a choice
+Precision = Literal["float32", "bfloat16"]
+
+
+EACH, ALONE = "each", "alone"  # in a field's metadata: limits of every item; the class checks this entry by itself
+
+
+def entry(limits: Mapping[str, Any], default: Any = MISSING, each: Mapping[str, Any] | None = None) -> Any:
+    """A dataclass field with limits. each: the limits of every item of a sequence."""
+    return field(default=default, metadata={**limits, **({EACH: each} if each else {})})
+
+
+def as_json(section: Any) -> Any:
+    """Returns a section as JSON values: dataclasses as objects, tuples as lists."""
+    if is_dataclass(section):
+        own = {item.name: as_json(getattr(section, item.name)) for item in fields(section)}
+        return {**own.pop(REST), **own} if REST in own else own
+    if isinstance(section, Mapping):
+        return {key: as_json(item) for key, item in section.items()}
+    return [as_json(item) for item in section] if isinstance(section, list | tuple) else section
+
+
+REST = "rest"  # the field that holds the entries of a section whose names are not known here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What `prepare` reads."""
+
+    source: str = entry(NAME)
+    path: str = entry({"min_length": 1, "max_length": 4095})
+    fit: Literal["error", "crop", "pad", "resize"] = "error"
+    size: int | None = entry({"ge": 4, "le": 4096}, None)
+    channels: Literal[1, 3] | None = None
+    test_fraction: float = entry(FRACTION, 0.2)
+
+    def __post_init__(self) -> None:
+        if "\0" in self.path or any(len(os.fsencode(part)) > 255 for part in self.path.split("/")):
+            raise ValueError(
+                "path: no file system has such a path: a part is over 255 bytes long, or there is a zero byte"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion:
+    """The forward process and what the network predicts."""
+
+    timesteps: int = entry({"ge": 2, "le": 100_000}, 1000)
+    target: Literal["eps", "x0", "v", "mu"] = "eps"
+    variance: Literal["fixed", "learned"] = "fixed"
+    conditional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """UNet of Ho et al. 2020, appendix B."""
+
+    kind: Literal["unet"] = "unet"
+    channels: int = entry({"ge": 8, "le": 4096, "multiple_of": 8})
+    multipliers: tuple[int, ...] = entry({"min_length": 1, "max_length": 8}, each={"ge": 1, "le": 64})
+    blocks: int = entry({"ge": 1, "le": 64})
+    attention: tuple[int, ...] = entry({}, (), each=COUNT)
+    heads: int = entry(COUNT, 1)
+    dropout: float = entry(FRACTION, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherNetwork:
+    """A network of another module in ddpm/networks, whose class checks the entries when the network is made."""
+
+    kind: str = entry(NAME)
+    rest: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Algorithm 1 and the optimiser. accumulate: equal parts of a batch, one after the other."""
+
+    loss: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
+    steps: int = entry(COUNT)
+    batch: int = entry({"ge": 1, "le": 2**20})
+    accumulate: int = entry(COUNT, 1)
+    learning_rate: float = entry(POSITIVE)
+    warmup: int = entry({"ge": 0, "lt": 2**31}, 0)
+    clip: float = entry(POSITIVE, 1.0)
+    ema: float = entry(FRACTION, 0.9999)
+    flip: bool = False
+    label_dropout: float = entry(FRACTION, 0.1)
+    precision: Precision = "float32"
+    compile: bool = False
+    threads: int = entry(COUNT, 1)
+    log_every: int = entry(COUNT, 50)
+    validate_every: int = entry(COUNT, 500)
+    validation_images: int = entry({"ge": 0, "lt": 2**31}, 1024)  # at most
+
+    def __post_init__(self) -> None:
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate: a batch of {self.batch} does not divide into {self.accumulate} equal parts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How many images each point makes, and how they are computed. clip: a number is the quantile of dynamic thresholding."""
+
+    images: int = entry(COUNT)
+    batch: int = entry(COUNT)
+    clip: bool | float = entry({ALONE: True}, True)
+    precision: Precision = "float32"
+    compile: bool = False
+    threads: int = entry(COUNT, 1)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.clip, bool) and not (isinstance(self.clip, float) and 0 < self.clip < 1):
+            raise ValueError("clip: expected true, false, or a quantile between 0 and 1, such as 0.995")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The protocol of the scores. layer: what the extractor offers."""
+
+    extractor: str = entry(NAME, USUAL_EXTRACTOR)
+    layer: int
+    images: int = entry({"ge": 4, "lt": 2**31})
+    batch: int = entry(COUNT, 50)
+    threads: int = entry(COUNT, 1)
+
+    def recorded(self) -> dict[str, Any]:
+        """Returns the section as scores and runs record it: without the usual extractor, so that earlier runs are found again."""
+        return {name: value for name, value in as_json(self).items() if (name, value) != ("extractor", USUAL_EXTRACTOR)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """How the bound in bits/dim is estimated. times: None for all T."""
+
+    images: int = entry({"ge": 2, "lt": 2**31})
+    times: int | None = entry({"ge": 2}, None)
+    batch: int = entry(COUNT)
+    variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
+    clip: bool = True
+    threads: int = entry(COUNT, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """One row of the samplers table: the arguments of `ddpm.sample`, and the denoiser's guidance. What a sampler doesn't
+    take is an error. A new sampler's options stand below `own`, so that it needs no field here.
+    """
+
+    sampler: str
+    spacing: str = "leading"
+    eta: float | None = entry({"ge": 0, "le": 1, **FINITE}, None)
+    variance: Literal["fixed_large", "fixed_small", "learned"] | None = None
+    order: int | None = entry({"ge": 1, "le": 3}, None)
+    along: str | None = entry(NAME, None)
+    guidance: float | None = entry(FINITE, None)
+    own: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if known := sorted(self.own.keys() & {item.name for item in fields(self)}):
+            raise ValueError(f"own: {', '.join(known)}: write it in the row itself, not below `own`")
+
+    @classmethod
+    def arrange(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns options as a row of params.yaml holds them: those without a field here below `own`."""
+        known = {item.name for item in fields(cls)}
+        own = {key: value for key, value in options.items() if key not in known}
+        return {key: value for key, value in options.items() if key in known} | ({"own": own} if own else {})
+
+    def options(self) -> dict[str, Any]:
+        """Returns what this row sets."""
+        common = {key: value for key, value in as_json(self).items() if key != "own" and value is not None}
+        return common | dict(self.own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """One row of the schedules table: the arguments of `NoiseSchedule.named`. What a schedule doesn't take is an error.
+    imported: sha256 of weights from elsewhere.
+    """
+
+    schedule: str
+    start: float | None = entry(INSIDE, None)
+    end: float | None = entry(INSIDE, None)
+    s: float | None = entry(INSIDE, None)
+    zero_terminal_snr: bool = False
+    imported: str | None = entry({"pattern": "^[0-9a-f]{64}$"}, None)
+
+    def options(self) -> dict[str, Any]:
+        """Returns what this row sets, except where its weights come from."""
+        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "imported"}
+        defaults = {item.name: item.default for item in fields(self)}
+        return {name: value for name, value in given.items() if value != defaults[name]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """The points: schedules x samplers x steps."""
+
+    schedules: tuple[str, ...] = entry({"min_length": 1}, each=NAME)
+    samplers: tuple[str, ...] = entry({"min_length": 1}, each=NAME)
+    steps: tuple[int, ...] = entry({"min_length": 1}, each=COUNT)
+
+    def __post_init__(self) -> None:
+        for axis in fields(self):
+            values = getattr(self, axis.name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{axis.name}: names something twice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promotion:
+    """When a challenger replaces the champion; no stage depends on it."""
+
+    confidence: float = entry({**INSIDE, **FINITE}, 0.95)
+    fewer_evaluations: float = entry({"gt": 1, **FINITE}, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """What MLflow calls the dataset: runs and models go to ddpm-NAME. No stage depends on it."""
+
+    name: str | None = entry({"pattern": "^[a-z0-9_-]+$", "max_length": 64}, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Where and how often; never changes a result, so no stage depends on it. processes: of one training, each with its
+    share of the batch.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    slots: int = entry(COUNT, 1)
+    processes: int = entry(COUNT, 1)
+    checkpoint_every: int = entry(COUNT, 1000)
+    preview_every: int = entry(COUNT, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One point of the sweep; its name is the DVC stage, the file, the task run and the step on the MLflow run."""
+
+    schedule: str
+    sampler: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.schedule}-{self.sampler}-{self.steps}"
+
+    @classmethod
+    def parse(cls, name: str) -> Point:
+        """SCHEDULE-SAMPLER-STEPS -> Point. Raises InputError."""
+        parts = name.split("-")
+        if len(parts) != 3 or not re.fullmatch(r"0*[1-9]\d{0,9}", parts[2]):
+            raise InputError(
+                f"'{name}' is no point of a sweep: expected SCHEDULE-SAMPLER-STEPS, such as linear-ddim-50"
+            )
+        for part in parts[:2]:
+            if not re.fullmatch(NAME["pattern"], part) or "\n" in part or len(part) > LONGEST_NAME:
+                raise InputError(f"'{name}' is no point of a sweep: names are a-z, 0-9 and _, at most {LONGEST_NAME}")
+        if int(parts[2]) >= COUNT["lt"]:
+            raise InputError(f"'{name}' is no point of a sweep: {parts[2]} is too many steps")
+        return cls(schedule=parts[0], sampler=parts[1], steps=int(parts[2]))
