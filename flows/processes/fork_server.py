@@ -33,9 +33,10 @@ from typing import Any, NoReturn
 
 import setproctitle
 
-from ddpm.provenance import atomic_lock, checkout, code
+from ddpm.provenance import checkout, code
+from flows.processes import dvc_command
 
-DVC, DDPM = ("dvc",), ("python", "-B", "-m", "ddpm")  # how the commands begin that can be forks
+DVC, DDPM = dvc_command.COMMAND, ("python", "-B", "-m", "ddpm")  # how the commands begin that can be forks
 PLAIN = re.compile(r"[\w./@=-]+( [\w./@=-]+)*")  # a command that needs no shell
 
 # In the order in which a run needs them, some with a function to call. A request that comes meanwhile waits for the import
@@ -67,9 +68,9 @@ _LOST = -signal.SIGKILL  # the exit code of a child whose warm process was kille
 
 
 def can_run(command: Sequence[str], environment: Mapping[str, str]) -> bool:
-    """Whether a command is DVC's or ddpm's, and PATH leads to the one of this interpreter's environment."""
-    if sys.platform != "linux" or not (_begins(command, DVC) or _begins(command, DDPM)):
-        return False
+    """Whether a command is this environment's DVC, or ddpm with a PATH that leads to this environment."""
+    if sys.platform != "linux" or not _begins(command, DDPM):
+        return sys.platform == "linux" and _begins(command, DVC)
     found, own = shutil.which(command[0], path=environment.get("PATH")), Path(sys.executable).with_name(command[0])
     # Folders too: environments share an interpreter, to which their links lead.
     return found is not None and own.exists() and own.samefile(found) and own.parent.samefile(Path(found).parent)
@@ -229,7 +230,7 @@ def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable
         return partial(os.execve, Path(sys.executable).with_name(command[0]), list(command), dict(environment))
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv[:] = command[len(DDPM) - 1 :] if ddpm else command
+    sys.argv[:] = ("ddpm" if ddpm else "dvc", *command[len(DDPM) :])
     setproctitle.setproctitle(" ".join(sys.argv))
     if not ddpm:
         return _dvc
@@ -238,12 +239,15 @@ def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable
 
 
 def _dvc() -> NoReturn:
-    import dvc.stage.run
     import tqdm
-    from dvc.cli import main
 
-    start = dvc.stage.run._run
-    tqdm.tqdm.monitor_interval = 0  # no thread of its own: see below
+    tqdm.tqdm.monitor_interval = 0  # no thread of its own: see _forking
+    sys.exit(dvc_command.main(sys.argv[1:], _forking))
+
+
+def _forking(start: dvc_command.Run) -> dvc_command.Run:
+    """Returns the function that starts the command of a stage: by a fork where that is possible, or else by `start`."""
+    import dvc.stage.run
 
     def run(executable: str | None, command: str, **options: Any) -> None:
         words = command.split() if PLAIN.fullmatch(command) else [""]
@@ -259,9 +263,7 @@ def _dvc() -> NoReturn:
             raise dvc.stage.run.StageCmdFailedError(command, os.waitstatus_to_exitcode(status))
         return None
 
-    atomic_lock.write_at_once()
-    dvc.stage.run._run = run
-    sys.exit(main(sys.argv[1:]))
+    return run
 
 
 def _run_forked(work: Callable[[], Any]) -> NoReturn:

@@ -12,7 +12,6 @@ from ddpm.errors import InputError
 from ddpm.files import paths, records
 from ddpm.provenance import lock_mending
 from ddpm.runtime import locks
-from flows.repro import rwlock
 from flows.watch import watcher
 
 
@@ -45,9 +44,5 @@ def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterat
 
     with locks.held(path, waiting=waiting):
         records.write_json(holder, {"pid": os.getpid(), "flow_run": flow_run})
-        try:
-            rwlock.clear(root)
-        except Exception as error:  # noqa: BLE001 - a stage that is held is tried again, and says by whom
-            watcher.get().line("train-eval", f"DVC's rwlock was not looked through ({type(error).__name__}: {error})")
         lock_mending.check(root, lambda line: watcher.get().line("train-eval", line))
         yield

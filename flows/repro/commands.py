@@ -10,20 +10,12 @@ from typing import Any
 
 from ddpm.errors import InputError
 from ddpm.runtime import display
-from flows.processes import children
+from flows.processes import children, dvc_command
+from flows.processes.dvc_command import Ended
 from flows.watch import Outcome, Watcher
 
-# What DVC itself prints around a stage, once errors are set aside.
-_DVC = re.compile(
-    r"$|Running stage '|> |(Stage )?'.*' (didn't change|is cached)|(Updating|Generating) lock file '|Data and pipelines are"
-    r"|To (track the changes|enable auto staging)|\t|Use `dvc push`|Checking out|WARNING: Process '"
-)
-_BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
 _UNREACHABLE = re.compile(r"MLflow at .* (cannot be reached|is in use by another process)")
-_EXIT = re.compile(r"exited with (-?\d+)$")
-_KILLED = {-9, 137}
-_NOT_IN_CACHE = "failed to transfer"
-_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large|disk is full")
+_HELD = "where no DVC runs, a killed one left this: delete .dvc/tmp/rwlock"
 
 _uncommitted: set[tuple[Path, str]] = set()  # stages whose outputs found no room in DVC's cache
 
@@ -38,55 +30,39 @@ def reproduce(stage: str, root: Path, watcher: Watcher, *how: str) -> Outcome:
     """
     if (root, stage) in _uncommitted and (outcome := _commit(stage, root, watcher)):
         return outcome
-    command = ("dvc", "--wait-for-lock", "repro", *(how or ("--single-item",)), stage)
-    code, said, dvc = _run(stage, command, root, watcher)
-    errors = _errors(dvc)
-    if any(line.startswith(_NOT_IN_CACHE) for line in errors):
+    said, ended = _dvc(stage, root, watcher, "repro", *(how or ("--single-item",)), stage)
+    if ended.untransferred:
         _uncommitted.add((root, stage))
-        code = code or 1
-    return _failure(code, said, errors) if code else _success(stage, said, dvc)
+    return _failure(said, ended) if ended.code or ended.untransferred else _success(stage, said, ended)
 
 
 def _commit(stage: str, root: Path, watcher: Watcher) -> Outcome | None:
     """Puts outputs into DVC's cache that found no room there. None where the stage has to run again."""
-    code, said, dvc = _run(stage, ("dvc", "--wait-for-lock", "commit", stage), root, watcher)
-    errors = _errors(dvc)
-    if code in _KILLED:
-        return _failure(code, said, errors)
-    if full := _full(errors):
-        return full
+    said, ended = _dvc(stage, root, watcher, "commit", stage)
+    if ended.killed or ended.full:
+        return _failure(said, ended)
     _uncommitted.discard((root, stage))
-    return None if code or errors else Outcome("Completed", "done; its outputs are in DVC's cache now")
+    return None if ended.code or ended.errors else Outcome("Completed", "done; its outputs are in DVC's cache now")
 
 
-def _success(stage: str, said: list[str], dvc: list[str]) -> Outcome:
-    ran = any(line.startswith(f"Running stage '{stage}'") for line in dvc)  # whatever came of those before it
-    if not ran and any("didn't change, skipping" in line for line in dvc):
+def _success(stage: str, said: list[str], ended: Ended) -> Outcome:
+    if stage not in ended.changed:
         return Outcome("Unchanged", "unchanged")
-    if not ran and any("is cached - skipping run" in line for line in dvc):
+    if stage not in ended.ran:
         return Outcome("Restored", "restored from DVC's cache")
     return Outcome("Completed", said[-1].removeprefix(f"{stage}: ") if said else "done")
 
 
-def _failure(code: int, said: list[str], errors: list[str]) -> Outcome:
-    ended = _EXIT.search(errors[-1]) if errors else None
-    if code in _KILLED or (ended and int(ended[1]) in _KILLED):
+def _failure(said: list[str], ended: Ended) -> Outcome:
+    if ended.killed:
         return Outcome("Killed", "killed; out of memory?")
-    if any(_BUSY.search(line) for line in errors):
-        return Outcome("Busy", next(line for line in errors if _BUSY.search(line)))
-    if full := _full(errors):
-        return full
-    left_out = [f"not in DVC's cache: {line}" for line in errors if line.startswith(_NOT_IN_CACHE)]
-    return Outcome("Failed", (left_out or said or errors or [f"dvc ended with exit code {code}"])[-1])
-
-
-def _full(errors: list[str]) -> Outcome | None:
-    found = next(filter(None, map(_FULL.search, errors)), None)
-    return found and Outcome("Full", f"DVC found no room on the disk ({found[0]}): free some space and run this again")
-
-
-def _errors(dvc: list[str]) -> list[str]:
-    return [line.removeprefix("ERROR: ") for line in dvc if line.startswith("ERROR: ")]
+    if ended.busy:
+        return Outcome("Busy", f"{ended.errors[-1]}; {_HELD}")
+    if ended.full:
+        text = f"DVC found no room on the disk ({ended.full}): free some space and run this again"
+        return Outcome("Full", text)
+    left_out = [f"not in DVC's cache: {line}" for line in ended.errors if ended.untransferred]
+    return Outcome("Failed", (left_out or said or ended.errors or ["dvc failed"])[-1])
 
 
 class RemoteAway(InputError):
@@ -99,10 +75,9 @@ def exchange(verb: str, name: str, root: Path, watcher: Watcher, *stages: str) -
     stages: whose outputs; by default those of the stage `name`.
     What dvc.lock names and the remote lacks is no error of a fetch: the stage has changed, and the run-cache says how.
     """
-    command = ("dvc", "--wait-for-lock", verb, "--run-cache", *(stages or (name,)))
-    code, said, dvc = _run(name, command, root, watcher)
-    if code:
-        raise RemoteAway(f"{name}: dvc {verb}: {(dvc or said or [f'exit code {code}'])[-1]}")
+    said, ended = _dvc(name, root, watcher, verb, "--run-cache", *(stages or (name,)))
+    if ended.code:
+        raise RemoteAway(f"{name}: dvc {verb}: {(ended.errors or said or ['killed'])[-1]}")
 
 
 def run(
@@ -116,31 +91,39 @@ def run(
     return Outcome("Unreachable" if _UNREACHABLE.search(text) else "Failed", text)
 
 
+def _dvc(name: str, root: Path, watcher: Watcher, *arguments: str) -> tuple[list[str], Ended]:
+    """Runs a DVC command. Returns the last lines that the stage printed, and how the command ended."""
+    code, said, ended = _run(name, (*dvc_command.COMMAND, "--wait-for-lock", *arguments), root, watcher)
+    if ended is None:  # the process that runs DVC was killed before it could report
+        ended = Ended(code or 1, killed=code in dvc_command.KILLED)
+    for line in ended.errors:
+        watcher.line(name, f"ERROR: {line}")
+    return said, ended
+
+
 def _run(
     name: str, command: tuple[str, ...], root: Path, watcher: Watcher, standard_input: int = subprocess.DEVNULL
-) -> tuple[int, list[str], list[str]]:
-    """-> the exit code, the last lines that the work printed, and those that DVC printed."""
+) -> tuple[int, list[str], Ended | None]:
+    """Runs a command. Returns the exit code, the last lines that it printed, and how DVC ended if it reported that."""
     said: list[str] = []
-    dvc: list[str] = []
+    ended: Ended | None = None
 
     def on_line(line: str) -> None:
-        if report := _report(line):
-            watcher.progress(name, report)
-        elif _DVC.match(line):
-            dvc.append(line)
-        elif line.startswith("ERROR: "):
-            dvc.append(line)
-            watcher.line(name, line)
-        else:
+        nonlocal ended
+        if not (report := _report(line)):
             said[:] = [*said[-1:], line]
             watcher.line(name, line)
+        elif found := Ended.read(report):
+            ended = found
+        else:
+            watcher.progress(name, report)
 
     watcher.started(name)
-    return children.run(command, root, on_line, standard_input), said, dvc
+    return children.run(command, root, on_line, standard_input), said, ended
 
 
 def _report(line: str) -> dict[str, Any]:
-    """Of the progress, if the line is one. Where another text got into it, it is a line like others."""
+    """Parses a line of JSON. Returns {} for any other line, also for one that another text got into."""
     if not line.startswith(display.PREFIX):
         return {}
     try:

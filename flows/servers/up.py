@@ -9,13 +9,12 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from urllib.request import Request
 
@@ -78,13 +77,12 @@ def main(chosen: list[str]) -> None:
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         threading.Thread(target=_say_when_ready, args=(names, environment, lines.worker), daemon=True).start()
-        with _guarded(environment[MARK], folder):
-            try:
-                manager.loop()
-            finally:
-                with suppress(Exception):  # the one that left the loop is shown
-                    manager.terminate()
-                end_what_is_left(environment[MARK])
+        try:
+            manager.loop()
+        finally:
+            with suppress(Exception):  # the one that left the loop is shown
+                manager.terminate()
+            _end_what_is_left(environment[MARK])
     sys.exit(0 if manager.returncode == INTERRUPTED else manager.returncode)
 
 
@@ -140,18 +138,6 @@ def _how_to_run(environment: Mapping[str, str]) -> str:
     return f"; in another shell: {' && '.join([*before, 'prefect deployment run train-eval/default --watch'])}"
 
 
-@contextmanager
-def _guarded(mark: str, folder: str) -> Iterator[None]:
-    """Whoever kills this process while the block runs leaves nothing of what has the mark, nor the folder."""
-    command = [sys.executable, "-m", "flows.servers.guard", str(os.getpid()), mark, folder]
-    guard = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    try:
-        yield
-    finally:
-        guard.kill()
-        guard.wait()
-
-
 def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[str, str]:
     """Of all that starts, and says where to find it. Raises InputError; folder: a private one, for MLflow's accounts."""
     environment = {
@@ -193,23 +179,29 @@ def _port(variable: str, default: str, host: str | None) -> str:
         try:
             probe.bind((host, int(port)))
         except (OSError, ValueError, OverflowError) as error:
+            left = " ".join(str(process.pid) for process in _marked())
+            advice = f"; `kill {left}` ends what an earlier `make up` left" if left else ""
             raise InputError(
-                f"port {port} of {host} can't be used ({error}); free it, or choose another with {variable}=<port>"
+                f"port {port} of {host} can't be used ({error}); free it, or choose another with"
+                f" {variable}=<port>{advice}"
             ) from error
     return port
 
 
-def end_what_is_left(mark: str) -> None:
+def _end_what_is_left(mark: str) -> None:
     """Flow runs outlive their worker for the moment that their stages take to stop: waits for them, then kills."""
-    for process in ending.left_after(ending.FLOW_RUNS, lambda: marked(mark)):
+    for process in ending.left_after(ending.FLOW_RUNS, lambda: _marked(mark)):
         process.kill()
 
 
-def marked(mark: str) -> list[psutil.Process]:
+def _marked(mark: str | None = None) -> list[psutil.Process]:
+    """Returns the living processes that a `make up` started: the one with this mark, or any in this folder."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+            marks = process.environ().get(MARK)
+            mine = marks == mark if mark else marks is not None and Path(process.cwd()) == Path.cwd()
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except psutil.Error:
             continue

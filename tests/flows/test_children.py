@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -165,9 +167,9 @@ def test_make_up_leaves_nothing_of_what_it_started(tmp_path: Path) -> None:
     assert not survived
 
 
-@pytest.mark.parametrize("end", ["SIGHUP", "SIGKILL", "nobody reads"])
+@pytest.mark.parametrize("end", ["SIGHUP", "SIGTERM", "nobody reads"])
 def test_make_up_leaves_nothing_however_it_ends(end: str, tmp_path: Path) -> None:
-    """A closed terminal, a kill, a pipe to `head`."""
+    """A closed terminal, a polite end, a pipe to `head`."""
     (tmp_path / "Procfile").write_text(
         f"job: exec {sys.executable} -c 'import time; time.sleep(1); print(1); time.sleep(60)'\n"
     )
@@ -178,14 +180,11 @@ def test_make_up_leaves_nothing_however_it_ends(end: str, tmp_path: Path) -> Non
         assert process.stdout is not None
         line = next(line for line in process.stdout if "started (pid=" in line)
         job = int(line.rpartition("=")[2].rstrip(")\n"))
-        (guard,) = [
-            child for child in psutil.Process(process.pid).children() if "flows.servers.guard" in child.cmdline()
-        ]
         if end == "nobody reads":
             process.stdout.close()
         else:
             process.send_signal(getattr(signal, end))
-        pids, end_by = (process.pid, job, guard.pid), time.monotonic() + 10
+        pids, end_by = (process.pid, job), time.monotonic() + 10
         while any(map(_alive, pids)) and time.monotonic() < end_by:
             time.sleep(0.05)
         left = [pid for pid in pids if _alive(pid)]
@@ -193,6 +192,38 @@ def test_make_up_leaves_nothing_however_it_ends(end: str, tmp_path: Path) -> Non
             psutil.Process(pid).kill()
     assert not left
     assert not list((tmp_path / "folder").glob("ddpm-up-*"))
+
+
+def test_what_a_killed_make_up_left_is_named(tmp_path: Path) -> None:
+    """`kill -9` leaves the servers. The next `make up` says which processes hold its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    serve = f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); print('serves'); time.sleep(60)"
+    (tmp_path / "Procfile").write_text(f'mlflow: exec {sys.executable} -c "{serve}"\n')
+    environment = {**os.environ, "MLFLOW_PORT": port}
+    command = [sys.executable, "-m", "flows.servers.up", "mlflow"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if "started (pid=" in line)
+        job = int(line.rpartition("=")[2].rstrip(")\n"))
+        assert any("serves" in line for line in process.stdout)
+        process.kill()
+    try:
+        again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert again.returncode == 1
+        pids = re.search(r"`kill ([0-9 ]+)` ends what an earlier `make up` left", again.stderr)
+        assert pids and str(job) in pids[1].split()
+    finally:
+        for left in (process for process in psutil.process_iter() if _in(process, tmp_path)):
+            left.kill()
+
+
+def _in(process: psutil.Process, folder: Path) -> bool:
+    try:
+        return Path(process.cwd()) == folder
+    except psutil.Error:
+        return False
 
 
 def test_one_run_at_a_time_works_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ from ddpm.errors import InputError
 from ddpm.files.params import Params
 from flows import parameters
 from flows.processes import children
-from flows.repro import commands, dag, rwlock
+from flows.processes.dvc_command import Ended
+from flows.repro import commands, dag
 from flows.watch import Outcome
 
 ROOT = Path(__file__).parent.parent.parent
@@ -176,9 +177,6 @@ def test_what_another_dvc_holds_is_busy(scratch: Any) -> None:
     outcome = commands.reproduce("prepare", scratch.root, Record())
     assert outcome.kind == "Busy"
     assert "prepared" in outcome.text
-    holders = (scratch.root / rwlock.FOLDER / "rwlock").read_text()
-    rwlock.clear(scratch.root)
-    assert (scratch.root / rwlock.FOLDER / "rwlock").read_text() == holders  # they live
     began = time.monotonic()
     assert "prepare" not in dag.read(scratch.root).unchanged
     assert time.monotonic() - began < 20  # it doesn't wait for the other to end
@@ -217,34 +215,30 @@ def test_outputs_that_find_no_room_in_the_cache_fail_the_stage_and_go_there_late
     assert commands.reproduce("prepare", scratch.root, Record()).kind == "Unchanged"
 
 
-@pytest.mark.parametrize(("code", "kind", "kept"), [(-9, "Killed", True), (1, None, False), (0, "Completed", False)])
+@pytest.mark.parametrize(
+    ("ended", "kind", "kept"),
+    [(Ended(137, killed=True), "Killed", True), (Ended(1, errors=["no"]), None, False), (Ended(0), "Completed", False)],
+)
 def test_a_commit_counts_only_where_dvc_ended_well(
-    code: int, kind: str | None, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ended: Ended, kind: str | None, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commands, "_uncommitted", {(tmp_path, "prepare")})
-    monkeypatch.setattr(commands, "_run", lambda *_: (code, [], []))
+    monkeypatch.setattr(commands, "_dvc", lambda *_: ([], ended))
     outcome = commands._commit("prepare", tmp_path, Record())
     assert (outcome and outcome.kind) == kind
     assert bool(commands._uncommitted) == kept
 
 
 @pytest.mark.usefixtures("path")
-def test_what_a_killed_dvc_held_is_free(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that was killed in a container had the id 1, which some process has everywhere."""
-    monkeypatch.setenv("PREFECT_HOME", str(scratch.root / ".prefect"))
-    from flows.repro.checkout_lock import alone
-
+def test_what_a_killed_dvc_held_is_named(scratch: Any) -> None:
+    """In a container, a killed DVC had an id that some process has there again."""
+    path = scratch.root / ".dvc" / "tmp" / "rwlock"
     held = {"pid": 1, "cmd": "/usr/bin/dvc repro"}
-    path = scratch.root / rwlock.FOLDER / "rwlock"
-    prepared = str(scratch.root / "prepared")
-    path.write_text(json.dumps({"write": {prepared: held}, "read": {str(scratch.root / "source"): [held]}}))
-    assert commands.reproduce("prepare", scratch.root, Record()).kind == "Busy"  # DVC alone believes it
-    with alone(scratch.root):
-        assert json.loads(path.read_text()) == {"write": {}, "read": {}}
-        assert commands.reproduce("prepare", scratch.root, Record()).kind == "Completed"
-    path.write_text("")  # as one leaves it that is killed while it writes
-    with alone(scratch.root):
-        assert not path.exists()
+    path.write_text(json.dumps({"write": {str(scratch.root / "prepared"): held}, "read": {}}))
+    outcome = commands.reproduce("prepare", scratch.root, Record())
+    assert outcome.kind == "Busy" and "delete .dvc/tmp/rwlock" in outcome.text
+    path.unlink()
+    assert commands.reproduce("prepare", scratch.root, Record()).kind == "Completed"
 
 
 def test_what_is_edited_while_a_stage_runs_is_not_recorded_as_its_own(scratch: Any) -> None:

@@ -16,10 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.processes import children, fork_server
+from ddpm.runtime import display
+from flows.processes import children, dvc_command, fork_server
 
 ROOT = Path(__file__).parent.parent.parent
-COMMAND = ("dvc", "repro", "--single-item", "prepare")
+REPRO = ("repro", "--single-item", "prepare")
+COMMAND = (*dvc_command.COMMAND, *REPRO)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these forks")
 
@@ -77,7 +79,7 @@ def test_it_leaves_the_outputs_and_the_lock_that_dvc_alone_leaves(root: Path, sc
     assert any(text.startswith("prepare: digits: 1,438 train") for text in said)
     assert max(seen) == 3  # the one that imports, DVC, and the stage: all forks
     scratch.root = alone
-    assert scratch.run(sys.executable, "-m", *COMMAND).returncode == 0
+    assert scratch.run(sys.executable, "-m", "dvc", *REPRO).returncode == 0
     assert (root / "dvc.lock").read_text() != (ROOT / "dvc.lock").read_text()
     for name in ("dvc.lock", "dataset/dataset.json", "dataset/train.npy"):
         assert (root / name).read_bytes() == (alone / name).read_bytes(), name
@@ -123,7 +125,8 @@ def test_only_this_environment_s_own_programs_are_forked(tmp_path: Path) -> None
     (tmp_path / "python").symlink_to(sys.executable)
     for command, path, forks in (
         ((*fork_server.DDPM, "report"), own, True),
-        (("dvc", "repro"), own, True),
+        (COMMAND, str(tmp_path), True),
+        (("dvc", "repro"), own, False),
         ((*fork_server.DDPM, "report"), os.pathsep.join((str(tmp_path), own)), False),
         (("python", "-m", "ddpm", "report"), own, False),
         (("ddpm", "report"), own, False),
@@ -138,17 +141,20 @@ def test_it_ends_with_the_exit_code_and_the_line_of_the_stage(root: Path) -> Non
     said: list[str] = []
     assert children.run(COMMAND, root, said.append) != 0
     assert any(text.startswith("ddpm: params.yaml: data.test_fraction") for text in said)
-    assert any("exited with 2" in text for text in said)
+    assert "exited with 2" in said[-1]
     said.clear()
     assert children.run((*fork_server.DDPM, "prepare"), root, said.append) == 2
     assert len(said) == 1
 
 
 def test_a_kill_of_all_forks_is_one_of_the_work_and_the_next_goes_on(root: Path, scratch: Any) -> None:
+    killed: list[int] = []
+
     def kill(text: str) -> None:
-        if text.startswith("> python -B -m ddpm prepare"):
+        if text.startswith(display.PREFIX) and not killed:  # the stage is at work
             (importer,) = (pid for pid in forked(scratch) if psutil.Process(pid).ppid() == os.getpid())
             os.kill(importer, signal.SIGKILL)
+            killed.append(importer)
 
     assert children.run(COMMAND, root, kill) == -signal.SIGKILL
     scratch.wait(lambda: not forked(scratch), 20, "nobody is left of the killed one's forks")
@@ -158,15 +164,15 @@ def test_a_kill_of_all_forks_is_one_of_the_work_and_the_next_goes_on(root: Path,
 def test_without_the_process_that_forks_stages_run_all_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kill is seen only when it is spoken to; and an environment may be too large for what it is told."""
     said: list[str] = []
-    assert children.run(("dvc", "--version"), root, said.append) == 0
+    assert children.run((*fork_server.DDPM, "--version"), root, said.append) == 0
     killed = children._warm[0]
     monkeypatch.setattr(killed, "alive", lambda: True)
     killed._process.kill()
     killed._process.wait()
-    assert children.run(("dvc", "--version"), root, said.append) == 0
+    assert children.run((*fork_server.DDPM, "--version"), root, said.append) == 0
     monkeypatch.setenv("LARGE_1", 100_000 * "1")
     monkeypatch.setenv("LARGE_2", 100_000 * "2")
-    assert children.run(("dvc", "--version"), root, said.append) == 0
+    assert children.run((*fork_server.DDPM, "--version"), root, said.append) == 0
     assert len(said) == 3 and len(set(said)) == 1
 
 
@@ -175,7 +181,7 @@ def test_stop_ends_the_forks(root: Path, scratch: Any) -> None:
 
     def work() -> None:
         try:
-            children.run(COMMAND, root, lambda text: began.set() if text.startswith("> python -B -m ddpm") else None)
+            children.run(COMMAND, root, lambda text: began.set() if text.startswith(display.PREFIX) else None)
         except children.Stopped:
             ends.append("stopped")
 
