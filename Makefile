@@ -52,7 +52,7 @@ proof: $(EMPTY) ## the slow proofs
 chaos: $(EMPTY) ## faults injected for real: kills, full disks, dead servers
 	@.venv/bin/uv pip install --quiet --python .venv/bin/python --constraint requirements.lock \
 		$$(.venv/bin/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
-		print(*(item.replace(" ", "") for name in ("dask", "kubernetes", "ray") for item in extras[name]))')
+		print(*(item.replace(" ", "") for name in ("dask", "kubernetes") for item in extras[name]))')
 	@$(RUN) pytest -m chaos
 
 bench: $(INSTALLED) ## speed beside other packages, into docs/speed.md (ONLY=train: one row; about 30 minutes)

@@ -123,7 +123,7 @@ def train_eval(
     overrides: KEY=VALUE, such as training.steps=200; written into params.yaml.
     promote: register the best point; it becomes champion if it beats the one there is.
     hosts: who runs the stages of which there are many, compute.slots at a time: false: this checkout; true: the workers of
-        the pool `hosts`; tcp://scheduler:8786: a Dask cluster's; ray://head:10001: a Ray cluster's.
+        the pool `hosts`; tcp://scheduler:8786: a Dask cluster's.
     """
     root = Path.cwd()
     token = watcher.set(watcher.get(Log()))

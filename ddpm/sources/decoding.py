@@ -21,10 +21,10 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.connection import Connection, wait
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -33,6 +33,7 @@ import numpy as np
 
 from ddpm.errors import InputError
 from ddpm.files.arrays import Images
+from ddpm.runtime import watchdog
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -394,16 +395,17 @@ def _fitted(picture: Image.Image, side: int, fit: str) -> Image.Image:
     raise _Refused(f"{width}x{height} instead of {side}x{side}")
 
 
-# Several processes, for decoding one small image mostly runs Python.
+# Several processes, since decoding one small image mostly runs Python.
+
+_work: list[Callable[[range], list[_Found]]] = []  # in a worker process: what it does with a block
 
 
 def _in_processes(work: Callable[[range], list[_Found]], count: int, done: Callable[[int], None]) -> list[_Found]:
     """Runs `work` on all blocks of range(count), in forked processes where the system has them."""
     blocks = [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
     workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS, len(blocks)) if hasattr(os, "sched_getaffinity") else 1
-    results = _forked(work, blocks, workers) if workers > 1 else ((block, work(block)) for block in blocks)
-    finished, faults = 0, []
-    for block, found in results:
+    finished, faults = 0, list[_Found]()
+    for block, found in _forked(work, blocks, workers) if workers > 1 else ((block, work(block)) for block in blocks):
         finished += len(block)
         faults.extend(found)
         done(finished)
@@ -413,44 +415,25 @@ def _in_processes(work: Callable[[range], list[_Found]], count: int, done: Calla
 def _forked(
     work: Callable[[range], list[_Found]], blocks: list[range], workers: int
 ) -> Iterator[tuple[range, list[_Found]]]:
-    """Each process takes every n-th block, and ends when they are done or the parent is gone."""
-    context = multiprocessing.get_context("fork")  # what it reads and writes is inherited, not pickled
-    processes, readers = [], []
+    """Raises concurrent.futures.process.BrokenProcessPool if a worker was killed."""
+    context = multiprocessing.get_context("fork")  # what `work` reads and writes is inherited, not pickled
+    pool = ProcessPoolExecutor(workers, context, _begin, (work, os.getpid()))
     try:
-        for index in range(workers):
-            reader, writer = context.Pipe(duplex=False)
-            readers.append(reader)
-            arguments = (work, blocks[index::workers], writer, list(readers))
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
-            processes.append(process)
-            writer.close()
-        while readers:
-            for ready in cast(list[Connection], wait(readers)):
-                try:
-                    yield ready.recv()
-                except EOFError:
-                    readers.remove(ready)
-        for process in processes:
-            process.join()
-            if process.exitcode != 0:
-                raise RuntimeError(f"a process that reads images ended with code {process.exitcode}")
+        waiting = {pool.submit(_do, block): block for block in blocks}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
     finally:
-        for process in processes:
-            process.terminate()
-            process.join()
+        pool.shutdown(cancel_futures=True)
 
 
-def _serve(
-    work: Callable[[range], list[_Found]], blocks: list[range], writer: Connection, readers: list[Connection]
-) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+def _begin(work: Callable[[range], list[_Found]], parent: int) -> None:
+    """Prepares a worker process. Ctrl-C is the parent's to handle, and a killed parent takes its workers along."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for reader in readers:  # inherited; kept open, they would hide that the parent is gone
-        reader.close()
-    for block in blocks:
-        faults = work(block)
-        try:
-            writer.send((block, faults))
-        except BrokenPipeError:
-            return
+    os.environ[watchdog.VARIABLE] = str(parent)
+    watchdog.start()
+    _work.append(work)
+
+
+def _do(block: range) -> list[_Found]:
+    return _work[-1](block)

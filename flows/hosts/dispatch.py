@@ -151,7 +151,7 @@ def _by_the_cluster(asked: dict[str, str], watching: Watcher) -> State | None:
             future.result(timeout=POLL, raise_on_failure=False)
         except TimeoutError:
             continue
-        except Exception as error:  # noqa: BLE001 - Dask and Ray have many for a worker or a scheduler that is gone
+        except Exception as error:  # noqa: BLE001 - Dask has many for a worker or a scheduler that is gone
             return Crashed(message=f"lost on its cluster ({type(error).__name__}: {error})")
         return future.state
 

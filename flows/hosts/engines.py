@@ -1,6 +1,6 @@
-"""Hosts that a Dask or a Ray cluster keeps, through Prefect's task runners for them: what runs there is elsewhere.on_a_host.
+"""Runs stages on the workers of a Dask cluster, through Prefect's task runner: each runs `flows.hosts.dispatch.on_a_host`.
 
-Each is an extra, imported where it is asked for and nowhere else.
+The extra `dask` is imported only where a cluster is asked for.
 """
 
 from __future__ import annotations
@@ -20,13 +20,7 @@ from ddpm.errors import InputError
 
 Runner = TaskRunner[PrefectFuture[Any]]
 
-# By the scheme of an address: the extra of pyproject.toml, the task runner that it brings, and its options.
-QUIET = {"init_kwargs": {"log_to_driver": False}}  # of Ray, whose lines Prefect has already
-RUNNERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "tcp": ("dask", "prefect_dask:DaskTaskRunner", {}),
-    "tls": ("dask", "prefect_dask:DaskTaskRunner", {}),
-    "ray": ("ray", "prefect_ray:RayTaskRunner", QUIET),
-}
+SCHEMES = ("tcp", "tls")
 
 cluster: ContextVar[Runner] = ContextVar("cluster")
 
@@ -42,8 +36,7 @@ def connected(hosts: bool | str) -> Iterator[None]:
         runner.__enter__()
         getattr(runner, "client", None)  # Dask's connects when it is first asked for: once, and before anything has run
     except (OSError, RuntimeError, ValueError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        why = " ".join(dict.fromkeys((said[0], said[-1])))  # Ray's first line is a heading
+        why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"hosts: nothing to work with at {hosts} ({why})") from error
     token = cluster.set(runner)
     try:
@@ -55,18 +48,17 @@ def connected(hosts: bool | str) -> Iterator[None]:
 
 def _runner(hosts: str) -> Runner:
     scheme, _, rest = hosts.partition("://")
-    if scheme not in RUNNERS or not rest:
+    if scheme not in SCHEMES or not rest:
         raise InputError(
             f"hosts: {hosts!r} is neither true (the pool `hosts`) nor the address of a Dask scheduler, such as"
-            " tcp://scheduler:8786, or of a Ray head, such as ray://head:10001"
+            " tcp://scheduler:8786"
         )
-    extra, path, options = RUNNERS[scheme]
-    module, _, name = path.partition(":")
     try:
-        made: Runner = getattr(importlib.import_module(module), name)(address=hosts, **options)
+        module = importlib.import_module("prefect_dask")
     except ModuleNotFoundError as error:
-        install = f"uv pip install --constraint requirements.lock --editable '.[{extra}]'"
-        raise InputError(f"hosts: {hosts} needs the extra {extra}, here and on the hosts: {install}") from error
+        install = "uv pip install --constraint requirements.lock --editable '.[dask]'"
+        raise InputError(f"hosts: {hosts} needs the extra dask, here and on the hosts: {install}") from error
+    made: Runner = module.DaskTaskRunner(address=hosts)
     return made
 
 

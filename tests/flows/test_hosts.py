@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -89,70 +88,34 @@ def dask(scratch: Any, hosts: list[Any], api: str) -> str:
     return address
 
 
-def ray(scratch: Any, hosts: list[Any], api: str) -> str:
-    """A head, of which the hosts are nodes. On this one machine each has ports of its own, named, or Ray waits to hear them."""
-    pytest.importorskip("prefect_ray", reason="the extra ray is not installed; `make chaos` does that")
-    address, client = f"127.0.0.1:{scratch.free_port()}", f"127.0.0.1:{scratch.free_port()}"
-    agents = (
-        "dashboard-agent-grpc-port",
-        "dashboard-agent-listen-port",
-        "metrics-export-port",
-        "runtime-env-agent-port",
-    )
-
-    def start(where: Any, log: str, *options: str) -> None:
-        ports = [f"--{agent}={where.free_port()}" for agent in agents]
-        command = ("ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats")
-        variables = {"PREFECT_API_URL": api, "RAY_agent_register_timeout_ms": "300000"}
-        where.start(sys.executable, "-m", *command, *ports, *options, log=log, **variables)
-
-    def answers() -> bool:
-        host, _, port = client.partition(":")
-        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
-            return True
-        return False
-
-    head = ("--head", "--num-cpus=0", "--include-dashboard=false", f"--port={address.partition(':')[2]}")
-    start(scratch, "head.log", *head, f"--ray-client-server-port={client.partition(':')[2]}")
-    scratch.wait(answers, 120, "the head answers")
-    for host in hosts:  # in turn: nodes of one machine that start together take each other for themselves
-        start(host, "log", f"--address={address}", "--num-cpus=1")
-        host.wait(
-            lambda log=host.root / "log": "Ray runtime started" in log.read_text(), 120, "a host joins the cluster"
-        )
-    return f"ray://{client}"
-
-
-JOINED = {"pool": pool, "dask": dask, "ray": ray}  # how hosts offer themselves -> what `hosts` is then
+JOINED = {"pool": pool, "dask": dask}  # how hosts offer themselves -> what `hosts` is then
 
 
 @pytest.mark.parametrize("hosts", [False, True])
 def test_the_pool_and_this_checkout_need_no_cluster(hosts: bool) -> None:
     with engines.connected(hosts):
         assert engines.cluster.get(None) is None
-    assert not {"distributed", "prefect_dask", "prefect_ray", "ray"} & set(sys.modules)
+    assert not {"distributed", "prefect_dask"} & set(sys.modules)
 
 
-@pytest.mark.parametrize("hosts", ["", "true", "dask", "scheduler:8786", "tcp://", "http://scheduler:8786"])
+@pytest.mark.parametrize(
+    "hosts", ["", "true", "dask", "scheduler:8786", "tcp://", "http://scheduler:8786", "ray://head:10001"]
+)
 def test_what_is_no_address_of_a_cluster_is_refused_in_one_line(hosts: str) -> None:
     with (
-        pytest.raises(InputError, match=r"^hosts: .*tcp://scheduler:8786.*ray://head:10001$"),
+        pytest.raises(InputError, match=r"^hosts: .*tcp://scheduler:8786$"),
         engines.connected(hosts),
     ):
         pass
 
 
-@pytest.mark.parametrize(("hosts", "module"), [("tcp://a:1", "prefect_dask"), ("ray://a:1", "prefect_ray")])
-def test_a_missing_extra_is_named_with_what_installs_it(
-    hosts: str, module: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    extra = module.removeprefix("prefect_")
-    line = rf"^hosts: {hosts} needs the extra {extra}, .*uv pip install .*'\.\[{extra}\]'$"
-    with pytest.raises(InputError, match=line), engines.connected(hosts):
+def test_a_missing_extra_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prefect_dask", None)
+    line = r"^hosts: tcp://a:1 needs the extra dask, .*uv pip install .*'\.\[dask\]'$"
+    with pytest.raises(InputError, match=line), engines.connected("tcp://a:1"):
         pass
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert extras[extra][0].startswith(module.replace("_", "-"))
+    assert extras["dask"][0].startswith("prefect-dask")
 
 
 @pytest.mark.parametrize(
@@ -160,10 +123,7 @@ def test_a_missing_extra_is_named_with_what_installs_it(
     [
         (TimeoutError(), "TimeoutError"),
         (OSError("refused"), "refused"),
-        (
-            ConnectionError("Failure from server:\nTraceback\n  File x\nTimeout: no server\n"),
-            "Failure from server: Timeout: no server",
-        ),
+        (OSError("Timed out\nafter 30 s"), "Timed out after 30 s"),
     ],
 )
 def test_a_cluster_that_does_not_answer_is_one_line_with_the_reason(
@@ -174,16 +134,16 @@ def test_a_cluster_that_does_not_answer_is_one_line_with_the_reason(
             raise error
 
     monkeypatch.setattr(engines, "_runner", lambda hosts: Away())
-    with pytest.raises(InputError) as refused, engines.connected("ray://head:10001"):
+    with pytest.raises(InputError) as refused, engines.connected("tcp://scheduler:8786"):
         pass
-    assert str(refused.value) == f"hosts: nothing to work with at ray://head:10001 ({why})"
+    assert str(refused.value) == f"hosts: nothing to work with at tcp://scheduler:8786 ({why})"
     assert engines.cluster.get(None) is None
 
 
 def test_a_task_takes_neither_passwords_nor_the_flows_code_along() -> None:
     class Recorder:
         def submit(self, task: Any, parameters: dict[str, Any]) -> dict[str, Any]:
-            return serialize_context()  # what both task runners send
+            return serialize_context()  # what the task runner sends
 
     asking = FlowRunContext.model_construct(
         flow=train_eval, flow_run=FlowRun(id=uuid4(), flow_id=uuid4()), result_store=None
