@@ -704,7 +704,7 @@ def test_every_source_has_its_licence_and_odd_names_stay_in_their_place(made: Pa
     about, scores = replace(about, data=data), read_scores(made, FIRST)
     text = card("ddpm-x", "cosine-ddim-5", {"sampler": "ddim"}, scores, about)
     shareable = source in ("digits", "fashion_mnist")
-    assert SOURCES[source].licence in text and ("Look at its terms" in text) is not shareable
+    assert SOURCES[source].licence in text and ("Check the data's terms" in text) is not shareable
     matter, body = parts(with_front_matter(text, "ddpm-x", scores, about))
     assert body == text and "# y" not in text
     assert matter["license"] == ("apache-2.0" if shareable else "other")
