@@ -356,9 +356,9 @@ def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smo
         kept.reason
         == registry.decisions()[-1]["reason"]
         == (
-            "cosine-ddpm-5 does not replace champion version 1 (cosine-ddim-5): it was made from other images"
-            f" (dataset {data[:12]}, now ffffffffffff); give these a name of their own (tracking.name in params.yaml),"
-            " or promote --replace"
+            "cosine-ddpm-5 does not replace champion version 1 (cosine-ddim-5): the champion was trained on other images"
+            f" (dataset {data[:12]}, now ffffffffffff); name the present images (tracking.name in params.yaml),"
+            " or use `ddpm promote --replace`"
         )
     )
 
@@ -391,7 +391,7 @@ def test_a_champion_without_influence_values_is_compared_as_independent(
     said: list[str] = []
     assert tracking.promote(params, checkout, rescore=never, say=said.append).promoted
     assert registry.decisions()[-1]["paired"] is False
-    assert any("influence values of version 1 are gone" in line for line in said)
+    assert any("influence values of version 1 cannot be read" in line for line in said)
 
 
 def test_a_champion_from_before_there_were_intervals_is_scored_again(
