@@ -1,4 +1,4 @@
-"""What `python -m flows` shows: a bar for each running stage, and one line when it has ended."""
+"""Shows the progress of `python -m flows` in a terminal: a bar for each running stage, and one line for each ended stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flows.watch import Outcome
 
 
 class Terminal:
-    """A Watcher. Away from a terminal it prints the lines and no bars."""
+    """A Watcher for a console. If the console is no terminal, it prints the lines without bars."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
