@@ -203,7 +203,7 @@ def test_a_registered_model_whose_files_were_replaced_is_refused(
     else:
         checkpoint.save(folder, net, about.described_by())
     checkpoint.load(folder)  # a whole checkpoint
-    with pytest.raises(InputError, match="version 1: its files are not those that were registered"):
+    with pytest.raises(InputError, match="version 1: its files differ from those that were registered"):
         tracking.fetch_model("models:/ddpm-digits@champion", tmp_path, checkout)
 
 
