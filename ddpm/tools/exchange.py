@@ -70,7 +70,7 @@ def import_diffusers(folder: Path, name: str, root: Path = Path()) -> list[str]:
     """
     if not re.fullmatch(rf"[a-z0-9_]{{1,{LONGEST_NAME}}}", name):
         raise InputError(
-            f"'{name}': the name of an import consists of a-z, 0-9 and _, and has at most {LONGEST_NAME} characters"
+            f"'{name}': the name of an import is made of a-z, 0-9 and _, and has at most {LONGEST_NAME} characters"
         )
     text = _params_text(root / "params.yaml", name)
     network = _network_folder(folder)
@@ -106,7 +106,7 @@ def import_diffusers(folder: Path, name: str, root: Path = Path()) -> list[str]:
         *lines,
         f"{paths.imported_dir(name)}: {count:,} parameters, images {'x'.join(map(str, shape))}, {row['schedule']} schedule"
         f" at T = {timesteps}, target {target}",
-        f"params.yaml: added the row schedules.{name}; add {name} to sweep.schedules, and `dvc repro` sweeps it",
+        f"params.yaml: wrote the row schedules.{name}; add {name} to sweep.schedules, and `dvc repro` sweeps it",
     ]
 
 
