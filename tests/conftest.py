@@ -432,10 +432,10 @@ def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **change
     """Writes the scores as `evaluate` would, and a report whose best point has the lowest FID."""
     samples, values = root / paths.samples_file(point), root / paths.influence_file(point)
     write_influence(values, influence_of(point, changes.get("images", 64), error))
-    about = read_samples_record(samples)
+    drawn = read_samples_record(samples)
     scores = {
         "point": point.name,
-        "model": about.model,
+        "model": drawn.model,
         "evaluation": {"layer": changes.get("layer", 64), "images": 64, "batch": 32, "threads": 1},
         "fid": fid,
         "fid_low": fid - quantile() * error,
@@ -447,14 +447,14 @@ def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **change
         "kid_low": fid / 1000 - 0.003,
         "kid_high": fid / 1000 + 0.003,
         "kid_std": fid / 10_000,
-        "evaluations": about.evaluations,
+        "evaluations": drawn.evaluations,
         "images": 64,
         "reference_images": 64,
         "layer": 64,
         "reference": dataset.read_dataset_record(root).sha256,
         "extractor": "inception-v3-2015-12-05",
         "extractor_sha256": "e" * 64,
-        "samples": about.record_sha256,
+        "samples": drawn.record_sha256,
     }
     records.write_record(root / paths.metrics_file(point), {**scores, **changes}, [values])
     files = [path for path in (root / "metrics").glob("*-*.json") if not path.name.endswith(".run.json")]

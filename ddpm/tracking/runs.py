@@ -124,9 +124,7 @@ def find_or_create(
         if run.info.run_id == chosen.info.run_id:
             continue
         if is_unfinished(run) and run in agreeing:
-            target.client.delete_run(
-                run.info.run_id
-            )  # streamed by a training whose outputs equal those of an earlier run
+            target.client.delete_run(run.info.run_id)  # streamed, but its outputs equal an earlier run's
         elif SUPERSEDED not in run.data.tags:
             _supersede(target, run, name, chosen.info.run_id)
     if SUPERSEDED in chosen.data.tags:

@@ -275,8 +275,8 @@ def _log_dataset(target: Target, run: Run, root: Path, data: DataEntry, context:
 
     md5 = dvc_lock.locked_md5(dvc_lock.read(root), "prepare", "outs", paths.dataset_dir()) or ""
     counts = {}
-    about = root / paths.dataset_dir() / "dataset.json"
-    if about.exists() and (present := read_dataset_record(root)).sha256 == data.sha256:
+    dataset_file = root / paths.dataset_dir() / "dataset.json"
+    if dataset_file.exists() and (present := read_dataset_record(root)).sha256 == data.sha256:
         counts = present.counts
     elif md5:
         md5 = ""  # dvc.lock describes another version
@@ -446,8 +446,8 @@ def _link_model(target: Target, run: Run, training: Run, weights: str) -> None:
 
 def _log_real(target: Target, run: Run, root: Path, data: DataEntry, start: int, added: Counter[str]) -> None:
     """Logs real images at step 0 for comparison. MLflow's slider starts there and would show nothing otherwise."""
-    about = root / paths.dataset_dir() / "dataset.json"
-    if about.exists() and read_dataset_record(root).sha256 == data.sha256:
+    dataset_file = root / paths.dataset_dir() / "dataset.json"
+    if dataset_file.exists() and read_dataset_record(root).sha256 == data.sha256:
         picture = arrays.grid(read_dataset(root).train[:REAL])
         log_image(target, run, _picture(picture), 0, start, added)
 
@@ -599,11 +599,11 @@ def _runs_of(target: Target, root: Path, rows: Sequence[Row]) -> dict[str, tuple
     """Returns, for each stage, the name of the run that holds its output and, for a server, the address of that run."""
     held = dict[str, dict[str, str]]()  # stage -> tags that only its run has
     for row in rows:
-        about, samples = (
+        model_file, samples = (
             root / paths.model_dir(row.schedule) / "model.json",
             paths.samples_file(Point.parse(row.point)),
         )
-        if about.exists():
+        if model_file.exists():
             for stage in ("train", "likelihood"):
                 weights = models.read_trained(root, row.schedule).weights_sha256
                 held[f"{stage}@{row.schedule}"] = {"ddpm.stage": stage, MODEL: weights}
