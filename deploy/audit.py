@@ -1,7 +1,7 @@
-"""Known vulnerabilities of the packages in requirements.lock, by pip-audit: `make audit`.
+"""`make audit`: looks up known vulnerabilities of the packages in requirements.lock, by pip-audit.
 
-Exit code 1 when there are any. Without an answer from the database the audit did not happen: one line says so, and the
-exit code is 0, because a build behind a mirror would otherwise never pass; AUDIT=required makes it 1.
+Exits with 1 if there are any. If no vulnerability database answers, one line says that the audit was not done. The exit code
+is then 0, since a build behind a mirror would otherwise never pass. AUDIT=required makes it 1.
 """
 
 from __future__ import annotations
@@ -16,29 +16,32 @@ from typing import Any
 
 LOCK = Path(__file__).parent.parent / "requirements.lock"
 SERVICES = ("pypi", "osv")
-CANARY = "jinja2==2.4.1"  # has advisories: a database that knows none is a mirror's empty answer, not good news
+CANARY = "jinja2==2.4.1"  # has advisories; a database that reports none is a mirror with empty answers
 # Advisories that do not concern this project, with the reason.
 ACCEPTED: dict[str, str] = {}
 
 
 def main() -> int:
-    said = []
+    failures = []
     for service in SERVICES:
         canary, error = audit(service, "--no-deps", "--requirement", "-", given=CANARY)
         if canary is None or not any(item.get("vulns") for item in canary):
-            said.append(f"{service}: {error or 'knows no vulnerability at all'}")
+            failures.append(f"{service}: {error or f'reports no vulnerability of {CANARY}, which has some'}")
             continue
         report, error = audit(service, "--require-hashes", "--requirement", str(LOCK))
         if report is None:
-            said.append(f"{service}: {error}")
+            failures.append(f"{service}: {error}")
             continue
         return verdict([item for item in report if "vulns" in item], len(report))
-    print(f"audit: NOT DONE, no database of vulnerabilities answers ({'; '.join(said)})")
+    print(f"audit: NOT DONE, no database of vulnerabilities answers ({'; '.join(failures)})")
     return int(os.environ.get("AUDIT") == "required")
 
 
 def audit(service: str, *arguments: str, given: str = "") -> tuple[list[dict[str, Any]] | None, str]:
-    """-> what pip-audit says of each package, or None and the last line of its complaint."""
+    """Runs pip-audit; an argument "-" stands for a file that holds `given`.
+
+    Returns its result for each package and "", or None and the last line of its error output.
+    """
     command = [
         sys.executable,
         "-m",
@@ -63,6 +66,7 @@ def audit(service: str, *arguments: str, given: str = "") -> tuple[list[dict[str
 
 
 def verdict(known: list[dict[str, Any]], asked: int) -> int:
+    """Prints the open vulnerabilities and a summary. Returns the exit code."""
     found = [(item, vulnerability) for item in known for vulnerability in item["vulns"]]
     open_ = [
         (item, vulnerability)

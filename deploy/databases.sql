@@ -1,2 +1,2 @@
--- PostgreSQL makes the database of MLflow by itself; Prefect has one of its own.
+-- Creates the database of Prefect. The PostgreSQL image creates the database of MLflow itself.
 CREATE DATABASE prefect;

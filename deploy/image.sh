@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds the image of Dockerfile with buildah: no Docker engine and no privileged daemon.
+# Builds the image of Dockerfile with buildah, which needs no Docker engine and no privileged daemon.
 #
 #   deploy/image.sh [NAME] [further arguments for buildah build, such as --build-arg TORCH_INDEX=...]
 #
-# BASE_IMAGE=<image> names the base, as in Dockerfile. BASE_IMAGE=debootstrap makes one from Debian's mirror, with the
-# certificates that this machine trusts; that is also done where the image registry can't be reached.
-# STORAGE=<folder> keeps images and layers there instead of in buildah's own place.
+# BASE_IMAGE=<image> names the base image, as in Dockerfile. BASE_IMAGE=debootstrap builds a base image from Debian's mirror, with
+# the certificates that this machine trusts. The script does the same if the image registry can't be reached.
+# STORAGE=<folder> keeps images and layers in that folder instead of buildah's default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +18,7 @@ fi
 
 for tool in buildah debootstrap; do
   command -v "$tool" >/dev/null || {
-    echo "image: $tool is not here: apt-get install buildah debootstrap" >&2
+    echo "image: $tool is not installed; run: apt-get install buildah debootstrap" >&2
     exit 2
   }
 done
@@ -26,7 +26,7 @@ done
 base=${BASE_IMAGE:-$(sed -n 's/^ARG BASE_IMAGE=//p' Dockerfile)}
 if [ "$base" != debootstrap ] && ! "${buildah[@]}" pull --quiet --retry 0 "$base" >/dev/null 2>&1; then
   if ! "${buildah[@]}" pull --quiet --retry 0 "docker.io/library/$base" >/dev/null 2>&1; then
-    echo "image: $base can't be pulled; its stand-in comes from Debian's mirror by debootstrap"
+    echo "image: $base can't be pulled; building a base image from Debian's mirror with debootstrap instead"
     base=debootstrap
   fi
 fi
@@ -50,6 +50,6 @@ if [ "$base" = debootstrap ]; then
   fi
 fi
 
-# --format docker keeps HEALTHCHECK, which OCI's format does not know; chroot isolation works inside a container too.
+# --format docker keeps HEALTHCHECK, which the OCI format lacks. Isolation by chroot also works inside a container.
 "${buildah[@]}" build --isolation chroot --format docker --layers --build-arg "BASE_IMAGE=$base" \
   --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" --tag "$name" "$@" .

@@ -1,4 +1,4 @@
-"""What `python -m flows` shows: a bar for each running stage, and one line when it has ended."""
+"""Shows the progress of `python -m flows` in a terminal: a bar for each running stage, and one line for each ended stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flows.watch import Outcome
 
 
 class Terminal:
-    """A Watcher. Away from a terminal it prints the lines and no bars."""
+    """A Watcher for a console. If the console is no terminal, it prints the lines without bars."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -30,7 +30,7 @@ class Terminal:
         )
         self._tasks: dict[str, TaskID] = {}
         self._began: dict[str, float] = {}
-        self._said: dict[str, str] = {}
+        self._last_line: dict[str, str] = {}
 
     def __enter__(self) -> Terminal:
         self.bars.start()
@@ -47,7 +47,7 @@ class Terminal:
         self._tasks[stage] = self.bars.add_task(stage, total=None, unit="", values="")
 
     def line(self, stage: str, text: str) -> None:
-        self._said[stage] = text
+        self._last_line[stage] = text
         self.say(text)
 
     def progress(self, stage: str, report: dict[str, Any]) -> None:
@@ -65,6 +65,6 @@ class Terminal:
             self.unchanged += 1
         elif outcome.failed:
             self.say(f"{stage}: {'will be tried again' if outcome.kind != 'Failed' else 'failed'}: {outcome.text}")
-        elif not self._said.pop(stage, "").endswith(outcome.text):
+        elif not self._last_line.pop(stage, "").endswith(outcome.text):
             seconds = time.monotonic() - self._began.pop(stage, time.monotonic())
             self.say(f"{stage}: {outcome.text} in {seconds:.1f} s")

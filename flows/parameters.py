@@ -1,4 +1,4 @@
-"""Switching params.yaml to a recipe, and single overrides, written as `dvc exp run -S` writes them."""
+"""Switches params.yaml to a recipe, and sets single overrides, in the notation of `dvc exp run -S`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,21 @@ from ddpm.provenance.atomic_lock import TEMPLATE
 from ddpm.provenance.inputs import changes
 from ddpm.sources.source import SOURCES, check_name
 
-WRITTEN = paths.CACHE / "params.yaml.sha256"  # of what a recipe or overrides last wrote
+WRITTEN = paths.CACHE / "params.yaml.sha256"  # hash of the last params.yaml that a recipe or overrides wrote
 
 
 def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[str, Params]:
-    """What params.yaml is to become: the given recipe (a name in recipes/, or a path), with KEY=VALUE set for each override.
+    """Returns the new text of params.yaml, and its parameters. Comments stay.
 
-    KEY is dotted and must exist, such as training.steps; VALUE is YAML. Comments stay. Names that
-    dvc.yaml takes from the file, and that an old file lacks, are added. Raises InputError.
+    If an old file lacks names that dvc.yaml takes from params.yaml, they are added.
+
+    Args:
+        root: the checkout.
+        recipe: a name in recipes/, or a path; None for params.yaml itself.
+        overrides: KEY=VALUE each. KEY is dotted and must exist, such as training.steps; VALUE is YAML.
+
+    Raises:
+        InputError: the recipe does not exist, or an override or the result is invalid.
     """
     source = _recipe(root, recipe) if recipe else root / "params.yaml"
     params = Params.load(source)
@@ -49,9 +56,10 @@ def write(
     overrides: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Params:
-    """Makes params.yaml what read() says, unless it is that already. Raises InputError, and then has written nothing.
+    """Writes the result of read() to params.yaml, unless that is its content already.
 
-    A file that is nowhere else is kept beside it first. say: is told what replaced what, in one line.
+    A params.yaml of which there is no other copy is first kept as params.yaml.before. recipe, overrides: as for read(). say:
+    prints a line about the change. Raises InputError, and then has written nothing.
     """
     text, params = read(root, recipe, overrides)
     target = root / "params.yaml"
@@ -67,7 +75,7 @@ def write(
 
 
 def _with_names(text: str, params: Params, root: Path) -> str:
-    """Writes the names that dvc.yaml takes from params.yaml: an old file has another word for one, or leaves it to a default."""
+    """Writes the names that dvc.yaml takes from params.yaml. An old file may spell them otherwise, or omit them."""
     wiring = root / "dvc.yaml"
     keys = re.findall(TEMPLATE, wiring.read_text(encoding="utf-8")) if wiring.exists() else []
     names = {key: getattr(getattr(params, key[0]), key[1]) for key in keys}
@@ -93,7 +101,10 @@ def _described(root: Path, recipe: str | None, overrides: Sequence[str]) -> str:
 
 
 def _keep(root: Path, old: bytes) -> Path | None:
-    """Copies these bytes of params.yaml to params.yaml.before, or the next such name, unless they can be had again."""
+    """Copies the old params.yaml to params.yaml.before, or to the next free name.
+
+    Returns the copy, or None if a recipe or git has the same file, or if a recipe or overrides wrote it.
+    """
     recipes = (root / "recipes").glob("*.yaml")
     if any(path.read_bytes() == old for path in recipes) or old == git.ask(root, "show", "HEAD:./params.yaml"):
         return None
@@ -111,7 +122,7 @@ def _keep(root: Path, old: bytes) -> Path | None:
 
 
 def edits(root: Path, params: Params) -> Callable[[], str]:
-    """Gives the keys in which params.yaml is another one by now: "" if in none, "all of it" if it can't be read."""
+    """Returns a function that lists the keys edited in params.yaml since: "" for none, "all of it" if the file can't be read."""
     path, seen = root / "params.yaml", [0]
 
     def look() -> str:
@@ -151,7 +162,7 @@ def _overridden(text: str, overrides: Sequence[str]) -> str:
                 raise InputError(f"override '{override}': params.yaml has no '{key.strip()}'")
             try:
                 section[last] = YAML().load(value)
-            except Exception:  # noqa: BLE001 - a tag such as !!int lets what int() and others raise through
-                raise InputError(f"override '{override}': the value is no YAML") from None
+            except Exception:  # noqa: BLE001 - a tag such as !!int lets errors of int() and others through
+                raise InputError(f"override '{override}': the value is not valid YAML") from None
 
     return rewritten(text, change)

@@ -1,4 +1,4 @@
-"""The flow `train-eval`: every stage of dvc.yaml in order, then MLflow brought up to date and the best point promoted."""
+"""The flow `train-eval`: runs every stage of dvc.yaml in order, publishes to MLflow, and promotes the best point."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from flows.watch import Log, Outcome, watcher
 
 
 def _worth_retrying(task: Any, task_run: TaskRun, state: State) -> bool:
-    """Another process held what it needs, it was killed, MLflow is away, or a disk is full. An error of its own comes again."""
+    """Retries after a kill, a held lock, an unreachable server or a full disk. Errors of the stage itself would repeat."""
     return state.name in ("Busy", "Killed", "Unreachable", "Full")
 
 
@@ -46,7 +46,14 @@ def _worth_retrying(task: Any, task_run: TaskRun, state: State) -> bool:
     cache_policy=NO_CACHE,
 )
 def run_stage(stage: str, root: str, unchanged: bool, hosts: bool = False) -> State:
-    """One DVC stage. `unchanged`: DVC was asked already and has nothing to do. hosts: others do what a matrix makes many of."""
+    """Runs one DVC stage.
+
+    Args:
+        stage: the stage's name in DVC, such as sample@linear-ddim-50.
+        root: the checkout.
+        unchanged: DVC has already said that there is nothing to do.
+        hosts: run the stages of a matrix on other hosts.
+    """
     if unchanged:
         return _state(stage, Outcome("Unchanged", "unchanged"))
     try:
@@ -73,7 +80,7 @@ def run_stage(stage: str, root: str, unchanged: bool, hosts: bool = False) -> St
     cache_policy=NO_CACHE,
 )
 def run_publish(root: str, standard_input: int) -> State:
-    """`ddpm publish --follow`: one process for MLflow beside the stages, until its standard input ends."""
+    """Runs `ddpm publish --follow`, which publishes beside the stages until its standard input is closed."""
     try:
         command = (*fork_server.DDPM, "publish", "--follow")
         return _state("publish", commands.run("publish", command, Path(root), watcher.get(), standard_input))
@@ -90,7 +97,7 @@ def run_publish(root: str, standard_input: int) -> State:
     cache_policy=NO_CACHE,
 )
 def run_promote(root: str) -> State:
-    """`ddpm promote`: the registry belongs to no DVC stage."""
+    """Runs `ddpm promote`, which is no DVC stage because the registry is no output."""
     try:
         return _state("promote", commands.run("promote", (*fork_server.DDPM, "promote"), Path(root), watcher.get()))
     except children.Stopped:
@@ -107,23 +114,23 @@ def run_name() -> str:
     """Names a flow run by its recipe, or else by the dataset of params.yaml, with its overrides."""
     given = runtime.flow_run.parameters
     try:
-        about = Path(given["recipe"]).stem if given.get("recipe") else Params.load(Path("params.yaml")).dataset_name
-    except InputError:  # the run itself says so, and fails
-        about = "train-eval"
-    return " ".join([about, *(given.get("overrides") or ())])
+        name = Path(given["recipe"]).stem if given.get("recipe") else Params.load(Path("params.yaml")).dataset_name
+    except InputError:  # the run reports it and fails
+        name = "train-eval"
+    return " ".join([name, *(given.get("overrides") or ())])
 
 
 @flow(name="train-eval", flow_run_name=run_name, task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
 def train_eval(
     recipe: str | None = None, overrides: list[str] | None = None, promote: bool = True, hosts: bool | str = False
 ) -> State:
-    """Train, sample, evaluate and report whatever DVC says is missing, in the checkout this runs in.
+    """Train, sample, evaluate and report whatever DVC says is missing, in the current checkout.
 
-    recipe: a name in recipes/ or a path; becomes params.yaml first.
+    recipe: a name in recipes/ or a path; replaces params.yaml first.
     overrides: KEY=VALUE, such as training.steps=200; written into params.yaml.
-    promote: register the best point; it becomes champion if it beats the one there is.
-    hosts: who runs the stages of which there are many, compute.slots at a time: false: this checkout; true: the workers of
-        the pool `hosts`; tcp://scheduler:8786: a Dask cluster's.
+    promote: register the best point; it becomes champion if it beats the present champion.
+    hosts: where the stages of a matrix run, compute.slots at a time. false: in this checkout; true: on the workers of the pool
+        `hosts`; tcp://scheduler:8786: on a Dask cluster.
     """
     root = Path.cwd()
     token = watcher.set(watcher.get(Log()))
@@ -133,9 +140,9 @@ def train_eval(
         crashed_runs.reap()
         if missed := crashed_runs.skip_missed():
             watcher.get().line(
-                "train-eval", f"skipped {missed} scheduled runs that were due before: this one does the same"
+                "train-eval", f"skipped {missed} scheduled runs that were due before: this run does the same"
             )
-    except Exception as error:  # noqa: BLE001 - who watches must not fail the work
+    except Exception as error:  # noqa: BLE001 - the display must not fail the work
         watcher.get().line("train-eval", f"killed runs may still show as Running ({type(error).__name__}: {error})")
     try:
         checkout.require_own(root, "ddpm", "flows")
@@ -172,24 +179,24 @@ def _everything(root: Path, recipe: str | None, overrides: list[str], promote: b
 
 @contextmanager
 def _published(root: Path) -> Iterator[PrefectFuture[State]]:
-    """What stages write while the block runs is published; what is missing then, at its end."""
-    told, tell = os.pipe()
+    """Publishes outputs while the block runs. At its end, waits until the remaining outputs are published."""
+    read_end, write_end = os.pipe()
     try:
-        publishing = run_publish.submit(str(root), told)
+        publishing = run_publish.submit(str(root), read_end)
         try:
             yield publishing
         finally:
-            os.close(tell)
+            os.close(write_end)  # tells `ddpm publish --follow` to finish
         publishing.wait()
     finally:
-        os.close(told)
+        os.close(read_end)
 
 
 def _stages(root: Path, params: Params, hosts: bool) -> str:
-    """Runs what dvc.yaml asks for, `compute.slots` stages at a time, each as soon as those before it are done.
+    """Runs the stages of dvc.yaml, `compute.slots` at a time, each as soon as the stages that it depends on are done.
 
-    A failed stage stops only what depends on it; nothing more starts once params.yaml has changed.
-    -> "" or what failed, in one line.
+    A failed stage stops only the stages that depend on it. After an edit of params.yaml no more stages start. Returns "" or what
+    failed, in one line.
     """
     order = dag.read(root)
     sorter = TopologicalSorter(order.waits_for)
@@ -202,7 +209,7 @@ def _stages(root: Path, params: Params, hosts: bool) -> str:
     failures: dict[str, str] = {}
     edited, edits = "", parameters.edits(root, params)
     watcher.get().started("stages")
-    if hosts and order.unchanged:  # what hosts are to build upon
+    if hosts and order.unchanged:  # the hosts need the outputs of these stages
         commands.exchange("push", "stages", root, watcher.get(), *sorted(order.unchanged))
     while True:
         ready = sorted([*ready, *sorter.get_ready()], key=place.__getitem__)
@@ -234,7 +241,7 @@ def _stages(root: Path, params: Params, hosts: bool) -> str:
         else:
             failures[stage] = state.message or state.name or "failed"
     if edited:
-        failures["params.yaml"] = f"{edited} changed while this ran; what is done is kept, run again"
+        failures["params.yaml"] = f"{edited} changed while the flow ran; finished stages are kept: run it again"
     if not failures:
         return ""
     skipped = len(order.waits_for) - len(futures)
@@ -246,23 +253,23 @@ def _put(ended: Queue[str], stage: str, future: PrefectFuture[State]) -> None:
     ended.put(stage)
 
 
-def _shown(show: Callable[..., None], *about: Any) -> None:
-    """Who watches must not fail the work."""
+def _shown(show: Callable[..., None], *arguments: Any) -> None:
+    """Writes to the page of the flow run. An error becomes a log line, since the display must not fail the work."""
     try:
-        show(*about)
-    except Exception as error:  # noqa: BLE001 - an API that is away, and whatever it may answer
-        watcher.get().line("train-eval", f"the run's page lacks something ({type(error).__name__}: {error})")
+        show(*arguments)
+    except Exception as error:  # noqa: BLE001 - an unreachable API, or any answer of it
+        watcher.get().line("train-eval", f"the page of this run is incomplete ({type(error).__name__}: {error})")
 
 
 def _decision(promoted: State) -> None:
-    """What `ddpm promote` said about the champion, on the run's page."""
+    """Shows the decision of `ddpm promote` on the page of the flow run."""
     if promoted.is_completed():
         text = (promoted.message or "").removeprefix("promote: ")
         create_markdown_artifact(text, key="champion", description=text)
 
 
 def _artifacts(root: Path) -> None:
-    """The sweep table, the report's pictures and the way to MLflow, on the run's page."""
+    """Shows the sweep table, the report's pictures and a link to MLflow on the page of the flow run."""
     report = root / paths.report_dir()
     if (report / "front.json").exists():
         best, rows = scores.read_report(root)
@@ -279,7 +286,7 @@ def _artifacts(root: Path) -> None:
 
 
 def _where(page: Path) -> str:
-    """Browsers open no file from a page of a server, so this one says where it lies."""
+    """Returns a sentence with the path of the report: browsers follow no link from a server's page to a local file."""
     server = os.environ.get("MLFLOW_UI")
     mlflow = f"[MLflow]({server})" if server else "MLflow"
     return (

@@ -1,4 +1,4 @@
-"""Who sees what a stage says while it runs: Prefect's log, or the terminal of `python -m flows`."""
+"""Passes the output of running stages on, to Prefect's log or to the terminal of `python -m flows`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from uuid import UUID
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-EVERY = 10.0  # seconds between two progress lines of one stage in the log, and two moves of its bar
-SHOWN = 5.0  # seconds that a stage which has ended waits for its bar to show it
+EVERY = 10.0  # seconds between two progress lines of one stage in the log, and between two updates of its bar
+SHOWN = 5.0  # seconds that an ended stage waits for the last update of its bar
 
 
 Kind = Literal["Completed", "Restored", "Unchanged", "Busy", "Killed", "Unreachable", "Full", "Failed"]
@@ -23,7 +23,7 @@ Kind = Literal["Completed", "Restored", "Unchanged", "Busy", "Killed", "Unreacha
 
 @dataclass(frozen=True)
 class Outcome:
-    """kind: the name of the Prefect state. text: one line, without the stage's name."""
+    """How a stage ended. kind: the name of the Prefect state. text: one line, without the stage's name."""
 
     kind: Kind
     text: str
@@ -34,32 +34,34 @@ class Outcome:
 
 
 class Watcher(Protocol):
-    """`stage` is always the stage's address, such as sample@linear-ddim-50."""
+    """Receives the output of stages. `stage` is always the stage's name in DVC, such as sample@linear-ddim-50."""
 
     def started(self, stage: str) -> None: ...
 
     def line(self, stage: str, text: str) -> None: ...
 
     def progress(self, stage: str, report: dict[str, Any]) -> None:
-        """report: done, total, unit, values, as ddpm.runtime.display writes them."""
+        """report: done, total, unit and values, as ddpm.runtime.display writes them."""
 
     def ended(self, stage: str, outcome: Outcome) -> None: ...
 
 
 class Log:
-    """Everything goes to the Prefect run that the calling thread is in: lines to its log, progress to a bar on its page."""
+    """A Watcher for the Prefect run of the calling thread: lines go to its log, progress to a bar on its page."""
 
     def __init__(self) -> None:
-        self._told: dict[str, float] = {}
+        self._logged: dict[str, float] = {}  # time of the last progress line of each stage
         self._bars: dict[str, UUID] = {}
-        self._next: dict[str, tuple[float, str]] = {}  # what a bar is to show, once Prefect has taken what was before
+        self._next: dict[
+            str, tuple[float, str]
+        ] = {}  # the next update of each bar, while Prefect still takes the last one
         self._moves: dict[str, Future[None]] = {}
         self._lock = threading.Lock()
         self._mover = ThreadPoolExecutor(1, "bars")
 
     def started(self, stage: str) -> None:
-        self._told[stage] = time.monotonic()
-        self._bars.pop(stage, None)  # a retry has a bar of its own
+        self._logged[stage] = time.monotonic()
+        self._bars.pop(stage, None)  # a retry gets a new bar
         self._moves.pop(stage, None)
 
     def line(self, stage: str, text: str) -> None:
@@ -67,25 +69,25 @@ class Log:
 
     def progress(self, stage: str, report: dict[str, Any]) -> None:
         now = time.monotonic()
-        due = now - self._told.get(stage, 0.0) >= EVERY
+        due = now - self._logged.get(stage, 0.0) >= EVERY
         if stage in self._moves and not due and report["done"] < report["total"]:
             return
         values = "".join(f", {name} {value:.4g}" for name, value in report["values"].items())
         text = f"{stage}: {report['done']:,} of {report['total']:,} {report['unit']}{values}"
         if due:
-            self._told[stage] = now
+            self._logged[stage] = now
             get_run_logger().info(text)
         self._move(stage, 100 * report["done"] / max(report["total"], 1), text)
 
     def ended(self, stage: str, outcome: Outcome) -> None:
-        """Prefect logs the state a task ends in."""
+        """Completes the bar. Prefect itself logs the state that the task ends in."""
         if stage in self._moves:
             if not outcome.failed:
                 self._move(stage, 100.0, f"{stage}: {outcome.text}")
             wait([self._moves[stage]], SHOWN)
 
     def _move(self, stage: str, percent: float, text: str) -> None:
-        """In a thread of its own: an API that is away keeps a call for a minute, and the stage would wait to print."""
+        """Updates the bar in another thread: a call to an unreachable API takes a minute, and would block the stage's output."""
         with self._lock:
             waiting = stage in self._next
             self._next[stage] = (percent, text)
@@ -99,9 +101,9 @@ class Log:
             if stage in self._bars:
                 update_progress_artifact(self._bars[stage], percent, text)
             else:
-                key = re.sub("[^a-z0-9]+", "-", stage.lower())  # all that Prefect allows
+                key = re.sub("[^a-z0-9]+", "-", stage.lower())  # the characters that Prefect allows
                 self._bars[stage] = create_progress_artifact(percent, key, text)  # type: ignore[assignment]
-        except Exception as error:  # noqa: BLE001 - who watches must not fail the work
+        except Exception as error:  # noqa: BLE001 - the display must not fail the work
             get_run_logger().warning(f"{stage}: no progress bar ({type(error).__name__}: {error})")
 
 

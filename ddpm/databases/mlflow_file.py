@@ -1,8 +1,8 @@
 """Checks the database file of an MLflow store, and its artifact addresses, before MLflow opens the file.
 
-MLflow records absolute addresses of artifacts and has no command that changes them (mlflow/mlflow#3144). Without this module a
-copied or moved checkout would read and write the artifacts of the place where the records were made. MLflow also takes a lost
-database for a new one. This is the only module that knows MLflow's tables.
+MLflow records absolute addresses of artifacts and has no command that changes them (mlflow/mlflow#3144). Without this module, a
+copied or moved checkout would read and write the artifacts of the original. MLflow also creates a new database in place of a lost
+one without a word. This is the only module that knows MLflow's tables.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ EXPERIMENTS = """
         SELECT 1 FROM runs WHERE runs.experiment_id = experiments.experiment_id AND runs.lifecycle_stage = 'active'
     ) FROM experiments
 """
-SUFFIXES = (".db", ".sqlite", ".sqlite3")  # of databases in use; a backup may have any other
+SUFFIXES = (".db", ".sqlite", ".sqlite3")  # of databases in use; a backup may have any other suffix
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 RESTORE = "restore it from a backup (docs/storage.md)"
 REBUILD = "run `ddpm publish`, which records the outputs anew, without earlier champions and their history"
 
 
 def lock_of(file: Path) -> Path:
-    """The lock file of the store, which whoever opens the database holds meanwhile."""
+    """Returns the lock file of the store. A process holds it while it opens the database."""
     return file.with_name(f"{file.name}.lock")
 
 
 def check(file: Path) -> bool:
-    """Makes sure that a database file is whole, and that its artifacts lie beside it or in a place of the user's choice.
+    """Checks that a database file is whole, and that its artifacts lie beside it or where the user has chosen.
 
-    The address of an experiment in another `mlartifacts` is changed where the experiment's folder lies beside the file. Call it
-    under the store's lock. Returns whether the file holds experiments. Raises InputError for a damaged file, and where records
-    or artifacts are missing.
+    If an experiment's address names another `mlartifacts` folder, but its folder lies beside the file, the address is corrected.
+    Call this under the store's lock. Returns whether the file holds experiments. Raises InputError for a damaged file, and if
+    records or artifacts are missing.
     """
     home = file.parent / ARTIFACTS
     with _opened(file) as database:
@@ -56,7 +56,7 @@ def check(file: Path) -> bool:
         rows = database.execute(EXPERIMENTS).fetchall() if "experiments" in tables else []
         if all(number == 0 for number, _, _ in rows) and _are_lost(file, home.glob("*")):
             raise InputError(
-                f"{file} holds no experiment, and {home} holds the artifacts of some: the records are lost; {RESTORE},"
+                f"{file} holds no experiment, but {home} holds artifacts of experiments: the records are lost; {RESTORE},"
                 f" or move {ARTIFACTS} away and {REBUILD}"
             )
         moved = _moved(file, {location: bool(used) for _, location, used in rows})
@@ -68,23 +68,23 @@ def check(file: Path) -> bool:
 
 
 def require_new(file: Path, experiment: str) -> None:
-    """Raises InputError where the folder of an experiment that is about to be created holds files of an earlier one."""
+    """Raises InputError if the folder of an experiment that is about to be created holds files of an earlier experiment."""
     folder = file.parent / ARTIFACTS / experiment
     if _are_lost(file, [folder]):
         raise InputError(
-            f"{file} has no experiment {experiment}, and {folder} holds the artifacts of one: the file is not the one that"
-            f" recorded them; {RESTORE}, or move that folder away and {REBUILD}"
+            f"{file} has no experiment {experiment}, but {folder} holds its artifacts: another database recorded"
+            f" them; {RESTORE}, or move that folder away and {REBUILD}"
         )
 
 
 def require_in_place(file: Path, location: str) -> None:
-    """Raises InputError where the folder of an experiment that is about to be used was left behind, or is not mounted."""
+    """Raises InputError if the folder of an experiment that is about to be used was left behind, or is not mounted."""
     _moved(file, {location: True})
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[sqlite3.Connection]:
-    """A connection whose changes are kept together when the block ends well. A file that is missing counts as an empty one."""
+    """Yields a connection that commits if the block raises nothing. A missing file counts as an empty database."""
     address = f"{file.as_uri()}?mode=rw" if file.exists() else ":memory:"
     try:
         with closing(sqlite3.connect(address, uri=True, timeout=60)) as database, database:
@@ -92,10 +92,12 @@ def _opened(file: Path) -> Iterator[sqlite3.Connection]:
             if result != "ok":
                 raise InputError(_damaged(file, result))
             (page,) = database.execute("PRAGMA page_size").fetchone()
-            if file.exists() and file.stat().st_size % page:  # SQLite takes what is missing of its last page for zeros
+            if (
+                file.exists() and file.stat().st_size % page
+            ):  # SQLite would read the missing part of the last page as zeros
                 raise InputError(_damaged(file, "its last page is cut off"))
             yield database
-    except UnicodeDecodeError as error:  # of SQLite's message, which quotes the damaged bytes
+    except UnicodeDecodeError as error:  # SQLite's error message quotes the damaged bytes
         raise InputError(_damaged(file, f"malformed: {error.reason}")) from None
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGED:
@@ -108,9 +110,9 @@ def _damaged(file: Path, why: str) -> str:
 
 
 def _moved(file: Path, experiments: dict[str, bool]) -> dict[str, str]:
-    """The addresses that are to change, with the new ones.
+    """Returns the addresses that must change, each with its new address.
 
-    experiments: each recorded address, and whether the experiment has runs. Raises InputError.
+    experiments: recorded address -> whether the experiment has runs. Raises InputError.
     """
     home = file.parent / ARTIFACTS
     away = {location: path for location in experiments if (path := _elsewhere(location, home))}
@@ -124,7 +126,7 @@ def _moved(file: Path, experiments: dict[str, bool]) -> dict[str, str]:
 
 
 def _elsewhere(location: str, home: Path) -> Path | None:
-    """The folder that an address names in a `mlartifacts` other than `home`, or None for any other address."""
+    """Returns the folder that an address names in a `mlartifacts` other than `home`, or None for any other address."""
     path = _path(location)
     if path is None or path.parent.name != ARTIFACTS or SHARED.search(path.name):
         return None
@@ -134,15 +136,15 @@ def _elsewhere(location: str, home: Path) -> Path | None:
 
 
 def _moves_without_files(file: Path, recorded: Path, used: bool, left: set[Path]) -> bool:
-    """Whether an experiment without a folder beside the database keeps its files there from now on.
+    """Returns whether an experiment without a folder beside the database will keep its files there from now on.
 
-    It does where its address is that of the database's original, and where it has no runs and its neighbours lie here.
+    It will if it still has the address of the database's original, or if it has no runs and its neighbours lie here.
 
     Args:
         file: the database.
         recorded: the experiment's folder, as the database names it.
         used: whether the experiment has runs.
-        left: the `mlartifacts` folders of which other experiments lie beside the database.
+        left: the recorded `mlartifacts` folders of the experiments that lie beside the database.
 
     Raises:
         InputError: the files are in the original's folder, or cannot be found.
@@ -165,18 +167,18 @@ def _moves_without_files(file: Path, recorded: Path, used: bool, left: set[Path]
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is something that this user can reach. Path.exists raises for a folder of another user."""
+    """Returns whether this user can reach the path. Path.exists would raise for a path in another user's folder."""
     return os.access(path, os.F_OK)
 
 
 def _chosen() -> Path | None:
-    """The local folder that MLFLOW_DEFAULT_ARTIFACT_ROOT names, if it names one."""
+    """Returns the local folder that MLFLOW_DEFAULT_ARTIFACT_ROOT names, or None."""
     named = _path(os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT", ""))
     return named and named.resolve()
 
 
 def _path(location: str) -> Path | None:
-    """The absolute local path that an address names, or None for any other address."""
+    """Returns the absolute local path that an address names, or None for any other address."""
     path = unquote(location.removeprefix("file://")) if location.startswith("file:///") else location
     return Path(path) if path.startswith("/") else None
 
@@ -193,14 +195,14 @@ def _rewrite(database: sqlite3.Connection, tables: set[str], old: str, new: str)
 
 
 def _are_lost(file: Path, folders: Iterable[Path]) -> bool:
-    """Whether one of the experiments' folders holds files, and no other database beside the file names the folder."""
+    """Returns whether one of these experiment folders holds files and no other database beside the file names the folder."""
     others = [other for other in file.parent.iterdir() if other.suffix in SUFFIXES and other != file]
     named = {name for other in others for name in _named(other)}
     return any(folder.name not in named and any(path.is_file() for path in folder.rglob("*")) for folder in folders)
 
 
 def _named(file: Path) -> set[str]:
-    """The names of the artifact folders of a database's experiments. A file that is no such database has none."""
+    """Returns the names of the artifact folders of a database's experiments; none for a file that is no MLflow database."""
     try:
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
             return {Path(location).name for _, location, _ in database.execute(EXPERIMENTS)}

@@ -1,4 +1,4 @@
-"""Addresses of SQLite files, for MLflow and for Prefect, whatever characters the path holds."""
+"""Converts paths of SQLite files to addresses for MLflow and Prefect, and back, for any characters in the path."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ddpm.errors import InputError, without_password
 
 
 def address_of(file: Path, query: str = "", driver: str = "") -> str:
-    """The address of a database file. driver: such as "aiosqlite"; without one, Python's own sqlite3.
+    """Returns the address of a database file. driver: such as "aiosqlite"; "" means Python's own sqlite3.
 
-    SQLAlchemy 2.1 decodes %XX in an address and 2.0 doesn't, Prefect cuts the path at a #, and MLflow makes the parent folder of
-    what follows `sqlite:///` as it is written. So a path with one of these goes in a form that all of them read alike.
+    The characters %, ? and # need another form of address, which all programs read alike: SQLAlchemy 2.1 decodes %XX and 2.0
+    doesn't, Prefect cuts the path at a #, and MLflow creates the parent folder of the text after `sqlite:///`.
     """
     if not set("%?#") & set(str(file)):
         return f"sqlite{driver and f'+{driver}'}:///{file}" + (query and f"?{query}")
@@ -24,7 +24,7 @@ def address_of(file: Path, query: str = "", driver: str = "") -> str:
 
 
 def file_of(address: str) -> Path | None:
-    """The file of an SQLite address, or None for any other address. Raises InputError."""
+    """Returns the file of an SQLite address, or None for any other address. Raises InputError for a malformed address."""
     if not address.startswith("sqlite"):
         return None
     from sqlalchemy.engine import make_url

@@ -1,4 +1,4 @@
-"""The model card: what a model is for, what it was made from, how good it is and how sure that is, how to load it."""
+"""The model card: intended use, scores with intervals, how to load the model, data, recipe, licence and limits."""
 
 from __future__ import annotations
 
@@ -25,10 +25,15 @@ def card(
     model: ModelRecord,
     likelihood: BoundRecord | None = None,
 ) -> str:
-    """The body, in Markdown, at most LONGEST characters.
+    """Returns the model card as Markdown, cut to LONGEST characters.
 
-    name: of the registered model. settings: the sampler row's options, `steps` and `clip`. scores: of metrics/POINT.json.
-    model: the record of the model. likelihood: the record of its bound.
+    Args:
+        name: the name of the registered model.
+        point: the name of the point, such as linear-ddim-50.
+        settings: the sampler row's options, `steps` and `clip`.
+        scores: the scores of the point.
+        model: the record of the model.
+        likelihood: the record of the model's bound, if there is one.
     """
     source = _source(model.data.name)
     text = render(
@@ -42,7 +47,7 @@ def card(
         model=model,
         training=model.training.content,
         data=model.data,
-        licence=source.licence if source else "its licence is not known here",
+        licence=source.licence if source else "the licence is not known here",
         shareable=source is not None and source.shareable,
         conditional=model.network.classes > 0,
     )
@@ -50,17 +55,17 @@ def card(
 
 
 def _source(name: str) -> Source | None:
-    """Returns the row of the source that a model names; None if its module is gone. Older models name it with dashes."""
+    """Returns the row of the source that a model names, or None if that module is gone. Older models write dashes in the name."""
     return SOURCES.get(name.replace("-", "_"))
 
 
 def _shown(scores: Scores) -> list[Metric]:
-    """The metrics that say how good it is, as far as it has them."""
+    """Returns the metrics that rank models and that these scores contain."""
     return [metric for metric in METRICS.values() if metric.direction and metric.name in scores.values]
 
 
 def with_front_matter(body: str, name: str, scores: Scores, model: ModelRecord) -> str:
-    """The card as a file of its own, headed by what model hubs read: licence, tags, datasets, metrics."""
+    """Returns the card as a file, headed by the YAML that model hubs read: licence, tags, datasets, metrics."""
     data, source = model.data.name, _source(model.data.name)
     hub = {metric.hub or metric.name: metric for metric in _shown(scores)}
     entry = {

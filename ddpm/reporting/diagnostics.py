@@ -1,4 +1,4 @@
-"""What the schedules of params.yaml do to the prepared data."""
+"""Builds the schedules of params.yaml, and measures the prepared data that they add noise to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ddpm.files.params import Params
 
 
 def schedule_of(params: Params, name: str, timesteps: int) -> NoiseSchedule:
-    """A row of params.schedules at T = timesteps. Raises InputError."""
+    """Returns the schedule of a row of params.schedules at T = timesteps. Raises InputError."""
     row = params.schedules[name].options()
     try:
         return NoiseSchedule.named(row.pop("schedule"), timesteps, **row)
@@ -20,6 +20,6 @@ def schedule_of(params: Params, name: str, timesteps: int) -> NoiseSchedule:
 
 
 def data_mean_square(record: DatasetRecord) -> float:
-    """E[x_0^2] in units of [-1, 1], from dataset.json's mean and deviation per channel in 0 ... 1."""
+    """Returns E[x_0^2] of images in [-1, 1], from dataset.json's mean and deviation per channel in [0, 1]."""
     squares = [(2 * mean - 1) ** 2 + 4 * std**2 for mean, std in zip(record.mean, record.std, strict=True)]
     return float(np.mean(squares))

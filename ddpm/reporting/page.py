@@ -1,4 +1,4 @@
-"""report/index.html: the whole sweep on one page that needs no network, and whose bytes follow from the outputs alone."""
+"""Renders report/index.html: the whole sweep on one page, which needs no network and depends on the outputs alone."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from ddpm.reporting.plots import COLOURS, DASHES, MARKERS, protocol, svg
 from ddpm.scores.copying import Copying, affordable, copying, nearest
 from ddpm.scores.metrics import COPYING, METRICS, RANKING, entries
 
-# The sections of params.yaml that the page shows, and that the stage depends on.
+# The sections of params.yaml that the page shows and the stage depends on.
 SECTIONS: tuple[str, ...] = ("seed", "data", "diffusion", "network", "training", "sampling", "evaluation", "likelihood")
 SECTIONS += ("schedules", "samplers", "sweep")
-TITLES = {"reference_images": "reference images"}  # of columns that are no scores
-ASKED = (10, 50)  # the budgets that the top of the page answers first
-SHOWN = 10  # samples whose neighbours are shown; images of each point
-NAMED = 6  # points that may be best
-LARGEST = 64  # pixels: larger images are made smaller
-SURE = 3.0  # standard errors
+TITLES = {"reference_images": "reference images"}  # titles of columns other than scores
+ASKED = (10, 50)  # the budgets whose answers the page highlights
+SHOWN = 10  # images shown of each point, and samples shown with their neighbours
+NAMED = 6  # points that an answer lists by name, at most
+LARGEST = 64  # pixels; larger images are scaled down
+SURE = 3.0  # standard errors from which samples count as nearer to training images
 
 BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
 
-Section = dict[str, Any]  # what the template shows
+Section = dict[str, Any]  # values of one section, for the template
 
 
 def page(
@@ -48,8 +48,19 @@ def page(
     samples: Mapping[str, arrays.Images],
     plot: bytes,
 ) -> str:
-    """rows: of points.csv. best, front: what best.json and front.json hold. samples: the first of each point, in the rows' order.
-    plot: the picture of all scores. Raises InputError.
+    """Returns report/index.html.
+
+    Args:
+        params: the parameters of the sweep.
+        root: the folder that holds metrics/ and samples/.
+        rows: the rows of points.csv.
+        best, front: the contents of best.json and front.json.
+        dataset: the prepared dataset.
+        samples: the first images of each point by its name, uint8 N,C,H,W, in the order of the rows.
+        plot: the picture of all scores, PNG.
+
+    Raises:
+        InputError: a record or table of a training, a likelihood or a sample set cannot be read.
     """
     points, training = {row.point: row for row in rows}, _training(params, root)
     known = entries()
@@ -83,7 +94,7 @@ def page(
 
 
 def render(template: str, **content: Any) -> str:
-    """A template of this folder, filled. In HTML whatever the content says is text and no markup."""
+    """Renders a template of this folder. Templates of HTML escape the content, so that it cannot add markup."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -101,7 +112,7 @@ def render(template: str, **content: Any) -> str:
 
 
 def publish_with(page: str, published: str) -> str:
-    """The page with the section of the published copy filled. Raises ValueError where it has no such section."""
+    """Returns the page with its lineage section replaced by `published`. Raises ValueError for a page without that section."""
     head, begun, rest = page.partition(BEGIN)
     _, ended, tail = rest.partition(END)
     if not begun or not ended:
@@ -110,7 +121,10 @@ def publish_with(page: str, published: str) -> str:
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
-    """Of the table: steps stand in the names, intervals beside their scores, and what all points share stands above."""
+    """Returns the columns of the table of all points.
+
+    It leaves out steps, which are part of the names, intervals, which follow their scores, and what all points share.
+    """
     known, protocol = entries(), ("images", "reference_images", "layer", "extractor")
     beside = {name for metric in METRICS.values() for name in metric.names if name != metric.name}
     beside |= {"steps", "confidence", *(name for name, entry in known.items() if not entry.title)}
@@ -122,7 +136,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 
 
 def _answers(front: Front, rows: Sequence[Row]) -> list[Section]:
-    """Budgets of one and the same answer joined; those that were asked for stand out."""
+    """Returns the answers by budget. Budgets with the same answer share an entry; entries with a budget of ASKED are marked."""
     answers: list[Section] = []
     for budget, entry in front.budgets.items():
         within = sum(row.evaluations <= budget for row in rows)
@@ -137,20 +151,26 @@ def _answers(front: Front, rows: Sequence[Row]) -> list[Section]:
 
 
 def how_sure(entry: Answer, points: int, confidence: float) -> str:
-    """Says in words how sure the choice among the points is."""
+    """Says in words how sure the choice of the best point is.
+
+    Args:
+        entry: the best point within a budget.
+        points: the number of points within that budget.
+        confidence: that one of `entry.may_be_best` is truly the best, such as 0.95.
+    """
     if points == 1:
-        return "It is the only point."
+        return "It is the only point within this budget."
     names, sure = entry.may_be_best, f"{confidence:.0%}"
     if len(names) == 1:
-        return f"Better than the other {points - 1}: {sure} sure, of all at once."
-    among = f"{sure} sure, the best of the {points} points is one of {len(names)}"
+        return f"With {sure} confidence, it is the best of the {points} points."
+    among = f"With {sure} confidence, the best of the {points} points is one of these {len(names)}"
     better = "higher" if RANKING.direction > 0 else "lower"
     listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     if entry.point == entry.lowest:
         title = f"{better.replace('er', 'est')} {RANKING.title}"
-        return f"It has the {title} and takes the fewest evaluations of those that may be best. {among}: {listed}."
+        return f"It has the {title}, and no other point that may be best takes fewer evaluations. {among}: {listed}."
     return (
-        f"{entry.lowest} has a {better} {RANKING.title}, but that may be luck, and this one takes fewer evaluations."
+        f"{entry.lowest} has a {better} {RANKING.title}, but that may be chance, and {entry.point} takes fewer evaluations."
         f" {among}: {listed}."
     )
 
@@ -163,7 +183,7 @@ def _svg(width: int, height: int, draw: Any) -> str:
 
 
 def _png(picture: arrays.Images) -> str:
-    """uint8 C,H,W -> a data URI."""
+    """Returns a uint8 picture C,H,W as the data URI of a PNG."""
     from PIL import Image
 
     pixels = picture[0] if picture.shape[0] == 1 else picture.transpose(1, 2, 0)
@@ -177,7 +197,7 @@ def _small(images: arrays.Images) -> bool:
 
 
 def _strip(images: arrays.Images) -> str:
-    """Side by side, each LARGEST pixels at most."""
+    """Returns the images side by side, each at most LARGEST pixels wide and high, as a data URI."""
     from PIL import Image
 
     if not _small(images):
@@ -205,7 +225,7 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _lines(axes: Any, tables: Mapping[str, list[dict[str, float | None]]], x: str, y: str, **style: Any) -> bool:
-    """A line per schedule; whether there was anything to draw."""
+    """Draws a line for each schedule. Returns whether there was anything to draw."""
     drawn = False
     for index, (name, table) in enumerate(tables.items()):
         known = [(row[x], row[y]) for row in table if row.get(x) is not None and row.get(y) is not None]
@@ -216,14 +236,14 @@ def _lines(axes: Any, tables: Mapping[str, list[dict[str, float | None]]], x: st
 
 
 def check_records(params: Params, root: Path) -> None:
-    """Raises InputError where a record of a training or of a likelihood cannot be read: before anything is drawn."""
+    """Raises InputError if a record of a training or a likelihood cannot be read, before anything is drawn."""
     for name in params.sweep.schedules:
         _trained(root, name)
         _bound(root, name)
 
 
 def _trained(root: Path, schedule: str) -> tuple[TrainingRecord | None, Table, Table]:
-    """-> the record of a training, its history, and its losses by network time; nothing without one. Raises InputError."""
+    """Reads the record of a training, its history and its losses by network time, if it is there. Raises InputError."""
     path = paths.training_metrics_file(schedule)
     if not (root / path).exists():
         return None, [], []
@@ -233,7 +253,7 @@ def _trained(root: Path, schedule: str) -> tuple[TrainingRecord | None, Table, T
 
 
 def _bound(root: Path, schedule: str) -> tuple[BoundRecord | None, Table]:
-    """-> the record of a bound, and its curve; nothing without one. Raises InputError."""
+    """Reads the record of a bound and its curve, if it is there. Raises InputError."""
     path = paths.likelihood_file(schedule)
     if not (root / path).exists():
         return None, []
@@ -242,9 +262,9 @@ def _bound(root: Path, schedule: str) -> tuple[BoundRecord | None, Table]:
 
 
 def _training(params: Params, root: Path) -> Section:
-    """Loss curves, and where among the network times the loss arises."""
+    """Returns the loss curves of each schedule, over the steps and over network time, and the training records."""
     found = {name: _trained(root, name) for name in params.sweep.schedules}
-    last = {name: about for name, (about, _, _) in found.items() if about is not None}
+    last = {name: record for name, (record, _, _) in found.items() if record is not None}
     curves = {name: history for name, (_, history, _) in found.items()}
     by_time = {name: losses for name, (_, _, losses) in found.items()}
 
@@ -260,7 +280,9 @@ def _training(params: Params, root: Path) -> Section:
             _lines(left, {name: table}, "step", "validation_loss", **marker, label=f"{name}, validation")
         left.set(xlabel="optimiser step", ylabel="loss", title="training", yscale="log")
         _lines(right, by_time, "t", "loss_simple")
-        right.set(xlabel="network time t", ylabel="mean square error of eps", title="where it arises", yscale="log")
+        right.set(
+            xlabel="network time t", ylabel="mean square error of eps", title="loss by network time", yscale="log"
+        )
         _finish(figure)
 
     drawable = any(curves.values()) or any(by_time.values())
@@ -268,18 +290,18 @@ def _training(params: Params, root: Path) -> Section:
 
 
 def _likelihood(params: Params, root: Path) -> Section:
-    """Bits per dimension, and the rate-distortion curve."""
+    """Returns the bits per dimension of each schedule, and the rate-distortion curves."""
     found = {name: _bound(root, name) for name in params.sweep.schedules}
-    scores = {name: about for name, (about, _) in found.items() if about is not None}
-    curves = {name: curve for name, (about, curve) in found.items() if about is not None}
+    scores = {name: record for name, (record, _) in found.items() if record is not None}
+    curves = {name: curve for name, (record, curve) in found.items() if record is not None}
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
         _lines(left, curves, "rate", "distortion")
         left.set(xlabel="rate (bits/dim)", ylabel="distortion (RMSE of 0 ... 255)", title="rate and distortion")
         _lines(right, curves, "time", "rate")
-        right.set(xlabel="network time t (from noise, on the right, to image)", ylabel="bits/dim spent so far")
-        right.set_title("the bound, along the way")
+        right.set(xlabel="network time t (right: noise, left: image)", ylabel="bits/dim spent so far")
+        right.set_title("rate by network time")
         _finish(figure)
 
     return {"scores": scores, "plot": _svg(1000, 400, draw) if any(curves.values()) else None}
@@ -294,8 +316,9 @@ def _finish(figure: Any) -> None:
 
 
 def _schedules(params: Params, trained: Mapping[str, TrainingRecord], data: DatasetRecord) -> Section:
-    """What each noise schedule of the sweep does to this data. An imported network has a T of its own, of which its training
-    record tells; without that, such a schedule has no row.
+    """Summarises what each noise schedule of the sweep does to this data.
+
+    An imported network has its own T, which its training record states. Without that record the schedule gets no row.
     """
     from ddpm.diffusion.forward import summary
 
@@ -312,7 +335,7 @@ def _schedules(params: Params, trained: Mapping[str, TrainingRecord], data: Data
 
 
 def _neighbours(root: Path, best: Best, dataset: Dataset, mirrored: bool) -> Section:
-    """The first samples of the best point beside their nearest training images, and the distances of all that can be afforded."""
+    """Pairs the first samples of the best point with their nearest training images, and compares as many as time allows."""
     samples = read_samples(root / paths.samples_file(Point.parse(best.row.point))).images
     samples = np.asarray(samples[: affordable(len(samples), dataset.train)])
     index, distance = nearest(samples, dataset.train, mirrored)
@@ -347,23 +370,28 @@ def _neighbours(root: Path, best: Best, dataset: Dataset, mirrored: bool) -> Sec
 
 
 def verdict(in_pixels: Copying | None, in_features: Copying | None) -> str:
-    """None: not compared, for want of a test split or of a score."""
+    """Says in words whether the model memorises training images.
+
+    Args:
+        in_pixels: the comparison with images of the test split; None without such a split.
+        in_features: the comparison in feature space; None where the scores lack it.
+    """
     spaces = {"pixels": in_pixels, "features": in_features}
     z = {space: found.z for space, found in spaces.items() if found is not None}
     if not z:
-        return "There is nothing to compare with."
-    near, both = [space for space in z if z[space] > SURE], " and ".join(z)
+        return "Not known: there is nothing to compare the samples with."
+    near, compared = [space for space in z if z[space] > SURE], " and ".join(z)
     if not near:
-        return f"No sign of memorising: in {both}, samples lie no nearer to training images than images do that it never saw."
-    nearer = "samples lie nearer to training images than images do that it never saw"
+        return f"No sign of memorising: in {compared}, samples lie no nearer to training images than unseen images do."
+    nearer = "samples lie nearer to training images than unseen images do"
     if len(near) == 2:
-        return f"A strong sign of memorising: in {both}, {nearer}."
+        return f"A strong sign of memorising: in {compared}, {nearer}."
     other = "".join(f", though not in {space}" for space in z if space not in near)
     return f"A sign of memorising, or of smooth images: in {near[0]}, {nearer}{other}."
 
 
 def _parameters(params: Params) -> dict[str, dict[str, Any]]:
-    """Section -> name -> value, of the sections that made the outputs and the rows that the sweep takes."""
+    """Returns section -> name -> value, for the sections that made the outputs and the rows that the sweep takes."""
     raw = params.to_json(*SECTIONS)
     shown: dict[str, dict[str, Any]] = {"": {"seed": raw["seed"]}}
     shown |= {name: raw[name] for name in SECTIONS if name not in ("seed", "schedules", "samplers")}

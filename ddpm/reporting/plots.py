@@ -1,4 +1,4 @@
-"""How pictures are drawn: same content, same bytes, readable for the colour-blind and in grey print."""
+"""Draws pictures that are reproducible to the byte, and readable for colour-blind readers and in grey print."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ddpm.files import atomic
 from ddpm.files.scores import Row, extractor
 from ddpm.scores.metrics import RANKING
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes tell lines apart in grey print.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Markers and dashes distinguish lines in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
@@ -22,7 +22,7 @@ DASHES = ("-", "--", ":", "-.")
 
 @contextmanager
 def _blank(width: int, height: int, dpi: int) -> Iterator[Any]:
-    """A matplotlib figure of that many pixels; the reader's own matplotlibrc has no say while the block runs."""
+    """Yields a matplotlib figure of that many pixels. While the block runs, matplotlib ignores the user's matplotlibrc."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -37,9 +37,9 @@ def _blank(width: int, height: int, dpi: int) -> Iterator[Any]:
 
 @contextmanager
 def drawing(path: Path, width: int, height: int, dpi: int) -> Iterator[Any]:
-    """A matplotlib figure of that many pixels, written to `path` as PNG when the block ends well.
+    """Yields a matplotlib figure of that many pixels, and writes it to `path` as PNG if the block raises nothing.
 
-    No date or version is written: same content, same bytes.
+    The file holds no date or version, so that the same content gives the same bytes.
     """
     with _blank(width, height, dpi) as figure:
         yield figure
@@ -48,7 +48,7 @@ def drawing(path: Path, width: int, height: int, dpi: int) -> Iterator[Any]:
 
 
 def svg(width: int, height: int, draw: Callable[[Any], None]) -> bytes:
-    """What draw(figure) leaves on a figure of that size (in hundredths of an inch), as SVG; text stays text."""
+    """Returns what draw(figure) draws on a figure of that size (in hundredths of an inch), as SVG; text stays text."""
     written = io.BytesIO()
     with _blank(width, height, dpi=100) as figure:
         draw(figure)
@@ -63,9 +63,14 @@ def draw_scores(
     label: str = "network evaluations per image",
     front: Collection[str] = (),
 ) -> None:
-    """The headline score against `x`: a line per schedule (its colour) and sampler (its dashes), each with a marker of its own.
+    """Draws the headline score against `x`: a line for each schedule (colour) and sampler (dashes), each with its own marker.
 
-    front: names of points to join by a grey staircase, below which no point lies.
+    Args:
+        figure: the matplotlib figure to draw on.
+        rows: the points; one or more.
+        x: the field of Row on the horizontal axis.
+        label: the title of the horizontal axis.
+        front: names of the points on the front, which a grey staircase joins.
     """
     schedules = list(dict.fromkeys(row.schedule for row in rows))
     samplers = list(dict.fromkeys(row.sampler for row in rows))
@@ -75,11 +80,11 @@ def draw_scores(
             line = [row for row in rows if (row.schedule, row.sampler) == (schedule, sampler)]
             line.sort(key=lambda row: getattr(row, x))
             values = np.array([row.value for row in line])
-            aside = 1.0
-            if x == "evaluations":  # many points share theirs, and bars would hide bars
-                aside = 1.015 ** (i * len(samplers) + j - (len(schedules) * len(samplers) - 1) / 2)
+            shift = 1.0
+            if x == "evaluations":  # draw points with the same evaluations side by side: their bars would overlap
+                shift = 1.015 ** (i * len(samplers) + j - (len(schedules) * len(samplers) - 1) / 2)
             axes.errorbar(
-                [getattr(row, x) * aside for row in line],
+                [getattr(row, x) * shift for row in line],
                 values,
                 yerr=[values - [row.low for row in line], [row.high for row in line] - values],
                 capsize=3,
@@ -102,19 +107,19 @@ def draw_scores(
 
 
 def _scale(axes: Any, rows: Sequence[Row]) -> None:
-    """Makes the scores' axis logarithmic, where all scores are positive."""
+    """Makes the axis of the scores logarithmic if all scores are positive."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     if all(row.value > 0 for row in rows):
         axes.set_yscale("log", nonpositive="clip")
-        axes.set_ylim(bottom=0.9 * min(row.low or row.value / 3 for row in rows))  # a bar may reach down to 0
+        axes.set_ylim(bottom=0.9 * min(row.low or row.value / 3 for row in rows))  # an interval may reach down to 0
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_front(axes: Any, points: Sequence[tuple[float, float]]) -> None:
-    """Joins the points by a grey staircase that reaches to the right end."""
+    """Joins the points by a grey staircase that extends to the right edge of the plot."""
     steps = sorted(points)
     reach = axes.get_xlim()[1]
     steps.append((reach, steps[-1][1]))
@@ -124,13 +129,13 @@ def _draw_front(axes: Any, points: Sequence[tuple[float, float]]) -> None:
 
 
 def _tick(axes: Any, rows: Sequence[Row], x: str) -> None:
-    """Marks the numbers of evaluations that there are, or the usual ticks of a logarithmic axis."""
+    """Sets ticks at the numbers of evaluations that occur, or else the usual ticks of a logarithmic axis."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     if x == "evaluations":
         ticks: list[int] = []
         for evaluations in sorted({row.evaluations for row in rows}):
-            if not ticks or evaluations > 1.3 * ticks[-1]:  # labels closer than that would overlap
+            if not ticks or evaluations > 1.3 * ticks[-1]:  # closer labels would overlap
                 ticks.append(evaluations)
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.set_xticks([], minor=True)
@@ -141,7 +146,7 @@ def _tick(axes: Any, rows: Sequence[Row], x: str) -> None:
 
 
 def protocol(rows: Sequence[Row]) -> str:
-    """How the points were scored, in words, where all rows agree."""
+    """Describes in words how the points were scored, if all rows agree."""
     if len({(row.extractor, row.layer, row.images, row.reference_images) for row in rows}) > 1:
         return "scored under different protocols"
     first = rows[0]

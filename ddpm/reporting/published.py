@@ -1,4 +1,4 @@
-"""The published copy of the report: what is true of the runs and not of their results. No DVC stage imports this."""
+"""The lineage section of the published report: commit, machine and speed of each run. No DVC stage imports this module."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ def published(
     place: str,
     chart: str = "",
 ) -> str:
-    """The section of the page, as HTML.
+    """Returns the lineage section of the page, as HTML.
 
-    rows: of points.csv. records: run files by stage, such as sample@linear-ddim-50. runs: by stage, the name and
-    the address (or "") of the MLflow run. chart: that of the chart of all points in MLflow.
+    Args:
+        rows: the rows of points.csv.
+        records: run files by stage, such as sample@linear-ddim-50.
+        runs: the name and the address of each stage's MLflow run, by stage; "" where there is no address.
+        place: the address of MLflow, for the reader.
+        chart: the address of MLflow's chart of all points; "" for none.
     """
     sampled = {row.point: record for row in rows if (record := records.get(f"sample@{row.point}"))}
     timed = [
@@ -53,7 +57,7 @@ def published(
 
 
 def fastest(rows: Sequence[Row]) -> list[str]:
-    """The front against seconds: the points that none as fast beats, by seconds."""
+    """Returns the points that no point as fast beats, the fastest first."""
     kept: list[Row] = []
     for row in sorted(rows, key=lambda row: (row.seconds, RANKING.rank(row.value))):
         if not kept or RANKING.rank(row.value) < RANKING.rank(kept[-1].value):

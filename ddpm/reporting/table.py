@@ -11,7 +11,7 @@ SHOWN = [metric for metric in METRICS.values() if metric.interval]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The scores that have an interval, as aligned text; the best point is the last line."""
+    """Returns the scores that have an interval as aligned text, with the best point in the last line."""
     worst_first = sorted(rows, key=lambda row: (-RANKING.rank(row.value), -row.evaluations))
     titles = [text for metric in SHOWN for text in (metric.title, f"{rows[0].confidence:.0%} interval")]
     cells = [("point", "evaluations", *titles), *(_cells(row) for row in worst_first)]

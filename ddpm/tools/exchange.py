@@ -1,7 +1,7 @@
-"""`export-diffusers` and `import-diffusers`: checkpoint folders to and from the folders of diffusers' DDPMPipeline.
+"""`export-diffusers` and `import-diffusers`: convert checkpoint folders to and from folders of diffusers' DDPMPipeline.
 
-An import becomes imported/NAME, a checkpoint like our own, and a row of the schedules table that holds its checksum: `train`
-then copies it instead of training, so that NAME in sweep.schedules is swept, evaluated and promoted like any other.
+An import writes a checkpoint to imported/NAME, and a row schedules.NAME with its checksum to params.yaml. For such a row `train`
+copies the checkpoint instead of training. With NAME in sweep.schedules it is swept, evaluated and promoted like any schedule.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from ddpm.parameters import LONGEST_NAME
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 KNOWN = {"format", "weights_sha256", "schedule", "target", "variance", "network", "data", "training"}  # of model.json
-DIFFUSERS = "0.35.0"  # the version whose keys the configurations have
+DIFFUSERS = "0.35.0"  # the version whose configuration keys are written
 
 
 def export_diffusers(folder: Path, out: Path, variance: str = "fixed_large") -> int:
-    """A checkpoint folder -> a new folder `out` that DDPMPipeline.from_pretrained loads. Returns its T.
+    """Converts a checkpoint folder to a new folder `out`, which DDPMPipeline.from_pretrained loads. Returns its T.
 
-    variance: "fixed_large" or "fixed_small", for the scheduler there. Raises InputError.
+    variance: "fixed_large" or "fixed_small", for the exported scheduler. Raises InputError.
     """
     if out.exists():
-        raise InputError(f"{out}: is there already; name a folder that is not, or remove it")
+        raise InputError(f"{out}: exists already; name a new folder, or remove this one")
     denoiser, model = checkpoint.load(folder)
     assert isinstance(denoiser.net, nn.Module)
     if unknown := {key for key, value in model.content.items() if value} - KNOWN:
@@ -63,13 +63,15 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def import_diffusers(folder: Path, name: str, root: Path = Path()) -> list[str]:
-    """The folder of a UNet2DModel or a DDPMPipeline -> imported/NAME, and the row schedules.NAME in params.yaml.
+    """Converts the folder of a UNet2DModel or a DDPMPipeline to imported/NAME, and writes the row schedules.NAME to params.yaml.
 
-    Importing under the same name again replaces both. Returns lines to say to the user. Raises InputError, and then has
-    written nothing.
+    Importing under the same name again replaces both. Returns lines for the user. Raises InputError, and then has written
+    nothing.
     """
     if not re.fullmatch(rf"[a-z0-9_]{{1,{LONGEST_NAME}}}", name):
-        raise InputError(f"'{name}': the name of an import is made of a-z, 0-9 and _, at most {LONGEST_NAME} of them")
+        raise InputError(
+            f"'{name}': the name of an import is made of a-z, 0-9 and _, and has at most {LONGEST_NAME} characters"
+        )
     text = _params_text(root / "params.yaml", name)
     network = _network_folder(folder)
     config, (process, lines) = records.read_json(network / "config.json"), _process(folder)
@@ -80,20 +82,20 @@ def import_diffusers(folder: Path, name: str, root: Path = Path()) -> list[str]:
     except ValueError as error:
         raise InputError(f"{network}: not a network of the google/ddpm family: {error}") from None
     if broken := [key for key, tensor in weights.items() if not bool(tensor.isfinite().all())]:
-        raise InputError(f"{network / WEIGHTS}: not all finite: {broken[0]} here")
+        raise InputError(f"{network / WEIGHTS}: {broken[0]} holds values that are not finite; download it again")
 
     entry = NetworkEntry.of("unet", settings)
     net = checkpoint.network(entry)
     net.load_state_dict(weights)
     shape = [settings["image_channels"], settings["image_size"], settings["image_size"]]
-    about = {
+    description = {
         "schedule": {"name": name, "timesteps": timesteps, **row},
         "target": target,
         "network": entry.content,
         "data": {"shape": shape, "range": [-1, 1]},
     }
     with atomic.replacing_dir(root / paths.imported_dir(name)) as temporary:
-        checkpoint.save(temporary, net, about)
+        checkpoint.save(temporary, net, description)
         written = {**row, "imported": models.read_model_record(temporary).weights_sha256}
         text = rewritten(text, lambda document: document["schedules"].__setitem__(name, flow_row(written)))
         Params.check(parse_yaml(text, "params.yaml"), "params.yaml")
@@ -104,25 +106,25 @@ def import_diffusers(folder: Path, name: str, root: Path = Path()) -> list[str]:
         *lines,
         f"{paths.imported_dir(name)}: {count:,} parameters, images {'x'.join(map(str, shape))}, {row['schedule']} schedule"
         f" at T = {timesteps}, target {target}",
-        f"params.yaml has the row schedules.{name}; with {name} in sweep.schedules, `dvc repro` sweeps it",
+        f"params.yaml: wrote the row schedules.{name}; add {name} to sweep.schedules, and `dvc repro` sweeps it",
     ]
 
 
 def _params_text(path: Path, name: str) -> str:
-    """params.yaml, if it is in order and has room for a schedules row of that name. Raises InputError."""
+    """Returns the text of params.yaml. Raises InputError if it is invalid, or if the user's own row has that name."""
     params = Params.load(path)
     if name in params.schedules and params.schedules[name].imported is None:
-        raise InputError(f"schedules.{name}: is a row of your own in {path.name}; import under another name")
+        raise InputError(f"schedules.{name}: is your own row in {path.name}; import under another name")
     return path.read_text(encoding="utf-8")
 
 
 def _network_folder(folder: Path) -> Path:
-    """Where config.json lies: in unet/ of a pipeline, or beside its model_index.json, or alone. Raises InputError."""
+    """Returns the folder of config.json: unet/ of a pipeline, or `folder` itself. Raises InputError."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; download the model first")
     index = folder / "model_index.json"
     if index.exists() and (kind := records.read_json(index).get("_class_name")) not in PIPELINES:
-        raise InputError(f"{index}: a {kind}; there are {' and '.join(PIPELINES)}")
+        raise InputError(f"{index}: holds a {kind}; only {' and '.join(PIPELINES)} can be imported")
     for candidate in (folder / "unet", folder):
         if (candidate / "config.json").is_file():
             return candidate
@@ -130,7 +132,7 @@ def _network_folder(folder: Path) -> Path:
 
 
 def _process(folder: Path) -> tuple[tuple[dict[str, Any], int, str], list[str]]:
-    """The schedule row, T and target, and what to say of them. Raises InputError."""
+    """Returns the schedule row, T and target, and lines for the user about them. Raises InputError."""
     for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
         if path.is_file():
             config = records.read_json(path)
@@ -139,20 +141,20 @@ def _process(folder: Path) -> tuple[tuple[dict[str, Any], int, str], list[str]]:
             except ValueError as error:
                 raise InputError(f"{path}: {error}") from None
             kind, clip = config.get("variance_type", "fixed_small"), bool(config.get("clip_sample", True))
-            said = f"its pipeline samples with variance_type {kind}, clip_sample {str(clip).lower()}"
-            return process, [f"{said}: samplers.*.variance and sampling.clip here"]
-    line = f"{folder}: no scheduler_config.json, so taken to be Ho et al.'s: linear schedule, T = 1000, target eps"
+            line = f"its pipeline samples with variance_type {kind}, clip_sample {str(clip).lower()}"
+            return process, [f"{line}: in params.yaml these are samplers.*.variance and sampling.clip"]
+    line = f"{folder}: no scheduler_config.json, so Ho et al.'s settings are assumed: linear schedule, T = 1000, target eps"
     return ({"schedule": "linear"}, 1000, "eps"), [line]
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Raises InputError."""
+    """Reads the safetensors weights of a network folder. Raises InputError."""
     path = folder / WEIGHTS
     if not path.is_file():
         if any(folder.glob("*.bin")):
             raise InputError(
-                f"{folder}: its weights are a pickle (.bin), which can run code when it is read; have diffusers write"
-                f" {WEIGHTS} with save_pretrained(..., safe_serialization=True)"
+                f"{folder}: its weights are a pickle (.bin), which can run code when it is read; write"
+                f" {WEIGHTS} with diffusers: save_pretrained(..., safe_serialization=True)"
             )
         raise InputError(f"{path}: no such file")
     try:

@@ -1,4 +1,4 @@
-"""`generate`: pictures of what a registered model, or a checkpoint folder, makes of noise and of images."""
+"""`generate`: draws pictures with a registered model or a checkpoint folder, from noise or from test images."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.training.fit import scaled
 
 DEFAULT: dict[str, Any] = {"sampler": "ddim", "steps": 50}
-MOMENTS = 10  # of a chain
-DEPTHS = (1.0, 0.75, 0.5, 0.25)  # of a blend, from pure noise down
-PAIRS = 40  # shown of a reconstruction, at most; its errors are those of all
+MOMENTS = 10  # of a chain, that a row shows
+DEPTHS = (1.0, 0.75, 0.5, 0.25)  # noise levels of a blend, as a share of the chain; 1 is pure noise
+PAIRS = 40  # pairs of a reconstruction that the picture shows, at most; the errors cover all pairs
 
 
 @dataclass(frozen=True)
 class Model:
-    """A denoiser, what `ddpm.sample` takes beside it, and the model's record."""
+    """A denoiser, its sampler settings and device, and the model's record."""
 
     denoiser: Denoiser
     settings: dict[str, Any]  # a sampler row's options, and `steps`
     record: ModelRecord
     device: torch.device
-    label: str | None = None  # the class of all images; None: the classes in turn
+    label: str | None = None  # the class of all images; None: the classes take turns
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -57,21 +57,21 @@ class Model:
         return plain | ({"along": NoiseSchedule.named(along, self.denoiser.schedule.T)} if along else {})
 
     def labelled(self, count: int) -> dict[str, Any]:
-        """What a conditional model's denoiser takes to make `count` images. Raises ValueError."""
+        """Labels and guidance for `count` images of a conditional model; {} for any other. Raises ValueError."""
         labels, guidance = class_labels(self.record, count, self.label), self.settings.get("guidance")
         if labels is not None:
             return {"labels": torch.from_numpy(labels), "guidance": 1.0 if guidance is None else guidance}
         if guidance is not None:
-            raise ValueError("guidance takes a class-conditional model (diffusion.conditional: true)")
+            raise ValueError("guidance needs a class-conditional model (diffusion.conditional: true)")
         return {}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a picture is asked to show."""
+    """What a picture shall show."""
 
-    of: tuple[int, ...]  # images of the test split, or how many of them
-    count: int  # images, or rows; 0: the usual number
+    of: tuple[int, ...]  # indices of test images, or how many of them
+    count: int  # images or rows; 0: the default of the kind
     seed: int
     batch: int
     report: Report
@@ -79,7 +79,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Picture:
-    """uint8 images N,C,H,W in rows of `columns` (None: a square), what to say of them, and what to keep beside them."""
+    """uint8 images N,C,H,W in rows of `columns` (None: a square), a message about them, and figures for a JSON file."""
 
     images: arrays.Images
     columns: int | None
@@ -102,19 +102,29 @@ def generate(
     guidance: float | None = None,
     report: Report = silent,
 ) -> str:
-    """Writes a picture to `out` (PNG), and figures beside it (JSON) where it has some; says in a line what it shows.
+    """Writes a picture to `out` (PNG), and its figures, if any, to a JSON file beside it. Returns a line that says what it shows.
 
-    kind: a key of KINDS; `of` and `count` are its own. model: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint
-    folder, or "" for the champion of params' dataset. sampler: a row of params.samplers, steps: S; "" and 0 take the
-    settings that the model was registered with, or DDIM at 50 steps for a folder. label: of a conditional model, the class of
-    all images, by name or number; None: the classes in turn. guidance: instead of the settings'. Raises InputError.
+    Args:
+        params: the parameters of the sweep.
+        out: the file of the picture; its name ends in .png.
+        kind: a key of KINDS.
+        of: indices of test images, or how many of them, as the kind needs it.
+        count: the number of images or rows; 0 for the default of the kind.
+        model: models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder; "" for the champion of the dataset.
+        seed: seed of the noise.
+        sampler: a row of params.samplers; "" for the sampler that the model was registered with, or DDIM for a folder.
+        steps: S; 0 for the steps that the model was registered with, or 50 for a folder.
+        label: the class of all images of a conditional model, by name or number; None: the classes take turns.
+        guidance: the guidance scale; None for that of the settings.
+        report: receives the progress.
+
+    Raises:
+        InputError: an argument is invalid, or the model or the test images cannot be read.
     """
     if out.suffix.lower() != ".png":
         raise InputError(f"{out}: the picture is a PNG; give --out a name that ends in .png")
     if kind in OF_TEST_IMAGES and (label is not None or guidance is not None):
-        raise InputError(
-            f"generate: --{kind} shows images of the test split as they are; leave --label and --guidance out"
-        )
+        raise InputError(f"generate: --{kind} starts from images of the test split; leave --label and --guidance out")
     opened = _open(params, model, sampler, steps, label, guidance)
     try:
         with memory_errors("generate", "lower -n, or sampling.batch"):
@@ -147,12 +157,12 @@ def _open(params: Params, model: str, sampler: str, steps: int, label: str | Non
             settings["steps"] = steps
         if guidance is not None:
             settings["guidance"] = guidance
-        denoiser, about = prepared_denoiser(folder, device, clip, precision="float32", compiled=False)
-    return Model(denoiser, settings, about, device, label)
+        denoiser, record = prepared_denoiser(folder, device, clip, precision="float32", compiled=False)
+    return Model(denoiser, settings, record, device, label)
 
 
 def _folder(model: str) -> Path:
-    """Raises InputError, which names the models that are here, where there is no such folder."""
+    """Returns the checkpoint folder. Raises InputError, which lists the models here, if there is no such folder."""
     folder = Path(model)
     if not folder.is_dir():
         here = [str(path.parent) for top in ("models", "imported") for path in sorted(Path(top).glob("*/model.json"))]
@@ -162,7 +172,7 @@ def _folder(model: str) -> Path:
 
 
 def _grid(model: Model, request: Request) -> Picture:
-    """`count` images."""
+    """Draws `count` images."""
     settings, count = dict(model.settings), request.count or 64
     images, _ = draw(
         model.denoiser,
@@ -180,13 +190,15 @@ def _grid(model: Model, request: Request) -> Picture:
 
 
 def _progressive(model: Model, request: Request) -> Picture:
-    """`count` rows: what the network takes the image for, from the first step of its chain to the last."""
+    """Draws `count` rows: the clean image that the network predicts, from the first step of the chain to the last."""
     states = _states(model, request)
-    return _rows([state.x0_hat for state in states], f"{len(states[0].x)} images as they are made out, step by step")
+    return _rows(
+        [state.x0_hat for state in states], f"{len(states[0].x)} images: the predicted clean image, step by step"
+    )
 
 
 def _strip(model: Model, request: Request) -> Picture:
-    """`count` rows: x_t from noise to image."""
+    """Draws `count` rows: x_t from noise to image."""
     states = _states(model, request)
     x_T = gaussian(request.seed, range(len(states[0].x)), 0, model.shape, model.device)
     return _rows([x_T, *(state.x for state in states)], f"{len(x_T)} images on their way from noise")
@@ -208,7 +220,7 @@ def _rows(columns: list[Tensor], message: str) -> Picture:
 
 
 def _interpolate(model: Model, request: Request) -> Picture:
-    """Two test images at the ends, and `count` between their codes."""
+    """Draws a row: a test image at either end, and `count` images decoded from between their codes."""
     x_0, y_0 = _test_images(model, request.of)
     images = interpolate(_watched(model, 2, request), x_0, y_0, _weights(request), **model.call)
     row = torch.stack([x_0, *images, y_0])
@@ -217,7 +229,7 @@ def _interpolate(model: Model, request: Request) -> Picture:
 
 
 def _blend(model: Model, request: Request) -> Picture:
-    """Two test images at the ends of each row, and `count` mixtures of them, denoised from less and less noise."""
+    """Draws rows with a test image at either end and `count` mixtures between them; each row mixes under less noise."""
     x_0, y_0 = _test_images(model, request.of)
     denoiser = _watched(model, len(DEPTHS), request)
     images: list[Tensor] = []
@@ -246,9 +258,9 @@ def _weights(request: Request) -> list[float]:
 
 
 def _encode_decode(model: Model, request: Request) -> Picture:
-    """Test images, row by row, each row above what comes back from its codes; and how far apart they are."""
+    """Draws rows of test images, each above its reconstruction from the codes, and measures the errors."""
     if request.count:
-        raise InputError("generate: --encode-decode says itself how many images; leave -n out")
+        raise InputError("generate: --encode-decode takes the number of images itself; leave -n out")
     (count,) = request.of
     if count > (there := len(read_dataset().test)):
         raise InputError(f"--encode-decode {count}: the test split has {there} images")
@@ -272,14 +284,14 @@ def _encode_decode(model: Model, request: Request) -> Picture:
     }
     columns = min(count, 10)
     message = (
-        f"{count} test images above what comes back from their codes after {model.settings['steps']} steps each way: mean"
+        f"{count} test images, each above its reconstruction after {model.settings['steps']} steps each way: mean"
         f" squared error {figures['mean_squared_error']:.3g} (values in 0 ... 1), at most {apart.max()} grey levels apart"
     )
     return Picture(_alternating(before[:PAIRS], after[:PAIRS], columns), columns, message, figures)
 
 
 def _alternating(above: arrays.Images, below: arrays.Images, columns: int) -> arrays.Images:
-    """Rows of `columns` images, by turns from the one and the other; white where the last ones are not full."""
+    """Returns rows of `columns` images, taken in turn from `above` and `below`; white images fill the last rows."""
     padding = np.full((-len(above) % columns, *above.shape[1:]), 255, np.uint8)
     pair = [np.concatenate([images, padding]).reshape(-1, columns, *images.shape[1:]) for images in (above, below)]
     return np.stack(pair, axis=1).reshape(-1, *above.shape[1:])
@@ -299,7 +311,7 @@ OF_TEST_IMAGES = ("interpolate", "blend", "encode-decode")
 
 
 def _test_images(model: Model, indices: Iterable[int]) -> Tensor:
-    """Images of the prepared test split as the model knows them: [N, C, H, W] in [-1, 1]. Raises InputError."""
+    """Returns images of the prepared test split, scaled for the model: [N, C, H, W] in [-1, 1]. Raises InputError."""
     dataset, chosen = read_dataset(), list(indices)
     if dataset.test.shape[1:] != model.shape:
         raise InputError(
@@ -313,13 +325,13 @@ def _test_images(model: Model, indices: Iterable[int]) -> Tensor:
 
 
 def _watched(model: Model, passes: int, request: Request) -> Denoiser:
-    """The denoiser, telling of each network evaluation. passes: how many times the chain is gone up or down."""
+    """Returns the denoiser with a network that reports each evaluation. passes: how often the chain is run, up or down."""
     net, done, total = model.denoiser.net, 0, passes * evaluations(model.denoiser.schedule, **model.call)
 
-    def told(*inputs: Any) -> Any:
+    def counted(*inputs: Any) -> Any:
         nonlocal done
         done += 1
         request.report(Progress(min(done, total), total, "evaluations"))
         return net(*inputs)
 
-    return replace(model.denoiser, net=told)
+    return replace(model.denoiser, net=counted)

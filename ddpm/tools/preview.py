@@ -1,4 +1,4 @@
-"""Sample grids while a network trains: something to look at, outside DVC's outs, so that samplers never re-run training."""
+"""Draws sample grids while a network trains. They are no outputs of DVC, so that editing a sampler re-runs no training."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def preview_file(schedule: str, step: int) -> Path:
 
 
 def previews(params: Params, root: Path, schedule: str, log: Callable[[int, arrays.Images], None]) -> Report:
-    """A Report that draws a grid every `compute.preview_every` steps: the same noise each time, 25 DDIM steps.
+    """Returns a Report that draws a grid every `compute.preview_every` steps, from the same noise with 25 DDIM steps.
 
-    The grid goes to .cache/previews/SCHEDULE/STEP.png and to log(step, picture).
+    It writes the grid to .cache/previews/SCHEDULE/STEP.png and passes it to log(step, picture), uint8 C,H,W.
     """
 
     def report(progress: Progress) -> None:

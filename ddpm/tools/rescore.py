@@ -1,4 +1,4 @@
-"""Scores a checkpoint from elsewhere, such as a champion of earlier days, under the present data and protocol."""
+"""Scores a checkpoint that is no output of this checkout, such as an earlier champion, under the present data and protocol."""
 
 from __future__ import annotations
 
@@ -24,10 +24,20 @@ from ddpm.stages.sample import sample_point
 def rescore(
     params: Params, checkpoint: Path, settings: dict[str, Any], root: Path = Path(), report: Report = silent
 ) -> tuple[Scores, NDArray[np.float32]]:
-    """Samples and evaluates in a folder of its own, where only the dataset and the caches are shared.
+    """Samples and evaluates a checkpoint in a temporary folder, which shares the dataset and the caches with `root`.
 
-    settings: a sampler row's options, its `steps`, and the `clip` that it was promoted with; without one, the present.
-    Returns the scores and their influence values. Raises InputError.
+    Args:
+        params: the parameters, whose evaluation protocol applies.
+        checkpoint: the folder of the model.
+        settings: the options of a sampler row, `steps`, and `clip` (default: that of params).
+        root: the checkout.
+        report: receives the progress.
+
+    Returns:
+        The scores and their influence values, float32 [images].
+
+    Raises:
+        InputError: the model makes images of another shape, or a setting is invalid.
     """
     model = models.read_model_record(checkpoint)
     dataset = read_dataset_record(root)

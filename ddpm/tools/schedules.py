@@ -1,4 +1,4 @@
-"""`schedules`: the rows of `schedules` as a table, their signal-to-noise curves, and a real image along each of them."""
+"""`schedules`: a table of the rows of `schedules`, their signal-to-noise curves, and a real image noised along each."""
 
 from __future__ import annotations
 
@@ -20,40 +20,49 @@ from ddpm.reporting.plots import COLOURS, DASHES, drawing
 
 BAND_NAMES = ("< 1e-4", "1e-4 - 0.01", "0.01 - 1", "1 - 100", "> 100")
 BAND_COLOURS = ("#08306b", "#2171b5", "#6baed6", "#bdd7e7", "#f7f7f7")  # one hue, from noise to image
-SHOWN = (-8.0, 4.0)  # log10 of the signal-to-noise ratios in the plot
+SHOWN = (-8.0, 4.0)  # log10 of the lowest and highest signal-to-noise ratio in the plot
 COLUMNS = 11  # of the strip
 
 
 def schedules(
     params: Params, root: Path = Path(), out: Path | None = None, timesteps: int | None = None
 ) -> tuple[dict[str, Summary], str]:
-    """Writes table.csv, snr.png and, where there is a prepared dataset, strip.png into `out` (default: schedules/).
+    """Writes table.csv, snr.png and, if there is a prepared dataset, strip.png.
 
-    timesteps: T, instead of the parameters'. Returns a summary for each row of params.schedules, and a line about the data
-    behind them. Raises InputError.
+    Args:
+        params: the parameters, with the rows of `schedules`.
+        root: the checkout.
+        out: the folder to write to; None for schedules/.
+        timesteps: T; None for that of the parameters.
+
+    Returns:
+        A summary for each row of params.schedules, and a line about T and the data.
+
+    Raises:
+        InputError: a row is invalid, or `out` is a file.
     """
     T = timesteps or params.diffusion.timesteps
-    made = {name: schedule_of(params, name, T) for name in params.schedules}
+    built = {name: schedule_of(params, name, T) for name in params.schedules}
     folder = paths.schedules_dir() if out is None else out
     if (root / folder).exists() and not (root / folder).is_dir():
-        raise InputError(f"{folder}: a file lies there; name a folder with --out")
+        raise InputError(f"{folder}: is a file; name a folder with --out")
     dataset = None
     if (root / paths.dataset_dir() / "dataset.json").exists():
         dataset = read_dataset(root)
         mean_square = data_mean_square(dataset.record)
-        about = f"T = {T:,}, E[x_0^2] = {mean_square:.3g} of {dataset.record.name}"
+        line = f"T = {T:,}, E[x_0^2] = {mean_square:.3g} of {dataset.record.name}"
     else:
-        mean_square, about = 0.25, f"T = {T:,}, E[x_0^2] = 0.25 and no strip, as `ddpm prepare` has not run here"
-    rows = {name: summary(schedule, mean_square) for name, schedule in made.items()}
+        mean_square, line = 0.25, f"T = {T:,}, E[x_0^2] = 0.25 and no strip, as `ddpm prepare` has not run here"
+    rows = {name: summary(schedule, mean_square) for name, schedule in built.items()}
     records.write_csv(root / folder / "table.csv", [_cells(name, row) for name, row in rows.items()])
-    _plot(root / folder / "snr.png", made, rows)
+    _plot(root / folder / "snr.png", built, rows)
     strip = root / folder / "strip.png"
     if dataset is not None:
         index = int(np.random.default_rng(params.seed).integers(len(dataset.train)))
-        _plot_strip(strip, made, dataset.train[index], params.seed)
+        _plot_strip(strip, built, dataset.train[index], params.seed)
     else:
         strip.unlink(missing_ok=True)
-    return rows, about
+    return rows, line
 
 
 def _cells(name: str, row: Summary) -> dict[str, Any]:
@@ -62,11 +71,11 @@ def _cells(name: str, row: Summary) -> dict[str, Any]:
     return {"schedule": name, "T": row.T, **numbers, **shares, "warnings": "; ".join(row.warnings)}
 
 
-def _plot(path: Path, made: dict[str, NoiseSchedule], rows: dict[str, Summary]) -> None:
-    """Signal-to-noise ratio over the forward process, and beside it where the steps are spent."""
-    with drawing(path, 1350, 240 + 60 * max(len(made), 5), dpi=120) as page:
+def _plot(path: Path, built: dict[str, NoiseSchedule], rows: dict[str, Summary]) -> None:
+    """Plots the signal-to-noise ratio over the forward process, and beside it the share of the steps in each band."""
+    with drawing(path, 1350, 240 + 60 * max(len(built), 5), dpi=120) as page:
         curves, bars = page.subplots(1, 2, width_ratios=(3, 4))
-        for i, (name, schedule) in enumerate(made.items()):
+        for i, (name, schedule) in enumerate(built.items()):
             t = np.arange(1, schedule.T + 1) / schedule.T
             with np.errstate(divide="ignore"):
                 log_snr = np.log10(schedule.snr[1:].numpy())
@@ -102,12 +111,12 @@ def _plot(path: Path, made: dict[str, NoiseSchedule], rows: dict[str, Summary]) 
         page.set_layout_engine("tight")
 
 
-def _plot_strip(path: Path, made: dict[str, NoiseSchedule], image: arrays.Images, seed: int) -> None:
-    """x_0, ..., x_T of one image, a row a schedule; all rows see the same noise, so that columns compare."""
+def _plot_strip(path: Path, built: dict[str, NoiseSchedule], image: arrays.Images, seed: int) -> None:
+    """Draws x_0, ..., x_T of one image, one row per schedule. All rows use the same noise, so that columns compare."""
     x_0 = torch.from_numpy(np.array(image)).double() / 127.5 - 1
     eps = gaussian(seed, [0], 0, x_0.shape)[0].double()
     strips = []
-    for schedule in made.values():
+    for schedule in built.values():
         x = noised(schedule, x_0, torch.arange(COLUMNS) * schedule.T // (COLUMNS - 1), eps)
         pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
         strips.append(arrays.grid(pixels, columns=COLUMNS).transpose(1, 2, 0))
@@ -115,7 +124,7 @@ def _plot_strip(path: Path, made: dict[str, NoiseSchedule], image: arrays.Images
     height, width = strips[0].shape[:2]
     total = top + len(strips) * (height + gap)
     with drawing(path, label + width, total, dpi=100) as page:
-        for index, (name, strip) in enumerate(zip(made, strips, strict=True)):
+        for index, (name, strip) in enumerate(zip(built, strips, strict=True)):
             bottom = (len(strips) - 1 - index) * (height + gap)
             page.figimage(np.broadcast_to(strip, (*strip.shape[:2], 3)), xo=label, yo=bottom, origin="upper")
             page.text(

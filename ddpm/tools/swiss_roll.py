@@ -1,6 +1,6 @@
-"""`swiss-roll`: the library on points of the plane, as in figure 1 of Sohl-Dickstein et al. 2015.
+"""`swiss-roll`: trains and samples a model of points in the plane, as in figure 1 of Sohl-Dickstein et al. 2015.
 
-The roll is diffused to noise, a small network learns the way back, and the picture has both, with the reverse process's drift.
+The picture shows the roll as it is diffused to noise, the reverse process of a small network, and the drift of that process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DRAWN = 1_500  # points in a panel
 
 
 class PointNet(nn.Module):
-    """net(x, t) -> a prediction like x [B, 2]: residual layers, to each of which the time is added."""
+    """net(x, t) -> a prediction like x [B, 2], by residual layers. Each layer adds an embedding of t to its input."""
 
     def __init__(self, width: int = 64, layers: int = 4) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class PointNet(nn.Module):
 
 
 def roll(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Points of a Swiss roll within [-2, 2], about: float32 [count, 2]; and how far along the roll each lies, 0 ... 1."""
+    """Returns points of a Swiss roll, float32 [count, 2], about within [-2, 2], and their positions along it [count], 0 ... 1."""
     from sklearn.datasets import make_swiss_roll
 
     points, angle = make_swiss_roll(count, noise=0.3, random_state=seed)
@@ -57,7 +57,10 @@ def roll(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def train_on_roll(steps: int = STEPS, seed: int = 0, report: Report = silent) -> Denoiser:
-    """A small network trained on the cosine schedule by Algorithm 1 of Ho et al. 2020; target v, as nothing is left at T."""
+    """Trains a small network on the cosine schedule by Algorithm 1 of Ho et al. 2020.
+
+    The target is v, as no signal is left at T.
+    """
     schedule = NoiseSchedule.named("cosine", T)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -73,7 +76,7 @@ def train_on_roll(steps: int = STEPS, seed: int = 0, report: Report = silent) ->
 
 @torch.no_grad()
 def reverse(denoiser: Denoiser, count: int, seed: int = 0) -> dict[int, Tensor]:
-    """Algorithm 2 of Ho et al. 2020: points [count, 2] at every t = T ... 0."""
+    """Samples by Algorithm 2 of Ho et al. 2020. Returns points [count, 2] for every t = T ... 0."""
     points = {denoiser.schedule.T: gaussian(seed, range(count), 0, (2,))}
     states = trajectory(
         denoiser,
@@ -88,7 +91,7 @@ def reverse(denoiser: Denoiser, count: int, seed: int = 0) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def drift(denoiser: Denoiser, x_t: Tensor, t: int) -> Tensor:
-    """mu(x_t, t) - x_t, where the reverse step of t = 1 ... T goes on average (eq. 7 of Ho et al. 2020): like x_t."""
+    """Returns mu(x_t, t) - x_t, the mean move of the reverse step at t = 1 ... T (eq. 7 of Ho et al. 2020), shaped like x_t."""
     a_bar, a_bar_before = (float(value) for value in denoiser.schedule.alpha_bar[[t, t - 1]])
     beta = 1 - a_bar / a_bar_before
     x0_hat = denoiser(x_t, t - 1)
@@ -100,7 +103,7 @@ def swiss_roll(out: Path, seed: int = 0, report: Report = silent) -> None:
     """Trains, samples, and writes the picture to `out` (PNG). The same seed gives the same picture. Raises InputError."""
     if out.suffix.lower() != ".png":
         raise InputError(f"{out}: the picture is a PNG; give --out a name that ends in .png")
-    torch.set_num_threads(1)  # so small a network is not faster on more, and the picture is the same everywhere
+    torch.set_num_threads(1)  # as fast as more for so small a network, and the picture is the same everywhere
     denoiser = train_on_roll(seed=seed, report=report)
     data, along = roll(DRAWN, seed + 1)
     schedule = denoiser.schedule
@@ -109,7 +112,7 @@ def swiss_roll(out: Path, seed: int = 0, report: Report = silent) -> None:
         t: (schedule.alpha_bar[t].sqrt() * data + (1 - schedule.alpha_bar[t]).sqrt() * eps).float() for t in SHOWN
     }
     back = reverse(denoiser, DRAWN, seed)
-    # A generated point has the colour of the data point where it ends.
+    # A generated point gets the colour of the data point nearest to its end.
     ends = along[torch.cdist(back[0], data).argmin(1)]
     rows = (
         ("forward: $q(x_t)$", forward, along),
@@ -134,7 +137,7 @@ def swiss_roll(out: Path, seed: int = 0, report: Report = silent) -> None:
 
 
 def _fewer_colours(path: Path) -> None:
-    """256 are enough here, in a third of the bytes."""
+    """Reduces the picture to 256 colours, which takes a third of the bytes."""
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -144,7 +147,7 @@ def _fewer_colours(path: Path) -> None:
 
 
 def _draw_drift(panel: Any, denoiser: Denoiser, t: int) -> None:
-    """Arrows of one length; their colour is the drift's size, as a share of the panel's largest."""
+    """Draws arrows of equal length. Their colour is the size of the drift, relative to the panel's largest."""
     ticks = torch.linspace(-2.7, 2.7, 19)
     x, y = torch.meshgrid(ticks, ticks, indexing="xy")
     field = drift(denoiser, torch.stack([x.flatten(), y.flatten()], 1), t)

@@ -4,12 +4,12 @@ One experiment per dataset, `ddpm-DATASET`, holds a run per schedule (`linear`: 
 per schedule and sampler (`linear-ddim`: scores and sample grids at step = network evaluations) and one for the bound in
 bits/dim (`linear-likelihood`), and the runs `report` and `schedules`.
 
-Nothing is kept in an output to find a run again. The tag `ddpm.key` hashes all that was configured, `ddpm.model_sha256`
-names the weights, `ddpm.samples.STEPS` and `ddpm.scores.STEPS` the files of a point. Where the same configuration gave other
-outputs (code was edited), they go to a new run and the old one is tagged `ddpm.superseded`: no step of a metric ever has
-two values. Times are those of the run files beside the outputs; without such a file they are 2000-01-01, for unknown.
+Outputs hold no run ids; tags find the run of an output. `ddpm.key` hashes the configuration, `ddpm.model_sha256` names the
+weights, and `ddpm.samples.STEPS` and `ddpm.scores.STEPS` name the files of a point. If the same configuration gave other
+outputs (the code was edited), they go to a new run and the old run is tagged `ddpm.superseded`. So no step of a metric has two
+values. Times come from the run files beside the outputs; 2000-01-01 means that there is no such file.
 
-mlflow is imported late: that alone takes 2 s.
+mlflow is imported late, because the import takes 2 s.
 """
 
 from ddpm.tracking.place import champion_uri, model_name, prepare_store, repo_root, tracking_uri

@@ -1,4 +1,4 @@
-"""Reads what made an output, the parameters of a training or a point, from the outputs themselves."""
+"""Reads the parameters that made a training or a point from the outputs themselves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ddpm.parameters import USUAL_NETWORK, Point
 
 @dataclass(frozen=True)
 class PointSettings:
-    """The parameters of a point: its sampler's row, and the sections that its stages depend on."""
+    """The parameters of a point: the seed, the row of its sampler, and the sections that its stages depend on."""
 
     seed: int
     row: dict[str, Any]
@@ -27,9 +27,9 @@ class PointSettings:
 
     @classmethod
     def read(cls, params: Params, point: Point, root: Path) -> PointSettings | None:
-        """Reads what a point on disk was made with; before it was evaluated, `params` says how it will be.
+        """Reads the parameters of a point from its files, or the evaluation section from `params` if it has no scores yet.
 
-        Returns None for samples that another model drew, and for scores of other samples. Raises InputError.
+        Returns None if another model drew the samples, or if the scores belong to other samples. Raises InputError.
         """
         record = samples.read_samples_record(root / paths.samples_file(point))
         fits, evaluation = True, params.evaluation.recorded()
@@ -42,7 +42,7 @@ class PointSettings:
 
 
 def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, Any]:
-    """All that was configured of a training. dataset: sha256."""
+    """Returns all parameters that decide the result of a training. dataset: sha256 of the dataset."""
     sections = params.to_json("seed", "diffusion", "network", "training")
     row = params.schedules[schedule].options()
     sections["network"] = _recorded(sections["network"])
@@ -50,14 +50,19 @@ def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, 
 
 
 def _recorded(network: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves out the usual kind of network, so that the runs of versions without a choice are found again."""
+    """Leaves out the default kind of network, so that runs of versions without `network.kind` are found again."""
     return {key: value for key, value in network.items() if (key, value) != ("kind", USUAL_NETWORK)}
 
 
 def identity_of_model(model: ModelRecord) -> dict[str, Any]:
-    """The same, from model.json."""
+    """Returns the same as training_identity, from model.json."""
     training, network = dict(model.training.content), model.network
-    derived = ("image_channels", "image_size", "out_channels", "classes")  # from the data, the variance, the condition
+    derived = (
+        "image_channels",
+        "image_size",
+        "out_channels",
+        "classes",
+    )  # from data and diffusion
     return {
         "schedule": model.schedule.name,
         "schedules": model.schedule.row,
@@ -79,7 +84,7 @@ def digest(value: Any) -> str:
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings -> MLflow parameters with dotted names."""
+    """Returns nested settings as MLflow parameters with dotted names."""
     parameters: dict[str, str] = {}
     for name, item in value.items():
         if isinstance(item, Mapping):

@@ -1,4 +1,4 @@
-"""Where MLflow's data lie, and how to reach them: store, lock, experiment, and what to say when they cannot be reached."""
+"""Finds and opens the MLflow store: its address, lock and experiment, and the messages for a store that cannot be reached."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ Say = Callable[[str], None]
 CHAMPION = "champion"
 CONNECT_SECONDS = 3.0
 LOCK_SECONDS = 120.0
-SILENT_SECONDS = 1.0  # of a wait without end
+SILENT_SECONDS = 1.0  # of waiting for a promotion, before a message says so
 
-# Bounded waiting, and quiet. What the user has set stays.
+# Settings that bound MLflow's waiting and silence it. Values that the user has set win.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -43,30 +43,30 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with the password that it may hold
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the URL may hold a password
     "MLFLOW_UV_AUTO_DETECT": "false",
 }
 
 
 @dataclass(frozen=True)
 class Place:
-    """A tracking store. artifacts: the URI below which new experiments keep theirs, or None where a server decides."""
+    """The address of a tracking store. artifacts: the URI below which new experiments keep files; None if a server decides."""
 
     uri: str
     lock: Path
     artifacts: str | None
-    database: Path | None = None  # the file, if the store is one
+    database: Path | None = None  # the SQLite file of the store, if it has one
 
     @property
     def shown(self) -> str:
-        """The URI without a password, or the path of a database file, as a reader knows it."""
+        """The URI for messages: without a password, and with the plain path of a database file."""
         if self.database:
             return f"sqlite:///{self.database}"
         return without_password(self.uri)
 
 
 def repo_root(root: Path = Path()) -> Path:
-    """The checkout that `root` belongs to; a temporary experiment of DVC lies in .dvc/tmp/exps of its own."""
+    """Returns the checkout that `root` belongs to. DVC runs temporary experiments in .dvc/tmp/exps of the checkout."""
     path = root.resolve()
     parts = path.parts
     for index in range(len(parts) - 2):
@@ -76,15 +76,13 @@ def repo_root(root: Path = Path()) -> Path:
 
 
 def tracking_uri(root: Path = Path()) -> str:
-    """MLFLOW_TRACKING_URI if it is set, else the database that MLFLOW_BACKEND_STORE_URI names, else mlflow.db at the root of
-    the checkout.
-    """
+    """Returns MLFLOW_TRACKING_URI if it is set, else MLFLOW_BACKEND_STORE_URI, else the address of mlflow.db in the checkout."""
     named = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI")
     return with_driver(named) if named else sqlite.address_of(repo_root(root) / "mlflow.db")
 
 
 def find_place(root: Path = Path()) -> Place:
-    """The store that `tracking_uri` names, its lock, and where its artifacts go: MLFLOW_DEFAULT_ARTIFACT_ROOT if it is set."""
+    """Returns the store that `tracking_uri` names. MLFLOW_DEFAULT_ARTIFACT_ROOT, if set, decides where its artifacts go."""
     uri, home = tracking_uri(root), repo_root(root)
     lock, artifacts = home / paths.CACHE / "mlflow.lock", home / ARTIFACTS
     scheme = uri.partition(":///")[0]
@@ -97,7 +95,7 @@ def find_place(root: Path = Path()) -> Place:
 
 
 def model_name(params: Params) -> str:
-    """Names the experiment and the registered model: ddpm-DATASET. Raises InputError for a name that is another source's."""
+    """Returns the name of the experiment and the registered model: ddpm-DATASET. Raises InputError if another source owns it."""
     SOURCES.require(params.data.source)
     check_name(params)
     return f"ddpm-{params.dataset_name}"
@@ -117,22 +115,22 @@ class Target:
 
 
 def prepare_store(params: Params, root: Path = Path()) -> str:
-    """Creates the store and the experiment if they are missing, once however many processes ask; gives the experiment's id.
+    """Creates the store and the experiment if they are missing, and returns the experiment's id.
 
-    Raises InputError.
+    The store's lock lets only one process create them. Raises InputError.
     """
     return open_target(params, root).experiment
 
 
 def import_mlflow() -> None:
-    """The first import of mlflow reads the environment."""
+    """Imports mlflow after setting ENVIRONMENT, which the first import reads."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import mlflow  # noqa: F401
 
 
 def client_of(where: Place) -> MlflowClient:
-    """Checks a database file, then opens it. Call it under the lock: the first client creates or migrates the file.
+    """Checks the database file, then opens it. Call this under the lock: the first client creates or migrates the file.
 
     Raises InputError.
     """
@@ -145,7 +143,7 @@ def client_of(where: Place) -> MlflowClient:
 
     if (
         not known
-    ):  # MLflow gives experiment 0 a place below the working folder, and fails where its path holds both quotes
+    ):  # else MLflow puts experiment 0 below the working folder, and fails if that path holds both kinds of quotes
         _get_store(where.uri, where.artifacts)
     return MlflowClient(where.uri, registry_uri=where.uri)
 
@@ -168,7 +166,7 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # another host was quicker
+            found = client.get_experiment_by_name(name)  # another host created it meanwhile
     if found is None or found.lifecycle_stage != "active":
         raise InputError(f"MLflow at {where.shown}: experiment {name} was deleted; restore it, or delete it for good")
     if where.artifacts and found.artifact_location.startswith("mlflow-artifacts:"):
@@ -187,7 +185,7 @@ def _new_experiment(client: MlflowClient, where: Place, name: str, dataset: str)
         mlflow_file.require_new(where.database, name)
     location = f"{where.artifacts.rstrip('/')}/{name}" if where.artifacts else None
     if location and "MLFLOW_DEFAULT_ARTIFACT_ROOT" in os.environ:
-        location += f"-{secrets.token_hex(4)}"  # other databases may keep theirs below the same root
+        location += f"-{secrets.token_hex(4)}"  # other databases may keep experiments of this name below the same root
     tags = {"ddpm.dataset": dataset, "mlflow.experimentKind": "custom_model_development"}
     created = str(client.create_experiment(name, artifact_location=location, tags=tags))
     client.set_experiment_tag(created, "mlflow.note.content", _note(created, dataset))
@@ -195,10 +193,9 @@ def _new_experiment(client: MlflowClient, where: Place, name: str, dataset: str)
 
 
 def chart(experiment: str) -> str:
-    """The chart of all points, as the fragment of an address.
+    """Returns the address of the chart of all points, from the `#` on.
 
-    MLflow 3.17 chooses between its pages for agents and for models by the address and by what the browser was last told; no tag
-    of the experiment has a say.
+    The address selects MLflow's pages for models (workflowType), since MLflow 3.17 offers no tag of the experiment that would.
     """
     return (
         f"#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"
@@ -207,12 +204,12 @@ def chart(experiment: str) -> str:
 
 
 def _note(experiment: str, dataset: str) -> str:
-    """What the experiment's page says on top; it shows the first line, and the rest when that is opened."""
+    """Returns the description of the experiment. MLflow's page shows the first line, and the rest on request."""
     return (
         f"**[{RANKING.title} against steps]({chart(experiment)})** of denoising diffusion on {dataset}: a line per"
         " schedule and sampler, with the images beside it.\n\n"
-        "Step = network evaluations per image; the images at step 0 are real ones, and the slider moves on to the samples."
-        " A run per schedule (`linear`: the training) has a child per sampler"
+        "Step = network evaluations per image. The images at step 0 are real; move the slider to see the samples."
+        " Each schedule has a run (`linear`: the training) with a child run per sampler"
         " (`linear-ddim`: the scores and images). Filters: ``tags.`ddpm.schedule` = 'cosine'``,"
         " ``tags.`ddpm.sampler` = 'ddim'``, ``tags.`ddpm.dataset_sha256` LIKE 'c8c4%'``,"
         f" ``tags.`mlflow.source.git.commit` LIKE '0123%'``, ``metrics.{HEADLINE} < 20``."
@@ -221,7 +218,7 @@ def _note(experiment: str, dataset: str) -> str:
 
 @contextmanager
 def as_default(where: Place) -> Iterator[None]:
-    """MLflow's database registry asks the store of the whole process about logged models; what was set comes back."""
+    """Makes `where` the process's tracking store while the block runs: MLflow's registry looks up logged models there."""
     import mlflow
 
     before = os.environ.get("MLFLOW_TRACKING_URI")
@@ -235,14 +232,22 @@ def as_default(where: Place) -> Iterator[None]:
 
 
 def locked(where: Place, name: str = "") -> AbstractContextManager[None]:
-    """The store's lock, which nobody holds for long; or that of a promotion, of any length. Raises InputError."""
+    """Holds a lock of the store while the block runs.
+
+    Without a name it is the store's own lock, held only briefly; waiting too long for it raises InputError. With a name, such as
+    ".promote", it may be held for any time, and waiting for it never ends.
+    """
 
     def waiting() -> None:
         if not name:
             raise InputError(
-                f"MLflow at {where.shown} is in use by another process since {LOCK_SECONDS:.0f} s"
+                f"MLflow at {where.shown} is in use by another process: waited {LOCK_SECONDS:.0f} s for it; try again later"
             ) from None
-        print(f"MLflow at {where.shown}: another process promotes there; waiting for it", file=sys.stderr, flush=True)
+        print(
+            f"MLflow at {where.shown}: waiting for another process that promotes a model there",
+            file=sys.stderr,
+            flush=True,
+        )
 
     patience = SILENT_SECONDS if name else LOCK_SECONDS
     return locks.held(where.lock.with_name(where.lock.name + name), patience, waiting)
@@ -255,7 +260,7 @@ PUBLISH_LATER = "publish later with `ddpm publish`"
 
 
 def require_reachable(where: Place, advice: str = PUBLISH_LATER) -> None:
-    """A quick look before mlflow is even imported: its own attempts take far longer. Raises InputError with that advice."""
+    """Raises InputError with that advice if the server does not answer. MLflow's own attempts would take far longer."""
     host, port = (None, None) if where.database else _address(where.uri)
     if not host or not port:
         return
@@ -266,7 +271,7 @@ def require_reachable(where: Place, advice: str = PUBLISH_LATER) -> None:
 
 
 def _address(uri: str) -> tuple[str | None, int | None]:
-    """The host and port of a server, or None for what cannot be asked: a file, a server behind a proxy, one of another kind."""
+    """Returns the host and port of a server, or None if it cannot be probed: a file, a proxied server or another kind."""
     if uri.startswith(("http://", "https://")):
         parts = urlsplit(uri)
         if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname or ""):
@@ -278,7 +283,7 @@ def _address(uri: str) -> tuple[str | None, int | None]:
     try:
         url = make_url(uri)
     except (ArgumentError, ValueError):
-        return None, None  # MLflow says what is wrong
+        return None, None  # MLflow itself reports what is wrong
     return url.host, url.port or {"postgresql": 5432, "mysql": 3306}.get(url.get_backend_name())
 
 
@@ -288,9 +293,9 @@ def _unreachable(where: Place, advice: str, why: str = "") -> str:
 
 @contextmanager
 def plain_errors(where: Place, advice: str = PUBLISH_LATER) -> Iterator[None]:
-    """What MLflow, its server, S3 or the disk answer becomes one line. Raises InputError.
+    """Turns errors of MLflow, its server, S3 or the disk into a one-line InputError.
 
-    advice: what to do where it cannot be reached.
+    advice: what to do if the store cannot be reached.
     """
     import_mlflow()
     from mlflow.exceptions import MlflowException
@@ -318,7 +323,7 @@ def _is_of_a_database(error: Exception) -> bool:
 
 
 def _s3_errors() -> tuple[type[Exception], ...]:
-    """Asked for when something was raised: to import them takes a moment."""
+    """Returns S3's error types. Called only after an error, because the imports are slow."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -329,16 +334,18 @@ _warned: set[str] = set()
 
 
 def warn(line: str, say: Say) -> None:
-    """Once a process."""
+    """Says a warning once per process."""
     if line not in _warned:
         _warned.add(line)
         say(f"warning: {line}")
 
 
 def make_empty() -> None:
-    """Creates the empty database; the installation calls this."""
+    """Creates the empty database that `ddpm.databases.empty` copies. The installation calls this."""
     with atomic.replacing(empty.EMPTY) as file:
         client_of(Place(f"sqlite:///{file}", empty.EMPTY, None)).search_experiments()
         with closing(sqlite3.connect(file)) as database:
-            database.execute("DELETE FROM experiments")  # MLflow makes the default one again, with its new place
+            database.execute(
+                "DELETE FROM experiments"
+            )  # MLflow creates the default experiment again, with its new address
             database.commit()

@@ -1,4 +1,4 @@
-"""Runs found again by what they hold, and only ever added to."""
+"""Finds MLflow runs by their contents, and adds to them what they lack."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ddpm.tracking.place import Target
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
-CURVES = ("loss", "learning_rate", "gradient_norm", "validation_loss")  # of a training, as in its CSV
+CURVES = ("loss", "learning_rate", "gradient_norm", "validation_loss")  # columns of a training's CSV file
 KEY, MODEL, CURVES_SHA = "ddpm.key", "ddpm.model_sha256", "ddpm.curves_sha256"
-MODEL_RECORD = "ddpm.model_record_sha256"  # of model.json's content
-COMPRESSED = "+compressed.webp"  # the picture that MLflow's slider shows
+MODEL_RECORD = "ddpm.model_record_sha256"  # hash of model.json's content
+COMPRESSED = "+compressed.webp"  # ends the name of the thumbnail that MLflow's slider shows
 SUPERSEDED, PROCESS, SETTINGS = "ddpm.superseded", "ddpm.process", "ddpm.settings"
-PUBLISHER = "ddpm.publisher"  # the process that fills a run in; gone once it is FINISHED
+PUBLISHER = "ddpm.publisher"  # the process that fills the run in; removed once the run is FINISHED
 
 
 def log(
     target: Target, run: Run, params: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None
 ) -> None:
-    """Parameters and tags that the run lacks or has otherwise."""
+    """Logs the parameters that the run lacks, and the tags that it lacks or that have another value."""
     from mlflow.entities import Param, RunTag
 
     new_params = [Param(name, value) for name, value in (params or {}).items() if name not in run.data.params]
@@ -42,14 +42,14 @@ def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
 
 
 def history(target: Target, run: Run, key: str) -> dict[int, float]:
-    """step -> value of a metric."""
+    """Returns the values of a metric by step."""
     if key not in run.data.metrics:
         return {}
     return {metric.step: metric.value for metric in target.client.get_metric_history(run.info.run_id, key)}
 
 
 def log_metrics(target: Target, run: Run, metrics: Sequence[Metric], added: Counter[str]) -> None:
-    """Those whose step has no value yet."""
+    """Logs the metrics whose step has no value yet."""
     known = {key: history(target, run, key) for key in {metric.key for metric in metrics}}
     missing = [metric for metric in metrics if metric.step not in known[metric.key]]
     for chunk in chunks(missing, 1000):
@@ -59,7 +59,7 @@ def log_metrics(target: Target, run: Run, metrics: Sequence[Metric], added: Coun
 
 
 def log_image(target: Target, run: Run, picture: Any, step: int, timestamp: int, added: Counter[str]) -> None:
-    """A PIL image or an array H,W(,3) under the key `samples`, unless that step has one."""
+    """Logs a PIL image or an array H,W(,3) under the key `samples`, unless that step has one."""
     known = [Path(file.path).name for file in target.client.list_artifacts(run.info.run_id, "images")]
     here = [name for name in known if name.startswith(f"samples+step+{step}+")]
     if not here:
@@ -71,7 +71,7 @@ def log_image(target: Target, run: Run, picture: Any, step: int, timestamp: int,
 
 
 def _log_thumbnail(target: Target, run: Run, picture: Any, name: str) -> None:
-    """What `log_image` sends after the picture itself, and what it says last: it was cut off in between."""
+    """Completes an interrupted `log_image`: sends the thumbnail and the tag that MLflow sends after the picture."""
     from mlflow import Image
     from mlflow.tracking.multimedia import compress_image_size
     from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
@@ -96,7 +96,17 @@ def find_or_create(
     tags: Mapping[str, str],
     added: Counter[str],
 ) -> Run:
-    """The run of that key whose content agrees with the outputs at hand; any other becomes superseded."""
+    """Returns the run with that key whose content agrees with the outputs, or a new run. Other runs become superseded.
+
+    Args:
+        target: the store and experiment.
+        key: the value of the tag KEY.
+        name: the name of a new run.
+        agrees: whether a run holds nothing but what the outputs say.
+        start: the start time of a new run, in milliseconds since the epoch.
+        tags: further tags of a new run.
+        added: counts what was created.
+    """
     runs = [run for run in search(target, f"tags.`{KEY}` = '{key}'") if not is_live(run)]
     runs.sort(key=lambda run: (SUPERSEDED in run.data.tags, is_unfinished(run), -run.info.start_time))
     agreeing = [run for run in runs if agrees(run)]
@@ -114,7 +124,7 @@ def find_or_create(
         if run.info.run_id == chosen.info.run_id:
             continue
         if is_unfinished(run) and run in agreeing:
-            target.client.delete_run(run.info.run_id)  # the live view of a training that gave what an earlier one gave
+            target.client.delete_run(run.info.run_id)  # streamed, but its outputs equal an earlier run's
         elif SUPERSEDED not in run.data.tags:
             _supersede(target, run, name, chosen.info.run_id)
     if SUPERSEDED in chosen.data.tags:
@@ -149,7 +159,7 @@ def finish(target: Target, run: Run, end: int) -> None:
 
 
 def is_live(run: Run) -> bool:
-    """Whether a process is streaming to it: one that runs here, or one of another host, of which nothing is known."""
+    """Returns whether a process may be streaming to the run: a process alive here, or any process of another host."""
     if run.info.status != "RUNNING" or PROCESS not in run.data.tags:
         return False
     process = run.data.tags[PROCESS]
@@ -157,12 +167,12 @@ def is_live(run: Run) -> bool:
 
 
 def is_unfinished(run: Run) -> bool:
-    """A training that was streamed and whose outputs were not published."""
+    """Returns whether the run was streamed by a training whose outputs are not published yet."""
     return PROCESS in run.data.tags and MODEL not in run.data.tags
 
 
 def end_orphans(target: Target) -> None:
-    """Runs whose process was killed before it could end them."""
+    """Ends the runs whose process died before it could end them."""
     for run in search(target, "attributes.status = 'RUNNING'"):
         process = run.data.tags.get(PROCESS) or run.data.tags.get(PUBLISHER)
         if process and is_here(process) and not is_alive(process):

@@ -1,4 +1,4 @@
-"""A training as it happens, streamed to its run in batches."""
+"""Streams the loss curves and previews of a running training to MLflow."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FLUSH_SECONDS = 10.0
 
 
 class TrainingWatch:
-    """A Report that streams the loss curves of one training to its run, in batches, from a thread of its own."""
+    """A Report that streams the loss curves of one training to its run, in batches, from its own thread."""
 
     def __init__(self, params: Params, schedule: str, root: Path, say: Say) -> None:
         self._params, self._schedule, self._root, self._say = params, schedule, root, say
@@ -67,7 +67,7 @@ class TrainingWatch:
             self._started.set()
 
     def log_preview(self, step: int, picture: arrays.Images) -> None:
-        """A sample grid drawn at that step: uint8 C,H,W."""
+        """Streams a sample grid that was drawn at that step: uint8 C,H,W."""
         with self._mutex:
             self._pictures.append((step, picture, _now()))
 
@@ -86,14 +86,14 @@ class TrainingWatch:
             warn(str(error), self._say)
 
     def _stream(self) -> None:
-        self._started.wait()  # what is refused before its first step pays for no MLflow, and leaves no mlflow.db
+        self._started.wait()  # a training that fails before its first step creates no mlflow.db
         while self._step:
             ending = self._ending
             try:
                 self._flush()
             except InputError as error:
                 warn(str(error), self._say)
-            except Exception as error:  # noqa: BLE001 - who watches must not fail the work
+            except Exception as error:  # noqa: BLE001 - tracking must not fail the training
                 warn(f"streaming to MLflow failed ({type(error).__name__}: {error})", self._say)
             if ending:
                 return
@@ -114,7 +114,7 @@ class TrainingWatch:
                 }
             load = _system_load()
             with self._mutex:
-                # Kept with the rest: what is sent a second time, since no answer came, is then the same to the millisecond.
+                # Kept with the other values, so that a batch that is sent again has the same time stamps.
                 self._values += [(key, value, _now(), self._step) for key, value in load.items()]
                 values, pictures = list(self._values), list(self._pictures)
             new = {(value[0], value[3]): Metric(*value) for value in values}
@@ -134,7 +134,7 @@ def _now() -> int:
 
 
 def _system_load() -> dict[str, float]:
-    """Under MLflow's own names, which its System metrics tab shows."""
+    """Returns the load of the machine under the names that MLflow's System metrics tab shows."""
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 
     memory = psutil.virtual_memory()
@@ -154,7 +154,7 @@ def _system_load() -> dict[str, float]:
 
 
 def _open_training(target: Target, params: Params, schedule: str, root: Path) -> Run:
-    """The run to stream to: the one that an interrupted training of this configuration left, or a new one."""
+    """Returns the run to stream to: the run that an interrupted training of this configuration left, or a new run."""
     data = dataset.read_dataset_record(root)
     identity = training_identity(params, schedule, data.sha256)
     tags = {**training_tags(schedule, data.name, identity), PROCESS: this_process()}
@@ -180,9 +180,10 @@ def _open_training(target: Target, params: Params, schedule: str, root: Path) ->
 
 @contextmanager
 def watch_training(params: Params, schedule: str, root: Path = Path(), say: Say = print) -> Iterator[TrainingWatch]:
-    """Streams a training while the block runs: call the result with each Progress, and its `log_preview` with grids.
+    """Streams a training while the block runs: call the result with each Progress, and its `log_preview` with sample grids.
 
-    The run ends FINISHED, FAILED on an error, or KILLED on an interrupt. A server that cannot be reached costs one line.
+    The run ends as FINISHED, as FAILED on an error, or as KILLED on an interrupt. If MLflow cannot be reached, one warning says
+    so and the training goes on.
     """
     watch = TrainingWatch(params, schedule, root, say)
     try:
@@ -190,7 +191,7 @@ def watch_training(params: Params, schedule: str, root: Path = Path(), say: Say 
     except Exception:
         watch.close("FAILED")
         raise
-    except BaseException:  # KeyboardInterrupt, Stopped: whoever wants an end wants it soon
+    except BaseException:  # KeyboardInterrupt, Stopped: end soon
         watch.close("KILLED", seconds=5)
         raise
     watch.close("FINISHED")

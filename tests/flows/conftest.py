@@ -1,4 +1,4 @@
-"""A small repository with a real DVC and stages that take no time, and the processes that run in it."""
+"""Fixtures of a small repository with a real DVC and stages that take no time, and of the servers that run in it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 STAGE = '''\
-"""Usage: stage.py NAME OUT. control.json says, by name: a file to wait for, an exit code, whether to die by SIGKILL,
-whether to save something on SIGTERM, or to ignore it."""
+"""Usage: stage.py NAME OUT. control.json holds for each NAME: a file to wait for, an exit code, whether to die by SIGKILL,
+and whether to save something on SIGTERM or to ignore SIGTERM."""
 import json, os, pathlib, signal, sys, time
 from contextlib import ExitStack
 from ddpm.files import records
@@ -99,7 +99,7 @@ stages:
     deps: [sampled-linear, sampled-cosine]
     outs: [report/points.csv, report/best.json, report/front.json]
 """
-# For `python -B -m ddpm VERB`. As many times as the file `away` has lines, MLflow is away.
+# Stands in for `python -B -m ddpm VERB`. Each call removes a line of the file `away`, and fails while there is one.
 STAND_IN = f"""\
 #!/bin/sh
 [ "$1 $2 $3" = "-B -m ddpm" ] || exec '{sys.executable}' "$@"
@@ -131,7 +131,10 @@ def free_port() -> int:
 
 @dataclass
 class Scratch:
-    """root: the repository. environment: of every process in it. Each process carries MARK, so that none is missed."""
+    """A repository, and the processes that run in it.
+
+    root: the repository. environment: that of all its processes. mark: SCRATCH in it, by which `processes` finds them.
+    """
 
     root: Path
     environment: dict[str, str]
@@ -142,7 +145,7 @@ class Scratch:
     free_port = staticmethod(free_port)
 
     def control(self, **stages: dict[str, Any]) -> None:
-        """Keys are stage names with `_` for `@`."""
+        """Writes control.json. The keys are stage names with `_` for `@`."""
         (self.root / "control.json").write_text(
             json.dumps({name.replace("_", "@"): how for name, how in stages.items()})
         )
@@ -180,7 +183,7 @@ class Scratch:
         return done.stdout
 
     def processes(self) -> list[psutil.Process]:
-        """All that was started here and lives."""
+        """Returns all processes that were started here and are alive."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -193,17 +196,17 @@ class Scratch:
     def running(self) -> list[str]:
         found = []
         for process in self.processes():
-            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            with contextlib.suppress(psutil.Error):  # the process has ended meanwhile
                 found.append(f"{process.pid} {' '.join(process.cmdline())}")
         return found
 
     def pid(self, stage: str, seconds: float = 60) -> int:
-        """Of a stage that runs now."""
+        """Waits until a stage runs, and returns its process id."""
         path = self.root / f"{stage}.pid"
         return int(wait(lambda: path.exists() and path.read_text(), seconds, f"{stage} runs"))
 
     def forget(self, *stages: str) -> None:
-        """So that pid() waits for the next time."""
+        """Makes pid() wait for the next run of these stages."""
         for stage in stages:
             (self.root / f"{stage}.pid").unlink(missing_ok=True)
 
@@ -266,7 +269,7 @@ def scratch(tmp_path: Path, template: Path) -> Iterator[Scratch]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """disk(n): a file system of its own, of n MiB from now on."""
+    """disk(n): the mount point of a small file system, resized to n MiB."""
     path = tmp_path / "disk"
     path.mkdir()
 
@@ -287,7 +290,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 @pytest.fixture(scope="session")
 def clone_maker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Scratch]:
-    """Makes what git would clone, with the changes that are not committed yet."""
+    """Makes clones of this repository that include the changes that are not committed yet."""
     source = tmp_path_factory.mktemp("source")
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
@@ -300,7 +303,7 @@ def clone_maker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Sc
 
     def make(root: Path) -> Scratch:
         made = make_scratch(root, source)
-        made.environment["PYTHONPATH"] = os.fspath(root)  # the code of the clone, not the one that is installed
+        made.environment["PYTHONPATH"] = os.fspath(root)  # run the code of the clone instead of the installed code
         return made
 
     return make
@@ -317,7 +320,7 @@ FLOW = (
 class Up(SimpleNamespace):
     """The servers and the worker of `make up`, in a scratch repository.
 
-    api: Prefect's address. injected: texts of the errors in its log that a test has brought about; any other fails the test.
+    api: Prefect's address. injected: texts of errors that a test causes on purpose; any other error in the log fails the test.
     """
 
     FLOW = FLOW
@@ -340,7 +343,7 @@ class Up(SimpleNamespace):
         return [run["name"] for run in flows + self.post("/task_runs/filter", task_runs={"state": state})]
 
     def start(self, **parameters: Any) -> str:
-        """As `prefect deployment run` does it; gives the flow run's id. Prefect on SQLite answers 503 while others write."""
+        """Starts a flow run as `prefect deployment run` does, and returns its id. Retries while Prefect on SQLite answers 503."""
 
         def start() -> str:
             try:
@@ -354,11 +357,11 @@ class Up(SimpleNamespace):
         return str(wait(start, 60, "the run is taken"))
 
     def flow_run(self) -> dict[str, Any]:
-        """The newest."""
+        """Returns the newest flow run."""
         return dict(self.post("/flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0])
 
     def tasks(self, flow_run: str) -> dict[str, dict[str, Any]]:
-        """Task runs by name."""
+        """Returns the task runs of a flow run by name."""
         return {run["name"]: run for run in self.post("/task_runs/filter", flow_runs={"id": {"any_": [flow_run]}})}
 
     def states(self, flow_run: str) -> dict[str, str]:
@@ -377,9 +380,9 @@ def up(tmp_path_factory: pytest.TempPathFactory, template: Path, check_log: Call
 
 def start_up(scratch: Scratch) -> Up:
     ports = {"PREFECT_PORT": str(scratch.free_port()), "MLFLOW_PORT": str(scratch.free_port())}
-    toml = scratch.root / "prefect.toml"  # what `prefect` reads where nothing is exported
+    toml = scratch.root / "prefect.toml"  # `prefect` reads this file if nothing is exported
     toml.write_text(re.sub(r":\d+/api", f":{ports['PREFECT_PORT']}/api", toml.read_text()))
-    name = f"up-{ports['PREFECT_PORT']}.log"  # one each time
+    name = f"up-{ports['PREFECT_PORT']}.log"  # a new log for each start
     process = scratch.start(sys.executable, "-m", "flows.servers.up", log=name, **ports)
     log = scratch.root / name
     wait(lambda: "\nready; " in log.read_text() or process.poll() is not None, 300, "`make up` is ready")

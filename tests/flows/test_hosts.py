@@ -226,7 +226,7 @@ def test_a_page_that_cannot_be_shown_fails_no_run(tmp_path: Path) -> None:
     token = watcher.set(Watcher())  # type: ignore[arg-type]
     _shown(_artifacts, tmp_path)
     watcher.reset(token)
-    assert len(said) == 1 and said[0].startswith("the run's page lacks something (")
+    assert len(said) == 1 and said[0].startswith("the page of this run is incomplete (")
 
 
 @pytest.mark.chaos

@@ -272,7 +272,7 @@ def test_params_changed_meanwhile_are_never_what_dvc_recorded(up: Any) -> None:
     last = (up.scratch.root / "flow.log").read_text().splitlines()[-1]
     for schedule in ("linear", "cosine"):
         assert f"train@{schedule}: training.steps changed while it ran" in last
-    assert "params.yaml: training.steps changed while this ran; what is done is kept, run again" in last
+    assert "params.yaml: training.steps changed while the flow ran; finished stages are kept: run it again" in last
     assert "steps: 22" not in (up.scratch.root / "dvc.lock").read_text()
     assert up.scratch.run(*up.FLOW, json.dumps({"promote": False})).stdout.splitlines()[-1].startswith("Completed")
     assert "steps: 22" in (up.scratch.root / "dvc.lock").read_text()

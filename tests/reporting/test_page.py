@@ -200,13 +200,13 @@ def test_dvcs_plot_shows_the_score_that_ranks_points() -> None:
 
 def test_how_sure() -> None:
     entry = Answer("a", 10, 1.0, 0.9, 1.1, lowest="a", may_be_best=("a",))
-    assert how_sure(entry, 1, 0.95) == "It is the only point."
-    assert how_sure(entry, 4, 0.95) == "Better than the other 3: 95% sure, of all at once."
-    among = "95% sure, the best of the 9 points is one of"
+    assert how_sure(entry, 1, 0.95) == "It is the only point within this budget."
+    assert how_sure(entry, 4, 0.95) == "With 95% confidence, it is the best of the 4 points."
+    among = "With 95% confidence, the best of the 9 points is one of these"
     tied = how_sure(replace(entry, may_be_best=("a", "b", "c")), 9, 0.95)
     assert tied.startswith("It has the lowest FID") and tied.endswith(f"{among} 3: a, b, c.")
     luck = how_sure(replace(entry, point="b", may_be_best=tuple("abcdefgh")), 9, 0.95)
-    assert luck.startswith("a has a lower FID, but that may be luck") and luck.endswith(
+    assert luck.startswith("a has a lower FID, but that may be chance") and luck.endswith(
         "8: a, b, c, d, e, f and 2 more."
     )
 
@@ -254,7 +254,7 @@ def test_copies_are_told_from_new_images() -> None:
 def test_the_verdict_follows_from_both_comparisons() -> None:
     far, near = Copying(0.4, -4.0, 0), Copying(0.7, 4.0, 0)
     said = {(a, b): verdict(a, b) for a in (None, far, near) for b in (None, far, near)}
-    assert said[None, None] == "There is nothing to compare with."
+    assert said[None, None].startswith("Not known")
     assert all(said[pair].startswith("No sign") for pair in ((far, far), (far, None), (None, far)))
     assert said[near, near].startswith("A strong sign of memorising: in pixels and features")
     assert said[near, far].startswith("A sign") and said[near, far].endswith("though not in features.")
@@ -275,8 +275,8 @@ def test_a_model_that_copies_is_caught_and_its_data_is_not(
     report(smoke(), root)
     text = Reader((root / "report" / "index.html").read_text(encoding="utf-8")).text
     assert "A strong sign of memorising" in text
-    assert "12: median 0.0, least 0.0; exact copies: 12" in text
-    assert "30 of the test split" in text and "the sample lies nearer in 100%" in text and "nearer in 99%" in text
+    assert "12: median distance 0.0, smallest 0.0; exact copies: 12" in text
+    assert "30 of the test split" in text and "In 100% of all pairs" in text and "In 99% of all pairs" in text
     assert "No sign of memorising: in pixels" in Reader((made_report / "report" / "index.html").read_text()).text
 
 

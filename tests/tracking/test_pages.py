@@ -157,7 +157,7 @@ def test_the_report_is_all_there_without_a_script_and_on_paper(browser: Any, swe
     context = browser.new_context(java_script_enabled=False, viewport={"width": 794, "height": 1123})
     page = context.new_page()
     page.goto((sweep / "report" / "index.html").as_uri(), wait_until="load")
-    hint = page.get_by_text("A click on a column sorts by it.")
+    hint = page.get_by_text("Click a column heading to sort by that column.")
     assert not hint.is_visible()
     assert page.locator("#points tbody tr").count() == 12
     paper = page.pdf(path=SHOTS / "report.pdf", format="A4")

@@ -203,7 +203,7 @@ def test_a_registered_model_whose_files_were_replaced_is_refused(
     else:
         checkpoint.save(folder, net, about.described_by())
     checkpoint.load(folder)  # a whole checkpoint
-    with pytest.raises(InputError, match="version 1: its files are not those that were registered"):
+    with pytest.raises(InputError, match="version 1: its files differ from those that were registered"):
         tracking.fetch_model("models:/ddpm-digits@champion", tmp_path, checkout)
 
 
@@ -356,9 +356,9 @@ def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smo
         kept.reason
         == registry.decisions()[-1]["reason"]
         == (
-            "cosine-ddpm-5 does not replace champion version 1 (cosine-ddim-5): it was made from other images"
-            f" (dataset {data[:12]}, now ffffffffffff); give these a name of their own (tracking.name in params.yaml),"
-            " or promote --replace"
+            "cosine-ddpm-5 does not replace champion version 1 (cosine-ddim-5): the champion was trained on other images"
+            f" (dataset {data[:12]}, now ffffffffffff); name the present images (tracking.name in params.yaml),"
+            " or use `ddpm promote --replace`"
         )
     )
 
@@ -391,7 +391,7 @@ def test_a_champion_without_influence_values_is_compared_as_independent(
     said: list[str] = []
     assert tracking.promote(params, checkout, rescore=never, say=said.append).promoted
     assert registry.decisions()[-1]["paired"] is False
-    assert any("influence values of version 1 are gone" in line for line in said)
+    assert any("influence values of version 1 cannot be read" in line for line in said)
 
 
 def test_a_champion_from_before_there_were_intervals_is_scored_again(
@@ -704,7 +704,7 @@ def test_every_source_has_its_licence_and_odd_names_stay_in_their_place(made: Pa
     about, scores = replace(about, data=data), read_scores(made, FIRST)
     text = card("ddpm-x", "cosine-ddim-5", {"sampler": "ddim"}, scores, about)
     shareable = source in ("digits", "fashion_mnist")
-    assert SOURCES[source].licence in text and ("Look at its terms" in text) is not shareable
+    assert SOURCES[source].licence in text and ("Check the data's terms" in text) is not shareable
     matter, body = parts(with_front_matter(text, "ddpm-x", scores, about))
     assert body == text and "# y" not in text
     assert matter["license"] == ("apache-2.0" if shareable else "other")

@@ -905,7 +905,10 @@ def test_who_waits_for_a_promotion_says_so(
         waiting.start()
         while not (said := capsys.readouterr().err):
             time.sleep(0.01)
-        assert said == "MLflow at postgresql://db/mlflow: another process promotes there; waiting for it\n" and not done
+        assert (
+            said == "MLflow at postgresql://db/mlflow: waiting for another process that promotes a model there\n"
+            and not done
+        )
         with pytest.raises(InputError, match="is in use by another process"), place.locked(where):
             pass
     waiting.join()

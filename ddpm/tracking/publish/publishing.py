@@ -1,4 +1,4 @@
-"""From the outputs on disk to MLflow: fills in what is missing, repeats nothing."""
+"""Publishes the outputs on disk to MLflow: adds what is missing there and repeats nothing."""
 
 from __future__ import annotations
 
@@ -52,26 +52,29 @@ from ddpm.tracking.runs import (
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
-FOLLOW_SECONDS = 1.0  # between two looks at dvc.lock
-REAL = 64  # images of the dataset beside the samples
-CONTENT, PUBLISHED = "ddpm.content_sha256", "ddpm.published_sha256"  # what a run is for, and once all of it is there
-UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, of an output without a run file
+FOLLOW_SECONDS = 1.0  # between two checks of dvc.lock
+REAL = 64  # images of the dataset that are logged at step 0
+CONTENT, PUBLISHED = (
+    "ddpm.content_sha256",
+    "ddpm.published_sha256",
+)  # hash of a run's outputs; the second marks a complete run
+UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, for outputs without a run file
 
 
 def publish_or_warn(params: Params, root: Path = Path(), only: str | None = None, say: Say = print) -> None:
-    """`publish` at the end of a stage, whose outputs are safe by now: whatever goes wrong is one line and no more."""
+    """Publishes at the end of a stage. Any error becomes a one-line warning, since the outputs are already on disk."""
     try:
         publish(params, root, only, say)
     except InputError as error:
         warn(str(error), say)
-    except Exception as error:  # noqa: BLE001 - who watches must not fail the work
+    except Exception as error:  # noqa: BLE001 - tracking must not fail the work
         warn(f"publishing {only or ''} failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})", say)
 
 
 def follow(params: Params, root: Path, ended: threading.Event, say: Say = print) -> None:
-    """Publishes what each stage wrote as soon as dvc.lock has it, until `ended` is set; never raises InputError."""
+    """Publishes the outputs of each stage once dvc.lock lists them, until `ended` is set. Never raises InputError."""
     path, changed, seen = root / "dvc.lock", -1, dvc_lock.read(root)
-    publish_or_warn(params, root, "prepare", say)  # nothing yet, but the store is made, and mlflow imported
+    publish_or_warn(params, root, "prepare", say)  # publishes nothing, but imports mlflow and creates the store
     while not ended.wait(FOLLOW_SECONDS):
         now = path.stat().st_mtime_ns if path.exists() else -1
         if now == changed:
@@ -92,10 +95,10 @@ def follow(params: Params, root: Path, ended: threading.Event, say: Say = print)
 
 
 def publish(params: Params, root: Path = Path(), only: str | None = None, say: Say = print) -> dict[str, int]:
-    """Fills in what MLflow lacks of the outputs below `root`; counts what was added: runs, metrics, images, models, files.
+    """Adds to MLflow what it lacks of the outputs below `root`. Returns counts of added runs, metrics, images, models, files.
 
     only: the output of one stage, such as "prepare", "train@linear", "sample@linear-ddim-50" or "report"; without it,
-    all there is, and a line about it. An output older than what it was made from is left out. Raises InputError.
+    all outputs, and a line that says what was added. An output older than its inputs is left out. Raises InputError.
     """
     target, added = open_target(params, root), Counter[str]()
     stage, _, item = (only or "").partition("@")
@@ -128,7 +131,7 @@ def _publish_all(target: Target, params: Params, root: Path, added: Counter[str]
 
 
 def _fill_in(target: Target, params: Params, root: Path, added: Counter[str]) -> list[str]:
-    """Publishes all outputs. Returns the names of those that are older than what they were made from."""
+    """Publishes all outputs. Returns the names of outputs that are older than their inputs."""
     end_orphans(target)
     stale = list[str]()
     for folder in sorted((root / "models").glob("*/model.json")):
@@ -152,14 +155,14 @@ def _fill_in(target: Target, params: Params, root: Path, added: Counter[str]) ->
 
 
 def _points(root: Path) -> Iterator[Point]:
-    """The points that have samples on disk; other files there are none of ours."""
+    """Yields the points that have samples on disk, and skips other files."""
     for path in sorted((root / "samples").glob("*.npz")):
         with contextlib.suppress(InputError):
             yield Point.parse(path.stem)
 
 
 def _publish_training(target: Target, root: Path, schedule: str, added: Counter[str]) -> Run | None:
-    """None when there is no such model on disk."""
+    """Publishes a training. Returns its run, or None if there is no such model on disk."""
     folder, record = root / paths.model_dir(schedule), root / paths.training_metrics_file(schedule)
     if not (folder / "model.json").exists() or not record.exists():
         return None
@@ -211,12 +214,12 @@ def training_tags(schedule: str, dataset: str, identity: Mapping[str, Any]) -> d
 
 
 def _times(run: RunRecord | None) -> tuple[int, int]:
-    """The start and the end of a run in milliseconds since the epoch."""
+    """Returns the start and the end of a run, in milliseconds since the epoch."""
     return (UNKNOWN_TIME, UNKNOWN_TIME) if run is None else (run.started, run.ended)
 
 
 def _commit(run: RunRecord | None) -> dict[str, str]:
-    """Tags about where the output was made."""
+    """Returns tags that say where and from which commit the output was made."""
     if run is None:
         return {"ddpm.times": "unknown"}
     tags = {"ddpm.device": run.device, "ddpm.hardware": json.dumps(run.hardware)}
@@ -227,7 +230,7 @@ def _commit(run: RunRecord | None) -> dict[str, str]:
 
 
 def _curve_metrics(values: Mapping[str, Mapping[int, float]], last: int, start: int, end: int) -> list[Metric]:
-    """At even times between start and end."""
+    """Returns the metrics of the loss curves, with time stamps spread evenly between start and end."""
     from mlflow.entities import Metric
 
     return [
@@ -238,7 +241,7 @@ def _curve_metrics(values: Mapping[str, Mapping[int, float]], last: int, start: 
 
 
 def _by_time_metrics(table: Path, end: int) -> list[Metric]:
-    """Losses by network time, with that time as the step."""
+    """Returns the losses by network time as metrics whose step is the network time."""
     from mlflow.entities import Metric
 
     return [
@@ -250,6 +253,7 @@ def _by_time_metrics(table: Path, end: int) -> list[Metric]:
 
 
 def _measurements(made: RunRecord | None, model: ModelRecord, last: int, end: int) -> list[Metric]:
+    """Returns peak memory and images per second as metrics at the last step."""
     from mlflow.entities import Metric
 
     measured = _peak_memory(made)
@@ -271,11 +275,11 @@ def _log_dataset(target: Target, run: Run, root: Path, data: DataEntry, context:
 
     md5 = dvc_lock.locked_md5(dvc_lock.read(root), "prepare", "outs", paths.dataset_dir()) or ""
     counts = {}
-    about = root / paths.dataset_dir() / "dataset.json"
-    if about.exists() and (present := read_dataset_record(root)).sha256 == data.sha256:
+    dataset_file = root / paths.dataset_dir() / "dataset.json"
+    if dataset_file.exists() and (present := read_dataset_record(root)).sha256 == data.sha256:
         counts = present.counts
     elif md5:
-        md5 = ""  # dvc.lock speaks of another version
+        md5 = ""  # dvc.lock describes another version
     dataset = Dataset(
         name=data.name,
         digest=data.sha256[:16],
@@ -292,7 +296,7 @@ def _log_dataset(target: Target, run: Run, root: Path, data: DataEntry, context:
 
 
 def _checkpoint_model(target: Target, run: Run, weights: str) -> Any:
-    """The logged model of a training run with those weights, or None."""
+    """Returns the logged model of a training run with those weights, or None."""
     found = target.client.search_logged_models([target.experiment], f"tags.`{MODEL}` = '{weights}'")
     return next((model for model in found if model.source_run_id == run.info.run_id), None)
 
@@ -300,7 +304,7 @@ def _checkpoint_model(target: Target, run: Run, weights: str) -> Any:
 def _log_checkpoint(
     target: Target, run: Run, folder: Path, record: ModelRecord, step: int, added: Counter[str]
 ) -> None:
-    """safetensors and JSON, as they are."""
+    """Logs the checkpoint folder, safetensors and JSON, as a logged model of the training run."""
     from mlflow.entities import LoggedModelOutput
 
     model = _checkpoint_model(target, run, record.weights_sha256)
@@ -328,15 +332,13 @@ def _log_checkpoint(
 
 @dataclass(frozen=True)
 class PointFiles:
-    """What is on disk of a point. model: whose samples they are, by the sha256 of its weights. metrics: None before it was
-    evaluated, or when that was done on other samples.
-    """
+    """The files of a point on disk."""
 
     point: Point
     evaluations: int
-    model: str
-    samples: str  # sha256 of what the set holds
-    metrics: Scores | None
+    model: str  # sha256 of the weights that drew the samples
+    samples: str  # sha256 of the sample set
+    metrics: Scores | None  # None before the evaluation, and for scores of other samples
     scores: str  # sha256 of the metrics file
     sampled: RunRecord | None
     evaluated: RunRecord | None
@@ -373,7 +375,7 @@ class PointFiles:
 def publish_points(
     target: Target, root: Path, group: Sequence[tuple[Point, PointSettings]], added: Counter[str]
 ) -> Run | None:
-    """Points of one schedule, sampler and settings. None when there is nothing on disk."""
+    """Publishes points of one schedule, sampler and settings. Returns their run, or None if nothing is on disk."""
     first, settings = group[0]
     training = _publish_training(target, root, first.schedule, added)
     if training is None:
@@ -418,19 +420,19 @@ def _point_tags(point: Point, model: ModelRecord, settings: PointSettings) -> di
     return {
         **flat({"ddpm": asdict(settings)}),
         "ddpm.stage": "sample",
-        "mlflow.runType": "evaluation",  # MLflow's pages unfold the parents of such runs: the scores are in sight
+        "mlflow.runType": "evaluation",  # makes MLflow's pages unfold the parent run, so that the scores are visible
         "ddpm.schedule": point.schedule,
         "ddpm.sampler": point.sampler,
         "ddpm.dataset": model.data.name,
         "ddpm.dataset_sha256": model.data.sha256,
         "mlflow.note.content": f"Sampler {point.sampler} on the {point.schedule} schedule. Step = network evaluations per"
-        f" image; the images at step 0 are real ones. {RANKING.title} ({RANKING.words}) of at most"
+        f" image; the images at step 0 are real. {RANKING.title} ({RANKING.words}) of at most"
         f" {images:,} samples, at {title} layer {layer}.",
     }
 
 
 def _point_params(point: Point, model: ModelRecord) -> dict[str, str]:
-    """Few: MLflow writes all of them above each picture, and more would leave the picture no room."""
+    """Returns only a few parameters: MLflow writes all of them above each picture, and more would leave it no room."""
     return {"schedule": point.schedule, "sampler": point.sampler, "dataset": model.data.name}
 
 
@@ -443,15 +445,15 @@ def _link_model(target: Target, run: Run, training: Run, weights: str) -> None:
 
 
 def _log_real(target: Target, run: Run, root: Path, data: DataEntry, start: int, added: Counter[str]) -> None:
-    """Real images at step 0, to compare with: MLflow's slider stands there when a page opens, and would show nothing."""
-    about = root / paths.dataset_dir() / "dataset.json"
-    if about.exists() and read_dataset_record(root).sha256 == data.sha256:
+    """Logs real images at step 0 for comparison. MLflow's slider starts there and would show nothing otherwise."""
+    dataset_file = root / paths.dataset_dir() / "dataset.json"
+    if dataset_file.exists() and read_dataset_record(root).sha256 == data.sha256:
         picture = arrays.grid(read_dataset(root).train[:REAL])
         log_image(target, run, _picture(picture), 0, start, added)
 
 
 def _picture(picture: arrays.Images) -> arrays.Images:
-    """uint8 C,H,W -> H,W or H,W,3, as MLflow takes it."""
+    """Returns a uint8 picture C,H,W as the H,W or H,W,3 that MLflow expects."""
     return picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
 
 
@@ -462,8 +464,8 @@ def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, adde
     (_, sampled), (_, evaluated) = _times(files.sampled), _times(files.evaluated)
     metrics = [Metric(key, value, sampled, files.evaluations) for key, value in _peak_memory(files.sampled).items()]
     if files.sampled is not None and files.sampled.per_second:
-        pace = 1 / files.sampled.per_second
-        metrics.append(Metric("seconds_per_image", pace, sampled, files.evaluations))
+        seconds = 1 / files.sampled.per_second
+        metrics.append(Metric("seconds_per_image", seconds, sampled, files.evaluations))
     if files.metrics is not None:
         values = files.metrics.values
         metrics += [
@@ -484,9 +486,9 @@ def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, adde
 
 
 def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counter[str]) -> bool:
-    """Below the training's run: bits/dim at step = training steps, rate and distortion at step = network time.
+    """Publishes a bound below its training's run: bits/dim at step = training steps, rate and distortion at step = network time.
 
-    Returns False for the likelihood of another model.
+    Returns False if the bound belongs to another model.
     """
     from mlflow.entities import Metric
 
@@ -512,7 +514,7 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
         CONTENT: content,
         "mlflow.parentRunId": training.info.run_id,
         "mlflow.note.content": f"The variational bound of the {schedule} model in bits/dim (lower is better): the total, and its"
-        " parts L_T (prior), the sum (kl) and L_0 (decoder). Step of `rate` and `distortion` = network time.",
+        " parts L_T (prior), the sum of all L_t (kl) and L_0 (decoder). Step of `rate` and `distortion` = network time.",
         **_commit(times),
     }
     run = find_or_create(
@@ -548,7 +550,7 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
 
 
 def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
-    """One run whose artifacts are the report as it is now, its page with lineage and timings."""
+    """Publishes the present report as artifacts of one run; its page gets the section with lineage and timings."""
     folder = root / paths.report_dir()
     if not (folder / "best.json").exists():
         return
@@ -573,7 +575,7 @@ def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
 
 
 def _page_with_lineage(target: Target, root: Path, rows: Sequence[Row]) -> str:
-    """report/index.html as it is published."""
+    """Returns report/index.html with its lineage section filled in."""
     folder = root / paths.report_dir()
     schedules = list(dict.fromkeys(row.schedule for row in rows))
     outputs = {"prepare": paths.dataset_dir()}
@@ -594,14 +596,14 @@ def _page_with_lineage(target: Target, root: Path, rows: Sequence[Row]) -> str:
 
 
 def _runs_of(target: Target, root: Path, rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """The run that holds what each stage wrote: its name and, behind a server, its address."""
+    """Returns, for each stage, the name of the run that holds its output and, for a server, the address of that run."""
     held = dict[str, dict[str, str]]()  # stage -> tags that only its run has
     for row in rows:
-        about, samples = (
+        model_file, samples = (
             root / paths.model_dir(row.schedule) / "model.json",
             paths.samples_file(Point.parse(row.point)),
         )
-        if about.exists():
+        if model_file.exists():
             for stage in ("train", "likelihood"):
                 weights = models.read_trained(root, row.schedule).weights_sha256
                 held[f"{stage}@{row.schedule}"] = {"ddpm.stage": stage, MODEL: weights}
@@ -622,7 +624,7 @@ def _runs_of(target: Target, root: Path, rows: Sequence[Row]) -> dict[str, tuple
 
 
 def _publish_schedules(target: Target, root: Path, folder: Path, added: Counter[str]) -> None:
-    """The table as metrics, one a schedule, and the pictures; another table or picture is another run."""
+    """Publishes the table of schedules as metrics, and its pictures. A changed table or picture gets a new run."""
     from mlflow.entities import Metric
 
     if not (root / folder / "table.csv").exists():
@@ -635,7 +637,7 @@ def _publish_schedules(target: Target, root: Path, folder: Path, added: Counter[
     bands = [name for name in rows[0] if name.startswith("snr ")]
     tags = {
         "ddpm.stage": "schedules",
-        "mlflow.note.content": f"{note} from the least up: {', '.join(band.removeprefix('snr ') for band in bands)}.",
+        "mlflow.note.content": f"{note} lowest first: {', '.join(band.removeprefix('snr ') for band in bands)}.",
         **_commit(times),
     }
     run = find_or_create(

@@ -1,8 +1,8 @@
-"""Which model is champion: the decision alone, from numbers; tracking/registry.py asks it and keeps the books.
+"""Decides from two scores whether a challenger replaces the champion. registry.py calls it and records the result.
 
-A challenger wins when the interval of the difference of the two scores lies wholly on its side. The interval is a paired one
-where both scores come with the influence values of images that start from the same noise. Otherwise the champion stays, except
-that a challenger which is not significantly worse wins when it takes a fraction of the network evaluations.
+A challenger wins if the interval of the difference of the two scores lies wholly on its side. A challenger that is not
+significantly worse wins too if it takes `promotion.fewer_evaluations` times fewer network evaluations. Otherwise the champion
+stays. The interval is paired if both scores have influence values of images that start from the same noise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AGAIN = "evaluate the point again (dvc repro)"
 
 @dataclass(frozen=True)
 class Protocol:
-    """The facts that two scores must share to be compared: the dataset's version, and how the scores were computed."""
+    """What two scores must share to be comparable: the dataset version, and how the scores were computed."""
 
     dataset: str  # sha256
     layer: int
@@ -41,11 +41,11 @@ class Protocol:
 
     @property
     def id(self) -> str:
-        """Names it in tags: 12 hexadecimal digits."""
+        """The name of the protocol in tags: 12 hexadecimal digits."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     def differences(self, other: Protocol) -> str:
-        """In words: what changed from `other` to this, such as "layer 64 -> 2048"."""
+        """Says in words what changed from `other` to this protocol, such as "layer 64 -> 2048"."""
         mine, theirs = asdict(self), asdict(other)
         hashes = {"dataset": "dataset version", "extractor_sha256": "feature extractor"}
         changed = [name for name in mine if mine[name] != theirs[name]]
@@ -57,7 +57,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Score:
-    """A point's headline score under a protocol. seed: of the noise that its images start from, where that is known."""
+    """A point's headline score under a protocol. seed: seed of the noise that its images start from, if known."""
 
     estimate: Estimate
     evaluations: int
@@ -66,14 +66,14 @@ class Score:
 
     @classmethod
     def of(cls, scores: Scores, influence: NDArray[np.floating] | None = None, seed: int | None = None) -> Score:
-        """Raises InputError for the influence values of other images."""
+        """Builds the score of a point. Raises InputError if the number of influence values differs from the number of images."""
         if influence is not None and len(influence) != scores.images:
             raise InputError(f"{len(influence)} influence values for {scores.images} images: {AGAIN}")
         return cls(scores.estimate(influence), scores.evaluations, Protocol.of(scores), seed)
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Score:
-        """Reads what metrics/POINT.json held, of which a comparison takes a part. Raises InputError."""
+        """Reads the content of metrics/POINT.json, as far as a comparison needs it. Raises InputError."""
         try:
             return cls.of(Scores.from_json(found, needed=COMPARED))
         except ValueError as error:
@@ -86,10 +86,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Decision:
-    """What `promote` did.
+    """The result of `promote` or `rollback`.
 
-    version, champion: the version that is champion now and its point, or None without a champion. reason: one plain line.
-    point: the one that was compared, or came back. previous: the version that was champion before.
+    Args:
+        promoted: whether the challenger became champion.
+        version: the version that is champion now; None without a champion.
+        reason: why, in one line.
+        point: the point that was compared, or that came back.
+        previous: the version that was champion before.
+        champion: the point of the present champion.
     """
 
     promoted: bool
@@ -101,15 +106,15 @@ class Decision:
 
     @property
     def line(self) -> str:
-        """The champion, and why it is that one."""
+        """The champion and the reason, in one line."""
         return f"champion: version {self.version} ({self.champion}): {self.reason}" if self.version else self.reason
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the challenger takes the champion's place, and why, as the end of a sentence.
+    """Whether the challenger replaces the champion. reason: why, as the end of a sentence.
 
-    evidence: difference (challenger - champion), low, high, confidence, paired; empty where nothing was compared.
+    evidence: difference (challenger - champion), low, high, confidence, paired; empty if nothing was compared.
     """
 
     wins: bool
@@ -118,9 +123,16 @@ class Verdict:
 
 
 def decide(challenger: Score, champion: Score | None, rule: Promotion, force: bool = False) -> Verdict:
-    """champion: None where its score is not known; only `force`, which asks for no reasons, goes without.
+    """Decides whether the challenger replaces the champion.
 
-    Raises ValueError for scores that cannot be compared otherwise.
+    Args:
+        challenger: the challenger's score.
+        champion: the champion's score; None if it is unknown, which only `force` allows.
+        rule: the confidence of the interval, and how many times fewer evaluations decide a tie.
+        force: let the challenger win whatever the scores say.
+
+    Raises:
+        ValueError: without `force`, if the scores belong to different protocols.
     """
     comparable = champion is not None and challenger.protocol == champion.protocol
     if not comparable and not force:

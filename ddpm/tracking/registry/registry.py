@@ -1,4 +1,4 @@
-"""The model registry: who is champion and why, and the model that it serves."""
+"""The model registry: registers models, promotes one to champion, and writes the model that MLflow serves."""
 
 from __future__ import annotations
 
@@ -56,14 +56,27 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SERVED = Path(__file__).with_name("served.py")
-ROLLED_BACK = "ddpm.rolled_back"  # on a version: no `promote` brings it back by itself
+ROLLED_BACK = "ddpm.rolled_back"  # tag of a version that `promote` does not bring back without --replace
 
-START = "start it (`make ui`), or name a checkpoint folder such as models/cosine instead"  # for who reads a model
+START = (
+    "start it (`make ui`), or name a checkpoint folder such as models/cosine instead"  # advice where a model is read
+)
 
 
 def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path, dict[str, Any]]:
-    """models:/NAME@ALIAS or models:/NAME/VERSION -> its checkpoint folder, copied below `destination`, and the sampler
-    settings that earned its promotion: a row's options, `steps` and `clip`. Raises InputError.
+    """Downloads a registered model.
+
+    Args:
+        uri: models:/NAME@ALIAS or models:/NAME/VERSION.
+        destination: the folder to download into.
+        root: the checkout whose MLflow store is asked.
+
+    Returns:
+        The checkpoint folder below `destination`, and the sampler settings that the model was promoted with: the options of a
+        sampler row, `steps` and `clip`.
+
+    Raises:
+        InputError: the model does not exist, is damaged, was not registered by `ddpm promote`, or MLflow cannot be reached.
     """
     where = find_place(root)
     if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/[0-9]+)", uri):
@@ -89,7 +102,7 @@ def _version(client: MlflowClient, uri: str) -> ModelVersion | None:
         return client.get_model_version_by_alias(name, which) if sign == "@" else client.get_model_version(name, which)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None  # the second is its answer to an alias that is not there
+            return None  # the second code is MLflow's answer for an unknown alias
         raise
 
 
@@ -100,13 +113,13 @@ def _download(client: MlflowClient, where: Place, version: ModelVersion, destina
     destination.mkdir(parents=True, exist_ok=True)
     path = download_artifacts(f"{location}/artifacts/checkpoint", dst_path=str(destination), tracking_uri=where.uri)
     folder = Path(path)
-    about = models.read_model_record(folder)
-    models.check_weights(folder, about)
-    found = {MODEL: about.weights_sha256, MODEL_RECORD: records.record_digest(about.content)}
+    record = models.read_model_record(folder)
+    models.check_weights(folder, record)
+    found = {MODEL: record.weights_sha256, MODEL_RECORD: records.record_digest(record.content)}
     if MODEL not in version.tags or any(version.tags.get(tag, value) != value for tag, value in found.items()):
         raise InputError(
-            f"{version.name} version {version.version}: its files are not those that were registered; restore them in"
-            f" {where.shown}'s artifacts, or register the model again (ddpm promote --replace)"
+            f"{version.name} version {version.version}: its files differ from those that were registered; restore them in the"
+            f" artifacts of {where.shown}, or register the model again (ddpm promote --replace)"
         )
     return folder
 
@@ -117,17 +130,17 @@ class Challenger:
 
     name: str
     point: Point
-    settings: dict[str, Any]  # a sampler row's options, `steps`, and `clip`
+    settings: dict[str, Any]  # the options of a sampler row, `steps` and `clip`
     seed: int
     scores: Scores
     score: Score  # with its influence values
     model: ModelRecord
     folder: Path
-    likelihood: BoundRecord | None = None  # what `ddpm likelihood` measured of this very model
+    likelihood: BoundRecord | None = None  # the bound of exactly this model, if `ddpm likelihood` measured it
 
     @property
     def identity(self) -> dict[str, str]:
-        """Tags that say which images it makes."""
+        """Tags that determine which images the model makes."""
         return {MODEL: self.model.weights_sha256, SETTINGS: json.dumps(self.settings, sort_keys=True)}
 
     def is_version(self, version: ModelVersion) -> bool:
@@ -185,8 +198,9 @@ def _challenger(params: Params, root: Path) -> Challenger:
 
 
 def model_card(params: Params, root: Path = Path()) -> str:
-    """The card of the report's best point as a file of its own: what its promotion would leave beside the model, from the outputs
-    alone. Raises InputError.
+    """Returns the model card of the report's best point as a file, from the outputs alone. Raises InputError.
+
+    A promotion would store the same card beside the model.
     """
     return _challenger(params, root).card_file
 
@@ -197,13 +211,21 @@ Rescore = Callable[[Path, dict[str, Any]], tuple[Scores, "NDArray[np.float32]"]]
 def promote(
     params: Params, root: Path = Path(), replace: bool = False, rescore: Rescore | None = None, say: Say = print
 ) -> Decision:
-    """Registers the report's best point as `ddpm-DATASET` with alias `champion`, if it beats the champion there is by the
-    rule of promote.py.
+    """Registers the report's best point as `ddpm-DATASET` with alias `champion`, if it beats the present champion.
 
-    A champion with a score under another dataset version or protocol is scored again first. The exception are users' own
-    images without a name: other images may be another dataset, so the champion stays. rescore(checkpoint folder, sampler
-    settings) -> its scores and their influence values. replace: take its place whatever the scores say.
-    The decision and what led to it stay as tags in the registry. Raises InputError.
+    `decision.decide` holds the rule. A champion whose score belongs to another dataset version or protocol is scored again first.
+    A user's own images without a name are an exception: other images may be another dataset, so the champion stays. The decision
+    and its evidence are kept as tags in the registry.
+
+    Args:
+        params: the parameters of the sweep.
+        root: the checkout.
+        replace: promote the point whatever the scores say.
+        rescore: (checkpoint folder, sampler settings) -> the champion's scores and their influence values.
+        say: prints a line for the user.
+
+    Raises:
+        InputError: an output is missing or stale, the champion cannot be scored, or MLflow cannot be reached.
     """
     challenger = _challenger(params, root)
     target = open_target(params, root)
@@ -223,8 +245,8 @@ def promote(
             registered = registered or _register(target, params, root, challenger)
             now = _version(target.client, champion_uri(params))
             if (now and now.version) == (champion and champion.version):
-                break  # else somebody else promoted meanwhile: compare with that one
-        # Before the alias: should this end between the two, the next call finds a champion that knows how it came there.
+                break  # otherwise another process changed the champion: compare with the new one
+        # Tag before moving the alias: after a kill in between, the champion still has its decision and predecessor.
         _tag(target.client, registered, "ddpm.decision", verdict.reason)
         if champion is not None:
             _tag(target.client, registered, "ddpm.previous", champion.version)
@@ -235,10 +257,10 @@ def promote(
 
 
 def rollback(params: Params, root: Path = Path()) -> Decision:
-    """Makes the version that was champion before the present one champion again, and says so in the registry.
+    """Makes the previous champion champion again, and records that in the registry.
 
-    The version that goes is marked, so that the next `promote` of the same report doesn't bring it back. Raises InputError when
-    there is no earlier champion.
+    The version that loses the alias is tagged, so that the next `promote` of the same report doesn't bring it back. Raises
+    InputError if there is no earlier champion.
     """
     target = open_target(params, root)
     client, name = target.client, model_name(params)
@@ -252,7 +274,7 @@ def rollback(params: Params, root: Path = Path()) -> Decision:
         reason = (
             f"rolled back from version {champion.version} to version {before.version} ({before.tags.get('ddpm.point')})"
         )
-        # Before the alias: should this end between the two, no `promote` brings the version back.
+        # Tag before moving the alias: after a kill in between, no `promote` brings the version back.
         _tag(client, champion, ROLLED_BACK, before.version)
         _tag(client, champion, "ddpm.replaced_by", before.version)
         client.set_registered_model_alias(name, CHAMPION, before.version)
@@ -265,7 +287,7 @@ def rollback(params: Params, root: Path = Path()) -> Decision:
 
 
 def _earlier(client: MlflowClient, champion: ModelVersion) -> ModelVersion | None:
-    """The last champion before this one that is still there and was not rolled back itself."""
+    """Returns the latest earlier champion that was not rolled back, or None if there is none or it was deleted."""
     seen, version = {str(champion.version)}, champion
     while (number := version.tags.get("ddpm.previous")) and number not in seen:
         seen.add(number)
@@ -279,7 +301,7 @@ def _earlier(client: MlflowClient, champion: ModelVersion) -> ModelVersion | Non
 
 
 def _rolled_back(target: Target, challenger: Challenger) -> str | None:
-    """The number of the challenger's version, if that was rolled back."""
+    """Returns the number of the challenger's version if that version was rolled back."""
     for version in _versions(target.client, challenger.name):
         if challenger.is_version(version) and ROLLED_BACK in version.tags:
             return str(version.version)
@@ -297,7 +319,7 @@ def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
 
 
 def _score(version: ModelVersion, protocol: Protocol, say: Say) -> Score | None:
-    """A version's score under a protocol, if it was ever computed with its error and is still readable."""
+    """Returns a version's score under a protocol, or None if there is none with an interval or the tag is damaged."""
     try:
         return tags.score(version, protocol)
     except InputError as error:
@@ -306,7 +328,7 @@ def _score(version: ModelVersion, protocol: Protocol, say: Say) -> Score | None:
 
 
 def _with_influence(target: Target, version: ModelVersion, score: Score, say: Say) -> Score:
-    """The same score with the influence values that were kept with it, if they were."""
+    """Returns the score with its influence values, if they were kept and can be read."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
@@ -320,14 +342,16 @@ def _with_influence(target: Target, version: ModelVersion, score: Score, say: Sa
             )
             influence = scores.read_influence(Path(path), kept.sha256)
         except (MlflowException, OSError, InputError) as error:
-            say(f"promote: the influence values of version {version.version} are gone ({' '.join(str(error).split())})")
+            say(
+                f"promote: the influence values of version {version.version} cannot be read ({' '.join(str(error).split())})"
+            )
             return score
     return replace(score, estimate=replace(score.estimate, influence=influence), seed=kept.seed)
 
 
-def _keep(target: Target, version: ModelVersion, score: Score, of: Scores) -> None:
-    """Leaves a score with a version, and its influence values with the version's run, for comparisons in pairs."""
-    tag, value = tags.score_tag(score.protocol), json.dumps(of.to_json())
+def _keep(target: Target, version: ModelVersion, score: Score, content: Scores) -> None:
+    """Keeps a score as a tag of the version, and its influence values with the version's run, for paired comparisons."""
+    tag, value = tags.score_tag(score.protocol), json.dumps(content.to_json())
     if version.tags.get(tag) == value and tags.influence_tag(score.protocol) in version.tags:
         return
     _tag(target.client, version, tag, value)
@@ -352,7 +376,7 @@ def _compare(
     rescore: Rescore | None,
     say: Say,
 ) -> tuple[Verdict, Score | None]:
-    """-> whether the challenger wins and why, and the champion's score."""
+    """Returns whether the challenger wins and why, and the champion's score."""
     if champion is None:
         return Verdict(True, f"{challenger.point.name} is the first champion"), None
     protocol, title = (
@@ -377,26 +401,27 @@ def _compare(
 
 
 def _changed(champion: ModelVersion, protocol: Protocol) -> str:
-    """Why the champion has no score under a protocol, in words."""
+    """Says in words why the champion has no score under a protocol."""
     try:
         before = tags.protocol(champion)
     except InputError as error:
         return str(error)
     if before is None:
-        return "unknown protocol"
+        return "it was scored under an unknown protocol"
     return protocol.differences(before) or "its score has no interval"
 
 
 def _other_images(champion: ModelVersion, challenger: Challenger, params: Params) -> str:
-    """Says why the two are not rivals; "" if they are. A source of users' own images may hold anything, and only a name says
-    that other images are a new version of the same dataset.
+    """Says why the two models cannot be compared; "" if they can.
+
+    A source of a user's own images may hold anything. Only a name says that other images are a new version of the same dataset.
     """
     mine, theirs = challenger.score.protocol.dataset, champion.tags.get("ddpm.dataset_sha256", "")
     if not SOURCES.select(params.data.source).any_images or params.tracking.name or mine == theirs:
         return ""
     return (
-        f"it was made from other images (dataset {theirs[:12]}, now {mine[:12]}); give these a name of their own"
-        " (tracking.name in params.yaml), or promote --replace"
+        f"the champion was trained on other images (dataset {theirs[:12]}, now {mine[:12]}); name the present images"
+        " (tracking.name in params.yaml), or use `ddpm promote --replace`"
     )
 
 
@@ -411,13 +436,13 @@ def _score_again(target: Target, champion: ModelVersion, protocol: Protocol, see
             ) from None
     score = Score.of(found, influence, seed)
     if score.protocol != protocol:
-        raise InputError(f"the champion's new score differs in protocol ({protocol.differences(score.protocol)})")
+        raise InputError(f"the champion's new score has another protocol ({protocol.differences(score.protocol)})")
     _keep(target, champion, score, found)
     return score
 
 
 def _tag(client: MlflowClient, version: ModelVersion, key: str, value: str) -> None:
-    """Sets a version's tag. When two set a new one at once, MLflow refuses the second insert; trying again updates."""
+    """Sets a version's tag. If two processes create a tag at once, MLflow refuses the second insert; a second try updates it."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -429,7 +454,7 @@ def _tag(client: MlflowClient, version: ModelVersion, key: str, value: str) -> N
 
 
 def _already(target: Target, champion: ModelVersion, challenger: Challenger) -> Decision:
-    """The same images: no new version, though perhaps a score under a new protocol."""
+    """Adds no version, since the champion makes the same images; keeps its score under a new protocol."""
     _keep(target, champion, challenger.score, challenger.scores)
     reason = f"{challenger.point.name} is champion already"
     version, point = str(champion.version), challenger.point.name
@@ -437,7 +462,7 @@ def _already(target: Target, champion: ModelVersion, challenger: Challenger) -> 
 
 
 def _settle(target: Target, challenger: Challenger, mine: ModelVersion, seen: int, say: Say) -> ModelVersion:
-    """Of versions that were promoted at the same time, the best becomes champion, whoever set the alias last."""
+    """Makes the best of the versions that were promoted at the same time champion. Returns that version."""
     rivals = [version for version in _versions(target.client, mine.name) if int(version.version) > seen]
     scored = [
         (RANKING.rank(score.value), int(rival.version), rival)
@@ -458,7 +483,7 @@ def _decided(
     score: Score | None,
     verdict: Verdict,
 ) -> Decision:
-    """Writes the decision to the registry, unless the last one there says the same."""
+    """Writes the decision to the registry, and returns it."""
     reason = verdict.reason
     promoted = after is not None and challenger.is_version(after)
     if not promoted and before is not after and after is not None:
@@ -492,7 +517,7 @@ def _decided(
 
 
 def _note(client: MlflowClient, name: str, entry: dict[str, Any]) -> None:
-    """A decision as a tag of the registered model, unless the last one there says the same."""
+    """Writes a decision as a tag of the registered model, unless the last decision there is the same."""
     text, known = json.dumps(entry), client.get_registered_model(name).tags
     past = sorted(tag for tag in known if tag.startswith("ddpm.decision."))
     if not past or known[past[-1]] != text:
@@ -501,13 +526,13 @@ def _note(client: MlflowClient, name: str, entry: dict[str, Any]) -> None:
 
 
 def _introduce(client: MlflowClient, champion: ModelVersion, decision: str) -> None:
-    """The registered model's description is its champion's card, and why that is champion."""
+    """Describes the registered model by its champion's card and the reason for the decision."""
     text = f"{champion.description or ''}\n\n## Champion\n\nVersion {champion.version}: {decision}.\n"
     client.update_registered_model(champion.name, text[:LONGEST])
 
 
 def _register(target: Target, params: Params, root: Path, challenger: Challenger) -> ModelVersion:
-    """The version of this point, created if there is none yet."""
+    """Returns the registered version of this point, and creates it if there is none."""
     from mlflow.exceptions import MlflowException
 
     client, name = target.client, challenger.name
@@ -546,9 +571,9 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
 
 
 def _log_served(target: Target, run: Run, challenger: Challenger) -> str:
-    """The model of served.py, with code and checkpoint, as a logged model of the sampler's run; gives its id.
+    """Logs the model of served.py, with code and checkpoint, as a logged model of the sampler's run. Returns its id.
 
-    One that an earlier call has finished, and not lived to register, is taken as it is.
+    If an earlier call finished the logged model but was killed before it registered it, that model is used.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -577,7 +602,7 @@ def _log_served(target: Target, run: Run, challenger: Challenger) -> str:
 
 
 def save_served(folder: Path, challenger: Challenger, run_id: str | None = None, model_id: str | None = None) -> None:
-    """Writes a model folder for mlflow.pyfunc that needs none of this checkout, and holds no pickle."""
+    """Writes a model folder for mlflow.pyfunc that needs no checkout and holds no pickle."""
     import mlflow.pyfunc
     import numpy as np
     import pandas as pd
@@ -627,12 +652,12 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
 
 
 def served_modules(model: ModelRecord) -> list[str]:
-    """The modules that a registered model runs, and with them all that these import."""
+    """Returns the modules that a registered model starts from; `code.files` adds the modules that they import."""
     return [*code.source(SERVED).imported, NETWORKS.module(model.network.kind)]
 
 
 def served_packages(modules: Sequence[str]) -> list[str]:
-    """The distributions, beside MLflow, that the registered model and its modules import when they are loaded."""
+    """Returns the distributions, beside MLflow, that the registered model and its modules import when they load."""
     sources = [code.source(SERVED), *map(code.source, code.modules(modules).values())]
     imported = {name.partition(".")[0] for source in sources for name in source.at_once}
     found = packages_distributions()
@@ -641,6 +666,6 @@ def served_packages(modules: Sequence[str]) -> list[str]:
 
 
 def _requirement(package: str) -> str:
-    """At least the running version, below the next major one."""
+    """Returns a requirement for at least the installed version, below the next major version."""
     release = installed_version(package).partition("+")[0]
     return f"{package}>={release},<{int(release.split('.')[0]) + 1}"

@@ -1,8 +1,12 @@
-"""The registered model as MLflow loads it: its code and checkpoint lie in the model's own folder, so it needs no checkout.
+"""The registered model as MLflow loads it. Its code and checkpoint lie in the model's own folder, so it needs no checkout.
 
-Input: one row a request; n: how many images; seed (the same seed gives the same images), steps and sampler may be left
-out for what the model was registered with. A conditional model also takes label, the name or number of a class; without
-one the classes come in turn. Output: the images of all rows in turn, uint8 [N, C, H, W].
+Each row of the input asks for images:
+
+- n: the number of images.
+- seed, steps, sampler: optional; the defaults are those that the model was registered with. The same seed gives the same images.
+- label: optional, for a conditional model: the name or number of a class. Without it the classes take turns.
+
+The output holds the images of all rows, one row after the other: uint8 [N, C, H, W].
 """
 
 from __future__ import annotations
@@ -16,11 +20,11 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 BATCH = 128
-MOST = 100_000  # images a row
+MOST = 100_000  # images per row
 
 
 class ImageModel(PythonModel):
-    """A checkpoint and the sampler settings that earned its promotion."""
+    """A checkpoint with the sampler settings that it was promoted with."""
 
     def load_context(self, context: Any) -> None:
         from ddpm.files import checkpoint
@@ -33,10 +37,12 @@ class ImageModel(PythonModel):
         folder = Path(context.artifacts["checkpoint"])
         self.denoiser, self.model = checkpoint.load(folder, self.device, self.settings.pop("clip"))
         if self.model.weights_sha256 != config.get("weights_sha256", self.model.weights_sha256):
-            raise ValueError(f"{folder}: not the checkpoint that this model was registered with")
+            raise ValueError(
+                f"{folder}: not the checkpoint that this model was registered with; restore the model's artifacts"
+            )
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
-        """-> uint8 [N, C, H, W]. Raises ValueError for a sampler, a class, a number of steps or of images that cannot be."""
+        """Returns images, uint8 [N, C, H, W]. Raises ValueError for an invalid sampler, class, number of steps or of images."""
         given = (
             {key: value for key, value in row.items() if not pd.isna(value)} for row in model_input.to_dict("records")
         )
@@ -56,7 +62,7 @@ class ImageModel(PythonModel):
             raise ValueError(f"n = {n} must lie in 1 ... {MOST}")
         settings = dict(self.settings)
         if sampler and sampler != settings["sampler"]:
-            kept = ("spacing", "guidance", "steps")  # the rest is the other sampler's
+            kept = ("spacing", "guidance", "steps")  # the other options belong to the registered sampler
             settings = {"sampler": sampler, **{key: settings[key] for key in kept if key in settings}}
         chosen = int(steps) if steps else settings["steps"]
         images, _ = generate(

@@ -1,7 +1,7 @@
 """The JSON that `promote` leaves in the tags of a registered version, checked when it is read.
 
-Anyone can edit a tag in MLflow. `promote` does without a damaged score, protocol or address of influence values, and says so.
-Damaged settings are refused, since they would draw other images.
+Anyone can edit a tag in MLflow. `promote` reports and ignores a damaged score, protocol or address of influence values. Damaged
+settings are an error, since they would draw other images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Influence:
     run: str
     path: str
     seed: int | None
-    sha256: str = ""  # of the file; versions before 0.2.0 kept none, and their values are not used
+    sha256: str = ""  # hash of the file; versions before 0.2.0 lack it, and their values are not used
 
 
 def score_tag(protocol: Protocol) -> str:
@@ -48,7 +48,7 @@ def influence_tag(protocol: Protocol) -> str:
 
 
 def settings(version: ModelVersion) -> dict[str, Any]:
-    """The sampler settings that earned a version its promotion: a row's options, `steps` and `clip`. Raises InputError."""
+    """Returns the sampler settings that a version was promoted with: a row's options, `steps` and `clip`. Raises InputError."""
     found = _object(version, SETTINGS)
     try:
         section(_Settings, _Settings.arrange(found))
@@ -58,7 +58,7 @@ def settings(version: ModelVersion) -> dict[str, Any]:
 
 
 def protocol(version: ModelVersion) -> Protocol | None:
-    """The protocol under which a version was promoted, or None without one. Raises InputError."""
+    """Returns the protocol under which a version was promoted, or None without one. Raises InputError."""
     if PROTOCOL not in version.tags:
         return None
     found = _object(version, PROTOCOL)
@@ -69,13 +69,13 @@ def protocol(version: ModelVersion) -> Protocol | None:
 
 
 def score(version: ModelVersion, under: Protocol) -> Score | None:
-    """A version's score under a protocol, or None if it was never computed with its error. Raises InputError."""
+    """Returns a version's score under a protocol, or None if there is no score with an interval. Raises InputError."""
     tag = score_tag(under)
     if tag not in version.tags:
         return None
     found = _object(version, tag)
     if HEADLINE in found and f"{HEADLINE}_high" not in found:
-        return None  # from before scores had intervals
+        return None  # written before scores had intervals
     try:
         read = Score.from_json(found)
     except (InputError, KeyError, TypeError, ValueError) as error:
@@ -86,7 +86,7 @@ def score(version: ModelVersion, under: Protocol) -> Score | None:
 
 
 def influence(version: ModelVersion, under: Protocol) -> _Influence | None:
-    """The run and path of the influence values behind a score, or None where none were kept. Raises InputError."""
+    """Returns where the influence values of a score are kept, or None if they were not kept. Raises InputError."""
     tag = influence_tag(under)
     if tag not in version.tags:
         return None
