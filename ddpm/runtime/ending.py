@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-STAGE = (
-    6.0  # seconds; a stage saves its state. Prefect notices a cancellation within 4 seconds, so stages end within 10
-)
+STAGE = 6.0  # seconds; a stage saves its state. Prefect notices a cancellation within 4, so it takes ten at most
 SERVER = 10.0  # the Prefect server of a single flow writes the last task states
 ORPHAN = 15.0  # a process whose parent is gone; a flow run ends its stages first
 FLOW_RUNS = 20.0  # the flow runs of a worker of `make up`; they become orphans when the worker ends
