@@ -12,9 +12,7 @@ from ddpm.errors import InputError
 from ddpm.training import parallel
 from ddpm.training.parallel import ALONE, World
 
-MEETING = (
-    "DDPM_RANKS_MEET"  # a file through which processes of one machine find each other; without it, MASTER_ADDR is used
-)
+MEETING = "DDPM_RANKS_MEET"  # a file through which processes of one machine meet; without it, MASTER_ADDR is used
 
 
 def number() -> int:
