@@ -1,16 +1,16 @@
-# One image for the worker and for both servers; docs/deploy.md shows its use.
+# The image of the worker and of both servers. docs/deploy.md shows its use.
 #
 #   docker build --tag ddpm .                                               CUDA, with the torch of requirements.lock
 #   docker build --tag ddpm --build-arg TORCH_INDEX=<address of an index> . another torch, such as the CPU-only one
 #   docker build --tag ddpm --build-arg BASE_IMAGE=<image> .                a site's own Debian 12, or newer, or Ubuntu 24.04
 #
-# deploy/image.sh builds it without a Docker engine and, where no image registry is reached, without a base image.
+# deploy/image.sh builds the image without a Docker engine and, if no image registry can be reached, without a base image.
 ARG BASE_IMAGE=debian:12.12-slim
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS python
 # torch.compile calls gcc when it runs; DVC and MLflow's lineage call git.
-# Versions are those of the base's release: an older one can't be had from Debian's mirrors, and would lack its fixes.
+# Packages are not pinned: Debian's mirrors hold only the latest version of a release.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
@@ -21,12 +21,12 @@ RUN apt-get update \
 
 FROM python AS packages
 ARG TORCH_INDEX=
-# The certificates of the base, so that a site can add its own.
+# Uses the base image's certificates, so that a site can add its own.
 ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt UV_SYSTEM_CERTS=1 UV_NO_CACHE=1 UV_LINK_MODE=copy
 WORKDIR /build
 COPY Makefile pyproject.toml requirements.lock ./
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# What `make` installs, without the tools of development: the entries of requirements.lock that pyproject.toml leads to.
+# Installs what `make` installs, without development tools: the entries of requirements.lock that pyproject.toml needs.
 RUN python3 -m venv /opt/uv \
     && /opt/uv/bin/pip install --quiet --no-cache-dir --disable-pip-version-check "$(sed -n 's/^UV := //p' Makefile)" \
     && /opt/uv/bin/uv venv --quiet /opt/venv \
@@ -47,9 +47,9 @@ FROM python
 RUN useradd --uid 10001 --no-log-init --create-home --home-dir /home/ddpm --shell /usr/sbin/nologin ddpm \
     && git config --system --add safe.directory /workspace
 COPY --from=packages /opt/venv /opt/venv
-# The checkout: what DVC runs and what it tracks. Mount your own over it to keep what is made.
+# The checkout that DVC works in. Mount your own over it to keep the outputs.
 COPY --chown=10001:10001 . /workspace
-# Bytecode too, which is written here alone: nobody else may write there, and a full disk would leave half of a file.
+# Bytecode is compiled here and never at run time: on a full disk, Python would leave truncated files.
 RUN --mount=type=bind,from=packages,source=/opt/uv,target=/opt/uv \
     printf '[core]\n    no_scm = true\n' >/workspace/.dvc/config.local \
     && /opt/uv/bin/uv pip install --quiet --no-deps --no-build-isolation --python /opt/venv/bin/python --editable /workspace \
@@ -67,7 +67,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PREFECT_WORKER_WEBSERVER_PORT=8080
 WORKDIR /workspace
 USER 10001:10001
-# The worker says 503 when it no longer reaches Prefect; compose.yaml asks the servers in their own way.
+# The worker answers 503 when it cannot reach Prefect. compose.yaml has the health checks of the servers.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/health', timeout=5)"]
 CMD ["python", "-m", "flows.servers.up", "worker"]

@@ -1,4 +1,4 @@
-# `make help` lists what there is. Every target does the set-up it needs, once.
+# `make help` lists the targets. Each target installs what it needs, once.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test proof chaos bench wheels up ui remote check audit sbom image clean lock
@@ -12,74 +12,74 @@ RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP := .venv/bin/uv pip install --python .venv/bin/python --no-deps
 # The environment's `dvc` writes dvc.lock atomically (ddpm/provenance/atomic_lock.py).
 ATOMIC := find .venv/bin -name dvc -exec sed -i 's/^from .* import main/from ddpm.provenance.atomic_lock import main/' {} +
-# The packages that `make bench` compares with and that are not in the lock; of the lock, what a machine that holds torch, torchvision and
-# scipy may lack.
+# PEERS: the packages that `make bench` compares with and that are not in requirements.lock. TRAVEL: the packages of
+# requirements.lock that a machine with only torch, torchvision and scipy may lack.
 PEERS = $$(.venv/bin/python -c 'import tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
 TRAVEL := diffusers|torch-fidelity|pydantic|pydantic-core|annotated-types|typing-inspection|ruamel-yaml|psutil|importlib-metadata|zipp
 
-# `make up HOST=...` lets other machines in, with passwords (docs/deploy.md). Some shells have a HOST for another purpose.
+# `make up HOST=...` lets other machines connect, with passwords (docs/deploy.md). A HOST variable of the shell is ignored.
 ifneq ($(origin HOST),command line)
 unexport HOST
 endif
 export PREFECT_PORT ?= 4200
 export MLFLOW_PORT ?= 5000
-# Nothing reports home; Prefect and DVC read the same from prefect.toml and .dvc/config when they run without make.
+# Switches telemetry off. Without make, Prefect and DVC read the same settings from prefect.toml and .dvc/config.
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
-# Without this MLflow's server starts ten more processes, which outlive it.
+# Otherwise MLflow's server starts ten more processes, which outlive it.
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
-# Python 3.11 leaves half of a .pyc when the disk fills (https://github.com/python/cpython/issues/126606), and every later start
-# fails on that. So bytecode is written at installation only. An edited file then costs 2 to 11 ms at each start.
+# On a full disk, Python 3.11 leaves a truncated .pyc (https://github.com/python/cpython/issues/126606), on which every later
+# start fails. So bytecode is written only at installation. An edited file then costs 2 to 11 ms at each start.
 export PYTHONDONTWRITEBYTECODE := 1
 
-help: ## this list
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'variables: RECIPE=smoke (demo), HOST, PREFECT_PORT, MLFLOW_PORT (up, ui), TORCH_INDEX=<address of a package index> (another'
 	@echo '           torch, such as the smaller CPU-only one), PYTHON=<interpreter> (3.11 or newer)'
 
-demo: $(EMPTY) ## the whole pipeline on real digits, from data to a promoted model, in a few minutes
+demo: $(EMPTY) ## run the whole pipeline on real digits, from data to a promoted model, in a few minutes
 	@$(RUN) python -m flows $(if $(RECIPE),--recipe $(RECIPE))
 
-test: $(EMPTY) ## the tests (15 minutes at most)
+test: $(EMPTY) ## run the tests (15 minutes at most)
 	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof and not chaos'
 
-proof: $(EMPTY) ## the slow proofs
+proof: $(EMPTY) ## run the slow proofs
 	@$(RUN) pytest -m proof
 
-chaos: $(EMPTY) ## faults injected for real: kills, full disks, dead servers
+chaos: $(EMPTY) ## inject real faults: kills, full disks, dead servers
 	@.venv/bin/uv pip install --quiet --python .venv/bin/python --constraint requirements.lock \
 		$$(.venv/bin/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
 		print(*(item.replace(" ", "") for name in ("dask", "kubernetes") for item in extras[name]))')
 	@$(RUN) pytest -m chaos
 
-bench: $(INSTALLED) ## speed beside other packages, into docs/speed.md (ONLY=train: one row; about 30 minutes)
+bench: $(INSTALLED) ## measure speed against other packages and write docs/speed.md (ONLY=train: one row; about 30 minutes)
 	@$(PIP) --quiet $(PEERS)
 	@$(RUN) python -m bench $(ONLY)
 
-wheels: $(INSTALLED) ## what the rows of `make bench` need on a GPU machine without an index, in .cifar10/wheels (FOR=3.12: its Python)
-	@test -n "$(FOR)" || { echo 'make wheels: for which Python? FOR=3.12' >&2; exit 2; }
+wheels: $(INSTALLED) ## download what `make bench` needs on a GPU machine without a package index to .cifar10/wheels (FOR=3.12: its Python)
+	@test -n "$(FOR)" || { echo 'make wheels: name the Python version of the GPU machine, such as FOR=3.12' >&2; exit 2; }
 	@rm -rf .cifar10/wheels
 	@.venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --python-version '$(FOR)' \
 		--dest .cifar10/wheels $(PEERS) $$(grep -oE '^($(TRAVEL))==[^ ]+' requirements.lock)
 	@ls .cifar10/wheels
 
-up: $(EMPTY) ## Prefect server, MLflow server and a worker, until Ctrl-C
+up: $(EMPTY) ## run a Prefect server, an MLflow server and a worker until Ctrl-C
 	@$(RUN) python -m flows.servers.up
 
-ui: $(EMPTY) ## MLflow's pages alone
+ui: $(EMPTY) ## run MLflow's server alone
 	@$(RUN) python -m flows.servers.up mlflow
 
-remote: $(INSTALLED) ## keep results in S3: URL=s3://bucket/folder, and ENDPOINT=<address> unless it is Amazon's
-	@test -n "$(URL)" || { echo 'make remote: which bucket? URL=s3://bucket/folder' >&2; exit 2; }
+remote: $(INSTALLED) ## store DVC's results in S3: URL=s3://bucket/folder, and ENDPOINT=<address> unless it is Amazon's
+	@test -n "$(URL)" || { echo 'make remote: name the bucket: URL=s3://bucket/folder' >&2; exit 2; }
 	@$(RUN) dvc remote add --quiet --force --default storage '$(URL)'
 	@$(RUN) dvc remote modify storage verify true
 	@$(if $(ENDPOINT),$(RUN) dvc remote modify storage endpointurl '$(ENDPOINT)')
-	@echo 'written to .dvc/config: commit it, and every clone has it. `dvc push --run-cache` uploads, `dvc pull --run-cache` fetches'
+	@echo 'written to .dvc/config: commit it, so that every clone has it. `dvc push --run-cache` uploads, `dvc pull --run-cache` fetches'
 
-check: $(INSTALLED) ## format, lint, types, imports, Dockerfile, compose.yaml, known vulnerabilities
+check: $(INSTALLED) ## check format, lint, types, imports, Dockerfile, compose.yaml, known vulnerabilities
 	@$(RUN) ruff format --check
 	@$(RUN) ruff check
 	@$(RUN) mypy
@@ -88,15 +88,15 @@ check: $(INSTALLED) ## format, lint, types, imports, Dockerfile, compose.yaml, k
 	@$(RUN) check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
 	@$(RUN) python deploy/audit.py
 
-audit: $(INSTALLED) ## known vulnerabilities in what requirements.lock names
+audit: $(INSTALLED) ## list known vulnerabilities of the packages in requirements.lock
 	@$(RUN) python deploy/audit.py
 
-sbom: $(INSTALLED) ## a bill of materials of requirements.lock (CycloneDX), in build/sbom.json
+sbom: $(INSTALLED) ## write a bill of materials of requirements.lock (CycloneDX) to build/sbom.json
 	@mkdir -p build
 	@$(RUN) cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json
 	@echo build/sbom.json
 
-image: ## the container image, by buildah (docs/deploy.md)
+image: ## build the container image with buildah (docs/deploy.md)
 	@deploy/image.sh
 
 clean: ## remove outputs and caches; DVC's cache, MLflow's and Prefect's records and .venv stay
@@ -104,7 +104,7 @@ clean: ## remove outputs and caches; DVC's cache, MLflow's and Prefect's records
 	rm -rf .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dvc_plots test-output
 	@echo 'kept: .dvc/cache (`dvc checkout` brings the outputs back), imported, mlflow.db, mlartifacts, .prefect, .venv'
 
-lock: .venv/bin/uv ## bring requirements.lock up to date with pyproject.toml (UPGRADE=1: newest versions)
+lock: .venv/bin/uv ## update requirements.lock to pyproject.toml (UPGRADE=1: newest versions)
 	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 		--extra dev $(if $(UPGRADE),--upgrade) pyproject.toml --output-file requirements.lock
 
@@ -113,7 +113,7 @@ lock: .venv/bin/uv ## bring requirements.lock up to date with pyproject.toml (UP
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check '$(UV)'
 
-# The stamp comes last: an interrupted installation is gone over again.
+# The stamp file is written last, so that an interrupted installation is repeated.
 $(INSTALLED): requirements.lock pyproject.toml | .venv/bin/uv
 	@rm -f $@
 	@echo 'installing into .venv'
@@ -130,7 +130,7 @@ endif
 	@.venv/bin/python -m compileall -q bench ddpm flows
 	@touch $@
 
-# To create their tables takes Prefect and MLflow ten seconds of computing: done once, and copied by whoever needs a new one.
+# Prefect and MLflow take ten seconds to create their tables. So empty databases are created once and then copied.
 $(EMPTY): $(INSTALLED)
 	@rm -rf .venv/share/prefect
 	@PREFECT_HOME='$(CURDIR)/.venv/share/prefect' .venv/bin/prefect server database upgrade --yes >/dev/null & prefect=$$!; \

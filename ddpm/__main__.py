@@ -1,4 +1,4 @@
-"""`python -B -m ddpm VERB`, by which DVC, torchrun and the flow run the code of the folder that they work in; and `ddpm VERB`."""
+"""Starts `ddpm VERB`. DVC, torchrun and the flow call `python -B -m ddpm VERB`, which runs the code of the working folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Runs a verb. Nothing is written beside the sources: a full disk would leave half of it."""
+    """Runs a verb. Bytecode is not written: on a full disk Python would leave a damaged .pyc file."""
     sys.dont_write_bytecode = True
     from ddpm.provenance.checkout import missing
 

@@ -1,4 +1,7 @@
-"""ddpm <verb>: joins a stage to its display, its record and its tracking. Heavy packages wait for the verb that uses them."""
+"""The command line. Each verb runs a stage or a tool with its progress display, its run record and its publishing to MLflow.
+
+Heavy packages are imported by the verb that uses them.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +37,13 @@ app = typer.Typer(
     help="A pipeline for Denoising Diffusion Probabilistic Models. The stages below are what `dvc repro` runs, one by one.",
 )
 
-FOLLOWED = "DDPM_FOLLOWED" in os.environ  # somebody publishes what stages write
+FOLLOWED = "DDPM_FOLLOWED" in os.environ  # `ddpm publish --follow` runs beside this stage
 
-Debug = False  # set by --debug: errors come with their traceback
+Debug = False  # set by --debug: show tracebacks
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         from ddpm.provenance.run_record import versions
 
         say(versions())
@@ -49,11 +52,11 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_version, is_eager=True, help="Say what runs here: versions, device, commit."
+            "--version", callback=_version, is_eager=True, help="Show the versions, device and commit in use."
         ),
     ] = False,
 ) -> None:
@@ -66,34 +69,39 @@ def options(
 def _run(
     stage: str,
     output: Path,
-    work: Callable[[Params, Report], Any],
+    execute: Callable[[Params, Report], Any],
     watch: Callable[[Params, ExitStack], Report] | None = None,
     publishes: bool = True,
 ) -> None:
-    """Runs one stage: shows and records it, then publishes what it wrote.
+    """Runs one stage with a progress display, writes its run record, and publishes its output to MLflow.
 
-    publishes: not where somebody else does, since MLflow alone takes three seconds to import: the next stage, or the
-    `ddpm publish --follow` that the flow runs beside its stages.
+    Args:
+        stage: the DVC stage, such as train@linear.
+        output: the run record is written beside this file or folder.
+        execute: does the work of the stage.
+        watch: returns a second receiver of the progress reports.
+        publishes: False if a later stage or `ddpm publish --follow` publishes this output; importing MLflow takes three
+            seconds.
     """
-    started, before, last = time.time(), 0, Progress(0, 0, "")
+    started, resumed_from, last = time.time(), 0, Progress(0, 0, "")
     with unchanged(stage), ExitStack() as stack:
         params = Params.load()
         show = stack.enter_context(display(stage))
         watcher = watch(params, stack) if watch else None
 
         def report(progress: Progress) -> None:
-            nonlocal last, before
+            nonlocal last, resumed_from
             if progress.message and last.done == 0:
-                before = progress.done  # done by an earlier run that this one goes on from
+                resumed_from = progress.done  # an earlier run did this much
             last = progress
             show(progress)
             if watcher:
                 watcher(progress)
 
-        work(params, report)
+        execute(params, report)
     from ddpm.provenance.run_record import record
 
-    run = record(output, stage, started, time.time(), last.done - before, last.unit)
+    run = record(output, stage, started, time.time(), last.done - resumed_from, last.unit)
     say(f"{stage}: {last.done:,} {last.unit} in {run.seconds:.1f} s" if last.unit else f"{stage}: done")
     if publishes:
         from ddpm import tracking
@@ -103,23 +111,23 @@ def _run(
 
 @app.command()
 def prepare() -> None:
-    """Read the data source into dataset/: uint8 arrays, labels, statistics, a preview."""
+    """Read the data source and write dataset/: uint8 arrays, labels, statistics, a preview."""
     from ddpm.stages.prepare import prepare
 
     _run("prepare", paths.dataset_dir(), lambda params, report: prepare(params, Path(), report), publishes=False)
 
 
-def _item_of_dvc(verb: str, what: str) -> Callable[[], str]:
-    """Returns a default for the argument of `verb`: the item of dvc.yaml's matrix that DVC runs the verb for.
+def _item_from_dvc(verb: str, argument: str) -> Callable[[], str]:
+    """Returns a function that reads the default of the argument of `verb` from DVC_STAGE, such as train@linear.
 
-    DVC passes the item in DVC_STAGE, such as train@linear. dvc.yaml therefore puts no name from params.yaml into a command,
-    where a shell would read the name.
+    DVC sets DVC_STAGE for each item of a matrix in dvc.yaml. The commands in dvc.yaml therefore hold no names from
+    params.yaml, which a shell would interpret.
     """
 
     def item() -> str:
         stage, _, name = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")  # DIRECTORY/dvc.yaml:STAGE
         if stage != verb or not name:
-            raise InputError(f"Missing argument '{what}'; ddpm {verb} --help shows how it goes")
+            raise InputError(f"Missing argument '{argument}'; see ddpm {verb} --help")
         return name
 
     return item
@@ -130,18 +138,18 @@ def train(
     schedule: Annotated[
         str,
         typer.Argument(
-            help="A noise schedule, such as linear or cosine.",
-            default_factory=_item_of_dvc("train", "SCHEDULE"),
+            help="A row of schedules in params.yaml, such as linear or cosine.",
+            default_factory=_item_from_dvc("train", "SCHEDULE"),
             show_default=False,
         ),
     ],
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start again, from no saved state.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard the saved states and start again.")] = False,
 ) -> None:
-    """Train the network on one noise schedule into models/SCHEDULE; goes on by itself where it was stopped."""
+    """Train the network on one noise schedule and write models/SCHEDULE. Resumes from the last saved state."""
     from ddpm.runtime import ranks
 
     params = Params.load()
-    imported = schedule in params.schedules and params.schedules[schedule].imported  # nothing is trained
+    imported = schedule in params.schedules and params.schedules[schedule].imported  # its weights are copied
     if params.compute.processes > 1 and not ranks.started() and not imported:
         from ddpm.runtime.launch import launch
 
@@ -150,33 +158,33 @@ def train(
 
     from ddpm.stages.train import train
 
-    if ranks.number() > 0:  # the first process shows, records and publishes
+    if ranks.number() > 0:  # process 0 shows, records and publishes
         if not imported:
             _assist(params, schedule)
         return
 
-    def work(params: Params, report: Report) -> None:
+    def execute(params: Params, report: Report) -> None:
         if not imported:
             _check_points(params, schedule)
         train(params, schedule, Path(), report, fresh=fresh)
 
     watch = None if imported else partial(_watch_training, schedule)
-    _run(f"train@{schedule}", paths.model_dir(schedule), work, watch)
+    _run(f"train@{schedule}", paths.model_dir(schedule), execute, watch)
 
 
 def _assist(params: Params, schedule: str) -> None:
-    """Trains as one of several processes, of which another one reports."""
+    """Trains as one of the processes beside process 0, which alone reports."""
     from ddpm.stages.train import train
 
     try:
         train(params, schedule)
     except InputError:
-        time.sleep(5)  # the first process says what all of them find wrong, and then ends this one
+        time.sleep(5)  # process 0 reports the same error meanwhile, and the launcher ends this process
         raise
 
 
 def _check_points(params: Params, schedule: str) -> None:
-    """Raises InputError for a point that could not be sampled with the network: before it is trained."""
+    """Raises InputError, before the training, for a point that could not be sampled from the trained network."""
     from ddpm.runtime.drawing import check_point
     from ddpm.stages.train import noise_schedule
 
@@ -203,15 +211,15 @@ def _watch_training(schedule: str, params: Params, stack: ExitStack) -> Report:
 
 def _point(verb: str) -> Any:
     return typer.Argument(
-        help="SCHEDULE-SAMPLER-STEPS, such as linear-ddim-50.",
-        default_factory=_item_of_dvc(verb, "POINT"),
+        help="A point of the sweep: SCHEDULE-SAMPLER-STEPS, such as linear-ddim-50.",
+        default_factory=_item_from_dvc(verb, "POINT"),
         show_default=False,
     )
 
 
 @app.command()
 def sample(point: Annotated[str, _point("sample")]) -> None:
-    """Draw images at one point of the sweep into samples/POINT.npz and .png."""
+    """Draw the images of one point of the sweep and write samples/POINT.npz and .png."""
     from ddpm.stages.sample import sample_point
 
     parsed = Point.parse(point)
@@ -225,7 +233,7 @@ def sample(point: Annotated[str, _point("sample")]) -> None:
 
 @app.command()
 def evaluate(point: Annotated[str, _point("evaluate")]) -> None:
-    """Score the samples of one point against the dataset into metrics/POINT.json."""
+    """Score the samples of one point against the dataset and write metrics/POINT.json."""
     from ddpm.stages.evaluate import evaluate
 
     parsed = Point.parse(point)
@@ -242,13 +250,13 @@ def likelihood(
     schedule: Annotated[
         str,
         typer.Argument(
-            help="A noise schedule whose network is trained.",
-            default_factory=_item_of_dvc("likelihood", "SCHEDULE"),
+            help="A row of schedules in params.yaml that has a trained network.",
+            default_factory=_item_from_dvc("likelihood", "SCHEDULE"),
             show_default=False,
         ),
     ],
 ) -> None:
-    """Measure a network's bits per dimension into metrics/likelihood/SCHEDULE.json, with rate and distortion per step."""
+    """Measure a network's bits per dimension and rate-distortion curve; write metrics/likelihood/SCHEDULE.json and .csv."""
     from ddpm.stages.likelihood import likelihood
 
     _run(
@@ -261,7 +269,7 @@ def likelihood(
 
 @app.command()
 def report() -> None:
-    """Gather the scores of the sweep into report/: index.html with all of it, the table, the best point, the pictures."""
+    """Collect the scores of the sweep in report/: a page (index.html), a table, the best point, plots."""
     from ddpm.stages.report import report
 
     _run("report", paths.report_dir(), lambda params, watch: report(params, Path(), watch), publishes=not FOLLOWED)
@@ -270,21 +278,22 @@ def report() -> None:
 @app.command()
 def publish(
     follow: Annotated[
-        bool, typer.Option("--follow", help="First publish what each stage writes, until standard input ends.")
+        bool,
+        typer.Option("--follow", help="Publish the output of each stage as it appears, until standard input ends."),
     ] = False,
 ) -> None:
-    """Bring MLflow up to date with the outputs that are here: fills in what is missing, repeats nothing."""
+    """Log to MLflow the outputs in this checkout that it lacks; log nothing twice."""
     from ddpm import tracking
 
     params = Params.load()
     if follow:
         ended = threading.Event()
 
-        def wait_for_the_end() -> None:
+        def wait_for_end_of_input() -> None:
             sys.stdin.read()
             ended.set()
 
-        threading.Thread(target=wait_for_the_end, daemon=True).start()
+        threading.Thread(target=wait_for_end_of_input, daemon=True).start()
         tracking.follow(params, Path(), ended, say=say)
     tracking.publish(params, Path(), say=say)
 
@@ -292,11 +301,14 @@ def publish(
 @app.command()
 def promote(
     replace: Annotated[
-        bool, typer.Option("--replace", help="Take the best point even if the champion is better or not comparable.")
+        bool, typer.Option("--replace", help="Promote the best point even if the champion is better or not comparable.")
     ] = False,
-    rollback: Annotated[bool, typer.Option("--rollback", help="Bring the last champion back instead.")] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Restore the previous champion instead.")] = False,
 ) -> None:
-    """Register the best point of the report as ddpm-DATASET; it becomes champion if it beats the one there is for sure."""
+    """Register the best point of the report as ddpm-DATASET, and make it the champion if it wins.
+
+    It wins if its score is significantly better, or if it is as good with far fewer network evaluations.
+    """
     from ddpm import tracking
 
     if replace and rollback:
@@ -318,13 +330,13 @@ def promote(
 @app.command()
 def gc(
     delete: Annotated[
-        bool, typer.Option("--delete", help="Remove what is listed; without it nothing changes.")
+        bool, typer.Option("--delete", help="Remove the listed files; without it they are only listed.")
     ] = False,
     older_than: Annotated[
-        float, typer.Option("--older-than", min=1, metavar="DAYS", help="Keep what was used in the last DAYS days.")
+        float, typer.Option("--older-than", min=1, metavar="DAYS", help="Keep files used in the last DAYS days.")
     ] = 7,
 ) -> None:
-    """List old files of .cache that no run goes on from: training states, kept images, features, weights, previews."""
+    """List old files in .cache that no run would resume from: training states, kept images, features, weights, previews."""
     from ddpm.tools import cleaning
 
     found = list(cleaning.leftovers(Params.load(), Path(), time.time() - older_than * 86400))
@@ -338,18 +350,21 @@ def gc(
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(item.kind for item in found).items())
     total = f"{sum(item.size for item in found) / 1e6:,.1f} MB"
-    say(f"gc: {'removed' if delete else 'would remove'} {kinds}, {total}" + ("" if delete else "; --delete does it"))
+    say(
+        f"gc: {'removed' if delete else 'would remove'} {kinds}, {total}"
+        + ("" if delete else "; --delete removes them")
+    )
 
 
 @app.command()
 def card(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("MODEL_CARD.md"),
 ) -> None:
-    """Write the model card of the report's best point: what it is for, made from, how good, how to load it."""
+    """Write the model card of the report's best point: its purpose, training data, scores, and how to load it."""
     from ddpm import tracking
 
     if out.is_dir():
-        raise InputError(f"{out}: a folder lies there; name a file with --out")
+        raise InputError(f"{out}: is a folder; name a file with --out")
     atomic.write_text(out, tracking.model_card(Params.load(), Path()))
     say(f"{out}: the model card")
 
@@ -359,65 +374,87 @@ def generate(
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write (PNG).")] = Path("grid.png"),
     count: Annotated[
         int | None,
-        typer.Option("-n", min=1, help="How many: 64 images, 8 rows of a chain, 9 images between two."),
+        typer.Option(
+            "-n",
+            min=1,
+            help="Number of images or rows; default: 64 in a grid, 8 rows of a chain, 9 between two images.",
+        ),
     ] = None,
     model: Annotated[
         str,
         typer.Option(
-            "--model", "-m", help="models:/NAME@ALIAS, models:/NAME/VERSION, or a folder such as models/linear."
+            "--model",
+            "-m",
+            help="models:/NAME@ALIAS, models:/NAME/VERSION, or a folder such as models/linear; default: the champion.",
         ),
     ] = "",
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,
     sampler: Annotated[
-        str, typer.Option(help="A row of samplers in params.yaml; default: the one that the model was promoted with.")
+        str,
+        typer.Option(help="A row of samplers in params.yaml; default: that of the model, or ddim for a folder."),
     ] = "",
-    steps: Annotated[int | None, typer.Option(min=1, help="Network times visited; default: the model's own.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of sampling steps; default: those of the model, or 50 for a folder."),
+    ] = None,
     label: Annotated[
-        str | None, typer.Option(help="A class, by name or number, of a conditional model; default: all in turn.")
+        str | None,
+        typer.Option(help="The class to draw with a conditional model, by name or number; default: all classes."),
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="How strongly: 1 is the plain conditional network; default: the model's own.")
+        float | None,
+        typer.Option(help="Guidance strength; 1 is the plain conditional network; default: that of the sampler."),
     ] = None,
     progressive: Annotated[
-        bool, typer.Option("--progressive", help="Rows of x0_hat: what the image is taken for, step by step.")
+        bool,
+        typer.Option(
+            "--progressive", help="Show rows of x0_hat, the predicted clean image, from the first step to the last."
+        ),
     ] = False,
-    strip: Annotated[bool, typer.Option("--strip", help="Rows of x_t: from noise to image.")] = False,
+    strip: Annotated[bool, typer.Option("--strip", help="Show rows of x_t, from noise to image.")] = False,
     interpolate: Annotated[
         tuple[int, int] | None,
-        typer.Option(metavar="A B", help="Between two images of the test split, through their codes."),
+        typer.Option(
+            metavar="A B",
+            help="Interpolate between test images A and B: encode both to noise, decode what lies between.",
+        ),
     ] = None,
     blend: Annotated[
         tuple[int, int] | None,
-        typer.Option(metavar="A B", help="Between two images of the test split, mixed under noise and denoised."),
+        typer.Option(
+            metavar="A B", help="Interpolate between test images A and B: add noise to both, mix them, denoise."
+        ),
     ] = None,
     encode_decode: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="The first N test images, and what comes back from their codes."),
+        typer.Option(
+            min=1, metavar="N", help="Show the first N test images above their reconstructions from encoded noise."
+        ),
     ] = None,
 ) -> None:
-    """Make images from a model of the registry (the champion, unless another is named) or from a checkpoint folder.
+    """Draw a picture with a registered model, by default the champion, or with a checkpoint folder.
 
-    One picture at a time: a grid, unless --progressive, --strip, --interpolate, --blend or --encode-decode is given.
+    The picture is a grid of images unless --progressive, --strip, --interpolate, --blend or --encode-decode is given.
     """
     from ddpm.tools.generate import generate
 
-    asked: dict[str, tuple[int, ...] | None] = {
+    requested: dict[str, tuple[int, ...] | None] = {
         "progressive": () if progressive else None,
         "strip": () if strip else None,
         "interpolate": interpolate,
         "blend": blend,
         "encode-decode": None if encode_decode is None else (encode_decode,),
     }
-    kinds = {kind: of for kind, of in asked.items() if of is not None} or {"grid": ()}
+    kinds = {kind: numbers for kind, numbers in requested.items() if numbers is not None} or {"grid": ()}
     if len(kinds) > 1:
         raise InputError(f"--{' and --'.join(kinds)} are different pictures; ask for one at a time")
-    ((kind, of),) = kinds.items()
+    ((kind, numbers),) = kinds.items()
     with display("generate") as watch:
-        said = generate(
+        message = generate(
             Params.load(),
             out=out,
             kind=kind,
-            of=of,
+            of=numbers,
             count=count or 0,
             model=model,
             seed=seed,
@@ -427,18 +464,23 @@ def generate(
             guidance=guidance,
             report=watch,
         )
-    say(said)
+    say(message)
 
 
 @app.command()
 def schedules(
     timesteps: Annotated[
         int | None,
-        typer.Option("--timesteps", min=2, max=100_000, help="T; default: diffusion.timesteps of params.yaml."),
+        typer.Option(
+            "--timesteps",
+            min=2,
+            max=100_000,
+            help="Number of timesteps T; default: diffusion.timesteps of params.yaml.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = paths.schedules_dir(),  # noqa: B008
 ) -> None:
-    """Is x_T really noise, and where does each schedule spend its steps: a table, a plot, a real image along the way."""
+    """Compare noise schedules: how far x_T is from pure noise, and at which noise levels the steps lie (table and plots)."""
     from ddpm.provenance.run_record import record
     from ddpm.runtime.display import table
     from ddpm.tools.schedules import BAND_NAMES, schedules
@@ -453,7 +495,7 @@ def schedules(
         ],
     )
     say(
-        f"L_T: bits/dim that x_T is away from pure noise ({data}). Last columns: share of the steps by signal-to-noise ratio."
+        f"L_T: distance of x_T from pure noise in bits/dim ({data}). Last columns: share of the steps by signal-to-noise ratio."
     )
     for name, row in rows.items():
         for warning in row.warnings:
@@ -468,9 +510,9 @@ def schedules(
 @app.command("swiss-roll")
 def swiss_roll(
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write (PNG).")] = Path("swiss-roll.png"),
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 2, help="Same seed, same picture.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 2, help="The same seed gives the same picture.")] = 0,
 ) -> None:
-    """Learn a Swiss roll, points of the plane, from nothing but the library: forward, reverse and drift in one picture."""
+    """Train a small network on a two-dimensional Swiss roll and draw the forward process, the reverse process and its drift."""
     from ddpm.tools.swiss_roll import swiss_roll
 
     with display("swiss-roll") as watch:
@@ -481,7 +523,7 @@ def swiss_roll(
 @app.command("export-diffusers")
 def export_diffusers(
     model: Annotated[str, typer.Argument(help="A checkpoint folder such as models/linear, or models:/NAME@ALIAS.")],
-    out: Annotated[Path, typer.Argument(help="The new folder, for DDPMPipeline.from_pretrained.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write, for DDPMPipeline.from_pretrained.")],
 ) -> None:
     """Write a model as a diffusers DDPMPipeline folder."""
     from ddpm.tools.exchange import export_diffusers
@@ -500,27 +542,27 @@ def export_diffusers(
 @app.command("import-diffusers")
 def import_diffusers(
     folder: Annotated[Path, typer.Argument(help="The folder of a UNet2DModel or a DDPMPipeline.")],
-    name: Annotated[str, typer.Argument(help="What to call it here, in a-z, 0-9 and _.")],
+    name: Annotated[str, typer.Argument(help="The name of the model here: a-z, 0-9 and _.")],
 ) -> None:
-    """Read a diffusers model into imported/NAME and a row of schedules in params.yaml, to be swept like our own."""
+    """Copy a diffusers model to imported/NAME and add a schedules row to params.yaml, so that a sweep can use the model."""
     from ddpm.tools.exchange import import_diffusers
 
     for line in import_diffusers(folder, name):
         say(line)
 
 
-UsageError: Any = typer.BadParameter.__base__  # the one of its errors that typer names is one of these
+UsageError: Any = typer.BadParameter.__base__  # click's class, of which typer exports only this subclass
 
 
 def main() -> None:
-    """The console script: wrong input is one line on standard error and exit code 2. SIGTERM is one line too, and 143."""
+    """Runs the command line. Prints errors in one line on standard error; exits with 2 for wrong input and 143 for SIGTERM."""
     stopping.on_sigterm()
     watchdog.start()
     try:
         sys.exit(app(prog_name="ddpm", standalone_mode=False))
     except stopping.Stopped as stopped:
         print(f"ddpm: {stopped}", file=sys.stderr, flush=True)
-        os._exit(128 + stopped.number)  # at once: a server that doesn't answer may hold a thread
+        os._exit(128 + stopped.number)  # at once: a thread may be waiting for a server
     except KeyboardInterrupt:
         print("ddpm: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -536,19 +578,19 @@ def main() -> None:
 
 
 def _say_usage(error: Any) -> None:
-    if len(sys.argv) > 1:  # without arguments the help has been shown
+    if len(sys.argv) > 1:  # without arguments, typer has shown the help
         where = error.ctx.command_path if error.ctx else "ddpm"
-        print(f"ddpm: {error.format_message().rstrip('.')}; {where} --help shows how it goes", file=sys.stderr)
+        print(f"ddpm: {error.format_message().rstrip('.')}; see {where} --help", file=sys.stderr)
     else:
         error.format_message()
 
 
 def _line(error: Exception) -> tuple[str, int]:
-    """Returns the line that tells of an error, and the exit code: 2 where the user can mend it."""
+    """Returns the line that describes an error, and the exit code: 2 if the user can correct it, else 1."""
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, ModuleNotFoundError):
         return checkout.missing(error), 2
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only a user gives such a name
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # the user gave this name
         return str(InputError(f"{error.filename}: too long for the name of a file; give a shorter one")), 2
     return f"{type(error).__name__}: {' '.join(str(error).split())} (ddpm --debug shows where)", 1

@@ -1,4 +1,4 @@
-"""The one error a user can cause, and what its line must not show."""
+"""Defines InputError, the error for wrong input, and hides passwords in messages."""
 
 import re
 
@@ -6,10 +6,10 @@ LONGEST = 750  # characters
 
 
 class InputError(Exception):
-    """Wrong input: what is wrong, where, and what to do, in one line. `ddpm` prints it and exits with code 2.
+    """Wrong input. The message says in one line what is wrong, where, and what to do; `ddpm` prints it and exits with 2.
 
-    What cannot be printed, such as a line break in a file's name, is shown escaped. Of a line that would fill the screen,
-    since it quotes the input, the middle is left out.
+    Unprintable characters of the message, such as a line break in a file's name, are escaped. A message of more than
+    LONGEST characters, which quotes long input, loses its middle.
     """
 
     def __init__(self, message: str) -> None:
@@ -19,6 +19,6 @@ class InputError(Exception):
 
 
 def without_password(uri: str) -> str:
-    """What stands before the host goes: a database's password may hold slashes. So does one that is given as an option."""
+    """Removes user and password before the host of a URI, and the values of password options. A password may hold slashes."""
     before = r"://[^/]*@" if uri.lower().startswith("http") else r"://[^/].*@"
     return re.sub(r"(?i)([?&]\w*password=)[^&]*", r"\1***", re.sub(before, "://", uri))

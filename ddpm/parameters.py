@@ -1,7 +1,7 @@
 """The sections of params.yaml as plain dataclasses.
 
-`ddpm.files.params` checks a file against these classes. The limits of an entry stand beside it, in the terms of pydantic and
-JSON Schema: ge, gt, lt, multiple_of, pattern. This module imports neither pydantic nor torch.
+`ddpm.files.params` checks a file against these classes. The limits of each entry are in its field's metadata, in the terms of
+pydantic and JSON Schema: ge, gt, lt, multiple_of, pattern. This module imports neither pydantic nor torch.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from typing import Any, Literal
 
 from ddpm.errors import InputError
 
-LONGEST_NAME = 64  # characters: three of them and an ending are the name of a file
+LONGEST_NAME = 64  # characters; a file name holds up to three names and a suffix
 NAME: dict[str, Any] = {"pattern": "^[a-z0-9_]+$", "max_length": LONGEST_NAME}
 COUNT = {"ge": 1, "lt": 2**31}
 POSITIVE = {"gt": 0, "allow_inf_nan": False}
 FRACTION = {"ge": 0, "lt": 1, "allow_inf_nan": False}
 FINITE = {"allow_inf_nan": False}
 INSIDE = {"gt": 0, "lt": 1}
-USUAL_NETWORK = "unet"  # where params.yaml names none
-USUAL_EXTRACTOR = "inception"  # likewise, and of scores from before there was a choice
+USUAL_NETWORK = "unet"  # the default of network.kind
+USUAL_EXTRACTOR = "inception"  # the default of evaluation.extractor, and of old scores that name none
 Precision = Literal["float32", "bfloat16"]
 
 
-EACH, ALONE = "each", "alone"  # in a field's metadata: limits of every item; the class checks this entry by itself
+# Keys of a field's metadata. EACH: the limits of every item. ALONE: the class itself checks this entry.
+EACH, ALONE = "each", "alone"
 
 
 def entry(limits: Mapping[str, Any], default: Any = MISSING, each: Mapping[str, Any] | None = None) -> Any:
-    """A dataclass field with limits. each: the limits of every item of a sequence."""
+    """Returns a dataclass field with limits. each: the limits of every item of a sequence."""
     return field(default=default, metadata={**limits, **({EACH: each} if each else {})})
 
 
@@ -44,12 +45,12 @@ def as_json(section: Any) -> Any:
     return [as_json(item) for item in section] if isinstance(section, list | tuple) else section
 
 
-REST = "rest"  # the field that holds the entries of a section whose names are not known here
+REST = "rest"  # the field for entries whose names are unknown here
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What `prepare` reads."""
+    """The images that `prepare` reads."""
 
     source: str = entry(NAME)
     path: str = entry({"min_length": 1, "max_length": 4095})
@@ -90,7 +91,7 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class OtherNetwork:
-    """A network of another module in ddpm/networks, whose class checks the entries when the network is made."""
+    """A network other than the U-Net, from a module in ddpm/networks. Its class checks the entries when the network is built."""
 
     kind: str = entry(NAME)
     rest: Mapping[str, Any] = field(default_factory=dict)
@@ -98,7 +99,7 @@ class OtherNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Algorithm 1 and the optimiser. accumulate: equal parts of a batch, one after the other."""
+    """Algorithm 1 of Ho et al. 2020 and the optimiser. accumulate: the number of equal parts in which a batch is computed."""
 
     loss: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
     steps: int = entry(COUNT)
@@ -124,7 +125,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How many images each point makes, and how they are computed. clip: a number is the quantile of dynamic thresholding."""
+    """How many images each point draws, and how. clip: of x0_hat; a number is the quantile of dynamic thresholding."""
 
     images: int = entry(COUNT)
     batch: int = entry(COUNT)
@@ -140,7 +141,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The protocol of the scores. layer: what the extractor offers."""
+    """How samples are scored. layer: one of the extractor's layers."""
 
     extractor: str = entry(NAME, USUAL_EXTRACTOR)
     layer: int
@@ -149,13 +150,13 @@ class Evaluation:
     threads: int = entry(COUNT, 1)
 
     def recorded(self) -> dict[str, Any]:
-        """Returns the section as scores and runs record it: without the usual extractor, so that earlier runs are found again."""
+        """Returns the section as scores and runs record it. The default extractor is left out: old records do not name it."""
         return {name: value for name, value in as_json(self).items() if (name, value) != ("extractor", USUAL_EXTRACTOR)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """How the bound in bits/dim is estimated. times: None for all T."""
+    """How the bound in bits/dim is estimated. times: network evaluations for each image; None for all T."""
 
     images: int = entry({"ge": 2, "lt": 2**31})
     times: int | None = entry({"ge": 2}, None)
@@ -167,8 +168,10 @@ class Likelihood:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """One row of the samplers table: the arguments of `ddpm.sample`, and the denoiser's guidance. What a sampler doesn't
-    take is an error. A new sampler's options stand below `own`, so that it needs no field here.
+    """One row of the samplers table: the arguments of `ddpm.sample`, and the denoiser's guidance.
+
+    An argument that the sampler does not take is an error. Options without a field here stand below `own`, so a new sampler
+    needs no new field.
     """
 
     sampler: str
@@ -186,21 +189,22 @@ class Sampler:
 
     @classmethod
     def arrange(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns options as a row of params.yaml holds them: those without a field here below `own`."""
+        """Returns options in the form of a row of params.yaml: options without a field here stand below `own`."""
         known = {item.name for item in fields(cls)}
         own = {key: value for key, value in options.items() if key not in known}
         return {key: value for key, value in options.items() if key in known} | ({"own": own} if own else {})
 
     def options(self) -> dict[str, Any]:
-        """Returns what this row sets."""
+        """Returns the options that this row sets."""
         common = {key: value for key, value in as_json(self).items() if key != "own" and value is not None}
         return common | dict(self.own)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """One row of the schedules table: the arguments of `NoiseSchedule.named`. What a schedule doesn't take is an error.
-    imported: sha256 of weights from elsewhere.
+    """One row of the schedules table: the arguments of `NoiseSchedule.named`.
+
+    An argument that the schedule does not take is an error. imported: sha256 of imported weights, which are not trained here.
     """
 
     schedule: str
@@ -211,7 +215,7 @@ class Schedule:
     imported: str | None = entry({"pattern": "^[0-9a-f]{64}$"}, None)
 
     def options(self) -> dict[str, Any]:
-        """Returns what this row sets, except where its weights come from."""
+        """Returns the entries that differ from their defaults, without `imported`."""
         given = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "imported"}
         defaults = {item.name: item.default for item in fields(self)}
         return {name: value for name, value in given.items() if value != defaults[name]}
@@ -234,7 +238,7 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True)
 class Promotion:
-    """When a challenger replaces the champion; no stage depends on it."""
+    """When a challenger replaces the champion. No stage depends on this section."""
 
     confidence: float = entry({**INSIDE, **FINITE}, 0.95)
     fewer_evaluations: float = entry({"gt": 1, **FINITE}, 2.0)
@@ -242,15 +246,16 @@ class Promotion:
 
 @dataclass(frozen=True, kw_only=True)
 class Tracking:
-    """What MLflow calls the dataset: runs and models go to ddpm-NAME. No stage depends on it."""
+    """The dataset's name in MLflow: runs and models go to ddpm-NAME. No stage depends on this section."""
 
     name: str | None = entry({"pattern": "^[a-z0-9_-]+$", "max_length": 64}, None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Where and how often; never changes a result, so no stage depends on it. processes: of one training, each with its
-    share of the batch.
+    """Where stages run and how often they save. Nothing here changes a result, so no stage depends on this section.
+
+    processes: of one training; each computes its share of the batch.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -262,7 +267,7 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One point of the sweep; its name is the DVC stage, the file, the task run and the step on the MLflow run."""
+    """One point of the sweep. Its name appears in the DVC stage, the file, the task run and the step on the MLflow run."""
 
     schedule: str
     sampler: str
@@ -274,7 +279,7 @@ class Point:
 
     @classmethod
     def parse(cls, name: str) -> Point:
-        """SCHEDULE-SAMPLER-STEPS -> Point. Raises InputError."""
+        """Parses SCHEDULE-SAMPLER-STEPS. Raises InputError."""
         parts = name.split("-")
         if len(parts) != 3 or not re.fullmatch(r"0*[1-9]\d{0,9}", parts[2]):
             raise InputError(
@@ -282,7 +287,9 @@ class Point:
             )
         for part in parts[:2]:
             if not re.fullmatch(NAME["pattern"], part) or "\n" in part or len(part) > LONGEST_NAME:
-                raise InputError(f"'{name}' is no point of a sweep: names are a-z, 0-9 and _, at most {LONGEST_NAME}")
+                raise InputError(
+                    f"'{name}' is no point of a sweep: names are a-z, 0-9 and _, at most {LONGEST_NAME} characters"
+                )
         if int(parts[2]) >= COUNT["lt"]:
             raise InputError(f"'{name}' is no point of a sweep: {parts[2]} is too many steps")
         return cls(schedule=parts[0], sampler=parts[1], steps=int(parts[2]))

@@ -21,7 +21,7 @@ Images = NDArray[np.uint8]  # N,C,H,W
 
 
 def _unreadable(error: Exception) -> str:
-    """Why numpy cannot read a file, without its advice to run what may be in it."""
+    """Returns why numpy cannot read a file. Leaves out numpy's advice to allow pickle, which would run code from the file."""
     why = " ".join(str(error).split()) or type(error).__name__
     if "pickled (object) data" in why:
         return "neither a numpy array nor a zip archive of them"
@@ -30,7 +30,7 @@ def _unreadable(error: Exception) -> str:
 
 
 def _write_array(file: IO[bytes], array: NDArray[Any]) -> None:
-    """Writes the bytes of np.save, through `file`: on a full disk, numpy's own writing raises an error that has no errno."""
+    """Writes the same bytes as np.save. np.save itself raises an error without an errno when the disk is full."""
     np.lib.format.write_array(cast(IO[bytes], SimpleNamespace(write=file.write)), array, allow_pickle=False)
 
 
@@ -45,13 +45,13 @@ def _array_digest(array: NDArray[Any]) -> str:
 
 
 def write_arrays(path: Path, key: str, **arrays: Any) -> None:
-    """Writes named arrays in one file, with a checksum of them and of `key`, which names what they are."""
+    """Writes named arrays to one file, with a checksum of the arrays and of `key`, which identifies them."""
     with atomic.replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays, sha256=np.asarray(_arrays_digest(key, arrays)))
 
 
 def read_arrays(path: Path, key: str) -> dict[str, NDArray[Any]]:
-    """Reads what write_arrays wrote. Raises InputError when the file is missing, damaged or of another key."""
+    """Reads a file of write_arrays. Raises InputError when the file is missing, damaged or of another key."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
@@ -71,7 +71,7 @@ def _arrays_digest(key: str, arrays: Mapping[str, Any]) -> str:
 
 
 def grid(images: Images, columns: int | None = None) -> Images:
-    """uint8 N,C,H,W -> one uint8 C,H',W' picture, images side by side with a pixel between, small ones enlarged."""
+    """Returns one picture, uint8 C,H',W', of uint8 N,C,H,W images in rows, a white pixel apart. Small images are enlarged."""
     count, channels, height, width = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
@@ -86,12 +86,12 @@ def grid(images: Images, columns: int | None = None) -> Images:
 
 
 def preview(samples: Images) -> Images:
-    """The first PREVIEW samples as one picture."""
+    """Returns a picture of the first PREVIEW samples."""
     return grid(samples[: paths.PREVIEW])
 
 
 def write_png(path: Path, picture: Images) -> None:
-    """uint8 C,H,W with one or three channels."""
+    """Writes a picture, uint8 C,H,W with one or three channels."""
     from PIL import Image
 
     pixels = picture[0] if picture.shape[0] == 1 else picture.transpose(1, 2, 0)

@@ -1,4 +1,4 @@
-"""Writes files and folders atomically: each is complete or not there."""
+"""Writes files and folders atomically: each is complete or absent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddpm.errors import InputError
 
 # Atomic writing.
 
-MASK = os.umask(0o077)  # it can only be asked for by setting it
+MASK = os.umask(0o077)  # Python has no call that only reads the umask
 os.umask(MASK)
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -23,23 +23,26 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def disk_full_is_one_line(path: Path) -> Iterator[None]:
-    """Raises InputError where the block, which writes `path`, finds no room on the disk."""
+    """Turns a disk-full error of the block, which writes `path`, into InputError."""
     try:
         yield
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         raise InputError(
-            f"{path}: no room on the disk ({os.strerror(error.errno)}); what was there before is as it was:"
+            f"{path}: no room on the disk ({os.strerror(error.errno)}); an earlier version of it is unchanged:"
             " free some space and run this again"
         ) from None
 
 
 def _temporary_beside(path: Path) -> str:
-    """The start of a temporary name, which .dvcignore knows. What a killed process left under such a name is removed."""
+    """Returns a prefix for temporary names beside `path`, which .dvcignore lists.
+
+    Removes the temporary files that killed processes left there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
-        import psutil  # by nobody who only reads, such as a registered model
+        import psutil  # here, because code that only reads files must not need it
 
         owner = left.name.rpartition(".tmp-")[2].partition("-")[0]
         if owner.isdecimal() and not psutil.pid_exists(int(owner)):
@@ -49,10 +52,9 @@ def _temporary_beside(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and is gone when it doesn't.
+    """Yields a temporary file that replaces `path` when the block succeeds, and is removed when the block fails.
 
-    keep: what another process has put there meanwhile stays, where the file system has hard links.
-    Raises InputError when the disk is full.
+    keep: an existing file at `path` stays, so the first of several writers wins. Raises InputError when the disk is full.
     """
     with disk_full_is_one_line(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=_temporary_beside(path))
@@ -70,7 +72,7 @@ def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
 
 
 def _linked(file: Path, path: Path) -> bool:
-    """Whether there is something at `path` now: what was there, or else the file."""
+    """Links `file` to `path` unless `path` exists. Returns whether `path` exists now: False only without hard links."""
     try:
         path.hardlink_to(file)
     except FileExistsError:
@@ -82,7 +84,7 @@ def _linked(file: Path, path: Path) -> bool:
 
 @contextmanager
 def replacing_dir(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, and is gone when it doesn't.
+    """Yields a temporary folder that replaces `path` when the block succeeds, and is removed when the block fails.
 
     Raises InputError when the disk is full.
     """
@@ -99,7 +101,7 @@ def replacing_dir(path: Path) -> Iterator[Path]:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Gives a folder its name. What has that name goes aside first and is removed last, so that a kill meanwhile does no harm."""
+    """Renames `new` to `path`. The old folder is moved aside first and removed last, so `path` is never half written."""
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=_temporary_beside(path)))
     try:
         with suppress(FileNotFoundError):
@@ -115,7 +117,7 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Returns when a file's bytes, or a folder's names, are on the disk."""
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

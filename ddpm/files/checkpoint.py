@@ -1,6 +1,6 @@
-"""Checkpoints: model.safetensors beside a model.json that says how to rebuild the network, its schedule and data range.
+"""Reads and writes checkpoints (model.safetensors and model.json, which describes the network) and resume states.
 
-Resume states of training lie apart, in the cache: two at most of one training, each complete and with a checksum, or not there.
+Resume states of a training are kept in the cache. Each is written atomically and has a checksum.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ddpm.networks.network import NETWORKS
 
 
 def network(entry: NetworkEntry) -> nn.Module:
-    """The network that model.json describes, freshly initialised. Raises InputError."""
+    """Builds the network that model.json describes, with fresh weights. Raises InputError."""
     kind = NETWORKS.select(entry.kind)
     try:
         return kind(**entry.settings)
@@ -38,14 +38,14 @@ def network(entry: NetworkEntry) -> nn.Module:
 
 
 def noise_schedule(entry: ScheduleEntry) -> NoiseSchedule:
-    """The noise schedule that model.json describes. Raises ValueError."""
+    """Builds the noise schedule that model.json describes. Raises ValueError."""
     if entry.timesteps > models.MOST_TIMES:
         raise ValueError(f"T = {entry.timesteps} is more than {models.MOST_TIMES}")
     return NoiseSchedule.named(entry.schedule, entry.timesteps, **entry.options)
 
 
 def save(path: Path, net: nn.Module, description: Mapping[str, Any]) -> None:
-    """Writes the folder `path`: net's weights, and model.json with the description, the format and the weights' sha256."""
+    """Writes a checkpoint folder: the weights, and model.json with the description, the format and the weights' sha256."""
     with atomic.replacing_dir(path) as folder:
         weights = folder / "model.safetensors"
         _write_tensors(weights, {name: x.detach().cpu().contiguous() for name, x in net.state_dict().items()})
@@ -54,17 +54,29 @@ def save(path: Path, net: nn.Module, description: Mapping[str, Any]) -> None:
 
 
 def require_trained(params: Params, schedule: str, root: Path) -> None:
-    """Raises InputError, which says what makes it, where models/SCHEDULE is not there and `dvc repro` would not make it."""
-    about = paths.model_dir(schedule) / "model.json"
-    if (root / about).exists() or schedule in params.sweep.schedules:
+    """Raises InputError, which names the command to run, if models/SCHEDULE is missing and `dvc repro` would not make it."""
+    record = paths.model_dir(schedule) / "model.json"
+    if (root / record).exists() or schedule in params.sweep.schedules:
         return
     if schedule not in params.schedules:
         raise InputError(f"no row '{schedule}' in schedules; there are {', '.join(params.schedules)}")
-    raise InputError(f"{about}: no such file; make it with `ddpm train {schedule}`: it is not in sweep.schedules")
+    raise InputError(f"{record}: no such file; make it with `ddpm train {schedule}`: it is not in sweep.schedules")
 
 
 def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = False) -> tuple[Denoiser, ModelRecord]:
-    """A checkpoint folder -> its denoiser (network in eval mode, channels last) and its record. Raises InputError."""
+    """Loads a checkpoint folder.
+
+    Args:
+        path: the folder.
+        device: of the network.
+        clip: of the denoiser.
+
+    Returns:
+        The denoiser, its network in eval mode and channels-last format, and the model's record.
+
+    Raises:
+        InputError: the checkpoint is missing, damaged or inconsistent.
+    """
     record = models.read_model_record(path)
     weights = models.check_weights(path, record)
     try:
@@ -90,7 +102,7 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves out how layers start. (On the meta device one of torch.nn.init's functions imports a thousand modules.)"""
+    """Skips the initialisation of layers. On the meta device, one of torch.nn.init's functions imports a thousand modules."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", "") == "torch.nn.init":
@@ -99,7 +111,7 @@ class _Unfilled(TorchFunctionMode):
 
 
 def _filled(entry: NetworkEntry, state: dict[str, Tensor]) -> nn.Module:
-    """The network of model.json with these weights; made only where they fit, whatever size it claims. Raises ValueError."""
+    """Builds the network of model.json with these weights. Takes no memory before the shapes are checked. Raises ValueError."""
     with torch.device("meta"), _Unfilled():
         net = network(entry)
     expected = {name: list(x.shape) for name, x in net.state_dict().items()}
@@ -118,7 +130,10 @@ def _filled(entry: NetworkEntry, state: dict[str, Tensor]) -> nn.Module:
 
 @dataclass(frozen=True)
 class ResumeState:
-    """Training after `step` steps: TrainingState.tensors(), the rows of the history, and the losses since its last row."""
+    """The state of a training after `step` steps.
+
+    tensors: of TrainingState.tensors(). rows: of the training history. losses: of each step after the last row.
+    """
 
     step: int
     tensors: dict[str, Tensor]
@@ -127,9 +142,10 @@ class ResumeState:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """safetensors' save_file, whose errors of the disk are OSErrors here, as they are everywhere else.
+    """Calls safetensors' save_file and raises its disk errors as OSError.
 
-    It writes to a file with a name of its own first, which a kill leaves: in a folder that is known by the name of `path`.
+    save_file first writes to a temporary file of its own, which a kill leaves behind. The folder around that file has a name
+    that starts like `path`, so that it is found and removed later.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=f"{path.name}-", dir=path.parent) as folder:
@@ -141,8 +157,8 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
         raise OSError(int(number[1]), str(error)) from None
 
 
-STATES = "[0-9]" * 9 + ".safetensors"  # the names of resume states; sorted, they are in the order of their steps
-KEPT = 2  # of them
+STATES = "[0-9]" * 9 + ".safetensors"  # matches resume states; sorted names are in the order of the steps
+KEPT = 2  # resume states of one training length
 
 
 def resume_file(folder: Path, step: int) -> Path:
@@ -150,11 +166,11 @@ def resume_file(folder: Path, step: int) -> Path:
 
 
 def write_resume(folder: Path, state: ResumeState) -> None:
-    """Adds a state to `folder`. Of it and those before it the newest KEPT stay, and so many of a longer training's."""
+    """Adds a state to `folder`. Keeps the newest KEPT states up to this step, and the newest KEPT beyond it."""
     path = resume_file(folder, state.step)
     with atomic.replacing(path) as temporary:
         history = {"training": folder.name, "step": state.step, "rows": state.rows, "losses": state.losses}
-        # One entry: safetensors writes several in any order.
+        # Metadata of one entry: safetensors writes several in any order.
         _write_tensors(temporary, state.tensors, {"history": json.dumps(history)})
         digest = records.sha256(temporary)
     records.write_json(path.with_suffix(".json"), {"step": state.step, "sha256": digest})
@@ -162,20 +178,20 @@ def write_resume(folder: Path, state: ResumeState) -> None:
 
 
 def _prune(folder: Path, path: Path) -> None:
-    there = sorted(folder.glob(STATES))
-    now = there.index(path) + 1
-    for old in there[: max(0, now - KEPT)] + there[now:-KEPT]:
+    states = sorted(folder.glob(STATES))
+    beyond = states.index(path) + 1
+    for old in states[: max(0, beyond - KEPT)] + states[beyond:-KEPT]:
         _remove(old)
 
 
 def _remove(path: Path) -> None:
-    """Its checksum first: a state without one, as a kill may leave it, is removed by the next who looks."""
+    """Removes a state, its checksum first. If a kill leaves a state without checksum, read_resume removes it."""
     for file in (path.with_suffix(".json"), path):
         file.unlink(missing_ok=True)
 
 
 def read_resume(folder: Path, at_most: int) -> tuple[ResumeState | None, list[str]]:
-    """The newest sound state of at most that many steps, and a line for each damaged one, which is removed."""
+    """Returns the newest sound state of at most `at_most` steps, and a message for each damaged state, which is removed."""
     from safetensors import safe_open
 
     complaints: list[str] = []
@@ -193,7 +209,7 @@ def read_resume(folder: Path, at_most: int) -> tuple[ResumeState | None, list[st
             training, state = history.pop("training"), ResumeState(tensors=tensors, **history)
             if (training, state.step) != (folder.name, int(path.stem)):
                 raise InputError(f"it is of step {state.step} of {training}")
-            _prune(folder, path)  # what a kill has kept from being removed
+            _prune(folder, path)  # a kill may have left states that were to be removed
             return state, complaints
         except (InputError, SafetensorError, KeyError, TypeError, ValueError) as error:
             complaints.append(f"{path}: damaged, passed over ({' '.join(str(error).split())})")

@@ -22,9 +22,17 @@ from ddpm.files.arrays import Images
 class DatasetRecord:
     """The content of dataset.json: a prepared dataset.
 
-    name, sha256: of the arrays, which is the dataset's version. shape: C, H, W. counts: images of "train" and "test".
-    mean, std: per channel, in 0 ... 1. flip: whether mirrored images are still valid. classes: their names, of labelled data.
-    class_counts: training images of each class. files: the sha256 of each array's file, by name. content: all entries.
+    Args:
+        name: of the source.
+        sha256: of the arrays; the version of the dataset.
+        shape: C, H, W.
+        counts: number of images in "train" and "test".
+        mean, std: per channel, in 0 ... 1.
+        flip: whether mirrored images are still valid.
+        files: sha256 of each array's file, by name.
+        classes: their names; None without labels.
+        class_counts: number of training images of each class.
+        content: all entries of the file.
     """
 
     name: str
@@ -66,9 +74,9 @@ class Dataset:
 
 @dataclass
 class NewDataset:
-    """A dataset that is being written: arrays of zeros on disk, to be filled; and what is to stand beside them.
+    """A dataset that is being written. Its image arrays are on disk and hold zeros until they are filled.
 
-    description: the entries of dataset.json, without the files. picture: uint8 C,H,W, for preview.png.
+    description: the entries of dataset.json, except `files`. picture: uint8 C,H,W, for preview.png.
     """
 
     train: Images
@@ -80,7 +88,7 @@ class NewDataset:
 
 
 def read_dataset(root: Path = Path()) -> Dataset:
-    """The dataset that `prepare` wrote. Raises InputError."""
+    """Reads and verifies the dataset that `prepare` wrote. Raises InputError."""
     folder = root / paths.dataset_dir()
     record = read_dataset_record(root)
 
@@ -114,7 +122,7 @@ def read_dataset_record(root: Path = Path()) -> DatasetRecord:
 
 
 def _check_arrays(root: Path, record: DatasetRecord) -> None:
-    """Raises ValueError where an array is not the one that dataset.json describes."""
+    """Raises ValueError if the hash of an array's file is not the one in dataset.json."""
     folder, memory = root / paths.dataset_dir(), root / paths.CACHE / "verified.json"
     for path in sorted(folder.glob("*.npy")):
         if records._remembered_sha256(path, memory) != record.files.get(path.name):
@@ -122,7 +130,7 @@ def _check_arrays(root: Path, record: DatasetRecord) -> None:
 
 
 def _check_split(record: DatasetRecord, split: str, images: Any, labels: Any) -> None:
-    """Raises ValueError where a split is not what dataset.json says of it."""
+    """Raises ValueError if a split does not match dataset.json in shape, labels or classes."""
     if images is None:
         raise ValueError(f"{split}.npy is missing")
     expected = (record.counts.get(split), *record.shape)
@@ -147,10 +155,18 @@ def writing_dataset(
     counts: tuple[int, int],
     labels: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
 ) -> Iterator[NewDataset]:
-    """Writes a dataset of `counts` train and test images C,H,W, whose arrays, description and picture the block fills.
+    """Writes a dataset, whose arrays, description and picture the block fills.
 
-    When the block ends well, the dataset takes the place of the old one; when it doesn't, the old one stays. Raises InputError
-    when there is no room on the disk.
+    The new dataset replaces the old one when the block succeeds; otherwise the old one stays.
+
+    Args:
+        root: the top of the checkout.
+        shape: C, H, W.
+        counts: number of train and test images.
+        labels: int64 N for train and test, or None.
+
+    Raises:
+        InputError: the disk is full.
     """
     with atomic.replacing_dir(root / paths.dataset_dir()) as folder:
         train, test = (
@@ -174,7 +190,7 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> Images:
     try:
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
         if hasattr(os, "posix_fallocate"):
-            with path.open("rb+") as file:  # or a full disk would kill the process while it writes to the mapping
+            with path.open("rb+") as file:  # otherwise a full disk kills the process when it writes to the mapping
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
         raise InputError(f"{path.name}: no room for {math.prod(shape):,} bytes: {error.strerror}") from None

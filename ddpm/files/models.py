@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from ddpm.errors import InputError
 from ddpm.files import paths, records
 
-MODEL_FORMAT = 2  # of model.json; 1 had no checksum
-MOST_IMAGES = 2**40  # of a class
-MOST_TIMES = 100_000  # as in params.yaml: a table of more would fill the memory
+MODEL_FORMAT = 2  # of model.json; format 1 has no checksum
+MOST_IMAGES = 2**40  # of one class
+MOST_TIMES = 100_000  # as in params.yaml; larger tables would fill the memory
 
 R = TypeVar("R", "TrainingRecord", "BoundRecord")
 
@@ -21,7 +21,7 @@ R = TypeVar("R", "TrainingRecord", "BoundRecord")
 class ScheduleEntry:
     """The noise schedule of a model.
 
-    name: of its row in params.yaml. timesteps: T. schedule: a key of ddpm.SCHEDULES. options: what else the row says.
+    name: of its row in params.yaml. timesteps: T. schedule: a key of ddpm.SCHEDULES. options: the row's other entries.
     """
 
     name: str
@@ -32,7 +32,7 @@ class ScheduleEntry:
     @classmethod
     def from_json(cls, value: Any, place: str) -> ScheduleEntry:
         known = ("name", "timesteps", "schedule")
-        if isinstance(value, dict):  # the options stand beside the other entries
+        if isinstance(value, dict):  # in the file, the options stand beside the other entries
             value = {key: value[key] for key in known if key in value} | {
                 "options": {key: item for key, item in value.items() if key not in known}
             }
@@ -40,7 +40,7 @@ class ScheduleEntry:
 
     @property
     def row(self) -> dict[str, Any]:
-        """The row of params.yaml."""
+        """The schedule's row in params.yaml."""
         return {"schedule": self.schedule, **self.options}
 
     def to_json(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class ScheduleEntry:
 class NetworkEntry:
     """The network of a model.
 
-    kind: a key of ddpm.networks.NETWORKS. image_channels, image_size: of x. out_channels: if not those of x.
+    kind: a key of ddpm.networks.NETWORKS. image_channels, image_size: of x. out_channels: None for image_channels.
     classes: 0 for an unconditional network. content: all entries.
     """
 
@@ -64,12 +64,12 @@ class NetworkEntry:
 
     @classmethod
     def of(cls, kind: str, settings: Mapping[str, Any]) -> NetworkEntry:
-        """The entry of a network of that kind, made with these arguments. Raises ValueError."""
+        """Returns the entry of a network of this kind, built with these arguments. Raises ValueError."""
         return records.build(cls, {"kind": kind, **settings}, "network")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that the network's class takes."""
+        """The arguments of the network's class."""
         return {key: item for key, item in self.content.items() if key != "kind"}
 
     @property
@@ -79,9 +79,10 @@ class NetworkEntry:
 
 @dataclass(frozen=True)
 class DataEntry:
-    """The data of a model. name, sha256: of the dataset that it was trained on, if it was. shape: C, H, W.
+    """The data that a model was trained on.
 
-    classes: their names, of labelled data. class_counts: how many training images each has.
+    shape: C, H, W. name, sha256: of the dataset; "" for a model trained elsewhere. classes: their names; None without labels.
+    class_counts: number of training images of each class.
     """
 
     shape: list[int]
@@ -94,9 +95,9 @@ class DataEntry:
 
 @dataclass(frozen=True)
 class TrainingEntry:
-    """The training of a model. steps: of the optimiser. batch: images a step. content: all entries, as in params.yaml.
+    """The training of a model. steps: of the optimiser. batch: images per step. content: all entries, as in params.yaml.
 
-    All are 0 for weights that were not trained here.
+    The numbers are 0 where model.json lacks them, as for weights from elsewhere.
     """
 
     seed: int = 0
@@ -107,7 +108,7 @@ class TrainingEntry:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """The content of model.json: a model.
+    """The content of model.json.
 
     weights_sha256: of model.safetensors. target: a key of ddpm.TARGETS. variance: "fixed" or "learned".
     content: all entries of the file.
@@ -130,9 +131,9 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """The content of metrics/train/SCHEDULE.json: a training.
+    """The content of metrics/train/SCHEDULE.json: the result of a training.
 
-    timesteps: T of an imported model, which params.yaml does not know. files: the sha256 of its curves, by name.
+    timesteps: T of an imported model, which may differ from params.yaml. files: sha256 of the curves' files, by name.
     """
 
     schedule: str
@@ -150,7 +151,7 @@ class TrainingRecord:
 
 @dataclass(frozen=True)
 class BoundOfSplit:
-    """The variational bound of a split in bits/dim: its parts, each with its standard error, and the number of images."""
+    """The variational bound on a split in bits/dim: its total and parts with standard errors, and the number of images."""
 
     bits_per_dim: float
     bits_per_dim_error: float
@@ -165,10 +166,10 @@ class BoundOfSplit:
 
 @dataclass(frozen=True)
 class BoundRecord:
-    """The content of metrics/likelihood/SCHEDULE.json: the bound of a model.
+    """The content of metrics/likelihood/SCHEDULE.json: the variational bound of a model.
 
-    model: sha256 of its weights. dataset: sha256 of the data. seed, variance, clip, times: how it was estimated.
-    files: the sha256 of its curve, by name.
+    model: sha256 of its weights. dataset: sha256 of the data. seed, variance, clip, times: how the bound was estimated.
+    files: sha256 of the curve's file, by name.
     """
 
     schedule: str
@@ -184,17 +185,17 @@ class BoundRecord:
 
     @property
     def splits(self) -> dict[str, BoundOfSplit]:
-        """The bounds that there are, by split."""
+        """The bounds that were measured, by split."""
         return {name: bound for name, bound in (("train", self.train), ("test", self.test)) if bound is not None}
 
 
 def read_training(root: Path, schedule: str) -> TrainingRecord:
-    """Reads the record of a training. Raises InputError, also for that of another schedule."""
+    """Reads metrics/train/SCHEDULE.json. Raises InputError, also if it names another schedule."""
     return _of_schedule(root / paths.training_metrics_file(schedule), schedule, TrainingRecord)
 
 
 def read_bound(root: Path, schedule: str) -> BoundRecord:
-    """Reads the record of a bound. Raises InputError, also for that of another schedule."""
+    """Reads metrics/likelihood/SCHEDULE.json. Raises InputError, also if it names another schedule."""
     return _of_schedule(root / paths.likelihood_file(schedule), schedule, BoundRecord)
 
 
@@ -206,7 +207,7 @@ def _of_schedule(path: Path, schedule: str, kind: type[R]) -> R:
 
 
 def read_model_record(folder: Path) -> ModelRecord:
-    """Reads a checkpoint's model.json. One of format 1, which had no checksum, is read as it is. Raises InputError."""
+    """Reads a checkpoint's model.json. Format 1 has no checksum and is not verified. Raises InputError."""
     path = folder / "model.json"
     content = records.read_json(path)
     if content.get("format") != 1 or records.CHECKSUM in content:
@@ -222,12 +223,12 @@ def read_model_record(folder: Path) -> ModelRecord:
 
 
 def unusable(folder: Path, why: str) -> InputError:
-    """The line that refuses a checkpoint."""
+    """Returns the error that refuses a checkpoint."""
     return InputError(f"{folder}: not a usable checkpoint: {why}; train again or restore it")
 
 
 def check_weights(folder: Path, record: ModelRecord) -> Path:
-    """Compares model.safetensors with model.json. Returns its path. Raises InputError."""
+    """Verifies the hash of model.safetensors and returns its path. Raises InputError."""
     weights = folder / "model.safetensors"
     if not weights.exists():
         raise InputError(f"{weights}: no such file; train again or restore it")
@@ -237,7 +238,7 @@ def check_weights(folder: Path, record: ModelRecord) -> Path:
 
 
 def check_data(record: ModelRecord) -> None:
-    """Raises ValueError where the data of a model are not those that its network takes."""
+    """Raises ValueError if the data entry of a model does not fit its network."""
     network, data = record.network, record.data
     takes = [network.image_channels, network.image_size, network.image_size]
     if data.shape != takes:

@@ -1,4 +1,4 @@
-"""Reads and checks params.yaml. Unknown keys, wrong types and impossible values are errors, with the place they stand at."""
+"""Reads and checks params.yaml. Unknown keys, wrong types and impossible values are errors that name their place."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from ddpm.parameters import (
 )
 from ddpm.scores.extractors import EXTRACTORS
 
-FAULTS, SHOWN = 5, 60  # named in one line, and characters shown of a wrong value
+FAULTS, SHOWN = 5, 60  # at most: faults in one line, characters of a wrong value
 Name = Annotated[str, Field(**NAME)]
 S = TypeVar("S")
 
@@ -95,7 +95,7 @@ def section(kind: type[S], value: Any) -> S:
 
 
 def _data(value: Any) -> Data:
-    """Reads source names with dashes, which older files hold. A source is named like its module."""
+    """Replaces dashes in the source's name, which older files have: a source has the name of its module."""
     if isinstance(value, dict) and isinstance(value.get("source"), str):
         value = {**value, "source": value["source"].replace("-", "_")}
     return _build(Data, value)
@@ -110,7 +110,7 @@ def _network(value: Any) -> Network | OtherNetwork:
 
 
 def _evaluation(value: Any) -> Evaluation:
-    """Fills in the layer that the extractor's published scores use."""
+    """Fills in the extractor's default layer, and checks the extractor and the layer."""
     name = value.get("extractor", USUAL_EXTRACTOR) if isinstance(value, dict) else None
     if isinstance(name, str) and name in EXTRACTORS:
         value = {"layer": EXTRACTORS[name].default, **value}
@@ -128,9 +128,9 @@ def _checked(kind: type) -> PlainValidator:
 
 
 class Params(Section):
-    """The whole of params.yaml."""
+    """The content of params.yaml."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of a larger one torch's CPU generator takes 32 bits
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # torch's CPU generator uses only 32 bits
     data: Annotated[Data, PlainValidator(_data)]
     diffusion: Annotated[Diffusion, _checked(Diffusion)]
     network: Annotated[Network | OtherNetwork, PlainValidator(_network)]
@@ -163,7 +163,7 @@ class Params(Section):
             row = self.schedules[name]
             if row.zero_terminal_snr and self.diffusion.target == "eps" and row.imported is None:
                 raise ValueError(
-                    f"schedules.{name}: with zero_terminal_snr, eps says nothing of the image at T; set diffusion.target to v"
+                    f"schedules.{name}: with zero_terminal_snr, eps says nothing about the image at T; set diffusion.target to v"
                 )
         return self
 
@@ -174,7 +174,7 @@ class Params(Section):
             if imported and (self.samplers[name].guidance is not None or self.samplers[name].variance == "learned"):
                 raise ValueError(
                     f"samplers.{name}: guidance and a learned variance are not for {imported[0]}: an imported network has"
-                    " neither classes nor a variance; take one of them out of the sweep"
+                    " neither classes nor a variance; take the sampler or the schedule out of the sweep"
                 )
             if self.samplers[name].guidance is not None and not self.diffusion.conditional:
                 raise ValueError(
@@ -229,7 +229,7 @@ class Params(Section):
 
     @classmethod
     def check(cls, raw: dict[str, Any], where: str) -> Params:
-        """A plain dict -> Params. Raises InputError with every fault in one line, headed by `where`."""
+        """Checks a plain dict. Raises InputError with the faults in one line that starts with `where`."""
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
@@ -237,11 +237,11 @@ class Params(Section):
 
     @property
     def dataset_name(self) -> str:
-        """The name that users know the dataset by: tracking.name, or else the source, with dashes for underscores."""
+        """The dataset's name for users: tracking.name, or else the source with dashes for underscores."""
         return self.tracking.name or self.data.source.replace("_", "-")
 
     def points(self) -> list[Point]:
-        """Every point of the sweep, in DVC's order."""
+        """Returns every point of the sweep, in DVC's order."""
         sweep = self.sweep
         return [
             Point(schedule=schedule, sampler=sampler, steps=steps)
@@ -252,11 +252,11 @@ class Params(Section):
 
 
 def one_line(error: ValidationError) -> str:
-    """The first few faults, each with its place and the value found there."""
+    """Returns the first few faults in one line, each with its place and the value found there."""
     found, faults = error.errors(include_url=False), []
     for fault in found[:FAULTS]:
         place, message = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
-        if place and fault["type"] == "value_error":  # of a whole section: the message begins with the entry
+        if place and fault["type"] == "value_error":  # a section's own check: its message begins with the entry
             faults.append(f"{place}.{message}")
             continue
         given = fault["input"]

@@ -4,18 +4,18 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
 
     dataset/                      train.npy, test.npy (uint8 N,C,H,W), *-labels.npy (int64 N), dataset.json, preview.png
     models/SCHEDULE/              model.safetensors, model.json
-    imported/NAME/                the same, from elsewhere: what `ddpm train NAME` copies
+    imported/NAME/                the same for an imported model, which `ddpm train NAME` copies
     samples/POINT.npz, .png       images (uint8 N,C,H,W), evaluations, labels (int64 N, if conditional); a preview grid
-    metrics/POINT.json            scores of a point; POINT.influence.npy what each image did to the score that ranks points
-                                  (float32 N)
-    metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves; SCHEDULE.by_time.csv where
-                                  among the network times they arise
+    metrics/POINT.json            scores of a point; POINT.influence.npy (float32 N): the influence of each image on the
+                                  score that ranks points
+    metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves; SCHEDULE.by_time.csv the
+                                  validation loss by network time
     metrics/likelihood/SCHEDULE.json  bits per dimension; SCHEDULE.csv rate and distortion
     report/                       index.html, points.csv, best.json, front.json, samples.png, fid.png
     schedules/                    table.csv, snr.png, strip.png (not tracked)
 
-Writing is atomic: a file or folder is complete or not there. Reading is checked: each JSON record of the pipeline holds the
-hash of its own content and of the files that it describes, and whoever reads those bytes compares them with it.
+Writing is atomic: a file or folder is complete or absent. Reading is verified: each JSON record holds the hash of its own
+content and of the files that it describes, and the code that reads those files compares the hashes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ddpm.parameters import Point
 
 CACHE = Path(".cache")  # kept across runs, outside DVC: resume states, converted weights, reference features
 PREVIEW = 64  # images in the grid of a sample set
-CHART = CACHE / "mlflow-chart"  # of MLflow's pages the one with scores against steps: the end of its address
+CHART = CACHE / "mlflow-chart"  # holds the end of the address of MLflow's chart of scores against steps
 
 
-# Paths, relative to a root.
+# All paths are relative to the root of a checkout.
 
 
 def dataset_dir() -> Path:
@@ -89,5 +89,5 @@ def report_dir() -> Path:
 
 
 def run_file(output: Path) -> Path:
-    """The untracked file beside an output that says when, where and how fast it was made."""
+    """Returns the untracked file beside an output that records when, where and how fast it was made."""
     return output.with_name(output.name.removesuffix(output.suffix) + ".run.json")

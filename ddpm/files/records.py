@@ -29,7 +29,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises InputError when the file is missing or holds none."""
+    """Reads a JSON object. Raises InputError when the file is missing or holds no JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except FileNotFoundError:
@@ -42,18 +42,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")  # we write none, and nothing good follows from one
+    raise ValueError(f"{name} is no number")  # NaN or Infinity, which write_json never writes
 
 
 # Records: JSON files that hold the hash of their own content, and of the files that they describe.
 
 CHECKSUM = "record_sha256"
-LARGE = 1 << 26  # bytes of a file whose hash is remembered between processes
-SETTLED = 2.0  # seconds without a change, after which a later change is sure to change a file's times
+LARGE = 1 << 26  # bytes; hashes of larger files are remembered between processes
+SETTLED = 2.0  # seconds after which the next change is sure to give a file another modification time
 
 
 def record_digest(value: Mapping[str, Any]) -> str:
-    """Hashes the content of a record, whatever its layout as text."""
+    """Hashes the content of a record, independent of its layout as text."""
     content = {key: item for key, item in value.items() if key != CHECKSUM}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -64,7 +64,7 @@ def write_record(path: Path, value: Mapping[str, Any], files: Sequence[Path] = (
     Args:
         path: of the record.
         value: its content.
-        files: what it describes, already written; their sha256 go into the record under `files`, by name.
+        files: the files that it describes, already written. Their sha256 go into the entry `files`, by name.
     """
     content = dict(value) | ({"files": {file.name: sha256(file) for file in files}} if files else {})
     write_json(path, {**content, CHECKSUM: record_digest(content)})
@@ -72,7 +72,7 @@ def write_record(path: Path, value: Mapping[str, Any], files: Sequence[Path] = (
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Reads a record and compares it with its checksum, which is left out of the result. Raises InputError."""
+    """Reads a record, verifies its checksum, and returns the content without it. Raises InputError."""
     return _checked(path, read_json(path))
 
 
@@ -91,7 +91,7 @@ def build(kind: type[T], value: Any, place: str = "") -> T:
     Args:
         kind: a dataclass. A field named `content` takes the object itself.
         value: the object.
-        place: the dotted name of the object, for messages; "" for a whole file.
+        place: the dotted name of the object in messages; "" for a whole file.
 
     Raises:
         ValueError: an entry is missing or has another type; the message names the entry.
@@ -162,7 +162,7 @@ def read_described(record: Path, files: Mapping[str, str], path: Path) -> Path:
     """Compares a file with the hash in the record that describes it.
 
     Args:
-        record: where the record lies, for messages.
+        record: the path of the record, for messages.
         files: the hashes that the record holds, by the names of the files.
         path: the file.
 
@@ -170,7 +170,7 @@ def read_described(record: Path, files: Mapping[str, str], path: Path) -> Path:
         `path`.
 
     Raises:
-        InputError: the file is missing, or is not the one that was recorded.
+        InputError: the file is missing, or its hash differs from the recorded one.
     """
     _compare(record, files, path, sha256)
     return path
@@ -185,26 +185,26 @@ def _compare(record: Path, files: Mapping[str, str], path: Path, digest: Callabl
 
 
 def _remembered_sha256(path: Path, memory: Path) -> str:
-    """sha256 of a file. The hash of a large file is kept in the JSON file `memory` until the file changes."""
+    """Returns the sha256 of a file. The hash of a large file is kept in the JSON file `memory` until the file changes."""
     about = path.stat()
     if about.st_size < LARGE:
         return sha256(path)
     key, version = str(path.resolve()), [about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
     known: dict[str, Any] = {}
-    with suppress(InputError):  # absent or damaged: it only saves time
+    with suppress(InputError):  # `memory` only saves time, so it may be absent or damaged
         known = read_record(memory)
     entry = known.get(key)
     if isinstance(entry, list) and entry[:-1] == version:
         return str(entry[-1])
     digest = sha256(path)
     if time.time() - max(about.st_mtime, about.st_ctime) > SETTLED:
-        with suppress(InputError, OSError):  # a full disk, or a checkout that can only be read
+        with suppress(InputError, OSError):  # a full disk, or a read-only checkout
             write_record(memory, {**known, key: [*version, digest]})
     return digest
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of the same keys, in order. An absent value is an empty cell."""
+    """Writes rows of the same keys, in their order. None becomes an empty cell."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -213,7 +213,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Raises InputError for a file that is no table."""
+    """Reads the rows of a table. Raises InputError for a file that is no table."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, restkey="", restval=None))
@@ -221,7 +221,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         raise InputError(f"{path}: not readable as CSV: {error}; make it again (dvc repro)") from None
     for number, row in enumerate(rows, 2):
         if "" in row or None in row.values():
-            raise InputError(f"{path}: row {number} has not as many cells as the first; make it again (dvc repro)")
+            raise InputError(f"{path}: row {number} has not as many cells as the first row; make it again (dvc repro)")
     return rows
 
 

@@ -19,8 +19,8 @@ class RunRecord:
         stage: the DVC stage.
         started, ended: milliseconds since the epoch.
         seconds: wall time.
-        count, unit: the work done, such as 1000 "steps"; a resumed run counts its own share.
-        per_second: `unit`s a second; None for a run that took no time.
+        count, unit: the work done, such as 1000 "steps"; a resumed run counts only its own.
+        per_second: `unit`s per second; None for a run that took no time.
         peak_memory_bytes, gpu_peak_memory_bytes: the most memory in use; the second is None on a CPU.
         device: "cpu" or "cuda".
         hardware: names and sizes, such as "cpu", "cores", "gpu".
@@ -57,4 +57,4 @@ def read_run(root: Path, output: Path) -> RunRecord | None:
     try:
         return records.build(RunRecord, records.read_json(path))
     except ValueError as error:
-        raise InputError(f"{path}: {error}; delete it: it holds times alone, and the output stays") from None
+        raise InputError(f"{path}: {error}; delete it: it only describes the run, and the output stays") from None

@@ -33,14 +33,14 @@ def write_samples(
     labels: NDArray[np.int64] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a sample set, one compressed file. The same images give the same bytes.
+    """Writes a sample set to one compressed file. The same arguments give the same bytes.
 
     Args:
         path: samples/POINT.npz.
         images: uint8 N,C,H,W.
-        evaluations: of the network, for each image.
+        evaluations: network evaluations per image.
         model: sha256 of the network's weights.
-        labels: int64 N, the class that each image was asked for, if any.
+        labels: int64 N, the class of each image, or None.
         settings: the parameters that the images were drawn with.
     """
     arrays: dict[str, NDArray[Any]] = {"images": images, "evaluations": np.asarray(evaluations, np.int64)}
@@ -53,7 +53,7 @@ def write_samples(
         text = json.dumps({**about, records.CHECKSUM: records.record_digest(about)}, indent=2)
         archive.writestr(zipfile.ZipInfo(RECORD), text, zipfile.ZIP_DEFLATED)
         for name, array in arrays.items():
-            # Not numpy's savez: it asks for 64 bit sizes, whose header Python 3.11.2 writes otherwise than 3.11.7.
+            # numpy's savez asks for 64-bit sizes, whose header differs between Python 3.11.2 and 3.11.7.
             member = zipfile.ZipInfo(f"{name}.npy")
             member.compress_type = zipfile.ZIP_DEFLATED
             member.file_size = array.nbytes
@@ -61,15 +61,15 @@ def write_samples(
                 _write_array(file, array)
 
 
-RECORD = "record.json"  # in a sample set
+RECORD = "record.json"  # the name inside a sample set
 
 
 @dataclass(frozen=True)
 class Samples:
     """A sample set.
 
-    images: uint8 N,C,H,W. evaluations: of the network, for each image. model: sha256 of its weights. sha256: of all that the
-    set holds, whatever the bytes of its archive.
+    images: uint8 N,C,H,W. evaluations: network evaluations per image. model: sha256 of the network's weights.
+    sha256: of the content, independent of how the archive is compressed.
     """
 
     images: Images
@@ -79,7 +79,7 @@ class Samples:
 
 
 def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
-    """Reads a sample set. Raises InputError, also where the images are unlike those of `dataset`."""
+    """Reads and verifies a sample set. Raises InputError, also if its images differ in shape from those of `dataset`."""
     with _sample_set(path) as (archive, record):
         shape = _declared(archive.zip)
         if dataset is not None and shape[1:] != dataset.train.shape[1:]:
@@ -94,7 +94,7 @@ def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
 
 
 def read_samples_record(path: Path) -> SamplesRecord:
-    """Reads what a sample set says of itself, without its images. Raises InputError."""
+    """Reads the record of a sample set without its images. Raises InputError."""
     with _sample_set(path) as (_, record):
         return record
 
@@ -103,8 +103,8 @@ def read_samples_record(path: Path) -> SamplesRecord:
 class SamplesRecord:
     """The record inside a sample set.
 
-    point: its name. model: sha256 of the network's weights. evaluations: of the network, for each image. settings: the
-    parameters that the images were drawn with. arrays: the hash of each array, by name. record_sha256: of all this.
+    point: its name. model: sha256 of the network's weights. evaluations: network evaluations per image. settings: the
+    parameters that the images were drawn with. arrays: the hash of each array, by name. record_sha256: of the record.
     """
 
     point: str
@@ -150,7 +150,7 @@ def _samples_record(path: Path, archive: Any) -> SamplesRecord:
 
 
 def _declared(archive: Any) -> tuple[int, ...]:
-    """The shape of images.npy, if it holds that much, before room is made for it. Raises ValueError, KeyError."""
+    """Returns the shape of images.npy from its header, before memory is allocated. Raises ValueError, KeyError."""
     with archive.open("images.npy") as file:
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, _, kind = readers[np.lib.format.read_magic(file)](file)
@@ -163,11 +163,21 @@ def _declared(archive: Any) -> tuple[int, ...]:
 
 
 class KeptImages:
-    """Images N,C,H,W of a sampling under way, on disk below `folder`, so that memory stays bounded whatever their number.
+    """The images of a sampling in progress, on disk, so that memory stays bounded and finished batches survive a kill.
 
-    batches: the network evaluations of each finished batch, by its first image; after a kill too, if the key and the shape
-    are the same and their checksums hold. What another key left in the folder is removed. As a context it gives the array.
-    Raises InputError when there is no room on the disk.
+    As a context manager it yields the array of images.
+
+    Args:
+        folder: where the images are kept. Images with another key or shape in this folder are removed.
+        key: identifies everything that decides the images.
+        shape: N, C, H, W.
+
+    Attributes:
+        batches: the network evaluations per image of each finished batch, by the index of its first image. Holds batches
+            of earlier runs whose checksums are correct.
+
+    Raises:
+        InputError: the disk is full.
     """
 
     def __init__(self, folder: Path, key: str, shape: tuple[int, ...]) -> None:
@@ -182,7 +192,7 @@ class KeptImages:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             self._images = _new_array(array, shape)
-            records.write_json(about, content)  # last: whoever finds it finds the array
+            records.write_json(about, content)  # last, so that the array exists if this file does
         for line in self._log.read_bytes().splitlines() if self._log.exists() else []:
             try:
                 entry = json.loads(line)
@@ -190,7 +200,7 @@ class KeptImages:
                 if self._entry(range(start, stop), entry["evaluations"]) == entry:
                     self.batches[start] = entry["evaluations"]
             except (ValueError, KeyError, TypeError):
-                continue  # cut off by a kill: that batch is made again
+                continue  # cut off by a kill: this batch is drawn again
 
     def __enter__(self) -> Images:
         return self._images
@@ -199,12 +209,12 @@ class KeptImages:
         del self._images
 
     def keep(self, batch: range, evaluations: int) -> None:
-        """The images of that batch are made: from now on a kill doesn't cost them."""
+        """Records a finished batch, so that a later run does not draw it again."""
         assert isinstance(self._images, np.memmap)
         self._images.flush()
         entry = self._entry(batch, evaluations)
         with atomic.disk_full_is_one_line(self._log), self._log.open("ab") as file:
-            file.write(f"\n{json.dumps(entry)}\n".encode())  # the first line break ends what a kill cut off
+            file.write(f"\n{json.dumps(entry)}\n".encode())  # the first line break ends an entry that a kill cut off
             file.flush()
             os.fsync(file.fileno())
         self.batches[batch.start] = evaluations

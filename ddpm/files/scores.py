@@ -1,4 +1,4 @@
-"""Reads and checks scores: metrics/POINT.json, the influence of each image, and the report's tables and answers."""
+"""Reads, checks and writes scores: metrics/POINT.json, influence values, and the files of the report."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from ddpm.scores.metrics import HEADLINE, METRICS, RANKING, entries
 if TYPE_CHECKING:
     from ddpm.parameters import Point
 
-# The entries of metrics/POINT.json beside those of the metrics.
+# The entries of metrics/POINT.json other than the metrics.
 COUNTS = ("evaluations", "images", "reference_images", "layer")
 HASHES = ("reference", "extractor_sha256", "samples", "model")
 OBJECTS = ("evaluation", "files")
 PROTOCOL = (*HASHES[:2], "layer", "images", "reference_images")
 MOST = 2**31 - 1  # of a count
 CONFIDENCES = (0.01, 0.9999)
-# The entries of each score that a comparison of two needs.
+# The entries that a comparison of two scores needs.
 COMPARED = (HEADLINE, f"{HEADLINE}_high", "confidence", "evaluations", *PROTOCOL)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """metrics/POINT.json: the scores of a point, and what they were computed from.
+    """The content of metrics/POINT.json: the scores of a point, and what they were computed from.
 
     Args:
         point: the name of the point.
-        evaluations: network evaluations an image.
-        images, reference_images: how many were compared.
+        evaluations: network evaluations per image.
+        images, reference_images: the number of images compared.
         layer: of the extractor.
         reference: sha256 of the dataset.
-        extractor_sha256: what decides the features, such as a weights file.
+        extractor_sha256: hash of what decides the features, such as a weights file.
         confidence: of all intervals.
-        values: the entries of the metrics by name; an entry that the protocol does not allow is missing.
+        values: the entries of the metrics by name, without those that the protocol does not allow.
         samples: sha256 of the sample set.
-        model: sha256 of the weights that drew it.
+        model: sha256 of the weights that drew the samples.
         features: the full name of the features.
-        evaluation: the section of params.yaml.
+        evaluation: the section `evaluation` of params.yaml.
         files: sha256 of the influence values, by the name of the file.
     """
 
@@ -72,10 +72,10 @@ class Scores:
 
         Args:
             found: the content.
-            needed: entries that must be there; without any, all that an evaluation always gives.
+            needed: entries that must be present; if empty, all that every evaluation writes.
 
         Raises:
-            ValueError: an entry is missing, or has a value that no evaluation gives.
+            ValueError: an entry is missing or has an impossible value.
         """
         known = entries()
         needed = needed or [
@@ -99,17 +99,17 @@ class Scores:
 
     @property
     def extractor(self) -> Extractor:
-        """The row of EXTRACTORS. Raises InputError where that is gone."""
+        """The row of EXTRACTORS. Raises InputError if this version has no such row."""
         return extractor(str(self.evaluation.get("extractor", USUAL_EXTRACTOR)))
 
     def estimate(self, influence: NDArray[np.floating] | None = None) -> Estimate:
-        """The headline score with its error."""
+        """Returns the headline score with its standard error."""
         value = self.values[HEADLINE]
         return Estimate(value, (self.values[f"{HEADLINE}_high"] - value) / quantile(self.confidence), influence)
 
 
 def extractor(name: str) -> Extractor:
-    """A row of EXTRACTORS. Raises InputError for an unknown name."""
+    """Returns a row of EXTRACTORS. Raises InputError for an unknown name."""
     if name not in EXTRACTORS:
         raise InputError(f"no extractor '{name}'; there are {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name]
@@ -136,7 +136,7 @@ def write_scores(root: Path, point: Point, scores: Scores, influence: NDArray[np
 
 
 def _unsound(found: Mapping[str, Any], names: Collection[str]) -> list[str]:
-    """Returns those of the names whose values no evaluation gives: of another type, out of range, or outside their interval."""
+    """Returns the names whose values are impossible: of a wrong type, out of range, or outside their interval."""
     wrong = [name for name in names if not _sound(name, found[name])]
     for metric in METRICS.values():
         bounds = [found[name] for name in metric.names if name in names and name not in wrong]
@@ -159,7 +159,7 @@ def _sound(name: str, value: Any) -> bool:
 
 # The report.
 
-PICTURE = f"{HEADLINE}.png"  # of all points, in the folder of the report
+PICTURE = f"{HEADLINE}.png"  # the plot of all points in report/
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,11 @@ class Row:
 
     Args:
         point: the name of the point.
-        evaluations: network evaluations an image.
+        evaluations: network evaluations per image.
         confidence: of all intervals.
-        values: the entries of the metrics by name, as far as the point has them.
-        extractor: of EXTRACTORS.
-        seconds: to draw an image, where that is known; no column of the file.
+        values: the entries of the metrics that the point has, by name.
+        extractor: a key of EXTRACTORS.
+        seconds: to draw one image, or None; not a column of the file.
     """
 
     point: str
@@ -195,7 +195,7 @@ class Row:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Row:
-        """Reads a row, or the part of best.json that is one; cells of a table are texts. Raises ValueError."""
+        """Reads a row of points.csv, whose cells are texts, or the row in best.json. Raises ValueError."""
         known = entries()
         try:
             values = {name: float(found[name]) for name in known if found.get(name) not in (None, "")}
@@ -209,7 +209,7 @@ class Row:
         return replace(scored, extractor=str(found.get("extractor", USUAL_EXTRACTOR)))
 
     def to_json(self) -> dict[str, Any]:
-        """By the names of the columns; without the entries that the point doesn't have."""
+        """Returns the row by column names, without the entries that the point lacks."""
         about = {name: value for name, value in asdict(self).items() if name != "seconds"}
         return {
             **{name: about.pop(name) for name in ("point", "schedule", "sampler", "steps", "evaluations")},
@@ -232,12 +232,12 @@ class Row:
 
     @property
     def text(self) -> str:
-        """The headline score and its interval, for people."""
+        """The headline score and its interval as text."""
         return f"{RANKING.title} {RANKING.text(self.value)} ({RANKING.text(self.low)} to {RANKING.text(self.high)})"
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """The columns of points.csv: all that any of these points has."""
+    """Returns the columns of points.csv: every entry that any of these points has."""
     there = {name for row in rows for name in row.to_json()}
     first = list(rows[0].to_json())
     scores = [name for name in entries() if name in there]
@@ -247,13 +247,13 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
 @dataclass(frozen=True)
 class Best:
-    """best.json: the best point.
+    """The content of best.json: the best point.
 
     Args:
         row: of the best point.
-        points: how many there are.
-        lowest: the point of the best score, which may be luck.
-        tied: how many points may be the best in truth.
+        points: the number of points.
+        lowest: the point with the best score, which may be best by chance.
+        tied: the number of points that cannot be told apart from the best one.
     """
 
     row: Row
@@ -291,7 +291,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Answer(Standing):
-    """The best point within a budget. lowest: as in best.json. may_be_best: the names of the tied points."""
+    """The best point within a budget. lowest: as in Best. may_be_best: the names of the tied points."""
 
     lowest: str
     may_be_best: tuple[str, ...]
@@ -302,7 +302,7 @@ class Answer(Standing):
 
 @dataclass(frozen=True)
 class Gap:
-    """The gain of a point of the front over the point before it. paired: whether the images are compared in pairs."""
+    """The difference between the scores of a point of the front and the point before it. paired: from pairs of images."""
 
     difference: float
     difference_low: float
@@ -313,7 +313,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Step(Standing):
-    """A point that no other of as few evaluations beats. gap: None for the first."""
+    """A point of the front: no point with as few evaluations beats it. gap: to the point before it; None for the first."""
 
     gap: Gap | None
 
@@ -324,7 +324,7 @@ class Step(Standing):
 
 @dataclass(frozen=True)
 class Front:
-    """front.json. budgets: the best point of at most so many evaluations. steps: the front itself, by evaluations."""
+    """The content of front.json. budgets: the best point for each limit on evaluations. steps: the front, by evaluations."""
 
     confidence: float
     budgets: Mapping[int, Answer]
@@ -343,10 +343,10 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_report(root: Path) -> tuple[Best, list[Row]]:
-    """Reads the report, once all its files are those that front.json describes. Raises InputError.
+    """Reads the report and verifies that its files are those that front.json describes. Raises InputError.
 
     Returns:
-        What best.json holds, and the rows of points.csv if front.json names it.
+        The content of best.json, and the rows of points.csv ([] if front.json does not name that file).
     """
     folder = root / paths.report_dir()
     record = folder / "front.json"
@@ -374,19 +374,19 @@ def read_best(root: Path) -> Best:
 
 
 def read_point_influence(root: Path, point: Point, scores: Scores) -> NDArray[np.float32]:
-    """Reads the influence values of a point, those that its scores were recorded with. Raises InputError."""
+    """Reads the influence values of a point and verifies that they belong to `scores`. Raises InputError."""
     path = root / paths.influence_file(point)
     return read_influence(path, str(scores.files.get(path.name)))
 
 
 def write_influence(path: Path, influence: NDArray[np.floating]) -> None:
-    """float32 [N], in the order of the images."""
+    """Writes influence values as float32 [N], in the order of the images."""
     with atomic.replacing(path) as temporary, temporary.open("wb") as file:
         arrays._write_array(file, influence.astype(np.float32))
 
 
 def read_influence(path: Path, digest: str) -> NDArray[np.float32]:
-    """Reads influence values whose file has that sha256. Raises InputError."""
+    """Reads influence values, float32 [N]. Raises InputError if the file's sha256 is not `digest`."""
     try:
         if path.is_file() and records.sha256(path) != digest:
             raise ValueError("its bytes are not those that were recorded with the scores")

@@ -1,4 +1,4 @@
-"""Reads YAML files, refuses what no parser should be asked for, and changes values without a change of the rest."""
+"""Reads YAML files, refuses very deep ones, and changes single values while the rest of the text stays."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ddpm.errors import InputError
 
-DEEPEST = 100  # levels of a YAML file: the parser in C dies at some ten thousand
+DEEPEST = 100  # levels of nesting; the C parser crashes at some ten thousand
 
 
 def read_yaml(path: Path) -> Any:
@@ -26,7 +26,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The plain values of a YAML text, called `where` in messages. Raises InputError."""
+    """Parses a YAML text into plain values. where: the name of the text in messages. Raises InputError."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError
 
@@ -43,19 +43,19 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise InputError(f"{where}: not readable as YAML: {error.problem}{place}; mend it there") from None
-    except Exception as error:  # noqa: BLE001 - a tag such as !!int lets what int() and others raise through
+    except Exception as error:  # noqa: BLE001 - a tag such as !!int lets errors of int() and others through
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{where}: not readable as YAML: {why}; mend it") from None
 
 
 def rewritten(text: str, change: Callable[[Any], None]) -> str:
-    """YAML text after `change` has been at its document. Comments, order and other values stay as they are."""
+    """Applies `change` to the document of a YAML text. Returns the new text, with comments, order and other values kept."""
     from ruamel.yaml import YAML
     from ruamel.yaml.nodes import ScalarNode
     from ruamel.yaml.representer import RoundTripRepresenter
 
     class Representer(RoundTripRepresenter):
-        """Writes `null` as it was read; ruamel's own writes nothing."""
+        """Writes None as `null`; ruamel's own class writes an empty value."""
 
         def represent_none(self, data: None) -> ScalarNode:
             return self.represent_scalar("tag:yaml.org,2002:null", "null")
@@ -73,7 +73,7 @@ def rewritten(text: str, change: Callable[[Any], None]) -> str:
 
 
 def flow_row(row: Mapping[str, Any]) -> Any:
-    """A row of a table, written on one line: {key: value, ...}."""
+    """Returns a mapping that is written on one line: {key: value, ...}."""
     from ruamel.yaml.comments import CommentedMap
 
     mapping = CommentedMap(row)

@@ -3,4 +3,4 @@
 The computation of a stage does not belong here.
 """
 
-from ddpm.provenance import code as code  # first: it notes the files that the modules after it are imported from
+from ddpm.provenance import code as code  # first: it hashes the files before the other modules are imported

@@ -1,9 +1,9 @@
 """Replaces dvc.lock atomically: a kill leaves the old file or the new one, never half of it. The environment's `dvc` starts here.
 
-DVC empties the file and then writes all stages anew (https://github.com/treeverse/dvc/issues/10629), as a text with comments:
-half a second for 60 stages, a quarter of a minute for 300. There are no comments in it; so it is read without them, only the
-stages that changed are written, and the others keep their text. The bytes are the same. Without this module, a kill at that
-moment leaves a file that is cut off. The next verb mends such a file, but DVC reads it before any verb runs, and may refuse it.
+DVC itself empties the file and then writes all stages again (https://github.com/treeverse/dvc/issues/10629) with a parser that
+keeps comments. That takes half a second for 60 stages and a quarter of a minute for 300. This module reads the file without
+comments, since DVC writes none, and writes only the changed stages; the bytes are the same. Without this module, a kill during
+the write leaves a truncated file. The next verb would mend that file, but DVC reads it before any verb runs, and may refuse it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ddpm.files.yaml_file import read_yaml
 from ddpm.provenance import lock_mending
 from ddpm.provenance.lock_mending import HEAD, NAME, STAGE
 
-TEMPLATE = r"ddpm/\w+/\$\{(\w+)\.(\w+)\}\.py"  # a module in dvc.yaml that params.yaml selects
+TEMPLATE = r"ddpm/\w+/\$\{(\w+)\.(\w+)\}\.py"  # a path in dvc.yaml of a module that params.yaml selects
 Dump = Callable[[Any, Any], Any]
 
 
 def main() -> int:
-    """The environment's `dvc`: the Makefile and the Dockerfile name this function in DVC's console script.
+    """Runs DVC. The Makefile and the Dockerfile point DVC's console script at this function.
 
-    A lock file that another DVC left cut off is mended before DVC reads it. Before anything runs, params.yaml is checked: DVC
-    removes the old outputs of a stage before its command starts, and an output has the names of a sampler and of a schedule.
+    Mends a dvc.lock that another DVC truncated, before DVC reads the file. Checks params.yaml before a pipeline runs: DVC
+    removes the outputs of a stage before the stage's command could find the fault, and their names come from params.yaml.
     """
-    from dvc.cli import main as of_dvc
+    from dvc.cli import main as dvc_main
 
     root = _root()
     try:
@@ -45,18 +45,18 @@ def main() -> int:
         print(f"dvc: {error}", file=sys.stderr)
         return 2
     write_at_once()
-    return int(of_dvc(sys.argv[1:]))
+    return int(dvc_main(sys.argv[1:]))
 
 
 def _root() -> Path:
-    """The folder of the DVC repository that the command line means; the working folder where there is none."""
+    """Returns the top folder of the DVC repository that the command line selects, or the working folder if there is none."""
     given = sys.argv[sys.argv.index("--cd") + 1 :][:1] if "--cd" in sys.argv else []
     here = Path.cwd().joinpath(*given)
     return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
 
 
 def _check_parameters(root: Path) -> None:
-    """Raises InputError where params.yaml is not in order, or lacks a name that dvc.yaml takes from it."""
+    """Raises InputError if params.yaml is invalid, or lacks a key that dvc.yaml uses in a path."""
     wiring = root / "dvc.yaml"
     text = wiring.read_text(encoding="utf-8") if wiring.exists() else ""
     if "-m ddpm " not in text or not (root / "params.yaml").exists():
@@ -76,7 +76,7 @@ def write_at_once() -> None:
     """Patches DVC in this process to write dvc.lock atomically."""
     import dvc.utils.serialize._yaml as serialize
 
-    of_dvc = serialize._modify_data
+    original = serialize._modify_data
 
     @contextmanager
     def modified(path: Any, parser: Callable[[str, Any], Any], dump: Dump, fs: Any = None) -> Iterator[Any]:
@@ -84,15 +84,15 @@ def write_at_once() -> None:
             with changed(Path(path), serialize.parse_yaml, dump) as data:
                 yield data
         else:
-            with of_dvc(path, parser, dump, fs=fs) as data:
+            with original(path, parser, dump, fs=fs) as data:
                 yield data
 
-    serialize._modify_data = modified  # modify_yaml looks it up there
+    serialize._modify_data = modified  # DVC's modify_yaml calls it by this name
 
 
 @contextmanager
 def changed(path: Path, parse: Callable[[str, Path], Any], dump: Dump) -> Iterator[dict[str, Any]]:
-    """What the file holds, which the block changes; then the file holds that."""
+    """Yields the content of dvc.lock, then writes the content as the block has changed it."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     data = parse(text, path)
     before = dict(data.get("stages") or {})
@@ -103,13 +103,13 @@ def changed(path: Path, parse: Callable[[str, Path], Any], dump: Dump) -> Iterat
 
 
 def _spliced(data: dict[str, Any], before: dict[str, Any], text: str, dump: Dump) -> str:
-    """`text` with the stages that are no longer what they were before written anew; "" where it is not as DVC writes it."""
+    """Returns `text` with the changed stages replaced, or "" if `text` does not look as DVC writes it."""
     head, *stages = STAGE.split(text)
     as_dvc_does = head == HEAD and list(data) == ["schema", "stages"] and len(stages) == len(before)
     if not as_dvc_does or not all(own.startswith(f"  {name}:\n") for name, own in zip(before, stages, strict=True)):
         return ""
     own = dict(zip(before, stages, strict=True))
-    # DVC puts a new object in the place of a stage's old one, and changes none.
+    # DVC replaces the object of a changed stage and never modifies one, so `is` finds the unchanged stages.
     return HEAD + "".join(
         own[name] if stage is before.get(name) else _dumped({"stages": {name: stage}}, dump).removeprefix("stages:\n")
         for name, stage in data["stages"].items()

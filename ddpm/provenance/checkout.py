@@ -1,4 +1,4 @@
-"""Refuses to work in a checkout with the code of another one: DVC would record files there that did not run."""
+"""Refuses to work in a checkout with the code of another one: DVC would record the code of this checkout, which did not run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ddpm.errors import InputError
 
 
 def is_own(root: Path, package: str = "ddpm") -> bool:
-    """Whether a package that lies in `root`, if one does, is the imported one."""
+    """Returns False if `root` holds a package of this name other than the imported one."""
     there = root / package
     return not (there / "__init__.py").exists() or there.samefile(_imported(package).parent)
 
 
 def require_own(root: Path, *packages: str) -> None:
-    """Raises InputError where `root` has a package of that name (by default ddpm) which is not the imported one."""
+    """Raises InputError if `root` holds a package of these names (by default ddpm) other than the imported one."""
     for package in packages or ("ddpm",):
         if not is_own(root, package):
             raise InputError(
@@ -26,7 +26,7 @@ def require_own(root: Path, *packages: str) -> None:
 
 
 def missing(error: ModuleNotFoundError) -> str:
-    """The line that says which package this interpreter lacks, and what to do."""
+    """Returns a message that names the package this interpreter lacks, and what to do."""
     return (
         f"{sys.executable} has no package {error.name}: activate the project's environment (`. .venv/bin/activate`;"
         " `make demo` makes it) and run this again"

@@ -1,9 +1,9 @@
-"""Finds the files that a module of this package runs: its import graph, as the sources themselves say it.
+"""Finds the files that a module of this package runs, by reading the import statements of the sources.
 
-Keys of saved states and caches hash these files, the registered model carries them, and a test holds the code dependencies of
-dvc.yaml equal to them. So a change of code cannot reach one of these and miss another.
+The keys of saved states and caches hash these files, and registered models carry them. A test holds the code dependencies in
+dvc.yaml equal to them. So a change of code is noticed in all of these places.
 
-An `__init__.py` runs when a module below it is imported, so it counts. Those above the stages hold names and no work.
+An `__init__.py` counts too: it runs when a module below it is imported.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ ROOT = Path(__file__).parents[__name__.count(".")]  # the folder that holds the 
 
 @dataclass
 class Source(ast.NodeVisitor):
-    """The names that a module imports, and the files beside it that its string literals name.
+    """Collects the imports and string literals of a module. Imports below `if TYPE_CHECKING` do not count.
 
-    imported: modules, and what is imported from them, which may be modules too. at_once: those imported with the module itself,
-    not by a function of it. Imports for type checkers alone do not count. rooms: the arguments of each call `Room(...)`.
+    Attributes:
+        package: the package of the module, from which relative imports start.
+        imported: full names of imported modules, and of the names imported from them, which may be modules too.
+        at_once: those of `imported` that are imported outside of functions.
+        literals: all string literals; some name files beside the module.
+        rooms: the arguments of each call `Room(...)`.
     """
 
     package: str
@@ -90,7 +94,7 @@ def source(path: Path) -> Source:
 
 
 def modules(names: Iterable[str]) -> dict[str, Path]:
-    """The modules of this package among `names` and all that they import, with the packages that hold them -> their files."""
+    """Returns the files, by module name, of the modules `names`, of all modules they import, and of the packages around these."""
     found: dict[str, Path] = {}
     queue = list(names)
     while queue:
@@ -103,28 +107,27 @@ def modules(names: Iterable[str]) -> dict[str, Path]:
 
 
 def rooms(*names: str) -> list[Room[Any]]:
-    """The rooms of which these modules, or any that they import, use the row that params.yaml selects."""
+    """Returns the rooms that these modules, or any that they import, use."""
     return [Room(*arguments) for path in modules(names).values() for arguments in source(path).rooms]
 
 
 def selected(params: object, *names: str) -> tuple[str, ...]:
-    """The modules of the rows that `params` select in rooms(*names), such as ddpm.sources.digits.
+    """Returns the modules that `params` select in the rooms of these modules, such as ddpm.sources.digits.
 
-    No import statement names them. So whoever asks which code these modules run asks for
-    `files(*names, *selected(params, *names))`.
+    No import statement names them, so the code that these modules run is `files(*names, *selected(params, *names))`.
     """
     return tuple(f"{room.package}.{attrgetter(room.key)(params)}" for room in rooms(*names))
 
 
 def files(*names: str) -> tuple[Path, ...]:
-    """All files that these modules of the package run, relative to ROOT and sorted: sources, and the files that those name."""
+    """Returns all files that these modules run, relative to ROOT and sorted: sources, and files that their literals name."""
     paths = set(modules(names).values())
     paths |= {file for path in paths for file in path.parent.iterdir() if file.name in source(path).literals}
     return tuple(sorted(path.relative_to(ROOT) for path in paths if path.is_file()))
 
 
 def hashes() -> dict[Path, str]:
-    """The SHA-256 of each file of the package, by its path relative to ROOT. Takes 3 ms."""
+    """Returns the SHA-256 of each file of the package, by its path relative to ROOT. Takes 3 ms."""
     found = {}
     for path in (ROOT / PACKAGE).rglob("*"):
         if path.is_file() and path.parent.name != "__pycache__":
@@ -133,16 +136,16 @@ def hashes() -> dict[Path, str]:
     return found
 
 
-# The package of the stages imports this module first, so these are the files that Python imports from here on.
+# The package of the stages imports this module first, so Python imports the other modules from these very files.
 AT_IMPORT = hashes()
 
 
 @cache
 def digest(*names: str) -> str:
-    """Hashes the names and bytes of files(*names). Computed once in a process.
+    """Hashes the names and bytes of files(*names), once per process.
 
-    Raises InputError where a file is no longer the one that this process imported: the work would be that of the old code
-    under the new code's name. All these modules are imported first, so that a later edit cannot reach the work either.
+    Imports these modules first, so that later edits cannot affect this process. Raises InputError if a file was edited since
+    the process started: results of the old code would be recorded under the hash of the new code.
     """
     graph = files(*names)
     for name in modules(names):
@@ -156,7 +159,7 @@ def digest(*names: str) -> str:
 
 
 def _path(name: str) -> Path | None:
-    """The file of a module of this package; None for any other name."""
+    """Returns the file of a module of this package, or None for any other name."""
     if name.partition(".")[0] != PACKAGE:
         return None
     path = ROOT.joinpath(*name.split("."))

@@ -1,4 +1,4 @@
-"""Reads dvc.lock: what DVC recorded of the outputs."""
+"""Reads dvc.lock, where DVC records the hashes of stages' dependencies and outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddpm.files.yaml_file import read_yaml
 
 
 def read(root: Path) -> dict[str, Any]:
-    """Reads the stages of dvc.lock; {} without one. The caller must not change them: the result is kept for the next call."""
+    """Returns the stages of dvc.lock, or {} without that file. The result is cached, so the caller must not change it."""
     path = root / "dvc.lock"
     if not path.exists():
         return {}
@@ -31,13 +31,13 @@ def _read_stages(path: Path, *version: int) -> dict[str, Any]:
 
 
 def locked_md5(stages: Mapping[str, Any], stage: str, kind: str, path: Path) -> str | None:
-    """The hash that dvc.lock holds for a stage's "outs" or "deps" at that path."""
+    """Returns the hash in dvc.lock of a path among a stage's outputs (kind "outs") or dependencies ("deps"), or None."""
     entries = stages.get(stage, {}).get(kind, [])
     return next((entry.get("md5") for entry in entries if entry.get("path") == path.as_posix()), None)
 
 
 def is_locked(stages: Mapping[str, Any], stage: str, root: Path, path: Path) -> bool:
-    """Whether an output of a stage is the very file that dvc.lock speaks of, so that DVC's cache has it too."""
+    """Returns whether a file has the hash that dvc.lock records for this output of the stage. DVC's cache then has a copy."""
     recorded = locked_md5(stages, stage, "outs", path)
     if recorded is None or not (root / path).is_file():
         return False

@@ -1,4 +1,4 @@
-"""A stage's parameters and code, which must not change while it runs: DVC reads them when it has ended."""
+"""Fails a stage whose parameters or code change while it runs. DVC hashes both only after the stage has ended."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ddpm.provenance import code
 
 @contextmanager
 def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
-    """Around the work of a stage that DVC runs. DVC would write into dvc.lock that what was edited meanwhile made these outputs.
+    """Raises InputError if a parameter or module of the stage in dvc.yaml changed during the block. DVC then records nothing.
 
-    Raises InputError when a parameter or a module that dvc.yaml names for the stage is another one at the end;
-    DVC then records nothing.
+    Otherwise DVC would record in dvc.lock that the edited version made these outputs. Without DVC (no DVC_STAGE), nothing is
+    checked.
     """
     if "DVC_STAGE" not in os.environ:
         yield
@@ -35,7 +35,7 @@ def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """The dotted names of the leaves that differ, such as "training.steps, seed"; "" if none does."""
+    """Returns the dotted names of the values that differ, such as "training.steps, seed"; "" if none does."""
     old, new = _leaves(before), _leaves(after)
     return ", ".join(name for name in {**old, **new} if old.get(name) != new.get(name))
 
@@ -49,10 +49,10 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read(stage: str, root: Path) -> dict[str, Any]:
-    """Parameters by key, and code by path with its sha256, as dvc.yaml, if there is one, names them for the stage.
+    """Reads the stage's inputs in dvc.yaml: parameter values by key, and the sha256 of code files by path.
 
-    Code is every dependency that dvc.yaml spells out and that is no folder: data and outputs are folders, or have the name of a
-    schedule, a point or a parameter. So is ddpm/sources/${data.source}.py, the module that params.yaml selects.
+    A dependency is code if it is a file whose path has no ${...}, or a module that params.yaml selects, such as
+    ddpm/sources/${data.source}.py. Other dependencies are data.
     """
     name, _, values = stage.partition("@")
     about = read_yaml(root / "dvc.yaml")["stages"].get(name, {}) if (root / "dvc.yaml").exists() else {}
@@ -68,7 +68,7 @@ def _read(stage: str, root: Path) -> dict[str, Any]:
 
 
 def _value(params: Any, key: str) -> Any:
-    """The value at a dotted key; None if there is none."""
+    """Returns the value at a dotted key, or None."""
     for part in key.split("."):
         params = params.get(part) if isinstance(params, dict) else None
     return params

@@ -1,8 +1,8 @@
-"""Notices a dvc.lock that was cut off, and mends it.
+"""Detects and mends a truncated dvc.lock.
 
 DVC empties dvc.lock and then writes all of it again (https://github.com/treeverse/dvc/issues/10629). A kill meanwhile leaves the
-beginning of the new text. Many such beginnings are valid YAML, which DVC accepts: it then goes on with fewer stages, or with a
-stage that has lost outputs. So each verb and each flow compares dvc.lock with a copy of the last whole one, in `.cache`.
+beginning of the new text. That is often valid YAML, which DVC accepts: it then continues with fewer stages, or with a stage that
+has lost outputs. So each verb and each flow compares dvc.lock with a copy of the last whole file in `.cache`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ddpm.provenance import git
 NAME = "dvc.lock"
 COPY = paths.CACHE / NAME
 HEAD = "schema: '2.0'\nstages:\n"
-STAGE = re.compile(r"^(?=  \S)", re.MULTILINE)  # where the text of a stage begins
-_DELETED = "deleted\n"  # the copy says so where there was no dvc.lock
+STAGE = re.compile(r"^(?=  \S)", re.MULTILINE)  # matches where the text of a stage begins
+_DELETED = "deleted\n"  # the content of the copy if there was no dvc.lock
 _HASH = re.compile(r"^      md5: '?[0-9a-f]{32}(\.dir)?'?$", re.MULTILINE)
 _OTHER_HASH = re.compile(r"^      (etag|checksum|cloud|files):", re.MULTILINE)  # of outputs outside of the checkout
 _FOREIGN = re.compile(r"^(<<<<<<<|=======|>>>>>>>|datasets:)", re.MULTILINE)
@@ -30,13 +30,13 @@ Entries = dict[str, str]  # the text of each stage, by its name
 
 
 def check(root: Path, say: Callable[[str], None]) -> None:
-    """Mends dvc.lock if it was cut off, and says so in one line. A whole one is remembered as the copy.
+    """Mends dvc.lock if it is truncated, and says so in one line. Copies a whole file to `.cache`.
 
-    A file is cut off where its last entry is, or where its stages are the first ones of the last whole file and no more. A file
-    that git has (after a checkout, `dvc exp apply` or a stash), a file without the stages that dvc.yaml has lost, and a deleted
-    file are whole. So is a file that DVC did not write, such as one with a merge conflict: DVC judges it.
+    A file is truncated if its last entry is incomplete, or if it holds only the first stages of the last whole file. These
+    count as whole: a file that git has (after a checkout, `dvc exp apply` or a stash); a file that lacks only stages that
+    dvc.yaml lacks too; a deleted file; and a file that DVC did not write, such as one with a merge conflict, which DVC judges.
 
-    Raises InputError where nothing is left to mend it from.
+    Raises InputError if neither `.cache` nor git has a whole file to mend it from.
     """
     path = root / NAME
     if not (root / ".dvc").is_dir():
@@ -48,7 +48,7 @@ def check(root: Path, say: Callable[[str], None]) -> None:
     if text is not None and _mended(root, text, copy) != text:
         from dvc.lock import make_lock
 
-        # Another DVC may be writing the file at this moment: it holds this lock meanwhile.
+        # Another DVC holds this lock while it writes the file.
         folder = root / ".dvc" / "tmp"
         folder.mkdir(exist_ok=True)
         with make_lock(str(folder / "lock"), tmp_dir=str(folder), friendly=True, wait=True):
@@ -69,10 +69,10 @@ def _mend(root: Path, copy: str | None, say: Callable[[str], None]) -> str | Non
     if mended != text:
         atomic.write_text(root / NAME, mended)
         before, after = entries(text) or {}, entries(mended) or {}
-        brought = sum(before.get(name) != entry for name, entry in after.items())
+        restored = sum(before.get(name) != entry for name, entry in after.items())
         say(
             f"{NAME}: mended: it was cut off by a `dvc repro` that was killed while it wrote the file;"
-            f" {brought} of {len(after)} stages are those of the last whole one"
+            f" {restored} of {len(after)} stages were restored from the last whole file"
         )
     return mended
 
@@ -92,7 +92,7 @@ def _read(path: Path) -> str | None:
 
 
 def entries(text: str) -> Entries | None:
-    """The stages of a dvc.lock, or of the beginning of one. None where DVC did not write it."""
+    """Returns the stages of a whole or truncated dvc.lock, or None if DVC did not write the text."""
     if _FOREIGN.search(text) or not (text.startswith(HEAD) or HEAD.startswith(text)):
         return None
     found = STAGE.split(text.removeprefix(HEAD)) if text.startswith(HEAD) else []
@@ -100,9 +100,9 @@ def entries(text: str) -> Entries | None:
 
 
 def _mended(root: Path, text: str, copy: str | None) -> str | None:
-    """The text itself where it is whole. Else its complete entries, with the last whole file's in place of the others.
+    """Returns `text` if it is whole; otherwise its complete entries, and those of the last whole file for the others.
 
-    None where no entry is left.
+    Returns None if no entry is left.
     """
     own = entries(text)
     if own is None:
@@ -126,14 +126,14 @@ def _ends_well(own: Entries, known: dict[str, list[str]]) -> bool:
 
 
 def _begins(entry: str, known: Sequence[str]) -> bool:
-    """Whether the entry is the beginning of a known one, and no more."""
+    """Returns whether the entry is a truncated form of a known one."""
     return any(whole.startswith(entry) and whole != entry for whole in known)
 
 
 def _is_complete(entry: str, known: Sequence[str], outputs: int) -> bool:
-    """Whether DVC wrote the whole entry. It writes the outputs last, and of each the path, hash, size and number of files.
+    """Returns whether DVC wrote the whole entry. DVC writes outputs last, each with path, hash, size and number of files.
 
-    known: the same stage's entry in whole files. outputs: how many dvc.yaml has for the stage.
+    known: the same stage's entries in whole files. outputs: the number of the stage's outputs in dvc.yaml.
     """
     if entry in known:
         return True
@@ -158,9 +158,9 @@ def _is_complete_output(output: str) -> bool:
 
 
 def _stages(root: Path) -> dict[str, Any]:
-    """What dvc.yaml says of each stage."""
-    about = read_yaml(root / "dvc.yaml") if (root / "dvc.yaml").exists() else None
-    stages = about.get("stages") if isinstance(about, dict) else None
+    """Returns the stages of dvc.yaml."""
+    wiring = read_yaml(root / "dvc.yaml") if (root / "dvc.yaml").exists() else None
+    stages = wiring.get("stages") if isinstance(wiring, dict) else None
     return stages if isinstance(stages, dict) else {}
 
 
@@ -171,6 +171,6 @@ def _outputs(stages: dict[str, Any], name: str) -> int:
 
 
 def _is_in_git(root: Path) -> bool:
-    """Whether git has a file of exactly these bytes."""
+    """Returns whether git has a file of exactly these bytes."""
     name = git.line(root, "hash-object", NAME)
     return name is not None and git.ask(root, "cat-file", "-e", name) is not None

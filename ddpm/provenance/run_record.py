@@ -1,4 +1,4 @@
-"""Measures a run: when, where, how fast, from which commit. The results of a run do not depend on any of this."""
+"""Records when, where, how fast and from which commit a stage ran. No result depends on this."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from ddpm.provenance import git
 
 
 def record(output: Path, stage: str, started: float, ended: float, count: int, unit: str) -> RunRecord:
-    """Writes the run file of an output. started, ended: seconds since the epoch; count: how many `unit`s were done."""
+    """Writes the run file of an output and returns its content.
+
+    Args:
+        output: the file or folder that the run made.
+        stage: the DVC stage.
+        started, ended: seconds since the epoch.
+        count: how many `unit`s of work were done.
+        unit: such as "steps".
+    """
     seconds = ended - started
     made = RunRecord(
         stage=stage,
@@ -37,13 +45,13 @@ def record(output: Path, stage: str, started: float, ended: float, count: int, u
 
 
 def versions() -> str:
-    """One line: what runs here, and where torch would compute; the commit, where the code lies in a git checkout."""
+    """Returns one line with the versions, torch's device and, if the code is in a git checkout, the commit."""
     import torch
 
     device = f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
     line = f"ddpm {version('ddpm')}, Python {platform.python_version()}, torch {torch.__version__}, device {device}"
     folder = Path(__file__).parent
-    if git.line(folder, "ls-files", Path(__file__).name):  # or it is the checkout of something else around it
+    if git.line(folder, "ls-files", Path(__file__).name):  # otherwise the checkout around it is another project's
         line += f", commit {git.line(folder, 'describe', '--always', '--dirty', '--exclude', '*')}"
     return line
 
@@ -54,7 +62,7 @@ def _hardware() -> dict[str, Any]:
         "cores": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
     }
-    torch = sys.modules.get("torch")  # a stage that did without torch, or without its CUDA, ran on the CPU
+    torch = sys.modules.get("torch")  # a stage that did not initialise CUDA ran on the CPU
     if torch is None or not torch.cuda.is_initialized():
         return {"device": "cpu", "hardware": hardware}
     hardware["gpu"] = torch.cuda.get_device_name()

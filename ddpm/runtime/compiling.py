@@ -1,4 +1,4 @@
-"""What `compile: true` of a section does."""
+"""Compiles a network, as `compile: true` in a section of params.yaml asks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ddpm.networks import winograd
 
 
 def compiled(net: Any, section: str) -> Any:
-    """native.compiled; InputError, where there is no C compiler, names the section whose key asks for it."""
+    """Calls winograd.compiled. Without a C compiler, raises InputError that names the section."""
     try:
         return winograd.compiled(net)
     except winograd.NoCompiler as error:

@@ -1,4 +1,4 @@
-"""Where torch computes."""
+"""Chooses the device that torch computes on, and turns out-of-memory errors into one line."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 
 from ddpm.errors import InputError
 
-# What errors of memory say that are no OutOfMemoryError: of the CPU's allocator; of oneDNN, which hides the reason; of a GPU
-# without room for its context or for pinned memory; of cuBLAS and its like without room for their own.
+# Messages of out-of-memory errors other than torch.OutOfMemoryError: from the CPU's allocator; from oneDNN, which hides the
+# reason; from a GPU without room for its context or pinned memory; from cuBLAS and similar libraries.
 NO_MEMORY = re.compile(
     r"allocate memory|could not (create|execute) a primitive(?! descriptor)|CUDA error: out of memory|_STATUS_ALLOC_FAILED"
 )
-PROBE = 2**26  # bytes; a process that cannot have as many more is out of memory, whatever an error says
+PROBE = 2**26  # bytes; a process that cannot allocate this much more is out of memory
 
 
 def find_device(name: str) -> torch.device:
-    """ "auto" takes the GPU where there is one. Raises InputError for "cuda" without one."""
+    """Returns the device for "auto" (the GPU if there is one), "cpu" or "cuda". Raises InputError for "cuda" without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("compute.device is cuda, but torch finds no GPU here; set it to auto or cpu")
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
@@ -29,17 +29,20 @@ def find_device(name: str) -> torch.device:
 
 @contextmanager
 def memory_errors(stage: str, remedy: str) -> Iterator[None]:
-    """Raises InputError, one line that says what to lower, where the block finds no memory on the GPU or the CPU."""
+    """Turns an out-of-memory error of the block, on the GPU or the CPU, into InputError.
+
+    stage: the start of the message. remedy: what to change, such as "lower sampling.batch".
+    """
     try:
         yield
-    except (RuntimeError, MemoryError, OSError) as error:  # most often the GPU's is an OutOfMemoryError
+    except (RuntimeError, MemoryError, OSError) as error:  # OutOfMemoryError is a RuntimeError
         if not _is_of_memory(error):
             raise
         raise InputError(f"{stage}: out of memory: {remedy} ({' '.join(str(error).split())})") from None
 
 
 def _is_of_memory(error: Exception) -> bool:
-    """Whether memory ran out. Asked while the error is handled, before what its frames hold is freed."""
+    """Returns whether memory ran out. Must be called while the error is handled: its frames still hold their memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY.search(str(error)):

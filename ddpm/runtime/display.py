@@ -1,4 +1,4 @@
-"""How a stage's progress is shown: a bar on a terminal, plain lines elsewhere, or one JSON object a line for a program."""
+"""Shows the progress of a stage: a bar on a terminal, plain lines elsewhere, or lines of JSON for a program."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 
 from ddpm.runtime.progress import Progress, Report
 
-PREFIX = "@progress "  # of the lines that DDPM_PROGRESS=lines asks for
+PREFIX = "@progress "  # starts each progress line under DDPM_PROGRESS=lines
 
 
 @contextmanager
 def display(stage: str) -> Iterator[Report]:
-    """A Report that shows `stage`'s progress on standard output until the block ends."""
+    """Yields a Report that shows the progress of `stage` on standard output."""
     if os.environ.get("DDPM_PROGRESS") == "lines":
         yield _lines(stage)
     elif sys.stdout.isatty():
@@ -27,13 +27,13 @@ def display(stage: str) -> Iterator[Report]:
 
 
 def say(message: str) -> None:
-    """One line, in one piece: print() writes its end apart, and another thread's line may come between."""
+    """Prints a line in one write. print() writes the line break separately, so lines of threads could mix."""
     sys.stdout.write(message + "\n")
     sys.stdout.flush()
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Rows of text below their heads: the first column to the left, the others to the right."""
+    """Prints a table. The first column is left-aligned, the others are right-aligned."""
     from rich.console import Console
     from rich.table import Table
 
@@ -63,15 +63,15 @@ def _lines(stage: str) -> Report:
 
 
 def _tenths(stage: str) -> Report:
-    told = 0
+    shown = 0  # tenths
 
     def report(progress: Progress) -> None:
-        nonlocal told
+        nonlocal shown
         if progress.message:
             say(f"{stage}: {progress.message}")
         tenth = 10 * progress.done // max(progress.total, 1)
-        if tenth > told:
-            told = tenth
+        if tenth > shown:
+            shown = tenth
             values = "".join(f", {name} {value:.4g}" for name, value in progress.values.items())
             say(f"{stage}: {progress.done:,} of {progress.total:,} {progress.unit}{values}")
 

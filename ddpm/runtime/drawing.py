@@ -1,4 +1,4 @@
-"""Draws images from a checkpoint: the denoiser as configured, the classes, the batches, uint8."""
+"""Draws images from a checkpoint: loads the denoiser, chooses the classes, and samples batches of uint8 images."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ddpm.files.params import Params
 from ddpm.parameters import Point, Sampler
 from ddpm.runtime import compiling
 
-ALIKE = 1.25  # classes of which none has more than this times the images of another
+ALIKE = 1.25  # class counts within this ratio of each other count as equal
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1] -> uint8 0 ... 255, rounded; what lies outside is clamped."""
+    """Converts images in [-1, 1] to uint8 in 0 ... 255, clamped and rounded."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -43,9 +43,14 @@ def check_row(name: str, row: Sampler) -> None:
 
 
 def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: bool, conditional: bool) -> None:
-    """Raises InputError for a point whose row or steps such a network could not be sampled with: at once, not after its training.
+    """Raises InputError if a point could not be sampled from a network with these properties.
 
-    schedule: the network's. learned: whether it has learned its variance; conditional: whether it knows classes.
+    Args:
+        params: with the sampler rows.
+        point: the point.
+        schedule: the network's noise schedule.
+        learned: whether the network has a learned variance.
+        conditional: whether the network is class-conditional.
     """
     if point.sampler not in params.samplers:
         raise InputError(f"no row '{point.sampler}' in samplers; there are {', '.join(params.samplers)}")
@@ -63,10 +68,10 @@ def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: 
 
 
 def class_labels(model: ModelRecord, count: int, label: str | int | None = None) -> np.ndarray | None:
-    """The class of each of `count` images, int64; None for an unconditional model.
+    """Returns the class of each of `count` images, int64 [count]; None for an unconditional model.
 
-    label: the name of a class, or its number. Without one each class is as frequent as among the training images, which scores
-    compare with; where these are about alike, image i is of class i mod classes. Raises ValueError.
+    label: the name or number of one class for all images. Without it, classes are as frequent as among the training images,
+    with which scores compare; if these are about equally frequent, image i has class i mod classes. Raises ValueError.
     """
     classes = model.network.classes
     if not classes:
@@ -84,14 +89,14 @@ def class_labels(model: ModelRecord, count: int, label: str | int | None = None)
 
 
 def _as_frequent(counts: list[int], total: int) -> np.ndarray:
-    """The class of each of `total` images, int64 [total], as frequent as `counts` say; in turn, where they are alike.
+    """Returns the class of each of `total` images, int64 [total]: in proportion to `counts`, or in turn if these are similar.
 
-    Every image goes to the class furthest behind its share, so that a smaller set is the beginning of a larger one.
+    Every image gets the class that is furthest behind its share, so a smaller set is the beginning of a larger one.
     """
     if max(counts) <= ALIKE * min(counts):
         counts = [1] * len(counts)
     behind, labels = np.zeros(len(counts), np.int64), np.empty(total, np.int64)
-    for i in range(total):  # in units of 1 / sum(counts): exactly
+    for i in range(total):  # integers in units of 1 / sum(counts), so exact
         behind += counts
         labels[i] = behind.argmax()
         behind[labels[i]] -= sum(counts)
@@ -113,11 +118,26 @@ def generate(
     done: Callable[[int, int], None] = lambda images, evaluations: None,
     into: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
-    """Images number `indices` of a seed: uint8 [len(indices), *shape], and the network evaluations each took.
+    """Draws the images with these indices. Their noise depends on seed and index alone, never on `batch`.
 
-    Their noise depends on seed and index alone, never on `batch`. done(images, evaluations) is told of each finished
-    batch, and of each step. settings: a sampler row's options. labels: the class of each image, for a conditional network.
-    into: an array to fill instead of a new one. Raises ValueError.
+    Args:
+        denoiser: whose network is on `device`.
+        shape: C, H, W of an image.
+        indices: of the images.
+        seed: of the noise.
+        batch: images drawn at once.
+        steps: number of sampling steps.
+        settings: the options of a sampler row.
+        device: where the noise is made.
+        labels: int64 [len(indices)], the class of each image, for a conditional network.
+        done: called as done(images, evaluations) after each step and each batch.
+        into: an array to fill instead of a new one.
+
+    Returns:
+        The images, uint8 [len(indices), *shape], and the network evaluations per image.
+
+    Raises:
+        ValueError: the settings do not suit the network.
     """
     options = dict(settings)
     guidance = options.pop("guidance", None)
@@ -131,8 +151,8 @@ def generate(
         rows = indices[start : start + batch]
         x_T = gaussian(seed, rows, 0, shape, device).to(memory_format=torch.channels_last)
         if labels is not None:
-            these = torch.from_numpy(labels[start : start + batch]).to(device)
-            denoiser = replace(denoiser, labels=these, guidance=1.0 if guidance is None else guidance)
+            classes = torch.from_numpy(labels[start : start + batch]).to(device)
+            denoiser = replace(denoiser, labels=classes, guidance=1.0 if guidance is None else guidance)
 
         def noise(k: int, rows: range = rows) -> Tensor:
             return gaussian(seed, rows, k + 1, shape, device)
@@ -148,7 +168,10 @@ def generate(
 def prepared_denoiser(
     path: Path, device: torch.device, clip: bool | float, precision: str, compiled: bool
 ) -> tuple[Denoiser, ModelRecord]:
-    """A checkpoint's denoiser, as the `sampling` section wants it computed. Raises InputError."""
+    """Loads a checkpoint's denoiser for sampling. Raises InputError.
+
+    clip, precision and compiled are the entries of the section `sampling`.
+    """
     denoiser, model = checkpoint.load(path, device, clip)
     net = compiling.compiled(denoiser.net, "sampling") if compiled else denoiser.net
     if precision == "bfloat16":

@@ -1,6 +1,6 @@
-"""Ends processes: SIGTERM, a grace time in which they save, then SIGKILL. All grace times of the project stand here.
+"""Ends processes: SIGTERM, a grace time in which they save, then SIGKILL. Holds all grace times of the project.
 
-A process that ends others gets longer than they do. Otherwise it would be killed before it has ended them.
+A process that ends other processes has a longer grace time than they have. Otherwise it would be killed before they end.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-STAGE = 6.0  # seconds; a stage of a cancelled flow saves its state. Prefect notices within 4: a stage ends within ten
-SERVER = 10.0  # the Prefect server of one flow writes the last task states
-ORPHAN = 15.0  # a process whose starter is gone: a flow run ends its stages first
-FLOW_RUNS = 20.0  # what `make up` started and the worker left: its flow runs notice the worker's end and are orphans
+STAGE = 6.0  # seconds; a stage saves its state. Prefect notices a cancellation within 4, so it takes ten at most
+SERVER = 10.0  # the Prefect server of a single flow writes the last task states
+ORPHAN = 15.0  # a process whose parent is gone; a flow run ends its stages first
+FLOW_RUNS = 20.0  # the flow runs of a worker of `make up`; they become orphans when the worker ends
 
-INTERVAL = 0.5  # seconds between two looks at whether the starter still runs
+INTERVAL = 0.5  # seconds between two checks that the parent still runs
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class Leader(Protocol):
     def pid(self) -> int: ...
 
     def poll(self) -> object:
-        """Reaps the process, if it has ended: a zombie would count as one of its group."""
+        """Reaps the process if it has ended: a zombie would count as a member of its group."""
 
 
 def end_groups(leaders: Sequence[Leader], grace: float) -> None:
@@ -40,7 +40,7 @@ def end_groups(leaders: Sequence[Leader], grace: float) -> None:
 
 
 def left_after(grace: float, running: Callable[[], Sequence[T]]) -> Sequence[T]:
-    """Waits until none is running, for `grace` seconds at most. Returns those that still are."""
+    """Waits until `running` returns nothing, at most `grace` seconds. Returns its last result."""
     end = time.monotonic() + grace
     while (left := running()) and time.monotonic() < end:
         time.sleep(0.1)
@@ -48,7 +48,7 @@ def left_after(grace: float, running: Callable[[], Sequence[T]]) -> Sequence[T]:
 
 
 def _signal(leader: Leader, number: int) -> bool:
-    """Signals the group. Returns False where nobody is left in it."""
+    """Sends a signal to a process group. Returns False if the group has no processes left."""
     leader.poll()
     try:
         os.killpg(leader.pid, number)

@@ -1,4 +1,4 @@
-"""A stage as several processes of this machine, by PyTorch's own launcher, which is what torchrun calls too."""
+"""Runs a verb in several processes of this machine with PyTorch's launcher, the one behind torchrun."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ LOOPBACK = {"linux": "lo", "darwin": "lo0"}.get(sys.platform, "")
 
 
 def launch(processes: int, arguments: list[str]) -> None:
-    """Runs `ddpm ARGUMENTS` in so many processes, to their end; the first one's output is shown, the others' when they fail.
+    """Runs `ddpm ARGUMENTS` in several processes and waits for them. Forwards SIGTERM and Ctrl-C.
 
-    SIGTERM and Ctrl-C are handed on. They meet by a file and talk over loopback. Raises SystemExit where the first one has
-    said why it ended; else Stopped, with the signal that killed one of them, or InputError.
+    The output of process 0 is shown; that of another process only if it fails. The processes find each other through a file
+    and communicate over loopback.
+
+    Raises:
+        SystemExit: process 0 failed and has printed why.
+        Stopped: a signal killed one of the processes.
+        InputError: another process failed.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.CRITICAL)  # the processes speak for themselves
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # which would listen on every address
-    os.environ[watchdog.VARIABLE] = str(os.getpid())  # they end with this process, and this one as it would alone
+    logging.disable(logging.CRITICAL)  # the processes report their own errors
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # its store would listen on all addresses
+    os.environ[watchdog.VARIABLE] = str(os.getpid())  # the processes watch this one and exit with it
     for backend in ("GLOO", "NCCL") if LOOPBACK else ():
         os.environ.setdefault(f"{backend}_SOCKET_IFNAME", LOOPBACK)
     with TemporaryDirectory(prefix="ddpm-ranks-") as folder:
@@ -55,7 +60,11 @@ def launch(processes: int, arguments: list[str]) -> None:
 
 
 def _fail(codes: dict[int, int], folder: Path) -> NoReturn:
-    """codes: exit codes by rank, negative for signals. Once one has failed the others are sent SIGTERM: not the cause."""
+    """Raises the error of the process that failed first.
+
+    codes: exit codes by rank, negative for signals. The launcher ends the other processes with SIGTERM, so a process that
+    ended by SIGTERM is the least likely cause.
+    """
 
     def weight(code: int) -> int:
         if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
@@ -64,8 +73,8 @@ def _fail(codes: dict[int, int], folder: Path) -> NoReturn:
 
     rank, code = min(codes.items(), key=lambda item: (weight(item[1]), item[0]))
     if weight(code) == 0:
-        what = f"process {rank} of the training was killed by signal {-code}"
-        raise Stopped(f"{what}; the next run goes on after the last saved state", -code)
+        cause = f"process {rank} of the training was killed by signal {-code}"
+        raise Stopped(f"{cause}; the next run goes on after the last saved state", -code)
     if rank == 0 or weight(code) == 3:
         sys.exit(code if code > 0 else 128 - code)
     log = next(folder.glob(f"*/*/{rank}/stderr.log"), None)

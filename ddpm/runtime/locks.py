@@ -1,4 +1,4 @@
-"""Holds lock files: one process at a time, of all that share a file system. The end of a process frees its locks."""
+"""Holds lock files, which one process at a time can hold. Locks of a process are freed when it ends."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ INTERVAL = 0.5  # seconds between two attempts in a long wait
 
 @contextmanager
 def held(path: Path, patience: float = 0, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Holds the lock file `path` while the block runs, and makes its folder.
+    """Holds the lock file `path` during the block. Creates its folder.
 
-    waiting: is called once the lock was somebody else's for `patience` seconds. It says for whom the wait is, or raises.
+    waiting: called if the lock is not free within `patience` seconds. It reports the wait, or raises to give up.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)

@@ -1,4 +1,4 @@
-"""Processes named so that another one can tell whether they still run, whatever their ids are used for since."""
+"""Names processes so that other processes can tell whether they still run, even if their ids have been reused."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 import psutil
 
 PROC = Path("/proc")
-BOOT = PROC / "sys/kernel/random/boot_id"  # another one after each start of the host
-FIRST = "pid:[4026531836]"  # the process ids of the host itself, on any Linux
+BOOT = PROC / "sys/kernel/random/boot_id"  # changes at each boot of the host
+FIRST = "pid:[4026531836]"  # the pid namespace of the host itself, on any Linux
 
 
 def this_process() -> str:
-    """Host, id and start of this process."""
+    """Returns the name of this process: its host, id and start time."""
     process = psutil.Process()
     return f"{_host()} {process.pid} {_start(process)}"
 
 
 def is_here(name: str) -> bool:
-    """Whether it was named on this host: of other hosts' processes nothing is known, nor of other containers'."""
+    """Returns whether the named process belongs to this host or container. Nothing is known about processes of others."""
     return name.split(" ", maxsplit=1)[0] == _host()
 
 
 def is_alive(name: str) -> bool:
-    """Whether the process that this_process() named runs on this host. A zombie doesn't."""
+    """Returns whether a process of this host, named by this_process(), still runs. A zombie does not."""
     _, pid, start = name.split(" ")
     try:
         process = psutil.Process(int(pid))
@@ -34,14 +34,14 @@ def is_alive(name: str) -> bool:
 
 
 def _host() -> str:
-    """Its name; in a container also which one it is: several may have one name, and ids of their own."""
+    """Returns the host's name; in a container also boot id and pid namespace, since containers may share a name."""
     space = PROC / "self/ns/pid"
     ids = str(space.readlink()) if space.is_symlink() else FIRST
     return platform.node() if ids == FIRST else f"{platform.node()}/{BOOT.read_text(encoding='utf-8').strip()}/{ids}"
 
 
 def _start(process: psutil.Process) -> str:
-    """When it started, by a clock that nobody sets: since which start of the host, and how long after it."""
+    """Returns the boot id and the start time since that boot, which do not change when the clock is set."""
     if not BOOT.exists():
         return f"{process.create_time():.2f}"
     fields = (PROC / str(process.pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""How a stage says what it is doing: one small callable, so that it runs unchanged in a test, a notebook, DVC or Prefect."""
+"""Progress reports of a stage: it calls a function, so it runs unchanged in a test, a notebook, DVC or Prefect."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Progress:
 
     done, total: how much of the work is finished, in `unit`s ("steps", "images", ...).
     values: numbers worth watching, by name (loss, learning_rate, ...); empty for most reports.
-    message: a plain line worth keeping in a log, or "".
-    model: while training, a callable that gives the current EMA denoiser to whoever wants to draw samples; else None.
+    message: a line for the log, or "".
+    model: during a training, a callable that returns the current EMA denoiser, to draw previews; else None.
     """
 
     done: int
@@ -29,4 +29,4 @@ Report = Callable[[Progress], None]
 
 
 def silent(progress: Progress) -> None:
-    """Watches nothing."""
+    """Ignores a report."""

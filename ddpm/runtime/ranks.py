@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as torchrun says in the environment."""
+"""Reads from the environment, as torchrun sets it, which of several processes this one is, and joins them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ddpm.errors import InputError
 from ddpm.training import parallel
 from ddpm.training.parallel import ALONE, World
 
-MEETING = "DDPM_RANKS_MEET"  # a file by which the processes of one machine find each other; else MASTER_ADDR says where
+MEETING = "DDPM_RANKS_MEET"  # a file through which processes of one machine meet; without it, MASTER_ADDR is used
 
 
 def number() -> int:
-    """This process's rank; 0 where it is the only one."""
+    """Returns the rank of this process; 0 if it is the only one."""
     return int(os.environ["RANK"]) if started() else 0
 
 
 def started() -> bool:
-    """Whether torchrun, or something that sets what it sets, started this process."""
+    """Returns whether the environment has torchrun's variables."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
-    """The World, and the device of this process: of several, each has a GPU of its own. Raises InputError."""
+    """Yields the World and this process's device: each of several processes has its own GPU. Raises InputError."""
     if not started() or os.environ["WORLD_SIZE"] == "1":
         yield ALONE, device
         return

@@ -1,4 +1,4 @@
-"""SIGTERM (a spot instance going away, a cancelled flow) and Ctrl-C, for a stage that has something to put away first."""
+"""Handles SIGTERM (from a spot instance going away, a cancelled flow) and Ctrl-C so that a stage can save first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Stopped(BaseException):
-    """The process was told to end. Like KeyboardInterrupt it is no Exception, so that nothing takes it for a failure."""
+    """The process was asked to end. Like KeyboardInterrupt, this is no Exception, so no handler takes it for a failure."""
 
     def __init__(self, message: str = "stopped", number: int = signal.SIGTERM) -> None:
         super().__init__(message)
@@ -18,7 +18,7 @@ class Stopped(BaseException):
 
 
 def on_sigterm() -> None:
-    """From now on SIGTERM raises Stopped in the main thread, so that what is half-written is cleared away."""
+    """Makes SIGTERM raise Stopped in the main thread, so that temporary files are removed."""
 
     def stop(number: int, _: Any) -> None:
         raise Stopped(number=number)
@@ -28,10 +28,10 @@ def on_sigterm() -> None:
 
 @contextmanager
 def deferred() -> Iterator[Callable[[], int]]:
-    """Within the block a first SIGTERM or SIGINT waits; the callable gives its number, or 0. A second one acts at once.
+    """Holds back the first SIGTERM or SIGINT during the block. A second one acts at once.
 
-    What came and was not answered with Stopped acts when the block ends. In another thread than the main one, which gets
-    no signals, nothing changes.
+    Yields a callable that returns the number of the signal held back, or 0. If the block ends without an exception, the
+    signal acts then. Does nothing outside the main thread, the only one that gets signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0

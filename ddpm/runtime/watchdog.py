@@ -1,4 +1,4 @@
-"""Ends this process when the flow or the DVC that started it is gone, so that not even kill -9 leaves an orphan."""
+"""Ends this process when the flow or the DVC that started it is gone, so that even kill -9 leaves no orphan."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import psutil
 
 from ddpm.runtime import ending
 
-VARIABLE = "DDPM_WATCH_PID"  # names the flow to its stages, the worker to its flows
+VARIABLE = "DDPM_WATCH_PID"  # holds the process id of the flow in its stages, of the worker in its flows
 
 SHELLS = {"ash", "bash", "dash", "fish", "ksh", "sh", "zsh"}  # DVC runs a stage's command through one of these
 
 
 def start() -> None:
-    """Watches, in a daemon thread, the processes between this one and the one that VARIABLE names, both ends included.
+    """Watches the ancestors of this process, up to the one that VARIABLE names, in a daemon thread.
 
-    Without VARIABLE, a process that DVC started (DVC_STAGE is set) watches that DVC; any other process watches nothing.
-    When one of them is gone, this process gets SIGTERM and, if it is still there after the grace time, ends at once.
+    Without VARIABLE, a process that DVC started (DVC_STAGE is set) watches its ancestors up to that DVC. Any other process
+    watches nothing. When an ancestor is gone, this process gets SIGTERM; if it still runs after the grace time, it exits.
     """
     watched = _starters()
     if watched:
@@ -35,7 +35,7 @@ def _starters() -> list[psutil.Process]:
     if named:
         pids = [process.pid for process in ancestors]
         if int(named) not in pids:
-            print("ddpm: whoever started this has ended, and so does this", file=sys.stderr)
+            print("ddpm: the process that started this one has ended, so this one ends too", file=sys.stderr)
             sys.exit(1)
         return ancestors[: pids.index(int(named)) + 1]
     if "DVC_STAGE" in os.environ:
@@ -53,7 +53,7 @@ def _program(process: psutil.Process) -> str:
 
 
 def _alive(process: psutil.Process) -> bool:
-    """False for a zombie too: what was killed may stay one until its own parent looks."""
+    """Returns False for a zombie too: a killed process stays one until its parent reaps it."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""CIFAR-10, as torchvision reads it: from data.path, or downloaded."""
+"""Reads CIFAR-10 with torchvision, from data.path or from a download."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ddpm.sources.source import Contents, Source, downloading, in_memory
 
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
-    """Reads the folder cifar-10-batches-py in data.path, or data.path itself, or the download."""
+    """Reads the folder cifar-10-batches-py, which is data.path or in data.path; without it, the download."""
     from torchvision.datasets import CIFAR10
 
     path = root / data.path

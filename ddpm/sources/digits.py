@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits of 8x8 pixels."""
+"""Reads scikit-learn's 1,797 handwritten digits of 8x8 pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: four IDX files, from data.path, or downloaded. The images of 28x28 pixels are padded to 32x32."""
+"""Reads Fashion-MNIST, four IDX files, from data.path or from a download. Images of 28x28 pixels are padded to 32x32."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOWNLOADS = "fashion-mnist"  # the folder's name in .cache/downloads
 
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
-    """Reads the files in data.path, or where torchvision puts them below it, or the download."""
+    """Reads the files in data.path or in torchvision's folders below it; without them, the download."""
     from torchvision.datasets import FashionMNIST
 
     folder = _idx_folder(root / data.path)

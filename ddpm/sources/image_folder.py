@@ -1,12 +1,12 @@
-"""Images of one's own: a folder with PNG and JPEG files at any depth, or one zip file.
+"""Reads a user's images: PNG and JPEG files at any depth of a folder, or one zip file.
 
-Zip files in the folder count as unpacked where they lie. The path of an image decides what the image is:
+Zip files in the folder are read as if they were unpacked there. The path of an image gives its split and class:
 
     [train/|test/][CLASS/]...NAME.png
 
-Where every path starts with train/ or test/, the folder has a split of its own. Otherwise a seeded fraction becomes the test
-split. Where every image then lies in a folder, the first folder is the image's class. Sides are padded with zeros to the
-next multiple of 8, unless `data.size` names the side.
+If every path starts with train/ or test/, these folders are the splits. Otherwise a seeded fraction becomes the test split. If
+every image then lies in a folder, its first folder is its class. Sides are padded with zeros to the next multiple of 8,
+unless `data.size` gives the side.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _left_out(names: list[str]) -> str:
 
 
 def _layout(files: Mapping[str, decoding.Read], data: Data) -> decoding.Layout:
-    """What parameters leave open is as in the first image; a refusal goes by most of them. Raises InputError."""
+    """Chooses channels and side: from the parameters, else as decoding.first_shape finds them. Raises InputError."""
     name, channels, (width, height) = decoding.first_shape(files, data.channels, data.path)
     if data.size is None and width != height:
         raise InputError(
@@ -73,7 +73,7 @@ def _layout(files: Mapping[str, decoding.Read], data: Data) -> decoding.Layout:
 
 
 def _split(names: list[str], data: Data, seed: int) -> tuple[list[str], NDArray[np.bool_]]:
-    """-> the names below train/ and test/, and which are of the test split."""
+    """Returns the names without a leading train/ or test/, and a mask of the test split, bool [N]."""
     tops = {name.partition("/")[0] if "/" in name else "" for name in names}
     if tops <= {"train", "test"}:
         return [name.partition("/")[2] for name in names], np.array([name.startswith("test/") for name in names])

@@ -1,7 +1,7 @@
-"""Defines a source of images, SOURCES, and the parts that several sources share.
+"""Defines Source, SOURCES, and the functions that several sources share.
 
-A source is added by adding its module to this package. The module ends with its row, `SOURCE = Source(...)`, and
-`data.source` selects the row by the module's name.
+A new source is a new module in this package. The module ends with its row, `SOURCE = Source(...)`, and `data.source` selects
+the row by the module's name.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from ddpm.runtime.progress import Progress, Report
 
 Labels = NDArray[np.int64]
 
-MULTIPLE = 8  # padded sides are multiples: a network with four levels halves a side three times
+MULTIPLE = 8  # of padded sides: a network with four levels halves a side three times
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Describes what an opened source holds, before its images are read.
+    """The content of an opened source, before its images are read.
 
-    shape: C,H,W. counts: train and test images. labels: int64 N for each split, with classes, or None without.
-    fill: reads the images into two uint8 arrays N,C,H,W of zeros. Raises InputError.
+    shape: C,H,W. counts: train and test images. labels: int64 N for each split, or None. classes: their names, or None.
+    fill: reads the images into two uint8 arrays N,C,H,W of zeros, train and test. Raises InputError.
     """
 
     shape: tuple[int, int, int]
@@ -50,14 +50,15 @@ class Contents:
 
 @dataclass(frozen=True)
 class Source:
-    """One row of SOURCES: how the source is opened, and what others need to know about it.
+    """One row of SOURCES.
 
-    open: takes the section `data`, the seed, the folder that relative paths start from, and a progress report. It finds
-        out what the source holds, and reads nothing large. Raises InputError.
-    licence: what is known about the licence of the images, for the model card.
-    shareable: whether that licence lets a trained model be shared under this project's own licence.
-    flip: whether a mirrored image is still an image that the source could hold.
-    any_images: whether users bring their own images. Two datasets from such a source may have nothing in common.
+    Args:
+        open: takes the section `data`, the seed, the folder that relative paths start from, and a progress report. Returns
+            the contents without reading all images. Raises InputError.
+        licence: of the images, as far as it is known, for the model card.
+        shareable: whether the licence lets a trained model be shared under this project's own licence.
+        flip: whether a mirrored image could come from the same source.
+        any_images: whether users bring their own images. Two datasets from such a source may have nothing in common.
     """
 
     open: Callable[[Data, int, Path, Report], Contents]
@@ -71,19 +72,19 @@ SOURCES: Room[Source] = Room("ddpm.sources", "data.source", "SOURCE")
 
 
 def check_name(params: Params) -> None:
-    """Raises InputError where tracking.name is the name of a source other than the selected one.
+    """Raises InputError if tracking.name is the name of another source than the selected one.
 
-    The two datasets would otherwise share experiments and a champion.
+    Otherwise the datasets of both would share experiments and a champion.
     """
     name, source = (params.tracking.name or "").replace("-", "_"), params.data.source
     if name != source and name in SOURCES:
         raise InputError(
-            f"tracking.name: {params.tracking.name} is a data.source of its own, and this one is {source};"
+            f"tracking.name: {params.tracking.name} is the name of another data.source, and this one is {source};"
             " choose another name"
         )
 
 
-# The parts that sources share.
+# Functions that sources share.
 
 
 def padded_side(side: int) -> int:
@@ -92,16 +93,16 @@ def padded_side(side: int) -> int:
 
 
 def centre(side: int, padded: int) -> tuple[Any, ...]:
-    """Returns the index of the last two axes that selects a centred square inside a padded one."""
+    """Returns the index that selects a centred square of that side in the last two axes of a padded square."""
     first = (padded - side) // 2
     inner = slice(first, first + side)
     return (..., inner, inner)
 
 
 def held_out(names: Sequence[str], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which of the names form the test split: round(fraction * N) of them.
+    """Returns the mask of the test split, bool [N], with round(fraction * N) of the names.
 
-    They are those with the lowest hash of seed and name, so an added image moves hardly any other to the other split.
+    It selects the lowest hashes of seed and name, so an added image moves almost no other image between the splits.
     """
 
     def rank(index: int) -> bytes:
@@ -123,11 +124,10 @@ def in_memory(
     """Describes square images that are already in memory. Sides are padded with zeros to a multiple of 8.
 
     Args:
-        data: its size and channels must be null, or be those of the images.
-        train: uint8 N,C,H,W, and a label for each image.
-        test: the same for the test split.
+        data: its size and channels must be None, or those of the padded images.
+        train, test: uint8 N,C,H,W and int64 labels N of each split.
         classes: the name of each label.
-        report: is told when the images are copied.
+        report: called when the images are copied.
 
     Raises:
         InputError: data asks for another size or number of channels.
@@ -152,9 +152,13 @@ def in_memory(
 
 @contextmanager
 def downloading(data: Data, path: Path, files: str, report: Report) -> Iterator[None]:
-    """Bounds the time that a download may wait for an answer, and turns errors into one line.
+    """Sets a timeout for the download in the block, and turns its errors into InputError.
 
-    path: the folder that the download goes to. files: which files users may put into data.path instead.
+    Args:
+        data: names the source and data.path.
+        path: the folder of the download.
+        files: the files that users can put into data.path instead, for messages.
+        report: called once, to say that a download may follow.
     """
     report(Progress(0, 1, "files", message=f"{data.source} is not in {data.path}: using {path}, downloading if needed"))
     before = socket.getdefaulttimeout()

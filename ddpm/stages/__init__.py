@@ -3,4 +3,4 @@
 A verb that DVC does not run belongs to ddpm.tools.
 """
 
-import ddpm.provenance as _provenance  # noqa: F401 - first: it notes the files that the modules after it are imported from
+import ddpm.provenance as _provenance  # noqa: F401 - first: it hashes the files before the other modules are imported

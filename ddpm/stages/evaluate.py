@@ -1,9 +1,9 @@
-"""`evaluate POINT`: samples against the training images -> the scores, how sure they are, and what they were computed from.
+"""`evaluate POINT`: scores the samples of a point against training images, with confidence intervals.
 
-The protocol, whatever the point: the first `evaluation.images` samples, as uint8, exactly as saved, against as many
-images of the train split, drawn without replacement in an order that never changes (`params.seed` has no say).
-One pass of the extractor gives every score: a row of METRICS each. An interval NAME_low ... NAME_high is about the samples: where
-the score of other samples of the same model, as many and against the same reference, has its mean.
+Every point is scored by the same protocol: the first `evaluation.images` samples, as saved, against as many images of the train
+split. These are chosen in a fixed random order, independent of `params.seed`. One pass of the extractor serves every score of
+METRICS. An interval NAME_low ... NAME_high covers the mean score of other sample sets: of the same model and size, against the
+same reference images.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ FEWEST = fidelity.NEIGHBOURS + 1  # images that can be scored
 
 
 def evaluate(params: Params, point: Point, root: Path = Path(), report: Report = silent) -> Scores:
-    """Writes metrics/POINT.json and POINT.influence.npy and returns the scores. Raises InputError."""
+    """Writes metrics/POINT.json and POINT.influence.npy. Returns the scores. Raises InputError."""
     with memory_errors(f"evaluate {point.name}", "lower evaluation.batch, or evaluation.images"):
         scores, influence = _evaluate(params, point, root, report)
     return write_scores(root, point, scores, influence)
 
 
 def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple[Scores, NDArray[np.floating]]:
-    """-> the scores, and the influence values of the headline score."""
+    """Computes the scores, and the influence values of the headline score, [N]."""
     protocol = params.evaluation
     torch.set_num_threads(protocol.threads)
     path = root / paths.samples_file(point)
@@ -94,7 +94,7 @@ def _influence(sets: fidelity.Sets) -> NDArray[np.floating]:
 
 
 def reference_images(train: arrays.Images, count: int) -> arrays.Images:
-    """`count` images of a split, or all, if it has no more: always the same ones, and more include fewer."""
+    """Returns `count` images of a split, or all of them. The choice is fixed; a smaller count gives a subset."""
     if count >= len(train):
         return train
     chosen = np.random.RandomState(0).permutation(len(train))[:count]
@@ -104,15 +104,15 @@ def reference_images(train: arrays.Images, count: int) -> arrays.Images:
 def _reference(
     extractor: Features, images: arrays.Images, batch: int, folder: Path, version: str, done: Callable[..., None]
 ) -> tuple[fidelity.Features, fidelity.Statistics]:
-    """Features and statistics of the reference images, computed once for their content, the layer, the weights and the code.
+    """Returns features and statistics of the reference images, from `folder` if they have been computed before.
 
     Args:
         extractor: loaded up to the layer.
-        images: the reference images.
-        batch: images that go to the device at once.
-        folder: where the result is kept.
+        images: the reference images, uint8 N,C,H,W.
+        batch: images per pass of the extractor.
+        folder: where the result is kept, under a key of images, layer, weights, device and code.
         version: the digest of the code.
-        done: is told how many images are done, with a message.
+        done: called with the number of images done and a message.
     """
     decisive = (extractor.sha256, extractor.device.type, images.shape, version)
     content = hashlib.sha256(" ".join(map(str, decisive)).encode())
@@ -137,5 +137,5 @@ def _reference(
 
 
 def _rounded(value: float) -> float:
-    """To 8 digits: the last bits are the processor's, not the samples'."""
+    """Rounds to 8 digits: the last bits depend on the processor."""
     return float(f"{value:.8g}")

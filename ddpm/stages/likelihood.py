@@ -1,4 +1,4 @@
-"""`likelihood SCHEDULE`: a trained network's bits per dimension on train and test images, and its rate-distortion curve."""
+"""`likelihood SCHEDULE`: measures a network's bits per dimension on train and test images, and its rate-distortion curve."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ddpm.runtime.progress import Progress, Report, silent
 
 
 def likelihood(params: Params, schedule: str, root: Path = Path(), report: Report = silent) -> dict[str, Any]:
-    """Writes metrics/likelihood/SCHEDULE.json and .csv; returns the content of the JSON file. Raises InputError.
+    """Writes metrics/likelihood/SCHEDULE.json and .csv. Returns the content of the JSON file. Raises InputError.
 
-    The JSON file has a section for each split of two images or more, with `bits_per_dim` = `prior` (L_T) + `kl` (the sum) +
-    `decoder` (L_0), each with its standard error. The CSV file is the curve of the test split, or of train where there is none.
+    The JSON file has a section for each split of two or more images, with standard errors: `bits_per_dim` = `prior` (L_T) +
+    `kl` (the sum of the other terms) + `decoder` (L_0). The CSV file holds the curve of the test split, or else of train.
     """
     settings = params.likelihood
     torch.set_num_threads(settings.threads)
@@ -87,13 +87,13 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
 
 
 def chosen(images: np.ndarray, count: int) -> np.ndarray:
-    """`count` images (or labels) of a split, evenly spread over it, or all if it has no more."""
+    """Returns `count` images or labels, evenly spread over a split, or all of them if it has fewer."""
     count = min(count, len(images))
     return np.ascontiguousarray(images[np.arange(count) * len(images) // max(count, 1)])
 
 
 def split_scores(bound: Bound) -> dict[str, Any]:
-    """Means over the images, in bits/dim, with their standard errors."""
+    """Returns the means over the images, in bits/dim, with their standard errors."""
     parts = {"bits_per_dim": bound.total, "prior": bound.prior, "kl": bound.kl, "decoder": bound.decoder}
     scores: dict[str, Any] = {}
     for name, values in parts.items():
@@ -102,8 +102,11 @@ def split_scores(bound: Bound) -> dict[str, Any]:
 
 
 def curve(bound: Bound) -> list[dict[str, Any]]:
-    """A row per stratum, from noise to image: the network time in its middle, the times it stands for, and at that time the
-    bits/dim spent so far, the RMSE of x0_hat on 0 ... 255, and the stratum's own bits/dim."""
+    """Returns a row for each stratum of network times, from noise to image.
+
+    time: the middle of the stratum. times: the number of times in it. rate: bits/dim spent up to there. distortion: RMSE of
+    x0_hat on the scale 0 ... 255. term: bits/dim of the stratum.
+    """
     terms, rates, distortions = bound.terms.mean(0).tolist(), bound.rate.tolist(), bound.distortion.tolist()
     rows = [
         {
@@ -119,9 +122,9 @@ def curve(bound: Bound) -> list[dict[str, Any]]:
 
 
 def _rounded(value: float) -> float:
-    """To 6 digits: the last bits are the processor's."""
+    """Rounds to 6 digits: the last bits depend on the processor. Raises InputError for a value that is not finite."""
     if not math.isfinite(value):
         raise InputError(
-            f"likelihood: the bound is {value}; the network's output is not finite, or lies far out: set clip"
+            f"likelihood: the bound is {value}; the network's output is not finite or very large: set likelihood.clip"
         )
     return float(f"{value:.6g}")

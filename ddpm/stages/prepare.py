@@ -1,4 +1,4 @@
-"""Prepare: a source of images -> dataset/, one uint8 array per split, with labels, statistics and a preview."""
+"""`prepare`: reads a source of images and writes dataset/: a uint8 array per split, labels, statistics and a preview."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.sources.source import SOURCES, Contents
 
-COLUMNS, ROWS = 10, 20  # of the preview, at most
-PREVIEW_SIDE = 64  # pixels; larger images are thinned out
+COLUMNS, ROWS = 10, 20  # of the preview; rows at most
+PREVIEW_SIDE = 64  # pixels; larger images are subsampled
 
 
 def prepare(params: Params, root: Path = Path(), report: Report = silent) -> DatasetRecord:
-    """Writes the dataset that `params.data` describes below `root`, and returns its record.
+    """Writes the dataset that `params.data` describes and returns its record.
 
-    Raises InputError, and then leaves an earlier dataset as it was.
+    Raises InputError, and then leaves an earlier dataset unchanged.
     """
     source = SOURCES.select(params.data.source)
     contents = source.open(params.data, params.seed, root, report)
@@ -42,9 +42,9 @@ def prepare(params: Params, root: Path = Path(), report: Report = silent) -> Dat
 
 
 def preview(train: Images, labels: NDArray[np.int64] | None, classes: int) -> Images:
-    """-> one uint8 C,H,W picture of training images, 10 columns, at most 20 rows: a row per class if there are any.
+    """Returns a picture, uint8 C,H,W, of training images: COLUMNS wide, at most ROWS high, with a row for each class.
 
-    A class with fewer than 10 images leaves the rest of its row white.
+    train: uint8 N,C,H,W. labels: int64 N, or None. A class with fewer than COLUMNS images leaves the rest of its row white.
     """
     step = math.ceil(train.shape[-1] / PREVIEW_SIDE)
     if labels is None:
@@ -78,7 +78,7 @@ def _class_counts(dataset: NewDataset, classes: tuple[str, ...] | None) -> list[
 
 
 def mean_and_deviation(images: Images) -> tuple[list[float], list[float]]:
-    """Per channel, of values in 0..1, from exact integer sums, rounded to 6 digits. images: uint8 N,C,H,W, N >= 1."""
+    """Returns mean and standard deviation of uint8 N,C,H,W images per channel, on the scale 0 ... 1, rounded to 6 digits."""
     counts = np.zeros((images.shape[1], 256), np.int64)
     block = max(1, 2**22 // math.prod(images.shape[1:]))
     for start in range(0, len(images), block):

@@ -1,10 +1,8 @@
-"""`report`: the scores of the whole sweep -> one table, the best point, the best for each budget of evaluations, pictures,
-and all of it on one page.
+"""`report`: collects the scores of the sweep: a table, the best point, the best point for each budget, plots, and a page.
 
-The best point is not simply the one of the best score, which may be so by luck: of the points that may be the best in truth
-(intervals.may_be_best: the best is among them with 95 %, however many points there are; in pairs, since all points start from the
-same noise), it is the one that takes the fewest network evaluations. The best for a budget is chosen in the same way from the
-points within it.
+Among many points, the best score is partly chance. So the best point is the cheapest one, in network evaluations, of those that
+cannot be told apart from the best score. With 95% confidence the truly best point is among them (intervals.may_be_best). Points
+are compared in pairs of images, since all start from the same noise. The best point within a budget is chosen in the same way.
 """
 
 from __future__ import annotations
@@ -45,22 +43,22 @@ from ddpm.scores.choice import Candidate, choose, front
 from ddpm.scores.intervals import CONFIDENCE, difference, simultaneous
 from ddpm.scores.metrics import RANKING
 
-BUDGETS = (10, 20, 50, 100, 1000)  # network evaluations an image, at most
+BUDGETS = (10, 20, 50, 100, 1000)  # at most so many network evaluations per image
 
-FILES = ("best.json", PICTURE, "index.html", "points.csv", "samples.png")  # that front.json describes
+FILES = ("best.json", PICTURE, "index.html", "points.csv", "samples.png")  # described by front.json
 
 
 def report(params: Params, root: Path = Path(), report: Report = silent) -> Best:
-    """Writes report/ and returns what best.json holds.
+    """Writes report/ and returns the content of best.json.
 
-    Removes what samples/ and metrics/ still hold of points that have left the sweep, where DVC can bring it back.
-    Raises InputError when a point of the sweep has no scores.
+    Removes the files in samples/ and metrics/ of points that have left the sweep, if DVC can restore them. Raises InputError
+    when a point of the sweep has no scores.
     """
     points, lock = params.points(), dvc_lock.read(root)
     rows, candidates, protocols = _read_rows(points, root)
     check_records(params, root)
     if protocols > 1:
-        message = "points were scored under different protocols; their scores don't compare (dvc repro)"
+        message = "points were scored under different protocols, so their scores don't compare; evaluate them again (dvc repro)"
         report(Progress(0, len(points), "points", message=message))
     dataset, samples = read_dataset(root), {}
     for count, point in enumerate(points):
@@ -76,11 +74,11 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> Best
             draw_scores(figure, rows, front=[step.point for step in frontier.steps])
         plot = (Path(name) / PICTURE).read_bytes()
     text = page(params, root, rows, best, frontier, dataset, samples, plot)
-    removed, kept = _prune(params, root, lock)  # all that is read has been read
+    removed, kept = _prune(params, root, lock)  # after all files have been read
     if removed:
-        report(Progress(0, len(points), "points", message=f"removed what has left the sweep: {_few(removed)}"))
+        report(Progress(0, len(points), "points", message=f"removed outputs outside the sweep: {_few(removed)}"))
     if kept:
-        message = f"not of the sweep, and kept because DVC has no copy: {_few(kept)}"
+        message = f"kept outputs outside the sweep, because DVC has no copy: {_few(kept)}"
         report(Progress(0, len(points), "points", message=message))
     folder = root / paths.report_dir()
     write_table(folder / "points.csv", rows)
@@ -95,9 +93,9 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> Best
 
 
 def _front(candidates: Sequence[Candidate]) -> Front:
-    """Chooses for each budget, and among all points those that no other of as few evaluations beats.
+    """Chooses the best point for each budget, and the front: the points that no point with as few evaluations beats.
 
-    The intervals of the differences hold at once for all pairs of points, so also for these, which were picked by their scores.
+    The intervals of the differences hold for all pairs of points together, so they also hold for pairs chosen by their scores.
     """
     budgets = {}
     for budget in BUDGETS:
@@ -113,7 +111,7 @@ def _front(candidates: Sequence[Candidate]) -> Front:
 
 
 def _gap(point: Candidate, before: Candidate, reach: float) -> Gap:
-    """reach: of the interval, in standard errors."""
+    """Compares two points. reach: half the width of the interval, in standard errors."""
     gap = difference(point.estimate, before.estimate)
     low, high = gap.value - reach * gap.error, gap.value + reach * gap.error
     return Gap(_rounded(gap.value), _rounded(low), _rounded(high), low > 0 or high < 0, gap.paired)
@@ -126,7 +124,7 @@ def _standing(point: Candidate) -> Standing:
 
 
 def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Candidate], int]:
-    """-> points.csv's rows, the same to choose from, and how many protocols they were scored under."""
+    """Returns the rows of points.csv, the same points as candidates, and the number of protocols they were scored under."""
     missing = [point.name for point in points if not (root / paths.metrics_file(point)).exists()]
     if missing:
         raise InputError(f"{root / 'metrics'}: no scores of {_few(missing)}; run `dvc repro` or `ddpm evaluate POINT`")
@@ -144,9 +142,12 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
 
 
 def _prune(params: Params, root: Path, stages: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Removes the outputs of points and schedules that have left the sweep, if DVC's cache has them; -> removed, kept.
+    """Removes the outputs of points and schedules that have left the sweep, if DVC's cache has copies.
 
-    The report depends on the folders samples/ and metrics/ whole, so they should hold the sweep and no more.
+    The report depends on the whole folders samples/ and metrics/, so they should hold only the sweep.
+
+    Returns:
+        The names of the points and schedules whose files were removed, and of those whose files were kept.
     """
     points, schedules = {point.name for point in params.points()}, set(params.sweep.schedules)
     point, schedule = r"[a-z0-9_]+-[a-z0-9_]+-[1-9][0-9]*", r"[a-z0-9_]+"
@@ -177,7 +178,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _plot_samples(path: Path, rows: Sequence[Row], samples: Mapping[str, arrays.Images]) -> None:
-    """The first images of each point, one row a point: all start from the same noise, so columns compare."""
+    """Draws the first images of each point in a row. All points start from the same noise, so columns compare."""
     strips = [arrays.grid(samples[row.point][:SHOWN], columns=SHOWN).transpose(1, 2, 0) for row in rows]
     label, gap = 250, 4  # pixels
     height, width = strips[0].shape[:2]
@@ -191,5 +192,5 @@ def _plot_samples(path: Path, rows: Sequence[Row], samples: Mapping[str, arrays.
 
 
 def _rounded(value: float) -> float:
-    """To 8 digits, as in metrics/."""
+    """Rounds to 8 digits, as evaluate does."""
     return float(f"{value:.8g}")

@@ -1,4 +1,4 @@
-"""`sample POINT`: a trained network, a sampler row and a step count -> one file of uint8 images and a preview grid."""
+"""`sample POINT`: draws images from a trained network with a sampler row and a number of steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ddpm.runtime.stopping import Stopped, deferred
 
 
 def sampling_key(params: Params, point: Point, model: ModelRecord, device: torch.device) -> str:
-    """Names everything that decides the images of a point, the code among it."""
+    """Hashes everything that decides the images of a point, including the code."""
     settings = [params.seed, params.samplers[point.sampler].options(), as_json(params.sampling)]
     decisive = [
         model.content,
@@ -35,10 +35,10 @@ def sampling_key(params: Params, point: Point, model: ModelRecord, device: torch
 
 
 def sample_point(params: Params, point: Point, root: Path = Path(), report: Report = silent) -> int:
-    """Writes samples/POINT.npz and samples/POINT.png; returns the network evaluations per image.
+    """Writes samples/POINT.npz and samples/POINT.png. Returns the network evaluations per image.
 
-    Finished batches are kept in the cache until both are there, so that a stopped run goes on where it was.
-    Raises InputError, and Stopped when a signal came.
+    Finished batches are kept in the cache until both files are written, so that a stopped run is resumed.
+    Raises InputError, and Stopped after a signal.
     """
     settings = params.sampling
     torch.set_num_threads(settings.threads)

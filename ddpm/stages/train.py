@@ -1,9 +1,8 @@
-"""`train SCHEDULE`: the prepared dataset -> models/SCHEDULE and its loss curves.
+"""`train SCHEDULE`: trains the network on the prepared dataset and writes models/SCHEDULE and the loss curves.
 
-It saves what it needs to go on every `compute.checkpoint_every` steps in the cache, under a key of everything that decides
-the result except the number of steps, and goes on from there by itself, with the weights of training straight through.
-SIGTERM and Ctrl-C save before they end it. Of several processes
-(ddpm/training/parallel.py) the first one reads, writes and reports.
+The stage saves its state in the cache every `compute.checkpoint_every` steps and after SIGTERM or Ctrl-C. The key of a state is
+a hash of everything that decides the result except the number of steps. A later run resumes from the newest state and ends with
+the weights of an uninterrupted training. Of several processes (ddpm/training/parallel.py), process 0 saves, writes and reports.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ from ddpm.training.objective import Objective
 from ddpm.training.parallel import World
 from ddpm.training.validation import Validation
 
-DIVERGED, ROWS = 10.0, 10  # the loss is so many times that of a network that predicts nothing, in so many rows running
-BASE_IMAGES = 256  # that say what the latter is
-ROOM = 0.5  # of the GPU's free memory, for the images
+DIVERGED, ROWS = 10.0, 10  # diverged: the loss stayed above 10x the loss of a zero prediction for 10 logged rows
+BASE_IMAGES = 256  # on which the loss of a zero prediction is measured
+ROOM = 0.5  # share of the GPU's free memory that the images may take
 
 
 def noise_schedule(params: Params, name: str) -> NoiseSchedule:
-    """The schedules row of that name at the params' T. Raises InputError."""
+    """Builds the schedule of a row of params.yaml. Raises InputError."""
     if name not in params.schedules:
         raise InputError(f"no row '{name}' in schedules; there are {', '.join(params.schedules)}")
     try:
@@ -57,13 +56,13 @@ def noise_schedule(params: Params, name: str) -> NoiseSchedule:
 
 
 def schedule_entry(params: Params, name: str) -> ScheduleEntry:
-    """The `schedule` entry of model.json."""
+    """Returns the `schedule` entry of model.json."""
     row = params.schedules[name].options()
     return ScheduleEntry(name, params.diffusion.timesteps, row.pop("schedule"), row)
 
 
 def network_entry(params: Params, shape: tuple[int, int, int], classes: int = 0) -> NetworkEntry:
-    """The `network` entry of model.json. shape: C, H, W of the data; classes: 0 if unconditional. Raises InputError."""
+    """Returns the `network` entry of model.json. shape: C, H, W of the data. classes: 0 if unconditional. Raises InputError."""
     channels, height, width = shape
     if height != width:
         raise InputError(
@@ -81,7 +80,7 @@ def network_entry(params: Params, shape: tuple[int, int, int], classes: int = 0)
 
 
 def class_count(params: Params, dataset: Dataset) -> int:
-    """How many classes the network is to know: none, unless diffusion.conditional. Raises InputError."""
+    """Returns the number of classes of the network: 0 unless diffusion.conditional. Raises InputError."""
     if not params.diffusion.conditional:
         return 0
     if dataset.train_labels is None:
@@ -93,7 +92,7 @@ def class_count(params: Params, dataset: Dataset) -> int:
 
 
 def training_key(params: Params, schedule: str, dataset: str) -> str:
-    """Names the training that `steps` may prolong: everything else that decides the weights, the code among it."""
+    """Hashes everything that decides the weights, including the code, except `training.steps`, which may be raised later."""
     settings = params.to_json("seed", "diffusion", "network", "training")
     del settings["training"]["steps"]
     row = params.schedules[schedule].options()
@@ -105,10 +104,22 @@ def train(
     params: Params, schedule: str, root: Path = Path(), report: Report = silent, fresh: bool = False
 ) -> dict[str, Any]:
     """Trains the network on one schedule; writes models/SCHEDULE and metrics/train/SCHEDULE.csv, .by_time.csv and .json.
-    A row that says `imported` has a network already: that is checked and copied.
 
-    fresh: forget what an earlier run of the same training saved. Returns the content of the JSON file, and {} in all but the
-    first of several processes. Raises InputError, and Stopped when a signal came.
+    For an imported schedule, checks and copies the imported network instead.
+
+    Args:
+        params: of the run.
+        schedule: a row of `schedules`.
+        root: the top of the checkout.
+        report: called with the progress.
+        fresh: discard the saved states of this training first.
+
+    Returns:
+        The content of the JSON file; {} in processes other than process 0.
+
+    Raises:
+        InputError: the input is wrong, or the training diverged.
+        Stopped: a signal came.
     """
     with memory_errors(
         f"train {schedule}", "raise training.accumulate (the same training in less memory), or lower network.channels"
@@ -118,14 +129,14 @@ def train(
         if params.schedules[schedule].imported is not None:
             return _copy_imported(params, schedule, read_dataset(root), root, report)
         with ranks.joined(device) as (world, device):
-            dataset, told = _read_dataset(root, world), report if world.rank == 0 else silent
-            training, steps = _set_up(params, schedule, dataset, root, told, fresh, world, device)
+            dataset, own_report = _read_dataset(root, world), report if world.rank == 0 else silent
+            training, steps = _set_up(params, schedule, dataset, root, own_report, fresh, world, device)
             _run(training, steps)
             return _write(training, dataset, root) if world.rank == 0 else {}
 
 
 def _read_dataset(root: Path, world: World) -> Dataset:
-    """Reads this process's dataset. Raises InputError in every process where one of them refuses its files: none waits."""
+    """Reads the dataset. Raises InputError in all processes if one of them cannot read it, so that none waits for the others."""
     dataset, refusal = None, None
     try:
         dataset = read_dataset(root)
@@ -139,10 +150,10 @@ def _read_dataset(root: Path, world: World) -> Dataset:
 
 @dataclass
 class Training:
-    """A training under way.
+    """A training in progress.
 
-    rows: of the history. losses: of the steps since the last row. bar: the loss above which a row counts as bad.
-    saved: the step of the newest saved state. folder: where the states lie.
+    folder: of the saved states. rows: of the history. losses: of the steps since the last row. bar: a row with a higher
+    loss is bad. saved: the step of the newest saved state.
     """
 
     params: Params
@@ -160,7 +171,7 @@ class Training:
     saved: int
 
     def failure(self, what: str, step: Step) -> InputError:
-        """The line that ends a training which cannot become good."""
+        """Returns the error that ends a diverged training."""
         file = f" ({checkpoint.resume_file(self.folder, self.saved)})" if self.saved else ", the start"
         return InputError(
             f"train {self.schedule}: {what} at step {step.step} (learning rate {step.learning_rate:g}); the last good state is"
@@ -169,15 +180,15 @@ class Training:
 
 
 def _run(training: Training, steps: Iterator[Step]) -> None:
-    """Takes the steps, and saves on the way. Raises InputError, and Stopped when a signal came."""
+    """Runs the steps and saves states. Raises InputError, and Stopped after a signal."""
     params, world, total = training.params, training.world, training.params.training.steps
     with deferred() as signalled:
         while training.state.step < total:
             step = next(steps)
             _observe(training, step)
             last = step.step == total
-            signal = world.largest(signalled())  # sent to one, it ends all of them after the same step
-            # After a bad row the last good state stays the newest.
+            signal = world.largest(signalled())  # a signal to one process stops all of them after the same step
+            # No state is saved after a bad row, so the newest state stays a good one.
             sound = not training.rows or training.rows[-1]["loss"] <= training.bar
             if last or (sound and (signal or step.step - training.saved >= params.compute.checkpoint_every)):
                 _save(training, step)
@@ -198,13 +209,13 @@ def _set_up(
     world: World,
     device: torch.device,
 ) -> tuple[Training, Iterator[Step]]:
-    """Makes the network, brings it to the newest saved state, and gives the steps from there on. Raises InputError."""
+    """Builds the network, loads the newest saved state, and returns the training and its remaining steps. Raises InputError."""
     settings = params.training
     noise = noise_schedule(params, schedule)
     objective = _objective(params, schedule, device)
     network = network_entry(params, dataset.train.shape[1:], class_count(params, dataset))
     if settings.flip and not dataset.record.flip:
-        message = f"training.flip: {dataset.record.name} may not read mirrored"
+        message = f"training.flip: mirrored images of {dataset.record.name} may not be valid"
         report(Progress(0, settings.steps, "steps", message=message))
     torch.set_num_threads(settings.threads)
     with torch.random.fork_rng(devices=[]):
@@ -246,7 +257,7 @@ def _set_up(
 
 
 def _state_folder(params: Params, schedule: str, dataset: Dataset, root: Path, world: World) -> Path:
-    """Returns the folder of this training's states. Raises InputError where the processes would train different things."""
+    """Returns the folder of this training's states. Raises InputError if the processes have different inputs."""
     key = training_key(params, schedule, dataset.record.sha256)
     if world.largest(int(world.told(key) != key)):
         raise InputError(
@@ -256,7 +267,7 @@ def _state_folder(params: Params, schedule: str, dataset: Dataset, root: Path, w
 
 
 def _observe(training: Training, step: Step) -> None:
-    """Notes the loss of a step, and reports it. Raises InputError once the training has diverged."""
+    """Records and reports the loss of a step. Raises InputError once the training has diverged."""
     settings, rows, losses = training.params.training, training.rows, training.losses
     losses.append(step.loss)
     values: dict[str, float] = {}
@@ -278,7 +289,7 @@ def _observe(training: Training, step: Step) -> None:
 
 
 def _save(training: Training, step: Step) -> None:
-    """Saves the state after this step. Raises InputError where it is not finite."""
+    """Saves the state after this step. Raises InputError if it is not finite."""
     tensors = training.state.tensors()
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise training.failure("the weights are not finite", step)
@@ -289,11 +300,9 @@ def _save(training: Training, step: Step) -> None:
 
 
 def _placed(images: arrays.Images, device: torch.device) -> torch.Tensor:
-    """On the GPU, where they take no more than ROOM of its free memory; else where they are: in a file, mapped, that each
-    batch is read from.
-    """
+    """Copies the images to the GPU if they take at most ROOM of its free memory; otherwise leaves them in the mapped file."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # and nobody writes
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
         mapped = torch.from_numpy(images)
     if device.type == "cuda" and mapped.nbytes <= ROOM * torch.cuda.mem_get_info(device)[0]:
         return mapped.to(device)
@@ -301,7 +310,7 @@ def _placed(images: arrays.Images, device: torch.device) -> torch.Tensor:
 
 
 def _loss_of_nothing(images: torch.Tensor, objective: Objective, channels: int) -> float:
-    """The loss of a network whose prediction is zero, at times spread evenly."""
+    """Returns the loss of a zero prediction, at evenly spread times."""
     return Validation(images, objective, batch=64).loss(lambda x, t: x.new_zeros(len(x), channels, *x.shape[2:]))
 
 
@@ -325,9 +334,9 @@ def _objective(params: Params, schedule: str, device: torch.device) -> Objective
 def _resume(
     folder: Path, state: TrainingState, steps: int, report: Report, world: World
 ) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
-    """Brings `state` to the newest saved step; gives the rows of the history, and the losses since its last row.
+    """Loads the newest saved state into `state`. Returns the rows of the history and the losses since the last row.
 
-    Only process 0 looks for one: the others need not reach its disk.
+    Process 0 reads the files and sends the state to the other processes, which need not reach its disk.
     """
     rows: list[dict[str, Any]] = []
     losses: list[float] = []
@@ -371,7 +380,7 @@ def _write(training: Training, dataset: Dataset, root: Path) -> dict[str, Any]:
 def _write_metrics(
     root: Path, schedule: str, metrics: dict[str, Any], rows: list[dict[str, Any]], by_time: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Writes both curves, then the record that describes them, and returns the record."""
+    """Writes both curves, then the record that describes them. Returns the record."""
     history, losses = root / paths.history_file(schedule), root / paths.losses_by_time_file(schedule)
     records.write_csv(history, rows)
     records.write_csv(losses, by_time)
@@ -385,9 +394,9 @@ def _about_data(dataset: Dataset) -> dict[str, Any]:
 
 
 def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, report: Report) -> dict[str, Any]:
-    """imported/SCHEDULE -> models/SCHEDULE, if it is what the schedules row says and makes images like the dataset's.
+    """Copies imported/SCHEDULE to models/SCHEDULE if it matches the schedules row and the shape of the dataset's images.
 
-    Its own T and target stand, whatever `diffusion` says of the networks trained here. Raises InputError.
+    The model keeps its own T and target, which may differ from `diffusion`. Raises InputError.
     """
     folder, row, device = paths.imported_dir(schedule), params.schedules[schedule], find_device(params.compute.device)
     remedy = f"run `ddpm import-diffusers FOLDER {schedule}` again"
@@ -396,11 +405,11 @@ def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, 
     denoiser, model = checkpoint.load(root / folder, device)
     assert isinstance(denoiser.net, torch.nn.Module)
     if model.weights_sha256 != row.imported or model.schedule.row != row.options():
-        raise InputError(f"{folder}: not the model that the row schedules.{schedule} speaks of; {remedy}")
+        raise InputError(f"{folder}: not the model that the row schedules.{schedule} describes; {remedy}")
     if model.network.kind != params.network.kind:
         raise InputError(
-            f"{folder}: a network of kind {model.network.kind}, and DVC watches the code of network.kind ="
-            f" {params.network.kind} alone; take one of them out of the sweep"
+            f"{folder}: a network of kind {model.network.kind}, but DVC tracks only the code of network.kind ="
+            f" {params.network.kind}; take the schedule out of the sweep, or change network.kind"
         )
     if model.data.shape != dataset.record.shape:
         raise InputError(
@@ -415,7 +424,7 @@ def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, 
     description = model.described_by(data=_about_data(dataset), training=training)
     parameters = sum(parameter.numel() for parameter in denoiser.net.parameters())
     metrics = {"steps": 0, "parameters": parameters, "loss": None, "validation_loss": loss}
-    metrics["timesteps"] = denoiser.schedule.T  # params don't know it, and the report shows what the schedule does
+    metrics["timesteps"] = denoiser.schedule.T  # the report needs it, and params.yaml does not hold it
     checkpoint.save(root / paths.model_dir(schedule), denoiser.net, description)
     curve = {"step": 0, "loss": "", "learning_rate": "", "gradient_norm": "", "validation_loss": loss}
     written = _write_metrics(root, schedule, metrics, [curve], validation.by_time(denoiser.net))

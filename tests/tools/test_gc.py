@@ -113,7 +113,7 @@ def test_the_command_shows_first_and_leaves_the_stores_alone(checkout: Path, mon
     aged(old)
     before = {path for path in checkout.rglob("*") if old not in (path, path.parent)}
     shown = CliRunner().invoke(app, ["gc"]).output
-    assert "would remove 1 training states, 2.0 MB; --delete does it" in shown and old.exists()
+    assert "would remove 1 training states, 2.0 MB; --delete removes them" in shown and old.exists()
     assert "nothing to remove" in CliRunner().invoke(app, ["gc", "--older-than", "40"]).output
     assert "removed 1 training states" in CliRunner().invoke(app, ["gc", "--delete"]).output
     assert set(checkout.rglob("*")) == before
