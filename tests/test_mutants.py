@@ -1,0 +1,134 @@
+"""Changes the source in a few hundred seeded ways, one at a time, and counts how many of these mutants the tests notice.
+
+cosmic-ray makes the mutants: another operator, another number, a condition turned round. `make proof` runs this and prints the
+survivors. Some survivors are equivalent: they change nothing that anybody could see.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SEED = 0
+# BitOr joins types in annotations, which nothing evaluates. An exception's type is replaced by one that is never raised.
+LEFT_OUT = ("BitOr", "ExceptionReplacer", "VariableReplacer", "VariableInserter")
+
+
+class Group(NamedTuple):
+    """Sources, the tests of each, how many mutants are drawn, and the least share that the tests must notice."""
+
+    sources: dict[str, tuple[str, ...]]
+    count: int
+    least: float
+
+
+def tests(folder: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"tests/{folder}/test_{name}.py" for name in names)
+
+
+GROUPS = {
+    "maths": Group(
+        {
+            "diffusion/schedule": tests("diffusion", "schedule", "samplers", "paths"),
+            "diffusion/timesteps": tests("diffusion", "schedule", "samplers", "solvers"),
+            "diffusion/denoiser": tests("diffusion", "samplers", "guidance", "likelihood"),
+            "diffusion/samplers": tests("diffusion", "samplers", "solvers", "guidance"),
+            "diffusion/noise": tests("diffusion", "noise", "samplers"),
+            "diffusion/paths": tests("diffusion", "paths", "samplers"),
+            "diffusion/likelihood": tests("diffusion", "likelihood"),
+            "diffusion/forward": tests("diffusion", "forward"),
+            "training/fit": tests("training", "fit", "objective", "parallel"),
+            "training/objective": tests("training", "objective", "fit"),
+        },
+        160,
+        0.9,
+    ),
+    "scores": Group(
+        {
+            "scores/fidelity": tests("scores", "fidelity", "intervals"),
+            "scores/intervals": tests("scores", "intervals", "fidelity"),
+            "scores/choice": tests("reporting", "report") + tests("scores", "intervals"),
+            "scores/copying": tests("reporting", "page") + tests("scores", "fidelity"),
+        },
+        70,
+        0.8,
+    ),
+    "files": Group(
+        {
+            "files/records": tests("files", "params", "bad_input", "corruption"),
+            "files/samples": tests("stages", "sample") + tests("files", "corruption"),
+            "files/scores": tests("stages", "evaluate") + tests("files", "corruption", "bad_input"),
+            "files/models": tests("files", "corruption", "bad_input"),
+            "files/checkpoint": tests("stages", "train", "faults") + tests("files", "corruption"),
+            "parameters": tests("files", "params", "bad_input"),
+        },
+        60,
+        0.7,
+    ),
+    "gate": Group({"tracking/registry/decision": tests("tracking", "promote")}, 40, 0.8),
+}
+
+
+class Mutant(NamedTuple):
+    """source: a file below ROOT. operator, occurrence: as cosmic-ray counts. line: of the source."""
+
+    source: Path
+    operator: str
+    occurrence: int
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line} {self.operator} ({self.occurrence})"
+
+    def text(self) -> str:
+        from cosmic_ray.mutating import mutate_code
+        from cosmic_ray.plugins import get_operator
+
+        changed = mutate_code((ROOT / self.source).read_text("utf-8"), get_operator(self.operator)(), self.occurrence)
+        assert changed is not None, self
+        return str(changed)
+
+
+def mutants(source: Path) -> Iterator[Mutant]:
+    """Lists every mutant of a file."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    tree = get_ast((ROOT / source).read_text("utf-8"))
+    for name in sorted(operator_names()):
+        if any(part in name for part in LEFT_OUT):
+            continue
+        operator = get_operator(name)()
+        places: list[Any] = [place for node in ast_nodes(tree) for place in operator.mutation_positions(node)]
+        for occurrence, ((line, _), _) in enumerate(places):
+            yield Mutant(source, name, occurrence, line)
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", GROUPS)
+def test_enough_mutants_are_noticed(name: str, tmp_path: Path, files: list[Path], run: Any) -> None:
+    pytest.importorskip("cosmic_ray", reason="the extra mutation is not installed; `make proof` does that")
+    group = GROUPS[name]
+    every = [mutant for source in group.sources for mutant in mutants(Path("ddpm", f"{source}.py"))]
+    drawn = sorted(random.Random(SEED).sample(every, group.count))
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / file, tmp_path / file)
+    survivors = []
+    for mutant in drawn:
+        path = tmp_path / mutant.source
+        path.write_text(mutant.text(), encoding="utf-8")
+        key = mutant.source.relative_to("ddpm").with_suffix("").as_posix()
+        if all(run(tmp_path, test)[0] == 0 for test in group.sources[key]):
+            survivors.append(mutant)
+        shutil.copy2(ROOT / mutant.source, path)
+    share = 1 - len(survivors) / len(drawn)
+    print(f"\n{name}: {share:.1%} of {len(drawn)} mutants of {len(every):,} noticed; survivors:", *survivors, sep="\n  ")
+    assert share >= group.least
