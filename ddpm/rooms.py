@@ -56,12 +56,12 @@ class Room(Mapping[str, Row], Generic[Row]):
         return f"{self.package}.{name}"
 
     def select(self, name: str) -> Row:
-        """Returns the row of that name. Raises InputError that lists the names, if there is no such row."""
+        """Returns the row of that name. Raises InputError, which lists the rows, if there is none."""
         self.require(name)
         return self[name]
 
     def require(self, name: str) -> None:
-        """Raises InputError that lists the names, if there is no row of that name. Imports no row."""
+        """Raises InputError, which lists the rows, if there is no row of that name. Imports no row."""
         if name not in self:
             folder = self.package.replace(".", "/")
             raise InputError(f"{self.key}: no '{name}' in {folder}; there are {', '.join(self)}")
