@@ -1,9 +1,9 @@
-"""Converts networks and noise schedules to and from diffusers' UNet2DModel and DDPMScheduler, the format of google/ddpm-*.
+"""Converts networks and schedules to and from diffusers' UNet2DModel and DDPMScheduler, the format of google/ddpm-*.
 
 The functions are pure: they take and return dicts of tensors and the parsed config.json and scheduler_config.json. The
-network is the same on both sides, layer for layer. Only names differ, and diffusers' attention has three matrices (q, k, v)
-where UNet has one. "The family" below means the UNet2DModels that UNet can express. Every function raises ValueError with the
-configuration key that has no counterpart on the other side.
+network is the same on both sides, layer for layer. Only names differ, and diffusers' attention has three matrices (q,
+k, v) where UNet has one. "The family" below means the UNet2DModels that UNet can express. Every function raises
+ValueError with the configuration key that has no counterpart on the other side.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _check_whole(key: str, value: Any, most: int = 2**16) -> int:
 
 
 def _layout(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of _LAYOUT's keys. Raises ValueError if the network is not of the family or a key is missing."""
+    """Returns the values of _LAYOUT's keys. Raises ValueError for a missing key or a network of another family."""
     if config.get("_class_name") != "UNet2DModel":
         raise _bad_value("_class_name", config.get("_class_name"), "expected UNet2DModel")
     for key, (default, allowed) in _FIXED.items():
@@ -198,7 +198,7 @@ def _attention(layout: Mapping[str, Any], levels: int) -> list[bool]:
 
 
 def settings_to_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts the arguments of UNet to config.json of a UNet2DModel. Raises ValueError if no UNet2DModel is that network."""
+    """Converts the arguments of UNet to config.json of a UNet2DModel. Raises ValueError if there is no such model."""
     for key, value in settings.items():
         if (key not in _SETTINGS or key in _OURS_ALONE) and value:
             raise _bad_value(f"network {key}", value, "cannot be converted to diffusers' UNet2DModel")
@@ -206,7 +206,7 @@ def settings_to_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
     net = _empty(full)
     widths = [round(full["channels"] * multiplier) for multiplier in full["multipliers"]]
     if widths[0] != full["channels"]:
-        raise _bad_value("network multipliers", list(full["multipliers"]), "diffusers' UNet2DModel must begin with 1")
+        raise _bad_value("network multipliers", list(full["multipliers"]), "must begin with 1 for diffusers' UNet2DModel")
     attends = [full["image_size"] // 2**level in full["attention"] for level in range(len(widths))]
     attended = {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]}
     head = full["head_channels"]
@@ -307,7 +307,7 @@ def weights_from_diffusers(weights: Mapping[str, Tensor], settings: Mapping[str,
 
 
 def weights_to_diffusers(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Converts the state of UNet(**settings) to a UNet2DModel's tensors. Raises ValueError if names or shapes differ."""
+    """Converts the state of UNet(**settings) to a UNet2DModel's tensors. Raises ValueError for another state."""
     net = _empty({key: value for key, value in settings.items() if key in _SETTINGS})
     shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
     if shapes != {name: tensor.shape for name, tensor in weights.items()}:
@@ -383,7 +383,7 @@ def _check_configuration(config: Mapping[str, Any], predictions: Collection[str]
 
 
 def _row_from_betas(betas: Any, steps: int) -> dict[str, Any]:
-    """Returns the row whose betas these are: one of SCHEDULES with its default parameters, or sqrt with any end points."""
+    """Returns the row with these betas: one of SCHEDULES with default parameters, or sqrt with any end points."""
     try:
         table = torch.tensor(betas, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -398,7 +398,7 @@ def _row_from_betas(betas: Any, steps: int) -> dict[str, Any]:
         candidate = NoiseSchedule.named(row["schedule"], steps, **{k: v for k, v in row.items() if k != "schedule"})
         if torch.allclose(candidate.betas, table, rtol=1e-5, atol=1e-7):
             return row
-    raise ValueError(f"trained_betas: none of the schedules here ({', '.join(SCHEDULES)}) has them by default")
+    raise ValueError(f"trained_betas: none of the schedules here ({', '.join(SCHEDULES)}) has these betas by default")
 
 
 def schedule_to_diffusers(

@@ -21,8 +21,8 @@ Row = TypeVar("Row")
 class Room(Mapping[str, Row], Generic[Row]):
     """Maps the name of each module that holds a row to that row.
 
-    A module holds a row if it assigns one to the name `row` at its top level. The other modules of the package are shared
-    parts.
+    A module holds a row if it assigns one to the name `row` at its top level. The other modules of the package are
+    shared parts.
 
     Args:
         package: the package's full name, such as "ddpm.sources".

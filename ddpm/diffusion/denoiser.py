@@ -6,12 +6,12 @@ x0_hat = c_skip x_t + c_out net(x_t, t). The training target is the inverse, (x_
 - `eps` is the noise: eq. 11 of Ho et al. 2020.
 - `x0` is the clean image.
 - `v` = a eps - s x_0: appendix D of Salimans & Ho 2022.
-- `mu` = A x_0 + B x_t is the mean of the posterior q(x_{t-1} | x_t, x_0) on the chain of T steps: eq. 7 of Ho et al. 2020. At
-  t = 0 it is x_0.
+- `mu` = A x_0 + B x_t is the mean of the posterior q(x_{t-1} | x_t, x_0) on the chain of T steps: eq. 7 of Ho et al.
+  2020. At t = 0 it is x_0.
 
-A network's error is multiplied by |c_out| on its way to x0_hat: by 1 for x0, s for v, s / a for eps, and 1 / A for mu. At high
-noise mu hardly depends on x_0, so 1 / A reaches thousands: clip x0_hat, and don't run such a network in bfloat16. A sampler
-that steps down the same chain multiplies by A again and loses nothing.
+A network's error is multiplied by |c_out| on its way to x0_hat: by 1 for x0, s for v, s / a for eps, and 1 / A for mu.
+At high noise mu hardly depends on x_0, so 1 / A reaches thousands: clip x0_hat, and don't run such a network in
+bfloat16. A sampler that steps down the same chain multiplies by A again and loses nothing.
 
 Classifier-free guidance (Ho & Salimans 2022, eq. 6) combines two predictions of a conditional network to
 free + w (labelled - free). Its samples follow p(x) p(label | x)^w instead of p(x | label), which is w = 1. w = 0 is the
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ddpm.diffusion.schedule import NoiseSchedule
 
-# target -> function of (a, s, A, B) that returns (c_skip, c_out): float64 tensors, A and B from NoiseSchedule.posterior_at.
+# target -> function of (a, s, A, B) that returns (c_skip, c_out): float64 tensors, A and B as in `posterior_at`.
 TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "eps": lambda a, s, A, B: (1 / a, -s / a),
     "x0": lambda a, s, A, B: (torch.zeros_like(a), torch.ones_like(a)),
@@ -46,8 +46,9 @@ def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tenso
     """Returns a, s, c_skip and c_out at network times t: float64, t's shape.
 
     Raises:
-        ValueError: the target is unknown, or does not determine x_0 at one of the times. `eps` fails where alpha_bar = 0. `mu`
-            fails where alpha_bar is 0 one step earlier too; at the first time with alpha_bar = 0, 1 / A is large but finite.
+        ValueError: the target is unknown, or does not determine x_0 at one of the times. `eps` fails where alpha_bar =
+            0. `mu` fails where alpha_bar is 0 one step earlier too; at the first time with alpha_bar = 0, 1 / A is
+            large but finite.
     """
     if target not in TARGETS:
         raise ValueError(f"no target '{target}'; there are {', '.join(TARGETS)}")
@@ -60,11 +61,11 @@ def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tenso
 
 
 def halves(prediction: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Splits a network's output for `like` [B, C, ...] into the prediction [B, C, ...] and v, or None without learned variance.
+    """Splits a network's output into the prediction [B, C, ...] and v, or None without a learned variance.
 
-    A network with a learned variance returns 2C channels. v [B, C, ...] is their second half, mapped from [-1, 1] to [0, 1].
-    It interpolates the log variance of a step between fixed_small (0) and fixed_large (1): eq. 15 of Nichol & Dhariwal 2021.
-    As in the paper, v is not clamped.
+    `like` is the network's input, [B, C, ...]. A network with a learned variance returns 2C channels. v [B, C, ...] is
+    their second half, mapped from [-1, 1] to [0, 1]. It interpolates the log variance of a step between fixed_small (0)
+    and fixed_large (1): eq. 15 of Nichol & Dhariwal 2021. As in the paper, v is not clamped.
     """
     if prediction.ndim < 2 or prediction.shape[1] != 2 * like.shape[1]:
         return prediction, None
@@ -89,13 +90,15 @@ class Denoiser:
     """Estimates the clean image from a noisy one with any network: x0_hat = denoiser(x_t, t).
 
     Args:
-        net: called as net(x, t) with x [B, ...] and t float32 [B] in 0 ... T-1, as in Ho et al. 2020 and diffusers; t may be
-            fractional. Returns a prediction like x, or twice the channels with a learned variance (see `halves`).
+        net: called as net(x, t) with x [B, ...] and t float32 [B] in 0 ... T-1, as in Ho et al. 2020 and diffusers; t
+            may be fractional. Returns a prediction like x, or twice the channels with a learned variance (see
+            `halves`).
         schedule: the noise schedule that the network was trained on.
         target: what the network predicts, a key of TARGETS.
-        clip: True clamps x0_hat to [-1, 1]. A number in (0, 1) is the quantile of dynamic thresholding (see `_clipped`).
-            Samplers derive eps again from the clipped x0_hat.
-        labels: int64 [B], the class of each image, or -1 for no label. With labels the network is called as net(x, t, labels).
+        clip: True clamps x0_hat to [-1, 1]. A number in (0, 1) is the quantile of dynamic thresholding (see
+            `_clipped`). Samplers derive eps again from the clipped x0_hat.
+        labels: int64 [B], the class of each image, or -1 for no label. With labels the network is called as net(x, t,
+            labels).
         guidance: w of classifier-free guidance: 0 ignores the labels, 1 follows them, more exaggerates them.
 
     Raises:
@@ -143,7 +146,7 @@ class Denoiser:
         return self.with_variance(x_t, t)[0]
 
     def with_variance(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor | None]:
-        """Returns x0_hat and v (see `halves`), both like x_t [B, ...]; v is None unless it is learned. t: a number or [B]."""
+        """Returns x0_hat and v (see `halves`), like x_t [B, ...]; v is None unless learned. t: a number or [B]."""
         times = torch.as_tensor(t, dtype=torch.float64).cpu()
         _, _, c_skip, c_out = (c.to(x_t.dtype) for c in coefficients(self.schedule, self.target, times))
         # Nothing here synchronises the GPU: a single number is an argument of the operation that uses it.

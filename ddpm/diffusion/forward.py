@@ -1,4 +1,4 @@
-"""Measures what a schedule does to an image: whether x_T is really noise, and at which noise levels the steps are spent."""
+"""Measures noise schedules: whether x_T is really noise, and on which noise levels the steps are spent."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def prior(schedule: NoiseSchedule, mean_square: Tensor | float) -> Tensor:
 
 
 def shares(schedule: NoiseSchedule) -> tuple[float, ...]:
-    """Returns the share of the steps 1 ... T in each band of signal-to-noise ratio, least signal first; the shares sum to 1."""
+    """Returns the share of the steps 1 ... T in each band of BANDS, least signal first; the shares sum to 1."""
     band = torch.bucketize(schedule.snr[1:], torch.tensor(BANDS, dtype=torch.float64), right=True)
     return tuple((torch.bincount(band, minlength=len(BANDS) + 1).double() / schedule.T).tolist())
 

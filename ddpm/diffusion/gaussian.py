@@ -13,10 +13,11 @@ def gaussian_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) 
 
 
 def discretised_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Returns log p(x0) of each element, in nats: the mass of N(mean, exp log_variance) on x0's bin, eq. 13 of Ho et al. 2020.
+    """Returns log p(x0) of each element in nats, the mass of N(mean, exp log_variance) on x0's bin: eq. 13 of Ho et al.
 
-    x0 holds the 256 levels -1, -1 + 1/127.5, ..., 1. A bin reaches half a level to either side; the first and the last bin
-    are unbounded outwards. The result is accurate in the tails, so a mean many standard deviations away still has a gradient.
+    x0 holds the 256 levels -1, -1 + 1/127.5, ..., 1. A bin reaches half a level to either side; the first and the last
+    bin are unbounded outwards. The result is accurate in the tails, so a mean many standard deviations away still has a
+    gradient.
     """
     inverse = torch.exp(-log_variance / 2)
     below, above = (x0 - mean - 1 / 255) * inverse, (x0 - mean + 1 / 255) * inverse

@@ -31,8 +31,8 @@ def reverse_log_variance(
 ) -> Tensor:
     """Returns the log variance of p(x_{t-1}|x_t) at network times t: float64, like t, or like v if it is given.
 
-    At t = 0 the posterior variance beta_tilde is 0, which would make the decoder a point. As in Ho et al.'s code, both fixed
-    variances are beta_tilde of t = 1 there.
+    At t = 0 the posterior variance beta_tilde is 0, which would make the decoder a point. As in Ho et al.'s code, both
+    fixed variances are beta_tilde of t = 1 there.
 
     Args:
         schedule: at least T = 2.
@@ -54,7 +54,7 @@ def reverse_log_variance(
 
 
 def _posterior_log_variance(schedule: NoiseSchedule) -> Tensor:
-    """Returns log beta_tilde (eq. 7 of Ho et al. 2020) at t = 0 ... T-1, with the entry of t = 1 at t = 0 too: float64 [T]."""
+    """Returns log beta_tilde (eq. 7 of Ho et al. 2020), float64 [T]; the entry of t = 0 is that of t = 1."""
     if schedule.T < 2:
         raise ValueError("the bound takes a schedule of at least T = 2")
     small = schedule.posterior_at(torch.arange(schedule.T))[2]
@@ -102,8 +102,8 @@ def _broadcast(values: Tensor, images: Tensor) -> Tensor:
 def strata(T: int, times: int | None = None) -> list[range]:
     """Splits the network times 0 ... T-1 into `times` consecutive ranges; None: one range per time.
 
-    The first range is 0 alone. The edges of the others grow quadratically: most bits are spent near the image, at small t.
-    Raises ValueError unless 2 <= times <= T.
+    The first range is 0 alone. The edges of the others grow quadratically: most bits are spent near the image, at small
+    t. Raises ValueError unless 2 <= times <= T.
     """
     times = T if times is None else times
     if not 2 <= times <= T:
@@ -119,8 +119,8 @@ class Bound:
     Args:
         prior: L_T, [N].
         terms: [N, S], the estimated sum of the terms in each stratum; the first is L_0.
-        squared_error: [N, S], mean of (x0_hat - x_0)^2 over an image with values in [-1, 1], at the time drawn from each
-            stratum.
+        squared_error: [N, S], mean of (x0_hat - x_0)^2 over an image with values in [-1, 1], at the time drawn from
+            each stratum.
         strata: S ranges of network times, from the function `strata`.
     """
 
@@ -181,8 +181,8 @@ def variational_bound(
 ) -> Bound:
     """Estimates the variational bound on -log2 p(x_0) of each image: eq. 5 of Ho et al. 2020.
 
-    With fewer than T times, each image draws one time from each of the `strata`. The estimate of each image stays unbiased, and
-    the standard error over images includes the randomness of the draws.
+    With fewer than T times, each image draws one time from each of the `strata`. The estimate of each image stays
+    unbiased, and the standard error over images includes the randomness of the draws.
 
     Args:
         denoiser: the model.

@@ -1,7 +1,7 @@
-"""Gaussian noise as a function of (seed, image, draw), so that batch size, thread count and sharding change no bit of it.
+"""Gaussian noise as a function of (seed, image, draw): batch size, thread count and sharding change no bit of it.
 
-The bits are Philox4x32-10 (Salmon et al. 2011), computed with integer tensor operations. The map to a Gaussian uses only
-additions, multiplications, divisions and square roots, which IEEE 754 rounds the same way on every device.
+The bits are Philox4x32-10 (Salmon et al. 2011), computed with integer tensor operations. The map to a Gaussian uses
+only additions, multiplications, divisions and square roots, which IEEE 754 rounds the same way on every device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int], rounds: int = 10) -> list[Tensor]:
-    """Philox4x32: maps four int64 tensors of 32-bit words, under two 32-bit key words, to four such tensors of random bits."""
+    """Philox4x32: maps four int64 tensors of 32-bit words to four such tensors. The key is two 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -74,7 +74,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 
 
 def _inverse_normal(words: Tensor) -> Tensor:
-    """Maps 32-bit words to standard normal float32: the quantile at (u + 1/2) / 2^24, where u is a word's upper 24 bits."""
+    """Maps 32-bit words to standard normal float32: the quantile at (u + 1/2) / 2^24 for their upper 24 bits u."""
     u = words >> 8
     p = (u.float() + 0.5) * 2**-24
     q = ((2**24 - 1 - u).float() + 0.5) * 2**-24

@@ -1,7 +1,7 @@
 """Follows images to noise and back: states of a chain, the codes of images, and the images between two.
 
-Settings are the arguments of `ddpm.sample`: sampler, steps, spacing, along, and the sampler's own options. A code is the x_T
-that leads to an image along the probability flow, so samplers that draw noise cannot encode.
+Settings are the arguments of `ddpm.sample`: sampler, steps, spacing, along, and the sampler's own options. A code is
+the x_T that leads to an image along the probability flow, so samplers that draw noise cannot encode.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from ddpm.diffusion.schedule import NoiseSchedule
 def snapshots(denoiser: Denoiser, x_T: Tensor, count: int = 10, **settings: Any) -> list[State]:
     """Returns `count` evenly spaced states of one chain, or all states of a shorter chain.
 
-    The x0_hat of the states, from blurred to sharp, are the progressive generation of Ho et al. 2020, figure 6. The x of the
-    states are the chain itself. In the last state both are what `sample` returns.
+    The x0_hat of the states, from blurred to sharp, are the progressive generation of Ho et al. 2020, figure 6. The x
+    of the states are the chain itself. In the last state both are what `sample` returns.
 
     Args:
         denoiser: the model.
@@ -74,8 +74,8 @@ def encode(
 ) -> Tensor:
     """Encodes images: takes the sampler's steps up the same noise levels (section 5.4 of Song et al. 2020, DDIM).
 
-    `sample` with the same settings returns x_0 again, up to an error that shrinks with `steps` at the sampler's order. Encoding
-    takes as many network evaluations as `sample`.
+    `sample` with the same settings returns x_0 again, up to an error that shrinks with `steps` at the sampler's order.
+    Encoding takes as many network evaluations as `sample`.
 
     Args:
         denoiser: the model.
@@ -110,10 +110,10 @@ def _last(steps: Steps, x: Tensor) -> Tensor:
 
 
 def slerp(x: Tensor, y: Tensor, weight: float) -> Tensor:
-    """Interpolates spherically from x (weight 0) to y (weight 1), both [B, ...]: section 5.3 of Song et al. 2020 (DDIM).
+    """Interpolates spherically from x (weight 0) to y (weight 1), both [B, ...]: section 5.3 of Song et al. 2020.
 
-    Between two vectors of the same length, all results have that length, as codes must. Parallel vectors are interpolated
-    linearly.
+    Between two vectors of the same length, all results have that length, as codes must. Parallel vectors are
+    interpolated linearly.
     """
     u, v = x.flatten(1).double(), y.flatten(1).double()
     # The half-angle formula on unit vectors, which is stable at small angles, unlike the cosine.
@@ -161,7 +161,7 @@ def blend(
     along: NoiseSchedule | None = None,
     **options: Any,
 ) -> Tensor:
-    """Returns the images between two: adds the same noise to both, mixes and denoises them (section 4.4 of Ho et al. 2020).
+    """Returns the images between two, mixed under the same noise and denoised: section 4.4 of Ho et al. 2020.
 
     Args:
         denoiser: the model.
@@ -169,7 +169,8 @@ def blend(
         y_0: the image at weight 1, like x_0.
         weights: one for each image to make.
         depth: how far up the chain the images are noised, from 0 (mixed without noise) to 1 (the chain's first level).
-        noise: noise(k) -> standard normal [C, H, W]. k = 0 noises the images; k + 1 is the sampler's draw k, for all weights.
+        noise: noise(k) -> standard normal [C, H, W]. k = 0 noises the images; k + 1 is the sampler's draw k, for all
+            weights.
         sampler: see `ddpm.sample`, as for `steps`, `spacing`, `along` and `options`.
 
     Returns:
@@ -189,5 +190,5 @@ def blend(
 
 
 def pixel_error(x_0: Tensor, again: Tensor) -> Tensor:
-    """Returns the mean squared error of each image, on the [0, 1] scale of table 2 of Song et al. 2020: [B]. x_0: in [-1, 1]."""
+    """Returns the mean squared error [B] of images in [-1, 1], on the [0, 1] scale of table 2 of Song et al. 2020."""
     return ((again.clamp(-1, 1) - x_0) / 2).square().flatten(1).mean(1)

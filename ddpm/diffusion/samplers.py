@@ -1,7 +1,7 @@
 """Samples images from noise, along any falling sequence of network times.
 
-A sampler gets the denoiser (x_t, t) -> x0_hat and the noise levels to visit. It yields (x, x0_hat) after each step. With
-a = sqrt(alpha_bar) and s = sqrt(1 - alpha_bar), x_t = a_t x_0 + s_t eps, and every sampler ends at alpha_bar = 1.
+A sampler gets the denoiser (x_t, t) -> x0_hat and the noise levels to visit. It yields (x, x0_hat) after each step.
+With a = sqrt(alpha_bar) and s = sqrt(1 - alpha_bar), x_t = a_t x_0 + s_t eps, and every sampler ends at alpha_bar = 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Noise = Callable[[int], Tensor]
 
 
 class Counted:
-    """Wraps a denoiser to count its network evaluations per image: the `denoise` that `trajectory` passes to a sampler."""
+    """Counts a denoiser's network evaluations per image: the `denoise` that `trajectory` passes to a sampler."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
@@ -86,9 +86,9 @@ Steps = Iterator[tuple[Tensor, Tensor]]  # (x, x0_hat) after each step
 def ddpm(denoise: Counted, x: Tensor, levels: list[Level], noise: Noise, *, variance: str = "fixed_large") -> Steps:
     """Algorithm 2 of Ho et al. 2020 on the respaced chain, with the posterior mean of eq. 7.
 
-    With beta = 1 - alpha_bar_t / alpha_bar_prev, the variance is beta for fixed_large and
-    beta (1 - alpha_bar_prev) / (1 - alpha_bar_t) for fixed_small. For learned, the network interpolates between the two (eq. 15 of
-    Nichol & Dhariwal 2021). The last step adds no noise. Raises ValueError for another variance, or for learned where the
+    With beta = 1 - alpha_bar_t / alpha_bar_prev, the variance is beta for fixed_large and beta (1 - alpha_bar_prev) /
+    (1 - alpha_bar_t) for fixed_small. For learned, the network interpolates between the two (eq. 15 of Nichol &
+    Dhariwal 2021). The last step adds no noise. Raises ValueError for another variance, or for learned where the
     network has none.
     """
     fixed = {"fixed_large": 1.0, "fixed_small": 0.0}
@@ -133,7 +133,7 @@ def flow(x: Tensor, x0_hat: Tensor, now: Level, to: Level) -> Tensor:
 
 
 def euler(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
-    """Euler's method on the probability-flow ODE of Karras et al. 2022 (eq. 1, sigma = s / a). It equals DDIM at eta = 0."""
+    """Euler's method on the probability-flow ODE: eq. 1 of Karras et al. 2022, sigma = s / a. DDIM at eta = 0."""
     for now, to in pairwise(levels):
         x0_hat = denoise(x, now.t)
         x = flow(x, x0_hat, now, to)
@@ -143,10 +143,10 @@ def euler(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Ste
 def heun(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
     """Algorithm 1 of Karras et al. 2022: second order, with 2S - 1 network evaluations, or 2S - 2 from pure noise.
 
-    With sigma = s / a, the mean of the slopes at both ends of a step gives x / a = x0_hat + sigma_to slope + w (x0_hat' - x0_hat),
-    where w = (sigma / sigma_to - 1) / 2 and x0_hat' is the estimate at the end. From almost pure noise (cosine, trailing: sigma =
-    2e4 to 12 at S = 20) w would multiply the error of x0_hat' by a thousand, so w is at most 1. Steps with sigma <= 3 sigma_to
-    are as in the paper.
+    With sigma = s / a, the mean of the slopes at both ends of a step gives x / a = x0_hat + sigma_to slope + w (x0_hat'
+    - x0_hat), where w = (sigma / sigma_to - 1) / 2 and x0_hat' is the estimate at the end. From almost pure noise
+    (cosine, trailing: sigma = 2e4 to 12 at S = 20) w would multiply the error of x0_hat' by a thousand, so w is at most
+    1. Steps with sigma <= 3 sigma_to are as in the paper.
     """
     for now, to in pairwise(levels):
         x0_hat = denoise(x, now.t)
@@ -166,8 +166,8 @@ def _corrected(now: Level, to: Level) -> bool:
 def _too_far(before: float, now: Level, levels: list[Level], k: int) -> bool:
     """Returns whether step k is too long to extrapolate over.
 
-    That is a step onto the last noisy level, more than twice as long in half log-SNR as the step from `before` to `now`.
-    `leading` and `linspace` end with a step three to six times as long as the one before it.
+    That is a step onto the last noisy level, more than twice as long in half log-SNR as the step from `before` to
+    `now`. `leading` and `linspace` end with a step three to six times as long as the one before it.
     """
     return k == len(levels) - 3 and abs(levels[k + 1].lam - now.lam) > 2 * abs(now.lam - before)
 
@@ -177,8 +177,8 @@ def _multistep(
 ) -> Steps:
     """DPM-Solver++ (Lu et al. 2022b, algorithm 2, and their third-order form) in half log-SNR, from past x0_hats.
 
-    The first steps have lower order, since there is no past yet. The last step has order 1, since it is infinite in log-SNR. The
-    step before it has order 1 if it is too long to extrapolate over (see _too_far).
+    The first steps have lower order, since there is no past yet. The last step has order 1, since it is infinite in
+    log-SNR. The step before it has order 1 if it is too long to extrapolate over (see _too_far).
     """
     past: list[tuple[float, Tensor]] = []  # (lambda, x0_hat), newest first
     for k, (now, to) in enumerate(pairwise(levels)):
@@ -280,9 +280,10 @@ class Sampler:
     """A row of SAMPLERS: everything that the rest of the project knows about a sampler.
 
     Args:
-        step: step(denoise, x, levels, noise, **options) yields (x, x0_hat) after each step. Its keyword-only arguments are the
-            sampler's options.
-        deterministic: maps all options, defaults included, to whether the sampler draws no noise. Then each image has one code.
+        step: step(denoise, x, levels, noise, **options) yields (x, x0_hat) after each step. Its keyword-only arguments
+            are the sampler's options.
+        deterministic: maps all options, defaults included, to whether the sampler draws no noise. Then each image has
+            one code.
         evaluations: maps the levels to the network evaluations per image from the first to the last, without guidance.
     """
 
@@ -339,9 +340,9 @@ def noise_levels(
         schedule: the schedule that the network was trained on.
         steps: S.
         spacing: a key of SPACINGS.
-        along: another schedule whose noise levels are visited. The network is evaluated at its own, possibly fractional, times
-            of the same signal-to-noise ratios. Levels outside its training become its first or last one, and levels that
-            coincide are visited once, so there may be fewer than `steps`.
+        along: another schedule whose noise levels are visited. The network is evaluated at its own, possibly
+            fractional, times of the same signal-to-noise ratios. Levels outside its training become its first or last
+            one, and levels that coincide are visited once, so there may be fewer than `steps`.
 
     Returns:
         S levels or fewer, and the clean image.
@@ -371,7 +372,7 @@ def evaluations(
     along: NoiseSchedule | None = None,
     **options: Any,
 ) -> int:
-    """Returns how many network evaluations per image `sample` takes with these settings. Guidance doubles the number."""
+    """Returns the network evaluations per image of `sample` with these settings. Guidance doubles the number."""
     check_options(sampler, spacing, **options)
     return SAMPLERS[sampler].evaluations(noise_levels(schedule, steps, spacing, along))
 
@@ -386,7 +387,10 @@ def trajectory(
     along: NoiseSchedule | None = None,
     **options: Any,
 ) -> Iterator[State]:
-    """Yields the State after each step of `sample`, which has the same arguments. Records gradients unless they are disabled."""
+    """Yields the State after each step of `sample`, which has the same arguments.
+
+    Unlike `sample`, it does not disable gradients.
+    """
     check_options(sampler, spacing, **options)
     levels = noise_levels(denoiser.schedule, steps, spacing, along)
     denoise = Counted(denoiser)
@@ -414,7 +418,8 @@ def sample(
         sampler: a key of SAMPLERS.
         steps: S, the number of network times to visit.
         spacing: which times, a key of SPACINGS.
-        noise: noise(k) -> standard normal tensor like x_T for step k, for samplers that draw noise; by default torch.randn_like.
+        noise: noise(k) -> standard normal tensor like x_T for step k, for samplers that draw noise; by default
+            torch.randn_like.
         along: visits the noise levels of this schedule instead of the network's own (see `noise_levels`).
         options: the sampler's own: `variance` of ddpm, `eta` of ddim, `order` of unipc.
 

@@ -93,8 +93,8 @@ class NoiseSchedule:
             name: a key of SCHEDULES or ALIASES.
             steps: T.
             zero_terminal_snr: whether to rescale it as the method `zero_terminal_snr` does.
-            shape: `s` of cosine; `start` and `end` of the others. These are beta_1 and beta_T of linear and scaled_linear, their
-                squares for sqrt, and close to them for sigmoid.
+            shape: `s` of cosine; `start` and `end` of the others. These are beta_1 and beta_T of linear and
+                scaled_linear, their squares for sqrt, and close to them for sigmoid.
 
         Raises:
             ValueError: the name is unknown, the schedule does not take a number, or a number is out of range.
@@ -145,7 +145,7 @@ class NoiseSchedule:
         return self.alpha_bar / -torch.expm1(self.log_alpha_bar)
 
     def log_alpha_bar_at(self, t: Tensor | float) -> Tensor:
-        """Returns log alpha_bar at network times t in [-1, T-1], linear between entries: float64, t's shape, on the CPU.
+        """Returns log alpha_bar at network times t in [-1, T-1], linear between entries: float64, like t, on the CPU.
 
         If alpha_bar_T = 0, all times after T-2 have the level of T-1, -inf. Raises ValueError for times outside.
         """
@@ -163,7 +163,8 @@ class NoiseSchedule:
             t: network times in [0, T-1], fractions allowed. The step goes from t to t - 1, where -1 is the clean image.
 
         Returns:
-            A, B, log beta_tilde and log beta: float64, t's shape, on the CPU. At t = 0, A = 1, B = 0 and log beta_tilde = -inf.
+            A, B, log beta_tilde and log beta: float64, t's shape, on the CPU. At t = 0, A = 1, B = 0 and log beta_tilde
+                = -inf.
         """
         times = torch.as_tensor(t, dtype=torch.float64).cpu()
         now, before = self.log_alpha_bar_at(times), self.log_alpha_bar_at((times - 1).clamp(min=-1))
@@ -173,7 +174,7 @@ class NoiseSchedule:
         return on_x0, on_x_t, beta.log() + (noise_before / noise).log(), beta.log()
 
     def time_at(self, log_alpha_bar: Tensor) -> Tensor:
-        """Inverts `log_alpha_bar_at`: returns float64 network times. Levels beyond the table's ends get its end times."""
+        """Inverts `log_alpha_bar_at`: returns float64 times. Levels beyond the table's ends get its end times."""
         levels = np.asarray(log_alpha_bar.detach().cpu(), dtype=np.float64)
         entries, table = self._finite
         times = np.interp(-levels, -table, entries)

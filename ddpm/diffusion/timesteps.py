@@ -1,7 +1,8 @@
 """Spacings: which S network times a sampler visits, from noise to image.
 
-`leading`, `trailing` and `linspace` are Table 2 of Lin et al. 2024; `quadratic` is appendix D.2 of Song et al. 2020 (DDIM);
-`karras` is eq. 5 of Karras et al. 2022 with rho = 7; `logsnr` is the uniform grid of Lu et al. 2022 (DPM-Solver).
+`leading`, `trailing` and `linspace` are Table 2 of Lin et al. 2024; `quadratic` is appendix D.2 of Song et al. 2020
+(DDIM); `karras` is eq. 5 of Karras et al. 2022 with rho = 7; `logsnr` is the uniform grid of Lu et al. 2022
+(DPM-Solver).
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ SPACINGS: dict[str, Callable[[NoiseSchedule, int], Tensor]] = {
 
 
 def network_times(schedule: NoiseSchedule, steps: int, spacing: str = "leading") -> Tensor:
-    """Returns the S = steps network times that a sampler visits: float64 [S], falling, within 0 ... T-1. S = 1 visits T-1.
+    """Returns the S = steps network times that a sampler visits: float64 [S], falling from T-1 at most to 0 at least.
 
-    Raises ValueError for an unknown spacing, S < 1, or an S so large that times repeat.
+    S = 1 visits T-1. Raises ValueError for an unknown spacing, S < 1, or an S so large that times repeat.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"no spacing '{spacing}'; there are {', '.join(SPACINGS)}")

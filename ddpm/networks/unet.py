@@ -1,6 +1,7 @@
-"""The network of Ho et al. 2020, appendix B: a U-Net of wide residual blocks with group normalisation and self-attention.
+"""The network of Ho et al. 2020, appendix B: a U-Net of residual blocks with group normalisation and self-attention.
 
-With 128 channels, multipliers (1, 2, 2, 2), 2 blocks and attention at 16x16, for 32x32 RGB, it has the paper's 35.7M parameters.
+With 128 channels, multipliers (1, 2, 2, 2), 2 blocks and attention at 16x16, for 32x32 RGB, it has the paper's 35.7M
+parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ MOST_BLOCKS = 64  # per resolution: more than any network has, and few enough to
 
 
 def groups(channels: int) -> int:
-    """Returns the number of groups of every normalisation, for a network's base width: the paper's 32 at 128, fewer below."""
+    """Returns the groups of every normalisation in a network of this base width: the paper's 32 at 128, fewer below."""
     return math.gcd(32, channels // 4)
 
 
@@ -30,7 +31,7 @@ def _zero(layer: nn.Module) -> nn.Module:
 
 
 def time_embedding(t: Tensor, channels: int) -> Tensor:
-    """Embeds t [B] in [B, channels]: sinusoidal positions of Vaswani et al. 2017, sines first as in Ho et al.'s code."""
+    """Embeds t [B] in [B, channels]: sinusoids of Vaswani et al. 2017, sines first as in Ho et al.'s code."""
     half = channels // 2
     frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / (half - 1)))
     angles = t.float()[:, None] * frequencies[None, :]
@@ -38,7 +39,7 @@ def time_embedding(t: Tensor, channels: int) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """A residual block: norm, swish, convolution; add the time embedding; norm, swish, dropout, convolution; add the input."""
+    """Residual block: norm, swish, convolution, add time embedding, norm, swish, dropout, convolution, add input."""
 
     def __init__(self, channels_in: int, channels_out: int, embedding: int, groups: int, dropout: float) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class Stage(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the sides by a strided convolution, padded at the right and bottom like TensorFlow's SAME, or on all sides."""
+    """Halves the sides by a strided convolution, padded on all sides, or right and bottom like TensorFlow's SAME."""
 
     def __init__(self, channels: int, symmetric: bool = False) -> None:
         super().__init__()
@@ -182,11 +183,11 @@ def _up(stage: MakeStage, skips: list[int], levels: Levels, blocks: int) -> nn.M
 
 
 class UNet(nn.Module):
-    """The U-Net of Ho et al. 2020, appendix B. net(x, t), or net(x, t, labels) with classes, returns a prediction like x.
+    """The U-Net of Ho et al. 2020, appendix B: net(x, t), or net(x, t, labels) with classes, is a prediction like x.
 
-    x is float [B, image_channels, image_size, image_size], nominally in [-1, 1]. t is [B] in 0 ... T-1, fractions allowed. labels
-    are int64 [B] in 0 ... classes - 1. A negative label, or no labels at all, means an unconditional prediction. The
-    embedding of a label is added to that of the time, as in Dhariwal & Nichol 2021.
+    x is float [B, image_channels, image_size, image_size], nominally in [-1, 1]. t is [B] in 0 ... T-1, fractions
+    allowed. labels are int64 [B] in 0 ... classes - 1. A negative label, or no labels at all, means an unconditional
+    prediction. The embedding of a label is added to that of the time, as in Dhariwal & Nichol 2021.
 
     norm_groups, head_channels and symmetric_padding are for checkpoints of other projects.
 
@@ -194,8 +195,8 @@ class UNet(nn.Module):
         image_channels: channels of x.
         image_size: side of x in pixels.
         channels: base width, a multiple of 8 (with norm_groups of 2), at least 8.
-        multipliers: width of each resolution as a multiple of `channels`, from image_size down by halves. A fraction must give
-            a whole width.
+        multipliers: width of each resolution as a multiple of `channels`, from image_size down by halves. A fraction
+            must give a whole width.
         blocks: residual blocks per resolution on the way down; the way up has one more.
         attention: the resolutions, as sides in pixels, that have self-attention.
         heads: heads of each attention.
@@ -252,8 +253,8 @@ class UNet(nn.Module):
         self.up = _up(stage, skips, levels, blocks)
         self.last_norm = NormSwish(norm_groups, widths[0], eps=1e-6)
         self.last = _zero(nn.Conv2d(widths[0], out_channels or image_channels, 3, padding=1))
-        # Initialised last, so that the other weights start the same with and without classes. The rows start at random: from
-        # zero they diverge slowly (digits after 300 steps: a classifier recognises 14% of the requested classes, not 84%).
+        # Initialised last, so that the other weights start the same with and without classes. The rows start at random,
+        # since from zero they diverge slowly (digits, 300 steps: a classifier recognises 14% of the classes, not 84%).
         self.label = nn.Embedding(classes + 1, embedding) if classes else None
 
     def _embedding(self, t: Tensor, labels: Tensor | None) -> Tensor:

@@ -2,10 +2,10 @@
 
 The transforms are written in C (winograd.c), which this machine's C compiler compiles once.
 
-A tile of 4x4 outputs takes 36 multiplications per pair of channels instead of 144 (Lavin & Gray 2016, section 4). Between the
-transforms, torch computes 36 matrix products. The gradients are the exact adjoints, tile by tile: 36 more products for the
-gradient of x, and 36 for that of the kernel.
-Outputs differ from those of a direct convolution by about 1e-5 of their size, since the transforms amplify rounding.
+A tile of 4x4 outputs takes 36 multiplications per pair of channels instead of 144 (Lavin & Gray 2016, section 4).
+Between the transforms, torch computes 36 matrix products. The gradients are the exact adjoints, tile by tile: 36 more
+products for the gradient of x, and 36 for that of the kernel. Outputs differ from those of a direct convolution by
+about 1e-5 of their size, since the transforms amplify rounding.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class NoCompiler(RuntimeError):
 def compiled(net: Network, dynamic: bool | None = None) -> Network:
     """Returns a faster form of the network: torch.compile's on a GPU; on a CPU the network itself, changed in place.
 
-    Parameters, gradients and state_dict stay the same. On a CPU, float32 inputs in channels_last are faster. There the first
-    call compiles the C code in about 1 s. `dynamic` is torch.compile's. Raises NoCompiler.
+    Parameters, gradients and state_dict stay the same. On a CPU, float32 inputs in channels_last are faster. There the
+    first call compiles the C code in about 1 s. `dynamic` is torch.compile's. Raises NoCompiler.
     """
     device = next(net.parameters()).device
     if device.type == "cuda":
@@ -153,7 +153,7 @@ _space = threading.local()
 
 
 def _planes(slot: int, tiles: int, channels: int) -> Tensor:
-    """Returns a buffer [36, tiles, channels] that is reused from call to call: allocating costs more than the transforms.
+    """Returns a buffer [36, tiles, channels], reused by later calls: allocating costs more than what is computed in it.
 
     An even number of tiles is raised by one: planes that lie a power of two apart would share a few cache lines.
     """
@@ -191,7 +191,7 @@ def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
 def _backward(
     x: Tensor, kernel: Tensor, gradient: Tensor, of_x: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the gradients of x, [N, C, H, W] in channels_last, and of the weights, [K, C, 3, 3], from that of y, like y."""
+    """Returns the gradients of x, in channels_last, and of the weights [K, C, 3, 3] from `gradient`, that of y."""
     _, c, h, w = x.shape
     k = gradient.shape[1]
     total = torch.zeros_like(kernel) if of_weight else None

@@ -18,8 +18,8 @@ class Copying:
     """How near samples are to the training images, compared with unseen images.
 
     Args:
-        closer: share of the pairs of a sample and an unseen image in which the sample is nearer to the training images: 0.5 if
-            samples are as new as unseen images, 1 if all are copies.
+        closer: share of the pairs of a sample and an unseen image in which the sample is nearer to the training images:
+            0.5 if samples are as new as unseen images, 1 if all are copies.
         z: `closer` as a Mann-Whitney statistic: its distance from 0.5 in standard errors.
         copies: number of samples at distance 0.
     """
@@ -40,7 +40,8 @@ def nearest(images: Images, train: Images, mirrored: bool = False) -> tuple[NDAr
         mirrored: whether mirrored training images count too.
 
     Returns:
-        The index of the nearest training image, int64 [N], the first of several. The distance, float64 [N]: root mean square
+        The index of the nearest training image, int64 [N], the first of several. The distance, float64 [N]: root mean
+            square
         difference in grey levels, 0 ... 255.
 
     Raises:
@@ -65,15 +66,15 @@ def nearest(images: Images, train: Images, mirrored: bool = False) -> tuple[NDAr
 
 
 def affordable(images: int, train: Images) -> int:
-    """Returns for how many of `images` images to seek neighbours: all, unless that would take longer than AFFORDED."""
+    """Returns for how many of `images` images to seek neighbours: all, unless the search would exceed AFFORDED."""
     return min(images, max(1, int(AFFORDED / train.size)))
 
 
 def copying(samples: NDArray[np.float64], unseen: NDArray[np.float64]) -> Copying:
     """Compares the distances [M] of samples and [N] of unseen images to their nearest training images.
 
-    Source: Meehan et al. 2020, A Non-Parametric Test to Detect Data-Copying in Generative Models. Here z > 0 means that samples
-    are nearer. Raises ValueError if either set is empty.
+    Source: Meehan et al. 2020, A Non-Parametric Test to Detect Data-Copying in Generative Models. Here z > 0 means that
+    samples are nearer. Raises ValueError if either set is empty.
     """
     m, n = len(samples), len(unseen)
     if not m or not n:

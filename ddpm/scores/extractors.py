@@ -1,6 +1,6 @@
-"""EXTRACTORS: the models that turn images into features, by the value of `evaluation.extractor`. Each is a module of this folder.
+"""EXTRACTORS: the models that turn images into features, by the value of `evaluation.extractor`.
 
-An extractor's module describes itself in literals and has a function that loads it:
+Each is a module of this folder. The module describes itself in literals and has a function that loads it:
 
     TITLE = "Inception"  # what people call it
     LAYERS = (64, 192, 768, 2048)  # the values of evaluation.layer
@@ -8,8 +8,8 @@ An extractor's module describes itself in literals and has a function that loads
 
     def load(layer: int, cache: Path, device: torch.device | str = "cpu") -> Features: ...
 
-The literals are read from the source, as setuptools reads a version. Importing the module would import torch, and params.yaml is
-also checked by processes that never import torch. An extractor is added by adding its file.
+The literals are read from the source, as setuptools reads a version. Importing the module would import torch, and
+params.yaml is also checked by processes that never import torch. An extractor is added by adding its file.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Features(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
     def logits(self, features: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        """Returns the logits [N, classes] for the Inception Score from features [N, D], or None without a classifier."""
+        """Returns logits [N, classes] for the Inception Score from features [N, D], or None without a classifier."""
         ...
 
 
@@ -50,7 +50,7 @@ def load(extractor: str, layer: int, cache: Path, device: torch.device | str = "
         device: where images are turned into features.
 
     Raises:
-        InputError: the weights are missing or damaged.
+        InputError: the weights can be neither loaded nor downloaded.
     """
     loaded: Features = import_module(ROWS.module(extractor)).load(layer, cache, device)
     return loaded

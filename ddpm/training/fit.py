@@ -1,7 +1,7 @@
 """Trains a network by algorithm 1 of Ho et al. 2020, as a generator of one small record per optimiser step.
 
-The caller logs and saves. The randomness of a step is a function of (seed, step) alone, and nothing depends on how many steps
-will follow. So a training that stops after any step and resumes has the weights of an uninterrupted one.
+The caller logs and saves. The randomness of a step is a function of (seed, step) alone, and nothing depends on how many
+steps will follow. So a training that stops after any step and resumes has the weights of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class TrainingState:
     def adam(self, learning_rate: float) -> None:
         """Changes the network by its gradients as Adam does: Kingma & Ba 2015, algorithm 1, with its defaults.
 
-        torch.optim.Adam's fused kernel without torch.optim, whose first step imports the compiler: 1.5 s of every start.
+        torch.optim.Adam's fused kernel without torch.optim, whose first step imports the compiler: 1.5 s of every
+        start.
         """
         parameters = list(self.net.parameters())
         used = [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
@@ -123,7 +124,7 @@ class TrainingState:
 
 
 def _indices(count: int, batch: int, step: int, seed: int) -> Tensor:
-    """Returns the indices [batch] of the images that step `step` (from 0) sees. Each epoch is a new permutation of all."""
+    """Returns the indices [batch] of the images of step `step`, from 0. Each epoch is a new permutation of all."""
     start, parts = step * batch, []
     while start < (step + 1) * batch:
         epoch, offset = divmod(start, count)
@@ -195,8 +196,8 @@ def fit(
 
     Args:
         state: the network and what else training changes, in place. Training continues after `state.step`.
-        images: uint8 [N, C, H, W], or float [N, ...] for other data. On the network's device, or on the CPU, from which each
-            batch is then copied.
+        images: uint8 [N, C, H, W], or float [N, ...] for other data. On the network's device, or on the CPU, from which
+            each batch is then copied.
         objective: the loss, for a schedule and a target.
         batch: images per step.
         learning_rate: reached after a linear warm-up.
@@ -206,14 +207,15 @@ def fit(
         ema: decay of the weights' moving average. After k steps the decay is min(ema, (1 + k) / (10 + k)).
         flip: whether to mirror each image left to right with probability 1/2.
         precision: "float32" or "bfloat16" (autocast).
-        forward: computes net(x, t) in place of the network, for example compiled. With several processes it must be made from
-            `world.module(state.net)`.
+        forward: computes net(x, t) in place of the network, for example compiled. With several processes it must be
+            made from `world.module(state.net)`.
         labels: int64 [N], for a conditional network, on the network's device or on the CPU.
-        label_dropout: probability of withholding a label, so that the network also learns to predict without: algorithm 1 of
-            Ho & Salimans 2022.
-        accumulate: number of equal parts in which the batch goes through the network, to save memory. The gradient's mean is the same.
-        world: the processes that share this training, with the same arguments in each. Each takes an equal share of every part.
-            Their number changes results by rounding only, since everything is drawn for the whole batch.
+        label_dropout: probability of withholding a label, so that the network also learns to predict without: algorithm
+            1 of Ho & Salimans 2022.
+        accumulate: number of equal parts in which the batch goes through the network, to save memory. The gradient's
+            mean is the same.
+        world: the processes that share this training, with the same arguments in each. Each takes an equal share of
+            every part. Their number changes results by rounding only, since everything is drawn for the whole batch.
 
     Yields:
         The record of each step.

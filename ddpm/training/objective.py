@@ -1,11 +1,12 @@
 """Computes training losses, for any prediction target: L_simple, the bound, the hybrid of both, and min-SNR weights.
 
 The bound of eq. 5 of Ho et al. 2020 is L_T + L_{T-1} + ... + L_0. The terms between are Gaussian KLs of the posterior
-q(x_{t-1} | x_t, x_0) and the network's p(x_{t-1} | x_t). L_0, at t = 0, is the negative log-likelihood of the 8-bit image under a
-discretised Gaussian (eq. 13). With a fixed variance the terms t > 0 are the weighted squared errors of eq. 12.
+q(x_{t-1} | x_t, x_0) and the network's p(x_{t-1} | x_t). L_0, at t = 0, is the negative log-likelihood of the 8-bit
+image under a discretised Gaussian (eq. 13). With a fixed variance the terms t > 0 are the weighted squared errors of
+eq. 12.
 
-Here the bound is in nats per dimension. An image contributes T times the term of its own time, so the mean over uniform times is
-the whole bound without the constant L_T.
+Here the bound is in nats per dimension. An image contributes T times the term of its own time, so the mean over uniform
+times is the whole bound without the constant L_T.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Outcome:
 class Objective:
     """A loss for a schedule and a target, as tables over network times 0 ... T-1: float32 [T] on one device.
 
-    x_t = a x_0 + s eps, and the network's target is from_x0 x_0 + from_eps eps. That is the inverse of the target's row in
-    ddpm.diffusion.denoiser.TARGETS, in a form without cancellation.
+    x_t = a x_0 + s eps, and the network's target is from_x0 x_0 + from_eps eps. That is the inverse of the target's row
+    in ddpm.diffusion.denoiser.TARGETS, in a form without cancellation.
 
     Args:
         a: factor of x_0 in x_t.
@@ -78,7 +79,7 @@ class Objective:
     def of(
         cls, schedule: NoiseSchedule, target: str, device: torch.device | str = "cpu", loss: str = "simple"
     ) -> Objective:
-        """Builds the tables. Raises ValueError for an unknown loss or target, or a target that the schedule cannot train."""
+        """Builds the tables. Raises ValueError for an unknown loss or target, or one that the schedule cannot train."""
         if loss not in LOSSES:
             raise ValueError(f"no loss '{loss}'; there are {', '.join(LOSSES)}")
         t = torch.arange(schedule.T)
@@ -143,7 +144,7 @@ def min_snr(objective: Objective, outcome: Outcome) -> Tensor:
 
 
 def vlb(objective: Objective, outcome: Outcome) -> Tensor:
-    """Each image's part of the bound in nats per dimension (see the module), with the learned variance if there is one."""
+    """Each image's part of the bound in nats per dimension (see the module), with the learned variance if any."""
     x_0, t = outcome.x_0, outcome.t
     small, large, log_variance, to_mean = (
         _gather(table, t, x_0)
@@ -160,7 +161,7 @@ def vlb(objective: Objective, outcome: Outcome) -> Tensor:
 
 
 def hybrid(objective: Objective, outcome: Outcome) -> Tensor:
-    """Eq. 16 of Nichol & Dhariwal 2021: L_simple trains the mean, and 0.001 times the bound trains only the variance."""
+    """Eq. 16 of Nichol & Dhariwal 2021: L_simple trains the mean, 0.001 times the bound trains only the variance."""
     if outcome.v is None:
         raise ValueError("loss hybrid trains a learned variance, and this network has none")
     stopped = replace(outcome, prediction=outcome.prediction.detach())

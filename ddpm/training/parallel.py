@@ -1,7 +1,7 @@
 """Shares one training among several processes: each takes its rows of every batch, and gradients are averaged.
 
-Averaging runs during backward (DistributedDataParallel: Li et al. 2020, "PyTorch Distributed"). A single process does not use
-torch.distributed.
+Averaging runs during backward (DistributedDataParallel: Li et al. 2020, "PyTorch Distributed"). A single process does
+not use torch.distributed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 class World:
     """The processes of one training.
 
-    A single process has all rows, and every method returns its argument. Several processes must all make the same calls in the
-    same order.
+    A single process has all rows, and every method returns its argument. Several processes must all make the same calls
+    in the same order.
 
     Args:
         rank: number of this process, from 0. Process 0 writes and reports.
@@ -37,7 +37,7 @@ class World:
         return slice(part.start + self.rank * share, part.start + (self.rank + 1) * share)
 
     def module(self, net: nn.Module) -> nn.Module:
-        """Wraps the network so that its gradients are averaged. Changes its dropout layers to draw for the whole batch."""
+        """Wraps the network to average its gradients. Changes its dropout layers to draw for the whole batch."""
         if self.size == 1:
             return net
         for module in list(net.modules()):
@@ -47,7 +47,7 @@ class World:
         return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
     def averaging(self, net: Callable[..., Tensor], last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Returns a context for forward and backward of a part of the batch: only the last part averages the summed gradients."""
+        """Returns a context for forward and backward of a part: only the last part averages the summed gradients."""
         if self.size == 1 or last:
             return contextlib.nullcontext()
         context: contextlib.AbstractContextManager[Any] = net.no_sync()  # type: ignore[attr-defined]

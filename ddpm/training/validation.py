@@ -1,4 +1,4 @@
-"""Computes losses on images that the network was not trained on, at fixed times and noise, so that steps can be compared."""
+"""Computes losses on held-out images, at fixed times and noise so that training steps can be compared."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Validation:
         A row has t, the middle of the range; loss_simple, L_simple; and loss_vlb, the bound's terms times T in nats per
         dimension. Without images the losses are "".
 
-        Each image has one time, and the times are spread evenly over the range. If they are all times of the range, equally
-        often, the mean of loss_vlb over equal ranges is the bound without L_T. With few images loss_vlb only shows where the
-        bound arises: t = 0, the time of L_0, is included from more than T / (2 BINS) images on. `ddpm.diffusion.likelihood`
-        computes the bound itself.
+        Each image has one time, and the times are spread evenly over the range. If they are all times of the range,
+        equally often, the mean of loss_vlb over equal ranges is the bound without L_T. With few images loss_vlb only
+        shows where the bound arises: t = 0, the time of L_0, is included from more than T / (2 BINS) images on.
+        `ddpm.diffusion.likelihood` computes the bound itself.
         """
         generator = torch.Generator(self.images.device).manual_seed(0)
         T, count = len(self.objective.a), min(len(self.images), BIN_IMAGES)

@@ -234,6 +234,5 @@ def test_without_a_place_to_keep_it_says_so(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCH_HOME": str(tmp_path / "file")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert (
-        done.stdout.startswith("the compiled library cannot be kept or loaded: ")
-        and len(done.stdout.splitlines()) == 1
+        done.stdout.startswith("the compiled library cannot be kept or loaded: ") and len(done.stdout.splitlines()) == 1
     )
