@@ -206,7 +206,9 @@ def settings_to_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
     net = _empty(full)
     widths = [round(full["channels"] * multiplier) for multiplier in full["multipliers"]]
     if widths[0] != full["channels"]:
-        raise _bad_value("network multipliers", list(full["multipliers"]), "must begin with 1 for diffusers' UNet2DModel")
+        raise _bad_value(
+            "network multipliers", list(full["multipliers"]), "must begin with 1 for diffusers' UNet2DModel"
+        )
     attends = [full["image_size"] // 2**level in full["attention"] for level in range(len(widths))]
     attended = {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]}
     head = full["head_channels"]

@@ -49,10 +49,12 @@ class Level:
 
     @property
     def a(self) -> float:
+        """sqrt(alpha_bar), the factor of x_0."""
         return math.sqrt(self.alpha_bar)
 
     @property
     def s(self) -> float:
+        """sqrt(1 - alpha_bar), the factor of eps."""
         return math.sqrt(1 - self.alpha_bar)
 
     @property
@@ -86,9 +88,9 @@ Steps = Iterator[tuple[Tensor, Tensor]]  # (x, x0_hat) after each step
 def ddpm(denoise: Counted, x: Tensor, levels: list[Level], noise: Noise, *, variance: str = "fixed_large") -> Steps:
     """Algorithm 2 of Ho et al. 2020 on the respaced chain, with the posterior mean of eq. 7.
 
-    With beta = 1 - alpha_bar_t / alpha_bar_prev, the variance is beta for fixed_large and beta (1 - alpha_bar_prev) /
-    (1 - alpha_bar_t) for fixed_small. For learned, the network interpolates between the two (eq. 15 of Nichol &
-    Dhariwal 2021). The last step adds no noise. Raises ValueError for another variance, or for learned where the
+    With beta = 1 - alpha_bar_t / alpha_bar_prev, the variance is beta for fixed_large. For fixed_small it is
+    beta (1 - alpha_bar_prev) / (1 - alpha_bar_t). For learned, the network interpolates between the two: eq. 15 of
+    Nichol & Dhariwal 2021. The last step adds no noise. Raises ValueError for another variance, or for learned if the
     network has none.
     """
     fixed = {"fixed_large": 1.0, "fixed_small": 0.0}
@@ -117,9 +119,8 @@ def ddim(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise, *, eta:
     for k, (now, to) in enumerate(pairwise(levels)):
         x0_hat = denoise(x, now.t)
         sigma2 = eta**2 * (1 - to.alpha_bar) / (1 - now.alpha_bar) * (1 - now.alpha_bar / to.alpha_bar)
-        direction = (
-            math.sqrt(max(1 - to.alpha_bar - sigma2, 0)) / now.s
-        )  # of eps = (x - a x0_hat) / s, derived from the clipped x0_hat
+        # The factor of eps = (x - a x0_hat) / s, derived from the clipped x0_hat.
+        direction = math.sqrt(max(1 - to.alpha_bar - sigma2, 0)) / now.s
         x = (to.a - direction * now.a) * x0_hat + direction * x
         if sigma2 > 0:
             x = x + math.sqrt(sigma2) * noise(k)
@@ -143,10 +144,12 @@ def euler(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Ste
 def heun(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
     """Algorithm 1 of Karras et al. 2022: second order, with 2S - 1 network evaluations, or 2S - 2 from pure noise.
 
-    With sigma = s / a, the mean of the slopes at both ends of a step gives x / a = x0_hat + sigma_to slope + w (x0_hat'
-    - x0_hat), where w = (sigma / sigma_to - 1) / 2 and x0_hat' is the estimate at the end. From almost pure noise
-    (cosine, trailing: sigma = 2e4 to 12 at S = 20) w would multiply the error of x0_hat' by a thousand, so w is at most
-    1. Steps with sigma <= 3 sigma_to are as in the paper.
+    With sigma = s / a, the mean of the slopes at both ends of a step gives
+
+        x / a = x0_hat + sigma_to slope + w (x0_hat' - x0_hat),    w = (sigma / sigma_to - 1) / 2,
+
+    where x0_hat' is the estimate at the end. From almost pure noise (cosine, trailing: sigma = 2e4 to 12 at S = 20), w
+    would multiply the error of x0_hat' by a thousand. So w is at most 1; steps with sigma <= 3 sigma_to are the paper's.
     """
     for now, to in pairwise(levels):
         x0_hat = denoise(x, now.t)

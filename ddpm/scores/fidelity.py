@@ -351,6 +351,7 @@ class Sets:
 
     @cached_property
     def jackknife(self) -> Jackknife:
+        """FID of the samples with the influence of each."""
         return jackknife(self.fake, self.reference, self.device)
 
     @cached_property
@@ -367,6 +368,7 @@ class Sets:
 
     @cached_property
     def precision_recall(self) -> tuple[float, float]:
+        """Precision and recall at NEIGHBOURS."""
         return precision_recall(self.fake, self.real, device=self.device)
 
     @cached_property
@@ -378,4 +380,5 @@ class Sets:
 
     @cached_property
     def copying(self) -> Copying:
+        """How near samples are to reference images in features, compared with other reference images."""
         return copying(*nearest_distances(self.fake, self.real, self.device))

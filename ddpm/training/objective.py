@@ -1,9 +1,9 @@
 """Computes training losses, for any prediction target: L_simple, the bound, the hybrid of both, and min-SNR weights.
 
-The bound of eq. 5 of Ho et al. 2020 is L_T + L_{T-1} + ... + L_0. The terms between are Gaussian KLs of the posterior
-q(x_{t-1} | x_t, x_0) and the network's p(x_{t-1} | x_t). L_0, at t = 0, is the negative log-likelihood of the 8-bit
-image under a discretised Gaussian (eq. 13). With a fixed variance the terms t > 0 are the weighted squared errors of
-eq. 12.
+The bound of eq. 5 of Ho et al. 2020 is L_T + L_{T-1} + ... + L_0. The terms L_{T-1} ... L_1, at network times t > 0, are
+KLs between two Gaussians, the posterior q(x_{t-1} | x_t, x_0) and the network's p(x_{t-1} | x_t). L_0, at t = 0, is the
+negative log-likelihood of the 8-bit image under a discretised Gaussian (eq. 13). With a fixed variance the terms t > 0
+are the weighted squared errors of eq. 12.
 
 Here the bound is in nats per dimension. An image contributes T times the term of its own time, so the mean over uniform
 times is the whole bound without the constant L_T.
