@@ -1,6 +1,15 @@
-"""Denoising diffusion: noise schedules, denoisers, samplers and the network of Ho et al. 2020, on torch alone.
+"""Denoising diffusion: noise schedules, denoisers, samplers and the network of Ho et al. 2020, on torch and numpy.
 
 >>> from ddpm import Denoiser, NoiseSchedule, UNet, sample
+
+`help()` explains each function and class. The tables map names to variants:
+
+    SCHEDULES   noise schedules, for NoiseSchedule.named
+    TARGETS     what a network can predict, for Denoiser
+    SAMPLERS    how to step from noise to an image, for sample
+    SPACINGS    which times a sampler visits, for sample
+    LOSSES      what training minimises, for fit's objective
+    NETWORKS    network classes, by the value of network.kind in params.yaml
 """
 
 from __future__ import annotations
@@ -40,7 +49,7 @@ __all__ = [
     "trajectory",
 ]
 
-# Names are imported on first use: `import ddpm` costs nothing, and a stage depends only on the modules it uses.
+# Names are imported on first use, so `import ddpm` is fast and a stage depends only on the modules it uses.
 _HOMES = {
     "Denoiser": "diffusion.denoiser",
     "LOSSES": "training.objective",
@@ -63,7 +72,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":  # not written here: it would be a dependency of every stage
+    if name == "__version__":  # written here, a new version would change a dependency of every stage
         return importlib.import_module("importlib.metadata").version("ddpm")
     if name not in _HOMES:
         raise AttributeError(f"module 'ddpm' has no attribute '{name}'")

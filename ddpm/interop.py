@@ -1,8 +1,9 @@
-"""Networks and noise schedules to and from diffusers' UNet2DModel and DDPMScheduler, the format of the google/ddpm-* models.
+"""Converts networks and schedules to and from diffusers' UNet2DModel and DDPMScheduler, the format of google/ddpm-*.
 
-Pure functions: dicts of tensors, and the content of config.json and scheduler_config.json. The network is the same on both
-sides, layer for layer; only the names differ, and that their attention has three matrices where ours has one. All raise
-ValueError with the configuration key that cannot be had on the other side.
+The functions are pure: they take and return dicts of tensors and the parsed config.json and scheduler_config.json. The
+network is the same on both sides, layer for layer. Only names differ, and diffusers' attention has three matrices (q,
+k, v) where UNet has one. "The family" below means the UNet2DModels that UNet can express. Every function raises
+ValueError with the configuration key that has no counterpart on the other side.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from ddpm.diffusion.schedule import ALIASES, SCHEDULES, NoiseSchedule
 from ddpm.networks.unet import MOST_BLOCKS, UNet
 
-# UNet2DModel's keys that the family has one value of: what a missing key means to diffusers, and the values allowed here.
+# Keys of UNet2DModel that are fixed in the family: (diffusers' default for a missing key, the values allowed here).
 _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "center_input_sample": (False, (False,)),
     "time_embedding_type": ("positional", ("positional",)),
@@ -34,7 +35,7 @@ _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "class_embed_type": (None, (None,)),
     "num_class_embeds": (None, (None,)),
 }
-# The keys that describe a network, with what a missing one means; ... where it must be there.
+# Keys that describe a network, with diffusers' default for a missing key; `...` marks a required key.
 _LAYOUT: dict[str, Any] = {
     "sample_size": ...,
     "in_channels": 3,
@@ -49,16 +50,16 @@ _LAYOUT: dict[str, Any] = {
     "norm_num_groups": 32,
     "attn_norm_num_groups": None,
     "time_embedding_dim": None,
-    "num_train_timesteps": None,  # of learned embeddings alone
+    "num_train_timesteps": None,  # used only by learned time embeddings
 }
-# Our network's settings, and the value of each that a UNet without it has.
+# UNet's parameters and their defaults.
 _SETTINGS: dict[str, Any] = {
     name: parameter.default for name, parameter in list(inspect.signature(UNet.__init__).parameters.items())[1:]
 }
 
-_OURS_ALONE = ("out_channels", "classes")  # a learned variance, and what a conditional network knows
+_OURS_ALONE = ("out_channels", "classes")  # for a learned variance and for class labels; not converted
 
-DEEPEST = 16  # resolutions of a network, at most
+DEEPEST = 16  # the most resolutions of an imported network
 
 _TARGETS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
@@ -80,21 +81,22 @@ _BLOCK = {
 }
 _ATTENTION = {"norm": "group_norm", "out": "to_out.0"}
 _QKV = ("to_q", "to_k", "to_v")
+# Parts of tensor names before diffusers 0.13, and their present names.
 _OLD = {
     ".query.": ".to_q.",
     ".key.": ".to_k.",
     ".value.": ".to_v.",
     ".proj_attn.": ".to_out.0.",
-}  # before diffusers 0.13
+}
 
 
-def _key(key: str, value: Any, why: str) -> ValueError:
+def _bad_value(key: str, value: Any, why: str) -> ValueError:
     return ValueError(f"{key} = {value!r}: {why}")
 
 
-def _whole(key: str, value: Any, most: int = 2**16) -> int:
+def _check_whole(key: str, value: Any, most: int = 2**16) -> int:
     if type(value) is not int or not 1 <= value <= most:
-        raise _key(key, value, f"expected a whole number from 1 to {most:,}")
+        raise _bad_value(key, value, f"expected a whole number from 1 to {most:,}")
     return value
 
 
@@ -102,16 +104,16 @@ def _whole(key: str, value: Any, most: int = 2**16) -> int:
 
 
 def _layout(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of _LAYOUT's keys. Raises ValueError for what is not of the family, and for a key that must be there."""
+    """Returns the values of _LAYOUT's keys. Raises ValueError for a missing key or a network of another family."""
     if config.get("_class_name") != "UNet2DModel":
-        raise _key("_class_name", config.get("_class_name"), "only UNet2DModel is the network of this family")
+        raise _bad_value("_class_name", config.get("_class_name"), "expected UNet2DModel")
     for key, (default, allowed) in _FIXED.items():
         if config.get(key, default) not in allowed:
-            missing = "" if key in config else " (what diffusers takes where the key is missing)"
-            raise _key(key, config.get(key, default), f"the family has {allowed[0]!r}{missing}")
+            missing = "" if key in config else " (the key is missing, so diffusers' default applies)"
+            raise _bad_value(key, config.get(key, default), f"must be {allowed[0]!r}{missing}")
     for key, value in config.items():
         if key not in _FIXED and key not in _LAYOUT and not key.startswith("_") and value:
-            raise _key(key, value, "not a key of this family")
+            raise _bad_value(key, value, "ddpm's UNet has no counterpart")
     layout = _LAYOUT | {key: value for key, value in config.items() if key in _LAYOUT}
     for key, value in layout.items():
         if value is ...:
@@ -120,21 +122,21 @@ def _layout(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a UNet2DModel -> the arguments of UNet. Raises ValueError."""
+    """Converts config.json of a UNet2DModel to the arguments of UNet. Raises ValueError if it is not of the family."""
     layout = _layout(config)
     widths = layout["block_out_channels"]
     if not isinstance(widths, (list, tuple)) or not 1 <= len(widths) <= DEEPEST:
-        raise _key("block_out_channels", widths, f"expected a list of 1 to {DEEPEST} widths")
-    widths = [_whole("block_out_channels", width) for width in widths]
+        raise _bad_value("block_out_channels", widths, f"expected a list of 1 to {DEEPEST} widths")
+    widths = [_check_whole("block_out_channels", width) for width in widths]
     size = layout["sample_size"]
     if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     if type(size) is not int:
-        raise _key("sample_size", size, "the network takes square images of one size")
-    _whole("sample_size", size)
+        raise _bad_value("sample_size", size, "the network takes square images of one size")
+    _check_whole("sample_size", size)
     for key in ("in_channels", "norm_num_groups"):
-        _whole(key, layout[key])
-    _whole("layers_per_block", layout["layers_per_block"], MOST_BLOCKS)
+        _check_whole(key, layout[key])
+    _check_whole("layers_per_block", layout["layers_per_block"], MOST_BLOCKS)
     head, groups, attention = layout["attention_head_dim"], layout["norm_num_groups"], _attention(layout, len(widths))
     attended = {width for width, attends in zip(widths, attention, strict=True) if attends} | {widths[-1]}
     for key, wrong, why in (
@@ -145,14 +147,14 @@ def settings_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
         ("attn_norm_num_groups", layout["attn_norm_num_groups"] not in (None, groups), "differs from norm_num_groups"),
         (
             "attention_head_dim",
-            head is not None and any(width % _whole("attention_head_dim", head) for width in attended),
+            head is not None and any(width % _check_whole("attention_head_dim", head) for width in attended),
             f"does not divide the widths with attention, {sorted(attended)}",
         ),
-        ("downsample_padding", layout["downsample_padding"] not in (0, 1), "the family has 0 or 1"),
+        ("downsample_padding", layout["downsample_padding"] not in (0, 1), "must be 0 or 1"),
         (
             "time_embedding_dim",
             layout["time_embedding_dim"] not in (None, 4 * widths[0]),
-            "the family has 4 times the first width",
+            "must be null or 4 times the first width",
         ),
         (
             "dropout",
@@ -161,7 +163,7 @@ def settings_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
         ),
     ):
         if wrong:
-            raise _key(key, layout[key], why)
+            raise _bad_value(key, layout[key], why)
     return {
         "image_channels": layout["in_channels"],
         "image_size": size,
@@ -178,40 +180,44 @@ def settings_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attention(layout: Mapping[str, Any], levels: int) -> list[bool]:
-    """Which levels have attention. Raises ValueError where the way up does not mirror the way down."""
+    """Returns for each level whether it has attention. Raises ValueError unless the way up mirrors the way down."""
     down, up = layout["down_block_types"], layout["up_block_types"]
     for key, kinds, allowed in (
         ("down_block_types", down, ("DownBlock2D", "AttnDownBlock2D")),
         ("up_block_types", up, ("UpBlock2D", "AttnUpBlock2D")),
     ):
         if not isinstance(kinds, (list, tuple)) or len(kinds) != levels:
-            raise _key(key, kinds, f"expected {levels} blocks, one for each of block_out_channels")
+            raise _bad_value(key, kinds, f"expected {levels} blocks, one for each of block_out_channels")
         for kind in kinds:
             if kind not in allowed:
-                raise _key(key, kind, f"the family has {' and '.join(allowed)}")
+                raise _bad_value(key, kind, f"expected {' or '.join(allowed)}")
     attends = [kind.startswith("Attn") for kind in down]
     if attends != [kind.startswith("Attn") for kind in reversed(up)]:
-        raise _key("up_block_types", list(up), "must have attention where down_block_types has it")
+        raise _bad_value("up_block_types", list(up), "must have attention where down_block_types has it")
     return attends
 
 
 def settings_to_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of UNet -> config.json of a UNet2DModel. Raises ValueError for a network that it cannot be."""
+    """Converts the arguments of UNet to config.json of a UNet2DModel. Raises ValueError if there is no such model."""
     for key, value in settings.items():
         if (key not in _SETTINGS or key in _OURS_ALONE) and value:
-            raise _key(f"network {key}", value, "diffusers' UNet2DModel has nothing like it here")
+            raise _bad_value(f"network {key}", value, "cannot be converted to diffusers' UNet2DModel")
     full = _SETTINGS | {key: value for key, value in settings.items() if key in _SETTINGS}
     net = _empty(full)
     widths = [round(full["channels"] * multiplier) for multiplier in full["multipliers"]]
     if widths[0] != full["channels"]:
-        raise _key("network multipliers", list(full["multipliers"]), "diffusers' UNet2DModel must begin with 1")
+        raise _bad_value(
+            "network multipliers", list(full["multipliers"]), "must begin with 1 for diffusers' UNet2DModel"
+        )
     attends = [full["image_size"] // 2**level in full["attention"] for level in range(len(widths))]
     attended = {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]}
     head = full["head_channels"]
     if head is None and full["heads"] > 1:
         if len(attended) > 1:
-            raise _key(
-                "network heads", full["heads"], f"one attention_head_dim cannot say it at widths {sorted(attended)}"
+            raise _bad_value(
+                "network heads",
+                full["heads"],
+                f"needs several attention_head_dim, one for each of the widths {sorted(attended)}",
             )
         head = widths[-1] // full["heads"]
     return {
@@ -244,13 +250,13 @@ def settings_to_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _empty(settings: Mapping[str, Any]) -> UNet:
-    """The network, without memory for its weights."""
+    """Builds the network on the meta device, without memory for its weights."""
     with torch.device("meta"):
         return UNet(**settings)
 
 
 def _names(net: UNet) -> dict[str, tuple[str, ...]]:
-    """Our tensor names -> theirs: one, or three where ours holds theirs one below the other."""
+    """Maps our tensor names to theirs: to one name, or to three (q, k, v) if our tensor stacks three of theirs."""
     modules: dict[str, str] = {}
     for path, kind in (("down", "downsamplers"), ("up", "upsamplers")):
         level = index = 0
@@ -281,30 +287,33 @@ def _names(net: UNet) -> dict[str, tuple[str, ...]]:
 
 
 def weights_from_diffusers(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A UNet2DModel's tensors -> the state of UNet(**settings), float32. Raises ValueError unless every one has its place."""
-    given = {_modern(name): tensor for name, tensor in weights.items()}
+    """Converts a UNet2DModel's tensors to the float32 state of UNet(**settings).
+
+    Raises ValueError if a tensor is missing, has no counterpart or has another shape.
+    """
+    given = {_modern_name(name): tensor for name, tensor in weights.items()}
     net = _empty(settings)
     names, shapes = _names(net), {name: tensor.shape for name, tensor in net.state_dict().items()}
     expected = {theirs for several in names.values() for theirs in several}
-    for what, some in (("missing", expected - given.keys()), ("unexpected", given.keys() - expected)):
-        if some:
+    for fault, faulty in (("missing", expected - given.keys()), ("unexpected", given.keys() - expected)):
+        if faulty:
             raise ValueError(
-                f"{len(some)} of the weights {what}: {', '.join(sorted(some)[:3])}{' ...' * (len(some) > 3)}"
+                f"{len(faulty)} of the weights {fault}: {', '.join(sorted(faulty)[:3])}{' ...' * (len(faulty) > 3)}"
             )
     for ours, several in names.items():
         shape = (shapes[ours][0] // len(several), *shapes[ours][1:])
         for theirs in several:
             if given[theirs].shape != shape:
-                raise ValueError(f"{theirs}: shape {list(given[theirs].shape)}, and config.json makes it {list(shape)}")
+                raise ValueError(f"{theirs}: shape {list(given[theirs].shape)}, but config.json implies {list(shape)}")
     return {ours: torch.cat([given[theirs].float() for theirs in several]) for ours, several in names.items()}
 
 
 def weights_to_diffusers(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state of UNet(**settings) -> a UNet2DModel's tensors. Raises ValueError unless it is that state."""
+    """Converts the state of UNet(**settings) to a UNet2DModel's tensors. Raises ValueError for another state."""
     net = _empty({key: value for key, value in settings.items() if key in _SETTINGS})
     shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
     if shapes != {name: tensor.shape for name, tensor in weights.items()}:
-        raise ValueError("the weights are not those of the network that diffusers' UNet2DModel can be")
+        raise ValueError("the weights are not those of the network that the settings describe: names or shapes differ")
     return {
         theirs: part.clone().contiguous()
         for ours, several in _names(net).items()
@@ -312,7 +321,7 @@ def weights_to_diffusers(weights: Mapping[str, Tensor], settings: Mapping[str, A
     }
 
 
-def _modern(name: str) -> str:
+def _modern_name(name: str) -> str:
     for old, new in _OLD.items():
         name = name.replace(old, new)
     return name
@@ -322,21 +331,25 @@ def _modern(name: str) -> str:
 
 
 def schedule_from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], int, str]:
-    """scheduler_config.json -> a row (the arguments of NoiseSchedule.named), T, and the target. Raises ValueError.
+    """Converts scheduler_config.json to (row, T, target).
 
-    How its pipeline samples (variance_type, clip_sample, spacing) is no part of a model here and is left unread.
+    `row` holds the arguments of NoiseSchedule.named, with the schedule's name under `schedule`. Settings of the sampler
+    (variance_type, clip_sample, timestep_spacing) are not converted: here they are no part of a model.
+
+    Raises:
+        ValueError: the schedule or the prediction has no counterpart here.
     """
     targets = {theirs: ours for ours, theirs in _TARGETS.items()}
     _check_configuration(config, targets)
-    steps = _whole("num_train_timesteps", config.get("num_train_timesteps", 1000), 100_000)
+    steps = _check_whole("num_train_timesteps", config.get("num_train_timesteps", 1000), 100_000)
     prediction = config.get("prediction_type", "epsilon")
     rescaled = bool(config.get("rescale_betas_zero_snr", False))
     betas = config.get("trained_betas")
-    row = _named(config) if betas is None else _recognised(betas, steps)
+    row = _row_from_names(config) if betas is None else _row_from_betas(betas, steps)
     if rescaled:
         row["zero_terminal_snr"] = True
     if row.get("zero_terminal_snr") and prediction == "epsilon":
-        raise _key("prediction_type", prediction, "eps says nothing of the image at zero terminal SNR")
+        raise _bad_value("prediction_type", prediction, "eps does not determine the image at zero terminal SNR")
     try:
         NoiseSchedule.named(row["schedule"], steps, **{key: value for key, value in row.items() if key != "schedule"})
     except (TypeError, ValueError, OverflowError) as error:
@@ -344,12 +357,12 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], 
     return row, steps, targets[prediction]
 
 
-def _named(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The row that a configuration names by beta_schedule, beta_start and beta_end."""
+def _row_from_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the row for beta_schedule, beta_start and beta_end."""
     names = {theirs: ours for ours, theirs in _SCHEDULES.items()}
     theirs = config.get("beta_schedule", "linear")
     if theirs not in [*names]:
-        raise _key("beta_schedule", theirs, f"there are {', '.join(names)}")
+        raise _bad_value("beta_schedule", theirs, f"expected one of {', '.join(names)}")
     row: dict[str, Any] = {"schedule": names[theirs]}
     for ours, key, default in (("start", "beta_start", 1e-4), ("end", "beta_end", 2e-2)):
         if names[theirs] != "cosine" and config.get(key, default) != default:
@@ -360,19 +373,19 @@ def _named(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_configuration(config: Mapping[str, Any], predictions: Collection[str]) -> None:
     kind = config.get("_class_name")
     if kind not in ("DDPMScheduler", "DDIMScheduler"):
-        raise _key("_class_name", kind, "there are DDPMScheduler and DDIMScheduler")
+        raise _bad_value("_class_name", kind, "expected DDPMScheduler or DDIMScheduler")
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in [*predictions]:  # a list: the value may be unhashable
-        raise _key("prediction_type", prediction, f"there are {', '.join(predictions)}")
+        raise _bad_value("prediction_type", prediction, f"expected one of {', '.join(predictions)}")
     variance = config.get("variance_type", "fixed_small")
     if str(variance).startswith("learned"):
-        raise _key("variance_type", variance, "only networks that predict no variance can be read")
+        raise _bad_value("variance_type", variance, "a network with a learned variance cannot be imported")
     if config.get("clip_sample", True) and config.get("clip_sample_range", 1.0) != 1:
-        raise _key("clip_sample_range", config["clip_sample_range"], "images here lie in [-1, 1]")
+        raise _bad_value("clip_sample_range", config["clip_sample_range"], "must be 1: images lie in [-1, 1]")
 
 
-def _recognised(betas: Any, steps: int) -> dict[str, Any]:
-    """The row of SCHEDULES at its own numbers, to float32 precision, or of sqrt between any end points."""
+def _row_from_betas(betas: Any, steps: int) -> dict[str, Any]:
+    """Returns the row with these betas: one of SCHEDULES with default parameters, or sqrt with any end points."""
     try:
         table = torch.tensor(betas, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -387,18 +400,27 @@ def _recognised(betas: Any, steps: int) -> dict[str, Any]:
         candidate = NoiseSchedule.named(row["schedule"], steps, **{k: v for k, v in row.items() if k != "schedule"})
         if torch.allclose(candidate.betas, table, rtol=1e-5, atol=1e-7):
             return row
-    raise ValueError(f"trained_betas: none of the schedules here ({', '.join(SCHEDULES)}) at their own numbers")
+    raise ValueError(f"trained_betas: none of the schedules here ({', '.join(SCHEDULES)}) has these betas by default")
 
 
 def schedule_to_diffusers(
     row: Mapping[str, Any], steps: int, target: str, variance: str = "fixed_large"
 ) -> dict[str, Any]:
-    """A row (the arguments of NoiseSchedule.named), T and target -> scheduler_config.json of a DDPMScheduler.
+    """Converts a schedule row to scheduler_config.json of a DDPMScheduler.
 
-    A schedule that diffusers has no name for goes as its table of betas. Raises ValueError.
+    A schedule without a name in diffusers is stored as its table, `trained_betas`.
+
+    Args:
+        row: the arguments of NoiseSchedule.named, with the schedule's name under `schedule`.
+        steps: T.
+        target: what the network predicts: eps, x0 or v.
+        variance: the scheduler's variance_type.
+
+    Raises:
+        ValueError: diffusers has no such target, or the row is not a schedule.
     """
     if target not in _TARGETS:
-        raise _key("target", target, f"diffusers has {', '.join(_TARGETS)}")
+        raise _bad_value("target", target, f"diffusers has {', '.join(_TARGETS)}")
     options = {key: value for key, value in row.items() if key != "schedule"}
     schedule = NoiseSchedule.named(row["schedule"], steps, **options)
     name = ALIASES.get(row["schedule"], row["schedule"])
@@ -416,7 +438,9 @@ def schedule_to_diffusers(
         "rescale_betas_zero_snr": rescaled and named,
         "steps_offset": 0,
         "thresholding": False,
-        "timestep_spacing": "trailing" if rescaled else "leading",  # the last time alone has zero SNR
+        "timestep_spacing": "trailing"
+        if rescaled
+        else "leading",  # only the last time has zero SNR, and `leading` omits it
         "trained_betas": None if named else schedule.betas.tolist(),
         "variance_type": variance,
     }

@@ -21,8 +21,8 @@ Row = TypeVar("Row")
 class Room(Mapping[str, Row], Generic[Row]):
     """Maps the name of each module that holds a row to that row.
 
-    A module holds a row if it assigns one to the name `row` at its top level. The other modules of the package are shared
-    parts.
+    A module holds a row if it assigns one to the name `row` at its top level. The other modules of the package are
+    shared parts.
 
     Args:
         package: the package's full name, such as "ddpm.sources".
@@ -56,12 +56,12 @@ class Room(Mapping[str, Row], Generic[Row]):
         return f"{self.package}.{name}"
 
     def select(self, name: str) -> Row:
-        """Returns the row of that name. Raises InputError that lists the names, if there is no such row."""
+        """Returns the row of that name. Raises InputError, which lists the rows, if there is none."""
         self.require(name)
         return self[name]
 
     def require(self, name: str) -> None:
-        """Raises InputError that lists the names, if there is no row of that name. Imports no row."""
+        """Raises InputError, which lists the rows, if there is no row of that name. Imports no row."""
         if name not in self:
             folder = self.package.replace(".", "/")
             raise InputError(f"{self.key}: no '{name}' in {folder}; there are {', '.join(self)}")

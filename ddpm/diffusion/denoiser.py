@@ -1,18 +1,21 @@
-"""What the network predicts, turned into one thing: x0_hat, the denoised image.
+"""Converts any network's prediction to x0_hat, the estimate of the clean image.
 
-With a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar) and x_t = a x_0 + s eps, each row of TARGETS gives
-x0_hat = c_skip x_t + c_out net(x_t, t); the training target is that row's inverse (x_0 - c_skip x_t) / c_out.
-`eps` is eq. 11 of Ho et al. 2020; `v` = a eps - s x_0 is appendix D of Salimans & Ho 2022; `mu` = A x_0 + B x_t is the mean of
-the posterior q(x_{t-1} | x_t, x_0), eq. 7 of Ho et al., on the chain of T steps: x_0 itself at t = 0.
+With a = sqrt(alpha_bar) and s = sqrt(1 - alpha_bar), x_t = a x_0 + s eps. Each row of TARGETS gives c_skip and c_out of
+x0_hat = c_skip x_t + c_out net(x_t, t). The training target is the inverse, (x_0 - c_skip x_t) / c_out.
 
-c_out is what a network's error is multiplied by on its way to x0_hat. It is 1 for x0, s for v and s / a for eps, but 1 / A for
-mu, thousands at high noise, where mu hardly depends on x_0: clip x0_hat, and keep that network out of bfloat16. A sampler that
-steps down the same chain multiplies by A again, so nothing is lost there.
+- `eps` is the noise: eq. 11 of Ho et al. 2020.
+- `x0` is the clean image.
+- `v` = a eps - s x_0: appendix D of Salimans & Ho 2022.
+- `mu` = A x_0 + B x_t is the mean of the posterior q(x_{t-1} | x_t, x_0) on the chain of T steps: eq. 7 of Ho et al.
+  2020. At t = 0 it is x_0.
 
-A conditional network may be guided without a classifier (Ho & Salimans 2022, eq. 6): the prediction is
-free + w (labelled - free), that is, samples of p(x) p(label | x)^w instead of p(x | label) = p(x) p(label | x)^1. w = 1 is the
-plain conditional network and w = 0 the unconditional one; the w of that paper is ours less 1. A learned variance is the
-labelled network's.
+A network's error is multiplied by |c_out| on its way to x0_hat: by 1 for x0, s for v, s / a for eps, and 1 / A for mu.
+At high noise mu hardly depends on x_0, so 1 / A reaches thousands: clip x0_hat, and don't run such a network in
+bfloat16. A sampler that steps down the same chain multiplies by A again and loses nothing.
+
+Classifier-free guidance (Ho & Salimans 2022, eq. 6) combines two predictions of a conditional network to
+free + w (labelled - free). Its samples follow p(x) p(label | x)^w instead of p(x | label), which is w = 1. w = 0 is the
+unconditional network. The paper's w is ours minus 1. A learned variance comes from the labelled prediction.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from ddpm.diffusion.schedule import NoiseSchedule
 
-# target -> (a, s, A, B) -> (c_skip, c_out); float64 tensors, A and B as in NoiseSchedule.posterior_at.
+# target -> function of (a, s, A, B) that returns (c_skip, c_out): float64 tensors, A and B as in `posterior_at`.
 TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "eps": lambda a, s, A, B: (1 / a, -s / a),
     "x0": lambda a, s, A, B: (torch.zeros_like(a), torch.ones_like(a)),
@@ -36,14 +39,16 @@ TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tens
 }
 
 
-NO_LABEL = -1  # in place of a class: nothing is told
+NO_LABEL = -1  # stands for a class: the network predicts without a label
 
 
 def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a, s, c_skip, c_out at network times t: float64, t's shape. Raises ValueError where a prediction says nothing of x_0.
+    """Returns a, s, c_skip and c_out at network times t: float64, t's shape.
 
-    That is for eps where alpha_bar = 0, and for mu where it is 0 one step earlier already: of A x_0 + 0 x_t, at the first zero,
-    1 / A is large and finite.
+    Raises:
+        ValueError: the target is unknown, or does not determine x_0 at one of the times. `eps` fails where alpha_bar =
+            0. `mu` fails where alpha_bar is 0 one step earlier too; at the first time with alpha_bar = 0, 1 / A is
+            large but finite.
     """
     if target not in TARGETS:
         raise ValueError(f"no target '{target}'; there are {', '.join(TARGETS)}")
@@ -51,15 +56,16 @@ def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tenso
     a, s = (log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt()
     c_skip, c_out = TARGETS[target](a, s, *schedule.posterior_at(t)[:2])
     if not bool(c_out.isfinite().all()):
-        raise ValueError(f"target {target} says nothing of x_0 where alpha_bar = 0; train with target v or x0")
+        raise ValueError(f"target {target} does not determine x_0 where alpha_bar = 0; train with target v or x0")
     return a, s, c_skip, c_out
 
 
 def halves(prediction: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a network gave for `like` [B, C, ...] -> the prediction [B, C, ...], and v, if there were 2C channels.
+    """Splits a network's output into the prediction [B, C, ...] and v, or None without a learned variance.
 
-    v [B, C, ...], the second half of the channels mapped from [-1, 1] to [0, 1], says where the log variance of a step lies
-    between those of fixed_small (0) and fixed_large (1): eq. 15 of Nichol & Dhariwal 2021. As there, nothing clamps it.
+    `like` is the network's input, [B, C, ...]. A network with a learned variance returns 2C channels. v [B, C, ...] is
+    their second half, mapped from [-1, 1] to [0, 1]. It interpolates the log variance of a step between fixed_small (0)
+    and fixed_large (1): eq. 15 of Nichol & Dhariwal 2021. As in the paper, v is not clamped.
     """
     if prediction.ndim < 2 or prediction.shape[1] != 2 * like.shape[1]:
         return prediction, None
@@ -68,9 +74,10 @@ def halves(prediction: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _clipped(x0_hat: Tensor, clip: bool | float) -> Tensor:
-    """x0_hat [B, ...] as it is, clamped to [-1, 1], or dynamically thresholded: section 2.3 of Saharia et al. 2022 (Imagen).
+    """Returns x0_hat [B, ...] unchanged (False), clamped to [-1, 1] (True), or dynamically thresholded (a number).
 
-    That clamps each image to [-s, s] and divides it by s, the quantile `clip` of its |x0_hat|, or 1 if that is less.
+    Dynamic thresholding clamps each image to [-s, s] and divides it by s, where s is the quantile `clip` of the image's
+    |x0_hat|, but at least 1: section 2.3 of Saharia et al. 2022 (Imagen).
     """
     if isinstance(clip, bool):
         return x0_hat.clamp(-1, 1) if clip else x0_hat
@@ -80,15 +87,22 @@ def _clipped(x0_hat: Tensor, clip: bool | float) -> Tensor:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """x0_hat = denoiser(x_t, t) from any network.
+    """Estimates the clean image from a noisy one with any network: x0_hat = denoiser(x_t, t).
 
-    net: net(x, t) -> like x, with x [B, ...] and t float32 [B], 0 ... T-1 as in Ho et al. and diffusers; fractions allowed.
-    With a learned variance it gives twice the channels (see `halves`).
-    target: what net predicts, a key of TARGETS.
-    clip: True clamps x0_hat to [-1, 1]; a number p in (0, 1) is dynamic thresholding at that quantile (see `_clipped`).
-    Samplers derive eps again from the clipped x0_hat.
-    labels: int64 [B], the class of each image, for a net(x, t, labels) that knows classes, and -1 as no label.
-    guidance: w, how far the prediction goes from no label (0) to the label (1) and beyond. Raises ValueError.
+    Args:
+        net: called as net(x, t) with x [B, ...] and t float32 [B] in 0 ... T-1, as in Ho et al. 2020 and diffusers; t
+            may be fractional. Returns a prediction like x, or twice the channels with a learned variance (see
+            `halves`).
+        schedule: the noise schedule that the network was trained on.
+        target: what the network predicts, a key of TARGETS.
+        clip: True clamps x0_hat to [-1, 1]. A number in (0, 1) is the quantile of dynamic thresholding (see
+            `_clipped`). Samplers derive eps again from the clipped x0_hat.
+        labels: int64 [B], the class of each image, or -1 for no label. With labels the network is called as net(x, t,
+            labels).
+        guidance: w of classifier-free guidance: 0 ignores the labels, 1 follows them, more exaggerates them.
+
+    Raises:
+        ValueError: the target is unknown, `clip` or `guidance` is out of range, or guidance != 1 without labels.
     """
 
     net: Callable[..., Any]
@@ -106,42 +120,42 @@ class Denoiser:
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance = {self.guidance} must be a finite number")
         if self.labels is None and self.guidance != 1:
-            raise ValueError(f"guidance = {self.guidance:g} takes labels, and a network trained with them")
+            raise ValueError(f"guidance = {self.guidance:g} takes labels, and a network trained with labels")
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of an image in one call: 2 under guidance, except at w = 0 and w = 1."""
+        """Network evaluations per image in one call: 1 without guidance (w = 1) and at w = 0, else 2."""
         return 1 if self.guidance in (0, 1) else 2
 
     def _predict(self, x_t: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the network says, guided, and v (see `halves`); x_t [B, ...], times float32 [B]."""
+        """Returns the guided prediction and v (see `halves`), for x_t [B, ...] and times float32 [B]."""
         if self.labels is None:
             return halves(self.net(x_t, times), x_t)
         if len(self.labels) != len(x_t):
             raise ValueError(f"{len(self.labels)} labels for {len(x_t)} images")
         labels = self.labels.to(x_t.device)
-        free = torch.full_like(labels, NO_LABEL)
+        no_labels = torch.full_like(labels, NO_LABEL)
         if self.evaluations == 1:
-            return halves(self.net(x_t, times, labels if self.guidance == 1 else free), x_t)
-        both = self.net(torch.cat([x_t, x_t]), torch.cat([times, times]), torch.cat([free, labels]))
-        (without, _), (told, v) = (halves(half, x_t) for half in both.chunk(2))
-        return without + self.guidance * (told - without), v
+            return halves(self.net(x_t, times, labels if self.guidance == 1 else no_labels), x_t)
+        both = self.net(torch.cat([x_t, x_t]), torch.cat([times, times]), torch.cat([no_labels, labels]))
+        (free, _), (labelled, v) = (halves(half, x_t) for half in both.chunk(2))
+        return free + self.guidance * (labelled - free), v
 
     def __call__(self, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """x_t [B, ...], t a number or [B] -> x0_hat, like x_t."""
+        """Returns x0_hat, like x_t [B, ...]. t: network time in 0 ... T-1, a number or [B]."""
         return self.with_variance(x_t, t)[0]
 
     def with_variance(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor | None]:
-        """x_t [B, ...], t a number or [B] -> x0_hat and v (see `halves`), both like x_t; None for v where it is not learned."""
+        """Returns x0_hat and v (see `halves`), like x_t [B, ...]; v is None unless learned. t: a number or [B]."""
         times = torch.as_tensor(t, dtype=torch.float64).cpu()
         _, _, c_skip, c_out = (c.to(x_t.dtype) for c in coefficients(self.schedule, self.target, times))
-        # Nothing here waits for what a GPU still has to do: a single number goes along with the operation that takes it.
+        # Nothing here synchronises the GPU: a single number is an argument of the operation that uses it.
         if times.dim() == 0:
             times = torch.full((len(x_t),), times.item(), dtype=torch.float32, device=x_t.device)
         else:
-            there: dict[str, Any] = {"device": x_t.device, "non_blocking": x_t.device.type == "cuda"}
+            placement: dict[str, Any] = {"device": x_t.device, "non_blocking": x_t.device.type == "cuda"}
             shape = (-1,) + (1,) * (x_t.ndim - 1)
-            c_skip, c_out = (c.expand(len(x_t)).to(**there).view(shape) for c in (c_skip, c_out))
-            times = times.to(torch.float32).expand(len(x_t)).to(**there)
+            c_skip, c_out = (c.expand(len(x_t)).to(**placement).view(shape) for c in (c_skip, c_out))
+            times = times.to(torch.float32).expand(len(x_t)).to(**placement)
         prediction, v = self._predict(x_t, times)
         return _clipped(c_skip * x_t + c_out * prediction, self.clip), v

@@ -1,4 +1,4 @@
-"""What a schedule does to an image: is x_T really noise, and at which noise levels are the steps spent?"""
+"""Measures noise schedules: whether x_T is really noise, and on which noise levels the steps are spent."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ from torch import Tensor
 
 from ddpm.diffusion.schedule import NoiseSchedule
 
-# Signal-to-noise ratios alpha_bar / (1 - alpha_bar) that part the five bands of `shares`.
+# Signal-to-noise ratios alpha_bar / (1 - alpha_bar) that separate the five bands of `shares`.
 BANDS = (1e-4, 1e-2, 1.0, 1e2)
 
-LEFT_BITS = 1e-3  # L_T in bits/dim that passes for noise; linear at T = 1000 has 7e-6
-GONE = 1e-4  # alpha_bar below which nothing of x_0 can be seen
-GONE_SHARE = 0.25  # of the steps that may be spent there; linear at T = 1000 spends 5%
+LEFT_BITS = 1e-3  # the largest L_T, in bits/dim, of an x_T that counts as noise; linear at T = 1000 has 7e-6
+GONE = 1e-4  # below this alpha_bar nothing of x_0 can be seen
+GONE_SHARE = 0.25  # the largest share of the steps that may be spent below GONE; linear at T = 1000 spends 5%
 
 
 @dataclass(frozen=True)
 class Summary:
     """A schedule in numbers.
 
-    alpha_bar, snr: at T. prior: L_T in bits/dim. shares: of the steps, in the bands that BANDS parts, least signal first.
-    gone: share of the steps with alpha_bar < 1e-4. warnings: one line for each fault, with its reason.
+    Args:
+        T: the number of steps.
+        alpha_bar: alpha_bar_T.
+        snr: signal-to-noise ratio at T.
+        prior: L_T in bits/dim.
+        shares: share of the steps in each band of signal-to-noise ratio (see BANDS), least signal first.
+        gone: share of the steps with alpha_bar < GONE.
+        warnings: one line for each fault, with its reason and remedy.
     """
 
     T: int
@@ -36,7 +42,7 @@ class Summary:
 
 
 def summary(schedule: NoiseSchedule, mean_square: float = 0.25) -> Summary:
-    """mean_square: E[x_0^2] of the data, in units of [-1, 1]."""
+    """Measures a schedule, and warns of faults. mean_square: E[x_0^2] of the data, for values in [-1, 1]."""
     alpha_bar, snr = float(schedule.alpha_bar[-1]), float(schedule.snr[-1])
     left, gone = float(prior(schedule, mean_square)), float((schedule.alpha_bar[1:] < GONE).double().mean())
     warnings = []
@@ -56,22 +62,26 @@ def summary(schedule: NoiseSchedule, mean_square: float = 0.25) -> Summary:
 
 
 def prior(schedule: NoiseSchedule, mean_square: Tensor | float) -> Tensor:
-    """L_T in bits/dim, of data with E[x_0^2] = mean_square (of any shape): float64."""
+    """Returns L_T in bits/dim for data with E[x_0^2] = mean_square: float64, mean_square's shape."""
     alpha_bar = schedule.alpha_bar[-1].item()
     signal = alpha_bar * torch.as_tensor(mean_square, dtype=torch.float64)
     return (signal - alpha_bar - math.log1p(-alpha_bar)) / (2 * math.log(2))
 
 
 def shares(schedule: NoiseSchedule) -> tuple[float, ...]:
-    """The share of the steps 1 ... T whose signal-to-noise ratio lies in each band, least signal first; they sum to 1."""
+    """Returns the share of the steps 1 ... T in each band of BANDS, least signal first; the shares sum to 1."""
     band = torch.bucketize(schedule.snr[1:], torch.tensor(BANDS, dtype=torch.float64), right=True)
     return tuple((torch.bincount(band, minlength=len(BANDS) + 1).double() / schedule.T).tolist())
 
 
 def noised(schedule: NoiseSchedule, x_0: Tensor, steps: Tensor, eps: Tensor) -> Tensor:
-    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps at each of `steps`, int64 in 0 ... T (0 is x_0 itself).
+    """Returns x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps at each of `steps`: [len(steps), ...].
 
-    x_0, eps: [...] -> [len(steps), ...]
+    Args:
+        schedule: gives alpha_bar.
+        x_0: the image, [...].
+        steps: int64 [S] in 0 ... T; 0 is x_0 itself.
+        eps: standard normal noise, like x_0.
     """
     alpha_bar = schedule.alpha_bar[steps].view(-1, *[1] * x_0.ndim).to(x_0.dtype)
     return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps

@@ -1,4 +1,4 @@
-"""Divergences and likelihoods of Gaussians, as the bound of Ho et al. 2020 needs them."""
+"""Divergences and likelihoods of Gaussians, for the variational bound of Ho et al. 2020."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from torch import Tensor
 
 
 def gaussian_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
-    """KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)) of each element, in nats. The arguments broadcast."""
+    """Returns KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)) of each element, in nats. The arguments broadcast."""
     difference = logvar2 - logvar1
     return ((torch.expm1(-difference) + difference) + (mean1 - mean2).square() * torch.exp(-logvar2)) / 2
 
 
 def discretised_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log p(x0) of each element, in nats: the mass of N(mean, exp log_variance) on x0's bin, eq. 13 of Ho et al. 2020.
+    """Returns log p(x0) of each element in nats, the mass of N(mean, exp log_variance) on x0's bin: eq. 13 of Ho et al.
 
-    x0: one of the 256 levels -1, -1 + 1/127.5, ..., 1. A bin reaches half a level to either side, the first and the last
-    without end. Exact far into the tails too, so that a mean many deviations away still has a gradient.
+    x0 holds the 256 levels -1, -1 + 1/127.5, ..., 1. A bin reaches half a level to either side; the first and the last
+    bin are unbounded outwards. The result is accurate in the tails, so a mean many standard deviations away still has a
+    gradient.
     """
     inverse = torch.exp(-log_variance / 2)
     below, above = (x0 - mean - 1 / 255) * inverse, (x0 - mean + 1 / 255) * inverse
-    # log Phi has its digits in the lower tail: mirror what lies above the mean.
+    # log Phi is accurate in the lower tail: mirror levels above the mean.
     mirrored = x0 > mean
     low, high = torch.where(mirrored, -above, below), torch.where(mirrored, -below, above)
     log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)

@@ -2,7 +2,7 @@
 
 L = L_T + sum_{t=2}^T L_{t-1} + L_0, where L_T = KL(q(x_T|x_0) || N(0, I)), L_{t-1} = KL(q(x_{t-1}|x_t, x_0) ||
 p(x_{t-1}|x_t)) between two Gaussians, and L_0 = -log p(x_0|x_1) with the discretised decoder of eq. 13. Each term is an
-expectation over x_t ~ q(x_t|x_0), estimated with one draw an image; draws are seeded.
+expectation over x_t ~ q(x_t|x_0), estimated with one seeded draw per image.
 
 Network time t = 0 is L_0, and t = 1 ... T-1 is the paper's L_t. Everything but the network is float64.
 """
@@ -29,11 +29,19 @@ VARIANCES = ("fixed_large", "fixed_small")
 def reverse_log_variance(
     schedule: NoiseSchedule, t: Tensor, variance: str = "fixed_large", v: Tensor | None = None
 ) -> Tensor:
-    """log of p(x_{t-1}|x_t)'s variance at network times t, int64: float64, t's shape.
+    """Returns the log variance of p(x_{t-1}|x_t) at network times t: float64, like t, or like v if it is given.
 
-    fixed_large is beta, fixed_small the posterior's beta_tilde. v in [0, 1], whose leading dimensions are t's: the learned
-    variance beta^v beta_tilde^(1 - v) instead, eq. 15 of Nichol & Dhariwal 2021. The first beta_tilde is 0; the second
-    takes its place, also in fixed_large, as in Ho et al.'s code: or the decoder at t = 0 would be a point.
+    At t = 0 the posterior variance beta_tilde is 0, which would make the decoder a point. As in Ho et al.'s code, both
+    fixed variances are beta_tilde of t = 1 there.
+
+    Args:
+        schedule: at least T = 2.
+        t: int64 [B] in 0 ... T-1.
+        variance: "fixed_large" for beta, "fixed_small" for beta_tilde; unused with v.
+        v: [B, ...] in [0, 1], for the learned variance beta^v beta_tilde^(1 - v): eq. 15 of Nichol & Dhariwal 2021.
+
+    Raises:
+        ValueError: the variance is unknown, or T < 2.
     """
     if variance not in VARIANCES:
         raise ValueError(f"no variance '{variance}'; there are {', '.join(VARIANCES)}")
@@ -41,12 +49,12 @@ def reverse_log_variance(
     if v is None:
         table = torch.cat([small[:1], large[1:]]) if variance == "fixed_large" else small
         return table.to(t.device)[t]
-    large, small = (_beside(table.to(t.device)[t], v) for table in (large, small))
+    large, small = (_broadcast(table.to(t.device)[t], v) for table in (large, small))
     return v * large + (1 - v) * small
 
 
 def _posterior_log_variance(schedule: NoiseSchedule) -> Tensor:
-    """log beta_tilde of eq. 7 of Ho et al. 2020 at 0 ... T-1, the first entry as the second. float64 [T]."""
+    """Returns log beta_tilde (eq. 7 of Ho et al. 2020), float64 [T]; the entry of t = 0 is that of t = 1."""
     if schedule.T < 2:
         raise ValueError("the bound takes a schedule of at least T = 2")
     small = schedule.posterior_at(torch.arange(schedule.T))[2]
@@ -61,35 +69,41 @@ def term(
     variance: str = "fixed_large",
     v: Tensor | None = None,
 ) -> Tensor:
-    """One term of the bound for each image, in bits/dim: float64 [B]. L_0 if all of t is 0, L_t if none is.
+    """Returns one term of the bound for each image, in bits/dim: float64 [B]. L_0 if every t is 0, L_t if none is.
 
-    t: int64 [B], network times, best on the CPU: nothing then waits for a GPU. x_0, x0_hat: float64 [B, ...]; for L_0, x_0 on
-    the grid of 256 values. v: see `reverse_log_variance`.
+    Args:
+        schedule: at least T = 2.
+        t: int64 [B], network times. On the CPU they cause no GPU synchronisation.
+        x_0: the image, float64 [B, ...]; for L_0 it must hold the 256 levels of an 8-bit image in [-1, 1].
+        x0_hat: the denoiser's estimate, like x_0.
+        variance: see `reverse_log_variance`.
+        v: see `reverse_log_variance`.
     """
     log_variance = reverse_log_variance(schedule, t, variance, v)
     if v is None:
-        log_variance = _beside(log_variance, x_0)
+        log_variance = _broadcast(log_variance, x_0)
     if not bool(t.any()):
         nats = -discretised_log_likelihood(x_0, x0_hat, log_variance)
     else:
         weight, posterior = (
-            _beside(table.to(t.device)[t], x_0)
+            _broadcast(table.to(t.device)[t], x_0)
             for table in (schedule.posterior_at(torch.arange(schedule.T))[0], _posterior_log_variance(schedule))
         )
-        # Both means hold the same multiple of x_t (eq. 7), which cancels.
+        # Both means contain the same multiple of x_t (eq. 7), which cancels.
         nats = gaussian_kl(weight * x_0, posterior, weight * x0_hat, log_variance)
     return nats.flatten(1).mean(1) / math.log(2)
 
 
-def _beside(values: Tensor, images: Tensor) -> Tensor:
-    """values [B], where images [B, ...] are, shaped to go with them. A copy from the CPU is not waited for."""
+def _broadcast(values: Tensor, images: Tensor) -> Tensor:
+    """Shapes values [B] to broadcast with images [B, ...], on their device. A copy from the CPU does not block."""
     return values.to(images.device, non_blocking=images.device.type == "cuda").view(-1, *[1] * (images.ndim - 1))
 
 
 def strata(T: int, times: int | None = None) -> list[range]:
-    """`times` runs of network times that make up 0 ... T-1; None: every time by itself. Raises ValueError.
+    """Splits the network times 0 ... T-1 into `times` consecutive ranges; None: one range per time.
 
-    The first is 0 alone. The rest grow with t, like its square, since most bits are spent near the image.
+    The first range is 0 alone. The edges of the others grow quadratically: most bits are spent near the image, at small
+    t. Raises ValueError unless 2 <= times <= T.
     """
     times = T if times is None else times
     if not 2 <= times <= T:
@@ -100,11 +114,14 @@ def strata(T: int, times: int | None = None) -> list[range]:
 
 @dataclass(frozen=True)
 class Bound:
-    """The bound of N images on S strata of times: bits/dim, float64, on the CPU.
+    """The bound of N images on S strata of times, in bits/dim: float64, on the CPU.
 
-    prior: L_T [N]. terms: [N, S], of each stratum the sum over its times; the first is L_0.
-    squared_error: mean of (x0_hat - x_0)^2 over an image, in units of [-1, 1], at the time drawn from each stratum [N, S].
-    strata: see the function of that name.
+    Args:
+        prior: L_T, [N].
+        terms: [N, S], the estimated sum of the terms in each stratum; the first is L_0.
+        squared_error: [N, S], mean of (x0_hat - x_0)^2 over an image with values in [-1, 1], at the time drawn from
+            each stratum.
+        strata: S ranges of network times, from the function `strata`.
     """
 
     prior: Tensor
@@ -114,24 +131,24 @@ class Bound:
 
     @property
     def decoder(self) -> Tensor:
-        """L_0 [N]."""
+        """L_0, [N]."""
         return self.terms[:, 0]
 
     @property
     def kl(self) -> Tensor:
-        """L_1 + ... + L_{T-1} [N]."""
+        """L_1 + ... + L_{T-1}, [N]."""
         return self.terms[:, 1:].sum(1)
 
     @property
     def total(self) -> Tensor:
-        """L [N]."""
+        """L, [N]."""
         return self.prior + self.terms.sum(1)
 
     @property
     def rate(self) -> Tensor:
-        """float64 [S]: bits/dim that x_t costs, L_T + ... + L_{t+1} of network time t, at the middle of each stratum.
+        """float64 [S]: the rate of x_t in bits/dim, L_T + ... + L_{t+1}, at the middle network time t of each stratum.
 
-        As in figure 5 of Ho et al. 2020: x_0 itself costs the decoder's bits too.
+        As in figure 5 of Ho et al. 2020. x_0 itself costs the decoder's bits, L_0, in addition.
         """
         mean = self.terms.mean(0)
         before = self.prior.mean() + mean.flip(0).cumsum(0).flip(0) - mean
@@ -140,12 +157,12 @@ class Bound:
 
     @property
     def distortion(self) -> Tensor:
-        """float64 [S]: root mean squared error of x0_hat, on the scale of 0 ... 255."""
+        """float64 [S]: root mean squared error of x0_hat, on the scale 0 ... 255."""
         return self.squared_error.mean(0).sqrt() * 127.5
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """The mean of independent values [N], and its standard error."""
+    """Returns the mean of independent values [N] and its standard error."""
     return float(values.mean()), float(values.std()) / math.sqrt(len(values))
 
 
@@ -162,12 +179,27 @@ def variational_bound(
     device: torch.device | str = "cpu",
     done: Callable[[int], None] = lambda count: None,
 ) -> Bound:
-    """The bound of uint8 images [N, C, H, W]; of a conditional network, given their labels int64 [N].
+    """Estimates the variational bound on -log2 p(x_0) of each image: eq. 5 of Ho et al. 2020.
 
-    times: network evaluations an image, at most T; None: all T. With fewer, each image draws a time of its own from each of the
-    `strata`, so its bound is unbiased, and the standard error over images holds what the draws add.
-    Draws depend on (seed, image, stratum), never on `batch`. variance: of VARIANCES, unless the denoiser has learned one.
-    done(n) is told of every n images' stratum finished. Raises ValueError.
+    With fewer than T times, each image draws one time from each of the `strata`. The estimate of each image stays
+    unbiased, and the standard error over images includes the randomness of the draws.
+
+    Args:
+        denoiser: the model.
+        images: uint8 [N, C, H, W].
+        labels: int64 [N], for a conditional network.
+        seed: noise and times depend on (seed, image, stratum) and not on `batch`.
+        times: network evaluations per image, 2 ... T; None: all T.
+        batch: images at once.
+        variance: one of VARIANCES, unless the network has learned a variance.
+        device: where the network is.
+        done: called as done(n) whenever n images have finished one stratum.
+
+    Returns:
+        The terms of the bound in bits/dim.
+
+    Raises:
+        ValueError: `times`, `variance` or the number of labels is wrong, or T < 2.
     """
     schedule, parts = denoiser.schedule, strata(denoiser.schedule.T, times)
     generator = torch.Generator().manual_seed(seed)
@@ -181,16 +213,16 @@ def variational_bound(
         rows = range(start, min(start + batch, len(images)))
         x_0 = images[start : rows.stop].to(device, torch.float64) / 127.5 - 1
         bound.prior[start : rows.stop] = prior(schedule, x_0.square().flatten(1).mean(1).cpu())
-        told = denoiser if labels is None else replace(denoiser, labels=labels[start : rows.stop].to(device))
+        labelled = denoiser if labels is None else replace(denoiser, labels=labels[start : rows.stop].to(device))
         bits, errors = torch.empty(2, len(rows), len(parts), dtype=torch.float64, device=device)
         for stratum in range(len(parts)):
             t = drawn[start : rows.stop, stratum]
             eps = gaussian(seed, rows, stratum, x_0.shape[1:], device)
-            signal, noise = (_beside(table[t + 1], x_0) for table in (a, s))
+            signal, noise = (_broadcast(table[t + 1], x_0) for table in (a, s))
             x_t = (signal * x_0 + noise * eps).to(torch.float32, memory_format=torch.channels_last)
-            # cuDNN would round to TF32.
+            # By default cuDNN may round to TF32.
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, fp32_precision="ieee"):
-                x0_hat, v = told.with_variance(x_t, t)
+                x0_hat, v = labelled.with_variance(x_t, t)
             x0_hat, v = x0_hat.double(), None if v is None else v.double()
             bits[:, stratum] = term(schedule, t, x_0, x0_hat, variance, v) * len(parts[stratum])
             errors[:, stratum] = (x0_hat - x_0).square().flatten(1).mean(1)

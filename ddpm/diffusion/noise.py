@@ -1,8 +1,7 @@
-"""Gaussian noise as a function of (seed, image, draw): any image's noise can be made alone, in any batch, on any device.
+"""Gaussian noise as a function of (seed, image, draw): batch size, thread count and sharding change no bit of it.
 
-The bits are Philox4x32-10 (Salmon et al. 2011), computed with integer tensor operations. The map to a Gaussian uses only
-additions, multiplications, divisions and square roots, which IEEE 754 rounds the same way everywhere, so that batch size,
-thread count and sharding change no bit.
+The bits are Philox4x32-10 (Salmon et al. 2011), computed with integer tensor operations. The map to a Gaussian uses
+only additions, multiplications, divisions and square roots, which IEEE 754 rounds the same way on every device.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int], rounds: int = 10) -> list[Tensor]:
-    """Philox4x32: four int64 tensors holding 32-bit words, and two 32-bit key words -> four such tensors."""
+    """Philox4x32: maps four int64 tensors of 32-bit words to four such tensors. The key is two 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -31,7 +30,7 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int], rounds: int = 10) ->
 
 
 def _log(x: Tensor) -> Tensor:
-    """Natural logarithm of normal positive float32, to 1e-7, by exactly rounded operations alone."""
+    """Natural logarithm of positive normal float32 numbers, to 1e-7, by correctly rounded operations only."""
     bits = x.view(torch.int32)
     # x = m 2^e with m in [sqrt(1/2), sqrt(2)), and log m = 2 atanh((m - 1) / (m + 1)).
     exponent = (bits - 0x3F3504F3) >> 23
@@ -75,7 +74,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 
 
 def _inverse_normal(words: Tensor) -> Tensor:
-    """32-bit words -> standard normal float32: the quantile at (u + 1/2) / 2^24 of their upper 24 bits."""
+    """Maps 32-bit words to standard normal float32: the quantile at (u + 1/2) / 2^24 for their upper 24 bits u."""
     u = words >> 8
     p = (u.float() + 0.5) * 2**-24
     q = ((2**24 - 1 - u).float() + 0.5) * 2**-24
@@ -88,11 +87,19 @@ def _inverse_normal(words: Tensor) -> Tensor:
 def gaussian(
     seed: int, images: Tensor | Sequence[int], draw: int, shape: Sequence[int], device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Standard normal noise: float32 [len(images), *shape], |z| <= 5.42.
+    """Draws standard normal noise whose row j depends only on (seed, images[j], draw).
 
-    Row j depends only on (seed, images[j], draw): seed in [0, 2^64), images in [0, 2^64), draw in [0, 2^32).
+    Args:
+        seed: in [0, 2^64).
+        images: the images' numbers, [N], each in [0, 2^63).
+        draw: number of the draw for the same image, in [0, 2^32).
+        shape: of one image.
+        device: where the noise is made.
+
+    Returns:
+        float32 [N, *shape], |z| <= 5.42.
     """
-    if isinstance(images, range):  # made there: a copy would wait for all that a GPU still has to do
+    if isinstance(images, range):  # built on the device: a copy from the host would synchronise the GPU
         index = images.start + images.step * torch.arange(len(images), dtype=torch.int64, device=device)[:, None]
     else:
         index = torch.as_tensor(images, dtype=torch.int64, device=device)[:, None]

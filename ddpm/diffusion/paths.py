@@ -1,7 +1,7 @@
-"""What lies between an image and noise: a chain seen on its way, images as codes, and the images between two.
+"""Follows images to noise and back: states of a chain, the codes of images, and the images between two.
 
-Settings are those of `ddpm.sample`: sampler, steps, spacing, along, and the sampler's own. A code is the x_T that leads
-to an image along the probability flow, so samplers that draw noise of their own cannot encode.
+Settings are the arguments of `ddpm.sample`: sampler, steps, spacing, along, and the sampler's own options. A code is
+the x_T that leads to an image along the probability flow, so samplers that draw noise cannot encode.
 """
 
 from __future__ import annotations
@@ -31,10 +31,19 @@ from ddpm.diffusion.schedule import NoiseSchedule
 
 @torch.no_grad()
 def snapshots(denoiser: Denoiser, x_T: Tensor, count: int = 10, **settings: Any) -> list[State]:
-    """`count` states of one chain at even distances, its first and its last among them; all of a shorter chain.
+    """Returns `count` evenly spaced states of one chain, or all states of a shorter chain.
 
-    Their x0_hat, from blurred to sharp, are the progressive generation of Ho et al. 2020, figure 6; their x the chain
-    itself. The last of either is what `sample` gives. x_T: [B, ...]; settings may hold `noise`. Raises ValueError.
+    The x0_hat of the states, from blurred to sharp, are the progressive generation of Ho et al. 2020, figure 6. The x
+    of the states are the chain itself. In the last state both are what `sample` returns.
+
+    Args:
+        denoiser: the model.
+        x_T: standard normal noise, [B, ...].
+        count: 1 for the last state alone, else the first and the last are among them.
+        settings: see `ddpm.sample`.
+
+    Raises:
+        ValueError: a setting is wrong.
     """
     levels = {key: settings[key] for key in ("spacing", "along") if key in settings}
     last = len(noise_levels(denoiser.schedule, settings.get("steps", 50), **levels)) - 2
@@ -43,7 +52,7 @@ def snapshots(denoiser: Denoiser, x_T: Tensor, count: int = 10, **settings: Any)
 
 
 def check_flow(sampler: str = "ddim", **options: Any) -> None:
-    """Raises ValueError for a sampler that draws noise, whose steps cannot be gone back."""
+    """Raises ValueError for a sampler that draws noise with these options: its steps cannot be reversed."""
     if sampler in SAMPLERS and SAMPLERS[sampler].draws_noise(**options):
         chosen = " and ".join(f"{name} = {value}" for name, value in options.items())
         quiet = ", ".join(name for name, row in SAMPLERS.items() if not row.draws_noise())
@@ -63,39 +72,51 @@ def encode(
     along: NoiseSchedule | None = None,
     **options: Any,
 ) -> Tensor:
-    """Images -> their codes: the sampler's own steps up the same noise levels (section 5.4 of Song et al. 2020, DDIM).
+    """Encodes images: takes the sampler's steps up the same noise levels (section 5.4 of Song et al. 2020, DDIM).
 
-    x_0: [B, ...] in [-1, 1]. `sample` with the same settings gives x_0 back, up to an error that shrinks with `steps` at
-    the sampler's order. As many network evaluations as `sample` makes.
-    Returns x_T, like x_0. Raises ValueError.
+    `sample` with the same settings returns x_0 again, up to an error that shrinks with `steps` at the sampler's order.
+    Encoding takes as many network evaluations as `sample`.
+
+    Args:
+        denoiser: the model.
+        x_0: images, [B, ...] in [-1, 1].
+        sampler: a sampler that draws no noise with `options`.
+        steps: see `ddpm.sample`, as for `spacing`, `along` and `options`.
+
+    Returns:
+        The codes x_T, like x_0.
+
+    Raises:
+        ValueError: the sampler draws noise, or a setting is wrong.
     """
     check_options(sampler, spacing, **options)
     check_flow(sampler, **options)
     rising = noise_levels(denoiser.schedule, steps, spacing, along)[-2::-1]
-    # The network never saw an image without noise; its prediction of eps at the first time it knows takes the first step.
+    # The network was never trained on images without noise, so the first step uses its eps at t = 0, the least noise.
     least = Level(0.0, float(denoiser.schedule.alpha_bar[1]))
     eps = (x_0 - least.a * denoiser(x_0, least.t)) / least.s
     x = rising[0].a * x_0 + rising[0].s * eps
-    # The step up to pure noise is infinite in log-SNR: for every sampler it is DDIM's.
+    # The step up to pure noise is infinite in log-SNR, so every sampler takes DDIM's step there.
     top = rising.pop() if rising[-1].alpha_bar == 0 and len(rising) > 1 else None
     x = _last(SAMPLERS[sampler].step(denoiser, x, rising, lambda k: torch.zeros_like(x_0), **options), x)
     return x if top is None else flow(x, denoiser(x, rising[-1].t), rising[-1], top)
 
 
 def _last(steps: Steps, x: Tensor) -> Tensor:
-    """Where they lead from x."""
+    """Returns x after the last of the steps, or x itself if there are none."""
     for after, _ in steps:
         x = after
     return x
 
 
 def slerp(x: Tensor, y: Tensor, weight: float) -> Tensor:
-    """Spherical interpolation of each pair, from x (weight 0) to y (weight 1), as section 5.3 of Song et al. 2020 (DDIM) has it.
+    """Interpolates spherically from x (weight 0) to y (weight 1), both [B, ...]: section 5.3 of Song et al. 2020.
 
-    x, y: [B, ...]. Between vectors of the same length all have that length, as codes must. Parallel ones go straight.
+    Between two vectors of the same length, all results have that length, as codes must. Parallel vectors are
+    interpolated linearly.
     """
     u, v = x.flatten(1).double(), y.flatten(1).double()
-    # Stable at small angles, where the cosine is not: the half-angle formula on unit vectors.
+    # The half-angle formula on unit vectors, which is stable at small angles, unlike the cosine.
     u, v = u / u.norm(dim=1, keepdim=True), v / v.norm(dim=1, keepdim=True)
     angle = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))
     straight = angle < 1e-6
@@ -107,10 +128,20 @@ def slerp(x: Tensor, y: Tensor, weight: float) -> Tensor:
 
 
 def interpolate(denoiser: Denoiser, x_0: Tensor, y_0: Tensor, weights: Sequence[float], **settings: Any) -> Tensor:
-    """The images between two, through their codes: section 5.3 of Song et al. 2020 (DDIM).
+    """Returns the images between two, decoded from codes between their codes: section 5.3 of Song et al. 2020 (DDIM).
 
-    x_0, y_0: [C, H, W]. Weight 0 gives x_0 encoded and decoded again, weight 1 so y_0. Returns [len(weights), C, H, W].
-    Raises ValueError.
+    Args:
+        denoiser: the model.
+        x_0: the image at weight 0, [C, H, W] in [-1, 1]. It is encoded and decoded too.
+        y_0: the image at weight 1, like x_0.
+        weights: one for each image to make.
+        settings: see `encode`.
+
+    Returns:
+        [len(weights), C, H, W].
+
+    Raises:
+        ValueError: the sampler draws noise, or a setting is wrong.
     """
     x_T, y_T = encode(denoiser, torch.stack([x_0, y_0]), **settings).split(1)
     return sample(denoiser, torch.cat([slerp(x_T, y_T, weight) for weight in weights]), **settings)
@@ -130,11 +161,23 @@ def blend(
     along: NoiseSchedule | None = None,
     **options: Any,
 ) -> Tensor:
-    """The images between two, mixed under noise that both share and denoised: section 4.4 of Ho et al. 2020.
+    """Returns the images between two, mixed under the same noise and denoised: section 4.4 of Ho et al. 2020.
 
-    x_0, y_0: [C, H, W]. depth: how far up the chain both are noised, 0 (mixed as they are) ... 1 (to its first level).
-    noise: noise(k) -> [C, H, W]; k = 0 makes x_t of both, the rest belong to the sampler, the same for all weights.
-    Returns [len(weights), C, H, W]. Raises ValueError.
+    Args:
+        denoiser: the model.
+        x_0: the image at weight 0, [C, H, W] in [-1, 1].
+        y_0: the image at weight 1, like x_0.
+        weights: one for each image to make.
+        depth: how far up the chain the images are noised, from 0 (mixed without noise) to 1 (the chain's first level).
+        noise: noise(k) -> standard normal [C, H, W]. k = 0 noises the images; k + 1 is the sampler's draw k, for all
+            weights.
+        sampler: see `ddpm.sample`, as for `steps`, `spacing`, `along` and `options`.
+
+    Returns:
+        [len(weights), C, H, W].
+
+    Raises:
+        ValueError: the depth or another setting is wrong.
     """
     if not 0 <= depth <= 1:
         raise ValueError(f"depth = {depth} must lie in [0, 1]")
@@ -147,5 +190,5 @@ def blend(
 
 
 def pixel_error(x_0: Tensor, again: Tensor) -> Tensor:
-    """Mean squared error of each image per value, on the [0, 1] scale of table 2 of Song et al. 2020: [B]."""
+    """Returns the mean squared error [B] of images in [-1, 1], on the [0, 1] scale of table 2 of Song et al. 2020."""
     return ((again.clamp(-1, 1) - x_0) / 2).square().flatten(1).mean(1)

@@ -1,7 +1,7 @@
 """Noise schedules: q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)   (eq. 4, Ho et al. 2020).
 
 beta_1 ... beta_T are the variances of the forward steps, alpha_t = 1 - beta_t, and alpha_bar_t = alpha_1 ... alpha_t
-with alpha_bar_0 = 1. Tables are float64: sqrt's alpha_bar_1000 is 3e-44, which float32 cannot hold.
+with alpha_bar_0 = 1. Tables are float64: alpha_bar_1000 of `sqrt` is 3e-44, which float32 cannot hold.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _linear(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
 
 
 def _scaled_linear(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
-    """Linear in sqrt(beta): latent diffusion's `linear`, Ho et al.'s `quad`."""
+    """Linear in sqrt(beta): latent diffusion's `linear`, and `quad` in Ho et al.'s code."""
     return torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
 
 
@@ -40,10 +40,11 @@ def _cosine(steps: int, s: float = 0.008) -> Tensor:
 
 
 def _sigmoid(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
-    """beta along a logistic curve between its end points, from -6 to 6: GeoDiff's (Xu et al. 2022), and diffusers'."""
+    """A logistic curve from -6 to 6, scaled to lie between the end points: GeoDiff (Xu et al. 2022) and diffusers."""
     return torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
 
 
+# name -> function of T and further numbers (`shape` of NoiseSchedule.named) that returns the betas, float64 [T].
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "linear": _linear,
     "scaled_linear": _scaled_linear,
@@ -52,8 +53,7 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "sigmoid": _sigmoid,
 }
 
-# What other projects call them. Latent diffusion's `linear` and `sqrt` are no aliases: the first is `scaled_linear` here,
-# the second is `sqrt` already.
+# Names in other projects. Latent diffusion's `linear` is no alias: it is `scaled_linear` here.
 ALIASES = {"quad": "scaled_linear", "sqrt_linear": "linear", "squaredcos_cap_v2": "cosine"}
 
 
@@ -61,9 +61,15 @@ ALIASES = {"quad": "scaled_linear", "sqrt_linear": "linear", "squaredcos_cap_v2"
 class NoiseSchedule:
     """A table of beta_1 ... beta_T and what follows from it.
 
-    betas: float64 [T], each in (0, 1); the last may be 1, and then alpha_bar_T = 0 (see `zero_terminal_snr`).
-    name: what it is called in files and messages.
-    Network time t in 0 ... T-1 pairs with alpha_bar[t + 1]; t = -1 is the clean image. Raises ValueError.
+    Network time t in 0 ... T-1 pairs with alpha_bar[t + 1]; t = -1 is the clean image.
+
+    Args:
+        betas: variances of the forward steps, float64 [T], each in (0, 1). The last may be 1: then alpha_bar_T = 0 (see
+            `zero_terminal_snr`).
+        name: the schedule's name in files and messages.
+
+    Raises:
+        ValueError: `betas` is no such vector.
     """
 
     betas: Tensor
@@ -81,10 +87,17 @@ class NoiseSchedule:
 
     @classmethod
     def named(cls, name: str, steps: int = 1000, *, zero_terminal_snr: bool = False, **shape: float) -> NoiseSchedule:
-        """A row of SCHEDULES, or of ALIASES, at T = steps.
+        """Builds a schedule of SCHEDULES.
 
-        shape: the row's own numbers: start and end (beta_1 and beta_T of linear and scaled_linear, their squares for sqrt),
-        or s of cosine. zero_terminal_snr: rescaled as the method of that name says. Raises ValueError.
+        Args:
+            name: a key of SCHEDULES or ALIASES.
+            steps: T.
+            zero_terminal_snr: whether to rescale it as the method `zero_terminal_snr` does.
+            shape: `s` of cosine; `start` and `end` of the others. These are beta_1 and beta_T of linear and
+                scaled_linear, their squares for sqrt, and close to them for sigmoid.
+
+        Raises:
+            ValueError: the name is unknown, the schedule does not take a number, or a number is out of range.
         """
         kind = ALIASES.get(name, name)
         if kind not in SCHEDULES:
@@ -99,10 +112,10 @@ class NoiseSchedule:
         return made.zero_terminal_snr() if zero_terminal_snr else made
 
     def zero_terminal_snr(self) -> NoiseSchedule:
-        """The same schedule shifted and scaled so that nothing of x_0 is left at T: algorithm 1 of Lin et al. 2024.
+        """Returns the schedule shifted and scaled so that nothing of x_0 is left at T: algorithm 1 of Lin et al. 2024.
 
-        sqrt(alpha_bar_1) stays, sqrt(alpha_bar_T) becomes 0. Target eps cannot be trained at the last time then.
-        Raises ValueError for a single step, which cannot do both.
+        sqrt(alpha_bar_1) stays and sqrt(alpha_bar_T) becomes 0. Target eps cannot be trained at the last time then.
+        Raises ValueError if T < 2, where both are the same number.
         """
         if self.T < 2:
             raise ValueError(f"schedule '{self.name}': zero_terminal_snr takes two steps or more, not {self.T}")
@@ -113,6 +126,7 @@ class NoiseSchedule:
 
     @property
     def T(self) -> int:
+        """The number of forward steps."""
         return len(self.betas)
 
     @cached_property
@@ -131,9 +145,9 @@ class NoiseSchedule:
         return self.alpha_bar / -torch.expm1(self.log_alpha_bar)
 
     def log_alpha_bar_at(self, t: Tensor | float) -> Tensor:
-        """log alpha_bar at network times t in [-1, T-1], linear between entries; float64, t's shape, on the CPU.
+        """Returns log alpha_bar at network times t in [-1, T-1], linear between entries: float64, like t, on the CPU.
 
-        Where alpha_bar_T = 0 there is no line to T-1: times after T-2 have its level, -inf.
+        If alpha_bar_T = 0, all times after T-2 have the level of T-1, -inf. Raises ValueError for times outside.
         """
         times = np.asarray(t.detach().cpu() if isinstance(t, Tensor) else t, dtype=np.float64)
         if times.size and not (times.min() >= -1 and times.max() <= self.T - 1):
@@ -143,10 +157,14 @@ class NoiseSchedule:
         return torch.from_numpy(np.asarray(np.where(times > entries[-1], -np.inf, levels)))
 
     def posterior_at(self, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q(x_{t-1} | x_t, x_0) = N(A x_0 + B x_t, beta_tilde I) at network times t in [0, T-1]: eq. 6 and 7 of Ho et al. 2020.
+        """Returns the posterior q(x_{t-1} | x_t, x_0) = N(A x_0 + B x_t, beta_tilde I): eq. 6 and 7 of Ho et al. 2020.
 
-        Returns A, B, log beta_tilde and log beta: float64, t's shape, on the CPU. At fractional t the step goes from t to t - 1,
-        but never beyond the clean image at -1. At t = 0 it ends there: A = 1, B = 0, and log beta_tilde is -inf.
+        Args:
+            t: network times in [0, T-1], fractions allowed. The step goes from t to t - 1, where -1 is the clean image.
+
+        Returns:
+            A, B, log beta_tilde and log beta: float64, t's shape, on the CPU. At t = 0, A = 1, B = 0 and log beta_tilde
+                = -inf.
         """
         times = torch.as_tensor(t, dtype=torch.float64).cpu()
         now, before = self.log_alpha_bar_at(times), self.log_alpha_bar_at((times - 1).clamp(min=-1))
@@ -156,7 +174,7 @@ class NoiseSchedule:
         return on_x0, on_x_t, beta.log() + (noise_before / noise).log(), beta.log()
 
     def time_at(self, log_alpha_bar: Tensor) -> Tensor:
-        """The inverse of `log_alpha_bar_at`: float64 network times; levels beyond the table's ends get its end times."""
+        """Inverts `log_alpha_bar_at`: returns float64 times. Levels beyond the table's ends get its end times."""
         levels = np.asarray(log_alpha_bar.detach().cpu(), dtype=np.float64)
         entries, table = self._finite
         times = np.interp(-levels, -table, entries)
@@ -164,7 +182,7 @@ class NoiseSchedule:
 
     @cached_property
     def _finite(self) -> tuple[np.ndarray, np.ndarray]:
-        """Network times, and log alpha_bar there, without an infinite last entry."""
+        """Network times and their log alpha_bar, without the last entry if it is infinite."""
         table = self.log_alpha_bar.numpy()
         count = self.T + (1 if np.isfinite(table[-1]) else 0)
         return np.arange(-1, count - 1, dtype=np.float64), table[:count]

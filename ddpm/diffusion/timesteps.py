@@ -1,7 +1,8 @@
 """Spacings: which S network times a sampler visits, from noise to image.
 
-`leading`, `trailing` and `linspace` are Table 2 of Lin et al. 2024; `quadratic` is appendix D.2 of Song et al. 2020 (DDIM);
-`karras` is eq. 5 of Karras et al. 2022 with rho = 7; `logsnr` is the uniform grid of Lu et al. 2022 (DPM-Solver).
+`leading`, `trailing` and `linspace` are Table 2 of Lin et al. 2024; `quadratic` is appendix D.2 of Song et al. 2020
+(DDIM); `karras` is eq. 5 of Karras et al. 2022 with rho = 7; `logsnr` is the uniform grid of Lu et al. 2022
+(DPM-Solver).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def _linspace(schedule: NoiseSchedule, steps: int) -> Tensor:
 
 
 def _quadratic(schedule: NoiseSchedule, steps: int) -> Tensor:
-    last = min(0.8 * schedule.T, schedule.T - 1)  # the paper's 0.8 T, where the chain has that time
+    last = min(0.8 * schedule.T, schedule.T - 1)  # the paper's 0.8 T, or T - 1 on a short chain
     return torch.linspace(0, math.sqrt(last), steps, dtype=torch.float64).square().clamp(max=last).flip(0)
 
 
@@ -45,9 +46,15 @@ def _karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Tensor:
 def _between_ends(
     schedule: NoiseSchedule, steps: int, measure: Callable[[Tensor], Tensor], log_alpha_bar: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Times at even distances of `measure`, a function of the signal-to-noise ratio, between those of T-1 and of 0.
+    """Returns `steps` times from T-1 to 0 that are evenly spaced in `measure`, a function of the signal-to-noise ratio.
 
-    Where nothing of the signal is left at T-1, that time comes first and the even distances start at T-2.
+    If nothing of the signal is left at T-1, that time comes first and the even spacing starts at T-2.
+
+    Args:
+        schedule: gives the signal-to-noise ratios.
+        steps: 2 or more.
+        measure: signal-to-noise ratio -> measure.
+        log_alpha_bar: measure -> log alpha_bar, the inverse.
     """
     silent = int(schedule.snr[-1] == 0)
     first, last = measure(schedule.snr[[-1 - silent, 1]]).tolist()
@@ -56,6 +63,7 @@ def _between_ends(
     return torch.cat([torch.full((silent,), schedule.T - 1.0, dtype=torch.float64), times])
 
 
+# name -> function of (schedule, S) that returns S network times, float64 [S], from noise to image.
 SPACINGS: dict[str, Callable[[NoiseSchedule, int], Tensor]] = {
     "leading": _leading,
     "trailing": _trailing,
@@ -67,9 +75,9 @@ SPACINGS: dict[str, Callable[[NoiseSchedule, int], Tensor]] = {
 
 
 def network_times(schedule: NoiseSchedule, steps: int, spacing: str = "leading") -> Tensor:
-    """The S = steps network times a sampler visits: float64 [S], falling, within 0 ... T-1. S = 1 visits T-1.
+    """Returns the S = steps network times that a sampler visits: float64 [S], falling from T-1 at most to 0 at least.
 
-    Raises ValueError for an unknown spacing, S < 1, or times that repeat (S too large for that spacing).
+    S = 1 visits T-1. Raises ValueError for an unknown spacing, S < 1, or an S so large that times repeat.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"no spacing '{spacing}'; there are {', '.join(SPACINGS)}")

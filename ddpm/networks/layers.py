@@ -1,4 +1,4 @@
-"""Layers that networks share, and that the CPU kernels know."""
+"""Layers that networks share and that the CPU kernels speed up."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 class NormSwish(nn.GroupNorm):
-    """Group normalisation, then swish: what is before every convolution of a block."""
+    """Group normalisation, then swish: precedes every 3x3 convolution of a block."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(super().forward(x))

@@ -1,11 +1,11 @@
-"""NETWORKS: what can be trained.
+"""NETWORKS: the networks that can be trained, by the value of `network.kind`.
 
 A network is added by adding its module to this package. The module ends with `NETWORK = ...`, the network's class, and
 `network.kind` selects the class by the module's name.
 
-The class is called with image_channels, image_size, and the other entries of the section `network` of params.yaml. Where they
-are asked for, it is also called with out_channels (a learned variance) and classes (a conditional network). The network is
-called as net(x, t), or as net(x, t, labels) where there are classes; it raises ValueError for arguments that it cannot take.
+The class is called with image_channels, image_size, and the other entries of the section `network` of params.yaml. For
+a learned variance it also gets out_channels, and for a conditional network classes. It raises ValueError for arguments
+that it cannot take. The network is called as net(x, t), or as net(x, t, labels) if there are classes.
 """
 
 from __future__ import annotations

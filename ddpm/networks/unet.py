@@ -1,6 +1,7 @@
-"""The network of Ho et al. 2020, appendix B: a U-Net on wide residual blocks with group normalisation and self-attention.
+"""The network of Ho et al. 2020, appendix B: a U-Net of residual blocks with group normalisation and self-attention.
 
-At 128 channels, multipliers (1, 2, 2, 2), 2 blocks, attention at 16 and 32x32 RGB it has the paper's 35.7M parameters.
+With 128 channels, multipliers (1, 2, 2, 2), 2 blocks and attention at 16x16, for 32x32 RGB, it has the paper's 35.7M
+parameters.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ from torch.nn import functional as F
 
 from ddpm.networks.layers import NormSwish
 
-MOST_BLOCKS = 64  # per resolution: beyond any network, and few enough to make
+MOST_BLOCKS = 64  # per resolution: more than any network has, and few enough to build
 
 
 def groups(channels: int) -> int:
-    """Groups of every normalisation in a network of that base width: the paper's 32 at 128, fewer below."""
+    """Returns the groups of every normalisation in a network of this base width: the paper's 32 at 128, fewer below."""
     return math.gcd(32, channels // 4)
 
 
 def _zero(layer: nn.Module) -> nn.Module:
-    """Blocks start as the identity: their last layer starts at zero."""
+    """Sets a layer's parameters to zero. As the last layer of a block, it makes the block start as the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 def time_embedding(t: Tensor, channels: int) -> Tensor:
-    """Sinusoidal positions of Vaswani et al. 2017 as in Ho et al.'s code: t [B] -> [B, channels], sines first."""
+    """Embeds t [B] in [B, channels]: sinusoids of Vaswani et al. 2017, sines first as in Ho et al.'s code."""
     half = channels // 2
     frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / (half - 1)))
     angles = t.float()[:, None] * frequencies[None, :]
@@ -38,7 +39,7 @@ def time_embedding(t: Tensor, channels: int) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """norm, swish, convolution; plus the time embedding; norm, swish, dropout, convolution; plus the input."""
+    """Residual block: norm, swish, convolution, add time embedding, norm, swish, dropout, convolution, add input."""
 
     def __init__(self, channels_in: int, channels_out: int, embedding: int, groups: int, dropout: float) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over positions."""
+    """Self-attention over the positions of an image, added to the input."""
 
     def __init__(self, channels: int, groups: int, heads: int) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class Stage(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the sides by a strided convolution, padded at the right and bottom as TensorFlow's SAME does, or all round."""
+    """Halves the sides by a strided convolution, padded on all sides, or right and bottom like TensorFlow's SAME."""
 
     def __init__(self, channels: int, symmetric: bool = False) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the sides by repetition, then a convolution."""
+    """Doubles the sides by repeating pixels, then convolves."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -130,7 +131,7 @@ def _check_counts(blocks: int, heads: int, classes: int) -> None:
 
 
 def _sides(image_size: int, levels: int, attention: Sequence[int]) -> list[int]:
-    """The side of each resolution, in pixels."""
+    """Returns the side of each resolution in pixels."""
     if image_size % 2 ** (levels - 1):
         raise ValueError(f"image_size {image_size} cannot be halved {levels - 1} times")
     sides = [image_size // 2**level for level in range(levels)]
@@ -157,7 +158,7 @@ Levels = Sequence[tuple[int, bool]]  # the width of each resolution, and whether
 def _down(
     stage: MakeStage, channels: int, levels: Levels, blocks: int, symmetric_padding: bool
 ) -> tuple[nn.ModuleList, list[int]]:
-    """The way down, and the widths that the way up takes over from it."""
+    """Builds the layers of the way down. Returns them, and the widths of the skip connections."""
     down, skips, width = nn.ModuleList(), [channels], channels
     for level, (to, attend) in enumerate(levels):
         for _ in range(blocks):
@@ -182,17 +183,32 @@ def _up(stage: MakeStage, skips: list[int], levels: Levels, blocks: int) -> nn.M
 
 
 class UNet(nn.Module):
-    """net(x, t) -> a prediction like x; net(x, t, labels) where there are classes.
+    """The U-Net of Ho et al. 2020, appendix B: net(x, t), or net(x, t, labels) with classes, is a prediction like x.
 
-    x: float [B, image_channels, image_size, image_size], nominally in [-1, 1]; t: [B], 0 ... T-1, fractions allowed.
-    channels, multipliers: width of each resolution, from image_size down by halves; a fraction must give a whole width.
-    blocks: residual blocks per resolution. attention: the resolutions (sides in pixels) with self-attention, of `heads` heads.
-    out_channels: if not those of x, such as twice as many for a learned variance.
-    classes: 0 for an unconditional network; else labels is int64 [B], 0 ... classes - 1, and a negative label, or no labels
-    at all, tells nothing. A label's embedding (the last row is for no label) is added to that of the time, as Dhariwal &
-    Nichol 2021 do.
-    What other projects' checkpoints may need: norm_groups, of every normalisation, instead of groups(channels);
-    head_channels, the width of a head, instead of `heads`; symmetric_padding, of what halves the sides. Raises ValueError.
+    x is float [B, image_channels, image_size, image_size], nominally in [-1, 1]. t is [B] in 0 ... T-1, fractions
+    allowed. labels are int64 [B] in 0 ... classes - 1. A negative label, or no labels at all, means an unconditional
+    prediction. The embedding of a label is added to that of the time, as in Dhariwal & Nichol 2021.
+
+    norm_groups, head_channels and symmetric_padding are for checkpoints of other projects.
+
+    Args:
+        image_channels: channels of x.
+        image_size: side of x in pixels.
+        channels: base width, a multiple of 8 (with norm_groups of 2), at least 8.
+        multipliers: width of each resolution as a multiple of `channels`, from image_size down by halves. A fraction
+            must give a whole width.
+        blocks: residual blocks per resolution on the way down; the way up has one more.
+        attention: the resolutions, as sides in pixels, that have self-attention.
+        heads: heads of each attention.
+        dropout: probability of dropout in each residual block.
+        out_channels: channels of the prediction; by default those of x. A learned variance takes twice as many.
+        classes: number of classes; 0 for an unconditional network.
+        norm_groups: groups of every normalisation, instead of groups(channels).
+        head_channels: width of a head, instead of `heads`.
+        symmetric_padding: whether the convolutions that halve the sides pad on all sides (see `Downsample`).
+
+    Raises:
+        ValueError: the arguments do not fit together.
     """
 
     def __init__(
@@ -237,12 +253,12 @@ class UNet(nn.Module):
         self.up = _up(stage, skips, levels, blocks)
         self.last_norm = NormSwish(norm_groups, widths[0], eps=1e-6)
         self.last = _zero(nn.Conv2d(widths[0], out_channels or image_channels, 3, padding=1))
-        # Comes last: the other weights start the same with and without it. Classes start apart: from zero they part slowly
-        # (digits after 300 steps: a classifier recognises 14% of the classes asked for, instead of 84%).
+        # Initialised last, so that the other weights start the same with and without classes. The rows start at random,
+        # since from zero they diverge slowly (digits, 300 steps: a classifier recognises 14% of the classes, not 84%).
         self.label = nn.Embedding(classes + 1, embedding) if classes else None
 
     def _embedding(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """Of time and class: [B, 4 channels]."""
+        """Embeds time and class: [B, 4 channels]."""
         time = time_embedding(t, self.channels).to(self.first.weight.dtype)
         if self.label is None:
             if labels is not None:
@@ -250,11 +266,10 @@ class UNet(nn.Module):
             return self.time(time)
         if labels is None:
             labels = torch.full(t.shape, -1, device=t.device)
-        beyond = (
-            labels >= self.classes
-        )  # one more: the row for no label is nobody's class, and the others are refused anyway
-        told = self.label(torch.where(labels < 0, self.classes, labels + beyond))
-        return self.time[-1](self.time[:-1](time) + told)
+        # Labels past the last class get an index past the last row, which fails: row `classes` belongs to no label.
+        too_large = labels >= self.classes
+        label = self.label(torch.where(labels < 0, self.classes, labels + too_large))
+        return self.time[-1](self.time[:-1](time) + label)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         embedding = self._embedding(t, labels)

@@ -1,7 +1,7 @@
-// What winograd.py calls: Winograd's transforms, and group normalisation with swish. Images are float32 N,H,W,C with C a
-// multiple of 8, and a tile is 6x6 pixels of which the inner 4x4 are its own.
+// Functions that winograd.py calls: Winograd's transforms, and group normalisation with swish. Images are float32 N,H,W,C with
+// C a multiple of 8. A tile is 6x6 pixels; tiles overlap, and only the inner 4x4 pixels belong to one tile.
 //
-// Transformed tiles lie as 36 planes of rows x channels, a tile in a row, which 36 matrix products then take.
+// Transformed tiles are stored as 36 planes of rows x channels with one tile per row, the operands of 36 matrix products.
 
 #include <string.h>
 
@@ -54,7 +54,7 @@ static inline void return_input(const vec *m, vec *o)
   o[5] = m[5];
 }
 
-// x: N,H,W,C -> planes: B^T d B of each tile d, with zeros around the image.
+// Transforms x, N,H,W,C, to planes: B^T d B of each tile d, with zeros around the image.
 void input_planes(const float *x, float *planes, long images, long height, long width, long channels,
                   long rows)
 {
@@ -84,7 +84,7 @@ void input_planes(const float *x, float *planes, long images, long height, long 
   }
 }
 
-// planes -> y: N,H,W,C: A^T m A of each tile, plus a bias of C values if there is one.
+// Transforms planes to y, N,H,W,C: A^T m A of each tile m, plus a bias of C values unless it is null.
 void output_images(const float *planes, const float *bias, float *y, long images, long height, long width, long channels,
                   long rows)
 {
@@ -111,7 +111,7 @@ void output_images(const float *planes, const float *bias, float *y, long images
   }
 }
 
-// gradients of y: N,H,W,C -> planes: A g A^T of the 4x4 pixels g of each tile, zeros beyond the image.
+// Transforms gradients of y, N,H,W,C, to planes: A g A^T of the 4x4 pixels g of each tile, with zeros beyond the image.
 void gradient_planes(const float *y, float *planes, long images, long height, long width, long channels,
                   long rows)
 {
@@ -140,7 +140,7 @@ void gradient_planes(const float *y, float *planes, long images, long height, lo
   }
 }
 
-// planes -> gradients of x: N,H,W,C: the sum of B m B^T over the tiles, which overlap.
+// Transforms planes to gradients of x, N,H,W,C: the sum of B m B^T over the tiles m, which overlap.
 void input_gradients(const float *planes, float *x, long images, long height, long width, long channels,
                   long rows)
 {
@@ -175,14 +175,14 @@ void input_gradients(const float *planes, float *x, long images, long height, lo
   }
 }
 
-// exp(x) to 2e-7 of its value for -87 < x < 88, and its values there beyond: 2^n (1 + a polynomial of what is left).
+// exp(x) with relative error 2e-7; x is clamped to -87 ... 88. Computed as 2^n exp(r), r = x - n ln 2, by a polynomial in r.
 static inline vec exponential(vec x)
 {
   vec low = (vec){0} - 87, high = (vec){0} + 88;
   ivec below = x < low, above = x > high;
   x = (vec)(((ivec)x & ~below) | ((ivec)low & below));
   x = (vec)(((ivec)x & ~above) | ((ivec)high & above));
-  vec magic = (vec){0} + 12582912.0f; // 1.5 * 2^23: adding it rounds to whole numbers
+  vec magic = (vec){0} + 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
   vec n = x * 1.44269504f + magic;
   ivec exponent = ((ivec)n - (ivec)magic) << 23;
   n -= magic;
@@ -191,7 +191,7 @@ static inline vec exponential(vec x)
   return (vec)((ivec)p + exponent);
 }
 
-// x: N,P,C -> y: swish of the group-normalised x. mean and scale of a group come from sums in double precision.
+// Computes y, like x of shape N,P,C: swish of the group-normalised x. Means and variances use sums in double precision.
 void normalised_swish(const float *x, const float *weight, const float *bias, float *y, long images, long pixels,
                       long channels, long groups, double eps)
 {
@@ -204,7 +204,7 @@ void normalised_swish(const float *x, const float *weight, const float *bias, fl
     float a[channels], b[channels];
     memset(sums, 0, sizeof sums);
     memset(squares, 0, sizeof squares);
-    for (long start = 0; start < pixels; start += 16) // short runs in single precision
+    for (long start = 0; start < pixels; start += 16) // runs of 16 pixels are summed in single precision
       for (long c = 0; c < channels; c += 8) {
         vec sum = {0}, square = {0};
         for (long pixel = start; pixel < pixels && pixel < start + 16; pixel++) {

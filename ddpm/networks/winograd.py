@@ -1,10 +1,11 @@
-"""A network compiled for where it is: by torch.compile on a GPU; on a CPU, its 3x3 convolutions by Winograd's F(4x4, 3x3),
-with transforms in C (native.c) that this machine's C compiler makes once.
+"""Compiles a network for its device: torch.compile on a GPU, and Winograd's F(4x4, 3x3) for 3x3 convolutions on a CPU.
 
-A tile of 4x4 outputs takes 36 multiplications for each pair of channels instead of 144 (Lavin & Gray 2016, section 4). What is
-between the transforms are 36 matrix products, which are torch's. The gradients are the exact adjoints, tile by tile:
-36 products again for that of x, and 36 for that of the kernel.
-Outputs differ from a direct convolution's by about 1e-5 of their size, as rounding is multiplied by the transforms' numbers.
+The transforms are written in C (winograd.c), which this machine's C compiler compiles once.
+
+A tile of 4x4 outputs takes 36 multiplications per pair of channels instead of 144 (Lavin & Gray 2016, section 4).
+Between the transforms, torch computes 36 matrix products. The gradients are the exact adjoints, tile by tile: 36 more
+products for the gradient of x, and 36 for that of the kernel. Outputs differ from those of a direct convolution by
+about 1e-5 of their size, since the transforms amplify rounding.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from ddpm.networks.layers import NormSwish
 
 SOURCE = Path(__file__).with_name("winograd.c")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-Wno-psabi")
-WIDE = 8  # channels that the C code takes at once
-TILES = 1024  # worked on at once, or one image's: what is between the transforms then stays in the processor's cache
-FEW = 8  # below, the kernel's transform is read for too little work
+WIDE = 8  # channels in a vector of the C code
+TILES = 1024  # tiles per pass, or those of one image if more: transformed tiles then stay in the processor's cache
+FEW = 8  # fewer tiles are too little work for reading the transformed kernel: convolved directly
 
-# The kernel's transform, G of Lavin & Gray.
+# The transform of kernels, G of Lavin & Gray.
 G = torch.tensor(
     [[1 / 4, 0, 0], [-1 / 6] * 3, [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
 )
@@ -45,18 +46,18 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class NoCompiler(RuntimeError):
-    """There is no C compiler here, or it failed, or what it makes cannot be kept or loaded."""
+    """There is no C compiler, or it failed, or its library cannot be kept or loaded."""
 
 
 def compiled(net: Network, dynamic: bool | None = None) -> Network:
-    """The network, which computes faster from now on: torch.compile's on a GPU; on a CPU the same one, changed in place.
+    """Returns a faster form of the network: torch.compile's on a GPU; on a CPU the network itself, changed in place.
 
-    Parameters, gradients and state_dict stay what they are. On a CPU it takes float32 in channels_last to gain, and 1 s once.
-    dynamic: as torch.compile's. Raises NoCompiler.
+    Parameters, gradients and state_dict stay the same. On a CPU, float32 inputs in channels_last are faster. There the
+    first call compiles the C code in about 1 s. `dynamic` is torch.compile's. Raises NoCompiler.
     """
     device = next(net.parameters()).device
     if device.type == "cuda":
-        _compiler(("gcc", "clang"))  # Triton's; torch.compile would miss it only when the network is first called
+        _compiler(("gcc", "clang"))  # Triton needs one; torch.compile would fail only when the network is first called
     if device.type != "cpu":
         return torch.compile(net, dynamic=dynamic)  # type: ignore[return-value]
     _library()
@@ -71,18 +72,19 @@ def compiled(net: Network, dynamic: bool | None = None) -> Network:
 
 
 def _suits(layer: nn.Conv2d, size: int) -> bool:
-    """Whether it is a plain convolution of that size, which keeps the image's."""
+    """Returns whether a layer is a plain convolution with a kernel of that size that keeps the image's size."""
     shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
     wide = size == 1 or (layer.in_channels % WIDE == 0 and layer.out_channels % WIDE == 0)
     return shape == ((size, size), (1, 1), (size // 2, size // 2), (1, 1), 1, "zeros") and wide
 
 
 def _plain(x: Tensor) -> bool:
+    """Returns whether the C code can compute on x: float32, and no autocast."""
     return x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 class Convolution(nn.Conv2d):
-    """A 3x3 convolution, padded by one."""
+    """A 3x3 convolution, padded by one, by Winograd's method."""
 
     _known: tuple[Any, Tensor] | None = None
 
@@ -101,14 +103,14 @@ class Convolution(nn.Conv2d):
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution: one matrix product, where oneDNN's takes longer, above all its gradients."""
+    """A 1x1 convolution as one matrix product, which is faster than oneDNN's convolution, above all for gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class Normalisation(NormSwish):
-    """Group normalisation and swish in one go, where no gradient is asked for."""
+    """Group normalisation and swish in one pass, if no gradient is needed."""
 
     def forward(self, x: Tensor) -> Tensor:
         grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
@@ -137,12 +139,12 @@ class _Winograd(torch.autograd.Function):
 
 
 def _tiles(x: Tensor) -> int:
-    """Of an image."""
+    """Returns the number of tiles of one image."""
     return -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
 
 
 def _kernel(weight: Tensor) -> Tensor:
-    """[K, C, 3, 3] -> [36, C, K]: G w G^T."""
+    """Transforms a kernel [K, C, 3, 3] to [36, C, K]: G w G^T."""
     by_place = weight.detach().permute(2, 3, 1, 0).reshape(9, -1)
     return (GG @ by_place).view(36, weight.shape[1], weight.shape[0])
 
@@ -150,27 +152,28 @@ def _kernel(weight: Tensor) -> Tensor:
 _space = threading.local()
 
 
-def _planes(place: int, tiles: int, channels: int) -> Tensor:
-    """Room for [36, tiles, channels], kept from call to call: fresh memory costs more than what is done with it.
+def _planes(slot: int, tiles: int, channels: int) -> Tensor:
+    """Returns a buffer [36, tiles, channels], reused by later calls: allocating costs more than what is computed in it.
 
-    With one tile more where their number is even: planes a power of two apart would share a few lines of the cache.
+    An even number of tiles is raised by one: planes that lie a power of two apart would share a few cache lines.
     """
     rows = tiles | 1
     size = 36 * rows * channels
-    rooms = _space.__dict__.setdefault("rooms", {})
-    if place not in rooms or rooms[place].numel() < size:
-        with torch.inference_mode(False):  # or no training could use it later
-            rooms[place] = torch.empty(size)
-    return rooms[place][:size].view(36, rows, channels)
+    buffers = _space.__dict__.setdefault("buffers", {})
+    if slot not in buffers or buffers[slot].numel() < size:
+        with torch.inference_mode(False):  # a tensor of inference mode could not be used in training later
+            buffers[slot] = torch.empty(size)
+    return buffers[slot][:size].view(36, rows, channels)
 
 
 def _parts(x: Tensor) -> list[slice]:
+    """Splits a batch into parts of at most TILES tiles, one image at least."""
     size = max(1, TILES // _tiles(x))
     return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
 
 
 def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """x [N, C, H, W], kernel [36, C, K] -> [N, K, H, W], channels_last."""
+    """Convolves x [N, C, H, W] with a transformed kernel [36, C, K]: returns [N, K, H, W] in channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
     n, c, h, w = x.shape
     k = kernel.shape[2]
@@ -178,81 +181,81 @@ def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     for part in _parts(x):
         images = part.stop - part.start
         tiles = images * _tiles(x)
-        given, made = _planes(0, tiles, c), _planes(1, tiles, k)
-        _call("input_planes", x[part], given, images, h, w, c, given.shape[1])
-        torch.bmm(given, kernel, out=made)
-        _call("output_images", made, bias, y[part], images, h, w, k, made.shape[1])
+        inputs, outputs = _planes(0, tiles, c), _planes(1, tiles, k)
+        _call("input_planes", x[part], inputs, images, h, w, c, inputs.shape[1])
+        torch.bmm(inputs, kernel, out=outputs)
+        _call("output_images", outputs, bias, y[part], images, h, w, k, outputs.shape[1])
     return y
 
 
 def _backward(
     x: Tensor, kernel: Tensor, gradient: Tensor, of_x: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """From the gradient of y, like y: those of x, [N, C, H, W] in channels_last, and of the weights, [K, C, 3, 3]."""
+    """Returns the gradients of x, in channels_last, and of the weights [K, C, 3, 3] from `gradient`, that of y."""
     _, c, h, w = x.shape
     k = gradient.shape[1]
     total = torch.zeros_like(kernel) if of_weight else None
-    back = torch.empty_like(x) if of_x else None
+    gradient_x = torch.empty_like(x) if of_x else None
     for part in _parts(x):
         images = part.stop - part.start
         tiles = images * _tiles(x)
-        given, told = _planes(0, tiles, c), _planes(1, tiles, k)
-        _call("gradient_planes", gradient[part], told, images, h, w, k, told.shape[1])
+        inputs, gradients = _planes(0, tiles, c), _planes(1, tiles, k)
+        _call("gradient_planes", gradient[part], gradients, images, h, w, k, gradients.shape[1])
         if total is not None:
-            _call("input_planes", x[part], given, images, h, w, c, given.shape[1])
-            given[:, tiles:] = told[:, tiles:] = 0.0
-            total.baddbmm_(given.transpose(1, 2), told)
-        if back is not None:
-            torch.bmm(told, kernel.transpose(1, 2), out=given)
-            _call("input_gradients", given, back[part], images, h, w, c, given.shape[1])
+            _call("input_planes", x[part], inputs, images, h, w, c, inputs.shape[1])
+            inputs[:, tiles:] = gradients[:, tiles:] = 0.0
+            total.baddbmm_(inputs.transpose(1, 2), gradients)
+        if gradient_x is not None:
+            torch.bmm(gradients, kernel.transpose(1, 2), out=inputs)
+            _call("input_gradients", inputs, gradient_x[part], images, h, w, c, inputs.shape[1])
     if total is None:
-        return back, None
-    return back, (GG.T @ total.view(36, -1)).view(3, 3, c, k).permute(3, 2, 0, 1)
+        return gradient_x, None
+    return gradient_x, (GG.T @ total.view(36, -1)).view(3, 3, c, k).permute(3, 2, 0, 1)
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Tensors go as addresses, whole numbers as long, others as double; whoever calls holds the tensors meanwhile."""
-    given: list[Any] = []
+    """Calls a C function: passes tensors as addresses, ints as long and other numbers as double."""
+    converted: list[Any] = []
     for argument in arguments:
         if argument is None or isinstance(argument, Tensor):
-            given.append(ctypes.c_void_p(None if argument is None else argument.data_ptr()))
+            converted.append(ctypes.c_void_p(None if argument is None else argument.data_ptr()))
         else:
-            given.append((ctypes.c_long if isinstance(argument, int) else ctypes.c_double)(argument))
-    getattr(_library(), name)(*given)
+            converted.append((ctypes.c_long if isinstance(argument, int) else ctypes.c_double)(argument))
+    getattr(_library(), name)(*converted)
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    """native.c, compiled for this processor. The file is kept beside what torch.hub keeps, and made anew if it is damaged.
+    """Loads winograd.c, compiled for this processor. Raises NoCompiler.
 
-    Raises NoCompiler.
+    The library is kept beside torch.hub's folder and compiled again if it is damaged.
     """
     compiler, threads = _compiler(), _openmp()
     code = [_digest(path) for path in (SOURCE, Path(__file__))]
-    about = (code, compiler, _run([*compiler, "--version"]), threads, _processor())
+    inputs = (code, compiler, _run([*compiler, "--version"]), threads, _processor())
     folder = Path(torch.hub.get_dir()).parent / "ddpm"
-    name = f"native-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}"
+    name = f"native-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}"
     try:
-        return ctypes.CDLL(str(_kept(folder, name) or _made(folder, name, compiler, threads)))
-    except OSError as error:  # no room, or a home that cannot be written to or run from
-        raise NoCompiler(f"what the C compiler makes cannot be kept or loaded: {error}") from None
+        return ctypes.CDLL(str(_find_library(folder, name) or _compile_library(folder, name, compiler, threads)))
+    except OSError as error:  # a full disk, or a folder that cannot be written to or run from
+        raise NoCompiler(f"the compiled library cannot be kept or loaded: {error}") from None
 
 
-def _kept(folder: Path, name: str) -> Path | None:
-    """A library that an earlier process left, if its bytes are those that the second part of its name is the hash of."""
+def _find_library(folder: Path, name: str) -> Path | None:
+    """Returns the library of an earlier process, if its bytes have the hash in its file name."""
     return next((path for path in folder.glob(f"{name}-*.so") if path.name == f"{name}-{_digest(path)}.so"), None)
 
 
-def _made(folder: Path, name: str, compiler: list[str], threads: str) -> Path:
-    """Compiles native.c. Returns the library's file. Raises NoCompiler, OSError."""
+def _compile_library(folder: Path, name: str, compiler: list[str], threads: str) -> Path:
+    """Compiles winograd.c. Returns the library's file. Raises NoCompiler or OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        made, whole = Path(place) / "native.o", Path(place) / "native.so"
-        _run([*compiler, *FLAGS, *(["-fopenmp"] if threads else []), "-c", str(SOURCE), "-o", str(made)])
-        _run([*compiler, "-shared", str(made), *([threads] if threads else []), "-o", str(whole)])
-        with whole.open("rb") as file:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        compiled_file, library = Path(temporary) / "native.o", Path(temporary) / "native.so"
+        _run([*compiler, *FLAGS, *(["-fopenmp"] if threads else []), "-c", str(SOURCE), "-o", str(compiled_file)])
+        _run([*compiler, "-shared", str(compiled_file), *([threads] if threads else []), "-o", str(library)])
+        with library.open("rb") as file:
             os.fsync(file.fileno())
-        return whole.replace(folder / f"{name}-{_digest(whole)}.so")
+        return library.replace(folder / f"{name}-{_digest(library)}.so")
 
 
 def _digest(path: Path) -> str:
@@ -260,7 +263,7 @@ def _digest(path: Path) -> str:
 
 
 def _compiler(names: Sequence[str] = ("cc", "gcc")) -> list[str]:
-    """What CC names, or else the first of the names that is here. Raises NoCompiler."""
+    """Returns the command that CC names, or else the first of `names` that is installed. Raises NoCompiler."""
     named = shlex.split(os.environ.get("CC", ""))
     command = named or [name for name in names if shutil.which(name)][:1]
     if not command or shutil.which(command[0]) is None:
@@ -272,25 +275,25 @@ def _run(command: list[str]) -> str:
     """Runs the compiler; returns its standard output. Raises NoCompiler."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
+        said = (done.stderr.strip().splitlines() or ["it printed no message"])[0]
         raise NoCompiler(f"the C compiler failed: {said}")
     return done.stdout
 
 
 def _openmp() -> str:
-    """The file of the OpenMP that torch has loaded: its threads, and their number, are then ours too. "" where there is none."""
+    """Returns the OpenMP library that torch has loaded, or "". The C code is linked to it to share torch's threads."""
     maps = Path("/proc/self/maps")
     if maps.exists():
         for line in maps.read_text(encoding="utf-8").splitlines():
-            file = line.split(maxsplit=5)[-1]  # which may hold spaces
+            file = line.split(maxsplit=5)[-1]  # the path, which may contain spaces
             if "/lib" in file and Path(file).name.startswith(("libgomp", "libiomp5")):
                 return file
     return ""
 
 
 def _processor() -> str:
-    """Which processor this is and what it can do: the compiler makes code for it."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text(encoding="utf-8").partition("\n\n")[0].splitlines() if about.exists() else []
+    """Describes the processor and its features, which the compiled code depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").partition("\n\n")[0].splitlines() if cpuinfo.exists() else []
     named = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")  # on x86 and ARM
     return "\n".join([platform.machine(), *(line for line in lines if line.startswith(named))])

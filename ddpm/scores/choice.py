@@ -1,4 +1,4 @@
-"""Chooses among points by their scores: the cheapest one that cannot be told apart from the best."""
+"""Chooses among points by their scores: the cheapest point that cannot be told apart from the best one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from ddpm.scores.metrics import RANKING
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point, as far as choosing goes."""
+    """A point to choose from.
+
+    Args:
+        name: of the point.
+        evaluations: network evaluations per image.
+        estimate: its headline score.
+    """
 
     name: str
     evaluations: int
@@ -19,13 +25,19 @@ class Candidate:
 
     @property
     def order(self) -> tuple[float, int, str]:
+        """A key to sort by: best score first, then fewest evaluations."""
         return RANKING.rank(self.estimate.value), self.evaluations, self.name
 
 
 @dataclass(frozen=True)
 class Choice:
-    """leader: the point of the best score. tied: the names of all that may be the best in truth. best: of these, the one of the
-    fewest evaluations."""
+    """The result of `choose`.
+
+    Args:
+        best: the tied point with the fewest evaluations.
+        leader: the point with the best score.
+        tied: names of the points that cannot be told apart from the truly best one (see `may_be_best`).
+    """
 
     best: Candidate
     leader: Candidate
@@ -33,7 +45,7 @@ class Choice:
 
 
 def choose(candidates: Sequence[Candidate]) -> Choice:
-    """Raises ValueError when there are none."""
+    """Chooses the best point. Raises ValueError if there are no candidates."""
     leader = min(candidates, key=lambda point: point.order)
     kept = may_be_best([point.estimate for point in candidates], RANKING.direction)
     tied = [point for point, may_be in zip(candidates, kept, strict=True) if may_be]
@@ -42,7 +54,7 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The points that no point with as few evaluations beats, by evaluations."""
+    """Returns the points with a better score than all points of as few or fewer evaluations, sorted by evaluations."""
     kept: list[Candidate] = []
     for point in sorted(candidates, key=lambda point: (point.evaluations, *point.order)):
         if not kept or RANKING.rank(point.estimate.value) < RANKING.rank(kept[-1].estimate.value):

@@ -1,4 +1,4 @@
-"""Is a model memorising? How near its samples lie to training images, and how near images lie that it never saw."""
+"""Measures whether a model memorises: compares how near samples and unseen images are to the training images."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from numpy.typing import NDArray
 
 Images = NDArray[np.uint8]  # N,C,H,W
 
-CHUNK = 64 * 2**20  # bytes of training images, as float64, at a time
-AFFORDED = 5e11  # products of pixels in one search: half a minute of two cores
+CHUNK = 64 * 2**20  # bytes of training images at once, as float64
+AFFORDED = 5e11  # pixel products per search: half a minute on two cores
 
 
 @dataclass(frozen=True)
 class Copying:
-    """closer: how often, in pairs of a sample and an unseen image, the sample is the one nearer to the training images:
-    0.5 where samples are as new as unseen images, 1 where all are copies. z: that, as a Mann-Whitney statistic: how many
-    standard errors away from 0.5. copies: samples at distance 0.
+    """How near samples are to the training images, compared with unseen images.
+
+    Args:
+        closer: share of the pairs of a sample and an unseen image in which the sample is nearer to the training images:
+            0.5 if samples are as new as unseen images, 1 if all are copies.
+        z: `closer` as a Mann-Whitney statistic: its distance from 0.5 in standard errors.
+        copies: number of samples at distance 0.
     """
 
     closer: float
@@ -26,13 +30,25 @@ class Copying:
 
 
 def nearest(images: Images, train: Images, mirrored: bool = False) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The training image nearest to each of `images`, and how far: root mean square difference in grey levels, 0 ... 255.
+    """Finds the training image nearest to each image.
 
-    images, train: uint8 N,C,H,W -> int64 [N], float64 [N]; of equals the first. mirrored: mirrored training images count too.
-    Sums of integers, which float64 holds exactly: every machine finds the same ones. Raises ValueError without training images.
+    Distances are sums of integers, which float64 holds exactly, so every machine finds the same images.
+
+    Args:
+        images: uint8 [N, C, H, W].
+        train: uint8 [M, C, H, W].
+        mirrored: whether mirrored training images count too.
+
+    Returns:
+        The index of the nearest training image, int64 [N], the first of several. The distance, float64 [N]: root mean
+            square
+        difference in grey levels, 0 ... 255.
+
+    Raises:
+        ValueError: there are no training images, or their shape differs.
     """
     if not len(train) or images.shape[1:] != train.shape[1:]:
-        raise ValueError(f"no images of shape {images.shape[1:]} to compare with: train is {train.shape}")
+        raise ValueError(f"no training images of shape {images.shape[1:]} to compare with: train is {train.shape}")
     turned = [images, images[..., ::-1]] if mirrored else [images]
     wanted = np.stack([version.reshape(len(images), -1) for version in turned]).astype(np.float64)
     best = np.full(len(images), np.inf)
@@ -50,18 +66,20 @@ def nearest(images: Images, train: Images, mirrored: bool = False) -> tuple[NDAr
 
 
 def affordable(images: int, train: Images) -> int:
-    """How many of so many images to seek neighbours of: all, unless that would take minutes."""
+    """Returns for how many of `images` images to seek neighbours: all, unless the search would exceed AFFORDED."""
     return min(images, max(1, int(AFFORDED / train.size)))
 
 
 def copying(samples: NDArray[np.float64], unseen: NDArray[np.float64]) -> Copying:
-    """From the distances of samples and of unseen images to their nearest training images (Meehan et al. 2020, A
-    Non-Parametric Test to Detect Data-Copying in Generative Models; here z > 0 means nearer). Raises ValueError for none.
+    """Compares the distances [M] of samples and [N] of unseen images to their nearest training images.
+
+    Source: Meehan et al. 2020, A Non-Parametric Test to Detect Data-Copying in Generative Models. Here z > 0 means that
+    samples are nearer. Raises ValueError if either set is empty.
     """
     m, n = len(samples), len(unseen)
     if not m or not n:
         raise ValueError("a comparison takes samples and unseen images")
-    both = np.sort(unseen)
-    wins = (n - np.searchsorted(both, samples, "right") + (n - np.searchsorted(both, samples, "left"))).sum() / 2
+    ordered = np.sort(unseen)
+    wins = (n - np.searchsorted(ordered, samples, "right") + (n - np.searchsorted(ordered, samples, "left"))).sum() / 2
     closer = float(wins / (m * n))
     return Copying(closer, (closer - 0.5) / float(np.sqrt((m + n + 1) / (12 * m * n))), int((samples == 0).sum()))

@@ -1,6 +1,6 @@
-"""EXTRACTORS: what turns images into features, by the value of `evaluation.extractor`. Each is one module of this folder.
+"""EXTRACTORS: the models that turn images into features, by the value of `evaluation.extractor`.
 
-Such a module tells of itself in literals, and loads itself:
+Each is a module of this folder. The module describes itself in literals and has a function that loads it:
 
     TITLE = "Inception"  # what people call it
     LAYERS = (64, 192, 768, 2048)  # the values of evaluation.layer
@@ -8,8 +8,8 @@ Such a module tells of itself in literals, and loads itself:
 
     def load(layer: int, cache: Path, device: torch.device | str = "cpu") -> Features: ...
 
-The literals are read from the source, as setuptools reads a version: importing the module would import torch, and processes that
-never do check params.yaml too. So adding an extractor is adding a file.
+The literals are read from the source, as setuptools reads a version. Importing the module would import torch, and
+params.yaml is also checked by processes that never import torch. An extractor is added by adding its file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Extractor:
-    """A row of EXTRACTORS. layers: what evaluation.layer may be. default: the layer of published scores."""
+    """A row of EXTRACTORS.
+
+    Args:
+        name: the value of evaluation.extractor.
+        title: what people call it.
+        layers: the allowed values of evaluation.layer.
+        default: the layer of published scores.
+    """
 
     name: str
     title: str
@@ -36,15 +43,16 @@ class Extractor:
 
     @property
     def module(self) -> str:
+        """The full name of its module."""
         return f"{__package__}.{self.name}"
 
 
 class _Extractors(Mapping[str, Extractor]):
     def __getitem__(self, name: str) -> Extractor:
-        told = _literals(FOLDER / f"{name}.py") if name.isidentifier() else {}
-        if not {"TITLE", "LAYERS", "DEFAULT"} <= told.keys():
+        literals = _literals(FOLDER / f"{name}.py") if name.isidentifier() else {}
+        if not {"TITLE", "LAYERS", "DEFAULT"} <= literals.keys():
             raise KeyError(name)
-        return Extractor(name, str(told["TITLE"]), tuple(told["LAYERS"]), int(told["DEFAULT"]))
+        return Extractor(name, str(literals["TITLE"]), tuple(literals["LAYERS"]), int(literals["DEFAULT"]))
 
     def __iter__(self) -> Iterator[str]:
         return (path.stem for path in sorted(FOLDER.glob("*.py")) if path.stem in self)
@@ -55,16 +63,16 @@ class _Extractors(Mapping[str, Extractor]):
 
 @cache
 def _literals(path: Path) -> dict[str, Any]:
-    """The names in capitals that a source file assigns literals to."""
+    """Returns the literals that a source file assigns to names in capitals."""
     found = {}
     try:
         body = ast.parse(path.read_bytes()).body if path.is_file() else []
-    except SyntaxError:  # a file that somebody is writing
+    except SyntaxError:  # for example a file that is being written
         return {}
     for node in body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and node.value is not None:
-            with suppress(ValueError):  # no literal
+            with suppress(ValueError):  # the value is not a literal
                 found[target.id] = ast.literal_eval(node.value)
     return {name: value for name, value in found.items() if name.isupper()}
 

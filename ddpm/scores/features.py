@@ -1,4 +1,4 @@
-"""Features of uint8 images, whichever extractor computes them."""
+"""Computes features of uint8 images with any extractor."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from torch import Tensor
 
 from ddpm.rooms import Room
 
-# Tells the import graph which module params.yaml selects. EXTRACTORS has the same rows, without torch.
+# Shows the import graph which module params.yaml selects. EXTRACTORS has the same rows, and needs no torch.
 ROWS: Room[tuple[int, ...]] = Room("ddpm.scores", "evaluation.extractor", "LAYERS")
 
 
 class Features(Protocol):
     """A loaded extractor, which turns uint8 images [N, 1 or 3, H, W] into features [N, D], both on `device`.
 
-    name: of exactly these features, for records and caches. sha256: of the weights file, or of whatever else decides them.
+    Args:
+        name: identifies exactly these features in records and caches.
+        layer: the layer they come from.
+        sha256: of the weights file, or of anything else that decides the features.
+        device: where images and features are.
     """
 
     name: str
@@ -32,7 +36,7 @@ class Features(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
     def logits(self, features: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        """Features [N, D] -> the logits [N, classes] of the Inception Score, or None without a classifier."""
+        """Returns logits [N, classes] for the Inception Score from features [N, D], or None without a classifier."""
         ...
 
 
@@ -42,11 +46,11 @@ def load(extractor: str, layer: int, cache: Path, device: torch.device | str = "
     Args:
         extractor: the name of the row.
         layer: one of its layers.
-        cache: a folder for what is downloaded or converted.
+        cache: a folder for downloaded or converted weights.
         device: where images are turned into features.
 
     Raises:
-        InputError: its weights cannot be had.
+        InputError: the weights can be neither loaded nor downloaded.
     """
     loaded: Features = import_module(ROWS.module(extractor)).load(layer, cache, device)
     return loaded
@@ -58,16 +62,16 @@ def extract(
     batch: int = 50,
     progress: Callable[[int], None] = lambda done: None,
 ) -> NDArray[np.float32]:
-    """Computes features: uint8 [N, 1 or 3, H, W] -> float32 [N, D]. Inception takes a grey image as three equal channels.
+    """Computes the features of images: float32 [N, D]. Inception sees a grey image as three equal channels.
 
     Args:
         extractor: loaded by a row of EXTRACTORS.
-        images: one at least.
-        batch: images that go to the device at once; features depend on it by rounding at most.
-        progress: is told how many images are done.
+        images: uint8 [N, 1 or 3, H, W], N at least 1.
+        batch: images on the device at once. It changes features by rounding at most.
+        progress: called with the number of images done.
 
     Raises:
-        ValueError: these are no such images.
+        ValueError: `images` has another type or shape.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"expected uint8 images N,C,H,W with 1 or 3 channels, found {images.dtype} {images.shape}")

@@ -1,32 +1,36 @@
-"""How close two sets of images are, from their features: FID with its error, KID, precision and recall, Inception Score.
+"""Compares two sets of images by their features: FID with its error, KID, precision and recall, Inception Score.
 
-FID (Heusel et al. 2017, arXiv:1706.08500, eq. 6) fits a Gaussian to each set:
-|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). It falls as sets grow, so it means little without N and the layer.
+FID (Heusel et al. 2017, arXiv:1706.08500, eq. 6) fits a Gaussian to each set. It is
+|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) and falls as sets grow, so it means little without N and the layer.
 KID (Binkowski et al. 2018, arXiv:1801.01401, section 4) is an unbiased estimate of the squared maximum mean discrepancy
-under the kernel (x.y / D + 1)^3. Precision and recall are those of Kynkaanniemi et al. 2019 (arXiv:1904.06991, eq. 1), the
-Inception Score that of Salimans et al. 2016 (arXiv:1606.03498). All have torch-fidelity's definitions.
+under the kernel (x.y / D + 1)^3. Precision and recall are those of Kynkaanniemi et al. 2019 (arXiv:1904.06991, eq. 1),
+the Inception Score is that of Salimans et al. 2016 (arXiv:1606.03498). All follow torch-fidelity's definitions.
 
-The error of FID comes from the jackknife: FID_(-i), the distance without image i, for every i, against a reference that stays
-as it is. With d_i = x_i - m1, a = (N - 1)/(N - 2) and b = N/((N - 1)(N - 2)),
+The error of FID comes from the jackknife: FID_(-i), the distance without image i, for every i, against a fixed
+reference. With d_i = x_i - m1, a = (N - 1)/(N - 2) and b = N/((N - 1)(N - 2)),
 
     m_(-i) = m1 - d_i/(N - 1),    C_(-i) = a C1 - b d_i d_i^T.
 
 So with C2 = R R^T and v_i = R^T d_i, M = R^T C1 R becomes a M - b v_i v_i^T. The trace of its root follows from
-sqrt(z) = (1/2pi) integral_0^inf s^(-1/2) log(1 + z/s) ds and the determinant of a change of rank one:
+sqrt(z) = (1/2pi) integral_0^inf s^(-1/2) log(1 + z/s) ds and the determinant of a rank-one update:
 
     tr (a M - b v v^T)^(1/2) = sqrt(a) tr M^(1/2) + (1/2pi) integral_0^inf s^(-1/2) log(1 - b v^T (s + a M)^(-1) v) ds.
 
-One eigendecomposition of M serves all images, and in its axes the integral is a matrix product; with fewer images than features
-that of an N x N matrix does. Nothing is inverted and nothing linearised: with fewer images than features, where the derivative of
-the root would give half the true error, it stays exact.
+One eigendecomposition of M serves all images, and in M's eigenvectors the integral is a matrix product. With fewer
+images than features an N x N matrix is decomposed instead. Nothing is inverted or linearised, so the result is exact
+with fewer images than features too, where the derivative of the root would give half the true error.
 
-l_i = (N - 1) (mean_j FID_(-j) - FID_(-i)) are the influence values (see intervals.py), and (N - 1) (mean_j FID_(-j) - FID) is
-the bias to first order in 1/N (Quenouille 1956): FID less that is an estimate for infinitely many images, the same limit as Chong
-and Forsyth's (2020, arXiv:1911.07023) line in 1/N, without their random subsets. It needs more images than features.
+l_i = (N - 1) (mean_j FID_(-j) - FID_(-i)) are the influence values (see intervals.py). (N - 1) (mean_j FID_(-j) - FID)
+is the bias to first order in 1/N (Quenouille 1956). FID minus this bias estimates the FID of infinitely many images,
+the same limit as the line in 1/N of Chong and Forsyth (2020, arXiv:1911.07023), without their random subsets. It needs
+more images than features.
 
-KID has no bias. Its subsets estimate the sum over all pairs of images, U = sum_{i != j} k(x_i, x_j) / (N (N - 1))
-- 2 sum_ij k(x_i, y_j) / (N M) + a part of the reference alone. Leaving out image i takes its row out of both sums, so with
-r_i = sum_{j != i} k(x_i, x_j) and c_i = sum_j k(x_i, y_j) the influence values are, exactly,
+KID has no bias. Its subsets estimate a sum over all pairs of images:
+
+    U = sum_{i != j} k(x_i, x_j) / (N (N - 1)) - 2 sum_ij k(x_i, y_j) / (N M) + a term of the reference alone.
+
+Leaving out image i removes its row from both sums. With r_i = sum_{j != i} k(x_i, x_j) and c_i = sum_j k(x_i, y_j), the
+influence values are exactly
 
     l_i = 2 (r_i - mean r)/(N - 2) - 2 (c_i - mean c)/M.
 """
@@ -48,11 +52,11 @@ from ddpm.scores.intervals import standard_error
 Features = NDArray[np.float32]  # N,D
 Device = torch.device | str
 
-NEIGHBOURS = 3  # of precision and recall
-SUBSETS = 100  # of KID
-SUBSET_SIZE = 1000
-SPLITS = 10  # of the Inception Score
-_ROWS = 2048  # at once, where every row meets a whole set
+NEIGHBOURS = 3  # for precision and recall
+SUBSETS = 100  # for KID
+SUBSET_SIZE = 1000  # images in a subset
+SPLITS = 10  # parts for the Inception Score
+_ROWS = 2048  # rows at once, when each is compared with a whole set
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Statistics:
 
     @cached_property
     def root(self) -> NDArray[np.float64]:
-        """R [D, D] with R R^T = covariance: Cholesky's, or the eigenvectors' where rounding leaves an eigenvalue below 0."""
+        """R [D, D], R R^T = covariance: by Cholesky, or by eigenvectors if rounding leaves an eigenvalue below 0."""
         covariance = torch.from_numpy(self.covariance)
         lower, failed = torch.linalg.cholesky_ex(covariance)
         if not failed:
@@ -74,7 +78,7 @@ class Statistics:
 
 
 def statistics(features: Features, device: Device = "cpu") -> Statistics:
-    """Raises ValueError for fewer than two rows."""
+    """Returns the mean and covariance of features [N, D]. Raises ValueError if N < 2."""
     if len(features) < 2:
         raise ValueError(f"a covariance takes two images or more, found {len(features)}")
     x = torch.from_numpy(features).to(device, torch.float64, copy=True)
@@ -84,7 +88,7 @@ def statistics(features: Features, device: Device = "cpu") -> Statistics:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """x^T x [D, D] for x [N, D], of which only one of two equal halves is computed."""
+    """Returns x^T x [D, D] for x [N, D], computing only one of its two symmetric halves."""
     product, step = x.new_empty(x.shape[1], x.shape[1]), 256
     for start in range(0, x.shape[1], step):
         rows, upto = slice(start, start + step), slice(0, start + step)
@@ -94,10 +98,11 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def fid(a: Statistics, b: Statistics) -> float:
-    """Fréchet distance of two Gaussians, squared as is usual. Never below 0.
+    """Returns the squared Fréchet distance of two Gaussians, at least 0.
 
-    tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of R^T C1 R, C2 = R R^T, which is symmetric: nothing is
-    inverted, so fewer images than features do no harm. Rounding leaves about 1e-8 of the largest variance per dimension.
+    tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of the symmetric R^T C1 R, where C2 = R R^T.
+    Nothing is inverted, so fewer images than features do no harm. The rounding error is about 1e-8 of the largest
+    variance per dimension.
     """
     root = torch.from_numpy(b.root)
     values = torch.linalg.eigvalsh(root.T @ torch.from_numpy(a.covariance) @ root)
@@ -108,7 +113,13 @@ def fid(a: Statistics, b: Statistics) -> float:
 
 @dataclass(frozen=True)
 class Jackknife:
-    """FID, the influence values [N] of its images (mean 0), and its bias: what N images add to the FID of infinitely many."""
+    """FID of N images and what follows from leaving out each of them.
+
+    Args:
+        fid: the distance, at least 0.
+        influence: influence value of each image, [N], mean 0.
+        bias: how much larger FID is for N images than for infinitely many.
+    """
 
     fid: float
     influence: NDArray[np.float64]
@@ -116,9 +127,9 @@ class Jackknife:
 
 
 def jackknife(features: Features, reference: Statistics, device: Device = "cpu") -> Jackknife:
-    """FID of features [N, D] against a reference that stays as it is, and what each image did to it.
+    """Returns the FID of features [N, D] against a fixed reference, and the influence of each image.
 
-    Raises ValueError for fewer than three rows.
+    Raises ValueError if N < 3.
     """
     count = len(features)
     if count < 3:
@@ -135,9 +146,9 @@ def jackknife(features: Features, reference: Statistics, device: Device = "cpu")
         ours = torch.from_numpy(statistics(features, device).covariance).to(device)
         values, vectors = torch.linalg.eigh(root.T @ ours @ root)
         trace = float(ours.trace())
-    cross = float(values.clamp_min(0).sqrt().sum())  # of all: where many are small, they add up
+    cross = float(values.clamp_min(0).sqrt().sum())  # of all eigenvalues: many small ones add up
     values = torch.where(values > values[-1] * len(values) * torch.finfo(values.dtype).eps, values, 0.0)
-    # d_i @ axes: v_i in M's own axes, without those that are rounding. With few images they come from Y Y^T's vectors.
+    # d_i @ axes is v_i along M's eigenvectors, without rounding errors. With few images it comes from Y Y^T's.
     axes = vectors * ((count - 1) * values).sqrt() if few else root @ vectors * (values > 0)
     a, b = (count - 1) / (count - 2), count / ((count - 1) * (count - 2))
     changes = []
@@ -156,10 +167,16 @@ def jackknife(features: Features, reference: Statistics, device: Device = "cpu")
 
 
 def _root_change(squares: Tensor, values: Tensor, a: float, b: float) -> Tensor:
-    """The integral of the module's docstring for v with these squares [N, D] along M's axes, eigenvalues [D] -> [N].
+    """Computes the integral of the module's docstring for each v: [N].
 
-    By the trapezoidal rule in log s, which converges exponentially: the integrand is analytic for |Im log s| < pi, so a step h
-    leaves exp(-2 pi^2 / h). It decays like sqrt(s) to one side and 1/sqrt(s) to the other.
+    The trapezoidal rule in log s converges exponentially: the integrand is analytic for |Im log s| < pi, so a step h
+    has an error of exp(-2 pi^2 / h). The integrand decays like sqrt(s) to one side and 1/sqrt(s) to the other.
+
+    Args:
+        squares: squared components of v along M's eigenvectors, [N, D].
+        values: M's eigenvalues, [D], rising.
+        a: see the module's docstring.
+        b: see the module's docstring.
     """
     largest = float(values[-1])
     if largest <= 0:
@@ -173,9 +190,19 @@ def _root_change(squares: Tensor, values: Tensor, a: float, b: float) -> Tensor:
 def precision_recall(
     fake: Features, real: Features, neighbours: int = NEIGHBOURS, device: Device = "cpu"
 ) -> tuple[float, float]:
-    """The share of fake images that lie within reach of a real one, and the reverse. Both in 0 ... 1, higher is better.
+    """Returns precision and recall, each in 0 ... 1, higher is better.
 
-    An image reaches as far as its `neighbours`-th neighbour in its own set. Raises ValueError for sets too small for that.
+    Precision is the share of fake images within reach of a real image; recall is the share of real images within reach
+    of a fake one. An image reaches as far as its `neighbours`-th nearest neighbour in its own set.
+
+    Args:
+        fake: features of samples, [N, D].
+        real: features of reference images, [M, D].
+        neighbours: which neighbour bounds the reach.
+        device: where to compute.
+
+    Raises:
+        ValueError: a set has no more than `neighbours` images.
     """
     if min(len(fake), len(real)) <= neighbours:
         raise ValueError(f"{neighbours} neighbours take {neighbours + 1} images, found {min(len(fake), len(real))}")
@@ -185,7 +212,7 @@ def precision_recall(
 
 
 def _share_within(points: Tensor, centres: Tensor, neighbours: int) -> float:
-    """Of the points [N, D], those within reach of a centre [M, D]."""
+    """Returns the share of the points [N, D] within reach of a centre, [M, D]."""
     reach = torch.cat([torch.cdist(part, centres).kthvalue(neighbours + 1)[0] for part in centres.split(_ROWS)])
     return sum(int((torch.cdist(part, centres) <= reach).any(1).sum()) for part in points.split(_ROWS)) / len(points)
 
@@ -193,9 +220,9 @@ def _share_within(points: Tensor, centres: Tensor, neighbours: int) -> float:
 def nearest_distances(
     fake: Features, real: Features, device: Device = "cpu"
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """How far it is from each fake image to the nearest real one [N], and from each real image to the nearest other one [M].
+    """Returns the distances of fake images to the nearest real one [N] and of real images to the nearest other [M].
 
-    Real images are drawn as unseen ones would be, so that the second is what new images of the data would have, but for one real
+    The second stands for the distances of unseen images: real images come from the same distribution, and only have one
     image fewer to be near to. Raises ValueError for fewer than two real images.
     """
     if len(real) < 2:
@@ -210,9 +237,17 @@ def nearest_distances(
 
 
 def inception_score(logits: NDArray[np.float32], splits: int = SPLITS, seed: int = 2020) -> tuple[float, float]:
-    """exp of the mean KL(p(y|x) || p(y)) over `splits` parts of the shuffled images: its mean and standard deviation.
+    """Returns mean and standard deviation of the Inception Score, exp E[KL(p(y|x) || p(y))], over parts of the images.
 
-    logits: [N, classes]. Higher is better, at least 1. Raises ValueError for fewer images than parts.
+    The score is at least 1, and higher is better.
+
+    Args:
+        logits: [N, classes].
+        splits: parts of the shuffled images.
+        seed: of the shuffling; the default is torch-fidelity's.
+
+    Raises:
+        ValueError: there are fewer images than parts.
     """
     if len(logits) < splits:
         raise ValueError(f"an Inception Score of {splits} parts takes as many images, found {len(logits)}")
@@ -234,15 +269,26 @@ def kid(
     seed: int = 0,
     device: Device = "cpu",
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the estimate over `subsets` random subsets of both sets, drawn as torch-fidelity does.
+    """Returns mean and standard deviation of KID over random subsets of both sets, drawn as torch-fidelity does.
 
-    The deviation is that between subsets, not the error of the mean (see kid_influence). The mean may fall below 0 where the
-    sets agree. Raises ValueError when a set is smaller than a subset.
+    The deviation is between subsets, not the error of the mean (see kid_influence). If the sets agree, the mean may be
+    below 0.
+
+    Args:
+        a: features, [N, D].
+        b: features, [M, D].
+        subsets: how many subsets.
+        subset_size: images in each, at least 2 and at most N and M.
+        seed: of the subsets.
+        device: where to compute.
+
+    Raises:
+        ValueError: the subset size is out of range.
     """
     if not 2 <= subset_size <= min(len(a), len(b)):
         raise ValueError(f"KID subsets of {subset_size} images don't fit sets of {len(a)} and {len(b)}")
     first, second = (torch.from_numpy(part).to(device, torch.float64) for part in (a, b))
-    random = np.random.RandomState(seed)  # torch-fidelity's, whose stream numpy promises to keep
+    random = np.random.RandomState(seed)  # torch-fidelity's generator; numpy guarantees its stream
     estimates = []
     for _ in range(subsets):
         rows = (torch.from_numpy(random.choice(len(part), subset_size, replace=False)) for part in (a, b))
@@ -252,9 +298,9 @@ def kid(
 
 
 def kid_influence(fake: Features, real: Features, device: Device = "cpu") -> NDArray[np.float64]:
-    """The influence values [N] of fake images [N, D] on KID (mean 0), against a reference [M, D] that stays as it is.
+    """Returns the influence values [N] (mean 0) of fake images [N, D] on KID, against a fixed reference [M, D].
 
-    Raises ValueError for fewer than three fake images.
+    Raises ValueError if N < 3.
     """
     count = len(fake)
     if count < 3:
@@ -270,11 +316,12 @@ def kid_influence(fake: Features, real: Features, device: Device = "cpu") -> NDA
 
 
 def _kernel(p: Tensor, q: Tensor) -> Tensor:
+    """Returns (p.q / D + 1)^3 of all pairs: [N, M] for p [N, D] and q [M, D]."""
     return (p @ q.T).div_(p.shape[1]).add_(1).pow_(3)
 
 
 def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased, for two sets of equal size [N, D]: no image is paired with itself."""
+    """Returns the unbiased squared MMD of two sets of equal size [N, D]: no image is paired with itself."""
     count = len(x)
 
     def within(p: Tensor) -> Tensor:
@@ -286,13 +333,13 @@ def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sets:
-    """Two sets of images as their features, and what metrics compute from them, each part once.
+    """Features of two sets of images, and quantities that metrics share, each computed once.
 
     Args:
         fake: features [N, D] of the samples.
         real: features [M, D] of the reference images.
         reference: the statistics of `real`.
-        logits: of the samples [N, classes], where the extractor has a classifier.
+        logits: of the samples, [N, classes]; None if the extractor has no classifier.
         device: where to compute.
     """
 
@@ -304,31 +351,34 @@ class Sets:
 
     @cached_property
     def jackknife(self) -> Jackknife:
+        """FID of the samples with the influence of each."""
         return jackknife(self.fake, self.reference, self.device)
 
     @cached_property
     def kid(self) -> tuple[float, float]:
-        """Mean and deviation over subsets of at most half a set: larger ones would all be alike."""
+        """Mean and deviation over subsets of at most half a set, since larger subsets would hardly differ."""
         size = max(2, min(SUBSET_SIZE, len(self.fake) // 2, len(self.real) // 2))
         return kid(self.fake, self.real, subset_size=size, device=self.device)
 
     @cached_property
     def kid_error(self) -> float:
-        """The luck of the images, and that of the subsets, which would move the mean over them."""
+        """Standard error of KID: from the choice of the images, and from that of the subsets."""
         images = standard_error(kid_influence(self.fake, self.real, self.device))
         return math.hypot(images, self.kid[1] / math.sqrt(SUBSETS))
 
     @cached_property
     def precision_recall(self) -> tuple[float, float]:
+        """Precision and recall at NEIGHBOURS."""
         return precision_recall(self.fake, self.real, device=self.device)
 
     @cached_property
     def inception_score(self) -> tuple[float, float] | None:
-        """Mean and deviation over SPLITS parts; None without logits or with too few images."""
+        """Mean and deviation over SPLITS parts; None without logits or with fewer images than parts."""
         if self.logits is None or len(self.logits) < SPLITS:
             return None
         return inception_score(self.logits, SPLITS)
 
     @cached_property
     def copying(self) -> Copying:
+        """How near samples are to reference images in features, compared with other reference images."""
         return copying(*nearest_distances(self.fake, self.real, self.device))

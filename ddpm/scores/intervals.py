@@ -1,21 +1,24 @@
-"""How sure a score is: intervals of a score and of the difference of two, from one influence value per image.
+"""Estimates how certain a score is: intervals of scores and of differences, from one influence value per image.
 
-The influence of image i on a score s of N images is l_i = (N - 1) (mean_j s_(-j) - s_(-i)), with s_(-i) the score without it
-(Efron 1982, The Jackknife, the Bootstrap and Other Resampling Plans, chapter 3). The variance of s is then about
-sum_i l_i^2 / (N (N - 1)). Two scores whose i-th images belong together, such as two samplers that start from the same noise,
-differ by something whose influence values are the differences: what both share by luck cancels.
+The influence of image i on a score s of N images is l_i = (N - 1) (mean_j s_(-j) - s_(-i)), with s_(-i) the score
+without it (Efron 1982, The Jackknife, the Bootstrap and Other Resampling Plans, chapter 3). The variance of s is then
+about sum_i l_i^2 / (N (N - 1)). Images of two scores may be paired, as for two samplers that start from the same noise.
+The influence values of the difference are then the differences of the influence values, and errors that both scores
+share cancel.
 
-Who looks at many scores finds a good one by luck. Two answers, both from the joint normal distribution of the scores' errors,
-whose covariance is that of the influence values; its quantiles are those of DRAWS drawn errors e:
+Among many scores, the best looks good partly by chance. Two methods account for that. Both use the joint normal
+distribution of the scores' errors, whose covariance is that of the influence values. Its quantiles are those of DRAWS
+random errors e:
 
-- which scores may be the best (multiple comparisons with the best: Hsu 1981, Simultaneous confidence intervals for all distances
-  from the "best"; with a critical value for each score, as Edwards and Hsu 1983 have it): score i stays if it lies no more than
-  d_i standard errors of the difference behind any other, with d_i the quantile of max_j (e_i - e_j)/sigma_ij. For the score that
-  is truly best this fails no more often than one time in 20 at a confidence of 0.95, however many others there are.
-- intervals of all differences at once (Tukey 1953): as many standard errors to each side as the quantile of
-  max_ij |e_i - e_j|/sigma_ij. They hold for differences that were picked because they are large, too.
+- `may_be_best`: multiple comparisons with the best (Hsu 1981, Simultaneous confidence intervals for all distances from
+  the "best"), with a critical value for each score (Edwards and Hsu 1983). Score i may be the best if it is at most d_i
+  standard errors of the difference worse than any other, with d_i the quantile of max_j (e_i - e_j)/sigma_ij. At a
+  confidence of 0.95 the truly best score is excluded at most one time in 20, however many scores there are.
+- `simultaneous`: intervals that hold for all differences together (Tukey 1953). They reach to each side as many
+  standard errors as the quantile of max_ij |e_i - e_j|/sigma_ij. So they hold for differences that were picked for
+  their size, too.
 
-Without torch: who compares scores needn't wait for it.
+This module needs no torch, so comparing scores does not import it.
 """
 
 from __future__ import annotations
@@ -28,18 +31,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
-DRAWS = 10_000  # leaves 0.02 standard errors of doubt about a quantile
+DRAWS = 10_000  # a quantile is then known to 0.02 standard errors
 
 
 def quantile(confidence: float = CONFIDENCE) -> float:
-    """How many standard errors a two-sided interval reaches to each side: 1.96 for 0.95. Raises ValueError outside (0, 1)."""
+    """Returns the half width of an interval in standard errors: 1.96 for 0.95. Raises ValueError outside (0, 1)."""
     if not 0 < confidence < 1:
         raise ValueError(f"a confidence of {confidence} must lie between 0 and 1")
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
 def standard_error(influence: NDArray[np.floating]) -> float:
-    """Of a score, from the influence values [N] of its images. Raises ValueError for fewer than two."""
+    """Returns the standard error of a score from the influence values [N] of its images. Raises ValueError if N < 2."""
     if len(influence) < 2:
         raise ValueError(f"an error takes two influence values or more, found {len(influence)}")
     return float(np.std(influence, ddof=1, dtype=np.float64) / np.sqrt(len(influence)))
@@ -47,27 +50,27 @@ def standard_error(influence: NDArray[np.floating]) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score, its standard error, and the influence values [N] of its images where they are known."""
+    """A score, its standard error, and the influence values [N] of its images if they are known."""
 
     value: float
     error: float
     influence: NDArray[np.floating] | None = field(default=None, compare=False, repr=False)
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
-        """-> low, high."""
+        """Returns (low, high)."""
         reach = quantile(confidence) * self.error
         return self.value - reach, self.value + reach
 
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """a - b. paired: whether its error comes from the images in pairs."""
+    """The difference a - b of two scores. paired: whether its error is that of paired images."""
 
     paired: bool = False
 
 
 def difference(a: Estimate, b: Estimate) -> Difference:
-    """a - b: in pairs where both know their influence values and have as many, else as if drawn independently."""
+    """Returns a - b: paired if both have influence values of as many images, else as for independent scores."""
     value = a.value - b.value
     if a.influence is None or b.influence is None or len(a.influence) != len(b.influence):
         return Difference(value, float(np.hypot(a.error, b.error)))
@@ -76,13 +79,19 @@ def difference(a: Estimate, b: Estimate) -> Difference:
 
 
 def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE) -> list[bool]:
-    """For each score, whether it may be the best of all. direction: -1 where lower is better, 1 where higher is.
+    """Returns for each score whether it may be the best. The truly best one is among these with the given confidence.
 
-    The best in truth is among them with that confidence. Raises ValueError for a confidence outside (0, 1).
+    Args:
+        scores: of the same metric.
+        direction: -1 if lower is better, 1 if higher is.
+        confidence: in (0, 1).
+
+    Raises:
+        ValueError: the confidence is outside (0, 1).
     """
     quantile(confidence)
     values = -direction * np.array([score.value for score in scores])
-    errors, luck = _joint(scores)
+    errors, draws = _joint(scores)
     kept = []
     for i, error in enumerate(errors):
         behind = values[i] - values
@@ -92,27 +101,28 @@ def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = 
         elif not known.any():
             kept.append(True)
         else:
-            drawn = ((luck[:, [i]] - luck[:, known]) / error[known]).max(1)
-            kept.append(bool((behind[known] / error[known]).max() <= np.quantile(drawn, confidence)))
+            largest = ((draws[:, [i]] - draws[:, known]) / error[known]).max(1)
+            kept.append(bool((behind[known] / error[known]).max() <= np.quantile(largest, confidence)))
     return kept
 
 
 def simultaneous(scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> float:
-    """How many standard errors the intervals of the differences of any two of these scores must reach to each side to hold all
-    at once. Raises ValueError for a confidence outside (0, 1).
+    """Returns how many standard errors to each side make the intervals of all differences of two scores hold together.
+
+    Raises ValueError for a confidence outside (0, 1).
     """
     alone = quantile(confidence)
-    errors, luck = _joint(scores)
-    largest = np.zeros(len(luck))
+    errors, draws = _joint(scores)
+    largest = np.zeros(len(draws))
     for i, error in enumerate(errors):
         known = error > 0
         if known.any():
-            np.maximum(largest, (abs(luck[:, [i]] - luck[:, known]) / error[known]).max(1), out=largest)
+            np.maximum(largest, (abs(draws[:, [i]] - draws[:, known]) / error[known]).max(1), out=largest)
     return max(alone, float(np.quantile(largest, confidence)))
 
 
 def _joint(scores: Sequence[Estimate]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """-> the standard errors of all differences [K, K], 0 where two scores have the same luck, and drawn errors [DRAWS, K]."""
+    """Returns standard errors of all differences [K, K], 0 if both errors are equal, and random errors [DRAWS, K]."""
     covariance = np.diag([score.error**2 for score in scores])
     groups: dict[int, list[int]] = {}
     for index, score in enumerate(scores):
@@ -126,6 +136,5 @@ def _joint(scores: Sequence[Estimate]) -> tuple[NDArray[np.float64], NDArray[np.
     errors = np.sqrt(np.where(variance > 1e-12 * np.add.outer(alone, alone), variance, 0))
     values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    return errors, np.random.RandomState(0).standard_normal(
-        (DRAWS, len(scores))
-    ) @ root  # a stream that numpy promises to keep
+    standard = np.random.RandomState(0).standard_normal((DRAWS, len(scores)))  # numpy guarantees this stream
+    return errors, standard @ root

@@ -1,6 +1,6 @@
-"""The type of a row of METRICS: names, which way is better, possible values, and how the metric is computed.
+"""Defines the rows of METRICS: names, which way is better, possible values, and how a metric is computed.
 
-The class lies apart from the table, so that a metric with a module of its own can import it.
+The classes are in a module without the table, so that a metric with a module of its own can import them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ddpm.scores.intervals import CONFIDENCE, Difference, Estimate, difference
 if TYPE_CHECKING:
     from ddpm.scores.fidelity import Sets
 
-LARGEST = 1e9  # far from where squares overflow
+LARGEST = 1e9  # the largest value by default: squares are far from overflow
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Entry:
 
     Args:
         name: the key and the column.
-        title: what people call it: the heading of its column on the report's page. Without one it has no column there.
-        measure: computes it; None where these sets of images do not allow it.
+        title: the heading of its column on the report's page; without one it has no column there.
+        measure: computes it, or returns None if the sets of images do not allow it.
         low: the least possible value.
         high: the largest possible value.
-        optional: whether scores without it are complete.
+        optional: whether scores are complete without it.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Metric(Entry):
     """A row of METRICS.
 
     Args:
-        direction: -1 where lower is better, 1 where higher is; 0 for a diagnosis, which MLflow and the model card leave out.
-        interval: whether `measure` gives an Estimate, whose interval becomes the entries NAME_low and NAME_high.
+        direction: -1 if lower is better, 1 if higher is; 0 for a diagnosis, which MLflow and the model card omit.
+        interval: whether `measure` returns an Estimate. Its interval becomes the entries NAME_low and NAME_high.
         more: further entries. By convention NAME_std is the spread between parts of the images.
         digits: significant digits in tables and sentences.
-        hub: what model hubs call it, where that differs from its name.
+        hub: its name on model hubs, if that differs.
     """
 
     direction: int = 0
@@ -58,11 +58,12 @@ class Metric(Entry):
 
     @property
     def words(self) -> str:
+        """Says which way is better."""
         return "higher is better" if self.direction > 0 else "lower is better"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The score, and its interval if it has one, in the order of their values."""
+        """The names of the score and the ends of its interval, if it has one, lowest value first."""
         return (f"{self.name}_low", self.name, f"{self.name}_high") if self.interval else (self.name,)
 
     @property
@@ -72,11 +73,11 @@ class Metric(Entry):
         return {**dict.fromkeys(own, self), **{entry.name: entry for entry in self.more}}
 
     def text(self, value: float) -> str:
-        """The value as tables and sentences show it."""
+        """Formats the value for tables and sentences."""
         return f"{value:.{self.digits}g}"
 
     def values(self, sets: Sets) -> dict[str, float]:
-        """Computes the entries; those that these sets do not allow are missing."""
+        """Computes the entries. Those that the sets do not allow are missing."""
         values: dict[str, float] = {}
         for entry in (self, *self.more):
             found = entry.measure(sets)
@@ -89,11 +90,11 @@ class Metric(Entry):
         return values
 
     def rank(self, value: float) -> float:
-        """The better, the lower: a key to sort by."""
+        """Returns a key to sort by, lowest for the best value."""
         return -self.direction * value
 
     def compare(self, a: Estimate, b: Estimate, confidence: float = CONFIDENCE) -> tuple[int, Difference]:
-        """-> 1 where a is significantly better than b, -1 where it is worse, 0 where that is not known; and a - b."""
+        """Returns 1 if a is significantly better than b, -1 if it is worse, 0 if neither is certain; and a - b."""
         gap = difference(a, b)
         low, high = gap.interval(confidence)
         return (self.direction if low > 0 else -self.direction if high < 0 else 0), gap

@@ -1,6 +1,7 @@
-"""METRICS: a row for each metric that judges samples. Files, tables, plots, the report, MLflow and the registry follow the rows.
+"""METRICS: a row for each metric that judges samples.
 
-A row computes with what `fidelity.Sets` offers and imports no torch, since processes that only show scores read the rows too.
+Files, tables, plots, the report, MLflow and the registry follow the rows.
+A row computes with `fidelity.Sets` and imports no torch, since processes that only show scores read the rows too.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 
 
 def _fid(sets: Sets) -> Estimate:
-    influence = sets.jackknife.influence.astype(np.float32)  # as kept, so that the interval follows from the file
+    influence = sets.jackknife.influence.astype(
+        np.float32
+    )  # rounded as in the file, so that the interval follows from the file
     return Estimate(sets.jackknife.fid, standard_error(influence), influence)
 
 
 def _fid_infinity(sets: Sets) -> float | None:
-    """With fewer images than features the bias is not proportional to 1/N."""
+    """FID minus its bias; None without more images than features, when the bias is not proportional to 1/N."""
     return sets.jackknife.fid - sets.jackknife.bias if len(sets.fake) > sets.fake.shape[1] else None
 
 
@@ -70,11 +73,11 @@ ROWS = (
     ),
 )
 METRICS = {row.name: row for row in ROWS}
-HEADLINE = "fid"  # what points are ranked and promoted by: a metric with an interval and influence values
+HEADLINE = "fid"  # ranks and promotes points: a metric with an interval and influence values
 RANKING = METRICS[HEADLINE]
-COPYING = METRICS["copying"]  # shown by the report where it asks whether a model memorises
+COPYING = METRICS["copying"]  # the report shows it where it asks whether a model memorises
 
 
 def entries() -> dict[str, Entry]:
-    """The entries of all metrics by name, in the order of their columns."""
+    """Returns the entries of all metrics by name, in the order of their columns."""
     return {name: entry for metric in METRICS.values() for name, entry in metric.entries.items()}

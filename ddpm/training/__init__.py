@@ -1,4 +1,4 @@
-"""Makes a network good, on torch and numpy: objectives, the training loop, averages, several devices.
+"""Trains networks, on torch and numpy: objectives, the training loop, averages, several devices.
 
 Files, records and signals do not belong here: the stage ddpm.stages.train adds them.
 """

@@ -1,7 +1,7 @@
-"""Algorithm 1 of Ho et al. 2020, as a generator: one optimiser step, one small record; the caller logs and saves.
+"""Trains a network by algorithm 1 of Ho et al. 2020, as a generator of one small record per optimiser step.
 
-Every step's randomness is a function of (seed, step) alone, and nothing depends on how many steps will follow, so stopping
-after any step and going on later gives the weights of training straight through.
+The caller logs and saves. The randomness of a step is a function of (seed, step) alone, and nothing depends on how many
+steps will follow. So a training that stops after any step and resumes has the weights of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -24,21 +24,28 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Mixed precision for "bfloat16", nothing for "float32"."""
+    """Returns a context for mixed precision if `precision` is "bfloat16", or an empty one if it is "float32"."""
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
 
 
 def derived_seed(*parts: object) -> int:
-    """A 32-bit seed (all that torch's CPU generator uses) that depends on every part."""
+    """Returns a seed that depends on every part. It has 32 bits, since torch's CPU generator uses no more."""
     text = ":".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step did. step counts from 1; loss and gradient_norm (before clipping) stay on the device."""
+    """The record of one optimiser step.
+
+    Args:
+        step: number of the step, from 1.
+        loss: mean loss of the batch, a scalar on the network's device.
+        gradient_norm: before clipping, a scalar on the network's device.
+        learning_rate: of this step.
+    """
 
     step: int
     loss: Tensor
@@ -75,7 +82,8 @@ class TrainingState:
     def adam(self, learning_rate: float) -> None:
         """Changes the network by its gradients as Adam does: Kingma & Ba 2015, algorithm 1, with its defaults.
 
-        torch.optim.Adam's fused kernel without torch.optim, whose first step imports the compiler: 1.5 s of every start.
+        torch.optim.Adam's fused kernel without torch.optim, whose first step imports the compiler: 1.5 s of every
+        start.
         """
         parameters = list(self.net.parameters())
         used = [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
@@ -116,7 +124,7 @@ class TrainingState:
 
 
 def _indices(count: int, batch: int, step: int, seed: int) -> Tensor:
-    """Which images step number `step` (from 0) sees: each epoch is a permutation of its own."""
+    """Returns the indices [batch] of the images of step `step`, from 0. Each epoch is a new permutation of all."""
     start, parts = step * batch, []
     while start < (step + 1) * batch:
         epoch, offset = divmod(start, count)
@@ -126,25 +134,25 @@ def _indices(count: int, batch: int, step: int, seed: int) -> Tensor:
     return torch.cat(parts)
 
 
-@lru_cache(maxsize=2)  # two meet in a batch
+@lru_cache(maxsize=2)  # a batch may span two epochs
 def _epoch(count: int, epoch: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch)))
 
 
-def _taken(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-    """images[rows] on the device; what lies elsewhere is copied there without waiting for it."""
+def _gather(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """Returns images[rows] on the device. A copy from the CPU does not block."""
     if images.device == device:
         return images[rows.to(device, non_blocking=device.type == "cuda")]
     return images[rows].pin_memory().to(device, non_blocking=True)
 
 
 def scaled(images: Tensor) -> Tensor:
-    """uint8 0 ... 255 -> float32 -1 ... 1 (section 3.3 of Ho et al. 2020); other data is floating point, and stays."""
+    """Scales uint8 0 ... 255 to float32 -1 ... 1 (section 3.3 of Ho et al. 2020). Other data is returned unchanged."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
 def told(net: Callable[..., Tensor], labels: Tensor | None) -> Callable[..., Tensor]:
-    """net(x, t) that is told the labels, int64 [B]; the network itself where there are none."""
+    """Returns a function (x, t) that calls net(x, t, labels), with labels int64 [B], or `net` itself without labels."""
     return net if labels is None else lambda x, t: net(x, t, labels)
 
 
@@ -156,11 +164,11 @@ def _check_parts(batch: int, accumulate: int, world: World) -> None:
 
 
 def _classes(labels: Tensor | None, rows: Tensor, dropout: float, generator: torch.Generator) -> Tensor | None:
-    """The labels of a batch, each withheld with probability `dropout`; None where there are none."""
+    """Returns the labels of a batch, each replaced by NO_LABEL with probability `dropout`; None without labels."""
     if labels is None:
         return None
     withheld = torch.rand(len(rows), device=generator.device, generator=generator) < dropout
-    return _taken(labels, rows, generator.device).masked_fill(withheld, NO_LABEL)
+    return _gather(labels, rows, generator.device).masked_fill(withheld, NO_LABEL)
 
 
 def fit(
@@ -182,19 +190,38 @@ def fit(
     accumulate: int = 1,
     world: World = ALONE,
 ) -> Iterator[Step]:
-    """Trains for as long as the caller asks for steps.
+    """Trains for as long as the caller asks for steps: algorithm 1 of Ho et al. 2020.
 
-    state: changed in place; its `step` is where training goes on. images: uint8 [N, C, H, W] on the network's device, or on the
-    CPU, from which each batch is then copied; or float [N, ...] for data of another kind.
-    objective: of the schedule and target. learning_rate: after a linear warm-up over `warmup` steps. clip: of the gradient's
-    norm. ema: decay of the average, warmed up as min(ema, (1 + k) / (10 + k)). flip: mirror every other image at random.
-    precision: "float32" or "bfloat16" (autocast). forward: what computes net(x, t) instead of the network itself, such as
-    its compiled form. labels: int64 [N], there or there, for a conditional network; each is withheld with probability
-    label_dropout, so that the network also learns to predict without (algorithm 1 of Ho & Salimans 2022). accumulate: the
-    batch goes through the network in that many equal parts, whose gradients add up to the same mean with less memory.
-    world: the processes that share this training, each with an equal share of every part and the same arguments; everything
-    is drawn for the whole batch, so that their number changes nothing but rounding. `forward` is then made of world.module.
-    While it runs, torch's global seed is set at each step if the network has dropout. Raises ValueError.
+    If the network has dropout, each step sets torch's global seed.
+
+    Args:
+        state: the network and what else training changes, in place. Training continues after `state.step`.
+        images: uint8 [N, C, H, W], or float [N, ...] for other data. On the network's device, or on the CPU, from which
+            each batch is then copied.
+        objective: the loss, for a schedule and a target.
+        batch: images per step.
+        learning_rate: reached after a linear warm-up.
+        seed: decides everything that is drawn.
+        warmup: steps of the warm-up.
+        clip: the largest norm of the gradient.
+        ema: decay of the weights' moving average. After k steps the decay is min(ema, (1 + k) / (10 + k)).
+        flip: whether to mirror each image left to right with probability 1/2.
+        precision: "float32" or "bfloat16" (autocast).
+        forward: computes net(x, t) in place of the network, for example compiled. With several processes it must be
+            made from `world.module(state.net)`.
+        labels: int64 [N], for a conditional network, on the network's device or on the CPU.
+        label_dropout: probability of withholding a label, so that the network also learns to predict without: algorithm
+            1 of Ho & Salimans 2022.
+        accumulate: number of equal parts in which the batch goes through the network, to save memory. The gradient's
+            mean is the same.
+        world: the processes that share this training, with the same arguments in each. Each takes an equal share of
+            every part. Their number changes results by rounding only, since everything is drawn for the whole batch.
+
+    Yields:
+        The record of each step.
+
+    Raises:
+        ValueError: at the first step, if the batch does not divide into equal parts and shares.
     """
     _check_parts(batch, accumulate, world)
     device = next(state.net.parameters()).device
@@ -211,18 +238,20 @@ def fit(
             torch.manual_seed(derived_seed(seed, "dropout", k))
         rows = _indices(len(images), batch, k, seed)
         if device.type == "cuda":
-            rows = rows.pin_memory()  # so that their copy to the device is not waited for
+            rows = rows.pin_memory()  # so that the copy to the device does not block
         mirrored = torch.rand(batch, 1, 1, 1, device=device, generator=generator) < 0.5 if flip else None
         t = torch.randint(len(objective.a), (batch,), device=device, generator=generator)
         eps = torch.randn(batch, *images.shape[1:], device=device, generator=generator)
-        classes = _classes(labels, rows, label_dropout, generator)  # drawn last: without labels all else is the same
+        classes = _classes(
+            labels, rows, label_dropout, generator
+        )  # drawn last, so that all other draws are the same without labels
 
         for parameter in parameters:
             parameter.grad = None
         loss = torch.zeros((), device=device)
         for start in range(0, batch, batch // accumulate):
             part = world.rows(slice(start, start + batch // accumulate))
-            x_0 = scaled(_taken(images, rows[part], device))
+            x_0 = scaled(_gather(images, rows[part], device))
             if mirrored is not None:
                 x_0 = torch.where(mirrored[part], x_0.flip(-1), x_0)
             these = None if classes is None else classes[part]

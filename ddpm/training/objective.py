@@ -1,9 +1,12 @@
-"""What training minimises, for any prediction target: L_simple, the bound, the hybrid of both, and min-SNR weights.
+"""Computes training losses, for any prediction target: L_simple, the bound, the hybrid of both, and min-SNR weights.
 
-The bound of eq. 5 of Ho et al. 2020 is L_T + L_{T-1} + ... + L_0: Gaussian KLs between the posterior q(x_{t-1} | x_t, x_0) and
-the network's p(x_{t-1} | x_t), and at t = 0 the likelihood of the 8-bit image under a discretised Gaussian (eq. 13). It is in
-nats per dimension here, and each image's part is T times the term of its own time, so the mean over uniform times is the
-whole bound without the constant L_T. With a fixed variance the terms t > 0 are the weighted squared errors of eq. 12.
+The bound of eq. 5 of Ho et al. 2020 is L_T + L_{T-1} + ... + L_0. The terms L_{T-1} ... L_1, at network times t > 0, are
+KLs between two Gaussians, the posterior q(x_{t-1} | x_t, x_0) and the network's p(x_{t-1} | x_t). L_0, at t = 0, is the
+negative log-likelihood of the 8-bit image under a discretised Gaussian (eq. 13). With a fixed variance the terms t > 0
+are the weighted squared errors of eq. 12.
+
+Here the bound is in nats per dimension. An image contributes T times the term of its own time, so the mean over uniform
+times is the whole bound without the constant L_T.
 """
 
 from __future__ import annotations
@@ -19,12 +22,20 @@ from ddpm.diffusion.denoiser import coefficients, halves
 from ddpm.diffusion.schedule import NoiseSchedule
 
 HYBRID = 0.001  # lambda of eq. 16 of Nichol & Dhariwal 2021
-GAMMA = 5.0  # of Hang et al. 2023
+GAMMA = 5.0  # gamma of Hang et al. 2023
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the network was asked and what it said: all [B, C, ...], but t int64 [B]; v is None where it is not learned."""
+    """A prediction of the network, and what it should be.
+
+    Args:
+        x_0: clean images, [B, C, ...].
+        t: network times, int64 [B].
+        target: what the network should predict, like x_0.
+        prediction: what it predicts, like x_0.
+        v: its learned variance (see `halves`), like x_0; None without one.
+    """
 
     x_0: Tensor
     t: Tensor
@@ -35,13 +46,22 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Objective:
-    """Tables over network times 0 ... T-1, float32 on a device, from which a training pair and its loss are gathered.
+    """A loss for a schedule and a target, as tables over network times 0 ... T-1: float32 [T] on one device.
 
-    x_t = a x_0 + s eps, and the network's target is from_x0 x_0 + from_eps eps: the inverse of the target's row in
-    ddpm.diffusion.denoiser.TARGETS, written so that nothing cancels. min_snr: weights of the squared error. to_mean: the factor
-    of an error of the prediction in the mean of p(x_{t-1} | x_t). log_small, log_large: of its variance, beta_tilde (at
-    t = 0 that of t = 1, since it is 0 there) and beta. log_fixed: log_large, but log_small at t = 0, as in Ho et al.'s code.
-    loss: a key of LOSSES.
+    x_t = a x_0 + s eps, and the network's target is from_x0 x_0 + from_eps eps. That is the inverse of the target's row
+    in ddpm.diffusion.denoiser.TARGETS, in a form without cancellation.
+
+    Args:
+        a: factor of x_0 in x_t.
+        s: factor of eps in x_t.
+        from_x0: factor of x_0 in the target.
+        from_eps: factor of eps in the target.
+        min_snr: min-SNR weight of the squared error of the prediction.
+        to_mean: factor of an error of the prediction in the mean of p(x_{t-1} | x_t).
+        log_small: log beta_tilde, the smaller variance of p; at t = 0, where it is -inf, the entry of t = 1.
+        log_large: log beta, the larger variance of p.
+        log_fixed: log_large, but log_small at t = 0, as in Ho et al.'s code.
+        loss: a key of LOSSES.
     """
 
     a: Tensor
@@ -59,7 +79,7 @@ class Objective:
     def of(
         cls, schedule: NoiseSchedule, target: str, device: torch.device | str = "cpu", loss: str = "simple"
     ) -> Objective:
-        """Raises ValueError for an unknown loss or target, and for a target that the schedule cannot train."""
+        """Builds the tables. Raises ValueError for an unknown loss or target, or one that the schedule cannot train."""
         if loss not in LOSSES:
             raise ValueError(f"no loss '{loss}'; there are {', '.join(LOSSES)}")
         t = torch.arange(schedule.T)
@@ -67,8 +87,8 @@ class Objective:
         on_x0, _, log_small, log_large = schedule.posterior_at(t)
         log_small[0] = log_small[1] if schedule.T > 1 else log_large[0]
         log_fixed = torch.cat([log_small[:1], log_large[1:]])
-        # In x_0 the weight is min(SNR, gamma), and an error of the prediction is c_out times as large there.
-        # Not SNR times c_out^2: at a very small a the one vanishes and the other overflows.
+        # The squared error of x0_hat has the weight min(SNR, gamma); x0_hat's error is c_out times the prediction's.
+        # Not computed as SNR times c_out^2: at a very small a, SNR underflows and c_out^2 overflows.
         min_snr = torch.minimum((a / s * c_out).square(), GAMMA * c_out.square())
         tables = {
             "a": a,
@@ -84,22 +104,32 @@ class Objective:
         return cls(**{name: table.to(device, torch.float32) for name, table in tables.items()}, loss=loss)
 
     def pair(self, x_0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """x_0, eps [B, ...] and t int64 [B] -> (x_t, target), both like x_0."""
-        a, s, from_x0, from_eps = (at(table, t, x_0) for table in (self.a, self.s, self.from_x0, self.from_eps))
+        """Returns (x_t, target), both like x_0 and eps [B, ...], at network times t int64 [B]."""
+        a, s, from_x0, from_eps = (_gather(table, t, x_0) for table in (self.a, self.s, self.from_x0, self.from_eps))
         return a * x_0 + s * eps, from_x0 * x_0 + from_eps * eps
 
     def outcome(self, net: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, t: Tensor, eps: Tensor) -> Outcome:
-        """One evaluation of the network, in float32."""
+        """Evaluates the network once at (x_t, t) and returns its prediction in float32 with the target."""
         x_t, target = self.pair(x_0, t, eps)
         return Outcome(x_0, t, target, *halves(net(x_t, t.float()).float(), x_0))
 
     def losses(self, net: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The loss of each image, float32 [B]. Raises ValueError for the hybrid of a network without learned variance."""
+        """Returns the loss of each image, float32 [B].
+
+        Args:
+            net: net(x, t) -> prediction like x, or twice the channels with a learned variance.
+            x_0: clean images, [B, C, ...] in [-1, 1].
+            t: network times, int64 [B].
+            eps: standard normal noise, like x_0.
+
+        Raises:
+            ValueError: the loss is hybrid and the network has no learned variance.
+        """
         return LOSSES[self.loss](self, self.outcome(net, x_0, t, eps))
 
 
-def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """A table's entries at t [B], shaped to go with `like` [B, ...]."""
+def _gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """Returns a table's entries at t [B], shaped to broadcast with `like` [B, ...]."""
     return table[t].view(-1, *[1] * (like.ndim - 1))
 
 
@@ -109,20 +139,20 @@ def simple(objective: Objective, outcome: Outcome) -> Tensor:
 
 
 def min_snr(objective: Objective, outcome: Outcome) -> Tensor:
-    """Hang et al. 2023: the squared error of x0_hat weighted with min(SNR, 5), whatever the prediction."""
+    """Hang et al. 2023: the squared error of x0_hat with weight min(SNR, 5), for any target."""
     return objective.min_snr[outcome.t] * simple(objective, outcome)
 
 
 def vlb(objective: Objective, outcome: Outcome) -> Tensor:
-    """The image's part of the bound in nats per dimension (see the module); v decides on the variance where it is learned."""
+    """Each image's part of the bound in nats per dimension (see the module), with the learned variance if any."""
     x_0, t = outcome.x_0, outcome.t
     small, large, log_variance, to_mean = (
-        at(table, t, x_0)
+        _gather(table, t, x_0)
         for table in (objective.log_small, objective.log_large, objective.log_fixed, objective.to_mean)
     )
     if outcome.v is not None:
         log_variance = outcome.v * large + (1 - outcome.v) * small
-    # Both means share the part of x_t, which cancels.
+    # Both means contain the same multiple of x_t, which cancels.
     target, prediction = to_mean * outcome.target, to_mean * outcome.prediction
     kl = gaussian.gaussian_kl(target, small, prediction, log_variance)
     decoder = -gaussian.discretised_log_likelihood(x_0, x_0 + (prediction - target), log_variance)
@@ -131,13 +161,14 @@ def vlb(objective: Objective, outcome: Outcome) -> Tensor:
 
 
 def hybrid(objective: Objective, outcome: Outcome) -> Tensor:
-    """Eq. 16 of Nichol & Dhariwal 2021: L_simple trains the mean, and 0.001 of the bound the variance alone."""
+    """Eq. 16 of Nichol & Dhariwal 2021: L_simple trains the mean, 0.001 times the bound trains only the variance."""
     if outcome.v is None:
         raise ValueError("loss hybrid trains a learned variance, and this network has none")
     stopped = replace(outcome, prediction=outcome.prediction.detach())
     return simple(objective, outcome) + HYBRID * vlb(objective, stopped)
 
 
+# name -> function of (objective, outcome) that returns the loss of each image, float32 [B].
 LOSSES: dict[str, Callable[[Objective, Outcome], Tensor]] = {
     "simple": simple,
     "vlb": vlb,

@@ -1,7 +1,7 @@
-"""One training on several processes: each takes its rows of the same batch, and gradients are averaged while backward runs
-(DistributedDataParallel, Li et al. 2020, "PyTorch Distributed").
+"""Shares one training among several processes: each takes its rows of every batch, and gradients are averaged.
 
-torch.distributed is reached only where there is more than one process.
+Averaging runs during backward (DistributedDataParallel: Li et al. 2020, "PyTorch Distributed"). A single process does
+not use torch.distributed.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one training, of which this is number `rank` (from 0) of `size`. Number 0 writes and reports.
+    """The processes of one training.
 
-    Where there is one process, it has all rows, and every method gives back what it got. Where there are more, all of them must
-    make the same calls in the same order.
+    A single process has all rows, and every method returns its argument. Several processes must all make the same calls
+    in the same order.
+
+    Args:
+        rank: number of this process, from 0. Process 0 writes and reports.
+        size: how many processes there are.
     """
 
     rank: int = 0
     size: int = 1
 
     def rows(self, part: slice) -> slice:
-        """This process's equal share of a part of the batch."""
+        """Returns this process's equal share of a part of the batch."""
         share = (part.stop - part.start) // self.size
         return slice(part.start + self.rank * share, part.start + (self.rank + 1) * share)
 
     def module(self, net: nn.Module) -> nn.Module:
-        """What computes net(x, t) and averages the gradients. The network is changed: its dropout is the whole batch's."""
+        """Wraps the network to average its gradients. Changes its dropout layers to draw for the whole batch."""
         if self.size == 1:
             return net
         for module in list(net.modules()):
@@ -43,21 +47,21 @@ class World:
         return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
     def averaging(self, net: Callable[..., Tensor], last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around forward and backward of a part of the batch: only the last one averages, the others add up."""
+        """Returns a context for forward and backward of a part: only the last part averages the summed gradients."""
         if self.size == 1 or last:
             return contextlib.nullcontext()
         context: contextlib.AbstractContextManager[Any] = net.no_sync()  # type: ignore[attr-defined]
         return context
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the processes, on the device that `value` is on."""
+        """Returns the mean over the processes, on `value`'s device."""
         if self.size > 1:
             torch.distributed.all_reduce(value)  # gloo has no average
             value = value / self.size
         return value
 
     def largest(self, number: int) -> int:
-        """The largest of the processes' numbers, agreed on by their CPUs: no GPU is waited for."""
+        """Returns the largest of the processes' numbers. It is exchanged between CPUs, without synchronising a GPU."""
         if self.size == 1:
             return number
         agreed = torch.tensor(number)
@@ -65,7 +69,7 @@ class World:
         return int(agreed)
 
     def told(self, thing: Any) -> Any:
-        """What process 0 has: any plain data."""
+        """Returns process 0's argument, any plain data, in every process."""
         if self.size == 1:
             return thing
         things = [thing]
@@ -83,9 +87,13 @@ ALONE = World()
 
 @contextlib.contextmanager
 def joined(rank: int, size: int, device: torch.device, meeting: str = "env://") -> Iterator[World]:
-    """The World of `size` processes, in each of them, for the block. Waits until all are there.
+    """Joins the processes of a training for the block. Waits until all have joined.
 
-    device: what this one computes on. meeting: torch.distributed's init_method; by default, what torchrun's variables say.
+    Args:
+        rank: number of this process, from 0.
+        size: how many processes there are.
+        device: what this process computes on.
+        meeting: torch.distributed's init_method; by default the environment variables that torchrun sets.
     """
     from torch import distributed
 
@@ -93,12 +101,13 @@ def joined(rank: int, size: int, device: torch.device, meeting: str = "env://") 
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", meeting, rank=rank, world_size=size
     )
     yield World(rank, size)
-    distributed.destroy_process_group()  # not after an error: it would wait for the others
+    distributed.destroy_process_group()  # skipped after an error, when it would wait for the other processes
 
 
 class _Dropout(nn.Dropout):
-    """The rows of this process of the mask that one process would draw for the whole part of the batch: as many draws as
-    that, of which one share is kept.
+    """Dropout with this process's rows of the mask that a single process would draw for the whole part of the batch.
+
+    Every process draws the whole mask, so that their number changes no bit of it.
     """
 
     def __init__(self, p: float, world: World) -> None:

@@ -1,4 +1,4 @@
-"""The losses of a network on images that it was not trained on: at fixed times and noise, so that steps can be compared."""
+"""Computes losses on held-out images, at fixed times and noise so that training steps can be compared."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from torch import Tensor
 from ddpm.training.fit import autocast, scaled, told
 from ddpm.training.objective import LOSSES, Objective
 
-BINS, BIN_IMAGES = 10, 256  # of the losses by network time; images at most
+BINS, BIN_IMAGES = 10, 256  # ranges of network time in `by_time`, and the most images of each
 
 
 @dataclass(frozen=True)
 class Validation:
-    """images: uint8 [N, C, H, W] on the network's device; labels: int64 [N] there, if the network is conditional.
-    batch: images at a time. precision: "float32" or "bfloat16" (autocast).
+    """Images to validate a network on.
+
+    Args:
+        images: uint8 [N, C, H, W] on the network's device.
+        objective: the loss.
+        batch: images at once.
+        precision: "float32" or "bfloat16" (autocast).
+        labels: int64 [N] on the network's device, for a conditional network.
     """
 
     images: Tensor
@@ -29,20 +35,22 @@ class Validation:
     labels: Tensor | None = None
 
     def loss(self, net: Callable[..., Tensor]) -> float:
-        """The objective's loss at times spread evenly over 0 ... T-1; it takes an image at least."""
+        """Returns the objective's mean loss at times spread evenly over 0 ... T-1. There must be at least one image."""
         generator = torch.Generator(self.images.device).manual_seed(0)
         order = torch.randperm(len(self.images), device=self.images.device, generator=generator)
         times = self._spread(len(self.images), 0, len(self.objective.a))[order]
         return self._means(net, times, generator, (self.objective.loss,))[0]
 
     def by_time(self, net: Callable[..., Tensor]) -> list[dict[str, Any]]:
-        """Where among the network times the losses arise: a row for each of BINS even ranges of 0 ... T-1.
+        """Returns the losses by network time: a row for each of BINS even ranges of 0 ... T-1.
 
-        t: the middle of the range. loss_simple: L_simple. loss_vlb: the bound's terms times T in nats per dimension. Each image
-        has one time, spread evenly over the range. Where those are all its times, equally often, the mean over even ranges is
-        the bound without L_T. With few images loss_vlb only says where the bound arises: t = 0, which holds L_0, is among the
-        times of more than T / (2 BINS) of them. `ddpm.diffusion.likelihood` has the bound itself.
-        Without images the cells are empty.
+        A row has t, the middle of the range; loss_simple, L_simple; and loss_vlb, the bound's terms times T in nats per
+        dimension. Without images the losses are "".
+
+        Each image has one time, and the times are spread evenly over the range. If they are all times of the range,
+        equally often, the mean of loss_vlb over equal ranges is the bound without L_T. With few images loss_vlb only
+        shows where the bound arises: t = 0, the time of L_0, is included from more than T / (2 BINS) images on.
+        `ddpm.diffusion.likelihood` computes the bound itself.
         """
         generator = torch.Generator(self.images.device).manual_seed(0)
         T, count = len(self.objective.a), min(len(self.images), BIN_IMAGES)
@@ -55,21 +63,21 @@ class Validation:
         return rows
 
     def _spread(self, count: int, start: int, end: int) -> Tensor:
-        """A time for each of `count` images, evenly over start ... end - 1."""
+        """Returns a time for each of `count` images, spread evenly over start ... end - 1."""
         return (start + (torch.arange(count, device=self.images.device) + 0.5) / count * (end - start)).long()
 
     @torch.no_grad()
     def _means(
         self, net: Callable[..., Tensor], times: Tensor, generator: torch.Generator, names: tuple[str, ...]
     ) -> list[float]:
-        """Rows of LOSSES by name: the mean of each over the first images, at times int64 [N]."""
+        """Returns the mean of each named loss over the first N images, at times int64 [N]."""
         total = torch.zeros(len(names), dtype=torch.float64, device=times.device)
         for start in range(0, len(times), self.batch):
             rows = slice(start, min(start + self.batch, len(times)))
             x_0 = scaled(self.images[rows])
             eps = torch.randn(x_0.shape, device=times.device, generator=generator)
             with autocast(times.device, self.precision):
-                told_net = told(net, None if self.labels is None else self.labels[rows])
-                outcome = self.objective.outcome(told_net, x_0, times[rows], eps)
+                labelled = told(net, None if self.labels is None else self.labels[rows])
+                outcome = self.objective.outcome(labelled, x_0, times[rows], eps)
                 total += torch.stack([LOSSES[name](self.objective, outcome).sum() for name in names])
         return [value / len(times) for value in total.tolist()]

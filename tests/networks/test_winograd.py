@@ -171,7 +171,7 @@ def test_other_types_are_left_to_torch() -> None:
     [
         ("", r"no C compiler found \(cc, gcc, or what CC names\)"),
         ("nothing-of-this-name -O2", r"no C compiler found \(nothing-of-this-name -O2\)"),
-        (str(shutil.which("false")), "the C compiler failed: it said nothing"),
+        (str(shutil.which("false")), "the C compiler failed: it printed no message"),
     ],
 )
 def test_without_a_compiler_it_says_so(compiler: str, line: str, tmp_path: Path) -> None:
@@ -234,6 +234,5 @@ def test_without_a_place_to_keep_it_says_so(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCH_HOME": str(tmp_path / "file")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert (
-        done.stdout.startswith("what the C compiler makes cannot be kept or loaded: ")
-        and len(done.stdout.splitlines()) == 1
+        done.stdout.startswith("the compiled library cannot be kept or loaded: ") and len(done.stdout.splitlines()) == 1
     )
