@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import course, harness
 from bench.course import Course, Images, OutOfTime, Recipe
 from ddpm import Denoiser, fit
-from ddpm.diffusion.likelihood import mean_and_error, variational_bound
+from ddpm.diffusion.bound import mean_and_error, variational_bound
 from ddpm.networks import winograd
 from ddpm.scores import fidelity, inception
 from ddpm.training.fit import TrainingState

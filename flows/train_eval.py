@@ -67,7 +67,7 @@ def run_stage(stage: str, root: str, unchanged: bool, hosts: bool = False) -> St
         return _state(stage, Outcome("Unreachable", str(error)))
     except InputError as error:
         return _state(stage, Outcome("Failed", str(error)))
-    except children.Stopped:
+    except children.FlowStopped:
         return Cancelled(message="stopped with the flow")
 
 
@@ -84,7 +84,7 @@ def run_publish(root: str, standard_input: int) -> State:
     try:
         command = (*fork_server.DDPM, "publish", "--follow")
         return _state("publish", commands.run("publish", command, Path(root), watcher.get(), standard_input))
-    except children.Stopped:
+    except children.FlowStopped:
         return Cancelled(message="stopped with the flow")
 
 
@@ -100,7 +100,7 @@ def run_promote(root: str) -> State:
     """Runs `ddpm promote`, which is no DVC stage because the registry is no output."""
     try:
         return _state("promote", commands.run("promote", (*fork_server.DDPM, "promote"), Path(root), watcher.get()))
-    except children.Stopped:
+    except children.FlowStopped:
         return Cancelled(message="stopped with the flow")
 
 

@@ -60,7 +60,7 @@ def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tenso
     return a, s, c_skip, c_out
 
 
-def halves(prediction: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
+def split_variance(prediction: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """Splits a network's output into the prediction [B, C, ...] and v, or None without a learned variance.
 
     `like` is the network's input, [B, C, ...]. A network with a learned variance returns 2C channels. v [B, C, ...] is
@@ -92,7 +92,7 @@ class Denoiser:
     Args:
         net: called as net(x, t) with x [B, ...] and t float32 [B] in 0 ... T-1, as in Ho et al. 2020 and diffusers; t
             may be fractional. Returns a prediction like x, or twice the channels with a learned variance (see
-            `halves`).
+            `split_variance`).
         schedule: the noise schedule that the network was trained on.
         target: what the network predicts, a key of TARGETS.
         clip: True clamps x0_hat to [-1, 1]. A number in (0, 1) is the quantile of dynamic thresholding (see
@@ -128,17 +128,17 @@ class Denoiser:
         return 1 if self.guidance in (0, 1) else 2
 
     def _predict(self, x_t: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the guided prediction and v (see `halves`), for x_t [B, ...] and times float32 [B]."""
+        """Returns the guided prediction and v (see `split_variance`), for x_t [B, ...] and times float32 [B]."""
         if self.labels is None:
-            return halves(self.net(x_t, times), x_t)
+            return split_variance(self.net(x_t, times), x_t)
         if len(self.labels) != len(x_t):
             raise ValueError(f"{len(self.labels)} labels for {len(x_t)} images")
         labels = self.labels.to(x_t.device)
         no_labels = torch.full_like(labels, NO_LABEL)
         if self.evaluations == 1:
-            return halves(self.net(x_t, times, labels if self.guidance == 1 else no_labels), x_t)
+            return split_variance(self.net(x_t, times, labels if self.guidance == 1 else no_labels), x_t)
         both = self.net(torch.cat([x_t, x_t]), torch.cat([times, times]), torch.cat([no_labels, labels]))
-        (free, _), (labelled, v) = (halves(half, x_t) for half in both.chunk(2))
+        (free, _), (labelled, v) = (split_variance(half, x_t) for half in both.chunk(2))
         return free + self.guidance * (labelled - free), v
 
     def __call__(self, x_t: Tensor, t: Tensor | float) -> Tensor:
@@ -146,7 +146,7 @@ class Denoiser:
         return self.with_variance(x_t, t)[0]
 
     def with_variance(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor | None]:
-        """Returns x0_hat and v (see `halves`), like x_t [B, ...]; v is None unless learned. t: a number or [B]."""
+        """Returns x0_hat and v (see `split_variance`), like x_t [B, ...]; v is None unless learned. t: a number or [B]."""
         times = torch.as_tensor(t, dtype=torch.float64).cpu()
         _, _, c_skip, c_out = (c.to(x_t.dtype) for c in coefficients(self.schedule, self.target, times))
         # Nothing here synchronises the GPU: a single number is an argument of the operation that uses it.

@@ -231,7 +231,7 @@ def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise)
 
 
 def unipc(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise, *, order: int = 3) -> Steps:
-    """UniPC of Zhao et al. 2023 with B(h) = e^h - 1 on x0_hat: each evaluation also corrects the step before it.
+    """UniPC of Zhao et al. 2023 with B(h) = e^-h - 1 on x0_hat: each evaluation also corrects the step before it.
 
     As in _multistep, a step onto the last noisy level has order 1 if it is too long to extrapolate over.
     """

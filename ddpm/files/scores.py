@@ -312,7 +312,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Step(Standing):
+class FrontStep(Standing):
     """A point of the front: no point with as few evaluations beats it. gap: to the point before it; None for the first."""
 
     gap: Gap | None
@@ -328,7 +328,7 @@ class Front:
 
     confidence: float
     budgets: Mapping[int, Answer]
-    steps: Sequence[Step]
+    steps: Sequence[FrontStep]
 
     def to_json(self) -> dict[str, Any]:
         budgets = {str(budget): answer.to_json() for budget, answer in self.budgets.items()}

@@ -104,7 +104,7 @@ def _as_frequent(counts: list[int], total: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def generate(
+def draw(
     denoiser: Denoiser,
     shape: tuple[int, ...],
     indices: range,

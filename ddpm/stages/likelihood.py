@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm.diffusion.likelihood import Bound, mean_and_error, variational_bound
+from ddpm.diffusion.bound import Bound, mean_and_error, variational_bound
 from ddpm.errors import InputError
 from ddpm.files import checkpoint, models, paths, records
 from ddpm.files.dataset import read_dataset

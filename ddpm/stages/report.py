@@ -26,10 +26,10 @@ from ddpm.files.scores import (
     Answer,
     Best,
     Front,
+    FrontStep,
     Gap,
     Row,
     Standing,
-    Step,
     read_point_influence,
     read_scores,
     write_table,
@@ -106,7 +106,7 @@ def _front(candidates: Sequence[Candidate]) -> Front:
     steps, best = [], front(candidates)
     for before, point in zip([None, *best], best, strict=False):
         gap = None if before is None else _gap(point, before, reach)
-        steps.append(Step(**vars(_standing(point)), gap=gap))
+        steps.append(FrontStep(**vars(_standing(point)), gap=gap))
     return Front(CONFIDENCE, budgets, steps)
 
 

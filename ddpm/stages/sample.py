@@ -75,7 +75,7 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
                 evaluations = kept.batches[batch.start]
                 continue
             try:
-                _, evaluations = drawing.generate(
+                _, evaluations = drawing.draw(
                     denoiser,
                     (channels, height, width),
                     batch,

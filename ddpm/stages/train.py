@@ -259,7 +259,7 @@ def _set_up(
 def _state_folder(params: Params, schedule: str, dataset: Dataset, root: Path, world: World) -> Path:
     """Returns the folder of this training's states. Raises InputError if the processes have different inputs."""
     key = training_key(params, schedule, dataset.record.sha256)
-    if world.largest(int(world.told(key) != key)):
+    if world.largest(int(world.broadcast(key) != key)):
         raise InputError(
             f"train {schedule}: its processes differ in their data, parameters or code; give all of them the same"
         )
@@ -348,7 +348,7 @@ def _resume(
             state.load(resumed.step, resumed.tensors)
             rows, losses = resumed.rows, resumed.losses
             report(Progress(resumed.step, steps, "steps", message=f"resuming after step {resumed.step}"))
-    state.step, rows, losses = world.told((state.step, rows, losses))
+    state.step, rows, losses = world.broadcast((state.step, rows, losses))
     world.copy(state.live().values())
     device = next(state.net.parameters()).device
     return rows, [torch.tensor(loss, device=device) for loss in losses]

@@ -23,8 +23,7 @@ from ddpm.files.dataset import read_dataset
 from ddpm.files.models import ModelRecord
 from ddpm.files.params import Params
 from ddpm.runtime.device import find_device, memory_errors
-from ddpm.runtime.drawing import check_row, class_labels, prepared_denoiser, to_uint8
-from ddpm.runtime.drawing import generate as draw
+from ddpm.runtime.drawing import check_row, class_labels, draw, prepared_denoiser, to_uint8
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.training.fit import scaled
 

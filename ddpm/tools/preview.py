@@ -27,13 +27,13 @@ def previews(params: Params, root: Path, schedule: str, log: Callable[[int, arra
     def report(progress: Progress) -> None:
         if progress.model is None or progress.done % params.compute.preview_every:
             return
-        from ddpm.runtime.drawing import generate
+        from ddpm.runtime.drawing import draw
 
         denoiser = progress.model()
         shape = tuple(dataset.read_dataset_record(root).shape)
         classes = denoiser.net.classes
         device = next(denoiser.net.parameters()).device
-        images, _ = generate(
+        images, _ = draw(
             denoiser,
             shape,
             range(IMAGES),

@@ -151,7 +151,7 @@ def scaled(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
-def told(net: Callable[..., Tensor], labels: Tensor | None) -> Callable[..., Tensor]:
+def conditioned(net: Callable[..., Tensor], labels: Tensor | None) -> Callable[..., Tensor]:
     """Returns a function (x, t) that calls net(x, t, labels), with labels int64 [B], or `net` itself without labels."""
     return net if labels is None else lambda x, t: net(x, t, labels)
 
@@ -257,7 +257,7 @@ def fit(
             these = None if classes is None else classes[part]
             with world.averaging(net, last=start + batch // accumulate == batch):
                 with autocast(device, precision):
-                    mean = objective.losses(told(net, these), x_0, t[part], eps[part]).mean()
+                    mean = objective.losses(conditioned(net, these), x_0, t[part], eps[part]).mean()
                 (mean / accumulate).backward()
             loss = loss + mean.detach() / accumulate
         loss = world.mean(loss)

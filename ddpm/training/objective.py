@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion import gaussian
-from ddpm.diffusion.denoiser import coefficients, halves
+from ddpm.diffusion.denoiser import coefficients, split_variance
 from ddpm.diffusion.schedule import NoiseSchedule
 
 HYBRID = 0.001  # lambda of eq. 16 of Nichol & Dhariwal 2021
@@ -26,7 +26,7 @@ GAMMA = 5.0  # gamma of Hang et al. 2023
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Prediction:
     """A prediction of the network, and what it should be.
 
     Args:
@@ -34,7 +34,7 @@ class Outcome:
         t: network times, int64 [B].
         target: what the network should predict, like x_0.
         prediction: what it predicts, like x_0.
-        v: its learned variance (see `halves`), like x_0; None without one.
+        v: its learned variance (see `split_variance`), like x_0; None without one.
     """
 
     x_0: Tensor
@@ -108,10 +108,10 @@ class Objective:
         a, s, from_x0, from_eps = (_gather(table, t, x_0) for table in (self.a, self.s, self.from_x0, self.from_eps))
         return a * x_0 + s * eps, from_x0 * x_0 + from_eps * eps
 
-    def outcome(self, net: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, t: Tensor, eps: Tensor) -> Outcome:
+    def outcome(self, net: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, t: Tensor, eps: Tensor) -> Prediction:
         """Evaluates the network once at (x_t, t) and returns its prediction in float32 with the target."""
         x_t, target = self.pair(x_0, t, eps)
-        return Outcome(x_0, t, target, *halves(net(x_t, t.float()).float(), x_0))
+        return Prediction(x_0, t, target, *split_variance(net(x_t, t.float()).float(), x_0))
 
     def losses(self, net: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Returns the loss of each image, float32 [B].
@@ -133,17 +133,17 @@ def _gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     return table[t].view(-1, *[1] * (like.ndim - 1))
 
 
-def simple(objective: Objective, outcome: Outcome) -> Tensor:
+def simple(objective: Objective, outcome: Prediction) -> Tensor:
     """Eq. 14 of Ho et al. 2020: the mean squared error of the prediction."""
     return (outcome.prediction - outcome.target).square().flatten(1).mean(1)
 
 
-def min_snr(objective: Objective, outcome: Outcome) -> Tensor:
+def min_snr(objective: Objective, outcome: Prediction) -> Tensor:
     """Hang et al. 2023: the squared error of x0_hat with weight min(SNR, 5), for any target."""
     return objective.min_snr[outcome.t] * simple(objective, outcome)
 
 
-def vlb(objective: Objective, outcome: Outcome) -> Tensor:
+def vlb(objective: Objective, outcome: Prediction) -> Tensor:
     """Each image's part of the bound in nats per dimension (see the module), with the learned variance if any."""
     x_0, t = outcome.x_0, outcome.t
     small, large, log_variance, to_mean = (
@@ -160,7 +160,7 @@ def vlb(objective: Objective, outcome: Outcome) -> Tensor:
     return len(objective.a) * torch.where(last, decoder, kl).flatten(1).mean(1)
 
 
-def hybrid(objective: Objective, outcome: Outcome) -> Tensor:
+def hybrid(objective: Objective, outcome: Prediction) -> Tensor:
     """Eq. 16 of Nichol & Dhariwal 2021: L_simple trains the mean, 0.001 times the bound trains only the variance."""
     if outcome.v is None:
         raise ValueError("loss hybrid trains a learned variance, and this network has none")
@@ -169,7 +169,7 @@ def hybrid(objective: Objective, outcome: Outcome) -> Tensor:
 
 
 # name -> function of (objective, outcome) that returns the loss of each image, float32 [B].
-LOSSES: dict[str, Callable[[Objective, Outcome], Tensor]] = {
+LOSSES: dict[str, Callable[[Objective, Prediction], Tensor]] = {
     "simple": simple,
     "vlb": vlb,
     "hybrid": hybrid,

@@ -68,7 +68,7 @@ class World:
         torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
         return int(agreed)
 
-    def told(self, thing: Any) -> Any:
+    def broadcast(self, thing: Any) -> Any:
         """Returns process 0's argument, any plain data, in every process."""
         if self.size == 1:
             return thing

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.training.fit import autocast, scaled, told
+from ddpm.training.fit import autocast, conditioned, scaled
 from ddpm.training.objective import LOSSES, Objective
 
 BINS, BIN_IMAGES = 10, 256  # ranges of network time in `by_time`, and the most images of each
@@ -50,7 +50,7 @@ class Validation:
         Each image has one time, and the times are spread evenly over the range. If they are all times of the range,
         equally often, the mean of loss_vlb over equal ranges is the bound without L_T. With few images loss_vlb only
         shows where the bound arises: t = 0, the time of L_0, is included from more than T / (2 BINS) images on.
-        `ddpm.diffusion.likelihood` computes the bound itself.
+        `ddpm.diffusion.bound` computes the bound itself.
         """
         generator = torch.Generator(self.images.device).manual_seed(0)
         T, count = len(self.objective.a), min(len(self.images), BIN_IMAGES)
@@ -77,7 +77,7 @@ class Validation:
             x_0 = scaled(self.images[rows])
             eps = torch.randn(x_0.shape, device=times.device, generator=generator)
             with autocast(times.device, self.precision):
-                labelled = told(net, None if self.labels is None else self.labels[rows])
+                labelled = conditioned(net, None if self.labels is None else self.labels[rows])
                 outcome = self.objective.outcome(labelled, x_0, times[rows], eps)
                 total += torch.stack([LOSSES[name](self.objective, outcome).sum() for name in names])
         return [value / len(times) for value in total.tolist()]

@@ -74,7 +74,7 @@ def _stage(stage: str, commit: str, params: str, asked_by: str, wanted_by: UUID 
             outcome = commands.reproduce(stage, root, watcher.get(), "--pull")
             if not outcome.failed:
                 commands.exchange("push", stage, root, watcher.get())
-    except children.Stopped:
+    except children.FlowStopped:
         return Cancelled(message="stopped with the flow")
     except InputError as error:
         name = "Unreachable" if isinstance(error, commands.RemoteAway) else "InputError"
@@ -113,7 +113,7 @@ def _running(wanted_by: UUID | None) -> Iterator[None]:
 
 
 def reproduce(stage: str, root: Path, watching: Watcher) -> Outcome:
-    """Has a host run the stage, and takes its outputs over. Raises children.Stopped, and then stops it there."""
+    """Has a host run the stage, and takes its outputs over. Raises children.FlowStopped, and then stops it there."""
     params = (root / "params.yaml").read_text(encoding="utf-8")
     asked = {"stage": stage, "commit": head(root), "params": params, "asked_by": str(flow_run.id)}
     watching.started(stage)
@@ -146,7 +146,7 @@ def _by_the_cluster(asked: dict[str, str], watching: Watcher) -> State | None:
     watching.line(asked["stage"], f"{asked['stage']}: asked the cluster for a host")
     while True:
         if children.stopping():
-            raise children.Stopped
+            raise children.FlowStopped
         try:
             future.result(timeout=POLL, raise_on_failure=False)
         except TimeoutError:
@@ -165,7 +165,7 @@ def _followed(client: SyncPrefectClient, run: UUID) -> State | None:
                 return state
         if children.stopping():
             client.set_flow_run_state(run, Cancelling(), force=True)
-            raise children.Stopped
+            raise children.FlowStopped
         time.sleep(POLL)
 
 

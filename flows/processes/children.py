@@ -21,7 +21,7 @@ _lock = threading.Lock()
 _stopped = threading.Event()
 
 
-class Stopped(Exception):
+class FlowStopped(Exception):
     """The flow is ending: nothing starts any more, and what ran was stopped."""
 
 
@@ -42,11 +42,11 @@ def run(
 
     standard_input: a file descriptor, which the caller closes; by default there is nothing to read.
     Its end is the end of everything that holds its output: a stage whose DVC was killed is waited for.
-    Raises Stopped when stop() was called before or meanwhile.
+    Raises FlowStopped when stop() was called before or meanwhile.
     """
     with _lock:
         if _stopped.is_set():
-            raise Stopped
+            raise FlowStopped
         child = _spawn(command, root, standard_input)
         _running.add(child)
     try:
@@ -61,7 +61,7 @@ def run(
         with _lock:
             _running.discard(child)
     if _stopped.is_set() and code != 0:
-        raise Stopped
+        raise FlowStopped
     return code
 
 

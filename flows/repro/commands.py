@@ -21,7 +21,7 @@ _uncommitted: set[tuple[Path, str]] = set()  # stages whose outputs found no roo
 
 
 def reproduce(stage: str, root: Path, watcher: Watcher, *how: str) -> Outcome:
-    """`dvc repro` of one stage; DVC decides whether there is anything to do. Raises children.Stopped.
+    """`dvc repro` of one stage; DVC decides whether there is anything to do. Raises children.FlowStopped.
 
     DVC exits with 0 when its cache has no room for a folder. The stage fails here then, and when it is tried again
     `dvc commit` puts its outputs into the cache, so that the stage does not run twice.
@@ -70,7 +70,7 @@ class RemoteAway(InputError):
 
 
 def exchange(verb: str, name: str, root: Path, watcher: Watcher, *stages: str) -> None:
-    """The run-cache and outputs, to ("push") or from ("fetch") the DVC remote. Raises RemoteAway, children.Stopped.
+    """The run-cache and outputs, to ("push") or from ("fetch") the DVC remote. Raises RemoteAway, children.FlowStopped.
 
     stages: whose outputs; by default those of the stage `name`.
     What dvc.lock names and the remote lacks is no error of a fetch: the stage has changed, and the run-cache says how.
@@ -83,7 +83,7 @@ def exchange(verb: str, name: str, root: Path, watcher: Watcher, *stages: str) -
 def run(
     name: str, command: tuple[str, ...], root: Path, watcher: Watcher, standard_input: int = subprocess.DEVNULL
 ) -> Outcome:
-    """A command that is no DVC stage. Raises children.Stopped."""
+    """A command that is no DVC stage. Raises children.FlowStopped."""
     code, said, _ = _run(name, command, root, watcher, standard_input)
     if code == 0:
         return Outcome("Completed", said[-1] if said else "done")

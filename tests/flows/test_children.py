@@ -52,7 +52,7 @@ def test_stop_ends_the_deaf_grandchildren_too(tmp_path: Path, monkeypatch: pytes
     def work() -> None:
         try:
             children.run((sys.executable, "-c", parent), tmp_path, line)
-        except children.Stopped:
+        except children.FlowStopped:
             ends.append("stopped")
 
     thread = threading.Thread(target=work)
@@ -65,7 +65,7 @@ def test_stop_ends_the_deaf_grandchildren_too(tmp_path: Path, monkeypatch: pytes
     while _alive(pids[0]) and time.monotonic() < end:
         time.sleep(0.05)
     assert not _alive(pids[0])
-    with pytest.raises(children.Stopped):
+    with pytest.raises(children.FlowStopped):
         children.run((sys.executable, "-c", "pass"), tmp_path, print)
 
 
@@ -75,7 +75,7 @@ def test_stop_lets_a_child_save(tmp_path: Path) -> None:
         "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('saved').touch(), sys.exit(143)))\n"
         "print('ready', flush=True); time.sleep(60)"
     )
-    with pytest.raises(children.Stopped):
+    with pytest.raises(children.FlowStopped):
         children.run(
             (sys.executable, "-c", code), tmp_path, lambda line: threading.Thread(target=children.stop).start()
         )

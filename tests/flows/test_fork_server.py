@@ -182,7 +182,7 @@ def test_stop_ends_the_forks(root: Path, scratch: Any) -> None:
     def work() -> None:
         try:
             children.run(COMMAND, root, lambda text: began.set() if text.startswith(display.PREFIX) else None)
-        except children.Stopped:
+        except children.FlowStopped:
             ends.append("stopped")
 
     thread = threading.Thread(target=work)

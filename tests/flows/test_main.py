@@ -16,7 +16,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from flows.display import Terminal
+from flows.artifacts import Terminal
 from flows.servers import embedded
 from flows.watch import Outcome
 

@@ -91,7 +91,7 @@ def test_a_change_touches_what_depends_on_it_and_nothing_else(clone: Any) -> Non
     row = edit("params.yaml", "ddim: {sampler: ddim, eta: 0.0", "ddim: {sampler: ddim, eta: 0.5")
     assert row == ["report", "sample@cosine-ddim-2", "sample@cosine-ddim-5"]  # the report shows the row
     assert edit("ddpm/scores/fidelity.py", '"""', '"""Edited. ') == evaluations
-    assert edit("ddpm/diffusion/likelihood.py", '"""', '"""Edited. ') == ["likelihood@cosine"]
+    assert edit("ddpm/diffusion/bound.py", '"""', '"""Edited. ') == ["likelihood@cosine"]
     assert edit("ddpm/diffusion/samplers.py", '"""', '"""Edited. ') == samples
     assert edit("params.yaml", "slots: 2", "slots: 1") == []
     assert edit("ddpm/stages/report.py", '"""', '"""Edited. ') == ["report"]

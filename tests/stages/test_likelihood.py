@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm.diffusion.likelihood import mean_and_error, variational_bound
+from ddpm.diffusion.bound import mean_and_error, variational_bound
 from ddpm.errors import InputError
 from ddpm.files import checkpoint, models, records
 from ddpm.files.dataset import read_dataset

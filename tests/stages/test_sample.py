@@ -16,7 +16,8 @@ from ddpm.errors import InputError
 from ddpm.files import checkpoint, paths, samples
 from ddpm.files.params import Params
 from ddpm.parameters import Point
-from ddpm.runtime.drawing import generate, to_uint8
+from ddpm.runtime import drawing
+from ddpm.runtime.drawing import to_uint8
 from ddpm.runtime.progress import Progress
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
@@ -100,7 +101,7 @@ def test_to_uint8() -> None:
 def test_generate_fills_what_it_is_given() -> None:
     denoiser = Denoiser(lambda x, t: torch.zeros_like(x), NoiseSchedule.named("linear", 10), "x0")
     into = np.full((5, 1, 2, 2), 9, np.uint8)
-    images, evaluations = generate(
+    images, evaluations = drawing.draw(
         denoiser,
         (1, 2, 2),
         range(5),

@@ -45,7 +45,7 @@ def main(rank: int, folder: Path, fast: bool) -> None:
     torch.set_default_dtype(torch.float32 if fast else torch.float64)
     torch.set_num_threads(1)
     with joined(rank, 2, torch.device("cpu"), f"file://{folder / 'meeting'}") as world:
-        assert world.largest(3 + rank) == 4 and world.told(f"of {rank}") == "of 0"
+        assert world.largest(3 + rank) == 4 and world.broadcast(f"of {rank}") == "of 0"
         torch.save(trained(world, fast), folder / f"{rank}.pt")
 
 

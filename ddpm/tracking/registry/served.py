@@ -56,7 +56,7 @@ class ImageModel(PythonModel):
         sampler: str | None = None,
         label: str | None = None,
     ) -> np.ndarray:
-        from ddpm.runtime.drawing import class_labels, generate
+        from ddpm.runtime.drawing import class_labels, draw
 
         if not 1 <= n <= MOST:
             raise ValueError(f"n = {n} must lie in 1 ... {MOST}")
@@ -65,7 +65,7 @@ class ImageModel(PythonModel):
             kept = ("spacing", "guidance", "steps")  # the other options belong to the registered sampler
             settings = {"sampler": sampler, **{key: settings[key] for key in kept if key in settings}}
         chosen = int(steps) if steps else settings["steps"]
-        images, _ = generate(
+        images, _ = draw(
             self.denoiser,
             tuple(self.model.data.shape),
             range(int(n)),

@@ -14,7 +14,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from ddpm import Denoiser, NoiseSchedule
-from ddpm.diffusion.likelihood import (
+from ddpm.diffusion.bound import (
     VARIANCES,
     discretised_log_likelihood,
     gaussian_kl,
