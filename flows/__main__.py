@@ -43,7 +43,7 @@ def main(
         api = Api(Path())
         # Prefect reads its settings when it is imported; its console log would repeat what the display says.
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
-        from flows.artifacts import Terminal
+        from flows.terminal import Terminal
         from flows.train_eval import train_eval
         from flows.watch import watcher
 

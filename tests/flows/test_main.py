@@ -16,8 +16,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from flows.artifacts import Terminal
 from flows.servers import embedded
+from flows.terminal import Terminal
 from flows.watch import Outcome
 
 MAIN = (sys.executable, "-m", "flows")
