@@ -108,13 +108,16 @@ def _summary(title: str, figures: list[dict[str, Any]]) -> list[str]:
 def _section(title: str, about: dict[str, Any]) -> list[str]:
     work = about["work"][:1].upper() + about["work"][1:]
     lines = [f"### {title}", "", f"{work}. One call: {about['per_call']}.", ""]
-    if about["times"]:
+    figures = {figure["name"] for figure in about["figures"]}  # the first table has their times
+    sides = {side: kinds for side, kinds in about["times"].items() if side not in figures}
+    if sides:
         lines += ["| side | seconds a call: median (range) | processor seconds |", "|---|---|---|"]
-    for side, kinds in about["times"].items():
+    for side, kinds in sides.items():
         wall, cpu = kinds["wall"], kinds.get("cpu")
         span = f"{_number(statistics.median(wall))} ({_number(min(wall))} ... {_number(max(wall))})"
         lines.append(f"| {side} | {span} | {_number(statistics.median(cpu)) if cpu else ''} |")
-    lines += _growth(about) if "growth" in about else [""]
+    lines += [""] if sides else []
+    lines += _growth(about) if "growth" in about else []
     if checks := "; ".join(f"{key}: {_check(value)}" for key, value in about["checks"].items()):
         lines.append(f"Checks: {checks}.")
     if limit := about.get("limit"):
@@ -126,14 +129,14 @@ def _section(title: str, about: dict[str, Any]) -> list[str]:
 
 
 def _growth(about: dict[str, Any]) -> list[str]:
-    lines = ["| phase | setting | value: seconds per image (peak memory, GiB) | time of a call |", "|---|---|---|---|"]
+    """How each phase grows with one setting, from its first value to its last, and its share of the machine's rate."""
+    lines = ["| phase | setting | seconds per image | peak memory, GiB | time of a call |", "|---|---|---|---|---|"]
     for series in about["growth"]:
-        cells = [
-            f"{row['value']:,}: {_number(row['seconds'] / row['images'])} ({row['peak_bytes'] / 2**30:.1f})"
-            for row in series["rows"]
-        ]
-        power = f"{series['by']} ^ {series['power']:.2f}"
-        lines.append(f"| {series['phase']} | {series['by']} | {'; '.join(cells)} | {power} |")
+        first, last = series["rows"][0], series["rows"][-1]
+        ends = [f"{series['by']} {first['value']:,} ... {last['value']:,}"]
+        ends += [f"{_number(first['seconds'] / first['images'])} ... {_number(last['seconds'] / last['images'])}"]
+        ends += [f"{first['peak_bytes'] / 2**30:.1f} ... {last['peak_bytes'] / 2**30:.1f}"]
+        lines.append(f"| {series['phase']} | {' | '.join(ends)} | {series['by']} ^ {series['power']:.2f} |")
     lines += ["", "| phase | share of the machine's rate | rate of |", "|---|---|---|"]
     for phase in about["phases"]:
         unit = "GB/s" if "memory" in phase["of"] else "GFLOP/s"
@@ -272,19 +275,19 @@ def _swept(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _on_cpu() -> list[str]:
-    lines = ["| recipe | steps | minutes | processor minutes | FID |", "|---|---|---|---|---|"]
-    protocols, missing = [], []
+    """The end of each curve; docs/images has the whole of it."""
+    lines = ["| recipe | steps | minutes | processor minutes | FID | protocol |", "|---|---|---|---|---|---|"]
+    missing = []
     for name in ("digits", "cifar10-cpu"):
         about = _read(f"curve-{name}")
-        rows = about.get("curve", ())
-        for row in rows:
-            times = f"{row['minutes']:.2f} | {row['processor_minutes']:.2f}"
-            lines.append(f"| `{name}` | {row['step']:,} | {times} | {_interval(row)} |")
-        if rows:
-            protocols.append(f"`{name}`: {rows[-1]['images']:,} samples, layer {about['layer']}, {about['point']}.")
-        else:
+        if not about.get("curve"):
             missing.append(name)
-    return [*lines, "", " ".join(protocols), *_missing(missing)]
+            continue
+        row = about["curve"][-1]
+        times = f"{row['minutes']:.2f} | {row['processor_minutes']:.2f}"
+        protocol = f"{row['images']:,} samples, layer {about['layer']}, {about['point']}"
+        lines.append(f"| `{name}` | {row['step']:,} | {times} | {_interval(row)} | {protocol} |")
+    return lines + _missing(missing)
 
 
 def _trials() -> list[str]:

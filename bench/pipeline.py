@@ -108,8 +108,8 @@ def demo(device: str) -> dict[str, Any]:
         "times": {
             "flow": {"wall": flow},
             "bare calls in one process": {"wall": bare},
-            "dvc repro, nothing to do": {"wall": repro},
-            "flow, nothing to do": {"wall": again},
+            "dvc repro with nothing to do": {"wall": repro},
+            "flow with nothing to do": {"wall": again},
         },
         "figures": [
             figure("overhead of the flow per stage", added, "s", 8.0, most=True),
