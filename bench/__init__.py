@@ -1,1 +1,1 @@
-"""Measures our code side by side with its alternatives, on the same work. Results: bench/results. Page: docs/speed.md."""
+"""Measures our code beside its alternatives, on the same work. Results: bench/results; page: docs/speed.md."""

@@ -1,4 +1,4 @@
-"""Measures training and sampling of the paper's network, beside diffusers (same weights) and denoising-diffusion-pytorch."""
+"""Measures training and sampling of the paper's network beside diffusers and denoising-diffusion-pytorch."""
 
 from __future__ import annotations
 
