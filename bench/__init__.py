@@ -1,1 +1,1 @@
-"""Our code and what a user would pick instead, on the same work, side by side. Results: bench/results; page: docs/speed.md."""
+"""Measures our code beside its alternatives, on the same work. Results: bench/results; page: docs/speed.md."""

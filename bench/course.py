@@ -1,7 +1,6 @@
-"""A training with its scores along the way: it stops in time, and goes on from its folder as if it had not.
+"""Runs a training with scores along the way. It can stop at any time and resume from its folder with the same result.
 
-It wants torch, numpy and `ddpm` alone, so that it runs where nothing else can be installed (bench/cifar10.py), and on any CPU
-(bench/curves.py).
+It needs only torch, numpy and `ddpm`, so bench/cifar10.py can run where nothing else can be installed.
 """
 
 from __future__ import annotations
@@ -34,15 +33,19 @@ Images = NDArray[np.uint8]
 
 
 class OutOfTime(Exception):
-    """What was done is kept; the next command goes on."""
+    """The time limit is reached. Finished work is saved, and the same command resumes."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights, but for the number of steps.
+    """Everything that decides the weights, except the number of steps.
 
-    network: the arguments of UNet. schedule: those of NoiseSchedule.named. decay: pairs of a share of the steps and what the
-    learning rate is multiplied by from there on (`fit` goes on from any state, with any rate).
+    Args:
+        network: arguments of UNet.
+        schedule: arguments of NoiseSchedule.named.
+        decay: pairs (share of the steps, factor): from that share on, the learning rate is multiplied by the factor.
+
+    The other fields are arguments of `fit` and `Objective.of`.
     """
 
     network: dict[str, Any]
@@ -70,15 +73,23 @@ class Recipe:
             return UNet(**self.network).to(device).to(memory_format=torch.channels_last)
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate after `step` of `steps` steps."""
+        """Returns the learning rate after `step` of `steps` steps."""
         return self.learning_rate * next((by for share, by in self.decay[::-1] if step >= share * steps), 1.0)
 
 
 @dataclass
 class Course:
-    """How far a training has come. seconds: of training alone; starts: of each process's first step, which compiles.
+    """The state of a training, with its losses and scores so far.
 
-    losses: rows of step and mean loss since the row before. scores: rows of what was measured on the way.
+    Args:
+        training: network, average and optimiser.
+        recipe: the Recipe as JSON.
+        steps: the last step, None if not known yet.
+        seconds: seconds of training alone.
+        processor: processor seconds of training alone.
+        starts: seconds of each process's first step, which compiles.
+        losses: rows of step and mean loss since the row before.
+        scores: rows of scores along the way.
     """
 
     training: TrainingState
@@ -91,7 +102,7 @@ class Course:
     scores: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
-        """Whole or not at all."""
+        """Replaces folder/course.pt atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         about = {key: value for key, value in vars(self).items() if key != "training"}
         kept = {"step": self.training.step, "tensors": self.training.tensors(), "about": json.dumps(about)}
@@ -100,12 +111,12 @@ class Course:
 
     @classmethod
     def load(cls, folder: Path, recipe: Recipe, device: str) -> Course:
-        """Where `save` left it, or the start. What was saved under another recipe is refused."""
+        """Loads what `save` wrote, or starts anew. Raises SystemExit if the saved training has another recipe."""
         course = cls(TrainingState(recipe.net(device)), json.dumps(asdict(recipe)))
         if (folder / "course.pt").exists():
             kept = torch.load(folder / "course.pt", weights_only=True, mmap=True)
             if json.loads(kept["about"])["recipe"] != course.recipe:
-                raise SystemExit(f"{folder}: a training of another recipe; remove it, or name another --state")
+                raise SystemExit(f"{folder}: holds a training of another recipe; remove it, or name another --state")
             course.training.load(kept["step"], kept["tensors"])
             for key, value in json.loads(kept["about"]).items():
                 setattr(course, key, value)
@@ -113,9 +124,18 @@ class Course:
 
 
 def advance(course: Course, recipe: Recipe, images: Tensor, device: str) -> Iterator[float]:
-    """Trains to course.steps, without end where that is None. -> the loss of every log_every steps; the clock stands meanwhile.
+    """Trains up to course.steps, or without end if that is None. Time spent by the caller is not counted.
 
-    Stopped after a row and gone on with later, it gives the losses and weights of training straight through.
+    Stopping after a row and resuming later gives the same losses and weights as an uninterrupted training.
+
+    Args:
+        course: the training to continue, changed in place.
+        recipe: its recipe.
+        images: uint8 [N, C, H, W].
+        device: "cpu" or "cuda".
+
+    Yields:
+        The mean loss, every recipe.log_every steps and after the last step.
     """
     state = course.training
     objective = Objective.of(recipe.noise(), recipe.target, device, recipe.loss)
@@ -158,7 +178,14 @@ def advance(course: Course, recipe: Recipe, images: Tensor, device: str) -> Iter
 
 
 def denoiser_of(course: Course, recipe: Recipe, device: str, precise: bool = False) -> Denoiser:
-    """Of the averaged weights. precise: in float32 and not compiled, whatever the recipe says."""
+    """Makes a denoiser of the averaged weights.
+
+    Args:
+        course: the training.
+        recipe: its recipe.
+        device: "cpu" or "cuda".
+        precise: use float32 without compilation, whatever the recipe says.
+    """
     net = course.training.ema
     forward: Callable[..., Any] = net if precise or not recipe.compiled else winograd.compiled(net, dynamic=False)
     precision = "float32" if precise else recipe.precision
@@ -172,14 +199,36 @@ def denoiser_of(course: Course, recipe: Recipe, device: str, precise: bool = Fal
 
 @torch.inference_mode()
 def drawn(denoiser: Denoiser, shape: tuple[int, ...], rows: range, row: dict[str, Any], device: str) -> Images:
-    """Images number `rows` of seed 0: uint8 [len(rows), *shape]. row: the arguments of `ddpm.sample`."""
+    """Draws images from the noise of seed 0.
+
+    Args:
+        denoiser: the model.
+        shape: C, H, W of an image.
+        rows: numbers of the images, which select their noise.
+        row: arguments of `ddpm.sample`.
+        device: "cpu" or "cuda".
+
+    Returns:
+        uint8 [len(rows), C, H, W].
+    """
     x_T = gaussian(0, rows, 0, shape, device).to(memory_format=torch.channels_last)
     x = sample(denoiser, x_T, noise=lambda k: gaussian(0, rows, k + 1, shape, device), **row)
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
 
 
 def kept(make: Callable[[range], NDArray[Any]], count: int, batch: int, folder: Path, until: float) -> NDArray[Any]:
-    """make(rows) of all `count` rows, kept batch by batch. Raises OutOfTime."""
+    """Computes rows 0 ... count - 1 and saves each batch, so that a repeated call resumes.
+
+    Args:
+        make: computes the given rows.
+        count: number of rows.
+        batch: rows in a file.
+        folder: folder of the saved batches.
+        until: time.monotonic() at which to stop.
+
+    Raises:
+        OutOfTime: the next batch would take too long.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parts, longest = [], 0.0
     for start in range(0, count, batch):
@@ -199,12 +248,12 @@ def kept(make: Callable[[range], NDArray[Any]], count: int, batch: int, folder: 
 def features_of(
     make: Callable[[range], Images], count: int, batch: int, inception: Inception, folder: Path, until: float
 ) -> NDArray[np.float32]:
-    """Features [count, layer] of the images that `make` gives, kept batch by batch. Raises OutOfTime."""
+    """Extracts the features [count, layer] of the images that `make` gives; see `kept` for arguments and errors."""
     return kept(lambda rows: extract(inception, make(rows), min(batch, 250)), count, batch, folder, until)
 
 
 def fid(features: NDArray[np.float32], reference: fidelity.Statistics, device: str) -> dict[str, Any]:
-    """FID, its 95 % interval, and its part that comes from the number of images, where there are more than features."""
+    """Returns FID and its 95 % interval; also its bias if there are more images than features."""
     found = fidelity.jackknife(features, reference, device)
     reach = intervals.quantile() * intervals.standard_error(found.influence)
     about = {"images": len(features), "fid": found.fid, "low": max(0.0, found.fid - reach), "high": found.fid + reach}

@@ -1,7 +1,7 @@
-"""FID over minutes of training, of a recipe on this CPU: `python -m bench.curves digits`. Within --minutes, and on from there.
+"""Measures FID over minutes of training for a recipe on this CPU: `python -m bench.curves digits`.
 
-It trains by `fit`, and at growing marks samples with the averaged weights and scores as the recipe says. The curve of
-bench/results/curve-RECIPE.json is drawn to docs/images/curve-RECIPE.png; `draw` draws every one again, CIFAR-10's among them.
+It stops after --minutes and resumes when repeated. It scores the averaged weights at growing intervals, as the recipe
+says, writes bench/results/curve-RECIPE.json and draws docs/images/curve-RECIPE.png. `draw` redraws all curves.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from ddpm.parameters import as_json
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "images"
-GROWTH = 1.6  # how much longer it is until each next mark
-GREY = "#808080"  # reads on white and on black
+GROWTH = 1.6  # each score comes after so many times the minutes of the one before
+GREY = "#808080"  # readable on white and on black
 COLOURS = ("#1f8fd6", "#e07b28", "#2aa876", "#c46bb0")
 
 Line = Sequence[Mapping[str, Any]]
 
 
 def of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Recipe:
-    """What a parameter file says of training on one schedule."""
+    """Converts a parameter file to the recipe of one schedule; shape is C, H, W of an image."""
     row, training = params.schedules[schedule].options(), params.training
     return Recipe(
         network={"image_channels": shape[0], "image_size": shape[1], **as_json(params.network)},
@@ -56,7 +56,7 @@ def of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Recipe:
 
 
 def prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
-    """-> the recipe's parameters and its dataset, which is made once."""
+    """Returns the parameters of a recipe and its dataset, which is prepared on the first call."""
     from ddpm.files.dataset import read_dataset
     from ddpm.files.params import Params
     from ddpm.stages.prepare import prepare
@@ -71,7 +71,7 @@ def prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
 
 
 def due(here: Course, first: float) -> bool:
-    """Whether there is to be a score now: the end is reached, or the next mark."""
+    """Returns whether a score is due: at the last step, or GROWTH times the minutes of the last score."""
     last = here.scores[-1] if here.scores else {"step": 0, "minutes": 0.0}
     if here.training.step == last["step"]:
         return False
@@ -81,7 +81,24 @@ def due(here: Course, first: float) -> bool:
 def measure(
     name: str, params: Any, dataset: Any, point: Any, state: Path, out: Path, until: float, first: float
 ) -> bool:
-    """-> whether the curve is whole, to the recipe's last step. Raises OutOfTime."""
+    """Trains to the recipe's last step and scores along the way.
+
+    Args:
+        name: the recipe.
+        params: its parameters.
+        dataset: its prepared dataset.
+        point: the point whose sampler draws the images.
+        state: folder to resume from.
+        out: folder of curve-NAME.json.
+        until: time.monotonic() at which to stop.
+        first: seconds of training until the first score.
+
+    Returns:
+        True, once the curve is complete.
+
+    Raises:
+        OutOfTime: `until` is reached.
+    """
     from ddpm.scores import fidelity, inception
 
     shape, scoring = tuple(dataset.train.shape[1:]), params.evaluation
@@ -117,7 +134,7 @@ def measure(
         course.write_json(out / f"curve-{name}.json", harness._short(about))
         print(f"  step {here.training.step:,}, {times['minutes']:.2f} min: FID {scored['fid']:.4g}", flush=True)
 
-    if due(here, first):  # when the last command stopped
+    if due(here, first):  # the last command stopped before this score
         score()
     for _ in course.advance(here, recipe, torch.from_numpy(np.array(dataset.train)), "cpu"):
         over = time.monotonic() > until
@@ -131,7 +148,7 @@ def measure(
 
 
 def draw(lines: Mapping[str, Line], path: Path, title: str) -> None:
-    """FID against minutes: a transparent picture that reads on light and dark pages; same content, same bytes."""
+    """Draws FID against minutes, transparent for light and dark pages. The same content gives the same bytes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -168,7 +185,7 @@ def draw(lines: Mapping[str, Line], path: Path, title: str) -> None:
 
 
 def draw_all(results: Path, pictures: Path) -> list[Path]:
-    """Every curve that there are results of."""
+    """Draws every curve that has results, and returns the paths of the pictures."""
     drawn = []
     for source in sorted(results.glob("curve-*.json")):
         about = json.loads(source.read_text(encoding="utf-8"))
@@ -191,11 +208,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.curves", description=__doc__)
     recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
     parser.add_argument("what", choices=["draw", *recipes])
-    parser.add_argument("--images", type=Path, help="PNG files or zips of them, instead of the recipe's data")
+    parser.add_argument("--images", type=Path, help="folder of PNG files or zips to use instead of the recipe's data")
     parser.add_argument("--point", help="SCHEDULE-SAMPLER-STEPS; default: the recipe's last point")
-    parser.add_argument("--minutes", type=float, default=9, help="of this command, about")
+    parser.add_argument("--minutes", type=float, default=9, help="time limit of this command, roughly")
     parser.add_argument("--first", type=float, default=5, help="seconds of training until the first score")
-    parser.add_argument("--state", type=Path, help="what it goes on from; default: .cache/curves/RECIPE")
+    parser.add_argument("--state", type=Path, help="folder to resume from; default: .cache/curves/RECIPE")
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     parser.add_argument("--pictures", type=Path, default=PICTURES)
     asked = parser.parse_args(arguments)
@@ -210,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
             measure(asked.what, params, dataset, point, state, asked.out, until, asked.first)
             print("complete")
         except OutOfTime:
-            print("out of time; the same command goes on")
+            print("out of time; repeat the command to continue")
     for path in draw_all(asked.out, asked.pictures):
         print(path)
     return 0

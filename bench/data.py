@@ -1,4 +1,4 @@
-"""PNG files in a zip -> one array, against a loop over torchvision's ImageFolder."""
+"""Reads PNG files in a zip into one array, beside a loop over torchvision's ImageFolder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGES = 200 if TINY else 5_000
 
 
 def _pack(path: Path) -> str:
-    """A zip of IMAGES pictures in ten class folders: of CIFAR-10 where it is at hand, else made here. -> which."""
+    """Writes a zip of IMAGES pictures in ten class folders, from CIFAR-10 if it is here, else random. Returns which."""
     whole = Path(os.environ.get("BENCH_DATA", ROOT.parent / "shared" / "data")) / "cifar10-test.zip"
     with zipfile.ZipFile(path, "w") as packed:
         if whole.is_file():
@@ -42,7 +42,7 @@ def _pack(path: Path) -> str:
 
 
 def prepare(device: str) -> dict[str, Any]:
-    """5,000 PNG from a zip; 50,000 take ten times as long on both sides."""
+    """Measures preparing IMAGES PNG files from a zip."""
     from torchvision.datasets import ImageFolder
 
     with tempfile.TemporaryDirectory() as place:
@@ -70,9 +70,9 @@ def prepare(device: str) -> dict[str, Any]:
         mine, (images, labels) = given["ours"], given["ImageFolder"]
         assert np.array_equal(mine.train, images) and np.array_equal(mine.train_labels, labels)
     return {
-        "work": f"prepare, {IMAGES:,} PNG in a zip ({source}) -> one array, with labels"
-        " (ours also: checksums of each file and of all, mean and deviation, a preview)",
-        "per_call": "all images; 50,000 take ten times as long",
+        "work": f"{IMAGES:,} PNG files in a zip ({source}) to one array with labels;"
+        " ours also writes checksums, mean and deviation, and a preview",
+        "per_call": f"all {IMAGES:,} images",
         "checks": {"same pixels and labels": True},
         "times": times,
         "figures": ratios(times, "ImageFolder", 3.0),

@@ -1,4 +1,4 @@
-"""How the cost of each phase grows with batch, image size, width, steps and images; how far it is from the machine's limit."""
+"""Measures how the cost of each phase grows with one setting, and how close it comes to the machine's limit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ddpm.scores.features import extract
 from ddpm.training.fit import TrainingState, autocast, fit
 from ddpm.training.objective import Objective
 
-# The settings that everything but one of them keeps, and the values of that one.
+# One setting takes each of VALUES in turn; the others stay as in BASE.
 BASE = {
     "cpu": {"batch": 4, "size": 32, "width": 128, "steps": 1},
     "cuda": {"batch": 128, "size": 32, "width": 128, "steps": 10},
@@ -40,8 +40,8 @@ VALUES = {
         "steps": [10, 20, 50, 100],
     },
 }
-IMAGES = {"cpu": [8, 16, 32, 64], "cuda": [500, 1_000, 2_000, 4_000]}  # through Inception
-ROWS = [5_000, 10_000, 20_000, 50_000]  # of features, for statistics and the interval
+IMAGES = {"cpu": [8, 16, 32, 64], "cuda": [500, 1_000, 2_000, 4_000]}  # numbers of images for Inception
+ROWS = [5_000, 10_000, 20_000, 50_000]  # numbers of feature vectors for statistics and the interval
 REPEATS = 3
 if TINY:
     BASE["cpu"] |= {"batch": 2, "width": 32}
@@ -50,7 +50,7 @@ DIMENSIONS = 64 if TINY else 2048
 
 
 def _peak(device: str) -> int:
-    """Bytes: of this process since `_forget`, or of the GPU's tensors."""
+    """Returns the peak memory in bytes since `_forget`: of this process, or of the GPU's tensors."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -58,9 +58,9 @@ def _peak(device: str) -> int:
 
 
 def _forget(device: str) -> None:
-    """Gives back what earlier work left, and forgets its peak."""
+    """Frees memory that earlier work left, and resets the peak."""
     if device == "cuda":
-        torch.compiler.reset()  # or it compiles for shapes that vary, and after eight of them no more
+        torch.compiler.reset()  # otherwise it compiles for dynamic shapes, and stops compiling after eight shapes
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -68,7 +68,7 @@ def _forget(device: str) -> None:
     elif Path("/proc/self/clear_refs").exists():
         winograd._space.__dict__.clear()
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # proc_pid_clear_refs(5): forgets the peak of memory
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc_pid_clear_refs(5))
 
 
 def _network(width: int, size: int, device: str) -> UNet:
@@ -77,36 +77,40 @@ def _network(width: int, size: int, device: str) -> UNet:
     return net.to(device).to(memory_format=torch.channels_last)
 
 
-def _training(device: str, at: dict[str, int]) -> Callable[[], Any]:
-    """at["steps"] steps of the paper's recipe."""
-    net = _network(at["width"], at["size"], device)
-    shape = (4 * at["batch"], 3, at["size"], at["size"])
+def _training(device: str, settings: dict[str, int]) -> Callable[[], Any]:
+    """Returns a call that trains for settings["steps"] steps by the paper's recipe."""
+    net = _network(settings["width"], settings["size"], device)
+    shape = (4 * settings["batch"], 3, settings["size"], settings["size"])
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).to(device)
     steps = fit(
         TrainingState(net),
         images,
         Objective.of(NoiseSchedule.named("linear", 1000), "eps", device),
-        batch=at["batch"],
+        batch=settings["batch"],
         learning_rate=2e-4,
         seed=0,
         flip=True,
         precision=_precision(device),
         forward=winograd.compiled(net, dynamic=False),
     )
-    return lambda: [next(steps).loss for _ in range(at["steps"])][-1]
+    return lambda: [next(steps).loss for _ in range(settings["steps"])][-1]
 
 
-def _sampling(device: str, at: dict[str, int]) -> Callable[[], Any]:
-    """at["steps"] evaluations by DDIM."""
-    forward = winograd.compiled(_network(at["width"], at["size"], device).eval().requires_grad_(False), dynamic=False)
+def _sampling(device: str, settings: dict[str, int]) -> Callable[[], Any]:
+    """Returns a call that samples by DDIM in settings["steps"] evaluations."""
+    forward = winograd.compiled(
+        _network(settings["width"], settings["size"], device).eval().requires_grad_(False), dynamic=False
+    )
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with autocast(torch.device(device), _precision(device)):
             return forward(x, t).float()
 
     denoiser = Denoiser(predict, NoiseSchedule.named("linear", 1000), "eps", clip=True)
-    x_T = torch.randn(at["batch"], 3, at["size"], at["size"], device=device).to(memory_format=torch.channels_last)
-    return lambda: sample(denoiser, x_T, steps=at["steps"], sampler="ddim", noise=lambda k: torch.randn_like(x_T))
+    x_T = torch.randn(settings["batch"], 3, settings["size"], settings["size"], device=device).to(
+        memory_format=torch.channels_last
+    )
+    return lambda: sample(denoiser, x_T, steps=settings["steps"], sampler="ddim", noise=lambda k: torch.randn_like(x_T))
 
 
 def _extraction(extractor: inception.Inception, pictures: NDArray[np.uint8]) -> Callable[[], Any]:
@@ -122,7 +126,7 @@ def _precision(device: str) -> str:
 
 
 def _evaluation_work(width: int, size: int) -> int:
-    """Floating point operations of the network on one image, convolutions counted as direct ones."""
+    """Counts the floating point operations of the network on one image, with direct convolutions."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         _network(width, size, "cpu")(torch.randn(1, 3, size, size), torch.zeros(1))
     return int(counter.get_total_flops())
@@ -131,9 +135,16 @@ def _evaluation_work(width: int, size: int) -> int:
 def _series(
     phase: str, by: str, points: Sequence[tuple[int, Callable[[], Callable[[], Any]], int]], device: str
 ) -> dict[str, Any]:
-    """points: a value, what makes the work ready, and the images of one call.
+    """Measures one phase for each value of one setting.
 
-    power: of the power law through the seconds of a call, by least squares.
+    Args:
+        phase: label of the phase.
+        by: the setting that varies.
+        points: a value; a function that prepares the work and returns the call to time; the images of that call.
+        device: "cpu" or "cuda".
+
+    Returns:
+        The rows, and `power`: the exponent p of seconds ~ value^p, by least squares.
     """
     rows = []
     for value, ready, images in points:
@@ -149,7 +160,7 @@ def _series(
 
 
 def _copy_rate(device: str) -> float:
-    """Bytes a second, read and written, of copying what no cache holds."""
+    """Measures copying in bytes per second, read and written, on arrays larger than the caches."""
     a = torch.zeros(2**22 if TINY else 2**27, device=device)
     b = torch.empty_like(a)
     times, _ = alternate({"copy": lambda: b.copy_(a)}, 9, warmups=2, device=device)
@@ -158,13 +169,13 @@ def _copy_rate(device: str) -> float:
 
 @torch.no_grad()
 def _optimiser(state: TrainingState) -> None:
-    """What follows the gradients in a step."""
+    """Does the part of a training step after the gradients: Adam and the moving average."""
     state.adam(2e-4)
     torch._foreach_lerp_(list(state.ema.parameters()), list(state.net.parameters()), 0.001)
 
 
 def _phases(device: str, found: list[dict[str, Any]], extractor: inception.Inception) -> list[dict[str, Any]]:
-    """Of each phase the work of a call, its seconds, and their share of what the machine can do at most."""
+    """Returns for each phase the work of a call, its seconds, and its share of the machine's rate."""
     base = BASE[device]
     precision = torch.bfloat16 if device == "cuda" else torch.float32
     evaluation = _evaluation_work(base["width"], base["size"]) * base["batch"] * base["steps"]
@@ -182,7 +193,7 @@ def _phases(device: str, found: list[dict[str, Any]], extractor: inception.Incep
         for phase in ("training", "sampling")
     )
     N, D = last["FID and interval"]["images"], DIMENSIONS
-    # Half a covariance, R^T C R, eigenvectors, and each image turned into their axes.
+    # Half a covariance, R^T C R, eigenvectors, and the rotation of each image into their axes.
     scores = N * D**2 + 4 * D**3 + 9 * D**3 + 2 * N * D**2
     products = [
         ("training", 3 * evaluation, training["seconds"], precision),
@@ -210,7 +221,7 @@ def _phases(device: str, found: list[dict[str, Any]], extractor: inception.Incep
     for parameter in state.net.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     times, _ = alternate({"it": lambda: _optimiser(state)}, 9, warmups=2, device=device)
-    # Adam reads weight, gradient and two moments and writes three of them; the average reads two and writes one.
+    # Per weight, Adam reads 4 values and writes 3; the average reads 2 and writes 1.
     moved = 10 * sum(parameter.nbytes for parameter in state.net.parameters())
     phases.append(
         {
@@ -225,13 +236,14 @@ def _phases(device: str, found: list[dict[str, Any]], extractor: inception.Incep
 
 
 def growth(device: str) -> dict[str, Any]:
+    """Measures all phases on a device."""
     base, found = BASE[device], []
     for phase, make in (("training", _training), ("sampling", _sampling)):
         for by, values in VALUES[device].items():
             points = []
             for value in values:
-                at = {**base, by: value}
-                points.append((value, partial(make, device, at), at["batch"] * at["steps"]))
+                settings = {**base, by: value}
+                points.append((value, partial(make, device, settings), settings["batch"] * settings["steps"]))
             found.append(_series(phase, by, points, device))
     extractor, pictures = inception.load(2048, CACHE, device), _pictures(max(IMAGES[device]), 0)
     points = [(count, partial(_extraction, extractor, pictures[:count]), count) for count in IMAGES[device]]
@@ -243,8 +255,8 @@ def growth(device: str) -> dict[str, Any]:
     found.append(_series("FID and interval", "images", points, device))
     usual = ", ".join(f"{name} {value}" for name, value in base.items())
     return {
-        "work": "the paper's UNet and recipe, compiled, and Inception's features with their scores",
-        "per_call": f"what the tables say; where they don't: {usual}",
+        "work": "training and sampling of the paper's UNet, compiled; Inception features and their scores",
+        "per_call": f"one value of the varied setting; the others are {usual}",
         "checks": {},
         "times": {},
         "figures": [],

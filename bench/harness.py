@@ -1,4 +1,4 @@
-"""Alternating runs, their medians and ratios with spread, and the machine they are of."""
+"""Runs the sides of a benchmark in turn, and reports medians, ratios with their range, and the machine."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PACKAGES = (
 )
 
 
-TINY = "BENCH_TINY" in os.environ  # little work, nothing written: whether every row runs, in a minute or so
+TINY = "BENCH_TINY" in os.environ  # runs every row in about a minute, on little work, and writes no results
 
-Times = dict[str, dict[str, list[float]]]  # side -> wall, cpu -> seconds of each repetition
+Times = dict[str, dict[str, list[float]]]  # side -> "wall" or "cpu" -> seconds of each repetition
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that ended: what a busy machine does not stretch as it does the clock."""
+    """Processor seconds of this process and its finished children. Other load changes them less than the clock."""
     return sum(
         resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -43,7 +43,17 @@ def _settle(device: str) -> None:
 def alternate(
     sides: Mapping[str, Callable[[], Any]], repeats: int, *, warmups: int = 1, device: str = "cpu"
 ) -> tuple[Times, dict[str, Any]]:
-    """Runs every side `repeats` times, in turn, the order reversed each time. -> times, and what each side gave last."""
+    """Runs every side `repeats` times, in turn, and reverses the order after each turn.
+
+    Args:
+        sides: name -> function that does the work of one call.
+        repeats: timed turns.
+        warmups: turns before those, which are not timed.
+        device: "cuda" waits for the GPU before and after each call.
+
+    Returns:
+        The times, and the last return value of each side.
+    """
     repeats, warmups = (1, 0) if TINY else (repeats, warmups)
     times: Times = {side: {"wall": [], "cpu": []} for side in sides}
     given: dict[str, Any] = {}
@@ -62,7 +72,15 @@ def alternate(
 def figure(
     name: str, values: Sequence[float], unit: str, goal: float | None = None, most: bool = False
 ) -> dict[str, Any]:
-    """The median of some values and their range. goal: the least that is wanted, or the most."""
+    """Summarises values by median and range.
+
+    Args:
+        name: the label in the tables.
+        values: one per repetition.
+        unit: "x", "%" or "s".
+        goal: the bound that the median should keep, if any.
+        most: whether the goal is an upper bound; otherwise it is a lower bound.
+    """
     median = statistics.median(values)
     about: dict[str, Any] = {"name": name, "value": median, "low": min(values), "high": max(values), "unit": unit}
     if goal is not None:
@@ -73,7 +91,15 @@ def figure(
 def ratios(
     times: Times, peer: str, goal: float | None = None, ours: str = "ours", name: str = ""
 ) -> list[dict[str, Any]]:
-    """How many times as long a peer took as we did, by the clock and in processor time."""
+    """Divides a peer's time by ours, turn by turn: one figure by the clock, one in processor time.
+
+    Args:
+        times: result of `alternate`.
+        peer: the side whose time is divided.
+        goal: the least ratio wanted by the clock, if any.
+        ours: the side to divide by.
+        name: label of the figure; default: "PEER / ours".
+    """
     clock, processor = (
         [theirs / mine for theirs, mine in zip(times[peer][kind], times[ours][kind], strict=True)]
         for kind in ("wall", "cpu")
@@ -83,7 +109,7 @@ def ratios(
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating point operations a second of this machine's own matrix products."""
+    """Measures the floating point operations per second of a large matrix product."""
     side = 8192 if device == "cuda" else 1536
     a = torch.randn(side, side, device=device, dtype=dtype)
     times, _ = alternate({"matmul": lambda: a @ a}, 9, warmups=2, device=device)
@@ -91,13 +117,23 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def limit(work: float, seconds: float, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """How far some work (floating point operations) is from the machine's rate of matrix products."""
+    """Compares work with the machine's rate of matrix products.
+
+    Args:
+        work: floating point operations.
+        seconds: time they took.
+        device: "cpu" or "cuda".
+        dtype: type of the matrix product to compare with.
+
+    Returns:
+        operations; matmul_rate, in operations per second; share of that rate.
+    """
     rate = matmul_rate(device, dtype)
     return {"operations": work, "matmul_rate": rate, "share": work / seconds / rate}
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
-    from ddpm.provenance.run_record import _hardware  # wants more than torch: not everything here runs where that is
+    from ddpm.provenance.run_record import _hardware  # imported here: bench.cifar10 runs without its dependencies
 
     about = {**_hardware(), "threads": threads, "load": os.getloadavg()[0]}
     about["device"] = device
@@ -115,7 +151,7 @@ def versions() -> dict[str, str]:
 
 
 def _short(value: Any) -> Any:
-    """To 4 digits, the times of a stopwatch have no more."""
+    """Rounds every float to 4 significant digits, about the precision of the times."""
     if isinstance(value, dict):
         return {key: _short(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The paper's network against diffusers' of the same weights, and against denoising-diffusion-pytorch's of its own."""
+"""Measures training and sampling of the paper's network beside diffusers and denoising-diffusion-pytorch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SETTINGS = LITTLE if TINY else PAPER
 
 @dataclass(frozen=True)
 class Size:
-    """What fits the device: images of a batch, steps of a call, calls of each side."""
+    """Work that fits a device: images per batch, steps per call, calls of each side."""
 
     batch: int
     steps: int
@@ -45,10 +45,11 @@ class Size:
 TRAIN = {"cpu": Size(8, 1, 9), "cuda": Size(128, 20, 7)}
 DDIM = {"cpu": Size(8, 5, 9), "cuda": Size(256, 50, 5)}
 ANCESTRAL = {"cpu": Size(8, 5, 9), "cuda": Size(256, 1000, 3)}
+WORK = {"ddim": "sampling by ddim", "ancestral": "ancestral sampling"}
 
 
 def same_networks(device: str) -> tuple[UNet, Any, dict[str, Any]]:
-    """-> ours, diffusers' with the same weights, and what was asserted of the two."""
+    """Returns our network, diffusers' with the same weights, and what was checked about both."""
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
@@ -56,7 +57,7 @@ def same_networks(device: str) -> tuple[UNet, Any, dict[str, Any]]:
     with torch.no_grad():
         for parameter in ours.parameters():
             if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(std=0.02)  # or every output would be 0
+                parameter.normal_(std=0.02)  # layers that start at 0 would make every output 0
     theirs = UNet2DModel.from_config(interop.settings_to_diffusers(SETTINGS))
     theirs.load_state_dict(interop.weights_to_diffusers(ours.state_dict(), SETTINGS))
     count = sum(parameter.numel() for parameter in ours.parameters())
@@ -80,7 +81,7 @@ def _repeated(step: Callable[[], Any], steps: int) -> Callable[[], Any]:
 
 
 def train(device: str) -> dict[str, Any]:
-    """A training step of the paper's recipe: flips, dropout, Adam, clipping, EMA."""
+    """Measures a training step of the paper's recipe: flips, dropout, Adam, clipping, EMA."""
     size, schedule = TRAIN[device], NoiseSchedule.named("linear", 1000)
     ours, theirs, checks = same_networks(device)
     objective = Objective.of(schedule, "eps", device)
@@ -108,7 +109,7 @@ def train(device: str) -> dict[str, Any]:
         again = same_networks(device)[1]
         sides["diffusers compiled"] = _diffusers_training(again, size.batch, device, compiled=True)
     sides["denoising-diffusion-pytorch"], others = _lucidrains_training(size.batch, device)
-    checks["parameters of denoising-diffusion-pytorch's network (another one)"] = others
+    checks["parameters of denoising-diffusion-pytorch's own network"] = others
     times, _ = alternate(
         {side: _repeated(step, size.steps) for side, step in sides.items()},
         size.repeats,
@@ -119,8 +120,8 @@ def train(device: str) -> dict[str, Any]:
     dtype = torch.bfloat16 if compiled else torch.float32
     goals = {"diffusers": 2.5, "diffusers compiled": 1.3} if compiled else {"diffusers": 1.5}
     return {
-        "work": f"training, the paper's UNet, batch {size.batch}, {precision}",
-        "per_call": f"{size.steps} steps",
+        "work": f"training the paper's UNet, batch {size.batch}, {precision}",
+        "per_call": f"{size.steps} step{'s' if size.steps > 1 else ''}",
         "checks": checks,
         "times": times,
         "figures": [part for peer in list(sides)[1:] for part in ratios(times, peer, goals.get(peer))],
@@ -129,7 +130,7 @@ def train(device: str) -> dict[str, Any]:
 
 
 def _same_loss(ours: UNet, theirs: Any, objective: Objective, device: str) -> list[float]:
-    """On the same batch: the noisy images are diffusers' scheduler's, and so is the mean squared error."""
+    """Returns the loss of both networks on one batch. diffusers makes its own noisy images."""
     from diffusers import DDPMScheduler
 
     scheduler: Any = DDPMScheduler(1000, beta_schedule="linear")
@@ -143,7 +144,7 @@ def _same_loss(ours: UNet, theirs: Any, objective: Objective, device: str) -> li
 
 
 def _diffusers_training(net: Any, batch: int, device: str, compiled: bool) -> Callable[[], Any]:
-    """A step of the loop in diffusers' own examples/unconditional_image_generation: accelerate, a DataLoader, EMAModel."""
+    """Returns one step of diffusers' examples/unconditional_image_generation: accelerate, a DataLoader, EMAModel."""
     from accelerate import Accelerator
     from diffusers import DDPMScheduler
     from diffusers.optimization import get_scheduler
@@ -185,7 +186,7 @@ def _diffusers_training(net: Any, batch: int, device: str, compiled: bool) -> Ca
 
 
 def _lucidrains_training(batch: int, device: str) -> tuple[Callable[[], Any], int]:
-    """A step of denoising-diffusion-pytorch's Trainer, on its own network of the same widths."""
+    """Returns one step of denoising-diffusion-pytorch's Trainer on its own network of the same widths, and its size."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
@@ -209,7 +210,14 @@ def _lucidrains_training(batch: int, device: str) -> tuple[Callable[[], Any], in
 
 
 def _sampling(device: str, size: Size, kind: str, full: int) -> dict[str, Any]:
-    """ours: sample(); the peer: diffusers' pipeline of that name, from the same weights and the same noise."""
+    """Measures `sample` beside diffusers' pipeline, from the same weights and noise.
+
+    Args:
+        device: "cpu" or "cuda".
+        size: batch, steps of a call, repetitions.
+        kind: "ddim" or "ancestral".
+        full: steps of a whole sampling.
+    """
     from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
     ours, theirs, checks = same_networks(device)
@@ -245,9 +253,9 @@ def _sampling(device: str, size: Size, kind: str, full: int) -> dict[str, Any]:
         random = torch.Generator().manual_seed(3)
         return pipeline(size.batch, random, num_inference_steps=steps, output_type="np", **more).images
 
-    # An error of eps is multiplied by 1 / a on its way to an image, at first by 60. On a GPU it is that of TF32 or bfloat16:
-    # the largest of all values then says little, and their mean enough.
-    which = "mean" if device == "cuda" else "largest"
+    # An error of eps is multiplied by 1 / a in the image, at first by 60. On a GPU, TF32 and bfloat16 make such errors,
+    # so the mean difference is compared there instead of the largest.
+    statistic = "mean" if device == "cuda" else "largest"
 
     def compared(net: Callable[..., Any], most: float) -> float:
         gaps = np.abs(run(net, few) - peer(few))
@@ -255,11 +263,13 @@ def _sampling(device: str, size: Size, kind: str, full: int) -> dict[str, Any]:
         assert gap < most, gap
         return gap
 
-    checks[f"{which} difference of images, of 1"] = compared(ours, 1e-3 if device == "cuda" else 1 / 255)
+    checks[f"{statistic} difference of pixels in [0, 1]"] = compared(ours, 1e-3 if device == "cuda" else 1 / 255)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ours(torch.randn(1, 3, 32, 32, device=device), torch.zeros(1, device=device))
     forward = winograd.compiled(ours)
-    checks[f"{which} difference of images, of 1, compiled"] = compared(fast, 5e-3 if device == "cuda" else 1 / 255)
+    checks[f"{statistic} difference of pixels in [0, 1], compiled"] = compared(
+        fast, 5e-3 if device == "cuda" else 1 / 255
+    )
     x = torch.randn(size.batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     t = torch.full((size.batch,), 700.0, device=device)
     with torch.no_grad():  # as sample does
@@ -274,8 +284,8 @@ def _sampling(device: str, size: Size, kind: str, full: int) -> dict[str, Any]:
     )
     work = counter.get_total_flops() * size.batch * size.steps
     return {
-        "work": f"sampling, {kind}, the paper's UNet, batch {size.batch}, {size.steps} steps",
-        "per_call": f"{size.steps} of {full} steps: the time of all is {full / size.steps:g} times as long",
+        "work": f"{WORK[kind]}, the paper's UNet, batch {size.batch}, {size.steps} steps",
+        "per_call": f"{size.steps} of {full} steps; all take {full / size.steps:g} times as long",
         "checks": checks,
         "times": times,
         "figures": ratios(times, "diffusers", 4.0 if device == "cuda" else 2.0),
@@ -284,10 +294,10 @@ def _sampling(device: str, size: Size, kind: str, full: int) -> dict[str, Any]:
 
 
 def ddim(device: str) -> dict[str, Any]:
-    """DDIM, 50 steps."""
+    """Measures DDIM with 50 steps."""
     return _sampling(device, DDIM[device], "ddim", 50)
 
 
 def ancestral(device: str) -> dict[str, Any]:
-    """Ancestral sampling, 1000 steps."""
+    """Measures ancestral sampling with 1000 steps."""
     return _sampling(device, ANCESTRAL[device], "ancestral", 1000)

@@ -1,6 +1,6 @@
-"""bench/results/*.json -> the tables in README.md, docs/speed.md and docs/cifar10.md, and bench/metrics.json for `dvc metrics`.
+"""Writes the tables of README.md, docs/speed.md, docs/cifar10.md and bench/metrics.json from bench/results/*.json.
 
-`python -m bench.page` writes all, with the standard library alone; with --check it says whether they are what the results say.
+`python -m bench.page` needs the standard library only. With --check it fails if one of the files is out of date.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ PAGE = HERE.parent / "docs" / "speed.md"
 README = HERE.parent / "README.md"
 CIFAR10 = HERE.parent / "docs" / "cifar10.md"
 METRICS = HERE / "metrics.json"
+PROCESSOR = ", processor time"  # ends the names of figures that bench.harness.ratios makes of processor seconds
 BEGIN, END = "<!-- results: python -m bench.page -->\n", "<!-- end of results -->\n"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured, the module that does it in a function of the row's name, where it makes sense, and whether it has a
-    goal."""
+    """One benchmark. The function of the row's name in `module` measures it, on each of `devices`."""
 
     work: str
     module: str
@@ -60,61 +60,84 @@ def _number(value: float) -> str:
 
 
 def shown(figure: dict[str, Any]) -> str:
-    unit = {"x": "x", "%": " %"}.get(figure["unit"], f" {figure['unit']}")
-    text = (
-        f"{figure['name']}: {_number(figure['value'])}{unit} ({_number(figure['low'])} ... {_number(figure['high'])})"
-    )
-    if "goal" in figure:
-        text += f"; goal at {figure['at']} {_number(figure['goal'])}{unit}: {'met' if figure['met'] else 'missed'}"
-    return text
+    text = f"{figure['name']}: {_value(figure)}"
+    return f"{text}; goal {_goal(figure)}" if "goal" in figure else text
+
+
+def _unit(figure: dict[str, Any]) -> str:
+    return {"x": "x", "%": " %"}.get(figure["unit"], f" {figure['unit']}")
+
+
+def _value(figure: dict[str, Any]) -> str:
+    """Median and range."""
+    return f"{_number(figure['value'])}{_unit(figure)} ({_number(figure['low'])} ... {_number(figure['high'])})"
+
+
+def _goal(figure: dict[str, Any]) -> str:
+    return f"at {figure['at']} {_number(figure['goal'])}{_unit(figure)}: {'met' if figure['met'] else 'missed'}"
 
 
 def render(found: dict[tuple[str, str], dict[str, Any]]) -> str:
-    lines = ["| work | on | measured: median (range) | goal | |", "|---|---|---|---|---|"]
+    """The tables of docs/speed.md: all figures and goals, then the times of each row, then machines and versions."""
+    lines = ["| work | figure | by the clock: median (range) | processor time | goal |", "|---|---|---|---|---|"]
+    missing = []
     for name, row in ROWS.items():
         for device in row.devices:
-            lines += _summary(f"| {row.work} (`{name}`) | {device} |", found.get((name, device)))
+            if (name, device) in found:
+                lines += _summary(f"{row.work} (`{name}`, {device})", found[name, device]["figures"])
+            else:
+                missing.append(f"`{name}` ({device})")
+    lines += ["", f"Not measured: {', '.join(missing)}."] if missing else []
     for (name, device), about in found.items():
-        lines += ["", f"### {name}, {device}", "", f"{about['work']}. One call: {about['per_call']}.", ""]
-        if about["times"]:
-            lines += ["| side | seconds a call: median (range) | processor seconds |", "|---|---|---|"]
-        for side, kinds in about["times"].items():
-            wall, cpu = kinds["wall"], kinds.get("cpu")
-            span = f"{_number(statistics.median(wall))} ({_number(min(wall))} ... {_number(max(wall))})"
-            lines.append(f"| {side} | {span} | {_number(statistics.median(cpu)) if cpu else ''} |")
-        checks = "; ".join(f"{key}: {_check(value)}" for key, value in about["checks"].items())
-        lines += [""] + ([f"Asserted or noted: {checks}."] if checks else [])
-        lines += _growth(about) if "growth" in about else []
-        if limit := about.get("limit"):
-            lines.append(
-                f"Ours runs at {100 * limit['share']:.0f} % of this machine's rate of matrix products,"
-                f" {limit['matmul_rate'] / 1e9:,.0f} GFLOP/s ({limit['operations'] / 1e9:,.0f} GFLOP a call, convolutions"
-                " counted as direct ones: Winograd's can be above 100 %)."
-            )
-        lines.append(_place(about))
-    return "\n".join(lines) + "\n"
+        lines += ["", *_section(f"{name}, {device}", about)]
+    return "\n".join([*lines, "", "### Machine and versions", "", *_places(found)]) + "\n"
 
 
-def _summary(begin: str, about: dict[str, Any] | None) -> list[str]:
-    if about is None:
-        return [f"{begin} not measured | | |"]
+def _summary(title: str, figures: list[dict[str, Any]]) -> list[str]:
+    """A line for each figure. Its processor time, a figure of its own in the results, gets a column."""
+    processor = {figure["name"]: _value(figure) for figure in figures if figure["name"].endswith(PROCESSOR)}
     lines = []
-    for figure in about["figures"]:
-        value, _, goal = shown(figure).partition("; goal ")
-        goal, _, met = goal.partition(": ")
-        lines.append(f"{begin} {value} | {goal} | {met} |")
+    for figure in figures:
+        if figure["name"] not in processor:
+            cells = [figure["name"], _value(figure), processor.get(figure["name"] + PROCESSOR, "")]
+            lines.append(f"| {title} | {' | '.join(cells)} | {_goal(figure) if 'goal' in figure else ''} |")
+            title = ""
     return lines
 
 
+def _section(title: str, about: dict[str, Any]) -> list[str]:
+    work = about["work"][:1].upper() + about["work"][1:]
+    lines = [f"### {title}", "", f"{work}. One call: {about['per_call']}.", ""]
+    figures = {figure["name"] for figure in about["figures"]}  # the first table has their times
+    sides = {side: kinds for side, kinds in about["times"].items() if side not in figures}
+    if sides:
+        lines += ["| side | seconds a call: median (range) | processor seconds |", "|---|---|---|"]
+    for side, kinds in sides.items():
+        wall, cpu = kinds["wall"], kinds.get("cpu")
+        span = f"{_number(statistics.median(wall))} ({_number(min(wall))} ... {_number(max(wall))})"
+        lines.append(f"| {side} | {span} | {_number(statistics.median(cpu)) if cpu else ''} |")
+    lines += [""] if sides else []
+    lines += _growth(about) if "growth" in about else []
+    if checks := "; ".join(f"{key}: {_check(value)}" for key, value in about["checks"].items()):
+        lines.append(f"Checks: {checks}.")
+    if limit := about.get("limit"):
+        lines.append(
+            f"Ours reaches {100 * limit['share']:.0f} % of the matrix-product rate, {limit['matmul_rate'] / 1e9:,.0f}"
+            f" GFLOP/s ({limit['operations'] / 1e9:,.0f} GFLOP a call)."
+        )
+    return [*lines, f"Peak memory: {about['peak_memory_bytes'] / 2**30:.1f} GiB."]
+
+
 def _growth(about: dict[str, Any]) -> list[str]:
-    lines = ["| phase | by | at: seconds per image (peak memory, GiB) | a call takes as much as |", "|---|---|---|---|"]
-    for one in about["growth"]:
-        cells = [
-            f"{row['value']:,}: {_number(row['seconds'] / row['images'])} ({row['peak_bytes'] / 2**30:.1f})"
-            for row in one["rows"]
-        ]
-        lines.append(f"| {one['phase']} | {one['by']} | {'; '.join(cells)} | {one['by']} ^ {one['power']:.2f} |")
-    lines += ["", "| phase | share of the machine's own rate | of |", "|---|---|---|"]
+    """How each phase grows with one setting, from its first value to its last, and its share of the machine's rate."""
+    lines = ["| phase | setting | seconds per image | peak memory, GiB | time of a call |", "|---|---|---|---|---|"]
+    for series in about["growth"]:
+        first, last = series["rows"][0], series["rows"][-1]
+        ends = [f"{series['by']} {first['value']:,} ... {last['value']:,}"]
+        ends += [f"{_number(first['seconds'] / first['images'])} ... {_number(last['seconds'] / last['images'])}"]
+        ends += [f"{first['peak_bytes'] / 2**30:.1f} ... {last['peak_bytes'] / 2**30:.1f}"]
+        lines.append(f"| {series['phase']} | {' | '.join(ends)} | {series['by']} ^ {series['power']:.2f} |")
+    lines += ["", "| phase | share of the machine's rate | rate of |", "|---|---|---|"]
     for phase in about["phases"]:
         unit = "GB/s" if "memory" in phase["of"] else "GFLOP/s"
         lines.append(
@@ -124,7 +147,7 @@ def _growth(about: dict[str, Any]) -> list[str]:
 
 
 def render_readme(found: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """The figures that have a goal."""
+    """The table of README.md: the figures that have a goal."""
     lines = ["| work | CPU | GPU |", "|---|---|---|"]
     for name, row in ((name, row) for name, row in ROWS.items() if row.goal):
         cells = []
@@ -141,20 +164,23 @@ def _check(value: Any) -> str:
     return str(value) if isinstance(value, bool) or not isinstance(value, int) else f"{value:,}"
 
 
-def _place(about: dict[str, Any]) -> str:
-    machine = about["machine"]
-    hardware = machine["hardware"]
-    gpu = f", {hardware['gpu']}" if "gpu" in hardware else ""
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    return (
-        f"\n{hardware['cpu']}, {hardware['cores']} cores, {machine['threads']} threads{gpu}; load {machine['load']:.2g}"
-        f" at the end; peak memory of all sides {about['peak_memory_bytes'] / 2**30:.1f} GiB. {versions}."
-    )
+def _places(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+    """Machine, threads and package versions, once for all rows that share them."""
+    rows: dict[str, list[str]] = {}
+    for (name, device), about in found.items():
+        machine = about["machine"]
+        hardware = machine["hardware"]
+        gpu = f", {hardware['gpu']}" if "gpu" in hardware else ""
+        versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
+        place = f"{hardware['cpu']}, {hardware['cores']} cores, {machine['threads']} threads{gpu}. {versions}."
+        rows.setdefault(place, []).append(f"`{name}` ({device})")
+    return [f"{', '.join(names) if len(rows) > 1 else 'All rows'}: {place}" for place, names in rows.items()]
 
 
-# Unconditional CIFAR-10, 50,000 samples against train: DDIM and eta from Song et al. 2020, table 1; DPM-Solver++ and UniPC from
-# Zhao et al. 2023, on the network of Song et al. 2021; the curve is of a public replication of Ho et al. 2020, whose name
-# did not come with the numbers.
+# FID of unconditional CIFAR-10, 50,000 samples against train.
+# REPLICATION: step -> FID of a public replication of Ho et al. 2020, source unknown.
+# PUBLISHED: DDIM and eta from Song et al. 2020, table 1; DPM-Solver++ and UniPC from Zhao et al. 2023, on the network of
+# Song et al. 2021.
 REPLICATION = {46_800: 9.162, 93_600: 5.778, 187_000: 4.083, 421_000: 3.31, 796_000: 3.188}
 PUBLISHED = {
     **{f"ddim-{n}": fid for n, fid in {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16}.items()},
@@ -172,107 +198,109 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def render_cifar10() -> str:
-    """Throughput; every variant in a row; then the curve, the sweep and the rest of the two recipes."""
+    """The tables of docs/cifar10.md: throughput, variants, FID during training, sweeps, recipes on a CPU."""
     names = {"paper", "fast"} | {path.stem.partition("-")[2] for path in (HERE / "results").glob("cifar10-*.json")}
     found = {name: _read(f"cifar10-{name}") for name in sorted(names - {"throughput"}, reverse=True)}
     lines = [*_throughput(_read("cifar10-throughput")), "", "### Variants", "", *_variants(found)]
-    lines += ["", "### FID along the way", "", *_along(found), "", "### Samplers and steps", "", *_swept(found)]
-    return "\n".join([*lines, "", "### On this kind of CPU", "", *_on_cpu()]) + "\n"
+    lines += ["", "### FID during training", "", *_curves(found), "", "### Samplers and steps", "", *_swept(found)]
+    return "\n".join([*lines, "", "### Recipes on this kind of CPU", "", *_on_cpu(), "", *_trials()]) + "\n"
+
+
+def _missing(names: list[str]) -> list[str]:
+    return ["", f"Not measured: {', '.join(f'`{name}`' for name in names)}."] if names else []
 
 
 def _throughput(about: dict[str, Any]) -> list[str]:
     lines = ["### Training throughput, the paper's network, bfloat16", ""]
+    if not about:
+        return [*lines, "Not measured."]
     lines += ["| batch | | images/s | share of the matmul rate | hours to 800k steps of 128 | peak memory |"]
     lines += ["|---|---|---|---|---|---|"]
-    cells = {(cell["compiled"], cell["batch"]): cell for cell in about.get("cells", ())}
-    for compiled in (False, True):
-        for batch in sorted({batch for _, batch in cells}) or (128, 256, 512, 1024):
-            kind = "compiled" if compiled else "eager"
-            if (cell := cells.get((compiled, batch))) is None:
-                lines.append(f"| {batch} | {kind} | {NONE} | | | |")
-                continue
-            memory = f"{cell['memory_bytes'] / 2**30:.1f} GiB" if cell["memory_bytes"] else ""
-            rate, hours = f"{cell['images_per_second']:,.0f}", _number(cell["hours_to_800k"])
-            lines.append(f"| {batch} | {kind} | {rate} | {100 * cell['share']:.0f} % | {hours} | {memory} |")
-    if about:
-        rate = max(cell["matmul_rate"] for cell in cells.values()) / 1e12
-        lines += ["", f"{_where(about)}; its rate of matrix products is {rate:,.0f} TFLOP/s."]
-    return lines
-
-
-def _where(about: dict[str, Any]) -> str:
+    for cell in sorted(about["cells"], key=lambda cell: (cell["compiled"], cell["batch"])):
+        kind = "compiled" if cell["compiled"] else "eager"
+        memory = f"{cell['memory_bytes'] / 2**30:.1f} GiB" if cell["memory_bytes"] else ""
+        rate, hours = f"{cell['images_per_second']:,.0f}", _number(cell["hours_to_800k"])
+        lines.append(f"| {cell['batch']} | {kind} | {rate} | {100 * cell['share']:.0f} % | {hours} | {memory} |")
+    rate = max(cell["matmul_rate"] for cell in about["cells"]) / 1e12
     machine = about["machine"]
-    return f"{machine.get('gpu', 'CPU')}, torch {machine['torch']}"
+    place = f"{machine.get('gpu', 'CPU')}, torch {machine['torch']}"
+    return [*lines, "", f"{place}; its rate of matrix products is {rate:,.0f} TFLOP/s."]
 
 
 def _variants(found: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
-        "| variant | steps x batch | minutes | images/s | FID along the way, at the end | FID, 50,000 | bits/dim, test |"
+        "| variant | steps x batch | minutes | images/s | FID at the end of training | FID, 50,000 | bits/dim, test |"
     ]
     lines += ["|---|---|---|---|---|---|---|"]
-    for name, about in found.items():
-        if not about:
-            lines.append(f"| `{name}` | {NONE} | | | {NONE} | {NONE} | {NONE} |")
-            continue
+    measured = {name: about for name, about in found.items() if about}
+    for name, about in measured.items():
         last, final, bound = (about["curve"] or [None])[-1], about["final"], about["bound"]
         rate = f"{about['images_per_second']:,.0f}" if about["images_per_second"] else ""
         row = [f"{about['step']:,} x {about['recipe']['batch']}", f"{about['minutes']:.1f}", rate]
         row.append(f"{_interval(last)} of {last['images']:,}" if last else NONE)
         row.append(f"{_interval(final)} of {final['images']:,}, {final['point']}" if final else NONE)
-        of = f" ({bound['images']:,} images, {bound['times']} times each)" if bound else ""
-        row.append(f"{bound['bits_per_dim']:.3f} ± {bound['standard_error']:.3f}{of}" if bound else NONE)
+        size = f" ({bound['images']:,} images, {bound['times']} times each)" if bound else ""
+        row.append(f"{bound['bits_per_dim']:.3f} ± {bound['standard_error']:.3f}{size}" if bound else NONE)
         lines.append(f"| `{name}` | {' | '.join(row)} |")
-    return lines
+    missing = _missing([name for name in found if name not in measured])
+    return [*lines, *missing] if measured else missing[1:]
 
 
 def _interval(row: dict[str, Any]) -> str:
     return f"{row['fid']:.2f} ({row['low']:.2f} ... {row['high']:.2f})"
 
 
-def _along(found: dict[str, dict[str, Any]]) -> list[str]:
+def _curves(found: dict[str, dict[str, Any]]) -> list[str]:
     lines = ["| variant | minutes | step | images seen | FID | as of 50,000 samples |", "|---|---|---|---|---|---|"]
+    missing = []
     for name in ("paper", "fast"):
         rows = found[name].get("curve") or []
-        lines += [] if rows else [f"| `{name}` | {NONE} | | | | |"]
+        missing += [] if rows else [name]
         for row in rows:
             more = f"{row['as_of_50000']:.2f}" if "as_of_50000" in row else ""
             minutes, seen = f"{row['minutes']:.1f}", f"{row['images_seen']:,}"
             lines.append(f"| `{name}` | {minutes} | {row['step']:,} | {seen} | {_interval(row)} | {more} |")
-    return lines + [
-        f"| the public replication | | {step:,} | {128 * step:,} | | {fid} |" for step, fid in REPLICATION.items()
-    ]
+    lines += [f"| replication | | {step:,} | {128 * step:,} | | {fid} |" for step, fid in REPLICATION.items()]
+    return lines + _missing(missing)
 
 
 def _swept(found: dict[str, dict[str, Any]]) -> list[str]:
-    lines = ["| sampler-steps | `paper` | `fast` | published |", "|---|---|---|---|"]
-    sweeps = [found[name].get("sweep") or {} for name in ("paper", "fast")]
-    for point in dict.fromkeys([*PUBLISHED, *sweeps[0], *sweeps[1]]):
-        cells = [_interval(sweep[point]) if point in sweep else NONE for sweep in sweeps]
-        lines.append(f"| `{point}` | {' | '.join(cells)} | {PUBLISHED.get(point, '')} |")
-    return lines
+    sweeps = {name: found[name].get("sweep") or {} for name in ("paper", "fast")}
+    measured = {name: sweep for name, sweep in sweeps.items() if sweep}
+    titles = ["sampler-steps", *(f"`{name}`" for name in measured), "published"]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for point in dict.fromkeys([*PUBLISHED, *(point for sweep in measured.values() for point in sweep)]):
+        cells = [_interval(sweep[point]) if point in sweep else NONE for sweep in measured.values()]
+        lines.append(f"| `{point}` | {' | '.join([*cells, str(PUBLISHED.get(point, ''))])} |")
+    return lines + _missing([name for name in sweeps if name not in measured])
 
 
 def _on_cpu() -> list[str]:
+    """The end of each curve; docs/images has the whole of it."""
     lines = ["| recipe | steps | minutes | processor minutes | FID | protocol |", "|---|---|---|---|---|---|"]
+    missing = []
     for name in ("digits", "cifar10-cpu"):
         about = _read(f"curve-{name}")
-        lines += [] if about else [f"| `{name}` | {NONE} | | | | |"]
-        for row in about.get("curve", ()):
-            times = f"{row['minutes']:.2f} | {row['processor_minutes']:.2f}"
-            protocol = f"{row['images']:,} samples, layer {about['layer']}, {about['point']}"
-            lines.append(f"| `{name}` | {row['step']:,} | {times} | {_interval(row)} | {protocol} |")
-    lines += ["", "### Trials of `cifar10-cpu`, in equal processor time", ""]
-    lines += [
-        "| one change | parameters | steps | processor seconds | error on test images | FID |",
-        "|---|---|---|---|---|---|",
-    ]
+        if not about.get("curve"):
+            missing.append(name)
+            continue
+        row = about["curve"][-1]
+        times = f"{row['minutes']:.2f} | {row['processor_minutes']:.2f}"
+        protocol = f"{row['images']:,} samples, layer {about['layer']}, {about['point']}"
+        lines.append(f"| `{name}` | {row['step']:,} | {times} | {_interval(row)} | {protocol} |")
+    return lines + _missing(missing)
+
+
+def _trials() -> list[str]:
+    lines = ["### Trials of `cifar10-cpu`, in equal processor time", ""]
+    lines += ["| one change | parameters | steps | processor seconds | error on test images | FID |"]
+    lines += ["|---|---|---|---|---|---|"]
     trials = _read("trials-cifar10-cpu").get("trials", {})
     for name, row in trials.items():
         size = f"{row['parameters']:,} | {row['steps']:,} | {row['processor_seconds']:.0f}"
-        lines.append(
-            f"| {name} | {size} | {row['error']:.4f} | {_interval(row)} of {row['images']:,}, layer {row['layer']} |"
-        )
-    return lines if trials else [*lines, f"| all | {NONE} | | | | |"]
+        lines.append(f"| {name} | {size} | {row['error']:.4f} | {_interval(row)} |")
+    protocols = sorted({f"{row['images']:,} samples, layer {row['layer']}" for row in trials.values()})
+    return [*lines, "", f"Protocol: {'; '.join(protocols)}."] if trials else [*lines[:2], "Not measured."]
 
 
 def metrics(found: dict[tuple[str, str], dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""What DVC, Prefect and start-up add to the stages themselves: a whole run in a clone of this checkout."""
+"""Measures what DVC, Prefect and process start-up add to the stages, in a clone of this checkout."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ report(params)
 
 @contextmanager
 def _clone() -> Iterator[tuple[Path, dict[str, str]]]:
-    """A clone of what is committed here, in which nothing ran, and the environment for its commands."""
+    """Yields a fresh clone of this checkout's commit, and the environment for its commands."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "clone"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(root)], check=True)
@@ -61,7 +61,7 @@ def _timed(command: list[str], root: Path, environment: dict[str, str]) -> float
 
 
 def _first_work(verb: list[str], root: Path, environment: dict[str, str]) -> float:
-    """Seconds from the start of a stage's process to its first report of something done (not of what it waits for)."""
+    """Returns the seconds from the start of a stage's process to its first progress line with work done."""
     began, first = time.perf_counter(), None
     with subprocess.Popen(
         [str(Path(sys.executable).parent / "ddpm"), *verb],
@@ -79,7 +79,7 @@ def _first_work(verb: list[str], root: Path, environment: dict[str, str]) -> flo
 
 
 def demo(device: str) -> dict[str, Any]:
-    """The smoke recipe by the flow, by DVC with nothing to do, by the flow with nothing to do, and as bare Python calls."""
+    """Measures the smoke recipe: by the flow, by DVC and the flow with nothing to do, and as bare Python calls."""
     python = sys.executable
     with _clone() as (root, environment):
         flow = [_timed([python, "-m", "flows", "--no-promote"], root, environment)]
@@ -102,17 +102,17 @@ def demo(device: str) -> dict[str, Any]:
                 assert (root / output).read_bytes() == (other / output).read_bytes(), output
     added = [(whole - calls) / stages for whole, calls in zip(flow, bare, strict=True)]
     return {
-        "work": f"the {RECIPE} recipe, {stages} stages, with MLflow's records; its outputs equal those of the bare calls",
+        "work": f"the {RECIPE} recipe, {stages} stages, published to MLflow; the outputs equal those of bare calls",
         "per_call": "one run",
         "checks": {"same outputs": True, "stages": stages},
         "times": {
             "flow": {"wall": flow},
             "bare calls in one process": {"wall": bare},
-            "dvc repro, nothing to do": {"wall": repro},
-            "flow, nothing to do": {"wall": again},
+            "dvc repro with nothing to do": {"wall": repro},
+            "flow with nothing to do": {"wall": again},
         },
         "figures": [
-            figure("added by the flow to a stage", added, "s", 8.0, most=True),
+            figure("overhead of the flow per stage", added, "s", 8.0, most=True),
             figure("dvc repro with nothing to do", repro, "s", 5.0, most=True),
             figure("flow with nothing to do", again, "s", 30.0, most=True),
         ],
@@ -120,7 +120,7 @@ def demo(device: str) -> dict[str, Any]:
 
 
 def start(device: str) -> dict[str, Any]:
-    """From the start of a stage's process to its first work."""
+    """Measures the time from the start of a stage's process to its first progress."""
     verbs = {"train": ["train", "cosine", "--fresh"], "sample": ["sample", "cosine-ddim-5"]}
     verbs["evaluate"] = ["evaluate", "cosine-ddim-5"]
     goals = {"train": 4.0, "sample": 4.0, "evaluate": 10.0}
@@ -132,7 +132,7 @@ def start(device: str) -> dict[str, Any]:
             for name, verb in verbs.items()
         }
     return {
-        "work": "seconds from the start of a stage's process to the first thing it has done",
+        "work": "seconds from the start of a stage's process to its first progress",
         "per_call": "one process",
         "checks": {},
         "times": {name: {"wall": values} for name, values in times.items()},

@@ -1,4 +1,4 @@
-"""Inception features, FID and its interval, against torch-fidelity and scipy."""
+"""Measures Inception features, FID and its interval, beside torch-fidelity and scipy."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bench.harness import TINY, alternate, figure, ratios
 from ddpm.scores import fidelity, inception
 from ddpm.scores.features import extract
 
-SETS, IMAGES = 3, 150  # sample sets, and images of each and of the reference
+SETS, IMAGES = 3, 150  # sample sets; images in each set and in the reference
 ROWS, DIMENSIONS = (1_000, 128) if TINY else (50_000, 2048)
 CACHE = Path(".cache") / "inception"
 
 
 def _pictures(count: int, seed: int) -> np.ndarray:
-    """Smooth random images: uint8 N,3,32,32."""
+    """Makes smooth random images: uint8 [count, 3, 32, 32]."""
     small = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     return (torch.nn.functional.interpolate(small, (32, 32), mode="bicubic").clamp(0, 1) * 255).byte().numpy()
 
@@ -37,7 +37,7 @@ class _Set(torch.utils.data.Dataset[torch.Tensor]):
 
 
 def fid_sets(device: str) -> dict[str, Any]:
-    """FID of K sample sets against one reference."""
+    """Measures the FID of several sample sets against one reference."""
     import torch_fidelity
 
     images = IMAGES * (50 if device == "cuda" else 1) // (10 if TINY else 1)
@@ -49,13 +49,15 @@ def fid_sets(device: str) -> dict[str, Any]:
         state = inception._from_wheel(CACHE)
         assert state is not None
         torch.save({**state, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, weights)
-        kept = fidelity.statistics(extract(extractor, reference))  # as the stage's cache has it
+        kept = fidelity.statistics(extract(extractor, reference))  # computed before, as in a stage's cache
 
         def ours() -> list[float]:
             began = time.perf_counter()
             extracted = [extract(extractor, samples) for samples in sets]
             seconds.append(time.perf_counter() - began)
-            again = fidelity.Statistics(kept.mean, kept.covariance)  # its root is computed once for all sets
+            again = fidelity.Statistics(
+                kept.mean, kept.covariance
+            )  # a new object, so the reference's root is computed once in each call
             return [fidelity.jackknife(part, again, device).fid for part in extracted]
 
         def theirs() -> list[float]:
@@ -73,23 +75,23 @@ def fid_sets(device: str) -> dict[str, Any]:
             ]
 
         times, given = alternate({"ours": ours, "torch-fidelity": theirs}, 2, warmups=0, device=device)
-    # On a GPU the peer runs as its users run it, its convolutions in TF32: that moves FID by 1e-3. Ours are in float32.
+    # On a GPU the peer's convolutions use TF32, its default, which changes FID by 1e-3. Ours use float32.
     np.testing.assert_allclose(given["ours"], given["torch-fidelity"], rtol=5e-3 if device == "cuda" else 1e-4)
     over = [100 * (whole / part - 1) for whole, part in zip(times["ours"]["wall"], seconds, strict=True)]
     return {
         "work": f"FID and its interval, {SETS} sets of {images} images against one reference of as many, layer 2048",
-        "per_call": f"all {SETS} sets; the reference's features are kept by us, and were computed before",
+        "per_call": f"all {SETS} sets; ours starts with the reference's statistics (a stage caches them)",
         "checks": {"FID, ours": given["ours"], "FID, torch-fidelity": given["torch-fidelity"]},
         "times": times,
         "figures": [
-            figure("time beyond the samples' features", over, "%", 5.0, most=True),
+            figure("time besides feature extraction", over, "%", 5.0, most=True),
             *ratios(times, "torch-fidelity"),
         ],
     }
 
 
 def statistics(device: str) -> dict[str, Any]:
-    """Features -> FID with its interval."""
+    """Measures FID and its interval from given features."""
     import scipy.linalg
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
@@ -97,11 +99,13 @@ def statistics(device: str) -> dict[str, Any]:
     mix = random.standard_normal((DIMENSIONS, DIMENSIONS), np.float32) / DIMENSIONS**0.5
     scale = np.linspace(1, 0.01, DIMENSIONS, dtype=np.float32)
     real, fake = (random.standard_normal((ROWS, DIMENSIONS), np.float32) * scale @ mix + shift for shift in (0, 0.02))
-    reference = fidelity.statistics(real)  # kept by us; the peers get theirs as well
+    reference = fidelity.statistics(real)  # known before, as are the peers' own
     kept = fid_features_to_statistics(torch.from_numpy(real))
 
     def ours() -> float:
-        again = fidelity.Statistics(reference.mean, reference.covariance)  # its root is part of the work
+        again = fidelity.Statistics(
+            reference.mean, reference.covariance
+        )  # a new object, so that its root is part of the work
         return fidelity.jackknife(fake, again, device).fid
 
     def without_interval() -> float:
@@ -124,8 +128,8 @@ def statistics(device: str) -> dict[str, Any]:
     for peer in ("without the interval", "torch-fidelity", "scipy sqrtm"):
         np.testing.assert_allclose(given["ours"], given[peer], rtol=1e-6)
     return {
-        "work": f"features {ROWS:,} x {DIMENSIONS} -> FID and its interval (peers: FID alone)",
-        "per_call": "statistics of the samples, and the distance to a reference whose statistics are known",
+        "work": f"FID and its interval from {ROWS:,} x {DIMENSIONS} features (peers: FID alone)",
+        "per_call": "statistics of the samples, and their distance to known statistics of a reference",
         "checks": {f"FID, {side}": value for side, value in given.items()},
         "times": times,
         "figures": [
@@ -138,7 +142,7 @@ def statistics(device: str) -> dict[str, Any]:
                     "20 resamples": {kind: [20 * x for x in times["torch-fidelity"][kind]] for kind in ("wall", "cpu")},
                 },
                 "20 resamples",
-                name="an interval from 20 resamples with torch-fidelity (20 times its time) / ours",
+                name="an interval by 20 resamples with torch-fidelity (20 times its time) / ours",
             ),
         ],
     }

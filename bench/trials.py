@@ -1,7 +1,7 @@
-"""Which settings of recipes/cifar10-cpu.yaml give the most in equal processor time: `python -m bench.trials --seconds 240`.
+"""Compares settings of recipes/cifar10-cpu.yaml in equal processor time: `python -m bench.trials --seconds 240`.
 
-Every row of CHANGES is trained for as many processor seconds, then scored as the recipe says, and by its error on test images.
-Results: bench/results/trials-cifar10-cpu.json. It stops within --minutes and goes on from --state.
+Every row of CHANGES is trained for --seconds of processor time, then scored as the recipe says, and by its error on
+test images. Results: bench/results/trials-cifar10-cpu.json. It stops after --minutes and resumes from --state when repeated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ddpm import Denoiser
 from ddpm.scores import fidelity, inception
 
 NAME = "cifar10-cpu"
-# One change each: of the recipe's fields, or of its network's.
+# Each row changes one thing in the recipe or its network.
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "eps": {"target": "eps"},
@@ -46,26 +46,43 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def changed(recipe: Recipe, change: dict[str, Any]) -> Recipe:
+    """Applies a row of CHANGES."""
     return replace(recipe, **{**change, "network": {**recipe.network, **change.get("network", {})}})
 
 
 @torch.inference_mode()
 def error(denoiser: Denoiser, images: torch.Tensor, seed: int = 0) -> float:
-    """min(SNR, 5) times the squared error of x0_hat, at times and noise that are the same for every training on a schedule."""
+    """Returns the mean of min(SNR, 5) times the squared error of x0_hat, on fixed times and noise.
+
+    All trainings on one schedule are compared on the same times and noise.
+    """
     schedule, generator = denoiser.schedule, torch.Generator().manual_seed(seed)
     t = ((torch.arange(len(images)) + 0.5) / len(images) * schedule.T).long()
     alpha_bar = schedule.alpha_bar[t + 1].view(-1, 1, 1, 1)
     x_0 = images.float() / 127.5 - 1
     eps = torch.randn(x_0.shape, generator=generator)
     x_t = (alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps).float()
-    x0_hat = torch.cat([denoiser(x, at) for x, at in zip(x_t.split(64), t.split(64), strict=True)])
+    x0_hat = torch.cat([denoiser(x, times) for x, times in zip(x_t.split(64), t.split(64), strict=True)])
     return float(((alpha_bar / (1 - alpha_bar)).clamp(max=5) * (x0_hat - x_0).square()).mean())
 
 
 def trial(
     recipe: Recipe, params: Any, dataset: Any, extractor: inception.Inception, seconds: float, state: Path, until: float
 ) -> dict[str, Any]:
-    """One training of that many processor seconds, and its scores. Raises OutOfTime."""
+    """Trains one recipe and scores it.
+
+    Args:
+        recipe: the changed recipe.
+        params: parameters that say how to sample and score.
+        dataset: the prepared dataset.
+        extractor: the feature extractor.
+        seconds: processor seconds of training.
+        state: folder to resume from.
+        until: time.monotonic() at which to stop.
+
+    Raises:
+        OutOfTime: `until` is reached.
+    """
     shape, point, scoring = tuple(dataset.train.shape[1:]), params.points()[-1], params.evaluation
     here = Course.load(state, recipe, "cpu")
     if here.processor < seconds:
@@ -101,17 +118,19 @@ def trial(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.trials", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows: {', '.join(CHANGES)}; default: all")
-    parser.add_argument("--images", type=Path, help="PNG files or zips of them, instead of the recipe's data")
-    parser.add_argument("--seconds", type=float, default=240, help="of processor time, for each training")
+    parser.add_argument("--images", type=Path, help="folder of PNG files or zips to use instead of the recipe's data")
+    parser.add_argument("--seconds", type=float, default=240, help="processor time of each training")
     parser.add_argument(
-        "--threads", type=int, help="instead of the recipe's: 1 beside other work, where two wait for each other"
+        "--threads",
+        type=int,
+        help="CPU threads; default: the recipe's. Use 1 beside other work, where two threads would wait for each other",
     )
-    parser.add_argument("--minutes", type=float, default=9, help="of this command, about")
+    parser.add_argument("--minutes", type=float, default=9, help="time limit of this command, roughly")
     parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "curves" / f"{NAME}-trials")
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     asked = parser.parse_args(arguments)
     if unknown := [name for name in asked.names if name not in CHANGES]:
-        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(CHANGES)}")
+        parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(CHANGES)}")
     until = time.monotonic() + asked.minutes * 60
     params, dataset = prepared(NAME, asked.images, asked.state)
     if harness.TINY:
@@ -134,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
             shutil.rmtree(folder)
             print(f"  {name}: FID {row['fid']:.4g}, error {row['error']:.4g}, {row['steps']:,} steps", flush=True)
     except OutOfTime:
-        print("out of time; the same command goes on")
+        print("out of time; repeat the command to continue")
         return 0
     print("complete")
     return 0
