@@ -1,7 +1,7 @@
 # `make help` lists the targets. Each target installs what it needs, once.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test proof chaos bench wheels up ui remote check audit sbom image clean lock
+.PHONY: help demo test test-library proof chaos bench wheels up ui remote check audit sbom image clean lock
 
 UV := uv==0.13.9
 INSTALLED := .venv/installed
@@ -12,6 +12,10 @@ RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP := .venv/bin/uv pip install --python .venv/bin/python --no-deps
 # The environment's `dvc` writes dvc.lock atomically (ddpm/provenance/atomic_lock.py).
 ATOMIC := find .venv/bin -name dvc -exec sed -i 's/^from .* import main/from ddpm.provenance.atomic_lock import main/' {} +
+# Installs the extras of pyproject.toml whose names follow.
+EXTRAS = .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint requirements.lock $$(.venv/bin/python -c 'import sys, tomllib; \
+	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(*(item.replace(" ", "") for name in sys.argv[1:] for item in extras[name]))'
 # PEERS: the packages that `make bench` compares with and that are not in requirements.lock. TRAVEL: the packages of
 # requirements.lock that a machine with only torch, torchvision and scipy may lack.
 PEERS = $$(.venv/bin/python -c 'import tomllib; \
@@ -36,7 +40,7 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export PYTHONDONTWRITEBYTECODE := 1
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'variables: RECIPE=smoke (demo), HOST, PREFECT_PORT, MLFLOW_PORT (up, ui), TORCH_INDEX=<address of a package index> (another'
 	@echo '           torch, such as the smaller CPU-only one), PYTHON=<interpreter> (3.11 or newer)'
 
@@ -46,13 +50,16 @@ demo: $(EMPTY) ## run the whole pipeline on real digits, from data to a promoted
 test: $(EMPTY) ## run the tests (15 minutes at most)
 	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof and not chaos'
 
-proof: $(EMPTY) ## run the slow proofs
+test-library: $(INSTALLED) ## run the tests of the maths alone (90 seconds at most)
+	@$(RUN) pytest -n 2 -m 'not proof and not chaos' tests/diffusion tests/training tests/networks/test_unet.py \
+		tests/scores/test_fidelity.py tests/scores/test_intervals.py
+
+proof: $(EMPTY) ## run the slow proofs, and the tests on mutants of the source
+	@$(EXTRAS) mutation)
 	@$(RUN) pytest -m proof
 
 chaos: $(EMPTY) ## inject real faults: kills, full disks, dead servers
-	@.venv/bin/uv pip install --quiet --python .venv/bin/python --constraint requirements.lock \
-		$$(.venv/bin/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
-		print(*(item.replace(" ", "") for name in ("dask", "kubernetes") for item in extras[name]))')
+	@$(EXTRAS) dask kubernetes)
 	@$(RUN) pytest -m chaos
 
 bench: $(INSTALLED) ## measure speed against other packages and write docs/speed.md (ONLY=train: one row; about 30 minutes)
