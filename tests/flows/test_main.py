@@ -54,6 +54,7 @@ def test_wrong_input_is_one_line_at_once(here: Any) -> None:
     assert not (here.root / ".prefect" / "server.log").exists()  # nothing was started for it
 
 
+@pytest.mark.proof
 @pytest.mark.timeout(300)
 def test_everything_runs_without_a_server_and_leaves_none(here: Any) -> None:
     """prefect.toml names an API where nobody listens, and so does the environment a proxy."""

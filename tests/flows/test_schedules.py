@@ -60,6 +60,7 @@ def all_runs(up: Any) -> set[str]:
     return {run["id"] for run in up.post("/flow_runs/filter")}
 
 
+@pytest.mark.proof
 def test_a_schedule_starts_runs_is_paused_kept_by_deploy_and_resumed(up: Any) -> None:
     assert "Created" in schedule(up, "create", "--interval", "20")
     run = scheduled_run(up, set())

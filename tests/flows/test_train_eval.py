@@ -223,6 +223,7 @@ with get_client(sync_client=True) as client:
 """
 
 
+@pytest.mark.chaos
 def test_a_task_run_whose_end_prefect_did_not_hear_is_ended_by_the_next_run(up: Any) -> None:
     """As it is left where the API was away at that moment: Running, in a flow run that is Completed."""
     assert up.scratch.run(*up.FLOW, json.dumps({"promote": False})).returncode == 0
@@ -279,6 +280,7 @@ def test_params_changed_meanwhile_are_never_what_dvc_recorded(up: Any) -> None:
     assert "Running stage" not in up.scratch.repro()
 
 
+@pytest.mark.chaos
 def test_kill_9_of_the_worker_ends_everything(up: Any) -> None:
     """The last one: its flow run and stages end with it, and so do the servers beside it."""
     up.scratch.control(**NEVER)

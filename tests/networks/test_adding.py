@@ -17,6 +17,7 @@ TOY = Path(__file__).with_name("toy_network.py")
 POINT = "cosine-ddim-2"
 
 
+@pytest.mark.proof
 def test_one_file_is_a_network_up_to_its_promotion(copied: Any) -> None:
     toy = copied.root / "ddpm" / "networks" / "toy.py"
     copied.dvc("repro", "train@cosine")

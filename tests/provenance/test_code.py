@@ -77,6 +77,7 @@ def run(root: Path, program: str = PROGRAM) -> str:
     return done.stdout
 
 
+@pytest.mark.proof
 def test_what_other_code_left_is_not_gone_on_from(checkout: Path) -> None:
     first, second = run(checkout), run(checkout)
     assert not any(line in first for line in KEPT) and "once for this dataset" in first

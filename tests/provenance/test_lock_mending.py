@@ -194,6 +194,7 @@ stages:
 """
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("kept", ["    cmd: echo 1 > first\n", "ddpm prepare\n", "/last\n"])
 def test_plain_dvc_that_goes_on_with_half_a_file_ends_with_a_whole_one(kept: str, tmp_path: Path) -> None:
     for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):

@@ -142,6 +142,7 @@ def test_weights_that_are_converted_otherwise_are_refused(tmp_path: Path, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.proof
 def test_two_processes_convert_at_once_without_torchvision(inception_cache: Path, tmp_path: Path) -> None:
     code = """
 import sys

@@ -234,6 +234,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(root: Path, monkeypatch: Any
     refused("dataset")
 
 
+@pytest.mark.proof
 def test_full_weights_at_the_last_layer_give_an_inception_score(
     root: Path, inception_weights: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -136,6 +136,7 @@ def kill_and_compare(root: Path, params: Params, kills: int, part: float) -> lis
     return [int(line.split()[-1]) for line in log.splitlines() if line.startswith("resuming")]
 
 
+@pytest.mark.chaos
 def test_a_training_killed_at_random_moments_ends_with_the_same_bytes(root: Path, smoke: Callable[..., Params]) -> None:
     params = smoke(training={"steps": 40}, compute={"checkpoint_every": 2})
     assert any(0 < step < 40 for step in kill_and_compare(root, params, 5, 0.5))
@@ -902,6 +903,7 @@ print("trained")
 """
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     "processor", [{}, {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"}], ids=["this", "an old one"]
 )
@@ -973,6 +975,7 @@ print(train(Params.check(raw, "smoke"), "cosine", root)["loss"])
 """
 
 
+@pytest.mark.proof
 def test_images_that_no_memory_holds_are_read_batch_by_batch(tmp_path: Path, smoke: Callable[..., Params]) -> None:
     params = smoke(training={"steps": 3, "batch": 2, "log_every": 1, "validation_images": 0}, network={"attention": []})
     done = subprocess.run(

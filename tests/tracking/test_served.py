@@ -109,6 +109,7 @@ def assert_generated(images: np.ndarray, params: Params, out: Path, seed: int) -
         np.testing.assert_array_equal(arrays.grid(images.astype(np.uint8))[0], np.asarray(picture))
 
 
+@pytest.mark.proof
 def test_mlflow_serves_it(
     checkout: Path,
     params: Params,
