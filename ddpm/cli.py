@@ -59,6 +59,7 @@ def options(
 ) -> None:
     global Debug  # noqa: PLW0603
     Debug = debug
+    # protects: tests/flows/test_checkout.py::test_no_entry_works_with_the_code_of_another_checkout[ddpm]
     checkout.require_own(Path())
     lock_mending.check(Path(), say)
 
@@ -514,6 +515,7 @@ UsageError: Any = typer.BadParameter.__base__  # the one of its errors that type
 
 def main() -> None:
     """The console script: wrong input is one line on standard error and exit code 2. SIGTERM is one line too, and 143."""
+    # protects: tests/stages/test_faults.py::test_sigterm_is_one_line_and_143_whatever_runs
     stopping.on_sigterm()
     watchdog.start()
     try:

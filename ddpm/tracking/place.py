@@ -126,6 +126,7 @@ def prepare_store(params: Params, root: Path = Path()) -> str:
 
 def import_mlflow() -> None:
     """The first import of mlflow reads the environment."""
+    # protects: tests/tracking/test_secrets.py::test_no_secret_reaches_mlflow_the_outputs_or_the_log
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import mlflow  # noqa: F401

@@ -103,6 +103,7 @@ def _download(client: MlflowClient, where: Place, version: ModelVersion, destina
     about = models.read_model_record(folder)
     models.check_weights(folder, about)
     found = {MODEL: about.weights_sha256, MODEL_RECORD: records.record_digest(about.content)}
+    # protects: tests/tracking/test_promote.py::test_a_registered_model_whose_files_were_replaced_is_refused
     if MODEL not in version.tags or any(version.tags.get(tag, value) != value for tag, value in found.items()):
         raise InputError(
             f"{version.name} version {version.version}: its files are not those that were registered; restore them in"
