@@ -62,6 +62,7 @@ def options(
 ) -> None:
     global Debug  # noqa: PLW0603
     Debug = debug
+    # protects: tests/flows/test_checkout.py::test_no_entry_works_with_the_code_of_another_checkout[ddpm]
     checkout.require_own(Path())
     lock_mending.check(Path(), say)
 
@@ -556,6 +557,7 @@ UsageError: Any = typer.BadParameter.__base__  # click's class, of which typer e
 
 def main() -> None:
     """Runs the command line. Prints errors in one line on standard error; exits with 2 for wrong input and 143 for SIGTERM."""
+    # protects: tests/stages/test_faults.py::test_sigterm_is_one_line_and_143_whatever_runs
     stopping.on_sigterm()
     watchdog.start()
     try:

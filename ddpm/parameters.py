@@ -286,6 +286,7 @@ class Point:
                 f"'{name}' is no point of a sweep: expected SCHEDULE-SAMPLER-STEPS, such as linear-ddim-50"
             )
         for part in parts[:2]:
+            # protects: tests/files/test_bad_input.py::test_a_command_line[a point that is a path]
             if not re.fullmatch(NAME["pattern"], part) or "\n" in part or len(part) > LONGEST_NAME:
                 raise InputError(
                     f"'{name}' is no point of a sweep: names are a-z, 0-9 and _, at most {LONGEST_NAME} characters"

@@ -54,6 +54,7 @@ def check(file: Path) -> bool:
     with _opened(file) as database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         rows = database.execute(EXPERIMENTS).fetchall() if "experiments" in tables else []
+        # protects: tests/tracking/test_tracking.py::test_lost_records_are_not_taken_for_a_new_store[emptied]
         if all(number == 0 for number, _, _ in rows) and _are_lost(file, home.glob("*")):
             raise InputError(
                 f"{file} holds no experiment, but {home} holds artifacts of experiments: the records are lost; {RESTORE},"

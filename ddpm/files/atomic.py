@@ -45,6 +45,7 @@ def _temporary_beside(path: Path) -> str:
         import psutil  # here, because code that only reads files must not need it
 
         owner = left.name.rpartition(".tmp-")[2].partition("-")[0]
+        # protects: tests/stages/test_faults.py::test_what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody
         if owner.isdecimal() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
     return f".{path.name}.tmp-{os.getpid()}-"
@@ -63,6 +64,7 @@ def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
         try:
             yield temporary
             with temporary.open("rb") as file:
+                # protects: tests/stages/test_faults.py::test_a_file_is_on_the_disk_before_it_has_its_name
                 os.fsync(file.fileno())
             temporary.chmod(0o666 & ~MASK)
             if not (keep and _linked(temporary, path)):

@@ -122,6 +122,7 @@ def _filled(entry: NetworkEntry, state: dict[str, Tensor]) -> nn.Module:
             raise ValueError(
                 f"{name}: the weights have shape {list(state[name].shape)}, model.json says {expected[name]}"
             )
+        # protects: tests/files/test_bad_input.py::test_a_checkpoint[NaN]
         if state[name].dtype != torch.float32 or not bool(state[name].isfinite().all()):
             raise ValueError(f"{name}: expected finite float32 weights")
     net.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)  # copies: the file may be replaced
@@ -201,12 +202,14 @@ def read_resume(folder: Path, at_most: int) -> tuple[ResumeState | None, list[st
         try:
             if not path.with_suffix(".json").exists():
                 raise InputError("its checksum is missing")
+            # protects: tests/stages/test_faults.py::test_a_damaged_state_is_passed_over_in_one_line_and_gone[flipped]
             if records.sha256(path) != records.read_json(path.with_suffix(".json"))["sha256"]:
                 raise InputError("its checksum does not match")
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 history = json.loads(file.metadata()["history"])
             training, state = history.pop("training"), ResumeState(tensors=tensors, **history)
+            # protects: tests/stages/test_faults.py::test_a_damaged_state_is_passed_over_in_one_line_and_gone[of another training]
             if (training, state.step) != (folder.name, int(path.stem)):
                 raise InputError(f"it is of step {state.step} of {training}")
             _prune(folder, path)  # a kill may have left states that were to be removed

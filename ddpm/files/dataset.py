@@ -125,6 +125,7 @@ def _check_arrays(root: Path, record: DatasetRecord) -> None:
     """Raises ValueError if the hash of an array's file is not the one in dataset.json."""
     folder, memory = root / paths.dataset_dir(), root / paths.CACHE / "verified.json"
     for path in sorted(folder.glob("*.npy")):
+        # protects: tests/files/test_bad_input.py::test_a_prepared_dataset[another image]
         if records._remembered_sha256(path, memory) != record.files.get(path.name):
             raise ValueError(f"{path.name}: its bytes are not those that dataset.json describes")
 
@@ -191,6 +192,7 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> Images:
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
         if hasattr(os, "posix_fallocate"):
             with path.open("rb+") as file:  # otherwise a full disk kills the process when it writes to the mapping
+                # protects: tests/stages/test_faults.py::test_room_is_taken_before_it_is_written_to
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
         raise InputError(f"{path.name}: no room for {math.prod(shape):,} bytes: {error.strerror}") from None

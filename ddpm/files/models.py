@@ -232,6 +232,7 @@ def check_weights(folder: Path, record: ModelRecord) -> Path:
     weights = folder / "model.safetensors"
     if not weights.exists():
         raise InputError(f"{weights}: no such file; train again or restore it")
+    # protects: tests/files/test_bad_input.py::test_a_checkpoint[a flipped bit]
     if records.sha256(weights) != record.weights_sha256:
         raise unusable(folder, "the checksum of model.safetensors is not the one in model.json")
     return weights

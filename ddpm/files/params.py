@@ -55,6 +55,7 @@ S = TypeVar("S")
 
 
 class Section(BaseModel):
+    # protects: tests/files/test_bad_input.py::test_a_value[seed-0-seed: ]
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @field_validator("*", mode="before")

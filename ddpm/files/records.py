@@ -150,6 +150,7 @@ def _checked(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     content = {key: item for key, item in value.items() if key != CHECKSUM}
     if CHECKSUM not in value:
         raise InputError(f"{path}: holds no checksum, so another version of ddpm made it; make it again (dvc repro)")
+    # protects: tests/files/test_bad_input.py::test_what_a_report_reads[scores that were edited]
     if value[CHECKSUM] != record_digest(content):
         raise InputError(
             f"{path}: its content is not what its checksum says: it was edited or damaged; restore it, or make it again"
@@ -180,6 +181,7 @@ def _compare(record: Path, files: Mapping[str, str], path: Path, digest: Callabl
     expected = files.get(path.name) if isinstance(files, dict) else None
     if not path.is_file():
         raise InputError(f"{path}: no such file; restore it, or make it again (dvc repro)")
+    # protects: tests/files/test_bad_input.py::test_what_a_report_reads[losses of another training]
     if expected is None or digest(path) != expected:
         raise InputError(f"{path}: not the file that {record} describes; restore it, or make it again (dvc repro)")
 

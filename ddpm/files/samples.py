@@ -88,6 +88,7 @@ def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
                 " train and sample again (dvc repro)"
             )
         images = archive["images"]
+        # protects: tests/files/test_bad_input.py::test_a_sample_set[a record of other images]
         if _array_digest(images) != record.arrays.get("images"):
             raise ValueError(f"its images are not those that its {RECORD} describes")
         return Samples(images, record.evaluations, record.model, record.record_sha256)
@@ -144,6 +145,7 @@ def _samples_record(path: Path, archive: Any) -> SamplesRecord:
     if not isinstance(value, dict) or value.get(records.CHECKSUM) != records.record_digest(value):
         raise ValueError(f"its {RECORD} is not what its checksum says")
     record = records.build(SamplesRecord, value)
+    # protects: tests/files/test_bad_input.py::test_a_sample_set[a record of another point]
     if record.point != path.stem:
         raise ValueError(f"it holds the images of {record.point}")
     return record
@@ -157,6 +159,7 @@ def _declared(archive: Any) -> tuple[int, ...]:
         start = file.tell()
     if kind != np.uint8 or len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"expected images of uint8 N,C,H,W, found {kind} {shape}")
+    # protects: tests/files/test_bad_input.py::test_a_sample_set[a petabyte]
     if archive.getinfo("images.npy").file_size != start + math.prod(shape):
         raise ValueError(f"images.npy does not hold the {shape} that it declares")
     return tuple(shape)
@@ -185,6 +188,7 @@ class KeptImages:
         self.batches: dict[int, int] = {}
         about, array, content = folder / "about.json", folder / "images.npy", {"key": key, "shape": list(shape)}
         try:
+            # protects: tests/stages/test_faults.py::test_what_another_sampling_made_is_not_taken[change0]
             if records.read_json(about) != content:
                 raise ValueError("of another sampling")
             self._images: Images = np.lib.format.open_memmap(array, mode="r+")

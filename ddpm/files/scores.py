@@ -388,6 +388,7 @@ def write_influence(path: Path, influence: NDArray[np.floating]) -> None:
 def read_influence(path: Path, digest: str) -> NDArray[np.float32]:
     """Reads influence values, float32 [N]. Raises InputError if the file's sha256 is not `digest`."""
     try:
+        # protects: tests/files/test_bad_input.py::test_what_a_report_reads[another point's influence]
         if path.is_file() and records.sha256(path) != digest:
             raise ValueError("its bytes are not those that were recorded with the scores")
         influence: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -34,6 +34,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         for event in parser.parse(text):
             depth += type(event).__name__.endswith("StartEvent") - type(event).__name__.endswith("EndEvent")
+            # protects: tests/files/test_bad_input.py::test_a_text[101 brackets]
             if depth > DEEPEST:
                 raise InputError(f"{where}: nested more than {DEEPEST} levels deep; write it flatter")
         return parser.load(text)

@@ -87,6 +87,7 @@ def write_at_once() -> None:
             with original(path, parser, dump, fs=fs) as data:
                 yield data
 
+    # protects: tests/flows/test_atomic_lock.py::test_the_dvc_of_this_environment_mends_and_writes_the_file_at_once
     serialize._modify_data = modified  # DVC's modify_yaml calls it by this name
 
 

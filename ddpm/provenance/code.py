@@ -152,6 +152,7 @@ def digest(*names: str) -> str:
         import_module(name)
     now = hashes()
     for path in graph:
+        # protects: tests/provenance/test_code.py::test_code_that_was_edited_after_its_import_trains_nothing
         if now.get(path) != AT_IMPORT.get(path):
             raise InputError(f"{path} was edited after this process had imported it; run again")
     lines = (f"{path.as_posix()}\0{now[path]}\n" for path in graph)

@@ -30,6 +30,7 @@ def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
     before |= {name: imported[name] for name, digest in before.items() if digest is not None and name in imported}
     yield
     changed = changes(before, _read(stage, root))
+    # protects: tests/provenance/test_inputs.py::test_code_that_changes_while_a_stage_runs_is_noticed[report.py]
     if changed:
         raise InputError(f"{stage}: {changed} changed while it ran, so its outputs belong to neither; run again")
 

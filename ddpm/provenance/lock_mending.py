@@ -140,6 +140,7 @@ def _is_complete(entry: str, known: Sequence[str], outputs: int) -> bool:
     if not entry.endswith("\n") or _begins(entry, known):
         return False
     found = _output_entries(entry)
+    # protects: tests/provenance/test_lock_mending.py::test_every_cut_is_mended[True-likelihood@cosine]
     if len(found) < min([outputs, *(len(_output_entries(whole)) for whole in known)]):
         return False
     return all(_is_complete_output(output) for output in found)

@@ -23,6 +23,7 @@ def held(path: Path, patience: float = 0, waiting: Callable[[], None] = lambda: 
         lock.acquire(timeout=patience)
     except Timeout:
         waiting()
+        # protects: tests/flows/test_children.py::test_one_run_at_a_time_works_in_a_checkout
         lock.acquire(poll_interval=INTERVAL)
     try:
         yield

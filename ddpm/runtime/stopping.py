@@ -52,5 +52,6 @@ def deferred() -> Iterator[Callable[[], int]]:
         yield lambda: came[0] if came else 0
     finally:
         restore()
+    # protects: tests/stages/test_faults.py::test_a_second_signal_acts_at_once_and_an_unanswered_one_afterwards
     if came:
         signal.raise_signal(came[0])

@@ -26,6 +26,7 @@ def start() -> None:
     """
     watched = _starters()
     if watched:
+        # protects: tests/runtime/test_watchdog.py::test_a_stage_ends_with_what_started_it[flow-True]
         threading.Thread(target=_watch, args=(watched,), name="watchdog", daemon=True).start()
 
 

@@ -90,6 +90,7 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
                 )
             except ValueError as error:
                 raise InputError(f"{point.name}: {error}") from None
+            # protects: tests/stages/test_faults.py::test_sampling_goes_on_where_it_was
             kept.keep(batch, evaluations)
             made += len(batch)
         drawn_with = {"seed": params.seed, "row": row.options(), "sampling": as_json(settings)}

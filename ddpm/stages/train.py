@@ -282,6 +282,7 @@ def _observe(training: Training, step: Step) -> None:
         if validate and training.world.rank == 0:
             row["validation_loss"] = values["validation_loss"] = training.validation.loss(training.state.ema)
         rows.append(row)
+        # protects: tests/stages/test_faults.py::test_a_loss_far_above_that_of_predicting_nothing_stops_it
         if len(rows) >= ROWS and all(row["loss"] > training.bar for row in rows[-ROWS:]):
             what = f"the loss is {values['loss']:g}, and has long been above {training.bar:g},"
             raise training.failure(what, step)
@@ -291,6 +292,7 @@ def _observe(training: Training, step: Step) -> None:
 def _save(training: Training, step: Step) -> None:
     """Saves the state after this step. Raises InputError if it is not finite."""
     tensors = training.state.tensors()
+    # protects: tests/stages/test_faults.py::test_no_state_that_is_not_finite_is_saved
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise training.failure("the weights are not finite", step)
     if training.world.rank == 0:
@@ -344,6 +346,7 @@ def _resume(
         resumed, complaints = checkpoint.read_resume(folder, at_most=steps)
         for complaint in complaints:
             report(Progress(0, steps, "steps", message=complaint))
+        # protects: tests/stages/test_faults.py::test_a_signal_makes_training_save_that_very_step[15]
         if resumed is not None:
             state.load(resumed.step, resumed.tensors)
             rows, losses = resumed.rows, resumed.losses

@@ -124,6 +124,7 @@ def prepare_store(params: Params, root: Path = Path()) -> str:
 
 def import_mlflow() -> None:
     """Imports mlflow after setting ENVIRONMENT, which the first import reads."""
+    # protects: tests/tracking/test_secrets.py::test_no_secret_reaches_mlflow_the_outputs_or_the_log
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import mlflow  # noqa: F401

@@ -68,6 +68,7 @@ def guard(host: str, port: str, names: Sequence[str], environment: Mapping[str, 
         return added
     if "prefect" in names:
         user, _, password = environment.get("PREFECT_API_AUTH_STRING", "").partition(":")
+        # protects: tests/flows/test_access.py::test_make_up_refuses_to_open_without_passwords
         if not user or len(password) < SHORTEST:
             raise _missing(host, "PREFECT_API_AUTH_STRING=<name>:<password>")
         added["PREFECT_SERVER_API_AUTH_STRING"] = f"{user}:{password}"

@@ -562,6 +562,7 @@ def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
     tags = {"ddpm.stage": "report", "ddpm.best": row.point, "mlflow.note.content": note}
     start, end = _times(times)
     run = find_or_create(target, "report", "report", lambda run: True, start, tags, added)
+    # protects: tests/tracking/test_tracking.py::test_everything_is_there_once_and_a_second_time_adds_nothing
     if run.data.tags.get("ddpm.report_sha256") == content:
         return
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "index.html"]

@@ -135,6 +135,7 @@ def decide(challenger: Score, champion: Score | None, rule: Promotion, force: bo
         ValueError: without `force`, if the scores belong to different protocols.
     """
     comparable = champion is not None and challenger.protocol == champion.protocol
+    # protects: tests/tracking/test_promote.py::test_scores_under_different_protocols_are_never_compared
     if not comparable and not force:
         raise ValueError("scores under different protocols cannot be compared")
     if champion is None or not comparable:

@@ -116,6 +116,7 @@ def _download(client: MlflowClient, where: Place, version: ModelVersion, destina
     record = models.read_model_record(folder)
     models.check_weights(folder, record)
     found = {MODEL: record.weights_sha256, MODEL_RECORD: records.record_digest(record.content)}
+    # protects: tests/tracking/test_promote.py::test_a_registered_model_whose_files_were_replaced_is_refused
     if MODEL not in version.tags or any(version.tags.get(tag, value) != value for tag, value in found.items()):
         raise InputError(
             f"{version.name} version {version.version}: its files differ from those that were registered; restore them in the"

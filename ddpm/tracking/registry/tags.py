@@ -50,6 +50,7 @@ def influence_tag(protocol: Protocol) -> str:
 def settings(version: ModelVersion) -> dict[str, Any]:
     """Returns the sampler settings that a version was promoted with: a row's options, `steps` and `clip`. Raises InputError."""
     found = _object(version, SETTINGS)
+    # protects: tests/tracking/test_promote.py::test_settings_that_are_damaged_draw_nothing[{}]
     try:
         section(_Settings, _Settings.arrange(found))
     except ValueError as error:
