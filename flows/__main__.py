@@ -1,4 +1,4 @@
-"""`python -m flows`: the flow in this process, on a Prefect API of its own, with bars and one line per stage."""
+"""Runs the flow in this process, with a Prefect server of its own: `python -m flows`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ next:
   make ui                              the runs, charts and models in MLflow
   . .venv/bin/activate                 then, in this shell:
   ddpm generate -n 64 --out grid.png   images from the champion
-  dvc repro                            after a change to params.yaml: runs what it touches, and nothing else
+  dvc repro                            after a change to params.yaml: runs only the stages that depend on it
   make up                              the servers and a worker for `prefect deployment run train-eval/default`"""
 
 
 def main(
-    recipe: Annotated[str | None, typer.Option(help="A name in recipes/, or a path: becomes params.yaml.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A name in recipes/, or a path. It replaces params.yaml.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="Such as training.steps=200.")
+        list[str] | None,
+        typer.Option("--set", "-S", metavar="KEY=VALUE", help="Changes a parameter, such as training.steps=200."),
     ] = None,
     promote: Annotated[bool, typer.Option(help="Register the best point.")] = True,
 ) -> None:
@@ -39,7 +40,7 @@ def main(
     console = Console()
     try:
         checkout.require_own(Path(), "ddpm", "flows")
-        parameters.read(Path(), recipe, overrides or ())  # before the wait for a server
+        parameters.read(Path(), recipe, overrides or ())  # reports wrong input before a server starts
         api = Api(Path())
         # Prefect reads its settings when it is imported; its console log would repeat what the display says.
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
@@ -54,7 +55,7 @@ def main(
     except InputError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("interrupted: what is done is kept, the same command goes on from there", 130)
+        _fail("interrupted: finished work is kept; the same command continues from there", 130)
     if not state.is_completed():
         _fail(state.message or state.name or "failed", 2 if state.name == "InputError" else 1)
     if terminal.unchanged:
@@ -75,7 +76,7 @@ def _summary(say: Callable[[str], None], promoted: str, seconds: float) -> None:
 
         try:
             say(table(scores.read_report(Path())[1]))
-        except InputError as error:  # the run has ended well all the same
+        except InputError as error:  # the run itself has succeeded
             say(str(error))
         say("")
     if promoted:

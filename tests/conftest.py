@@ -25,7 +25,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# Settings for this process and its children. Tests use no GPU, because not everything repeats to the bit on GPUs.
+# Settings for this process and its children. Tests use no GPU, because not everything repeats to the bit on GPUs. One thread a
+# process: pytest runs one process for each core, and the threads of small tensors would wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts its background jobs this way

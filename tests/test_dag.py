@@ -1,4 +1,4 @@
-"""dvc.yaml's code dependencies are the real import graph, so editing a file runs again just what it can change."""
+"""dvc.yaml's code dependencies are the real import graph, so an edit of a file reruns only the stages that it can change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The docs name what is there, and their Python runs."""
+"""Parameters, examples and pictures in the docs match the code, and the Python in the docs runs."""
 
 import runpy
 from dataclasses import fields, is_dataclass

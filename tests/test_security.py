@@ -1,4 +1,4 @@
-"""Files that run code when they are unpickled: none of our readers does, and no line of ours could."""
+"""Files that run code when they are unpickled: no reader of ours unpickles them, and no line of our code could."""
 
 from __future__ import annotations
 

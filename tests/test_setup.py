@@ -1,4 +1,4 @@
-"""What a fresh clone relies on: the lock, and the installation that Makefile does from it."""
+"""A fresh clone: the lock file, and the installation from it by the Makefile."""
 
 from __future__ import annotations
 

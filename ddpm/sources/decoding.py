@@ -1,9 +1,9 @@
-"""PNG and JPEG files, loose in folders and inside zips: found, checked, and decoded straight into an array.
+"""Finds, checks and decodes PNG and JPEG files, in folders and inside zip files, straight into an array.
 
-Reading is strict: what cannot be used as it is, or by a conversion that was asked for, is refused by name. Without
-`convert`, 8-bit grey and RGB images are taken, and all must agree. With it, bilevel, palette and RGBA images are taken
-as well, and all become grey or RGB. Transparent pixels, CMYK, 16 bit and animations are always refused: there is no one
-right way to make them 8-bit grey or RGB. EXIF orientation is applied; colour profiles are ignored.
+Reading is strict: an image that does not fit, even after the requested conversion, is an error that names the file.
+Without `convert`, all images must be 8-bit grey, or all RGB. With it, bilevel, palette and RGBA images are accepted
+too, and all become grey or RGB. Transparent pixels, CMYK, 16 bit and animations are always refused: there is no single
+right way to convert them. EXIF orientation is applied; colour profiles are ignored.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from ddpm.runtime import watchdog
 if TYPE_CHECKING:
     from PIL import Image
 
-Read = Callable[[], bytes]
-Fault = tuple[str, str]  # what, and what is wrong with it
+Read = Callable[[], bytes]  # returns an encoded image
+Fault = tuple[str, str]  # the name of a file, and what is wrong with it
 
-MAX_PIXELS = 2**26  # of one image; a declared size is checked before anything is decoded
+MAX_PIXELS = 2**26  # of one image; the header is checked before anything is decoded
 MAX_BYTES = 2**28  # of one encoded image
 MODES = {1: "L", 3: "RGB"}
-BLOCK = 64  # images between two progress reports of a reading process
+BLOCK = 64  # images that a worker process decodes between two progress reports
 MAX_WORKERS = 16
 
 
@@ -54,17 +54,24 @@ ADVICE = "repair or remove them, or have them converted by data.size, data.fit a
 
 
 def counted(number: int, noun: str) -> str:
-    """1, image -> 1 image; 2000, image -> 2,000 images."""
+    """Returns a number with its noun, such as "1 image" or "2,000 images"."""
     return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def shown(name: str) -> str:
-    """A file name, which may hold anything, as part of one printable line."""
+    """Returns a file name as printable text in one line. Names may hold any characters."""
     return name if name.isprintable() else ascii(name)
 
 
 def offenders(where: str, what: str, faults: Sequence[Fault], advice: str = ADVICE) -> InputError:
-    """Names the first three, and says how many more there are."""
+    """Returns an error that names the first three faulty files and counts the others.
+
+    Args:
+        where: the folder or zip file, as messages name it.
+        what: what has happened, such as "3 files cannot be used".
+        faults: all faulty files.
+        advice: what to do.
+    """
     named = ", ".join(f"{shown(name)} ({reason})" for name, reason in sorted(faults)[:3])
     more = f" and {len(faults) - 3:,} more" if len(faults) > 3 else ""
     return InputError(f"{where}: {what}: {named}{more}; {advice}")
@@ -74,17 +81,26 @@ def offenders(where: str, what: str, faults: Sequence[Fault], advice: str = ADVI
 
 
 class _Mapped(mmap.mmap):
-    """A file for ZipFile whose position belongs to the process, so forked processes read one archive side by side."""
+    """A mapped file for ZipFile. Forked processes can read it in parallel, since each has its own position in it."""
 
     def seekable(self) -> bool:
         return True
 
 
 def find(path: Path, where: str) -> tuple[dict[str, Read], list[str]]:
-    """-> what reads each image, by its path, and the paths of the files that are no images.
+    """Finds the images in a folder or zip file.
 
-    path: a folder or a zip file, called `where` in messages. Paths are relative to it; a zip file in a folder counts as
-    unpacked where it lies. Hidden files are no images. Raises InputError.
+    A zip file in the folder counts as unpacked in its place. Hidden files do not count as images.
+
+    Args:
+        path: a folder or a zip file.
+        where: the name of `path` in messages.
+
+    Returns:
+        A function that reads each image, by the image's path, and the paths of all other files, relative to `path`.
+
+    Raises:
+        InputError: there are no images, or a file cannot be used.
     """
     images: dict[str, Read] = {}
     left_out: list[str] = []
@@ -94,7 +110,7 @@ def find(path: Path, where: str) -> tuple[dict[str, Read], list[str]]:
     elif path.suffix.lower() == ".zip" and path.exists():
         listing = _zip_listing(path, "", faults)
     else:
-        raise InputError(f"{where}: no such folder or zip file; data.path says where the images lie")
+        raise InputError(f"{where}: no such folder or zip file; set data.path to the folder or zip file of your images")
     for name, read in listing:
         if not _is_image(name):
             left_out.append(name)
@@ -134,7 +150,7 @@ def _folder_listing(top: Path, faults: list[Fault]) -> Iterator[tuple[str, Read]
 
 
 def _zip_listing(path: Path, prefix: str, faults: list[Fault]) -> Iterator[tuple[str, Read]]:
-    """The archive stays open: `read` uses it."""
+    """Lists the files in an archive. The archive stays open for the functions that read them."""
     try:
         if not path.is_file():
             raise OSError("not a regular file")
@@ -174,15 +190,15 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 
 
 class _Refused(Exception):
-    """Why an image cannot be used."""
+    """An image cannot be used. The message is the reason."""
 
 
-class _Unlike(_Refused):
-    """It is sound, but not as the others; like: the layout in which it could be used."""
+class _Mismatch(_Refused):
+    """A valid image does not have the expected layout. actual: the layout that it has."""
 
-    def __init__(self, reason: str, like: Layout) -> None:
+    def __init__(self, reason: str, actual: Layout) -> None:
         super().__init__(reason)
-        self.like = like
+        self.actual = actual
 
 
 def _reason(error: Exception) -> str:
@@ -192,11 +208,15 @@ def _reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """What every image is to become: uint8 channels,side,side.
+    """The shape that every image gets: uint8 [channels, side, side].
 
-    fit: what to do with another size: error, crop (scale the short side, cut off the rest), pad (scale the long side,
-    fill up with zeros) or resize (stretch). convert: whether other modes are converted to this many channels.
-    given: whether the side was asked for, instead of taken from the images.
+    Args:
+        channels: 1 for grey, 3 for RGB.
+        side: height and width in pixels.
+        fit: what to do with images of another size: "error", "crop" (scale the short side, cut off the rest), "pad"
+            (scale the long side, fill up with zeros) or "resize" (stretch).
+        convert: whether to convert images of other modes.
+        given: whether the user has chosen the side. If not, it is that of the first image.
     """
 
     channels: int
@@ -206,27 +226,29 @@ class Layout:
     given: bool = True
 
     def pixels(self, read: Read) -> Images:
-        """-> uint8 channels,side,side. Raises _Refused."""
+        """Reads and decodes an image: uint8 [channels, side, side]. Raises _Refused."""
         picture = _picture(read, self.channels if self.convert else None)
         channels, (width, height) = len(picture.getbands()), picture.size
         side = self.side if self.given or width != height else width
         if channels != self.channels:
-            other = replace(self, channels=channels, side=side)
-            raise _Unlike(f"mode {picture.mode} instead of {MODES[self.channels]}", other)
+            actual = replace(self, channels=channels, side=side)
+            raise _Mismatch(f"mode {picture.mode} instead of {MODES[self.channels]}", actual)
         if side != self.side and self.fit == "error":
-            raise _Unlike(f"{width}x{height} instead of {self.side}x{self.side}", replace(self, side=side))
+            raise _Mismatch(f"{width}x{height} instead of {self.side}x{self.side}", replace(self, side=side))
         if picture.size != (self.side, self.side):
             picture = _fitted(picture, self.side, self.fit)
         return np.asarray(picture).reshape(self.side, self.side, self.channels).transpose(2, 0, 1)
 
 
-_Found = tuple[
-    int, str, Layout | None
-]  # an image by its number, what is wrong with it, and the layout that it would fit
+# The index of an image, what is wrong with it, and its layout if that is what is wrong.
+_ImageFault = tuple[int, str, Layout | None]
 
 
 def first_shape(files: Mapping[str, Read], channels: int | None, where: str) -> tuple[str, int, tuple[int, int]]:
-    """-> name, number of channels, (width, height) of the first image that can be read. Raises InputError."""
+    """Returns name, number of channels and (width, height) of the first valid image. Raises InputError without one.
+
+    channels: convert the image to 1 or 3 channels; None keeps its own.
+    """
     faults: list[Fault] = []
     for name, read in files.items():
         try:
@@ -246,44 +268,52 @@ def read_all(
     where: str,
     done: Callable[[int], None],
 ) -> None:
-    """Decodes every image into its place: a view, channels,side,side, of a memory-mapped array.
+    """Decodes every image into its place in an array, in several processes.
 
-    done: told how many are finished, now and then. Raises InputError that names the first few of those that failed.
+    Args:
+        files: functions that read the images, by name.
+        layout: the layout of all images.
+        places: for each image a view [channels, side, side] of a memory-mapped array, which the processes share.
+        where: the folder or zip file, as messages name it.
+        done: is called with the number of finished images.
+
+    Raises:
+        InputError: images cannot be used. It names the first three.
     """
     names, readers = list(files), list(files.values())
 
-    def read(block: range, tried: Layout) -> list[_Found]:
+    def read(block: range, tried: Layout) -> list[_ImageFault]:
         faults = []
         with _strict_pillow():
             for index in block:
                 try:
                     pixels = tried.pixels(readers[index])
                 except _Refused as refusal:
-                    faults.append((index, str(refusal), getattr(refusal, "like", None)))
+                    faults.append((index, str(refusal), getattr(refusal, "actual", None)))
                 else:
-                    if tried == layout:  # whose shape the places have
+                    if tried == layout:  # the places have its shape
                         places[index][:] = pixels
         return faults
 
     found = sorted(_in_processes(partial(read, tried=layout), len(names), done), key=itemgetter(0))
     if not found:
         return
-    usual = _usual(layout, len(names) - len(found), [like for *_, like in found if like])
-    if usual != layout:  # the odd ones are to be named, and the first image is one of them
+    usual = _usual(layout, len(names) - len(found), [actual for *_, actual in found if actual])
+    if usual != layout:  # the first image itself differs from most: name those that differ from most
         found = _in_processes(partial(read, tried=usual), len(names), lambda _: None)
     faults = [(names[index], reason) for index, reason, _ in found]
     raise offenders(where, f"{len(faults):,} of {counted(len(names), 'image')} cannot be used", faults)
 
 
 def _usual(layout: Layout, count: int, others: Sequence[Layout]) -> Layout:
-    """The layout of most images, where `count` of them have the one that was tried; it stays where no other has more."""
+    """Returns the most frequent layout: `count` images have `layout`, and one image has each of `others`."""
     ((best, most),) = Counter(others).most_common(1) or [(layout, count)]
     return best if most > count else layout
 
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Pillow warns of huge images and of odd metadata: the first is refused, the second does not matter here."""
+    """Turns Pillow's warnings of huge images into errors. Ignores its other warnings, such as those of odd metadata."""
     from PIL import Image
 
     with warnings.catch_warnings():
@@ -293,7 +323,7 @@ def _strict_pillow() -> Iterator[None]:
 
 
 def _picture(read: Read, channels: int | None) -> Image.Image:
-    """Encoded bytes -> a picture in mode L or RGB, upright. Raises _Refused."""
+    """Reads and decodes an image, upright, in mode L or RGB. Raises _Refused."""
     try:
         content = read()
         if not content:
@@ -322,13 +352,13 @@ def _decoded(content: bytes, channels: int | None) -> Image.Image:
 
 
 def _check(image: Any, content: bytes, channels: int | None) -> None:
-    """What the header declares, before anything is decoded; and a PNG's checksums, which Pillow's decoding skips."""
+    """Checks the header before anything is decoded, and the checksums of a PNG, which Pillow skips when it decodes."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise _Refused(f"{width}x{height} pixels are too many")
     if image.format == "PNG" and image.is_animated:
         raise _Refused("animated")
-    if image.format == "PNG" and content[24] == 16:  # the bit depth; Pillow turns some of these into 8 bit silently
+    if image.format == "PNG" and content[24] == 16:  # the bit depth; Pillow silently converts some of these to 8 bit
         raise _Refused("16 bit per channel")
     if image.mode not in (("L", "RGB") if channels is None else ("1", "L", "LA", "P", "RGB", "RGBA")):
         raise _Refused(f"mode {image.mode}")
@@ -337,7 +367,7 @@ def _check(image: Any, content: bytes, channels: int | None) -> None:
 
 
 def _check_sums(png: bytes) -> None:
-    """A chunk is length, type, data, CRC of type and data. (Pillow's verify() costs four times as much.)"""
+    """Checks the CRC of each chunk: length, type, data, CRC of type and data. Pillow's verify() takes 4 times as long."""
     start, kind, data = 8, b"", []
     while kind != b"IEND":
         end = start + 8 + int.from_bytes(png[start : start + 4])
@@ -352,20 +382,13 @@ def _check_sums(png: bytes) -> None:
     _check_rows(png, b"".join(data))
 
 
-ADAM7 = (
-    (8, 0, 8, 0),
-    (8, 4, 8, 0),
-    (4, 0, 8, 4),
-    (4, 2, 4, 0),
-    (2, 0, 4, 2),
-    (2, 1, 2, 0),
-    (1, 0, 2, 1),
-)  # of interlacing
-SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by colour type
+# The passes of an interlaced PNG: column step, first column, row step, first row.
+ADAM7 = ((8, 0, 8, 0), (8, 4, 8, 0), (4, 0, 8, 4), (4, 2, 4, 0), (2, 0, 4, 2), (2, 1, 2, 0), (1, 0, 2, 1))
+SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # values per pixel, by colour type
 
 
 def _check_rows(png: bytes, data: bytes) -> None:
-    """Whether the rows are all there: Pillow leaves black what is missing. A row is a filter's byte and packed pixels."""
+    """Checks that no rows are missing: Pillow would leave them black. A row is one filter byte and packed pixels."""
     width, height = int.from_bytes(png[16:20]), int.from_bytes(png[20:24])
     bits = png[24] * SAMPLES[png[25]]
     expected = 0
@@ -380,6 +403,7 @@ def _check_rows(png: bytes, data: bytes) -> None:
 
 
 def _fitted(picture: Image.Image, side: int, fit: str) -> Image.Image:
+    """Returns the picture in side x side pixels; see Layout.fit. Raises _Refused."""
     from PIL import Image, ImageOps
 
     width, height = picture.size
@@ -395,45 +419,44 @@ def _fitted(picture: Image.Image, side: int, fit: str) -> Image.Image:
     raise _Refused(f"{width}x{height} instead of {side}x{side}")
 
 
-# Several processes, since decoding one small image mostly runs Python.
+# Reading in several processes, since decoding a small image mostly runs Python, which threads cannot do in parallel.
 
-_work: list[Callable[[range], list[_Found]]] = []  # in a worker process: what it does with a block
+_ReadBlock = Callable[[range], list[_ImageFault]]
+_read_block: list[_ReadBlock] = []  # in a worker process: the function that reads a block of images
 
 
-def _in_processes(work: Callable[[range], list[_Found]], count: int, done: Callable[[int], None]) -> list[_Found]:
-    """Runs `work` on all blocks of range(count), in forked processes where the system has them."""
+def _in_processes(read: _ReadBlock, count: int, done: Callable[[int], None]) -> list[_ImageFault]:
+    """Calls `read` with all blocks of range(count), in forked processes if the system supports them."""
     blocks = [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
     workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS, len(blocks)) if hasattr(os, "sched_getaffinity") else 1
-    finished, faults = 0, list[_Found]()
-    for block, found in _forked(work, blocks, workers) if workers > 1 else ((block, work(block)) for block in blocks):
+    finished, faults = 0, list[_ImageFault]()
+    for block, found in _forked(read, blocks, workers) if workers > 1 else ((block, read(block)) for block in blocks):
         finished += len(block)
         faults.extend(found)
         done(finished)
     return faults
 
 
-def _forked(
-    work: Callable[[range], list[_Found]], blocks: list[range], workers: int
-) -> Iterator[tuple[range, list[_Found]]]:
-    """Raises concurrent.futures.process.BrokenProcessPool if a worker was killed."""
-    context = multiprocessing.get_context("fork")  # what `work` reads and writes is inherited, not pickled
-    pool = ProcessPoolExecutor(workers, context, _begin, (work, os.getpid()))
+def _forked(read: _ReadBlock, blocks: list[range], workers: int) -> Iterator[tuple[range, list[_ImageFault]]]:
+    """Yields each block with its faults once it is read. Raises BrokenProcessPool if a worker process was killed."""
+    context = multiprocessing.get_context("fork")  # processes inherit `read` with its files and arrays: no pickling
+    pool = ProcessPoolExecutor(workers, context, _begin, (read, os.getpid()))
     try:
-        waiting = {pool.submit(_do, block): block for block in blocks}
+        waiting = {pool.submit(_run, block): block for block in blocks}
         for future in as_completed(waiting):
             yield waiting[future], future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(work: Callable[[range], list[_Found]], parent: int) -> None:
-    """Prepares a worker process. Ctrl-C is the parent's to handle, and a killed parent takes its workers along."""
+def _begin(read: _ReadBlock, parent: int) -> None:
+    """Prepares a worker process: it leaves Ctrl-C to its parent, and ends if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ[watchdog.VARIABLE] = str(parent)
     watchdog.start()
-    _work.append(work)
+    _read_block.append(read)
 
 
-def _do(block: range) -> list[_Found]:
-    return _work[-1](block)
+def _run(block: range) -> list[_ImageFault]:
+    return _read_block[-1](block)

@@ -1,7 +1,7 @@
-"""`ddpm gc`: removes old files that this project keeps in .cache, outside DVC and MLflow.
+"""Finds and removes old files that this project keeps in .cache, for `ddpm gc`.
 
-Finding and removing are two steps, so that a look changes nothing. The docs name the commands of DVC and MLflow that clean their
-stores (docs/storage.md).
+These are two steps, so that files can be listed without removing them. DVC and MLflow have commands of their own that
+clean their stores (docs/storage.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ddpm.files.params import Params
 from ddpm.files.paths import CACHE
 from ddpm.scores.extractors import EXTRACTORS
 
-# Folders below .cache. Downloads are missing: a user may have put them there.
+# What each folder below .cache holds. The folder of downloads is not listed, since users may put files there.
 KINDS = {
     "training": "training states",
     "sampling": "kept images",
@@ -30,7 +30,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Leftover:
-    """Files or folders of one name below .cache. kind: a value of KINDS. used: seconds since 1970. size: bytes."""
+    """Files or folders below .cache that are removed together.
+
+    Args:
+        kind: a value of KINDS.
+        paths: a file or folder, with its lock and temporary files.
+        used: the time of the last use, in seconds since 1970.
+        size: bytes of all files together.
+    """
 
     kind: str
     paths: tuple[Path, ...]
@@ -47,12 +54,11 @@ class Leftover:
 
 
 def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
-    """Finds what was last used before that moment (seconds since 1970) and what no run under `params` would go on from.
+    """Finds files last used before `before`, in seconds since 1970, from which no run under `params` would continue.
 
-    Training states of any length are kept for each schedule of `params`: more `training.steps` go on from them. Kept images are
-    kept for each point of the sweep: sampling the point uses or replaces them. Without a readable dataset.json the trainings
-    that `params` would continue are unknown, so all states are kept. Features, weights and previews are made again when they are
-    missing.
+    Skips training states of a schedule of `params`, since a longer training would resume from them. Skips images of a
+    point of the sweep, since sampling that point continues from them or replaces them. If dataset.json cannot be read,
+    skips all training states, since it is unknown which ones `params` need. Other files are computed again when needed.
     """
     keep = {"sampling": {point.name for point in params.points()}, "training": _trainings(params, root)}
     for folder, kind in KINDS.items():
@@ -72,23 +78,23 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
 
 
 def _trainings(params: Params, root: Path) -> set[str] | None:
-    """The folders of states from which a schedule would go on, or None where the dataset is unknown."""
+    """Returns the names of the training states' folders that `params` need, or None if the dataset is unknown."""
     from ddpm.stages.train import training_key
 
     try:
         data = dataset.read_dataset_record(root).sha256
-    except InputError:  # missing, damaged, or of version 0.1.0: `prepare` may make it again, and states go on
+    except InputError:  # missing, damaged, or of version 0.1.0: `prepare` may make the same dataset again
         return None
     return {f"{schedule}-{training_key(params, schedule, data)[:16]}" for schedule in params.schedules}
 
 
 def _leftover(kind: str, paths: tuple[Path, ...]) -> Leftover:
-    """Counts a file as used when it was read or written. Looking into a folder is no use of it."""
+    """Measures last use and size. Reading or writing a file is a use of it; listing a folder is no use of the folder."""
     inside = [(path, path.stat()) for top in paths for path in (top, *top.rglob("*"))]
-    used = max(about.st_mtime if path.is_dir() else max(about.st_atime, about.st_mtime) for path, about in inside)
-    return Leftover(kind, paths, used, sum(about.st_size for path, about in inside if path.is_file()))
+    used = max(status.st_mtime if path.is_dir() else max(status.st_atime, status.st_mtime) for path, status in inside)
+    return Leftover(kind, paths, used, sum(status.st_size for path, status in inside if path.is_file()))
 
 
 def _name(path: Path) -> str:
-    """Returns the name that groups a file with its lock and temporary files: `a` for a.npz, a.lock and .a.npz.tmp-1-x."""
+    """Returns the name that a file shares with its lock and temporary files: `a` for a.npz, a.lock and .a.npz.tmp-1-x."""
     return path.name.lstrip(".").partition(".")[0]

@@ -1,8 +1,10 @@
-"""A stage on another host: its inputs come from the DVC remote, and its outputs go back there with their entry in the
-run-cache, by which DVC knows them again. So the clone that asked ends with the dvc.lock of having run everything itself.
+"""Runs a stage on another host.
 
-The hosts are the workers of the pool `hosts` (`python -m flows.servers.worker hosts`), or those of a cluster (engines.py),
-in a clone of its own each.
+The host fetches the stage's inputs from the DVC remote. It pushes the outputs there, with their entry in DVC's run-cache.
+By that entry, DVC in the asking clone recognises the outputs. So the clone ends with the dvc.lock of having run the stage.
+
+A host is a worker of the pool `hosts` (`python -m flows.servers.worker hosts`) or of a Dask cluster (engines.py), in a
+clone of its own.
 """
 
 from __future__ import annotations
@@ -39,10 +41,13 @@ POLL = 1.0  # seconds
 
 @flow(name="run-stage", flow_run_name="{stage}")
 def run_stage(stage: str, commit: str, params: str, asked_by: str) -> State:
-    """One stage in the checkout this runs in, with all before it taken from the DVC remote.
+    """Runs one stage in this host's clone.
 
-    stage: its name in dvc.yaml. commit: of the code that asks; it must be checked out here. params: the text of params.yaml.
-    asked_by: the id of the flow run that asks.
+    Args:
+        stage: the stage's name in DVC, such as train@cosine.
+        commit: the commit of the clone that asks. The host must have the same one checked out.
+        params: the text of params.yaml.
+        asked_by: the id of the flow run that asks.
     """
     children.end_with_the_worker()
     crashed_runs.claim()
@@ -51,12 +56,15 @@ def run_stage(stage: str, commit: str, params: str, asked_by: str) -> State:
 
 @task(name="stage-on-a-host", task_run_name="{stage} on a host", cache_policy=NO_CACHE)
 def on_a_host(stage: str, commit: str, params: str, asked_by: str) -> State:
-    """The same as a task on a cluster's worker, which outlives the flow run that asks: so that is watched."""
+    """Does the same as run_stage, as a task on a cluster's worker.
+
+    The worker outlives the flow run that asks, so this task watches that flow run and ends with it.
+    """
     return _wanted_stage(stage, commit, params, asked_by)
 
 
 def _wanted_stage(stage: str, commit: str, params: str, asked_by: str) -> State:
-    """Apart from the task, whose own code travels with it: this is the host's."""
+    """Runs the stage with the host's own code, unlike the task itself, whose code is sent along with it."""
     return _stage(stage, commit, params, asked_by, UUID(asked_by))
 
 
@@ -66,7 +74,9 @@ def _stage(stage: str, commit: str, params: str, asked_by: str, wanted_by: UUID 
     try:
         checkout.require_own(root, "ddpm", "flows")
         if (here := head(root)) != commit:
-            raise InputError(f"this host's clone is at {here[:10]}, the run is of {commit[:10]}: check that out here")
+            raise InputError(
+                f"this host's clone is at {here[:10]}, but the run needs {commit[:10]}: check out that commit here"
+            )
         with checkout_lock.alone(root, flow_run.id, asked_by), _running(wanted_by):
             with atomic.replacing(root / "params.yaml") as temporary:
                 temporary.write_text(params, encoding="utf-8")
@@ -87,14 +97,14 @@ def _stage(stage: str, commit: str, params: str, asked_by: str, wanted_by: UUID 
 
 @contextmanager
 def _running(wanted_by: UUID | None) -> Iterator[None]:
-    """Children run in the block, and end with it, or as soon as the flow run that wants them is no longer Running."""
+    """Lets children run during the block. Stops them at its end, or once the flow run `wanted_by` is not Running."""
     children.start()
     over = threading.Event()
 
     def watch(run: UUID) -> None:
         with get_client(sync_client=True) as client:
             while not over.is_set():
-                with contextlib.suppress(httpx.HTTPError):  # the API is away or busy; work goes on
+                with contextlib.suppress(httpx.HTTPError):  # the API is unreachable or busy; the stage keeps running
                     state = client.read_flow_run(run).state
                     if state is None or not state.is_running():
                         return children.stop()
@@ -113,35 +123,38 @@ def _running(wanted_by: UUID | None) -> Iterator[None]:
 
 
 def reproduce(stage: str, root: Path, watching: Watcher) -> Outcome:
-    """Has a host run the stage, and takes its outputs over. Raises children.FlowStopped, and then stops it there."""
+    """Runs a stage on a host and takes its outputs over into this checkout.
+
+    If the flow is ending, stops the stage on the host and raises children.FlowStopped.
+    """
     params = (root / "params.yaml").read_text(encoding="utf-8")
     asked = {"stage": stage, "commit": head(root), "params": params, "asked_by": str(flow_run.id)}
     watching.started(stage)
-    state = _by_the_cluster(asked, watching) if engines.cluster.get(None) else _by_the_pool(asked, watching)
+    state = _on_the_cluster(asked, watching) if engines.cluster.get(None) else _in_the_pool(asked, watching)
     if state is None or state.is_crashed():
-        return Outcome("Killed", (state and state.message) or "its host is gone")  # another one may do it
+        return Outcome("Killed", (state and state.message) or "its host is gone")  # a retry may find another host
     if not state.is_completed():
-        again: dict[str | None, Kind] = {
+        retried: dict[str | None, Kind] = {
             "Busy": "Busy",
             "Killed": "Killed",
             "Unreachable": "Unreachable",
             "Full": "Full",
         }
-        return Outcome(again.get(state.name, "Failed"), state.message or "failed on its host")
+        return Outcome(retried.get(state.name, "Failed"), state.message or "failed on its host")
     commands.exchange("fetch", stage, root, watching)
     return commands.reproduce(stage, root, watching, "--pull", "--single-item")
 
 
-def _by_the_pool(asked: dict[str, str], watching: Watcher) -> State | None:
+def _in_the_pool(asked: dict[str, str], watching: Watcher) -> State | None:
     with get_client(sync_client=True) as client:
-        # Where a host is a container made for this stage, it clones that commit (deploy/kubernetes).
+        # On Kubernetes the host is a container made for this stage, which clones this commit (deploy/kubernetes).
         run: Any = run_deployment(DEPLOYMENT, parameters=asked, job_variables={"commit": asked["commit"]}, timeout=0)
         watching.line(asked["stage"], f"{asked['stage']}: asked the pool for a host")
         return _followed(client, run.id)
 
 
-def _by_the_cluster(asked: dict[str, str], watching: Watcher) -> State | None:
-    """Cancels nothing: the host sees by itself that the flow run has ended."""
+def _on_the_cluster(asked: dict[str, str], watching: Watcher) -> State | None:
+    """Runs a stage on the Dask cluster. Does not cancel it when the flow is ending: the host notices that itself."""
     future = engines.submit(on_a_host, asked)
     watching.line(asked["stage"], f"{asked['stage']}: asked the cluster for a host")
     while True:
@@ -151,15 +164,15 @@ def _by_the_cluster(asked: dict[str, str], watching: Watcher) -> State | None:
             future.result(timeout=POLL, raise_on_failure=False)
         except TimeoutError:
             continue
-        except Exception as error:  # noqa: BLE001 - Dask has many for a worker or a scheduler that is gone
+        except Exception as error:  # noqa: BLE001 - Dask raises many types when a worker or scheduler is gone
             return Crashed(message=f"lost on its cluster ({type(error).__name__}: {error})")
         return future.state
 
 
 def _followed(client: SyncPrefectClient, run: UUID) -> State | None:
-    """The state in which it ended."""
+    """Waits until a flow run has ended, and returns its state. Cancels it if this flow is ending."""
     while True:
-        with contextlib.suppress(httpx.HTTPError):  # the API is away or busy; the host works on
+        with contextlib.suppress(httpx.HTTPError):  # the API is unreachable or busy; the host keeps working
             state: State | None = client.read_flow_run(run).state
             if state is None or state.is_final():
                 return state
@@ -170,8 +183,10 @@ def _followed(client: SyncPrefectClient, run: UUID) -> State | None:
 
 
 def head(root: Path) -> str:
-    """The commit that is checked out. Raises InputError."""
+    """Returns the commit that is checked out. Raises InputError if there is none."""
     commit = git.head(root)
     if commit is None:
-        raise InputError(f"{root}: hosts share code by git, and this is no git repository with a commit")
+        raise InputError(
+            f"{root}: not a git repository with a commit, which hosts need to run the same code; commit it first"
+        )
     return commit

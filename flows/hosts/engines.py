@@ -1,6 +1,6 @@
-"""Runs stages on the workers of a Dask cluster, through Prefect's task runner: each runs `flows.hosts.dispatch.on_a_host`.
+"""Runs stages on the workers of a Dask cluster, through Prefect's task runner for Dask.
 
-The extra `dask` is imported only where a cluster is asked for.
+Each stage is a task `flows.hosts.dispatch.on_a_host`. The extra `dask` is needed only if a flow run names a cluster.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ cluster: ContextVar[Runner] = ContextVar("cluster")
 
 @contextmanager
 def connected(hosts: bool | str) -> Iterator[None]:
-    """`cluster` is the one at that address while the block runs; a bool names none. Raises InputError."""
+    """Connects `cluster` to a Dask scheduler while the block runs. Does nothing if `hosts` is a bool.
+
+    Raises InputError if `hosts` is no address, nothing answers there, or the extra `dask` is not installed.
+    """
     if isinstance(hosts, bool):
         yield
         return
     runner = _runner(hosts)
     try:
         runner.__enter__()
-        getattr(runner, "client", None)  # Dask's connects when it is first asked for: once, and before anything has run
+        getattr(runner, "client", None)  # this access connects Dask's runner, so that a failure comes before any stage
     except (OSError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"hosts: nothing to work with at {hosts} ({why})") from error
+        raise InputError(f"hosts: cannot connect to a Dask scheduler at {hosts} ({why})") from error
     token = cluster.set(runner)
     try:
         yield
@@ -63,15 +66,15 @@ def _runner(hosts: str) -> Runner:
 
 
 def submit(task: Task[..., Any], parameters: dict[str, Any]) -> PrefectFuture[Any]:
-    """Starts the task on a host of the cluster, as part of the flow run that this is called in.
+    """Starts a task on a worker of the cluster, as part of the current flow run.
 
-    Prefect would send along the settings of this process, with the passwords among them, which would then go before those of
-    the host; and the flow, whose module is not importable there. So the context of the task holds neither.
+    Prefect would also send this process's settings, passwords included, and they would override the host's settings. It
+    would send the flow too, whose module the host cannot import. So the context of the task contains neither.
     """
     runner, here = cluster.get(), FlowRunContext.get()
     assert here is not None
-    flow_run = here.model_copy(update={"flow": _asking})
-    settings = _TheHostsOwn(**dict(get_settings_context()))
+    flow_run = here.model_copy(update={"flow": _placeholder})
+    settings = _NoSettings(**dict(get_settings_context()))
 
     def begin() -> PrefectFuture[Any]:
         with settings, flow_run:
@@ -80,11 +83,13 @@ def submit(task: Task[..., Any], parameters: dict[str, Any]) -> PrefectFuture[An
     return Context().run(begin)
 
 
-class _TheHostsOwn(SettingsContext):
+class _NoSettings(SettingsContext):
+    """Settings that are sent empty: the host uses its own."""
+
     def serialize(self, include_secrets: bool = True) -> dict[str, Any]:
         return {}
 
 
 @flow(name="train-eval")
-def _asking() -> None:
-    """Stands for the flow in the context of its tasks on hosts."""
+def _placeholder() -> None:
+    """Takes the place of the flow in the context that is sent to hosts."""

@@ -1,4 +1,4 @@
-"""Child processes, each in a process group of its own, that end with the flow."""
+"""Runs child processes, each in a process group of its own, and ends them with the flow."""
 
 from __future__ import annotations
 
@@ -16,33 +16,40 @@ from flows.processes import fork_server
 Child = subprocess.Popen[str] | fork_server.Child
 
 _running: set[Child] = set()
-_warm: list[fork_server.Warm] = []  # the one there is, if any
+_server: list[fork_server.ForkServer] = []  # the fork server, once it is needed
 _lock = threading.Lock()
 _stopped = threading.Event()
 
 
 class FlowStopped(Exception):
-    """The flow is ending: nothing starts any more, and what ran was stopped."""
+    """The flow is ending: children that ran were stopped, and no child starts."""
 
 
 def start() -> None:
-    """Lets children run (again): called once when a flow begins."""
+    """Allows children to run. Called when a flow begins, also after stop()."""
     _stopped.clear()
 
 
 def stopping() -> bool:
-    """Whether nothing starts any more."""
+    """Returns whether the flow is ending, so that no child may start."""
     return _stopped.is_set()
 
 
 def run(
     command: Sequence[str], root: Path, on_line: Callable[[str], None], standard_input: int = subprocess.DEVNULL
 ) -> int:
-    """Runs a command in `root`, gives each line of its output to `on_line` as it comes, and returns its exit code.
+    """Runs a command and returns its exit code.
 
-    standard_input: a file descriptor, which the caller closes; by default there is nothing to read.
-    Its end is the end of everything that holds its output: a stage whose DVC was killed is waited for.
-    Raises FlowStopped when stop() was called before or meanwhile.
+    Returns once every process that holds the output pipe has exited. So if DVC was killed, this waits for the stage.
+
+    Args:
+        command: the program and its arguments.
+        root: the folder in which the command runs.
+        on_line: is called with each line of standard output and error as it comes.
+        standard_input: a file descriptor, which the caller closes. By default there is nothing to read.
+
+    Raises:
+        FlowStopped: stop() was called before the command started, or while it ran and it failed.
     """
     with _lock:
         if _stopped.is_set():
@@ -54,7 +61,7 @@ def run(
         for line in child.stdout:
             on_line(line.rstrip())
         code = child.wait()
-    except BaseException:  # on_line's, and nobody else would end the child
+    except BaseException:  # an error of on_line; nothing else would end the child
         ending.end_groups([child], ending.STAGE)
         raise
     finally:
@@ -68,13 +75,13 @@ def run(
 def _spawn(command: Sequence[str], root: Path, standard_input: int) -> Child:
     environment = _environment()
     if fork_server.can_run(command, environment):
-        if not _warm or not _warm[0].alive():
-            _warm[:] = [fork_server.Warm(root, environment)]
+        if not _server or not _server[0].alive():
+            _server[:] = [fork_server.ForkServer(root, environment)]
         try:
-            return _warm[0].spawn(command, root, environment, standard_input)
+            return _server[0].spawn(command, root, environment, standard_input)
         except OSError as error:
-            if error.errno != errno.E2BIG:  # it was killed just now: the next one makes another
-                _warm.pop().close()
+            if error.errno != errno.E2BIG:  # the fork server has just been killed: the next command starts another
+                _server.pop().close()
     return subprocess.Popen(
         command,
         cwd=root,
@@ -90,17 +97,17 @@ def _spawn(command: Sequence[str], root: Path, standard_input: int) -> Child:
 
 
 def stop() -> None:
-    """Ends every child and all that it started: SIGTERM, then SIGKILL for what is left after the grace time."""
+    """Ends the process groups of all children: SIGTERM, then SIGKILL after the grace time. Ends the fork server too."""
     with _lock:
         _stopped.set()
         children = list(_running)
     ending.end_groups(children, ending.STAGE)
-    while _warm:
-        _warm.pop().close()
+    while _server:
+        _server.pop().close()
 
 
 def _environment() -> dict[str, str]:
-    """As `dvc repro` in the same shell would have it, plus what ties the child to this process and shows its progress."""
+    """Returns the environment of a child: this process's, so changed that it ends with this one and prints progress."""
     return {
         **os.environ,
         "PATH": path(),
@@ -112,13 +119,13 @@ def _environment() -> dict[str, str]:
 
 
 def path() -> str:
-    """PATH, with this interpreter's own programs first if it lacks them: the environment need not be activated."""
+    """Returns PATH, with this interpreter's folder first if it was missing: the environment need not be activated."""
     own, given = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
     return given if own in given.split(os.pathsep) else os.pathsep.join((own, given))
 
 
 def end_with_the_worker() -> None:
-    """A flow run that a worker started ends with it."""
+    """Makes this process end with the worker that started its flow run, if a worker did."""
     if "PREFECT__FLOW_RUN_ID" in os.environ:
         os.environ.setdefault(watchdog.VARIABLE, str(os.getppid()))
         watchdog.start()

@@ -1,6 +1,7 @@
-"""Prefect runs that `kill -9` left Running: ended as Crashed when the next one starts, and when `make up` does.
+"""Sets Prefect runs that `kill -9` left Running to Crashed, when the next flow run starts and when `make up` starts.
 
-A flow run tells its process in a label. Where its host cannot be asked, the automation ends it: heartbeats stay away.
+Each flow run names its process in a label. Nothing is known about a process on another host: an automation crashes its
+flow run when the heartbeats stop.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ FLOWS = ["train-eval", "run-stage"]
 FLOW = FlowFilter(name=FlowFilterName(any_=FLOWS))
 LABEL = "ddpm.process"
 AUTOMATION = "crash runs of ours without a heartbeat"
-SILENCE = timedelta(seconds=150)  # prefect.toml: a heartbeat every 30 s; an API that is down for a minute misses some
+SILENCE = timedelta(seconds=150)  # heartbeats come every 30 s (prefect.toml), and an API that is down misses some
 OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
-PAGE = 200  # of runs
-GONE = "its process was killed; the next run goes on from what it left"
+PAGE = 200  # runs per request
+GONE = "its process was killed; the next run continues from its results"
 
 
 def claim() -> None:
-    """Labels the flow run that this is called in with this process."""
+    """Labels the current flow run with the name of this process."""
     context = FlowRunContext.get()
     if context and context.flow_run:
         with get_client(sync_client=True) as client:
@@ -48,9 +49,10 @@ def claim() -> None:
 
 
 def reap() -> int:
-    """Ends as Crashed the flow runs whose process ran on this host and is gone, and what they left of task runs.
+    """Sets flow runs to Crashed if their process ran on this host and has ended. Ends open task runs of ended flow runs.
 
-    -> the number of flow runs.
+    Returns:
+        The number of crashed flow runs.
     """
     with get_client(sync_client=True) as client:
         state = FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN))
@@ -63,10 +65,10 @@ def reap() -> int:
 
 
 def skip_missed() -> int:
-    """Skips the scheduled runs that are due already and would do the same as the flow run that this is called in.
+    """Skips scheduled runs that are already due and would do the same as the current flow run.
 
-    They come about while no worker is there, or while a run takes longer than the interval. Runs that somebody asked for, and
-    those with other parameters, stay.
+    Such runs pile up while there is no worker, or while a run takes longer than the schedule's interval. Runs that a
+    user started and runs with other parameters stay.
 
     Returns:
         The number of skipped flow runs.
@@ -89,7 +91,7 @@ def skip_missed() -> int:
 
 
 def _all(read: Callable[..., list[Any]], **filters: Any) -> list[Any]:
-    """Page after page: Prefect gives no more than PAGE at a time."""
+    """Reads a whole list page by page: Prefect returns at most PAGE entries at a time."""
     found: list[Any] = []
     while page := read(limit=PAGE, offset=len(found), **filters):
         found += page
@@ -103,12 +105,12 @@ def _is_dead(process: Any) -> bool:
 
 
 def _end_tasks(client: Any, alive: set[UUID]) -> None:
-    """Task runs that are open in a flow run that isn't: killed, or ended while the API was away and could not be told."""
+    """Ends open task runs of ended flow runs. Either they were killed, or the API was unreachable when they ended."""
     state = TaskRunFilterState(type=TaskRunFilterStateType(any_=OPEN))
     for run in _all(client.read_task_runs, flow_filter=FLOW, task_run_filter=TaskRunFilter(state=state)):
         if run.flow_run_id not in alive:
             flow_run = client.read_flow_run(run.flow_run_id)
-            if flow_run.state is None or not flow_run.state.is_final():  # it began while this looked
+            if flow_run.state is None or not flow_run.state.is_final():  # it started after `alive` was read
                 continue
             unheard = flow_run.state.is_completed()
             end: State[Any] = Completed(message="ended while the API was away") if unheard else Crashed(message=GONE)
@@ -116,7 +118,7 @@ def _end_tasks(client: Any, alive: set[UUID]) -> None:
 
 
 def watch_heartbeats() -> None:
-    """Makes the automation, unless it is there."""
+    """Creates the automation that crashes flow runs without heartbeats, unless it exists."""
     from prefect.events import EventTrigger, Posture, ResourceSpecification
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore

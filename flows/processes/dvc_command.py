@@ -1,7 +1,7 @@
 """Runs one DVC command in this process and reports how it ended as data: `python -m flows.processes.dvc_command repro ...`.
 
-DVC's own command line tells this in text alone. Here a stage's output goes through unchanged, and DVC's text is replaced by one
-JSON line at the end.
+DVC's own command line reports this only as text. Here the output of stages stays unchanged, and one JSON line at the end
+replaces DVC's log.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from ddpm.provenance import atomic_lock
 from ddpm.runtime import display
 
-COMMAND = (sys.executable, "-B", "-m", "flows.processes.dvc_command")  # how the command begins
-KEY = "dvc"  # of the JSON line
+COMMAND = (sys.executable, "-B", "-m", "flows.processes.dvc_command")  # DVC's arguments follow
+KEY = "dvc"  # in the JSON line
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # as an exit code: of a process, and of a shell for its child
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # exit codes: of a killed process, and of its shell
 LOGGERS = ("dvc", "dvc_data", "dvc_objects")
 Run = Callable[..., None]  # (executable, command, **options of subprocess.Popen)
 
@@ -32,14 +32,14 @@ class Ended:
     """How a DVC command ended.
 
     Args:
-        code: 0, or 1 where it failed.
+        code: 0 for success, 1 for failure.
         ran: the stages whose commands were started.
         changed: the stages that `dvc repro` ran or took from the cache.
-        killed: whether a stage was ended by SIGKILL.
-        busy: whether another DVC holds the repository or an output.
-        full: why nothing could be written, such as "No space left on device"; or "".
-        untransferred: whether a file did not get into the cache or out of it. DVC may still exit with 0.
-        errors: what DVC says went wrong, a line for each error.
+        killed: SIGKILL ended a stage.
+        busy: another DVC process holds a lock of the repository or of an output.
+        full: the error message if the disk is full, such as "No space left on device"; otherwise "".
+        untransferred: a file could not be copied into or out of the cache. DVC may still exit with 0.
+        errors: DVC's error messages, one line each.
     """
 
     code: int
@@ -53,7 +53,7 @@ class Ended:
 
     @classmethod
     def read(cls, report: Mapping[str, Any]) -> Ended | None:
-        """Returns what a JSON line says, or None for another line."""
+        """Returns the report in a parsed JSON line, or None if the line is another one."""
         return cls(**report[KEY]) if isinstance(report.get(KEY), dict) else None
 
 
@@ -87,8 +87,8 @@ def main(arguments: list[str], runs: Callable[[Run], Run] = lambda run: run) -> 
     """Runs a DVC command and prints the JSON line. Returns the exit code.
 
     Args:
-        arguments: of the command line, such as ["repro", "train@linear"].
-        runs: makes the function that starts the command of a stage out of DVC's own function.
+        arguments: DVC's arguments, such as ["repro", "train@linear"].
+        runs: wraps DVC's function that runs the command of a stage. By default the function stays as it is.
     """
     import dvc.stage.run
     from dvc.cli import parse_args
@@ -116,7 +116,7 @@ def main(arguments: list[str], runs: Callable[[Run], Run] = lambda run: run) -> 
     dvc.stage.run._run, dvc.stage.run.StageCmdFailedError, Repo.reproduce = run, StageFailed, reproduced
     for name in LOGGERS:
         logging.getLogger(name).handlers[:] = [errors]
-    sys.argv[:] = ["dvc", *arguments]  # the name under which DVC holds files
+    sys.argv[:] = ["dvc", *arguments]  # DVC writes this into its lock file, to show who holds it
     code = 0
     try:
         parsed = parse_args(arguments)
@@ -140,6 +140,7 @@ def main(arguments: list[str], runs: Callable[[Run], Run] = lambda run: run) -> 
 
 
 def _no_room(error: BaseException) -> str:
+    """Returns the error's message if it means that the disk is full, otherwise ""."""
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return error.strerror or str(error)
     full = isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL

@@ -1,12 +1,12 @@
-"""Forks the stages of a flow from one process that has imported what they need.
+"""Fork server: saves each stage two to seven seconds, in which it would import torch, Inception and MLflow.
 
-torch, Inception and MLflow take two to seven seconds to import, which is most of what a small stage lasts. So a flow starts one
-process that only imports, `python -m flows.processes.fork_server`. It forks for every `dvc repro`, and that DVC forks once more
-where a stage's command is `python -B -m ddpm ...`, instead of starting an interpreter. Everything else is as with a new process:
-a session of its own, the environment and the arguments, the output, the exit code, the signals that end it. A stage in a folder
-whose ddpm/ is not the imported one starts an interpreter.
+These imports take most of the time of a small stage. So a flow starts one process that only imports,
+`python -m flows.processes.fork_server`. It forks for every `dvc repro`. DVC in that fork forks once more for a stage whose
+command is `python -B -m ddpm ...`, instead of starting an interpreter. Otherwise a fork is like a new process: it has its
+own arguments, environment, output and exit code, and the same signals end it.
 
-Linux alone: elsewhere system libraries do not allow a fork after an import.
+A stage starts an interpreter if the ddpm/ in its folder is not the imported one, or was edited since. Linux only: on
+other systems, system libraries do not allow a fork after an import.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ import setproctitle
 from ddpm.provenance import checkout, code
 from flows.processes import dvc_command
 
-DVC, DDPM = dvc_command.COMMAND, ("python", "-B", "-m", "ddpm")  # how the commands begin that can be forks
+DVC, DDPM = dvc_command.COMMAND, ("python", "-B", "-m", "ddpm")  # a command that begins with one of these can be a fork
 PLAIN = re.compile(r"[\w./@=-]+( [\w./@=-]+)*")  # a command that needs no shell
 
-# In the order in which a run needs them, some with a function to call. A request that comes meanwhile waits for the import
-# at hand, not for those after it.
+# In the order in which a run needs them; after a colon, a function to call. A request waits only for the import in
+# progress, not for those after it.
 IMPORTS = (
     "dvc.commands.repro",
     "dvc.repo.reproduce",
@@ -62,17 +62,17 @@ IMPORTS = (
     "ddpm.reporting.page",
     "matplotlib.backends.backend_agg",
 )
-ROOM = 100 * "."  # an argument where a fork writes what it does, for `ps` and `top`
-LARGEST = 1 << 17  # bytes of a request: arguments and environment
-_LOST = -signal.SIGKILL  # the exit code of a child whose warm process was killed
+TITLE_SPACE = 100 * "."  # an argument that a fork overwrites with its title, which `ps` and `top` show
+MAX_REQUEST = 1 << 17  # bytes of arguments and environment
+_LOST = -signal.SIGKILL  # the exit code of a child whose fork server was killed
 
 
 def can_run(command: Sequence[str], environment: Mapping[str, str]) -> bool:
-    """Whether a command is this environment's DVC, or ddpm with a PATH that leads to this environment."""
+    """Returns whether a command runs DVC or ddpm with the interpreter of this environment."""
     if sys.platform != "linux" or not _begins(command, DDPM):
         return sys.platform == "linux" and _begins(command, DVC)
     found, own = shutil.which(command[0], path=environment.get("PATH")), Path(sys.executable).with_name(command[0])
-    # Folders too: environments share an interpreter, to which their links lead.
+    # Compares the folders too: the `python` of several environments may be links to the same interpreter.
     return found is not None and own.exists() and own.samefile(found) and own.parent.samefile(Path(found).parent)
 
 
@@ -81,43 +81,49 @@ def _begins(command: Sequence[str], words: tuple[str, ...]) -> bool:
 
 
 class Child:
-    """A forked program, with what is used of a subprocess.Popen. `pid` leads a process group of its own."""
+    """A forked process, with what is used of subprocess.Popen. `pid` leads a process group of its own."""
 
     def __init__(self, reply: socket.socket, output: int) -> None:
         self._reply = reply.makefile("r", encoding="ascii")
         reply.close()
         self.stdout = open(output, encoding="utf-8", errors="replace")  # noqa: SIM115 - a file descriptor
         line = self._reply.readline()
-        if not line or line.startswith("-"):  # an exit code: the fork was killed before it could say which it is
+        if not line or line.startswith("-"):  # an exit code: the fork was killed before it sent its pid
             self.stdout.close()
-            raise ConnectionError("the process that stages are forked from has ended")
+            raise ConnectionError("the fork server has ended")
         self.pid = int(line)
         self._code: int | None = None
 
     def poll(self) -> None:
-        """Nothing to reap: its parent does."""
+        """Does nothing, since the fork server reaps the process."""
 
     def wait(self) -> int:
-        """The exit code, or minus the signal that ended it."""
+        """Waits until the process has ended. Returns its exit code, or minus the signal that ended it."""
         if self._code is None:
             line = self._reply.readline()
             self._code = int(line) if line else _LOST
         return self._code
 
 
-class Warm:
-    """The process, from here on until close(), or the end of the one that made it."""
+class ForkServer:
+    """Starts the fork server. It runs until close(), or until this process has ended.
+
+    Args:
+        root: the checkout whose code it imports.
+        environment: variables of the fork server.
+    """
 
     def __init__(self, root: Path, environment: Mapping[str, str]) -> None:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        self._control, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with server_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.processes.fork_server", str(theirs.fileno()), ROOM],
+                [sys.executable, "-m", "flows.processes.fork_server", str(server_end.fileno()), TITLE_SPACE],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                cwd=root,  # whose code it imports
-                env={**environment, "SPT_NOENV": "1"},  # setproctitle leaves alone what others read of the environment
-                pass_fds=(theirs.fileno(),),
+                cwd=root,
+                # Other processes read this environment, which setproctitle would overwrite without SPT_NOENV.
+                env={**environment, "SPT_NOENV": "1"},
+                pass_fds=(server_end.fileno(),),
                 start_new_session=True,
             )
 
@@ -125,38 +131,48 @@ class Warm:
         return self._process.poll() is None
 
     def spawn(self, command: Sequence[str], root: Path, environment: Mapping[str, str], standard_input: int) -> Child:
-        """Starts a command that can_run() allows; its standard output and error are the child's `stdout`.
+        """Starts a command that can_run() allows.
 
-        Raises OSError, and has started none; also where arguments and environment are too large for a message.
+        Args:
+            command: the program and its arguments.
+            root: the folder in which the command runs.
+            environment: all variables of the command.
+            standard_input: a file descriptor, or subprocess.DEVNULL.
+
+        Returns:
+            The child. Its `stdout` gives standard output and error.
+
+        Raises:
+            OSError: the fork server has ended. With errno E2BIG, arguments and environment are too large for a request.
         """
         request = json.dumps([list(command), str(root), dict(environment)]).encode()
-        if len(request) > LARGEST:
+        if len(request) > MAX_REQUEST:
             raise OSError(errno.E2BIG, "arguments and environment", len(request))
-        reply, theirs = socket.socketpair()
+        reply, server_end = socket.socketpair()
         output, write = os.pipe()
-        nothing = os.open(os.devnull, os.O_RDONLY)
+        devnull = os.open(os.devnull, os.O_RDONLY)
         try:
-            given = nothing if standard_input == subprocess.DEVNULL else standard_input
-            socket.send_fds(self._control, [request], [given, write, theirs.fileno()])
+            source = devnull if standard_input == subprocess.DEVNULL else standard_input
+            socket.send_fds(self._control, [request], [source, write, server_end.fileno()])
         except OSError:
             os.close(output)
             reply.close()
             raise
         finally:
-            os.close(nothing)
+            os.close(devnull)
             os.close(write)
-            theirs.close()
+            server_end.close()
         return Child(reply, output)
 
     def close(self) -> None:
-        """Ends the process at once; what was forked of it goes on."""
+        """Kills the fork server. Its forks keep running."""
         self._control.close()
         self._process.kill()
         self._process.wait()
 
 
 def serve(control: socket.socket) -> None:
-    """Imports, and forks for every request, until the other end of `control` is closed."""
+    """Imports IMPORTS, and forks for every request, until the other end of `control` is closed."""
     setproctitle.setproctitle("flows.processes.fork_server: stages are forks of this")
     wake, woken = socket.socketpair()
     for end in (wake, woken):
@@ -171,7 +187,7 @@ def serve(control: socket.socket) -> None:
             wake.recv(1024)
             _reap(replies)
         if control in ready:
-            request, files, _, _ = socket.recv_fds(control, LARGEST, 3)
+            request, files, _, _ = socket.recv_fds(control, MAX_REQUEST, 3)
             if not request:
                 return
             pid = os.fork()
@@ -191,12 +207,12 @@ def _import(name: str) -> None:
         if function:
             getattr(imported, function)()
     except Exception:
-        # The stage that needs it meets the same error, and says so where it is seen.
-        logging.getLogger(__name__).debug("no %s to import ahead", name, exc_info=True)
+        # A stage that needs this module meets the same error and reports it.
+        logging.getLogger(__name__).debug("could not import %s ahead", name, exc_info=True)
 
 
 def _reap(replies: dict[int, socket.socket]) -> None:
-    """Tells the exit codes of the children that have ended to those who wait for them."""
+    """Sends the exit code of each ended child to the process that waits for it."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -209,11 +225,11 @@ def _reap(replies: dict[int, socket.socket]) -> None:
 
 
 def _begin(request: bytes, standard_input: int, output: int, reply: int) -> None:
-    """In the new process: becomes what was asked for."""
+    """Turns a new fork into the requested process, and runs its command."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
-    os.write(reply, b"%d\n" % os.getpid())  # before anything may fail: the exit code comes after it
+    os.write(reply, b"%d\n" % os.getpid())  # first, since an exit code must not come before the pid
     command, root, environment = json.loads(request)
     for source, target in ((standard_input, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
@@ -223,35 +239,36 @@ def _begin(request: bytes, standard_input: int, output: int, reply: int) -> None
 
 
 def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable[[], Any]:
-    """What the command calls in the working directory, with its arguments and environment in place."""
-    ddpm = _begins(command, DDPM)
-    # DVC would record edited files, not those that were imported here.
-    if ddpm and (not checkout.is_own(Path.cwd()) or code.hashes() != code.AT_IMPORT):
+    """Sets up the arguments and environment of a command. Returns the function that runs it in the working folder."""
+    is_ddpm = _begins(command, DDPM)
+    # DVC records the files in this folder. If they are not those that were imported, an interpreter has to run them.
+    if is_ddpm and (not checkout.is_own(Path.cwd()) or code.hashes() != code.AT_IMPORT):
         return partial(os.execve, Path(sys.executable).with_name(command[0]), list(command), dict(environment))
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv[:] = ("ddpm" if ddpm else "dvc", *command[len(DDPM) :])
+    sys.argv[:] = ("ddpm" if is_ddpm else "dvc", *command[len(DDPM) :])
     setproctitle.setproctitle(" ".join(sys.argv))
-    if not ddpm:
+    if not is_ddpm:
         return _dvc
     main: Callable[[], Any] = importlib.import_module("ddpm.__main__").main  # by name: flows itself never imports torch
     return main
 
 
 def _dvc() -> NoReturn:
+    """Runs the DVC command in sys.argv, so that its stages are forks."""
     import tqdm
 
-    tqdm.tqdm.monitor_interval = 0  # no thread of its own: see _forking
+    tqdm.tqdm.monitor_interval = 0  # tqdm starts no thread, since _forking forks only without other threads
     sys.exit(dvc_command.main(sys.argv[1:], _forking))
 
 
 def _forking(start: dvc_command.Run) -> dvc_command.Run:
-    """Returns the function that starts the command of a stage: by a fork where that is possible, or else by `start`."""
+    """Returns a function that runs the command of a stage: in a fork if possible, otherwise by calling `start`."""
     import dvc.stage.run
 
     def run(executable: str | None, command: str, **options: Any) -> None:
         words = command.split() if PLAIN.fullmatch(command) else [""]
-        # A fork has one thread; a lock that another held would be held in it for ever.
+        # A fork copies only the calling thread. A lock that another thread holds would stay locked in it for ever.
         if not can_run(words, options["env"]) or threading.active_count() > 1:
             return start(executable, command, **options)
         pid = os.fork()
@@ -266,19 +283,19 @@ def _forking(start: dvc_command.Run) -> dvc_command.Run:
     return run
 
 
-def _run_forked(work: Callable[[], Any]) -> NoReturn:
-    """Calls `work` and ends the process as an interpreter would, without going back to what its parent was doing."""
-    atexit._clear()  # the parent's business
+def _run_forked(function: Callable[[], Any]) -> NoReturn:
+    """Calls `function` and then exits as an interpreter would, so that a fork never returns to its parent's code."""
+    atexit._clear()  # these functions are the parent's
     code: Any = 1
     try:
-        work()
+        function()
         code = 0
     except SystemExit as end:
         code = end.code
         if isinstance(code, str):
             print(code, file=sys.stderr)
             code = 1
-    except BaseException:  # noqa: BLE001 - shown as an interpreter shows it
+    except BaseException:  # noqa: BLE001 - printed as an interpreter prints it
         sys.excepthook(*sys.exc_info())
     finally:
         threading._shutdown()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Runs DVC: the graph of dvc.yaml, one stage at a time, its locks, dvc.lock.
+"""Runs DVC: reads the graph of dvc.yaml, runs one stage, and locks the checkout.
 
-Nothing here knows Prefect.
+Nothing here calls Prefect: output and progress go to the Watcher.
 """

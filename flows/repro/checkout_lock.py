@@ -22,7 +22,7 @@ def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterat
     Args:
         root: the checkout.
         flow_run: the id of the flow run that works here.
-        asked_by: the id of the flow run for which a host works.
+        asked_by: on a host, the id of the flow run that asked for the stage.
 
     Raises:
         InputError: `asked_by` itself holds the checkout, so both would wait for ever.
@@ -31,15 +31,15 @@ def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterat
     holder = path.with_suffix(".json")
 
     def waiting() -> None:
-        about: dict[str, Any] = {}
-        with suppress(InputError):  # absent or damaged: it only says who works here
-            about = records.read_json(holder)
-        if asked_by and about.get("flow_run") == asked_by:
+        record: dict[str, Any] = {}
+        with suppress(InputError):  # absent or damaged: the record only serves these messages
+            record = records.read_json(holder)
+        if asked_by and record.get("flow_run") == asked_by:
             raise InputError(
                 "the clone that asks cannot be a host of its own run: start this worker in another clone"
             ) from None
         watcher.get().line(
-            "train-eval", f"waiting: another run (process {about.get('pid', 'unknown')}) is at work in this checkout"
+            "train-eval", f"waiting: another run (process {record.get('pid', 'unknown')}) is at work in this checkout"
         )
 
     with locks.held(path, waiting=waiting):

@@ -1,4 +1,4 @@
-"""One piece of work as a child process: what it said, and how it ended."""
+"""Runs a DVC or other command in a child process, passes its output on, and returns how it ended."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ from flows.processes.dvc_command import Ended
 from flows.watch import Outcome, Watcher
 
 _UNREACHABLE = re.compile(r"MLflow at .* (cannot be reached|is in use by another process)")
-_HELD = "where no DVC runs, a killed one left this: delete .dvc/tmp/rwlock"
+_HELD = "if no DVC is running, a killed one left this lock: delete .dvc/tmp/rwlock"
 
-_uncommitted: set[tuple[Path, str]] = set()  # stages whose outputs found no room in DVC's cache
+_uncommitted: set[tuple[Path, str]] = set()  # stages whose outputs DVC could not copy into its cache
 
 
 def reproduce(stage: str, root: Path, watcher: Watcher, *how: str) -> Outcome:
-    """`dvc repro` of one stage; DVC decides whether there is anything to do. Raises children.FlowStopped.
+    """Runs `dvc repro` for one stage. DVC decides whether there is anything to do.
 
-    DVC exits with 0 when its cache has no room for a folder. The stage fails here then, and when it is tried again
-    `dvc commit` puts its outputs into the cache, so that the stage does not run twice.
+    If a copy into DVC's cache fails, DVC may still exit with 0. Here the stage fails then. The retry copies its outputs
+    with `dvc commit`, so that the stage does not run twice.
 
-    how: options of `dvc repro` other than --single-item.
+    Args:
+        stage: the stage's name in DVC.
+        root: the checkout.
+        watcher: receives output and progress.
+        how: options of `dvc repro`, by default --single-item.
+
+    Raises:
+        children.FlowStopped: the flow is ending.
     """
     if (root, stage) in _uncommitted and (outcome := _commit(stage, root, watcher)):
         return outcome
@@ -37,7 +44,7 @@ def reproduce(stage: str, root: Path, watcher: Watcher, *how: str) -> Outcome:
 
 
 def _commit(stage: str, root: Path, watcher: Watcher) -> Outcome | None:
-    """Puts outputs into DVC's cache that found no room there. None where the stage has to run again."""
+    """Copies the outputs of a stage into DVC's cache after that has failed. Returns None if the stage must run again."""
     said, ended = _dvc(stage, root, watcher, "commit", stage)
     if ended.killed or ended.full:
         return _failure(said, ended)
@@ -66,14 +73,25 @@ def _failure(said: list[str], ended: Ended) -> Outcome:
 
 
 class RemoteAway(InputError):
-    """The DVC remote does not answer as it should."""
+    """The DVC remote cannot be reached, or a transfer to or from it failed."""
 
 
 def exchange(verb: str, name: str, root: Path, watcher: Watcher, *stages: str) -> None:
-    """The run-cache and outputs, to ("push") or from ("fetch") the DVC remote. Raises RemoteAway, children.FlowStopped.
+    """Pushes or fetches the run-cache and the outputs of stages to or from the DVC remote.
 
-    stages: whose outputs; by default those of the stage `name`.
-    What dvc.lock names and the remote lacks is no error of a fetch: the stage has changed, and the run-cache says how.
+    A fetch does not fail if the remote lacks outputs that dvc.lock names. Then the stage has changed, and the run-cache
+    leads to its new outputs.
+
+    Args:
+        verb: "push" or "fetch".
+        name: the name under which `watcher` shows the transfer.
+        root: the checkout.
+        watcher: receives output and progress.
+        stages: the stages whose outputs are transferred; by default the stage `name`.
+
+    Raises:
+        RemoteAway: the transfer failed.
+        children.FlowStopped: the flow is ending.
     """
     said, ended = _dvc(name, root, watcher, verb, "--run-cache", *(stages or (name,)))
     if ended.code:
@@ -83,7 +101,18 @@ def exchange(verb: str, name: str, root: Path, watcher: Watcher, *stages: str) -
 def run(
     name: str, command: tuple[str, ...], root: Path, watcher: Watcher, standard_input: int = subprocess.DEVNULL
 ) -> Outcome:
-    """A command that is no DVC stage. Raises children.FlowStopped."""
+    """Runs a command that is no DVC stage.
+
+    Args:
+        name: the name under which `watcher` shows the command.
+        command: the program and its arguments.
+        root: the folder in which the command runs.
+        watcher: receives output and progress.
+        standard_input: a file descriptor. By default there is nothing to read.
+
+    Raises:
+        children.FlowStopped: the flow is ending.
+    """
     code, said, _ = _run(name, command, root, watcher, standard_input)
     if code == 0:
         return Outcome("Completed", said[-1] if said else "done")
@@ -123,7 +152,7 @@ def _run(
 
 
 def _report(line: str) -> dict[str, Any]:
-    """Parses a line of JSON. Returns {} for any other line, also for one that another text got into."""
+    """Parses a line of JSON. Returns {} for any other line, and for one that is mixed with other text."""
     if not line.startswith(display.PREFIX):
         return {}
     try:

@@ -1,4 +1,4 @@
-"""The pipeline as dvc.yaml has it: which stages there are, what each waits for, which have nothing to do."""
+"""Reads the stages of dvc.yaml from DVC: what each depends on, and which are unchanged."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from ddpm.errors import InputError
 
 @dataclass(frozen=True)
 class Dag:
-    """waits_for: each stage's address -> the addresses it depends on, in dvc.yaml's order.
+    """The stages of dvc.yaml and their dependencies.
 
-    unchanged: the stages that `dvc repro` would leave alone, as nothing before them changes either.
+    Args:
+        waits_for: the stages that each stage depends on, all by name, in the order of dvc.yaml.
+        unchanged: the stages that need not run: neither they nor any stage before them have changed.
     """
 
     waits_for: dict[str, tuple[str, ...]]
@@ -21,9 +23,9 @@ class Dag:
 
 
 def read(root: Path) -> Dag:
-    """Asks DVC. One look in one process: 30 stages take about a second, 30 `dvc repro --single-item` take 30.
+    """Reads all stages at once, 30 in about a second. 30 calls of `dvc repro --single-item` would take 30 seconds.
 
-    Raises InputError when there is no DVC repository, or DVC can't make sense of dvc.yaml and params.yaml.
+    Raises InputError if `root` is no DVC repository, or if dvc.yaml or params.yaml is invalid.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo, lock_repo
@@ -41,18 +43,18 @@ def read(root: Path) -> Dag:
         raise InputError(f"{root / 'dvc.yaml'}: {' '.join(str(error).split())}") from None
     if not waits_for:
         raise InputError(f"{root / 'dvc.yaml'}: no stages; run this at the top of a checkout")
-    return Dag(waits_for, frozenset(name for name in waits_for if not _reaches(name, changed, waits_for)))
+    return Dag(waits_for, frozenset(name for name in waits_for if not _is_affected(name, changed, waits_for)))
 
 
 def _address(stage: Any, root: Path) -> str:
-    """The name that `dvc repro` takes at the root: of a stage in dvc.yaml, or the path of a .dvc file."""
+    """Returns the name that `dvc repro` takes at the root: the name of a stage, or the path of a .dvc file."""
     path = Path(stage.path).relative_to(root).as_posix()
     name = getattr(stage, "name", None)
     return path if name is None else name if path == "dvc.yaml" else f"{path}:{name}"
 
 
 def _changed(stage: Any) -> bool:
-    """What `dvc repro` asks before it runs a stage. A stage that another process is writing counts as changed."""
+    """Returns whether `dvc repro` would run this stage. A stage that another process is writing counts as changed."""
     from dvc.lock import LockError
 
     try:
@@ -61,8 +63,8 @@ def _changed(stage: Any) -> bool:
         return True
 
 
-def _reaches(name: str, changed: set[str], waits_for: dict[str, tuple[str, ...]]) -> bool:
-    """Whether `name` or anything before it is among `changed`."""
+def _is_affected(name: str, changed: set[str], waits_for: dict[str, tuple[str, ...]]) -> bool:
+    """Returns whether the stage `name` or any stage that it depends on is in `changed`."""
     seen, queue = set(), [name]
     while queue:
         stage = queue.pop()

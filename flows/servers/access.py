@@ -1,7 +1,7 @@
-"""Who may reach the servers of `make up`: this machine alone, or everybody who knows the passwords.
+"""Restricts the servers of `make up` to this machine, or, with HOST set, to those who know the passwords.
 
-The passwords come from the variables that Prefect's and MLflow's own clients read, so that whoever may use the servers
-exports the same ones: PREFECT_API_AUTH_STRING, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+The passwords are in the variables that the clients of Prefect and MLflow read too: PREFECT_API_AUTH_STRING,
+MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. So a user of the servers exports the same variables.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ddpm.errors import InputError
 
 LOOPBACK = "127.0.0.1"
 LOCAL = (LOOPBACK, "localhost", "::1")
-SHORTEST = 12  # characters; MLflow asks for as many
+MIN_PASSWORD = 12  # characters; MLflow requires as many
 
-# What MLflow's basic-auth app reads besides its environment. Its accounts lie in the same folder, which is new at each
-# start, so that the password in the environment is the one that counts.
+# The settings of MLflow's basic-auth app. Its accounts are in the same folder, which is new at each start, so that the
+# password in the environment is always the valid one.
 _MLFLOW = """\
 [mlflow]
 default_permission = READ
@@ -31,6 +31,7 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 
 
 def is_loopback(host: str) -> bool:
+    """Returns whether only this machine can reach a server that listens at `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -38,12 +39,12 @@ def is_loopback(host: str) -> bool:
 
 
 def in_url(host: str) -> str:
-    """As an address has it."""
+    """Returns a host as URLs contain it: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def direct(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables by which no proxy is asked for what runs on this machine, and for what they name already."""
+    """Returns `no_proxy` settings that also exempt local addresses, in both spellings of the variable."""
     added = {}
     for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy")):
         given = environment.get(name) or environment.get(other, "")
@@ -54,14 +55,21 @@ def direct(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def guard(host: str, port: str, names: Sequence[str], environment: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """What the servers among `names` need in their environment to listen at `host`.
+    """Returns the variables that protect the servers.
 
-    port: Prefect's, which no page of another origin may read, even on loopback. folder: a private one, for MLflow's accounts.
-    Raises InputError when host is not this machine alone and a password is missing or shorter than SHORTEST.
+    Args:
+        host: the address at which the servers listen.
+        port: the port of Prefect's server.
+        names: the processes that are started, such as "prefect" and "mlflow".
+        environment: the variables that are set already.
+        folder: a private folder for MLflow's accounts.
+
+    Raises:
+        InputError: other machines can reach `host`, and a password is missing or shorter than MIN_PASSWORD.
     """
     added = {}
     if "prefect" in names and "PREFECT_SERVER_CORS_ALLOWED_ORIGINS" not in environment:
-        # Prefect's own default lets any page in any browser here read and start runs.
+        # By default, Prefect lets every web page in a browser on this machine read and start runs.
         own = {LOOPBACK, "localhost", host} - {"0.0.0.0", "::"}
         added["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join(sorted(f"http://{in_url(name)}:{port}" for name in own))
     if is_loopback(host):
@@ -69,12 +77,12 @@ def guard(host: str, port: str, names: Sequence[str], environment: Mapping[str, 
     if "prefect" in names:
         user, _, password = environment.get("PREFECT_API_AUTH_STRING", "").partition(":")
         # protects: tests/flows/test_access.py::test_make_up_refuses_to_open_without_passwords
-        if not user or len(password) < SHORTEST:
+        if not user or len(password) < MIN_PASSWORD:
             raise _missing(host, "PREFECT_API_AUTH_STRING=<name>:<password>")
         added["PREFECT_SERVER_API_AUTH_STRING"] = f"{user}:{password}"
     if "mlflow" in names:
         user, password = (environment.get(f"MLFLOW_TRACKING_{item}", "") for item in ("USERNAME", "PASSWORD"))
-        if not user or len(password) < SHORTEST:
+        if not user or len(password) < MIN_PASSWORD:
             raise _missing(host, "MLFLOW_TRACKING_USERNAME=<name> and MLFLOW_TRACKING_PASSWORD=<password>")
         settings = folder / "basic_auth.ini"
         settings.write_text(_MLFLOW.format(folder=folder), encoding="utf-8")
@@ -90,13 +98,13 @@ def guard(host: str, port: str, names: Sequence[str], environment: Mapping[str, 
 
 def _missing(host: str, what: str) -> InputError:
     return InputError(
-        f"HOST={host} opens the servers to other machines, so they ask for passwords: export {what} "
-        f"({SHORTEST} characters or more), or leave HOST out to stay on this machine"
+        f"HOST={host} opens the servers to other machines, which requires passwords: export {what} "
+        f"({MIN_PASSWORD} characters or more), or leave HOST out to stay on this machine"
     )
 
 
 def request(url: str) -> Request:
-    """A request to Prefect's API, with the password if there is one."""
+    """Returns a request to Prefect's API, with the password if one is set."""
     given = os.environ.get("PREFECT_API_AUTH_STRING")
     header = {"Authorization": f"Basic {base64.b64encode(given.encode()).decode()}"} if given else {}
     return Request(url, headers=header)

@@ -1,4 +1,4 @@
-"""A Prefect API that lives as long as one `python -m flows`, so that nobody has to start a server first."""
+"""Runs a Prefect server for the time of one `python -m flows`, so that users need not start a server first."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from ddpm.errors import InputError
 from ddpm.runtime import ending, watchdog
 from flows.servers import access
 
-DATABASE = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")  # where it is another's
+# One of these is set if the user has chosen another database.
+DATABASE = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")
 HOME = Path(".prefect")  # Prefect's database and logs; prefect.toml names the same folder
 TIMEOUT = 120.0  # seconds
-RESTARTS = 5  # of a server that was killed, in one run
+RESTARTS = 5  # in one run, of a server that was killed
 FLUSH = 1.0  # seconds between the server's writes of task states; at 0.2 it keeps a third of a core busy
-# Made once, when the project is installed: to create its tables takes Prefect ten seconds of computing.
+# A database without runs, made when the project is installed: Prefect computes for ten seconds to create its tables.
 EMPTY = Path(sys.prefix) / "share" / "prefect" / "prefect.db"
-# What a server does for schedules, workers and automations, none of which one run has.
+# Services for schedules, workers and automations, which a single run does not use.
 IDLE_SERVICES = (
     "FOREMAN",
     "LATE_RUNS",
@@ -39,7 +40,7 @@ IDLE_SERVICES = (
 
 
 def create_database(home: Path) -> None:
-    """Gives Prefect's folder a database if it has none. What is missing then, an older one's tables, a server makes itself."""
+    """Copies EMPTY into Prefect's folder, unless there is a database. The server creates tables that are missing."""
     home.mkdir(parents=True, exist_ok=True)
     if not EMPTY.exists() or any(name in os.environ for name in DATABASE):
         return
@@ -57,7 +58,7 @@ def create_database(home: Path) -> None:
 
 
 def database(home: Path) -> dict[str, str]:
-    """What a server needs in its environment to find the database there, where Prefect would take a part of its path for more."""
+    """Returns a variable with the path of the database if it contains %, ? or #, which Prefect would misread."""
     file = home.resolve() / "prefect.db"
     if not set("%?#") & set(str(file)) or any(name in os.environ for name in DATABASE):
         return {}
@@ -65,9 +66,10 @@ def database(home: Path) -> dict[str, str]:
 
 
 class Api:
-    """Starts at once and is ready after wait(). Make it before `prefect` is imported: it sets PREFECT_API_URL.
+    """A Prefect server in a process of its own, which starts at once and answers after wait().
 
-    It is stopped when the interpreter exits, after Prefect has sent what it still had to send, or was killed.
+    Create it before `prefect` is imported, since it sets PREFECT_API_URL. The server is stopped when the interpreter
+    exits, after it has written the last task states. It also ends if this process is killed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -102,16 +104,16 @@ class Api:
             )
 
     def wait(self) -> None:
-        """Waits until the server answers, and from then on keeps it alive. Raises InputError when the server doesn't come up."""
+        """Waits until the server answers, and from then on restarts a killed one. Raises InputError if it fails to start."""
         end = time.monotonic() + TIMEOUT
         while not self._healthy():
             if self.server.poll() is not None or time.monotonic() > end:
-                raise InputError(f"the embedded Prefect API did not start: {self.log} says why")
+                raise InputError(f"the embedded Prefect API did not start: see {self.log}")
             time.sleep(0.1)
-        threading.Thread(target=self._keep, name="embedded", daemon=True).start()
+        threading.Thread(target=self._restart, name="embedded", daemon=True).start()
 
-    def _keep(self) -> None:
-        """Starts the server again when it was killed: Prefect repeats its requests meanwhile, and would give up after minutes."""
+    def _restart(self) -> None:
+        """Restarts a killed server, RESTARTS times. Prefect repeats its requests meanwhile, but gives up after minutes."""
         for _ in range(RESTARTS):
             self.server.wait()
             with self._changing:

@@ -1,6 +1,6 @@
-"""`python -m flows.servers.up`: the servers and a worker of Procfile under one supervisor, until Ctrl-C stops them all.
+"""Runs the servers and the worker of Procfile under one supervisor until Ctrl-C: `python -m flows.servers.up`.
 
-`python -m flows.servers.up mlflow` starts only that one. HOST=<address> lets other machines in, with passwords: see access.py.
+`python -m flows.servers.up mlflow` starts MLflow alone. HOST=<address> opens the servers to other machines (access.py).
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from flows import links
 from flows.processes import children
 from flows.servers import access, embedded
 
-MARK = "DDPM_UP"  # in the environment of everything that one `make up` started
-INTERRUPTED = 130  # Ctrl-C, which is how it is meant to end
+MARK = "DDPM_UP"  # in the environment of every process that one `make up` started
+INTERRUPTED = 130  # the exit code after Ctrl-C, which is the normal end
 DEFAULT_API = f"http://{access.LOOPBACK}:4200/api"  # as prefect.toml has it
-_STARTED = "started!"  # how `prefect worker start` ends the line that says so
+_STARTED = "started!"  # ends the line that `prefect worker start` prints once it polls
 
 
 def main(chosen: list[str]) -> None:
+    """Runs the processes `chosen` of Procfile, or all of them if the list is empty. Exits when they have ended."""
     try:
         checkout.require_own(Path(), "ddpm", "flows")
     except InputError as error:
@@ -46,12 +47,12 @@ def main(chosen: list[str]) -> None:
         sys.exit(2)
     processes = parse_procfile(Path("Procfile").read_text(encoding="utf-8")).processes
     if unknown := set(chosen) - set(processes):
-        sys.exit(f"make up: no {', '.join(sorted(unknown))} in Procfile; it has {', '.join(processes)}")
+        sys.exit(f"make up: Procfile has no {', '.join(sorted(unknown))}; it has {', '.join(processes)}")
     named = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI")
     store = with_driver(named or "sqlite:///mlflow.db")
     if store.startswith("http"):
-        del processes["mlflow"]  # a server elsewhere has it
-    # Not on its command line: there every user of the machine could read a password.
+        del processes["mlflow"]  # MLflow is a server elsewhere
+    # Variables, since every user of this machine can read command lines, and there may be a password.
     artifacts = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or Path("mlartifacts").resolve().as_uri()
     mlflow = {
         "MLFLOW_BACKEND_STORE_URI": store,
@@ -68,35 +69,36 @@ def main(chosen: list[str]) -> None:
             environment = _environment(names, host, store, Path(folder))
         except InputError as error:
             sys.exit(f"make up: {error}")
-        print("Ctrl-C stops what runs here", flush=True)
+        print("Ctrl-C stops everything that was started here", flush=True)
         lines = _Lines()
         manager = Manager(lines)
         for name in names:
             manager.add_process(name, processes[name], env={**environment, **(mlflow if name == "mlflow" else {})})
-        # A terminal that is closed; not where `nohup` has it ignored.
+        # Ends when the terminal is closed, unless `nohup` makes this process ignore that.
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         threading.Thread(target=_say_when_ready, args=(names, environment, lines.worker), daemon=True).start()
         try:
             manager.loop()
         finally:
-            with suppress(Exception):  # the one that left the loop is shown
+            with suppress(Exception):  # an error of the loop itself is the one to show
                 manager.terminate()
             _end_what_is_left(environment[MARK])
     sys.exit(0 if manager.returncode == INTERRUPTED else manager.returncode)
 
 
 def _check_records(store: str) -> None:
-    """Does for MLflow's server what every other process does before it opens a database file. Raises InputError."""
+    """Checks the database file before MLflow's server opens it, as our own processes do. Raises InputError."""
     if file := sqlite.file_of(store):
         with locks.held(mlflow_file.lock_of(file)):
             mlflow_file.check(file)
 
 
 class _Lines(Printer):
-    """Prints the lines of the processes. Ends `make up` as Ctrl-C does once nobody reads them.
+    """Prints the output of the processes. Stops `make up` once nobody reads that output.
 
-    worker: is set when Prefect's worker says that it polls its pool.
+    Attributes:
+        worker: an event that is set once Prefect's worker polls its pool.
     """
 
     def __init__(self) -> None:
@@ -131,7 +133,7 @@ def _say_when_ready(names: list[str], environment: Mapping[str, str], worker: th
 
 
 def _how_to_run(environment: Mapping[str, str]) -> str:
-    """Returns the command that starts a run, with what another shell has to set before."""
+    """Returns the command that starts a run in another shell, after the commands that prepare that shell."""
     api, activate = environment["PREFECT_API_URL"], Path(".venv/bin/activate")
     before = [f". {activate}"] if activate.exists() else []
     before += [f"export PREFECT_API_URL={api}"] if api != DEFAULT_API else []
@@ -139,7 +141,10 @@ def _how_to_run(environment: Mapping[str, str]) -> str:
 
 
 def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[str, str]:
-    """Of all that starts, and says where to find it. Raises InputError; folder: a private one, for MLflow's accounts."""
+    """Returns the environment of all processes, and prints the addresses of the servers. Raises InputError.
+
+    folder: a private folder for MLflow's accounts.
+    """
     environment = {
         **os.environ,
         "PATH": children.path(),
@@ -157,7 +162,7 @@ def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[
         environment |= embedded.database(Path(environment.get("PREFECT_HOME") or embedded.HOME))
         address = f"http://{here}:{environment['PREFECT_PORT']}"
         environment["PREFECT_API_URL"] = f"{address}/api"
-        # The page asks the address that it came from: a browser elsewhere doesn't reach this machine's loopback.
+        # Prefect's page then calls the address it was loaded from: loopback would mean the browser's own machine.
         environment["PREFECT_UI_API_URL"] = f"{address}/api" if access.is_loopback(host) else "/api"
         print(f"Prefect: {address}", flush=True)
     elif "worker" in names:
@@ -169,7 +174,7 @@ def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[
 
 
 def _port(variable: str, default: str, host: str | None) -> str:
-    """Raises InputError when nothing can listen there; host None: nothing will."""
+    """Returns the port in `variable`. Raises InputError if a server cannot listen there; host None skips this check."""
     port = os.environ.get(variable, default)
     if host is None:
         return port
@@ -189,7 +194,7 @@ def _port(variable: str, default: str, host: str | None) -> str:
 
 
 def _end_what_is_left(mark: str) -> None:
-    """Flow runs outlive their worker for the moment that their stages take to stop: waits for them, then kills."""
+    """Waits for flow runs, which outlive their worker until their stages have stopped. Then kills all that is left."""
     for process in ending.left_after(ending.FLOW_RUNS, lambda: _marked(mark)):
         process.kill()
 

@@ -1,6 +1,7 @@
-"""`python -m flows.servers.worker`: waits for the Prefect API, makes the pool and the deployments, and becomes the worker.
+"""Waits for the Prefect API, creates pool and deployments, and becomes the worker: `python -m flows.servers.worker`.
 
-`python -m flows.servers.worker hosts` makes this clone a host for the stages of others (hosts/dispatch.py), one at a time.
+`python -m flows.servers.worker hosts` makes this clone a host. It runs stages for other clones (hosts/dispatch.py), one
+at a time.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from ddpm.provenance import checkout
 from ddpm.runtime import watchdog
 from flows.servers import access
 
-POOLS = {"local": (), "hosts": ("--prefect-file", "deploy/hosts.yaml")}  # and where their deployments are
+# The work pools, with the options of `prefect deploy` that select their deployments.
+POOLS = {"local": (), "hosts": ("--prefect-file", "deploy/hosts.yaml")}
 TIMEOUT = 300.0  # seconds; a new database takes 10 to 20, and minutes on a busy machine
 
 
 def main(pool: str) -> None:
+    """Becomes the worker of a pool of POOLS. Exits with a message if that fails."""
     try:
         checkout.require_own(Path(), "ddpm", "flows")
     except InputError as error:
@@ -32,24 +35,24 @@ def main(pool: str) -> None:
         if time.monotonic() > end:
             sys.exit(f"worker: no Prefect API at {api} after {TIMEOUT:.0f} s")
         time.sleep(0.2)
-    # Two that start together both find no pool, and one of them then makes it.
-    there = _has_pool(api, pool) or _prefect("work-pool", "create", pool, "--type", "process")
-    if not there and not _has_pool(api, pool):
-        sys.exit(f"worker: could not make the work pool {pool}")
+    # If two workers start together, both find no pool and only one can create it. The other one looks again.
+    exists = _has_pool(api, pool) or _prefect("work-pool", "create", pool, "--type", "process")
+    if not exists and not _has_pool(api, pool):
+        sys.exit(f"worker: could not create the work pool {pool}; Prefect's message is above")
     if not _prefect("--no-prompt", "deploy", "--all", *POOLS[pool]):
-        sys.exit(f"worker: could not make the deployments of the work pool {pool}")
+        sys.exit(f"worker: could not create the deployments of the work pool {pool}; Prefect's message is above")
     from flows.processes import crashed_runs
 
     crashed_runs.watch_heartbeats()
     if count := crashed_runs.reap():
         print(f"worker: {count} flow runs were killed earlier and are Crashed now", flush=True)
-    os.environ[watchdog.VARIABLE] = str(os.getpid())  # exec keeps the id: flow runs end with this worker
+    os.environ[watchdog.VARIABLE] = str(os.getpid())  # exec keeps the process id: flow runs end with this worker
     if pool == "hosts":
         os.environ["DDPM_CHECKOUT"] = str(Path.cwd())
         os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
-    # Only where a port is named: several workers on one machine would ask for the same one.
+    # Only if a port is set: several workers on one machine would otherwise use the same port.
     options = ["--with-healthcheck"] if "PREFECT_WORKER_WEBSERVER_PORT" in os.environ else []
-    # One checkout does one thing at a time: what is due meanwhile waits at Prefect and not as a process here.
+    # A checkout does one thing at a time. With this limit, further runs wait at Prefect and not as processes here.
     options += ["--limit", "1"]
     os.execv(sys.executable, [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, *options])
 

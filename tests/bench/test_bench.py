@@ -1,4 +1,4 @@
-"""The page of measurements is what its results say."""
+"""The page of measurements shows exactly the recorded results."""
 
 import subprocess
 import sys

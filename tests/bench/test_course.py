@@ -1,4 +1,4 @@
-"""Trainings that are measured at scale stop and go on without a trace, and their images arrive as they were sent."""
+"""Trainings measured at scale: a stop and a resume change no result, and images arrive as they were sent."""
 
 import json
 import os

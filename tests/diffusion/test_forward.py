@@ -1,4 +1,4 @@
-"""What schedules do to an image, against numbers found by hand."""
+"""The effect of schedules on an image, against numbers computed by hand."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Bad input through the program itself: one line that says what and where, exit code 2, no file changed, little memory.
+"""Bad input to the commands: one line that says what is wrong and where, exit code 2, no file changed, little memory.
 
-What single readers refuse is in test_images.py, test_datasets.py, test_params.py and the other modules' tests; here is what a
-user meets, of each kind of file that a stage reads.
+Here the commands get each kind of file that a stage reads. The tests of single readers are in the files of their modules, such as
+test_decoding.py and test_params.py.
 """
 
 from __future__ import annotations

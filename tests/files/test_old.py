@@ -1,7 +1,7 @@
-"""What version 0.1.0 left in a checkout: each command either works with it or refuses it in one line that says what to do.
+"""Files of version 0.1.0 in a checkout: each command works with them, or refuses them in one line that says what to do.
 
 data/old-0.1.0.tar.xz holds params.yaml, dvc.lock, the outputs of a small sweep, a saved state of its training, and mlflow.db with
-its champion in mlartifacts. It was made in /tmp/old, where mlflow.db still says that the artifacts lie.
+its champion in mlartifacts. It was made in /tmp/old, so mlflow.db looks for its artifacts there.
 """
 
 from __future__ import annotations

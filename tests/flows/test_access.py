@@ -1,4 +1,4 @@
-"""Who reaches the servers of `make up`: with HOST set, whoever knows the passwords; without it, this machine alone."""
+"""Access to the servers of `make up`: by password if HOST is set, and only from this machine if not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dvc.lock, changed at once and with DVC's bytes."""
+"""dvc.lock is replaced atomically, with the bytes that DVC itself would write."""
 
 from __future__ import annotations
 

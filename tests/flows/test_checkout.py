@@ -1,4 +1,4 @@
-"""One environment and several checkouts: the code of the working directory runs, or one line refuses."""
+"""One environment and several checkouts: the code in the working directory runs, or one line says why not."""
 
 from __future__ import annotations
 

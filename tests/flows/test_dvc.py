@@ -1,4 +1,4 @@
-"""What the flow asks of DVC: the order, what is unchanged, and one stage at a time."""
+"""How the flow uses DVC: it reads the order and the unchanged stages, and runs one stage."""
 
 from __future__ import annotations
 

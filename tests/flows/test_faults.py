@@ -1,4 +1,4 @@
-"""Real servers, real trainings, real kills: what is left, and what the next run makes of it (docs/faults.md)."""
+"""Real kills of real servers and trainings: what is left behind, and how the next run continues (docs/faults.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stage that is forked from a process with everything imported does what it does in an interpreter of its own."""
+"""A stage that the fork server runs does the same as in an interpreter of its own."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_without_the_process_that_forks_stages_run_all_the_same(root: Path, monk
     """Its kill is seen only when it is spoken to; and an environment may be too large for what it is told."""
     said: list[str] = []
     assert children.run((*fork_server.DDPM, "--version"), root, said.append) == 0
-    killed = children._warm[0]
+    killed = children._server[0]
     monkeypatch.setattr(killed, "alive", lambda: True)
     killed._process.kill()
     killed._process.wait()

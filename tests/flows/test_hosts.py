@@ -136,7 +136,7 @@ def test_a_cluster_that_does_not_answer_is_one_line_with_the_reason(
     monkeypatch.setattr(engines, "_runner", lambda hosts: Away())
     with pytest.raises(InputError) as refused, engines.connected("tcp://scheduler:8786"):
         pass
-    assert str(refused.value) == f"hosts: nothing to work with at tcp://scheduler:8786 ({why})"
+    assert str(refused.value) == f"hosts: cannot connect to a Dask scheduler at tcp://scheduler:8786 ({why})"
     assert engines.cluster.get(None) is None
 
 
@@ -174,7 +174,7 @@ def test_a_clone_at_another_commit_refuses_in_one_line(repository: Path) -> None
     state = dispatch._stage("train@cosine", 40 * "0", "changed: true", str(uuid4()))
     assert (state.name, state.type.value) == ("InputError", "FAILED")
     here = dispatch.head(Path())[:10]
-    assert state.message == f"this host's clone is at {here}, the run is of 0000000000: check that out here"
+    assert state.message == f"this host's clone is at {here}, but the run needs 0000000000: check out that commit here"
     assert [path.name for path in repository.iterdir()] == [".git"]
 
 

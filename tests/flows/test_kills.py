@@ -1,7 +1,7 @@
-"""A campaign of kills over the whole road, at seeded moments of `dvc repro` and of the flow (docs/faults.md).
+"""Many kills of `dvc repro` and of the flow, at seeded moments of the whole pipeline (docs/faults.md).
 
 After each kill the same command is started again, as a user would. In the end the outputs, dvc.lock and MLflow must be those of
-a run that nobody disturbed. KILLS=16 in the environment makes the campaign shorter; KILLS_SEED=1 draws other moments.
+an undisturbed run. KILLS=16 in the environment makes the campaign shorter; KILLS_SEED=1 draws other moments.
 """
 
 from __future__ import annotations

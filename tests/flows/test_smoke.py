@@ -1,4 +1,4 @@
-"""The whole road on real digits: the smoke recipe in a clone, through the flow, then DVC and the flow again."""
+"""The whole pipeline on real digits: the smoke recipe in a clone, run by the flow, then by DVC and by the flow again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code that a module runs, and what is kept of a run under other code: nothing goes on from it."""
+"""Finds the code that a module runs. No run continues from states that other code has left."""
 
 from __future__ import annotations
 

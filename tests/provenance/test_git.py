@@ -1,4 +1,4 @@
-"""What git knows of a checkout, and of a folder that is none."""
+"""Questions to git, in a repository and in a folder that is none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage looks at beside its work: the code that dvc.yaml names for it, and git."""
+"""The inputs that a stage watches while it runs: the code that dvc.yaml names for it, and git."""
 
 from __future__ import annotations
 

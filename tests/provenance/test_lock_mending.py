@@ -1,4 +1,4 @@
-"""A dvc.lock that was cut off is mended, or named in one line; one that is shorter for a good reason is left as it is."""
+"""A truncated dvc.lock is mended or refused in one line. A dvc.lock that is shorter for a good reason stays as it is."""
 
 from __future__ import annotations
 

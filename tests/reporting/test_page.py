@@ -1,4 +1,4 @@
-"""The page of the report: what it says is what the files say, and it needs nothing but itself."""
+"""The page of the report: it shows what the files contain, and loads nothing from outside."""
 
 from __future__ import annotations
 

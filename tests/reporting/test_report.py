@@ -1,4 +1,4 @@
-"""`report`: the rows, the best point, the pictures, and what is cleared away."""
+"""`report`: the rows, the best point, the pictures, and the removal of points that left the sweep."""
 
 from __future__ import annotations
 

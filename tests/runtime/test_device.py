@@ -1,4 +1,4 @@
-"""Where a stage computes: which errors mean that memory ran out, and what its run file says of it."""
+"""The device of a stage: which errors mean that its memory ran out, and how it is recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is alive, and who cannot be asked."""
+"""Tells living processes from dead ones, and processes of this host from those of others."""
 
 from __future__ import annotations
 

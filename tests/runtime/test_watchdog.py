@@ -1,4 +1,4 @@
-"""kill -9 of whoever started a stage leaves no stage behind, and nothing else ends one."""
+"""A stage ends after a kill -9 of the process that started it, and for no other reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding and decoding image files: what is taken, exactly as it was drawn; what is refused, and how that is said."""
+"""Finding and decoding image files: accepted images keep every pixel, and refused ones are named with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The four sources: what they are known to hold, how their layouts are read, what is said when they are not there."""
+"""The four sources: their known contents, how their layouts are read, and the messages if files are missing."""
 
 from __future__ import annotations
 

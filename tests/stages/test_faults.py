@@ -1,6 +1,6 @@
 """Faults, injected for real: kill -9, signals, damaged and full disks, divergence, no memory. docs/faults.md has the table.
 
-What takes long is marked `chaos` and runs with `make chaos`.
+Slow tests are marked `chaos` and run with `make chaos`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The prepare stage: what lies in dataset/ afterwards, that it repeats, and that nothing is left of what fails."""
+"""The prepare stage: the contents of dataset/, equal bytes in each run, and nothing left after a failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ddpm gc`: old files of .cache go, when asked; what a run would go on from stays, and so does all outside .cache."""
+"""`ddpm gc` removes old files of .cache. Files from which a run would continue stay, and so does all outside .cache."""
 
 from __future__ import annotations
 

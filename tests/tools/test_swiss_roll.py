@@ -1,4 +1,4 @@
-"""The library on points of the plane: the roll that comes out is the roll that went in, by a two-sample statistic."""
+"""The library on points of the plane: by a two-sample statistic, samples are distributed like the Swiss roll."""
 
 from __future__ import annotations
 

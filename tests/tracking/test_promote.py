@@ -1,4 +1,4 @@
-"""Who is champion: the rule on numbers, and its bookkeeping in a real registry."""
+"""The choice of the champion: the rule on numbers, and its records in a real registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MLflow's files in S3: a real server, and a line to it that refuses, drops or crawls. In the end all is there once."""
+"""MLflow's files in S3: a real server, over a connection that refuses, drops or is slow. In the end each file is there once."""
 
 from __future__ import annotations
 

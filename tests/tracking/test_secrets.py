@@ -1,4 +1,4 @@
-"""What is secret stays in the environment: a whole history is published with secrets planted there, and everything read."""
+"""Secrets stay in the environment: a whole history is published with planted secrets, and everything written is searched."""
 
 from __future__ import annotations
 

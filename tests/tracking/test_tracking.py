@@ -1,4 +1,4 @@
-"""Publishing to MLflow: what is there afterwards, once, on a database and on a real server, and when there is no server."""
+"""Publishing to MLflow: everything is there once, on a database and on a real server, and work goes on without a server."""
 
 from __future__ import annotations
 
