@@ -565,3 +565,61 @@ class CopiedCheckout:
 @pytest.fixture
 def copied(tmp_path: Path, inception_cache: Path) -> CopiedCheckout:
     return CopiedCheckout(tmp_path, inception_cache)
+
+
+# Tests in a changed copy of the checkout.
+
+# Forks for each run, so that what takes seconds to import is imported once; none of it is ours, or reads a setting.
+RUNS_OF_PYTEST = """
+import json, os, signal, sys
+import hypothesis, numpy, PIL.Image, psutil, pydantic, pytest, ruamel.yaml, safetensors.torch, scipy.linalg, sklearn.datasets
+import torch._dynamo, torchvision, typer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell would not hear of it
+for line in sys.stdin:
+    copy, *arguments = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        os.chdir(copy)
+        os.environ["PYTHONPATH"] = copy
+        sys.path[0] = copy
+        for file, place in ((os.open(os.devnull, os.O_RDONLY), 0), (os.open("said", os.O_CREAT | os.O_WRONLY), 1), (1, 2)):
+            os.dup2(file, place)
+        code = pytest.main(arguments)
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+OPTIONS = ("-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=120", "--tb=short")
+
+
+@pytest.fixture(scope="module")
+def run_in() -> Iterator[Callable[[Path, str], tuple[int, str]]]:
+    """run_in(copy, test) -> the exit code of pytest in that copy, and its output."""
+    names = ("PYTEST", "DDPM", "MLFLOW", "PREFECT", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", RUNS_OF_PYTEST], cwd=ROOT.anchor, env=environment, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def run(copy: Path, test: str) -> tuple[int, str]:
+            print(json.dumps([str(copy), *OPTIONS, test]), file=process.stdin, flush=True)
+            code = int(process.stdout.readline())
+            return code, (copy / "said").read_text(encoding="utf-8", errors="replace")
+
+        yield run
+
+
+@pytest.fixture(scope="session")
+def fill() -> Callable[[Path], None]:
+    """fill(folder) copies what git knows of the checkout, and what Python has compiled of it."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    known = [Path(name) for name in listed.split("\0")[:-1]]
+    folders = {ROOT / path.parent for path in known if path.suffix == ".py"}
+    files = known + [path.relative_to(ROOT) for folder in folders for path in folder.glob("__pycache__/*.pyc")]
+
+    def fill(copy: Path) -> None:
+        for file in files:
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / file, copy / file)
+
+    return fill

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,20 +113,20 @@ def mutants(source: Path) -> Iterator[Mutant]:
 @pytest.mark.proof
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", GROUPS)
-def test_enough_mutants_are_noticed(name: str, tmp_path: Path, files: list[Path], run: Any) -> None:
+def test_enough_mutants_are_noticed(
+    name: str, tmp_path: Path, fill: Callable[[Path], None], run_in: Callable[[Path, str], tuple[int, str]]
+) -> None:
     pytest.importorskip("cosmic_ray", reason="the extra mutation is not installed; `make proof` does that")
     group = GROUPS[name]
     every = [mutant for source in group.sources for mutant in mutants(Path("ddpm", f"{source}.py"))]
     drawn = sorted(random.Random(SEED).sample(every, group.count))
-    for file in files:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / file, tmp_path / file)
+    fill(tmp_path)
     survivors = []
     for mutant in drawn:
         path = tmp_path / mutant.source
         path.write_text(mutant.text(), encoding="utf-8")
         key = mutant.source.relative_to("ddpm").with_suffix("").as_posix()
-        if all(run(tmp_path, test)[0] == 0 for test in group.sources[key]):
+        if all(run_in(tmp_path, test)[0] == 0 for test in group.sources[key]):
             survivors.append(mutant)
         shutil.copy2(ROOT / mutant.source, path)
     share = 1 - len(survivors) / len(drawn)

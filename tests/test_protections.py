@@ -12,15 +12,10 @@ In a copy of the checkout that statement becomes `pass`, and the test runs there
 from __future__ import annotations
 
 import ast
-import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
@@ -77,67 +72,15 @@ def test_every_marker_has_its_statement_and_its_test() -> None:
         assert re.search(rf"^def {protection.function}\(", tests, re.MULTILINE), protection.test
 
 
-# Forks for each run, so that what takes seconds to import is imported once; none of it is ours, or reads a setting.
-RUNS_OF_PYTEST = """
-import json, os, signal, sys
-import hypothesis, numpy, PIL.Image, psutil, pydantic, pytest, ruamel.yaml, safetensors.torch, scipy.linalg, sklearn.datasets
-import torch._dynamo, torchvision, typer
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell would not hear of it
-for line in sys.stdin:
-    copy, *arguments = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        os.chdir(copy)
-        os.environ["PYTHONPATH"] = copy
-        sys.path[0] = copy
-        for file, place in ((os.open(os.devnull, os.O_RDONLY), 0), (os.open("said", os.O_CREAT | os.O_WRONLY), 1), (1, 2)):
-            os.dup2(file, place)
-        code = pytest.main(arguments)
-        sys.stdout.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-OPTIONS = ("-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=120", "--tb=short")
-Run = Callable[[Path, str], tuple[int, str]]
-
-
-@pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    """run(copy, test) -> the exit code of pytest in that copy, and its output."""
-    names = ("PYTEST", "DDPM", "MLFLOW", "PREFECT", "PYTHONPATH")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", RUNS_OF_PYTEST], cwd=ROOT.anchor, env=environment, **pipes) as process:
-        assert process.stdin is not None and process.stdout is not None
-
-        def run(copy: Path, test: str) -> tuple[int, str]:
-            print(json.dumps([str(copy), *OPTIONS, test]), file=process.stdin, flush=True)
-            code = int(process.stdout.readline())
-            return code, (copy / "said").read_text(encoding="utf-8", errors="replace")
-
-        yield run
-
-
-@pytest.fixture(scope="module")
-def files() -> list[Path]:
-    """What git knows of the checkout, and what Python has compiled of it, which it uses where the source has not changed."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    known = [Path(name) for name in listed.split("\0")[:-1]]
-    folders = {ROOT / path.parent for path in known if path.suffix == ".py"}
-    return known + [path.relative_to(ROOT) for folder in folders for path in folder.glob("__pycache__/*.pyc")]
-
-
 @pytest.mark.proof
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("protection", MARKED, ids=str)
 def test_without_its_protection_a_test_fails(
-    protection: Protection, tmp_path: Path, files: list[Path], run: Run
+    protection: Protection, tmp_path: Path, fill: Callable[[Path], None], run_in: Callable[[Path, str], tuple[int, str]]
 ) -> None:
-    for file in files:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / file, tmp_path / file)
+    fill(tmp_path)
     path = tmp_path / protection.file
     path.write_text(protection.without(path.read_text(encoding="utf-8")), encoding="utf-8")
-    code, said = run(tmp_path, protection.test)
+    code, said = run_in(tmp_path, protection.test)
     assert code == 1 and re.search(r"^1 failed(, \d+ warnings?)? in ", said, re.MULTILINE), said
     assert not re.search("NameError|UnboundLocalError", said), f"not the protection is missing but a name:\n{said}"
