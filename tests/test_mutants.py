@@ -28,50 +28,50 @@ class Group(NamedTuple):
     least: float
 
 
-def tests(folder: str, *names: str) -> tuple[str, ...]:
+def of(folder: str, *names: str) -> tuple[str, ...]:
     return tuple(f"tests/{folder}/test_{name}.py" for name in names)
 
 
 GROUPS = {
     "maths": Group(
         {
-            "diffusion/schedule": tests("diffusion", "schedule", "samplers", "paths"),
-            "diffusion/timesteps": tests("diffusion", "schedule", "samplers", "solvers"),
-            "diffusion/denoiser": tests("diffusion", "samplers", "guidance", "likelihood"),
-            "diffusion/samplers": tests("diffusion", "samplers", "solvers", "guidance"),
-            "diffusion/noise": tests("diffusion", "noise", "samplers"),
-            "diffusion/paths": tests("diffusion", "paths", "samplers"),
-            "diffusion/bound": tests("diffusion", "likelihood"),
-            "diffusion/forward": tests("diffusion", "forward"),
-            "training/fit": tests("training", "fit", "objective", "parallel"),
-            "training/objective": tests("training", "objective", "fit"),
+            "diffusion/schedule": of("diffusion", "schedule", "samplers", "paths"),
+            "diffusion/timesteps": of("diffusion", "schedule", "samplers", "solvers"),
+            "diffusion/denoiser": of("diffusion", "samplers", "guidance", "likelihood"),
+            "diffusion/samplers": of("diffusion", "samplers", "solvers", "guidance"),
+            "diffusion/noise": of("diffusion", "noise", "samplers"),
+            "diffusion/paths": of("diffusion", "paths", "samplers"),
+            "diffusion/bound": of("diffusion", "likelihood"),
+            "diffusion/forward": of("diffusion", "forward"),
+            "training/fit": of("training", "fit", "objective", "parallel"),
+            "training/objective": of("training", "objective", "fit"),
         },
         160,
         0.9,
     ),
     "scores": Group(
         {
-            "scores/fidelity": tests("scores", "fidelity", "intervals"),
-            "scores/intervals": tests("scores", "intervals", "fidelity"),
-            "scores/choice": tests("reporting", "report") + tests("scores", "intervals"),
-            "scores/copying": tests("reporting", "page") + tests("scores", "fidelity"),
+            "scores/fidelity": of("scores", "fidelity", "intervals"),
+            "scores/intervals": of("scores", "intervals", "fidelity"),
+            "scores/choice": of("reporting", "report") + of("scores", "intervals"),
+            "scores/copying": of("reporting", "page") + of("scores", "fidelity"),
         },
         70,
         0.8,
     ),
     "files": Group(
         {
-            "files/records": tests("files", "params", "bad_input", "corruption"),
-            "files/samples": tests("stages", "sample") + tests("files", "corruption"),
-            "files/scores": tests("stages", "evaluate") + tests("files", "corruption", "bad_input"),
-            "files/models": tests("files", "corruption", "bad_input"),
-            "files/checkpoint": tests("stages", "train", "faults") + tests("files", "corruption"),
-            "parameters": tests("files", "params", "bad_input"),
+            "files/records": of("files", "params", "bad_input", "corruption"),
+            "files/samples": of("stages", "sample") + of("files", "corruption"),
+            "files/scores": of("stages", "evaluate") + of("files", "corruption", "bad_input"),
+            "files/models": of("files", "corruption", "bad_input"),
+            "files/checkpoint": of("stages", "train", "faults") + of("files", "corruption"),
+            "parameters": of("files", "params", "bad_input"),
         },
         60,
         0.7,
     ),
-    "gate": Group({"tracking/registry/decision": tests("tracking", "promote")}, 40, 0.8),
+    "gate": Group({"tracking/registry/decision": of("tracking", "promote")}, 40, 0.8),
 }
 
 

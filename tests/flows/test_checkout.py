@@ -85,6 +85,7 @@ def test_a_stage_runs_the_code_of_its_own_checkout(kind: str, clone: Any, tmp_pa
     assert not list(clone.root.rglob("*.pyc"))  # no stage leaves any
 
 
+@pytest.mark.proof
 def test_a_queued_experiment_runs_the_code_that_was_queued(clone: Any) -> None:
     dvc(clone, "exp", "run", "--queue", "-S", "data.test_fraction=0.4", "prepare")
     narrow(clone.root)

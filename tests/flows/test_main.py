@@ -85,6 +85,7 @@ def test_everything_runs_without_a_server_and_leaves_none(here: Any) -> None:
     assert not here.running()
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(120)
 def test_kill_9_ends_the_api_and_the_stages(here: Any) -> None:
     here.control(train_linear={"until": "never"}, train_cosine={"until": "never"})
@@ -101,6 +102,7 @@ def test_kill_9_ends_the_api_and_the_stages(here: Any) -> None:
     print(f"kill -9 of the flow: nothing left after {time.monotonic() - began:.1f} s")
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(240)
 def test_a_killed_api_is_started_again_and_the_flow_goes_on(here: Any) -> None:
     here.control(train_linear={"until": "go"})

@@ -55,7 +55,7 @@ def test_a_recipe_replaces_the_file_as_it_is(checkout: Path) -> None:
 def test_what_a_recipe_takes_the_place_of_is_not_lost(checkout: Path) -> None:
     path, said = checkout / "params.yaml", list[str]()
     for number, name in enumerate(("params.yaml.before", "params.yaml.before-2"), 1):
-        path.write_text(path.read_text().replace("# Every", f"# Mine, {number}: every"))
+        path.write_text(f"# Mine, {number}\n{path.read_text()}")
         mine = path.read_bytes()
         parameters.write(checkout, "seven", say=said.append)
         assert said.pop() == f"params.yaml: now recipes/seven.yaml (before: {name})"
@@ -82,14 +82,14 @@ def test_what_a_recipe_takes_the_place_of_is_not_lost(checkout: Path) -> None:
 
 def test_what_overrides_change_is_not_lost(checkout: Path) -> None:
     path, said = checkout / "params.yaml", list[str]()
-    path.write_text(path.read_text().replace("# Every", "# Mine: every"))
+    path.write_text(f"# Mine\n{path.read_text()}")
     mine = path.read_bytes()
     for number in (7, 8, 9):
         parameters.write(checkout, overrides=[f"seed={number}", "training.steps=5"], say=said.append)
     assert said[0] == "params.yaml: now with seed=7, training.steps=5 (before: params.yaml.before)"
     assert said[1:] == [f"params.yaml: now with seed={number}, training.steps=5" for number in (8, 9)]
     assert (checkout / "params.yaml.before").read_bytes() == mine
-    path.write_text(path.read_text().replace("# Mine", "# Still mine"))
+    path.write_text(path.read_text().replace("# Mine\n", "# Still mine\n"))
     parameters.write(checkout, overrides=["seed=1"], say=said.append)
     assert said[-1].endswith("(before: params.yaml.before-2)")
 
@@ -113,7 +113,7 @@ def test_the_same_parameters_are_not_written_again(checkout: Path) -> None:
 def test_the_name_of_another_source_is_refused_before_anything_runs(checkout: Path) -> None:
     recipe = checkout / "recipes" / "seven.yaml"
     recipe.write_text(recipe.read_text() + "tracking: {name: cifar10}\n")
-    with pytest.raises(InputError, match=r"cifar10 is a data\.source of its own, and this one is digits"):
+    with pytest.raises(InputError, match=r"cifar10 is the name of another data\.source, and this one is digits"):
         parameters.write(checkout, "seven")
 
 

@@ -82,6 +82,7 @@ def test_a_schedule_starts_runs_is_paused_kept_by_deploy_and_resumed(up: Any) ->
     idle(up)
 
 
+@pytest.mark.proof
 def test_of_two_runs_queued_at_once_the_second_waits_at_prefect(up: Any) -> None:
     up.scratch.control(train_linear={"until": "go"})
     up.scratch.forget("train@linear")

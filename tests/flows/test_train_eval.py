@@ -113,6 +113,7 @@ def test_a_killed_stage_is_run_again(up: Any) -> None:
     assert up.tasks(up.flow_run()["id"])["train@linear"]["run_count"] == 2
 
 
+@pytest.mark.chaos
 def test_a_full_disk_fails_the_stage_until_there_is_room(up: Any, disk: Callable[[int], Path]) -> None:
     (disk(1) / "filler").write_bytes(bytes(2**20))
     (up.scratch.root / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {disk(1)}\n")
@@ -158,6 +159,7 @@ def test_wrong_input_is_said_in_one_line(up: Any) -> None:
     assert (up.scratch.root / "params.yaml").read_bytes() == before
 
 
+@pytest.mark.proof
 def test_a_second_run_waits_for_the_first(up: Any) -> None:
     up.scratch.control(train_linear={"until": "go"})
     up.scratch.forget("train@linear")
@@ -181,7 +183,7 @@ def test_a_second_run_waits_for_the_first(up: Any) -> None:
 NEVER = {"train_linear": {"until": "never"}, "train_cosine": {"until": "never"}}
 
 
-@pytest.mark.parametrize("victim", ["flow", "dvc"])
+@pytest.mark.parametrize("victim", ["flow", pytest.param("dvc", marks=pytest.mark.chaos)])
 def test_kill_9_leaves_no_process(up: Any, victim: str) -> None:
     up.scratch.control(**NEVER)
     servers = set(up.scratch.running())

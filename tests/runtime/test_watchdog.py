@@ -85,5 +85,5 @@ def test_what_belongs_to_a_flow_that_is_gone_does_not_begin(tmp_path: Path, prog
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr == "ddpm: whoever started this has ended, and so does this\n"
+    assert done.stderr == "ddpm: the process that started this one has ended, so this one ends too\n"
     assert not (tmp_path / "pid").exists()

@@ -61,7 +61,7 @@ def draw(path: Path, grey: int, size: tuple[int, int] = (8, 8)) -> None:
 
 @pytest.mark.parametrize("name", ["cifar10", "fashion-mnist", "image_folder"])
 def test_the_name_of_another_source_is_no_name_of_a_dataset(smoke: Callable[..., Params], name: str) -> None:
-    with pytest.raises(InputError, match=rf"{name} is a data\.source of its own, and this one is digits"):
+    with pytest.raises(InputError, match=rf"{name} is the name of another data\.source, and this one is digits"):
         check_name(smoke(tracking={"name": name}))
     check_name(smoke(tracking={"name": name}, data={"source": name}))
     check_name(smoke(tracking={"name": "decoding"}))

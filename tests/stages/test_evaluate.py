@@ -177,6 +177,7 @@ def test_a_damaged_cache_file_is_computed_again(root: Path, damage: str) -> None
     assert path.read_bytes() == good
 
 
+@pytest.mark.proof
 def test_processes_at_once_compute_the_reference_once(root: Path) -> None:
     code = """
 import sys

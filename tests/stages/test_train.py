@@ -203,7 +203,7 @@ def test_divergence_stops_with_step_rate_and_last_good_state(root: Path, smoke: 
         ({"network": {"attention": [16]}}, "cosine", "never occurs"),
         ({"network": {"multipliers": [1, 1, 1, 1, 1]}}, "cosine", "cannot be halved"),
         ({"compute": {"device": "cuda"}}, "cosine", "no GPU"),
-        ({"diffusion": {"timesteps": 20_000}}, "sqrt", "train sqrt: diffusion.target: target eps says nothing"),
+        ({"diffusion": {"timesteps": 20_000}}, "sqrt", "train sqrt: diffusion.target: target eps does not determine"),
     ],
 )
 def test_refused(changes: dict, schedule: str, message: str, root: Path, smoke: Callable[..., Params]) -> None:

@@ -139,6 +139,7 @@ numpy.save("images.npy", model.predict(pandas.DataFrame({"n": [6], "seed": [3]})
 """
 
 
+@pytest.mark.proof
 @pytest.mark.timeout(3600)
 def test_it_needs_no_more_than_its_own_requirements(
     checkout: Path, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

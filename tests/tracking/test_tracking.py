@@ -412,7 +412,7 @@ def test_records_of_another_store_are_not_taken_for_those_of_a_new_experiment(pu
     (published / "mlartifacts").rename(published / "aside")
     MlflowClient(tracking.tracking_uri(published)).create_experiment("of another project")
     (published / "aside").rename(published / "mlartifacts")
-    with pytest.raises(InputError, match=r"has no experiment ddpm-digits, and .*mlartifacts/ddpm-digits holds"):
+    with pytest.raises(InputError, match=r"has no experiment ddpm-digits, but .*mlartifacts/ddpm-digits holds"):
         tracking.publish(params, published)
 
 
