@@ -97,7 +97,7 @@ def run_publish(root: str, standard_input: int) -> State:
     cache_policy=NO_CACHE,
 )
 def run_promote(root: str) -> State:
-    """Runs `ddpm promote`, which is no DVC stage because the registry is no output."""
+    """Runs `ddpm promote`. It is not a DVC stage because it writes to MLflow's registry, which DVC does not track."""
     try:
         return _state("promote", commands.run("promote", (*fork_server.DDPM, "promote"), Path(root), watcher.get()))
     except children.FlowStopped:

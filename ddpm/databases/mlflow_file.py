@@ -111,9 +111,9 @@ def _damaged(file: Path, why: str) -> str:
 
 
 def _moved(file: Path, experiments: dict[str, bool]) -> dict[str, str]:
-    """Returns the addresses that must change, each with its new address.
+    """Returns the artifact addresses that the database must change, as old address -> new address.
 
-    experiments: recorded address -> whether the experiment has runs. Raises InputError.
+    experiments: the address of each experiment -> whether the experiment has runs. Raises InputError.
     """
     home = file.parent / ARTIFACTS
     away = {location: path for location in experiments if (path := _elsewhere(location, home))}

@@ -114,8 +114,8 @@ class NoiseSchedule:
     def zero_terminal_snr(self) -> NoiseSchedule:
         """Returns the schedule shifted and scaled so that nothing of x_0 is left at T: algorithm 1 of Lin et al. 2024.
 
-        sqrt(alpha_bar_1) stays and sqrt(alpha_bar_T) becomes 0. Target eps cannot be trained at the last time then.
-        Raises ValueError if T < 2, where both are the same number.
+        sqrt(alpha_bar_1) stays and sqrt(alpha_bar_T) becomes 0. So target eps cannot be trained at time T.
+        Raises ValueError if T < 2, because alpha_bar_1 and alpha_bar_T are then the same number.
         """
         if self.T < 2:
             raise ValueError(f"schedule '{self.name}': zero_terminal_snr takes two steps or more, not {self.T}")

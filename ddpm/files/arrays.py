@@ -45,13 +45,13 @@ def _array_digest(array: NDArray[Any]) -> str:
 
 
 def write_arrays(path: Path, key: str, **arrays: Any) -> None:
-    """Writes named arrays to one file, with a checksum of the arrays and of `key`, which identifies them."""
+    """Writes named arrays to one file, with a checksum of the arrays and of `key`, which says what they were computed from."""
     with atomic.replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays, sha256=np.asarray(_arrays_digest(key, arrays)))
 
 
 def read_arrays(path: Path, key: str) -> dict[str, NDArray[Any]]:
-    """Reads a file of write_arrays. Raises InputError when the file is missing, damaged or of another key."""
+    """Reads a file of write_arrays. Raises InputError if the file is missing, damaged, or was written with another key."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
@@ -71,7 +71,7 @@ def _arrays_digest(key: str, arrays: Mapping[str, Any]) -> str:
 
 
 def grid(images: Images, columns: int | None = None) -> Images:
-    """Returns one picture, uint8 C,H',W', of uint8 N,C,H,W images in rows, a white pixel apart. Small images are enlarged."""
+    """Arranges images, uint8 N,C,H,W, in rows of one picture, uint8 C,H',W', a white pixel apart. Enlarges small images."""
     count, channels, height, width = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)

@@ -49,10 +49,15 @@ class ScheduleEntry:
 
 @dataclass(frozen=True)
 class NetworkEntry:
-    """The network of a model.
+    """The entry `network` of model.json.
 
-    kind: a key of ddpm.networks.NETWORKS. image_channels, image_size: of x. out_channels: None for image_channels.
-    classes: 0 for an unconditional network. content: all entries.
+    Args:
+        kind: a key of ddpm.networks.NETWORKS.
+        image_channels: channels of the network's input.
+        image_size: height and width of the network's input.
+        out_channels: channels of the network's output; None if it has image_channels.
+        classes: 0 for an unconditional network.
+        content: the entry as a whole, with the settings that have no field here.
     """
 
     kind: str
@@ -81,8 +86,13 @@ class NetworkEntry:
 class DataEntry:
     """The data that a model was trained on.
 
-    shape: C, H, W. name, sha256: of the dataset; "" for a model trained elsewhere. classes: their names; None without labels.
-    class_counts: number of training images of each class.
+    Args:
+        shape: C, H, W of an image.
+        name: name of the dataset; "" for a model trained elsewhere.
+        sha256: version of the dataset; "" for a model trained elsewhere.
+        classes: names of the classes; None without labels.
+        class_counts: number of training images of each class.
+        content: the entry as a whole.
     """
 
     shape: list[int]
@@ -95,9 +105,9 @@ class DataEntry:
 
 @dataclass(frozen=True)
 class TrainingEntry:
-    """The training of a model. steps: of the optimiser. batch: images per step. content: all entries, as in params.yaml.
+    """The training of a model. steps: optimiser steps. batch: images per step. content: all entries, as in params.yaml.
 
-    The numbers are 0 where model.json lacks them, as for weights from elsewhere.
+    A number is 0 if model.json lacks it, as for a model trained elsewhere.
     """
 
     seed: int = 0
@@ -110,8 +120,8 @@ class TrainingEntry:
 class ModelRecord:
     """The content of model.json.
 
-    weights_sha256: of model.safetensors. target: a key of ddpm.TARGETS. variance: "fixed" or "learned".
-    content: all entries of the file.
+    weights_sha256: hash of model.safetensors. target: a key of ddpm.TARGETS. variance: "fixed" or "learned".
+    content: all entries of model.json.
     """
 
     weights_sha256: str

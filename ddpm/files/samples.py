@@ -68,8 +68,11 @@ RECORD = "record.json"  # the name inside a sample set
 class Samples:
     """A sample set.
 
-    images: uint8 N,C,H,W. evaluations: network evaluations per image. model: sha256 of the network's weights.
-    sha256: of the content, independent of how the archive is compressed.
+    Args:
+        images: uint8 N,C,H,W.
+        evaluations: network evaluations per image.
+        model: sha256 of the network's weights.
+        sha256: hash of the content; compression does not change it.
     """
 
     images: Images
@@ -79,7 +82,7 @@ class Samples:
 
 
 def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
-    """Reads and verifies a sample set. Raises InputError, also if its images differ in shape from those of `dataset`."""
+    """Reads and verifies a sample set. Raises InputError, also if the dataset's images have another shape."""
     with _sample_set(path) as (archive, record):
         shape = _declared(archive.zip)
         if dataset is not None and shape[1:] != dataset.train.shape[1:]:
@@ -104,8 +107,13 @@ def read_samples_record(path: Path) -> SamplesRecord:
 class SamplesRecord:
     """The record inside a sample set.
 
-    point: its name. model: sha256 of the network's weights. evaluations: network evaluations per image. settings: the
-    parameters that the images were drawn with. arrays: the hash of each array, by name. record_sha256: of the record.
+    Args:
+        point: the name of the point.
+        model: sha256 of the network's weights.
+        evaluations: network evaluations per image.
+        settings: the parameters that the images were drawn with.
+        arrays: the hash of each array, by name.
+        record_sha256: the hash of this record.
     """
 
     point: str
@@ -172,7 +180,7 @@ class KeptImages:
 
     Args:
         folder: where the images are kept. Images with another key or shape in this folder are removed.
-        key: identifies everything that decides the images.
+        key: stands for everything that decides the images, such as the weights and the seed.
         shape: N, C, H, W.
 
     Attributes:

@@ -39,11 +39,11 @@ class Scores:
         point: the name of the point.
         evaluations: network evaluations per image.
         images, reference_images: the number of images compared.
-        layer: of the extractor.
+        layer: the layer of the extractor.
         reference: sha256 of the dataset.
         extractor_sha256: hash of what decides the features, such as a weights file.
-        confidence: of all intervals.
-        values: the entries of the metrics by name, without those that the protocol does not allow.
+        confidence: the confidence of all intervals.
+        values: the entries of the metrics by name, without entries that this protocol has no values for.
         samples: sha256 of the sample set.
         model: sha256 of the weights that drew the samples.
         features: the full name of the features.
@@ -169,10 +169,10 @@ class Row:
     Args:
         point: the name of the point.
         evaluations: network evaluations per image.
-        confidence: of all intervals.
+        confidence: the confidence of all intervals.
         values: the entries of the metrics that the point has, by name.
         extractor: a key of EXTRACTORS.
-        seconds: to draw one image, or None; not a column of the file.
+        seconds: the time to draw one image, or None; points.csv does not contain it.
     """
 
     point: str
@@ -250,7 +250,7 @@ class Best:
     """The content of best.json: the best point.
 
     Args:
-        row: of the best point.
+        row: the row of the best point.
         points: the number of points.
         lowest: the point with the best score, which may be best by chance.
         tied: the number of points that cannot be told apart from the best one.
@@ -291,7 +291,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Answer(Standing):
-    """The best point within a budget. lowest: as in Best. may_be_best: the names of the tied points."""
+    """The best point within a budget. lowest: the point with the best score. may_be_best: names of the tied points."""
 
     lowest: str
     may_be_best: tuple[str, ...]
@@ -302,7 +302,7 @@ class Answer(Standing):
 
 @dataclass(frozen=True)
 class Gap:
-    """The difference between the scores of a point of the front and the point before it. paired: from pairs of images."""
+    """A point's score minus that of the point before it on the front. paired: whether images were compared in pairs."""
 
     difference: float
     difference_low: float
@@ -313,7 +313,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class FrontStep(Standing):
-    """A point of the front: no point with as few evaluations beats it. gap: to the point before it; None for the first."""
+    """A point of the front: no point with as few evaluations beats it. gap: None for the first point of the front."""
 
     gap: Gap | None
 

@@ -17,10 +17,10 @@ from ddpm.provenance import code
 
 @contextmanager
 def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
-    """Raises InputError if a parameter or module of the stage in dvc.yaml changed during the block. DVC then records nothing.
+    """Raises InputError if a parameter or module on which the stage depends changed while the block ran.
 
-    Otherwise DVC would record in dvc.lock that the edited version made these outputs. Without DVC (no DVC_STAGE), nothing is
-    checked.
+    The stage then fails, and DVC does not record in dvc.lock that the edited version made these outputs. Outside DVC (no
+    DVC_STAGE), nothing is checked.
     """
     if "DVC_STAGE" not in os.environ:
         yield

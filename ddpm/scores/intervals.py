@@ -11,9 +11,10 @@ distribution of the scores' errors, whose covariance is that of the influence va
 random errors e:
 
 - `may_be_best`: multiple comparisons with the best (Hsu 1981, Simultaneous confidence intervals for all distances from
-  the "best"), with a critical value for each score (Edwards and Hsu 1983). Score i may be the best if it is at most d_i
-  standard errors of the difference worse than any other, with d_i the quantile of max_j (e_i - e_j)/sigma_ij. At a
-  confidence of 0.95 the truly best score is excluded at most one time in 20, however many scores there are.
+  the "best"), with a critical value for each score (Edwards and Hsu 1983). Score i may be the best if no other score j is
+  better by more than d_i sigma_ij. Here sigma_ij is the standard error of the difference of scores i and j, and d_i the
+  quantile of max_j (e_i - e_j)/sigma_ij. At a confidence of 0.95 the truly best score is excluded at most one time in
+  20, however many scores there are.
 - `simultaneous`: intervals that hold for all differences together (Tukey 1953). They reach to each side as many
   standard errors as the quantile of max_ij |e_i - e_j|/sigma_ij. So they hold for differences that were picked for
   their size, too.
@@ -64,13 +65,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """The difference a - b of two scores. paired: whether its error is that of paired images."""
+    """The difference a - b of two scores. paired: whether the error was computed from paired images."""
 
     paired: bool = False
 
 
 def difference(a: Estimate, b: Estimate) -> Difference:
-    """Returns a - b: paired if both have influence values of as many images, else as for independent scores."""
+    """Returns a - b. The error is paired if both scores have as many influence values, and else that of independent scores."""
     value = a.value - b.value
     if a.influence is None or b.influence is None or len(a.influence) != len(b.influence):
         return Difference(value, float(np.hypot(a.error, b.error)))
@@ -79,10 +80,10 @@ def difference(a: Estimate, b: Estimate) -> Difference:
 
 
 def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE) -> list[bool]:
-    """Returns for each score whether it may be the best. The truly best one is among these with the given confidence.
+    """Returns for each score whether it may be the best. The truly best score is among those with the given confidence.
 
     Args:
-        scores: of the same metric.
+        scores: scores under the same metric.
         direction: -1 if lower is better, 1 if higher is.
         confidence: in (0, 1).
 
@@ -107,7 +108,7 @@ def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = 
 
 
 def simultaneous(scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> float:
-    """Returns how many standard errors to each side make the intervals of all differences of two scores hold together.
+    """Returns the half width, in standard errors, at which the intervals of all differences of two scores hold together.
 
     Raises ValueError for a confidence outside (0, 1).
     """

@@ -37,8 +37,12 @@ DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 class Contents:
     """The content of an opened source, before its images are read.
 
-    shape: C,H,W. counts: train and test images. labels: int64 N for each split, or None. classes: their names, or None.
-    fill: reads the images into two uint8 arrays N,C,H,W of zeros, train and test. Raises InputError.
+    Args:
+        shape: C,H,W of an image.
+        counts: the number of images in train and in test.
+        labels: int64 N for train and for test; None without classes.
+        classes: the names of the classes; None without classes.
+        fill: reads the images into two uint8 arrays N,C,H,W of zeros, train and test. Raises InputError.
     """
 
     shape: tuple[int, int, int]
@@ -55,7 +59,7 @@ class Source:
     Args:
         open: takes the section `data`, the seed, the folder that relative paths start from, and a progress report. Returns
             the contents without reading all images. Raises InputError.
-        licence: of the images, as far as it is known, for the model card.
+        licence: the licence of the images, as far as it is known, for the model card.
         shareable: whether the licence lets a trained model be shared under this project's own licence.
         flip: whether a mirrored image could come from the same source.
         any_images: whether users bring their own images. Two datasets from such a source may have nothing in common.
@@ -72,9 +76,9 @@ SOURCES: Room[Source] = Room("ddpm.sources", "data.source", "SOURCE")
 
 
 def check_name(params: Params) -> None:
-    """Raises InputError if tracking.name is the name of another source than the selected one.
+    """Raises InputError if tracking.name is the name of a source that is not selected.
 
-    Otherwise the datasets of both would share experiments and a champion.
+    Otherwise this dataset would share its experiment and champion with the dataset of that source.
     """
     name, source = (params.tracking.name or "").replace("-", "_"), params.data.source
     if name != source and name in SOURCES:
@@ -93,7 +97,7 @@ def padded_side(side: int) -> int:
 
 
 def centre(side: int, padded: int) -> tuple[Any, ...]:
-    """Returns the index that selects a centred square of that side in the last two axes of a padded square."""
+    """Returns the index of the centred square of side `side` in the last two axes of a square of side `padded`."""
     first = (padded - side) // 2
     inner = slice(first, first + side)
     return (..., inner, inner)
@@ -102,7 +106,7 @@ def centre(side: int, padded: int) -> tuple[Any, ...]:
 def held_out(names: Sequence[str], fraction: float, seed: int) -> NDArray[np.bool_]:
     """Returns the mask of the test split, bool [N], with round(fraction * N) of the names.
 
-    It selects the lowest hashes of seed and name, so an added image moves almost no other image between the splits.
+    The names with the lowest hashes form the test split, so an added image moves almost no other image between the splits.
     """
 
     def rank(index: int) -> bytes:
@@ -124,7 +128,7 @@ def in_memory(
     """Describes square images that are already in memory. Sides are padded with zeros to a multiple of 8.
 
     Args:
-        data: its size and channels must be None, or those of the padded images.
+        data: the section `data`; its size and channels must be None or equal those of the padded images.
         train, test: uint8 N,C,H,W and int64 labels N of each split.
         classes: the name of each label.
         report: called when the images are copied.
@@ -155,7 +159,7 @@ def downloading(data: Data, path: Path, files: str, report: Report) -> Iterator[
     """Sets a timeout for the download in the block, and turns its errors into InputError.
 
     Args:
-        data: names the source and data.path.
+        data: the section `data`, for messages.
         path: the folder of the download.
         files: the files that users can put into data.path instead, for messages.
         report: called once, to say that a download may follow.

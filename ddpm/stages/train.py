@@ -46,7 +46,7 @@ ROOM = 0.5  # share of the GPU's free memory that the images may take
 
 
 def noise_schedule(params: Params, name: str) -> NoiseSchedule:
-    """Builds the schedule of a row of params.yaml. Raises InputError."""
+    """Builds the noise schedule that params.yaml defines under `schedules`. Raises InputError."""
     if name not in params.schedules:
         raise InputError(f"no row '{name}' in schedules; there are {', '.join(params.schedules)}")
     try:

@@ -1,7 +1,7 @@
 """Runs a stage on another host.
 
-The host fetches the stage's inputs from the DVC remote. It pushes the outputs there, with their entry in DVC's run-cache.
-By that entry, DVC in the asking clone recognises the outputs. So the clone ends with the dvc.lock of having run the stage.
+The host fetches the stage's inputs from the DVC remote, and pushes the outputs and their entry in DVC's run-cache there. By
+that entry, DVC recognises the outputs in the clone that runs the flow. The dvc.lock there is then as if it had run the stage.
 
 A host is a worker of the pool `hosts` (`python -m flows.servers.worker hosts`) or of a Dask cluster (engines.py), in a
 clone of its own.
@@ -45,9 +45,9 @@ def run_stage(stage: str, commit: str, params: str, asked_by: str) -> State:
 
     Args:
         stage: the stage's name in DVC, such as train@cosine.
-        commit: the commit of the clone that asks. The host must have the same one checked out.
+        commit: the commit of the clone that runs the flow. The host must have the same commit checked out.
         params: the text of params.yaml.
-        asked_by: the id of the flow run that asks.
+        asked_by: the id of the flow run that needs the stage.
     """
     children.end_with_the_worker()
     crashed_runs.claim()
@@ -58,13 +58,13 @@ def run_stage(stage: str, commit: str, params: str, asked_by: str) -> State:
 def on_a_host(stage: str, commit: str, params: str, asked_by: str) -> State:
     """Does the same as run_stage, as a task on a cluster's worker.
 
-    The worker outlives the flow run that asks, so this task watches that flow run and ends with it.
+    The worker outlives the flow run that needs the stage, so this task watches that flow run and ends with it.
     """
     return _wanted_stage(stage, commit, params, asked_by)
 
 
 def _wanted_stage(stage: str, commit: str, params: str, asked_by: str) -> State:
-    """Runs the stage with the host's own code, unlike the task itself, whose code is sent along with it."""
+    """Runs the stage with the host's own code. The task on_a_host cannot: Dask sends that task's code with it."""
     return _stage(stage, commit, params, asked_by, UUID(asked_by))
 
 
@@ -123,7 +123,7 @@ def _running(wanted_by: UUID | None) -> Iterator[None]:
 
 
 def reproduce(stage: str, root: Path, watching: Watcher) -> Outcome:
-    """Runs a stage on a host and takes its outputs over into this checkout.
+    """Runs a stage on a host and fetches its outputs into this checkout.
 
     If the flow is ending, stops the stage on the host and raises children.FlowStopped.
     """

@@ -22,7 +22,7 @@ _stopped = threading.Event()
 
 
 class FlowStopped(Exception):
-    """The flow is ending: children that ran were stopped, and no child starts."""
+    """The flow is ending: its children were stopped, and no new child starts."""
 
 
 def start() -> None:
@@ -107,7 +107,7 @@ def stop() -> None:
 
 
 def _environment() -> dict[str, str]:
-    """Returns the environment of a child: this process's, so changed that it ends with this one and prints progress."""
+    """Returns the environment of a child, with the settings that make it end with this process and print its progress."""
     return {
         **os.environ,
         "PATH": path(),

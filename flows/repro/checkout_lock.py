@@ -36,7 +36,7 @@ def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterat
             record = records.read_json(holder)
         if asked_by and record.get("flow_run") == asked_by:
             raise InputError(
-                "the clone that asks cannot be a host of its own run: start this worker in another clone"
+                "this clone runs the flow, so it cannot also be one of its hosts: start this worker in another clone"
             ) from None
         watcher.get().line(
             "train-eval", f"waiting: another run (process {record.get('pid', 'unknown')}) is at work in this checkout"

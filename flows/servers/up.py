@@ -194,13 +194,13 @@ def _port(variable: str, default: str, host: str | None) -> str:
 
 
 def _end_what_is_left(mark: str) -> None:
-    """Waits for flow runs, which outlive their worker until their stages have stopped. Then kills all that is left."""
+    """Waits for the flow runs, which outlive their worker until their stages have stopped. Then kills every process left."""
     for process in ending.left_after(ending.FLOW_RUNS, lambda: _marked(mark)):
         process.kill()
 
 
 def _marked(mark: str | None = None) -> list[psutil.Process]:
-    """Returns the living processes that a `make up` started: the one with this mark, or any in this folder."""
+    """Returns the living processes of the `make up` with this mark, or without a mark, of every `make up` in this folder."""
     found = []
     for process in psutil.process_iter():
         try:

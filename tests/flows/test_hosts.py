@@ -193,7 +193,9 @@ def test_a_worker_in_the_clone_that_asks_refuses_in_one_line(repository: Path) -
         host.join(20)
         assert not host.is_alive()
     assert (said[0].name, said[0].type.value) == ("InputError", "FAILED")
-    assert said[0].message == "the clone that asks cannot be a host of its own run: start this worker in another clone"
+    assert said[0].message == (
+        "this clone runs the flow, so it cannot also be one of its hosts: start this worker in another clone"
+    )
     assert not (repository / "params.yaml").exists()
 
 

@@ -320,7 +320,7 @@ def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
 
 
 def _score(version: ModelVersion, protocol: Protocol, say: Say) -> Score | None:
-    """Returns a version's score under a protocol, or None if there is none with an interval or the tag is damaged."""
+    """Returns a version's score under a protocol. Returns None if the tag is missing, damaged, or holds no interval."""
     try:
         return tags.score(version, protocol)
     except InputError as error:
@@ -415,7 +415,7 @@ def _changed(champion: ModelVersion, protocol: Protocol) -> str:
 def _other_images(champion: ModelVersion, challenger: Challenger, params: Params) -> str:
     """Says why the two models cannot be compared; "" if they can.
 
-    A source of a user's own images may hold anything. Only a name says that other images are a new version of the same dataset.
+    A folder of images may hold anything. Only tracking.name says that changed images are a new version of the same dataset.
     """
     mine, theirs = challenger.score.protocol.dataset, champion.tags.get("ddpm.dataset_sha256", "")
     if not SOURCES.select(params.data.source).any_images or params.tracking.name or mine == theirs:
