@@ -593,16 +593,16 @@ OPTIONS = ("-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=120", "-
 
 
 @pytest.fixture(scope="module")
-def run_in() -> Iterator[Callable[[Path, str], tuple[int, str]]]:
-    """run_in(copy, test) -> the exit code of pytest in that copy, and its output."""
+def run_in() -> Iterator[Callable[..., tuple[int, str]]]:
+    """run_in(copy, test, *options) -> the exit code of pytest in that copy, and its output."""
     names = ("PYTEST", "DDPM", "MLFLOW", "PREFECT", "PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", RUNS_OF_PYTEST], cwd=ROOT.anchor, env=environment, **pipes) as process:
         assert process.stdin is not None and process.stdout is not None
 
-        def run(copy: Path, test: str) -> tuple[int, str]:
-            print(json.dumps([str(copy), *OPTIONS, test]), file=process.stdin, flush=True)
+        def run(copy: Path, test: str, *options: str) -> tuple[int, str]:
+            print(json.dumps([str(copy), *OPTIONS, *options, test]), file=process.stdin, flush=True)
             code = int(process.stdout.readline())
             return code, (copy / "said").read_text(encoding="utf-8", errors="replace")
 
