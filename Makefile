@@ -1,7 +1,7 @@
 # `make help` lists the targets. Each target installs what it needs, once.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-library proof chaos bench wheels up ui remote check audit sbom image clean lock
+.PHONY: help demo test test-library proof chaos bench pictures wheels up ui remote check audit sbom image clean lock
 
 UV := uv==0.13.9
 INSTALLED := .venv/installed
@@ -47,7 +47,7 @@ help: ## list the targets
 demo: $(EMPTY) ## run the whole pipeline on real digits, from data to a promoted model, in a few minutes
 	@$(RUN) python -m flows $(if $(RECIPE),--recipe $(RECIPE))
 
-test: $(EMPTY) ## run the tests (15 minutes at most)
+test: $(EMPTY) ## run the tests (8 minutes on two quiet cores)
 	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof and not chaos'
 
 test-library: $(INSTALLED) ## run the tests of the maths alone (90 seconds at most)
@@ -65,6 +65,9 @@ chaos: $(EMPTY) ## inject real faults: kills, full disks, dead servers
 bench: $(INSTALLED) ## measure speed against other packages and write docs/speed.md (ONLY=train: one row; about 30 minutes)
 	@$(PIP) --quiet $(PEERS)
 	@$(RUN) python -m bench $(ONLY)
+
+pictures: $(INSTALLED) ## remake docs/images from the run that `make demo` left here (except curve-*.png: python -m bench.curves draw)
+	@$(RUN) python docs/draw_pictures.py
 
 wheels: $(INSTALLED) ## download what `make bench` needs on a GPU machine without a package index to .cifar10/wheels (FOR=3.12: its Python)
 	@test -n "$(FOR)" || { echo 'make wheels: name the Python version of the GPU machine, such as FOR=3.12' >&2; exit 2; }
