@@ -6,6 +6,7 @@ pydantic and JSON Schema: ge, gt, lt, multiple_of, pattern. This module imports 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -35,11 +36,25 @@ def entry(limits: Mapping[str, Any], default: Any = MISSING, each: Mapping[str, 
     return field(default=default, metadata={**limits, **({EACH: each} if each else {})})
 
 
+def is_name(text: str) -> bool:
+    """Returns whether a text is a name: of a row, a source, a network or an option."""
+    return re.fullmatch(r"[a-z0-9_]+", text) is not None and len(text) <= LONGEST_NAME
+
+
+def check_clip(clip: Any) -> None:
+    """Raises ValueError unless `clip` is true, false or a quantile."""
+    if not isinstance(clip, bool) and not (isinstance(clip, float) and 0 < clip < 1):
+        raise ValueError(
+            f"clip: expected true, false, or a quantile between 0 and 1, such as 0.995 (given: {clip!r:.60})"
+        )
+
+
 def as_json(section: Any) -> Any:
     """Returns a section as JSON values: dataclasses as objects, tuples as lists."""
     if is_dataclass(section):
         own = {item.name: as_json(getattr(section, item.name)) for item in fields(section)}
-        return {**own.pop(REST), **own} if REST in own else own
+        rest = own.pop(REST, {})
+        return {**own, **rest}
     if isinstance(section, Mapping):
         return {key: as_json(item) for key, item in section.items()}
     return [as_json(item) for item in section] if isinstance(section, list | tuple) else section
@@ -135,8 +150,7 @@ class Sampling:
     threads: int = entry(COUNT, 1)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.clip, bool) and not (isinstance(self.clip, float) and 0 < self.clip < 1):
-            raise ValueError("clip: expected true, false, or a quantile between 0 and 1, such as 0.995")
+        check_clip(self.clip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +200,11 @@ class Sampler:
     def __post_init__(self) -> None:
         if known := sorted(self.own.keys() & {item.name for item in fields(self)}):
             raise ValueError(f"own: {', '.join(known)}: write it in the row itself, not below `own`")
+        for name, value in self.own.items():
+            if not is_name(name):
+                raise ValueError(f"own: {name!r:.60}: a name is made of a-z, 0-9 and _, at most {LONGEST_NAME} of them")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"own.{name}: not a finite number")
 
     @classmethod
     def arrange(cls, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,6 +292,15 @@ class Point:
     sampler: str
     steps: int
 
+    def __post_init__(self) -> None:
+        # protects: tests/files/test_bad_input.py::test_a_command_line[a point that is a path]
+        if not is_name(self.schedule) or not is_name(self.sampler):
+            raise InputError(
+                f"'{self.name}' is no point of a sweep: its names are made of a-z, 0-9 and _, at most {LONGEST_NAME} of them"
+            )
+        if not 1 <= self.steps < COUNT["lt"]:
+            raise InputError(f"'{self.name}' is no point of a sweep: {self.steps} is no number of steps")
+
     @property
     def name(self) -> str:
         return f"{self.schedule}-{self.sampler}-{self.steps}"
@@ -285,12 +313,4 @@ class Point:
             raise InputError(
                 f"'{name}' is no point of a sweep: expected SCHEDULE-SAMPLER-STEPS, such as linear-ddim-50"
             )
-        for part in parts[:2]:
-            # protects: tests/files/test_bad_input.py::test_a_command_line[a point that is a path]
-            if not re.fullmatch(NAME["pattern"], part) or "\n" in part or len(part) > LONGEST_NAME:
-                raise InputError(
-                    f"'{name}' is no point of a sweep: names are a-z, 0-9 and _, at most {LONGEST_NAME} characters"
-                )
-        if int(parts[2]) >= COUNT["lt"]:
-            raise InputError(f"'{name}' is no point of a sweep: {parts[2]} is too many steps")
         return cls(schedule=parts[0], sampler=parts[1], steps=int(parts[2]))

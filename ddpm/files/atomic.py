@@ -32,7 +32,7 @@ def disk_full_is_one_line(path: Path) -> Iterator[None]:
         raise InputError(
             f"{path}: no room on the disk ({os.strerror(error.errno)}); an earlier version of it is unchanged:"
             " free some space and run this again"
-        ) from None
+        ) from error
 
 
 def _temporary_beside(path: Path) -> str:

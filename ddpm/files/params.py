@@ -46,6 +46,7 @@ from ddpm.parameters import (
     Tracking,
     Training,
     as_json,
+    is_name,
 )
 from ddpm.scores.extractors import EXTRACTORS
 
@@ -113,10 +114,11 @@ def _network(value: Any) -> Network | OtherNetwork:
 def _evaluation(value: Any) -> Evaluation:
     """Fills in the extractor's default layer, and checks the extractor and the layer."""
     name = value.get("extractor", USUAL_EXTRACTOR) if isinstance(value, dict) else None
-    if isinstance(name, str) and name in EXTRACTORS:
-        value = {"layer": EXTRACTORS[name].default, **value}
-    elif isinstance(name, str):
-        raise ValueError(f"extractor: expected one of {', '.join(EXTRACTORS)} (given: {name!r:.{SHOWN}})")
+    if isinstance(name, str) and is_name(name):
+        if name in EXTRACTORS:
+            value = {"layer": EXTRACTORS[name].default, **value}
+        else:
+            raise ValueError(f"extractor: expected one of {', '.join(EXTRACTORS)} (given: {name!r:.{SHOWN}})")
     made = _build(Evaluation, value)
     if made.layer not in (layers := EXTRACTORS[made.extractor].layers):
         raise ValueError(f"layer: expected one of {', '.join(map(str, layers))} (given: {made.layer})")
@@ -256,7 +258,10 @@ def one_line(error: ValidationError) -> str:
     """Returns the first few faults in one line, each with its place and the value found there."""
     found, faults = error.errors(include_url=False), []
     for fault in found[:FAULTS]:
-        place, message = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
+        place, message = (
+            ".".join(str(part) for part in fault["loc"] if part != REST),
+            fault["msg"].removeprefix("Value error, "),
+        )
         if place and fault["type"] == "value_error":  # a section's own check: its message begins with the entry
             faults.append(f"{place}.{message}")
             continue

@@ -56,5 +56,7 @@ def read_run(root: Path, output: Path) -> RunRecord | None:
         return None
     try:
         return records.build(RunRecord, records.read_json(path))
-    except ValueError as error:
-        raise InputError(f"{path}: {error}; delete it: it only describes the run, and the output stays") from None
+    except (InputError, ValueError) as error:
+        raise InputError(
+            f"{path}: damaged ({error}); delete it: it only describes the run, and the output stays"
+        ) from None

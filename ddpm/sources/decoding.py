@@ -22,6 +22,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -438,13 +439,20 @@ def _in_processes(read: _ReadBlock, count: int, done: Callable[[int], None]) -> 
 
 
 def _forked(read: _ReadBlock, blocks: list[range], workers: int) -> Iterator[tuple[range, list[_ImageFault]]]:
-    """Yields each block with its faults once it is read. Raises BrokenProcessPool if a worker process was killed."""
+    """Yields each block with its faults once it is read. Raises InputError if a worker process was killed."""
     context = multiprocessing.get_context("fork")  # processes inherit `read` with its files and arrays: no pickling
+    before = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, context, _begin, (read, os.getpid()))
     try:
         waiting = {pool.submit(_run, block): block for block in blocks}
         for future in as_completed(waiting):
             yield waiting[future], future.result()
+    except BrokenProcessPool:
+        raise InputError("a process that reads images was killed; out of memory?") from None
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - set(before):
+            process.terminate()  # otherwise shutdown() waits for the blocks at hand
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

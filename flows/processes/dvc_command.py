@@ -13,8 +13,10 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+import click
 
 from ddpm.provenance import atomic_lock
 from ddpm.runtime import display
@@ -54,7 +56,9 @@ class Ended:
     @classmethod
     def read(cls, report: Mapping[str, Any]) -> Ended | None:
         """Returns the report in a parsed JSON line, or None if the line is another one."""
-        return cls(**report[KEY]) if isinstance(report.get(KEY), dict) else None
+        found = report.get(KEY)
+        known = {item.name for item in fields(cls)}
+        return cls(**found) if isinstance(found, dict) and found.keys() == known else None
 
 
 class _Errors(logging.Handler):
@@ -74,7 +78,8 @@ class _Errors(logging.Handler):
     def add(self, message: str, error: BaseException | None) -> None:
         causes = list(_causes(error))
         self.exceptions += causes
-        self.lines.append(" ".join(": ".join(filter(None, (message, *map(str, causes)))).split()))
+        text = click.unstyle(": ".join(filter(None, (message, *map(str, causes)))))
+        self.lines.append(" ".join(text.split()))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -124,6 +129,9 @@ def main(arguments: list[str], runs: Callable[[Run], Run] = lambda run: run) -> 
     except Exception as error:  # noqa: BLE001 - reported as data
         errors.add("", error)
         code = 1
+    except KeyboardInterrupt:
+        errors.add("interrupted", None)
+        code = 1
     found = errors.exceptions
     ended = Ended(
         code=int(bool(code)),
@@ -135,7 +143,7 @@ def main(arguments: list[str], runs: Callable[[Run], Run] = lambda run: run) -> 
         untransferred=errors.untransferred,
         errors=errors.lines,
     )
-    print(display.PREFIX + json.dumps({KEY: asdict(ended)}), flush=True)
+    print(f"\n{display.PREFIX}{json.dumps({KEY: asdict(ended)})}", flush=True)  # a stage may end within a line
     return ended.code
 
 

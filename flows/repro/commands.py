@@ -139,6 +139,8 @@ def _run(
 
     def on_line(line: str) -> None:
         nonlocal ended
+        if not line:
+            return
         if not (report := _report(line)):
             said[:] = [*said[-1:], line]
             watcher.line(name, line)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import signal
@@ -184,13 +185,24 @@ def _port(variable: str, default: str, host: str | None) -> str:
         try:
             probe.bind((host, int(port)))
         except (OSError, ValueError, OverflowError) as error:
-            left = " ".join(str(process.pid) for process in _marked())
-            advice = f"; `kill {left}` ends what an earlier `make up` left" if left else ""
+            left = _left() if getattr(error, "errno", None) == errno.EADDRINUSE else ""
+            advice = f"; `kill {left}` ends what a killed `make up` left" if left else ""
             raise InputError(
                 f"port {port} of {host} can't be used ({error}); free it, or choose another with"
                 f" {variable}=<port>{advice}"
             ) from error
     return port
+
+
+def _left() -> str:
+    """Returns the ids of the processes in this folder that outlived their `make up`."""
+    mine = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
+    found = []
+    for process in _marked():
+        with suppress(psutil.Error):
+            if process.pid not in mine and not any("flows.servers.up" in each.cmdline() for each in process.parents()):
+                found.append(str(process.pid))
+    return " ".join(found)
 
 
 def _end_what_is_left(mark: str) -> None:

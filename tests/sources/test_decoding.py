@@ -527,7 +527,7 @@ def test_faults_of_all_processes_are_named_in_order(
 
 def test_a_process_that_dies_is_an_error(many: dict[str, decoding.Read], tmp_path: Path, processes: None) -> None:
     many["0100.png"] = lambda: os.kill(os.getpid(), signal.SIGKILL) or b""
-    with pytest.raises(RuntimeError, match="terminated abruptly"):
+    with pytest.raises(InputError, match="a process that reads images was killed"):
         pixels = shared_pixels(tmp_path / "x.npy", 300)
         decoding.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm.errors import InputError
 from ddpm.files import records
 from ddpm.files.params import section
-from ddpm.parameters import COUNT, Sampler, entry
+from ddpm.parameters import ALONE, COUNT, Sampler, check_clip, entry
 from ddpm.scores.metrics import HEADLINE
 from ddpm.tracking.registry.decision import Protocol, Score
 from ddpm.tracking.runs import SETTINGS
@@ -28,7 +28,11 @@ AGAIN = "`ddpm promote --replace` registers the report's best point without it"
 @dataclass(frozen=True, kw_only=True)
 class _Settings(Sampler):
     steps: int = entry(COUNT)
-    clip: bool | float = True
+    clip: bool | float = entry({ALONE: True}, True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_clip(self.clip)
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,13 @@ def influence_tag(protocol: Protocol) -> str:
 
 def settings(version: ModelVersion) -> dict[str, Any]:
     """Returns the sampler settings that a version was promoted with: a row's options, `steps` and `clip`. Raises InputError."""
+    from ddpm.runtime.drawing import check_row
+
     found = _object(version, SETTINGS)
     # protects: tests/tracking/test_promote.py::test_settings_that_are_damaged_draw_nothing[{}]
     try:
-        section(_Settings, _Settings.arrange(found))
-    except ValueError as error:
+        check_row("champion", section(_Settings, _Settings.arrange(found)))
+    except (InputError, ValueError) as error:
         raise _damaged(version, SETTINGS, str(error)) from None
     return found
 
