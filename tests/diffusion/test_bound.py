@@ -236,17 +236,23 @@ def coin_bound(schedule: NoiseSchedule, variance: str) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_bound_of_coins(variance: str) -> None:
-    """Every part of the estimate agrees with quadrature, and the bound lies above the entropy of one bit a pixel."""
+    """Every part of the estimate agrees with quadrature, and the bound lies above the entropy of one bit a pixel.
+
+    Under a fresh seed this fails in about 1 of 4,000 runs (5 standard errors at each of 28 times, 4 for the sum).
+    """
     schedule = NoiseSchedule.named("cosine", 30)
     bits, errors = coin_bound(schedule, variance)
     bound = variational_bound(coin_denoiser(schedule), coins(400), seed=1, batch=128, variance=variance)
     for ours, expected in ((bound.decoder, bits[0]), (bound.kl, bits[1:].sum())):
         mean, error = mean_and_error(ours)
         assert error > 0 and mean == pytest.approx(float(expected), abs=4 * error + 1e-6)
-    assert torch.allclose(bound.terms.mean(0), bits, atol=0.02 * float(bits.max()))
-    assert torch.allclose(
-        bound.distortion, errors.sqrt() * 127.5, rtol=0.01, atol=0.7
-    )  # the first times live on rare pixels
+    for found, expected, rare in ((bound.terms, bits, 0.02), (bound.squared_error, errors, 2.5e-4)):
+        gap, error = (found.mean(0) - expected).abs(), found.std(0) / math.sqrt(len(found))
+        assert bool((gap[2:] < 5 * error[2:]).all())
+        assert (
+            float(gap[:2].max()) < rare
+        )  # less than one wrong pixel of 25,600 on average: no standard error to speak of
+    assert torch.allclose(bound.distortion, bound.squared_error.mean(0).sqrt() * 127.5)
     assert float(bits.sum()) + float(prior(schedule, ((coins(400) / 127.5 - 1) ** 2).double().mean())) > 1
 
 
@@ -266,19 +272,20 @@ def test_more_steps_come_closer_to_the_entropy() -> None:
 
 @pytest.mark.parametrize("times", [2, 5, 17])
 def test_a_few_times_estimate_the_whole_sum(times: int) -> None:
-    """Unbiased, with a standard error that is the estimate's spread over seeds."""
+    """Unbiased, with a standard error that is the estimate's spread over seeds.
+
+    Under fresh seeds this fails in about 1 of 2,000 runs (the spread of 40 estimates; 4 standard errors of their mean).
+    """
     schedule = NoiseSchedule.named("cosine", 50)
     denoiser, images = coin_denoiser(schedule), coins(120)
-    whole = variational_bound(denoiser, images, variance="fixed_small")
     runs = [
-        variational_bound(denoiser, images, seed=seed, times=times, variance="fixed_small") for seed in range(1, 21)
+        variational_bound(denoiser, images, seed=seed, times=times, variance="fixed_small") for seed in range(1, 41)
     ]
     found = torch.tensor([mean_and_error(run.total) for run in runs], dtype=torch.float64)
-    expected, error = mean_and_error(whole.total)
-    assert bool((abs(found[:, 0] - expected) < 4 * (found[:, 1] ** 2 + error**2).sqrt()).all())
-    assert float(found[:, 0].mean()) == pytest.approx(
-        expected, abs=4 * float(found[:, 1].mean()) / math.sqrt(20) + error
-    )
+    bits, _ = coin_bound(schedule, "fixed_small")
+    expected = float(bits.sum() + prior(schedule, (images / 127.5 - 1).square().double().mean()))
+    assert bool((abs(found[:, 0] - expected) < 6 * found[:, 1]).all())  # skewed: 2 times reach 4 once in 800 runs
+    assert float(found[:, 0].mean()) == pytest.approx(expected, abs=4 * float(found[:, 1].mean()) / math.sqrt(40))
     assert 0.6 < float(found[:, 0].std() / found[:, 1].mean()) < 1.5
     assert all(len(run.strata) == times for run in runs)
 
@@ -293,7 +300,10 @@ def test_strata_are_all_times_once(T: int, data: st.DataObject) -> None:
 
 
 def test_rate_grows_and_distortion_falls() -> None:
-    """Figure 5 of Ho et al. 2020. More of the bits, a better picture: for an exact denoiser at every step."""
+    """Figure 5 of Ho et al. 2020. More of the bits, a better picture: for an exact denoiser at every step.
+
+    Under a fresh seed this fails in fewer than 1 of 1,000 runs: none of 50 seeds came near a bound.
+    """
     schedule = NoiseSchedule.named("cosine", 100)
     bound = variational_bound(coin_denoiser(schedule), coins(300))
     reverse_rate = bound.rate.flip(0)

@@ -169,6 +169,7 @@ def shown(steps: int, batch: int, **options: object) -> list[tuple[torch.Tensor,
 
 
 def test_each_image_keeps_its_label_or_loses_it_as_often_as_asked() -> None:
+    """Under a fresh seed this fails in about 1 of 750,000 runs (5 standard errors, twice)."""
     labels = torch.arange(50) % 7
     for dropout in (0.0, 0.1, 0.5):
         seen = shown(4, 1000, labels=labels, label_dropout=dropout)

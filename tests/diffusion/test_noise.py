@@ -43,6 +43,7 @@ def test_inverse_normal_is_the_quantile_function() -> None:
 
 
 def test_distribution() -> None:
+    """Under a fresh seed this fails in about 1 of 900 runs (p-value 1e-3, and 4 standard errors of the correlation)."""
     z = gaussian(3, range(500), 1, (3, 16, 16))
     assert stats.kstest(z.flatten().numpy(), "norm").pvalue > 1e-3
     flat = z.flatten(1)
@@ -107,6 +108,7 @@ def test_threads_change_nothing() -> None:
 
 
 def test_seed_image_and_draw_all_matter() -> None:
+    """Under fresh seeds this fails in about 1 of 1,600 runs: one of 192 pairs of values is alike to 1e-5 by chance."""
     base = gaussian(1, [5], 9, (1, 8, 8))
     for other in (gaussian(2, [5], 9, (1, 8, 8)), gaussian(1, [6], 9, (1, 8, 8)), gaussian(1, [5], 10, (1, 8, 8))):
         assert not torch.isclose(base, other).any()

@@ -192,7 +192,9 @@ def test_clipping_acts_on_x0_and_eps_is_derived_again() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_time_is_that_time_for_every_image(target: str, dtype: torch.dtype) -> None:
     """To the bit, and the network is told it for each."""
-    x_t = torch.randn(5, 3, 4, 4, dtype=dtype).to(memory_format=torch.channels_last)
+    x_t = torch.randn(5, 3, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(0)).to(
+        memory_format=torch.channels_last
+    )
     told = []
 
     def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -281,7 +281,10 @@ def test_the_flow_keeps_every_point_at_its_quantile(truth: torch.Tensor) -> None
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m_sde"])
 def test_samples_of_a_mixture_are_distributed_as_the_mixture(sampler: str) -> None:
-    """By Kolmogorov's distance, of which 4,000 samples make 0.021 by chance once in twenty times."""
+    """Compares by Kolmogorov's distance, with steps so many that the samplers' own bias is at most 0.008.
+
+    Under a fresh seed each sampler fails in about 1 of 300 runs; exact samples would in 1 of 700.
+    """
     schedule = NoiseSchedule.named("cosine", 1000)
 
     def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -292,7 +295,7 @@ def test_samples_of_a_mixture_are_distributed_as_the_mixture(sampler: str) -> No
         return gaussian(1, range(4_000), k, (1,)).double()
 
     options = {"variance": "fixed_small"} if sampler == "ddpm" else {}
-    x = sample(Denoiser(net, schedule, "x0"), noise(0), sampler, 100, "logsnr", lambda k: noise(k + 1), **options)
+    x = sample(Denoiser(net, schedule, "x0"), noise(0), sampler, 400, "logsnr", lambda k: noise(k + 1), **options)
     apart = kstest(x[:, 0].numpy(), lambda x: distribution(x, 20.0)).statistic
     assert apart < 0.03
     # The normal distribution of the same mean and variance is much further away.

@@ -106,7 +106,10 @@ def test_the_jackknife_is_leaving_out_one_after_the_other(count: int, dimensions
 
 
 def test_the_jackknife_finds_the_bias_of_fid() -> None:
-    """In one dimension E FID_N is known: (m^2 + v/N) + v + 1 - 2 c4(N) sqrt(v), with E s = c4(N) sigma."""
+    """In one dimension E FID_N is known: (m^2 + v/N) + v + 1 - 2 c4(N) sqrt(v), with E s = c4(N) sigma.
+
+    Under a fresh seed this fails in about 1 of 250 runs (3 standard errors; the two means move together).
+    """
     from scipy.special import gammaln
 
     count, mean, deviation = 25, 0.4, 1.3
@@ -152,6 +155,7 @@ def test_distances_to_the_nearest_and_to_the_nearest_other() -> None:
 
 
 def test_precision_falls_with_bad_images_and_recall_with_missing_ones() -> None:
+    """Under fresh seeds this fails in about 1 of 1,500 runs (the nearest bound of recall; the others are 4 deviations away)."""
     real = np.concatenate([blob(150, 4, 0), blob(150, 4, 1, shift=20.0)])
     half, noisy = (
         blob(300, 4, 2),
@@ -160,7 +164,7 @@ def test_precision_falls_with_bad_images_and_recall_with_missing_ones() -> None:
     precision, recall = precision_recall(half, real)
     assert precision > 0.8 and 0.4 < recall < 0.5
     precision, recall = precision_recall(noisy, real)
-    assert 0.5 < precision < 2 / 3 and recall > 0.9
+    assert 0.5 < precision < 2 / 3 and recall > 0.87
     assert precision_recall(real, real) == (1.0, 1.0)
 
 
@@ -186,7 +190,10 @@ def test_kid_is_the_direct_sum() -> None:
 
 
 def test_kid_is_unbiased() -> None:
-    """Over independent pairs of sets from one distribution it averages to 0; the biased estimate is far off there."""
+    """Over independent pairs of sets from one distribution it averages to 0; the biased estimate is far off there.
+
+    Under fresh seeds this fails in about 1 of 300 runs (3 standard errors).
+    """
     found = [kid(blob(20, 3, 2 * i), blob(20, 3, 2 * i + 1), subsets=1, subset_size=20)[0] for i in range(400)]
     error = np.std(found) / np.sqrt(len(found))
     assert abs(np.mean(found)) < 3 * error

@@ -141,11 +141,16 @@ def plausible(hits: int, repetitions: int, confidence: float, slack: float = 0.0
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.images}x{case.dimensions}-{case.shared}")
 def test_intervals_cover_what_they_claim(case: Case) -> None:
+    """Under a fresh seed a case fails in about 1 of 300 runs: some count leaves its range of 99.8 %.
+
+    With one feature the interval of a single FID covers 92 % (docs/statistics.md), so that case has more slack.
+    """
     found = cover(case, 300)
-    assert plausible(found.at_this_size, 300, 0.95)
+    slack = 0.03 if case.dimensions == 1 else 0.015
+    assert plausible(found.at_this_size, 300, 0.95, slack)
     assert plausible(found.paired, 300, 0.95, slack=0.0)
     if case.images > case.dimensions:
-        assert plausible(found.infinity, 300, 0.95)
+        assert plausible(found.infinity, 300, 0.95, slack)
     if case.shared == 0.9:
         assert found.narrower < 0.6
         assert found.independent >= 298  # needlessly wide
@@ -156,6 +161,7 @@ def test_intervals_cover_what_they_claim(case: Case) -> None:
 @pytest.mark.parametrize("model", [NARROW[0], (0.0, 1.0)], ids=["another model", "the data's own distribution"])
 @pytest.mark.parametrize("confidence", [0.6, 0.95])
 def test_the_interval_of_kid_covers_what_it_claims(model: tuple[float, float], confidence: float) -> None:
+    """Under a fresh seed a case fails in at most about 1 of 500 runs, that of another model at 60 %."""
     case = Case(60, 16, (model, model), 0.0)
     assert plausible(cover_kid(case, 100, confidence), 100, confidence, slack=0.03)
 
@@ -164,11 +170,15 @@ def test_the_interval_of_kid_covers_what_it_claims(model: tuple[float, float], c
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
 def test_the_interval_of_kid_covers_what_it_claims_with_many_images(case: Case) -> None:
-    """With one feature it is 88 %: the cube of a normal is far from normal."""
+    """With one feature it is 88 %: the cube of a normal is far from normal.
+
+    Under a fresh seed this fails in about 1 of 100,000 runs.
+    """
     assert plausible(cover_kid(case, 500), 500, 0.95, slack=0.03)
 
 
 def test_intervals_cover_at_another_confidence() -> None:
+    """Under a fresh seed this fails in about 1 of 1,500 runs."""
     case = CASES[1]
     found = cover(case, 300, confidence=0.6)
     assert plausible(found.at_this_size, 300, 0.6, slack=0.03)
@@ -184,14 +194,22 @@ def independent(count: int) -> list[Estimate]:
 
 @pytest.mark.parametrize(("count", "confidence"), [(2, 0.95), (4, 0.95), (12, 0.95), (12, 0.5)])
 def test_intervals_of_all_differences_reach_as_far_as_tukeys(count: int, confidence: float) -> None:
-    """Of independent scores with one error: the studentised range over the root of 2."""
+    """Of independent scores with one error: the studentised range over the root of 2.
+
+    With other random errors in the code, 2 scores would fail in about 1 of 1,300 runs (3.2 standard errors), more scores
+    less often.
+    """
     expected = max(quantile(confidence), studentized_range.ppf(confidence, count, np.inf) / np.sqrt(2))
     assert simultaneous(independent(count), confidence) == pytest.approx(expected, abs=0.06)
 
 
 @pytest.mark.parametrize(("count", "confidence"), [(2, 0.95), (4, 0.95), (12, 0.95), (12, 0.5)])
 def test_what_may_be_the_best_ends_where_dunnetts_quantile_says(count: int, confidence: float) -> None:
-    """Of independent scores with one error: d with P(all other e_j >= e_i - d sqrt(2)) = confidence."""
+    """Of independent scores with one error: d with P(all other e_j >= e_i - d sqrt(2)) = confidence.
+
+    With other random errors in the code, 2 scores would fail in about 1 of 300 runs (2.9 standard errors), more scores
+    less often.
+    """
     z, weights = np.polynomial.hermite_e.hermegauss(60)
 
     def held(d: float) -> float:
@@ -230,11 +248,14 @@ def best_lost(count: int, shifts: np.ndarray, repetitions: int, images: int = 20
 
 
 def test_the_best_of_many_is_lost_no_more_often_than_claimed() -> None:
-    """The worst case: all are as good. Looked at in pairs, one-sided at the same 95 %, the best is lost far more often."""
+    """The worst case: all are as good. Looked at in pairs, one-sided at the same 95 %, the best is lost far more often.
+
+    Under a fresh seed this fails in about 1 of 700 runs.
+    """
     lost, lost_in_pairs, missed = best_lost(6, np.zeros(6), 200)
     assert plausible(lost, 200, 0.05, slack=0.01)
     assert plausible(missed, 200, 0.05, slack=0.01)
-    assert lost_in_pairs > binom.ppf(0.999, 200, 0.07)
+    assert lost_in_pairs > binom.ppf(0.999, 200, 0.05)
 
 
 @pytest.mark.proof
@@ -243,6 +264,7 @@ def test_the_best_of_many_is_lost_no_more_often_than_claimed() -> None:
     "shifts", [np.zeros(12), np.linspace(0, 1, 12), np.array([0, *[5.0] * 11])], ids=["all", "some", "one"]
 )
 def test_the_best_of_twelve_is_lost_no_more_often_than_claimed(shifts: np.ndarray) -> None:
+    """Under a fresh seed a case fails in 1 of 100 to 500 runs: in 150 repetitions, 3 to 4 % missed."""
     lost, lost_in_pairs, missed = best_lost(12, shifts, 500)
     assert lost <= binom.ppf(0.999, 500, 0.055)
     assert plausible(missed, 500, 0.05, slack=0.007)
@@ -273,9 +295,10 @@ def fids_of_many(repetitions: int, models: int = 8, images: int = 300) -> tuple[
 @pytest.mark.proof
 @pytest.mark.timeout(900)
 def test_fids_of_models_that_are_as_good_are_told_apart_no_more_often_than_claimed() -> None:
+    """Both counts are about 3 % of the runs; under a fresh seed this fails in about 1 of 20,000 runs."""
     lost, told = fids_of_many(400)
-    assert plausible(lost, 400, 0.05, slack=0.01)
-    assert plausible(told, 400, 0.05, slack=0.01)
+    for hits in (lost, told):
+        assert 0 < hits <= binom.ppf(0.999, 400, 0.06)
 
 
 def test_scores_of_the_same_luck_are_told_apart_by_any_difference() -> None:

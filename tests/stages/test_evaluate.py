@@ -201,6 +201,7 @@ def test_fewer_samples_than_asked_for_are_counted(root: Path) -> None:
 
 
 def test_reference_images_are_drawn_from_everywhere_and_grow() -> None:
+    """With another seed in the code this would fail in about 1 of 840 runs: all 10 images lie in the same half."""
     train = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
     few, more = (set(reference_images(train, count).ravel()) for count in (10, 40))
     assert len(few) == 10 and len(more) == 40

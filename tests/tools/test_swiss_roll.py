@@ -13,7 +13,7 @@ from ddpm import Denoiser
 from ddpm.errors import InputError
 from ddpm.tools.swiss_roll import POINTS, T, drift, reverse, roll, swiss_roll, train_on_roll
 
-COUNT = 2000
+COUNT, MADE = 2000, 5000
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def denoiser(one_thread: None) -> Denoiser:
 
 @pytest.fixture(scope="module")
 def made(denoiser: Denoiser) -> dict[int, Tensor]:
-    return reverse(denoiser, COUNT)
+    return reverse(denoiser, MADE)
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
@@ -50,19 +50,21 @@ def exact_drift(denoiser: Denoiser, x_t: Tensor, t: int) -> Tensor:
 
 
 def test_what_comes_out_is_distributed_like_the_data(made: dict[int, Tensor]) -> None:
+    """Under fresh seeds this fails in about 1 of 100 runs, by the noise of 16 runs of 2,000 points, scaled to 5,000."""
     assert sorted(made) == list(range(T + 1))
-    held_out = roll(COUNT, 1)[0]
+    held_out = roll(MADE, 1)[0]
     # A Gaussian of the data's own mean and covariance is as near as one comes without learning the shape.
     centred = held_out - held_out.mean(0)
-    gaussian = made[T] @ torch.linalg.cholesky(centred.T @ centred / COUNT).T + held_out.mean(0)
+    gaussian = made[T] @ torch.linalg.cholesky(centred.T @ centred / MADE).T + held_out.mean(0)
     baseline = energy_distance(gaussian, held_out)
-    level = max(abs(energy_distance(roll(COUNT, seed)[0], held_out)) for seed in (2, 3, 4))
+    level = max(abs(energy_distance(roll(MADE, seed)[0], held_out)) for seed in (2, 3, 4))
     distance = energy_distance(made[0], held_out)
     assert level < baseline / 10  # the statistic can tell
     assert distance < baseline / 8
 
 
 def test_the_drift_is_that_of_the_perfect_network(denoiser: Denoiser) -> None:
+    """Under fresh seeds this fails in fewer than 1 of 100 runs: the nearest bound is 6 deviations from four trainings."""
     data = roll(COUNT, 1)[0]
     noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(0))
     to_the_mean = Denoiser(lambda x, _: data.mean(0).expand_as(x), denoiser.schedule, "x0")

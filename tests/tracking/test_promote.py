@@ -80,7 +80,10 @@ def test_force_needs_no_advantage_and_not_even_a_score() -> None:
 
 
 def test_images_of_the_same_noise_are_compared_in_pairs() -> None:
-    """What both scores share by luck says nothing about which is better."""
+    """What both scores share by luck says nothing about which is better.
+
+    Under a fresh seed this practically never fails: the gap is 10 times the reach in pairs, and 0.7 of the other reach.
+    """
     shared, own = np.random.default_rng(0).normal(size=(2, PROTOCOL.images))
     a, b = (shared + part for part in (0.1 * own, 0.0))
     errors = [standard_error(values) for values in (a, b)]
@@ -97,7 +100,10 @@ def test_images_of_the_same_noise_are_compared_in_pairs() -> None:
 
 @pytest.mark.parametrize("quality", ["far from the data", "the data's own distribution"])
 def test_the_gate_refuses_luck_and_accepts_what_is_better(quality: str) -> None:
-    """Sample sets of one model under two seeds, many times: promoted by chance at most as often as the confidence allows."""
+    """Sample sets of one model under two seeds, many times: promoted by chance at most as often as the confidence allows.
+
+    Under a fresh seed the case far from the data fails in about 1 of 350 runs, the other in 1 of 25,000.
+    """
     generator, repetitions, count, dimensions = np.random.default_rng(0), 400, 200, 4
     scales = np.array([1.0, 0.7, 0.5, 0.3])
     reference = fidelity.statistics(generator.normal(size=(2000, dimensions)) * scales)
