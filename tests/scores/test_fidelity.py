@@ -155,7 +155,7 @@ def test_distances_to_the_nearest_and_to_the_nearest_other() -> None:
 
 
 def test_precision_falls_with_bad_images_and_recall_with_missing_ones() -> None:
-    """Under fresh seeds this fails in about 1 of 1,500 runs (the nearest bound of recall; the others are 4 deviations away)."""
+    """Under fresh seeds this fails in about 1 of 100 runs (recall; the other bounds are 4 deviations away)."""
     real = np.concatenate([blob(150, 4, 0), blob(150, 4, 1, shift=20.0)])
     half, noisy = (
         blob(300, 4, 2),
@@ -164,7 +164,7 @@ def test_precision_falls_with_bad_images_and_recall_with_missing_ones() -> None:
     precision, recall = precision_recall(half, real)
     assert precision > 0.8 and 0.4 < recall < 0.5
     precision, recall = precision_recall(noisy, real)
-    assert 0.5 < precision < 2 / 3 and recall > 0.87
+    assert 0.5 < precision < 2 / 3 and recall > 0.9
     assert precision_recall(real, real) == (1.0, 1.0)
 
 

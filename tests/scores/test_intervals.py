@@ -143,14 +143,13 @@ def plausible(hits: int, repetitions: int, confidence: float, slack: float = 0.0
 def test_intervals_cover_what_they_claim(case: Case) -> None:
     """Under a fresh seed a case fails in about 1 of 300 runs: some count leaves its range of 99.8 %.
 
-    With one feature the interval of a single FID covers 92 % (docs/statistics.md), so that case has more slack.
+    With one feature it fails in 1 to 2 of 100: there the interval of a single FID covers 92 % (docs/statistics.md).
     """
     found = cover(case, 300)
-    slack = 0.03 if case.dimensions == 1 else 0.015
-    assert plausible(found.at_this_size, 300, 0.95, slack)
+    assert plausible(found.at_this_size, 300, 0.95)
     assert plausible(found.paired, 300, 0.95, slack=0.0)
     if case.images > case.dimensions:
-        assert plausible(found.infinity, 300, 0.95, slack)
+        assert plausible(found.infinity, 300, 0.95)
     if case.shared == 0.9:
         assert found.narrower < 0.6
         assert found.independent >= 298  # needlessly wide
@@ -250,12 +249,12 @@ def best_lost(count: int, shifts: np.ndarray, repetitions: int, images: int = 20
 def test_the_best_of_many_is_lost_no_more_often_than_claimed() -> None:
     """The worst case: all are as good. Looked at in pairs, one-sided at the same 95 %, the best is lost far more often.
 
-    Under a fresh seed this fails in about 1 of 700 runs.
+    Under a fresh seed this fails in about 1 of 70 runs.
     """
     lost, lost_in_pairs, missed = best_lost(6, np.zeros(6), 200)
     assert plausible(lost, 200, 0.05, slack=0.01)
     assert plausible(missed, 200, 0.05, slack=0.01)
-    assert lost_in_pairs > binom.ppf(0.999, 200, 0.05)
+    assert lost_in_pairs > binom.ppf(0.999, 200, 0.07)
 
 
 @pytest.mark.proof
@@ -295,10 +294,10 @@ def fids_of_many(repetitions: int, models: int = 8, images: int = 300) -> tuple[
 @pytest.mark.proof
 @pytest.mark.timeout(900)
 def test_fids_of_models_that_are_as_good_are_told_apart_no_more_often_than_claimed() -> None:
-    """Both counts are about 3 % of the runs; under a fresh seed this fails in about 1 of 20,000 runs."""
+    """Both counts are about 3 % of the runs; under a fresh seed this fails in about 1 of 30 runs, on the low side."""
     lost, told = fids_of_many(400)
-    for hits in (lost, told):
-        assert 0 < hits <= binom.ppf(0.999, 400, 0.06)
+    assert plausible(lost, 400, 0.05, slack=0.01)
+    assert plausible(told, 400, 0.05, slack=0.01)
 
 
 def test_scores_of_the_same_luck_are_told_apart_by_any_difference() -> None:
