@@ -134,9 +134,8 @@ def test_enough_mutants_are_noticed(
         key = mutant.source.relative_to("ddpm").with_suffix("").as_posix()
         if not any(noticed(*run_in(tmp_path, test, "--timeout=40")) for test in group.sources[key]):
             survivors.append(mutant)
+            print(f"{name}: survives: {mutant}", flush=True)
         shutil.copy2(ROOT / mutant.source, path)
     share = 1 - len(survivors) / len(drawn)
-    print(
-        f"\n{name}: {share:.1%} of {len(drawn)} mutants of {len(every):,} noticed; survivors:", *survivors, sep="\n  "
-    )
+    print(f"{name}: {share:.1%} of {len(drawn)} mutants of {len(every):,} noticed", flush=True)
     assert share >= group.least
