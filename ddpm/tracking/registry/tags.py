@@ -58,7 +58,9 @@ def settings(version: ModelVersion) -> dict[str, Any]:
     found = _object(version, SETTINGS)
     # protects: tests/tracking/test_promote.py::test_settings_that_are_damaged_draw_nothing[{}]
     try:
-        check_row("champion", section(_Settings, _Settings.arrange(found)))
+        section(_Settings, _Settings.arrange(found))
+        row = {name: value for name, value in found.items() if name not in ("steps", "clip")}
+        check_row("champion", section(Sampler, Sampler.arrange(row)))
     except (InputError, ValueError) as error:
         raise _damaged(version, SETTINGS, str(error)) from None
     return found
