@@ -195,12 +195,16 @@ def _port(variable: str, default: str, host: str | None) -> str:
 
 
 def _left() -> str:
-    """Returns the ids of the processes in this folder that outlived their `make up`."""
+    """Returns the ids of the processes in this folder that outlived their `make up`.
+
+    Above a process of a living `make up` stand two processes of this module: the supervisor, and honcho's fork of it.
+    """
     mine = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     found = []
     for process in _marked():
         with suppress(psutil.Error):
-            if process.pid not in mine and not any("flows.servers.up" in each.cmdline() for each in process.parents()):
+            above = sum("flows.servers.up" in each.cmdline() for each in process.parents())
+            if above < 2 and process.pid not in mine:
                 found.append(str(process.pid))
     return " ".join(found)
 

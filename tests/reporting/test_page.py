@@ -276,7 +276,7 @@ def test_a_model_that_copies_is_caught_and_its_data_is_not(
     text = Reader((root / "report" / "index.html").read_text(encoding="utf-8")).text
     assert "A strong sign of memorising" in text
     assert "12: median distance 0.0, smallest 0.0; exact copies: 12" in text
-    assert "30 of the test split" in text and "In 100% of all pairs" in text and "In 99% of all pairs" in text
+    assert "30 of the test split" in text and "in 100% of these pairs" in text and "in 99% of these pairs" in text
     assert "No sign of memorising: in pixels" in Reader((made_report / "report" / "index.html").read_text()).text
 
 
