@@ -106,6 +106,7 @@ def test_a_failing_stage_fails_the_run_and_nothing_beside_it(up: Any) -> None:
     assert [run["run_count"] for name, run in up.tasks(up.flow_run()["id"]).items() if name == "train@linear"] == [1]
 
 
+@pytest.mark.chaos
 def test_a_killed_stage_is_run_again(up: Any) -> None:
     up.scratch.control(train_linear={"die": True})
     done = up.scratch.run(*up.FLOW, json.dumps({"overrides": ["training.steps=10"], "promote": False}))
@@ -129,6 +130,7 @@ def test_a_full_disk_fails_the_stage_until_there_is_room(up: Any, disk: Callable
         (up.scratch.root / ".dvc" / "config.local").unlink()
 
 
+@pytest.mark.chaos
 def test_an_mlflow_that_comes_back_gets_it_all(up: Any) -> None:
     (up.scratch.root / "away").write_text("once\n")
     done = up.scratch.run(*up.FLOW, json.dumps({"promote": False}))
@@ -183,7 +185,8 @@ def test_a_second_run_waits_for_the_first(up: Any) -> None:
 NEVER = {"train_linear": {"until": "never"}, "train_cosine": {"until": "never"}}
 
 
-@pytest.mark.parametrize("victim", ["flow", pytest.param("dvc", marks=pytest.mark.chaos)])
+@pytest.mark.chaos
+@pytest.mark.parametrize("victim", ["flow", "dvc"])
 def test_kill_9_leaves_no_process(up: Any, victim: str) -> None:
     up.scratch.control(**NEVER)
     servers = set(up.scratch.running())
