@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm import SAMPLERS, SCHEDULES, SPACINGS, TARGETS, Denoiser, NoiseSchedule, encode, sample, trajectory
-from ddpm.diffusion.denoiser import coefficients
+from ddpm.diffusion.denoiser import coefficients, split_variance
 from ddpm.diffusion.noise import gaussian
 from ddpm.diffusion.samplers import Level, ddim, ddpm, evaluations
 from ddpm.diffusion.timesteps import network_times
@@ -317,3 +317,14 @@ def test_eps_is_refused_where_nothing_of_the_image_is_left() -> None:
     schedule = NoiseSchedule(torch.full((2000,), 0.9))  # alpha_bar underflows to zero
     with pytest.raises(ValueError, match="alpha_bar = 0"):
         Denoiser(lambda x, t: x, schedule, "eps")(torch.zeros(1, 1), 1999.0)
+
+
+def test_a_learned_variance_is_the_second_half_from_0_to_1() -> None:
+    """-1 is fixed_small and 1 is fixed_large: eq. 15 of Nichol & Dhariwal 2021, with v = (output + 1) / 2."""
+    x = torch.zeros(2, 3, 4, 4)
+    outputs = torch.stack([torch.full((4, 4), value) for value in (-1.0, 0.0, 3.0)]).expand(2, 3, 4, 4)
+    prediction, v = split_variance(torch.cat([x + 5, outputs], dim=1), x)
+    assert v is not None and torch.equal(prediction, x + 5)
+    assert v[0, :, 0, 0].tolist() == [0.0, 0.5, 2.0]  # not clamped
+    for channels in (3, 9):
+        assert split_variance(torch.zeros(2, channels, 4, 4), x)[1] is None
