@@ -47,10 +47,10 @@ help: ## list the targets
 demo: $(EMPTY) ## run the whole pipeline on real digits, from data to a promoted model, in a few minutes
 	@$(RUN) python -m flows $(if $(RECIPE),--recipe $(RECIPE))
 
-test: $(EMPTY) ## run the tests (8 minutes on two quiet cores)
+test: $(EMPTY) ## run the tests (about 9 minutes on two quiet cores)
 	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof and not chaos'
 
-test-library: $(INSTALLED) ## run the tests of the maths alone (90 seconds at most)
+test-library: $(INSTALLED) ## run the tests of the maths alone (about two minutes)
 	@$(RUN) pytest -n 2 -m 'not proof and not chaos' tests/diffusion tests/training tests/networks/test_unet.py \
 		tests/scores/test_fidelity.py tests/scores/test_intervals.py
 
