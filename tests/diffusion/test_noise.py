@@ -113,3 +113,12 @@ def test_seed_image_and_draw_all_matter() -> None:
     for other in (gaussian(2, [5], 9, (1, 8, 8)), gaussian(1, [6], 9, (1, 8, 8)), gaussian(1, [5], 10, (1, 8, 8))):
         assert not torch.isclose(base, other).any()
     assert not torch.equal(gaussian(1 << 40, [5], 9, (4,)), gaussian(0, [5], 9, (4,)))
+
+
+def test_the_counter_holds_place_draw_and_image_and_the_key_holds_the_seed() -> None:
+    """Both halves of a 64-bit image number and of a 64-bit seed count, bit for bit."""
+    seed, image, draw = 0xFEDC_BA98_7654_3210, 0x0123_4567_89AB_CDEF, 7
+    key = (seed & 0xFFFF_FFFF, seed >> 32)
+    blocks = [philox(words(place, draw, image & 0xFFFF_FFFF, image >> 32), key) for place in range(2)]
+    expected = torch.stack([_inverse_normal(torch.stack(block, dim=-1)) for block in blocks]).reshape(1, 8)
+    assert torch.equal(gaussian(seed, [image], draw, (2, 3)), expected[:, :6].reshape(1, 2, 3))

@@ -151,6 +151,9 @@ def test_a_blend_in_closed_form() -> None:
         assert torch.allclose(found[0], gain * x_t, rtol=1e-6, atol=1e-9)
     unchanged = blend(perfect(schedule), x_0, y_0, [0, 0.5, 1], 0.0, lambda k: noise)
     assert torch.allclose(unchanged, torch.stack([x_0, (x_0 + y_0) / 2, y_0]))
+    draws: list[int] = []
+    blend(perfect(schedule), x_0, y_0, [0.3], 1.0, lambda k: (draws.append(k), noise)[1], "ddpm", 4)
+    assert draws == [0, 1, 2, 3]  # one for the start, and one for each step but the last
     with pytest.raises(ValueError, match="depth"):
         blend(perfect(schedule), x_0, y_0, [0.5], 1.5, lambda k: noise)
 
@@ -170,6 +173,7 @@ def test_the_last_snapshot_is_the_sample(sampler: str) -> None:
     assert torch.equal(states[0].x0_hat, denoiser(x_T, network_times(denoiser.schedule, 12)[0]))
     assert [state.k for state in snapshots(denoiser, x_T, 5, sampler=sampler, steps=3)] == [0, 1, 2]
     assert [state.k for state in snapshots(denoiser, x_T, 1, sampler=sampler, steps=3)] == [2]
+    assert [state.k for state in snapshots(denoiser, x_T, 2, sampler=sampler)] == [0, 49]
 
 
 def test_pixel_error_is_on_the_unit_scale() -> None:
