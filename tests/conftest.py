@@ -587,7 +587,8 @@ for line in sys.stdin:
         os.chdir(copy)
         os.environ["PYTHONPATH"] = copy
         sys.path[0] = copy
-        for file, place in ((os.open(os.devnull, os.O_RDONLY), 0), (os.open("said", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1), (1, 2)):
+        said = os.open("said", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        for file, place in ((os.open(os.devnull, os.O_RDONLY), 0), (said, 1), (1, 2)):
             os.dup2(file, place)
         code = pytest.main(arguments)
         sys.stdout.flush()
