@@ -50,7 +50,7 @@ demo: $(EMPTY) ## run the whole pipeline on real digits, from data to a promoted
 test: $(EMPTY) ## run the tests (about 9 minutes on two quiet cores)
 	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof and not chaos'
 
-test-library: $(INSTALLED) ## run the tests of the maths alone (about two minutes)
+test-library: $(INSTALLED) ## run the tests of the maths alone (about 70 seconds)
 	@$(RUN) pytest -n 2 -m 'not proof and not chaos' tests/diffusion tests/training tests/networks/test_unet.py \
 		tests/scores/test_fidelity.py tests/scores/test_intervals.py
 
