@@ -113,7 +113,7 @@ def test_every_target_and_sampler_makes_digits(
 ) -> None:
     """mu on a chain of few steps, since it depends on x_0 the less, the shorter a step; and on the bound, as in the paper.
 
-    Its rate of failures under a fresh seed is not measured, because each run trains a network for minutes.
+    How often this test fails under a fresh seed is not measured, because each run trains a network for minutes.
     """
     how: dict[str, object] = {"steps": 600} if target != "mu" else {"steps": 1500, "timesteps": STEPS, "loss": "vlb"}
     denoiser = trained(digits[0], target, batch=64, channels=32, attention=(4,), **how)

@@ -67,7 +67,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Request:
-    """What a picture shall show."""
+    """The contents of a picture to make."""
 
     of: tuple[int, ...]  # indices of test images, or how many of them
     count: int  # images or rows; 0: the default of the kind

@@ -193,7 +193,7 @@ def independent(count: int) -> list[Estimate]:
 
 @pytest.mark.parametrize(("count", "confidence"), [(2, 0.95), (4, 0.95), (12, 0.95), (12, 0.5)])
 def test_intervals_of_all_differences_reach_as_far_as_tukeys(count: int, confidence: float) -> None:
-    """Of independent scores with one error: the studentised range over the root of 2.
+    """For independent scores with equal errors, the factor is the studentised range over the root of 2.
 
     With other random errors in the code, 2 scores would fail in about 1 of 1,300 runs (3.2 standard errors), more scores
     less often.
@@ -204,7 +204,7 @@ def test_intervals_of_all_differences_reach_as_far_as_tukeys(count: int, confide
 
 @pytest.mark.parametrize(("count", "confidence"), [(2, 0.95), (4, 0.95), (12, 0.95), (12, 0.5)])
 def test_what_may_be_the_best_ends_where_dunnetts_quantile_says(count: int, confidence: float) -> None:
-    """Of independent scores with one error: d with P(all other e_j >= e_i - d sqrt(2)) = confidence.
+    """For independent scores with equal errors, the factor d solves P(all other e_j >= e_i - d sqrt(2)) = confidence.
 
     With other random errors in the code, 2 scores would fail in about 1 of 300 runs (2.9 standard errors), more scores
     less often.
