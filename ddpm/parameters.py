@@ -22,6 +22,7 @@ POSITIVE = {"gt": 0, "allow_inf_nan": False}
 FRACTION = {"ge": 0, "lt": 1, "allow_inf_nan": False}
 FINITE = {"allow_inf_nan": False}
 INSIDE = {"gt": 0, "lt": 1}
+SEED = {"ge": 0, "lt": 2**32}  # torch's CPU generator uses only 32 bits
 USUAL_NETWORK = "unet"  # the default of network.kind
 USUAL_EXTRACTOR = "inception"  # the default of evaluation.extractor, and of old scores that name none
 Precision = Literal["float32", "bfloat16"]
@@ -224,6 +225,7 @@ class Schedule:
     """One row of the schedules table: the arguments of `NoiseSchedule.named`.
 
     An argument that the schedule does not take is an error. imported: sha256 of imported weights, which are not trained here.
+    seed: of the training, instead of the file's `seed`. Rows that differ in it alone are replicates: trainings of one schedule.
     """
 
     schedule: str
@@ -232,10 +234,15 @@ class Schedule:
     s: float | None = entry(INSIDE, None)
     zero_terminal_snr: bool = False
     imported: str | None = entry({"pattern": "^[0-9a-f]{64}$"}, None)
+    seed: int | None = entry(SEED, None)
+
+    def __post_init__(self) -> None:
+        if self.imported is not None and self.seed is not None:
+            raise ValueError("seed: an imported network is not trained here; leave it out")
 
     def options(self) -> dict[str, Any]:
-        """Returns the entries that differ from their defaults, without `imported`."""
-        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "imported"}
+        """Returns the entries that differ from their defaults, without `imported` and `seed`."""
+        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("imported", "seed")}
         defaults = {item.name: item.default for item in fields(self)}
         return {name: value for name, value in given.items() if value != defaults[name]}
 
@@ -256,11 +263,25 @@ class Sweep:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Report:
+    """How the report chooses the best point. margin: how much worse a cheaper point may be, as a share of the best score."""
+
+    margin: float = entry({"ge": 0, **FINITE}, 0.05)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Promotion:
-    """When a challenger replaces the champion. No stage depends on this section."""
+    """When a challenger replaces the champion. No stage depends on this section.
+
+    Args:
+        confidence: of the intervals of differences.
+        fewer_evaluations: a challenger must take so many times fewer network evaluations to win without a better score.
+        margin: how much worse than the best champion such a challenger may be, as a share of that champion's score.
+    """
 
     confidence: float = entry({**INSIDE, **FINITE}, 0.95)
     fewer_evaluations: float = entry({"gt": 1, **FINITE}, 2.0)
+    margin: float = entry({"ge": 0, **FINITE}, 0.05)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from ddpm.provenance import code
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
-FREE = {"ddpm.scores.inception"}  # of the library's rule: torch and numpy alone
+FREE = {"ddpm.scores.inception", "ddpm.scores.trainings"}  # of the library's rule: torch and numpy alone
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from types import GenericAlias
@@ -28,6 +28,7 @@ from ddpm.parameters import (
     EACH,
     NAME,
     REST,
+    SEED,
     USUAL_EXTRACTOR,
     USUAL_NETWORK,
     Compute,
@@ -39,6 +40,7 @@ from ddpm.parameters import (
     OtherNetwork,
     Point,
     Promotion,
+    Report,
     Sampler,
     Sampling,
     Schedule,
@@ -133,7 +135,7 @@ def _checked(kind: type) -> PlainValidator:
 class Params(Section):
     """The content of params.yaml."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # torch's CPU generator uses only 32 bits
+    seed: Annotated[int, Field(**SEED)] = 0
     data: Annotated[Data, PlainValidator(_data)]
     diffusion: Annotated[Diffusion, _checked(Diffusion)]
     network: Annotated[Network | OtherNetwork, PlainValidator(_network)]
@@ -144,6 +146,7 @@ class Params(Section):
     schedules: dict[Name, Annotated[Schedule, _checked(Schedule)]]
     samplers: dict[Name, Annotated[Sampler, _checked(Sampler)]]
     sweep: Annotated[Sweep, _checked(Sweep)]
+    report: Annotated[Report, _checked(Report)] = Report()
     promotion: Annotated[Promotion, _checked(Promotion)] = Promotion()
     tracking: Annotated[Tracking, _checked(Tracking)] = Tracking()
     compute: Annotated[Compute, _checked(Compute)] = Compute()
@@ -242,6 +245,19 @@ class Params(Section):
     def dataset_name(self) -> str:
         """The dataset's name for users: tracking.name, or else the source with dashes for underscores."""
         return self.tracking.name or self.data.source.replace("_", "-")
+
+    def training_seed(self, schedule: str) -> int:
+        """Returns the seed of a schedule's training: that of its row, or else the file's."""
+        own = self.schedules[schedule].seed
+        return self.seed if own is None else own
+
+    def replicates(self) -> list[list[str]]:
+        """Returns the schedules of the sweep in groups whose rows differ in the seed alone."""
+        groups: dict[Schedule, dict[int, str]] = {}
+        for name in self.sweep.schedules:
+            alike = replace(self.schedules[name], seed=None)
+            groups.setdefault(alike, {}).setdefault(self.training_seed(name), name)
+        return [list(group.values()) for group in groups.values()]
 
     def points(self) -> list[Point]:
         """Returns every point of the sweep, in DVC's order."""

@@ -16,6 +16,7 @@ from ddpm.parameters import USUAL_EXTRACTOR
 from ddpm.scores.extractors import EXTRACTORS, Extractor
 from ddpm.scores.intervals import Estimate, quantile
 from ddpm.scores.metrics import HEADLINE, METRICS, RANKING, entries
+from ddpm.scores.trainings import Trainings
 
 if TYPE_CHECKING:
     from ddpm.parameters import Point
@@ -254,23 +255,32 @@ class Best:
         points: the number of points.
         lowest: the point with the best score, which may be best by chance.
         tied: the number of points that cannot be told apart from the best one.
+        trainings: of the best point's schedule, at its sampler and steps; None in files of versions before 0.4.0.
     """
 
     row: Row
     points: int
     lowest: str
     tied: int
+    trainings: Trainings | None = None
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Best:
         """Raises ValueError."""
         try:
-            return cls(Row.from_json(found), int(found["points"]), str(found["lowest"]), int(found["tied"]))
+            return cls(
+                Row.from_json(found),
+                int(found["points"]),
+                str(found["lowest"]),
+                int(found["tied"]),
+                records.build(Trainings, found["trainings"], "trainings") if "trainings" in found else None,
+            )
         except KeyError as error:
             raise ValueError(f"without {error.args[0]}") from None
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.row.to_json(), "points": self.points, "lowest": self.lowest, "tied": self.tied}
+        about = {"points": self.points, "lowest": self.lowest, "tied": self.tied}
+        return self.row.to_json() | about | ({"trainings": asdict(self.trainings)} if self.trainings else {})
 
 
 @dataclass(frozen=True)
@@ -324,16 +334,25 @@ class FrontStep(Standing):
 
 @dataclass(frozen=True)
 class Front:
-    """The content of front.json. budgets: the best point for each limit on evaluations. steps: the front, by evaluations."""
+    """The content of front.json.
+
+    Args:
+        confidence: of all its intervals.
+        margin: how much worse than the best a cheaper point may be, as a share of the best score.
+        budgets: the best point for each limit on evaluations.
+        steps: the front, by evaluations.
+    """
 
     confidence: float
+    margin: float
     budgets: Mapping[int, Answer]
     steps: Sequence[FrontStep]
 
     def to_json(self) -> dict[str, Any]:
         budgets = {str(budget): answer.to_json() for budget, answer in self.budgets.items()}
         front = [step.to_json() for step in self.steps]
-        return {"metric": HEADLINE, "confidence": self.confidence, "budgets": budgets, "front": front}
+        about = {"metric": HEADLINE, "confidence": self.confidence, "margin": self.margin}
+        return {**about, "budgets": budgets, "front": front}
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:

@@ -22,10 +22,11 @@ from ddpm.reporting.diagnostics import data_mean_square, schedule_of
 from ddpm.reporting.plots import COLOURS, DASHES, MARKERS, protocol, svg
 from ddpm.scores.copying import Copying, affordable, copying, nearest
 from ddpm.scores.metrics import COPYING, METRICS, RANKING, entries
+from ddpm.scores.trainings import Trainings, between_schedules
 
 # The sections of params.yaml that the page shows and the stage depends on.
 SECTIONS: tuple[str, ...] = ("seed", "data", "diffusion", "network", "training", "sampling", "evaluation", "likelihood")
-SECTIONS += ("schedules", "samplers", "sweep")
+SECTIONS += ("schedules", "samplers", "sweep", "report")
 TITLES = {"reference_images": "reference images"}  # titles of columns other than scores
 ASKED = (10, 50)  # the budgets whose answers the page highlights
 SHOWN = 10  # images shown of each point, and samples shown with their neighbours
@@ -44,6 +45,7 @@ def page(
     rows: Sequence[Row],
     best: Best,
     front: Front,
+    trained: Sequence[Trainings],
     dataset: Dataset,
     samples: Mapping[str, arrays.Images],
     plot: bytes,
@@ -55,6 +57,7 @@ def page(
         root: the folder that holds metrics/ and samples/.
         rows: the rows of points.csv.
         best, front: the contents of best.json and front.json.
+        trained: the trainings of each schedule at the best point's sampler and steps; the best point's schedule comes first.
         dataset: the prepared dataset.
         samples: the first images of each point by its name, uint8 N,C,H,W, in the order of the rows.
         plot: the picture of all scores, PNG.
@@ -81,6 +84,8 @@ def page(
         strips={name: (points[name], _strip(images[:SHOWN])) for name, images in samples.items()},
         shown=SHOWN,
         training=training,
+        trainings=[(each, between_schedules(each, trained[0])) for each in trained],
+        seeds=how_sure_of_schedules(trained),
         likelihood=_likelihood(params, root),
         schedules=_schedules(params, training["last"], dataset.record),
         neighbours=_neighbours(root, best, dataset, params.training.flip),
@@ -146,34 +151,66 @@ def _answers(front: Front, rows: Sequence[Row]) -> list[Section]:
         else:
             answers.append({"budgets": [budget], "entry": entry, "within": within})
     for answer in answers:
-        answer["sure"] = how_sure(answer["entry"], answer["within"], front.confidence)
+        answer["sure"] = how_sure(answer["entry"], answer["within"], front.confidence, front.margin)
         answer["asked"] = any(budget in ASKED for budget in answer["budgets"])
     return answers
 
 
-def how_sure(entry: Answer, points: int, confidence: float) -> str:
+def how_sure(entry: Answer, points: int, confidence: float, margin: float) -> str:
     """Says in words how sure the choice of the best point is.
 
     Args:
         entry: the best point within a budget.
         points: the number of points within that budget.
         confidence: that one of `entry.may_be_best` is truly the best, such as 0.95.
+        margin: how much worse than the best a cheaper point may be, as a share of the best score.
     """
     if points == 1:
         return "It is the only point within this budget."
     names, sure = entry.may_be_best, f"{confidence:.0%}"
+    better = "higher" if RANKING.direction > 0 else "lower"
+    if len(names) == 1 and names[0] != entry.point:
+        return _nearly(entry, better, sure, margin)
     if len(names) == 1:
         return f"With {sure} confidence, it is the best of the {points} points."
     among = f"With {sure} confidence, the best of the {points} points is one of these {len(names)}"
-    better = "higher" if RANKING.direction > 0 else "lower"
     listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     if entry.point == entry.lowest:
         title = f"{better.replace('er', 'est')} {RANKING.title}"
-        return f"It has the {title}, and no other point that may be best takes fewer evaluations. {among}: {listed}."
+        return f"It has the {title}. {among}: {listed}."
+    return f"{_nearly(entry, better, sure, margin)} {among}: {listed}."
+
+
+def _nearly(entry: Answer, better: str, sure: str, margin: float) -> str:
+    """Says why a point is best although another one has a better score."""
     return (
-        f"{entry.lowest} has a {better} {RANKING.title}, but that may be chance, and {entry.point} takes fewer evaluations."
-        f" {among}: {listed}."
+        f"{entry.lowest} has a {better} {RANKING.title}, but {entry.point} takes fewer evaluations and is worse than the best by"
+        f" {100 * margin:g}% at most, with {sure} confidence."
     )
+
+
+def how_sure_of_schedules(trained: Sequence[Trainings]) -> str:
+    """Says in words how much a comparison of schedules depends on the seeds of their trainings.
+
+    Args:
+        trained: the trainings of each schedule; the best point's schedule comes first.
+    """
+    first = trained[0]
+    if all(each.spread is None for each in trained):
+        schedules = "Each schedule was" if len(trained) > 1 else "The schedule was"
+        return (
+            f"{schedules} trained once, so the scores compare models, and another seed of the training may change their order."
+            " To measure that, add rows to `schedules` that differ in `seed` alone."
+        )
+    said = [
+        f"{each.count} trainings of {each.schedule} differ by a standard deviation of {each.spread.value:.3g}"
+        f" ({each.spread.low:.3g} to {each.spread.high:.3g}); the standard error by sampling is {each.spread.sampling:.3g}."
+        for each in trained
+        if each.spread is not None
+    ]
+    if first.spread is None:
+        said.append(f"{first.schedule} was trained once, so its score holds for this model only.")
+    return " ".join(said)
 
 
 # Pictures.
@@ -398,6 +435,7 @@ def _parameters(params: Params) -> dict[str, dict[str, Any]]:
     shown |= {name: raw[name] for name in SECTIONS if name not in ("seed", "schedules", "samplers")}
     shown["schedules"] = {
         name: {"schedule": params.schedules[name].schedule, **params.schedules[name].options()}
+        | ({"seed": params.schedules[name].seed} if params.schedules[name].seed is not None else {})
         for name in params.sweep.schedules
     }
     shown["samplers"] = {name: params.samplers[name].options() for name in params.sweep.samplers}

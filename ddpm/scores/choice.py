@@ -1,11 +1,15 @@
-"""Chooses among points by their scores: the cheapest point that cannot be told apart from the best one."""
+"""Chooses among points by their scores: the cheapest point that is nearly as good as the best one.
+
+"Nearly" is a margin, a share of the best score. A point with a worse score must prove that it lies within the margin, so the
+choice of few images is the point with the best score.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ddpm.scores.intervals import Estimate, may_be_best
+from ddpm.scores.intervals import Estimate, may_be_best, most_behind
 from ddpm.scores.metrics import RANKING
 
 
@@ -34,7 +38,7 @@ class Choice:
     """The result of `choose`.
 
     Args:
-        best: the tied point with the fewest evaluations.
+        best: the point with the fewest evaluations of those that are worse than the truly best one by the margin at most.
         leader: the point with the best score.
         tied: names of the points that cannot be told apart from the truly best one (see `may_be_best`).
     """
@@ -44,13 +48,27 @@ class Choice:
     tied: tuple[str, ...]
 
 
-def choose(candidates: Sequence[Candidate]) -> Choice:
-    """Chooses the best point. Raises ValueError if there are no candidates."""
+def choose(candidates: Sequence[Candidate], margin: float) -> Choice:
+    """Chooses the best point.
+
+    Args:
+        candidates: the points, at least one.
+        margin: how much worse than the truly best point the choice may be, as a share of the best score.
+
+    Raises:
+        ValueError: there are no candidates.
+    """
     leader = min(candidates, key=lambda point: point.order)
-    kept = may_be_best([point.estimate for point in candidates], RANKING.direction)
-    tied = [point for point, may_be in zip(candidates, kept, strict=True) if may_be]
-    best = min(tied, key=lambda point: (point.evaluations, *point.order))
-    return Choice(best, leader, tuple(point.name for point in tied))
+    estimates = [point.estimate for point in candidates]
+    kept = may_be_best(estimates, RANKING.direction)
+    allowed = margin * abs(leader.estimate.value)
+    near = [
+        point
+        for point, behind in zip(candidates, most_behind(estimates, RANKING.direction), strict=True)
+        if behind <= allowed
+    ]
+    best = min([leader, *near], key=lambda point: (point.evaluations, *point.order))
+    return Choice(best, leader, tuple(point.name for point, may_be in zip(candidates, kept, strict=True) if may_be))
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -6,7 +6,7 @@ about sum_i l_i^2 / (N (N - 1)). Images of two scores may be paired, as for two 
 The influence values of the difference are then the differences of the influence values, and errors that both scores
 share cancel.
 
-Among many scores, the best looks good partly by chance. Two methods account for that. Both use the joint normal
+Among many scores, the best looks good partly by chance. Four functions account for that. All use the joint normal
 distribution of the scores' errors, whose covariance is that of the influence values. Its quantiles are those of DRAWS
 random errors e:
 
@@ -15,9 +15,13 @@ random errors e:
   better by more than d_i sigma_ij. Here sigma_ij is the standard error of the difference of scores i and j, and d_i the
   quantile of max_j (e_i - e_j)/sigma_ij. At a confidence of 0.95 the truly best score is excluded at most one time in
   20, however many scores there are.
+- `most_behind`: bounds on how much worse each score is than the truly best one, which hold together (the other half of the
+  same method). Score i is worse by at most max_j (s_i - s_j + d_j sigma_ij).
 - `simultaneous`: intervals that hold for all differences together (Tukey 1953). They reach to each side as many
   standard errors as the quantile of max_ij |e_i - e_j|/sigma_ij. So they hold for differences that were picked for
   their size, too.
+- `against_one`: the same for the differences of all scores from one other score (Dunnett 1955, A multiple comparison
+  procedure for comparing several treatments with a control). So it holds for the score that was picked as the best.
 
 This module needs no torch, so comparing scores does not import it.
 """
@@ -90,21 +94,47 @@ def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = 
     Raises:
         ValueError: the confidence is outside (0, 1).
     """
+    behind, errors, critical = _comparisons(scores, direction, confidence)
+    return [bool((row <= critical[i] * errors[i]).all()) for i, row in enumerate(behind)]
+
+
+def most_behind(scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE) -> list[float]:
+    """Returns for each score how much worse it is at most than the truly best one, 0 or more. All bounds hold together.
+
+    The arguments are those of `may_be_best`.
+    """
+    behind, errors, critical = _comparisons(scores, direction, confidence)
+    return np.maximum(0, (behind + critical * errors).max(1)).tolist()
+
+
+def _comparisons(
+    scores: Sequence[Estimate], direction: int, confidence: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Returns how much worse score i is than score j and the errors of that, both [K, K], and the critical values d_i [K]."""
     quantile(confidence)
     values = -direction * np.array([score.value for score in scores])
     errors, draws = _joint(scores)
-    kept = []
+    critical = np.zeros(len(scores))
     for i, error in enumerate(errors):
-        behind = values[i] - values
         known = error > 0
-        if (behind[~known] > 0).any():
-            kept.append(False)
-        elif not known.any():
-            kept.append(True)
-        else:
+        if known.any():
             largest = ((draws[:, [i]] - draws[:, known]) / error[known]).max(1)
-            kept.append(bool((behind[known] / error[known]).max() <= np.quantile(largest, confidence)))
-    return kept
+            critical[i] = np.quantile(largest, confidence)
+    return np.subtract.outer(values, values), errors, critical
+
+
+def against_one(reference: Estimate, scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> float:
+    """Returns the half width, in standard errors, at which the intervals of all differences from `reference` hold together.
+
+    Raises ValueError for a confidence outside (0, 1).
+    """
+    alone = quantile(confidence)
+    errors, draws = _joint([reference, *scores])
+    known = errors[0] > 0
+    if not known.any():
+        return alone
+    largest = (abs(draws[:, [0]] - draws[:, known]) / errors[0][known]).max(1)
+    return max(alone, float(np.quantile(largest, confidence)))
 
 
 def simultaneous(scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> float:

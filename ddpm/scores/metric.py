@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ddpm.scores.intervals import CONFIDENCE, Difference, Estimate, difference
+from ddpm.scores.intervals import Estimate
 
 if TYPE_CHECKING:
     from ddpm.scores.fidelity import Sets
@@ -92,9 +92,3 @@ class Metric(Entry):
     def rank(self, value: float) -> float:
         """Returns a key to sort by, lowest for the best value."""
         return -self.direction * value
-
-    def compare(self, a: Estimate, b: Estimate, confidence: float = CONFIDENCE) -> tuple[int, Difference]:
-        """Returns 1 if a is significantly better than b, -1 if it is worse, 0 if neither is certain; and a - b."""
-        gap = difference(a, b)
-        low, high = gap.interval(confidence)
-        return (self.direction if low > 0 else -self.direction if high < 0 else 0), gap

@@ -1,8 +1,10 @@
 """`report`: collects the scores of the sweep: a table, the best point, the best point for each budget, plots, and a page.
 
-Among many points, the best score is partly chance. So the best point is the cheapest one, in network evaluations, of those that
-cannot be told apart from the best score. With 95% confidence the truly best point is among them (intervals.may_be_best). Points
-are compared in pairs of images, since all start from the same noise. The best point within a budget is chosen in the same way.
+Among many points, the best score is partly chance. So the page lists the points that cannot be told apart from the best score:
+with 95% confidence the truly best point is among them (intervals.may_be_best). The best point is the cheapest one, in network
+evaluations, that is worse than the truly best one by the share `report.margin` at most, with 95% confidence again
+(intervals.most_behind). Points are compared in pairs of images, since all start from the same noise. The best point within a
+budget is chosen in the same way.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.scores.choice import Candidate, choose, front
 from ddpm.scores.intervals import CONFIDENCE, difference, simultaneous
 from ddpm.scores.metrics import RANKING
+from ddpm.scores.trainings import Trainings, trainings
 
 BUDGETS = (10, 20, 50, 100, 1000)  # at most so many network evaluations per image
 
@@ -65,15 +68,17 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> Best
         report(Progress(count, len(points), "points"))
         found = read_samples(root / paths.samples_file(point), dataset)
         samples[point.name] = found.images[:SHOWN].copy()
-    choice = choose(candidates)
+    margin = params.report.margin
+    choice = choose(candidates, margin)
     chosen = next(row for row in rows if row.point == choice.best.name)
-    best = Best(chosen, len(rows), choice.leader.name, len(choice.tied))
-    frontier = _front(candidates)
+    trained = _trainings(params, candidates, chosen)
+    best = Best(chosen, len(rows), choice.leader.name, len(choice.tied), trained[0])
+    frontier = _front(candidates, margin)
     with TemporaryDirectory(prefix="ddpm-report-") as name:
         with drawing(Path(name) / PICTURE, 1050, 675, dpi=150) as figure:
             draw_scores(figure, rows, front=[step.point for step in frontier.steps])
         plot = (Path(name) / PICTURE).read_bytes()
-    text = page(params, root, rows, best, frontier, dataset, samples, plot)
+    text = page(params, root, rows, best, frontier, trained, dataset, samples, plot)
     removed, kept = _prune(params, root, lock)  # after all files have been read
     if removed:
         report(Progress(0, len(points), "points", message=f"removed outputs outside the sweep: {_few(removed)}"))
@@ -92,7 +97,14 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> Best
     return best
 
 
-def _front(candidates: Sequence[Candidate]) -> Front:
+def _trainings(params: Params, candidates: Sequence[Candidate], best: Row) -> list[Trainings]:
+    """Summarises the trainings of each schedule at the best point's sampler and steps; the best point's schedule comes first."""
+    scores = {point.name: point.estimate for point in candidates}
+    groups = sorted(params.replicates(), key=lambda group: best.schedule not in group)
+    return [trainings(group[0], [scores[f"{name}-{best.sampler}-{best.steps}"] for name in group]) for group in groups]
+
+
+def _front(candidates: Sequence[Candidate], margin: float) -> Front:
     """Chooses the best point for each budget, and the front: the points that no point with as few evaluations beats.
 
     The intervals of the differences hold for all pairs of points together, so they also hold for pairs chosen by their scores.
@@ -100,14 +112,14 @@ def _front(candidates: Sequence[Candidate]) -> Front:
     budgets = {}
     for budget in BUDGETS:
         if within := [point for point in candidates if point.evaluations <= budget]:
-            choice = choose(within)
+            choice = choose(within, margin)
             budgets[budget] = Answer(**vars(_standing(choice.best)), lowest=choice.leader.name, may_be_best=choice.tied)
     reach = simultaneous([point.estimate for point in candidates])
     steps, best = [], front(candidates)
     for before, point in zip([None, *best], best, strict=False):
         gap = None if before is None else _gap(point, before, reach)
         steps.append(FrontStep(**vars(_standing(point)), gap=gap))
-    return Front(CONFIDENCE, budgets, steps)
+    return Front(CONFIDENCE, margin, budgets, steps)
 
 
 def _gap(point: Candidate, before: Candidate, reach: float) -> Gap:

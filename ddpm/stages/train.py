@@ -93,7 +93,7 @@ def class_count(params: Params, dataset: Dataset) -> int:
 
 def training_key(params: Params, schedule: str, dataset: str) -> str:
     """Hashes everything that decides the weights, including the code, except `training.steps`, which may be raised later."""
-    settings = params.to_json("seed", "diffusion", "network", "training")
+    settings = {"seed": params.training_seed(schedule), **params.to_json("diffusion", "network", "training")}
     del settings["training"]["steps"]
     row = params.schedules[schedule].options()
     decisive = [settings, row, dataset, code.digest(__name__, *code.selected(params, __name__))]
@@ -219,7 +219,7 @@ def _set_up(
         report(Progress(0, settings.steps, "steps", message=message))
     torch.set_num_threads(settings.threads)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(params.seed)
+        torch.manual_seed(params.training_seed(schedule))
         net = checkpoint.network(network).to(device).to(memory_format=torch.channels_last)
     state = TrainingState(net)
     folder = _state_folder(params, schedule, dataset, root, world)
@@ -238,7 +238,7 @@ def _set_up(
         objective,
         batch=settings.batch,
         learning_rate=settings.learning_rate,
-        seed=params.seed,
+        seed=params.training_seed(schedule),
         warmup=settings.warmup,
         clip=settings.clip,
         ema=settings.ema,
@@ -365,7 +365,7 @@ def _write(training: Training, dataset: Dataset, root: Path) -> dict[str, Any]:
         "variance": params.diffusion.variance,
         "network": training.network.content,
         "data": _about_data(dataset),
-        "training": {"seed": params.seed, **as_json(params.training)},
+        "training": {"seed": params.training_seed(schedule), **as_json(params.training)},
     }
     metrics = {
         "steps": state.step,

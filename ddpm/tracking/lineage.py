@@ -43,7 +43,7 @@ class PointSettings:
 
 def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, Any]:
     """Returns all parameters that decide the result of a training. dataset: sha256 of the dataset."""
-    sections = params.to_json("seed", "diffusion", "network", "training")
+    sections = {"seed": params.training_seed(schedule), **params.to_json("diffusion", "network", "training")}
     row = params.schedules[schedule].options()
     sections["network"] = _recorded(sections["network"])
     return {"schedule": schedule, "schedules": row, "dataset_sha256": dataset, **sections}

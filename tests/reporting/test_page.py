@@ -200,15 +200,15 @@ def test_dvcs_plot_shows_the_score_that_ranks_points() -> None:
 
 def test_how_sure() -> None:
     entry = Answer("a", 10, 1.0, 0.9, 1.1, lowest="a", may_be_best=("a",))
-    assert how_sure(entry, 1, 0.95) == "It is the only point within this budget."
-    assert how_sure(entry, 4, 0.95) == "With 95% confidence, it is the best of the 4 points."
+    assert how_sure(entry, 1, 0.95, 0.05) == "It is the only point within this budget."
+    assert how_sure(entry, 4, 0.95, 0.05) == "With 95% confidence, it is the best of the 4 points."
     among = "With 95% confidence, the best of the 9 points is one of these"
-    tied = how_sure(replace(entry, may_be_best=("a", "b", "c")), 9, 0.95)
+    tied = how_sure(replace(entry, may_be_best=("a", "b", "c")), 9, 0.95, 0.05)
     assert tied.startswith("It has the lowest FID") and tied.endswith(f"{among} 3: a, b, c.")
-    luck = how_sure(replace(entry, point="b", may_be_best=tuple("abcdefgh")), 9, 0.95)
-    assert luck.startswith("a has a lower FID, but that may be chance") and luck.endswith(
-        "8: a, b, c, d, e, f and 2 more."
-    )
+    luck = how_sure(replace(entry, point="b", may_be_best=tuple("abcdefgh")), 9, 0.95, 0.05)
+    nearly = "a has a lower FID, but b takes fewer evaluations and is worse than the best by 5% at most, with 95% confidence."
+    assert luck == f"{nearly} {among} 8: a, b, c, d, e, f and 2 more."
+    assert how_sure(replace(entry, point="b"), 9, 0.95, 0.05) == nearly
 
 
 # Neighbours.

@@ -95,17 +95,18 @@ def test_a_tie_goes_to_fewer_evaluations(root: Path) -> None:
     assert report(params(), root).row.point == "linear-ddim-5"
 
 
-def test_a_lower_fid_that_may_be_luck_does_not_beat_fewer_evaluations(root: Path) -> None:
-    """20 evaluations give 1.0 and 5 give 3.5: which is best depends on how sure those numbers are, one-sided with two points."""
+def test_fewer_evaluations_must_be_nearly_as_good_for_sure(root: Path) -> None:
+    """20 evaluations give 1.0 and 5 give 1.02. The margin is 5 %, and the bound with two points is one-sided."""
     cheaper, good = (Point.parse(name) for name in ("cosine-ddim-5", "cosine-ddim-20"))
     gap = influence_of(cheaper, 1.0).astype(float) - influence_of(good, 1.0)
-    scale = 2.5 / (1.644854 * standard_error(gap))
-    for factor, chosen in ((0.97, "cosine-ddim-20"), (1.03, "cosine-ddim-5")):
-        write_point(root, cheaper, fid=3.5, error=scale * factor)
+    scale = (0.05 - 0.02) / (1.644854 * standard_error(gap))
+    for factor, chosen in ((0.97, "cosine-ddim-5"), (1.03, "cosine-ddim-20")):
+        write_point(root, cheaper, fid=1.02, error=scale * factor)
         write_point(root, good, fid=1.0, error=scale * factor)
         best = report(params(Sweep(schedules=("cosine",), samplers=("ddim",), steps=(5, 20))), root)
-        assert (best.row.point, best.lowest, best.tied) == (chosen, "cosine-ddim-20", 1 + (factor > 1))
-        assert best.row.value == (1.0 if factor < 1 else 3.5)
+        assert (best.row.point, best.lowest) == (chosen, "cosine-ddim-20")
+        assert best.row.value == (1.02 if factor < 1 else 1.0)
+        assert "worse than the best by 5% at most" in (root / "report/index.html").read_text() or factor > 1
 
 
 def test_the_front_and_the_best_for_each_budget(root: Path) -> None:
@@ -119,7 +120,10 @@ def test_the_front_and_the_best_for_each_budget(root: Path) -> None:
     found = records.read_record(root / "report" / "front.json")
     assert (found["metric"], found["confidence"]) == ("fid", 0.95)
     best = {budget: (entry["point"], entry["lowest"], entry["tied"]) for budget, entry in found["budgets"].items()}
-    tie = ("cosine-ddpm-20", "linear-ddim-20")  # 2.99 with 20 evaluations is as good as 2.9 with 50, and 3.0 with 100
+    tie = (
+        "linear-ddim-20",
+        "linear-ddim-20",
+    )  # 2.99 with 20 evaluations may be as good as 2.9 with 50, and 5 % worse as well
     assert best == {
         "10": ("cosine-ddim-5", "cosine-ddim-5", 1),
         "20": ("cosine-ddpm-20", "cosine-ddpm-20", 1),

@@ -20,11 +20,12 @@ from ddpm.errors import InputError
 from ddpm.files import atomic, models, paths, records, scores
 from ddpm.files.models import BoundRecord, ModelRecord
 from ddpm.files.params import Params
-from ddpm.files.scores import Scores, read_best, read_scores
+from ddpm.files.scores import Scores, read_report, read_scores
 from ddpm.networks.network import NETWORKS
 from ddpm.parameters import Point
 from ddpm.provenance import code
 from ddpm.reporting.card import LONGEST, card, with_front_matter
+from ddpm.scores.intervals import Estimate
 from ddpm.scores.metrics import HEADLINE, RANKING
 from ddpm.sources.source import SOURCES
 from ddpm.tracking.lineage import PointSettings, flat
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SERVED = Path(__file__).with_name("served.py")
+BEST = "ddpm.best_champion"  # tag of a champion: the version with the best score of all champions up to it
 ROLLED_BACK = "ddpm.rolled_back"  # tag of a version that `promote` does not bring back without --replace
 
 START = (
@@ -137,6 +139,7 @@ class Challenger:
     score: Score  # with its influence values
     model: ModelRecord
     folder: Path
+    looked_at: tuple[Estimate, ...]  # the scores of all points of the report under the same protocol
     likelihood: BoundRecord | None = None  # the bound of exactly this model, if `ddpm likelihood` measured it
 
     @property
@@ -174,7 +177,7 @@ class Challenger:
 
 
 def _challenger(params: Params, root: Path) -> Challenger:
-    best = read_best(root)
+    best, rows = read_report(root)
     point = Point.parse(best.row.point)
     found = read_scores(root, point)
     settings = PointSettings.read(params, point, root)
@@ -185,16 +188,28 @@ def _challenger(params: Params, root: Path) -> Challenger:
     likelihood = models.read_bound(root, point.schedule) if bound.exists() else None
     if found.model != model.weights_sha256:
         raise InputError(f"{folder}: not the model that {point.name} was scored with; run dvc repro")
+    score = Score.of(found, scores.read_point_influence(root, point, found), settings.seed)
     return Challenger(
         model_name(params),
         point,
         {**settings.row, "steps": point.steps, "clip": settings.sampling.get("clip", True)},
         settings.seed,
         found,
-        Score.of(found, scores.read_point_influence(root, point, found), settings.seed),
+        score,
         model,
         folder,
+        _looked_at(root, [Point.parse(row.point) for row in rows], score.protocol),
         likelihood if likelihood and likelihood.model == model.weights_sha256 else None,
+    )
+
+
+def _looked_at(root: Path, points: Sequence[Point], protocol: Protocol) -> tuple[Estimate, ...]:
+    """Reads the scores of the points from which the best was picked. Raises InputError."""
+    found = [(point, read_scores(root, point)) for point in points]
+    return tuple(
+        content.estimate(scores.read_point_influence(root, point, content))
+        for point, content in found
+        if Protocol.of(content) == protocol
     )
 
 
@@ -240,7 +255,7 @@ def promote(
             if (former := _rolled_back(target, challenger)) and not replace:
                 reason = f"{challenger.point.name} was rolled back as version {former}; --replace brings it back"
                 return _decided(target, challenger, champion, champion, None, Verdict(False, reason))
-            verdict, score = _compare(target, champion, challenger, params, replace, rescore, say)
+            verdict, score, best = _compare(target, champion, challenger, params, replace, rescore, say)
             if not verdict.wins:
                 return _decided(target, challenger, champion, champion, score, verdict)
             registered = registered or _register(target, params, root, challenger)
@@ -249,6 +264,7 @@ def promote(
                 break  # otherwise another process changed the champion: compare with the new one
         # Tag before moving the alias: after a kill in between, the champion still has its decision and predecessor.
         _tag(target.client, registered, "ddpm.decision", verdict.reason)
+        _tag(target.client, registered, BEST, best or registered.version)
         if champion is not None:
             _tag(target.client, registered, "ddpm.previous", champion.version)
         target.client.set_registered_model_alias(challenger.name, CHAMPION, registered.version)
@@ -376,29 +392,59 @@ def _compare(
     force: bool,
     rescore: Rescore | None,
     say: Say,
-) -> tuple[Verdict, Score | None]:
-    """Returns whether the challenger wins and why, and the champion's score."""
+) -> tuple[Verdict, Score | None, str | None]:
+    """Returns whether the challenger wins and why, the champion's score, and the best champion unless the challenger is."""
     if champion is None:
-        return Verdict(True, f"{challenger.point.name} is the first champion"), None
+        return Verdict(True, f"{challenger.point.name} is the first champion"), None, None
     protocol, title = (
         challenger.score.protocol,
         f"champion version {champion.version} ({champion.tags.get('ddpm.point')})",
     )
     does_not = f"{challenger.point.name} does not replace {title}"
     if (other := _other_images(champion, challenger, params)) and not force:
-        return Verdict(False, f"{does_not}: {other}"), None
-    score = _score(champion, protocol, say)
-    if score is not None:
-        score = _with_influence(target, champion, score, say)
-    elif not force:
-        changed = _changed(champion, protocol)
-        if rescore is None:
-            raise InputError(f"{title} has no score to compare with ({changed}); score it again, or promote --replace")
-        say(f"promote: scoring the {title} again: {changed}")
-        score = _score_again(target, champion, protocol, params.seed, rescore)
-    verdict = decide(challenger.score, score, params.promotion, force)
+        return Verdict(False, f"{does_not}: {other}"), None, None
+    score = _known_or_again(target, champion, title, protocol, params.seed, force, rescore, say)
+    best, best_score = _best_champion(target.client, champion), score
+    if best.version != champion.version and not force:
+        best_title = f"best champion version {best.version} ({best.tags.get('ddpm.point')})"
+        best_score = _known_or_again(target, best, best_title, protocol, params.seed, force, rescore, say)
+    verdict = decide(challenger.score, score, params.promotion, force, challenger.looked_at, best_score)
     does = f"{challenger.point.name} replaces {title}" if verdict.wins else does_not
-    return replace(verdict, reason=f"{does}: {verdict.reason}"), score
+    ahead = best_score is not None and RANKING.rank(best_score.value) <= RANKING.rank(challenger.score.value)
+    return (
+        replace(verdict, reason=f"{does}: {verdict.reason}"),
+        score,
+        str(best.version) if ahead and not force else None,
+    )
+
+
+def _known_or_again(
+    target: Target,
+    version: ModelVersion,
+    title: str,
+    protocol: Protocol,
+    seed: int,
+    force: bool,
+    rescore: Rescore | None,
+    say: Say,
+) -> Score | None:
+    """Returns a version's score under a protocol, and scores it again if need be. With `force`, returns None instead."""
+    score = _score(version, protocol, say)
+    if score is not None:
+        return _with_influence(target, version, score, say)
+    if force:
+        return None
+    changed = _changed(version, protocol)
+    if rescore is None:
+        raise InputError(f"{title} has no score to compare with ({changed}); score it again, or promote --replace")
+    say(f"promote: scoring the {title} again: {changed}")
+    return _score_again(target, version, protocol, seed, rescore)
+
+
+def _best_champion(client: MlflowClient, champion: ModelVersion) -> ModelVersion:
+    """Returns the champion of old that has the best score: `champion` itself if that one was rolled back or deleted."""
+    best = _version(client, f"models:/{champion.name}/{champion.tags.get(BEST, champion.version)}")
+    return champion if best is None or ROLLED_BACK in best.tags else best
 
 
 def _changed(champion: ModelVersion, protocol: Protocol) -> str:

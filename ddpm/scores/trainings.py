@@ -1,0 +1,100 @@
+"""Separates a schedule from its trainings: how much the scores of one schedule differ between trainings with other seeds.
+
+The interval of a score speaks of one model. Trainings of one schedule with other seeds give models whose true scores scatter with
+a standard deviation b, the spread. The scores s_r of R trainings have the variance b^2 + e^2. Here e is the sampling error:
+2 e^2 is the mean square of the standard errors of all differences s_r - s_q, so luck that all trainings share counts in neither.
+With normal scores, (R - 1) S^2 / (b^2 + e^2) has a chi-squared distribution with R - 1 degrees of freedom, where S^2 is the
+variance of the s_r. That gives the interval of b. The mean over trainings has Student's t distribution, apart from the shared
+luck, which is normal. The difference of the means of two schedules has the former approximately (Welch 1947, The generalization
+of Student's problem), and the shared luck cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from ddpm.scores.intervals import CONFIDENCE, Estimate, difference, quantile
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The spread between trainings of one schedule, a standard deviation.
+
+    Args:
+        value: of the models' true scores; 0 if sampling alone explains the differences.
+        low, high: its interval.
+        sampling: the standard error of a score by sampling, without the luck that all trainings share.
+    """
+
+    value: float
+    low: float
+    high: float
+    sampling: float
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """The trainings of one schedule at one sampler and number of steps.
+
+    Args:
+        schedule: the first of the rows.
+        count: the number of trainings.
+        mean: of their scores.
+        variance: of their scores; 0 with one training.
+        low, high: the interval of the mean over all trainings there could be; None with one training.
+        spread: None with one training.
+    """
+
+    schedule: str
+    count: int
+    mean: float
+    variance: float = 0.0
+    low: float | None = None
+    high: float | None = None
+    spread: Spread | None = None
+
+
+def trainings(schedule: str, scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> Trainings:
+    """Summarises the scores of trainings of one schedule that differ in the seed alone.
+
+    Args:
+        schedule: the name of the first of the rows.
+        scores: one score for each training.
+        confidence: of the intervals.
+    """
+    values = np.array([score.value for score in scores])
+    mean, count = float(values.mean()), len(values)
+    if count == 1:
+        return Trainings(schedule, count, mean)
+    from scipy.stats import chi2, t  # the import takes a second, and one training needs no quantile
+
+    variance, tail = float(values.var(ddof=1)), (1 - confidence) / 2
+    sampling = float(np.mean([difference(a, b).error ** 2 for a, b in combinations(scores, 2)])) / 2
+    shared = max(0.0, float(np.mean([score.error**2 for score in scores])) - sampling)
+    reach = math.hypot(
+        t.ppf(1 - tail, count - 1) * math.sqrt(variance / count), quantile(confidence) * math.sqrt(shared)
+    )
+    factors = (1.0, *((count - 1) / chi2.ppf((1 - tail, tail), count - 1)))
+    value, low, high = (math.sqrt(max(0.0, variance * factor - sampling)) for factor in factors)
+    return Trainings(
+        schedule, count, mean, variance, mean - reach, mean + reach, Spread(value, low, high, math.sqrt(sampling))
+    )
+
+
+def between_schedules(a: Trainings, b: Trainings, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    """Returns the interval of the difference a - b of two schedules' means, or None if one of them has one training."""
+    shares = [each.variance / each.count for each in (a, b)]
+    if min(a.count, b.count) < 2:
+        return None
+    from scipy.stats import t
+
+    total = sum(shares)
+    squares = sum(share**2 / (each.count - 1) for share, each in zip(shares, (a, b), strict=True))
+    freedom = total**2 / squares if squares else math.inf
+    reach = float(t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(total)
+    return a.mean - b.mean - reach, a.mean - b.mean + reach

@@ -1,0 +1,143 @@
+"""How often the report's choice and the gate promote a model that is no better, and one that is: simulations.
+
+Scores are means of normal values of the images, so every truth is known. `PYTHONPATH=. python tests/tracking/test_gate.py`
+prints the table of docs/statistics.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from ddpm.parameters import Promotion
+from ddpm.scores.choice import Candidate, choose
+from ddpm.scores.intervals import Estimate, standard_error
+from ddpm.tracking.registry.decision import Protocol, Score, decide
+
+IMAGES, NOISE = 400, 0.3
+RULE = Promotion()
+PROTOCOL = Protocol("d" * 64, 64, IMAGES, 1000, "e" * 64)
+ERROR = NOISE * np.sqrt(2 * 0.2 / IMAGES)  # of the difference of two scores in pairs
+SHARED = 0.8  # of the variance of the images, between models that start from the same noise
+
+
+def scores(truths: list[float], generator: np.random.Generator, luck: np.ndarray | None = None) -> list[Estimate]:
+    """Scores of models whose true scores are `truths`. luck: that of images of the same noise [IMAGES]."""
+    luck = generator.normal(size=IMAGES) if luck is None else luck
+    own = generator.normal(size=(len(truths), IMAGES))
+    values = np.array(truths)[:, None] + NOISE * (np.sqrt(SHARED) * luck + np.sqrt(1 - SHARED) * own)
+    return [Estimate(float(x.mean()), standard_error(x), (x - x.mean()).astype(np.float32)) for x in values]
+
+
+def promoted(points: int, paired: bool, gain: float, repetitions: int, alone: bool = False) -> int:
+    """How often the report's choice of `points` points wins, all of which are better than the champion by `gain`.
+
+    alone: forget how many points the choice was made from.
+    """
+    generator, wins = np.random.default_rng(points), 0
+    for _ in range(repetitions):
+        luck = generator.normal(size=IMAGES)
+        (before,) = scores([1.0], generator, luck if paired else None)
+        found = scores([1.0 - gain] * points, generator, luck)
+        chosen = choose([Candidate(str(i), 50, each) for i, each in enumerate(found)], margin=0.05).best
+        challenger = Score(chosen.estimate, 50, PROTOCOL, 0)
+        champion = Score(before, 50, PROTOCOL, 0 if paired else 1)
+        wins += decide(challenger, champion, RULE, looked_at=[chosen.estimate] if alone else found).wins
+    return wins
+
+
+@pytest.mark.parametrize(("points", "paired"), [(1, True), (4, False), (12, True)])
+def test_luck_is_promoted_no_more_often_than_promised(points: int, paired: bool) -> None:
+    """2.5 % of decisions, however many points the challenger was picked from. Under a fresh seed, 1 of 1,000 runs fails."""
+    wins = promoted(points, paired, 0.0, 200)
+    assert 0 < wins <= binom.ppf(0.9995, 200, 0.025)
+
+
+def test_a_pair_alone_promotes_luck_far_more_often() -> None:
+    """Without the number of points, 12 points promote luck in about 15 % of decisions."""
+    assert promoted(12, True, 0.0, 150, alone=True) > binom.ppf(0.9995, 150, 0.05)
+
+
+@pytest.mark.parametrize("points", [1, 12])
+def test_what_is_better_by_four_standard_errors_is_promoted(points: int) -> None:
+    assert promoted(points, True, 4 * ERROR, 60) > 50
+
+
+def halved(margin: float, step: float, repetitions: int, halvings: int = 5) -> list[int]:
+    """How often a champion of 1,000 evaluations is replaced by 0, 1, 2 ... challengers in a row.
+
+    Each takes half the evaluations of the last champion, and its true score is worse by `step` standard errors.
+    """
+    generator, counts = np.random.default_rng(0), [0] * (halvings + 1)
+    rule = replace(RULE, margin=margin)
+    for _ in range(repetitions):
+        luck = generator.normal(size=IMAGES)
+        truths = [1 + step * ERROR * k for k in range(halvings + 1)]
+        found = [Score(each, 1024 >> k, PROTOCOL, 0) for k, each in enumerate(scores(truths, generator, luck))]
+        champion = best = found[0]
+        wins = 0
+        for challenger in found[1:]:
+            if not decide(challenger, champion, rule, best=best).wins:
+                break
+            champion, wins = challenger, wins + 1
+            best = min(best, challenger, key=lambda score: score.value)
+        counts[wins] += 1
+    return counts
+
+
+def test_cheaper_challengers_cannot_lower_the_score_bit_by_bit() -> None:
+    """The margin is 2.5 standard errors, so the third halving is worse by more than that: it wins in 2.5 % of the runs at most.
+
+    Under a fresh seed 1 of 1,000 runs fails.
+    """
+    counts = halved(2.5 * ERROR, 1.0, 400)
+    assert sum(counts[3:]) <= binom.ppf(0.9995, 400, 0.025)
+    assert counts[1] > 40  # and the first, which is worse by less than the margin, does win sometimes
+
+
+def test_a_cheaper_model_that_is_as_good_wins() -> None:
+    """With a margin of 5 standard errors, a model without a difference passes almost always."""
+    assert halved(5 * ERROR, 0.0, 200, halvings=1)[1] > 190
+
+
+def test_the_best_champion_is_remembered() -> None:
+    """The champion lost within the margin to the best one; a challenger within the margin of the champion alone stays out."""
+    best, champion, challenger = (
+        Score(Estimate(value, 0.001), evaluations, PROTOCOL)
+        for value, evaluations in ((1.0, 100), (1.04, 50), (1.07, 25))
+    )
+    assert decide(challenger, champion, RULE).wins
+    verdict = decide(challenger, champion, RULE, best=best)
+    assert not verdict.wins and "the best champion's 1 (the margin is 0.05)" in verdict.reason
+    assert verdict.evidence["behind_best"] == pytest.approx(0.07 + 1.959964 * 2**0.5 * 0.001, rel=1e-6)
+    assert decide(replace(challenger, estimate=Estimate(1.045, 0.001)), champion, RULE, best=best).wins
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("points", [1, 4, 12])
+def test_luck_is_promoted_no_more_often_than_promised_in_many_decisions(points: int, paired: bool) -> None:
+    wins = promoted(points, paired, 0.0, 4000)
+    assert binom.ppf(0.0005, 4000, 0.018) <= wins <= binom.ppf(0.9995, 4000, 0.025)
+
+
+if __name__ == "__main__":
+    print(
+        "| points | luck promoted | the same, not in pairs | forgetting the number of points | 2 errors better | 4 errors better |"
+    )
+    print("|---|---|---|---|---|---|")
+    for points in (1, 4, 12):
+        cells = [
+            promoted(points, True, 0.0, 2000),
+            promoted(points, False, 0.0, 2000),
+            promoted(points, True, 0.0, 2000, alone=True),
+            promoted(points, True, 2 * ERROR, 2000),
+            promoted(points, True, 4 * ERROR, 2000),
+        ]
+        print(f"| {points} | " + " | ".join(f"{100 * wins / 2000:.1f} %" for wins in cells) + " |", flush=True)
+    for margin in (0.0, 2.5, 5.0):
+        print(f"margin {margin} errors, each halving worse by 1 error: {halved(margin * ERROR, 1.0, 2000)}")
