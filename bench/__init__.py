@@ -1,1 +1,11 @@
-"""Measures our code beside its alternatives, on the same work. Results: bench/results; page: docs/speed.md."""
+"""Measures our code beside its alternatives, on the same work. Results: bench/results; page: docs/speed.md.
+
+To run the GPU rows on a machine without a package index (torch, torchvision, scipy, safetensors and huggingface-hub installed):
+
+    make wheels FOR=3.12     # here, after `python -m bench.cifar10 pack`: the other packages, into .cifar10/wheels, 9.7 MiB
+
+    # on the GPU machine, after `python -m bench.cifar10 unpack`:
+    python3 -m pip install --no-index --no-deps --target /tmp/cifar10/peers .cifar10/wheels/*.whl
+    PYTHONPATH=/tmp/cifar10/peers python3 -m bench --device cuda train ddim ancestral fid_sets statistics growth
+    cp bench/results/*-cuda.json OUT
+"""

@@ -73,7 +73,7 @@ def term(
 
     Args:
         schedule: at least T = 2.
-        t: int64 [B], network times. On the CPU they cause no GPU synchronisation.
+        t: int64 [B], network times; on the CPU, so that testing them for 0 does not synchronise the GPU. Other devices work too.
         x_0: the image, float64 [B, ...]; for L_0 it must hold the 256 levels of an 8-bit image in [-1, 1].
         x0_hat: the denoiser's estimate, like x_0.
         variance: see `reverse_log_variance`.

@@ -409,7 +409,7 @@ def read_influence(path: Path, digest: str) -> NDArray[np.float32]:
     try:
         # protects: tests/files/test_bad_input.py::test_what_a_report_reads[another point's influence]
         if path.is_file() and records.sha256(path) != digest:
-            raise ValueError("its bytes are not those that were recorded with the scores")
+            raise ValueError("its sha256 is not the one recorded with the scores")
         influence: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(influence, np.ndarray) or influence.dtype != np.float32 or influence.ndim != 1:
             raise ValueError("expected float32 values, one per image")

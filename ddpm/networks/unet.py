@@ -125,7 +125,7 @@ def _check_width(channels: int, multiple: int) -> None:
 
 def _check_counts(blocks: int, heads: int, classes: int) -> None:
     if not 1 <= blocks <= MOST_BLOCKS or heads < 1:
-        raise ValueError(f"blocks = {blocks} must lie in 1 ... {MOST_BLOCKS}, and heads = {heads} be 1 or more")
+        raise ValueError(f"blocks = {blocks} must lie in 1 ... {MOST_BLOCKS}, and heads = {heads} must be 1 or more")
     if classes < 0:
         raise ValueError(f"classes = {classes} must be 0 (unconditional) or more")
 

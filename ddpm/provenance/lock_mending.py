@@ -133,7 +133,10 @@ def _begins(entry: str, known: Sequence[str]) -> bool:
 def _is_complete(entry: str, known: Sequence[str], outputs: int) -> bool:
     """Returns whether DVC wrote the whole entry. DVC writes outputs last, each with path, hash, size and number of files.
 
-    known: the same stage's entries in whole files. outputs: the number of the stage's outputs in dvc.yaml.
+    Args:
+        entry: the text of the stage's entry.
+        known: texts of the same stage's entry in files that were not truncated.
+        outputs: the number of the stage's outputs in dvc.yaml.
     """
     if entry in known:
         return True

@@ -142,7 +142,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 
 
 def _answers(front: Front, rows: Sequence[Row]) -> list[Section]:
-    """Returns the answers by budget. Budgets with the same answer share an entry; entries with a budget of ASKED are marked."""
+    """Returns the answers by budget. Budgets with the same answer share an entry; `asked` is true if ASKED has one of them."""
     answers: list[Section] = []
     for budget, entry in front.budgets.items():
         within = sum(row.evaluations <= budget for row in rows)

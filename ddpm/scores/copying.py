@@ -77,7 +77,7 @@ def copying(samples: NDArray[np.float64], unseen: NDArray[np.float64]) -> Copyin
     """
     m, n = len(samples), len(unseen)
     if not m or not n:
-        raise ValueError("a comparison takes samples and unseen images")
+        raise ValueError("the comparison needs at least one sample and one unseen image")
     ordered = np.sort(unseen)
     wins = (n - np.searchsorted(ordered, samples, "right") + (n - np.searchsorted(ordered, samples, "left"))).sum() / 2
     closer = float(wins / (m * n))

@@ -43,7 +43,7 @@ class Extractor:
 
     @property
     def module(self) -> str:
-        """The full name of its module."""
+        """The full name of the extractor's Python module."""
         return f"{__package__}.{self.name}"
 
 

@@ -1,8 +1,8 @@
 """Compares two sets of images by their features: FID with its error, KID, precision and recall, Inception Score.
 
 FID (Heusel et al. 2017, arXiv:1706.08500, eq. 6) fits a Gaussian to each set. It is
-|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). It falls as N grows and depends on the layer, so it means little
-without both.
+|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). FID falls as N grows and depends on the layer, so an FID means little
+without its N and layer.
 KID (Binkowski et al. 2018, arXiv:1801.01401, section 4) is an unbiased estimate of the squared maximum mean discrepancy
 under the kernel (x.y / D + 1)^3. Precision and recall are those of Kynkaanniemi et al. 2019 (arXiv:1904.06991, eq. 1),
 the Inception Score is that of Salimans et al. 2016 (arXiv:1606.03498). All follow torch-fidelity's definitions.
@@ -19,7 +19,7 @@ sqrt(z) = (1/2pi) integral_0^inf s^(-1/2) log(1 + z/s) ds and the determinant of
 
 One eigendecomposition of M serves all images, and in M's eigenvectors the integral is a matrix product. With fewer
 images than features an N x N matrix is decomposed instead. Nothing is inverted or linearised, so the result is exact
-in that case too, where a linearised root would give half the true error.
+even with fewer images than features; a linearised root would then give half the true error.
 
 l_i = (N - 1) (mean_j FID_(-j) - FID_(-i)) are the influence values (see intervals.py). (N - 1) (mean_j FID_(-j) - FID)
 is the bias to first order in 1/N (Quenouille 1956). FID minus this bias estimates the FID of infinitely many images.

@@ -91,14 +91,15 @@ class _Mapped(mmap.mmap):
 def find(path: Path, where: str) -> tuple[dict[str, Read], list[str]]:
     """Finds the images in a folder or zip file.
 
-    A zip file in the folder counts as unpacked in its place. Hidden files do not count as images.
+    A zip file inside the folder is read as if it were unpacked there. Hidden files do not count as images.
 
     Args:
         path: a folder or a zip file.
         where: the name of `path` in messages.
 
     Returns:
-        A function that reads each image, by the image's path, and the paths of all other files, relative to `path`.
+        A dict from the path of each image to the function that reads this image; and the paths of all other files. All paths
+            are relative to `path`.
 
     Raises:
         InputError: there are no images, or a file cannot be used.

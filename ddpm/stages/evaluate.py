@@ -89,7 +89,7 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
 def _influence(sets: fidelity.Sets) -> NDArray[np.floating]:
     found = RANKING.measure(sets)
     if not isinstance(found, Estimate) or found.influence is None:
-        raise TypeError(f"points are ranked by {RANKING.name}, so its row must give influence values")
+        raise TypeError(f"{RANKING.name} ranks points, so its row in METRICS must return influence values")
     return found.influence
 
 

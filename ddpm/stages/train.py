@@ -66,7 +66,7 @@ def network_entry(params: Params, shape: tuple[int, int, int], classes: int = 0)
     channels, height, width = shape
     if height != width:
         raise InputError(
-            f"the network takes square images, and the dataset's are {height}x{width}; set data.size and data.fit"
+            f"the network takes square images, but the dataset's images are {height}x{width}; set data.size and data.fit"
         )
     section = as_json(params.network)
     if known := {"image_channels", "image_size", "out_channels", "classes"} & section.keys():

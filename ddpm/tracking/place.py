@@ -261,7 +261,7 @@ PUBLISH_LATER = "publish later with `ddpm publish`"
 
 
 def require_reachable(where: Place, advice: str = PUBLISH_LATER) -> None:
-    """Raises InputError with that advice if the server does not answer. MLflow's own attempts would take far longer."""
+    """Raises InputError if the server does not answer; `advice` ends the message. MLflow itself would retry for far longer."""
     host, port = (None, None) if where.database else _address(where.uri)
     if not host or not port:
         return

@@ -26,7 +26,7 @@ PUBLISHER = "ddpm.publisher"  # the process that fills the run in; removed once 
 def log(
     target: Target, run: Run, params: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None
 ) -> None:
-    """Logs the parameters that the run lacks, and the tags that it lacks or that have another value."""
+    """Logs the parameters that the run lacks, and every tag that is missing or differs."""
     from mlflow.entities import Param, RunTag
 
     new_params = [Param(name, value) for name, value in (params or {}).items() if name not in run.data.params]

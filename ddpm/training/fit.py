@@ -116,7 +116,7 @@ class TrainingState:
         torch.autograd.graph.increment_version(changed)  # the kernel does not do this; see live()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns a copy of the state on the CPU. Together with `step`, load() needs no more to resume the training."""
+        """Returns a copy of the state on the CPU. These tensors and `step` are all that load() needs to resume the training."""
         return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.live().items()}
 
     def load(self, step: int, tensors: dict[str, Tensor]) -> None:

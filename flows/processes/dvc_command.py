@@ -1,7 +1,7 @@
-"""Runs one DVC command in this process and reports how it ended as data: `python -m flows.processes.dvc_command repro ...`.
+"""Runs one DVC command in this process and prints its result as one JSON line: `python -m flows.processes.dvc_command repro ...`.
 
-DVC's own command line reports this only as text. Here the output of stages stays unchanged, and one JSON line at the end
-replaces DVC's log.
+DVC's own command line prints its result only as text. Here the JSON line at the end replaces DVC's log. The output of stages
+stays unchanged.
 """
 
 from __future__ import annotations

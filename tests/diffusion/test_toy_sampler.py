@@ -58,6 +58,7 @@ def ddpm(root: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.proof
 def test_it_draws_the_points_of_a_sweep(with_the_toy: Path) -> None:
     found = {point.name: samples.read_samples(with_the_toy / paths.samples_file(point)) for point in POINTS}
     assert [each.evaluations for each in found.values()] == [2, 5, 2, 5]
@@ -66,6 +67,7 @@ def test_it_draws_the_points_of_a_sweep(with_the_toy: Path) -> None:
     assert apart["cosine-straight-5"] <= 1 < apart["cosine-fresh-5"]  # without fresh noise it is DDIM
 
 
+@pytest.mark.proof
 def test_the_report_shows_it(with_the_toy: Path) -> None:
     ddpm(with_the_toy, "report")
     assert json.loads((with_the_toy / "report/best.json").read_text())["point"] == "cosine-fresh-2"
@@ -73,6 +75,7 @@ def test_the_report_shows_it(with_the_toy: Path) -> None:
     assert all(point.name in page for point in POINTS)
 
 
+@pytest.mark.proof
 def test_pictures_are_made_with_it(with_the_toy: Path, tmp_path: Path) -> None:
     start = ("generate", "--model", "models/cosine", "--steps", "5", "--out", str(tmp_path / "picture.png"))
     ddpm(with_the_toy, *start, "--sampler", "fresh", "--strip", "-n", "2")

@@ -881,7 +881,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], str]] = {
     "classes beyond memory": (of_network(classes=10**12), "not a usable checkpoint"),
     "words for channels": (of_network(channels="16"), "not a usable checkpoint"),
     "parts of channels": (of_network(channels=16.5), "not a usable checkpoint"),
-    "no heads": (of_network(heads=0), "heads = 0 be 1 or more"),
+    "no heads": (of_network(heads=0), "heads = 0 must be 1 or more"),
     "no levels": (of_network(multipliers=[]), "not a usable checkpoint"),
     "negative multipliers": (of_network(multipliers=[1, -2]), "not a usable checkpoint"),
     "null for attention": (of_network(attention=None), "not a usable checkpoint"),
@@ -896,7 +896,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], str]] = {
     "an unknown schedule": (of_model(lambda about: about["schedule"].update(schedule="x")), "no schedule 'x'"),
     "a schedule without its beta": (
         of_model(lambda about: about["schedule"].update(schedule="linear", end=7.0)),
-        "every one must lie in (0, 1)",
+        "every beta must lie in (0, 1)",
     ),
     "a shape of words": (of_model(lambda about: about["data"].update(shape="1x8x8")), "data.shape: expected a list"),
 }
@@ -1044,7 +1044,7 @@ REPORTS: dict[str, tuple[Callable[[], Any], str]] = {
     "scores that were edited": (content(str(METRICS), lambda old: old.replace(b"10.", b"1.0")), "its checksum says"),
     "another point's influence": (
         lambda: shutil.copyfile("metrics/cosine-ddim-2.influence.npy", INFLUENCE),
-        "its bytes are not those that were recorded with the scores",
+        "its sha256 is not the one recorded with the scores",
     ),
     "FID true": (of_scores(fid=True), "no sound value of fid"),
     "FID beyond all integers": (of_scores(fid_high=10**400), "no sound value of fid_high"),

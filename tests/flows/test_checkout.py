@@ -66,7 +66,7 @@ def dvc(clone: Any, *arguments: str) -> str:
     return str(done.stdout + done.stderr)
 
 
-@pytest.mark.parametrize("kind", ["clone", "worktree"])
+@pytest.mark.parametrize("kind", ["clone", pytest.param("worktree", marks=pytest.mark.proof)])
 def test_a_stage_runs_the_code_of_its_own_checkout(kind: str, clone: Any, tmp_path: Path) -> None:
     if kind == "worktree":
         clone.run("git", "worktree", "add", "--quiet", str(tmp_path / "tree"))

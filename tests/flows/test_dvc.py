@@ -194,6 +194,7 @@ def test_several_stages_are_pushed_at_once(scratch: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("path")
+@pytest.mark.chaos
 def test_outputs_that_find_no_room_in_the_cache_fail_the_stage_and_go_there_later(
     scratch: Any, disk: Callable[[int], Path]
 ) -> None:

@@ -147,6 +147,7 @@ def test_it_ends_with_the_exit_code_and_the_line_of_the_stage(root: Path) -> Non
     assert len(said) == 1
 
 
+@pytest.mark.chaos
 def test_a_kill_of_all_forks_is_one_of_the_work_and_the_next_goes_on(root: Path, scratch: Any) -> None:
     killed: list[int] = []
 
@@ -161,6 +162,7 @@ def test_a_kill_of_all_forks_is_one_of_the_work_and_the_next_goes_on(root: Path,
     assert children.run(COMMAND, root, print) == 0
 
 
+@pytest.mark.proof
 def test_without_the_process_that_forks_stages_run_all_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kill is seen only when it is spoken to; and an environment may be too large for what it is told."""
     said: list[str] = []

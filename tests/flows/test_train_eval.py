@@ -78,6 +78,7 @@ def test_mlflow_answers(up: Any) -> None:
         assert answer.status == 200
 
 
+@pytest.mark.proof
 def test_what_dvc_has_done_the_flow_skips(up: Any) -> None:
     assert up.scratch.run(*up.FLOW, json.dumps({"overrides": ["training.steps=8"], "promote": False})).returncode == 0
     states = up.states(up.flow_run()["id"])

@@ -50,6 +50,7 @@ def test_one_file_is_a_network_up_to_its_promotion(copied: Any) -> None:
     assert "is cached - skipping run" in copied.dvc("repro", "train@cosine")
 
 
+@pytest.mark.proof
 def test_what_a_network_does_not_take_is_one_line(copied: Any) -> None:
     shutil.copyfile(TOY, copied.root / "ddpm" / "networks" / "toy.py")
     assert copied.run(sys.executable, "-B", "-m", "ddpm", "prepare").returncode == 0

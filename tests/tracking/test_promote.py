@@ -342,7 +342,7 @@ def test_another_protocol_scores_the_champion_again(
     def refuse(folder: Path, settings: dict[str, Any]) -> Any:
         raise InputError("images of another shape")
 
-    with pytest.raises(InputError, match=r"another shape \(`ddpm promote --replace` skips that\)"):
+    with pytest.raises(InputError, match=r"another shape \(`ddpm promote --replace` skips this scoring\)"):
         tracking.promote(params, checkout, rescore=refuse)
     assert tracking.promote(params, checkout, replace=True, rescore=never).promoted
     assert registry.count() == 2  # that model was registered before

@@ -74,6 +74,7 @@ def assert_whole(s3: Any, bucket: str, root: Path, params: Params) -> None:
         assert run.data.tags["mlflow.loggedImages"] == "True"
 
 
+@pytest.mark.chaos
 def test_a_line_that_crawls_and_drops(
     checkout: Path, params: Params, s3: Any, bucket: str, bad_line: Any, setting: Callable[[str, str], None]
 ) -> None:

@@ -296,7 +296,7 @@ def _log_dataset(target: Target, run: Run, root: Path, data: DataEntry, context:
 
 
 def _checkpoint_model(target: Target, run: Run, weights: str) -> Any:
-    """Returns the logged model of a training run with those weights, or None."""
+    """Returns the training run's logged model that has these weights (sha256), or None."""
     found = target.client.search_logged_models([target.experiment], f"tags.`{MODEL}` = '{weights}'")
     return next((model for model in found if model.source_run_id == run.info.run_id), None)
 
@@ -375,7 +375,10 @@ class PointFiles:
 def publish_points(
     target: Target, root: Path, group: Sequence[tuple[Point, PointSettings]], added: Counter[str]
 ) -> Run | None:
-    """Publishes points of one schedule, sampler and settings. Returns their run, or None if nothing is on disk."""
+    """Publishes points of one schedule, sampler and settings.
+
+    Returns their run, or None if no samples of the present model are on disk.
+    """
     first, settings = group[0]
     training = _publish_training(target, root, first.schedule, added)
     if training is None:

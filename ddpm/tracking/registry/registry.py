@@ -479,7 +479,7 @@ def _score_again(target: Target, champion: ModelVersion, protocol: Protocol, see
             found, influence = rescore(folder, tags.settings(champion))
         except InputError as error:
             raise InputError(
-                f"the champion cannot be scored again: {error} (`ddpm promote --replace` skips that)"
+                f"the champion cannot be scored again: {error} (`ddpm promote --replace` skips this scoring)"
             ) from None
     score = Score.of(found, influence, seed)
     if score.protocol != protocol:
