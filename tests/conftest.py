@@ -41,8 +41,9 @@ from ddpm.files import dataset, paths, records
 from ddpm.files.params import Params
 from ddpm.files.runs import RunRecord, write_run
 from ddpm.files.samples import read_samples_record
-from ddpm.files.scores import Best, Row, read_scores, write_influence
+from ddpm.files.scores import Best, Row, read_scores, write_influence, write_table
 from ddpm.parameters import Point
+from ddpm.reporting.page import BEGIN, END
 from ddpm.scores.intervals import CONFIDENCE, quantile, standard_error
 from ddpm.stages.prepare import prepare
 from ddpm.stages.sample import sample_point
@@ -468,9 +469,11 @@ def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **change
     points = [Point.parse(path.stem) for path in files]
     rows = [Row.of(point, read_scores(root, point)) for point in points]
     best = min(rows, key=lambda row: (row.value, row.evaluations))
-    record = root / "report" / "best.json"
+    record, rows_file, page = (root / "report" / name for name in ("best.json", "points.csv", "index.html"))
     records.write_record(record, Best(best, len(rows), best.point, 1).to_json())
-    records.write_record(root / "report" / "front.json", {"metric": "fid"}, [record])
+    write_table(rows_file, rows)
+    page.write_text(f"{BEGIN}\n{END}", encoding="utf-8")
+    records.write_record(root / "report" / "front.json", {"metric": "fid"}, [record, rows_file, page])
 
 
 @pytest.fixture(scope="session")

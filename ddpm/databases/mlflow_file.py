@@ -47,8 +47,8 @@ def check(file: Path) -> bool:
     """Checks that a database file is whole, and that its artifacts lie beside it or where the user has chosen.
 
     A moved or copied store still records its old addresses. If an address names another `mlartifacts`, but the experiment's
-    folder lies beside the file, the address is corrected. Call this under the store's lock. Returns whether the file holds experiments.
-    Raises InputError for a damaged file, and if records or artifacts are missing.
+    folder lies beside the file, the address is corrected. Call this under the store's lock. Returns whether the file holds
+    experiments. Raises InputError for a damaged file, and if records or artifacts are missing.
     """
     home = file.parent / ARTIFACTS
     with _opened(file) as database:

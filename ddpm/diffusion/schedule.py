@@ -82,7 +82,9 @@ class NoiseSchedule:
         if not bool(((betas > 0) & (betas < 1)).all()) and not bool(
             ((betas[:-1] > 0) & (betas[:-1] < 1)).all() and betas[-1] == 1
         ):
-            raise ValueError(f"betas of schedule '{self.name}': every beta must lie in (0, 1), except the last, which may be 1")
+            raise ValueError(
+                f"betas of schedule '{self.name}': every beta must lie in (0, 1), except the last, which may be 1"
+            )
         object.__setattr__(self, "betas", betas)
 
     @classmethod

@@ -145,6 +145,20 @@ def test_any_value_in_any_section_is_taken_or_refused_in_one_line(value: object)
             assert str(error).startswith("params.yaml: ") and "\n" not in str(error)
 
 
+def test_rows_that_differ_in_the_seed_alone_are_trainings_of_one_schedule() -> None:
+    raw = Params.load(ROOT / "recipes" / "smoke.yaml").to_json()
+    raw["schedules"] = {
+        "cosine": {"schedule": "cosine"},
+        "wide": {"schedule": "cosine", "s": 0.02, "seed": 1},
+        "again": {"schedule": "cosine", "seed": 1},
+        "same": {"schedule": "cosine", "seed": 0},  # the file's seed: the same training as the first row
+    }
+    raw["sweep"]["schedules"] = list(raw["schedules"])
+    found = Params.check(raw, "params")
+    assert found.replicates() == [["cosine", "again"], ["wide"]]
+    assert [found.training_seed(name) for name in raw["schedules"]] == [0, 1, 1, 0]
+
+
 def test_points() -> None:
     params = Params.check(raw(), "smoke")
     assert [point.name for point in params.points()] == [

@@ -156,8 +156,25 @@ def test_what_decides_the_weights_decides_the_key(smoke: Callable[..., Params]) 
         training_key(smoke(diffusion={"target": "v"}), "cosine", "data"),
         training_key(smoke(), "linear", "data"),
         training_key(smoke(), "cosine", "other data"),
+        training_key(smoke(schedules={"cosine": {"seed": 2}}), "cosine", "data"),
     ]
-    assert len({base, *others}) == 7
+    assert len({base, *others}) == 8
+
+
+def test_the_seed_of_a_row_is_that_of_its_training_alone(
+    root: Path, digits: Path, smoke: Callable[..., Params], tmp_path: Path
+) -> None:
+    """A row's seed gives the bytes that the file's seed of the same number gives, and the same identity in MLflow."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "dataset").symlink_to(digits / "dataset")
+    own = smoke(schedules={"cosine": {"seed": 5}}, training={"steps": 3})
+    train(own, "cosine", root)
+    train(smoke(seed=5, training={"steps": 3}), "cosine", other)
+    assert outputs(root) == outputs(other)
+    about = models.read_trained(root, "cosine")
+    assert identity_of_model(about) == training_identity(own, "cosine", about.data.sha256)
+    assert own.seed == 0 and about.training.seed == 5
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])

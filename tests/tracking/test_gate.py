@@ -126,9 +126,7 @@ def test_luck_is_promoted_no_more_often_than_promised_in_many_decisions(points: 
 
 
 if __name__ == "__main__":
-    print(
-        "| points | luck promoted | the same, not in pairs | forgetting the number of points | 2 errors better | 4 errors better |"
-    )
+    print("| points | luck promoted | the same, not in pairs | points forgotten | 2 errors better | 4 errors better |")
     print("|---|---|---|---|---|---|")
     for points in (1, 4, 12):
         cells = [

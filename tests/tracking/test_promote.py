@@ -42,7 +42,7 @@ OTHERS = [Point(schedule="cosine", sampler=name, steps=2) for name in ("ddim", "
 # The rule.
 
 
-RULE = Promotion(confidence=0.95, fewer_evaluations=2.0)
+RULE = Promotion(confidence=0.95, fewer_evaluations=2.0, margin=0.05)
 
 
 def scored(value: float, error: float, evaluations: int = 50, seed: int | None = None, luck: Any = None) -> Score:
@@ -54,9 +54,10 @@ def scored(value: float, error: float, evaluations: int = 50, seed: int | None =
     [
         ((9.0, 0.2, 50), (10.0, 0.3, 10), True, "is better than"),  # 1 > 1.96 sqrt(0.2^2 + 0.3^2) = 0.707
         ((9.4, 0.2, 50), (10.0, 0.3, 50), False, "not significantly better"),
-        ((9.4, 0.2, 26), (10.0, 0.3, 50), False, "not significantly better"),
-        ((9.4, 0.2, 25), (10.0, 0.3, 50), True, "25 evaluations instead of 50"),
-        ((10.6, 0.2, 25), (10.0, 0.3, 50), True, "25 evaluations instead of 50"),
+        ((9.7, 0.2, 26), (10.0, 0.3, 50), False, "not significantly better"),
+        ((9.7, 0.2, 25), (10.0, 0.3, 50), True, "is at most 0.407 worse than the champion's 10"),  # the margin is 0.5
+        ((9.8, 0.2, 25), (10.0, 0.3, 50), False, "perhaps 0.507 worse than the champion's 10 (the margin is 0.5)"),
+        ((10.3, 0.0, 25), (10.0, 0.0, 50), True, "25 evaluations instead of 50"),
         ((10.8, 0.2, 1), (10.0, 0.3, 1000), False, "is worse than"),
         ((10.0, 0.0, 50), (10.0, 0.0, 50), False, "not significantly better"),
     ],
@@ -70,7 +71,7 @@ def test_only_a_significant_advantage_or_many_fewer_evaluations_win(
     reach = 1.959964 * np.hypot(challenger[1], champion[1])
     gap = challenger[0] - champion[0]
     expected = {"difference": gap, "low": gap - reach, "high": gap + reach, "confidence": 0.95, "paired": False}
-    assert verdict.evidence == pytest.approx(expected)
+    assert {name: verdict.evidence[name] for name in expected} == pytest.approx(expected)
 
 
 def test_force_needs_no_advantage_and_not_even_a_score() -> None:
@@ -222,7 +223,7 @@ def test_influence_values_that_were_replaced_are_not_compared_in_pairs(
     write_scores(checkout, SECOND, 8.0)
     said: list[str] = []
     tracking.promote(params, checkout, rescore=never, say=said.append)
-    assert "not those that were recorded with the scores" in said[0]
+    assert "its sha256 is not the one recorded with the scores" in said[0]
     assert Registry(checkout).decisions()[-1]["paired"] is False
 
 
@@ -284,11 +285,15 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
     decision = registry.decisions()[-1]
     assert decision["before_fid"] == scores["fid"]
     own = [np.load(checkout / paths.influence_file(point)).astype(float) for point in (SECOND, FIRST)]
-    reach = 1.959964 * standard_error(own[0] - own[1])  # in pairs: the champion's values came from the registry
+    error = standard_error(own[0] - own[1])  # in pairs: the champion's values came from the registry
     gap = 8.0 - scores["fid"]
-    evidence = {"difference": gap, "low": gap - reach, "high": gap + reach, "confidence": 0.95, "paired": True}
+    evidence = {"difference": gap, "confidence": 0.95, "paired": True, "points": 4}
     assert {key: decision[key] for key in evidence} == pytest.approx(evidence, rel=1e-6)
-    assert json.loads(champion.tags["ddpm.evidence"]) == pytest.approx(evidence, rel=1e-6)
+    reaches = [gap - decision["low"], decision["high"] - gap]
+    # Four differences, one of them zero: wider than one interval, and narrower than three independent ones (Bonferroni).
+    assert reaches[0] == pytest.approx(reaches[1]) and 1.96 < reaches[0] / error < 2.394
+    assert json.loads(champion.tags["ddpm.evidence"]) == {key: decision[key] for key in (*evidence, "low", "high")}
+    assert champion.tags["ddpm.best_champion"] == "2"
 
     # --replace takes the place without a comparison; going back needs no new version.
     write_scores(checkout, SECOND, 99.0)
@@ -296,6 +301,24 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
     forced = tracking.promote(params, checkout, replace=True, rescore=never)
     assert forced.promoted and forced.version == "1" and "--replace" in forced.reason
     assert registry.count() == 2
+
+
+def test_the_best_champion_stays_the_measure(checkout: Path, smoke: Smoke, write_scores: WriteScores) -> None:
+    """Version 2 wins by its evaluations, and version 3 over version 2 by its score: neither is better than version 1."""
+    params = smoke(training={"steps": 24}, promotion={"margin": 0.5})
+    tracking.promote(params, checkout, rescore=never)
+    fid, registry = read_scores(checkout, FIRST).values["fid"], Registry(checkout)
+    for point in (FIRST, SECOND, OTHERS[1]):
+        write_scores(checkout, point, 10 * fid)
+    write_scores(checkout, OTHERS[0], 1.3 * fid)
+    cheaper = tracking.promote(params, checkout, rescore=never)
+    assert cheaper.promoted and "2 evaluations instead of 5" in cheaper.reason
+    assert registry.champion().tags["ddpm.best_champion"] == "1"
+    write_scores(checkout, OTHERS[0], 10 * fid)
+    write_scores(checkout, SECOND, 1.1 * fid)
+    better = tracking.promote(params, checkout, rescore=never)
+    assert better.promoted and "is better than" in better.reason
+    assert registry.champion().tags["ddpm.best_champion"] == "1"
 
 
 def test_another_protocol_scores_the_champion_again(
@@ -508,13 +531,14 @@ def test_rollback_to_a_version_that_was_deleted(checkout: Path, params: Params, 
 
 
 def test_a_report_older_than_its_scores_is_refused(checkout: Path, params: Params, write_scores: WriteScores) -> None:
-    best = (checkout / "report" / "best.json").read_bytes()
+    before = {path: path.read_bytes() for path in (checkout / "report").iterdir()}
     write_scores(checkout, FIRST, 5.0)
-    (checkout / "report" / "best.json").write_bytes(best)
+    for path, content in before.items():
+        path.write_bytes(content)
     with pytest.raises(InputError, match="older than its scores"):
         tracking.promote(params, checkout)
     shutil.rmtree(checkout / "report")
-    with pytest.raises(InputError, match=r"best\.json: no such file"):
+    with pytest.raises(InputError, match=r"front\.json: no such file"):
         tracking.promote(params, checkout)
 
 

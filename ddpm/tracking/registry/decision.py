@@ -142,7 +142,8 @@ def decide(
         champion: the champion's score; None if it is unknown, which only `force` allows.
         rule: the section `promotion`.
         force: let the challenger win whatever the scores say.
-        looked_at: the scores of all points from which the challenger was picked, under its protocol and with its seed.
+        looked_at: the scores of all points from which the challenger was picked, under its protocol and with its seed;
+            by default the challenger's score alone.
         best: the score of the best champion there was; None if that is the present champion.
 
     Raises:

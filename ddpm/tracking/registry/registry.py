@@ -181,7 +181,8 @@ def _challenger(params: Params, root: Path) -> Challenger:
     point = Point.parse(best.row.point)
     found = read_scores(root, point)
     settings = PointSettings.read(params, point, root)
-    if found.values[HEADLINE] != best.row.value or settings is None:
+    # Without its points, the report does not say among how many the best was picked.
+    if found.values[HEADLINE] != best.row.value or settings is None or len(rows) != best.points:
         raise InputError(f"{root / paths.report_dir()}: the report is older than its scores; run dvc repro")
     folder, bound = root / paths.model_dir(point.schedule), root / paths.likelihood_file(point.schedule)
     model = models.read_trained(root, point.schedule)
