@@ -18,7 +18,7 @@ from ddpm.files.params import Params
 from ddpm.files.yaml_file import parse_yaml, rewritten
 from ddpm.networks.network import NETWORKS
 from ddpm.provenance import git
-from ddpm.provenance.atomic_lock import TEMPLATE
+from ddpm.provenance.atomic_lock import TEMPLATE, absent_sections
 from ddpm.provenance.inputs import changes
 from ddpm.sources.source import SOURCES, check_name
 
@@ -28,7 +28,7 @@ WRITTEN = paths.CACHE / "params.yaml.sha256"  # hash of the last params.yaml tha
 def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[str, Params]:
     """Returns the new text of params.yaml, and its parameters. Comments stay.
 
-    If an old file lacks names that dvc.yaml takes from params.yaml, they are added.
+    If an old file lacks names or sections that dvc.yaml takes from params.yaml, they are added.
 
     Args:
         root: the checkout.
@@ -75,26 +75,28 @@ def write(
 
 
 def _with_names(text: str, params: Params, root: Path) -> str:
-    """Writes the names that dvc.yaml takes from params.yaml. An old file may spell them otherwise, or omit them."""
+    """Writes the names and sections that dvc.yaml takes from params.yaml. An old file may spell them otherwise, or omit them."""
     wiring = root / "dvc.yaml"
-    keys = re.findall(TEMPLATE, wiring.read_text(encoding="utf-8")) if wiring.exists() else []
-    names = {key: getattr(getattr(params, key[0]), key[1]) for key in keys}
+    if not wiring.exists():
+        return text
+    written = wiring.read_text(encoding="utf-8")
+    names = {key: getattr(getattr(params, key[0]), key[1]) for key in re.findall(TEMPLATE, written)}
     given = parse_yaml(text, "params.yaml")
+    absent = absent_sections(written, given)
+    if not absent and all(given[section].get(key) == name for (section, key), name in names.items()):
+        return text
 
     def change(document: Any) -> None:
         for (section, key), name in names.items():
             document[section][key] = name
+        document.update(params.to_json(*absent) if absent else {})
 
-    return (
-        text
-        if all(given[section].get(key) == name for (section, key), name in names.items())
-        else rewritten(text, change)
-    )
+    return rewritten(text, change)
 
 
 def _described(root: Path, recipe: str | None, overrides: Sequence[str]) -> str:
     if recipe is None:
-        return f"with {', '.join(overrides)}" if overrides else "with the names that dvc.yaml takes from it"
+        return f"with {', '.join(overrides)}" if overrides else "with what dvc.yaml takes from it"
     source = _recipe(root, recipe)
     source = source.relative_to(root) if source.is_relative_to(root) else source
     return f"{source}{', with overrides' * bool(overrides)}"

@@ -9,9 +9,10 @@ the write leaves a truncated file. The next verb would mend that file, but DVC r
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 from ddpm.errors import InputError
 from ddpm.files import atomic, paths
-from ddpm.files.yaml_file import read_yaml
+from ddpm.files.yaml_file import parse_yaml, read_yaml
 from ddpm.provenance import lock_mending
 from ddpm.provenance.lock_mending import HEAD, NAME, STAGE
 
@@ -56,7 +57,7 @@ def _root() -> Path:
 
 
 def _check_parameters(root: Path) -> None:
-    """Raises InputError if params.yaml is invalid, or lacks a key that dvc.yaml uses in a path."""
+    """Raises InputError if params.yaml is invalid, or lacks what dvc.yaml takes from it."""
     wiring = root / "dvc.yaml"
     text = wiring.read_text(encoding="utf-8") if wiring.exists() else ""
     if "-m ddpm " not in text or not (root / "params.yaml").exists():
@@ -64,12 +65,28 @@ def _check_parameters(root: Path) -> None:
     from ddpm.files.params import Params
 
     params, given = Params.load(root / "params.yaml"), read_yaml(root / "params.yaml")
+    if absent := absent_sections(text, given):
+        sections = "; ".join(f"{name}: {json.dumps(value)}" for name, value in params.to_json(*absent).items())
+        raise InputError(f"params.yaml: dvc.yaml takes {', '.join(absent)} from it; add `{sections}`")
     for section, key in re.findall(TEMPLATE, text):
         name = getattr(getattr(params, section), key)
         if given[section].get(key) != name:
             raise InputError(
                 f"params.yaml: dvc.yaml takes {section}.{key} from it; write `{key}: {name}` below {section}"
             )
+
+
+def absent_sections(wiring: str, given: Mapping[str, Any]) -> list[str]:
+    """Returns the sections of params.yaml that stages read and that an old file lacks.
+
+    Args:
+        wiring: the text of dvc.yaml.
+        given: the content of params.yaml.
+    """
+    from ddpm.files.params import Params
+
+    read = (name for stage in parse_yaml(wiring, "dvc.yaml")["stages"].values() for name in stage.get("params", ()))
+    return [name for name in dict.fromkeys(read) if name in Params.model_fields and name not in given]
 
 
 def write_at_once() -> None:

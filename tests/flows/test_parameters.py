@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -127,10 +128,24 @@ def test_an_old_name_of_a_source_is_rewritten(checkout: Path, overrides: list[st
         path.write_text(text.replace("source: digits", "source: image-folder"))
     assert parameters.write(checkout, None, overrides, said.append).data.source == "image_folder"
     assert path.read_text() == text.replace("source: digits", "source: image_folder")
-    words = "with data.source=image-folder" if overrides else "with the names that dvc.yaml takes from it"
+    words = "with data.source=image-folder" if overrides else "with what dvc.yaml takes from it"
     assert said == [f"params.yaml: now {words} (before: params.yaml.before)"]
     parameters.write(checkout, say=said.append)
     assert len(said) == 1
+
+
+def test_a_section_that_a_stage_reads_is_added_to_an_old_file(checkout: Path) -> None:
+    path = checkout / "params.yaml"
+    shutil.copy(ROOT / "dvc.yaml", checkout)
+    text = path.read_text()
+    path.write_text(re.sub("report:\n  margin: 0.05.*\n", "", text))
+    assert path.read_text() != text
+    (checkout / ".dvc").mkdir()
+    refused = subprocess.run(["dvc", "repro"], cwd=checkout, capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert 'dvc.yaml takes report from it; add `report: {"margin": 0.05}`' in refused.stderr
+    parameters.write(checkout)
+    assert YAML(typ="safe").load(path.read_text()) == YAML(typ="safe").load(text)
 
 
 @pytest.mark.parametrize(
