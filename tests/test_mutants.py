@@ -35,7 +35,7 @@ def of(folder: str, *names: str) -> tuple[str, ...]:
 GROUPS = {
     "maths": Group(
         {
-            "diffusion/schedule": of("diffusion", "schedule", "samplers", "bound"),
+            "diffusion/schedule": of("diffusion", "schedule", "samplers", "bound") + of("training", "objective"),
             "diffusion/timesteps": of("diffusion", "schedule", "samplers", "solvers"),
             "diffusion/denoiser": of("diffusion", "samplers", "guidance", "bound"),
             "diffusion/samplers": of("diffusion", "samplers", "solvers", "guidance"),

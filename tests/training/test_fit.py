@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ddpm import NoiseSchedule, UNet
-from ddpm.training.fit import TrainingState, _indices, fit, scaled
+from ddpm.training.fit import TrainingState, _indices, autocast, fit, scaled
 from ddpm.training.objective import Objective
 
 
@@ -114,10 +114,17 @@ def test_stopping_and_going_on_is_training_straight_through(dropout: float) -> N
         assert torch.equal(second.tensors()[name], tensor), name
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_products_have_the_precision_asked_for(precision: str) -> None:
+    with autocast(torch.device("cpu"), precision):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, precision)
+
+
 def test_a_state_of_another_network_is_refused() -> None:
-    other = TrainingState(UNet(1, 8, 16, (1, 2), 1, (4,)))
-    with pytest.raises(ValueError, match="another network"):
-        small_state().load(1, other.tensors())
+    wider, state = TrainingState(UNet(1, 8, 16, (1, 2), 1, (4,))), small_state()
+    for one, other in ((state, wider), (wider, state)):
+        with pytest.raises(ValueError, match="another network"):
+            one.load(1, other.tensors())
 
 
 def test_flips_mirror_about_half_of_the_images() -> None:
