@@ -308,7 +308,7 @@ def promote(
 ) -> None:
     """Register the best point of the report as ddpm-DATASET, and make it the champion if it wins.
 
-    It wins if its score is significantly better, or if it is as good with far fewer network evaluations.
+    It wins if its score is significantly better, or surely nearly as good with far fewer network evaluations.
     """
     from ddpm import tracking
 
