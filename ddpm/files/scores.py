@@ -15,7 +15,7 @@ from ddpm.files import arrays, atomic, paths, records
 from ddpm.parameters import USUAL_EXTRACTOR
 from ddpm.scores.extractors import EXTRACTORS, Extractor
 from ddpm.scores.intervals import Estimate, quantile
-from ddpm.scores.metrics import HEADLINE, METRICS, RANKING, entries
+from ddpm.scores.metrics import HEADLINE, RANKING, entries
 
 if TYPE_CHECKING:
     from ddpm.parameters import Point
@@ -78,6 +78,8 @@ class Scores:
             ValueError: an entry is missing or has an impossible value.
         """
         known = entries()
+        if isinstance(old := found.get("fid_infinity"), float) and old < 0:  # version 0.3 wrote it for few images
+            found = {name: value for name, value in found.items() if name != "fid_infinity"}
         needed = needed or [
             *COUNTS,
             *(name for name, entry in known.items() if not entry.optional),
@@ -138,10 +140,10 @@ def write_scores(root: Path, point: Point, scores: Scores, influence: NDArray[np
 def _unsound(found: Mapping[str, Any], names: Collection[str]) -> list[str]:
     """Returns the names whose values are impossible: of a wrong type, out of range, or outside their interval."""
     wrong = [name for name in names if not _sound(name, found[name])]
-    for metric in METRICS.values():
-        bounds = [found[name] for name in metric.names if name in names and name not in wrong]
+    for entry in {id(entry): entry for entry in entries().values()}.values():
+        bounds = [found[name] for name in entry.names if name in names and name not in wrong]
         if bounds != sorted(bounds):
-            wrong.append(metric.name)
+            wrong.append(entry.name)
     return wrong
 
 

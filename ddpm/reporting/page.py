@@ -21,7 +21,7 @@ from ddpm.parameters import Point
 from ddpm.reporting.diagnostics import data_mean_square, schedule_of
 from ddpm.reporting.plots import COLOURS, DASHES, MARKERS, protocol, svg
 from ddpm.scores.copying import Copying, affordable, copying, nearest
-from ddpm.scores.metrics import COPYING, METRICS, RANKING, entries
+from ddpm.scores.metrics import COPYING, RANKING, entries
 
 # The sections of params.yaml that the page shows and the stage depends on.
 SECTIONS: tuple[str, ...] = ("seed", "data", "diffusion", "network", "training", "sampling", "evaluation", "likelihood")
@@ -71,7 +71,7 @@ def page(
         rows=rows,
         table=[(row.point, row.to_json()) for row in rows],
         columns={name: known[name].title if name in known else TITLES.get(name, name) for name in _columns(rows)},
-        intervals=[name for name, metric in METRICS.items() if metric.interval],
+        intervals=[name for name, entry in known.items() if entry.interval and name == entry.name],
         extractor=extractor(best.row.extractor).title,
         best=best.row,
         answers=_answers(front, rows),
@@ -127,7 +127,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
     for all points.
     """
     known, protocol = entries(), ("images", "reference_images", "layer", "extractor")
-    beside = {name for metric in METRICS.values() for name in metric.names if name != metric.name}
+    beside = {name for name, entry in known.items() if name != entry.name}
     beside |= {"steps", "confidence", *(name for name, entry in known.items() if not entry.title)}
     beside |= {name for name in protocol if len({getattr(row, name) for row in rows}) == 1}
     return [name for name in columns(rows) if name not in beside]

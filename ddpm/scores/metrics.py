@@ -24,11 +24,6 @@ def _fid(sets: Sets) -> Estimate:
     return Estimate(sets.jackknife.fid, standard_error(influence), influence)
 
 
-def _fid_infinity(sets: Sets) -> float | None:
-    """FID minus its bias; None without more images than features, when the bias is not proportional to 1/N."""
-    return sets.jackknife.fid - sets.jackknife.bias if len(sets.fake) > sets.fake.shape[1] else None
-
-
 def _inception_score(sets: Sets, part: int) -> float | None:
     return sets.inception_score and sets.inception_score[part]
 
@@ -42,7 +37,16 @@ ROWS = (
         direction=-1,
         interval=True,
         digits=4,
-        more=(Entry("fid_infinity", "FID, infinite N", _fid_infinity, optional=True),),
+        more=(
+            Entry(
+                "fid_infinity",
+                "FID, infinite N",
+                lambda sets: sets.jackknife.infinity(sets.fake.shape[1]),
+                low=0,
+                optional=True,
+                interval=True,
+            ),
+        ),
     ),
     Metric(
         "kid",

@@ -18,13 +18,14 @@ from ddpm.errors import InputError
 from ddpm.files import arrays, paths, records
 from ddpm.files.params import Params
 from ddpm.files.samples import read_samples_record, write_samples
-from ddpm.files.scores import read_point_influence, read_scores
+from ddpm.files.scores import Scores, read_point_influence, read_scores
 from ddpm.parameters import Compute, Evaluation, Point
 from ddpm.runtime.progress import Progress
 from ddpm.scores import fidelity, inception
 from ddpm.scores.copying import copying
 from ddpm.scores.features import extract
 from ddpm.scores.intervals import standard_error
+from ddpm.scores.metrics import METRICS
 from ddpm.stages.evaluate import evaluate, reference_images
 
 POINT = Point(schedule="linear", sampler="ddim", steps=5)
@@ -258,15 +259,22 @@ def test_full_weights_at_the_last_layer_give_an_inception_score(
     assert scores["inception_score_std"] == pytest.approx(theirs["inception_score_std"], rel=1e-3)
 
 
-def test_with_more_images_than_features_fid_is_extrapolated(root: Path, inception_cache: Path) -> None:
-    from sklearn.datasets import load_digits
-
-    images = (load_digits().images[:140, None] * (255 / 16)).round().astype(np.uint8)
-    write_dataset(root, images[:70])
-    write_samples(root / paths.samples_file(POINT), images[70:], evaluations=5, model="m")
-    scores, _ = run(root, protocol(images=70))
-    extractor = inception.load(64, inception_cache)
-    fake, real = (extract(extractor, part) for part in (images[70:], images[:70]))
+def test_with_five_images_per_feature_fid_is_extrapolated() -> None:
+    features = np.random.default_rng(0).normal(size=(2, 40, 8)).astype(np.float32)
+    fake, real = features[0] + 0.5, features[1]
     found = fidelity.jackknife(fake, fidelity.statistics(real))
-    assert scores["fid_infinity"] == pytest.approx(found.fid - found.bias, rel=1e-4)
-    assert scores["fid_infinity"] < scores["fid"]
+    scores = METRICS["fid"].values(fidelity.Sets(fake, real, fidelity.statistics(real)))
+    assert scores["fid_infinity"] == pytest.approx(found.fid - found.bias)
+    assert 0 <= scores["fid_infinity_low"] < scores["fid_infinity"] < scores["fid"]
+    assert scores["fid_infinity_high"] - scores["fid_infinity"] > scores["fid_high"] - scores["fid"]
+    assert not METRICS["fid"].values(fidelity.Sets(fake[1:], real, fidelity.statistics(real))).keys() & {
+        "fid_infinity",
+        "fid_infinity_low",
+    }
+
+
+def test_the_negative_fid_infinity_of_old_scores_is_left_out(root: Path) -> None:
+    scores, _ = run(root)
+    assert "fid_infinity" not in Scores.from_json({**scores, "fid_infinity": -0.75}).values
+    with pytest.raises(ValueError, match="fid_infinity"):
+        Scores.from_json({**scores, "fid_infinity": 2.0, "fid_infinity_low": 3.0, "fid_infinity_high": 4.0})
