@@ -28,7 +28,7 @@ correction needs no subsets, but several images per feature. In simulations with
 or falling variances), the share of the bias that the correction leaves depends on N/D alone:
 
     N/D     1.03   1.5    2      3      5      8
-    left    0.3    0.15   0.08   0.045  0.025  0.015
+    left    0.25   0.11   0.075  0.043  0.025  0.015
 
 Since the bias grows like D and the error like sqrt(D), what is left outweighs the error near N = D: at D = 64 and
 N = 66, 0.64 becomes -1.3. So ENOUGH = 5 images per feature are required, and the interval counts 3% of the bias as a
