@@ -18,7 +18,11 @@ from ddpm.provenance import code
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
-FREE = {"ddpm.scores.inception"}  # of the library's rule: torch and numpy alone
+FREE = {
+    "ddpm.scores.features",
+    "ddpm.scores.inception",
+    "ddpm.scores.towers",
+}  # of the library's rule: torch and numpy alone
 
 
 @cache

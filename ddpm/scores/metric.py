@@ -51,12 +51,15 @@ class Metric(Entry):
 
     Args:
         direction: -1 if lower is better, 1 if higher is; 0 for a diagnosis, which MLflow and the model card omit.
+        judge: whether it takes the features of the extractor that lists it in JUDGES, instead of those of
+            evaluation.extractor. It is computed if evaluation.judges names it.
         more: further entries. By convention NAME_std is the spread between parts of the images.
         digits: significant digits in tables and sentences.
         hub: its name on model hubs, if that differs.
     """
 
     direction: int = 0
+    judge: bool = False
     more: tuple[Entry, ...] = ()
     digits: int = 3
     hub: str = ""

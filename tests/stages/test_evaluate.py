@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ddpm.parameters import Compute, Evaluation, Point
 from ddpm.runtime.progress import Progress
 from ddpm.scores import fidelity, inception
 from ddpm.scores.copying import copying
+from ddpm.scores.extractors import Extractor, judges
 from ddpm.scores.features import extract
 from ddpm.scores.intervals import standard_error
 from ddpm.scores.metrics import METRICS
@@ -92,6 +94,8 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
     assert scores.pop("fid_low") == pytest.approx(max(0.0, fid - reach), rel=1e-5)
     copied = copying(*fidelity.nearest_distances(fake, real))
     assert [scores.pop("copying"), scores.pop("copying_z")] == pytest.approx([copied.closer, copied.z], rel=1e-4)
+    found = [scores.pop("density"), scores.pop("coverage")]
+    assert found == pytest.approx(fidelity.density_coverage(fake, real), rel=1e-7)
     found = [scores.pop("precision"), scores.pop("recall")]
     assert found == pytest.approx(fidelity.precision_recall(fake, real), rel=1e-7)
     assert scores.pop("fid") == pytest.approx(fid, rel=1e-5)
@@ -117,6 +121,76 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
     assert json.loads((root / paths.metrics_file(POINT)).read_text()).items() >= scores.items()
     assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
     assert seen[0].done == 0 and seen[-1].done == seen[-1].total == 24
+
+
+PIXELS = """
+import hashlib
+import torch
+TITLE, LAYERS, DEFAULT = "halves", (32,), 32
+JUDGES = {"fd_dinov2": 32, "cmmd": 16}
+class Half:
+    sha256, logits = "9" * 64, lambda self, features: None
+    def __init__(self, layer, device):
+        self.name, self.layer, self.device = f"half-{layer}", layer, torch.device(device)
+    def __call__(self, images):
+        return images.flatten(1)[:, :self.layer] / 255
+def load(layer, cache, device="cpu"):
+    return Half(layer, device)
+"""
+
+
+@pytest.fixture
+def halves(monkeypatch: Any) -> None:
+    """In place of DINOv2 and CLIP, the first pixels of an image."""
+    module = types.ModuleType("halves")
+    exec(PIXELS, module.__dict__)
+    row = Extractor("dinov2", "halves", (32,), 32, {"fd_dinov2": 32, "cmmd": 16})
+    monkeypatch.setattr("ddpm.stages.evaluate.judges", lambda: {**judges(), **dict.fromkeys(row.judges, row)})
+    monkeypatch.setitem(sys.modules, "ddpm.scores.dinov2", module)
+
+
+def test_judges_score_the_same_samples_and_change_no_other_score(root: Path, halves: None) -> None:
+    alone, _ = run(root)
+    headline = read_point_influence(root, POINT, read_scores(root, POINT))
+    base = protocol()
+    names = ("cmmd", "fd_dinov2")
+    params = base.model_copy(update={"evaluation": replace(base.evaluation, judges=names)})
+    scores, seen = run(root, params)
+    own = {entry for name in names for entry in METRICS[name].names} | {"judges", "evaluation", "files"}
+    assert {name: value for name, value in scores.items() if name not in own} == {
+        name: value for name, value in alone.items() if name not in own
+    }
+    assert "judges" not in alone and scores["evaluation"] == {**alone["evaluation"], "judges": list(names)}
+    assert list(scores["judges"]) == list(names)
+    assert scores["judges"]["cmmd"] == {"extractor": "half-16", "layer": 16, "extractor_sha256": "9" * 64}
+    assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
+    assert seen[-1].done == seen[-1].total == 3 * 24
+
+    sets = digits()[30:42], reference_images(digits()[:30], 12)
+    fake, real = (images.reshape(12, 64)[:, :32] / np.float32(255) for images in sets)
+    read = read_scores(root, POINT)
+    assert list(read.judges) == list(names)
+    found = fidelity.jackknife(fake, fidelity.statistics(real))
+    value, influence = fidelity.cmmd(fake[:, :16].copy(), real[:, :16].copy())
+    for name, expected, values in (("fd_dinov2", found.fid, found.influence), ("cmmd", value, influence)):
+        ours = read_point_influence(root, POINT, read, name)
+        np.testing.assert_allclose(ours, values, rtol=1e-4, atol=1e-4 * abs(values).max())
+        estimate = read.estimate(ours, name)
+        assert estimate.value == pytest.approx(expected, rel=1e-5)
+        assert estimate.error == pytest.approx(standard_error(ours), rel=1e-4)
+    np.testing.assert_array_equal(read_point_influence(root, POINT, read), headline)
+    with pytest.raises(ValueError, match="without cmmd_low"):
+        Scores.from_json({name: value for name, value in scores.items() if name != "cmmd_low"})
+
+
+def test_an_unknown_judge_is_one_line(smoke: Any) -> None:
+    assert smoke(evaluation={"judges": ["sfid", "cmmd"]}).evaluation.judges == ("sfid", "cmmd")
+    with pytest.raises(
+        InputError, match=r"evaluation\.judges: expected some of cmmd, fd_dinov2, sfid \(given: 'fid'\)"
+    ):
+        smoke(evaluation={"judges": ["fid"]})
+    with pytest.raises(InputError, match="names something twice"):
+        smoke(evaluation={"judges": ["sfid", "sfid"]})
 
 
 def test_the_training_images_themselves_score_nothing(root: Path) -> None:
