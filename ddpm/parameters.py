@@ -156,17 +156,23 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How samples are scored. layer: one of the extractor's layers."""
+    """How samples are scored. layer: one of the extractor's layers. judges: further scores, by other extractors."""
 
     extractor: str = entry(NAME, USUAL_EXTRACTOR)
     layer: int
     images: int = entry({"ge": 4, "lt": 2**31})
     batch: int = entry(COUNT, 50)
     threads: int = entry(COUNT, 1)
+    judges: tuple[str, ...] = entry({}, (), each=NAME)
+
+    def __post_init__(self) -> None:
+        if len(set(self.judges)) < len(self.judges):
+            raise ValueError("judges: names something twice")
 
     def recorded(self) -> dict[str, Any]:
-        """Returns the section as scores and runs record it. The default extractor is left out: old records do not name it."""
-        return {name: value for name, value in as_json(self).items() if (name, value) != ("extractor", USUAL_EXTRACTOR)}
+        """Returns the section as scores and runs record it. Defaults that are newer than old records are left out."""
+        newer = {"extractor": USUAL_EXTRACTOR, "judges": []}
+        return {name: value for name, value in as_json(self).items() if name not in newer or value != newer[name]}
 
 
 @dataclass(frozen=True, kw_only=True)

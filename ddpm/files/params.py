@@ -50,7 +50,7 @@ from ddpm.parameters import (
     as_json,
     is_name,
 )
-from ddpm.scores.extractors import EXTRACTORS
+from ddpm.scores.extractors import EXTRACTORS, judges
 
 FAULTS, SHOWN = 5, 60  # at most: faults in one line, characters of a wrong value
 Name = Annotated[str, Field(**NAME)]
@@ -114,7 +114,7 @@ def _network(value: Any) -> Network | OtherNetwork:
 
 
 def _evaluation(value: Any) -> Evaluation:
-    """Fills in the extractor's default layer, and checks the extractor and the layer."""
+    """Fills in the extractor's default layer, and checks the extractor, the layer and the judges."""
     name = value.get("extractor", USUAL_EXTRACTOR) if isinstance(value, dict) else None
     if isinstance(name, str) and is_name(name):
         if name in EXTRACTORS:
@@ -124,6 +124,8 @@ def _evaluation(value: Any) -> Evaluation:
     made = _build(Evaluation, value)
     if made.layer not in (layers := EXTRACTORS[made.extractor].layers):
         raise ValueError(f"layer: expected one of {', '.join(map(str, layers))} (given: {made.layer})")
+    if unknown := [name for name in made.judges if name not in judges()]:
+        raise ValueError(f"judges: expected some of {', '.join(judges())} (given: {unknown[0]!r:.{SHOWN}})")
     return made
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # The entries of metrics/POINT.json other than the metrics.
 COUNTS = ("evaluations", "images", "reference_images", "layer")
 HASHES = ("reference", "extractor_sha256", "samples", "model")
-OBJECTS = ("evaluation", "files")
+OBJECTS = ("evaluation", "files", "judges")
 PROTOCOL = (*HASHES[:2], "layer", "images", "reference_images")
 MOST = 2**31 - 1  # of a count
 CONFIDENCES = (0.01, 0.9999)
@@ -50,6 +50,8 @@ class Scores:
         features: the full name of the features.
         evaluation: the section `evaluation` of params.yaml.
         files: sha256 of the influence values, by the name of the file.
+        judges: the scores of evaluation.judges by name, each with the extractor, the layer and the hash of its weights.
+            The order is that of their influence values in the file.
     """
 
     point: str
@@ -66,6 +68,7 @@ class Scores:
     features: str = ""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    judges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any], needed: Collection[str] = ()) -> Scores:
@@ -79,6 +82,8 @@ class Scores:
             ValueError: an entry is missing or has an impossible value.
         """
         known = entries()
+        if isinstance(old := found.get("fid_infinity"), float) and old < 0:  # version 0.3 wrote it for few images
+            found = {name: value for name, value in found.items() if name != "fid_infinity"}
         needed = needed or [
             *COUNTS,
             *(name for name, entry in known.items() if not entry.optional),
@@ -92,10 +97,14 @@ class Scores:
             raise ValueError(f"no sound value of {', '.join(wrong)}")
         own = {name: found[name] for name in (*COUNTS, *HASHES, *OBJECTS, "confidence") if name in found}
         values = {name: found[name] for name in known if name in found}
+        if absent := [name for judge in own.get("judges", {}) for name in _names(judge) if name not in values]:
+            raise ValueError(f"without {', '.join(absent)}")
         return cls(point=str(found.get("point", "")), features=str(found.get("extractor", "")), values=values, **own)
 
     def to_json(self) -> dict[str, Any]:
         about = asdict(self)
+        if not self.judges:
+            del about["judges"]
         return {"point": about.pop("point"), **about.pop("values"), "extractor": about.pop("features"), **about}
 
     @property
@@ -103,10 +112,15 @@ class Scores:
         """The row of EXTRACTORS. Raises InputError if this version has no such row."""
         return extractor(str(self.evaluation.get("extractor", USUAL_EXTRACTOR)))
 
-    def estimate(self, influence: NDArray[np.floating] | None = None) -> Estimate:
-        """Returns the headline score with its standard error."""
-        value = self.values[HEADLINE]
-        return Estimate(value, (self.values[f"{HEADLINE}_high"] - value) / quantile(self.confidence), influence)
+    def estimate(self, influence: NDArray[np.floating] | None = None, name: str = HEADLINE) -> Estimate:
+        """Returns the headline score, or that of a judge, with its standard error."""
+        value = self.values[name]
+        return Estimate(value, (self.values[f"{name}_high"] - value) / quantile(self.confidence), influence)
+
+
+def _names(judge: str) -> tuple[str, ...]:
+    """Returns the entries of a judge. An unknown one has a single entry, which no scores contain."""
+    return METRICS[judge].names if judge in METRICS else (judge,)
 
 
 def extractor(name: str) -> Extractor:
@@ -139,10 +153,10 @@ def write_scores(root: Path, point: Point, scores: Scores, influence: NDArray[np
 def _unsound(found: Mapping[str, Any], names: Collection[str]) -> list[str]:
     """Returns the names whose values are impossible: of a wrong type, out of range, or outside their interval."""
     wrong = [name for name in names if not _sound(name, found[name])]
-    for metric in METRICS.values():
-        bounds = [found[name] for name in metric.names if name in names and name not in wrong]
+    for entry in {id(entry): entry for entry in entries().values()}.values():
+        bounds = [found[name] for name in entry.names if name in names and name not in wrong]
         if bounds != sorted(bounds):
-            wrong.append(metric.name)
+            wrong.append(entry.name)
     return wrong
 
 
@@ -392,28 +406,34 @@ def read_best(root: Path) -> Best:
 # Influence values.
 
 
-def read_point_influence(root: Path, point: Point, scores: Scores) -> NDArray[np.float32]:
-    """Reads the influence values of a point and verifies that they belong to `scores`. Raises InputError."""
+def read_point_influence(root: Path, point: Point, scores: Scores, name: str = HEADLINE) -> NDArray[np.float32]:
+    """Reads the influence values [N] of a point's headline score, or of a judge in `scores.judges`.
+
+    Verifies that they belong to `scores`. Raises InputError.
+    """
     path = root / paths.influence_file(point)
-    return read_influence(path, str(scores.files.get(path.name)))
+    return read_influence(path, str(scores.files.get(path.name)), [HEADLINE, *scores.judges].index(name))
 
 
 def write_influence(path: Path, influence: NDArray[np.floating]) -> None:
-    """Writes influence values as float32 [N], in the order of the images."""
+    """Writes influence values as float32: [N] in the order of the images, or [1 + J, N] with J judges."""
     with atomic.replacing(path) as temporary, temporary.open("wb") as file:
         arrays._write_array(file, influence.astype(np.float32))
 
 
-def read_influence(path: Path, digest: str) -> NDArray[np.float32]:
-    """Reads influence values, float32 [N]. Raises InputError if the file's sha256 is not `digest`."""
+def read_influence(path: Path, digest: str, row: int = 0) -> NDArray[np.float32]:
+    """Reads influence values, float32 [N]. Raises InputError if the file's sha256 is not `digest`.
+
+    row: 0 for the headline score, 1 and more for the judges.
+    """
     try:
         # protects: tests/files/test_bad_input.py::test_what_a_report_reads[another point's influence]
         if path.is_file() and records.sha256(path) != digest:
             raise ValueError("its sha256 is not the one recorded with the scores")
         influence: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(influence, np.ndarray) or influence.dtype != np.float32 or influence.ndim != 1:
+        if not isinstance(influence, np.ndarray) or influence.dtype != np.float32 or influence.ndim not in (1, 2):
             raise ValueError("expected float32 values, one per image")
-        influence = np.array(influence)
+        influence = np.array(np.atleast_2d(influence)[row])
         if not np.isfinite(influence).all():
             raise ValueError("not all values are finite")
     except FileNotFoundError:

@@ -20,8 +20,8 @@ from ddpm.files.scores import Answer, Best, Front, Row, columns, extractor
 from ddpm.parameters import Point
 from ddpm.reporting.diagnostics import data_mean_square, schedule_of
 from ddpm.reporting.plots import COLOURS, DASHES, MARKERS, protocol, svg
-from ddpm.scores.copying import Copying, affordable, copying, nearest
-from ddpm.scores.metrics import COPYING, METRICS, RANKING, entries
+from ddpm.scores.copying import Copying, Suspects, affordable, copying, nearest, suspect
+from ddpm.scores.metrics import COPYING, RANKING, entries
 from ddpm.scores.trainings import Trainings, between_schedules
 
 # The sections of params.yaml that the page shows and the stage depends on.
@@ -74,7 +74,7 @@ def page(
         rows=rows,
         table=[(row.point, row.to_json()) for row in rows],
         columns={name: known[name].title if name in known else TITLES.get(name, name) for name in _columns(rows)},
-        intervals=[name for name, metric in METRICS.items() if metric.interval],
+        intervals=[name for name, entry in known.items() if entry.interval and name == entry.name],
         extractor=extractor(best.row.extractor).title,
         best=best.row,
         answers=_answers(front, rows),
@@ -132,7 +132,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
     for all points.
     """
     known, protocol = entries(), ("images", "reference_images", "layer", "extractor")
-    beside = {name for metric in METRICS.values() for name in metric.names if name != metric.name}
+    beside = {name for name, entry in known.items() if name != entry.name}
     beside |= {"steps", "confidence", *(name for name, entry in known.items() if not entry.title)}
     beside |= {name for name in protocol if len({getattr(row, name) for row in rows}) == 1}
     return [name for name in columns(rows) if name not in beside]
@@ -373,14 +373,15 @@ def _schedules(params: Params, trained: Mapping[str, TrainingRecord], data: Data
 
 
 def _neighbours(root: Path, best: Best, dataset: Dataset, mirrored: bool) -> Section:
-    """Pairs the first samples of the best point with their nearest training images, and compares as many as time allows."""
+    """Compares samples of the best point with their nearest training images, as many as time allows, and shows the nearest."""
     samples = read_samples(root / paths.samples_file(Point.parse(best.row.point))).images
     samples = np.asarray(samples[: affordable(len(samples), dataset.train)])
     index, distance = nearest(samples, dataset.train, mirrored)
     compared = affordable(len(dataset.test), dataset.train) if len(dataset.test) else 0
     chosen = np.arange(compared) * len(dataset.test) // max(1, compared)
     unseen = nearest(np.asarray(dataset.test[chosen]), dataset.train, mirrored)[1] if compared else np.empty(0)
-    found = copying(distance, unseen) if compared else None
+    found, suspects = (copying(distance, unseen), suspect(distance, unseen)) if compared else (None, None)
+    suspected = set(suspects.samples) if suspects else set()
     closer, z = (best.row.values.get(name) for name in COPYING.entries)
     in_features = None if closer is None or z is None else Copying(closer, z, 0)
     return {
@@ -388,10 +389,12 @@ def _neighbours(root: Path, best: Best, dataset: Dataset, mirrored: bool) -> Sec
             {
                 "sample": _strip(samples[i : i + 1]),
                 "train": _strip(np.asarray(dataset.train[index[i] : index[i] + 1])),
+                "number": int(i),
                 "index": int(index[i]),
                 "distance": float(distance[i]),
+                "suspected": i in suspected,
             }
-            for i in range(min(SHOWN, len(samples)))
+            for i in np.argsort(distance, kind="stable")[:SHOWN]
         ],
         "median": float(np.median(distance)),
         "least": float(distance.min()),
@@ -402,18 +405,25 @@ def _neighbours(root: Path, best: Best, dataset: Dataset, mirrored: bool) -> Sec
         "unseen_copies": int((unseen == 0).sum()),
         "copying": found,
         "in_features": in_features,
-        "verdict": verdict(found, in_features),
+        "verdict": verdict(found, in_features, suspects),
+        "suspects": suspects,
         "mirrored": mirrored,
     }
 
 
-def verdict(in_pixels: Copying | None, in_features: Copying | None) -> str:
+def verdict(in_pixels: Copying | None, in_features: Copying | None, suspects: Suspects | None = None) -> str:
     """Says in words whether the model memorises training images.
 
     Args:
         in_pixels: the comparison with images of the test split; None without such a split.
         in_features: the comparison in feature space; None where the scores lack it.
+        suspects: the suspected copies; None without a test split.
     """
+    if suspects is not None and suspects.beyond_chance:
+        copies = (
+            f"{len(suspects.samples)} samples are suspected copies, more than chance explains (up to {suspects.most})."
+        )
+        return f"{copies} {verdict(in_pixels, in_features).replace('No sign of memorising: in', 'Most samples look new: in')}"
     spaces = {"pixels": in_pixels, "features": in_features}
     z = {space: found.z for space, found in spaces.items() if found is not None}
     if not z:

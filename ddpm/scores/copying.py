@@ -1,4 +1,7 @@
-"""Measures whether a model memorises: compares how near samples and unseen images are to the training images."""
+"""Measures whether a model memorises: compares how near samples and unseen images are to the training images.
+
+`copying` compares all samples with all unseen images, which shows a model that copies much. `suspect` names single samples.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ddpm.scores.intervals import CONFIDENCE
 
 Images = NDArray[np.uint8]  # N,C,H,W
 
@@ -82,3 +87,53 @@ def copying(samples: NDArray[np.float64], unseen: NDArray[np.float64]) -> Copyin
     wins = (n - np.searchsorted(ordered, samples, "right") + (n - np.searchsorted(ordered, samples, "left"))).sum() / 2
     closer = float(wins / (m * n))
     return Copying(closer, (closer - 0.5) / float(np.sqrt((m + n + 1) / (12 * m * n))), int((samples == 0).sum()))
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """The samples that lie nearer to a training image than any unseen image does.
+
+    If M samples and N unseen images come from one distribution, every order of their distances is as likely. Then a sample
+    is suspected with probability 1/(N + 1), and at least k of them with probability prod_{j<k} (M - j)/(M + N - j): the k
+    nearest images of all are then samples. This count is beta-binomial, since these N unseen images set a threshold that
+    a share p ~ Beta(1, N) of all new images passes.
+
+    Args:
+        samples: the indices of the suspected samples, nearest first.
+        threshold: the distance below which a sample is suspected: the smallest of an unseen image.
+        rate: the probability that a new image is suspected, 1/(N + 1).
+        rate_low, rate_high: the interval of p, the share of new images below this very threshold.
+        expected: how many samples would be suspected on average if all were new: M/(N + 1).
+        most: if all were new, more than this many would be suspected in at most 1 - confidence of all cases.
+    """
+
+    samples: tuple[int, ...]
+    threshold: float
+    rate: float
+    rate_low: float
+    rate_high: float
+    expected: float
+    most: int
+
+    @property
+    def beyond_chance(self) -> bool:
+        return len(self.samples) > self.most
+
+
+def suspect(samples: NDArray[np.float64], unseen: NDArray[np.float64], confidence: float = CONFIDENCE) -> Suspects:
+    """Finds suspected copies from the distances [M] of samples and [N] of unseen images to their nearest training images.
+
+    Raises ValueError if either set is empty.
+    """
+    m, n = len(samples), len(unseen)
+    if not m or not n:
+        raise ValueError("a comparison takes samples and unseen images")
+    order = np.argsort(samples, kind="stable")
+    threshold = float(unseen.min())
+    most, chance = 0, m / (m + n)  # the probability that more than `most` samples are suspected
+    while chance > 1 - confidence:
+        most += 1
+        chance *= (m - most) / (m + n - most)
+    low, high = (1 - (0.5 + side * confidence / 2) ** (1 / n) for side in (1, -1))
+    found = tuple(int(i) for i in order[samples[order] < threshold])
+    return Suspects(found, threshold, 1 / (n + 1), low, high, m / (n + 1), most)

@@ -5,6 +5,7 @@ Each is a module of this folder. The module describes itself in literals and has
     TITLE = "Inception"  # what people call it
     LAYERS = (64, 192, 768, 2048)  # the values of evaluation.layer
     DEFAULT = 2048  # the layer where params.yaml names none: that of published scores
+    JUDGES = {"sfid": 2023}  # optional: values of evaluation.judges, each with the layer whose features it takes
 
     def load(layer: int, cache: Path, device: torch.device | str = "cpu") -> Features: ...
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ class Extractor:
         title: what people call it.
         layers: the allowed values of evaluation.layer.
         default: the layer of published scores.
+        judges: the scores in evaluation.judges that take features of this extractor, each with their layer.
     """
 
     name: str
     title: str
     layers: tuple[int, ...]
     default: int
+    judges: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def module(self) -> str:
@@ -52,7 +55,8 @@ class _Extractors(Mapping[str, Extractor]):
         literals = _literals(FOLDER / f"{name}.py") if name.isidentifier() else {}
         if not {"TITLE", "LAYERS", "DEFAULT"} <= literals.keys():
             raise KeyError(name)
-        return Extractor(name, str(literals["TITLE"]), tuple(literals["LAYERS"]), int(literals["DEFAULT"]))
+        title, layers, default = (literals[key] for key in ("TITLE", "LAYERS", "DEFAULT"))
+        return Extractor(name, str(title), tuple(layers), int(default), literals.get("JUDGES", {}))
 
     def __iter__(self) -> Iterator[str]:
         return (path.stem for path in sorted(FOLDER.glob("*.py")) if path.stem in self)
@@ -78,3 +82,8 @@ def _literals(path: Path) -> dict[str, Any]:
 
 
 EXTRACTORS: Mapping[str, Extractor] = _Extractors()
+
+
+def judges() -> dict[str, Extractor]:
+    """Returns the values of evaluation.judges, each with the extractor whose features it takes."""
+    return {name: row for row in EXTRACTORS.values() for name in row.judges}

@@ -1,7 +1,9 @@
-"""Computes features of uint8 images with any extractor."""
+"""Computes features of uint8 images with any extractor, and reads the weights files of extractors."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -12,10 +14,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddpm.errors import InputError
 from ddpm.rooms import Room
 
 # Shows the import graph which module params.yaml selects. EXTRACTORS has the same rows, and needs no torch.
 ROWS: Room[tuple[int, ...]] = Room("ddpm.scores", "evaluation.extractor", "LAYERS")
+
+
+State = dict[str, Tensor]
+
+
+class WeightsError(InputError):
+    """The weights of an extractor are missing or wrong. The message is one line that says what to do."""
 
 
 class Features(Protocol):
@@ -83,3 +93,30 @@ def extract(
         features[start : start + len(part)] = part
         progress(start + len(part))
     return features
+
+
+def read_weights(path: Path) -> tuple[State, str]:
+    """Returns the tensors and the sha256 of a file that torch or safetensors wrote. Raises WeightsError.
+
+    What is hashed is what is loaded, and nothing in the file is executed.
+    """
+    from safetensors.torch import load as load_safetensors
+
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".safetensors":
+            state = load_safetensors(content)
+        else:
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such weights file") from None
+    except Exception as error:  # noqa: BLE001 - torch raises a dozen types on what is no weights file
+        raise WeightsError(f"{path}: not a weights file: {one_line(error)}") from None
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path}: not a weights file: expected tensors by name, found a {type(state).__name__}")
+    return state, hashlib.sha256(content).hexdigest()
+
+
+def one_line(error: Exception) -> str:
+    """Returns the beginning of an error's message in one line."""
+    return " ".join(str(error).split())[:200]

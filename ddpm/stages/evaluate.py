@@ -2,8 +2,8 @@
 
 Every point is scored by the same protocol: the first `evaluation.images` samples, as saved, against as many images of the train
 split. These are chosen in a fixed random order, independent of `params.seed`. One pass of the extractor serves every score of
-METRICS. An interval NAME_low ... NAME_high covers the mean score of other sample sets: of the same model and size, against the
-same reference images.
+METRICS that is no judge. Each judge in `evaluation.judges` takes a pass of its own extractor over the same images. An interval
+NAME_low ... NAME_high covers the mean score of other sample sets: of the same model and size, against the same reference images.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from ddpm.runtime import locks
 from ddpm.runtime.device import find_device, memory_errors
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.scores import fidelity
+from ddpm.scores.extractors import Extractor, judges
 from ddpm.scores.features import Features, extract, load
 from ddpm.scores.intervals import CONFIDENCE, Estimate
+from ddpm.scores.metric import Metric
 from ddpm.scores.metrics import METRICS, RANKING
 
 FEWEST = fidelity.NEIGHBOURS + 1  # images that can be scored
@@ -43,7 +45,7 @@ def evaluate(params: Params, point: Point, root: Path = Path(), report: Report =
 
 
 def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple[Scores, NDArray[np.floating]]:
-    """Computes the scores, and the influence values of the headline score, [N]."""
+    """Computes the scores, and the influence values of the headline score, [N], or with J judges [1 + J, N]."""
     protocol = params.evaluation
     torch.set_num_threads(protocol.threads)
     path = root / paths.samples_file(point)
@@ -52,22 +54,36 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
     samples, real = found.images[: protocol.images], reference_images(dataset.train, protocol.images)
     if min(len(samples), len(real)) < FEWEST:
         raise InputError(f"{path}: {len(samples)} samples and {len(real)} reference images; a score takes four or more")
-    row = extractor(protocol.extractor)
-    cache = root / paths.CACHE / row.name
-    with atomic.disk_full_is_one_line(cache):
-        loaded = load(row.name, protocol.layer, cache, find_device(params.compute.device))
-
-    total = len(real) + len(samples)
-
-    def done(count: int, message: str = "") -> None:
-        report(Progress(count, total, "images", message=message))
-
-    kept = root / paths.CACHE / "features"
-    reference = _reference(loaded, real, protocol.batch, kept, code.digest(__name__, row.module), done)
     few = len(samples) < protocol.images
-    done(len(real), f"{len(samples)} samples, not {protocol.images}: there are no more" if few else "")
-    fake = extract(loaded, samples, protocol.batch, lambda count: done(len(real) + count))
-    sets = fidelity.Sets(fake, *reference, loaded.logits(fake), loaded.device)
+    message = f"{len(samples)} samples, not {protocol.images}: there are no more" if few else ""
+    each = len(real) + len(samples)
+
+    def compared(row: Extractor, layer: int, before: int) -> tuple[Features, fidelity.Sets]:
+        """Loads an extractor and computes all features. before: the number of images that other extractors have done."""
+
+        def done(count: int, message: str = "") -> None:
+            report(Progress(before + count, each * (1 + len(protocol.judges)), "images", message=message))
+
+        cache = root / paths.CACHE / row.name
+        with atomic.disk_full_is_one_line(cache):
+            loaded = load(row.name, layer, cache, find_device(params.compute.device))
+        kept = root / paths.CACHE / "features"
+        reference = _reference(loaded, real, protocol.batch, kept, code.digest(__name__, row.module), done)
+        done(len(real), message)
+        fake = extract(loaded, samples, protocol.batch, lambda count: done(len(real) + count))
+        return loaded, fidelity.Sets(fake, *reference, loaded.logits(fake), loaded.device)
+
+    loaded, sets = compared(extractor(protocol.extractor), protocol.layer, 0)
+    values: dict[str, float] = {}
+    for metric in METRICS.values():
+        values |= {} if metric.judge else metric.values(sets)
+    influence, judged = [_influence(RANKING, sets)], {}
+    for index, name in enumerate(protocol.judges, 1):
+        row, metric = judges()[name], METRICS[name]
+        judge, sets = compared(row, row.judges[name], index * each)
+        values |= metric.values(sets)
+        influence.append(_influence(metric, sets))
+        judged[name] = {"extractor": judge.name, "layer": judge.layer, "extractor_sha256": judge.sha256}
     scores = Scores(
         point=point.name,
         evaluations=found.evaluations,
@@ -77,19 +93,20 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
         reference=dataset.record.sha256,
         extractor_sha256=loaded.sha256,
         confidence=CONFIDENCE,
-        values={name: _rounded(value) for metric in METRICS.values() for name, value in metric.values(sets).items()},
+        values={name: _rounded(value) for name, value in values.items()},
         samples=found.sha256,
         model=found.model,
         features=loaded.name,
         evaluation=protocol.recorded(),
+        judges=judged,
     )
-    return scores, _influence(sets)
+    return scores, np.stack(influence) if judged else influence[0]
 
 
-def _influence(sets: fidelity.Sets) -> NDArray[np.floating]:
-    found = RANKING.measure(sets)
+def _influence(metric: Metric, sets: fidelity.Sets) -> NDArray[np.floating]:
+    found = metric.measure(sets)
     if not isinstance(found, Estimate) or found.influence is None:
-        raise TypeError(f"{RANKING.name} ranks points, so its row in METRICS must return influence values")
+        raise TypeError(f"{metric.name} compares points, so its row in METRICS must return influence values")
     return found.influence
 
 

@@ -14,6 +14,8 @@ from ddpm.scores import inception
 from ddpm.scores.features import extract
 from ddpm.scores.fidelity import (
     Statistics,
+    cmmd,
+    density_coverage,
     fid,
     inception_score,
     jackknife,
@@ -213,6 +215,69 @@ def test_the_influence_on_kid_is_leaving_out_one_after_the_other() -> None:
     np.testing.assert_allclose(kid_influence(x, y), 19 * (without.mean() - without), atol=1e-10)
     with pytest.raises(ValueError, match="three images"):
         kid_influence(x[:2], y)
+
+
+def test_cmmd_is_the_direct_sum_and_its_influence_is_leaving_out_one_after_the_other() -> None:
+    x, y = (part / np.linalg.norm(part, axis=1)[:, None] for part in (blob(20, 5, 0, shift=0.3), blob(30, 5, 1)))
+
+    def kernel(p: np.ndarray, q: np.ndarray) -> float:
+        return float(np.exp(-((p.astype(float) - q) ** 2).sum() / 200))
+
+    def whole(fake: np.ndarray) -> float:
+        within = (
+            sum(kernel(s[i], s[j]) for i, j in itertools.permutations(range(len(s)), 2)) / (len(s) * (len(s) - 1))
+            for s in (fake, y)
+        )
+        return 1000 * (sum(within) - 2 * sum(kernel(p, q) for p in fake for q in y) / (len(fake) * len(y)))
+
+    value, influence = cmmd(x, y)
+    assert value == pytest.approx(whole(x), rel=1e-9)
+    without = np.array([whole(np.delete(x, i, axis=0)) for i in range(20)])
+    np.testing.assert_allclose(influence, 19 * (without.mean() - without), atol=1e-8)
+    with pytest.raises(ValueError, match="three images"):
+        cmmd(x[:2], y)
+    with pytest.raises(ValueError, match="two reference"):
+        cmmd(x, y[:1])
+
+
+def test_the_authors_cmmd_is_larger_by_what_its_docstring_says() -> None:
+    x, y = (part / np.linalg.norm(part, axis=1)[:, None] for part in (blob(20, 5, 0, shift=0.3), blob(30, 5, 1)))
+    sets = {"x": x.astype(float), "y": y.astype(float)}
+    k = {a + b: np.exp(-((sets[a][:, None] - sets[b]) ** 2).sum(2) / 200) for a in "xy" for b in "xy"}
+    biased = 1000 * (k["xx"].mean() + k["yy"].mean() - 2 * k["xy"].mean())
+    apart = [(k[s].sum() - len(k[s])) / (len(k[s]) * (len(k[s]) - 1)) for s in ("xx", "yy")]
+    assert biased - cmmd(x, y)[0] == pytest.approx(
+        1000 * sum((1 - a) / n for a, n in zip(apart, (20, 30), strict=True))
+    )
+
+
+def test_sums_in_parts_are_the_whole_sums(monkeypatch: Any) -> None:
+    x, y = blob(20, 5, 0), blob(30, 5, 1)
+    value, influence = cmmd(x, y)
+    monkeypatch.setattr("ddpm.scores.fidelity._ROWS", 7)
+    again, values = cmmd(x, y)
+    assert again == pytest.approx(value, rel=1e-12)
+    np.testing.assert_allclose(values, influence, rtol=1e-9, atol=1e-12)
+    assert density_coverage(x, y) == density_coverage(x, y, device=torch.device("cpu"))
+
+
+def test_density_and_coverage_by_hand() -> None:
+    """One neighbour: the real images 0, 1 and 10 reach 1, 1 and 9. Fake ones: 0.5 is reached by two, 2 by one, 100 by none."""
+    real, fake = np.array([[0.0], [1.0], [10.0]], np.float32), np.array([[0.5], [2.0], [100.0]], np.float32)
+    assert density_coverage(fake, real, neighbours=1) == pytest.approx((3 / 3, 3 / 3))
+    assert density_coverage(fake[2:], real, neighbours=1) == (0.0, 0.0)
+    assert density_coverage(fake[:1], real, neighbours=1) == pytest.approx((2.0, 2 / 3))
+    with pytest.raises(ValueError, match="5 neighbours take 6 images, found 3"):
+        density_coverage(fake, real)
+
+
+def test_density_and_coverage_are_those_of_a_plain_search() -> None:
+    real, fake = blob(60, 4, 0), blob(45, 4, 1, shift=0.4)
+    far = np.linalg.norm(real[:, None].astype(float) - fake, axis=2)
+    reach = np.sort(np.linalg.norm(real[:, None].astype(float) - real, axis=2), axis=1)[:, 5]
+    inside = far < reach[:, None]
+    assert density_coverage(fake, real) == pytest.approx((inside.sum(0).mean() / 5, inside.any(1).mean()))
+    assert 0.3 < density_coverage(fake, real)[1] < 1
 
 
 @pytest.mark.parametrize("size", [1, 13])

@@ -71,6 +71,18 @@ def test_features_are_torch_fidelitys_at_every_layer(kind: str, inception_cache:
     assert_equal_features(pictures()[kind], inception_cache, theirs)
 
 
+def test_spatial_features_are_the_first_channels_of_mixed_6_conv(inception_cache: Path, theirs: Any) -> None:
+    """torch-fidelity's own network, with what its block Mixed_6d.branch1x1 returns."""
+    images, seen = pictures()["digits"], []
+    hook = theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        theirs(torch.from_numpy(images).expand(-1, 3, -1, -1))
+    hook.remove()
+    ours = torch.from_numpy(extract(inception.load(2023, inception_cache), images))
+    expected = seen[0][:, :7].reshape(len(images), 7 * 17 * 17)
+    assert (ours - expected).norm() < 5e-6 * expected.norm()
+
+
 def test_features_are_torch_fidelitys_on_cifar10(inception_cache: Path, theirs: Any) -> None:
     assert_equal_features(cifar(2), inception_cache, theirs)
 

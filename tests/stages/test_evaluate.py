@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from ddpm.errors import InputError
 from ddpm.files import arrays, paths, records
 from ddpm.files.params import Params
 from ddpm.files.samples import read_samples_record, write_samples
-from ddpm.files.scores import read_point_influence, read_scores
+from ddpm.files.scores import Scores, read_point_influence, read_scores
 from ddpm.parameters import Compute, Evaluation, Point
 from ddpm.runtime.progress import Progress
 from ddpm.scores import fidelity, inception
 from ddpm.scores.copying import copying
+from ddpm.scores.extractors import Extractor, judges
 from ddpm.scores.features import extract
 from ddpm.scores.intervals import standard_error
+from ddpm.scores.metrics import METRICS
 from ddpm.stages.evaluate import evaluate, reference_images
 
 POINT = Point(schedule="linear", sampler="ddim", steps=5)
@@ -91,6 +94,8 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
     assert scores.pop("fid_low") == pytest.approx(max(0.0, fid - reach), rel=1e-5)
     copied = copying(*fidelity.nearest_distances(fake, real))
     assert [scores.pop("copying"), scores.pop("copying_z")] == pytest.approx([copied.closer, copied.z], rel=1e-4)
+    found = [scores.pop("density"), scores.pop("coverage")]
+    assert found == pytest.approx(fidelity.density_coverage(fake, real), rel=1e-7)
     found = [scores.pop("precision"), scores.pop("recall")]
     assert found == pytest.approx(fidelity.precision_recall(fake, real), rel=1e-7)
     assert scores.pop("fid") == pytest.approx(fid, rel=1e-5)
@@ -116,6 +121,76 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
     assert json.loads((root / paths.metrics_file(POINT)).read_text()).items() >= scores.items()
     assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
     assert seen[0].done == 0 and seen[-1].done == seen[-1].total == 24
+
+
+PIXELS = """
+import hashlib
+import torch
+TITLE, LAYERS, DEFAULT = "halves", (32,), 32
+JUDGES = {"fd_dinov2": 32, "cmmd": 16}
+class Half:
+    sha256, logits = "9" * 64, lambda self, features: None
+    def __init__(self, layer, device):
+        self.name, self.layer, self.device = f"half-{layer}", layer, torch.device(device)
+    def __call__(self, images):
+        return images.flatten(1)[:, :self.layer] / 255
+def load(layer, cache, device="cpu"):
+    return Half(layer, device)
+"""
+
+
+@pytest.fixture
+def halves(monkeypatch: Any) -> None:
+    """In place of DINOv2 and CLIP, the first pixels of an image."""
+    module = types.ModuleType("halves")
+    exec(PIXELS, module.__dict__)
+    row = Extractor("dinov2", "halves", (32,), 32, {"fd_dinov2": 32, "cmmd": 16})
+    monkeypatch.setattr("ddpm.stages.evaluate.judges", lambda: {**judges(), **dict.fromkeys(row.judges, row)})
+    monkeypatch.setitem(sys.modules, "ddpm.scores.dinov2", module)
+
+
+def test_judges_score_the_same_samples_and_change_no_other_score(root: Path, halves: None) -> None:
+    alone, _ = run(root)
+    headline = read_point_influence(root, POINT, read_scores(root, POINT))
+    base = protocol()
+    names = ("cmmd", "fd_dinov2")
+    params = base.model_copy(update={"evaluation": replace(base.evaluation, judges=names)})
+    scores, seen = run(root, params)
+    own = {entry for name in names for entry in METRICS[name].names} | {"judges", "evaluation", "files"}
+    assert {name: value for name, value in scores.items() if name not in own} == {
+        name: value for name, value in alone.items() if name not in own
+    }
+    assert "judges" not in alone and scores["evaluation"] == {**alone["evaluation"], "judges": list(names)}
+    assert list(scores["judges"]) == list(names)
+    assert scores["judges"]["cmmd"] == {"extractor": "half-16", "layer": 16, "extractor_sha256": "9" * 64}
+    assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
+    assert seen[-1].done == seen[-1].total == 3 * 24
+
+    sets = digits()[30:42], reference_images(digits()[:30], 12)
+    fake, real = (images.reshape(12, 64)[:, :32] / np.float32(255) for images in sets)
+    read = read_scores(root, POINT)
+    assert list(read.judges) == list(names)
+    found = fidelity.jackknife(fake, fidelity.statistics(real))
+    value, influence = fidelity.cmmd(fake[:, :16].copy(), real[:, :16].copy())
+    for name, expected, values in (("fd_dinov2", found.fid, found.influence), ("cmmd", value, influence)):
+        ours = read_point_influence(root, POINT, read, name)
+        np.testing.assert_allclose(ours, values, rtol=1e-4, atol=1e-4 * abs(values).max())
+        estimate = read.estimate(ours, name)
+        assert estimate.value == pytest.approx(expected, rel=1e-5)
+        assert estimate.error == pytest.approx(standard_error(ours), rel=1e-4)
+    np.testing.assert_array_equal(read_point_influence(root, POINT, read), headline)
+    with pytest.raises(ValueError, match="without cmmd_low"):
+        Scores.from_json({name: value for name, value in scores.items() if name != "cmmd_low"})
+
+
+def test_an_unknown_judge_is_one_line(smoke: Any) -> None:
+    assert smoke(evaluation={"judges": ["sfid", "cmmd"]}).evaluation.judges == ("sfid", "cmmd")
+    with pytest.raises(
+        InputError, match=r"evaluation\.judges: expected some of cmmd, fd_dinov2, sfid \(given: 'fid'\)"
+    ):
+        smoke(evaluation={"judges": ["fid"]})
+    with pytest.raises(InputError, match="names something twice"):
+        smoke(evaluation={"judges": ["sfid", "sfid"]})
 
 
 def test_the_training_images_themselves_score_nothing(root: Path) -> None:
@@ -258,15 +333,22 @@ def test_full_weights_at_the_last_layer_give_an_inception_score(
     assert scores["inception_score_std"] == pytest.approx(theirs["inception_score_std"], rel=1e-3)
 
 
-def test_with_more_images_than_features_fid_is_extrapolated(root: Path, inception_cache: Path) -> None:
-    from sklearn.datasets import load_digits
-
-    images = (load_digits().images[:140, None] * (255 / 16)).round().astype(np.uint8)
-    write_dataset(root, images[:70])
-    write_samples(root / paths.samples_file(POINT), images[70:], evaluations=5, model="m")
-    scores, _ = run(root, protocol(images=70))
-    extractor = inception.load(64, inception_cache)
-    fake, real = (extract(extractor, part) for part in (images[70:], images[:70]))
+def test_with_five_images_per_feature_fid_is_extrapolated() -> None:
+    features = np.random.default_rng(0).normal(size=(2, 40, 8)).astype(np.float32)
+    fake, real = features[0] + 0.5, features[1]
     found = fidelity.jackknife(fake, fidelity.statistics(real))
-    assert scores["fid_infinity"] == pytest.approx(found.fid - found.bias, rel=1e-4)
-    assert scores["fid_infinity"] < scores["fid"]
+    scores = METRICS["fid"].values(fidelity.Sets(fake, real, fidelity.statistics(real)))
+    assert scores["fid_infinity"] == pytest.approx(found.fid - found.bias)
+    assert 0 <= scores["fid_infinity_low"] < scores["fid_infinity"] < scores["fid"]
+    assert scores["fid_infinity_high"] - scores["fid_infinity"] > scores["fid_high"] - scores["fid"]
+    assert not METRICS["fid"].values(fidelity.Sets(fake[1:], real, fidelity.statistics(real))).keys() & {
+        "fid_infinity",
+        "fid_infinity_low",
+    }
+
+
+def test_the_negative_fid_infinity_of_old_scores_is_left_out(root: Path) -> None:
+    scores, _ = run(root)
+    assert "fid_infinity" not in Scores.from_json({**scores, "fid_infinity": -0.75}).values
+    with pytest.raises(ValueError, match="fid_infinity"):
+        Scores.from_json({**scores, "fid_infinity": 2.0, "fid_infinity_low": 3.0, "fid_infinity_high": 4.0})

@@ -1,0 +1,22 @@
+"""The extractor DINOv2, of FD (DINOv2) (Stein et al. 2023, arXiv:2306.04675). towers.py has the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ddpm.scores import towers
+
+# EXTRACTORS reads these literals.
+TITLE = "DINOv2"
+LAYERS = (1024,)
+DEFAULT = 1024
+JUDGES = {"fd_dinov2": 1024}
+
+WEIGHTS_VARIABLE = "DDPM_DINOV2_WEIGHTS"
+
+
+def load(layer: int, cache: Path, device: torch.device | str = "cpu") -> towers.Tower:
+    """Loads the network. The only layer is its class token. Raises WeightsError."""
+    return towers.dinov2(WEIGHTS_VARIABLE, device)
