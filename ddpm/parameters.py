@@ -282,12 +282,15 @@ class Promotion:
     Args:
         confidence: of the intervals of differences.
         fewer_evaluations: a challenger must take so many times fewer network evaluations to win without a better score.
-        margin: how much worse than the best champion such a challenger may be, as a share of that champion's score.
+        margin: how much worse than the best champion such a challenger may be, as a share of that champion's score. Also how much
+            worse than the champion any challenger may be by each of `judges`.
+        judges: further scores, of those in evaluation.judges, by which a challenger must not be worse.
     """
 
     confidence: float = entry({**INSIDE, **FINITE}, 0.95)
     fewer_evaluations: float = entry({"gt": 1, **FINITE}, 2.0)
     margin: float = entry({"ge": 0, **FINITE}, 0.05)
+    judges: tuple[str, ...] = entry({}, (), each=NAME)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -439,7 +439,8 @@ def influence_of(point: Point, count: int, error: float) -> np.ndarray:
 def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **changes: Any) -> None:
     """Writes the scores as `evaluate` would, and a report whose best point has the lowest FID."""
     samples, values = root / paths.samples_file(point), root / paths.influence_file(point)
-    write_influence(values, influence_of(point, changes.get("images", 64), error))
+    row = influence_of(point, changes.get("images", 64), error)
+    write_influence(values, np.stack([row] * (1 + len(changes["judges"]))) if "judges" in changes else row)
     drawn = read_samples_record(samples)
     scores = {
         "point": point.name,

@@ -202,6 +202,14 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _judges_have_scored(self) -> Params:
+        if absent := set(self.promotion.judges) - set(self.evaluation.judges):
+            raise ValueError(
+                f"promotion.judges: {min(absent)} is not among evaluation.judges, so no point is scored by it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _shares_are_equal(self) -> Params:
         part, processes = self.training.batch // self.training.accumulate, self.compute.processes
         if part % processes:

@@ -407,12 +407,21 @@ def read_best(root: Path) -> Best:
 
 
 def read_point_influence(root: Path, point: Point, scores: Scores, name: str = HEADLINE) -> NDArray[np.float32]:
-    """Reads the influence values [N] of a point's headline score, or of a judge in `scores.judges`.
+    """Reads the influence values [N] of a point's headline score, or of a judge in `scores.judges`. Raises InputError."""
+    influence: NDArray[np.float32] = read_all_influence(root, point, scores)[[HEADLINE, *scores.judges].index(name)]
+    return influence
+
+
+def read_all_influence(root: Path, point: Point, scores: Scores) -> NDArray[np.float32]:
+    """Reads the influence values [1 + J, N] of a point's headline score and its J judges.
 
     Verifies that they belong to `scores`. Raises InputError.
     """
     path = root / paths.influence_file(point)
-    return read_influence(path, str(scores.files.get(path.name)), [HEADLINE, *scores.judges].index(name))
+    influence = read_influence(path, str(scores.files.get(path.name)))
+    if len(influence) != 1 + len(scores.judges):
+        raise InputError(f"{path}: {len(influence)} rows for {1 + len(scores.judges)} scores; evaluate it again")
+    return influence
 
 
 def write_influence(path: Path, influence: NDArray[np.floating]) -> None:
@@ -421,10 +430,10 @@ def write_influence(path: Path, influence: NDArray[np.floating]) -> None:
         arrays._write_array(file, influence.astype(np.float32))
 
 
-def read_influence(path: Path, digest: str, row: int = 0) -> NDArray[np.float32]:
-    """Reads influence values, float32 [N]. Raises InputError if the file's sha256 is not `digest`.
+def read_influence(path: Path, digest: str) -> NDArray[np.float32]:
+    """Reads influence values, float32 [1 + J, N]: of the headline score, then of J judges.
 
-    row: 0 for the headline score, 1 and more for the judges.
+    Raises InputError if the file's sha256 is not `digest`.
     """
     try:
         # protects: tests/files/test_bad_input.py::test_what_a_report_reads[another point's influence]
@@ -433,7 +442,7 @@ def read_influence(path: Path, digest: str, row: int = 0) -> NDArray[np.float32]
         influence: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(influence, np.ndarray) or influence.dtype != np.float32 or influence.ndim not in (1, 2):
             raise ValueError("expected float32 values, one per image")
-        influence = np.array(np.atleast_2d(influence)[row])
+        influence = np.array(np.atleast_2d(influence))
         if not np.isfinite(influence).all():
             raise ValueError("not all values are finite")
     except FileNotFoundError:

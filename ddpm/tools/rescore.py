@@ -14,7 +14,7 @@ from ddpm.errors import InputError
 from ddpm.files import models, paths
 from ddpm.files.dataset import read_dataset_record
 from ddpm.files.params import Params, section
-from ddpm.files.scores import Scores, read_point_influence
+from ddpm.files.scores import Scores, read_all_influence
 from ddpm.parameters import Point, Sampler
 from ddpm.runtime.progress import Report, silent
 from ddpm.stages.evaluate import evaluate
@@ -34,7 +34,7 @@ def rescore(
         report: receives the progress.
 
     Returns:
-        The scores and their influence values, float32 [images].
+        The scores and their influence values, float32 [1 + judges, images].
 
     Raises:
         InputError: the model makes images of another shape, or a setting is invalid.
@@ -59,4 +59,4 @@ def rescore(
         link.symlink_to(checkpoint.resolve())
         sample_point(alone, point, folder, report)
         scores = evaluate(alone, point, folder, report)
-        return scores, read_point_influence(folder, point, scores)
+        return scores, read_all_influence(folder, point, scores)

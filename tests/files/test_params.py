@@ -82,6 +82,7 @@ FAULTS = [
     (("training", "loss"), "hybrid", "training.loss: hybrid trains a variance"),
     (("diffusion", "variance"), "learned", "training.loss: simple would leave the variance"),
     (("samplers", "ddpm", "variance"), "learned", "samplers.ddpm.variance: learned needs diffusion.variance"),
+    (("promotion",), {"judges": ["sfid"]}, "promotion.judges: sfid is not among evaluation.judges"),
     (("tracking",), {"name": "My cats"}, "tracking.name"),
     (("tracking",), {"name": ""}, "tracking.name"),
     (("seed",), -1, "seed"),

@@ -15,7 +15,7 @@ from scipy.stats import binom
 from ddpm.parameters import Promotion
 from ddpm.scores.choice import Candidate, choose
 from ddpm.scores.intervals import Estimate, standard_error
-from ddpm.tracking.registry.decision import Protocol, Score, decide
+from ddpm.tracking.registry.decision import Judged, Protocol, Score, decide
 
 IMAGES, NOISE = 400, 0.3
 RULE = Promotion()
@@ -114,6 +114,27 @@ def test_the_best_champion_is_remembered() -> None:
     assert not verdict.wins and "the best champion's 1 (the margin is 0.05)" in verdict.reason
     assert verdict.evidence["behind_best"] == pytest.approx(0.07 + 1.959964 * 2**0.5 * 0.001, rel=1e-6)
     assert decide(replace(challenger, estimate=Estimate(1.045, 0.001)), champion, RULE, best=best).wins
+
+
+@pytest.mark.parametrize(
+    ("fd", "wins", "words"),
+    [
+        (104.0, True, "FD (DINOv2) 104 is at most 4.28 worse than 100 (the margin is 5)"),
+        (104.9, False, "but FD (DINOv2) 104.9 is perhaps 5.18 worse than 100 (the margin is 5)"),
+    ],
+)
+def test_other_judges_can_only_refuse(fd: float, wins: bool, words: str) -> None:
+    """1.959964 sqrt(2) 0.1 = 0.277 is the reach of the second judge."""
+    rule = replace(RULE, judges=("fd_dinov2",))
+    before, after = ({"fd_dinov2": Judged(Estimate(value, 0.1), "w")} for value in (100.0, fd))
+    champion = Score(Estimate(1.0, 0.01), 50, PROTOCOL, judges=before)
+    better, worse = (Score(Estimate(value, 0.01), 50, PROTOCOL, judges=after) for value in (0.9, 1.1))
+    verdict = decide(better, champion, rule)
+    assert verdict.wins is wins and words in verdict.reason
+    assert verdict.evidence["fd_dinov2"]["margin"] == 5
+    assert not decide(worse, champion, rule).wins
+    cheaper = replace(better, estimate=Estimate(1.0, 0.0001), evaluations=20)
+    assert decide(cheaper, replace(champion, estimate=Estimate(1.0, 0.0001)), rule).wins is wins
 
 
 @pytest.mark.proof

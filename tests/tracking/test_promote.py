@@ -23,7 +23,14 @@ from ddpm.errors import InputError
 from ddpm.files import checkpoint, paths, records
 from ddpm.files.models import read_model_record
 from ddpm.files.params import Params
-from ddpm.files.scores import COMPARED, Scores, read_point_influence, read_scores, write_influence
+from ddpm.files.scores import (
+    COMPARED,
+    Scores,
+    read_all_influence,
+    read_point_influence,
+    read_scores,
+    write_influence,
+)
 from ddpm.parameters import Point, Promotion
 from ddpm.reporting.card import LONGEST, card, with_front_matter
 from ddpm.scores import fidelity
@@ -319,6 +326,40 @@ def test_the_best_champion_stays_the_measure(checkout: Path, smoke: Smoke, write
     better = tracking.promote(params, checkout, rescore=never)
     assert better.promoted and "is better than" in better.reason
     assert registry.champion().tags["ddpm.best_champion"] == "1"
+
+
+def test_a_champion_that_a_judge_has_not_scored_is_scored_first(
+    checkout: Path, smoke: Smoke, write_scores: WriteScores
+) -> None:
+    changes = {"judges": {"fd_dinov2": {"extractor": "d", "layer": 1024, "extractor_sha256": "f" * 64}}}
+
+    def judged(point: Point, fid: float, fd: float) -> None:
+        write_scores(checkout, point, fid, **changes, fd_dinov2=fd, fd_dinov2_low=fd - 1, fd_dinov2_high=fd + 1)
+
+    def rescore(folder: Path, settings: dict[str, Any]) -> Any:
+        asked.append(settings["sampler"])
+        found = read_scores(checkout, SECOND)
+        values = {**found.values, "fid": 37.0, "fid_low": 36.0, "fid_high": 38.0}
+        values |= {"fd_dinov2": 90.0, "fd_dinov2_low": 89.0, "fd_dinov2_high": 91.0}
+        return replace(found, values=values), read_all_influence(checkout, SECOND, found)
+
+    asked: list[str] = []
+    tracking.promote(smoke(training={"steps": 24}), checkout, rescore=never)
+    params = smoke(training={"steps": 24}, evaluation={"judges": ["fd_dinov2"]}, promotion={"judges": ["fd_dinov2"]})
+    write_scores(checkout, SECOND, 8.0)
+    with pytest.raises(InputError, match=r"fd_dinov2 \(promotion.judges\) is missing; run dvc repro"):
+        tracking.promote(params, checkout, rescore=never)
+    for point in (FIRST, *OTHERS):
+        judged(point, 60.0, 95.0)
+    judged(SECOND, 8.0, 100.0)
+    kept = tracking.promote(params, checkout, rescore=rescore)
+    assert not kept.promoted and asked == ["ddim"]
+    assert "FID 8 is better than 37" in kept.reason and "but FD (DINOv2) 100 is perhaps" in kept.reason
+    judged(SECOND, 8.0, 91.0)
+    won = tracking.promote(params, checkout, rescore=never)  # the champion's new score was kept
+    assert won.promoted and "FD (DINOv2) 91 is at most" in won.reason
+    decision = Registry(checkout).decisions()[-1]
+    assert decision["fd_dinov2"]["difference"] == pytest.approx(1.0) and decision["fd_dinov2"]["paired"]
 
 
 def test_another_protocol_scores_the_champion_again(

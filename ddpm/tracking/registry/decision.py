@@ -5,6 +5,8 @@ challenger that takes `promotion.fewer_evaluations` times fewer network evaluati
 nearly as good as the best champion there was: its score is worse by the share `promotion.margin` at most. That is tested by
 the far end of the interval, and against the best champion, so that many cheaper challengers cannot lower the score bit by bit.
 
+A challenger loses all the same if it may be worse than the champion by one of `promotion.judges`, by more than the margin.
+
 The challenger was picked as the best of several points, so partly by chance. The intervals therefore hold for all these
 points together (Dunnett 1955). They are paired for points whose images start from the champion's noise.
 """
@@ -23,8 +25,8 @@ from numpy.typing import NDArray
 from ddpm.errors import InputError
 from ddpm.files.scores import COMPARED, Scores
 from ddpm.parameters import Promotion
-from ddpm.scores.intervals import Estimate, against_one, difference
-from ddpm.scores.metrics import RANKING
+from ddpm.scores.intervals import Estimate, against_one, difference, quantile
+from ddpm.scores.metrics import METRICS, RANKING
 
 AGAIN = "evaluate the point again (dvc repro)"
 
@@ -60,20 +62,56 @@ class Protocol:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A judge's score. extractor_sha256: hash of what decides the judge's features, such as a weights file."""
+
+    estimate: Estimate
+    extractor_sha256: str
+
+
+@dataclass(frozen=True)
 class Score:
-    """A point's headline score under a protocol. seed: seed of the noise that its images start from, if known."""
+    """A point's headline score under a protocol.
+
+    Args:
+        estimate: the score.
+        evaluations: network evaluations per image.
+        protocol: how it was computed.
+        seed: seed of the noise that its images start from, if known.
+        judges: the scores of other judges by name, in the order of their influence values.
+    """
 
     estimate: Estimate
     evaluations: int
     protocol: Protocol
     seed: int | None = None
+    judges: Mapping[str, Judged] = field(default_factory=dict)
 
     @classmethod
     def of(cls, scores: Scores, influence: NDArray[np.floating] | None = None, seed: int | None = None) -> Score:
-        """Builds the score of a point. Raises InputError if the number of influence values differs from the number of images."""
-        if influence is not None and len(influence) != scores.images:
-            raise InputError(f"{len(influence)} influence values for {scores.images} images: {AGAIN}")
-        return cls(scores.estimate(influence), scores.evaluations, Protocol.of(scores), seed)
+        """Builds the score of a point.
+
+        Args:
+            scores: the content of metrics/POINT.json.
+            influence: [N], or [1 + J, N] with J judges.
+            seed: see the class.
+
+        Raises:
+            InputError: the number of influence values is not that of images and scores.
+        """
+        rows: list[NDArray[np.floating] | None] = [None] * (1 + len(scores.judges))
+        if influence is not None:
+            found = np.atleast_2d(influence)
+            if found.shape[1] != scores.images:
+                raise InputError(f"{found.shape[1]} influence values for {scores.images} images: {AGAIN}")
+            if len(found) != len(rows):
+                raise InputError(f"influence values of {len(found)} scores instead of {len(rows)}: {AGAIN}")
+            rows = list(found)
+        judges = {
+            name: Judged(scores.estimate(row, name), str(about["extractor_sha256"]))
+            for (name, about), row in zip(scores.judges.items(), rows[1:], strict=True)
+        }
+        return cls(scores.estimate(rows[0]), scores.evaluations, Protocol.of(scores), seed, judges)
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Score:
@@ -86,6 +124,31 @@ class Score:
     @property
     def value(self) -> float:
         return self.estimate.value
+
+    @property
+    def influence(self) -> NDArray[np.floating] | None:
+        """The influence values [1 + J, N] of the score and its J judges, or None if some are unknown."""
+        rows = [each.influence for each in (self.estimate, *(judged.estimate for judged in self.judges.values()))]
+        known = [row for row in rows if row is not None]
+        return np.stack(known) if len(known) == len(rows) else None
+
+    def with_influence(self, influence: NDArray[np.floating], seed: int | None) -> Score:
+        """Returns the score with influence values [1 + J, N]. Raises InputError if they are those of other scores."""
+        if len(influence) != 1 + len(self.judges):
+            raise InputError(f"influence values of {len(influence)} scores instead of {1 + len(self.judges)}")
+        judges = {
+            name: replace(judged, estimate=replace(judged.estimate, influence=row))
+            for (name, judged), row in zip(self.judges.items(), influence[1:], strict=True)
+        }
+        return replace(self, estimate=replace(self.estimate, influence=influence[0]), seed=seed, judges=judges)
+
+    def lacks(self, judges: Sequence[str], other: Score) -> list[str]:
+        """Returns the judges by which this score cannot be compared with `other`, which has them all."""
+        return [
+            name
+            for name in judges
+            if name not in self.judges or self.judges[name].extractor_sha256 != other.judges[name].extractor_sha256
+        ]
 
 
 @dataclass(frozen=True)
@@ -119,7 +182,7 @@ class Verdict:
     """Whether the challenger replaces the champion. reason: why, as the end of a sentence.
 
     evidence: difference (challenger - champion), low, high, confidence, paired, points; behind_best and margin if the evaluations
-    could decide; empty if nothing was compared.
+    could decide; for each judge by name the same of its score; empty if nothing was compared.
     """
 
     wins: bool
@@ -158,7 +221,7 @@ def decide(
         return Verdict(True, "--replace was given")
     looked_at = looked_at or [challenger.estimate]
     gap = _gap(challenger, champion, rule, looked_at)
-    evidence = {**asdict(gap), "confidence": rule.confidence, "points": len(looked_at)}
+    evidence = {**gap.evidence, "confidence": rule.confidence, "points": len(looked_at)}
     if force:
         return Verdict(True, "--replace was given", evidence)
     points = f" of {len(looked_at)} points" if len(looked_at) > 1 else ""
@@ -169,43 +232,73 @@ def decide(
     mine, theirs = (RANKING.text(score.value) for score in (challenger, champion))
     words = {1: "is better than", 0: "is not significantly better than", -1: "is worse than"}[gap.side]
     reason = f"{RANKING.title} {mine} {words} {theirs} (difference {gap.difference:.3g}, {interval})"
-    if gap.side > 0 or challenger.evaluations * rule.fewer_evaluations > champion.evaluations:
-        return Verdict(gap.side > 0, reason, evidence)
+    if gap.side > 0:
+        return _judged(Verdict(True, reason, evidence), challenger, champion, rule)
+    if challenger.evaluations * rule.fewer_evaluations > champion.evaluations:
+        return Verdict(False, reason, evidence)
     most, allowed = _gap(challenger, best, rule, looked_at).most_behind, rule.margin * abs(best.value)
-    near = most <= allowed
     evidence |= {"behind_best": most, "margin": allowed}
     whose = f"the champion's {theirs}" if best is champion else f"the best champion's {RANKING.text(best.value)}"
-    words = f"{'at most' if near else 'perhaps'} {most:.3g} worse than {whose} (the margin is {allowed:.3g})"
+    behind = f"{most:.3g} worse than {whose} (the margin is {allowed:.3g})"
     evaluations = f"{challenger.evaluations:,} evaluations instead of {champion.evaluations:,}"
-    if near:
-        return Verdict(True, f"{RANKING.title} {mine} is {words}, with {evaluations}", evidence)
-    return Verdict(False, f"{reason}, and {words}, so {evaluations} do not decide", evidence)
+    if most > allowed:
+        return Verdict(False, f"{reason}, and perhaps {behind}, so {evaluations} do not decide", evidence)
+    won = Verdict(True, f"{RANKING.title} {mine} is at most {behind}, with {evaluations}", evidence)
+    return _judged(won, challenger, champion, rule)
+
+
+def _judged(won: Verdict, challenger: Score, champion: Score, rule: Promotion) -> Verdict:
+    """Lets the challenger lose if it may be worse than the champion by one of the other judges, by more than the margin."""
+    wins, said, evidence = True, [won.reason], dict(won.evidence)
+    for name in rule.judges:
+        mine, theirs, row = challenger.judges[name].estimate, champion.judges[name].estimate, METRICS[name]
+        if challenger.seed != champion.seed:
+            theirs = replace(theirs, influence=None)
+        gap = _Gap.of(mine, theirs, quantile(rule.confidence), row.direction)
+        allowed = rule.margin * abs(theirs.value)
+        near = gap.most_behind <= allowed
+        wins = wins and near
+        evidence[name] = {**gap.evidence, "margin": allowed}
+        said.append(
+            f"{'' if near else 'but '}{row.title} {row.text(mine.value)} is {'at most' if near else 'perhaps'}"
+            f" {gap.most_behind:.3g} worse than {row.text(theirs.value)} (the margin is {allowed:.3g})"
+        )
+    return Verdict(wins, ", ".join(said), evidence)
 
 
 @dataclass(frozen=True)
 class _Gap:
-    """The challenger's score minus another one, and an interval that holds for all points looked at.
-
-    side: 1 if the challenger is better for sure, -1 if it is worse, else 0.
-    """
+    """The challenger's score minus another one, and an interval. direction: -1 if lower is better, 1 if higher is."""
 
     difference: float
     low: float
     high: float
     paired: bool
+    direction: int
+
+    @classmethod
+    def of(cls, challenger: Estimate, other: Estimate, reach: float, direction: int) -> _Gap:
+        """reach: half the width of the interval, in standard errors."""
+        gap = difference(challenger, other)
+        half = reach * gap.error
+        return cls(gap.value, gap.value - half, gap.value + half, gap.paired, direction)
+
+    @property
+    def evidence(self) -> dict[str, Any]:
+        return {"difference": self.difference, "low": self.low, "high": self.high, "paired": self.paired}
 
     @property
     def side(self) -> int:
-        return RANKING.direction if self.low > 0 else -RANKING.direction if self.high < 0 else 0
+        """1 if the challenger is better for sure, -1 if it is worse, else 0."""
+        return self.direction if self.low > 0 else -self.direction if self.high < 0 else 0
 
     @property
     def most_behind(self) -> float:
         """How much worse the challenger is at most."""
-        return self.high if RANKING.direction < 0 else -self.low
+        return self.high if self.direction < 0 else -self.low
 
 
 def _gap(challenger: Score, other: Score, rule: Promotion, looked_at: Sequence[Estimate]) -> _Gap:
+    """Compares the headline scores, with an interval that holds for all points looked at."""
     theirs = other.estimate if challenger.seed == other.seed else replace(other.estimate, influence=None)
-    gap = difference(challenger.estimate, theirs)
-    reach = against_one(theirs, looked_at, rule.confidence) * gap.error
-    return _Gap(gap.value, gap.value - reach, gap.value + reach, gap.paired)
+    return _Gap.of(challenger.estimate, theirs, against_one(theirs, looked_at, rule.confidence), RANKING.direction)

@@ -189,7 +189,11 @@ def _challenger(params: Params, root: Path) -> Challenger:
     likelihood = models.read_bound(root, point.schedule) if bound.exists() else None
     if found.model != model.weights_sha256:
         raise InputError(f"{folder}: not the model that {point.name} was scored with; run dvc repro")
-    score = Score.of(found, scores.read_point_influence(root, point, found), settings.seed)
+    score = Score.of(found, scores.read_all_influence(root, point, found), settings.seed)
+    if absent := set(params.promotion.judges) - score.judges.keys():
+        raise InputError(
+            f"{root / paths.metrics_file(point)}: {min(absent)} (promotion.judges) is missing; run dvc repro"
+        )
     return Challenger(
         model_name(params),
         point,
@@ -358,13 +362,12 @@ def _with_influence(target: Target, version: ModelVersion, score: Score, say: Sa
             path = download_artifacts(
                 run_id=kept.run, artifact_path=kept.path, dst_path=name, tracking_uri=target.place.uri
             )
-            influence = scores.read_influence(Path(path), kept.sha256)
+            return score.with_influence(scores.read_influence(Path(path), kept.sha256), kept.seed)
         except (MlflowException, OSError, InputError) as error:
             say(
                 f"promote: the influence values of version {version.version} cannot be read ({' '.join(str(error).split())})"
             )
             return score
-    return replace(score, estimate=replace(score.estimate, influence=influence), seed=kept.seed)
 
 
 def _keep(target: Target, version: ModelVersion, score: Score, content: Scores) -> None:
@@ -373,12 +376,13 @@ def _keep(target: Target, version: ModelVersion, score: Score, content: Scores) 
     if version.tags.get(tag) == value and tags.influence_tag(score.protocol) in version.tags:
         return
     _tag(target.client, version, tag, value)
-    if score.estimate.influence is None or not version.run_id:
+    influence = score.influence
+    if influence is None or not version.run_id:
         return
     path = f"influence/version-{version.version}-{score.protocol.id}.npy"
     with tempfile.TemporaryDirectory(prefix="ddpm-influence-") as name:
         file = Path(name) / Path(path).name
-        scores.write_influence(file, score.estimate.influence)
+        scores.write_influence(file, influence if score.judges else influence[0])
         digest = records.sha256(file)
         target.client.log_artifact(version.run_id, str(file), "influence")
     kept = {"run": version.run_id, "path": path, "seed": score.seed, "sha256": digest}
@@ -397,18 +401,15 @@ def _compare(
     """Returns whether the challenger wins and why, the champion's score, and the best champion unless the challenger is."""
     if champion is None:
         return Verdict(True, f"{challenger.point.name} is the first champion"), None, None
-    protocol, title = (
-        challenger.score.protocol,
-        f"champion version {champion.version} ({champion.tags.get('ddpm.point')})",
-    )
+    title = f"champion version {champion.version} ({champion.tags.get('ddpm.point')})"
     does_not = f"{challenger.point.name} does not replace {title}"
     if (other := _other_images(champion, challenger, params)) and not force:
         return Verdict(False, f"{does_not}: {other}"), None, None
-    score = _known_or_again(target, champion, title, protocol, params.seed, force, rescore, say)
+    score = _known_or_again(target, champion, title, challenger, params, force, rescore, say)
     best, best_score = _best_champion(target.client, champion), score
     if best.version != champion.version and not force:
         best_title = f"best champion version {best.version} ({best.tags.get('ddpm.point')})"
-        best_score = _known_or_again(target, best, best_title, protocol, params.seed, force, rescore, say)
+        best_score = _known_or_again(target, best, best_title, challenger, params, force, rescore, say)
     verdict = decide(challenger.score, score, params.promotion, force, challenger.looked_at, best_score)
     does = f"{challenger.point.name} replaces {title}" if verdict.wins else does_not
     ahead = best_score is not None and RANKING.rank(best_score.value) <= RANKING.rank(challenger.score.value)
@@ -423,23 +424,28 @@ def _known_or_again(
     target: Target,
     version: ModelVersion,
     title: str,
-    protocol: Protocol,
-    seed: int,
+    challenger: Challenger,
+    params: Params,
     force: bool,
     rescore: Rescore | None,
     say: Say,
 ) -> Score | None:
-    """Returns a version's score under a protocol, and scores it again if need be. With `force`, returns None instead."""
+    """Returns a version's score under the challenger's protocol and judges, and scores it again if need be.
+
+    With `force`, returns None instead of scoring again.
+    """
+    protocol = challenger.score.protocol
     score = _score(version, protocol, say)
-    if score is not None:
+    lacking = [] if score is None else score.lacks(params.promotion.judges, challenger.score)
+    if score is not None and not (lacking and not force):
         return _with_influence(target, version, score, say)
     if force:
         return None
-    changed = _changed(version, protocol)
+    changed = f"it has no {', '.join(lacking)} of the same network" if lacking else _changed(version, protocol)
     if rescore is None:
         raise InputError(f"{title} has no score to compare with ({changed}); score it again, or promote --replace")
     say(f"promote: scoring the {title} again: {changed}")
-    return _score_again(target, version, protocol, seed, rescore)
+    return _score_again(target, version, protocol, params.seed, rescore)
 
 
 def _best_champion(client: MlflowClient, champion: ModelVersion) -> ModelVersion:
