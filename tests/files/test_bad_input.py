@@ -345,20 +345,7 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"samplers.ddpm.variance": "learned"},
         "samplers.ddpm.variance: learned needs diffusion.variance = learned",
     ),
-    "learned variance of an imported network": (
-        {
-            "diffusion.variance": "learned",
-            "training.loss": "vlb",
-            "samplers.ddpm.variance": "learned",
-            "schedules.cosine.imported": "a" * 64,
-        },
-        "samplers.ddpm: guidance and a learned variance are not for cosine",
-    ),
     "guidance without classes": ({"samplers.ddim.guidance": 2.0}, "samplers.ddim: guidance takes a class-conditional"),
-    "guidance of an imported network": (
-        {"diffusion.conditional": True, "samplers.ddim.guidance": 2.0, "schedules.cosine.imported": "a" * 64},
-        "samplers.ddim: guidance and a learned variance are not for cosine",
-    ),
     "eps at a terminal SNR of zero": ({"schedules.cosine.zero_terminal_snr": True}, "set diffusion.target to v"),
     "more steps than times": ({"sweep.steps": [101]}, "sweep.steps: 101 is more than diffusion.timesteps = 100"),
     "more times than T": ({"likelihood.times": 101}, "likelihood.times: 101 is more than"),
@@ -1264,7 +1251,7 @@ def params_as_values(data: st.DataObject, path: Path) -> None:
     def read() -> None:
         params = Params.check(values, "params.yaml")
         for point in params.points():
-            check_point(params, point, noise_schedule(params, point.schedule), learned=False, conditional=False)
+            check_point(params, point, noise_schedule(params, point.schedule), learned=False, guidable=False)
 
     taken_or_refused(read)
 
