@@ -16,7 +16,7 @@ ValueError with the configuration key that has no counterpart on the other side.
 from __future__ import annotations
 
 import inspect
-import math
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -109,6 +109,10 @@ _OLD = {
 
 def _bad_value(key: str, value: Any, why: str) -> ValueError:
     return ValueError(f"{key} = {value!r}: {why}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _check_whole(key: str, value: Any, most: int = 2**16) -> int:
@@ -251,7 +255,7 @@ def _check_numbers(layout: Mapping[str, Any], widths: list[int]) -> None:
         ("freq_shift", lambda value: value < widths[0] // 2, f"expected a number below {widths[0] // 2}"),
     ):
         value = layout[key]
-        if type(value) not in (int, float) or not math.isfinite(value) or not ok(value):
+        if not _is_number(value) or not ok(value):
             raise _bad_value(key, value, why)
 
 
@@ -500,7 +504,7 @@ def _row_from_names(config: Mapping[str, Any]) -> dict[str, Any]:
         value = config.get(key, default)
         if names[theirs] == "cosine":  # has no end points
             continue
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if not _is_number(value):
             raise _bad_value(key, value, "expected a number")
         if value != default:
             row[ours] = value

@@ -1142,8 +1142,12 @@ IMPORTS: dict[str, tuple[Callable[[], Any], str]] = {
     "a schedule in a list": (of_pipeline(SCHEDULER, beta_schedule=[]), "beta_schedule = []"),
     "a start beyond all floats": (
         of_pipeline(SCHEDULER, beta_schedule="linear", beta_start=10**400),
-        "beta_schedule: ",
+        "beta_start = 1000",
     ),
+    "an epsilon beyond all floats": (of_pipeline(CONFIG, norm_eps=10**400), "norm_eps = 1000"),
+    "a shift beyond all floats": (of_pipeline(CONFIG, freq_shift=-(10**400)), "freq_shift = -1000"),
+    "very many classes": (of_pipeline(CONFIG, num_class_embeds=10**30), "num_class_embeds = 1000"),
+    "very many groups in the middle": (of_pipeline(CONFIG, attn_norm_num_groups=10**30), "attn_norm_num_groups = 1000"),
     "a table beyond all floats": (of_pipeline(SCHEDULER, trained_betas=[10**400]), "trained_betas: expected a list"),
 }
 
