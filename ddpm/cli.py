@@ -535,20 +535,24 @@ def export_diffusers(
             from ddpm import tracking
 
             folder, settings = tracking.fetch_model(model, Path(temporary))
-        T = export_diffusers(folder, out, settings.get("variance", "fixed_large"))
-    steps = f"; it takes 1000 steps by default: call it with num_inference_steps={T}" if T < 1000 else ""
-    say(f"{out}: a DDPMPipeline{steps}")
+        lines = export_diffusers(folder, out, settings.get("variance", "fixed_large"))
+    for line in lines:
+        say(line)
 
 
 @app.command("import-diffusers")
 def import_diffusers(
     folder: Annotated[Path, typer.Argument(help="The folder of a UNet2DModel or a DDPMPipeline.")],
     name: Annotated[str, typer.Argument(help="The name of the model here: a-z, 0-9 and _.")],
+    null_class: Annotated[
+        bool,
+        typer.Option("--null-class", help="The last class embedding stands for no label, as guidance needs it."),
+    ] = False,
 ) -> None:
     """Copy a diffusers model to imported/NAME and add a schedules row to params.yaml, so that a sweep can use the model."""
     from ddpm.tools.exchange import import_diffusers
 
-    for line in import_diffusers(folder, name):
+    for line in import_diffusers(folder, name, null_class=null_class):
         say(line)
 
 

@@ -4,12 +4,20 @@ The functions are pure: they take and return dicts of tensors and the parsed con
 network is the same on both sides, layer for layer. Only names differ, and diffusers' attention has three matrices (q,
 k, v) where UNet has one. "The family" below means the UNet2DModels that UNet can express. Every function raises
 ValueError with the configuration key that has no counterpart on the other side.
+
+- Classes: UNet's label embedding is UNet2DModel's class embedding, row for row. UNet's last row is the null class of
+  classifier-free guidance, so num_class_embeds = classes + 1. UNet2DModel has no key that says whether there is a null
+  class, so the export adds one, NULL_CLASS. A config.json without it describes a network that always takes a label.
+- A learned variance doubles out_channels on both sides: first the prediction, then v, which the scheduler reads with
+  variance_type = learned_range. diffusers' variance_type = learned has no counterpart.
+- flip_sin_to_cos swaps the halves of the time embedding, so the import swaps the columns of the layer that reads it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,42 +30,49 @@ from ddpm.networks.unet import MOST_BLOCKS, UNet
 _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "center_input_sample": (False, (False,)),
     "time_embedding_type": ("positional", ("positional",)),
-    "freq_shift": (0, (1,)),
-    "flip_sin_to_cos": (True, (False,)),
     "mid_block_type": ("UNetMidBlock2D", ("UNetMidBlock2D",)),
     "mid_block_scale_factor": (1, (1,)),
-    "downsample_type": ("conv", ("conv",)),
-    "upsample_type": ("conv", ("conv",)),
     "act_fn": ("silu", ("silu", "swish")),
-    "norm_eps": (1e-5, (1e-6,)),
-    "resnet_time_scale_shift": ("default", ("default",)),
-    "add_attention": (True, (True,)),
     "class_embed_type": (None, (None,)),
-    "num_class_embeds": (None, (None,)),
+    # Others are not fixed, but have few values.
+    "downsample_type": ("conv", ("conv", "resnet", None)),
+    "upsample_type": ("conv", ("conv", "resnet", None)),
+    "resnet_time_scale_shift": ("default", ("default", "scale_shift")),
+    "flip_sin_to_cos": (True, (True, False)),
+    "add_attention": (True, (True, False)),
+    "downsample_padding": (1, (0, 1)),
+    "in_channels": (3, (1, 3)),
 }
 # Keys that describe a network, with diffusers' default for a missing key; `...` marks a required key.
 _LAYOUT: dict[str, Any] = {
     "sample_size": ...,
-    "in_channels": 3,
     "out_channels": 3,
     "down_block_types": ...,
     "up_block_types": ...,
     "block_out_channels": ...,
     "layers_per_block": 2,
-    "downsample_padding": 1,
     "dropout": 0.0,
     "attention_head_dim": 8,
     "norm_num_groups": 32,
     "attn_norm_num_groups": None,
+    "norm_eps": 1e-5,
+    "freq_shift": 0,
+    "num_class_embeds": None,
     "time_embedding_dim": None,
     "num_train_timesteps": None,  # used only by learned time embeddings
+}
+NULL_CLASS = "_null_class"  # true if the last class embedding is the null class; diffusers keeps keys that begin with _
+# What diffusers' EMAModel adds to config.json when it saves a network.
+_AVERAGING = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+# The blocks of each way: plain, with attention, and without attention but resized by a residual block.
+_BLOCKS = {
+    "down": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    "up": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
 }
 # UNet's parameters and their defaults.
 _SETTINGS: dict[str, Any] = {
     name: parameter.default for name, parameter in list(inspect.signature(UNet.__init__).parameters.items())[1:]
 }
-
-_OURS_ALONE = ("out_channels", "classes")  # for a learned variance and for class labels; not converted
 
 DEEPEST = 16  # the most resolutions of an imported network
 
@@ -70,6 +85,7 @@ _TOP = {
     "first": "conv_in",
     "last_norm": "conv_norm_out",
     "last": "conv_out",
+    "label": "class_embedding",
 }
 _BLOCK = {
     "norm1": "norm1",
@@ -78,6 +94,7 @@ _BLOCK = {
     "norm2": "norm2",
     "conv2": "conv2",
     "skip": "conv_shortcut",
+    "conv": "conv",
 }
 _ATTENTION = {"norm": "group_norm", "out": "to_out.0"}
 _QKV = ("to_q", "to_k", "to_v")
@@ -94,6 +111,10 @@ def _bad_value(key: str, value: Any, why: str) -> ValueError:
     return ValueError(f"{key} = {value!r}: {why}")
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 def _check_whole(key: str, value: Any, most: int = 2**16) -> int:
     if type(value) is not int or not 1 <= value <= most:
         raise _bad_value(key, value, f"expected a whole number from 1 to {most:,}")
@@ -104,17 +125,18 @@ def _check_whole(key: str, value: Any, most: int = 2**16) -> int:
 
 
 def _layout(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of _LAYOUT's keys. Raises ValueError for a missing key or a network of another family."""
+    """Returns the values of _FIXED's and _LAYOUT's keys. Raises ValueError for a network of another family."""
     if config.get("_class_name") != "UNet2DModel":
         raise _bad_value("_class_name", config.get("_class_name"), "expected UNet2DModel")
-    for key, (default, allowed) in _FIXED.items():
-        if config.get(key, default) not in allowed:
+    defaults = {key: default for key, (default, _) in _FIXED.items()} | _LAYOUT
+    layout = defaults | {key: value for key, value in config.items() if key in defaults}
+    for key, (_, allowed) in _FIXED.items():
+        if layout[key] not in allowed:
             missing = "" if key in config else " (the key is missing, so diffusers' default applies)"
-            raise _bad_value(key, config.get(key, default), f"must be {allowed[0]!r}{missing}")
+            raise _bad_value(key, layout[key], f"must be {' or '.join(map(repr, allowed))}{missing}")
     for key, value in config.items():
-        if key not in _FIXED and key not in _LAYOUT and not key.startswith("_") and value:
+        if key not in defaults and key not in _AVERAGING and not key.startswith("_") and value:
             raise _bad_value(key, value, "ddpm's UNet has no counterpart")
-    layout = _LAYOUT | {key: value for key, value in config.items() if key in _LAYOUT}
     for key, value in layout.items():
         if value is ...:
             raise ValueError(f"{key}: missing")
@@ -122,85 +144,152 @@ def _layout(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts config.json of a UNet2DModel to the arguments of UNet. Raises ValueError if it is not of the family."""
+    """Converts config.json of a UNet2DModel to the arguments of UNet. Raises ValueError if it is not of the family.
+
+    An argument that came with a later version of UNet is left out where it has its default.
+    """
     layout = _layout(config)
+    widths = _widths(layout)
+    sides = _sides(layout, len(widths))
+    _check_whole("in_channels", layout["in_channels"])
+    _check_whole("layers_per_block", layout["layers_per_block"], MOST_BLOCKS)
+    ways = {way: _way(layout, way, len(widths)) for way in _BLOCKS}
+    attends = {way: [attend for attend, _ in levels] for way, levels in ways.items()}
+    _check_attention(layout, widths, [any(both) for both in zip(attends["down"], attends["up"], strict=True)])
+    _check_numbers(layout, widths)
+
+    def chosen(flags: Iterable[bool]) -> list[int]:
+        return [side for side, flag in zip(sides, flags, strict=True) if flag]
+
+    settings = {
+        "image_channels": layout["in_channels"],
+        "image_size": sides[0],
+        "channels": widths[0],
+        "multipliers": [width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths],
+        "blocks": layout["layers_per_block"],
+        "attention": chosen(attends["down"]),
+        "heads": 1,
+        "dropout": layout["dropout"],
+        "norm_groups": layout["norm_num_groups"],
+        "head_channels": layout["attention_head_dim"],
+        "symmetric_padding": layout["downsample_padding"] == 1,
+    }
+    later = {
+        "norm_eps": layout["norm_eps"],
+        "freq_shift": layout["freq_shift"],
+        "scale_shift": layout["resnet_time_scale_shift"] == "scale_shift",
+        "attention_up": None if attends["up"] == attends["down"] else chosen(attends["up"]),
+        "middle_attention": bool(layout["add_attention"]),
+        "middle_groups": _middle_groups(layout),
+        "residual_down": tuple(chosen(residual for _, residual in ways["down"])),
+        "residual_up": tuple(chosen(residual for _, residual in ways["up"])),
+        "out_channels": _out_channels(layout),
+        **_classes(layout, bool(config.get(NULL_CLASS))),
+    }
+    return settings | {
+        key: [*value] if isinstance(value, tuple) else value for key, value in later.items() if value != _SETTINGS[key]
+    }
+
+
+def _widths(layout: Mapping[str, Any]) -> list[int]:
     widths = layout["block_out_channels"]
     if not isinstance(widths, (list, tuple)) or not 1 <= len(widths) <= DEEPEST:
         raise _bad_value("block_out_channels", widths, f"expected a list of 1 to {DEEPEST} widths")
     widths = [_check_whole("block_out_channels", width) for width in widths]
+    if widths[0] < 8 or widths[0] % 2:
+        raise _bad_value("block_out_channels", widths, "the first must be even, and 8 or more")
+    if layout["time_embedding_dim"] not in (None, 4 * widths[0]):
+        raise _bad_value("time_embedding_dim", layout["time_embedding_dim"], "must be null or 4 times the first width")
+    return widths
+
+
+def _sides(layout: Mapping[str, Any], levels: int) -> list[int]:
+    """Returns the side of each resolution in pixels."""
     size = layout["sample_size"]
     if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     if type(size) is not int:
         raise _bad_value("sample_size", size, "the network takes square images of one size")
     _check_whole("sample_size", size)
-    for key in ("in_channels", "norm_num_groups"):
-        _check_whole(key, layout[key])
-    _check_whole("layers_per_block", layout["layers_per_block"], MOST_BLOCKS)
-    head, groups, attention = layout["attention_head_dim"], layout["norm_num_groups"], _attention(layout, len(widths))
-    attended = {width for width, attends in zip(widths, attention, strict=True) if attends} | {widths[-1]}
-    for key, wrong, why in (
-        ("sample_size", size % 2 ** (len(widths) - 1), f"cannot be halved {len(widths) - 1} times"),
-        ("out_channels", layout["out_channels"] != layout["in_channels"], "differs from in_channels"),
-        ("block_out_channels", widths[0] < 8 or widths[0] % 2, "the first must be even, and 8 or more"),
-        ("norm_num_groups", any(width % groups for width in widths), f"does not divide the widths {widths}"),
-        ("attn_norm_num_groups", layout["attn_norm_num_groups"] not in (None, groups), "differs from norm_num_groups"),
-        (
-            "attention_head_dim",
-            head is not None and any(width % _check_whole("attention_head_dim", head) for width in attended),
-            f"does not divide the widths with attention, {sorted(attended)}",
-        ),
-        ("downsample_padding", layout["downsample_padding"] not in (0, 1), "must be 0 or 1"),
-        (
-            "time_embedding_dim",
-            layout["time_embedding_dim"] not in (None, 4 * widths[0]),
-            "must be null or 4 times the first width",
-        ),
-        (
-            "dropout",
-            type(layout["dropout"]) not in (int, float) or not 0 <= layout["dropout"] < 1,
-            "must lie in [0, 1)",
-        ),
-    ):
-        if wrong:
-            raise _bad_value(key, layout[key], why)
-    return {
-        "image_channels": layout["in_channels"],
-        "image_size": size,
-        "channels": widths[0],
-        "multipliers": [width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths],
-        "blocks": layout["layers_per_block"],
-        "attention": [size // 2**level for level, attends in enumerate(attention) if attends],
-        "heads": 1,
-        "dropout": layout["dropout"],
-        "norm_groups": groups,
-        "head_channels": head,
-        "symmetric_padding": layout["downsample_padding"] == 1,
-    }
+    if size % 2 ** (levels - 1):
+        raise _bad_value("sample_size", size, f"cannot be halved {levels - 1} times")
+    return [size // 2**level for level in range(levels)]
 
 
-def _attention(layout: Mapping[str, Any], levels: int) -> list[bool]:
-    """Returns for each level whether it has attention. Raises ValueError unless the way up mirrors the way down."""
-    down, up = layout["down_block_types"], layout["up_block_types"]
-    for key, kinds, allowed in (
-        ("down_block_types", down, ("DownBlock2D", "AttnDownBlock2D")),
-        ("up_block_types", up, ("UpBlock2D", "AttnUpBlock2D")),
+def _way(layout: Mapping[str, Any], way: str, levels: int) -> list[tuple[bool, bool]]:
+    """Returns for each level, the largest first: whether it has attention, and whether a residual block resizes it."""
+    key, resize = f"{way}_block_types", layout[f"{way}sample_type"]
+    kinds = layout[key]
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != levels:
+        raise _bad_value(key, kinds, f"expected {levels} blocks, one for each of block_out_channels")
+    found = []
+    for kind in kinds:
+        name = str(kind).removeprefix("UNetRes")  # of old configurations
+        if name not in _BLOCKS[way]:
+            raise _bad_value(key, kind, f"expected {', '.join(_BLOCKS[way][:-1])} or {_BLOCKS[way][-1]}")
+        index = _BLOCKS[way].index(name)
+        found.append((index == 1, index == 2 or (index == 1 and resize == "resnet")))
+    found[-1] = (found[-1][0], False)  # the last block doesn't resize
+    return found if way == "down" else found[::-1]
+
+
+def _check_attention(layout: Mapping[str, Any], widths: list[int], attends: list[bool]) -> None:
+    attended = {width for width, attend in zip(widths, attends, strict=True) if attend}
+    attended |= {widths[-1]} if layout["add_attention"] else set()
+    head = layout["attention_head_dim"]
+    if head is not None and any(width % _check_whole("attention_head_dim", head) for width in attended):
+        why = f"does not divide the widths with attention, {sorted(attended)}"
+        raise _bad_value("attention_head_dim", head, why)
+    for key, grouped in (("norm_num_groups", widths), ("attn_norm_num_groups", widths[-1:])):
+        groups = layout[key]
+        if key == "attn_norm_num_groups" and (groups is None or not layout["add_attention"]):
+            continue
+        if any(width % _check_whole(key, groups) for width in grouped):
+            raise _bad_value(key, groups, f"does not divide the widths {grouped}")
+
+
+def _check_numbers(layout: Mapping[str, Any], widths: list[int]) -> None:
+    for key, ok, why in (
+        ("dropout", lambda value: 0 <= value < 1, "must lie in [0, 1)"),
+        ("norm_eps", lambda value: value > 0, "expected a positive number"),
+        ("freq_shift", lambda value: value < widths[0] // 2, f"expected a number below {widths[0] // 2}"),
     ):
-        if not isinstance(kinds, (list, tuple)) or len(kinds) != levels:
-            raise _bad_value(key, kinds, f"expected {levels} blocks, one for each of block_out_channels")
-        for kind in kinds:
-            if kind not in allowed:
-                raise _bad_value(key, kind, f"expected {' or '.join(allowed)}")
-    attends = [kind.startswith("Attn") for kind in down]
-    if attends != [kind.startswith("Attn") for kind in reversed(up)]:
-        raise _bad_value("up_block_types", list(up), "must have attention where down_block_types has it")
-    return attends
+        value = layout[key]
+        if not _is_number(value) or not ok(value):
+            raise _bad_value(key, value, why)
+
+
+def _middle_groups(layout: Mapping[str, Any]) -> int | None:
+    """Returns the groups of the middle's attention, 0 for no normalisation, or None for those of the other layers."""
+    groups = layout["attn_norm_num_groups"]
+    if not layout["add_attention"] or groups == layout["norm_num_groups"]:
+        return None
+    if groups is None:
+        return 0 if layout["resnet_time_scale_shift"] == "scale_shift" else None
+    return groups
+
+
+def _out_channels(layout: Mapping[str, Any]) -> int | None:
+    channels, out = layout["in_channels"], layout["out_channels"]
+    if out not in (channels, 2 * channels):
+        raise _bad_value("out_channels", out, "must be in_channels, or twice as many for a learned variance")
+    return None if out == channels else out
+
+
+def _classes(layout: Mapping[str, Any], null_class: bool) -> dict[str, Any]:
+    embeddings = layout["num_class_embeds"]
+    if embeddings is None:
+        return {}
+    classes = _check_whole("num_class_embeds", embeddings) - null_class
+    if not classes:
+        raise _bad_value("num_class_embeds", embeddings, "leaves no class beside the null class")
+    return {"classes": classes, "null_class": null_class}
 
 
 def settings_to_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Converts the arguments of UNet to config.json of a UNet2DModel. Raises ValueError if there is no such model."""
     for key, value in settings.items():
-        if (key not in _SETTINGS or key in _OURS_ALONE) and value:
+        if key not in _SETTINGS and value:
             raise _bad_value(f"network {key}", value, "cannot be converted to diffusers' UNet2DModel")
     full = _SETTINGS | {key: value for key, value in settings.items() if key in _SETTINGS}
     net = _empty(full)
@@ -209,44 +298,86 @@ def settings_to_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise _bad_value(
             "network multipliers", list(full["multipliers"]), "must begin with 1 for diffusers' UNet2DModel"
         )
-    attends = [full["image_size"] // 2**level in full["attention"] for level in range(len(widths))]
-    attended = {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]}
-    head = full["head_channels"]
-    if head is None and full["heads"] > 1:
-        if len(attended) > 1:
-            raise _bad_value(
-                "network heads",
-                full["heads"],
-                f"needs several attention_head_dim, one for each of the widths {sorted(attended)}",
-            )
-        head = widths[-1] // full["heads"]
+    if full["image_channels"] not in _FIXED["in_channels"][1]:
+        raise _bad_value("network image_channels", full["image_channels"], "diffusers' pipeline shows 1 or 3 channels")
+    blocks = {way: _blocks(full, way, len(widths)) for way in _BLOCKS}
     return {
         "_class_name": "UNet2DModel",
         "act_fn": "silu",
-        "add_attention": True,
-        "attention_head_dim": head,
+        "add_attention": full["middle_attention"],
+        "attention_head_dim": _head_dim(full, widths),
+        "attn_norm_num_groups": _attention_groups(full, net.last_norm.num_groups),
         "block_out_channels": widths,
         "center_input_sample": False,
         "class_embed_type": None,
-        "down_block_types": ["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
+        "down_block_types": blocks["down"][0],
         "downsample_padding": 1 if full["symmetric_padding"] else 0,
-        "downsample_type": "conv",
+        "downsample_type": blocks["down"][1],
         "dropout": full["dropout"],
         "flip_sin_to_cos": False,
-        "freq_shift": 1,
+        "freq_shift": full["freq_shift"],
         "in_channels": full["image_channels"],
         "layers_per_block": full["blocks"],
         "mid_block_scale_factor": 1,
-        "norm_eps": 1e-6,
+        "norm_eps": full["norm_eps"],
         "norm_num_groups": net.last_norm.num_groups,
-        "num_class_embeds": None,
-        "out_channels": full["image_channels"],
-        "resnet_time_scale_shift": "default",
+        "num_class_embeds": net.label.num_embeddings if net.label is not None else None,
+        "out_channels": full["out_channels"] or full["image_channels"],
+        "resnet_time_scale_shift": "scale_shift" if full["scale_shift"] else "default",
         "sample_size": full["image_size"],
         "time_embedding_type": "positional",
-        "up_block_types": ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
-        "upsample_type": "conv",
+        "up_block_types": blocks["up"][0],
+        "upsample_type": blocks["up"][1],
+        **({NULL_CLASS: full["null_class"]} if full["classes"] else {}),
     }
+
+
+def _attended(settings: Mapping[str, Any], way: str) -> Sequence[int]:
+    """Returns the sides with attention on this way."""
+    up = settings["attention_up"]
+    return settings["attention"] if way == "down" or up is None else up
+
+
+def _head_dim(settings: Mapping[str, Any], widths: list[int]) -> int | None:
+    head, heads = settings["head_channels"], settings["heads"]
+    if head is not None or heads == 1:
+        return head
+    sides = [settings["image_size"] // 2**level for level in range(len(widths))]
+    attends = {*_attended(settings, "down"), *_attended(settings, "up")}
+    attended = {width for width, side in zip(widths, sides, strict=True) if side in attends}
+    attended |= {widths[-1]} if settings["middle_attention"] else set()
+    if len(attended) > 1:
+        why = f"needs several attention_head_dim, one for each of the widths {sorted(attended)}"
+        raise _bad_value("network heads", heads, why)
+    return widths[-1] // heads if not attended else attended.pop() // heads
+
+
+def _attention_groups(settings: Mapping[str, Any], groups: int) -> int | None:
+    """Returns attn_norm_num_groups. None means the other layers' groups, or with scale_shift no normalisation."""
+    own = groups if settings["middle_groups"] is None else settings["middle_groups"]
+    if not settings["middle_attention"]:
+        return None
+    if own == 0 and not settings["scale_shift"]:
+        raise _bad_value("network middle_groups", own, "UNet2DModel lacks that normalisation only with scale_shift")
+    return None if own == (0 if settings["scale_shift"] else groups) else own
+
+
+def _blocks(settings: Mapping[str, Any], way: str, levels: int) -> tuple[list[str], str]:
+    """Returns {way}_block_types and {way}sample_type, which says how the blocks with attention resize."""
+    sides = [settings["image_size"] // 2**level for level in range(levels)]
+    attends = [side in _attended(settings, way) for side in sides]
+    residual = [side in settings[f"residual_{way}"] for side in sides]
+    last = levels - 1 if way == "down" else 0  # resizes no more
+    kinds = {residual[level] for level in range(levels) if attends[level] and level != last}
+    if len(kinds) > 1:
+        why = "the resolutions with attention must be all among them, or none"
+        raise _bad_value(f"network residual_{way}", list(settings[f"residual_{way}"]), why)
+    plain, attention, resized = _BLOCKS[way]
+    blocks = [
+        attention if attend else resized if by_block and level != last else plain
+        for level, (attend, by_block) in enumerate(zip(attends, residual, strict=True))
+    ]
+    return blocks if way == "down" else blocks[::-1], "resnet" if True in kinds else "conv"
 
 
 def _empty(settings: Mapping[str, Any]) -> UNet:
@@ -281,15 +412,17 @@ def _names(net: UNet) -> dict[str, tuple[str, ...]]:
         elif leaf == "qkv":
             names[ours] = tuple(f"{modules[parent]}.{theirs}.{kind}" for theirs in _QKV)
         else:
-            leaves = _ATTENTION if parent.endswith("attention") else {**_BLOCK, "conv": "conv"}
+            leaves = _ATTENTION if parent.endswith("attention") else _BLOCK
             names[ours] = (f"{modules[parent]}.{leaves[leaf]}.{kind}",)
     return names
 
 
-def weights_from_diffusers(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+def weights_from_diffusers(
+    weights: Mapping[str, Tensor], settings: Mapping[str, Any], flip_sin_to_cos: bool = False
+) -> dict[str, Tensor]:
     """Converts a UNet2DModel's tensors to the float32 state of UNet(**settings).
 
-    Raises ValueError if a tensor is missing, has no counterpart or has another shape.
+    flip_sin_to_cos: of the UNet2DModel. Raises ValueError if a tensor is missing, has no counterpart or has another shape.
     """
     given = {_modern_name(name): tensor for name, tensor in weights.items()}
     net = _empty(settings)
@@ -305,7 +438,10 @@ def weights_from_diffusers(weights: Mapping[str, Tensor], settings: Mapping[str,
         for theirs in several:
             if given[theirs].shape != shape:
                 raise ValueError(f"{theirs}: shape {list(given[theirs].shape)}, but config.json implies {list(shape)}")
-    return {ours: torch.cat([given[theirs].float() for theirs in several]) for ours, several in names.items()}
+    state = {ours: torch.cat([given[theirs].float() for theirs in several]) for ours, several in names.items()}
+    if flip_sin_to_cos:
+        state["time.0.weight"] = torch.cat(state["time.0.weight"].chunk(2, dim=1)[::-1], dim=1)
+    return state
 
 
 def weights_to_diffusers(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -334,7 +470,7 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], 
     """Converts scheduler_config.json to (row, T, target).
 
     `row` holds the arguments of NoiseSchedule.named, with the schedule's name under `schedule`. Settings of the sampler
-    (variance_type, clip_sample, timestep_spacing) are not converted: here they are no part of a model.
+    (clip_sample, thresholding, timestep_spacing, steps_offset) are not converted: here they are no part of a model.
 
     Raises:
         ValueError: the schedule or the prediction has no counterpart here.
@@ -365,8 +501,13 @@ def _row_from_names(config: Mapping[str, Any]) -> dict[str, Any]:
         raise _bad_value("beta_schedule", theirs, f"expected one of {', '.join(names)}")
     row: dict[str, Any] = {"schedule": names[theirs]}
     for ours, key, default in (("start", "beta_start", 1e-4), ("end", "beta_end", 2e-2)):
-        if names[theirs] != "cosine" and config.get(key, default) != default:
-            row[ours] = config[key]
+        value = config.get(key, default)
+        if names[theirs] == "cosine":  # has no end points
+            continue
+        if not _is_number(value):
+            raise _bad_value(key, value, "expected a number")
+        if value != default:
+            row[ours] = value
     return row
 
 
@@ -377,9 +518,8 @@ def _check_configuration(config: Mapping[str, Any], predictions: Collection[str]
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in [*predictions]:  # a list: the value may be unhashable
         raise _bad_value("prediction_type", prediction, f"expected one of {', '.join(predictions)}")
-    variance = config.get("variance_type", "fixed_small")
-    if str(variance).startswith("learned"):
-        raise _bad_value("variance_type", variance, "a network with a learned variance cannot be imported")
+    if config.get("variance_type") == "learned":
+        raise _bad_value("variance_type", "learned", "of the learned variances, only learned_range can be imported")
     if config.get("clip_sample", True) and config.get("clip_sample_range", 1.0) != 1:
         raise _bad_value("clip_sample_range", config["clip_sample_range"], "must be 1: images lie in [-1, 1]")
 
@@ -414,7 +554,7 @@ def schedule_to_diffusers(
         row: the arguments of NoiseSchedule.named, with the schedule's name under `schedule`.
         steps: T.
         target: what the network predicts: eps, x0 or v.
-        variance: the scheduler's variance_type.
+        variance: the scheduler's variance_type; learned_range for a network with a learned variance.
 
     Raises:
         ValueError: diffusers has no such target, or the row is not a schedule.

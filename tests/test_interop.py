@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import random
 from typing import Any
 
 import pytest
@@ -115,6 +117,160 @@ def test_the_cifar10_configuration_has_35_746_307_parameters_on_both_sides() -> 
     assert {**written, "_diffusers_version": "0.0.4"}.items() >= CIFAR10.items()
 
 
+TUTORIAL = {  # of diffusers' tutorial on training an unconditional model; all other options have their defaults
+    "_class_name": "UNet2DModel",
+    "sample_size": 128,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 2,
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
+}
+
+
+def assert_imports(config: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """Asserts that a UNet2DModel, its import and the export of that predict the same. Returns the settings."""
+    origin, settings = theirs(config, seed), interop.settings_from_diffusers(config)
+    state = interop.weights_from_diffusers(origin.state_dict(), settings, config.get("flip_sin_to_cos", True))
+    ours = UNet(**settings).eval()
+    ours.load_state_dict(state)
+    x, t = inputs(config)
+    labels = (torch.arange(3) % config["num_class_embeds"],) if config.get("num_class_embeds") else ()
+    if "classes" in settings:  # the row past the last class is the null class
+        assert settings["classes"] + settings.get("null_class", True) == config["num_class_embeds"]
+        own = [torch.where(label < settings["classes"], label, -1) for label in labels]
+    else:
+        own = []
+    expected, got = origin(x, t, *labels).sample, ours(x, t, *own)
+    scale = max(1.0, float(expected.std()))
+    assert float(expected.std()) > 0.05
+    assert float((got - expected).abs().max()) < 1e-5 * scale
+
+    written = json.loads(json.dumps(interop.settings_to_diffusers(settings)))
+    back = diffusers.UNet2DModel.from_config(written).eval()
+    back.load_state_dict(interop.weights_to_diffusers(state, settings))
+    assert float((back(x, t, *labels).sample - expected).abs().max()) < 1e-5 * scale
+    assert interop.settings_from_diffusers(written) == settings
+    return settings
+
+
+@torch.no_grad()
+def test_the_tutorial_s_default_network_is_imported() -> None:
+    with torch.device("meta"):
+        ours, origin = UNet(**interop.settings_from_diffusers(TUTORIAL)), diffusers.UNet2DModel.from_config(TUTORIAL)
+    assert sum(parameter.numel() for parameter in ours.parameters()) == 113_673_219
+    assert sum(parameter.numel() for parameter in origin.parameters()) == 113_673_219
+    assert_imports({**TUTORIAL, "sample_size": 64, "block_out_channels": [32, 32, 64, 64, 128, 128]})
+
+
+def random_layout(seed: int) -> dict[str, Any]:
+    """A configuration of UNet2DModel with options at random, of those that are converted."""
+    draw = random.Random(seed)
+    levels, channels = draw.randint(1, 3), draw.choice([1, 3])
+    widths = [draw.choice([8, 16, 24, 40]) for _ in range(levels)]
+    down = ["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UNetResAttnDownBlock2D"]
+    up = ["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "UNetResUpBlock2D"]
+    config = {
+        "sample_size": draw.choice([4, 8]),
+        "in_channels": channels,
+        "out_channels": channels * draw.choice([1, 2]),
+        "time_embedding_dim": draw.choice([None, 4 * widths[0]]),
+        "freq_shift": draw.choice([0, 1]),
+        "flip_sin_to_cos": draw.choice([True, False]),
+        "down_block_types": [draw.choice(down) for _ in widths],
+        "up_block_types": [draw.choice(up) for _ in widths],
+        "block_out_channels": widths,
+        "layers_per_block": draw.choice([1, 2, 3]),
+        "downsample_padding": draw.choice([0, 1]),
+        "downsample_type": draw.choice(["conv", "resnet", None]),
+        "upsample_type": draw.choice(["conv", "resnet", None]),
+        "dropout": draw.choice([0.0, 0.1]),
+        "act_fn": draw.choice(["silu", "swish"]),
+        "attention_head_dim": draw.choice([None, 1, 2, 4, 8]),
+        "norm_num_groups": draw.choice([1, 2, 4, 8]),
+        "attn_norm_num_groups": draw.choice([None, 1, 4]),
+        "norm_eps": draw.choice([1e-5, 1e-6, 1e-3]),
+        "resnet_time_scale_shift": draw.choice(["default", "scale_shift"]),
+        "add_attention": draw.choice([True, False]),
+        "num_class_embeds": draw.choice([None, None, 5]),
+        "_null_class": draw.choice([True, False]),
+    }
+    defaults = inspect.signature(diffusers.UNet2DModel.__init__).parameters
+    for key, value in [*config.items()]:  # a missing key has diffusers' default
+        if key in defaults and value == defaults[key].default and draw.random() < 0.5:
+            del config[key]
+    return {"_class_name": "UNet2DModel", "in_channels": channels, **config}
+
+
+@pytest.mark.parametrize("seed", range(40))
+@torch.no_grad()
+def test_every_layout_of_the_options_that_are_converted_is_imported(seed: int) -> None:
+    assert_imports(random_layout(seed), seed)
+
+
+REFUSED: dict[str, list[Any]] = {  # the values of UNet2DModel's other options, which it builds too
+    "center_input_sample": [True],
+    "time_embedding_type": ["fourier", "learned"],
+    "time_embedding_dim": [36],
+    "mid_block_type": [None],
+    "mid_block_scale_factor": [2**0.5],
+    "act_fn": ["mish", "gelu", "relu"],
+    "attention_head_dim": [7],
+    "class_embed_type": ["timestep", "identity"],
+    "in_channels": [2, 4],
+    "out_channels": [5],
+    "down_block_types": [["SkipDownBlock2D"] * 3, ["AttnSkipDownBlock2D"] * 3],
+    "up_block_types": [["SkipUpBlock2D"] * 3, ["AttnSkipUpBlock2D"] * 3],
+    "sample_size": [None, [8, 16]],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in REFUSED.items() for value in values])
+def test_the_other_options_are_refused_by_their_name(key: str, value: Any) -> None:
+    for seed in range(40):
+        config = random_layout(seed)
+        if len(config["block_out_channels"]) != 3 and key.endswith("block_types"):
+            continue
+        config |= {"add_attention": True, "num_class_embeds": None, key: value, "num_train_timesteps": 1000}
+        with pytest.raises(ValueError, match=f"^{key} = ") as refused:
+            interop.settings_from_diffusers(config)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("null_class", [True, False])
+@torch.no_grad()
+def test_classes_and_a_learned_variance_of_ours_are_the_same_there(null_class: bool) -> None:
+    """A UNet2DModel takes the null class as label `classes`. UNet takes it as -1, or as no label."""
+    settings = {"image_channels": 1, "image_size": 8, "channels": 16, "multipliers": [1, 2], "blocks": 1}
+    settings |= {"attention": [4], "classes": 10, "out_channels": 2, "null_class": null_class}
+    ours = UNet(**settings).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in ours.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + 0.05)
+    assert ours.label is not None
+    ours.label.weight.mul_(10)
+    config = interop.settings_to_diffusers(settings)
+    assert (config["num_class_embeds"], config["out_channels"]) == (10 + null_class, 2)
+    origin = diffusers.UNet2DModel.from_config(config).eval()
+    origin.load_state_dict(interop.weights_to_diffusers(ours.state_dict(), settings))
+    x, t = inputs({"sample_size": 8, "in_channels": 1})
+    labels = torch.tensor([0, 9, 4])
+    predictions = [ours(x, t, labels)]
+    assert float((origin(x, t, labels).sample - predictions[0]).abs().max()) < 1e-6
+    if null_class:
+        predictions += [ours(x, t), ours(x, t, torch.full_like(labels, -1))]
+        unlabelled = origin(x, t, torch.full_like(labels, 10)).sample
+        assert float((unlabelled - predictions[1]).abs().max()) < 1e-6
+        assert torch.equal(predictions[1], predictions[2])
+        assert float((predictions[0] - predictions[1]).abs().max()) > 1e-3
+    else:
+        with pytest.raises(ValueError, match="no null class"):
+            ours(x, t)
+        with pytest.raises(IndexError):
+            ours(x, t, torch.full_like(labels, -1))
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 @torch.no_grad()
 def test_a_network_of_ours_is_the_same_there(heads: int) -> None:
@@ -158,18 +314,21 @@ def test_the_attention_names_of_before_2023_are_read() -> None:
     [
         ({"_class_name": "UNet2DConditionModel"}, "_class_name = 'UNet2DConditionModel'"),
         ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D"]}, "down_block_types = 'SkipDownBlock2D'"),
-        ({"down_block_types": ["DownBlock2D"] * 2}, "up_block_types"),
         ({"up_block_types": None}, "up_block_types = None"),
+        ({"up_block_types": ["UpBlock2D", "AttnDownBlock2D"]}, "up_block_types = 'AttnDownBlock2D'"),
+        ({"downsample_type": "fir"}, "downsample_type = 'fir': must be 'conv' or 'resnet' or None"),
+        ({"norm_eps": "1e-5"}, "norm_eps = '1e-5'"),
+        ({"norm_eps": 0}, "norm_eps = 0"),
+        ({"freq_shift": 16}, "freq_shift = 16"),
+        ({"attn_norm_num_groups": 7}, "attn_norm_num_groups = 7"),
+        ({"num_class_embeds": 1, "_null_class": True}, "num_class_embeds = 1"),
+        ({"num_class_embeds": True}, "num_class_embeds = True"),
+        ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift = 'spatial'"),
+        ({"in_channels": True}, "in_channels = True"),
         ({"block_out_channels": [32, "64"]}, "block_out_channels = '64'"),
         ({"attention_head_dim": 24}, "attention_head_dim = 24"),
         ({"norm_num_groups": 24}, "norm_num_groups = 24"),
-        ({"norm_eps": 1e-5}, "norm_eps = 1e-05"),
-        ({"flip_sin_to_cos": True}, "flip_sin_to_cos"),
-        ({"freq_shift": 0}, "freq_shift"),
-        ({"num_class_embeds": 10}, "num_class_embeds = 10"),
-        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
         ({"downsample_padding": 2}, "downsample_padding = 2"),
-        ({"out_channels": 2}, "out_channels = 2"),
         ({"sample_size": None}, "sample_size = None"),
         ({"sample_size": [8, 16]}, "sample_size"),
         ({"sample_size": 9}, "sample_size"),
@@ -184,21 +343,25 @@ def test_what_the_family_does_not_have_is_refused_by_its_key(changes: dict[str, 
 
 
 def test_a_missing_key_means_what_it_means_to_diffusers() -> None:
-    """A default UNet2DModel has freq_shift 0, which is not the family's."""
-    config = {key: value for key, value in LAYOUTS["digits"].items() if key != "freq_shift"}
-    with pytest.raises(ValueError, match=r"freq_shift = 0.*key is missing"):
-        interop.settings_from_diffusers(config)
+    config = {key: value for key, value in LAYOUTS["digits"].items() if key not in ("freq_shift", "norm_eps")}
+    settings = interop.settings_from_diffusers(config)
+    assert (settings["freq_shift"], settings["norm_eps"]) == (0, 1e-5)
     config = {key: value for key, value in LAYOUTS["digits"].items() if key != "attention_head_dim"}
     assert interop.settings_from_diffusers(config)["head_channels"] == 8
+    config = {key: value for key, value in LAYOUTS["digits"].items() if key != "in_channels"}
+    with pytest.raises(ValueError, match="out_channels = 1"):
+        interop.settings_from_diffusers(config)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"classes": 10}, "classes = 10"),
-        ({"out_channels": 6}, "out_channels = 6"),
         ({"multipliers": [2, 2, 2, 2]}, "multipliers"),
         ({"attention": [32, 16], "heads": 4}, "heads = 4"),
+        ({"image_channels": 4}, "image_channels = 4"),
+        ({"attention": [32, 16], "residual_down": [32]}, "residual_down"),
+        ({"attention": [16, 8], "residual_up": [16]}, "residual_up"),
+        ({"middle_groups": 0}, "middle_groups = 0"),
     ],
 )
 def test_a_network_that_diffusers_cannot_express_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -262,8 +425,10 @@ def test_a_cosine_of_another_offset_goes_as_its_table() -> None:
         ({"_class_name": "KarrasVeScheduler"}, "_class_name"),
         ({"beta_schedule": "laplace"}, "beta_schedule = 'laplace'"),
         ({"beta_start": 0.0}, "beta"),
+        ({"beta_start": None}, "^beta_start = None: expected a number$"),
+        ({"beta_end": "0.02"}, "^beta_end = '0.02': expected a number$"),
+        ({"variance_type": "learned"}, "variance_type = 'learned'"),
         ({"prediction_type": "flow_prediction"}, "prediction_type"),
-        ({"variance_type": "learned_range"}, "variance_type"),
         ({"clip_sample_range": 3.0}, "clip_sample_range"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"rescale_betas_zero_snr": True}, "zero terminal SNR"),

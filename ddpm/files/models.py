@@ -57,6 +57,7 @@ class NetworkEntry:
         image_size: height and width of the network's input.
         out_channels: channels of the network's output; None if it has image_channels.
         classes: 0 for an unconditional network.
+        null_class: whether a conditional network can predict without a label.
         content: the entry as a whole, with the settings that have no field here.
     """
 
@@ -65,6 +66,7 @@ class NetworkEntry:
     image_size: int
     out_channels: int | None = None
     classes: int = 0
+    null_class: bool = True
     content: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -80,6 +82,11 @@ class NetworkEntry:
     @property
     def learned_variance(self) -> bool:
         return (self.out_channels or 0) > self.image_channels
+
+    @property
+    def guidable(self) -> bool:
+        """Whether guidance is possible: the network predicts with and without a label."""
+        return self.classes > 0 and self.null_class
 
 
 @dataclass(frozen=True)

@@ -177,17 +177,16 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _samplers_fit_the_networks(self) -> Params:
-        imported = [name for name in self.sweep.schedules if self.schedules[name].imported]
+        """Compares the samplers with the networks that are trained here. The stage `sample` checks imported networks."""
+        if all(self.schedules[name].imported for name in self.sweep.schedules):
+            return self
         for name in self.sweep.samplers:
-            if imported and (self.samplers[name].guidance is not None or self.samplers[name].variance == "learned"):
-                raise ValueError(
-                    f"samplers.{name}: guidance and a learned variance are not for {imported[0]}: an imported network has"
-                    " neither classes nor a variance; take the sampler or the schedule out of the sweep"
-                )
             if self.samplers[name].guidance is not None and not self.diffusion.conditional:
                 raise ValueError(
                     f"samplers.{name}: guidance takes a class-conditional model: diffusion.conditional: true"
                 )
+            if self.samplers[name].variance == "learned" and self.diffusion.variance != "learned":
+                raise ValueError(f"samplers.{name}.variance: learned needs diffusion.variance = learned")
         return self
 
     @model_validator(mode="after")
@@ -227,9 +226,6 @@ class Params(Section):
             raise ValueError(
                 "training.loss: hybrid trains a variance; set diffusion.variance = learned, or take another loss"
             )
-        for name in self.sweep.samplers:
-            if self.samplers[name].variance == "learned" and not learned:
-                raise ValueError(f"samplers.{name}.variance: learned needs diffusion.variance = learned")
         return self
 
     @classmethod

@@ -30,41 +30,74 @@ def _zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def time_embedding(t: Tensor, channels: int) -> Tensor:
-    """Embeds t [B] in [B, channels]: sinusoids of Vaswani et al. 2017, sines first as in Ho et al.'s code."""
+def time_embedding(t: Tensor, channels: int, shift: float = 1) -> Tensor:
+    """Embeds t [B] in [B, channels]: sinusoids of Vaswani et al. 2017, sines first as in Ho et al.'s code.
+
+    The frequencies fall from 1 to 1 / 10,000. With shift = 0, as in Vaswani et al., the last one is just above that.
+    """
     half = channels // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / (half - 1)))
+    step = -math.log(10_000) / (half - shift)
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * step)
     angles = t.float()[:, None] * frequencies[None, :]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class ResidualBlock(nn.Module):
-    """Residual block: norm, swish, convolution, add time embedding, norm, swish, dropout, convolution, add input."""
+    """Residual block: norm, swish, convolution, add time embedding, norm, swish, dropout, convolution, add input.
 
-    def __init__(self, channels_in: int, channels_out: int, embedding: int, groups: int, dropout: float) -> None:
+    Args:
+        channels_in: channels of the input.
+        channels_out: channels of the output.
+        embedding: width of the time embedding.
+        groups: groups of both normalisations.
+        dropout: probability of dropout.
+        eps: epsilon of both normalisations.
+        scale_shift: whether the time embedding scales and shifts the second norm's output, as in Dhariwal & Nichol
+            2021, instead of being added before it.
+        resize: halves or doubles the sides after the first swish; the input is resized alike.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        embedding: int,
+        groups: int,
+        dropout: float,
+        eps: float = 1e-6,
+        scale_shift: bool = False,
+        resize: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.norm1 = NormSwish(groups, channels_in, eps=1e-6)
+        self.scale_shift = scale_shift
+        self.norm1 = NormSwish(groups, channels_in, eps=eps)
+        self.resize = resize or nn.Identity()
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.time = nn.Linear(embedding, channels_out)
-        self.norm2 = NormSwish(groups, channels_out, eps=1e-6)
+        self.time = nn.Linear(embedding, 2 * channels_out if scale_shift else channels_out)
+        self.norm2 = (nn.GroupNorm if scale_shift else NormSwish)(groups, channels_out, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x))
-        h = h + self.time(embedding)[:, :, None, None]
-        h = self.conv2(self.dropout(self.norm2(h)))
-        return self.skip(x) + h
+        h = self.conv1(self.resize(self.norm1(x)))
+        time = self.time(embedding)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        else:
+            h = self.norm2(h + time)
+        h = self.conv2(self.dropout(h))
+        return self.skip(self.resize(x)) + h
 
 
 class Attention(nn.Module):
-    """Self-attention over the positions of an image, added to the input."""
+    """Self-attention over the positions of an image, added to the input. With groups = 0, the input is not normalised."""
 
-    def __init__(self, channels: int, groups: int, heads: int) -> None:
+    def __init__(self, channels: int, groups: int, heads: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps=eps) if groups else nn.Identity()
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = _zero(nn.Linear(channels, channels))
 
@@ -96,7 +129,7 @@ class Downsample(nn.Module):
         self.padding = (1, 1, 1, 1) if symmetric else (0, 1, 0, 1)
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.conv(F.pad(x, self.padding))
 
 
@@ -107,7 +140,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -130,12 +163,12 @@ def _check_counts(blocks: int, heads: int, classes: int) -> None:
         raise ValueError(f"classes = {classes} must be 0 (unconditional) or more")
 
 
-def _sides(image_size: int, levels: int, attention: Sequence[int]) -> list[int]:
-    """Returns the side of each resolution in pixels."""
+def _sides(image_size: int, levels: int, named: Sequence[int]) -> list[int]:
+    """Returns the side of each resolution in pixels. Raises ValueError unless those include the `named` sides."""
     if image_size % 2 ** (levels - 1):
         raise ValueError(f"image_size {image_size} cannot be halved {levels - 1} times")
     sides = [image_size // 2**level for level in range(levels)]
-    for side in attention:
+    for side in named:
         if side not in sides:
             raise ValueError(
                 f"attention at {side}x{side} never occurs: the resolutions are {', '.join(map(str, sides))}"
@@ -152,33 +185,35 @@ def _heads(channels: int, heads: int, head_channels: int | None) -> int:
 
 
 MakeStage = Callable[[int, int, bool], Stage]
-Levels = Sequence[tuple[int, bool]]  # the width of each resolution, and whether it has attention
+MakeResize = Callable[[int, bool], nn.Module]
+# Of each resolution: the width, whether it has attention, and whether a residual block resizes from it to the next.
+Levels = Sequence[tuple[int, bool, bool]]
 
 
 def _down(
-    stage: MakeStage, channels: int, levels: Levels, blocks: int, symmetric_padding: bool
+    stage: MakeStage, halve: MakeResize, channels: int, levels: Levels, blocks: int
 ) -> tuple[nn.ModuleList, list[int]]:
     """Builds the layers of the way down. Returns them, and the widths of the skip connections."""
     down, skips, width = nn.ModuleList(), [channels], channels
-    for level, (to, attend) in enumerate(levels):
+    for level, (to, attend, residual) in enumerate(levels):
         for _ in range(blocks):
             down.append(stage(width, to, attend))
             width = to
             skips.append(width)
         if level < len(levels) - 1:
-            down.append(Downsample(width, symmetric_padding))
+            down.append(halve(width, residual))
             skips.append(width)
     return down, skips
 
 
-def _up(stage: MakeStage, skips: list[int], levels: Levels, blocks: int) -> nn.ModuleList:
+def _up(stage: MakeStage, double: MakeResize, skips: list[int], levels: Levels, blocks: int) -> nn.ModuleList:
     up, width = nn.ModuleList(), levels[-1][0]
-    for level, (to, attend) in reversed(list(enumerate(levels))):
+    for level, (to, attend, residual) in reversed(list(enumerate(levels))):
         for _ in range(blocks + 1):
             up.append(stage(width + skips.pop(), to, attend))
             width = to
         if level > 0:
-            up.append(Upsample(width))
+            up.append(double(width, residual))
     return up
 
 
@@ -189,7 +224,7 @@ class UNet(nn.Module):
     allowed. labels are int64 [B] in 0 ... classes - 1. A negative label, or no labels at all, means an unconditional
     prediction. The embedding of a label is added to that of the time, as in Dhariwal & Nichol 2021.
 
-    norm_groups, head_channels and symmetric_padding are for checkpoints of other projects.
+    The arguments from norm_groups on are for checkpoints of other projects.
 
     Args:
         image_channels: channels of x.
@@ -206,6 +241,15 @@ class UNet(nn.Module):
         norm_groups: groups of every normalisation, instead of groups(channels).
         head_channels: width of a head, instead of `heads`.
         symmetric_padding: whether the convolutions that halve the sides pad on all sides (see `Downsample`).
+        norm_eps: epsilon of every normalisation.
+        freq_shift: `shift` of `time_embedding`.
+        scale_shift: as in `ResidualBlock`.
+        attention_up: `attention` of the way up, if it differs.
+        middle_attention: whether there is attention between the way down and the way up.
+        middle_groups: groups of that attention's normalisation, instead of norm_groups; 0 for none.
+        residual_down: the resolutions, as sides in pixels, that a residual block halves instead of a convolution.
+        residual_up: the same for the resolutions that are doubled.
+        null_class: whether a conditional network can predict without a label.
 
     Raises:
         ValueError: the arguments do not fit together.
@@ -226,47 +270,76 @@ class UNet(nn.Module):
         norm_groups: int | None = None,
         head_channels: int | None = None,
         symmetric_padding: bool = False,
+        norm_eps: float = 1e-6,
+        freq_shift: float = 1,
+        scale_shift: bool = False,
+        attention_up: Sequence[int] | None = None,
+        middle_attention: bool = True,
+        middle_groups: int | None = None,
+        residual_down: Sequence[int] = (),
+        residual_up: Sequence[int] = (),
+        null_class: bool = True,
     ) -> None:
         super().__init__()
         _check_width(channels, 8 if norm_groups is None else 2)
         _check_counts(blocks, heads, classes)
-        sides = _sides(image_size, len(multipliers), attention)
+        attention_up = attention if attention_up is None else attention_up
+        sides = _sides(image_size, len(multipliers), [*attention, *attention_up, *residual_down, *residual_up])
         widths = _widths(channels, multipliers)
         if any(width % heads for width in widths):
             raise ValueError(f"heads = {heads} must divide the channels of every resolution")
         norm_groups = norm_groups or groups(channels)
         embedding = 4 * channels
-        self.channels, self.classes = channels, classes
+        self.channels, self.freq_shift, self.classes, self.null_class = channels, freq_shift, classes, null_class
         self.time = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
 
-        def stage(channels_in: int, channels_out: int, attend: bool) -> Stage:
-            block = ResidualBlock(channels_in, channels_out, embedding, norm_groups, dropout)
-            if not attend:
-                return Stage(block, nn.Identity())
-            return Stage(block, Attention(channels_out, norm_groups, _heads(channels_out, heads, head_channels)))
+        def block(channels_in: int, channels_out: int, resize: nn.Module | None = None) -> ResidualBlock:
+            return ResidualBlock(
+                channels_in, channels_out, embedding, norm_groups, dropout, norm_eps, scale_shift, resize
+            )
 
-        levels = [(width, side in attention) for width, side in zip(widths, sides, strict=True)]
+        def stage(channels_in: int, channels_out: int, attend: bool, groups: int = norm_groups) -> Stage:
+            residual = block(channels_in, channels_out)
+            if not attend:
+                return Stage(residual, nn.Identity())
+            heads_here = _heads(channels_out, heads, head_channels)
+            return Stage(residual, Attention(channels_out, groups, heads_here, norm_eps))
+
+        def halve(width: int, residual: bool) -> nn.Module:
+            return block(width, width, nn.AvgPool2d(2)) if residual else Downsample(width, symmetric_padding)
+
+        def double(width: int, residual: bool) -> nn.Module:
+            return block(width, width, nn.Upsample(scale_factor=2.0)) if residual else Upsample(width)
+
+        way_down, way_up = (
+            [(width, side in attends, side in residual) for width, side in zip(widths, sides, strict=True)]
+            for attends, residual in ((attention, residual_down), (attention_up, residual_up))
+        )
         self.first = nn.Conv2d(image_channels, channels, 3, padding=1)
-        self.down, skips = _down(stage, channels, levels, blocks, symmetric_padding)
+        self.down, skips = _down(stage, halve, channels, way_down, blocks)
         width = widths[-1]
-        self.middle = nn.ModuleList([stage(width, width, attend) for attend in (True, False)])
-        self.up = _up(stage, skips, levels, blocks)
-        self.last_norm = NormSwish(norm_groups, widths[0], eps=1e-6)
+        middle = stage(width, width, middle_attention, norm_groups if middle_groups is None else middle_groups)
+        self.middle = nn.ModuleList([middle, stage(width, width, False)])
+        self.up = _up(stage, double, skips, way_up, blocks)
+        self.last_norm = NormSwish(norm_groups, widths[0], eps=norm_eps)
         self.last = _zero(nn.Conv2d(widths[0], out_channels or image_channels, 3, padding=1))
         # Initialised last, so that the other weights start the same with and without classes. The rows start at random,
         # since from zero they diverge slowly (digits, 300 steps: a classifier recognises 14% of the classes, not 84%).
-        self.label = nn.Embedding(classes + 1, embedding) if classes else None
+        self.label = nn.Embedding(classes + null_class, embedding) if classes else None
 
     def _embedding(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """Embeds time and class: [B, 4 channels]."""
-        time = time_embedding(t, self.channels).to(self.first.weight.dtype)
+        time = time_embedding(t, self.channels, self.freq_shift).to(self.first.weight.dtype)
         if self.label is None:
             if labels is not None:
                 raise ValueError("labels for an unconditional network: it was made with classes = 0")
             return self.time(time)
         if labels is None:
+            if not self.null_class:
+                raise ValueError("this network predicts only with labels: it has no null class")
             labels = torch.full(t.shape, -1, device=t.device)
         # Labels past the last class get an index past the last row, which fails: row `classes` belongs to no label.
+        # Without a null class there is no such row, and a negative label fails too.
         too_large = labels >= self.classes
         label = self.label(torch.where(labels < 0, self.classes, labels + too_large))
         return self.time[-1](self.time[:-1](time) + label)
@@ -276,12 +349,12 @@ class UNet(nn.Module):
         h = self.first(x)
         skips = [h]
         for layer in self.down:
-            h = layer(h) if isinstance(layer, Downsample) else layer(h, embedding)
+            h = layer(h, embedding)
             skips.append(h)
         for layer in self.middle:
             h = layer(h, embedding)
         for layer in self.up:
-            h = layer(h) if isinstance(layer, Upsample) else layer(torch.cat([h, skips.pop()], dim=1), embedding)
+            h = layer(torch.cat([h, skips.pop()], dim=1) if isinstance(layer, Stage) else h, embedding)
         return self.last(self.last_norm(h))
 
 

@@ -23,6 +23,7 @@ from ddpm.parameters import Point, Sampler
 from ddpm.runtime import compiling
 
 ALIKE = 1.25  # class counts within this ratio of each other count as equal
+UNGUIDED = "takes a class-conditional model (diffusion.conditional: true) that predicts without labels too"
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def check_row(name: str, row: Sampler) -> None:
         raise InputError(f"samplers.{name}: {error}") from None
 
 
-def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: bool, conditional: bool) -> None:
+def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: bool, guidable: bool) -> None:
     """Raises InputError if a point could not be sampled from a network with these properties.
 
     Args:
@@ -50,7 +51,7 @@ def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: 
         point: the point.
         schedule: the network's noise schedule.
         learned: whether the network has a learned variance.
-        conditional: whether the network is class-conditional.
+        guidable: whether the network predicts with and without a label.
     """
     if point.sampler not in params.samplers:
         raise InputError(f"no row '{point.sampler}' in samplers; there are {', '.join(params.samplers)}")
@@ -61,8 +62,8 @@ def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: 
         noise_levels(schedule, point.steps, row.spacing, along)
         if row.variance == "learned" and not learned:
             raise ValueError("variance learned: this network has learned no variance; take fixed_large or fixed_small")
-        if row.guidance is not None and not conditional:
-            raise ValueError("guidance takes a class-conditional model (diffusion.conditional: true)")
+        if row.guidance is not None and not guidable:
+            raise ValueError(f"guidance {UNGUIDED}")
     except ValueError as error:
         raise InputError(f"{point.name}: {error}") from None
 
@@ -142,7 +143,7 @@ def draw(
     options = dict(settings)
     guidance = options.pop("guidance", None)
     if guidance is not None and labels is None:
-        raise ValueError("guidance takes a class-conditional model (diffusion.conditional: true)")
+        raise ValueError(f"guidance {UNGUIDED}")
     if along := options.get("along"):
         options["along"] = NoiseSchedule.named(along, denoiser.schedule.T)
     images = np.empty((len(indices), *shape), np.uint8) if into is None else into

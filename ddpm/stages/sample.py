@@ -49,7 +49,7 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
         root / paths.model_dir(point.schedule), device, settings.clip, settings.precision, settings.compile
     )
     drawing.check_point(
-        params, point, denoiser.schedule, model.network.learned_variance, conditional=model.network.classes > 0
+        params, point, denoiser.schedule, model.network.learned_variance, guidable=model.network.guidable
     )
     row, path, total = params.samplers[point.sampler], root / paths.samples_file(point), settings.images
     channels, height, width = model.data.shape

@@ -228,7 +228,7 @@ def _set_up(
     rows, losses = _resume(folder, state, settings.steps, report, world)
     images = _placed(dataset.train, device)
     labels = torch.from_numpy(np.array(dataset.train_labels)).to(device) if params.diffusion.conditional else None
-    validation = _validation(params, dataset, objective, device)
+    validation = _validation(params, dataset, objective, device, params.diffusion.conditional)
     denoiser = Denoiser(state.ema, noise, params.diffusion.target, clip=True)
     base = images[:BASE_IMAGES].to(device)
     bar = DIVERGED * _loss_of_nothing(base, objective, network.out_channels or images.shape[1])
@@ -316,11 +316,13 @@ def _loss_of_nothing(images: torch.Tensor, objective: Objective, channels: int) 
     return Validation(images, objective, batch=64).loss(lambda x, t: x.new_zeros(len(x), channels, *x.shape[2:]))
 
 
-def _validation(params: Params, dataset: Dataset, objective: Objective, device: torch.device) -> Validation:
+def _validation(
+    params: Params, dataset: Dataset, objective: Objective, device: torch.device, conditional: bool
+) -> Validation:
     settings = params.training
     images, labels = (
         None if split is None else torch.from_numpy(np.array(split[: settings.validation_images])).to(device)
-        for split in (dataset.test, dataset.test_labels if params.diffusion.conditional else None)
+        for split in (dataset.test, dataset.test_labels if conditional else None)
     )
     assert images is not None
     return Validation(images, objective, settings.batch, settings.precision, labels)
@@ -418,10 +420,14 @@ def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, 
         raise InputError(
             f"{folder}: makes images of shape {model.data.shape}, the dataset's are {dataset.record.shape}"
         )
+    if model.network.classes not in (0, len(dataset.record.classes or ())):
+        raise InputError(
+            f"{folder}: knows {model.network.classes} classes, the dataset has {len(dataset.record.classes or ())}"
+        )
     torch.set_num_threads(params.training.threads)
     report(Progress(0, 1, "models", message=f"imported, with target {denoiser.target} at T = {denoiser.schedule.T}"))
     objective = Objective.of(denoiser.schedule, denoiser.target, device)
-    validation = _validation(params, dataset, objective, device)
+    validation = _validation(params, dataset, objective, device, model.network.classes > 0)
     loss = validation.loss(denoiser.net) if len(validation.images) else None
     training = {"seed": params.seed, "steps": 0, "imported": row.imported}
     description = model.described_by(data=_about_data(dataset), training=training)

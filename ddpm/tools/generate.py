@@ -23,7 +23,7 @@ from ddpm.files.dataset import read_dataset
 from ddpm.files.models import ModelRecord
 from ddpm.files.params import Params
 from ddpm.runtime.device import find_device, memory_errors
-from ddpm.runtime.drawing import check_row, class_labels, draw, prepared_denoiser, to_uint8
+from ddpm.runtime.drawing import UNGUIDED, check_row, class_labels, draw, prepared_denoiser, to_uint8
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.training.fit import scaled
 
@@ -61,7 +61,7 @@ class Model:
         if labels is not None:
             return {"labels": torch.from_numpy(labels), "guidance": 1.0 if guidance is None else guidance}
         if guidance is not None:
-            raise ValueError("guidance needs a class-conditional model (diffusion.conditional: true)")
+            raise ValueError(f"guidance {UNGUIDED}")
         return {}
 
 
@@ -157,6 +157,8 @@ def _open(params: Params, model: str, sampler: str, steps: int, label: str | Non
         if guidance is not None:
             settings["guidance"] = guidance
         denoiser, record = prepared_denoiser(folder, device, clip, precision="float32", compiled=False)
+    if settings.get("guidance") is not None and not record.network.guidable:
+        raise InputError(f"generate: guidance {UNGUIDED}")
     return Model(denoiser, settings, record, device, label)
 
 

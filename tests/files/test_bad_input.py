@@ -345,20 +345,7 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"samplers.ddpm.variance": "learned"},
         "samplers.ddpm.variance: learned needs diffusion.variance = learned",
     ),
-    "learned variance of an imported network": (
-        {
-            "diffusion.variance": "learned",
-            "training.loss": "vlb",
-            "samplers.ddpm.variance": "learned",
-            "schedules.cosine.imported": "a" * 64,
-        },
-        "samplers.ddpm: guidance and a learned variance are not for cosine",
-    ),
     "guidance without classes": ({"samplers.ddim.guidance": 2.0}, "samplers.ddim: guidance takes a class-conditional"),
-    "guidance of an imported network": (
-        {"diffusion.conditional": True, "samplers.ddim.guidance": 2.0, "schedules.cosine.imported": "a" * 64},
-        "samplers.ddim: guidance and a learned variance are not for cosine",
-    ),
     "eps at a terminal SNR of zero": ({"schedules.cosine.zero_terminal_snr": True}, "set diffusion.target to v"),
     "more steps than times": ({"sweep.steps": [101]}, "sweep.steps: 101 is more than diffusion.timesteps = 100"),
     "more times than T": ({"likelihood.times": 101}, "likelihood.times: 101 is more than"),
@@ -1155,8 +1142,12 @@ IMPORTS: dict[str, tuple[Callable[[], Any], str]] = {
     "a schedule in a list": (of_pipeline(SCHEDULER, beta_schedule=[]), "beta_schedule = []"),
     "a start beyond all floats": (
         of_pipeline(SCHEDULER, beta_schedule="linear", beta_start=10**400),
-        "beta_schedule: ",
+        "beta_start = 1000",
     ),
+    "an epsilon beyond all floats": (of_pipeline(CONFIG, norm_eps=10**400), "norm_eps = 1000"),
+    "a shift beyond all floats": (of_pipeline(CONFIG, freq_shift=-(10**400)), "freq_shift = -1000"),
+    "very many classes": (of_pipeline(CONFIG, num_class_embeds=10**30), "num_class_embeds = 1000"),
+    "very many groups in the middle": (of_pipeline(CONFIG, attn_norm_num_groups=10**30), "attn_norm_num_groups = 1000"),
     "a table beyond all floats": (of_pipeline(SCHEDULER, trained_betas=[10**400]), "trained_betas: expected a list"),
 }
 
@@ -1264,7 +1255,7 @@ def params_as_values(data: st.DataObject, path: Path) -> None:
     def read() -> None:
         params = Params.check(values, "params.yaml")
         for point in params.points():
-            check_point(params, point, noise_schedule(params, point.schedule), learned=False, conditional=False)
+            check_point(params, point, noise_schedule(params, point.schedule), learned=False, guidable=False)
 
     taken_or_refused(read)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,17 +17,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from ddpm import NoiseSchedule
+from ddpm import NoiseSchedule, UNet
 from ddpm.cli import app
 from ddpm.diffusion.samplers import Level, ddim, ddpm
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, dataset, models, records, samples
+from ddpm.files import checkpoint, dataset, models, paths, records, samples
+from ddpm.files.models import NetworkEntry
 from ddpm.files.params import Params
 from ddpm.parameters import Point
 from ddpm.reporting.page import _schedules
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
 from ddpm.tools.exchange import WEIGHTS, export_diffusers, import_diffusers
+from ddpm.tools.generate import generate
 from ddpm.training.objective import Objective
 from ddpm.training.validation import Validation
 
@@ -227,6 +232,245 @@ def test_a_changed_missing_or_unfitting_import_is_one_line(exported: Path, check
     with pytest.raises(InputError, match=r"schedules\.hub: imported/hub is not here; run `ddpm import-diffusers"):
         train(params, "hub", checkout)
     assert not (checkout / "models").exists()
+
+
+# Folders as diffusers itself writes them.
+
+TINY = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (16, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+
+
+def tiny(seed: int = 0, **changes: Any) -> Any:
+    """A UNet2DModel with the defaults of its options."""
+    torch.manual_seed(seed)
+    return diffusers.UNet2DModel(**{**TINY, **changes})
+
+
+def weights_of(checkout: Path, name: str = "hub") -> str:
+    return models.read_model_record(checkout / paths.imported_dir(name)).weights_sha256
+
+
+def edited(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+def test_of_a_checkpoint_the_averaged_weights_are_taken(checkout: Path, tmp_path: Path) -> None:
+    """As diffusers' training examples write it: unet_ema by EMAModel, whose settings stand in config.json."""
+    from diffusers.training_utils import EMAModel
+
+    raw, averaged = tiny(0), tiny(1)
+    folder = tmp_path / "checkpoint-500"
+    raw.save_pretrained(folder / "unet")
+    EMAModel(averaged.parameters(), model_cls=type(raw), model_config=raw.config).save_pretrained(folder / "unet_ema")
+    assert "decay" in json.loads((folder / "unet_ema/config.json").read_text())
+    lines = import_diffusers(folder, "both", checkout)
+    assert "checkpoint-500/unet_ema: took these averaged weights" in lines[0]
+    for name in ("unet", "unet_ema"):
+        lines = import_diffusers(folder / name, name, checkout)
+        assert not any("averaged" in line for line in lines)
+    assert weights_of(checkout, "both") == weights_of(checkout, "unet_ema") != weights_of(checkout, "unet")
+    denoiser, _ = checkpoint.load(checkout / "imported/both")
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 600.0])
+    with torch.no_grad():
+        assert float((denoiser.net(x, t) - averaged.eval()(x, t).sample).abs().max()) < 1e-5
+
+
+def test_shards_are_put_together(checkout: Path, tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path / "whole")
+    tiny().save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    for name in ("whole", "shards"):
+        import_diffusers(tmp_path / name, name, checkout)
+    assert weights_of(checkout, "shards") == weights_of(checkout, "whole")
+    index = tmp_path / "shards" / f"{WEIGHTS}.index.json"
+    sound = json.loads(index.read_text())["weight_map"]
+    for weight_map, message in (
+        ({**sound, "conv_in.bias": "gone.safetensors"}, "1 of .* shards are missing: gone.safetensors"),
+        ({**sound, "conv_in.bias": f"../whole/{WEIGHTS}"}, "expected a weight_map from weights to files beside it"),
+        ([], "expected a weight_map"),
+    ):
+        edited(index, weight_map=weight_map)
+        with pytest.raises(InputError, match=message):
+            import_diffusers(tmp_path / "shards", "other", checkout)
+    index.unlink()
+    with pytest.raises(InputError, match=r"for shards, .*index.json; there is .*-00001-of-"):
+        import_diffusers(tmp_path / "shards", "other", checkout)
+
+
+@pytest.mark.parametrize("size", ["1GB", "30KB"])
+def test_a_variant_is_taken_if_there_is_nothing_else(checkout: Path, tmp_path: Path, size: str) -> None:
+    folder = tmp_path / "half"
+    tiny().half().save_pretrained(folder, variant="fp16", max_shard_size=size)
+    lines = import_diffusers(folder, "hub", checkout)
+    assert any("fp16" in line and "took this variant" in line for line in lines)
+    tiny().half().float().save_pretrained(tmp_path / "rounded")
+    import_diffusers(tmp_path / "rounded", "rounded", checkout)
+    assert weights_of(checkout) == weights_of(checkout, "rounded")
+    tiny().save_pretrained(folder, variant="non_ema")
+    with pytest.raises(InputError, match=r"2 variants of the weights, .*non_ema.*; leave one there"):
+        import_diffusers(folder, "hub", checkout)
+    tiny(1).save_pretrained(folder)
+    assert not any("took this variant" in line for line in import_diffusers(folder, "hub", checkout))
+    assert weights_of(checkout) != weights_of(checkout, "rounded")
+
+
+def test_a_byte_order_mark_changes_nothing_and_no_advice_names_dvc(checkout: Path, exported: Path) -> None:
+    import_diffusers(exported, "plain", checkout)
+    other = checkout / "other"
+    shutil.copytree(exported, other)
+    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        (other / name).write_bytes(b"\xef\xbb\xbf" + (other / name).read_bytes())
+    import_diffusers(other, "marked", checkout)
+    assert weights_of(checkout, "marked") == weights_of(checkout, "plain")
+    for text in ("{", "[]"):
+        (other / "unet/config.json").write_text(text)
+        with pytest.raises(InputError, match=r"unet/config.json: .*; download it again$"):
+            import_diffusers(other, "marked", checkout)
+
+
+def test_what_belongs_to_sampling_is_said(checkout: Path, exported: Path) -> None:
+    other = checkout / "other"
+    shutil.copytree(exported, other)
+    path = other / "scheduler/scheduler_config.json"
+    (line,) = [line for line in import_diffusers(other, "hub", checkout) if "its pipeline" in line]
+    assert "variance_type fixed_large, clip_sample true, timestep_spacing leading" in line
+    changes = {"thresholding": True, "sample_max_value": 1.5, "timestep_spacing": "trailing", "steps_offset": 1}
+    edited(path, **changes, set_alpha_to_one=False)
+    said = "\n".join(import_diffusers(other, "hub", checkout))
+    for words in (
+        "timestep_spacing trailing",
+        "thresholding at the quantile 0.995 up to sample_max_value 1.5: in params.yaml that is sampling.clip: 0.995",
+        "steps_offset 1",
+        "set_alpha_to_one false",
+    ):
+        assert words in said
+    edited(path, sample_max_value=1.0)  # their quantile cannot exceed it
+    assert "sampling.clip: true" in "\n".join(import_diffusers(other, "hub", checkout))
+
+
+# Classes and a learned variance.
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with ten classes and a learned variance. Read-only by agreement."""
+    torch.manual_seed(0)
+    sizes = {"image_channels": 1, "image_size": 8, "channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": [4]}
+    entry = NetworkEntry.of("unet", {**sizes, "out_channels": 2, "classes": 10})
+    net = UNet(**entry.settings)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    data = {"shape": [1, 8, 8], "range": [-1, 1], "classes": [str(digit) for digit in range(10)]}
+    description = {"schedule": {"name": "cosine", "timesteps": 100, "schedule": "cosine"}, "target": "eps"}
+    folder = tmp_path_factory.mktemp("conditional") / "model"
+    checkpoint.save(folder, net, {**description, "variance": "learned", "network": entry.content, "data": data})
+    return folder
+
+
+@torch.no_grad()
+def test_classes_and_a_learned_variance_step_there_as_here(conditional: Path, tmp_path: Path) -> None:
+    lines = export_diffusers(conditional, tmp_path / "out")
+    assert "class_labels 0 to 9; 10 is the null class" in lines[0]
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    with pytest.raises(ValueError, match="class_labels"):
+        pipeline(num_inference_steps=2)
+    pipeline.scheduler.set_timesteps(100)
+    denoiser, _ = checkpoint.load(conditional, clip=True)
+    denoiser = dataclasses.replace(denoiser, labels=torch.tensor([0, 3, 9, 10 - 1]))
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    def noise(k: int) -> torch.Tensor:
+        return torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+
+    for t in (99, 60, 1):
+        levels = [Level(time, float(denoiser.schedule.alpha_bar[time + 1])) for time in (t, t - 1)]
+        ((ours, _),) = ddpm(denoiser, x, levels, noise, variance="learned")
+        output = pipeline.unet(x, t, denoiser.labels).sample
+        theirs = pipeline.scheduler.step(output, t, x, generator=torch.Generator().manual_seed(5)).prev_sample
+        assert torch.allclose(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_the_page_s_loop_draws_with_labels(conditional: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"(?s)```python\n(.+?)```", page)
+    export_diffusers(conditional, tmp_path / "exported")
+    monkeypatch.chdir(tmp_path)
+    drawn: dict[str, Any] = {}
+    exec(code, drawn)
+    assert drawn["x"].shape == (4, 1, 8, 8) and bool(drawn["x"].isfinite().all())
+
+
+def test_they_come_back_and_are_swept_with_guidance(conditional: Path, checkout: Path, tmp_path: Path) -> None:
+    """Although params.yaml says neither conditional nor learned: that is for the networks that are trained here."""
+    export_diffusers(conditional, tmp_path / "out")
+    lines = import_diffusers(tmp_path / "out", "hub", checkout)
+    assert "10 classes, and a null class for guidance" in lines
+    assert weights_of(checkout) == records.sha256(conditional / "model.safetensors")
+    origin, back = (models.read_model_record(path) for path in (conditional, checkout / "imported/hub"))
+    assert (back.network.classes, back.network.out_channels, back.variance) == (10, 2, "learned")
+    assert back.data.classes == origin.data.classes
+    path = checkout / "params.yaml"
+    text = path.read_text().replace("schedules: [cosine]", "schedules: [hub]")
+    text = text.replace("variance: fixed_large", "variance: learned").replace("eta: 0.0", "eta: 0.0, guidance: 2.0")
+    path.write_text(text)
+    params = Params.load(path)
+    assert train(params, "hub", checkout)["validation_loss"] > 0
+    for point, evaluations in (("ddpm-2", 2), ("ddim-5", 10)):
+        assert sample_point(params, Point.parse(f"hub-{point}"), checkout) == evaluations
+        with np.load(checkout / f"samples/hub-{point}.npz") as archive:
+            assert archive["labels"][:12].tolist() == [image % 10 for image in range(12)]
+    path.write_text(text.replace("schedules: [hub]", "schedules: [hub, cosine]"))
+    with pytest.raises(InputError, match=r"samplers\.ddpm\.variance: learned needs"):
+        Params.load(path)
+
+
+def test_without_a_null_class_guidance_is_refused(checkout: Path, tmp_path: Path) -> None:
+    tiny(num_class_embeds=10).save_pretrained(tmp_path / "ten")
+    lines = import_diffusers(tmp_path / "ten", "hub", checkout)
+    assert "10 classes without a null class" in lines[1]
+    path = checkout / "params.yaml"
+    text = path.read_text().replace("schedules: [cosine]", "schedules: [hub]")
+    path.write_text(text.replace("eta: 0.0", "eta: 0.0, guidance: 2.0"))
+    params = Params.load(path)
+    train(params, "hub", checkout)
+    assert sample_point(params, Point.parse("hub-ddpm-2"), checkout) == 2
+    with pytest.raises(InputError, match="hub-ddim-5: guidance takes a class-conditional model"):
+        sample_point(params, Point.parse("hub-ddim-5"), checkout)
+    with pytest.raises(InputError, match="generate: guidance takes a class-conditional model"):
+        generate(params, model=str(checkout / "imported/hub"), out=tmp_path / "x.png", guidance=2.0)
+    generate(params, model=str(checkout / "imported/hub"), out=tmp_path / "x.png", count=4, steps=2)
+
+    lines = import_diffusers(tmp_path / "ten", "null", checkout, null_class=True)  # the user knows better
+    assert "9 classes, and a null class for guidance" in lines
+    generate(params, model=str(checkout / "imported/null"), out=tmp_path / "x.png", count=4, steps=2, guidance=2.0)
+    with pytest.raises(InputError, match=r"imported/null: knows 9 classes, the dataset has 10"):
+        train(Params.load(path), "null", checkout)
+    tiny().save_pretrained(tmp_path / "none")
+    with pytest.raises(InputError, match="leave --null-class out"):
+        import_diffusers(tmp_path / "none", "none", checkout, null_class=True)
+
+
+@pytest.mark.parametrize(("out_channels", "variance"), [(2, "fixed_small"), (1, "learned_range")])
+def test_a_learned_variance_takes_its_scheduler(
+    checkout: Path, tmp_path: Path, out_channels: int, variance: str
+) -> None:
+    """diffusers' own scheduler would fail at the first step."""
+    scheduler = diffusers.DDPMScheduler(variance_type=variance)
+    diffusers.DDPMPipeline(tiny(out_channels=out_channels), scheduler).save_pretrained(tmp_path / "mixed")
+    with pytest.raises(InputError, match=rf"out_channels = {out_channels} does not fit the scheduler's variance_type"):
+        import_diffusers(tmp_path / "mixed", "hub", checkout)
+    assert not (checkout / "imported").exists()
+
+
+# Faults.
 
 
 def broken(exported: Path, to: Path, how: str) -> Path:
