@@ -51,9 +51,9 @@ GROUPS = {
     ),
     "scores": Group(
         {
-            "scores/fidelity": of("scores", "fidelity", "intervals"),
+            "scores/fidelity": of("scores", "fidelity", "intervals") + of("stages", "evaluate"),
             "scores/intervals": of("scores", "intervals", "fidelity"),
-            "scores/choice": of("reporting", "report") + of("scores", "intervals"),
+            "scores/conclusions": of("scores", "conclusions") + of("reporting", "report", "page") + of("tracking", "gate"),
             "scores/copying": of("reporting", "page") + of("scores", "fidelity"),
         },
         70,
@@ -71,7 +71,7 @@ GROUPS = {
         60,
         0.7,
     ),
-    "gate": Group({"tracking/registry/decision": of("tracking", "promote")}, 40, 0.8),
+    "gate": Group({"tracking/registry/decision": of("tracking", "gate", "promote")}, 40, 0.8),
 }
 
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from ddpm.errors import InputError
 from ddpm.files import arrays, atomic, paths, records
 from ddpm.parameters import USUAL_EXTRACTOR
+from ddpm.scores.conclusions import Trainings
 from ddpm.scores.extractors import EXTRACTORS, Extractor
 from ddpm.scores.intervals import Estimate, quantile
 from ddpm.scores.metrics import HEADLINE, METRICS, RANKING, entries
-from ddpm.scores.trainings import Trainings
 
 if TYPE_CHECKING:
     from ddpm.parameters import Point

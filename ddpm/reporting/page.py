@@ -20,9 +20,9 @@ from ddpm.files.scores import Answer, Best, Front, Row, columns, extractor
 from ddpm.parameters import Point
 from ddpm.reporting.diagnostics import data_mean_square, schedule_of
 from ddpm.reporting.plots import COLOURS, DASHES, MARKERS, protocol, svg
+from ddpm.scores.conclusions import Trainings, between_schedules
 from ddpm.scores.copying import Copying, Suspects, affordable, copying, nearest, suspect
 from ddpm.scores.metrics import COPYING, RANKING, entries
-from ddpm.scores.trainings import Trainings, between_schedules
 
 # The sections of params.yaml that the page shows and the stage depends on.
 SECTIONS: tuple[str, ...] = ("seed", "data", "diffusion", "network", "training", "sampling", "evaluation", "likelihood")

@@ -41,10 +41,9 @@ from ddpm.provenance import dvc_lock
 from ddpm.reporting.page import SHOWN, check_records, page
 from ddpm.reporting.plots import draw_scores, drawing
 from ddpm.runtime.progress import Progress, Report, silent
-from ddpm.scores.choice import Candidate, choose, front
+from ddpm.scores.conclusions import Candidate, Trainings, choose, front, trainings
 from ddpm.scores.intervals import CONFIDENCE, difference, simultaneous
 from ddpm.scores.metrics import RANKING
-from ddpm.scores.trainings import Trainings, trainings
 
 BUDGETS = (10, 20, 50, 100, 1000)  # at most so many network evaluations per image
 

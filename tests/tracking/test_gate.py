@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import binom
 
 from ddpm.parameters import Promotion
-from ddpm.scores.choice import Candidate, choose
+from ddpm.scores.conclusions import Candidate, choose
 from ddpm.scores.intervals import Estimate, standard_error
 from ddpm.tracking.registry.decision import Judged, Protocol, Score, decide
 

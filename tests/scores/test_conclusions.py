@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom, ttest_ind
 
+from ddpm.scores.conclusions import Trainings, between_schedules, trainings
 from ddpm.scores.intervals import Estimate, standard_error
-from ddpm.scores.trainings import Trainings, between_schedules, trainings
 
 
 def models(generator: np.random.Generator, count: int, spread: float, images: int = 100) -> list[Estimate]:

@@ -1,4 +1,7 @@
-"""Separates a schedule from its trainings: how much the scores of one schedule differ between trainings with other seeds.
+"""Draws conclusions from the scores of many points: the best point, the front, and a schedule apart from its trainings.
+
+The best point is the cheapest one that is nearly as good as the best score. "Nearly" is a margin, a share of that score. A point
+with a worse score must prove that it lies within the margin, so the choice of few images is the point with the best score.
 
 The interval of a score speaks of one model. Trainings of one schedule with other seeds give models whose true scores scatter with
 a standard deviation b, the spread. The scores s_r of R trainings have the variance b^2 + e^2. Here e is the sampling error:
@@ -18,7 +21,75 @@ from itertools import combinations
 
 import numpy as np
 
-from ddpm.scores.intervals import CONFIDENCE, Estimate, difference, quantile
+from ddpm.scores.intervals import CONFIDENCE, Estimate, difference, may_be_best, most_behind, quantile
+from ddpm.scores.metrics import RANKING
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A point to choose from.
+
+    Args:
+        name: the name of the point.
+        evaluations: network evaluations per image.
+        estimate: the headline score with its standard error.
+    """
+
+    name: str
+    evaluations: int
+    estimate: Estimate
+
+    @property
+    def order(self) -> tuple[float, int, str]:
+        """A key to sort by: best score first, then fewest evaluations."""
+        return RANKING.rank(self.estimate.value), self.evaluations, self.name
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The result of `choose`.
+
+    Args:
+        best: the point with the fewest evaluations of those that are worse than the truly best one by the margin at most.
+        leader: the point with the best score.
+        tied: names of the points that cannot be told apart from the truly best one (see `may_be_best`).
+    """
+
+    best: Candidate
+    leader: Candidate
+    tied: tuple[str, ...]
+
+
+def choose(candidates: Sequence[Candidate], margin: float) -> Choice:
+    """Chooses the best point.
+
+    Args:
+        candidates: the points, at least one.
+        margin: how much worse than the truly best point the choice may be, as a share of the best score.
+
+    Raises:
+        ValueError: there are no candidates.
+    """
+    leader = min(candidates, key=lambda point: point.order)
+    estimates = [point.estimate for point in candidates]
+    kept = may_be_best(estimates, RANKING.direction)
+    allowed = margin * abs(leader.estimate.value)
+    near = [
+        point
+        for point, behind in zip(candidates, most_behind(estimates, RANKING.direction), strict=True)
+        if behind <= allowed
+    ]
+    best = min([leader, *near], key=lambda point: (point.evaluations, *point.order))
+    return Choice(best, leader, tuple(point.name for point, may_be in zip(candidates, kept, strict=True) if may_be))
+
+
+def front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Returns the points with a better score than all points of as few or fewer evaluations, sorted by evaluations."""
+    kept: list[Candidate] = []
+    for point in sorted(candidates, key=lambda point: (point.evaluations, *point.order)):
+        if not kept or RANKING.rank(point.estimate.value) < RANKING.rank(kept[-1].estimate.value):
+            kept.append(point)
+    return kept
 
 
 @dataclass(frozen=True)
