@@ -393,7 +393,8 @@ def read_point_influence(root: Path, point: Point, scores: Scores, name: str = H
     Verifies that they belong to `scores`. Raises InputError.
     """
     path = root / paths.influence_file(point)
-    return read_influence(path, str(scores.files.get(path.name)), [HEADLINE, *scores.judges].index(name))
+    names = [HEADLINE, *scores.judges]
+    return read_influence(path, str(scores.files.get(path.name)), names.index(name), len(names))
 
 
 def write_influence(path: Path, influence: NDArray[np.floating]) -> None:
@@ -402,18 +403,27 @@ def write_influence(path: Path, influence: NDArray[np.floating]) -> None:
         arrays._write_array(file, influence.astype(np.float32))
 
 
-def read_influence(path: Path, digest: str, row: int = 0) -> NDArray[np.float32]:
-    """Reads influence values, float32 [N]. Raises InputError if the file's sha256 is not `digest`.
+def read_influence(path: Path, digest: str, row: int = 0, rows: int = 1) -> NDArray[np.float32]:
+    """Reads the influence values of one score, float32 [N].
 
-    row: 0 for the headline score, 1 and more for the judges.
+    Args:
+        path: the file.
+        digest: its sha256.
+        row: 0 for the headline score, 1 and more for the judges.
+        rows: how many scores the file holds.
+
+    Raises:
+        InputError: the file is missing or damaged, or it is not the one that the digest names.
     """
     try:
         # protects: tests/files/test_bad_input.py::test_what_a_report_reads[another point's influence]
         if path.is_file() and records.sha256(path) != digest:
             raise ValueError("its bytes are not those that were recorded with the scores")
         influence: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(influence, np.ndarray) or influence.dtype != np.float32 or influence.ndim not in (1, 2):
-            raise ValueError("expected float32 values, one per image")
+        if not isinstance(influence, np.ndarray) or influence.dtype != np.float32:
+            raise ValueError("expected float32 values")
+        if influence.ndim != min(rows, 2) or (rows > 1 and len(influence) != rows):
+            raise ValueError(f"expected float32 values, one per image, of {rows} scores; found {influence.shape}")
         influence = np.array(np.atleast_2d(influence)[row])
         if not np.isfinite(influence).all():
             raise ValueError("not all values are finite")
