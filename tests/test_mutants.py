@@ -53,7 +53,9 @@ GROUPS = {
         {
             "scores/fidelity": of("scores", "fidelity", "intervals") + of("stages", "evaluate"),
             "scores/intervals": of("scores", "intervals", "fidelity"),
-            "scores/conclusions": of("scores", "conclusions") + of("reporting", "report", "page") + of("tracking", "gate"),
+            "scores/conclusions": of("scores", "conclusions")
+            + of("reporting", "report", "page")
+            + of("tracking", "gate"),
             "scores/copying": of("reporting", "page") + of("scores", "fidelity"),
         },
         70,

@@ -418,10 +418,8 @@ def read_all_influence(root: Path, point: Point, scores: Scores) -> NDArray[np.f
     Verifies that they belong to `scores`. Raises InputError.
     """
     path = root / paths.influence_file(point)
-    influence = read_influence(path, str(scores.files.get(path.name)))
-    if len(influence) != 1 + len(scores.judges):
-        raise InputError(f"{path}: {len(influence)} rows for {1 + len(scores.judges)} scores; evaluate it again")
-    return influence
+    path = root / paths.influence_file(point)
+    return read_influence(path, str(scores.files.get(path.name)), 1 + len(scores.judges))
 
 
 def write_influence(path: Path, influence: NDArray[np.floating]) -> None:
@@ -430,18 +428,26 @@ def write_influence(path: Path, influence: NDArray[np.floating]) -> None:
         arrays._write_array(file, influence.astype(np.float32))
 
 
-def read_influence(path: Path, digest: str) -> NDArray[np.float32]:
-    """Reads influence values, float32 [1 + J, N]: of the headline score, then of J judges.
+def read_influence(path: Path, digest: str, rows: int = 1) -> NDArray[np.float32]:
+    """Reads the influence values of a headline score and its judges, float32 [rows, N].
 
-    Raises InputError if the file's sha256 is not `digest`.
+    Args:
+        path: the file.
+        digest: its sha256.
+        rows: how many scores the file holds.
+
+    Raises:
+        InputError: the file is missing or damaged, or it is not the one that the digest names.
     """
     try:
         # protects: tests/files/test_bad_input.py::test_what_a_report_reads[another point's influence]
         if path.is_file() and records.sha256(path) != digest:
             raise ValueError("its sha256 is not the one recorded with the scores")
         influence: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(influence, np.ndarray) or influence.dtype != np.float32 or influence.ndim not in (1, 2):
-            raise ValueError("expected float32 values, one per image")
+        if not isinstance(influence, np.ndarray) or influence.dtype != np.float32:
+            raise ValueError("expected float32 values")
+        if influence.ndim != min(rows, 2) or (rows > 1 and len(influence) != rows):
+            raise ValueError(f"expected float32 values, one per image, of {rows} scores; found {influence.shape}")
         influence = np.array(np.atleast_2d(influence))
         if not np.isfinite(influence).all():
             raise ValueError("not all values are finite")

@@ -342,12 +342,14 @@ def test_a_model_that_copies_is_caught_and_its_data_is_not(
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_network_trained_on_20_images_copies_them_and_one_trained_on_1000_does_not(
     digits: Path, smoke: Callable[..., Params], tmp_path: Path
 ) -> None:
-    """The report of 64 samples each, after 3,000 training steps."""
-    images, params = digits_from(digits), smoke(training={"steps": 3000, "ema": 0.99}, sweep={"steps": [50]})
+    """64 samples each, after 2,000 training steps."""
+    images, rarely = digits_from(digits), {"log_every": 2000, "validate_every": 2000}
+    compute = {"checkpoint_every": 2000, "preview_every": 2000}
+    params = smoke(training={"steps": 2000, "ema": 0.99, **rarely}, sweep={"steps": [50]}, compute=compute)
     warned = {}
     for count in (20, 1000):
         folder = tmp_path / str(count) / "dataset"
@@ -355,7 +357,8 @@ def test_a_network_trained_on_20_images_copies_them_and_one_trained_on_1000_does
         np.save(folder / "train.npy", images[:count])
         np.save(folder / "test.npy", images[1000:1360])
         counts = {"train": count, "test": 360}
-        about = read_record(digits / "dataset" / "dataset.json") | {"counts": counts, "classes": None, "files": {}}
+        about = read_record(digits / "dataset" / "dataset.json") | {"counts": counts, "classes": None}
+        about = {name: value for name, value in about.items() if name not in ("class_counts", "files", "record_sha256")}
         write_record(folder / "dataset.json", about, [folder / "train.npy", folder / "test.npy"])
         train(params, "cosine", folder.parent)
         sample_point(params, point := Point.parse("cosine-ddpm-50"), folder.parent)

@@ -133,9 +133,7 @@ class Score:
         return np.stack(known) if len(known) == len(rows) else None
 
     def with_influence(self, influence: NDArray[np.floating], seed: int | None) -> Score:
-        """Returns the score with influence values [1 + J, N]. Raises InputError if they are those of other scores."""
-        if len(influence) != 1 + len(self.judges):
-            raise InputError(f"influence values of {len(influence)} scores instead of {1 + len(self.judges)}")
+        """Returns the score with influence values [1 + J, N] of images that start from the noise of `seed`."""
         judges = {
             name: replace(judged, estimate=replace(judged.estimate, influence=row))
             for (name, judged), row in zip(self.judges.items(), influence[1:], strict=True)

@@ -362,7 +362,8 @@ def _with_influence(target: Target, version: ModelVersion, score: Score, say: Sa
             path = download_artifacts(
                 run_id=kept.run, artifact_path=kept.path, dst_path=name, tracking_uri=target.place.uri
             )
-            return score.with_influence(scores.read_influence(Path(path), kept.sha256), kept.seed)
+            influence = scores.read_influence(Path(path), kept.sha256, 1 + len(score.judges))
+            return score.with_influence(influence, kept.seed)
         except (MlflowException, OSError, InputError) as error:
             say(
                 f"promote: the influence values of version {version.version} cannot be read ({' '.join(str(error).split())})"
