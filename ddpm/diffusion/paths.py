@@ -14,19 +14,10 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion.denoiser import Denoiser
-from ddpm.diffusion.samplers import (
-    SAMPLERS,
-    Level,
-    Noise,
-    State,
-    Steps,
-    check_options,
-    flow,
-    noise_levels,
-    sample,
-    trajectory,
-)
+from ddpm.diffusion.samplers import SAMPLERS, State, check_options, sample, trajectory
 from ddpm.diffusion.schedule import NoiseSchedule
+from ddpm.diffusion.solvers import Noise, Steps, flow
+from ddpm.diffusion.timesteps import Level, noise_levels
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Spacings: which S network times a sampler visits, from noise to image.
+"""Spacings: which S network times a sampler visits, from noise to image, and the noise levels there.
 
 `leading`, `trailing` and `linspace` are Table 2 of Lin et al. 2024; `quadratic` is appendix D.2 of Song et al. 2020
 (DDIM); `karras` is eq. 5 of Karras et al. 2022 with rho = 7; `logsnr` is the uniform grid of Lu et al. 2022
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -89,3 +90,61 @@ def network_times(schedule: NoiseSchedule, steps: int, spacing: str = "leading")
     if not bool((times.diff() < 0).all()):
         raise ValueError(f"steps = {steps} is too many for spacing '{spacing}' at T = {schedule.T}: times repeat")
     return times
+
+
+@dataclass(frozen=True)
+class Level:
+    """A noise level: network time t (-1 is the clean image) and alpha_bar there."""
+
+    t: float
+    alpha_bar: float
+
+    @property
+    def a(self) -> float:
+        """sqrt(alpha_bar), the factor of x_0."""
+        return math.sqrt(self.alpha_bar)
+
+    @property
+    def s(self) -> float:
+        """sqrt(1 - alpha_bar), the factor of eps."""
+        return math.sqrt(1 - self.alpha_bar)
+
+    @property
+    def lam(self) -> float:
+        """Half the log signal-to-noise ratio, log(a / s): lambda of Lu et al. 2022."""
+        if self.alpha_bar in (0, 1):
+            return -math.inf if self.alpha_bar == 0 else math.inf
+        return (math.log(self.alpha_bar) - math.log1p(-self.alpha_bar)) / 2
+
+
+def noise_levels(
+    schedule: NoiseSchedule, steps: int, spacing: str = "leading", along: NoiseSchedule | None = None
+) -> list[Level]:
+    """Returns the levels that a sampler visits, from noise to the clean image.
+
+    Args:
+        schedule: the schedule that the network was trained on.
+        steps: S.
+        spacing: a key of SPACINGS.
+        along: another schedule whose noise levels are visited. The network is evaluated at its own, possibly
+            fractional, times of the same signal-to-noise ratios. Levels outside its training become its first or last
+            one, and levels that coincide are visited once, so there may be fewer than `steps`.
+
+    Returns:
+        S levels or fewer, and the clean image.
+
+    Raises:
+        ValueError: the spacing is unknown, or cannot give so many different levels.
+    """
+    if along is None:
+        times = network_times(schedule, steps, spacing)
+        log_alpha_bar = schedule.log_alpha_bar_at(times)
+        # If a schedule ends without signal, there is no signal at fractional times after T-2 either.
+        if int((log_alpha_bar == -math.inf).sum()) > 1:
+            raise ValueError(f"spacing '{spacing}' cannot make {steps} different noise levels of T = {schedule.T}")
+    else:
+        wanted = along.log_alpha_bar_at(network_times(along, steps, spacing))
+        log_alpha_bar = wanted.clamp(schedule.log_alpha_bar[-1], schedule.log_alpha_bar[1]).unique().sort().values
+        times = schedule.time_at(log_alpha_bar).clamp(0, schedule.T - 1)
+    visited = zip(times.tolist(), log_alpha_bar.exp().tolist(), strict=True)
+    return [Level(*level) for level in visited] + [Level(-1.0, 1.0)]
