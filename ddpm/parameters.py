@@ -195,11 +195,18 @@ class Sampler:
     order: int | None = entry({"ge": 1, "le": 3}, None)
     along: str | None = entry(NAME, None)
     guidance: float | None = entry(FINITE, None)
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float | None = entry({"ge": 0, "le": 1, **FINITE}, None)
     own: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if known := sorted(self.own.keys() & {item.name for item in fields(self)}):
             raise ValueError(f"own: {', '.join(known)}: write it in the row itself, not below `own`")
+        if self.guidance is None and (self.guidance_interval is not None or self.guidance_rescale is not None):
+            raise ValueError("guidance: guidance_interval and guidance_rescale need it; a value such as 2.0")
+        low, high = self.guidance_interval or (0.0, 1.0)
+        if not 0 <= low < high < math.inf:
+            raise ValueError(f"guidance_interval: expected two noise levels, 0 <= low < high (given: {[low, high]})")
         for name, value in self.own.items():
             if not is_name(name):
                 raise ValueError(f"own: {name!r:.60}: a name is made of a-z, 0-9 and _, at most {LONGEST_NAME} of them")

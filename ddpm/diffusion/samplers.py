@@ -31,11 +31,11 @@ class Counted:
         self.evaluations = 0
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        self.evaluations += self.denoiser.evaluations
+        self.evaluations += self.denoiser.evaluations(t)
         return self.denoiser(x, t)
 
     def with_variance(self, x: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
-        self.evaluations += self.denoiser.evaluations
+        self.evaluations += self.denoiser.evaluations(t)
         return self.denoiser.with_variance(x, t)
 
 
@@ -167,7 +167,7 @@ def evaluations(
     along: NoiseSchedule | None = None,
     **options: Any,
 ) -> int:
-    """Returns the network evaluations per image of `sample` with these settings. Guidance doubles the number."""
+    """Returns the network evaluations per image of `sample` with these settings. Each guided step takes twice its number."""
     check_options(sampler, spacing, **options)
     return SAMPLERS[sampler].evaluations(noise_levels(schedule, steps, spacing, along))
 

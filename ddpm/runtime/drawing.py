@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.noise import gaussian
-from ddpm.diffusion.samplers import check_options, noise_levels, trajectory
+from ddpm.diffusion.samplers import check_options, trajectory
 from ddpm.diffusion.schedule import SCHEDULES, NoiseSchedule
+from ddpm.diffusion.timesteps import noise_levels
 from ddpm.errors import InputError
 from ddpm.files import checkpoint
 from ddpm.files.models import ModelRecord
@@ -22,6 +23,7 @@ from ddpm.files.params import Params
 from ddpm.parameters import Point, Sampler
 from ddpm.runtime import compiling
 
+GUIDANCE = ("guidance", "guidance_interval", "guidance_rescale")  # fields of a sampler row that are the denoiser's
 ALIKE = 1.25  # class counts within this ratio of each other count as equal
 
 
@@ -30,11 +32,18 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def split_guidance(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits the options of a sampler row into those of `ddpm.sample` and the denoiser's fields for guidance."""
+    guidance = {key: settings[key] for key in GUIDANCE if key in settings}
+    if interval := guidance.get("guidance_interval"):
+        guidance["guidance_interval"] = tuple(interval)
+    return {key: value for key, value in settings.items() if key not in GUIDANCE}, guidance
+
+
 def check_row(name: str, row: Sampler) -> None:
     """Raises InputError for a sampler row that `ddpm.sample` would refuse."""
     try:
-        options = row.options()
-        options.pop("guidance", None)
+        options, _ = split_guidance(row.options())
         if (along := options.pop("along", None)) is not None and along not in SCHEDULES:
             raise ValueError(f"no schedule '{along}' to go along; there are {', '.join(SCHEDULES)}")
         check_options(**options)
@@ -139,9 +148,8 @@ def draw(
     Raises:
         ValueError: the settings do not suit the network.
     """
-    options = dict(settings)
-    guidance = options.pop("guidance", None)
-    if guidance is not None and labels is None:
+    options, guidance = split_guidance(settings)
+    if guidance and labels is None:
         raise ValueError("guidance takes a class-conditional model (diffusion.conditional: true)")
     if along := options.get("along"):
         options["along"] = NoiseSchedule.named(along, denoiser.schedule.T)
@@ -152,7 +160,7 @@ def draw(
         x_T = gaussian(seed, rows, 0, shape, device).to(memory_format=torch.channels_last)
         if labels is not None:
             classes = torch.from_numpy(labels[start : start + batch]).to(device)
-            denoiser = replace(denoiser, labels=classes, guidance=1.0 if guidance is None else guidance)
+            denoiser = replace(denoiser, labels=classes, **guidance)
 
         def noise(k: int, rows: range = rows) -> Tensor:
             return gaussian(seed, rows, k + 1, shape, device)

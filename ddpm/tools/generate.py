@@ -23,7 +23,7 @@ from ddpm.files.dataset import read_dataset
 from ddpm.files.models import ModelRecord
 from ddpm.files.params import Params
 from ddpm.runtime.device import find_device, memory_errors
-from ddpm.runtime.drawing import check_row, class_labels, draw, prepared_denoiser, to_uint8
+from ddpm.runtime.drawing import check_row, class_labels, draw, prepared_denoiser, split_guidance, to_uint8
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.training.fit import scaled
 
@@ -52,15 +52,15 @@ class Model:
     def call(self) -> dict[str, Any]:
         """The settings as `ddpm.sample` takes them."""
         along = self.settings.get("along")
-        plain = {key: value for key, value in self.settings.items() if key != "guidance"}
+        plain, _ = split_guidance(self.settings)
         return plain | ({"along": NoiseSchedule.named(along, self.denoiser.schedule.T)} if along else {})
 
     def labelled(self, count: int) -> dict[str, Any]:
         """Labels and guidance for `count` images of a conditional model; {} for any other. Raises ValueError."""
-        labels, guidance = class_labels(self.record, count, self.label), self.settings.get("guidance")
+        labels, (_, guidance) = class_labels(self.record, count, self.label), split_guidance(self.settings)
         if labels is not None:
-            return {"labels": torch.from_numpy(labels), "guidance": 1.0 if guidance is None else guidance}
-        if guidance is not None:
+            return {"labels": torch.from_numpy(labels), **guidance}
+        if guidance:
             raise ValueError("guidance needs a class-conditional model (diffusion.conditional: true)")
         return {}
 

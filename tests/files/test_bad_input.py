@@ -355,6 +355,12 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
         "samplers.ddpm: guidance and a learned variance are not for cosine",
     ),
     "guidance without classes": ({"samplers.ddim.guidance": 2.0}, "samplers.ddim: guidance takes a class-conditional"),
+    "an interval without guidance": ({"samplers.ddim.guidance_interval": [0.3, 3.0]}, "guidance: guidance_interval"),
+    "an interval that ends before it starts": (
+        {"diffusion.conditional": True, "samplers.ddim.guidance": 2.0, "samplers.ddim.guidance_interval": [3.0, 0.3]},
+        "samplers.ddim.guidance_interval: expected two noise levels",
+    ),
+    "an interval of one number": ({"samplers.ddim.guidance_interval": 3.0}, "samplers.ddim.guidance_interval"),
     "guidance of an imported network": (
         {"diffusion.conditional": True, "samplers.ddim.guidance": 2.0, "schedules.cosine.imported": "a" * 64},
         "samplers.ddim: guidance and a learned variance are not for cosine",
