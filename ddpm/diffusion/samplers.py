@@ -20,7 +20,7 @@ from ddpm.diffusion import solvers
 from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.diffusion.solvers import Denoise, Noise, Steps
-from ddpm.diffusion.timesteps import SPACINGS, Level, noise_levels
+from ddpm.diffusion.timesteps import SPACINGS, Level, Times, noise_levels
 
 
 class Counted:
@@ -165,11 +165,12 @@ def evaluations(
     steps: int = 50,
     spacing: str = "leading",
     along: NoiseSchedule | None = None,
+    times: Times | None = None,
     **options: Any,
 ) -> int:
     """Returns the network evaluations per image of `sample` with these settings. Each guided step takes twice its number."""
     check_options(sampler, spacing, **options)
-    return SAMPLERS[sampler].evaluations(noise_levels(schedule, steps, spacing, along))
+    return SAMPLERS[sampler].evaluations(noise_levels(schedule, steps, spacing, along, times))
 
 
 def trajectory(
@@ -180,6 +181,7 @@ def trajectory(
     spacing: str = "leading",
     noise: Noise | None = None,
     along: NoiseSchedule | None = None,
+    times: Times | None = None,
     **options: Any,
 ) -> Iterator[State]:
     """Yields the State after each step of `sample`, which has the same arguments.
@@ -187,7 +189,7 @@ def trajectory(
     Unlike `sample`, it does not disable gradients.
     """
     check_options(sampler, spacing, **options)
-    levels = noise_levels(denoiser.schedule, steps, spacing, along)
+    levels = noise_levels(denoiser.schedule, steps, spacing, along, times)
     denoise = Counted(denoiser)
     draw = noise or (lambda k: torch.randn_like(x_T))
     for k, (x, x0_hat) in enumerate(SAMPLERS[sampler].step(denoise, x_T, levels, draw, **options)):
@@ -203,6 +205,7 @@ def sample(
     spacing: str = "leading",
     noise: Noise | None = None,
     along: NoiseSchedule | None = None,
+    times: Times | None = None,
     **options: Any,
 ) -> Tensor:
     """Draws images from noise.
@@ -216,6 +219,7 @@ def sample(
         noise: noise(k) -> standard normal tensor like x_T for step k, for samplers that draw noise; by default
             torch.randn_like.
         along: visits the noise levels of this schedule instead of the network's own (see `noise_levels`).
+        times: {S: S falling network times}: visits these instead of a spacing (see `ddpm fit-times`).
         options: the sampler's own: `variance` of ddpm, `eta` of ddim, `order` of unipc.
 
     Returns:
@@ -225,6 +229,6 @@ def sample(
         ValueError: a name is unknown, the sampler does not take an option, or a number is out of range.
     """
     x = x_T
-    for state in trajectory(denoiser, x_T, sampler, steps, spacing, noise, along, **options):
+    for state in trajectory(denoiser, x_T, sampler, steps, spacing, noise, along, times, **options):
         x = state.x
     return x

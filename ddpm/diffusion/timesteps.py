@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -117,8 +118,15 @@ class Level:
         return (math.log(self.alpha_bar) - math.log1p(-self.alpha_bar)) / 2
 
 
+Times = Mapping[int, Sequence[float]]  # S -> S falling network times
+
+
 def noise_levels(
-    schedule: NoiseSchedule, steps: int, spacing: str = "leading", along: NoiseSchedule | None = None
+    schedule: NoiseSchedule,
+    steps: int,
+    spacing: str = "leading",
+    along: NoiseSchedule | None = None,
+    times: Times | None = None,
 ) -> list[Level]:
     """Returns the levels that a sampler visits, from noise to the clean image.
 
@@ -129,22 +137,43 @@ def noise_levels(
         along: another schedule whose noise levels are visited. The network is evaluated at its own, possibly
             fractional, times of the same signal-to-noise ratios. Levels outside its training become its first or last
             one, and levels that coincide are visited once, so there may be fewer than `steps`.
+        times: the times to visit for each S, instead of a spacing.
 
     Returns:
         S levels or fewer, and the clean image.
 
     Raises:
-        ValueError: the spacing is unknown, or cannot give so many different levels.
+        ValueError: the spacing is unknown, or cannot give so many different levels; there are no times for S steps, or
+            they do not fit the schedule.
     """
-    if along is None:
-        times = network_times(schedule, steps, spacing)
-        log_alpha_bar = schedule.log_alpha_bar_at(times)
+    if times is not None:
+        visited = _given(schedule, steps, times)
+        log_alpha_bar = schedule.log_alpha_bar_at(visited)
+    elif along is None:
+        visited = network_times(schedule, steps, spacing)
+        log_alpha_bar = schedule.log_alpha_bar_at(visited)
         # If a schedule ends without signal, there is no signal at fractional times after T-2 either.
         if int((log_alpha_bar == -math.inf).sum()) > 1:
             raise ValueError(f"spacing '{spacing}' cannot make {steps} different noise levels of T = {schedule.T}")
     else:
         wanted = along.log_alpha_bar_at(network_times(along, steps, spacing))
         log_alpha_bar = wanted.clamp(schedule.log_alpha_bar[-1], schedule.log_alpha_bar[1]).unique().sort().values
-        times = schedule.time_at(log_alpha_bar).clamp(0, schedule.T - 1)
-    visited = zip(times.tolist(), log_alpha_bar.exp().tolist(), strict=True)
-    return [Level(*level) for level in visited] + [Level(-1.0, 1.0)]
+        visited = schedule.time_at(log_alpha_bar).clamp(0, schedule.T - 1)
+    levels = zip(visited.tolist(), log_alpha_bar.exp().tolist(), strict=True)
+    return [Level(*level) for level in levels] + [Level(-1.0, 1.0)]
+
+
+def check_times(times: Times) -> None:
+    """Raises ValueError unless `times` has S falling times from 0 for each S."""
+    for steps, each in times.items():
+        if len(each) != steps or any(not now > to for now, to in pairwise(each)) or not each or not each[-1] >= 0:
+            raise ValueError(f"times: expected {steps} falling network times, 0 at least, for {steps} steps")
+
+
+def _given(schedule: NoiseSchedule, steps: int, times: Times) -> Tensor:
+    check_times(times)
+    if steps not in times:
+        raise ValueError(f"times: none for {steps} steps; there are some for {', '.join(map(str, times))}")
+    if times[steps][0] > schedule.T - 1:
+        raise ValueError(f"times: {times[steps][0]:g} lies after the last network time, {schedule.T - 1}")
+    return torch.tensor(times[steps], dtype=torch.float64)

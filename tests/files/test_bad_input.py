@@ -361,6 +361,26 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
         "samplers.ddim.guidance_interval: expected two noise levels",
     ),
     "an interval of one number": ({"samplers.ddim.guidance_interval": 3.0}, "samplers.ddim.guidance_interval"),
+    "times for other steps": (
+        {"samplers.ddim": {"sampler": "ddim", "times": {3: [900, 400, 0]}}},
+        "samplers.ddim.times: none for the ",
+    ),
+    "times that do not fall": (
+        {"samplers.ddim": {"sampler": "ddim", "times": {2: [4, 9]}}},
+        "samplers.ddim.times: expected S falling network times",
+    ),
+    "times that are none": (
+        {"samplers.ddim": {"sampler": "ddim", "times": [4]}},
+        "samplers.ddim.times: expected S falling",
+    ),
+    "times and a spacing": (
+        {"samplers.ddim": {"sampler": "ddim", "spacing": "leading", "times": {2: [9, 4]}}},
+        "samplers.ddim.times: a row with times has neither spacing nor along",
+    ),
+    "a fitted row without times": (
+        {"samplers.ddim": {"sampler": "ddim", "fitted_to": "a" * 64}},
+        "samplers.ddim.fitted_to: only a row with times",
+    ),
     "guidance of an imported network": (
         {"diffusion.conditional": True, "samplers.ddim.guidance": 2.0, "schedules.cosine.imported": "a" * 64},
         "samplers.ddim: guidance and a learned variance are not for cosine",
