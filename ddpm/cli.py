@@ -468,6 +468,37 @@ def generate(
     say(message)
 
 
+@app.command("fit-times")
+def fit_times(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder such as models/linear, or models:/NAME@ALIAS.")],
+    steps: Annotated[str, typer.Option(help="Numbers of sampling steps, at most 100, separated by commas.")] = "5,8,10",
+    sampler: Annotated[
+        str, typer.Option(help="A row of samplers in params.yaml, for its solver and guidance; default: UniPC.")
+    ] = "",
+    images: Annotated[int, typer.Option(min=1, help="Images of the trajectory that the times are fitted to.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same times.")] = 0,
+) -> None:
+    """Find the network times at which a sampler of few steps ends nearest to the model's trajectory of 1,000 evaluations.
+
+    Prints a row for the section samplers of params.yaml.
+    """
+    from ddpm.tools.fit_times import fit_row
+
+    counts = steps.split(",")
+    if not all(each.isdecimal() for each in counts):
+        raise InputError(f"--steps {steps}: expected numbers separated by commas, such as 5,8,10")
+    with TemporaryDirectory(prefix="ddpm-fit-") as temporary, display("fit-times") as watch:
+        folder = Path(model)
+        if model.startswith("models:"):
+            from ddpm import tracking
+
+            folder, _ = tracking.fetch_model(model, Path(temporary))
+        row, errors = fit_row(Params.load(), folder, [int(each) for each in counts], sampler, images, seed, watch)
+    for count, error in errors.items():
+        say(f"{count} steps: an RMS distance of {error:.4f} to the images of 1,000 evaluations (values in -1 ... 1)")
+    say(f"fitted: {row}")
+
+
 @app.command()
 def schedules(
     timesteps: Annotated[

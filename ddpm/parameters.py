@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from ddpm.errors import InputError
@@ -57,7 +58,7 @@ def as_json(section: Any) -> Any:
         rest = own.pop(REST, {})
         return {**own, **rest}
     if isinstance(section, Mapping):
-        return {key: as_json(item) for key, item in section.items()}
+        return {str(key): as_json(item) for key, item in section.items()}
     return [as_json(item) for item in section] if isinstance(section, list | tuple) else section
 
 
@@ -187,24 +188,34 @@ class Likelihood:
     threads: int = entry(COUNT, 1)
 
 
+def _falls(steps: int, times: tuple[float, ...]) -> bool:
+    return len(times) == steps > 0 and times[-1] >= 0 and all(now > to for now, to in pairwise(times))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """One row of the samplers table: the arguments of `ddpm.sample`, and the denoiser's guidance.
 
     An argument that the sampler does not take is an error. Options without a field here stand below `own`, so a new sampler
-    needs no new field.
+    needs no new field. fitted_to: sha256 of the weights that `times` were fitted to.
     """
 
     sampler: str
-    spacing: str = "leading"
+    spacing: str | None = None  # leading, unless the row has times
     eta: float | None = entry({"ge": 0, "le": 1, **FINITE}, None)
     variance: Literal["fixed_large", "fixed_small", "learned"] | None = None
     order: int | None = entry({"ge": 1, "le": 3}, None)
     along: str | None = entry(NAME, None)
     guidance: float | None = entry(FINITE, None)
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float | None = entry({"ge": 0, "le": 1, **FINITE}, None)
+    times: Mapping[int, tuple[float, ...]] | None = entry({ALONE: True}, None)
+    fitted_to: str | None = entry({"pattern": "^[0-9a-f]{64}$"}, None)
     own: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_times()
+        self._check_guidance()
         if known := sorted(self.own.keys() & {item.name for item in fields(self)}):
             raise ValueError(f"own: {', '.join(known)}: write it in the row itself, not below `own`")
         for name, value in self.own.items():
@@ -212,6 +223,28 @@ class Sampler:
                 raise ValueError(f"own: {name!r:.60}: a name is made of a-z, 0-9 and _, at most {LONGEST_NAME} of them")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"own.{name}: not a finite number")
+
+    def _check_times(self) -> None:
+        if self.times is None:
+            if self.fitted_to is not None:
+                raise ValueError("fitted_to: only a row with times is fitted to a model")
+            return
+        if self.spacing is not None or self.along is not None:
+            raise ValueError("times: a row with times has neither spacing nor along")
+        try:  # JSON has no keys but text
+            times = {int(steps): tuple(float(t) for t in each) for steps, each in self.times.items()}
+        except (AttributeError, TypeError, ValueError):
+            times = {}
+        if not times or not all(_falls(steps, each) for steps, each in times.items()):
+            raise ValueError("times: expected S falling network times for each S, such as {3: [900, 400, 0]}")
+        object.__setattr__(self, "times", times)
+
+    def _check_guidance(self) -> None:
+        if self.guidance is None and (self.guidance_interval is not None or self.guidance_rescale is not None):
+            raise ValueError("guidance: guidance_interval and guidance_rescale need it; a value such as 2.0")
+        low, high = self.guidance_interval or (0.0, 1.0)
+        if not 0 <= low < high < math.inf:
+            raise ValueError(f"guidance_interval: expected two noise levels, 0 <= low < high (given: {[low, high]})")
 
     @classmethod
     def arrange(cls, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,7 +255,9 @@ class Sampler:
 
     def options(self) -> dict[str, Any]:
         """Returns the options that this row sets."""
-        common = {key: value for key, value in as_json(self).items() if key != "own" and value is not None}
+        spacing = self.spacing or (None if self.times else "leading")
+        given = as_json(self) | {"spacing": spacing}
+        common = {key: value for key, value in given.items() if key != "own" and value is not None}
         return common | dict(self.own)
 
 

@@ -39,6 +39,8 @@ GROUPS = {
             "diffusion/timesteps": of("diffusion", "schedule", "samplers", "solvers"),
             "diffusion/denoiser": of("diffusion", "samplers", "guidance", "bound"),
             "diffusion/samplers": of("diffusion", "samplers", "solvers", "guidance"),
+            "diffusion/solvers": of("diffusion", "solvers", "flow"),
+            "diffusion/fitted": of("diffusion", "fitted"),
             "diffusion/noise": of("diffusion", "noise", "samplers"),
             "diffusion/paths": of("diffusion", "paths", "samplers"),
             "diffusion/bound": of("diffusion", "bound"),

@@ -16,6 +16,9 @@ bfloat16. A sampler that steps down the same chain multiplies by A again and los
 Classifier-free guidance (Ho & Salimans 2022, eq. 6) combines two predictions of a conditional network to
 free + w (labelled - free). Its samples follow p(x) p(label | x)^w instead of p(x | label), which is w = 1. w = 0 is the
 unconditional network. The paper's w is ours minus 1. A learned variance comes from the labelled prediction.
+
+Guidance may be limited to an interval of noise levels, with w = 1 outside (Kynkaanniemi et al. 2024), and the guided
+prediction may be rescaled towards the standard deviation of the labelled one (section 3.4 of Lin et al. 2024).
 """
 
 from __future__ import annotations
@@ -85,6 +88,23 @@ def _clipped(x0_hat: Tensor, clip: bool | float) -> Tensor:
     return x0_hat.clamp(-s, s) / s
 
 
+def check_guidance(interval: tuple[float, float] | None, rescale: float) -> None:
+    """Raises ValueError for noise levels or a share of the rescaling that are out of range."""
+    if interval is not None and not 0 <= interval[0] < interval[1] < math.inf:
+        raise ValueError(f"guidance_interval: expected two noise levels, 0 <= low < high (given: {list(interval)})")
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance_rescale = {rescale} must lie in [0, 1]")
+
+
+def _rescaled(guided: Tensor, labelled: Tensor, share: float) -> Tensor:
+    """Mixes `share` of the prediction with labelled's standard deviation into the guided one: eq. 15 and 16 of Lin et al."""
+    if not share:
+        return guided
+    shape = (-1, *[1] * (guided.ndim - 1))
+    now, wanted = (x.flatten(1).std(dim=1, correction=0).view(shape) for x in (guided, labelled))
+    return guided * torch.where(now > 0, share * (wanted / now) + 1 - share, 1.0)
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """Estimates the clean image from a noisy one with any network: x0_hat = denoiser(x_t, t).
@@ -100,9 +120,14 @@ class Denoiser:
         labels: int64 [B], the class of each image, or -1 for no label. With labels the network is called as net(x, t,
             labels).
         guidance: w of classifier-free guidance: 0 ignores the labels, 1 follows them, more exaggerates them.
+        guidance_interval: (low, high): guides at noise levels low < sigma <= high, with sigma = s / a, and takes w = 1
+            at others. None guides at all levels.
+        guidance_rescale: phi in [0, 1]. Multiplies the guided prediction of each image by
+            phi std(labelled) / std(guided) + 1 - phi, with standard deviations over the image.
 
     Raises:
-        ValueError: the target is unknown, `clip` or `guidance` is out of range, or guidance != 1 without labels.
+        ValueError: the target is unknown, `clip` or an entry of guidance is out of range, or there is guidance without
+            labels.
     """
 
     net: Callable[..., Any]
@@ -111,6 +136,8 @@ class Denoiser:
     clip: bool | float = False
     labels: Tensor | None = None
     guidance: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -121,25 +148,40 @@ class Denoiser:
             raise ValueError(f"guidance = {self.guidance} must be a finite number")
         if self.labels is None and self.guidance != 1:
             raise ValueError(f"guidance = {self.guidance:g} takes labels, and a network trained with labels")
+        check_guidance(self.guidance_interval, self.guidance_rescale)
 
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations per image in one call: 1 without guidance (w = 1) and at w = 0, else 2."""
-        return 1 if self.guidance in (0, 1) else 2
+    def evaluations(self, t: Tensor | float) -> int:
+        """Returns the network evaluations per image of a call at t: 1 where w is 0 or 1, else 2."""
+        w = self._strength(torch.as_tensor(t, dtype=torch.float64).cpu())
+        return 1 if bool((w == 1).all() or (w == 0).all()) else 2
 
-    def _predict(self, x_t: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the guided prediction and v (see `split_variance`), for x_t [B, ...] and times float32 [B]."""
+    def _strength(self, times: Tensor) -> Tensor:
+        """Returns w at network times: float64, like `times`, on the CPU."""
+        w = torch.full_like(times, self.guidance)
+        if self.guidance_interval is None:
+            return w
+        low, high = self.guidance_interval
+        sigma = torch.expm1(-self.schedule.log_alpha_bar_at(times)).sqrt()
+        return torch.where((low < sigma) & (sigma <= high), w, 1.0)
+
+    def _predict(self, x_t: Tensor, times: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns the guided prediction and v (see `split_variance`), for x_t [B, ...] and times float32 [B].
+
+        w: the strength of guidance, float64 [] or [B], on the CPU.
+        """
         if self.labels is None:
             return split_variance(self.net(x_t, times), x_t)
         if len(self.labels) != len(x_t):
             raise ValueError(f"{len(self.labels)} labels for {len(x_t)} images")
         labels = self.labels.to(x_t.device)
         no_labels = torch.full_like(labels, NO_LABEL)
-        if self.evaluations == 1:
-            return split_variance(self.net(x_t, times, labels if self.guidance == 1 else no_labels), x_t)
+        for alone, given in ((1, labels), (0, no_labels)):
+            if bool((w == alone).all()):
+                return split_variance(self.net(x_t, times, given), x_t)
         both = self.net(torch.cat([x_t, x_t]), torch.cat([times, times]), torch.cat([no_labels, labels]))
         (free, _), (labelled, v) = (split_variance(half, x_t) for half in both.chunk(2))
-        return free + self.guidance * (labelled - free), v
+        share = w.item() if w.dim() == 0 else w.to(x_t).view(-1, *[1] * (x_t.ndim - 1))
+        return _rescaled(free + share * (labelled - free), labelled, self.guidance_rescale), v
 
     def __call__(self, x_t: Tensor, t: Tensor | float) -> Tensor:
         """Returns x0_hat, like x_t [B, ...]. t: network time in 0 ... T-1, a number or [B]."""
@@ -149,6 +191,7 @@ class Denoiser:
         """Returns x0_hat and v (see `split_variance`), like x_t [B, ...]; v is None unless learned. t: a number or [B]."""
         times = torch.as_tensor(t, dtype=torch.float64).cpu()
         _, _, c_skip, c_out = (c.to(x_t.dtype) for c in coefficients(self.schedule, self.target, times))
+        w = self._strength(times)
         # Nothing here synchronises the GPU: a single number is an argument of the operation that uses it.
         if times.dim() == 0:
             times = torch.full((len(x_t),), times.item(), dtype=torch.float32, device=x_t.device)
@@ -157,5 +200,5 @@ class Denoiser:
             shape = (-1,) + (1,) * (x_t.ndim - 1)
             c_skip, c_out = (c.expand(len(x_t)).to(**placement).view(shape) for c in (c_skip, c_out))
             times = times.to(torch.float32).expand(len(x_t)).to(**placement)
-        prediction, v = self._predict(x_t, times)
+        prediction, v = self._predict(x_t, times, w)
         return _clipped(c_skip * x_t + c_out * prediction, self.clip), v

@@ -14,19 +14,10 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion.denoiser import Denoiser
-from ddpm.diffusion.samplers import (
-    SAMPLERS,
-    Level,
-    Noise,
-    State,
-    Steps,
-    check_options,
-    flow,
-    noise_levels,
-    sample,
-    trajectory,
-)
+from ddpm.diffusion.samplers import SAMPLERS, State, check_options, sample, trajectory
 from ddpm.diffusion.schedule import NoiseSchedule
+from ddpm.diffusion.solvers import Noise, Steps, flow
+from ddpm.diffusion.timesteps import Level, Times, noise_levels
 
 
 @torch.no_grad()
@@ -45,7 +36,7 @@ def snapshots(denoiser: Denoiser, x_T: Tensor, count: int = 10, **settings: Any)
     Raises:
         ValueError: a setting is wrong.
     """
-    levels = {key: settings[key] for key in ("spacing", "along") if key in settings}
+    levels = {key: settings[key] for key in ("spacing", "along", "times") if key in settings}
     last = len(noise_levels(denoiser.schedule, settings.get("steps", 50), **levels)) - 2
     shown = {last} if count == 1 else {round(last * i / (count - 1)) for i in range(count)}
     return [state for state in trajectory(denoiser, x_T, **settings) if state.k in shown]
@@ -70,6 +61,7 @@ def encode(
     steps: int = 50,
     spacing: str = "leading",
     along: NoiseSchedule | None = None,
+    times: Times | None = None,
     **options: Any,
 ) -> Tensor:
     """Encodes images: takes the sampler's steps up the same noise levels (section 5.4 of Song et al. 2020, DDIM).
@@ -81,7 +73,7 @@ def encode(
         denoiser: the model.
         x_0: images, [B, ...] in [-1, 1].
         sampler: a sampler that draws no noise with `options`.
-        steps: see `ddpm.sample`, as for `spacing`, `along` and `options`.
+        steps: see `ddpm.sample`, as for `spacing`, `along`, `times` and `options`.
 
     Returns:
         The codes x_T, like x_0.
@@ -91,7 +83,7 @@ def encode(
     """
     check_options(sampler, spacing, **options)
     check_flow(sampler, **options)
-    rising = noise_levels(denoiser.schedule, steps, spacing, along)[-2::-1]
+    rising = noise_levels(denoiser.schedule, steps, spacing, along, times)[-2::-1]
     # The network was never trained on images without noise, so the first step uses its eps at t = 0, the least noise.
     least = Level(0.0, float(denoiser.schedule.alpha_bar[1]))
     eps = (x_0 - least.a * denoiser(x_0, least.t)) / least.s
@@ -159,6 +151,7 @@ def blend(
     steps: int = 50,
     spacing: str = "leading",
     along: NoiseSchedule | None = None,
+    times: Times | None = None,
     **options: Any,
 ) -> Tensor:
     """Returns the images between two, mixed under the same noise and denoised: section 4.4 of Ho et al. 2020.
@@ -171,7 +164,7 @@ def blend(
         depth: how far up the chain the images are noised, from 0 (mixed without noise) to 1 (the chain's first level).
         noise: noise(k) -> standard normal [C, H, W]. k = 0 noises the images; k + 1 is the sampler's draw k, for all
             weights.
-        sampler: see `ddpm.sample`, as for `steps`, `spacing`, `along` and `options`.
+        sampler: see `ddpm.sample`, as for `steps`, `spacing`, `along`, `times` and `options`.
 
     Returns:
         [len(weights), C, H, W].
@@ -182,7 +175,7 @@ def blend(
     if not 0 <= depth <= 1:
         raise ValueError(f"depth = {depth} must lie in [0, 1]")
     check_options(sampler, spacing, **options)
-    levels = noise_levels(denoiser.schedule, steps, spacing, along)
+    levels = noise_levels(denoiser.schedule, steps, spacing, along, times)
     down = levels[len(levels) - 1 - math.ceil(depth * (len(levels) - 1)) :]
     mixed = torch.stack([(1 - weight) * x_0 + weight * y_0 for weight in weights])
     x = down[0].a * mixed + down[0].s * noise(0)

@@ -1,4 +1,4 @@
-"""Spacings: which S network times a sampler visits, from noise to image.
+"""Spacings: which S network times a sampler visits, from noise to image, and the noise levels there.
 
 `leading`, `trailing` and `linspace` are Table 2 of Lin et al. 2024; `quadratic` is appendix D.2 of Song et al. 2020
 (DDIM); `karras` is eq. 5 of Karras et al. 2022 with rho = 7; `logsnr` is the uniform grid of Lu et al. 2022
@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -89,3 +91,89 @@ def network_times(schedule: NoiseSchedule, steps: int, spacing: str = "leading")
     if not bool((times.diff() < 0).all()):
         raise ValueError(f"steps = {steps} is too many for spacing '{spacing}' at T = {schedule.T}: times repeat")
     return times
+
+
+@dataclass(frozen=True)
+class Level:
+    """A noise level: network time t (-1 is the clean image) and alpha_bar there."""
+
+    t: float
+    alpha_bar: float
+
+    @property
+    def a(self) -> float:
+        """sqrt(alpha_bar), the factor of x_0."""
+        return math.sqrt(self.alpha_bar)
+
+    @property
+    def s(self) -> float:
+        """sqrt(1 - alpha_bar), the factor of eps."""
+        return math.sqrt(1 - self.alpha_bar)
+
+    @property
+    def lam(self) -> float:
+        """Half the log signal-to-noise ratio, log(a / s): lambda of Lu et al. 2022."""
+        if self.alpha_bar in (0, 1):
+            return -math.inf if self.alpha_bar == 0 else math.inf
+        return (math.log(self.alpha_bar) - math.log1p(-self.alpha_bar)) / 2
+
+
+Times = Mapping[int, Sequence[float]]  # S -> S falling network times
+
+
+def noise_levels(
+    schedule: NoiseSchedule,
+    steps: int,
+    spacing: str = "leading",
+    along: NoiseSchedule | None = None,
+    times: Times | None = None,
+) -> list[Level]:
+    """Returns the levels that a sampler visits, from noise to the clean image.
+
+    Args:
+        schedule: the schedule that the network was trained on.
+        steps: S.
+        spacing: a key of SPACINGS.
+        along: another schedule whose noise levels are visited. The network is evaluated at its own, possibly
+            fractional, times of the same signal-to-noise ratios. Levels outside its training become its first or last
+            one, and levels that coincide are visited once, so there may be fewer than `steps`.
+        times: the times to visit for each S, instead of a spacing.
+
+    Returns:
+        S levels or fewer, and the clean image.
+
+    Raises:
+        ValueError: the spacing is unknown, or cannot give so many different levels; there are no times for S steps, or
+            they do not fit the schedule.
+    """
+    if times is not None:
+        visited = _given(schedule, steps, times)
+        log_alpha_bar = schedule.log_alpha_bar_at(visited)
+    elif along is None:
+        visited = network_times(schedule, steps, spacing)
+        log_alpha_bar = schedule.log_alpha_bar_at(visited)
+        # If a schedule ends without signal, there is no signal at fractional times after T-2 either.
+        if int((log_alpha_bar == -math.inf).sum()) > 1:
+            raise ValueError(f"spacing '{spacing}' cannot make {steps} different noise levels of T = {schedule.T}")
+    else:
+        wanted = along.log_alpha_bar_at(network_times(along, steps, spacing))
+        log_alpha_bar = wanted.clamp(schedule.log_alpha_bar[-1], schedule.log_alpha_bar[1]).unique().sort().values
+        visited = schedule.time_at(log_alpha_bar).clamp(0, schedule.T - 1)
+    levels = zip(visited.tolist(), log_alpha_bar.exp().tolist(), strict=True)
+    return [Level(*level) for level in levels] + [Level(-1.0, 1.0)]
+
+
+def check_times(times: Times) -> None:
+    """Raises ValueError unless `times` has S falling times from 0 for each S."""
+    for steps, each in times.items():
+        if len(each) != steps or any(not now > to for now, to in pairwise(each)) or not each or not each[-1] >= 0:
+            raise ValueError(f"times: expected {steps} falling network times, 0 at least, for {steps} steps")
+
+
+def _given(schedule: NoiseSchedule, steps: int, times: Times) -> Tensor:
+    check_times(times)
+    if steps not in times:
+        raise ValueError(f"times: none for {steps} steps; there are some for {', '.join(map(str, times))}")
+    if times[steps][0] > schedule.T - 1:
+        raise ValueError(f"times: {times[steps][0]:g} lies after the last network time, {schedule.T - 1}")
+    return torch.tensor(times[steps], dtype=torch.float64)

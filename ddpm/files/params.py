@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from types import GenericAlias
 from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
@@ -191,6 +192,11 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _steps_fit_the_process(self) -> Params:
+        for name, steps in product(self.sweep.samplers, self.sweep.steps):
+            times = self.samplers[name].times
+            if times is not None and steps not in times:
+                there = ", ".join(map(str, times))
+                raise ValueError(f"samplers.{name}.times: none for the {steps} steps of sweep.steps; there are {there}")
         for steps in self.sweep.steps:
             if steps > self.diffusion.timesteps:
                 raise ValueError(f"sweep.steps: {steps} is more than diffusion.timesteps = {self.diffusion.timesteps}")

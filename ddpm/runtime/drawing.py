@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.noise import gaussian
-from ddpm.diffusion.samplers import check_options, noise_levels, trajectory
+from ddpm.diffusion.samplers import check_options, trajectory
 from ddpm.diffusion.schedule import SCHEDULES, NoiseSchedule
+from ddpm.diffusion.timesteps import noise_levels
 from ddpm.errors import InputError
 from ddpm.files import checkpoint
 from ddpm.files.models import ModelRecord
@@ -22,6 +23,7 @@ from ddpm.files.params import Params
 from ddpm.parameters import Point, Sampler
 from ddpm.runtime import compiling
 
+GUIDANCE = ("guidance", "guidance_interval", "guidance_rescale")  # fields of a sampler row that are the denoiser's
 ALIKE = 1.25  # class counts within this ratio of each other count as equal
 UNGUIDED = "takes a class-conditional model (diffusion.conditional: true) that predicts without labels too"
 
@@ -31,13 +33,41 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def arguments(settings: Mapping[str, Any], T: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the options of a sampler row as arguments of `ddpm.sample`, and as the denoiser's fields for guidance.
+
+    T: the length of the network's schedule.
+    """
+    guidance = {key: settings[key] for key in GUIDANCE if key in settings}
+    if interval := guidance.get("guidance_interval"):
+        guidance["guidance_interval"] = tuple(interval)
+    plain = {key: value for key, value in settings.items() if key not in (*GUIDANCE, "fitted_to")}
+    if along := plain.get("along"):
+        plain["along"] = NoiseSchedule.named(along, T)
+    if times := plain.get("times"):
+        plain["times"] = {int(steps): each for steps, each in times.items()}  # JSON has no keys but text
+    return plain, guidance
+
+
+def check_fitted(settings: Mapping[str, Any], model: ModelRecord) -> None:
+    """Raises ValueError if the times of a sampler row were fitted to the weights of another model."""
+    fitted = settings.get("fitted_to", model.weights_sha256)
+    if fitted != model.weights_sha256:
+        raise ValueError(
+            f"fitted_to: the times were fitted to weights {fitted[:12]}, these are {model.weights_sha256[:12]};"
+            " fit them again with `ddpm fit-times`"
+        )
+
+
 def check_row(name: str, row: Sampler) -> None:
     """Raises InputError for a sampler row that `ddpm.sample` would refuse."""
     try:
         options = row.options()
-        options.pop("guidance", None)
-        if (along := options.pop("along", None)) is not None and along not in SCHEDULES:
+        if (along := options.get("along")) is not None and along not in SCHEDULES:
             raise ValueError(f"no schedule '{along}' to go along; there are {', '.join(SCHEDULES)}")
+        options, _ = arguments(options, T=1)
+        for key in ("along", "times"):
+            options.pop(key, None)
         check_options(**options)
     except ValueError as error:
         raise InputError(f"samplers.{name}: {error}") from None
@@ -59,7 +89,7 @@ def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: 
     check_row(point.sampler, row)
     try:
         along = NoiseSchedule.named(row.along, schedule.T) if row.along else None
-        noise_levels(schedule, point.steps, row.spacing, along)
+        noise_levels(schedule, point.steps, row.spacing or "leading", along, row.times)
         if row.variance == "learned" and not learned:
             raise ValueError("variance learned: this network has learned no variance; take fixed_large or fixed_small")
         if row.guidance is not None and not guidable:
@@ -140,12 +170,9 @@ def draw(
     Raises:
         ValueError: the settings do not suit the network.
     """
-    options = dict(settings)
-    guidance = options.pop("guidance", None)
-    if guidance is not None and labels is None:
+    options, guidance = arguments(settings, denoiser.schedule.T)
+    if guidance and labels is None:
         raise ValueError(f"guidance {UNGUIDED}")
-    if along := options.get("along"):
-        options["along"] = NoiseSchedule.named(along, denoiser.schedule.T)
     images = np.empty((len(indices), *shape), np.uint8) if into is None else into
     evaluations = 0
     for start in range(0, len(indices), batch):
@@ -153,7 +180,7 @@ def draw(
         x_T = gaussian(seed, rows, 0, shape, device).to(memory_format=torch.channels_last)
         if labels is not None:
             classes = torch.from_numpy(labels[start : start + batch]).to(device)
-            denoiser = replace(denoiser, labels=classes, guidance=1.0 if guidance is None else guidance)
+            denoiser = replace(denoiser, labels=classes, **guidance)
 
         def noise(k: int, rows: range = rows) -> Tensor:
             return gaussian(seed, rows, k + 1, shape, device)

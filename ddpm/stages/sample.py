@@ -51,6 +51,10 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
     drawing.check_point(
         params, point, denoiser.schedule, model.network.learned_variance, guidable=model.network.guidable
     )
+    try:
+        drawing.check_fitted(params.samplers[point.sampler].options(), model)
+    except ValueError as error:
+        raise InputError(f"samplers.{point.sampler}.{error}") from None
     row, path, total = params.samplers[point.sampler], root / paths.samples_file(point), settings.images
     channels, height, width = model.data.shape
     labels = drawing.class_labels(model, total)

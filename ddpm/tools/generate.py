@@ -16,14 +16,22 @@ from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.noise import gaussian
 from ddpm.diffusion.paths import blend, encode, interpolate, pixel_error, snapshots
 from ddpm.diffusion.samplers import evaluations, sample
-from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.files import arrays, paths, records
 from ddpm.files.dataset import read_dataset
 from ddpm.files.models import ModelRecord
 from ddpm.files.params import Params
 from ddpm.runtime.device import find_device, memory_errors
-from ddpm.runtime.drawing import UNGUIDED, check_row, class_labels, draw, prepared_denoiser, to_uint8
+from ddpm.runtime.drawing import (
+    UNGUIDED,
+    arguments,
+    check_fitted,
+    check_row,
+    class_labels,
+    draw,
+    prepared_denoiser,
+    to_uint8,
+)
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.training.fit import scaled
 
@@ -51,16 +59,14 @@ class Model:
     @property
     def call(self) -> dict[str, Any]:
         """The settings as `ddpm.sample` takes them."""
-        along = self.settings.get("along")
-        plain = {key: value for key, value in self.settings.items() if key != "guidance"}
-        return plain | ({"along": NoiseSchedule.named(along, self.denoiser.schedule.T)} if along else {})
+        return arguments(self.settings, self.denoiser.schedule.T)[0]
 
     def labelled(self, count: int) -> dict[str, Any]:
         """Labels and guidance for `count` images of a conditional model; {} for any other. Raises ValueError."""
-        labels, guidance = class_labels(self.record, count, self.label), self.settings.get("guidance")
+        labels, guidance = class_labels(self.record, count, self.label), arguments(self.settings, 1)[1]
         if labels is not None:
-            return {"labels": torch.from_numpy(labels), "guidance": 1.0 if guidance is None else guidance}
-        if guidance is not None:
+            return {"labels": torch.from_numpy(labels), **guidance}
+        if guidance:
             raise ValueError(f"guidance {UNGUIDED}")
         return {}
 
@@ -157,6 +163,10 @@ def _open(params: Params, model: str, sampler: str, steps: int, label: str | Non
         if guidance is not None:
             settings["guidance"] = guidance
         denoiser, record = prepared_denoiser(folder, device, clip, precision="float32", compiled=False)
+        try:
+            check_fitted(settings, record)
+        except ValueError as error:
+            raise InputError(f"generate: {error}") from None
     if settings.get("guidance") is not None and not record.network.guidable:
         raise InputError(f"generate: guidance {UNGUIDED}")
     return Model(denoiser, settings, record, device, label)

@@ -202,3 +202,66 @@ def test_refused(options: dict, message: str) -> None:
         UNet(1, 8, 8, (1,), 1, ())(torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(IndexError):
         conditional(3)(torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.tensor([4]))
+
+
+def sigma_at(t: float) -> float:
+    return float(torch.expm1(-SCHEDULE.log_alpha_bar_at(t)).sqrt())
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_guidance_acts_inside_its_interval_and_the_plain_network_outside(target: str) -> None:
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    interval = (sigma_at(300), sigma_at(600))  # from above sigma(300) to sigma(600)
+    limited = replace(exact(target, 1, 3.0, 9), guidance_interval=interval)
+    for t, w, evaluations in ((100.0, 1.0, 1), (300.0, 1.0, 1), (301.0, 3.0, 2), (600.0, 3.0, 2), (601.5, 1.0, 1)):
+        assert torch.equal(limited(x, t), exact(target, 1, w, 9)(x, t)), t
+        assert limited.evaluations(t) == evaluations, t
+    times = torch.linspace(100, 900, 9)  # each image at its own level
+    apart = torch.cat([limited(x, t.item())[i : i + 1] for i, t in enumerate(times)])
+    assert torch.allclose(limited(x, times), apart, atol=1e-12) and limited.evaluations(times) == 2
+
+
+def test_steps_outside_the_interval_take_one_evaluation() -> None:
+    seen = 0
+
+    def counted(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        seen += len(x)
+        return exact_net("v")(x, t, labels)
+
+    labels = torch.zeros(3, dtype=torch.int64)
+    limited = Denoiser(
+        counted, SCHEDULE, "v", labels=labels, guidance=2.0, guidance_interval=(sigma_at(250), sigma_at(650))
+    )
+    for sampler in ("ddim", "unipc", "heun"):
+        seen = 0
+        (*_, last) = trajectory(limited, torch.zeros(3, 1, dtype=torch.float64), sampler, 10, "leading")
+        # Times 900, 800 ... 0; Heun evaluates those between the ends twice. 600, 500, 400 and 300 are inside.
+        assert last.evaluations == seen / 3 == ((18 + 1) + 2 * 4 if sampler == "heun" else 10 + 4)
+
+
+def test_the_rescaled_prediction_has_the_labelled_ones_deviation() -> None:
+    """By eq. 15 and 16 of Lin et al. 2024, on the network's prediction."""
+    net = conditional()
+    x, labels, t = gaussian(0, range(4), 0, (1, 8, 8)), torch.tensor([0, 2, 1, 2]), torch.full((4,), 300.0)
+    labelled, free = net(x, t, labels), net(x, t)
+    guided = free + 3 * (labelled - free)
+
+    def deviation(images: torch.Tensor) -> torch.Tensor:
+        return ((images - images.mean((1, 2, 3), keepdim=True)) ** 2).mean((1, 2, 3), keepdim=True).sqrt()
+
+    for share in (0.0, 0.3, 1.0):
+        denoiser = Denoiser(net, SCHEDULE, "x0", labels=labels, guidance=3.0, guidance_rescale=share)
+        expected = share * guided * deviation(labelled) / deviation(guided) + (1 - share) * guided
+        assert torch.allclose(denoiser(x, 300.0), expected, atol=1e-5)
+    assert torch.allclose(deviation(denoiser(x, 300.0)), deviation(labelled), rtol=1e-4)
+    assert float((deviation(guided) / deviation(labelled) - 1).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"guidance_interval": (2.0, 1.0)}, {"guidance_interval": (-1.0, 1.0)}, {"guidance_rescale": 1.5}],
+)
+def test_an_interval_or_share_out_of_range_is_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match="guidance_"):
+        Denoiser(exact_net("v"), SCHEDULE, "v", labels=torch.zeros(1, dtype=torch.int64), guidance=2.0, **wrong)

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,7 @@ from scipy.stats import kstest, norm
 
 from ddpm import SAMPLERS, SCHEDULES, SPACINGS, Denoiser, NoiseSchedule, sample
 from ddpm.diffusion.noise import gaussian
-from ddpm.diffusion.samplers import Level, noise_levels
-from ddpm.diffusion.timesteps import network_times
+from ddpm.diffusion.timesteps import Level, network_times, noise_levels
 
 MEAN, VARIANCE = 0.4, 0.25
 MEANS = torch.tensor([-0.8, 0.5], dtype=torch.float64)
@@ -61,6 +61,8 @@ def truth() -> torch.Tensor:
         ("unipc", {"order": 1}, 2),
         ("unipc", {"order": 2}, 3),
         ("unipc", {"order": 3, "gentle": True}, 4),
+        ("ipndm", {}, 2),
+        ("deis", {"gentle": True}, 3),
     ],
 )
 def test_order_of_convergence(sampler: str, options: dict, order: int, truth: torch.Tensor) -> None:
@@ -68,6 +70,68 @@ def test_order_of_convergence(sampler: str, options: dict, order: int, truth: to
     errors = [float((solve(sampler, count, **options) - truth).abs().max()) for count in counts]
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert slope == pytest.approx(order, abs=0.35), errors
+
+
+@pytest.mark.parametrize("gentle", [False, True])
+def test_the_published_weight_of_the_curvature_is_of_second_order(gentle: bool, truth: torch.Tensor) -> None:
+    """Lu et al.'s code gives the curvature half the weight of the exact integral, which `dpmpp_3m` has."""
+
+    def published(steps: int) -> torch.Tensor:
+        h = 3.0 / steps
+        grid = [-2.0, *((-2 + h**3, -2 + 2 * h**3) if gentle else ()), *(-2 + h * (i + 1) for i in range(steps))]
+        x, past = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None], []
+        for now, to in pairwise(grid):
+            d, h = mixture(x, now), to - now
+            phi_1 = math.expm1(-h)
+            phi_2 = phi_1 / h + 1
+            phi_3 = phi_2 / h - 0.5  # the exact integral has twice this
+            value = -phi_1 * d
+            if len(past) > 1:
+                (t0, d0), (t1, d1) = past[:2]
+                r0, r1 = (now - t0) / h, (t0 - t1) / h
+                first, second = (d - d0) / r0, (d0 - d1) / r1
+                slope = first + r0 / (r0 + r1) * (first - second)
+                value = value + phi_2 * slope - phi_3 * (first - second) / (r0 + r1)
+            elif past:
+                value = value - phi_1 / 2 * h / (now - past[0][0]) * (d - past[0][1])
+            x = level(to).s / level(now).s * x + level(to).a * value
+            past = [(now, d), *past]
+        return x
+
+    counts = np.array([192, 384, 768])
+    errors = [float((published(count) - truth).abs().max()) for count in counts]
+    assert -np.polyfit(np.log(counts), np.log(errors), 1)[0] == pytest.approx(2, abs=0.2), errors
+
+
+def test_ipndm_integrates_a_cubic_exactly_over_equal_steps_of_sigma() -> None:
+    """That is what fourth order means; the first three steps have a lower order."""
+    sigmas = np.linspace(2.0, 1.0, 11)
+    cubic = np.polynomial.Polynomial([0.3, -1.0, 0.7, 0.4])
+    levels = [level(-math.log(sigma)) for sigma in sigmas]
+    at = {each.t: sigma for each, sigma in zip(levels, sigmas, strict=True)}
+
+    def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+        return x / level(t).a - at[t] * float(cubic(at[t]))
+
+    steps = SAMPLERS["ipndm"].step(denoise, torch.ones(1, 1, dtype=torch.float64), levels, lambda k: None)
+    xi = [float(x) / to.a for (x, _), to in zip(steps, levels[1:], strict=True)]
+    moved = [cubic.integ()(to) - cubic.integ()(now) for now, to in pairwise(sigmas)]
+    assert np.diff(xi)[2:] == pytest.approx(moved[3:], rel=1e-9)
+    assert np.diff(xi)[:2] != pytest.approx(moved[1:3], rel=1e-6)
+
+
+REACH = 0.7
+
+
+def behind(h: float, t: float, old: list[tuple[float, np.ndarray]]) -> list[tuple[float, np.ndarray]]:
+    """The rule at every step: of the past estimates (lambda, value), newest last, those that enter it, newest first."""
+    kept = old[::-1]
+    if not kept or (h > REACH and h > 2 * (t - kept[0][0])):
+        return []
+    count = 1
+    while h <= REACH and count < len(kept) and kept[count - 1][0] - kept[count][0] <= REACH:
+        count += 1
+    return kept[:count]
 
 
 def affine(sampler: str, levels: list[Level]) -> np.ndarray:
@@ -91,8 +155,8 @@ def affine(sampler: str, levels: list[Level]) -> np.ndarray:
             return d
         t, t_to = -math.log(sigma), -math.log(sigma_to)
         h = t_to - t
-        if k == count - 2 and old and h > 2 * (t - old[-1][0]):
-            old = []
+        used = behind(h, t, old)
+        d2 = d if not used else d + min(h, REACH) / 2 * (d - used[0][1]) / (t - used[0][0])
         if sampler in ("euler", "heun"):
             slope = (xi - d) / sigma
             ahead = xi + (sigma_to - sigma) * slope
@@ -104,26 +168,17 @@ def affine(sampler: str, levels: list[Level]) -> np.ndarray:
                     ahead = ahead + d_to - d
             x = to.a * ahead
         elif sampler == "dpmpp_2m":
-            d2 = d if not old else (1 + h / (2 * (t - old[-1][0]))) * d - h / (2 * (t - old[-1][0])) * old[-1][1]
             x = to.a * (sigma_to / sigma * xi - math.expm1(-h) * d2)
         elif sampler == "dpmpp_2m_sde":
-            d2 = d if not old else d + h / (2 * (t - old[-1][0])) * (d - old[-1][1])
             z = np.eye(2 + count)[2 + k]
             xi = sigma_to / sigma * math.exp(-h) * xi - math.expm1(-2 * h) * d2
             x = to.a * (xi + sigma_to * math.sqrt(-math.expm1(-2 * h)) * z)
         elif sampler == "dpmpp_3m":
-            d2 = d
-            if len(old) >= 2:
+            if len(used) >= 2:
                 # The quadratic through the last three x0_hats, integrated against the exponential.
-                nodes = np.array([0.0, (old[-1][0] - t) / h, (old[-2][0] - t) / h])
-                fit = np.linalg.solve(np.vander(nodes, 3, increasing=True), np.stack([d, old[-1][1], old[-2][1]]))
-                u = np.polynomial.legendre.leggauss(40)
-                points, weights = (u[0] + 1) / 2, u[1] / 2
-                moments = [float((weights * h * np.exp((points - 1) * h) * points**p).sum()) for p in range(3)]
-                x = to.a * (sigma_to / sigma * xi + sum(m * c for m, c in zip(moments, fit, strict=True)))
+                nodes = [(0.0, d), *((there - t, value) for there, value in used[:2])]
+                x = to.a * (sigma_to / sigma * xi + integral(h, nodes))
             else:
-                if old:
-                    d2 = (1 + h / (2 * (t - old[-1][0]))) * d - h / (2 * (t - old[-1][0])) * old[-1][1]
                 x = to.a * (sigma_to / sigma * xi - math.expm1(-h) * d2)
         old.append((t, d))
     raise AssertionError("the last level is the clean image")
@@ -157,7 +212,7 @@ def affine_unipc(order: int, levels: list[Level]) -> np.ndarray:
         h = to.lam - now.lam
         if len(nodes) == 1:
             ((u, value),) = nodes
-            moved = -math.expm1(-h) * (d + (value - d) / (2 * u / h))
+            moved = -math.expm1(-h) * (d + (value - d) * (0.5 if u > 0 else min(h, REACH) / (2 * u)))
         else:
             moved = integral(h, [(0.0, d), *nodes])
         return to.s / now.s * x + to.a * moved
@@ -166,16 +221,15 @@ def affine_unipc(order: int, levels: list[Level]) -> np.ndarray:
     for k, (now, to) in enumerate(pairwise(levels)):
         d = denoised(x, now)
         if k:
-            (start, before), older = seen[-1], seen[-order:-1]
-            x = step(
-                kept, start, now, before, [*((at.lam - start.lam, y) for at, y in older), (now.lam - start.lam, d)]
-            )
+            (start, before), older = seen[-1], [(at.lam, y) for at, y in seen[-order:-1]]
+            h = now.lam - start.lam
+            older = [] if h > REACH else behind(h, start.lam, older)
+            x = step(kept, start, now, before, [*((lam - start.lam, y) for lam, y in older), (h, d)])
         if to.alpha_bar == 1:
             return d
-        kept, reach = x, seen[::-1][: order - 1]
-        if k == len(levels) - 3 and seen and to.lam - now.lam > 2 * (now.lam - seen[-1][0].lam):
-            reach = []
-        x = step(x, now, to, d, [(at.lam - now.lam, y) for at, y in reach])
+        kept, h = x, to.lam - now.lam
+        used = behind(h, now.lam, [(at.lam, y) for at, y in seen[::-1][: order - 1][::-1]])
+        x = step(x, now, to, d, [(lam - now.lam, y) for lam, y in used])
         seen.append((now, d))
     raise AssertionError("the last level is the clean image")
 
@@ -247,21 +301,57 @@ def test_no_step_is_too_long_for_a_higher_order(name: str, silent: bool) -> None
 
 
 def test_unipc_agrees_with_its_authors_in_diffusers() -> None:
-    """Between two levels, without the lower order that diffusers gives its last steps."""
+    """With steps within the solvers' reach, and without the lower order that diffusers gives its last steps."""
     diffusers = pytest.importorskip("diffusers")
     for order in (1, 2, 3):
         scheduler = diffusers.UniPCMultistepScheduler(
             1000, 1e-4, 2e-2, solver_order=order, solver_type="bh2", prediction_type="sample",
-            lower_order_final=False, final_sigmas_type="sigma_min", timestep_spacing="linspace",
+            lower_order_final=False, final_sigmas_type="sigma_min", use_exponential_sigmas=True,
         )  # fmt: skip
-        scheduler.set_timesteps(9)
-        lams = [-math.log(sigma) for sigma in scheduler.sigmas.double().tolist()]
-        x = theirs = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-        for lam, t in zip(lams, scheduler.timesteps, strict=False):
-            theirs = scheduler.step(mixture(theirs, lam), t, theirs).prev_sample
-        for y, _ in SAMPLERS["unipc"].step(mixture, x, [level(lam) for lam in lams], torch.randn, order=order):
-            ours = y
-        assert torch.allclose(ours, theirs, atol=1e-5), order
+        agrees("unipc", scheduler, {"order": order})
+
+
+def agrees(sampler: str, scheduler: Any, options: dict[str, int]) -> None:
+    """On 20 levels that are even in lambda, 0.5 apart."""
+    scheduler.set_timesteps(20)
+    lams = [-math.log(sigma) for sigma in scheduler.sigmas.double().tolist()]
+    lams = lams[: 1 + next((k for k, (now, to) in enumerate(pairwise(lams)) if to <= now), len(lams))]
+    x = theirs = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    for lam, t in zip(lams[:-1], scheduler.timesteps, strict=False):
+        theirs = scheduler.step(mixture(theirs, lam), t, theirs).prev_sample
+    for y, _ in SAMPLERS[sampler].step(mixture, x, [level(lam) for lam in lams], torch.randn, **options):
+        ours = y
+    assert len(lams) > 15 and max(to - now for now, to in pairwise(lams)) < REACH
+    assert torch.allclose(ours, theirs, atol=1e-5), options
+
+
+def test_deis_agrees_with_its_authors_in_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DEISMultistepScheduler(
+        1000, 1e-4, 2e-2, solver_order=3, prediction_type="sample", lower_order_final=False, use_exponential_sigmas=True
+    )
+    agrees("deis", scheduler, {})
+
+
+def test_ipndm_agrees_with_diffusers_where_that_starts_with_a_signal() -> None:
+    """diffusers' first level has none, so the comparison starts at the ninth of 80."""
+    scheduler = pytest.importorskip("diffusers").IPNDMScheduler()
+    scheduler.set_timesteps(80)
+    first, last = 8, 74
+    levels = [
+        Level(math.log(float(a / s)), float(a) ** 2)
+        for a, s in list(zip(scheduler.alphas.double(), scheduler.betas.double(), strict=True))[first : last + 1]
+    ]
+    scheduler.set_begin_index(first)
+    x = theirs = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    for now, t in zip(levels[:-1], scheduler.timesteps[first:], strict=False):
+        x0_hat = mixture(theirs, now.t)
+        eps = (theirs - now.a * x0_hat) / now.s
+        theirs = scheduler.step(now.a * eps - now.s * x0_hat, t, theirs).prev_sample  # its network predicts v
+    for y, _ in SAMPLERS["ipndm"].step(mixture, x, levels, torch.randn):
+        ours = y
+    assert max(to.lam - now.lam for now, to in pairwise(levels)) < REACH
+    assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 def distribution(x: np.ndarray, lam: float) -> np.ndarray:

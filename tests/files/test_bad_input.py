@@ -346,6 +346,32 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
         "samplers.ddpm.variance: learned needs diffusion.variance = learned",
     ),
     "guidance without classes": ({"samplers.ddim.guidance": 2.0}, "samplers.ddim: guidance takes a class-conditional"),
+    "an interval without guidance": ({"samplers.ddim.guidance_interval": [0.3, 3.0]}, "guidance: guidance_interval"),
+    "an interval that ends before it starts": (
+        {"diffusion.conditional": True, "samplers.ddim.guidance": 2.0, "samplers.ddim.guidance_interval": [3.0, 0.3]},
+        "samplers.ddim.guidance_interval: expected two noise levels",
+    ),
+    "an interval of one number": ({"samplers.ddim.guidance_interval": 3.0}, "samplers.ddim.guidance_interval"),
+    "times for other steps": (
+        {"samplers.ddim": {"sampler": "ddim", "times": {3: [900, 400, 0]}}},
+        "samplers.ddim.times: none for the ",
+    ),
+    "times that do not fall": (
+        {"samplers.ddim": {"sampler": "ddim", "times": {2: [4, 9]}}},
+        "samplers.ddim.times: expected S falling network times",
+    ),
+    "times that are none": (
+        {"samplers.ddim": {"sampler": "ddim", "times": [4]}},
+        "samplers.ddim.times: expected S falling",
+    ),
+    "times and a spacing": (
+        {"samplers.ddim": {"sampler": "ddim", "spacing": "leading", "times": {2: [9, 4]}}},
+        "samplers.ddim.times: a row with times has neither spacing nor along",
+    ),
+    "a fitted row without times": (
+        {"samplers.ddim": {"sampler": "ddim", "fitted_to": "a" * 64}},
+        "samplers.ddim.fitted_to: only a row with times",
+    ),
     "eps at a terminal SNR of zero": ({"schedules.cosine.zero_terminal_snr": True}, "set diffusion.target to v"),
     "more steps than times": ({"sweep.steps": [101]}, "sweep.steps: 101 is more than diffusion.timesteps = 100"),
     "more times than T": ({"likelihood.times": 101}, "likelihood.times: 101 is more than"),

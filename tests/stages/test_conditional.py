@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 
 from ddpm import Denoiser, sample, tracking
 from ddpm.diffusion.noise import gaussian
+from ddpm.diffusion.timesteps import network_times
 from ddpm.errors import InputError
 from ddpm.files import arrays, checkpoint, models, paths, records, samples
 from ddpm.files.dataset import read_dataset, read_dataset_record
@@ -39,8 +41,9 @@ ROWS = {
     "plain": {"sampler": "ddim"},
     "guided": {"sampler": "ddim", "guidance": 3},
     "free": {"sampler": "ddim", "guidance": 0.0},
+    "inside": {"sampler": "ddim", "guidance": 3.0, "guidance_interval": [0.3, 3.0], "guidance_rescale": 0.5},
 }
-PLAIN, GUIDED, FREE = (Point(schedule="cosine", sampler=name, steps=4) for name in ROWS)
+PLAIN, GUIDED, FREE, INSIDE = (Point(schedule="cosine", sampler=name, steps=4) for name in ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,11 @@ def test_guidance_of_the_row_is_that_of_the_denoiser(trained: Path, params: Call
         aimed = Denoiser(denoiser.net, denoiser.schedule, denoiser.target, True, torch.arange(6), guidance)
         expected = to_uint8(sample(aimed, x_T, "ddim", 4)).numpy().astype(int)
         assert np.abs(expected - made["images"]).max() <= 1 and made["evaluations"] == evaluations
+    limited = replace(aimed, guidance=3.0, guidance_interval=(0.3, 3.0), guidance_rescale=0.5)
+    made = draw(trained, few, INSIDE)
+    assert np.abs(to_uint8(sample(limited, x_T, "ddim", 4)).numpy().astype(int) - made["images"]).max() <= 1
+    inside = sum(limited.evaluations(t) == 2 for t in network_times(denoiser.schedule, 4))
+    assert 0 < inside < 4 and made["evaluations"] == 4 + inside
 
 
 def test_an_unconditional_set_is_as_it_was(unconditional: Path, smoke: Smoke) -> None:

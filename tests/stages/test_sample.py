@@ -13,7 +13,7 @@ from PIL import Image
 from ddpm import Denoiser, NoiseSchedule, sample
 from ddpm.diffusion.noise import gaussian
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, paths, samples
+from ddpm.files import checkpoint, models, paths, samples
 from ddpm.files.params import Params
 from ddpm.parameters import Point
 from ddpm.runtime import drawing
@@ -147,3 +147,24 @@ def test_a_damaged_sample_file_is_one_line(content: bytes, tmp_path: Path) -> No
     with pytest.raises(InputError, match="not a sample set") as caught:
         samples.read_samples(path)
     assert "\n" not in str(caught.value)
+
+
+def test_times_of_a_row_are_visited_and_belong_to_the_model_that_they_were_fitted_to(
+    trained: Path, smoke: Callable[..., Params]
+) -> None:
+    record = models.read_trained(trained, "cosine")
+    times = {3: [9.0, 4.5, 0.0], 2: [8, 1]}
+    rows = {"fitted": {"sampler": "unipc", "times": times, "fitted_to": record.weights_sha256}}
+    params = smoke(sampling={"images": 6, "batch": 6}, samplers=rows)
+    point = Point.parse("cosine-fitted-3")
+    images = draw(trained, params, point)
+    denoiser, _ = checkpoint.load(trained / "models/cosine", clip=True)
+    x_0 = sample(denoiser, gaussian(0, range(6), 0, (1, 8, 8)), sampler="unipc", steps=3, times=times)
+    assert np.abs(to_uint8(x_0).numpy().astype(int) - images.astype(int)).max() <= 1
+    settings = samples.read_samples_record(trained / paths.samples_file(point)).settings
+    assert settings["row"] == {**rows["fitted"], "times": {"3": [9.0, 4.5, 0.0], "2": [8.0, 1.0]}}
+    with pytest.raises(InputError, match="cosine-fitted-4: times: none for 4 steps; there are some for 3, 2"):
+        sample_point(params, Point.parse("cosine-fitted-4"), trained)
+    other = smoke(samplers={"fitted": {**rows["fitted"], "fitted_to": "a" * 64}})
+    with pytest.raises(InputError, match=r"samplers\.fitted\.fitted_to: the times were fitted to weights aaaaaaaaaaaa"):
+        sample_point(other, point, trained)

@@ -1,0 +1,142 @@
+"""Fits the S network times that a sampler visits to the model: "GITS" (Chen et al. 2024) and "Align your steps" do the same.
+
+The model's own trajectory of REFERENCE evaluations is the target. Its curvature gives the first guess, as in GITS: with
+the error of each DDIM step between two of its levels as a cost, dynamic programming finds the cheapest S levels. Then
+each time is moved, and the move kept where the sampler itself ends closer to the trajectory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm.diffusion.denoiser import Denoiser
+from ddpm.diffusion.samplers import SAMPLERS, Counted, sample
+from ddpm.diffusion.solvers import flow
+from ddpm.diffusion.timesteps import SPACINGS, Level, noise_levels
+
+REFERENCE = 1000  # evaluations of the trajectory that is the target
+GRID = 100  # levels of the trajectory that a time may be
+STARTS = 2  # first guesses that are improved: the best of the curvature's and the spacings'
+
+
+@dataclass(frozen=True)
+class Path:
+    """The trajectory of a model from x_T. The grid's levels, costs [GRID, GRID] of DDIM's steps between them, its end."""
+
+    x_T: Tensor
+    levels: list[Level]
+    costs: np.ndarray
+    end: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, denoiser: Denoiser, x_T: Tensor, done: Callable[[int], None] = lambda evaluations: None) -> Path:
+        """Follows the trajectory with dpmpp_2m. done: called with the number of evaluations so far."""
+        levels = noise_levels(denoiser.schedule, REFERENCE, "logsnr")
+        kept: list[tuple[Level, Tensor, Tensor]] = []
+        x, every = x_T, REFERENCE // GRID
+        steps = SAMPLERS["dpmpp_2m"].step(Counted(denoiser), x_T, levels, lambda k: x_T)
+        for k, (after, x0_hat) in enumerate(steps):
+            if k % every == 0:
+                kept.append((levels[k], x, x0_hat))
+            x = after
+            done(k + 1)
+        costs = np.full((len(kept), len(kept)), np.inf)
+        for i, (now, start, x0_hat) in enumerate(kept):
+            for j, (to, there, _) in enumerate(kept[i + 1 :], i + 1):
+                apart = rms(flow(start, x0_hat, now, to), there)
+                costs[i, j] = apart / to.a if to.a else np.inf
+        return cls(x_T, [level for level, _, _ in kept], costs, x)
+
+
+def rms(x: Tensor, y: Tensor) -> float:
+    """Returns the root of the mean squared difference."""
+    return float((x - y).square().mean().sqrt())
+
+
+def cheapest(costs: np.ndarray, steps: int) -> list[int]:
+    """Returns the cheapest path of `steps` indices, from the first to the last, through costs[from, to]."""
+    if steps == 1:
+        return [0]
+    rest, following = costs[:, -1].copy(), []
+    for _ in range(steps - 2):
+        total = costs + rest
+        following.append(total.argmin(axis=1))
+        rest = total.min(axis=1)
+    path = [0]
+    for best in reversed(following):
+        path.append(int(best[path[-1]]))
+    return [*path, len(costs) - 1]
+
+
+def fit_times(
+    denoiser: Denoiser,
+    path: Path,
+    steps: int,
+    sampler: str = "unipc",
+    done: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> tuple[list[float], float]:
+    """Fits the times of `steps` steps to a trajectory of the model.
+
+    Args:
+        denoiser: the model.
+        path: its trajectory.
+        steps: S, at most GRID.
+        sampler: a sampler that draws no noise with `options`.
+        done: called after each S evaluations.
+        options: the sampler's own.
+
+    Returns:
+        S falling network times, and the RMS distance from the ends of the sampler's paths to those of the trajectory.
+
+    Raises:
+        ValueError: an option is wrong, or there are more steps than levels to choose from.
+    """
+    if not 1 <= steps <= len(path.levels):
+        raise ValueError(f"steps = {steps} must lie in 1 ... {len(path.levels)}")
+    known: dict[tuple[int, ...], float] = {}
+
+    def error(chosen: list[int]) -> float:
+        if (key := tuple(chosen)) not in known:
+            times = {steps: [path.levels[i].t for i in chosen]}
+            known[key] = rms(sample(denoiser, path.x_T, sampler, steps, times=times, **options), path.end)
+            done()
+        return known[key]
+
+    starts = sorted(_guesses(denoiser, path, steps), key=error)[:STARTS]
+    best = min((_improved(start, len(path.levels), error) for start in starts), key=error)
+    return [path.levels[i].t for i in best], error(best)
+
+
+def _guesses(denoiser: Denoiser, path: Path, steps: int) -> list[list[int]]:
+    """Returns indices of the grid: those of the curvature, and the nearest ones to each spacing's levels."""
+    found, lams = [cheapest(path.costs, steps)], np.array([level.lam for level in path.levels])
+    for spacing in SPACINGS:
+        wanted = noise_levels(denoiser.schedule, steps, spacing)[:-1]
+        nearest = [0 if level.alpha_bar == 0 else int(np.abs(lams - level.lam).argmin()) for level in wanted]
+        if all(i < j for i, j in pairwise(nearest)):
+            found.append(nearest)
+    return found
+
+
+def _improved(chosen: list[int], count: int, error: Callable[[list[int]], float]) -> list[int]:
+    """Moves one index at a time while that lowers the error, by 16 at first and by 1 in the end."""
+    step = 16
+    while step:
+        moved = False
+        for k in range(len(chosen)):
+            for other in (chosen[k] - step, chosen[k] + step):
+                tried = [*chosen[:k], other, *chosen[k + 1 :]]
+                in_order = all(i < j for i, j in pairwise([-1, *tried, count]))
+                if in_order and error(tried) < error(chosen):
+                    chosen, moved = tried, True
+        step = step if moved else step // 2
+    return chosen

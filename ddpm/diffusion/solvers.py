@@ -1,0 +1,244 @@
+"""Deterministic solvers of the probability flow, and SDE-DPM-Solver++.
+
+With xi = x / a and sigma = s / a, the flow is dxi / dsigma = eps, where eps = (x - a x0_hat) / s: eq. 1 of Karras et al. 2022.
+Every step here is DDIM's with another x0_hat: `flow`. The multistep solvers extrapolate x0_hat, or eps, from past steps
+in lambda = log(1 / sigma), half the log signal-to-noise ratio.
+
+One rule limits the extrapolation at every step (`usable`). As a function of lambda, x0_hat changes from the mean of the
+data to a single image within about one nat. So an estimate says nothing about what lies further ahead, and a solver
+that extrapolates over a step of several nats overshoots. Steps shorter than REACH have the solver's full order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+from torch import Tensor
+
+from ddpm.diffusion.timesteps import Level
+
+Denoise = Callable[[Tensor, float], Tensor]
+Noise = Callable[[int], Tensor]
+Steps = Iterator[tuple[Tensor, Tensor]]  # (x, x0_hat) after each step
+Past = list[tuple[Level, Tensor]]  # levels visited and the estimates there, newest first
+
+REACH = 0.7  # nats of lambda: with 1, third order is further from the flow than DDIM (tests/diffusion/test_flow.py)
+
+
+def flow(x: Tensor, x0_hat: Tensor, now: Level, to: Level) -> Tensor:
+    """Follows the probability flow with x0_hat held constant: DDIM's step, exact if the data is a single image."""
+    ratio = to.s / now.s
+    return ratio * x + (to.a - ratio * now.a) * x0_hat
+
+
+def euler(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
+    """Euler's method on the probability-flow ODE: eq. 1 of Karras et al. 2022, sigma = s / a. DDIM at eta = 0."""
+    for now, to in pairwise(levels):
+        x0_hat = denoise(x, now.t)
+        x = flow(x, x0_hat, now, to)
+        yield x, x0_hat
+
+
+def heun(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
+    """Algorithm 1 of Karras et al. 2022: second order, with 2S - 1 network evaluations, or 2S - 2 from pure noise.
+
+    With sigma = s / a, the mean of the slopes at both ends of a step gives
+
+        x / a = x0_hat + sigma_to slope + w (x0_hat' - x0_hat),    w = (sigma / sigma_to - 1) / 2,
+
+    where x0_hat' is the estimate at the end. From almost pure noise (cosine, trailing: sigma = 2e4 to 12 at S = 20), w
+    would multiply the error of x0_hat' by a thousand. So w is at most 1; steps with sigma <= 3 sigma_to are the paper's.
+    """
+    for now, to in pairwise(levels):
+        x0_hat = denoise(x, now.t)
+        ahead = flow(x, x0_hat, now, to)
+        x = ahead
+        if corrected(now, to):
+            weight = min((now.s * to.a / (now.a * to.s) - 1) / 2, 1.0)
+            x = ahead + to.a * weight * (denoise(ahead, to.t) - x0_hat)
+        yield x, x0_hat
+
+
+def corrected(now: Level, to: Level) -> bool:
+    """Returns whether Heun's step has a second evaluation: not from pure noise, and not onto the clean image."""
+    return 0 < to.alpha_bar < 1 and now.alpha_bar > 0
+
+
+def usable(past: Past, now: Level, to: Level) -> Past:
+    """Returns the past estimates from which a step may extrapolate, newest first.
+
+    - A step of at most REACH uses the newest one, and those before it that lie at most REACH apart.
+    - A longer step uses the newest one alone; none if the step is more than twice as long as the step before it.
+    - Steps onto the clean image and out of pure noise are infinitely long and use none.
+    """
+    h = abs(to.lam - now.lam)
+    known = [entry for entry in past if math.isfinite(entry[0].lam)]
+    if not known or math.isinf(h):
+        return []
+    if h > REACH:
+        return known[:1] if h <= 2 * abs(now.lam - known[0][0].lam) else []
+    gaps = [abs(later.lam - earlier.lam) for (later, _), (earlier, _) in pairwise(known)]
+    count = 1 + next((i for i, gap in enumerate(gaps) if gap > REACH), len(gaps))
+    return known[:count]
+
+
+def reached(h: float) -> float:
+    """Returns how far, in nats, a step of h nats may follow a linear trend: h or REACH, with h's sign."""
+    return math.copysign(min(abs(h), REACH), h)
+
+
+POINTS, WEIGHTS = ((x + bound) / 2 for x, bound in zip(np.polynomial.legendre.leggauss(8), (1, 0), strict=True))
+
+
+def average(others: Sequence[float], h: float, growth: float) -> list[float]:
+    """Averages a polynomial over a step from 0 to h, weighted by e^(growth u).
+
+    The polynomial goes through values at 0 and at `others`. Returns the weight of each other value's difference from
+    the value at 0: the average is value + sum of weight x difference. Gauss's 8 points are exact for |h| <= REACH.
+    """
+    u = POINTS * h
+    density = WEIGHTS * np.exp(growth * u)
+    basis = [
+        u / node * np.prod([(u - other) / (node - other) for other in others if other != node], axis=0)
+        for node in others
+    ]
+    return [float((density * each).sum() / density.sum()) for each in basis]
+
+
+def shifted(value: Tensor, past: Past, weights: Sequence[float]) -> Tensor:
+    """Returns value + the sum of weight x (past value - value)."""
+    total = value
+    for (_, then), weight in zip(past, weights, strict=True):
+        total = total + weight * (then - value)
+    return total
+
+
+def _x0_weights(used: Past, now: Level, to: Level) -> list[float]:
+    """Weights of the polynomial through x0_hat, which the flow averages with e^u. DPM-Solver++ 2M's if there is one."""
+    h, behind = to.lam - now.lam, [level.lam - now.lam for level, _ in used]
+    if len(behind) == 1:
+        return [reached(h) / (2 * behind[0])]
+    return average(behind, h, growth=1)
+
+
+def _dpmpp(denoise: Denoise, x: Tensor, levels: list[Level], order: int) -> Steps:
+    """DPM-Solver++ (Lu et al. 2022b, algorithm 2, and their third-order form), from past x0_hats."""
+    past: Past = []
+    for now, to in pairwise(levels):
+        x0_hat = denoise(x, now.t)
+        used = usable(past, now, to)
+        x = flow(x, shifted(x0_hat, used, _x0_weights(used, now, to)), now, to)
+        past = [(now, x0_hat), *past][: order - 1]
+        yield x, x0_hat
+
+
+def dpmpp_2m(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
+    """DPM-Solver++ 2M of Lu et al. 2022b: second order, one evaluation a step."""
+    return _dpmpp(denoise, x, levels, order=2)
+
+
+def dpmpp_3m(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
+    """DPM-Solver++ 3M, with the quadratic through three estimates integrated exactly: third order from a gentle start.
+
+    The authors' code gives the curvature half this weight, so its order tends to 2 from any start. A start with two steps
+    of the usual length makes every third-order solver of second order, since these two steps have no past.
+    """
+    return _dpmpp(denoise, x, levels, order=3)
+
+
+def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
+    """SDE-DPM-Solver++ 2M of Lu et al. 2022b: the reverse SDE, with fresh noise at every step but the last."""
+    past: Past = []
+    for k, (now, to) in enumerate(pairwise(levels)):
+        x0_hat = denoise(x, now.t)
+        used, h = usable(past, now, to), to.lam - now.lam
+        share = -math.expm1(-2 * h)
+        x = (to.s / now.s * math.exp(-h)) * x + (to.a * share) * shifted(x0_hat, used, _x0_weights(used, now, to))
+        if to.s > 0:
+            x = x + to.s * math.sqrt(share) * noise(k)
+        past = [(now, x0_hat)]
+        yield x, x0_hat
+
+
+def unipc(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise, *, order: int = 2) -> Steps:
+    """UniPC of Zhao et al. 2023 with B(h) = e^-h - 1 on x0_hat: each evaluation also corrects the step before it.
+
+    The predictor is that of `_dpmpp`. The corrector takes the step again, from an average that includes the new
+    estimate: eq. 8 and 9. Where only one estimate enters beside the newest, the paper gives it the weight 1/2.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order = {order} must be 1, 2 or 3")
+    past: Past = []
+    before = x  # x at the newest entry of past
+    for now, to in pairwise(levels):
+        x0_hat = denoise(x, now.t)
+        if past and math.isfinite(past[0][0].lam):
+            x = _correct(before, now, x0_hat, past)
+        past = [(now, x0_hat), *past][:order]
+        before = x
+        used = usable(past[1:], now, to)
+        x = flow(x, shifted(x0_hat, used, _x0_weights(used, now, to)), now, to)
+        yield x, x0_hat
+
+
+def _correct(x: Tensor, to: Level, x0_hat: Tensor, past: Past) -> Tensor:
+    """Takes the step from past[0] to `to` again, now that x0_hat at `to` is known."""
+    (now, value), *older = past
+    older = [] if abs(h := to.lam - now.lam) > REACH else usable(older, now, to)
+    nodes = [(to, x0_hat), *older]
+    weights = average([level.lam - now.lam for level, _ in nodes], h, growth=1) if older else [0.5]
+    return flow(x, shifted(value, nodes, weights), now, to)
+
+
+def _from_eps(
+    denoise: Denoise, x: Tensor, levels: list[Level], order: int, weigh: Callable[[list[float], float], list[float]]
+) -> Steps:
+    """Steps with an eps that is extrapolated from past ones: weigh(lambdas behind, h) -> weights of their differences."""
+    past: Past = []
+    for now, to in pairwise(levels):
+        x0_hat = denoise(x, now.t)
+        eps = (x - now.a * x0_hat) / now.s
+        value = x0_hat
+        if used := usable(past, now, to):
+            weights = weigh([level.lam - now.lam for level, _ in used], to.lam - now.lam)
+            value = x0_hat - (now.s / now.a) * (shifted(eps, used, weights) - eps)
+        x = flow(x, value, now, to)
+        past = [(now, eps), *past][: order - 1]
+        yield x, x0_hat
+
+
+# Weights of the differences past eps - eps in the Adams-Bashforth formulas of orders 2, 3 and 4 for equal steps.
+ADAMS = ([-1 / 2], [-16 / 12, 5 / 12], [-59 / 24, 37 / 24, -9 / 24])
+
+
+def _adams(behind: list[float], h: float) -> list[float]:
+    share = reached(h) / h if len(behind) == 1 else 1.0
+    return [share * weight for weight in ADAMS[len(behind) - 1]]
+
+
+def ipndm(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
+    """iPNDM (Zhang & Chen 2023): Adams-Bashforth's fourth-order weights for equal steps of sigma, on eps, at any steps.
+
+    It is of fourth order on equal steps of sigma and of second order on others. The weights are fixed on purpose: on
+    CIFAR-10, zju-pi/diff-sampler measures an FID of 13.59 at 5 evaluations with them, and 23.58 with the weights of the
+    unequal steps (`ipndm_v`).
+    """
+    return _from_eps(denoise, x, levels, 4, _adams)
+
+
+def _deis(behind: list[float], h: float) -> list[float]:
+    if len(behind) > 1:
+        return average(behind, h, growth=-1)
+    ahead = 1 - h / math.expm1(h) if h < 700 else 1.0  # the mean of u from 0 to h, weighted by e^-u
+    return [math.copysign(min(abs(ahead), REACH / 2), h) / behind[0]]
+
+
+def deis(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
+    """tAB-DEIS (Zhang & Chen 2023) with t = lambda: the quadratic through three eps, integrated exactly over sigma.
+
+    Third order from a gentle start.
+    """
+    return _from_eps(denoise, x, levels, 3, _deis)

@@ -1,0 +1,96 @@
+"""`fit-times`: finds the network times that a sampler should visit with a model, and prints a row of samplers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path as File
+from typing import Any
+
+import torch
+
+from ddpm.diffusion.fitted import Path, fit_times
+from ddpm.diffusion.noise import gaussian
+from ddpm.diffusion.paths import check_flow
+from ddpm.errors import InputError
+from ddpm.files.params import Params
+from ddpm.files.yaml_file import flow_row
+from ddpm.runtime.device import find_device, memory_errors
+from ddpm.runtime.drawing import arguments, check_row, class_labels, prepared_denoiser
+from ddpm.runtime.progress import Progress, Report, silent
+
+DEFAULT: dict[str, Any] = {"sampler": "unipc"}
+PLACED = ("spacing", "along", "times", "fitted_to")  # fields of a row that the fitted times replace
+
+
+def fit_row(
+    params: Params,
+    folder: File,
+    steps: Sequence[int],
+    sampler: str = "",
+    images: int = 64,
+    seed: int = 0,
+    report: Report = silent,
+) -> tuple[str, dict[int, float]]:
+    """Fits times to a model.
+
+    Args:
+        params: the sampler rows, and how the network is run.
+        folder: the checkpoint folder.
+        steps: the numbers of steps, S.
+        sampler: a row of params.samplers whose solver and guidance are used; "" for UniPC.
+        images: images of the trajectory that the times are fitted to.
+        seed: of their noise.
+        report: receives the progress, in network evaluations per image.
+
+    Returns:
+        The row in YAML, on one line, and the RMS distance to the trajectory's images for each S.
+
+    Raises:
+        InputError: an argument is invalid, or the model cannot be read.
+    """
+    if sampler and sampler not in params.samplers:
+        raise InputError(f"no row '{sampler}' in samplers of params.yaml; there are {', '.join(params.samplers)}")
+    torch.set_num_threads(params.sampling.threads)
+    device = find_device(params.compute.device)
+    denoiser, record = prepared_denoiser(folder, device, params.sampling.clip, precision="float32", compiled=False)
+    row = DEFAULT
+    if sampler:
+        check_row(sampler, params.samplers[sampler])
+        row = {key: value for key, value in params.samplers[sampler].options().items() if key not in PLACED}
+    options, guidance = arguments(row, denoiser.schedule.T)
+    done = 0
+
+    def count(evaluations: int) -> None:
+        nonlocal done
+        done += evaluations
+        report(Progress(done, 0, "evaluations"))
+
+    times, errors = dict[int, list[float]](), dict[int, float]()
+    try:
+        check_flow(**options)
+        if (labels := class_labels(record, images)) is not None:
+            denoiser = replace(denoiser, labels=torch.from_numpy(labels).to(device), **guidance)
+        elif guidance:
+            raise ValueError("guidance takes a class-conditional model (diffusion.conditional: true)")
+        channels, height, width = record.data.shape
+        with memory_errors("fit-times", "lower --images"):
+            x_T = gaussian(seed, range(images), 0, (channels, height, width), device)
+            path = Path.of(denoiser, x_T, lambda evaluations: count(1))
+            for each in steps:
+                found, errors[each] = fit_times(denoiser, path, each, done=lambda each=each: count(each), **options)
+                times[each] = [round(t, 2) for t in found]
+    except ValueError as error:
+        raise InputError(f"fit-times: {error}") from None
+    fitted = {**row, "times": times, "fitted_to": record.weights_sha256}
+    return _one_line(fitted), errors
+
+
+def _one_line(row: dict[str, Any]) -> str:
+    from ruamel.yaml import YAML
+
+    yaml, text = YAML(), io.StringIO()
+    yaml.width = 1 << 20
+    yaml.dump(flow_row(row), text)
+    return text.getvalue().strip()

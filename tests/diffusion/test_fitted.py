@@ -1,0 +1,101 @@
+"""Times fitted to a model: the cheapest path by brute force, and fewer errors than the best spacing on mixtures."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm import SPACINGS, Denoiser, NoiseSchedule, sample, trajectory
+from ddpm.diffusion.fitted import Path, cheapest, fit_times, rms
+from ddpm.diffusion.noise import gaussian
+from ddpm.diffusion.samplers import evaluations
+
+ANGLES = torch.arange(8, dtype=torch.float64) * torch.pi / 4
+RING = 0.8 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # eight clusters of standard deviation 0.1
+THREE = torch.tensor([[-0.8, -0.4], [0.7, 0.5], [0.1, -0.7]], dtype=torch.float64)
+
+
+def exact(means: torch.Tensor, deviation: float, name: str) -> Denoiser:
+    """E[x_0 | x_t] of equally likely clusters."""
+    schedule = NoiseSchedule.named(name, 1000)
+
+    def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha_bar = schedule.log_alpha_bar_at(t.double()[:1]).exp()
+        a, variance = alpha_bar.sqrt(), alpha_bar * deviation**2 + 1 - alpha_bar
+        away = x[:, None] - a * means
+        weights = (-away.square().sum(-1) / (2 * variance)).softmax(-1)
+        return (weights[..., None] * (means + a * deviation**2 / variance * away)).sum(1)
+
+    return Denoiser(net, schedule, "x0")
+
+
+def noise(seed: int, count: int) -> torch.Tensor:
+    return gaussian(seed, range(count), 0, (2,)).double()
+
+
+def test_the_cheapest_path_is_that_of_all_paths() -> None:
+    costs = np.triu(np.random.default_rng(0).random((9, 9)), 1)
+    costs[np.tril_indices(9)] = np.inf
+    for steps in range(2, 7):
+        paths = [(0, *between, 8) for between in itertools.combinations(range(1, 8), steps - 2)]
+        best = min(paths, key=lambda path: sum(costs[i, j] for i, j in itertools.pairwise(path)))
+        assert cheapest(costs, steps) == list(best)
+
+
+@pytest.mark.parametrize(
+    ("means", "deviation", "name"),
+    [
+        (RING, 0.1, "linear"),
+        (THREE, 0.18, "cosine"),
+        pytest.param(RING, 0.1, "cosine", marks=pytest.mark.proof),
+        pytest.param(THREE, 0.18, "linear", marks=pytest.mark.proof),
+    ],
+)
+def test_five_fitted_steps_end_nearer_to_the_trajectory_than_on_the_best_spacing(
+    means: torch.Tensor, deviation: float, name: str
+) -> None:
+    """By 40% or more, measured from noise that the times were not fitted to."""
+    denoiser = exact(means, deviation, name)
+    times, _ = fit_times(denoiser, Path.of(denoiser, noise(0, 64)), 5)
+    fresh = noise(1, 128)
+    end = Path.of(denoiser, fresh).end
+    fitted = rms(sample(denoiser, fresh, "unipc", 5, times={5: times}), end)
+    spaced = {spacing: rms(sample(denoiser, fresh, "unipc", 5, spacing), end) for spacing in SPACINGS}
+    assert fitted < 0.6 * min(spaced.values()), (fitted, spaced)
+
+
+def test_times_are_visited_as_given() -> None:
+    denoiser = exact(RING, 0.1, "cosine")
+    told = []
+
+    def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        told.append(float(t[0]))
+        return torch.zeros_like(x)
+
+    watched = Denoiser(net, denoiser.schedule, "x0")
+    times = {3: [900.0, 300.5, 0.0], 2: [700, 20]}
+    for steps, each in times.items():
+        told.clear()
+        states = list(trajectory(watched, noise(0, 2), "unipc", steps, times=times))
+        assert told == pytest.approx(each) and len(states) == steps == evaluations(
+            denoiser.schedule, "unipc", steps, times=times
+        )
+    # The times of a spacing are that spacing.
+    x_T, leading = noise(0, 4), [float(t) for t in range(900, -1, -100)]
+    assert torch.equal(sample(denoiser, x_T, "unipc", 10, times={10: leading}), sample(denoiser, x_T, "unipc", 10))
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ({4: [3.0, 2.0, 1.0, 0.0]}, "none for 3 steps; there are some for 4"),
+        ({3: [3.0, 2.0]}, "3 falling network times"),
+        ({3: [3.0, 3.0, 0.0]}, "3 falling network times"),
+        ({3: [3.0, 1.0, -0.5]}, "3 falling network times"),
+        ({3: [1000.0, 1.0, 0.0]}, "after the last network time, 999"),
+    ],
+)
+def test_wrong_times_are_refused(times: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(exact(RING, 0.1, "cosine"), noise(0, 2), "unipc", 3, times=times)

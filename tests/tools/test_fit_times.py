@@ -1,0 +1,61 @@
+"""`ddpm fit-times` prints a row that the sample stage takes with the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from ddpm.cli import app
+from ddpm.diffusion import fitted
+from ddpm.errors import InputError
+from ddpm.files import models
+from ddpm.files.params import Params
+from ddpm.parameters import Point
+from ddpm.stages.sample import sample_point
+from ddpm.stages.train import train
+from ddpm.tools.fit_times import fit_row
+
+ROWS = {"third": {"sampler": "unipc", "order": 3, "spacing": "karras"}, "noisy": {"sampler": "ddpm"}}
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Path, smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fitted")
+    (root / "dataset").symlink_to(digits / "dataset")
+    train(smoke(training={"steps": 10}), "cosine", root)
+    return root
+
+
+def test_the_printed_row_is_sampled_with_the_model_that_it_was_fitted_to(
+    trained: Path, smoke: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitted, "REFERENCE", 100)
+    folder = trained / "models/cosine"
+    text, errors = fit_row(smoke(samplers=ROWS), folder, [2, 3], "third", images=4)
+    assert "\n" not in text
+    row = YAML(typ="safe").load(text)
+    assert {**row, "times": 0} == {
+        "sampler": "unipc",
+        "order": 3,
+        "times": 0,
+        "fitted_to": models.read_model_record(folder).weights_sha256,
+    }
+    assert set(row["times"]) == set(errors) == {2, 3} and min(errors.values()) > 0
+    params = smoke(samplers={"fitted": row}, sampling={"images": 4}, sweep={"samplers": ["fitted"], "steps": [3]})
+    assert sample_point(params, Point.parse("cosine-fitted-3"), trained) == 3
+
+
+def test_wrong_input_is_one_line(trained: Path, smoke: Callable[..., Params]) -> None:
+    params, folder = smoke(samplers=ROWS), trained / "models/cosine"
+    for settings, message in (
+        ({"sampler": "none"}, "no row 'none' in samplers"),
+        ({"sampler": "noisy"}, "draws noise of its own"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fit_row(params, folder, [3], images=2, **settings)
+    result = CliRunner().invoke(app, ["fit-times", str(folder), "--steps", "5;8"])
+    assert isinstance(result.exception, InputError) and "--steps 5;8: expected numbers" in str(result.exception)
