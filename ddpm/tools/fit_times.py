@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path as File
 from typing import Any
 
 import torch
 
-from ddpm.diffusion.fitted import Path, fit_times
+from ddpm.diffusion.fitted import REFERENCE, Path, fit_times
 from ddpm.diffusion.noise import gaussian
 from ddpm.diffusion.paths import check_flow
 from ddpm.errors import InputError
@@ -21,6 +22,7 @@ from ddpm.runtime.drawing import arguments, check_row, class_labels, prepared_de
 from ddpm.runtime.progress import Progress, Report, silent
 
 DEFAULT: dict[str, Any] = {"sampler": "unipc"}
+SEARCHED = 400  # runs of the sampler that a search takes, about: for the progress
 PLACED = ("spacing", "along", "times", "fitted_to")  # fields of a row that the fitted times replace
 
 
@@ -60,12 +62,12 @@ def fit_row(
         check_row(sampler, params.samplers[sampler])
         row = {key: value for key, value in params.samplers[sampler].options().items() if key not in PLACED}
     options, guidance = arguments(row, denoiser.schedule.T)
-    done = 0
+    done, total = 0, REFERENCE + SEARCHED * sum(steps)
 
     def count(evaluations: int) -> None:
         nonlocal done
-        done += evaluations
-        report(Progress(done, 0, "evaluations"))
+        done = min(done + evaluations, total)
+        report(Progress(done, total, "evaluations"))
 
     times, errors = dict[int, list[float]](), dict[int, float]()
     try:
@@ -79,7 +81,7 @@ def fit_row(
             x_T = gaussian(seed, range(images), 0, (channels, height, width), device)
             path = Path.of(denoiser, x_T, lambda evaluations: count(1))
             for each in steps:
-                found, errors[each] = fit_times(denoiser, path, each, done=lambda each=each: count(each), **options)
+                found, errors[each] = fit_times(denoiser, path, each, done=partial(count, each), **options)
                 times[each] = [round(t, 2) for t in found]
     except ValueError as error:
         raise InputError(f"fit-times: {error}") from None

@@ -1,5 +1,6 @@
 """params.yaml: the recipes are sound, and every fault is one line that names its place."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,9 @@ def test_names_that_are_no_points(name: str) -> None:
     with pytest.raises(InputError, match="no point of a sweep") as caught:
         Point.parse(name)
     assert "\n" not in str(caught.value)
+
+
+def test_fields_at_their_default_do_not_enter_the_record_of_a_row() -> None:
+    """In this order: keys of kept images and runs are hashes of these options."""
+    row = Params.load(ROOT / "recipes" / "digits.yaml").samplers["ddim"]
+    assert json.dumps(row.options()) == '{"sampler": "ddim", "spacing": "leading", "eta": 0.0}'
