@@ -325,7 +325,14 @@ def test_the_best_champion_stays_the_measure(checkout: Path, smoke: Smoke, write
     write_scores(checkout, SECOND, 1.1 * fid)
     better = tracking.promote(params, checkout, rescore=never)
     assert better.promoted and "is better than" in better.reason
-    assert registry.champion().tags["ddpm.best_champion"] == "1"
+    champion = registry.champion()
+    assert champion.tags["ddpm.best_champion"] == "1"
+    # A registry from before this tag: the measure is found among the predecessors.
+    registry.client.delete_model_version_tag(champion.name, champion.version, "ddpm.best_champion")
+    write_scores(checkout, SECOND, 10 * fid)
+    write_scores(checkout, OTHERS[0], 1.55 * fid)  # within the margin of 1.1, not of 1
+    kept = tracking.promote(params, checkout, rescore=never)
+    assert not kept.promoted and f"worse than the best champion's {fid:.4g}" in kept.reason
 
 
 def test_a_champion_that_a_judge_has_not_scored_is_scored_first(

@@ -407,7 +407,7 @@ def _compare(
     if (other := _other_images(champion, challenger, params)) and not force:
         return Verdict(False, f"{does_not}: {other}"), None, None
     score = _known_or_again(target, champion, title, challenger, params, force, rescore, say)
-    best, best_score = _best_champion(target.client, champion), score
+    best, best_score = _best_champion(target.client, champion, challenger.score.protocol, say), score
     if best.version != champion.version and not force:
         best_title = f"best champion version {best.version} ({best.tags.get('ddpm.point')})"
         best_score = _known_or_again(target, best, best_title, challenger, params, force, rescore, say)
@@ -449,10 +449,21 @@ def _known_or_again(
     return _score_again(target, version, protocol, params.seed, rescore)
 
 
-def _best_champion(client: MlflowClient, champion: ModelVersion) -> ModelVersion:
-    """Returns the champion of old that has the best score: `champion` itself if that one was rolled back or deleted."""
-    best = _version(client, f"models:/{champion.name}/{champion.tags.get(BEST, champion.version)}")
-    return champion if best is None or ROLLED_BACK in best.tags else best
+def _best_champion(client: MlflowClient, champion: ModelVersion, protocol: Protocol, say: Say) -> ModelVersion:
+    """Returns the champion so far that has the best score.
+
+    A registry of a version before 0.4.0 does not name it. Then it is the best one under this protocol among the champion and
+    its predecessors. A champion that was rolled back or deleted does not count.
+    """
+    if BEST in champion.tags:
+        best = _version(client, f"models:/{champion.name}/{champion.tags[BEST]}")
+        return champion if best is None or ROLLED_BACK in best.tags else best
+    line, before = [champion], _earlier(client, champion)
+    while before is not None and before.version not in {version.version for version in line}:
+        line.append(before)
+        before = _earlier(client, before)
+    scored = [(RANKING.rank(score.value), version) for version in line if (score := _score(version, protocol, say))]
+    return min(scored, key=lambda entry: entry[0], default=(0.0, champion))[1]
 
 
 def _changed(champion: ModelVersion, protocol: Protocol) -> str:
