@@ -43,7 +43,6 @@ from ddpm.files.runs import RunRecord, write_run
 from ddpm.files.samples import read_samples_record
 from ddpm.files.scores import Best, Row, read_scores, write_influence, write_table
 from ddpm.parameters import Point
-from ddpm.reporting.page import BEGIN, END
 from ddpm.scores.intervals import CONFIDENCE, quantile, standard_error
 from ddpm.stages.prepare import prepare
 from ddpm.stages.sample import sample_point
@@ -470,11 +469,10 @@ def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **change
     points = [Point.parse(path.stem) for path in files]
     rows = [Row.of(point, read_scores(root, point)) for point in points]
     best = min(rows, key=lambda row: (row.value, row.evaluations))
-    record, rows_file, page = (root / "report" / name for name in ("best.json", "points.csv", "index.html"))
+    record, rows_file = root / "report" / "best.json", root / "report" / "points.csv"
     records.write_record(record, Best(best, len(rows), best.point, 1).to_json())
     write_table(rows_file, rows)
-    page.write_text(f"{BEGIN}\n{END}", encoding="utf-8")
-    records.write_record(root / "report" / "front.json", {"metric": "fid"}, [record, rows_file, page])
+    records.write_record(root / "report" / "front.json", {"metric": "fid"}, [record, rows_file])
 
 
 @pytest.fixture(scope="session")

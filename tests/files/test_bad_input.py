@@ -360,6 +360,19 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"samplers.ddim": {"sampler": "ddim", "times": {2: [4, 9]}}},
         "samplers.ddim.times: expected S falling network times",
     ),
+    **{
+        f"times that are no numbers: {times!s:.16}": (
+            {"samplers.ddim": {"sampler": "ddim", "times": times}},
+            "samplers.ddim.times: expected S falling network times",
+        )
+        for times in (
+            {2.5: [9, 4]},
+            {True: [4]},
+            {2: "94"},
+            {1: [float("inf")]},
+            {1: [10**400]},
+        )
+    },
     "times that are none": (
         {"samplers.ddim": {"sampler": "ddim", "times": [4]}},
         "samplers.ddim.times: expected S falling",
@@ -456,7 +469,7 @@ TEXTS: dict[str, tuple[bytes, str]] = {
         b"a: &a [x, x]\n" + b"".join(b"%c: &%c [*%c, *%c]\n" % (c, c, c - 1, c - 1) for c in range(98, 123)) + GOOD,
         "Extra inputs",
     ),
-    "Latin-1": (GOOD + b"# caf\xe9\n", "not UTF-8 in line 72"),
+    "Latin-1": (GOOD + b"# caf\xe9\n", "not UTF-8 in line 75"),
     "UTF-16": (GOOD.decode().encode("utf-16"), "not UTF-8 in line 1"),
     "zeros": (bytes(4096), "control characters are not allowed"),
     "a bell": (GOOD + b"x: \x07\n", "control characters are not allowed"),

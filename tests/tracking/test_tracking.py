@@ -485,7 +485,7 @@ def test_what_a_run_says_of_itself(checkout: Path, params: Params) -> None:
     location = Path(model.artifact_location.removeprefix("file://"))
     for name in ("model.safetensors", "model.json"):
         assert (location / name).read_bytes() == (checkout / "models/cosine" / name).read_bytes()
-    assert seen.files(seen.named("report")) == ["report/best.json", "report/front.json"]
+    assert seen.files(seen.named("report")) == ["report/best.json", "report/front.json", "report/points.csv"]
 
 
 def test_two_new_stores_get_the_same_history(checkout: Path, params: Params, empty_database: Path) -> None:

@@ -558,7 +558,7 @@ def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
     if not (folder / "best.json").exists():
         return
     (best, rows), times = read_report(root), read_run(root, paths.report_dir())
-    page = _page_with_lineage(target, root, rows) if rows else ""
+    page = _page_with_lineage(target, root, rows) if (folder / "index.html").exists() else ""
     content = digest([sha256(folder), page])
     row = best.row
     note = f"Best point: **{row.point}**, {RANKING.title} {RANKING.text(row.value)} at {row.evaluations} network evaluations."

@@ -20,7 +20,7 @@ from ddpm.errors import InputError
 from ddpm.files import atomic, models, paths, records, scores
 from ddpm.files.models import BoundRecord, ModelRecord
 from ddpm.files.params import Params
-from ddpm.files.scores import Scores, read_report, read_scores
+from ddpm.files.scores import Scores, read_best, read_report, read_scores
 from ddpm.networks.network import NETWORKS
 from ddpm.parameters import Point
 from ddpm.provenance import code
@@ -139,7 +139,6 @@ class Challenger:
     score: Score  # with its influence values
     model: ModelRecord
     folder: Path
-    looked_at: tuple[Estimate, ...]  # the scores of all points of the report under the same protocol
     likelihood: BoundRecord | None = None  # the bound of exactly this model, if `ddpm likelihood` measured it
 
     @property
@@ -177,12 +176,11 @@ class Challenger:
 
 
 def _challenger(params: Params, root: Path) -> Challenger:
-    best, rows = read_report(root)
+    best = read_best(root)
     point = Point.parse(best.row.point)
     found = read_scores(root, point)
     settings = PointSettings.read(params, point, root)
-    # Without its points, the report does not say among how many the best was picked.
-    if found.values[HEADLINE] != best.row.value or settings is None or len(rows) != best.points:
+    if found.values[HEADLINE] != best.row.value or settings is None:
         raise InputError(f"{root / paths.report_dir()}: the report is older than its scores; run dvc repro")
     folder, bound = root / paths.model_dir(point.schedule), root / paths.likelihood_file(point.schedule)
     model = models.read_trained(root, point.schedule)
@@ -203,19 +201,24 @@ def _challenger(params: Params, root: Path) -> Challenger:
         score,
         model,
         folder,
-        _looked_at(root, [Point.parse(row.point) for row in rows], score.protocol),
         likelihood if likelihood and likelihood.model == model.weights_sha256 else None,
     )
 
 
-def _looked_at(root: Path, points: Sequence[Point], protocol: Protocol) -> tuple[Estimate, ...]:
-    """Reads the scores of the points from which the best was picked. Raises InputError."""
+def _looked_at(root: Path, protocol: Protocol) -> list[Estimate]:
+    """Reads the scores of the points from which the report picked the best, under one protocol. Raises InputError."""
+    best, rows = read_report(root)
+    if len(rows) != best.points:
+        raise InputError(
+            f"{root / paths.report_dir()}: the report does not list its {best.points} points; run dvc repro"
+        )
+    points = [Point.parse(row.point) for row in rows]
     found = [(point, read_scores(root, point)) for point in points]
-    return tuple(
+    return [
         content.estimate(scores.read_point_influence(root, point, content))
         for point, content in found
         if Protocol.of(content) == protocol
-    )
+    ]
 
 
 def model_card(params: Params, root: Path = Path()) -> str:
@@ -260,7 +263,7 @@ def promote(
             if (former := _rolled_back(target, challenger)) and not replace:
                 reason = f"{challenger.point.name} was rolled back as version {former}; --replace brings it back"
                 return _decided(target, challenger, champion, champion, None, Verdict(False, reason))
-            verdict, score, best = _compare(target, champion, challenger, params, replace, rescore, say)
+            verdict, score, best = _compare(target, champion, challenger, params, root, replace, rescore, say)
             if not verdict.wins:
                 return _decided(target, challenger, champion, champion, score, verdict)
             registered = registered or _register(target, params, root, challenger)
@@ -395,6 +398,7 @@ def _compare(
     champion: ModelVersion | None,
     challenger: Challenger,
     params: Params,
+    root: Path,
     force: bool,
     rescore: Rescore | None,
     say: Say,
@@ -402,16 +406,18 @@ def _compare(
     """Returns whether the challenger wins and why, the champion's score, and the best champion unless the challenger is."""
     if champion is None:
         return Verdict(True, f"{challenger.point.name} is the first champion"), None, None
+    looked_at = [] if force else _looked_at(root, challenger.score.protocol)
     title = f"champion version {champion.version} ({champion.tags.get('ddpm.point')})"
     does_not = f"{challenger.point.name} does not replace {title}"
     if (other := _other_images(champion, challenger, params)) and not force:
         return Verdict(False, f"{does_not}: {other}"), None, None
-    score = _known_or_again(target, champion, title, challenger, params, force, rescore, say)
+    judges = params.promotion.judges
+    score = _known_or_again(target, champion, title, challenger, judges, params.seed, force, rescore, say)
     best, best_score = _best_champion(target.client, champion, challenger.score.protocol, say), score
     if best.version != champion.version and not force:
         best_title = f"best champion version {best.version} ({best.tags.get('ddpm.point')})"
-        best_score = _known_or_again(target, best, best_title, challenger, params, force, rescore, say)
-    verdict = decide(challenger.score, score, params.promotion, force, challenger.looked_at, best_score)
+        best_score = _known_or_again(target, best, best_title, challenger, (), params.seed, force, rescore, say)
+    verdict = decide(challenger.score, score, params.promotion, force, looked_at, best_score)
     does = f"{challenger.point.name} replaces {title}" if verdict.wins else does_not
     ahead = best_score is not None and RANKING.rank(best_score.value) <= RANKING.rank(challenger.score.value)
     return (
@@ -426,18 +432,19 @@ def _known_or_again(
     version: ModelVersion,
     title: str,
     challenger: Challenger,
-    params: Params,
+    judges: Sequence[str],
+    seed: int,
     force: bool,
     rescore: Rescore | None,
     say: Say,
 ) -> Score | None:
-    """Returns a version's score under the challenger's protocol and judges, and scores it again if need be.
+    """Returns a version's score under the challenger's protocol and by these judges, and scores it again if need be.
 
-    With `force`, returns None instead of scoring again.
+    With `force`, returns None instead of scoring again. seed: of the noise for new samples.
     """
     protocol = challenger.score.protocol
     score = _score(version, protocol, say)
-    lacking = [] if score is None else score.lacks(params.promotion.judges, challenger.score)
+    lacking = [] if score is None else score.lacks(judges, challenger.score)
     if score is not None and not (lacking and not force):
         return _with_influence(target, version, score, say)
     if force:
@@ -446,7 +453,7 @@ def _known_or_again(
     if rescore is None:
         raise InputError(f"{title} has no score to compare with ({changed}); score it again, or promote --replace")
     say(f"promote: scoring the {title} again: {changed}")
-    return _score_again(target, version, protocol, params.seed, rescore)
+    return _score_again(target, version, protocol, seed, rescore)
 
 
 def _best_champion(client: MlflowClient, champion: ModelVersion, protocol: Protocol, say: Say) -> ModelVersion:
