@@ -146,15 +146,13 @@ def noise_levels(
         ValueError: the spacing is unknown, or cannot give so many different levels; there are no times for S steps, or
             they do not fit the schedule.
     """
-    if times is not None:
-        visited = _given(schedule, steps, times)
-        log_alpha_bar = schedule.log_alpha_bar_at(visited)
-    elif along is None:
-        visited = network_times(schedule, steps, spacing)
+    if along is None or times is not None:
+        visited = network_times(schedule, steps, spacing) if times is None else _given(schedule, steps, times)
         log_alpha_bar = schedule.log_alpha_bar_at(visited)
         # If a schedule ends without signal, there is no signal at fractional times after T-2 either.
         if int((log_alpha_bar == -math.inf).sum()) > 1:
-            raise ValueError(f"spacing '{spacing}' cannot make {steps} different noise levels of T = {schedule.T}")
+            made = f"spacing '{spacing}' cannot make" if times is None else "times: do not make"
+            raise ValueError(f"{made} {steps} different noise levels of T = {schedule.T}")
     else:
         wanted = along.log_alpha_bar_at(network_times(along, steps, spacing))
         log_alpha_bar = wanted.clamp(schedule.log_alpha_bar[-1], schedule.log_alpha_bar[1]).unique().sort().values

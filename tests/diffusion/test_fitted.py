@@ -111,6 +111,14 @@ def test_wrong_times_are_refused(times: dict, message: str) -> None:
         sample(exact(RING, 0.1, "cosine"), noise(0, 2), "unipc", 3, times=times)
 
 
+def test_times_do_not_visit_pure_noise_twice() -> None:
+    """With zero terminal SNR there is no signal at any time after T - 2, so a step between two such times is undefined."""
+    schedule = NoiseSchedule.named("cosine", steps=1000, zero_terminal_snr=True)
+    denoiser = Denoiser(lambda x, t: 0.3 * x, schedule, target="v")
+    with pytest.raises(ValueError, match="times: do not make 3 different noise levels of T = 1000"):
+        sample(denoiser, noise(0, 2), "dpmpp_2m_sde", 3, times={3: [999, 998.5, 0]})
+
+
 if __name__ == "__main__":
     sixteen = 0.6 * gaussian(7, range(6), 0, (16,)).double()
     for title, means, deviation in (
