@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from ddpm.diffusion.fitted import REFERENCE, Path, fit_times
+from ddpm.diffusion.fitted import GRID, REFERENCE, Path, fit_times
 from ddpm.diffusion.noise import gaussian
 from ddpm.diffusion.paths import check_flow
 from ddpm.errors import InputError
 from ddpm.files.params import Params
 from ddpm.files.yaml_file import flow_row
 from ddpm.runtime.device import find_device, memory_errors
-from ddpm.runtime.drawing import arguments, check_row, class_labels, prepared_denoiser
+from ddpm.runtime.drawing import UNGUIDED, arguments, check_row, class_labels, prepared_denoiser
 from ddpm.runtime.progress import Progress, Report, silent
 
 DEFAULT: dict[str, Any] = {"sampler": "unipc"}
@@ -52,8 +52,7 @@ def fit_row(
     Raises:
         InputError: an argument is invalid, or the model cannot be read.
     """
-    if sampler and sampler not in params.samplers:
-        raise InputError(f"no row '{sampler}' in samplers of params.yaml; there are {', '.join(params.samplers)}")
+    _check(params, steps, sampler)
     torch.set_num_threads(params.sampling.threads)
     device = find_device(params.compute.device)
     denoiser, record = prepared_denoiser(folder, device, params.sampling.clip, precision="float32", compiled=False)
@@ -72,10 +71,10 @@ def fit_row(
     times, errors = dict[int, list[float]](), dict[int, float]()
     try:
         check_flow(**options)
+        if guidance and not record.network.guidable:
+            raise ValueError(f"guidance {UNGUIDED}")
         if (labels := class_labels(record, images)) is not None:
             denoiser = replace(denoiser, labels=torch.from_numpy(labels).to(device), **guidance)
-        elif guidance:
-            raise ValueError("guidance takes a class-conditional model (diffusion.conditional: true)")
         channels, height, width = record.data.shape
         with memory_errors("fit-times", "lower --images"):
             x_T = gaussian(seed, range(images), 0, (channels, height, width), device)
@@ -87,6 +86,14 @@ def fit_row(
         raise InputError(f"fit-times: {error}") from None
     fitted = {**row, "times": times, "fitted_to": record.weights_sha256}
     return _one_line(fitted), errors
+
+
+def _check(params: Params, steps: Sequence[int], sampler: str) -> None:
+    """Raises InputError for steps that are out of range or an unknown row, before the model runs."""
+    if sampler and sampler not in params.samplers:
+        raise InputError(f"no row '{sampler}' in samplers of params.yaml; there are {', '.join(params.samplers)}")
+    if wrong := [each for each in steps if not 1 <= each <= GRID]:
+        raise InputError(f"fit-times: steps = {wrong[0]} must lie in 1 ... {GRID}")
 
 
 def _one_line(row: dict[str, Any]) -> str:

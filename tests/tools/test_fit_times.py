@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
@@ -12,7 +13,8 @@ from typer.testing import CliRunner
 from ddpm.cli import app
 from ddpm.diffusion import fitted
 from ddpm.errors import InputError
-from ddpm.files import models
+from ddpm.files import checkpoint, models
+from ddpm.files.models import NetworkEntry
 from ddpm.files.params import Params
 from ddpm.parameters import Point
 from ddpm.stages.sample import sample_point
@@ -49,7 +51,22 @@ def test_the_printed_row_is_sampled_with_the_model_that_it_was_fitted_to(
     assert sample_point(params, Point.parse("cosine-fitted-3"), trained) == 3
 
 
-def test_wrong_input_is_one_line(trained: Path, smoke: Callable[..., Params]) -> None:
+def never(*_: Any) -> Any:
+    raise AssertionError("followed the trajectory for nothing")
+
+
+def test_guidance_takes_a_network_that_predicts_without_labels(smoke: Callable[..., Params], tmp_path: Path) -> None:
+    network = {"image_channels": 1, "image_size": 8, "channels": 8, "multipliers": [1], "blocks": 1, "attention": []}
+    entry = NetworkEntry.of("unet", {**network, "classes": 2, "null_class": False})
+    about = {"schedule": {"name": "cosine", "timesteps": 100, "schedule": "cosine"}, "target": "eps"}
+    about |= {"network": entry.content, "data": {"shape": [1, 8, 8], "range": [-1, 1], "classes": ["a", "b"]}}
+    checkpoint.save(tmp_path, checkpoint.network(entry), about)
+    params = smoke(samplers={"guided": {"sampler": "ddim", "guidance": 2.0}}, diffusion={"conditional": True})
+    with pytest.raises(InputError, match="predicts without labels too"):
+        fit_row(params, tmp_path, [3], "guided", images=2)
+
+
+def test_wrong_input_is_one_line(trained: Path, smoke: Callable[..., Params], monkeypatch: pytest.MonkeyPatch) -> None:
     params, folder = smoke(samplers=ROWS), trained / "models/cosine"
     for settings, message in (
         ({"sampler": "none"}, "no row 'none' in samplers"),
@@ -57,5 +74,8 @@ def test_wrong_input_is_one_line(trained: Path, smoke: Callable[..., Params]) ->
     ):
         with pytest.raises(InputError, match=message):
             fit_row(params, folder, [3], images=2, **settings)
+    monkeypatch.setattr("ddpm.tools.fit_times.Path.of", never)
+    with pytest.raises(InputError, match=r"steps = 101 must lie in 1 ... 100"):  # before the trajectory is followed
+        fit_row(params, folder, [3, 101], images=2)
     result = CliRunner().invoke(app, ["fit-times", str(folder), "--steps", "5;8"])
     assert isinstance(result.exception, InputError) and "--steps 5;8: expected numbers" in str(result.exception)
