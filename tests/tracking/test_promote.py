@@ -369,6 +369,23 @@ def test_a_champion_that_a_judge_has_not_scored_is_scored_first(
     assert decision["fd_dinov2"]["difference"] == pytest.approx(1.0) and decision["fd_dinov2"]["paired"]
 
 
+def test_the_best_champion_needs_no_score_by_a_judge(checkout: Path, smoke: Smoke, write_scores: WriteScores) -> None:
+    """Judges compare the challenger with the champion alone."""
+    changes = {"judges": {"cmmd": {"extractor": "c", "layer": 768, "extractor_sha256": "f" * 64}}}
+    changes |= {"cmmd": 1.0, "cmmd_low": 0.99, "cmmd_high": 1.01}
+    tracking.promote(smoke(training={"steps": 24}), checkout, rescore=never)
+    fid = read_scores(checkout, FIRST).values["fid"]
+    for point, value in ((FIRST, 10.0), (SECOND, 10.0), (OTHERS[1], 10.0), (OTHERS[0], 1.3)):
+        write_scores(checkout, point, value * fid, **changes)
+    sections: dict[str, Any] = {"training": {"steps": 24}, "evaluation": {"judges": ["cmmd"]}}
+    tracking.promote(smoke(**sections, promotion={"margin": 0.5}), checkout, rescore=never)
+    assert Registry(checkout).champion().tags["ddpm.best_champion"] == "1"
+    write_scores(checkout, OTHERS[0], 10 * fid, **changes)
+    write_scores(checkout, SECOND, 1.1 * fid, **changes)
+    params = smoke(**sections, promotion={"margin": 0.5, "judges": ["cmmd"]})
+    assert tracking.promote(params, checkout, rescore=never).promoted
+
+
 def test_another_protocol_scores_the_champion_again(
     checkout: Path, params: Params, write_scores: WriteScores, tmp_path: Path
 ) -> None:

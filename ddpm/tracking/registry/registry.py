@@ -406,11 +406,12 @@ def _compare(
     does_not = f"{challenger.point.name} does not replace {title}"
     if (other := _other_images(champion, challenger, params)) and not force:
         return Verdict(False, f"{does_not}: {other}"), None, None
-    score = _known_or_again(target, champion, title, challenger, params, force, rescore, say)
+    judges = params.promotion.judges
+    score = _known_or_again(target, champion, title, challenger, judges, params.seed, force, rescore, say)
     best, best_score = _best_champion(target.client, champion, challenger.score.protocol, say), score
     if best.version != champion.version and not force:
         best_title = f"best champion version {best.version} ({best.tags.get('ddpm.point')})"
-        best_score = _known_or_again(target, best, best_title, challenger, params, force, rescore, say)
+        best_score = _known_or_again(target, best, best_title, challenger, (), params.seed, force, rescore, say)
     verdict = decide(challenger.score, score, params.promotion, force, challenger.looked_at, best_score)
     does = f"{challenger.point.name} replaces {title}" if verdict.wins else does_not
     ahead = best_score is not None and RANKING.rank(best_score.value) <= RANKING.rank(challenger.score.value)
@@ -426,18 +427,19 @@ def _known_or_again(
     version: ModelVersion,
     title: str,
     challenger: Challenger,
-    params: Params,
+    judges: Sequence[str],
+    seed: int,
     force: bool,
     rescore: Rescore | None,
     say: Say,
 ) -> Score | None:
-    """Returns a version's score under the challenger's protocol and judges, and scores it again if need be.
+    """Returns a version's score under the challenger's protocol and by these judges, and scores it again if need be.
 
-    With `force`, returns None instead of scoring again.
+    With `force`, returns None instead of scoring again. seed: of the noise for new samples.
     """
     protocol = challenger.score.protocol
     score = _score(version, protocol, say)
-    lacking = [] if score is None else score.lacks(params.promotion.judges, challenger.score)
+    lacking = [] if score is None else score.lacks(judges, challenger.score)
     if score is not None and not (lacking and not force):
         return _with_influence(target, version, score, say)
     if force:
@@ -446,7 +448,7 @@ def _known_or_again(
     if rescore is None:
         raise InputError(f"{title} has no score to compare with ({changed}); score it again, or promote --replace")
     say(f"promote: scoring the {title} again: {changed}")
-    return _score_again(target, version, protocol, params.seed, rescore)
+    return _score_again(target, version, protocol, seed, rescore)
 
 
 def _best_champion(client: MlflowClient, champion: ModelVersion, protocol: Protocol, say: Say) -> ModelVersion:
