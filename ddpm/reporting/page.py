@@ -20,7 +20,7 @@ from ddpm.files.scores import Answer, Best, Front, Row, columns, extractor
 from ddpm.parameters import Point
 from ddpm.reporting.diagnostics import data_mean_square, schedule_of
 from ddpm.reporting.plots import COLOURS, DASHES, MARKERS, protocol, svg
-from ddpm.scores.conclusions import Trainings, between_schedules
+from ddpm.scores.conclusions import Trainings, from_the_best
 from ddpm.scores.copying import Copying, Suspects, affordable, copying, nearest, suspect
 from ddpm.scores.metrics import COPYING, RANKING, entries
 
@@ -84,7 +84,7 @@ def page(
         strips={name: (points[name], _strip(images[:SHOWN])) for name, images in samples.items()},
         shown=SHOWN,
         training=training,
-        trainings=[(each, between_schedules(each, trained[0])) for each in trained],
+        trainings=list(zip(trained, from_the_best(trained), strict=True)),
         seeds=how_sure_of_schedules(trained),
         likelihood=_likelihood(params, root),
         schedules=_schedules(params, training["last"], dataset.record),

@@ -169,3 +169,13 @@ def between_schedules(a: Trainings, b: Trainings, confidence: float = CONFIDENCE
     freedom = total**2 / squares if squares else math.inf
     reach = float(t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(total)
     return a.mean - b.mean - reach, a.mean - b.mean + reach
+
+
+def from_the_best(trained: Sequence[Trainings]) -> list[tuple[float, float] | None]:
+    """Returns the intervals of the differences of all schedules' means from the first one's (see `between_schedules`).
+
+    The first schedule was picked as the best, so the intervals hold for all pairs of schedules together (Bonferroni).
+    """
+    pairs = math.comb(sum(each.count > 1 for each in trained), 2)
+    confidence = 1 - (1 - CONFIDENCE) / max(1, pairs)
+    return [between_schedules(each, trained[0], confidence) for each in trained]
