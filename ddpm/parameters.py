@@ -188,6 +188,20 @@ class Likelihood:
     threads: int = entry(COUNT, 1)
 
 
+def _count(steps: Any) -> int:
+    """Returns a number of steps, which is text in JSON. Raises ValueError for anything else."""
+    if type(steps) is not int and not (isinstance(steps, str) and steps.isdecimal()):
+        raise ValueError(steps)
+    return int(steps)
+
+
+def _time(t: Any) -> float:
+    """Returns a network time. Raises ValueError unless it is a finite number."""
+    if type(t) not in (int, float) or not math.isfinite(t):
+        raise ValueError(t)
+    return float(t)
+
+
 def _falls(steps: int, times: tuple[float, ...]) -> bool:
     return len(times) == steps > 0 and times[-1] >= 0 and all(now > to for now, to in pairwise(times))
 
@@ -231,9 +245,9 @@ class Sampler:
             return
         if self.spacing is not None or self.along is not None:
             raise ValueError("times: a row with times has neither spacing nor along")
-        try:  # JSON has no keys but text
-            times = {int(steps): tuple(float(t) for t in each) for steps, each in self.times.items()}
-        except (AttributeError, TypeError, ValueError):
+        try:
+            times = {_count(steps): tuple(map(_time, each)) for steps, each in self.times.items()}
+        except (AttributeError, OverflowError, TypeError, ValueError):
             times = {}
         if not times or not all(_falls(steps, each) for steps, each in times.items()):
             raise ValueError("times: expected S falling network times for each S, such as {3: [900, 400, 0]}")

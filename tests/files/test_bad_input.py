@@ -360,6 +360,19 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"samplers.ddim": {"sampler": "ddim", "times": {2: [4, 9]}}},
         "samplers.ddim.times: expected S falling network times",
     ),
+    **{
+        f"times that are no numbers: {times!s:.16}": (
+            {"samplers.ddim": {"sampler": "ddim", "times": times}},
+            "samplers.ddim.times: expected S falling network times",
+        )
+        for times in (
+            {2.5: [9, 4]},
+            {True: [4]},
+            {2: "94"},
+            {1: [float("inf")]},
+            {1: [10**400]},
+        )
+    },
     "times that are none": (
         {"samplers.ddim": {"sampler": "ddim", "times": [4]}},
         "samplers.ddim.times: expected S falling",
