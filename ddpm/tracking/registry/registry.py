@@ -412,6 +412,9 @@ def _compare(
     if best.version != champion.version and not force:
         best_title = f"best champion version {best.version} ({best.tags.get('ddpm.point')})"
         best_score = _known_or_again(target, best, best_title, challenger, (), params.seed, force, rescore, say)
+    # Under another protocol, the present champion may be ahead of the one that was best before.
+    if score and best_score and RANKING.rank(score.value) < RANKING.rank(best_score.value):
+        best, best_score = champion, score
     verdict = decide(challenger.score, score, params.promotion, force, challenger.looked_at, best_score)
     does = f"{challenger.point.name} replaces {title}" if verdict.wins else does_not
     ahead = best_score is not None and RANKING.rank(best_score.value) <= RANKING.rank(challenger.score.value)
