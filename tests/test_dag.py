@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 import ddpm
 from ddpm.provenance import code
+from ddpm.scores.extractors import EXTRACTORS
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -37,13 +38,15 @@ def with_packages(modules: set[str]) -> set[str]:
 def dependencies(stage: str) -> set[str]:
     """The code dependencies of a stage: its import graph, and for each room the module that params.yaml selects.
 
-    What any row of a room imports is named for all rows: DVC cannot name it for the selected one alone.
+    What any row of a room imports is named for all rows: DVC cannot name it for the selected one alone. The same holds for the
+    extractors that evaluation.judges may select, since that is a list.
     """
     name = f"ddpm.stages.{stage}"
     shared, rows, selected = [name], set(), set()
     for room in code.rooms(name):
         folder = room.package.replace(".", "/")
-        rows |= {f"{folder}/{row}.py" for row in room}
+        judging = {name for name, row in EXTRACTORS.items() if row.judges and room.key == "evaluation.extractor"}
+        rows |= {f"{folder}/{row}.py" for row in room if row not in judging}
         selected.add(f"{folder}/${{{room.key}}}.py")
         shared += [f"{room.package}.{row}" for row in room]
     return {path.as_posix() for path in code.files(*shared)} - rows | selected

@@ -164,12 +164,16 @@ def _sound(name: str, value: Any) -> bool:
     if name in HASHES:
         return isinstance(value, str)
     if name in OBJECTS:
-        return isinstance(value, dict)
+        return isinstance(value, dict) and (name != "judges" or all(map(_is_judge, value.values())))
     if name in COUNTS:
         return type(value) is int and 1 <= value <= MOST
     known = entries()
     low, high = (known[name].low, known[name].high) if name in known else CONFIDENCES
     return type(value) in (int, float) and low <= value <= high
+
+
+def _is_judge(about: Any) -> bool:
+    return isinstance(about, dict) and isinstance(about.get("extractor_sha256"), str)
 
 
 # The report.

@@ -142,7 +142,8 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
     rows, candidates, protocols = [], [], set()
     for point in points:
         scores = read_scores(root, point)
-        protocols.add(tuple(getattr(scores, name) for name in PROTOCOL))
+        judged = {name: about["extractor_sha256"] for name, about in scores.judges.items()}
+        protocols.add((*(getattr(scores, name) for name in PROTOCOL), *sorted(judged.items())))
         influence = read_point_influence(root, point, scores)
         if len(influence) != scores.images:
             path = root / paths.metrics_file(point)

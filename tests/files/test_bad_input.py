@@ -39,7 +39,7 @@ from ddpm.errors import InputError
 from ddpm.files import arrays as arrays_file
 from ddpm.files import checkpoint, dataset, paths, records, samples
 from ddpm.files.params import Params
-from ddpm.files.scores import Best, Row, read_scores
+from ddpm.files.scores import Best, Row, read_scores, write_table
 from ddpm.parameters import Point
 from ddpm.runtime.drawing import check_point
 from ddpm.stages.report import _read_rows
@@ -1131,7 +1131,10 @@ def test_scores_are_checked_whoever_reads_them(refused: Refused, case: str) -> N
     spoil, message = REPORTS[case]
     best = Row.of(POINT, read_scores(Path(), POINT))
     spoil()
-    records.write_record(paths.report_dir() / "best.json", Best(best, 1, best.point, 1).to_json())
+    files = [paths.report_dir() / name for name in ("best.json", "points.csv")]
+    records.write_record(files[0], Best(best, 1, best.point, 1).to_json())
+    write_table(files[1], [best])
+    records.write_record(paths.report_dir() / "front.json", {}, files)
     assert message in refused("card")
     with pytest.raises(InputError, match=message):
         PointFiles.read(Path(), POINT)

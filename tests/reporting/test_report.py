@@ -299,6 +299,30 @@ def test_scores_under_two_protocols_are_pointed_out(root: Path) -> None:
     assert records.read_csv(root / "report" / "points.csv")[0]["layer"] == "2048"
 
 
+def test_scores_by_a_judge_with_other_weights_are_pointed_out(root: Path) -> None:
+    """The weights come from a file that DVC does not know, so replacing it reruns nothing."""
+    for index, point in enumerate(params().points()):
+        judge = {"extractor": "clip", "layer": 768, "extractor_sha256": "old" if index else "new"}
+        values = root / paths.influence_file(point)
+        scores = {"cmmd": 1.0, "cmmd_low": 0.9, "cmmd_high": 1.1, "judges": {"cmmd": judge}}
+        write_point(root, point)
+        content = records.read_record(root / paths.metrics_file(point)) | scores
+        del content["files"]
+        write_influence(values, np.stack([influence_of(point, 0.01)] * 2))
+        records.write_record(root / paths.metrics_file(point), content, [values])
+    seen: list[Progress] = []
+    report(params(), root, seen.append)
+    assert [progress.message for progress in seen if "protocol" in progress.message]
+
+
+@pytest.mark.parametrize("judge", [{}, 3, {"extractor_sha256": 3}])
+def test_a_judge_without_the_hash_of_its_weights_is_refused(root: Path, judge: Any) -> None:
+    cmmd = {"cmmd": 1.0, "cmmd_low": 0.9, "cmmd_high": 1.1}
+    write_point(root, Point.parse("linear-ddpm-5"), judges={"cmmd": judge}, **cmmd)
+    with pytest.raises(InputError, match=r"linear-ddpm-5\.json: no sound value of judges"):
+        report(params(), root)
+
+
 def test_the_table_is_aligned_with_the_best_point_last() -> None:
     found = {
         "linear-ddim-20": ((0.62351, 0.71234, 0.8), (0.0008, 0.00123, 0.0016)),

@@ -369,6 +369,31 @@ def test_a_champion_that_a_judge_has_not_scored_is_scored_first(
     assert decision["fd_dinov2"]["difference"] == pytest.approx(1.0) and decision["fd_dinov2"]["paired"]
 
 
+def test_under_another_protocol_the_champion_may_be_the_best(
+    checkout: Path, smoke: Smoke, write_scores: WriteScores
+) -> None:
+    """Version 1 was best, version 2 wins by its evaluations, and with 48 images version 2 is far ahead of version 1."""
+    params = smoke(training={"steps": 24}, promotion={"margin": 0.5})
+    tracking.promote(params, checkout, rescore=never)
+    fid, registry = read_scores(checkout, FIRST).values["fid"], Registry(checkout)
+    for point, value in ((FIRST, 10.0), (SECOND, 10.0), (OTHERS[1], 10.0), (OTHERS[0], 1.3)):
+        write_scores(checkout, point, value * fid)
+    assert tracking.promote(params, checkout, rescore=never).promoted
+    assert registry.champion().tags["ddpm.best_champion"] == "1"
+
+    def rescore(folder: Path, settings: dict[str, Any]) -> Any:
+        found = read_scores(checkout, FIRST)
+        values = {"fid": 100.0 if settings["steps"] == 5 else 10.0}
+        values |= {"fid_low": values["fid"] - 1, "fid_high": values["fid"] + 1}
+        return replace(found, values={**found.values, **values}), read_all_influence(checkout, FIRST, found)
+
+    for point in (FIRST, SECOND, OTHERS[0]):
+        write_scores(checkout, point, 300.0, images=48)
+    write_scores(checkout, OTHERS[1], 120.0, images=48, evaluations=1)
+    kept = tracking.promote(params, checkout, rescore=rescore)
+    assert not kept.promoted and "FID 120 is worse than 10" in kept.reason
+
+
 def test_the_best_champion_needs_no_score_by_a_judge(checkout: Path, smoke: Smoke, write_scores: WriteScores) -> None:
     """Judges compare the challenger with the champion alone."""
     changes = {"judges": {"cmmd": {"extractor": "c", "layer": 768, "extractor_sha256": "f" * 64}}}
@@ -634,6 +659,16 @@ def test_settings_that_are_damaged_draw_nothing(checkout: Path, params: Params, 
     tracking.fetch_model("models:/ddpm-digits@champion", tmp_path / "model", checkout)
 
 
+def test_a_report_of_several_protocols_is_no_challenge(
+    checkout: Path, params: Params, write_scores: WriteScores
+) -> None:
+    """The best was picked from more points than can be counted under one protocol."""
+    tracking.promote(params, checkout)
+    write_scores(checkout, SECOND, 8.0, images=48)
+    with pytest.raises(InputError, match=r"cosine-\w+-\d was scored under another protocol; run dvc repro"):
+        tracking.promote(params, checkout, rescore=never)
+
+
 @pytest.mark.parametrize("value", DAMAGED[:3])
 @pytest.mark.parametrize("tag", ["ddpm.protocol", "ddpm.score.", "ddpm.influence."])
 def test_a_comparison_does_without_damaged_tags_and_says_so(
@@ -643,7 +678,10 @@ def test_a_comparison_does_without_damaged_tags_and_says_so(
     registry, said = Registry(checkout), list[str]()
     name = next(name for name in registry.champion().tags if name.startswith(tag))
     registry.client.set_model_version_tag("ddpm-digits", "1", name, value)
-    write_scores(checkout, SECOND, 20.0, **({"images": 48} if tag == "ddpm.protocol" else {}))
+    for point in (FIRST, *OTHERS, SECOND):
+        if point == SECOND or tag == "ddpm.protocol":
+            changes = {"images": 48} if tag == "ddpm.protocol" else {}
+            write_scores(checkout, point, 20.0 if point == SECOND else 60.0, **changes)
 
     won = tracking.promote(params, checkout, rescore=lambda *_: scores_at(checkout, SECOND, 19.0), say=said.append)
     assert won.promoted == (tag == "ddpm.influence.")  # only there the champion's own score, 37, is compared

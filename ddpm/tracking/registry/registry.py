@@ -206,7 +206,7 @@ def _challenger(params: Params, root: Path) -> Challenger:
 
 
 def _looked_at(root: Path, protocol: Protocol) -> list[Estimate]:
-    """Reads the scores of the points from which the report picked the best, under one protocol. Raises InputError."""
+    """Reads the scores of the points from which the report picked the best. Raises InputError if their protocols differ."""
     best, rows = read_report(root)
     if len(rows) != best.points:
         raise InputError(
@@ -214,11 +214,9 @@ def _looked_at(root: Path, protocol: Protocol) -> list[Estimate]:
         )
     points = [Point.parse(row.point) for row in rows]
     found = [(point, read_scores(root, point)) for point in points]
-    return [
-        content.estimate(scores.read_point_influence(root, point, content))
-        for point, content in found
-        if Protocol.of(content) == protocol
-    ]
+    if others := [point.name for point, content in found if Protocol.of(content) != protocol]:
+        raise InputError(f"{root / paths.report_dir()}: {others[0]} was scored under another protocol; run dvc repro")
+    return [content.estimate(scores.read_point_influence(root, point, content)) for point, content in found]
 
 
 def model_card(params: Params, root: Path = Path()) -> str:
@@ -417,6 +415,9 @@ def _compare(
     if best.version != champion.version and not force:
         best_title = f"best champion version {best.version} ({best.tags.get('ddpm.point')})"
         best_score = _known_or_again(target, best, best_title, challenger, (), params.seed, force, rescore, say)
+    # Under another protocol, the present champion may be ahead of the one that was best before.
+    if score and best_score and RANKING.rank(score.value) < RANKING.rank(best_score.value):
+        best, best_score = champion, score
     verdict = decide(challenger.score, score, params.promotion, force, looked_at, best_score)
     does = f"{challenger.point.name} replaces {title}" if verdict.wins else does_not
     ahead = best_score is not None and RANKING.rank(best_score.value) <= RANKING.rank(challenger.score.value)
