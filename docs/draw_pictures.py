@@ -106,7 +106,7 @@ def open_page(browser: Browser, address: str, width: int, height: int) -> Page:
 
 def shoot_chart(browser: Browser, server: str) -> None:
     """Shoots MLflow's chart, with the samples at the last step. Raises ValueError if its FIDs are not the report's."""
-    page = open_page(browser, links.mlflow(ROOT, server), 1280, 1050)
+    page = open_page(browser, links.mlflow(ROOT, server), 1280, 1430)  # all cards: others are drawn on scrolling
     page.get_by_role("button", name="Close").click()  # the assistant
     cards = page.get_by_test_id("experiment-view-compare-runs-card")
     fid = cards.filter(has_text=re.compile("^fid"))
