@@ -72,7 +72,7 @@ GROUPS = {
             "files/checkpoint": of("stages", "train", "faults") + of("files", "corruption"),
             "parameters": of("files", "params", "bad_input"),
         },
-        60,
+        30,
         0.7,
     ),
     "gate": Group({"tracking/registry/decision": of("tracking", "gate", "promote")}, 40, 0.8),

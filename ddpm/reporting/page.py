@@ -200,7 +200,7 @@ def how_sure_of_schedules(trained: Sequence[Trainings]) -> str:
         schedules = "Each schedule was" if len(trained) > 1 else "The schedule was"
         return (
             f"{schedules} trained once, so the scores compare models, and another seed of the training may change their order."
-            " To measure that, add rows to `schedules` that differ in `seed` alone."
+            " To measure that, add schedules that differ in their seed alone."
         )
     said = [
         f"{each.count} trainings of {each.schedule} differ by a standard deviation of {each.spread.value:.3g}"
