@@ -47,6 +47,7 @@ MAX_BYTES = 2**28  # of one encoded image
 MODES = {1: "L", 3: "RGB"}
 BLOCK = 64  # images that a worker process decodes between two progress reports
 MAX_WORKERS = 16
+_HELD = {signal.SIGINT, signal.SIGTERM}  # signals held back while processes are forked
 
 
 # Messages.
@@ -445,7 +446,12 @@ def _forked(read: _ReadBlock, blocks: list[range], workers: int) -> Iterator[tup
     before = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, context, _begin, (read, os.getpid()))
     try:
-        waiting = {pool.submit(_run, block): block for block in blocks}
+        # A signal between a fork and _begin would run the handler of this process in the copy, which would go on as this process.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+        try:
+            waiting = {pool.submit(_run, block): block for block in blocks}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for future in as_completed(waiting):
             yield waiting[future], future.result()
     except BrokenProcessPool:
@@ -462,6 +468,7 @@ def _begin(read: _ReadBlock, parent: int) -> None:
     """Prepares a worker process: it leaves Ctrl-C to its parent, and ends if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
     os.environ[watchdog.VARIABLE] = str(parent)
     watchdog.start()
     _read_block.append(read)

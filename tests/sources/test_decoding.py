@@ -585,3 +585,33 @@ def test_reading_beside_threads(many: dict[str, decoding.Read], tmp_path: Path, 
         for thread in threads:
             thread.join()
     assert np.array_equal(pixels[299].transpose(1, 2, 0), noise(seed=299))
+
+
+ENDED_AT_THE_FORK = """
+import os, signal
+from ddpm.runtime.stopping import on_sigterm
+from ddpm.sources import decoding
+
+fork = os.fork
+
+def forked():
+    pid = fork()
+    if pid == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return pid
+
+os.fork = forked
+on_sigterm()
+try:
+    list(decoding._forked(lambda block: [], [range(1)] * 4, 2))
+except BaseException as error:
+    print(type(error).__name__, flush=True)
+"""
+
+
+def test_a_worker_ended_before_it_begins_does_not_go_on_as_its_parent() -> None:
+    """The parent's handler of SIGTERM must not run in the copy: that copy printed a line of its own, and lived on."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDED_AT_THE_FORK], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "InputError\n", done
