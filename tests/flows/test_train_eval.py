@@ -80,6 +80,7 @@ def test_mlflow_answers(up: Any) -> None:
 
 @pytest.mark.proof
 def test_what_dvc_has_done_the_flow_skips(up: Any) -> None:
+    assert up.scratch.run(*up.FLOW, json.dumps({"promote": False})).returncode == 0
     assert up.scratch.run(*up.FLOW, json.dumps({"overrides": ["training.steps=8"], "promote": False})).returncode == 0
     states = up.states(up.flow_run()["id"])
     assert states["train@linear"] == "Completed"
