@@ -372,8 +372,8 @@ def test_dvc_and_its_stages_killed_leave_the_same_lock_and_no_orphan(
     outputs = []
     for victim, far_enough in (
         ("dvc", lambda: saved(1)),
-        ("ddpm.cli train", lambda: saved(50)),
-        ("ddpm.cli sample", lambda: list(killed.glob(".cache/sampling/*/batches.jsonl"))),
+        ("-m ddpm train", lambda: saved(50)),
+        ("-m ddpm sample", lambda: list(killed.glob(".cache/sampling/*/batches.jsonl"))),
     ):
         dvc = repro(killed)
         wait(lambda ended=dvc.poll, reached=far_enough: reached() or ended() is not None)
@@ -381,6 +381,7 @@ def test_dvc_and_its_stages_killed_leave_the_same_lock_and_no_orphan(
         targets = [dvc.pid]
         if victim != "dvc":
             targets = [process.pid for process in working_in(killed) if victim in " ".join(process.cmdline())]
+        assert targets, victim
         for pid in targets:
             os.kill(pid, signal.SIGKILL)
         outputs.append(dvc.communicate(timeout=60)[0])
