@@ -297,6 +297,7 @@ def publish(
         threading.Thread(target=wait_for_end_of_input, daemon=True).start()
         tracking.follow(params, Path(), ended, say=say)
     tracking.publish(params, Path(), say=say)
+    tracking.mark_best_champion(params, Path(), say=say)
 
 
 @app.command()

@@ -333,6 +333,8 @@ def test_the_best_champion_stays_the_measure(checkout: Path, smoke: Smoke, write
     write_scores(checkout, OTHERS[0], 1.55 * fid)  # within the margin of 1.1, not of 1
     kept = tracking.promote(params, checkout, rescore=never)
     assert not kept.promoted and f"worse than the best champion's {fid:.4g}" in kept.reason
+    tracking.mark_best_champion(params, checkout)  # as `ddpm publish` does
+    assert registry.champion().tags["ddpm.best_champion"] == "1"
 
 
 def test_a_champion_that_a_judge_has_not_scored_is_scored_first(

@@ -474,6 +474,21 @@ def _best_champion(client: MlflowClient, champion: ModelVersion, protocol: Proto
     return min(scored, key=lambda entry: entry[0], default=(0.0, champion))[1]
 
 
+def mark_best_champion(params: Params, root: Path = Path(), say: Say = print) -> None:
+    """Names the best champion so far in the registry if the present champion does not, as in one of an older version.
+
+    Raises InputError if MLflow cannot be reached.
+    """
+    target = open_target(params, root)
+    with plain_errors(target.place), locked(target.place, ".promote"):
+        champion = _version(target.client, champion_uri(params))
+        if champion is None or BEST in champion.tags:
+            return
+        protocol = tags.protocol(champion)
+        best = champion if protocol is None else _best_champion(target.client, champion, protocol, say)
+        _tag(target.client, champion, BEST, best.version)
+
+
 def _changed(champion: ModelVersion, protocol: Protocol) -> str:
     """Says in words why the champion has no score under a protocol."""
     try:
