@@ -186,7 +186,7 @@ def _heads(channels: int, heads: int, head_channels: int | None) -> int:
 
 MakeStage = Callable[[int, int, bool], Stage]
 MakeResize = Callable[[int, bool], nn.Module]
-# Of each resolution: the width, whether it has attention, and whether a residual block resizes from it to the next.
+# One entry for each resolution: its width, whether it has attention, and whether a residual block resizes to the next one.
 Levels = Sequence[tuple[int, bool, bool]]
 
 

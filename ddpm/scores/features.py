@@ -98,7 +98,7 @@ def extract(
 def read_weights(path: Path) -> tuple[State, str]:
     """Returns the tensors and the sha256 of a file that torch or safetensors wrote. Raises WeightsError.
 
-    What is hashed is what is loaded, and nothing in the file is executed.
+    The tensors come from the very bytes that are hashed, and loading executes nothing in the file.
     """
     from safetensors.torch import load as load_safetensors
 

@@ -149,7 +149,7 @@ class Jackknife:
     def infinity(self, features: int) -> Estimate | None:
         """Returns the FID of infinitely many images, at least 0, or None for fewer than ENOUGH images per feature.
 
-        Its error combines that of FID with what the correction may leave of the bias.
+        The error combines FID's error with the part of the bias that the correction may leave.
         """
         if len(self.influence) < ENOUGH * features:
             return None
