@@ -353,7 +353,7 @@ class Tracking:
 class Compute:
     """Where stages run and how often they save. Nothing here changes a result, so no stage depends on this section.
 
-    processes: of one training; each computes its share of the batch.
+    processes: the number of processes in one training; each computes its share of the batch.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

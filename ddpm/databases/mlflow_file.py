@@ -137,18 +137,19 @@ def _elsewhere(location: str, home: Path) -> Path | None:
 
 
 def _moves_without_files(file: Path, recorded: Path, used: bool, left: set[Path]) -> bool:
-    """Returns whether an experiment without a folder beside the database will keep its files there from now on.
+    """Returns whether the database must name its own `mlartifacts` for an experiment that has no folder there yet.
 
-    It will if it still has the address of the database's original, or if it has no runs and its neighbours lie here.
+    True if the database is a copy whose original still exists, so that the copy does not write to its folder. Also
+    true if the recorded `mlartifacts` is gone, the experiment has no runs, and other experiments were moved from there.
 
     Args:
         file: the database.
         recorded: the experiment's folder, as the database names it.
         used: whether the experiment has runs.
-        left: the recorded `mlartifacts` folders of the experiments that lie beside the database.
+        left: the recorded `mlartifacts` folders of those experiments whose folders lie beside the database now.
 
     Raises:
-        InputError: the files are in the original's folder, or cannot be found.
+        InputError: the experiment's files were left in the original's folder, or cannot be found.
     """
     here = file.parent / ARTIFACTS / recorded.name
     if _exists(recorded.parent):

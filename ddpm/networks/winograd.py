@@ -50,10 +50,10 @@ class NoCompiler(RuntimeError):
 
 
 def compiled(net: Network, dynamic: bool | None = None) -> Network:
-    """Returns a faster form of the network: torch.compile's on a GPU; on a CPU the network itself, changed in place.
+    """Returns a faster form of the network: on a GPU from torch.compile, on a CPU the network itself, changed in place.
 
-    Parameters, gradients and state_dict stay the same. On a CPU, float32 inputs in channels_last are faster. There the
-    first call compiles the C code in about 1 s. `dynamic` is torch.compile's. Raises NoCompiler.
+    Parameters, gradients and state_dict stay the same. On a CPU, float32 inputs in channels_last are faster, and the
+    first call compiles the C code in about 1 s. torch.compile gets `dynamic`. Raises NoCompiler.
     """
     device = next(net.parameters()).device
     if device.type == "cuda":

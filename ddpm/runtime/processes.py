@@ -41,7 +41,7 @@ def _host() -> str:
 
 
 def _start(process: psutil.Process) -> str:
-    """Returns the boot id and the start time since that boot, which do not change when the clock is set."""
+    """Returns the boot id and the process's start time since boot. Neither changes when the clock is set."""
     if not BOOT.exists():
         return f"{process.create_time():.2f}"
     fields = (PROC / str(process.pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

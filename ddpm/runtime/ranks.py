@@ -1,4 +1,4 @@
-"""Reads from the environment, as torchrun sets it, which of several processes this one is, and joins them."""
+"""Joins the processes of one training. Each gets its number from torchrun's environment variables."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from ddpm.scores.metrics import RANKING
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point to choose from.
+    """A point that `choose` may name as the best.
 
     Args:
         name: the name of the point.
@@ -84,7 +84,10 @@ def choose(candidates: Sequence[Candidate], margin: float) -> Choice:
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Returns the points with a better score than all points of as few or fewer evaluations, sorted by evaluations."""
+    """Returns the Pareto front, sorted by evaluations.
+
+    A point is on the front if its score is better than that of every other point with as few or fewer evaluations.
+    """
     kept: list[Candidate] = []
     for point in sorted(candidates, key=lambda point: (point.evaluations, *point.order)):
         if not kept or RANKING.rank(point.estimate.value) < RANKING.rank(kept[-1].estimate.value):

@@ -93,18 +93,19 @@ def copying(samples: NDArray[np.float64], unseen: NDArray[np.float64]) -> Copyin
 class Suspects:
     """The samples that lie nearer to a training image than any unseen image does.
 
-    If M samples and N unseen images come from one distribution, every order of their distances is as likely. Then a sample
-    is suspected with probability 1/(N + 1), and at least k of them with probability prod_{j<k} (M - j)/(M + N - j): the k
-    nearest images of all are then samples. This count is beta-binomial, since these N unseen images set a threshold that
-    a share p ~ Beta(1, N) of all new images passes.
+    If M samples and N unseen images come from one distribution, all orders of their distances are equally likely. Then
+    each sample is suspected with probability 1/(N + 1). At least k samples are suspected if the k nearest of all M + N
+    images are samples, which has the probability prod_{j<k} (M - j)/(M + N - j). The number of suspected samples is
+    beta-binomial: a share p ~ Beta(1, N) of all new images lies below the threshold that the N unseen images set.
 
     Args:
         samples: the indices of the suspected samples, nearest first.
-        threshold: the distance below which a sample is suspected: the smallest of an unseen image.
+        threshold: the smallest distance of an unseen image. A sample below it is suspected.
         rate: the probability that a new image is suspected, 1/(N + 1).
-        rate_low, rate_high: the interval of p, the share of new images below this very threshold.
+        rate_low, rate_high: the interval of p, the share of new images below this threshold.
         expected: how many samples would be suspected on average if all were new: M/(N + 1).
-        most: if all were new, more than this many would be suspected in at most 1 - confidence of all cases.
+        most: the largest count that chance explains. If all samples were new, a larger count would have a probability
+            of at most 1 - confidence.
     """
 
     samples: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Reads images from where they come from, one module per source, and decodes image files.
+"""Reads images from their sources, one module per source, and decodes image files.
 
-The prepared dataset itself is written and read in ddpm.files.
+ddpm.files writes and reads the prepared dataset.
 """

@@ -441,7 +441,10 @@ def _in_processes(read: _ReadBlock, count: int, done: Callable[[int], None]) -> 
 
 
 def _forked(read: _ReadBlock, blocks: list[range], workers: int) -> Iterator[tuple[range, list[_ImageFault]]]:
-    """Yields each block with its faults once it is read. Raises InputError if a worker process was killed."""
+    """Yields each block, once it is read, with the images in it that cannot be used.
+
+    Raises InputError if a worker process was killed.
+    """
     context = multiprocessing.get_context("fork")  # processes inherit `read` with its files and arrays: no pickling
     before = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, context, _begin, (read, os.getpid()))

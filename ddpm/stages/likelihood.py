@@ -41,7 +41,7 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
     splits = {"train": chosen(dataset.train, settings.images), "test": chosen(dataset.test, settings.images)}
     splits = {name: images for name, images in splits.items() if len(images) > 1}
     if not splits:
-        raise InputError("dataset: a standard error takes two images or more")
+        raise InputError("dataset: neither train nor test has two images, which a standard error needs; add images")
     times = settings.times or denoiser.schedule.T
     total, done = sum(len(images) for images in splits.values()) * times, 0
 

@@ -327,7 +327,7 @@ def _test_images(model: Model, indices: Iterable[int]) -> Tensor:
     if dataset.test.shape[1:] != model.shape:
         raise InputError(
             f"{paths.dataset_dir()}: its images are {dataset.test.shape[1:]}, the model's are {model.shape} (channels,"
-            " height, width); prepare the dataset that it was trained on"
+            " height, width); prepare the dataset that the model was trained on"
         )
     if wrong := [index for index in chosen if not 0 <= index < len(dataset.test)]:
         last = len(dataset.test) - 1

@@ -1,13 +1,20 @@
-"""MLflow as a view over outputs, and its model registry. No other package imports mlflow, and no stage imports this one.
+"""Shows outputs in MLflow and keeps its model registry.
 
-One experiment per dataset, `ddpm-DATASET`, holds a run per schedule (`linear`: loss curves, the checkpoint), below it a run
-per schedule and sampler (`linear-ddim`: scores and sample grids at step = network evaluations) and one for the bound in
-bits/dim (`linear-likelihood`), and the runs `report` and `schedules`.
+No other package imports mlflow, and no stage imports this package.
 
-Outputs hold no run ids; tags find the run of an output. `ddpm.key` hashes the configuration, `ddpm.model_sha256` names the
-weights, and `ddpm.samples.STEPS` and `ddpm.scores.STEPS` name the files of a point. If the same configuration gave other
-outputs (the code was edited), they go to a new run and the old run is tagged `ddpm.superseded`. So no step of a metric has two
-values. Times come from the run files beside the outputs; 2000-01-01 means that there is no such file.
+Each dataset has one MLflow experiment, `ddpm-DATASET`, with these runs:
+
+- `linear`, for each schedule: loss curves and the checkpoint. The next two are its child runs.
+- `linear-ddim`, for each schedule and sampler: scores and sample grids. MLflow's step is the number of network
+  evaluations.
+- `linear-likelihood`: the bound in bits/dim.
+- `report` and `schedules`.
+
+Outputs hold no run ids. Tags of a run say which outputs it shows: `ddpm.key` hashes the configuration,
+`ddpm.model_sha256` names the weights, and `ddpm.samples.STEPS` and `ddpm.scores.STEPS` name the files of a point. If
+edited code gave other outputs for the same configuration, these go to a new run, and the old run is tagged
+`ddpm.superseded`. So each step of a metric has one value. Times come from the run files beside the outputs;
+2000-01-01 means that there is no such file.
 
 mlflow is imported late, because the import takes 2 s.
 """

@@ -45,7 +45,7 @@ def main(pool: str) -> None:
 
     crashed_runs.watch_heartbeats()
     if count := crashed_runs.reap():
-        print(f"worker: {count} flow runs were killed earlier and are Crashed now", flush=True)
+        print(f"worker: {count} flow runs were killed earlier and are now marked Crashed", flush=True)
     os.environ[watchdog.VARIABLE] = str(os.getpid())  # exec keeps the process id: flow runs end with this worker
     if pool == "hosts":
         os.environ["DDPM_CHECKOUT"] = str(Path.cwd())

@@ -141,7 +141,10 @@ class Score:
         return replace(self, estimate=replace(self.estimate, influence=influence[0]), seed=seed, judges=judges)
 
     def lacks(self, judges: Sequence[str], other: Score) -> list[str]:
-        """Returns the judges by which this score cannot be compared with `other`, which has them all."""
+        """Returns those of `judges` by which this score cannot be compared with `other`.
+
+        Such a judge has not judged this point, or used another feature extractor. `other` has scores by all judges.
+        """
         return [
             name
             for name in judges

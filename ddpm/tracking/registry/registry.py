@@ -236,8 +236,8 @@ def promote(
     """Registers the report's best point as `ddpm-DATASET` with alias `champion`, if it beats the present champion.
 
     `decision.decide` holds the rule. A champion whose score belongs to another dataset version or protocol is scored again first.
-    A user's own images without a name are an exception: other images may be another dataset, so the champion stays. The decision
-    and its evidence are kept as tags in the registry.
+    Exception: if a user's own images changed and `tracking.name` is unset, they may be another dataset, so the champion
+    stays. The registry keeps the decision and its evidence as tags.
 
     Args:
         params: the parameters of the sweep.
