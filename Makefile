@@ -9,6 +9,11 @@ EMPTY := .venv/share/empty-databases
 PYTHON ?= $(shell for python in python3.11 python3 python; do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+# The index of torch and torchvision, if it is another one. It is remembered in .venv.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(if $(filter cpu,$(TORCH)),$(CPU_INDEX),$(shell cat .venv/torch-index 2>/dev/null))
+# Not empty where an NVIDIA GPU is seen.
+GPU = $(shell command -v nvidia-smi)$(wildcard /proc/driver/nvidia/version /dev/nvidia0)
 PIP := .venv/bin/uv pip install --python .venv/bin/python --no-deps
 # The environment's `dvc` writes dvc.lock atomically (ddpm/provenance/atomic_lock.py).
 ATOMIC := find .venv/bin -name dvc -exec sed -i 's/^from .* import main/from ddpm.provenance.atomic_lock import main/' {} +
@@ -41,8 +46,8 @@ export PYTHONDONTWRITEBYTECODE := 1
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'variables: RECIPE=smoke (demo), HOST, PREFECT_PORT, MLFLOW_PORT (up, ui), TORCH_INDEX=<address of a package index> (another'
-	@echo '           torch, such as the smaller CPU-only one), PYTHON=<interpreter> (3.11 or newer)'
+	@echo 'variables: RECIPE=smoke (demo), HOST, PREFECT_PORT, MLFLOW_PORT (up, ui), TORCH=cpu (torch without CUDA, much smaller),'
+	@echo '           TORCH_INDEX=<address of a package index> (another torch), PYTHON=<interpreter> (3.11 or newer)'
 
 demo: $(EMPTY) ## run the whole pipeline on real digits, from data to a promoted model, in a few minutes
 	@$(RUN) python -m flows $(if $(RECIPE),--recipe $(RECIPE))
@@ -127,12 +132,17 @@ lock: .venv/bin/uv ## update requirements.lock to pyproject.toml (UPGRADE=1: new
 # The stamp file is written last, so that an interrupted installation is repeated.
 $(INSTALLED): requirements.lock pyproject.toml | .venv/bin/uv
 	@rm -f $@
+	@$(if $(filter-out cpu,$(TORCH)),echo 'make: TORCH=$(TORCH): the only value is cpu; TORCH_INDEX names another index' >&2; exit 2)
 	@echo 'installing into .venv'
-ifdef TORCH_INDEX
+ifneq ($(TORCH_INDEX),)
 	@$(PIP) --compile-bytecode --reinstall --default-index '$(TORCH_INDEX)' \
 		$$(grep -oE '^(torch|torchvision)==[^ ]+' requirements.lock)
+	@echo '$(TORCH_INDEX)' >.venv/torch-index
 	@sed -E '/^(cuda-|nvidia-|torch==|torchvision==|triton==)/,/[^\\]$$/d' requirements.lock >.venv/requirements.txt
 else
+	@$(if $(GPU),,.venv/bin/python -c 'import torch' 2>/dev/null || \
+		echo 'No NVIDIA GPU is seen here, and 2.8 of the 2.9 GB to download are for one. To do without: Ctrl-C, then' \
+		'`TORCH=cpu make $(MAKECMDGOALS)`, which takes torch from $(CPU_INDEX)')
 	@cp requirements.lock .venv/requirements.txt
 endif
 	@$(PIP) --compile-bytecode --require-hashes --requirements .venv/requirements.txt

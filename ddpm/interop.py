@@ -292,6 +292,8 @@ def settings_to_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
         if key not in _SETTINGS and value:
             raise _bad_value(f"network {key}", value, "cannot be converted to diffusers' UNet2DModel")
     full = _SETTINGS | {key: value for key, value in settings.items() if key in _SETTINGS}
+    if full["patch"] != 1:
+        raise _bad_value("network patch", full["patch"], "must be 1 for diffusers' UNet2DModel")
     net = _empty(full)
     widths = [round(full["channels"] * multiplier) for multiplier in full["multipliers"]]
     if widths[0] != full["channels"]:

@@ -104,6 +104,7 @@ class Network:
     attention: tuple[int, ...] = entry({}, (), each=COUNT)
     heads: int = entry(COUNT, 1)
     dropout: float = entry(FRACTION, 0.0)
+    patch: int = entry({"ge": 1, "le": 64}, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

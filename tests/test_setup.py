@@ -132,8 +132,10 @@ class Clone:
             '[project]\nname = "ddpm"\nversion = "0.1.0"\n'
         )
 
-    def make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_"))}
+    def make(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_", "TORCH"))
+        }
         return subprocess.run(
             ["make", ".venv/installed", *arguments],
             cwd=self.root,
@@ -141,6 +143,7 @@ class Clone:
                 **environment,
                 "UV_DEFAULT_INDEX": self.index.as_uri(),
                 "UV_CACHE_DIR": str(self.root.parent / "cache"),
+                **variables,
             },
             capture_output=True,
             text=True,
@@ -237,6 +240,41 @@ def test_another_torch_comes_from_the_index_that_is_named(clone: Clone) -> None:
     assert clone.installed() == {"torch", "torchvision", "torch_fidelity", "good"}
     assert "1.0+cpu" in clone.version("torch")
     assert "1.0+cpu" in clone.version("torchvision")
+
+
+def test_the_torch_without_cuda_is_offered_before_the_download_and_kept(clone: Clone, tmp_path: Path) -> None:
+    names = ("torch", "torchvision", "nvidia_cublas", "good")
+    lock = clone.root / "requirements.lock"
+    lock.write_text("".join(wheel(clone.index, name, "1.0") for name in names))
+    for name in ("torch", "torchvision"):
+        wheel(clone.other, name, "1.0+cpu")
+    tools, index = tmp_path / "tools", f"CPU_INDEX={clone.other.as_uri()}"
+    tools.mkdir()
+    (tools / "nvidia-smi").touch(mode=0o755)
+    with_gpu = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    offer = "`TORCH=cpu make .venv/installed`, which takes torch from https://download.pytorch.org/whl/cpu"
+    broken = {"UV_DEFAULT_INDEX": (tmp_path / "absent").as_uri()}
+
+    before = clone.make(**broken)
+    assert before.returncode != 0
+    assert not clone.installed()
+    if not Path("/proc/driver/nvidia/version").exists():
+        assert offer in before.stdout
+        assert "2.8 of the 2.9 GB" in before.stdout
+    assert offer not in clone.make(**broken, PATH=with_gpu).stdout
+    assert "the only value is cpu" in clone.make(TORCH="cuda").stderr
+
+    done = clone.make(index, TORCH="cpu")
+    assert done.returncode == 0, done.stderr
+    assert offer not in done.stdout
+    assert clone.installed() == {"torch", "torchvision", "good"}
+    assert "1.0+cpu" in clone.version("torch")
+
+    lock.write_text(lock.read_text() + wheel(clone.index, "better", "1.0"))
+    os.utime(lock, ((clone.root / ".venv" / "installed").stat().st_mtime + 10,) * 2)
+    assert clone.make().returncode == 0
+    assert clone.installed() == {"torch", "torchvision", "good", "better"}
+    assert "1.0+cpu" in clone.version("torch")
 
 
 def test_no_python_is_one_clear_line(clone: Clone) -> None:

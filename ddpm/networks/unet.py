@@ -163,11 +163,15 @@ def _check_counts(blocks: int, heads: int, classes: int) -> None:
         raise ValueError(f"classes = {classes} must be 0 (unconditional) or more")
 
 
-def _sides(image_size: int, levels: int, named: Sequence[int]) -> list[int]:
-    """Returns the side of each resolution in pixels. Raises ValueError unless those include the `named` sides."""
-    if image_size % 2 ** (levels - 1):
-        raise ValueError(f"image_size {image_size} cannot be halved {levels - 1} times")
-    sides = [image_size // 2**level for level in range(levels)]
+def _sides(image_size: int, patch: int, levels: int, named: Sequence[int]) -> list[int]:
+    """Returns the side of each resolution in patches. Raises ValueError unless those include the `named` sides."""
+    if patch < 1 or image_size % patch:
+        raise ValueError(f"image_size {image_size} cannot be divided into patches of patch = {patch} pixels")
+    largest = image_size // patch
+    if largest % 2 ** (levels - 1):
+        of = f" in patches of {patch}x{patch} pixels, a side of {largest}," if patch > 1 else ""
+        raise ValueError(f"image_size {image_size}{of} cannot be halved {levels - 1} times")
+    sides = [largest // 2**level for level in range(levels)]
     for side in named:
         if side not in sides:
             raise ValueError(
@@ -233,7 +237,7 @@ class UNet(nn.Module):
         multipliers: width of each resolution as a multiple of `channels`, from image_size down by halves. A fraction
             must give a whole width.
         blocks: residual blocks per resolution on the way down; the way up has one more.
-        attention: the resolutions, as sides in pixels, that have self-attention.
+        attention: the resolutions, as sides in pixels (in patches where patch > 1), that have self-attention.
         heads: heads of each attention.
         dropout: probability of dropout in each residual block.
         out_channels: channels of the prediction; by default those of x. A learned variance takes twice as many.
@@ -250,6 +254,8 @@ class UNet(nn.Module):
         residual_down: the resolutions, as sides in pixels, that a residual block halves instead of a convolution.
         residual_up: the same for the resolutions that are doubled.
         null_class: whether a conditional network can predict without a label.
+        patch: side in pixels of the squares that the first convolution sees as one position with channels * patch^2
+            channels (space-to-depth, Shi et al. 2016). The layers then cost 1 / patch^2 as much.
 
     Raises:
         ValueError: the arguments do not fit together.
@@ -279,18 +285,20 @@ class UNet(nn.Module):
         residual_down: Sequence[int] = (),
         residual_up: Sequence[int] = (),
         null_class: bool = True,
+        patch: int = 1,
     ) -> None:
         super().__init__()
         _check_width(channels, 8 if norm_groups is None else 2)
         _check_counts(blocks, heads, classes)
         attention_up = attention if attention_up is None else attention_up
-        sides = _sides(image_size, len(multipliers), [*attention, *attention_up, *residual_down, *residual_up])
+        sides = _sides(image_size, patch, len(multipliers), [*attention, *attention_up, *residual_down, *residual_up])
         widths = _widths(channels, multipliers)
         if any(width % heads for width in widths):
             raise ValueError(f"heads = {heads} must divide the channels of every resolution")
         norm_groups = norm_groups or groups(channels)
         embedding = 4 * channels
         self.channels, self.freq_shift, self.classes, self.null_class = channels, freq_shift, classes, null_class
+        self.patch = patch
         self.time = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
 
         def block(channels_in: int, channels_out: int, resize: nn.Module | None = None) -> ResidualBlock:
@@ -315,14 +323,14 @@ class UNet(nn.Module):
             [(width, side in attends, side in residual) for width, side in zip(widths, sides, strict=True)]
             for attends, residual in ((attention, residual_down), (attention_up, residual_up))
         )
-        self.first = nn.Conv2d(image_channels, channels, 3, padding=1)
+        self.first = nn.Conv2d(image_channels * patch**2, channels, 3, padding=1)
         self.down, skips = _down(stage, halve, channels, way_down, blocks)
         width = widths[-1]
         middle = stage(width, width, middle_attention, norm_groups if middle_groups is None else middle_groups)
         self.middle = nn.ModuleList([middle, stage(width, width, False)])
         self.up = _up(stage, double, skips, way_up, blocks)
         self.last_norm = NormSwish(norm_groups, widths[0], eps=norm_eps)
-        self.last = _zero(nn.Conv2d(widths[0], out_channels or image_channels, 3, padding=1))
+        self.last = _zero(nn.Conv2d(widths[0], (out_channels or image_channels) * patch**2, 3, padding=1))
         # Initialised last, so that the other weights start the same with and without classes. The rows start at random,
         # since from zero they diverge slowly (digits, 300 steps: a classifier recognises 14% of the classes, not 84%).
         self.label = nn.Embedding(classes + null_class, embedding) if classes else None
@@ -346,7 +354,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         embedding = self._embedding(t, labels)
-        h = self.first(x)
+        h = self.first(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         skips = [h]
         for layer in self.down:
             h = layer(h, embedding)
@@ -355,7 +363,8 @@ class UNet(nn.Module):
             h = layer(h, embedding)
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], dim=1) if isinstance(layer, Stage) else h, embedding)
-        return self.last(self.last_norm(h))
+        h = self.last(self.last_norm(h))
+        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
 
 
 NETWORK = UNet

