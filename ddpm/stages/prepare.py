@@ -36,6 +36,7 @@ def prepare(params: Params, root: Path = Path(), report: Report = silent) -> Dat
     with writing_dataset(root, contents.shape, contents.counts, contents.labels) as new:
         contents.fill(new.train, new.test)
         new.description = {"name": params.data.source, **_about(contents, new), "flip": source.flip}
+        new.unusable = contents.unusable
         new.picture = preview(new.train, new.train_labels, len(contents.classes or ()))
     report(Progress(total, total, "images", message=f"{params.data.source}: {_summary(contents)}"))
     return read_dataset_record(root)
@@ -105,4 +106,5 @@ def _summary(contents: Contents) -> str:
     size = "x".join(str(number) for number in contents.shape)
     number = len(contents.classes or ())
     classes = f"{number} class{'es' if number != 1 else ''}" if contents.classes is not None else "no classes"
-    return f"{train:,} train and {test:,} test images of {size}, {classes}"
+    left_out = f"; left out {len(contents.unusable):,} unusable, see unusable.csv" if contents.unusable else ""
+    return f"{train:,} train and {test:,} test images of {size}, {classes}{left_out}"

@@ -219,7 +219,7 @@ def test_the_first_three_are_named_and_all_are_counted() -> None:
 def test_file_names_cannot_break_the_line(tmp_path: Path) -> None:
     (tmp_path / "a\nb\x1b[31m.png").write_bytes(b"")
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"")
-    files, _ = decoding.find(tmp_path, "here")
+    files = decoding.find(tmp_path, "here").images
     with pytest.raises(InputError) as caught:
         decoding.first_shape(files, None, "here")
     assert str(caught.value).isprintable()
@@ -336,8 +336,8 @@ def test_folders_and_zips_are_one_tree(tmp_path: Path) -> None:
         add(tmp_path, name, name.encode())
     zipped(tmp_path / "b" / "more.zip", {"c/x.PNG": b"x", "./y.png": b"y"})
     zipped(tmp_path / "stored.ZIP", {"dos\\z.png": b"z", "empty/": b""}, zipfile.ZIP_STORED)
-    files, left_out = decoding.find(tmp_path, "here")
-    assert {name: read() for name, read in files.items()} == {
+    found = decoding.find(tmp_path, "here")
+    assert {name: read() for name, read in found.images.items()} == {
         "a.png": b"a.png",
         "b/c/d.JPG": b"b/c/d.JPG",
         "b/e.jpeg": b"b/e.jpeg",
@@ -345,7 +345,7 @@ def test_folders_and_zips_are_one_tree(tmp_path: Path) -> None:
         "b/y.png": b"y",
         "dos/z.png": b"z",
     }
-    assert left_out == []
+    assert found.left_out == []
 
 
 def test_other_files_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -354,9 +354,9 @@ def test_other_files_are_left_out_and_counted(tmp_path: Path) -> None:
     for name in others:
         add(tmp_path, name)
     zipped(tmp_path / "z.zip", {"__MACOSX/a/._y.png": b"", "y.txt": b"", "b/y.png": GOOD})
-    files, left_out = decoding.find(tmp_path, "here")
-    assert sorted(files) == ["a/x.png", "b/y.png"]
-    assert sorted(left_out) == sorted([*others, "__MACOSX/a/._y.png", "y.txt"])
+    found = decoding.find(tmp_path, "here")
+    assert sorted(found.images) == ["a/x.png", "b/y.png"]
+    assert sorted(found.left_out) == sorted([*others, "__MACOSX/a/._y.png", "y.txt"])
 
 
 def link(name: str) -> zipfile.ZipInfo:
@@ -406,7 +406,7 @@ def test_zip_bombs_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(decoding, "MAX_BYTES", 2**24)
     zipped(tmp_path / "bomb.zip", {"x.png": bytes(2**24 + 1)})
     assert (tmp_path / "bomb.zip").stat().st_size < 2**16
-    files, _ = decoding.find(tmp_path, "here")
+    files = decoding.find(tmp_path, "here").images
     with pytest.raises(InputError, match=r"x\.png \(16,777,217 bytes are too many\)"):
         decoding.first_shape(files, None, "here")
 
@@ -417,7 +417,7 @@ def test_a_lying_zip_header(tmp_path: Path) -> None:
     place = content.index(b"PK\x01\x02") + 24
     content[place : place + 4] = struct.pack("<I", 10)
     (tmp_path / "bad.zip").write_bytes(bytes(content))
-    files, _ = decoding.find(tmp_path, "here")
+    files = decoding.find(tmp_path, "here").images
     with pytest.raises(InputError, match=r"x\.png \(Bad CRC-32"):
         decoding.first_shape(files, None, "here")
 
@@ -433,11 +433,11 @@ def test_two_images_with_one_path(tmp_path: Path) -> None:
 def test_links_and_pipes_in_folders(tmp_path: Path) -> None:
     add(tmp_path, "real/x.png")
     (tmp_path / "good.png").symlink_to("real/x.png")
-    files, _ = decoding.find(tmp_path, "here")
+    files = decoding.find(tmp_path, "here").images
     assert files["good.png"]() == GOOD
     (tmp_path / "broken.png").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.png")
-    files, _ = decoding.find(tmp_path, "here")
+    files = decoding.find(tmp_path, "here").images
     for name, reason in (("broken.png", "No such file"), ("pipe.png", "not a regular file")):
         with pytest.raises(InputError, match=reason):
             decoding.first_shape({name: files[name]}, None, "here")
@@ -475,7 +475,7 @@ def test_a_damaged_zip_is_refused_or_read_right(archive: bytes, tmp_path: Path, 
     path = tmp_path / "x.zip"
     path.write_bytes(data.draw(damaged(archive)))
     try:
-        files, _ = decoding.find(path, "here")
+        files = decoding.find(path, "here").images
         pixels = np.zeros((len(files), 3, 8, 8), np.uint8)
         decoding.read_all(files, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
     except InputError as error:
@@ -491,7 +491,7 @@ def test_a_damaged_zip_is_refused_or_read_right(archive: bytes, tmp_path: Path, 
 @pytest.fixture
 def many(tmp_path: Path) -> dict[str, decoding.Read]:
     zipped(tmp_path / "many.zip", {f"{seed:04}.png": encode(noise(seed=seed)) for seed in range(300)})
-    return decoding.find(tmp_path, "here")[0]
+    return decoding.find(tmp_path, "here").images
 
 
 @pytest.fixture

@@ -336,7 +336,6 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: Image.new("CMYK", (8, 8)).save(folder / "class 2" / "x.jpg"),
         "class 2/x.jpg (mode CMYK)",
     ),
-    "no class": (lambda folder: draw(folder / "x.png", 0), "1 of 13 images lie in no class folder"),
     "no zip": (lambda folder: (folder / "x.zip").write_bytes(b"x"), "x.zip (not a readable zip file"),
     "escaping": (escaping_zip, "x.zip: ../../x.png (escapes its folder)"),
     "twice": (repeated_image, "class 0/00.png (two images with this path)"),
