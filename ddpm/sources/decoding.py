@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -157,7 +157,7 @@ def find(path: Path, where: str, convert: bool = False, skip: bool = False) -> F
             found.faults.append((name, "two images with this path"))
         else:
             found.images[name] = read
-    if found.faults and not skip:
+    if found.faults and not (skip and found.images):
         raise offenders(
             where,
             f"{counted(len(found.faults), 'file')} cannot be used",
@@ -493,7 +493,7 @@ def _opened(content: bytes, formats: Mapping[str, Any]) -> Image.Image:
             continue
         if tried is formats:
             return image
-        raise _Refused(f"no PNG or JPEG image, but {image.format}", CONVERT)
+        raise _Refused(f"no PNG or JPEG image, but {image.format}", _remedy(image.mode))
     raise _Refused(f"no {_either(formats)} image, or damaged")
 
 
@@ -549,13 +549,10 @@ def _from_cmyk(image: Image.Image) -> Image.Image:
     from PIL import ImageCms
 
     if profile := image.info.get("icc_profile"):
-        try:
-            inks = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(image, inks, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (OSError, ImageCms.PyCMSError):
-            converted = None
-        if converted is not None:
-            return converted
+        with suppress(OSError, ImageCms.PyCMSError):
+            inks, screen = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            if converted := ImageCms.profileToProfile(image, inks, screen, outputMode="RGB"):
+                return converted
     return image.convert("RGB")
 
 
@@ -584,7 +581,11 @@ def _check_plain(image: Any, content: bytes, channels: int | None) -> None:
     if _is_sixteen_bit(image, content):
         raise _Refused("16 bit per channel", CONVERT)
     if image.mode not in (("L", "RGB") if channels is None else ("1", "L", "LA", "P", "RGB", "RGBA")):
-        raise _Refused(f"mode {image.mode}", CONVERT if image.mode in CONVERTED else BROKEN)
+        raise _Refused(f"mode {image.mode}", _remedy(image.mode))
+
+
+def _remedy(mode: str) -> str:
+    return CONVERT if mode in CONVERTED else BROKEN
 
 
 def _check_sums(png: bytes) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError
-from ddpm.files import arrays
+from ddpm.files import arrays, paths
 from ddpm.files.arrays import Images
 from ddpm.files.dataset import DatasetRecord, NewDataset, read_dataset_record, writing_dataset
 from ddpm.files.params import Params
@@ -106,5 +106,9 @@ def _summary(contents: Contents) -> str:
     size = "x".join(str(number) for number in contents.shape)
     number = len(contents.classes or ())
     classes = f"{number} class{'es' if number != 1 else ''}" if contents.classes is not None else "no classes"
-    left_out = f"; left out {len(contents.unusable):,} unusable, see unusable.csv" if contents.unusable else ""
+    left_out = (
+        f"; left out {len(contents.unusable):,} unusable, see {paths.dataset_dir()}/unusable.csv"
+        if contents.unusable
+        else ""
+    )
     return f"{train:,} train and {test:,} test images of {size}, {classes}{left_out}"
