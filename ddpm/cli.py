@@ -114,8 +114,12 @@ def _run(
 def prepare() -> None:
     """Read the data source and write dataset/: uint8 arrays, labels, statistics, a preview."""
     from ddpm.stages.prepare import prepare
+    from ddpm.tools.foresight import check_contents
 
-    _run("prepare", paths.dataset_dir(), lambda params, report: prepare(params, Path(), report), publishes=False)
+    def execute(params: Params, report: Report) -> None:
+        prepare(params, Path(), report, partial(check_contents, params))
+
+    _run("prepare", paths.dataset_dir(), execute, publishes=False)
 
 
 def _item_from_dvc(verb: str, argument: str) -> Callable[[], str]:
@@ -167,6 +171,7 @@ def train(
     def execute(params: Params, report: Report) -> None:
         if not imported:
             _check_points(params, schedule)
+            _check_dataset(params, report)
         train(params, schedule, Path(), report, fresh=fresh)
 
     watch = None if imported else partial(_watch_training, schedule)
@@ -193,6 +198,15 @@ def _check_points(params: Params, schedule: str) -> None:
     for point in params.points():
         if point.schedule == schedule:
             check_point(params, point, made, process.variance == "learned", process.conditional)
+
+
+def _check_dataset(params: Params, report: Report) -> None:
+    """Raises InputError, before the training, if a later stage will fail on this dataset."""
+    from ddpm.files.dataset import read_dataset_record
+    from ddpm.tools.foresight import check_record
+
+    for warning in check_record(params, read_dataset_record()):
+        report(Progress(0, params.training.steps, "steps", message=warning))
 
 
 def _watch_training(schedule: str, params: Params, stack: ExitStack) -> Report:

@@ -67,7 +67,7 @@ REST = "rest"  # the field for entries whose names are unknown here
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The images that `prepare` reads."""
+    """The images that `prepare` reads. background: #rrggbb, below transparent pixels that `convert` makes opaque."""
 
     source: str = entry(NAME)
     path: str = entry({"min_length": 1, "max_length": 4095})
@@ -75,6 +75,9 @@ class Data:
     size: int | None = entry({"ge": 4, "le": 4096}, None)
     channels: Literal[1, 3] | None = None
     test_fraction: float = entry(FRACTION, 0.2)
+    convert: bool = False
+    background: str = entry({"pattern": "^#[0-9a-fA-F]{6}$"}, "#ffffff")
+    unusable: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
         if "\0" in self.path or any(len(os.fsencode(part)) > 255 for part in self.path.split("/")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +76,8 @@ class Dataset:
 class NewDataset:
     """A dataset that is being written. Its image arrays are on disk and hold zeros until they are filled.
 
-    description: the entries of dataset.json, except `files`. picture: uint8 C,H,W, for preview.png.
+    description: the entries of dataset.json, except `files`. picture: uint8 C,H,W, for preview.png. unusable: path and reason
+    of each file that was left out, for unusable.csv.
     """
 
     train: Images
@@ -85,6 +86,7 @@ class NewDataset:
     test_labels: NDArray[np.int64] | None
     description: Mapping[str, Any] = field(default_factory=dict)
     picture: Images | None = None
+    unusable: Sequence[tuple[str, str]] = ()
 
 
 def read_dataset(root: Path = Path()) -> Dataset:
@@ -185,6 +187,9 @@ def writing_dataset(
         records.write_record(folder / "dataset.json", new.description, sorted(folder.glob("*.npy")))
         if new.picture is not None:
             arrays.write_png(folder / "preview.png", new.picture)
+        if new.unusable:
+            rows = [{"path": path, "reason": reason} for path, reason in new.unusable]
+            records.write_csv(folder / "unusable.csv", rows)
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> Images:

@@ -1,9 +1,13 @@
-"""Finds, checks and decodes PNG and JPEG files, in folders and inside zip files, straight into an array.
+"""Finds, checks and decodes image files, in folders and inside zip files, straight into an array.
 
-Reading is strict: an image that does not fit, even after the requested conversion, is an error that names the file.
-Without `convert`, all images must be 8-bit grey, or all RGB. With it, bilevel, palette and RGBA images are accepted
-too, and all become grey or RGB. Transparent pixels, CMYK, 16 bit and animations are always refused: there is no single
-right way to convert them. EXIF orientation is applied; colour profiles are ignored.
+Reading is strict: an image that does not fit, even after the requested conversion, is an error that names the file. EXIF
+orientation is always applied. There are three levels of conversion:
+
+- none: PNG and JPEG files, all of 8-bit grey or all of RGB.
+- channels: bilevel, palette and opaque RGBA images are accepted too, and all become grey or RGB.
+- everything (`data.convert`): whatever has one usual meaning. Transparent pixels are laid on a background, 16 bits become the
+  upper 8, CMYK goes through its embedded profile, and an animation gives its first frame. GIF, WebP, BMP and TIFF files are
+  read too. Other colour profiles are ignored.
 """
 
 from __future__ import annotations
@@ -20,10 +24,10 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -41,10 +45,17 @@ if TYPE_CHECKING:
 
 Read = Callable[[], bytes]  # returns an encoded image
 Fault = tuple[str, str]  # the name of a file, and what is wrong with it
+Colour = tuple[int, int, int]  # R, G, B in 0 ... 255
 
 MAX_PIXELS = 2**26  # of one image; the header is checked before anything is decoded
 MAX_BYTES = 2**28  # of one encoded image
+MAX_TEXT = 2**26  # bytes of text in a PNG, decompressed; Pillow's own limit refuses sound photos
 MODES = {1: "L", 3: "RGB"}
+PLAIN = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg")}  # the formats that are always read, with their suffixes
+OTHERS = {"GIF": (".gif",), "WEBP": (".webp",), "BMP": (".bmp",), "TIFF": (".tif", ".tiff")}  # read with data.convert
+# The modes of Pillow that have one usual meaning as RGB.
+CONVERTED = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L"}
+ORIENTATION = 0x0112  # the EXIF tag
 BLOCK = 64  # images that a worker process decodes between two progress reports
 MAX_WORKERS = 16
 _HELD = {signal.SIGINT, signal.SIGTERM}  # signals held back while processes are forked
@@ -52,7 +63,23 @@ _HELD = {signal.SIGINT, signal.SIGTERM}  # signals held back while processes are
 
 # Messages.
 
-ADVICE = "repair or remove them, or have them converted by data.size, data.fit and data.channels"
+# What helps against a fault: another setting, or nothing but another file.
+CONVERT = "data.convert: true converts {}"
+FIT = "data.size and data.fit give {} one size"
+BROKEN = "repair or remove {}"
+
+
+def advice(remedies: Sequence[str], some_left: bool, end: str = "") -> str:
+    """Returns what to do about faulty files.
+
+    Args:
+        remedies: CONVERT, FIT or BROKEN for each file.
+        some_left: whether other files can be used, so that leaving these out helps.
+        end: further advice.
+    """
+    found = [remedy for remedy in (CONVERT, FIT, BROKEN) if remedy in remedies]
+    steps = [remedy.format("them" if len(found) == 1 else "some of them") for remedy in found]
+    return "; ".join(steps) + (", or leave them out with data.unusable: skip" if some_left else "") + end
 
 
 def counted(number: int, noun: str) -> str:
@@ -65,7 +92,7 @@ def shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def offenders(where: str, what: str, faults: Sequence[Fault], advice: str = ADVICE) -> InputError:
+def offenders(where: str, what: str, faults: Sequence[Fault], advice: str) -> InputError:
     """Returns an error that names the first three faulty files and counts the others.
 
     Args:
@@ -89,7 +116,19 @@ class _Mapped(mmap.mmap):
         return True
 
 
-def find(path: Path, where: str) -> tuple[dict[str, Read], list[str]]:
+@dataclass(frozen=True)
+class Found:
+    """The files of a folder or zip file. All paths are relative to it.
+
+    images: the function that reads each image, by path. left_out: the paths of other files. faults: files that cannot be used.
+    """
+
+    images: dict[str, Read]
+    left_out: list[str]
+    faults: list[Fault]
+
+
+def find(path: Path, where: str, convert: bool = False, skip: bool = False) -> Found:
     """Finds the images in a folder or zip file.
 
     A zip file inside the folder is read as if it were unpacked there. Hidden files do not count as images.
@@ -97,40 +136,61 @@ def find(path: Path, where: str) -> tuple[dict[str, Read], list[str]]:
     Args:
         path: a folder or a zip file.
         where: the name of `path` in messages.
-
-    Returns:
-        A dict from the path of each image to the function that reads this image; and the paths of all other files. All paths
-            are relative to `path`.
+        convert: look for images of all formats, not only for PNG and JPEG.
+        skip: return the files that cannot be used, instead of raising an error.
 
     Raises:
         InputError: there are no images, or a file cannot be used.
     """
-    images: dict[str, Read] = {}
-    left_out: list[str] = []
-    faults: list[Fault] = []
+    found = Found({}, [], [])
+    suffixes = tuple(suffix for each in (PLAIN | OTHERS if convert else PLAIN).values() for suffix in each)
     if path.is_dir():
-        listing = _folder_listing(path, faults)
+        listing = _folder_listing(path, found.faults)
     elif path.suffix.lower() == ".zip" and path.exists():
-        listing = _zip_listing(path, "", faults)
+        listing = _zip_listing(path, "", found.faults)
     else:
         raise InputError(f"{where}: no such folder or zip file; set data.path to the folder or zip file of your images")
     for name, read in listing:
-        if not _is_image(name):
-            left_out.append(name)
-        elif name in images:
-            faults.append((name, "two images with this path"))
+        if not is_image(name, suffixes):
+            found.left_out.append(name)
+        elif name in found.images:
+            found.faults.append((name, "two images with this path"))
         else:
-            images[name] = read
-    if faults:
-        raise offenders(where, f"{counted(len(faults), 'file')} cannot be used", faults, "repair or remove them")
-    if not images:
-        others = f", only {counted(len(left_out), 'other file')}" if left_out else ""
-        raise InputError(f"{where}: no PNG or JPEG images there{others}; put some there, or set data.path")
-    return images, left_out
+            found.images[name] = read
+    if found.faults and not (skip and found.images):
+        raise offenders(
+            where,
+            f"{counted(len(found.faults), 'file')} cannot be used",
+            found.faults,
+            advice([BROKEN], some_left=bool(found.images)),
+        )
+    if not found.images:
+        raise _no_images(found, where, convert)
+    return found
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith((".png", ".jpg", ".jpeg")) and not re.search(r"(^|/)(\.|__MACOSX/)", name)
+def _no_images(found: Found, where: str, convert: bool) -> InputError:
+    kinds = _either(PLAIN | OTHERS if convert else PLAIN)
+    others = f", only {counted(len(found.left_out), 'other file')}" if found.left_out else ""
+    help = "" if convert else convertible(found.left_out)
+    return InputError(f"{where}: no {kinds} images there{others}; {help or 'put some there, or set data.path'}")
+
+
+def _either(formats: Iterable[str]) -> str:
+    *most, last = formats
+    return f"{', '.join(most)} or {last}"
+
+
+def convertible(names: Sequence[str]) -> str:
+    """Returns the advice to set data.convert if that helps with one of these files, or else ""."""
+    suffixes = [suffix for each in OTHERS.values() for suffix in each]
+    there = [suffix for suffix in suffixes if any(is_image(name, (suffix,)) for name in names)]
+    return f"data.convert: true reads {', '.join(there)} too" if there else ""
+
+
+def is_image(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Returns whether a path has one of these suffixes and is not hidden."""
+    return name.lower().endswith(suffixes) and not re.search(r"(^|/)(\.|__MACOSX/)", name)
 
 
 def _folder_listing(top: Path, faults: list[Fault]) -> Iterator[tuple[str, Read]]:
@@ -193,20 +253,25 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 
 
 class _Refused(Exception):
-    """An image cannot be used. The message is the reason."""
+    """An image cannot be used. The message is the reason. remedy: CONVERT, FIT or BROKEN."""
+
+    def __init__(self, reason: str, remedy: str = BROKEN) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 class _Mismatch(_Refused):
     """A valid image does not have the expected layout. actual: the layout that it has."""
 
-    def __init__(self, reason: str, actual: Layout) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str, remedy: str, actual: Layout) -> None:
+        super().__init__(reason, remedy)
         self.actual = actual
 
 
 def _reason(error: Exception) -> str:
     strerror = getattr(error, "strerror", None)
-    return strerror or " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r" (object )?at 0x[0-9a-f]+", "", str(error))  # an address differs from run to run
+    return strerror or " ".join(text.split()) or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -220,6 +285,7 @@ class Layout:
             (scale the long side, fill up with zeros) or "resize" (stretch).
         convert: whether to convert images of other modes.
         given: whether the user has chosen the side. If not, it is that of the first image.
+        background: R, G, B below transparent pixels. Set: convert everything, see the top of this module.
     """
 
     channels: int
@@ -227,41 +293,55 @@ class Layout:
     fit: str
     convert: bool
     given: bool = True
+    background: Colour | None = None
 
     def pixels(self, read: Read) -> Images:
         """Reads and decodes an image: uint8 [channels, side, side]. Raises _Refused."""
-        picture = _picture(read, self.channels if self.convert else None)
+        picture = _picture(read, self.channels if self.convert else None, self.background)
         channels, (width, height) = len(picture.getbands()), picture.size
         side = self.side if self.given or width != height else width
         if channels != self.channels:
             actual = replace(self, channels=channels, side=side)
-            raise _Mismatch(f"mode {picture.mode} instead of {MODES[self.channels]}", actual)
+            raise _Mismatch(f"mode {picture.mode} instead of {MODES[self.channels]}", CONVERT, actual)
         if side != self.side and self.fit == "error":
-            raise _Mismatch(f"{width}x{height} instead of {self.side}x{self.side}", replace(self, side=side))
+            reason = f"{width}x{height} instead of {self.side}x{self.side}"
+            raise _Mismatch(reason, FIT, replace(self, side=side))
         if picture.size != (self.side, self.side):
             picture = _fitted(picture, self.side, self.fit)
         return np.asarray(picture).reshape(self.side, self.side, self.channels).transpose(2, 0, 1)
 
 
-# The index of an image, what is wrong with it, and its layout if that is what is wrong.
-_ImageFault = tuple[int, str, Layout | None]
+# The index of an image, what is wrong with it, what helps, and its layout if that is what is wrong.
+_ImageFault = tuple[int, str, str, Layout | None]
 
 
-def first_shape(files: Mapping[str, Read], channels: int | None, where: str) -> tuple[str, int, tuple[int, int]]:
-    """Returns name, number of channels and (width, height) of the first valid image. Raises InputError without one.
+def first_shape(
+    files: Mapping[str, Read], channels: int | None, where: str, background: Colour | None = None
+) -> tuple[str, int, tuple[int, int]]:
+    """Returns name, number of channels and (width, height) of the first valid image.
 
-    channels: convert the image to 1 or 3 channels; None keeps its own.
+    Args:
+        files: functions that read the images, by name.
+        channels: convert the image to 1 or 3 channels; None keeps its own.
+        where: the folder or zip file, as messages name it.
+        background: see Layout.
+
+    Raises:
+        InputError: no image can be used.
     """
     faults: list[Fault] = []
+    remedies: list[str] = []
     for name, read in files.items():
         try:
             with _strict_pillow():
-                picture = _picture(read, channels)
+                picture = _picture(read, channels, background)
         except _Refused as refusal:
             faults.append((name, str(refusal)))
+            remedies.append(refusal.remedy)
         else:
             return name, len(picture.getbands()), picture.size
-    raise offenders(where, f"none of {counted(len(faults), 'image')} can be used", faults)
+    what = f"none of {counted(len(faults), 'image')} can be used"
+    raise offenders(where, what, faults, advice(remedies, some_left=False))
 
 
 def read_all(
@@ -283,7 +363,44 @@ def read_all(
     Raises:
         InputError: images cannot be used. It names the first three.
     """
-    names, readers = list(files), list(files.values())
+    layout, found = _faults(files, layout, done, places)
+    if found:
+        raise _unusable(files, found, where)
+
+
+def usable(
+    files: Mapping[str, Read], layout: Layout, where: str, done: Callable[[int], None]
+) -> tuple[dict[str, Read], Layout, list[Fault]]:
+    """Decodes every image, to find those that can be used.
+
+    Args:
+        files: functions that read the images, by name.
+        layout: the layout of the first image. If other images agree on another one, that is the layout of all.
+        where: the folder or zip file, as messages name it.
+        done: is called with the number of finished images.
+
+    Returns:
+        The usable images; their layout; and the other images with the reason.
+
+    Raises:
+        InputError: no image can be used.
+    """
+    layout, found = _faults(files, layout, done)
+    if len(found) == len(files):
+        raise _unusable(files, found, where)
+    names, refused = list(files), {index for index, *_ in found}
+    left = {name: files[name] for index, name in enumerate(names) if index not in refused}
+    return left, layout, [(names[index], reason) for index, reason, *_ in found]
+
+
+def _faults(
+    files: Mapping[str, Read],
+    layout: Layout,
+    done: Callable[[int], None],
+    places: Sequence[Images] | None = None,
+) -> tuple[Layout, list[_ImageFault]]:
+    """Decodes every image, into `places` if they are given. Returns the most frequent layout and the faults by that layout."""
+    readers = list(files.values())
 
     def read(block: range, tried: Layout) -> list[_ImageFault]:
         faults = []
@@ -292,20 +409,25 @@ def read_all(
                 try:
                     pixels = tried.pixels(readers[index])
                 except _Refused as refusal:
-                    faults.append((index, str(refusal), getattr(refusal, "actual", None)))
+                    faults.append((index, str(refusal), refusal.remedy, getattr(refusal, "actual", None)))
                 else:
-                    if tried == layout:  # the places have its shape
+                    if places is not None and tried == layout:  # the places have its shape
                         places[index][:] = pixels
         return faults
 
-    found = sorted(_in_processes(partial(read, tried=layout), len(names), done), key=itemgetter(0))
-    if not found:
-        return
-    usual = _usual(layout, len(names) - len(found), [actual for *_, actual in found if actual])
+    found = _in_processes(partial(read, tried=layout), len(readers), done)
+    usual = _usual(layout, len(readers) - len(found), [actual for *_, actual in found if actual])
     if usual != layout:  # the first image itself differs from most: name those that differ from most
-        found = _in_processes(partial(read, tried=usual), len(names), lambda _: None)
-    faults = [(names[index], reason) for index, reason, _ in found]
-    raise offenders(where, f"{len(faults):,} of {counted(len(names), 'image')} cannot be used", faults)
+        found = _in_processes(partial(read, tried=usual), len(readers), lambda _: None)
+    return usual, sorted(found, key=itemgetter(0))
+
+
+def _unusable(files: Mapping[str, Read], found: Sequence[_ImageFault], where: str) -> InputError:
+    names = list(files)
+    faults = [(names[index], reason) for index, reason, *_ in found]
+    what = f"{len(faults):,} of {counted(len(names), 'image')} cannot be used"
+    some_left = len(found) < len(files)
+    return offenders(where, what, faults, advice([remedy for _, _, remedy, _ in found], some_left))
 
 
 def _usual(layout: Layout, count: int, others: Sequence[Layout]) -> Layout:
@@ -316,57 +438,154 @@ def _usual(layout: Layout, count: int, others: Sequence[Layout]) -> Layout:
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Turns Pillow's warnings of huge images into errors. Ignores its other warnings, such as those of odd metadata."""
-    from PIL import Image
+    """Turns Pillow's warnings of huge images into errors. Ignores its other warnings, such as those of odd metadata.
 
+    Texts in a PNG may be as long as MAX_TEXT. Pillow's documentation names the setting for that; its limit is 1 MB.
+    """
+    from PIL import Image, PngImagePlugin
+
+    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
+        PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT, MAX_TEXT
+        try:
+            yield
+        finally:
+            PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = limits
 
 
-def _picture(read: Read, channels: int | None) -> Image.Image:
+def _picture(read: Read, channels: int | None, background: Colour | None) -> Image.Image:
     """Reads and decodes an image, upright, in mode L or RGB. Raises _Refused."""
     try:
         content = read()
         if not content:
             raise _Refused("empty file")
-        return _decoded(content, channels)
+        return _decoded(content, channels, background)
     except _Refused:
         raise
     except Exception as error:  # Pillow and zipfile raise a dozen types on damaged data
         raise _Refused(_reason(error)) from error
 
 
-def _decoded(content: bytes, channels: int | None) -> Image.Image:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        image: Image.Image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
-    except UnidentifiedImageError:
-        raise _Refused("no PNG or JPEG image, or damaged") from None
-    _check(image, content, channels)
+def _decoded(content: bytes, channels: int | None, background: Colour | None) -> Image.Image:
+    image = _opened(content, PLAIN if background is None else PLAIN | OTHERS)
+    _check(image, content, channels, background is not None)
     image.load()
-    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-        raise _Refused("transparent pixels")
-    if "exif" in image.info:
-        image = ImageOps.exif_transpose(image)
+    turn = _turn(image)
+    if background is not None:
+        image = _flat(_eight_bit(image, _is_sixteen_bit(image, content)), background)
+    elif image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise _Refused("transparent pixels", CONVERT)
+    if turn is not None:
+        image = image.transpose(turn)
     return image if channels is None else image.convert("L" if channels == 1 else "RGB")
 
 
-def _check(image: Any, content: bytes, channels: int | None) -> None:
+def _opened(content: bytes, formats: Mapping[str, Any]) -> Image.Image:
+    """Reads the header of an image. Raises _Refused if it has none of the formats."""
+    from PIL import Image, UnidentifiedImageError
+
+    for tried in (formats, PLAIN | OTHERS):
+        try:
+            image = Image.open(io.BytesIO(content), formats=tuple(tried))
+        except UnidentifiedImageError:
+            continue
+        if tried is formats:
+            return image
+        raise _Refused(f"no PNG or JPEG image, but {image.format}", _remedy(image.mode))
+    raise _Refused(f"no {_either(formats)} image, or damaged")
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Returns the transposition that sets an image upright.
+
+    ImageOps.exif_transpose would also rewrite all other tags, and fails at tags that it cannot write.
+    """
+    from PIL import Image
+
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    if "exif" not in image.info or image.format == "TIFF":  # Pillow turns a TIFF when it loads
+        return None
+    return turns.get(image.getexif().get(ORIENTATION, 1))
+
+
+def _eight_bit(image: Image.Image, sixteen: bool) -> Image.Image:
+    """Returns an image of 16 bits per channel with the upper 8. Pillow does so with colours, but not with the transparent one."""
+    from PIL import Image
+
+    if not sixteen:
+        return image
+    clear = image.info.get("transparency")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if clear is not None:
+        image.info["transparency"] = tuple(value >> 8 for value in clear) if isinstance(clear, tuple) else clear >> 8
+    return image
+
+
+def _flat(image: Image.Image, background: Colour) -> Image.Image:
+    """Returns an opaque image in mode L or RGB: transparent pixels on the background, CMYK through its profile."""
+    from PIL import Image
+
+    if image.mode == "CMYK":
+        return _from_cmyk(image)
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _from_cmyk(image: Image.Image) -> Image.Image:
+    """Converts inks to RGB as the embedded profile describes them. A missing or damaged profile counts as none."""
+    from PIL import ImageCms
+
+    if profile := image.info.get("icc_profile"):
+        with suppress(OSError, ImageCms.PyCMSError):
+            inks, screen = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            if converted := ImageCms.profileToProfile(image, inks, screen, outputMode="RGB"):
+                return converted
+    return image.convert("RGB")
+
+
+def _check(image: Any, content: bytes, channels: int | None, convert: bool) -> None:
     """Checks the header before anything is decoded, and the checksums of a PNG, which Pillow skips when it decodes."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise _Refused(f"{width}x{height} pixels are too many")
-    if image.format == "PNG" and image.is_animated:
-        raise _Refused("animated")
-    if image.format == "PNG" and content[24] == 16:  # the bit depth; Pillow silently converts some of these to 8 bit
-        raise _Refused("16 bit per channel")
-    if image.mode not in (("L", "RGB") if channels is None else ("1", "L", "LA", "P", "RGB", "RGBA")):
+    if not convert:
+        _check_plain(image, content, channels)
+    elif image.mode not in CONVERTED:
         raise _Refused(f"mode {image.mode}")
     if image.format == "PNG":
         _check_sums(content)
+
+
+def _is_sixteen_bit(image: Any, content: bytes) -> bool:
+    """Reads the bit depth of a PNG from its header: Pillow silently converts some of these to 8 bit."""
+    return content[24] == 16 if image.format == "PNG" else image.mode.startswith("I;16")
+
+
+def _check_plain(image: Any, content: bytes, channels: int | None) -> None:
+    """Refuses whatever takes data.convert: true."""
+    if image.format == "PNG" and image.is_animated:
+        raise _Refused("animated", CONVERT)
+    if _is_sixteen_bit(image, content):
+        raise _Refused("16 bit per channel", CONVERT)
+    if image.mode not in (("L", "RGB") if channels is None else ("1", "L", "LA", "P", "RGB", "RGBA")):
+        raise _Refused(f"mode {image.mode}", _remedy(image.mode))
+
+
+def _remedy(mode: str) -> str:
+    return CONVERT if mode in CONVERTED else BROKEN
 
 
 def _check_sums(png: bytes) -> None:
@@ -419,7 +638,7 @@ def _fitted(picture: Image.Image, side: int, fit: str) -> Image.Image:
         return ImageOps.pad(picture, (side, side), best, color=0)
     if fit == "resize":
         return picture.resize((side, side), best)
-    raise _Refused(f"{width}x{height} instead of {side}x{side}")
+    raise _Refused(f"{width}x{height} instead of {side}x{side}", FIT)
 
 
 # Reading in several processes, since decoding a small image mostly runs Python, which threads cannot do in parallel.

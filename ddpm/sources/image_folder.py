@@ -1,17 +1,18 @@
-"""Reads a user's images: PNG and JPEG files at any depth of a folder, or one zip file.
+"""Reads a user's images: PNG and JPEG files (with `data.convert` others too) at any depth of a folder, or one zip file.
 
 Zip files in the folder are read as if they were unpacked there. The path of an image gives its split and class:
 
-    [train/|test/][CLASS/]...NAME.png
+    [WRAPPER/...][train/|test/][CLASS/]...NAME.png    or    [WRAPPER/...]CLASS/train/|test/...NAME.png
 
-If every path starts with train/ or test/, these folders are the splits. Otherwise a seeded fraction becomes the test split. If
-every image then lies in a folder, its first folder is its class. Sides are padded with zeros to the next multiple of 8,
-unless `data.size` gives the side.
+If these folders hold every image, they are the splits. They may have other names, see ROLES, in any case. Otherwise a seeded
+fraction becomes the test split. If every image then lies in a folder, its first folder is its class. Sides are padded with
+zeros to the next multiple of 8, unless `data.size` gives the side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -24,17 +25,26 @@ from ddpm.runtime.progress import Progress, Report
 from ddpm.sources import decoding
 from ddpm.sources.source import Contents, Labels, Source, centre, held_out, padded_side
 
+# Folders that are splits, in lower case.
+ROLES = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(
+    ("test", "testing", "val", "valid", "validation"), "test"
+)
+
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
     if data.fit != "error" and data.size is None:
         raise InputError(f"data.fit: {data.fit} needs data.size, the side in pixels")
-    found, left_out = decoding.find(root / data.path, data.path)
-    files = {name: found[name] for name in sorted(found)}
-    if left_out:
-        report(Progress(0, len(files), "images", message=_left_out(left_out)))
+    skip = data.unusable == "skip"
+    found = decoding.find(root / data.path, data.path, data.convert, skip)
+    files = {name: found.images[name] for name in sorted(found.images)}
+    if found.left_out:
+        report(Progress(0, len(files), "images", message=_left_out(found.left_out, data.convert)))
+    layout, broken = _layout(files, data), list[decoding.Fault]()
+    if skip:
+        checked = partial(Progress, total=len(files), unit="images checked")
+        files, layout, broken = decoding.usable(files, layout, data.path, lambda done: report(checked(done)))
     names, is_test = _split(list(files), data, seed)
-    classes, labels = _classes(names, data)
-    layout = _layout(files, data)
+    classes, labels = _classes(names, lambda message: report(Progress(0, len(files), "images", message=message)))
     side = layout.side if data.size else padded_side(layout.side)
 
     def fill(train: Images, test: Images) -> None:
@@ -50,51 +60,99 @@ def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
         labels=None if labels is None else (labels[~is_test], labels[is_test]),
         classes=classes,
         fill=fill,
+        unusable=sorted((decoding.shown(name), decoding.shown(why)) for name, why in (*found.faults, *broken)),
     )
 
 
-def _left_out(names: list[str]) -> str:
+def _left_out(names: list[str], convert: bool) -> str:
     kinds = sorted({PurePosixPath(name).suffix.lower() or "no suffix" for name in names})
     more = ", ..." if len(kinds) > 5 else ""
     files = decoding.counted(len(names), "file")
-    return f"left out {files}, hidden or neither PNG nor JPEG ({decoding.shown(', '.join(kinds[:5]))}{more})"
+    why = "hidden or no images" if convert else "hidden or neither PNG nor JPEG"
+    help = "" if convert else decoding.convertible(names)
+    return f"left out {files}, {why} ({decoding.shown(', '.join(kinds[:5]))}{more})" + (f"; {help}" if help else "")
 
 
 def _layout(files: Mapping[str, decoding.Read], data: Data) -> decoding.Layout:
     """Chooses channels and side: from the parameters, else as decoding.first_shape finds them. Raises InputError."""
-    name, channels, (width, height) = decoding.first_shape(files, data.channels, data.path)
+    wanted = data.channels or (3 if data.convert else None)
+    background = _colour(data.background) if data.convert else None
+    name, channels, (width, height) = decoding.first_shape(files, wanted, data.path, background)
     if data.size is None and width != height:
         raise InputError(
             f"{data.path}: {decoding.shown(name)} is {width}x{height}, and networks here need squares;"
             " set data.size, and data.fit to crop, pad or resize"
         )
-    given, convert = data.size is not None, data.channels is not None
-    return decoding.Layout(channels, data.size or width, data.fit, convert, given)
+    given, convert = data.size is not None, wanted is not None
+    return decoding.Layout(channels, data.size or width, data.fit, convert, given, background)
+
+
+def _colour(text: str) -> decoding.Colour:
+    red, green, blue = bytes.fromhex(text.removeprefix("#"))
+    return red, green, blue
 
 
 def _split(names: list[str], data: Data, seed: int) -> tuple[list[str], NDArray[np.bool_]]:
-    """Returns the names without a leading train/ or test/, and a mask of the test split, bool [N]."""
-    tops = {name.partition("/")[0] if "/" in name else "" for name in names}
-    if tops <= {"train", "test"}:
-        return [name.partition("/")[2] for name in names], np.array([name.startswith("test/") for name in names])
-    if tops <= {"train", "test", "val", "valid", "validation"}:
-        raise InputError(
-            f"{data.path}: folders {', '.join(sorted(tops))}: a source's own split is called train and test;"
-            " rename or move the others"
-        )
+    """Returns the names without wrappers and folders of splits, and a mask of the test split, bool [N].
+
+    Raises InputError if folders could be splits, but might mean something else too.
+    """
+    unwrapped = _unwrapped([tuple(name.split("/")) for name in names])
+    for depth in (0, 1):
+        words = [path[depth] if len(path) > depth + 1 else "" for path in unwrapped]
+        roles = {word: ROLES.get(word.lower()) for word in sorted(set(words))}
+        found = set(roles.values())
+        if None not in found and (depth == 0 or "train" in found):
+            _check_roles(roles, data)
+            inner = ["/".join((*path[:depth], *path[depth + 1 :])) for path in unwrapped]
+            return inner, np.array([roles[word] == "test" for word in words])
+        if {"train", "test"} <= found:
+            raise _mixed(roles, data)
     return names, held_out(names, data.test_fraction, seed)
 
 
-def _classes(names: list[str], data: Data) -> tuple[tuple[str, ...] | None, Labels | None]:
-    loose = [name for name in names if "/" not in name]
-    if len(loose) == len(names):
-        return None, None
-    if loose:
-        first = ", ".join(decoding.shown(name) for name in loose[:3])
+def _unwrapped(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Returns the paths without the folders that hold everything, down to a folder with the name of a split."""
+    while {path[0] for path in paths} == {paths[0][0]} and len(paths[0]) > 1 and paths[0][0].lower() not in ROLES:
+        paths = [path[1:] for path in paths]
+    return paths
+
+
+def _check_roles(roles: Mapping[str, str | None], data: Data) -> None:
+    """Raises InputError unless each split has one folder, and train has any."""
+    for role in ("train", "test"):
+        if len(folders := [word for word in roles if roles[word] == role]) > 1:
+            kind = "training images" if role == "train" else "held-out images"
+            raise InputError(
+                f"{data.path}: {', '.join(folders)} are all names of folders with {kind}; keep one of them, and move or merge"
+                " the others"
+            )
+    if "train" not in roles.values():
         raise InputError(
-            f"{data.path}: {len(loose):,} of {len(names):,} images lie in no class folder, the others do: {first};"
-            " put every image into a class folder, or none"
+            f"{data.path}: no training images: all lie in {', '.join(roles)}; put others into a folder train"
         )
+
+
+def _mixed(roles: Mapping[str, str | None], data: Data) -> InputError:
+    splits = ", ".join(word for word in roles if roles[word])
+    others = [decoding.shown(word) if word else "images without a split" for word in roles if not roles[word]]
+    more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
+    return InputError(
+        f"{data.path}: {splits} look like splits, but beside them there are {', '.join(others[:3])}{more}; move those out of"
+        f" data.path, or rename {splits} if they are classes"
+    )
+
+
+def _classes(names: list[str], say: Callable[[str], None]) -> tuple[tuple[str, ...] | None, Labels | None]:
+    """Returns the classes and the label of each image, or None twice unless each image lies in a folder."""
+    loose = [name for name in names if "/" not in name]
+    if loose:
+        if len(loose) < len(names):
+            first = ", ".join(decoding.shown(name) for name in loose[:3])
+            say(
+                f"no classes, because {len(loose):,} of {decoding.counted(len(names), 'image')} lie in no folder: {first}"
+            )
+        return None, None
     folders = [name.partition("/")[0] for name in names]
     classes = tuple(sorted(set(folders)))
     index = {name: label for label, name in enumerate(classes)}

@@ -43,6 +43,7 @@ class Contents:
         labels: int64 N for train and for test; None without classes.
         classes: the names of the classes; None without classes.
         fill: reads the images into two uint8 arrays N,C,H,W of zeros, train and test. Raises InputError.
+        unusable: path and reason of each file that was left out because it is broken.
     """
 
     shape: tuple[int, int, int]
@@ -50,6 +51,7 @@ class Contents:
     labels: tuple[Labels, Labels] | None
     classes: tuple[str, ...] | None
     fill: Callable[[Images, Images], None]
+    unusable: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError
-from ddpm.files import arrays
+from ddpm.files import arrays, paths
 from ddpm.files.arrays import Images
 from ddpm.files.dataset import DatasetRecord, NewDataset, read_dataset_record, writing_dataset
 from ddpm.files.params import Params
@@ -22,20 +23,35 @@ COLUMNS, ROWS = 10, 20  # of the preview; rows at most
 PREVIEW_SIDE = 64  # pixels; larger images are subsampled
 
 
-def prepare(params: Params, root: Path = Path(), report: Report = silent) -> DatasetRecord:
+def prepare(
+    params: Params,
+    root: Path = Path(),
+    report: Report = silent,
+    check: Callable[[Contents], Sequence[str]] = lambda contents: (),
+) -> DatasetRecord:
     """Writes the dataset that `params.data` describes and returns its record.
 
-    Raises InputError, and then leaves an earlier dataset unchanged.
+    Args:
+        params: of the run.
+        root: the top of the checkout.
+        report: called with the progress.
+        check: called with the opened source, before the images are read. Returns warnings, or raises InputError.
+
+    Raises:
+        InputError: the images cannot be used. An earlier dataset stays unchanged.
     """
     source = SOURCES.select(params.data.source)
     contents = source.open(params.data, params.seed, root, report)
     if contents.counts[0] == 0:
         raise InputError(f"{params.data.path}: no training images: add some, or lower data.test_fraction")
     total = sum(contents.counts)
+    for warning in check(contents):
+        report(Progress(0, total, "images", message=warning))
     report(Progress(0, total, "images"))
     with writing_dataset(root, contents.shape, contents.counts, contents.labels) as new:
         contents.fill(new.train, new.test)
         new.description = {"name": params.data.source, **_about(contents, new), "flip": source.flip}
+        new.unusable = contents.unusable
         new.picture = preview(new.train, new.train_labels, len(contents.classes or ()))
     report(Progress(total, total, "images", message=f"{params.data.source}: {_summary(contents)}"))
     return read_dataset_record(root)
@@ -105,4 +121,9 @@ def _summary(contents: Contents) -> str:
     size = "x".join(str(number) for number in contents.shape)
     number = len(contents.classes or ())
     classes = f"{number} class{'es' if number != 1 else ''}" if contents.classes is not None else "no classes"
-    return f"{train:,} train and {test:,} test images of {size}, {classes}"
+    left_out = (
+        f"; left out {len(contents.unusable):,} unusable, see {paths.dataset_dir()}/unusable.csv"
+        if contents.unusable
+        else ""
+    )
+    return f"{train:,} train and {test:,} test images of {size}, {classes}{left_out}"

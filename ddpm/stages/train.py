@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,16 +79,19 @@ def network_entry(params: Params, shape: tuple[int, int, int], classes: int = 0)
     return NetworkEntry.of(settings.pop("kind"), settings)
 
 
-def class_count(params: Params, dataset: Dataset) -> int:
-    """Returns the number of classes of the network: 0 unless diffusion.conditional. Raises InputError."""
+def class_count(params: Params, dataset: str, classes: Collection[str] | None) -> int:
+    """Returns the number of classes of the network: 0 unless diffusion.conditional. Raises InputError.
+
+    dataset: its name. classes: their names, or None.
+    """
     if not params.diffusion.conditional:
         return 0
-    if dataset.train_labels is None:
+    if classes is None:
         raise InputError(
-            f"diffusion.conditional is true, but the dataset {dataset.record.name} has no classes; put its images into a"
+            f"diffusion.conditional is true, but the dataset {dataset} has no classes; put its images into a"
             " folder for each class, or set it to false"
         )
-    return len(dataset.record.classes or ())
+    return len(classes)
 
 
 def training_key(params: Params, schedule: str, dataset: str) -> str:
@@ -213,7 +216,9 @@ def _set_up(
     settings = params.training
     noise = noise_schedule(params, schedule)
     objective = _objective(params, schedule, device)
-    network = network_entry(params, dataset.train.shape[1:], class_count(params, dataset))
+    network = network_entry(
+        params, dataset.train.shape[1:], class_count(params, dataset.record.name, dataset.record.classes)
+    )
     if settings.flip and not dataset.record.flip:
         message = f"training.flip: mirrored images of {dataset.record.name} may not be valid"
         report(Progress(0, settings.steps, "steps", message=message))

@@ -16,6 +16,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ddpm.errors import InputError
 from ddpm.sources import decoding
@@ -56,11 +58,19 @@ def raw_png(width: int, height: int, depth: int, colour: int, rows: bytes) -> by
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def read(*contents: bytes, channels: int = 3, side: int = 8, fit: str = "error", convert: bool = False) -> list[Pixels]:
-    """Each as uint8 H,W,C."""
+def read(
+    *contents: bytes,
+    channels: int = 3,
+    side: int = 8,
+    fit: str = "error",
+    convert: bool = False,
+    background: decoding.Colour | None = None,
+) -> list[Pixels]:
+    """Each as uint8 H,W,C. background: convert everything (data.convert)."""
     files = {f"{index}.png": (lambda content=content: content) for index, content in enumerate(contents)}
     pixels = np.zeros((len(contents), channels, side, side), np.uint8)
-    decoding.read_all(files, Layout(channels, side, fit, convert), list(pixels), "here", lambda done: None)
+    layout = Layout(channels, side, fit, convert or background is not None, background=background)
+    decoding.read_all(files, layout, list(pixels), "here", lambda done: None)
     return list(pixels.transpose(0, 2, 3, 1))
 
 
@@ -111,6 +121,57 @@ def test_cameras_turn_pictures_by_a_tag() -> None:
     assert np.array_equal(pixels, np.rot90(picture, -1))
 
 
+def exif(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF by hand: entries of tag, type, count, and the value or its place."""
+    packed = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
+
+
+SIDEWAYS = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("other", [(0x011A, 10), (0x011A, 5), (0x9201, 10)])
+def test_tags_that_cannot_be_written_do_no_harm(kind: str, other: tuple[int, int]) -> None:
+    """A photo on its side, with a rational of -1/2 where the standard wants a positive one."""
+    place = struct.pack("<I", 8 + 2 + 2 * 12 + 4)
+    tags = exif(SIDEWAYS, (*other, 1, place)) + struct.pack("<ii", -1, 2)
+    picture = np.kron(noise(2, 2), np.ones((8, 8, 1), np.uint8))
+    (pixels,) = read(encode(picture, kind, exif=tags, quality=98), side=16)
+    upright = np.rot90(picture, -1).astype(int)
+    assert np.abs(pixels[4:-4:8, 4:-4:8] - upright[4:-4:8, 4:-4:8]).max() <= (0 if kind == "PNG" else 6)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation(orientation: int) -> None:
+    """The EXIF specification says for each number which sides are the visual top and left."""
+    shown = np.stack([np.arange(64).reshape(8, 8).astype(np.uint8)] * 3, axis=2)
+    stored = {
+        1: shown,
+        2: shown[:, ::-1],
+        3: shown[::-1, ::-1],
+        4: shown[::-1],
+        5: shown.transpose(1, 0, 2),
+        6: np.rot90(shown),
+        7: shown[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(shown, -1),
+    }[orientation]
+    tags = exif((0x0112, 3, 1, struct.pack("<HH", orientation, 0)))
+    assert np.array_equal(read(encode(np.ascontiguousarray(stored), exif=tags))[0], shown)
+
+
+@pytest.mark.parametrize("packed", [b"zTXt", b"iTXt"])
+def test_a_png_with_much_text_is_sound(packed: bytes) -> None:
+    text = PngInfo()
+    if packed == b"zTXt":
+        text.add_text("history", "x" * 3_000_000, zip=True)
+    else:
+        text.add_itxt("history", "x" * 3_000_000, zip=True)
+    content = encode(noise(), pnginfo=text)
+    assert packed in content
+    assert np.array_equal(read(content)[0], noise())
+
+
 def test_a_jpeg_with_a_second_picture_gives_the_first() -> None:
     first, second = Image.new("RGB", (8, 8), (10, 20, 30)), Image.new("RGB", (8, 8), (200, 0, 0))
     content = encode(first, "MPO", save_all=True, append_images=[second])
@@ -142,6 +203,162 @@ def test_an_unused_transparent_colour_does_no_harm() -> None:
     assert np.array_equal(read(encode(picture, transparency=(0, 0, 0)))[0], picture)
     picture[3, 3] = 0
     assert refusal(encode(picture, transparency=(0, 0, 0))) == "transparent pixels"
+
+
+# What data.convert makes of everything else.
+
+
+def colour_profile(corners: dict[tuple[int, int, int, int], tuple[int, int, int]]) -> bytes:
+    """A CMYK profile: the table of ICC.1:2001, 6.5.8 (lut8Type), with the Lab colour of each corner, or else black."""
+    nodes = [corners.get(inks, (0, 128, 128)) for inks in product((0, 1), repeat=4)]
+    identity = bytes(range(256))
+    matrix = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + identity * 4 + bytes(sum(nodes, ())) + identity * 3
+    text = b"text" + bytes(4) + b"none\0"
+    description = b"desc" + bytes(4) + struct.pack(">I", 2) + b"x\0" + bytes(4 + 4 + 2 + 1 + 67)
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+    tags = {b"A2B0": lut, b"cprt": text, b"desc": description, b"wtpt": white}
+    start, table, data = 128 + 4 + 12 * len(tags), b"", b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", start + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    size = struct.pack(">I", start + len(data))
+    header = size + bytes(4) + struct.pack(">I", 0x02100000) + b"prtrCMYKLab " + bytes(12) + b"acsp" + bytes(28)
+    header += struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + data
+
+
+# Full cyan is sRGB's (255, 0, 0) here, Lab of 54.3, 80.8, 69.9; no ink is white.
+PROFILE = colour_profile({(0, 0, 0, 0): (255, 128, 128), (1, 0, 0, 0): (138, 209, 198)})
+RED, WHITE, TEAL = (255, 0, 0), (255, 255, 255), (0, 128, 128)
+
+
+def plain(mode: str, colour: object) -> Image.Image:
+    return Image.new(mode, (8, 8), colour)  # type: ignore[arg-type]
+
+
+def frames(kind: str) -> bytes:
+    later = [plain("RGB", (0, 0, 255))]
+    return encode(plain("RGB", RED), kind, save_all=True, append_images=later, duration=100, lossless=True)
+
+
+def indexed(**options: object) -> bytes:
+    image = Image.fromarray(np.ones((8, 8), np.uint8)).convert("P")
+    image.putpalette([9, 9, 9, *TEAL])
+    image.putdata([1] * 64)
+    return encode(image, **options)
+
+
+def sixteen(colour: int, *values: int, clear: tuple[int, ...] = ()) -> bytes:
+    """A PNG of 16 bits per value, all of whose pixels are the same. clear: the transparent colour."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, colour, 0, 0, 0))
+    transparency = chunk(b"tRNS", struct.pack(f">{len(clear)}H", *clear)) if clear else b""
+    rows = (b"\0" + struct.pack(f">{len(values)}H", *values) * 8) * 8
+    return b"\x89PNG\r\n\x1a\n" + header + transparency + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+JPEG_OPTIONS = {"quality": 98, "subsampling": 0}
+# The image, its colour, and by how much each channel may differ: 1 for 16 bits, 3 for lossy files and profiles.
+CONVERTED: dict[str, tuple[Callable[[], bytes], tuple[int, int, int], int]] = {
+    "grey": (lambda: encode(plain("L", 77)), (77, 77, 77), 0),
+    "bilevel": (lambda: encode(plain("1", 1)), WHITE, 0),
+    "palette": (indexed, TEAL, 0),
+    "a transparent entry of a palette": (lambda: indexed(transparency=1), RED, 0),
+    "a half-transparent entry of a palette": (lambda: indexed(transparency=b"\xff\x80"), (127, 64, 64), 1),
+    "16 bit grey": (lambda: sixteen(0, 40_000), (156, 156, 156), 1),
+    "16 bit grey, transparent": (lambda: sixteen(0, 40_000, clear=(40_000,)), RED, 0),
+    "16 bit grey and alpha": (lambda: sixteen(4, 40_000, 65_535), (156, 156, 156), 1),
+    "16 bit colour": (lambda: sixteen(2, 65_535, 40_000, 200), (255, 156, 1), 1),
+    "16 bit colour, transparent": (lambda: sixteen(2, 60_000, 40_000, 200, clear=(60_000, 40_000, 200)), RED, 0),
+    "16 bit colour and alpha": (lambda: sixteen(6, 65_535, 40_000, 200, 0), RED, 0),
+    "16 bit TIFF": (lambda: encode(Image.fromarray(np.full((8, 8), 40_000, np.uint16)), "TIFF"), (156, 156, 156), 1),
+    "RGBA": (lambda: encode(plain("RGBA", (*TEAL, 0))), RED, 0),
+    "RGBA, half transparent": (lambda: encode(plain("RGBA", (*TEAL, 128))), (127, 64, 64), 1),
+    "grey and alpha": (lambda: encode(plain("LA", (100, 51))), (224, 20, 20), 1),
+    "CMYK": (lambda: encode(plain("CMYK", (255, 0, 0, 0)), "JPEG", **JPEG_OPTIONS), (0, 255, 255), 3),
+    "CMYK with its profile": (
+        lambda: encode(plain("CMYK", (255, 0, 0, 0)), "JPEG", icc_profile=PROFILE, **JPEG_OPTIONS),
+        RED,
+        3,
+    ),
+    "CMYK without ink": (
+        lambda: encode(plain("CMYK", (0, 0, 0, 0)), "JPEG", icc_profile=PROFILE, **JPEG_OPTIONS),
+        WHITE,
+        3,
+    ),
+    "CMYK with a damaged profile": (
+        lambda: encode(plain("CMYK", (255, 0, 0, 0)), "JPEG", icc_profile=PROFILE[:300], **JPEG_OPTIONS),
+        (0, 255, 255),
+        3,
+    ),
+    "CMYK TIFF": (lambda: encode(plain("CMYK", (255, 0, 0, 0)), "TIFF"), (0, 255, 255), 0),
+    "animated PNG": (lambda: frames("PNG"), RED, 0),
+    "animated GIF": (lambda: frames("GIF"), RED, 0),
+    "animated WebP": (lambda: frames("WEBP"), RED, 0),
+    "TIFF of two pages": (lambda: frames("TIFF"), RED, 0),
+    "transparent GIF": (lambda: encode(plain("RGBA", (0, 0, 0, 0)), "GIF"), RED, 0),
+    "BMP": (lambda: encode(plain("RGB", TEAL), "BMP"), TEAL, 0),
+}
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+def test_whatever_has_one_usual_meaning_is_converted(case: str) -> None:
+    make, colour, tolerance = CONVERTED[case]
+    content = make()
+    (pixels,) = read(content, background=RED)
+    assert np.abs(pixels.astype(int) - colour).max() <= tolerance
+    (grey,) = read(content, background=RED, channels=1)
+    assert np.abs(grey - np.array(colour) @ [0.299, 0.587, 0.114]).max() <= tolerance + 1
+    if case != "grey":
+        assert "; data.convert: true converts them, or leave them out with data.unusable: skip" in advice(content)
+
+
+def advice(content: bytes) -> str:
+    """The end of the message that refuses an image among two others."""
+    with pytest.raises(InputError) as caught:
+        read(encode(noise()), content, encode(noise()))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_converted_images_are_upright(kind: str) -> None:
+    picture = np.kron(noise(2, 2), np.ones((8, 8, 1), np.uint8))
+    tags = Image.Exif()
+    tags[decoding.ORIENTATION] = 6
+    (pixels,) = read(encode(picture, kind, exif=tags, quality=98), side=16, background=WHITE)
+    difference = np.abs(pixels.astype(int) - np.rot90(picture, -1))[4:-4:8, 4:-4:8]
+    assert difference.max() <= {"PNG": 0, "TIFF": 0, "JPEG": 6, "WEBP": 40}[kind]
+
+
+def test_what_has_no_usual_meaning_is_refused_all_the_same() -> None:
+    depth = encode(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF")
+    assert refusal(depth, background=WHITE) == "mode F"
+    assert refusal(b"x", background=WHITE) == "no PNG, JPEG, GIF, WEBP, BMP or TIFF image, or damaged"
+    assert "(no PNG or JPEG image, but TIFF); repair or remove them" in advice(depth)
+
+
+def test_advice_helps_in_that_very_case() -> None:
+    grey, small, broken = encode(noise(channels=1)), encode(noise(4, 4)), b""
+    skip = ", or leave them out with data.unusable: skip"
+    assert advice(small).endswith("; data.size and data.fit give them one size" + skip)
+    assert advice(broken).endswith("; repair or remove them" + skip)
+    with pytest.raises(InputError) as caught:
+        read(grey, small, broken, GOOD, GOOD)
+    assert str(caught.value).endswith(
+        "; data.convert: true converts some of them; data.size and data.fit give some of them one size;"
+        f" repair or remove some of them{skip}"
+    )
+    with pytest.raises(InputError) as caught:
+        read(broken)
+    assert str(caught.value).endswith("(empty file); repair or remove them")
+
+
+def test_no_address_gets_into_a_reason() -> None:
+    def fails() -> bytes:
+        raise OSError(f"cannot read {object()}")
+
+    with pytest.raises(InputError, match=r"\(cannot read <object>\); "):
+        decoding.first_shape({"x.png": fails}, None, "here")
 
 
 # What is refused.
@@ -219,7 +436,7 @@ def test_the_first_three_are_named_and_all_are_counted() -> None:
 def test_file_names_cannot_break_the_line(tmp_path: Path) -> None:
     (tmp_path / "a\nb\x1b[31m.png").write_bytes(b"")
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"")
-    files, _ = decoding.find(tmp_path, "here")
+    files = decoding.find(tmp_path, "here").images
     with pytest.raises(InputError) as caught:
         decoding.first_shape(files, None, "here")
     assert str(caught.value).isprintable()
@@ -336,8 +553,8 @@ def test_folders_and_zips_are_one_tree(tmp_path: Path) -> None:
         add(tmp_path, name, name.encode())
     zipped(tmp_path / "b" / "more.zip", {"c/x.PNG": b"x", "./y.png": b"y"})
     zipped(tmp_path / "stored.ZIP", {"dos\\z.png": b"z", "empty/": b""}, zipfile.ZIP_STORED)
-    files, left_out = decoding.find(tmp_path, "here")
-    assert {name: read() for name, read in files.items()} == {
+    found = decoding.find(tmp_path, "here")
+    assert {name: read() for name, read in found.images.items()} == {
         "a.png": b"a.png",
         "b/c/d.JPG": b"b/c/d.JPG",
         "b/e.jpeg": b"b/e.jpeg",
@@ -345,7 +562,7 @@ def test_folders_and_zips_are_one_tree(tmp_path: Path) -> None:
         "b/y.png": b"y",
         "dos/z.png": b"z",
     }
-    assert left_out == []
+    assert found.left_out == []
 
 
 def test_other_files_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -354,9 +571,9 @@ def test_other_files_are_left_out_and_counted(tmp_path: Path) -> None:
     for name in others:
         add(tmp_path, name)
     zipped(tmp_path / "z.zip", {"__MACOSX/a/._y.png": b"", "y.txt": b"", "b/y.png": GOOD})
-    files, left_out = decoding.find(tmp_path, "here")
-    assert sorted(files) == ["a/x.png", "b/y.png"]
-    assert sorted(left_out) == sorted([*others, "__MACOSX/a/._y.png", "y.txt"])
+    found = decoding.find(tmp_path, "here")
+    assert sorted(found.images) == ["a/x.png", "b/y.png"]
+    assert sorted(found.left_out) == sorted([*others, "__MACOSX/a/._y.png", "y.txt"])
 
 
 def link(name: str) -> zipfile.ZipInfo:
@@ -406,7 +623,7 @@ def test_zip_bombs_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(decoding, "MAX_BYTES", 2**24)
     zipped(tmp_path / "bomb.zip", {"x.png": bytes(2**24 + 1)})
     assert (tmp_path / "bomb.zip").stat().st_size < 2**16
-    files, _ = decoding.find(tmp_path, "here")
+    files = decoding.find(tmp_path, "here").images
     with pytest.raises(InputError, match=r"x\.png \(16,777,217 bytes are too many\)"):
         decoding.first_shape(files, None, "here")
 
@@ -417,7 +634,7 @@ def test_a_lying_zip_header(tmp_path: Path) -> None:
     place = content.index(b"PK\x01\x02") + 24
     content[place : place + 4] = struct.pack("<I", 10)
     (tmp_path / "bad.zip").write_bytes(bytes(content))
-    files, _ = decoding.find(tmp_path, "here")
+    files = decoding.find(tmp_path, "here").images
     with pytest.raises(InputError, match=r"x\.png \(Bad CRC-32"):
         decoding.first_shape(files, None, "here")
 
@@ -433,11 +650,11 @@ def test_two_images_with_one_path(tmp_path: Path) -> None:
 def test_links_and_pipes_in_folders(tmp_path: Path) -> None:
     add(tmp_path, "real/x.png")
     (tmp_path / "good.png").symlink_to("real/x.png")
-    files, _ = decoding.find(tmp_path, "here")
+    files = decoding.find(tmp_path, "here").images
     assert files["good.png"]() == GOOD
     (tmp_path / "broken.png").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.png")
-    files, _ = decoding.find(tmp_path, "here")
+    files = decoding.find(tmp_path, "here").images
     for name, reason in (("broken.png", "No such file"), ("pipe.png", "not a regular file")):
         with pytest.raises(InputError, match=reason):
             decoding.first_shape({name: files[name]}, None, "here")
@@ -475,7 +692,7 @@ def test_a_damaged_zip_is_refused_or_read_right(archive: bytes, tmp_path: Path, 
     path = tmp_path / "x.zip"
     path.write_bytes(data.draw(damaged(archive)))
     try:
-        files, _ = decoding.find(path, "here")
+        files = decoding.find(path, "here").images
         pixels = np.zeros((len(files), 3, 8, 8), np.uint8)
         decoding.read_all(files, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
     except InputError as error:
@@ -491,7 +708,7 @@ def test_a_damaged_zip_is_refused_or_read_right(archive: bytes, tmp_path: Path, 
 @pytest.fixture
 def many(tmp_path: Path) -> dict[str, decoding.Read]:
     zipped(tmp_path / "many.zip", {f"{seed:04}.png": encode(noise(seed=seed)) for seed in range(300)})
-    return decoding.find(tmp_path, "here")[0]
+    return decoding.find(tmp_path, "here").images
 
 
 @pytest.fixture

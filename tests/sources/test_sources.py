@@ -209,17 +209,82 @@ def test_classes_without_a_split(tmp_path: Path) -> None:
     assert sorted(np.concatenate(source.labels)) == [0, 0, 1, 1]
 
 
-def test_layouts_that_could_mean_two_things(tmp_path: Path) -> None:
+def test_loose_images_beside_folders_give_no_classes(tmp_path: Path) -> None:
     for name in ("loose", "cat/1", "dog/1"):
-        draw(tmp_path / "mixed" / f"{name}.png", 0)
-    assert "mixed: 1 of 3 images lie in no class folder, the others do: loose.png;" in refused(
-        tmp_path, "image_folder", "mixed"
-    )
-    for name in ("train/1", "val/1"):
-        draw(tmp_path / "validation" / f"{name}.png", 0)
-    assert "folders train, val: a source's own split is called train and test" in refused(
-        tmp_path, "image_folder", "validation"
-    )
+        draw(tmp_path / "images" / f"{name}.png", 0)
+    said: list[Progress] = []
+    source = SOURCES["image_folder"].open(Data(source="image_folder", path="images"), 0, tmp_path, said.append)
+    assert source.classes is None
+    assert said[-1].message == "no classes, because 1 of 3 images lie in no folder: loose.png"
+
+
+# For each layout: the paths, and what train and test hold, as CLASS/GREY. The grey of an image is its place in the list.
+SPLITS: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "capitals": (["Train/a/x", "Test/a/y", "Train/b/z"], ["a/1", "b/3"], ["a/2"]),
+    "training and testing": (["training/x", "testing/y"], ["1"], ["2"]),
+    "training and validation": (["training/a/x", "validation/a/y"], ["a/1"], ["a/2"]),
+    "train and val": (["train/a/x", "val/b/y"], ["a/1"], ["b/2"]),
+    "a wrapper": (["cifar/train/a/x", "cifar/test/a/y"], ["a/1"], ["a/2"]),
+    "two wrappers": (["data/My Set/TRAIN/a/x", "data/My Set/VALID/a/y"], ["a/1"], ["a/2"]),
+    "splits in classes": (["cat/train/x", "cat/test/y", "dog/train/z"], ["cat/1", "dog/3"], ["cat/2"]),
+    "a wrapper, splits in classes": (["w/cat/train/x", "w/cat/test/y", "w/dog/train/z"], ["cat/1", "dog/3"], ["cat/2"]),
+    "train alone": (["Train/a/x", "Train/b/y"], ["a/1", "b/2"], []),
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_folders_that_can_only_be_splits(tmp_path: Path, case: str) -> None:
+    names, *expected = SPLITS[case]
+    for grey, name in enumerate(names, 1):
+        draw(tmp_path / "images" / f"{name}.png", grey)
+    source = opened(tmp_path, "image_folder", test_fraction=0.9)
+    labels = source.labels or ([""] * 9, [""] * 9)
+    found = [
+        [
+            f"{source.classes[label]}/{grey}" if source.classes else str(grey)
+            for label, grey in zip(*split, strict=False)
+        ]
+        for split in zip(labels, (images[:, 0, 0, 0] for images in filled(source)), strict=True)
+    ]
+    assert found == expected
+
+
+AMBIGUOUS = {
+    "unlabeled": (
+        ["train/a/x", "test/a/y", "unlabeled/z"],
+        "images: test, train look like splits, but beside them there are unlabeled; move those out of data.path,"
+        " or rename test, train if they are classes",
+    ),
+    "unlabeled in a wrapper": (
+        ["stl/train/x", "stl/test/y", "stl/extra/z"],
+        "images: test, train look like splits, but beside them there are extra; move those",
+    ),
+    "a loose image": (
+        ["Train/a/x", "Test/a/y", "z"],
+        "images: Test, Train look like splits, but beside them there are images without a split; move those",
+    ),
+    "a class without splits": (
+        ["cat/train/x", "cat/test/y", "dog/z"],
+        "images: test, train look like splits, but beside them there are images without a split",
+    ),
+    "two held-out splits": (
+        ["train/x", "val/y", "test/z"],
+        "images: test, val are all names of folders with held-out images; keep one of them, and move or merge the others",
+    ),
+    "two training splits": (
+        ["train/x", "Train/y"],
+        "images: Train, train are all names of folders with training images",
+    ),
+    "test alone": (["test/x"], "images: no training images: all lie in test; put others into a folder train"),
+}
+
+
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_folders_that_could_mean_two_things(tmp_path: Path, case: str) -> None:
+    names, message = AMBIGUOUS[case]
+    for name in names:
+        draw(tmp_path / "images" / f"{name}.png", 0)
+    assert message in refused(tmp_path, "image_folder")
 
 
 # An image-folder: sizes and channels.
@@ -300,8 +365,11 @@ def test_what_was_left_out_is_said(tmp_path: Path) -> None:
     said: list[Progress] = []
     SOURCES["image_folder"].open(Data(source="image_folder", path="images"), 0, tmp_path, said.append)
     assert [progress.message for progress in said] == [
-        "left out 3 files, hidden or neither PNG nor JPEG (.md, .webp, no suffix)"
+        "left out 3 files, hidden or neither PNG nor JPEG (.md, .webp, no suffix); data.convert: true reads .webp too"
     ]
+    (tmp_path / "images/a.png").unlink()
+    message = "images: no PNG or JPEG images there, only 3 other files; data.convert: true reads .webp too"
+    assert refused(tmp_path, "image_folder") == message
 
 
 # Fashion-MNIST: IDX files.

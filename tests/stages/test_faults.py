@@ -450,7 +450,7 @@ def test_sigterm_is_one_line_and_143_whatever_runs(tmp_path: Path) -> None:
     code = (
         "import signal, sys; from pathlib import Path; from ddpm import cli; from ddpm.files import atomic\n"
         "from ddpm.stages import prepare\n"
-        "def work(params, root, report):\n"
+        "def work(params, root, *rest):\n"
         "    with atomic.replacing_dir(root / 'dataset') as folder:\n"
         "        (folder / 'half').touch()\n"
         "        signal.raise_signal(signal.SIGTERM)\n"
@@ -480,7 +480,7 @@ def test_what_is_edited_under_the_program_is_recorded_nowhere(
     text = (ROOT / "recipes/smoke.yaml").read_text()
     Path("params.yaml").write_text(text)
 
-    def prepare(params: Params, root: Path, report: Callable[[Progress], None]) -> None:
+    def prepare(params: Params, root: Path, *rest: object) -> None:
         Path("params.yaml").write_text(text.replace("seed: 0", "seed: 7"))
 
     monkeypatch.setattr("ddpm.stages.prepare.prepare", prepare)

@@ -336,7 +336,6 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: Image.new("CMYK", (8, 8)).save(folder / "class 2" / "x.jpg"),
         "class 2/x.jpg (mode CMYK)",
     ),
-    "no class": (lambda folder: draw(folder / "x.png", 0), "1 of 13 images lie in no class folder"),
     "no zip": (lambda folder: (folder / "x.zip").write_bytes(b"x"), "x.zip (not a readable zip file"),
     "escaping": (escaping_zip, "x.zip: ../../x.png (escapes its folder)"),
     "twice": (repeated_image, "class 0/00.png (two images with this path)"),
@@ -391,6 +390,155 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     ):
         pytest.fail("the block must not run")
     assert list(tmp_path.iterdir()) == []
+
+
+# A messy folder.
+
+RED, TEAL, PINK = (255, 0, 0), (0, 128, 128), (250, 120, 180)
+MESSY = {"fit": "crop", "size": 32, "convert": True, "unusable": "skip", "test_fraction": 0.0}
+
+
+def solid(path: Path, colour: Any, mode: str = "RGB", size: tuple[int, int] = (40, 60), **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+
+
+def draw_messy_folder(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Draws one-coloured images and returns their colours, in the order of their names. A file beside them is broken."""
+    solid(folder / "a grey.PNG", 77, "L")
+    solid(folder / "b/cmyk.jpg", (0, 255, 255, 0), "CMYK", quality=98)
+    Image.fromarray(np.full((50, 40), 40_000, np.uint16)).save(folder / "c 16 bit.png")
+    sideways, tags = Image.new("RGB", (64, 64), TEAL), Image.Exif()
+    sideways.paste(RED, (0, 0, 64, 16))
+    tags[0x0112] = 6  # the first row is the right side
+    (folder / "d/deep/er").mkdir(parents=True)
+    sideways.save(folder / "d/deep/er/exif.JPEG", exif=tags, quality=98)
+    palette = Image.new("P", (32, 32), 1)
+    palette.putpalette([0, 0, 0, *PINK])
+    palette.save(folder / "e palette.png")
+    solid(folder / "f transparent.png", (0, 0, 0, 0), "RGBA", (500, 20))
+    later = [Image.new("RGB", (40, 40), "blue")]
+    for name in ("g.gif", "h.Webp"):
+        solid(folder / name, RED, size=(40, 40), save_all=True, append_images=later, duration=100, lossless=True)
+    (folder / "i broken.jpg").write_bytes((folder / "b/cmyk.jpg").read_bytes()[:300])
+    for name in (".DS_Store", "._x.jpg", "Thumbs.db", "__MACOSX/b/._cmyk.jpg", "b/.hidden.png", "notes.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"no image")
+    white, grey = (255, 255, 255), (156, 156, 156)
+    return {"a": (77, 77, 77), "b": RED, "c": grey, "d": TEAL, "e": PINK, "f": white, "g": RED, "h": RED}
+
+
+def test_a_messy_folder(smoke: Smoke, tmp_path: Path) -> None:
+    """Every colour is right: within 3 of 255 after JPEG, within 1 after 16 bits, and otherwise exactly."""
+    colours = draw_messy_folder(tmp_path / "images")
+    said: list[Progress] = []
+    prepare(folder_params(smoke, **MESSY), tmp_path, said.append)
+    train = read_dataset(tmp_path).train
+    assert train.shape == (8, 3, 32, 32)
+    for (name, colour), image in zip(colours.items(), train, strict=True):
+        tolerance = {"b": 3, "d": 3, "c": 1}.get(name, 0)
+        left = image[:, :, : 20 if name == "d" else 32]
+        assert np.abs(left.astype(int) - np.reshape(colour, (3, 1, 1))).max() <= tolerance, name
+    assert np.abs(train[3, :, :, 28:].astype(int) - np.reshape(RED, (3, 1, 1))).max() <= 3  # the photo is upright
+    assert (tmp_path / "dataset/unusable.csv").read_text().startswith("path,reason\ni broken.jpg,")
+    assert said[-1].message == (
+        "image_folder: 8 train and 0 test images of 3x32x32, no classes; left out 1 unusable, see dataset/unusable.csv"
+    )
+
+
+def test_transparent_pixels_lie_on_the_background(smoke: Smoke, tmp_path: Path) -> None:
+    for index, alpha in enumerate((0, 255, 128)):
+        solid(tmp_path / "images" / f"{index}.png", (0, 0, 0, alpha), "RGBA", (32, 32))
+    prepare(folder_params(smoke, **MESSY, background="#ff8000"), tmp_path)
+    for image, colour in zip(read_dataset(tmp_path).train, ((255, 128, 0), (0, 0, 0), (127, 64, 0)), strict=True):
+        assert np.abs(image.astype(int) - np.reshape(colour, (3, 1, 1))).max() <= 1
+
+
+def test_grey_if_one_channel_is_wanted(smoke: Smoke, tmp_path: Path) -> None:
+    colours = draw_messy_folder(tmp_path / "images")
+    prepare(folder_params(smoke, **MESSY, channels=1), tmp_path)
+    train = read_dataset(tmp_path).train
+    assert train.shape == (8, 1, 32, 32)
+    luma = np.array(list(colours.values())) @ [0.299, 0.587, 0.114]
+    assert np.abs(train[..., :20] - luma.reshape(8, 1, 1, 1)).max() <= 4
+
+
+# Files that are left out.
+
+
+def draw_broken(folder: Path) -> None:
+    """Twelve images, and beside them four files that cannot be used."""
+    draw_folder(folder)
+    (folder / "class 0" / "99, cut.png").write_bytes((folder / "class 0" / "00.png").read_bytes()[:60])
+    (folder / "class 1" / "x.jpg").touch()
+    (folder / "class 2" / "y.zip").write_bytes(bytes(100))
+    draw(folder / "class 2" / "large.png", 0, side=9)
+    (folder / "broken class").mkdir()
+    (folder / "broken class" / "z.png").write_bytes(b"x")
+
+
+def test_broken_files_are_left_out_and_listed(smoke: Smoke, tmp_path: Path) -> None:
+    """What is left is the dataset without them: the same images, split, classes and hash."""
+    draw_folder(tmp_path / "sound" / "images")
+    draw_broken(tmp_path / "broken" / "images")
+    for root in ("sound", "broken"):
+        prepare(folder_params(smoke, unusable="skip"), tmp_path / root)
+    sound, broken = files_of(tmp_path / "sound"), files_of(tmp_path / "broken")
+    listed = broken.pop("unusable.csv").decode()
+    assert sound == broken
+    assert listed == (
+        "path,reason\n"
+        'broken class/z.png,"no PNG or JPEG image, or damaged"\n'
+        '"class 0/99, cut.png",truncated\n'
+        "class 1/x.jpg,empty file\n"
+        "class 2/large.png,9x9 instead of 8x8\n"
+        "class 2/y.zip,not a readable zip file: File is not a zip file\n"
+    )
+    prepare(folder_params(smoke, unusable="skip"), tmp_path / "broken")
+    assert files_of(tmp_path / "broken") == broken | {"unusable.csv": listed.encode()}
+
+
+def test_the_list_goes_with_its_dataset(smoke: Smoke, tmp_path: Path) -> None:
+    draw_broken(tmp_path / "images")
+    prepare(folder_params(smoke, unusable="skip"), tmp_path)
+    shutil.rmtree(tmp_path / "images")
+    draw_folder(tmp_path / "images")
+    prepare(folder_params(smoke, unusable="skip"), tmp_path)
+    assert "unusable.csv" not in files_of(tmp_path)
+
+
+def test_an_odd_first_image_is_left_out_and_not_all_others(smoke: Smoke, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images")
+    draw(tmp_path / "images" / "class 0" / "000.png", 0, side=16)
+    about = prepare(folder_params(smoke, unusable="skip"), tmp_path)
+    assert about.counts == {"train": 9, "test": 3}
+    assert about.shape == [3, 8, 8]
+    assert (tmp_path / "dataset/unusable.csv").read_text().endswith("\nclass 0/000.png,16x16 instead of 8x8\n")
+
+
+def test_names_of_any_characters_are_one_row_each(smoke: Smoke, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images")
+    for name in (b"new\nline.png", b"not utf-8 \xff.png"):
+        (tmp_path / "images" / "class 1" / os.fsdecode(name)).touch()
+    prepare(folder_params(smoke, unusable="skip"), tmp_path)
+    rows = records.read_csv(tmp_path / "dataset" / "unusable.csv")
+    assert [row["path"] for row in rows] == ["'class 1/new\\nline.png'", "'class 1/not utf-8 \\udcff.png'"]
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.zip"])
+def test_nothing_usable_is_an_error(smoke: Smoke, tmp_path: Path, name: str) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / name).touch()
+    for unusable in ("skip", "error"):
+        with pytest.raises(InputError, match=r"^images: .*x\.(png|zip) \(.*; repair or remove them$"):
+            prepare(folder_params(smoke, unusable=unusable), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_all_of_another_size_than_wanted(smoke: Smoke, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "images")
+    with pytest.raises(InputError, match=r"12 of 12 images .*; data\.size and data\.fit give them one size$"):
+        prepare(folder_params(smoke, unusable="skip", size=16), tmp_path)
 
 
 # CIFAR-10, all of it.

@@ -1,0 +1,108 @@
+"""Checks what params.yaml asks of a dataset before anything is trained, instead of when a later stage fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from ddpm.errors import InputError
+from ddpm.files import checkpoint
+from ddpm.files.dataset import DatasetRecord
+from ddpm.files.params import Params
+from ddpm.parameters import USUAL_NETWORK
+from ddpm.sources.source import Contents
+from ddpm.stages.evaluate import FEWEST
+from ddpm.stages.train import class_count, network_entry
+
+
+def check_contents(params: Params, contents: Contents) -> list[str]:
+    """Checks a source that is not yet read. Returns and raises as `check` does."""
+    counts = None
+    if contents.classes is not None and contents.labels is not None:
+        numbers = np.bincount(contents.labels[0], minlength=len(contents.classes)).tolist()
+        counts = dict(zip(contents.classes, numbers, strict=True))
+    return check(params, contents.shape, contents.counts, counts)
+
+
+def check_record(params: Params, record: DatasetRecord) -> list[str]:
+    """Checks a prepared dataset. Returns and raises as `check` does."""
+    channels, height, width = record.shape
+    counts = record.counts.get("train", 0), record.counts.get("test", 0)
+    classes = None if record.classes is None else dict(zip(record.classes, record.class_counts or (), strict=False))
+    return check(params, (channels, height, width), counts, classes)
+
+
+def check(
+    params: Params, shape: tuple[int, int, int], counts: tuple[int, int], classes: Mapping[str, int] | None
+) -> list[str]:
+    """Raises InputError if a stage will fail on a dataset. Returns warnings, a line each.
+
+    Args:
+        params: of the run.
+        shape: C, H, W of an image.
+        counts: number of train and test images.
+        classes: number of training images of each class; None without classes.
+    """
+    check_counts(params, counts)
+    check_classes(params, classes)
+    if not all(params.schedules[name].imported for name in params.sweep.schedules):
+        check_network(params, shape, len(classes or ()))
+    return warnings(params, counts[0], classes)
+
+
+def check_counts(params: Params, counts: tuple[int, int]) -> None:
+    """Raises InputError for fewer images than a score takes."""
+    train, test = counts
+    if train < FEWEST:
+        enough = ", or hold out fewer of them for test" if train + test >= FEWEST else ""
+        raise InputError(
+            f"{params.data.path}: {train} train and {test} test images; a score takes {FEWEST} or more of train: add"
+            f" images{enough}"
+        )
+    if params.sampling.images < FEWEST:
+        raise InputError(f"sampling.images: {params.sampling.images}; a score takes {FEWEST} or more")
+
+
+def check_classes(params: Params, classes: Mapping[str, int] | None) -> None:
+    """Raises InputError if a conditional network could not learn every class."""
+    if not class_count(params, params.data.source, classes):
+        return
+    if absent := _without_images(classes):
+        raise InputError(
+            f"{params.data.path}: no training images of {absent}, so a conditional network cannot learn them; add some,"
+            " remove the test images of these classes, or set diffusion.conditional to false"
+        )
+
+
+def check_network(params: Params, shape: tuple[int, int, int], classes: int) -> None:
+    """Raises InputError if no U-Net of this section takes these images. Other networks are checked when they are trained.
+
+    On the meta device, the network has no weights and takes no memory.
+    """
+    if params.network.kind != USUAL_NETWORK:
+        return
+    entry = network_entry(params, shape, classes if params.diffusion.conditional else 0)
+    with torch.device("meta"):
+        checkpoint.network(entry)
+
+
+def warnings(params: Params, train: int, classes: Mapping[str, int] | None) -> list[str]:
+    """Returns a line for each setting that does something, but hardly what is wanted."""
+    lines = []
+    samples, scored = params.sampling.images, params.evaluation.images
+    if samples > scored:
+        lines.append(f"sampling.images: {samples:,} for each point, but a score takes evaluation.images = {scored:,}")
+    if scored > min(samples, train):
+        there = f"{min(scored, samples):,} samples and {min(scored, train):,} training images"
+        lines.append(f"evaluation.images: {scored:,}, but scores will compare {there}: there are no more")
+    if absent := _without_images(classes):
+        lines.append(f"no training images of {absent}")
+    return lines
+
+
+def _without_images(classes: Mapping[str, int] | None) -> str:
+    """Returns the names of the classes without training images."""
+    names = [name if name.isprintable() else ascii(name) for name, count in (classes or {}).items() if not count]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
