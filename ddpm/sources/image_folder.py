@@ -6,7 +6,7 @@ Zip files in the folder are read as if they were unpacked there. The path of an 
 
 If every path starts with train/ or test/, these folders are the splits. Otherwise a seeded fraction becomes the test split. If
 every image then lies in a folder, its first folder is its class. Sides are padded with zeros to the next multiple of 8,
-unless `data.size` gives the side.
+unless `data.size` gives them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from ddpm.files.arrays import Images
 from ddpm.parameters import Data
 from ddpm.runtime.progress import Progress, Report
 from ddpm.sources import decoding
-from ddpm.sources.source import Contents, Labels, Source, centre, held_out, padded_side
+from ddpm.sources.source import MULTIPLE, Contents, Labels, Source, centre, held_out, padded_sides
+
+LARGEST = 2**20  # pixels of an image whose size is taken as it is
 
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
     if data.fit != "error" and data.size is None:
-        raise InputError(f"data.fit: {data.fit} needs data.size, the side in pixels")
+        raise InputError(f"data.fit: {data.fit} needs data.size, the side in pixels or [height, width]")
     found, left_out = decoding.find(root / data.path, data.path)
     files = {name: found[name] for name in sorted(found)}
     if left_out:
@@ -35,17 +37,17 @@ def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
     names, is_test = _split(list(files), data, seed)
     classes, labels = _classes(names, data)
     layout = _layout(files, data)
-    side = layout.side if data.size else padded_side(layout.side)
+    sides = layout.sides if data.sides else padded_sides(layout.sides)
 
     def fill(train: Images, test: Images) -> None:
         rows = np.where(is_test, is_test.cumsum(), (~is_test).cumsum()) - 1
-        inner = centre(layout.side, side)
+        inner = centre(layout.sides, sides)
         splits = np.asarray(train), np.asarray(test)  # views of a plain array are quicker to make
         places = [splits[held][row][inner] for row, held in zip(rows.tolist(), is_test.tolist(), strict=True)]
         decoding.read_all(files, layout, places, data.path, lambda done: report(Progress(done, len(files), "images")))
 
     return Contents(
-        shape=(layout.channels, side, side),
+        shape=(layout.channels, *sides),
         counts=(int((~is_test).sum()), int(is_test.sum())),
         labels=None if labels is None else (labels[~is_test], labels[is_test]),
         classes=classes,
@@ -61,15 +63,17 @@ def _left_out(names: list[str]) -> str:
 
 
 def _layout(files: Mapping[str, decoding.Read], data: Data) -> decoding.Layout:
-    """Chooses channels and side: from the parameters, else as decoding.first_shape finds them. Raises InputError."""
+    """Chooses channels and sides: from the parameters, else as decoding.first_shape finds them. Raises InputError."""
     name, channels, (width, height) = decoding.first_shape(files, data.channels, data.path)
-    if data.size is None and width != height:
+    if data.sides is None and width * height > LARGEST:
+        scale = max(width, height) / 64
+        usual = [round(side / scale / MULTIPLE) * MULTIPLE or MULTIPLE for side in (height, width)]
         raise InputError(
-            f"{data.path}: {decoding.shown(name)} is {width}x{height}, and networks here need squares;"
-            " set data.size, and data.fit to crop, pad or resize"
+            f"{data.path}: {decoding.shown(name)} is {width}x{height}, too large to train on as it is; set data.size,"
+            f" such as {usual} (height, width), and data.fit to crop, pad or resize"
         )
-    given, convert = data.size is not None, data.channels is not None
-    return decoding.Layout(channels, data.size or width, data.fit, convert, given)
+    given, convert = data.sides is not None, data.channels is not None
+    return decoding.Layout(channels, data.sides or (height, width), data.fit, convert, given)
 
 
 def _split(names: list[str], data: Data, seed: int) -> tuple[list[str], NDArray[np.bool_]]:
