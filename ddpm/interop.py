@@ -150,7 +150,8 @@ def settings_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     layout = _layout(config)
     widths = _widths(layout)
-    sides = _sides(layout, len(widths))
+    size = _image_size(layout, len(widths))
+    heights = _heights(size, len(widths))
     _check_whole("in_channels", layout["in_channels"])
     _check_whole("layers_per_block", layout["layers_per_block"], MOST_BLOCKS)
     ways = {way: _way(layout, way, len(widths)) for way in _BLOCKS}
@@ -159,11 +160,11 @@ def settings_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     _check_numbers(layout, widths)
 
     def chosen(flags: Iterable[bool]) -> list[int]:
-        return [side for side, flag in zip(sides, flags, strict=True) if flag]
+        return [height for height, flag in zip(heights, flags, strict=True) if flag]
 
     settings = {
         "image_channels": layout["in_channels"],
-        "image_size": sides[0],
+        "image_size": size,
         "channels": widths[0],
         "multipliers": [width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths],
         "blocks": layout["layers_per_block"],
@@ -203,17 +204,23 @@ def _widths(layout: Mapping[str, Any]) -> list[int]:
     return widths
 
 
-def _sides(layout: Mapping[str, Any], levels: int) -> list[int]:
-    """Returns the side of each resolution in pixels."""
+def _image_size(layout: Mapping[str, Any], levels: int) -> int | list[int]:
+    """Returns the side of square images, or [height, width] of others."""
     size = layout["sample_size"]
-    if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
-        size = size[0]
-    if type(size) is not int:
-        raise _bad_value("sample_size", size, "the network takes square images of one size")
-    _check_whole("sample_size", size)
-    if size % 2 ** (levels - 1):
-        raise _bad_value("sample_size", size, f"cannot be halved {levels - 1} times")
-    return [size // 2**level for level in range(levels)]
+    pair = [*size] if isinstance(size, (list, tuple)) else [size, size]
+    if len(pair) != 2 or any(type(side) is not int for side in pair):
+        raise _bad_value("sample_size", size, "expected the side of the images, or their height and width")
+    for side in pair:
+        _check_whole("sample_size", side)
+        if side % 2 ** (levels - 1):
+            raise _bad_value("sample_size", size, f"cannot be halved {levels - 1} times")
+    return pair[0] if pair[0] == pair[1] else pair
+
+
+def _heights(image_size: int | Sequence[int], levels: int) -> list[int]:
+    """Returns the height of each resolution in pixels."""
+    height = image_size if isinstance(image_size, int) else image_size[0]
+    return [height // 2**level for level in range(levels)]
 
 
 def _way(layout: Mapping[str, Any], way: str, levels: int) -> list[tuple[bool, bool]]:
@@ -326,7 +333,7 @@ def settings_to_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
         "num_class_embeds": net.label.num_embeddings if net.label is not None else None,
         "out_channels": full["out_channels"] or full["image_channels"],
         "resnet_time_scale_shift": "scale_shift" if full["scale_shift"] else "default",
-        "sample_size": full["image_size"],
+        "sample_size": full["image_size"] if isinstance(full["image_size"], int) else [*full["image_size"]],
         "time_embedding_type": "positional",
         "up_block_types": blocks["up"][0],
         "upsample_type": blocks["up"][1],
@@ -335,7 +342,7 @@ def settings_to_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attended(settings: Mapping[str, Any], way: str) -> Sequence[int]:
-    """Returns the sides with attention on this way."""
+    """Returns the heights with attention on this way."""
     up = settings["attention_up"]
     return settings["attention"] if way == "down" or up is None else up
 
@@ -344,9 +351,9 @@ def _head_dim(settings: Mapping[str, Any], widths: list[int]) -> int | None:
     head, heads = settings["head_channels"], settings["heads"]
     if head is not None or heads == 1:
         return head
-    sides = [settings["image_size"] // 2**level for level in range(len(widths))]
+    heights = _heights(settings["image_size"], len(widths))
     attends = {*_attended(settings, "down"), *_attended(settings, "up")}
-    attended = {width for width, side in zip(widths, sides, strict=True) if side in attends}
+    attended = {width for width, height in zip(widths, heights, strict=True) if height in attends}
     attended |= {widths[-1]} if settings["middle_attention"] else set()
     if len(attended) > 1:
         why = f"needs several attention_head_dim, one for each of the widths {sorted(attended)}"
@@ -366,9 +373,9 @@ def _attention_groups(settings: Mapping[str, Any], groups: int) -> int | None:
 
 def _blocks(settings: Mapping[str, Any], way: str, levels: int) -> tuple[list[str], str]:
     """Returns {way}_block_types and {way}sample_type, which says how the blocks with attention resize."""
-    sides = [settings["image_size"] // 2**level for level in range(levels)]
-    attends = [side in _attended(settings, way) for side in sides]
-    residual = [side in settings[f"residual_{way}"] for side in sides]
+    heights = _heights(settings["image_size"], levels)
+    attends = [height in _attended(settings, way) for height in heights]
+    residual = [height in settings[f"residual_{way}"] for height in heights]
     last = levels - 1 if way == "down" else 0  # resizes no more
     kinds = {residual[level] for level in range(levels) if attends[level] and level != last}
     if len(kinds) > 1:

@@ -51,6 +51,14 @@ def check_clip(clip: Any) -> None:
         )
 
 
+def check_size(size: Any) -> None:
+    """Raises ValueError unless `size` is None, the side of a square, or height and width."""
+    sides = size if isinstance(size, tuple) else (size, size)
+    if size is not None and not (len(sides) == 2 and all(type(side) is int and 4 <= side <= 4096 for side in sides)):
+        given = list(size) if isinstance(size, tuple) else size
+        raise ValueError(f"size: expected null, a side of 4 ... 4096 pixels, or [height, width] (given: {given!r:.60})")
+
+
 def as_json(section: Any) -> Any:
     """Returns a section as JSON values: dataclasses as objects, tuples as lists."""
     if is_dataclass(section):
@@ -72,7 +80,7 @@ class Data:
     source: str = entry(NAME)
     path: str = entry({"min_length": 1, "max_length": 4095})
     fit: Literal["error", "crop", "pad", "resize"] = "error"
-    size: int | None = entry({"ge": 4, "le": 4096}, None)
+    size: int | tuple[int, int] | None = entry({ALONE: True}, None)
     channels: Literal[1, 3] | None = None
     test_fraction: float = entry(FRACTION, 0.2)
     convert: bool = False
@@ -80,10 +88,16 @@ class Data:
     unusable: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
+        check_size(self.size)
         if "\0" in self.path or any(len(os.fsencode(part)) > 255 for part in self.path.split("/")):
             raise ValueError(
                 "path: no file system has such a path: a part is over 255 bytes long, or there is a zero byte"
             )
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Height and width of every image in pixels; None if the images decide."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
 @dataclass(frozen=True, kw_only=True)

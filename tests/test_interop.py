@@ -57,6 +57,10 @@ LAYOUTS = {
     "digits": layout("-A", [32, 64], in_channels=1, out_channels=1, sample_size=8, layers_per_block=1),
     "symmetric padding": layout("-A-", [24, 40, 64], downsample_padding=1, sample_size=16, dropout=0.1),
     "one level": layout("-", [16], sample_size=8),
+    "wide": layout("-A-", [16, 24, 32], sample_size=[16, 24]),
+    "high, attention on the way up alone": layout(
+        "---", [16, 24, 32], sample_size=[32, 12], up_block_types=["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]
+    ),
 }
 
 
@@ -77,7 +81,8 @@ def theirs(config: dict[str, Any], seed: int = 0) -> Any:
 def inputs(config: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     size = config["sample_size"]
-    x = torch.randn(3, config["in_channels"], size, size, generator=generator)
+    sides = (size, size) if isinstance(size, int) else size
+    x = torch.randn(3, config["in_channels"], *sides, generator=generator)
     return x, torch.tensor([0.0, 417.0, 999.0])
 
 
@@ -172,7 +177,7 @@ def random_layout(seed: int) -> dict[str, Any]:
     down = ["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UNetResAttnDownBlock2D"]
     up = ["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "UNetResUpBlock2D"]
     config = {
-        "sample_size": draw.choice([4, 8]),
+        "sample_size": draw.choice([4, 8, [4, 8], [12, 8]]),
         "in_channels": channels,
         "out_channels": channels * draw.choice([1, 2]),
         "time_embedding_dim": draw.choice([None, 4 * widths[0]]),
@@ -222,7 +227,7 @@ REFUSED: dict[str, list[Any]] = {  # the values of UNet2DModel's other options, 
     "out_channels": [5],
     "down_block_types": [["SkipDownBlock2D"] * 3, ["AttnSkipDownBlock2D"] * 3],
     "up_block_types": [["SkipUpBlock2D"] * 3, ["AttnSkipUpBlock2D"] * 3],
-    "sample_size": [None, [8, 16]],
+    "sample_size": [None, [8, 0], [8, 8, 8], [8, "8"]],
 }
 
 
@@ -330,7 +335,7 @@ def test_the_attention_names_of_before_2023_are_read() -> None:
         ({"norm_num_groups": 24}, "norm_num_groups = 24"),
         ({"downsample_padding": 2}, "downsample_padding = 2"),
         ({"sample_size": None}, "sample_size = None"),
-        ({"sample_size": [8, 16]}, "sample_size"),
+        ({"sample_size": [8, 9]}, "sample_size"),
         ({"sample_size": 9}, "sample_size"),
         ({"layers_per_block": 0}, "layers_per_block = 0"),
         ({"encoder_hid_dim": 64}, "encoder_hid_dim = 64"),

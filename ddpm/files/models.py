@@ -54,7 +54,7 @@ class NetworkEntry:
     Args:
         kind: a key of ddpm.networks.NETWORKS.
         image_channels: channels of the network's input.
-        image_size: height and width of the network's input.
+        image_size: side of the network's input, or [height, width] if these differ.
         out_channels: channels of the network's output; None if it has image_channels.
         classes: 0 for an unconditional network.
         null_class: whether a conditional network can predict without a label.
@@ -63,7 +63,7 @@ class NetworkEntry:
 
     kind: str
     image_channels: int
-    image_size: int
+    image_size: int | list[int]
     out_channels: int | None = None
     classes: int = 0
     null_class: bool = True
@@ -78,6 +78,12 @@ class NetworkEntry:
     def settings(self) -> dict[str, Any]:
         """The arguments of the network's class."""
         return {key: item for key, item in self.content.items() if key != "kind"}
+
+    @property
+    def shape(self) -> list[int]:
+        """C, H, W of the network's input."""
+        size = self.image_size
+        return [self.image_channels, *(size if isinstance(size, list) else (size, size))]
 
     @property
     def learned_variance(self) -> bool:
@@ -258,9 +264,8 @@ def check_weights(folder: Path, record: ModelRecord) -> Path:
 def check_data(record: ModelRecord) -> None:
     """Raises ValueError if the data entry of a model does not fit its network."""
     network, data = record.network, record.data
-    takes = [network.image_channels, network.image_size, network.image_size]
-    if data.shape != takes:
-        raise ValueError(f"its data are {data.shape}, its network takes {takes}")
+    if data.shape != network.shape:
+        raise ValueError(f"its data are {data.shape}, its network takes {network.shape}")
     classes = len(data.classes or ())
     if network.classes and network.classes != classes:
         raise ValueError(f"its network knows {network.classes} classes, its data have another number")

@@ -113,8 +113,11 @@ def build(kind: type[T], value: Any, place: str = "") -> T:
 def _typed(hint: Any, value: Any, place: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        (hint,) = (argument for argument in arguments if argument is not types.NoneType)
-        return None if value is None else _typed(hint, value, place)
+        if value is None and types.NoneType in arguments:
+            return None
+        hints = [argument for argument in arguments if argument is not types.NoneType]
+        fits = (hint for hint in hints if isinstance(value, list) == (typing.get_origin(hint) is list))
+        return _typed(next(fits, hints[0]), value, place)
     if origin is list:
         _require(isinstance(value, list), place, "a list", value)
         return [_typed(arguments[0], item, f"{place}.{index}") for index, item in enumerate(value)]

@@ -163,21 +163,23 @@ def _check_counts(blocks: int, heads: int, classes: int) -> None:
         raise ValueError(f"classes = {classes} must be 0 (unconditional) or more")
 
 
-def _sides(image_size: int, patch: int, levels: int, named: Sequence[int]) -> list[int]:
-    """Returns the side of each resolution in patches. Raises ValueError unless those include the `named` sides."""
-    if patch < 1 or image_size % patch:
+def _heights(image_size: int | Sequence[int], patch: int, levels: int, named: Sequence[int]) -> list[int]:
+    """Returns the height of each resolution in patches. Raises ValueError unless those include the `named` heights."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if patch < 1 or height % patch or width % patch:
         raise ValueError(f"image_size {image_size} cannot be divided into patches of patch = {patch} pixels")
-    largest = image_size // patch
-    if largest % 2 ** (levels - 1):
-        of = f" in patches of {patch}x{patch} pixels, a side of {largest}," if patch > 1 else ""
+    height, width = height // patch, width // patch
+    if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
+        of = f" in patches of {patch}x{patch} pixels, {height}x{width}," if patch > 1 else ""
         raise ValueError(f"image_size {image_size}{of} cannot be halved {levels - 1} times")
-    sides = [largest // 2**level for level in range(levels)]
+    heights = [height // 2**level for level in range(levels)]
     for side in named:
-        if side not in sides:
+        if side not in heights:
+            there = [f"{side}x{width // 2**level}" for level, side in enumerate(heights)]
             raise ValueError(
-                f"attention at {side}x{side} never occurs: the resolutions are {', '.join(map(str, sides))}"
+                f"attention at height {side} never occurs: the resolutions (height x width) are {', '.join(there)}"
             )
-    return sides
+    return heights
 
 
 def _heads(channels: int, heads: int, head_channels: int | None) -> int:
@@ -224,7 +226,7 @@ def _up(stage: MakeStage, double: MakeResize, skips: list[int], levels: Levels, 
 class UNet(nn.Module):
     """The U-Net of Ho et al. 2020, appendix B: net(x, t), or net(x, t, labels) with classes, is a prediction like x.
 
-    x is float [B, image_channels, image_size, image_size], nominally in [-1, 1]. t is [B] in 0 ... T-1, fractions
+    x is float [B, image_channels, height, width], nominally in [-1, 1]. t is [B] in 0 ... T-1, fractions
     allowed. labels are int64 [B] in 0 ... classes - 1. A negative label, or no labels at all, means an unconditional
     prediction. The embedding of a label is added to that of the time, as in Dhariwal & Nichol 2021.
 
@@ -232,12 +234,13 @@ class UNet(nn.Module):
 
     Args:
         image_channels: channels of x.
-        image_size: side of x in pixels.
+        image_size: side of x in pixels, or its height and width.
         channels: base width, a multiple of 8 (with norm_groups of 2), at least 8.
         multipliers: width of each resolution as a multiple of `channels`, from image_size down by halves. A fraction
             must give a whole width.
         blocks: residual blocks per resolution on the way down; the way up has one more.
-        attention: the resolutions, as sides in pixels (in patches where patch > 1), that have self-attention.
+        attention: the resolutions that have self-attention, each named by its height in pixels (in patches where
+            patch > 1).
         heads: heads of each attention.
         dropout: probability of dropout in each residual block.
         out_channels: channels of the prediction; by default those of x. A learned variance takes twice as many.
@@ -251,7 +254,7 @@ class UNet(nn.Module):
         attention_up: `attention` of the way up, if it differs.
         middle_attention: whether there is attention between the way down and the way up.
         middle_groups: groups of that attention's normalisation, instead of norm_groups; 0 for none.
-        residual_down: the resolutions, as sides in pixels, that a residual block halves instead of a convolution.
+        residual_down: the resolutions, named by their heights, that a residual block halves instead of a convolution.
         residual_up: the same for the resolutions that are doubled.
         null_class: whether a conditional network can predict without a label.
         patch: side in pixels of the squares that the first convolution sees as one position with channels * patch^2
@@ -264,7 +267,7 @@ class UNet(nn.Module):
     def __init__(
         self,
         image_channels: int = 3,
-        image_size: int = 32,
+        image_size: int | Sequence[int] = 32,
         channels: int = 128,
         multipliers: Sequence[float] = (1, 2, 2, 2),
         blocks: int = 2,
@@ -291,7 +294,9 @@ class UNet(nn.Module):
         _check_width(channels, 8 if norm_groups is None else 2)
         _check_counts(blocks, heads, classes)
         attention_up = attention if attention_up is None else attention_up
-        sides = _sides(image_size, patch, len(multipliers), [*attention, *attention_up, *residual_down, *residual_up])
+        heights = _heights(
+            image_size, patch, len(multipliers), [*attention, *attention_up, *residual_down, *residual_up]
+        )
         widths = _widths(channels, multipliers)
         if any(width % heads for width in widths):
             raise ValueError(f"heads = {heads} must divide the channels of every resolution")
@@ -320,7 +325,7 @@ class UNet(nn.Module):
             return block(width, width, nn.Upsample(scale_factor=2.0)) if residual else Upsample(width)
 
         way_down, way_up = (
-            [(width, side in attends, side in residual) for width, side in zip(widths, sides, strict=True)]
+            [(width, height in attends, height in residual) for width, height in zip(widths, heights, strict=True)]
             for attends, residual in ((attention, residual_down), (attention_up, residual_up))
         )
         self.first = nn.Conv2d(image_channels * patch**2, channels, 3, padding=1)

@@ -276,39 +276,38 @@ def _reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape that every image gets: uint8 [channels, side, side].
+    """The shape that every image gets: uint8 [channels, height, width].
 
     Args:
         channels: 1 for grey, 3 for RGB.
-        side: height and width in pixels.
-        fit: what to do with images of another size: "error", "crop" (scale the short side, cut off the rest), "pad"
-            (scale the long side, fill up with zeros) or "resize" (stretch).
+        sides: height and width in pixels.
+        fit: what to do with images of another size: "error", "crop" (scale to cover the rectangle, cut off the rest),
+            "pad" (scale to fit into the rectangle, fill up with zeros) or "resize" (stretch).
         convert: whether to convert images of other modes.
-        given: whether the user has chosen the side. If not, it is that of the first image.
+        given: whether the user has chosen the sides. If not, they are those of the first image.
         background: R, G, B below transparent pixels. Set: convert everything, see the top of this module.
     """
 
     channels: int
-    side: int
+    sides: tuple[int, int]
     fit: str
     convert: bool
     given: bool = True
     background: Colour | None = None
 
     def pixels(self, read: Read) -> Images:
-        """Reads and decodes an image: uint8 [channels, side, side]. Raises _Refused."""
+        """Reads and decodes an image: uint8 [channels, height, width]. Raises _Refused."""
         picture = _picture(read, self.channels if self.convert else None, self.background)
         channels, (width, height) = len(picture.getbands()), picture.size
-        side = self.side if self.given or width != height else width
+        sides = self.sides if self.given else (height, width)
         if channels != self.channels:
-            actual = replace(self, channels=channels, side=side)
+            actual = replace(self, channels=channels, sides=sides)
             raise _Mismatch(f"mode {picture.mode} instead of {MODES[self.channels]}", CONVERT, actual)
-        if side != self.side and self.fit == "error":
-            reason = f"{width}x{height} instead of {self.side}x{self.side}"
-            raise _Mismatch(reason, FIT, replace(self, side=side))
-        if picture.size != (self.side, self.side):
-            picture = _fitted(picture, self.side, self.fit)
-        return np.asarray(picture).reshape(self.side, self.side, self.channels).transpose(2, 0, 1)
+        if sides != self.sides and self.fit == "error":
+            raise _Mismatch(_other_size(picture, self.sides), FIT, replace(self, sides=sides))
+        if (height, width) != self.sides:
+            picture = _fitted(picture, self.sides, self.fit)
+        return np.asarray(picture).reshape(*self.sides, self.channels).transpose(2, 0, 1)
 
 
 # The index of an image, what is wrong with it, what helps, and its layout if that is what is wrong.
@@ -356,7 +355,7 @@ def read_all(
     Args:
         files: functions that read the images, by name.
         layout: the layout of all images.
-        places: for each image a view [channels, side, side] of a memory-mapped array, which the processes share.
+        places: for each image a view [channels, height, width] of a memory-mapped array, which the processes share.
         where: the folder or zip file, as messages name it.
         done: is called with the number of finished images.
 
@@ -624,21 +623,29 @@ def _check_rows(png: bytes, data: bytes) -> None:
         raise _Refused(f"truncated: {found:,} of {expected:,} bytes of pixels")
 
 
-def _fitted(picture: Image.Image, side: int, fit: str) -> Image.Image:
-    """Returns the picture in side x side pixels; see Layout.fit. Raises _Refused."""
+def _fitted(picture: Image.Image, sides: tuple[int, int], fit: str) -> Image.Image:
+    """Returns the picture with this height and width; see Layout.fit. Raises _Refused."""
     from PIL import Image, ImageOps
 
     width, height = picture.size
+    size = sides[::-1]  # width and height, as Pillow takes them
     best = Image.Resampling.LANCZOS
     if fit == "crop":
-        return ImageOps.fit(picture, (side, side), best)
+        return ImageOps.fit(picture, size, best)
     if fit == "pad":
-        if min(width, height) * side < max(width, height):
-            raise _Refused(f"{width}x{height} is less than a pixel high or wide when it is scaled to {side}")
-        return ImageOps.pad(picture, (side, side), best, color=0)
+        if min(width, height) * size[0] < width or min(width, height) * size[1] < height:
+            into = f"{size[0]}x{size[1]}"
+            raise _Refused(f"{width}x{height} is less than a pixel high or wide when it is scaled to fit {into}")
+        return ImageOps.pad(picture, size, best, color=0)
     if fit == "resize":
-        return picture.resize((side, side), best)
-    raise _Refused(f"{width}x{height} instead of {side}x{side}", FIT)
+        return picture.resize(size, best)
+    raise _Refused(_other_size(picture, sides), FIT)
+
+
+def _other_size(picture: Image.Image, sides: tuple[int, int]) -> str:
+    """Says width and height of a picture, and those that it should have."""
+    (width, height), (high, wide) = picture.size, sides
+    return f"{width}x{height} instead of {wide}x{high}"
 
 
 # Reading in several processes, since decoding a small image mostly runs Python, which threads cannot do in parallel.

@@ -6,7 +6,7 @@ Zip files in the folder are read as if they were unpacked there. The path of an 
 
 If these folders hold every image, they are the splits. They may have other names, see ROLES, in any case. Otherwise a seeded
 fraction becomes the test split. If every image then lies in a folder, its first folder is its class. Sides are padded with
-zeros to the next multiple of 8, unless `data.size` gives the side.
+zeros to the next multiple of 8, unless `data.size` gives them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from ddpm.files.arrays import Images
 from ddpm.parameters import Data
 from ddpm.runtime.progress import Progress, Report
 from ddpm.sources import decoding
-from ddpm.sources.source import Contents, Labels, Source, centre, held_out, padded_side
+from ddpm.sources.source import MULTIPLE, Contents, Labels, Source, centre, held_out, padded_sides
+
+LARGEST = 2**20  # pixels of an image whose size is taken as it is
 
 # Folders that are splits, in lower case.
 ROLES = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(
@@ -33,7 +35,7 @@ ROLES = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
     if data.fit != "error" and data.size is None:
-        raise InputError(f"data.fit: {data.fit} needs data.size, the side in pixels")
+        raise InputError(f"data.fit: {data.fit} needs data.size, the side in pixels or [height, width]")
     skip = data.unusable == "skip"
     found = decoding.find(root / data.path, data.path, data.convert, skip)
     files = {name: found.images[name] for name in sorted(found.images)}
@@ -45,17 +47,17 @@ def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
         files, layout, broken = decoding.usable(files, layout, data.path, lambda done: report(checked(done)))
     names, is_test = _split(list(files), data, seed)
     classes, labels = _classes(names, lambda message: report(Progress(0, len(files), "images", message=message)))
-    side = layout.side if data.size else padded_side(layout.side)
+    sides = layout.sides if data.sides else padded_sides(layout.sides)
 
     def fill(train: Images, test: Images) -> None:
         rows = np.where(is_test, is_test.cumsum(), (~is_test).cumsum()) - 1
-        inner = centre(layout.side, side)
+        inner = centre(layout.sides, sides)
         splits = np.asarray(train), np.asarray(test)  # views of a plain array are quicker to make
         places = [splits[held][row][inner] for row, held in zip(rows.tolist(), is_test.tolist(), strict=True)]
         decoding.read_all(files, layout, places, data.path, lambda done: report(Progress(done, len(files), "images")))
 
     return Contents(
-        shape=(layout.channels, side, side),
+        shape=(layout.channels, *sides),
         counts=(int((~is_test).sum()), int(is_test.sum())),
         labels=None if labels is None else (labels[~is_test], labels[is_test]),
         classes=classes,
@@ -74,17 +76,19 @@ def _left_out(names: list[str], convert: bool) -> str:
 
 
 def _layout(files: Mapping[str, decoding.Read], data: Data) -> decoding.Layout:
-    """Chooses channels and side: from the parameters, else as decoding.first_shape finds them. Raises InputError."""
+    """Chooses channels and sides: from the parameters, else as decoding.first_shape finds them. Raises InputError."""
     wanted = data.channels or (3 if data.convert else None)
     background = _colour(data.background) if data.convert else None
     name, channels, (width, height) = decoding.first_shape(files, wanted, data.path, background)
-    if data.size is None and width != height:
+    if data.sides is None and width * height > LARGEST:
+        scale = max(width, height) / 64
+        usual = [round(side / scale / MULTIPLE) * MULTIPLE or MULTIPLE for side in (height, width)]
         raise InputError(
-            f"{data.path}: {decoding.shown(name)} is {width}x{height}, and networks here need squares;"
-            " set data.size, and data.fit to crop, pad or resize"
+            f"{data.path}: {decoding.shown(name)} is {width}x{height}, too large to train on as it is; set data.size,"
+            f" such as {usual} (height, width), and data.fit to crop, pad or resize"
         )
-    given, convert = data.size is not None, wanted is not None
-    return decoding.Layout(channels, data.size or width, data.fit, convert, given, background)
+    given, convert = data.sides is not None, wanted is not None
+    return decoding.Layout(channels, data.sides or (height, width), data.fit, convert, given, background)
 
 
 def _colour(text: str) -> decoding.Colour:

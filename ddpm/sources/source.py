@@ -98,11 +98,16 @@ def padded_side(side: int) -> int:
     return math.ceil(side / MULTIPLE) * MULTIPLE
 
 
-def centre(side: int, padded: int) -> tuple[Any, ...]:
-    """Returns the index of the centred square of side `side` in the last two axes of a square of side `padded`."""
-    first = (padded - side) // 2
-    inner = slice(first, first + side)
-    return (..., inner, inner)
+def padded_sides(sides: tuple[int, int]) -> tuple[int, int]:
+    """Returns height and width, each padded to the next multiple of 8: (28, 40) -> (32, 40)."""
+    height, width = sides
+    return padded_side(height), padded_side(width)
+
+
+def centre(sides: tuple[int, int], padded: tuple[int, int]) -> tuple[Any, ...]:
+    """Returns the index of a centred rectangle in the last two axes of a larger one. Both are given as height and width."""
+    first = [(outer - inner) // 2 for inner, outer in zip(sides, padded, strict=True)]
+    return (..., *(slice(start, start + side) for start, side in zip(first, sides, strict=True)))
 
 
 def held_out(names: Sequence[str], fraction: float, seed: int) -> NDArray[np.bool_]:
@@ -127,7 +132,7 @@ def in_memory(
     classes: tuple[str, ...],
     report: Report,
 ) -> Contents:
-    """Describes square images that are already in memory.
+    """Describes images that are already in memory.
 
     Args:
         data: the section `data`; its size and channels must be None or equal those of the images.
@@ -138,9 +143,9 @@ def in_memory(
     Raises:
         InputError: data asks for another size or number of channels.
     """
-    channels, side = train[0].shape[1:3]
-    shape = (channels, side, side)
-    if data.size not in (None, side) or data.channels not in (None, channels):
+    channels, height, width = train[0].shape[1:]
+    shape = (channels, height, width)
+    if data.sides not in (None, (height, width)) or data.channels not in (None, channels):
         raise InputError(
             f"data.size, data.channels: {data.source} always has {'x'.join(map(str, shape))}"
             " (channels x height x width): leave them null"

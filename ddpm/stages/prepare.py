@@ -62,7 +62,7 @@ def preview(train: Images, labels: NDArray[np.int64] | None, classes: int) -> Im
 
     train: uint8 N,C,H,W. labels: int64 N, or None. A class with fewer than COLUMNS images leaves the rest of its row white.
     """
-    step = math.ceil(train.shape[-1] / PREVIEW_SIDE)
+    step = math.ceil(max(train.shape[2:]) / PREVIEW_SIDE)
     if labels is None:
         return arrays.grid(train[: ROWS * COLUMNS, :, ::step, ::step], COLUMNS)
     classes = min(classes, ROWS)

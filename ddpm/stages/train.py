@@ -64,16 +64,13 @@ def schedule_entry(params: Params, name: str) -> ScheduleEntry:
 def network_entry(params: Params, shape: tuple[int, int, int], classes: int = 0) -> NetworkEntry:
     """Returns the `network` entry of model.json. shape: C, H, W of the data. classes: 0 if unconditional. Raises InputError."""
     channels, height, width = shape
-    if height != width:
-        raise InputError(
-            f"the network takes square images, but the dataset's images are {height}x{width}; set data.size and data.fit"
-        )
     section = as_json(params.network)
     if known := {"image_channels", "image_size", "out_channels", "classes"} & section.keys():
         raise InputError(f"network.{min(known)}: follows from the data and from diffusion; leave it out")
     if unsound := [key for key, value in section.items() if isinstance(value, float) and not math.isfinite(value)]:
         raise InputError(f"network.{unsound[0]}: no finite number")
-    settings = {"image_channels": channels, "image_size": height, **section}
+    size = height if height == width else [height, width]
+    settings = {"image_channels": channels, "image_size": size, **section}
     settings |= {"out_channels": 2 * channels} if params.diffusion.variance == "learned" else {}
     settings |= {"classes": classes} if classes else {}
     return NetworkEntry.of(settings.pop("kind"), settings)

@@ -105,7 +105,7 @@ def import_diffusers(folder: Path, name: str, root: Path = Path(), null_class: b
     lines += _said_of_sampling(folder, scheduler)
     weights, net, entry, more = _network(network, config)
     _check_variance(network, entry, scheduler)
-    shape = [entry.image_channels, entry.image_size, entry.image_size]
+    shape = entry.shape
     description: dict[str, Any] = {
         "schedule": {"name": name, "timesteps": timesteps, **row},
         "target": target,

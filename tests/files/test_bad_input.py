@@ -276,7 +276,16 @@ VALUES: list[tuple[str, Any, str]] = [
     ("diffusion.timesteps", 100_001, "diffusion.timesteps: "),
     ("evaluation.images", 3, "evaluation.images: "),
     ("likelihood.images", 1, "likelihood.images: "),
-    ("data.size", 2, "data.size: "),
+    ("data.size", 2, "data.size: expected null, a side of 4 ... 4096 pixels, or [height, width] (given: 2)"),
+    (
+        "data.size",
+        [64, 96, 3],
+        "data.size: expected null, a side of 4 ... 4096 pixels, or [height, width] (given: [64, 9",
+    ),
+    ("data.size", [64, 96.0], "data.size: "),
+    ("data.size", [64, 8192], "data.size: "),
+    ("data.size", "64x96", "data.size: "),
+    ("data.size", True, "data.size: "),
     ("data.channels", 4, "data.channels: "),
     ("samplers.ddim.eta", -0.1, "samplers.ddim.eta: "),
     ("samplers.ddim.eta", 1.5, "samplers.ddim.eta: "),
@@ -327,7 +336,7 @@ def test_a_value(refused: Refused, place: str, value: Any, message: str) -> None
 # params.yaml: what no single value shows, found before anything is computed.
 
 COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "attention where there is no such resolution": ({"network.attention": [5]}, "attention at 5x5 never occurs"),
+    "attention where there is no such resolution": ({"network.attention": [5]}, "attention at height 5 never occurs"),
     "a side that cannot be halved so often": ({"network.multipliers": [1, 1, 1, 1, 1]}, "cannot be halved 4 times"),
     "heads that do not divide the channels": ({"network.heads": 3}, "heads = 3 must divide the channels"),
     "channels without whole groups": ({"network.channels": 20}, "network.channels: "),
@@ -911,6 +920,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], str]] = {
     "no levels": (of_network(multipliers=[]), "not a usable checkpoint"),
     "negative multipliers": (of_network(multipliers=[1, -2]), "not a usable checkpoint"),
     "null for attention": (of_network(attention=None), "not a usable checkpoint"),
+    "images of another width": (of_network(image_size=[8, 16]), "its data are [1, 8, 8], its network takes [1, 8, 16]"),
+    "three sides": (of_network(image_size=[8, 8, 8]), "its data are [1, 8, 8], its network takes [1, 8, 8, 8]"),
+    "sides in words": (of_network(image_size=["8", 8]), "network.image_size.0: expected an integer, found '8'"),
+    "one side in words": (of_network(image_size="8"), "network.image_size: expected an integer, found '8'"),
     "images of another size": (of_network(image_size=16, attention=[8]), "its data are [1, 8, 8], its network takes"),
     "truth for channels": (
         of_model(lambda about: about["data"].update(shape=[True, 8, 8])),

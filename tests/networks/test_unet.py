@@ -94,16 +94,60 @@ def test_time_and_position_matter() -> None:
         assert not torch.allclose(net(x.flip(-1), torch.tensor([1.0])).flip(-1), net(x, torch.tensor([1.0])), atol=1e-4)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_transposed_network_predicts_the_transposed_image(symmetric: bool, residual: bool) -> None:
+    """Kernels with rows and columns swapped. `attention` names heights, so the same resolutions have other numbers there."""
+    wide, high = (
+        lively(
+            UNet(
+                3,
+                size,
+                channels=16,
+                multipliers=(1, 2, 2),
+                blocks=1,
+                attention=heights[1:2],
+                attention_up=heights[2:],
+                residual_down=heights[:1] if residual else (),
+                residual_up=heights[1:2] if residual else (),
+                symmetric_padding=symmetric,
+            )
+        )
+        for size, heights in (((16, 24), (16, 8, 4)), ((24, 16), (24, 12, 6)))
+    )
+    state = wide.state_dict()
+    high.load_state_dict({name: x.transpose(2, 3) if x.ndim == 4 else x for name, x in state.items()})
+    x, t = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0, 900.0])
+    with torch.no_grad():
+        expected = wide(x, t)
+        assert expected.shape == x.shape and float(expected.std()) > 0.01
+        assert torch.allclose(high(x.mT, t).mT, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_sides_decide_nothing_but_where_attention_is() -> None:
+    """Weights start with the same bits as those of a square network, whose image_size may be written as a pair too."""
+    nets = []
+    for size in (16, (16, 16), [16, 24]):
+        torch.manual_seed(0)
+        nets.append(UNet(3, size, 16, (1, 2), 1, (8,)))
+    first, *others = (net.state_dict() for net in nets)
+    for state in others:
+        assert state.keys() == first.keys()
+        assert all(torch.equal(state[name], first[name]) for name in first)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attention": (7,)}, "never occurs"),
+        ({"attention": (7,)}, "attention at height 7 never occurs"),
         ({"image_size": 30}, "cannot be halved"),
+        ({"image_size": (32, 30)}, r"image_size \(32, 30\) cannot be halved 3 times"),
+        ({"image_size": (64, 96), "attention": (24,)}, "64x96, 32x48, 16x24, 8x12$"),
         ({"channels": 12}, "multiple of 8"),
         ({"heads": 7}, "must divide"),
         ({"image_size": 32, "patch": 3}, "cannot be divided into patches of patch = 3 pixels"),
-        ({"image_size": 28, "patch": 2, "multipliers": (1, 1, 1)}, "in patches of 2x2 pixels, a side of 14, cannot be"),
-        ({"image_size": 28, "patch": 2, "multipliers": (1, 2), "attention": (28,)}, "the resolutions are 14, 7"),
+        ({"image_size": 28, "patch": 2, "multipliers": (1, 1, 1)}, "in patches of 2x2 pixels, 14x14, cannot be"),
+        ({"image_size": 28, "patch": 2, "multipliers": (1, 2), "attention": (28,)}, "are 14x14, 7x7"),
     ],
 )
 def test_refused(arguments: dict, message: str) -> None:

@@ -34,6 +34,8 @@ def pictures() -> dict[str, np.ndarray]:
     return {
         "digits": digits(2),
         "small": RNG.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8),
+        "wide": RNG.integers(0, 256, (2, 3, 24, 40), dtype=np.uint8),
+        "high and grey": RNG.integers(0, 256, (2, 1, 96, 64), dtype=np.uint8),
         "large and oblong": RNG.integers(0, 256, (2, 3, 310, 401), dtype=np.uint8),
     }
 
@@ -66,7 +68,7 @@ def assert_equal_features(images: np.ndarray, cache: Path, theirs: Any) -> None:
             assert (ours - expected).norm() < 5e-6 * expected.norm(), layer
 
 
-@pytest.mark.parametrize("kind", ["digits", "small"])
+@pytest.mark.parametrize("kind", ["digits", "small", "wide"])
 def test_features_are_torch_fidelitys_at_every_layer(kind: str, inception_cache: Path, theirs: Any) -> None:
     assert_equal_features(pictures()[kind], inception_cache, theirs)
 

@@ -61,15 +61,16 @@ def raw_png(width: int, height: int, depth: int, colour: int, rows: bytes) -> by
 def read(
     *contents: bytes,
     channels: int = 3,
-    side: int = 8,
+    side: int | tuple[int, int] = 8,
     fit: str = "error",
     convert: bool = False,
     background: decoding.Colour | None = None,
 ) -> list[Pixels]:
-    """Each as uint8 H,W,C. background: convert everything (data.convert)."""
+    """Each as uint8 H,W,C. side: of a square, or height and width. background: convert everything (data.convert)."""
     files = {f"{index}.png": (lambda content=content: content) for index, content in enumerate(contents)}
-    pixels = np.zeros((len(contents), channels, side, side), np.uint8)
-    layout = Layout(channels, side, fit, convert or background is not None, background=background)
+    sides = (side, side) if isinstance(side, int) else side
+    pixels = np.zeros((len(contents), channels, *sides), np.uint8)
+    layout = Layout(channels, sides, fit, convert or background is not None, background=background)
     decoding.read_all(files, layout, list(pixels), "here", lambda done: None)
     return list(pixels.transpose(0, 2, 3, 1))
 
@@ -513,6 +514,34 @@ def test_resize_stretches() -> None:
     assert (pixels[:, -4:] == [0, 0, 255]).all()
 
 
+def test_rectangles_are_cropped_padded_and_resized_upright() -> None:
+    """Height comes first in data.size and in arrays, width in Pillow: what is mixed up has another shape or other pixels."""
+    rows = np.tile(np.arange(40, dtype=np.uint8)[:, None] * 6, (1, 40))
+    (cropped,) = read(encode(rows), channels=1, side=(20, 40), fit="crop")
+    assert np.array_equal(cropped.squeeze(), rows[10:30])
+    (cropped,) = read(encode(rows.T), channels=1, side=(40, 20), fit="crop")
+    assert np.array_equal(cropped.squeeze(), rows.T[:, 10:30])
+
+    bright = encode(np.full((10, 40), 200, np.uint8))
+    (padded,) = read(bright, channels=1, side=(20, 40), fit="pad")
+    assert (padded[5:15] == 200).all() and not padded[:5].any() and not padded[15:].any()
+    (padded,) = read(bright, channels=1, side=(10, 60), fit="pad")
+    assert (padded[:, 10:50] == 200).all() and not padded[:, :10].any() and not padded[:, 50:].any()
+
+    halves = np.zeros((20, 20, 3), np.uint8)
+    halves[:, :10, 0] = halves[:, 10:, 2] = 255
+    (stretched,) = read(encode(halves), side=(8, 32), fit="resize")
+    assert (stretched[:, :12] == [255, 0, 0]).all() and (stretched[:, -12:] == [0, 0, 255]).all()
+
+    with pytest.raises(InputError, match=r"0\.png \(40x10 instead of 12x8\)"):
+        read(bright, channels=1, side=(8, 12))
+    thin = encode(np.full((1, 100), 90, np.uint8))
+    with pytest.raises(InputError, match="100x1 is less than a pixel high or wide when it is scaled to fit 99x300"):
+        read(thin, channels=1, side=(300, 99), fit="pad")
+    (padded,) = read(thin, channels=1, side=(300, 100), fit="pad")
+    assert padded.sum() == 90 * 100
+
+
 @pytest.mark.parametrize("fit", ["crop", "pad", "resize"])
 def test_shrinking_averages(fit: str) -> None:
     """Without antialiasing a fine chessboard would shrink to some of its squares."""
@@ -694,7 +723,7 @@ def test_a_damaged_zip_is_refused_or_read_right(archive: bytes, tmp_path: Path, 
     try:
         files = decoding.find(path, "here").images
         pixels = np.zeros((len(files), 3, 8, 8), np.uint8)
-        decoding.read_all(files, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
+        decoding.read_all(files, Layout(3, (8, 8), "error", False), list(pixels), "here", lambda done: None)
     except InputError as error:
         assert str(error).isprintable()
     else:
@@ -725,7 +754,7 @@ def shared_pixels(path: Path, count: int) -> Pixels:
 def test_processes_read_what_one_reads(many: dict[str, decoding.Read], tmp_path: Path, processes: None) -> None:
     pixels = shared_pixels(tmp_path / "x.npy", 300)
     reports: list[int] = []
-    decoding.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", reports.append)
+    decoding.read_all(many, Layout(3, (8, 8), "error", False), list(pixels), "here", reports.append)
     assert all(np.array_equal(pixels[seed].transpose(1, 2, 0), noise(seed=seed)) for seed in range(300))
     assert sorted(reports) == reports
     assert len(reports) == 5
@@ -739,14 +768,14 @@ def test_faults_of_all_processes_are_named_in_order(
         many[name] = lambda: b""
     with pytest.raises(InputError, match=r"3 of 300 images .*: 0003\.png .*, 0150\.png .*, 0290\.png \(empty file\);"):
         pixels = shared_pixels(tmp_path / "x.npy", 300)
-        decoding.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
+        decoding.read_all(many, Layout(3, (8, 8), "error", False), list(pixels), "here", lambda done: None)
 
 
 def test_a_process_that_dies_is_an_error(many: dict[str, decoding.Read], tmp_path: Path, processes: None) -> None:
     many["0100.png"] = lambda: os.kill(os.getpid(), signal.SIGKILL) or b""
     with pytest.raises(InputError, match="a process that reads images was killed"):
         pixels = shared_pixels(tmp_path / "x.npy", 300)
-        decoding.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
+        decoding.read_all(many, Layout(3, (8, 8), "error", False), list(pixels), "here", lambda done: None)
 
 
 def test_an_interrupted_reader_leaves_no_processes(
@@ -757,7 +786,7 @@ def test_an_interrupted_reader_leaves_no_processes(
 
     with pytest.raises(KeyboardInterrupt):
         pixels = shared_pixels(tmp_path / "x.npy", 300)
-        decoding.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", interrupt)
+        decoding.read_all(many, Layout(3, (8, 8), "error", False), list(pixels), "here", interrupt)
 
 
 SLOW = """
@@ -796,7 +825,7 @@ def test_reading_beside_threads(many: dict[str, decoding.Read], tmp_path: Path, 
         thread.start()
     try:
         pixels = shared_pixels(tmp_path / "x.npy", 300)
-        decoding.read_all(many, Layout(3, 8, "error", False), list(pixels), "here", lambda done: None)
+        decoding.read_all(many, Layout(3, (8, 8), "error", False), list(pixels), "here", lambda done: None)
     finally:
         stop.set()
         for thread in threads:

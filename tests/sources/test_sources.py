@@ -156,6 +156,8 @@ def test_digits_keep_their_labels_and_are_split_without_loss(tmp_path: Path) -> 
 
 def test_digits_need_no_path_and_take_no_size(tmp_path: Path) -> None:
     assert opened(tmp_path, "digits", "no such folder", size=8, channels=1).shape == (1, 8, 8)
+    assert opened(tmp_path, "digits", size=(8, 8)).shape == (1, 8, 8)
+    assert "leave them null" in refused(tmp_path, "digits", size=(8, 16))
     assert "digits always has 1x8x8 (channels x height x width): leave them null" in refused(
         tmp_path, "digits", size=16
     )
@@ -341,11 +343,38 @@ def test_of_two_sizes_as_frequent_the_first_stands(tmp_path: Path) -> None:
     assert "4 of 4 images cannot be used: 0.png (20x20 instead of 8x8)" in refused(tmp_path, "image_folder", size=8)
 
 
-def test_images_that_are_not_square(tmp_path: Path) -> None:
-    draw(tmp_path / "images/a.png", 0, (10, 20))
-    assert "a.png is 10x20, and networks here need squares; set data.size" in refused(tmp_path, "image_folder")
+def rectangle(path: Path, height: int, width: int, seed: int = 0) -> Pixels:
+    """Writes an image of random pixels, and returns them: H,W."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def test_images_that_are_all_one_rectangle(tmp_path: Path) -> None:
+    """Each side is padded to a multiple of 8 by itself. data.size is [height, width], while messages say WIDTHxHEIGHT."""
+    expected = [rectangle(tmp_path / f"images/{seed}.png", 20, 10, seed) for seed in range(3)]
+    source = opened(tmp_path, "image_folder", test_fraction=0.0)
+    assert source.shape == (1, 24, 16)
+    train, _ = filled(source)
+    np.testing.assert_array_equal(train[:, 0, 2:22, 3:13], expected)
+    train[:, :, 2:22, 3:13] = 0
+    assert not train.any()
+    (tmp_path / "images/0.png").unlink()
+    given = opened(tmp_path, "image_folder", test_fraction=0.0, size=(20, 10))
+    np.testing.assert_array_equal(filled(given)[0][:, 0], expected[1:])
+    assert "1.png (10x20 instead of 20x10)" in refused(tmp_path, "image_folder", size=(10, 20))
     assert "data.fit: crop needs data.size" in refused(tmp_path, "image_folder", fit="crop")
     assert opened(tmp_path, "image_folder", size=8, fit="crop").shape == (1, 8, 8)
+    draw(tmp_path / "images/0.png", 0, (20, 10))
+    assert "1 of 3 images cannot be used: 0.png (20x10 instead of 10x20)" in refused(tmp_path, "image_folder")
+
+
+def test_photographs_need_a_size(tmp_path: Path) -> None:
+    draw(tmp_path / "images/a.png", 0, (4032, 3024))
+    message = refused(tmp_path, "image_folder")
+    assert "a.png is 4032x3024, too large to train on as it is; set data.size, such as [48, 64] (height" in message
+    assert opened(tmp_path, "image_folder", size=(48, 64), fit="crop").shape == (1, 48, 64)
 
 
 def test_modes_that_differ(tmp_path: Path) -> None:

@@ -63,7 +63,11 @@ REFUSED: dict[str, tuple[list[str], dict[str, Any], str]] = {
         {"diffusion": {"conditional": True}},
         "conditional is true, but the dataset image_folder has no",
     ),
-    "attention": (TEN, {"network": {"attention": [5]}}, "attention at 5x5 never occurs: the resolutions are 8, 4$"),
+    "attention": (
+        TEN,
+        {"network": {"attention": [5]}},
+        r"attention at height 5 never occurs: the resolutions \(height x width\) are 8x8, 4x4$",
+    ),
     "too deep": (TEN, {"network": {"multipliers": [1] * 5, "attention": []}}, "image_size 8 cannot be halved 4 times"),
     "two samples": (TEN, {"sampling": {"images": 2}}, "sampling.images: 2; a score takes 4 or more"),
 }
