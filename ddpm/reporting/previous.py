@@ -35,7 +35,7 @@ def keep(params: Params, root: Path = Path()) -> None:
     if key != _key_of_page(root) or key == _kept(folder / PRESENT).get("key"):
         return
     seeds = {row.point: _seed(root, row) for row in rows}
-    about: dict[str, Any] = {"key": key, "parameters": page.parameters(params), "seeds": seeds, "data": _data(data)}
+    about: dict[str, Any] = {"key": key, "parameters": page.parameters(params), "seeds": seeds, "dataset": _about(data)}
     if (folder / PRESENT).exists():
         with atomic.replacing_dir(folder / PREVIOUS) as before:
             shutil.copytree(folder / PRESENT, before, dirs_exist_ok=True)
@@ -56,7 +56,7 @@ def compare(root: Path = Path()) -> Compared | None:
     now, before = _kept(present), _kept(previous)
     if not before or now.get("key") != _key_of_page(root):
         return None
-    changed = changes(*({"data": each["data"], **each["parameters"]} for each in (before, now)))
+    changed = changes(*({"dataset": each["dataset"], **each["parameters"]} for each in (before, now)))
     new, old = _measured(present, now), _measured(previous, before)
     both = [name for name in new if name in old]
     alike = [name for name in both if not differences(new[name][0], old[name][0])]
@@ -68,7 +68,10 @@ def compare(root: Path = Path()) -> Compared | None:
         said.append(f"Scores do not compare: {why} changed.")
     said += [
         f"Points that are {words}: {', '.join(names)}."
-        for words, names in (("new", new.keys() - old.keys()), ("gone", old.keys() - new.keys()))
+        for words, names in (
+            ("new", [name for name in new if name not in old]),
+            ("gone", [name for name in old if name not in new]),
+        )
         if names
     ]
     found = gaps([(new[name][1], old[name][1]) for name in alike])
@@ -78,7 +81,7 @@ def compare(root: Path = Path()) -> Compared | None:
 def _best(
     present: Path, previous: Path, new: dict[str, tuple[Scores, Measured]], old: dict[str, tuple[Scores, Measured]]
 ) -> list[Gap]:
-    """Compares the best points, if they are two points whose scores compare. Each was picked, so its interval is wider."""
+    """Compares the best points, if their scores compare. The interval allows for both having been picked as best."""
     now, before = (read_report(folder)[0].row.point for folder in (present, previous))
     if now == before or differences(new[now][0], old[before][0]):
         return []
@@ -100,7 +103,7 @@ def _seed(root: Path, row: Row) -> int | None:
     return read_samples_record(root / paths.samples_file(Point.parse(row.point))).settings.get("seed")
 
 
-def _data(data: dataset.DatasetRecord) -> dict[str, Any]:
+def _about(data: dataset.DatasetRecord) -> dict[str, Any]:
     return {"version": data.sha256[:16], "images": data.counts, "shape": data.shape, "classes": data.classes}
 
 

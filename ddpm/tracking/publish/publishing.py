@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpm.databases.mlflow_page import chart
 from ddpm.errors import InputError
 from ddpm.files import arrays, atomic, models, paths
 from ddpm.files.dataset import read_dataset, read_dataset_record
@@ -33,7 +34,7 @@ from ddpm.tracking.lineage import (
     flat,
     identity_of_model,
 )
-from ddpm.tracking.place import Say, Target, chart, locked, open_target, plain_errors, warn
+from ddpm.tracking.place import Say, Target, locked, open_target, plain_errors, warn
 from ddpm.tracking.runs import (
     CURVES,
     CURVES_SHA,
