@@ -36,7 +36,7 @@ from ddpm.stages.report import report
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
 
-VOID = {"meta", "link", "img", "br", "hr"}
+VOID = {"meta", "link", "img", "br", "hr", "source"}
 HOSTILE = '<script>alert("x")</script>&amp;'
 
 
