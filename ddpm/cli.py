@@ -285,9 +285,16 @@ def likelihood(
 @app.command()
 def report() -> None:
     """Collect the scores of the sweep in report/: a page (index.html), a table, the best point, plots."""
+    from ddpm.reporting.published import write_local
     from ddpm.stages.report import report
 
-    _run("report", paths.report_dir(), lambda params, watch: report(params, Path(), watch), publishes=not FOLLOWED)
+    _run("report", paths.report_dir(), lambda params, watch: report(params, Path(), watch), publishes=False)
+    params = Params.load()
+    write_local(params, Path(), say)
+    if not FOLLOWED:
+        from ddpm import tracking
+
+        tracking.publish_or_warn(params, Path(), only="report", say=say)
 
 
 @app.command()
@@ -340,7 +347,9 @@ def promote(
         with display("champion") as watch:
             return rescore(params, checkpoint, settings, Path(), watch)
 
-    say(tracking.promote(params, Path(), replace=replace, rescore=score, say=say).line)
+    decision = tracking.promote(params, Path(), replace=replace, rescore=score, say=say)
+    tracking.publish_or_warn(params, Path(), only="report", say=say)  # its page shows the champion
+    say(decision.line)
 
 
 @app.command()

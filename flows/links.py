@@ -4,13 +4,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ddpm.databases import mlflow_file, sqlite
+from ddpm.databases.mlflow_page import chart
+from ddpm.errors import InputError
 from ddpm.files import paths
+from ddpm.files.params import Params
 
 
-def mlflow(root: Path, server: str) -> str:
+def mlflow(root: Path, server: str, store: str = "") -> str:
     """Returns the address of MLflow's page of scores against steps.
 
-    Returns `server` unchanged if this checkout has published nothing yet, or if `server` is no HTTP server.
+    Returns `server` unchanged if nothing is published yet, or if `server` is no HTTP server.
+
+    Args:
+        root: the checkout.
+        server: the address of MLflow's server.
+        store: the address of the server's database. A SQLite file is asked for the experiment, because the file may be a copy
+            from another checkout, which alone knows what it published.
     """
-    chart = root / paths.CHART
-    return f"{server.rstrip('/')}/{chart.read_text()}" if server.startswith("http") and chart.exists() else server
+    if not server.startswith("http"):
+        return server
+    file, kept = sqlite.file_of(store), root / paths.CHART
+    if file and (experiment := mlflow_file.newest_experiment(file, _experiment(root))):
+        page = chart(experiment)
+    else:
+        page = kept.read_text(encoding="utf-8") if kept.exists() else ""
+    return f"{server.rstrip('/')}/{page}" if page else server
+
+
+def _experiment(root: Path) -> str:
+    """Returns the name of the experiment of params.yaml, or "" if that file cannot be read."""
+    try:
+        return f"ddpm-{Params.load(root / 'params.yaml').dataset_name}"
+    except InputError:  # MLflow can be looked at all the same
+        return ""

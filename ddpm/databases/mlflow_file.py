@@ -32,6 +32,11 @@ EXPERIMENTS = """
         SELECT 1 FROM runs WHERE runs.experiment_id = experiments.experiment_id AND runs.lifecycle_stage = 'active'
     ) FROM experiments
 """
+NEWEST = """
+    SELECT experiments.experiment_id FROM experiments JOIN runs ON runs.experiment_id = experiments.experiment_id
+    WHERE experiments.lifecycle_stage = 'active' AND runs.lifecycle_stage = 'active' AND experiments.name LIKE 'ddpm-%'
+    GROUP BY experiments.experiment_id ORDER BY max(experiments.name = :name) DESC, max(runs.start_time) DESC LIMIT 1
+"""
 SUFFIXES = (".db", ".sqlite", ".sqlite3")  # of databases in use; a backup may have any other suffix
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 RESTORE = "restore it from a backup (docs/storage.md)"
@@ -81,6 +86,19 @@ def require_new(file: Path, experiment: str) -> None:
 def require_in_place(file: Path, location: str) -> None:
     """Raises InputError if the folder of an experiment that is about to be used was left behind, or is not mounted."""
     _moved(file, {location: True})
+
+
+def newest_experiment(file: Path, name: str) -> str:
+    """Returns the id of the experiment `name` if it has runs, or else of the one of ours that ran last.
+
+    Returns "" if there is none, or if the file is missing, new or unreadable: `check` says what is wrong with a file.
+    """
+    try:
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=10)) as database:
+            found = database.execute(NEWEST, {"name": name}).fetchone()
+    except sqlite3.Error:
+        return ""
+    return str(found[0]) if found else ""
 
 
 @contextmanager

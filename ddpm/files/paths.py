@@ -11,7 +11,7 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
     metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves; SCHEDULE.by_time.csv the
                                   validation loss by network time
     metrics/likelihood/SCHEDULE.json  bits per dimension; SCHEDULE.csv rate and distortion
-    report/                       index.html, points.csv, best.json, front.json, samples.png, fid.png
+    report/                       index.html, points.csv, best.json, front.json, samples.png, fid.png; run.js (not tracked)
     schedules/                    table.csv, snr.png, strip.png (not tracked)
 
 Writing is atomic: a file or folder is complete or absent. Reading is verified: each JSON record holds the hash of its own
@@ -26,6 +26,7 @@ from ddpm.parameters import Point
 
 CACHE = Path(".cache")  # kept across runs, outside DVC: resume states, converted weights, reference features
 PREVIEW = 64  # images in the grid of a sample set
+REPORT_SCRIPT = Path("report") / "run.js"  # times and comparisons, which the page loads; DVC does not track it
 CHART = CACHE / "mlflow-chart"  # holds the end of the address of MLflow's chart of scores against steps
 
 

@@ -73,12 +73,14 @@ class Samples:
         evaluations: network evaluations per image.
         model: sha256 of the network's weights.
         sha256: hash of the content; compression does not change it.
+        labels: int64 N, the class of each image, or None.
     """
 
     images: Images
     evaluations: int
     model: str
     sha256: str
+    labels: NDArray[np.int64] | None = None
 
 
 def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
@@ -94,7 +96,10 @@ def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
         # protects: tests/files/test_bad_input.py::test_a_sample_set[a record of other images]
         if _array_digest(images) != record.arrays.get("images"):
             raise ValueError(f"its images are not those that its {RECORD} describes")
-        return Samples(images, record.evaluations, record.model, record.record_sha256)
+        labels = archive["labels"] if "labels" in record.arrays else None
+        if labels is not None and _array_digest(labels) != record.arrays["labels"]:
+            raise ValueError(f"its labels are not those that its {RECORD} describes")
+        return Samples(images, record.evaluations, record.model, record.record_sha256, labels)
 
 
 def read_samples_record(path: Path) -> SamplesRecord:

@@ -37,14 +37,15 @@ def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Returns the dotted names of the values that differ, such as "training.steps, seed"; "" if none does."""
-    old, new = _leaves(before), _leaves(after)
+    old, new = leaves(before), leaves(after)
     return ", ".join(name for name in {**old, **new} if old.get(name) != new.get(name))
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested mappings by their dotted names."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        inner = _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
+        inner = leaves(value, f"{prefix}{name}." if name else prefix) if isinstance(value, dict) else {}
         found |= inner or {f"{prefix}{name}": value}
     return found
 

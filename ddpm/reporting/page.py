@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from ddpm.files import arrays, models, paths, records
 from ddpm.files.dataset import Dataset, DatasetRecord
 from ddpm.files.models import BoundRecord, TrainingRecord
 from ddpm.files.params import Params
-from ddpm.files.samples import read_samples
+from ddpm.files.samples import Samples, read_samples
 from ddpm.files.scores import Answer, Best, Front, Row, columns, extractor
 from ddpm.parameters import Point
 from ddpm.reporting.diagnostics import data_mean_square, schedule_of
-from ddpm.reporting.plots import COLOURS, DASHES, MARKERS, protocol, svg
+from ddpm.reporting.plots import COLOURS, DASHES, MARKERS, draw_scores, panels, pictures, protocol
 from ddpm.scores.conclusions import Trainings, from_the_best
 from ddpm.scores.copying import Copying, Suspects, affordable, copying, nearest, suspect
 from ddpm.scores.metrics import COPYING, RANKING, entries
@@ -32,9 +33,12 @@ ASKED = (10, 50)  # the budgets whose answers the page highlights
 SHOWN = 10  # images shown of each point, and samples shown with their neighbours
 NAMED = 6  # points that an answer lists by name, at most
 LARGEST = 64  # pixels; larger images are scaled down
+CLASSES = 20  # classes whose samples are shown, at most
 SURE = 3.0  # standard errors from which samples count as nearer to training images
 
-BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
+# The parts of the page that are no output of DVC: an untracked file beside the page fills them in, and publishing replaces them.
+PARTS = ("compared", "published", "local")
+NARROW = (420, 460)  # size of the figures for a phone, in hundredths of an inch
 
 Section = dict[str, Any]  # values of one section, for the template
 
@@ -66,7 +70,7 @@ def page(
         InputError: a record or table of a training, a likelihood or a sample set cannot be read.
     """
     points, training = {row.point: row for row in rows}, _training(params, root)
-    known = entries()
+    known, drawn = entries(), read_samples(root / paths.samples_file(Point.parse(best.row.point)))
     return render(
         "report.html.jinja",
         title=f"{dataset.record.name}: which schedule, which sampler, how many steps?",
@@ -80,21 +84,26 @@ def page(
         answers=_answers(front, rows),
         front=front,
         protocol=protocol(rows),
-        scores_plot="data:image/png;base64," + base64.b64encode(plot).decode(),
-        strips={name: (points[name], _strip(images[:SHOWN])) for name, images in samples.items()},
+        key=key(params, rows, dataset.record),
+        scores_plot={
+            "wide": "data:image/png;base64," + base64.b64encode(plot).decode(),
+            "narrow": _narrow(rows, front),
+        },
+        strips={name: (points[name], *_row(images[:SHOWN])) for name, images in samples.items()},
         shown=SHOWN,
+        classes=_by_class(drawn, dataset.record),
+        all_classes=len(dataset.record.classes or ()),
         training=training,
         trainings=list(zip(trained, from_the_best(trained), strict=True)),
         seeds=how_sure_of_schedules(trained),
         likelihood=_likelihood(params, root),
         schedules=_schedules(params, training["last"], dataset.record),
-        neighbours=_neighbours(root, best, dataset, params.training.flip),
+        neighbours=_neighbours(drawn.images, best, dataset, params.training.flip),
         dataset=dataset.record,
         preview=_png(arrays.grid(dataset.train[: 2 * SHOWN], columns=2 * SHOWN)) if _small(dataset.train) else None,
-        parameters=_parameters(params),
+        parameters=parameters(params),
         nearer=COPYING.title,
-        begin=BEGIN,
-        end=END,
+        parts={name: _marks(name) for name in PARTS},
     )
 
 
@@ -116,13 +125,34 @@ def render(template: str, **content: Any) -> str:
     return environment.get_template(template).render(**content)
 
 
-def publish_with(page: str, published: str) -> str:
-    """Returns the page with its lineage section replaced by `published`. Raises ValueError for a page without that section."""
-    head, begun, rest = page.partition(BEGIN)
-    _, ended, tail = rest.partition(END)
-    if not begun or not ended:
-        raise ValueError("this page has no section for lineage")
-    return f"{head}{BEGIN}\n{published}\n{END}{tail}"
+def key(params: Params, rows: Sequence[Row], data: DatasetRecord) -> str:
+    """Returns what identifies a report: a hash of its parameters, its dataset and its scores."""
+    points = [[row.point, {name: float(value) for name, value in row.values.items()}] for row in rows]
+    about = {"parameters": parameters(params), "dataset": data.sha256, "points": points}
+    return records.record_digest(about)
+
+
+def key_of(page: str) -> str:
+    """Returns the key that a page was written with, or "" for an older page."""
+    found = re.search(r'<html lang="en" data-report="([0-9a-f]{64})">', page)
+    return found[1] if found else ""
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def publish_with(page: str, parts: Mapping[str, str]) -> str:
+    """Returns the page with the parts of these names replaced. Raises ValueError for a page without lineage."""
+    for name, content in parts.items():
+        begin, end = _marks(name)
+        head, begun, rest = page.partition(begin)
+        _, ended, tail = rest.partition(end)
+        if begun and ended:
+            page = f"{head}{begin}\n{content}\n{end}{tail}"
+        elif name == "published":  # older pages have this part alone
+            raise ValueError("this page has no section for lineage")
+    return page
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
@@ -216,8 +246,15 @@ def how_sure_of_schedules(trained: Sequence[Trainings]) -> str:
 # Pictures.
 
 
-def _svg(width: int, height: int, draw: Any) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg(width, height, draw)).decode()
+def _two(draw: Any) -> dict[str, str]:
+    """Returns the pictures of two panels that draw(figure) draws: side by side, and one above the other for a phone."""
+    return pictures(draw, 1000, 400, (NARROW[0], 2 * NARROW[1] - 100))
+
+
+def _narrow(rows: Sequence[Row], front: Front) -> str:
+    """Returns the plot of all scores for a phone."""
+    names = [step.point for step in front.steps]
+    return pictures(lambda figure: draw_scores(figure, rows, front=names), *NARROW, NARROW)["narrow"]
 
 
 def _png(picture: arrays.Images) -> str:
@@ -307,7 +344,7 @@ def _training(params: Params, root: Path) -> Section:
     by_time = {name: losses for name, (_, _, losses) in found.items()}
 
     def draw(figure: Any) -> None:
-        left, right = figure.subplots(1, 2)
+        left, right = panels(figure)
         for index, (name, table) in enumerate(curves.items()):
             marker = {
                 "color": COLOURS[index % len(COLOURS)],
@@ -324,7 +361,7 @@ def _training(params: Params, root: Path) -> Section:
         _finish(figure)
 
     drawable = any(curves.values()) or any(by_time.values())
-    return {"plot": _svg(1000, 400, draw) if drawable else None, "last": last}
+    return {"plot": _two(draw) if drawable else None, "last": last}
 
 
 def _likelihood(params: Params, root: Path) -> Section:
@@ -334,7 +371,7 @@ def _likelihood(params: Params, root: Path) -> Section:
     curves = {name: curve for name, (record, curve) in found.items() if record is not None}
 
     def draw(figure: Any) -> None:
-        left, right = figure.subplots(1, 2)
+        left, right = panels(figure)
         _lines(left, curves, "rate", "distortion")
         left.set(xlabel="rate (bits/dim)", ylabel="distortion (RMSE of 0 ... 255)", title="rate and distortion")
         _lines(right, curves, "time", "rate")
@@ -342,7 +379,7 @@ def _likelihood(params: Params, root: Path) -> Section:
         right.set_title("rate by network time")
         _finish(figure)
 
-    return {"scores": scores, "plot": _svg(1000, 400, draw) if any(curves.values()) else None}
+    return {"scores": scores, "plot": _two(draw) if any(curves.values()) else None}
 
 
 def _finish(figure: Any) -> None:
@@ -372,9 +409,22 @@ def _schedules(params: Params, trained: Mapping[str, TrainingRecord], data: Data
     return {"rows": rows, "unknown": unknown}
 
 
-def _neighbours(root: Path, best: Best, dataset: Dataset, mirrored: bool) -> Section:
+def _row(images: arrays.Images) -> tuple[str, int]:
+    """Returns the images side by side, and their number."""
+    return _strip(images), len(images)
+
+
+def _by_class(drawn: Samples, data: DatasetRecord) -> dict[str, tuple[str, int]]:
+    """Returns the first images of each class among the samples, and their number, by the name of the class; {} without labels."""
+    found: dict[str, tuple[str, int]] = {}
+    for label, name in enumerate((data.classes or ())[:CLASSES] if drawn.labels is not None else ()):
+        if len(chosen := np.flatnonzero(drawn.labels == label)[:SHOWN]):
+            found[name] = _row(np.asarray(drawn.images[chosen]))
+    return found
+
+
+def _neighbours(samples: arrays.Images, best: Best, dataset: Dataset, mirrored: bool) -> Section:
     """Compares samples of the best point with their nearest training images, as many as time allows, and shows the nearest."""
-    samples = read_samples(root / paths.samples_file(Point.parse(best.row.point))).images
     samples = np.asarray(samples[: affordable(len(samples), dataset.train)])
     index, distance = nearest(samples, dataset.train, mirrored)
     compared = affordable(len(dataset.test), dataset.train) if len(dataset.test) else 0
@@ -438,7 +488,7 @@ def verdict(in_pixels: Copying | None, in_features: Copying | None, suspects: Su
     return f"A sign of memorising, or of smooth images: in {near[0]}, {nearer}{other}."
 
 
-def _parameters(params: Params) -> dict[str, dict[str, Any]]:
+def parameters(params: Params) -> dict[str, dict[str, Any]]:
     """Returns section -> name -> value, for the sections that made the outputs and the rows that the sweep takes."""
     raw = params.to_json(*SECTIONS)
     shown: dict[str, dict[str, Any]] = {"": {"seed": raw["seed"]}}

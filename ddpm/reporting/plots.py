@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from ddpm.scores.metrics import RANKING
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
+NARROW = 5.0  # inches; a figure that is no wider has no room for its title
 
 
 @contextmanager
@@ -54,6 +56,26 @@ def svg(width: int, height: int, draw: Callable[[Any], None]) -> bytes:
         draw(figure)
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     return written.getvalue()
+
+
+def pictures(draw: Callable[[Any], None], width: int, height: int, narrow: tuple[int, int]) -> dict[str, str]:
+    """Returns what draw(figure) draws as data URIs of SVG: "wide" for a desktop, and "narrow" for a phone.
+
+    Args:
+        draw: draws on a figure of any size.
+        width, height: of the wide picture, in hundredths of an inch.
+        narrow: width and height of the narrow one, which a phone shows at nearly that size, so that its text can be read.
+    """
+    sizes = {"wide": (width, height), "narrow": narrow}
+    return {
+        name: "data:image/svg+xml;base64," + base64.b64encode(svg(*size, draw)).decode() for name, size in sizes.items()
+    }
+
+
+def panels(figure: Any) -> Any:
+    """Returns two axes: side by side on a wide figure, one above the other on a narrow one."""
+    wide, high = figure.get_size_inches()
+    return figure.subplots(1, 2) if wide > high else figure.subplots(2, 1)
 
 
 def draw_scores(
@@ -100,7 +122,8 @@ def draw_scores(
     _tick(axes, rows, x)
     axes.set_xlabel(label)
     axes.set_ylabel(f"{RANKING.title}, with {rows[0].confidence:.0%} intervals")
-    axes.set_title(protocol(rows), fontsize="medium")
+    if figure.get_size_inches()[0] > NARROW:
+        axes.set_title(protocol(rows), fontsize="medium")
     axes.grid(which="both", alpha=0.25)
     axes.legend()
     figure.set_layout_engine("tight")

@@ -1,25 +1,87 @@
-"""The lineage section of the published report: commit, machine and speed of each run. No DVC stage imports this module."""
+"""The parts of the report that are no output of DVC: commit, machine and speed of each run, and comparisons.
+
+The page in MLflow contains them. The page in report/ loads them from `report/run.js`, which DVC does not hash: outputs hold no
+times. That file names the report that it belongs to, so that the page ignores one of another report. No DVC stage imports this
+module.
+"""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from ddpm.files.runs import RunRecord
-from ddpm.files.scores import Row
-from ddpm.reporting.page import render
-from ddpm.reporting.plots import draw_scores, svg
+from ddpm.errors import InputError
+from ddpm.files import atomic, paths
+from ddpm.files.params import Params
+from ddpm.files.runs import RunRecord, read_run
+from ddpm.files.scores import Row, read_report
+from ddpm.parameters import Point
+from ddpm.reporting import compared, previous
+from ddpm.reporting.compared import Compared
+from ddpm.reporting.page import NARROW, key_of, render
+from ddpm.reporting.plots import draw_scores, pictures
 from ddpm.scores.metrics import RANKING
+
+
+def write_local(params: Params, root: Path = Path(), say: Callable[[str], None] = print) -> None:
+    """Writes report/run.js without MLflow: times, machines, and the comparison with the previous report.
+
+    An unreadable file becomes a warning, since the report is already on disk.
+    """
+    try:
+        rows = read_report(root)[1]
+        lineage = published(rows, run_records(root, rows), {})
+        write_script(root, {"published": lineage, "compared": compared.html(with_previous(params, root, say))})
+    except InputError as error:
+        say(f"warning: {paths.REPORT_SCRIPT} is not written: {error}")
+
+
+def with_previous(params: Params, root: Path, say: Callable[[str], None]) -> list[Compared]:
+    """Keeps the present report for the next comparison, and compares it with the previous one.
+
+    An unreadable report becomes a warning.
+    """
+    try:
+        previous.keep(params, root)
+        found = previous.compare(root)
+    except InputError as error:
+        say(f"warning: the report is not compared with the previous one: {error}")
+        return []
+    return [found] if found else []
+
+
+def write_script(root: Path, parts: Mapping[str, str]) -> None:
+    """Writes report/run.js, which fills in parts of the page. Writes nothing for a page of an older version."""
+    page = root / paths.report_dir() / "index.html"
+    if key := key_of(page.read_text(encoding="utf-8")) if page.exists() else "":
+        atomic.write_text(root / paths.REPORT_SCRIPT, f"run({json.dumps(key)}, {json.dumps(parts, indent=1)});\n")
+
+
+def run_records(root: Path, rows: Sequence[Row]) -> dict[str, RunRecord]:
+    """Reads the run files of the stages that made a report, by stage. Raises InputError."""
+    schedules = list(dict.fromkeys(row.schedule for row in rows))
+    outputs = {"prepare": paths.dataset_dir()}
+    outputs |= {f"train@{name}": paths.model_dir(name) for name in schedules}
+    for row in rows:
+        point = Point.parse(row.point)
+        outputs |= {
+            f"sample@{point.name}": paths.samples_file(point),
+            f"evaluate@{point.name}": paths.metrics_file(point),
+        }
+    outputs |= {f"likelihood@{name}": paths.likelihood_file(name) for name in schedules}
+    outputs["report"] = paths.report_dir()
+    return {stage: record for stage, output in outputs.items() if (record := read_run(root, output))}
 
 
 def published(
     rows: Sequence[Row],
     records: Mapping[str, RunRecord],
     runs: Mapping[str, tuple[str, str]],
-    place: str,
+    place: str = "",
     chart: str = "",
 ) -> str:
     """Returns the lineage section of the page, as HTML.
@@ -28,7 +90,7 @@ def published(
         rows: the rows of points.csv.
         records: run files by stage, such as sample@linear-ddim-50.
         runs: the name and the address of each stage's MLflow run, by stage; "" where there is no address.
-        place: the address of MLflow, for the reader.
+        place: the address of MLflow, for the reader; "" if that is unknown.
         chart: the address of MLflow's chart of all points; "" for none.
     """
     sampled = {row.point: record for row in rows if (record := records.get(f"sample@{row.point}"))}
@@ -38,12 +100,12 @@ def published(
         if (record := sampled.get(row.point)) and record.per_second
     ]
     machines = list(dict.fromkeys(_machine(sampled[row.point]) for row in timed))
-    plot = ""
+    plot = None
     if timed and len(machines) == 1:
-        picture = svg(
-            900, 560, lambda figure: draw_scores(figure, timed, "seconds", "seconds per image", fastest(timed))
+        front = fastest(timed)
+        plot = pictures(
+            lambda figure: draw_scores(figure, timed, "seconds", "seconds per image", front), 900, 560, NARROW
         )
-        plot = "data:image/svg+xml;base64," + base64.b64encode(picture).decode()
     return render(
         "published.html.jinja",
         place=place,

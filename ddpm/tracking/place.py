@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from ddpm.databases import empty, mlflow_file, sqlite
 from ddpm.databases.addresses import with_driver
 from ddpm.databases.mlflow_file import ARTIFACTS
+from ddpm.databases.mlflow_page import chart
 from ddpm.errors import InputError, without_password
 from ddpm.files import atomic, paths
 from ddpm.files.params import Params
@@ -191,17 +192,6 @@ def _new_experiment(client: MlflowClient, where: Place, name: str, dataset: str)
     created = str(client.create_experiment(name, artifact_location=location, tags=tags))
     client.set_experiment_tag(created, "mlflow.note.content", _note(created, dataset))
     return created
-
-
-def chart(experiment: str) -> str:
-    """Returns the address of the chart of all points, from the `#` on.
-
-    The address selects MLflow's pages for models (workflowType), since MLflow 3.17 offers no tag of the experiment that would.
-    """
-    return (
-        f"#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"
-        "&searchFilter=tags.%60ddpm.stage%60%20%3D%20'sample'&orderByKey=tags.%60mlflow.runName%60&orderByAsc=true"
-    )
 
 
 def _note(experiment: str, dataset: str) -> str:

@@ -170,7 +170,7 @@ def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[
         environment.setdefault("PREFECT_API_URL", f"http://{access.LOOPBACK}:{environment['PREFECT_PORT']}/api")
     if "mlflow" in names:
         environment["MLFLOW_UI"] = f"http://{here}:{environment['MLFLOW_PORT']}"
-    print(f"MLflow:  {links.mlflow(Path(), environment['MLFLOW_UI'])}", flush=True)
+    print(f"MLflow:  {links.mlflow(Path(), environment['MLFLOW_UI'], store)}", flush=True)
     return environment
 
 

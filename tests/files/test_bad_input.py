@@ -1007,6 +1007,13 @@ SETS: dict[str, tuple[Callable[[], Any], str]] = {
     "without a record": (lambda: np.savez(SAMPLES, images=np.zeros((8, 1, 8, 8), np.uint8)), "another version of ddpm"),
     "a record of another point": (drawn(record(point="cosine-ddim-2")), "it holds the images of cosine-ddim-2"),
     "a record of other images": (drawn(record(arrays={"images": "0" * 64})), "its images are not those"),
+    "a record of other labels": (
+        drawn(
+            record(arrays={"images": arrays_file._array_digest(np.zeros((8, 1, 8, 8), np.uint8)), "labels": "0" * 64}),
+            labels=np.zeros(8, np.int64),
+        ),
+        "its labels are not those",
+    ),
     "a record that was edited": (drawn(record().replace(b"5", b"4")), "is not what its checksum says"),
     "a record without model": (drawn(record(model=None)), "model: expected a text"),
     "no evaluations": (drawn(record(evaluations=None)), "evaluations: expected an integer"),

@@ -36,7 +36,7 @@ from ddpm.stages.report import report
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
 
-VOID = {"meta", "link", "img", "br", "hr"}
+VOID = {"meta", "link", "img", "br", "hr", "source"}
 HOSTILE = '<script>alert("x")</script>&amp;'
 
 
@@ -99,7 +99,7 @@ def made_report(
     write_record(root / paths.likelihood_file("cosine"), about, [table])
     for index, point in enumerate(smoke().points()):
         images = random.integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)
-        write_samples(root / paths.samples_file(point), images, point.steps, "m")
+        write_samples(root / paths.samples_file(point), images, point.steps, "m", np.arange(12) % 2)
         values = root / paths.influence_file(point)
         write_influence(values, random.normal(size=12))
         fid = 12.34567 - index
@@ -128,7 +128,7 @@ def page(made_report: Path) -> str:
 def test_it_is_whole_and_needs_no_network(page: str) -> None:
     reader = Reader(page)
     addresses = [value for _, attrs in reader.tags for name, value in attrs.items() if name in ("src", "href", "data")]
-    assert addresses and all(str(value).startswith(("data:", "#")) for value in addresses)
+    assert [value for value in addresses if not str(value).startswith(("data:", "#"))] == ["run.js"]
     assert "http" not in re.sub(r"data:[^\"]*", "", page).replace("http-equiv", "")
     assert not re.search(r"url\(|@import", page)
     ids = {attrs["id"] for _, attrs in reader.tags if attrs.get("id")}
@@ -163,10 +163,23 @@ def test_every_number_is_the_files(page: str, made_report: Path) -> None:
     assert "learning_rate0.002" in reader.text
 
 
+def pictures_of(page: str) -> dict[str, str]:
+    """The address of each picture by its text."""
+    return {str(attrs["alt"]): str(attrs["src"]) for tag, attrs in Reader(page).tags if tag == "img"}
+
+
+def test_every_class_has_a_row_of_its_own_samples(page: str, made_report: Path) -> None:
+    best = read_report(made_report)[0].row.point
+    images, pictures = read_samples(made_report / "samples" / f"{best}.npz").images, pictures_of(page)
+    for label, name in enumerate((HOSTILE, "1")):
+        shown = Image.open(io.BytesIO(base64.b64decode(pictures[f"samples of class {name}"].partition(",")[2])))
+        np.testing.assert_array_equal(np.asarray(shown), grid(images[label::2], columns=6)[0])
+
+
 def test_every_point_shows_its_first_images_pixel_for_pixel(
     page: str, made_report: Path, smoke: Callable[..., Params]
 ) -> None:
-    pictures = {str(attrs["alt"]): str(attrs["src"]) for tag, attrs in Reader(page).tags if tag == "img"}
+    pictures = pictures_of(page)
     for point in smoke().points():
         source = base64.b64decode(pictures[f"{SHOWN} samples of {point.name}"].partition(",")[2])
         images = read_samples(made_report / paths.samples_file(point)).images[:SHOWN]
@@ -176,7 +189,7 @@ def test_every_point_shows_its_first_images_pixel_for_pixel(
 def test_names_are_text_and_no_markup(page: str) -> None:
     reader = Reader(page)
     assert HOSTILE in reader.text
-    assert [tag for tag, _ in reader.tags].count("script") == 1
+    assert [tag for tag, _ in reader.tags].count("script") == 2  # its own, and that of run.js
 
 
 def test_same_inputs_same_bytes(page: str, made_report: Path, smoke: Callable[..., Params]) -> None:
@@ -404,9 +417,14 @@ def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report
         for index, row in enumerate(rows)
     }
     runs = {f"sample@{rows[0].point}": ("cosine-ddpm", "http://localhost:5000/#/runs/abc")}
-    whole = publish_with(page, published(rows, records, runs, "the place", "http://x/#/chart?a='b'"))
+    section = published(rows, records, runs, "the place", "http://x/#/chart?a='b'")
+    whole = publish_with(page, {"published": section, "compared": "as before", "local": ""})
     reader = Reader(whole)
-    assert whole.startswith(page[: page.index("<!-- published")]) and page[-500:] == whole[-500:]
+    for mark in ("compared", "published"):
+        begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+        assert page.partition(begin)[0][-500:] == whole.partition(begin)[0][-500:]
+        assert page.partition(end)[2][:500] == whole.partition(end)[2][:500]
+    assert "run.js" in page and 'src="run.js"' not in whole and "as before" in reader.text
     for text in (
         "0123456789, edited",
         HOSTILE,
@@ -420,7 +438,9 @@ def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report
     for link in ("http://localhost:5000/#/runs/abc", "http://x/#/chart?a='b'"):
         assert ("a", {"href": link}) in reader.tags
     with pytest.raises(ValueError, match="no section"):
-        publish_with("<html></html>", "")
+        publish_with("<html></html>", {"published": ""})
+    old = "<!-- published: begin -->...<!-- published: end -->"  # a page of version 0.4 or older
+    assert "new" in publish_with(old, {"published": "new", "compared": "...", "local": ""})
 
 
 def test_the_front_against_seconds() -> None:

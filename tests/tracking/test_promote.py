@@ -36,6 +36,7 @@ from ddpm.reporting.card import LONGEST, card, with_front_matter
 from ddpm.scores import fidelity
 from ddpm.scores.intervals import Estimate, standard_error
 from ddpm.sources.source import SOURCES
+from ddpm.stages.report import report
 from ddpm.tracking.registry.decision import Protocol, Score, Verdict, decide
 
 Smoke = Callable[..., Params]
@@ -308,6 +309,36 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
     forced = tracking.promote(params, checkout, replace=True, rescore=never)
     assert forced.promoted and forced.version == "1" and "--replace" in forced.reason
     assert registry.count() == 2
+
+
+def test_the_report_is_compared_with_the_champion(checkout: Path, params: Params, write_scores: WriteScores) -> None:
+    def compared() -> str:
+        report(params, checkout)
+        tracking.publish(params, checkout, only="report")
+        assert tracking.publish(params, checkout, only="report") == {}
+        text = (checkout / paths.REPORT_SCRIPT).read_text(encoding="utf-8")
+        found: str = json.loads(text[text.index("{") : text.rindex("}") + 1])["compared"]
+        (run,) = [run for run in Registry(checkout).client.search_runs(["1"]) if run.info.run_name == "report"]
+        page = Registry(checkout).client.download_artifacts(run.info.run_id, "report/index.html", str(checkout))
+        assert found.strip() in Path(page).read_text(encoding="utf-8")
+        return found
+
+    first, *_, second = params.points()
+    assert "The champion" not in compared()
+    write_scores(checkout, first, 30.0)
+    tracking.promote(params, checkout, replace=True)
+    assert f"{first.name} is the champion: version 1 of ddpm-digits. There was none before." in compared()
+    write_scores(checkout, second, 20.0)
+    found = compared()
+    assert f"The champion is version 1 of ddpm-digits, {first.name}." in found and "not paired" not in found
+    assert "sampler.sampler" in found and "training." not in found
+    assert tracking.promote(params, checkout).promoted
+    evidence = Registry(checkout).decisions()[-1]
+    row = f"{first.name} → {second.name}</th><td>30</td><td>20</td>"
+    interval = f"({evidence['low']:.3g} to {evidence['high']:.3g})"
+    assert row in found and interval in found.partition(row)[2].partition("</tr>")[0]
+    found = compared()
+    assert f"It replaced version 1, {first.name}." in found and interval in found.partition(row)[2]
 
 
 def test_the_best_champion_stays_the_measure(checkout: Path, smoke: Smoke, write_scores: WriteScores) -> None:

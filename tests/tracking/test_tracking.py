@@ -27,6 +27,7 @@ from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
 
 from ddpm import tracking
+from ddpm.databases import mlflow_page
 from ddpm.errors import InputError
 from ddpm.files import checkpoint, paths, records
 from ddpm.files.models import read_model_record
@@ -38,6 +39,7 @@ from ddpm.stages.train import train
 from ddpm.tools.schedules import schedules
 from ddpm.tracking import place, runs, streaming
 from ddpm.tracking.publish import publishing
+from flows import links
 
 Smoke = Callable[..., Params]
 Scores = Callable[..., None]
@@ -465,6 +467,8 @@ def test_what_a_run_says_of_itself(checkout: Path, params: Params) -> None:
     assert training.data.params["schedule"] == "cosine" and training.data.params["seed"] == "0"
     assert training.data.tags["ddpm.model_sha256"] == about.weights_sha256
     assert training.data.tags["mlflow.source.git.commit"] == "0123456789abcdef0123456789abcdef01234567"
+    shown = {"schedule": "cosine", "sampler": "ddim", "dataset": "digits", "eta": "0.0", "spacing": "leading"}
+    assert sampler.data.params == shown  # what MLflow's page Compare shows
     assert sampler.data.tags["ddpm.row.eta"] == "0.0" and sampler.data.tags["ddpm.evaluation.layer"] == "64"
     # images/s: 24 steps of 32 images in 60 s
     assert seen.history(training, "images_per_second") == [(24, pytest.approx(24 * 32 / 60), 1_700_000_060_000)]
@@ -486,6 +490,41 @@ def test_what_a_run_says_of_itself(checkout: Path, params: Params) -> None:
     for name in ("model.safetensors", "model.json"):
         assert (location / name).read_bytes() == (checkout / "models/cosine" / name).read_bytes()
     assert seen.files(seen.named("report")) == ["report/best.json", "report/front.json", "report/points.csv"]
+
+
+def test_a_run_of_an_older_version_gets_the_options_of_its_sampler(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        few = {"schedule": "cosine", "sampler": "ddim", "dataset": "digits"}
+        patch.setattr(publishing, "_point_params", lambda *_: few)
+        tracking.publish(params, checkout)
+    old = Seen(checkout).named("cosine-ddim")
+    assert old.data.params == few
+    assert tracking.publish(params, checkout) == {}
+    new = Seen(checkout).named("cosine-ddim")
+    assert new.info.run_id == old.info.run_id and new.data.params == {**few, "eta": "0.0", "spacing": "leading"}
+
+
+def test_a_copied_database_leads_to_its_chart(
+    checkout: Path, smoke: Smoke, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only mlflow.db and mlartifacts are copied to a folder that never published."""
+    named = smoke(training={"steps": 24}, tracking={"name": "another"})
+    tracking.publish(named, checkout)
+    tracking.publish(params, checkout)
+    address, copy = "http://127.0.0.1:5000", tmp_path / "copy"
+    shutil.copytree(checkout / "mlartifacts", copy / "mlartifacts")
+    store = f"sqlite:///{shutil.copy(checkout / 'mlflow.db', copy)}"
+    for name, chosen in (("digits", params), ("another", named)):
+        YAML(typ="safe").dump(chosen.to_json(), copy / "params.yaml")
+        assert (
+            links.mlflow(copy, address, store)
+            == f"{address}/{mlflow_page.chart(Seen(copy, f'ddpm-{name}').experiment)}"
+        )
+    (copy / "params.yaml").unlink()
+    assert "compareRunsMode=CHART" in links.mlflow(copy, address, store)
+    assert links.mlflow(tmp_path, address, f"sqlite:///{tmp_path / 'none.db'}") == address
 
 
 def test_two_new_stores_get_the_same_history(checkout: Path, params: Params, empty_database: Path) -> None:

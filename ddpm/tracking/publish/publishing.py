@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpm.databases.mlflow_page import chart
 from ddpm.errors import InputError
 from ddpm.files import arrays, atomic, models, paths
 from ddpm.files.dataset import read_dataset, read_dataset_record
@@ -22,8 +23,10 @@ from ddpm.files.samples import read_samples, read_samples_record
 from ddpm.files.scores import Row, Scores, extractor, read_report, read_scores
 from ddpm.parameters import USUAL_EXTRACTOR, Point
 from ddpm.provenance import dvc_lock
+from ddpm.reporting import compared
+from ddpm.reporting.compared import Compared
 from ddpm.reporting.page import publish_with
-from ddpm.reporting.published import published
+from ddpm.reporting.published import published, run_records, with_previous, write_script
 from ddpm.scores.metrics import METRICS, RANKING
 from ddpm.tracking.lineage import (
     PointSettings,
@@ -31,7 +34,7 @@ from ddpm.tracking.lineage import (
     flat,
     identity_of_model,
 )
-from ddpm.tracking.place import Say, Target, chart, locked, open_target, plain_errors, warn
+from ddpm.tracking.place import Say, Target, locked, open_target, plain_errors, warn
 from ddpm.tracking.runs import (
     CURVES,
     CURVES_SHA,
@@ -61,17 +64,29 @@ CONTENT, PUBLISHED = (
 UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, for outputs without a run file
 
 
-def publish_or_warn(params: Params, root: Path = Path(), only: str | None = None, say: Say = print) -> None:
+# Compares the report with the champion, which is in the registry; None without one. ddpm.tracking passes it in.
+WithChampion = Callable[[Target, Params, Path, Say], Compared | None]
+
+
+def publish_or_warn(
+    params: Params,
+    root: Path = Path(),
+    only: str | None = None,
+    say: Say = print,
+    champion: WithChampion | None = None,
+) -> None:
     """Publishes at the end of a stage. Any error becomes a one-line warning, since the outputs are already on disk."""
     try:
-        publish(params, root, only, say)
+        publish(params, root, only, say, champion)
     except InputError as error:
         warn(str(error), say)
     except Exception as error:  # noqa: BLE001 - tracking must not fail the work
         warn(f"publishing {only or ''} failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})", say)
 
 
-def follow(params: Params, root: Path, ended: threading.Event, say: Say = print) -> None:
+def follow(
+    params: Params, root: Path, ended: threading.Event, say: Say = print, champion: WithChampion | None = None
+) -> None:
     """Publishes the outputs of each stage once dvc.lock lists them, until `ended` is set. Never raises InputError."""
     path, changed, seen = root / "dvc.lock", -1, dvc_lock.read(root)
     publish_or_warn(params, root, "prepare", say)  # publishes nothing, but imports mlflow and creates the store
@@ -87,18 +102,35 @@ def follow(params: Params, root: Path, ended: threading.Event, say: Say = print)
             continue  # DVC is writing it
         for stage in stages:
             if stages[stage] != seen.get(stage):
-                publish_or_warn(params, root, stage, say)
+                publish_or_warn(params, root, stage, say, champion)
         changed, seen = now, stages
 
 
 # Publishing.
 
 
-def publish(params: Params, root: Path = Path(), only: str | None = None, say: Say = print) -> dict[str, int]:
-    """Adds to MLflow what it lacks of the outputs below `root`. Returns counts of added runs, metrics, images, models, files.
+def publish(
+    params: Params,
+    root: Path = Path(),
+    only: str | None = None,
+    say: Say = print,
+    champion: WithChampion | None = None,
+) -> dict[str, int]:
+    """Adds to MLflow what it lacks of the outputs below `root`. An output older than its inputs is left out.
 
-    only: the output of one stage, such as "prepare", "train@linear", "sample@linear-ddim-50" or "report"; without it,
-    all outputs, and a line that says what was added. An output older than its inputs is left out. Raises InputError.
+    Args:
+        params: the parameters of the sweep.
+        root: the checkout.
+        only: the output of one stage, such as "prepare", "train@linear", "sample@linear-ddim-50" or "report"; without it, all
+            outputs, and a line that says what was added.
+        say: prints a line for the user.
+        champion: compares the report with the champion.
+
+    Returns:
+        Counts of added runs, metrics, images, models and files.
+
+    Raises:
+        InputError: an output is damaged, or MLflow cannot be reached.
     """
     target, added = open_target(params, root), Counter[str]()
     stage, _, item = (only or "").partition("@")
@@ -108,29 +140,34 @@ def publish(params: Params, root: Path = Path(), only: str | None = None, say: S
         if settings := PointSettings.read(params, point, root):
             publish_points(target, root, [(point, settings)], added)
 
+    def report() -> None:
+        _publish_report(target, params, root, added, say, champion)
+
     of_stage: dict[str, Callable[[], Any]] = {
         "train": lambda: _publish_training(target, root, item, added),
         "likelihood": lambda: _publish_likelihood(target, root, item, added),
         "sample": publish_point,
         "evaluate": publish_point,
         "schedules": lambda: _publish_schedules(target, root, Path(item), added),
-        "report": lambda: _publish_report(target, root, added),
-        "": lambda: _publish_all(target, params, root, added, say),
+        "report": report,
+        "": lambda: _publish_all(target, params, root, added, say, report),
     }
     with plain_errors(target.place), locked(target.place):
         of_stage.get(stage, lambda: None)()  # `prepare` has nothing to publish
     return dict(added)
 
 
-def _publish_all(target: Target, params: Params, root: Path, added: Counter[str], say: Say) -> None:
-    for name in _fill_in(target, params, root, added):
+def _publish_all(
+    target: Target, params: Params, root: Path, added: Counter[str], say: Say, report: Callable[[], None]
+) -> None:
+    for name in _fill_in(target, params, root, added, report):
         say(f"publish: {name} left out: made with another model, or scored with other samples; run dvc repro")
     summary = ", ".join(f"{count} {kind}" for kind, count in added.items())
     atomic.write_text(root / paths.CHART, chart(target.experiment))
     say(f"MLflow at {target.place.shown}: " + (f"added {summary}" if summary else "nothing to add"))
 
 
-def _fill_in(target: Target, params: Params, root: Path, added: Counter[str]) -> list[str]:
+def _fill_in(target: Target, params: Params, root: Path, added: Counter[str], report: Callable[[], None]) -> list[str]:
     """Publishes all outputs. Returns the names of outputs that are older than their inputs."""
     end_orphans(target)
     stale = list[str]()
@@ -149,7 +186,7 @@ def _fill_in(target: Target, params: Params, root: Path, added: Counter[str]) ->
             groups.setdefault(identity, []).append((point, settings))
     for group in groups.values():
         publish_points(target, root, group, added)
-    _publish_report(target, root, added)
+    report()
     _publish_schedules(target, root, paths.schedules_dir(), added)
     return stale
 
@@ -405,8 +442,9 @@ def publish_points(
         **_commit(points[0].evaluated or points[0].sampled),
     }
     run = find_or_create(target, key, name, agrees, start, tags, added)
-    if not run.data.params:
-        log(target, run, _point_params(first, model))
+    complete = bool(run.data.params)  # but a run of an older version lacks the options of its sampler
+    log(target, run, _point_params(first, model, settings))
+    if not complete:
         _log_dataset(target, run, root, model.data, "evaluation")
         _link_model(target, run, training, weights)
         _log_real(target, run, root, model.data, start, added)
@@ -434,9 +472,15 @@ def _point_tags(point: Point, model: ModelRecord, settings: PointSettings) -> di
     }
 
 
-def _point_params(point: Point, model: ModelRecord) -> dict[str, str]:
-    """Returns only a few parameters: MLflow writes all of them above each picture, and more would leave it no room."""
-    return {"schedule": point.schedule, "sampler": point.sampler, "dataset": model.data.name}
+def _point_params(point: Point, model: ModelRecord, settings: PointSettings) -> dict[str, str]:
+    """Returns the parameters by which sampler runs differ, the options of the sampler's row among them.
+
+    The other settings are tags: MLflow writes all parameters above each picture, and more would leave it no room.
+    """
+    row = {name: value for name, value in settings.row.items() if name not in ("sampler", "fitted_to")}
+    about = {"schedule": point.schedule, "sampler": point.sampler, "dataset": model.data.name}
+    solver = settings.row.get("sampler", point.sampler)
+    return {**flat(row), **about, **({} if solver == point.sampler else {"solver": solver})}
 
 
 def _link_model(target: Target, run: Run, training: Run, weights: str) -> None:
@@ -552,14 +596,21 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
 # The run of the report.
 
 
-def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
-    """Publishes the present report as artifacts of one run; its page gets the section with lineage and timings."""
+def _publish_report(
+    target: Target, params: Params, root: Path, added: Counter[str], say: Say, champion: WithChampion | None
+) -> None:
+    """Publishes the present report as artifacts of one run. Its page gets lineage, timings and comparisons, here too."""
     folder = root / paths.report_dir()
     if not (folder / "best.json").exists():
         return
     (best, rows), times = read_report(root), read_run(root, paths.report_dir())
-    page = _page_with_lineage(target, root, rows) if (folder / "index.html").exists() else ""
-    content = digest([sha256(folder), page])
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in ("index.html", "run.js")]
+    page = ""
+    if (folder / "index.html").exists():
+        parts = _parts_of_page(target, params, root, rows, say, champion)
+        write_script(root, parts)
+        page = publish_with((folder / "index.html").read_text(encoding="utf-8"), {**parts, "local": ""})
+    content = digest([*(sha256(path) for path in files), page])
     row = best.row
     note = f"Best point: **{row.point}**, {RANKING.title} {RANKING.text(row.value)} at {row.evaluations} network evaluations."
     tags = {"ddpm.stage": "report", "ddpm.best": row.point, "mlflow.note.content": note}
@@ -568,7 +619,6 @@ def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
     # protects: tests/tracking/test_tracking.py::test_everything_is_there_once_and_a_second_time_adds_nothing
     if run.data.tags.get("ddpm.report_sha256") == content:
         return
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "index.html"]
     for path in files:
         target.client.log_artifact(run.info.run_id, str(path), "report")
     if page:
@@ -578,25 +628,22 @@ def _publish_report(target: Target, root: Path, added: Counter[str]) -> None:
     log(target, run, tags={**tags, **_commit(times), "ddpm.report_sha256": content})
 
 
-def _page_with_lineage(target: Target, root: Path, rows: Sequence[Row]) -> str:
-    """Returns report/index.html with its lineage section filled in."""
-    folder = root / paths.report_dir()
-    schedules = list(dict.fromkeys(row.schedule for row in rows))
-    outputs = {"prepare": paths.dataset_dir()}
-    outputs |= {f"train@{name}": paths.model_dir(name) for name in schedules}
-    for row in rows:
-        point = Point.parse(row.point)
-        outputs |= {
-            f"sample@{point.name}": paths.samples_file(point),
-            f"evaluate@{point.name}": paths.metrics_file(point),
-        }
-    outputs |= {f"likelihood@{name}": paths.likelihood_file(name) for name in schedules}
-    outputs["report"] = paths.report_dir()
-    records = {stage: record for stage, output in outputs.items() if (record := read_run(root, output))}
+def _parts_of_page(
+    target: Target, params: Params, root: Path, rows: Sequence[Row], say: Say, champion: WithChampion | None
+) -> dict[str, str]:
+    """Returns the parts of the page that are no output of DVC, as HTML."""
     place = target.place.shown
     link = f"{place}/{chart(target.experiment)}" if place.startswith("http") else ""
-    section = published(rows, records, _runs_of(target, root, rows), place, link)
-    return publish_with((folder / "index.html").read_text(encoding="utf-8"), section)
+    found = with_previous(params, root, say)
+    try:
+        best = champion(target, params, root, say) if champion else None
+    except InputError as error:
+        say(f"publish: the report is not compared with the champion: {error}")
+        best = None
+    return {
+        "published": published(rows, run_records(root, rows), _runs_of(target, root, rows), place, link),
+        "compared": compared.html([*found, best] if best else found),
+    }
 
 
 def _runs_of(target: Target, root: Path, rows: Sequence[Row]) -> dict[str, tuple[str, str]]:

@@ -1,0 +1,114 @@
+"""Compares a report with an earlier result: what changed in parameters and data, and what that did to the scores.
+
+Two points are compared in pairs of images if both start from the noise of the same seed. No DVC stage imports this module,
+because an earlier result is no dependency of any stage.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ddpm.files.scores import PROTOCOL, Scores
+from ddpm.provenance.inputs import leaves
+from ddpm.reporting.page import render
+from ddpm.scores.intervals import CONFIDENCE, Estimate, against_one, difference
+from ddpm.scores.metrics import RANKING
+
+WORDS = {
+    "reference": "the dataset",
+    "extractor_sha256": "the feature extractor",
+    "reference_images": "the number of reference images",
+    "images": "the number of samples",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A point's headline score, with the seed of the noise that its images start from; None if that is unknown."""
+
+    point: str
+    estimate: Estimate
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A score now and before. low, high: the interval of the difference now - before."""
+
+    now: Measured
+    before: Measured
+    difference: float
+    low: float
+    high: float
+    paired: bool
+
+    @classmethod
+    def of(cls, now: Measured, before: Measured, reach: float) -> Gap:
+        """reach: half the width of the interval, in standard errors."""
+        gap = _difference(now, before)
+        half = reach * gap.error
+        return cls(now, before, gap.value, gap.value - half, gap.value + half, gap.paired)
+
+    @property
+    def words(self) -> str:
+        if self.low == self.high == 0:
+            return "the same"
+        sure = self.low > 0 or self.high < 0
+        return ("better" if RANKING.rank(self.difference) < RANKING.rank(0) else "worse") if sure else "may be chance"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison, for the page.
+
+    Args:
+        title: what the report is compared with, such as "The previous run".
+        about: sentences about that result.
+        changes: name, value before and value now of each parameter that differs, and of the data.
+        gaps: the scores that were compared.
+        confidence: of all intervals together.
+    """
+
+    title: str
+    about: str
+    changes: Sequence[tuple[str, str, str]] = ()
+    gaps: Sequence[Gap] = ()
+    confidence: float = CONFIDENCE
+
+
+def html(found: Sequence[Compared]) -> str:
+    """Returns the comparisons as HTML."""
+    return render("compared.html.jinja", found=found, metric=RANKING)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns the dotted name, the old and the new value of each setting that differs; "" where there was or is none."""
+    old, new = leaves(before), leaves(now)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [(name, _plain(old, name), _plain(new, name)) for name in names]
+
+
+def gaps(pairs: Sequence[tuple[Measured, Measured]]) -> list[Gap]:
+    """Compares pairs (now, before). The intervals of all differences hold together."""
+    if not pairs:
+        return []
+    reach = against_one(Estimate(0.0, 0.0), [_difference(now, before) for now, before in pairs])
+    return [Gap.of(now, before, reach) for now, before in pairs]
+
+
+def differences(now: Scores, before: Scores) -> list[str]:
+    """Says in words what makes two scores incomparable; [] for scores under the same protocol."""
+    return [WORDS.get(name, f"the {name}") for name in PROTOCOL if getattr(now, name) != getattr(before, name)]
+
+
+def _difference(now: Measured, before: Measured) -> Any:
+    same_noise = now.seed is not None and now.seed == before.seed
+    return difference(now.estimate, before.estimate if same_noise else replace(before.estimate, influence=None))
+
+
+def _plain(values: Mapping[str, Any], name: str) -> str:
+    value = values.get(name, "")
+    return value if isinstance(value, str) else json.dumps(value)

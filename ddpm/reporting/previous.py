@@ -1,0 +1,135 @@
+"""Keeps the report before the present one, so that the two can be compared.
+
+DVC removes the outputs of a stage before it runs, and dvc.lock in git is as old as the last commit, which may be many runs ago
+(or never: a project may be without git). So the small files that a comparison needs are copied to `.cache/reports`, at most two
+sets of them. The outputs and DVC's hashes do not depend on that folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ddpm.files import atomic, dataset, paths, records, runs
+from ddpm.files.params import Params
+from ddpm.files.samples import read_samples_record
+from ddpm.files.scores import PICTURE, Row, Scores, read_point_influence, read_report, read_scores
+from ddpm.parameters import Point
+from ddpm.reporting import page
+from ddpm.reporting.compared import Compared, Gap, Measured, changes, differences, gaps
+from ddpm.scores.intervals import simultaneous
+
+PRESENT, PREVIOUS = "present", "previous"
+RECORD = Path("kept.json")
+
+
+def keep(params: Params, root: Path = Path()) -> None:
+    """Copies what a comparison needs of the present report. The report that was kept before becomes the previous one.
+
+    Does nothing if this very report is kept already, or if params.yaml was edited after the report was made. Raises InputError.
+    """
+    rows, data = read_report(root)[1], dataset.read_dataset_record(root)
+    key, folder = page.key(params, rows, data), root / paths.CACHE / "reports"
+    if key != _key_of_page(root) or key == _kept(folder / PRESENT).get("key"):
+        return
+    seeds = {row.point: _seed(root, row) for row in rows}
+    about: dict[str, Any] = {"key": key, "parameters": page.parameters(params), "seeds": seeds, "dataset": _about(data)}
+    if (folder / PRESENT).exists():
+        with atomic.replacing_dir(folder / PREVIOUS) as before:
+            shutil.copytree(folder / PRESENT, before, dirs_exist_ok=True)
+    with atomic.replacing_dir(folder / PRESENT) as now:
+        for path in _files(rows):
+            if (root / path).exists():
+                (now / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(root / path, now / path)
+        records.write_record(now / RECORD, about)
+
+
+def compare(root: Path = Path()) -> Compared | None:
+    """Compares the present report with the previous one.
+
+    Returns None without a previous report, or if the present one was not kept. Raises InputError.
+    """
+    present, previous = (root / paths.CACHE / "reports" / name for name in (PRESENT, PREVIOUS))
+    now, before = _kept(present), _kept(previous)
+    if not before or now.get("key") != _key_of_page(root):
+        return None
+    changed = changes(*({"dataset": each["dataset"], **each["parameters"]} for each in (before, now)))
+    new, old = _measured(present, now), _measured(previous, before)
+    both = [name for name in new if name in old]
+    alike = [name for name in both if not differences(new[name][0], old[name][0])]
+    said = [_when(previous)]
+    if not changed:
+        said.append("Parameters and data are the same.")
+    if both and not alike:
+        why = " and ".join(differences(new[both[0]][0], old[both[0]][0]))
+        said.append(f"Scores do not compare: {why} changed.")
+    said += [
+        f"Points that are {words}: {', '.join(names)}."
+        for words, names in (
+            ("new", [name for name in new if name not in old]),
+            ("gone", [name for name in old if name not in new]),
+        )
+        if names
+    ]
+    found = gaps([(new[name][1], old[name][1]) for name in alike])
+    return Compared("The previous run", " ".join(said), changed, [*_best(present, previous, new, old), *found])
+
+
+def _best(
+    present: Path, previous: Path, new: dict[str, tuple[Scores, Measured]], old: dict[str, tuple[Scores, Measured]]
+) -> list[Gap]:
+    """Compares the best points, if their scores compare. The interval allows for both having been picked as best."""
+    now, before = (read_report(folder)[0].row.point for folder in (present, previous))
+    if now == before or differences(new[now][0], old[before][0]):
+        return []
+    everything = [measured.estimate for scored in (new, old) for _, measured in scored.values()]
+    return [Gap.of(new[now][1], old[before][1], simultaneous(everything))]
+
+
+def _key_of_page(root: Path) -> str:
+    path = root / paths.report_dir() / "index.html"
+    return page.key_of(path.read_text(encoding="utf-8")) if path.exists() else ""
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    return records.read_record(folder / RECORD) if (folder / RECORD).exists() else {}
+
+
+def _seed(root: Path, row: Row) -> int | None:
+    """Returns the seed of the noise that the images of a point start from."""
+    return read_samples_record(root / paths.samples_file(Point.parse(row.point))).settings.get("seed")
+
+
+def _about(data: dataset.DatasetRecord) -> dict[str, Any]:
+    return {"version": data.sha256[:16], "images": data.counts, "shape": data.shape, "classes": data.classes}
+
+
+def _files(rows: list[Row]) -> list[Path]:
+    points = [Point.parse(row.point) for row in rows]
+    report = paths.report_dir()
+    names = ("best.json", "front.json", "index.html", "points.csv", "samples.png", PICTURE)
+    scores = [path for point in points for path in (paths.metrics_file(point), paths.influence_file(point))]
+    return [*(report / name for name in names), paths.run_file(report), *scores]
+
+
+def _measured(folder: Path, about: dict[str, Any]) -> dict[str, tuple[Scores, Measured]]:
+    """Reads the scores of a kept report by the names of its points. Raises InputError."""
+    found = {}
+    for row in read_report(folder)[1]:
+        point = Point.parse(row.point)
+        scores = read_scores(folder, point)
+        estimate = scores.estimate(read_point_influence(folder, point, scores))
+        found[row.point] = scores, Measured(row.point, estimate, about["seeds"].get(row.point))
+    return found
+
+
+def _when(folder: Path) -> str:
+    """Says when and from which commit a kept report was made."""
+    run = runs.read_run(folder, paths.report_dir())
+    if run is None:
+        return ""
+    commit = f", commit {run.git_commit[:10]}{' with edits' if run.git_dirty else ''}" if run.git_commit else ""
+    return f"It ended at {datetime.fromtimestamp(run.ended / 1000, UTC):%Y-%m-%d %H:%M} UTC{commit}."
