@@ -27,7 +27,7 @@ from ddpm.parameters import Point
 from ddpm.provenance import checkout, lock_mending
 from ddpm.provenance.inputs import unchanged
 from ddpm.runtime import stopping, watchdog
-from ddpm.runtime.display import display, say
+from ddpm.runtime.display import SAID_LATER, display, say
 from ddpm.runtime.progress import Progress, Report
 
 app = typer.Typer(
@@ -274,6 +274,11 @@ def report() -> None:
     from ddpm.stages.report import report
 
     _run("report", paths.report_dir(), lambda params, watch: report(params, Path(), watch), publishes=not FOLLOWED)
+    from ddpm.reporting.answer import answer
+
+    if SAID_LATER not in os.environ:
+        for line in answer():
+            say(line)
 
 
 @app.command()
@@ -387,7 +392,8 @@ def generate(
         typer.Option(
             "--model",
             "-m",
-            help="models:/NAME@ALIAS, models:/NAME/VERSION, or a folder such as models/linear; default: the champion.",
+            help="models:/NAME@ALIAS, models:/NAME/VERSION, or a folder such as models/linear; default: the champion, or"
+            " the best point of the report if there is none.",
         ),
     ] = "",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,

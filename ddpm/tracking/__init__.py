@@ -15,13 +15,21 @@ mlflow is imported late, because the import takes 2 s.
 from ddpm.tracking.place import champion_uri, model_name, prepare_store, repo_root, tracking_uri
 from ddpm.tracking.publish.publishing import follow, publish, publish_or_warn
 from ddpm.tracking.registry.decision import Decision
-from ddpm.tracking.registry.registry import fetch_model, mark_best_champion, model_card, promote, rollback
+from ddpm.tracking.registry.registry import (
+    fetch_champion,
+    fetch_model,
+    mark_best_champion,
+    model_card,
+    promote,
+    rollback,
+)
 from ddpm.tracking.streaming import TrainingWatch, watch_training
 
 __all__ = [
     "Decision",
     "TrainingWatch",
     "champion_uri",
+    "fetch_champion",
     "fetch_model",
     "follow",
     "mark_best_champion",
