@@ -377,6 +377,38 @@ def card(
 
 
 @app.command()
+def run(
+    values: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values to set in params.yaml, such as training.steps=1600."),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="A name in recipes/, or a path. It replaces params.yaml first.")] = "",
+    promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Register the best point.")] = True,
+) -> None:
+    """Set values in params.yaml, run the stages that depend on them, publish, promote, and say the best point."""
+    options = [*(["--recipe", recipe] if recipe else []), *(f"--set={value}" for value in values or ())]
+    flow = [sys.executable, "-B", "-m", "flows", *options, *([] if promote else ["--no-promote"])]
+    os.execv(
+        sys.executable, flow
+    )  # this process becomes the flow, since flows imports ddpm and not the other way round
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="The folder of the project, which may be new.")] = Path(),
+    recipe: Annotated[str, typer.Option(help="The recipe that becomes params.yaml.")] = "digits",
+    renew: Annotated[
+        bool, typer.Option("--update", help="Renew a project after an upgrade of the package: dvc.yaml and ddpm.json.")
+    ] = False,
+) -> None:
+    """Make a project outside of a checkout: params.yaml, recipes, the stages for DVC, the deployment for Prefect."""
+    from ddpm.tools import project
+
+    for line in project.update(folder) if renew else project.init(folder, recipe):
+        say(line)
+
+
+@app.command()
 def generate(
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write (PNG).")] = Path("grid.png"),
     count: Annotated[

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ddpm.errors import InputError
 from ddpm.files import paths, scores
-from ddpm.provenance import checkout
+from ddpm.provenance import checkout, project
 from flows import parameters
 from flows.servers.embedded import Api
 
@@ -34,6 +34,7 @@ def main(
     console = Console()
     try:
         checkout.require_own(Path(), "ddpm", "flows")
+        project.require_current(Path())
         parameters.read(Path(), recipe, overrides or ())  # reports wrong input before a server starts
         api = Api(Path())
         # Prefect reads its settings when it is imported; its console log would repeat what the display says.

@@ -23,7 +23,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from ddpm.errors import InputError
 from ddpm.files import paths, scores
 from ddpm.files.params import Params
-from ddpm.provenance import checkout
+from ddpm.provenance import checkout, project
 from ddpm.reporting.answer import answer
 from ddpm.scores.metrics import RANKING
 from flows import links, parameters
@@ -147,6 +147,7 @@ def train_eval(
         watcher.get().line("train-eval", f"killed runs may still show as Running ({type(error).__name__}: {error})")
     try:
         checkout.require_own(root, "ddpm", "flows")
+        project.require_current(root)
         with checkout_lock.alone(root, runtime.flow_run.id):
             return _everything(root, recipe, overrides or [], promote, hosts)
     except InputError as error:

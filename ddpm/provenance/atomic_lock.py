@@ -24,7 +24,7 @@ from ddpm.files.yaml_file import parse_yaml, read_yaml
 from ddpm.provenance import lock_mending
 from ddpm.provenance.lock_mending import HEAD, NAME, STAGE
 
-TEMPLATE = r"ddpm/\w+/\$\{(\w+)\.(\w+)\}\.py"  # a path in dvc.yaml of a module that params.yaml selects
+TEMPLATE = r"ddpm/\w+/\$\{(\w+)\.(\w+)\}"  # in dvc.yaml, the path of a module that params.yaml selects
 Dump = Callable[[Any, Any], Any]
 
 
@@ -96,7 +96,8 @@ def absent_sections(wiring: str, given: Mapping[str, Any]) -> list[str]:
     from ddpm.files.params import Params
 
     read = (name for stage in parse_yaml(wiring, "dvc.yaml")["stages"].values() for name in stage.get("params", ()))
-    return [name for name in dict.fromkeys(read) if name in Params.model_fields and name not in given]
+    sections = dict.fromkeys(name for name in read if isinstance(name, str))  # not the keys of another file
+    return [name for name in sections if name in Params.model_fields and name not in given]
 
 
 def write_at_once() -> None:
