@@ -154,14 +154,14 @@ def _repositories(folder: Path) -> None:
     if (folder / ".dvc").is_dir():
         return
     inside = Path(git.line(folder, "rev-parse", "--show-toplevel") or folder) != folder.resolve()
-    for command in (["init", "--quiet", *(["--subdir"] if inside else [])], ["config", "core.analytics", "false"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "dvc", *command],
-            cwd=folder,
-            env={**os.environ, "DVC_NO_ANALYTICS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise InputError(f"{folder}: `dvc {' '.join(command)}` failed: {' '.join(done.stderr.split())}")
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "init", "--quiet", *(["--subdir"] if inside else [])],
+        cwd=folder,
+        env={**os.environ, "DVC_NO_ANALYTICS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise InputError(f"{folder}: `dvc init` failed: {' '.join(done.stderr.split())}")
+    atomic.write_text(folder / ".dvc" / "config", "[core]\n    analytics = false\n")
