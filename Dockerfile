@@ -53,7 +53,7 @@ COPY --chown=10001:10001 . /workspace
 RUN --mount=type=bind,from=packages,source=/opt/uv,target=/opt/uv \
     printf '[core]\n    no_scm = true\n' >/workspace/.dvc/config.local \
     && /opt/uv/bin/uv pip install --quiet --no-deps --no-build-isolation --python /opt/venv/bin/python --editable /workspace \
-    && sed -i 's/^from dvc.cli import main/from ddpm.provenance.atomic_lock import main/' /opt/venv/bin/dvc \
+    && sed -i 's/^from dvc.cli import main/from ddpm.tools.dvc import main/' /opt/venv/bin/dvc \
     && /opt/venv/bin/python -m compileall -q /workspace/ddpm /workspace/flows \
     && chown -R 10001:10001 /workspace
 ENV PATH=/opt/venv/bin:$PATH \

@@ -15,8 +15,8 @@ TORCH_INDEX ?= $(if $(filter cpu,$(TORCH)),$(CPU_INDEX),$(shell cat .venv/torch-
 # Not empty where an NVIDIA GPU is seen.
 GPU = $(shell command -v nvidia-smi)$(wildcard /proc/driver/nvidia/version /dev/nvidia0)
 PIP := .venv/bin/uv pip install --python .venv/bin/python --no-deps
-# The environment's `dvc` writes dvc.lock atomically (ddpm/provenance/atomic_lock.py).
-ATOMIC := find .venv/bin -name dvc -exec sed -i 's/^from .* import main/from ddpm.provenance.atomic_lock import main/' {} +
+# The environment's `dvc` writes dvc.lock atomically, and says the best point at the end of `dvc repro` (ddpm/tools/dvc.py).
+ATOMIC := find .venv/bin -name dvc -exec sed -i 's/^from .* import main/from ddpm.tools.dvc import main/' {} +
 # Installs the extras of pyproject.toml whose names follow.
 EXTRAS = .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint requirements.lock $$(.venv/bin/python -c 'import sys, tomllib; \
 	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \

@@ -27,7 +27,7 @@ from ddpm.parameters import Point
 from ddpm.provenance import checkout, lock_mending
 from ddpm.provenance.inputs import unchanged
 from ddpm.runtime import stopping, watchdog
-from ddpm.runtime.display import display, say
+from ddpm.runtime.display import SAID_LATER, display, say
 from ddpm.runtime.progress import Progress, Report
 
 app = typer.Typer(
@@ -295,6 +295,11 @@ def report() -> None:
         from ddpm import tracking
 
         tracking.publish_or_warn(params, Path(), only="report", say=say)
+    from ddpm.reporting.answer import answer
+
+    if SAID_LATER not in os.environ:
+        for line in answer():
+            say(line)
 
 
 @app.command()
@@ -395,6 +400,38 @@ def card(
 
 
 @app.command()
+def run(
+    values: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values to set in params.yaml, such as training.steps=1600."),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="A name in recipes/, or a path. It replaces params.yaml first.")] = "",
+    promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Register the best point.")] = True,
+) -> None:
+    """Set values in params.yaml, run the stages that depend on them, publish, promote, and say the best point."""
+    options = [*(["--recipe", recipe] if recipe else []), *(f"--set={value}" for value in values or ())]
+    flow = [sys.executable, "-B", "-m", "flows", *options, *([] if promote else ["--no-promote"])]
+    os.execv(
+        sys.executable, flow
+    )  # this process becomes the flow, since flows imports ddpm and not the other way round
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="The folder of the project, which may be new.")] = Path(),
+    recipe: Annotated[str, typer.Option(help="The recipe that becomes params.yaml.")] = "digits",
+    renew: Annotated[
+        bool, typer.Option("--update", help="Renew a project after an upgrade of the package: dvc.yaml and ddpm.json.")
+    ] = False,
+) -> None:
+    """Make a project outside of a checkout: params.yaml, recipes, the stages for DVC, the deployment for Prefect."""
+    from ddpm.tools import project
+
+    for line in project.update(folder) if renew else project.init(folder, recipe):
+        say(line)
+
+
+@app.command()
 def generate(
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write (PNG).")] = Path("grid.png"),
     count: Annotated[
@@ -410,7 +447,8 @@ def generate(
         typer.Option(
             "--model",
             "-m",
-            help="models:/NAME@ALIAS, models:/NAME/VERSION, or a folder such as models/linear; default: the champion.",
+            help="models:/NAME@ALIAS, models:/NAME/VERSION, or a folder such as models/linear; default: the champion, or"
+            " the best point of the report if there is none.",
         ),
     ] = "",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,

@@ -5,26 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from ddpm.errors import InputError
 from ddpm.files import paths, scores
-from ddpm.provenance import checkout
+from ddpm.provenance import checkout, project
 from flows import parameters
 from flows.servers.embedded import Api
 
-NEXT = """
-next:
-  make ui                              the runs, charts and models in MLflow
-  . .venv/bin/activate                 then, in this shell:
-  ddpm generate -n 64 --out grid.png   images from the champion
-  dvc repro                            after a change to params.yaml: runs only the stages that depend on it
-  make up                              the servers and a worker for `prefect deployment run train-eval/default`"""
+if TYPE_CHECKING:
+    from flows.terminal import Terminal
 
 
 def main(
@@ -40,6 +34,7 @@ def main(
     console = Console()
     try:
         checkout.require_own(Path(), "ddpm", "flows")
+        project.require_current(Path())
         parameters.read(Path(), recipe, overrides or ())  # reports wrong input before a server starts
         api = Api(Path())
         # Prefect reads its settings when it is imported; its console log would repeat what the display says.
@@ -60,7 +55,7 @@ def main(
         _fail(state.message or state.name or "failed", 2 if state.name == "InputError" else 1)
     if terminal.unchanged:
         terminal.say(f"{terminal.unchanged} stages unchanged")
-    _summary(terminal.say, promoted=(state.message or "") if promote else "", seconds=time.monotonic() - began)
+    _summary(terminal, promoted=(state.message or "") if promote else "", seconds=time.monotonic() - began)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -68,8 +63,8 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _summary(say: Callable[[str], None], promoted: str, seconds: float) -> None:
-    report = paths.report_dir()
+def _summary(terminal: Terminal, promoted: str, seconds: float) -> None:
+    report, say = paths.report_dir(), terminal.say
     say("")
     if (report / "front.json").exists():
         from ddpm.reporting.table import table
@@ -81,10 +76,10 @@ def _summary(say: Callable[[str], None], promoted: str, seconds: float) -> None:
         say("")
     if promoted:
         say(promoted)
-    if (report / "samples.png").exists():
-        say(f"samples: {report / 'samples.png'}")
     say(f"took {seconds // 60:.0f} min {seconds % 60:.0f} s")
-    say(NEXT)
+    say("")
+    for line in terminal.answer:
+        say(line)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ class Terminal:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.unchanged = 0
+        self.answer: list[str] = []
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -56,6 +57,9 @@ class Terminal:
         self.bars.update(task, completed=report["done"], total=report["total"], unit=report["unit"])
         if values:
             self.bars.update(task, values=values)
+
+    def concluded(self, lines: list[str]) -> None:
+        self.answer = lines  # `python -m flows` says it last
 
     def ended(self, stage: str, outcome: Outcome) -> None:
         task = self._tasks.pop(stage, None)

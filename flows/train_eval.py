@@ -23,7 +23,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from ddpm.errors import InputError
 from ddpm.files import paths, scores
 from ddpm.files.params import Params
-from ddpm.provenance import checkout
+from ddpm.provenance import checkout, project
+from ddpm.reporting.answer import answer
 from ddpm.scores.metrics import RANKING
 from flows import links, parameters
 from flows.hosts import dispatch, engines
@@ -146,6 +147,7 @@ def train_eval(
         watcher.get().line("train-eval", f"killed runs may still show as Running ({type(error).__name__}: {error})")
     try:
         checkout.require_own(root, "ddpm", "flows")
+        project.require_current(root)
         with checkout_lock.alone(root, runtime.flow_run.id):
             return _everything(root, recipe, overrides or [], promote, hosts)
     except InputError as error:
@@ -168,6 +170,7 @@ def _everything(root: Path, recipe: str | None, overrides: list[str], promote: b
         if promote and publishing.state.is_completed():
             last["promote"] = run_promote(str(root), return_state=True)
             _shown(_decision, last["promote"])
+        watcher.get().concluded(_answer(root, promoted="promote" in last))
         for verb, state in last.items():
             if not state.is_completed():
                 name = "Unpublished" if state.name == "Unreachable" else "Failed"
@@ -261,6 +264,14 @@ def _shown(show: Callable[..., None], *arguments: Any) -> None:
         watcher.get().line("train-eval", f"the page of this run is incomplete ({type(error).__name__}: {error})")
 
 
+def _answer(root: Path, promoted: bool) -> list[str]:
+    server = os.environ.get("MLFLOW_UI", "")
+    try:
+        return answer(root, promoted=promoted, mlflow=server and links.mlflow(root, server))
+    except InputError as error:  # the run itself has succeeded
+        return [str(error)]
+
+
 def _decision(promoted: State) -> None:
     """Shows the decision of `ddpm promote` on the page of the flow run."""
     if promoted.is_completed():
@@ -277,7 +288,7 @@ def _artifacts(root: Path) -> None:
         pictures = [path for path in (report / scores.PICTURE, report / "samples.png") if path.exists()]
         if pictures:
             text = "\n\n".join([_where(report / "index.html"), *map(_embedded, pictures)])
-            create_markdown_artifact(text, key="report", description=f"best: {best.row.point}, {best.row.text}")
+            create_markdown_artifact(text, key="report", description=best.line)
     if "MLFLOW_UI" in os.environ:
         chart, title = links.mlflow(root, os.environ["MLFLOW_UI"]), RANKING.title
         create_link_artifact(

@@ -45,6 +45,9 @@ class Watcher(Protocol):
 
     def ended(self, stage: str, outcome: Outcome) -> None: ...
 
+    def concluded(self, lines: list[str]) -> None:
+        """lines: the answer of the whole run (ddpm.reporting.answer)."""
+
 
 class Log:
     """A Watcher for the Prefect run of the calling thread: lines go to its log, progress to a bar on its page."""
@@ -85,6 +88,10 @@ class Log:
             if not outcome.failed:
                 self._move(stage, 100.0, f"{stage}: {outcome.text}")
             wait([self._moves[stage]], SHOWN)
+
+    def concluded(self, lines: list[str]) -> None:
+        for line in lines:
+            get_run_logger().info(line)
 
     def _move(self, stage: str, percent: float, text: str) -> None:
         """Updates the bar in another thread: a call to an unreachable API takes a minute, and would block the stage's output."""

@@ -628,6 +628,6 @@ def fill() -> Callable[[Path], None]:
     def fill(copy: Path) -> None:
         for file in files:
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / file, copy / file)
+            shutil.copy2(ROOT / file, copy / file, follow_symlinks=False)  # ddpm/template links to files here
 
     return fill

@@ -282,6 +282,11 @@ class Best:
     tied: int
     trainings: Trainings | None = None
 
+    @property
+    def line(self) -> str:
+        """The answer of a run in one line."""
+        return f"best: {self.row.point}, {self.row.text}"
+
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Best:
         """Raises ValueError."""

@@ -1,4 +1,4 @@
-"""Replaces dvc.lock atomically: a kill leaves the old file or the new one, never half of it. The environment's `dvc` starts here.
+"""Replaces dvc.lock atomically: a kill leaves the old file or the new one, never half of it. The environment's `dvc` does so.
 
 DVC itself empties the file and then writes all stages again (https://github.com/treeverse/dvc/issues/10629) with a parser that
 keeps comments. That takes half a second for 60 stages and a quarter of a minute for 300. This module reads the file without
@@ -24,12 +24,12 @@ from ddpm.files.yaml_file import parse_yaml, read_yaml
 from ddpm.provenance import lock_mending
 from ddpm.provenance.lock_mending import HEAD, NAME, STAGE
 
-TEMPLATE = r"ddpm/\w+/\$\{(\w+)\.(\w+)\}\.py"  # a path in dvc.yaml of a module that params.yaml selects
+TEMPLATE = r"ddpm/\w+/\$\{(\w+)\.(\w+)\}"  # in dvc.yaml, the path of a module that params.yaml selects
 Dump = Callable[[Any, Any], Any]
 
 
 def main() -> int:
-    """Runs DVC. The Makefile and the Dockerfile point DVC's console script at this function.
+    """Runs the DVC command in sys.argv.
 
     Mends a dvc.lock that another DVC truncated, before DVC reads the file. Checks params.yaml before a pipeline runs: DVC
     removes the outputs of a stage before the stage's command could find the fault, and their names come from params.yaml.
@@ -56,12 +56,22 @@ def _root() -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
 
 
+def pipeline() -> Path | None:
+    """Returns the folder of the pipeline on which the command line works, or None if that is not one of this package."""
+    root = _root()
+    return root if _is_own(root) else None
+
+
+def _is_own(root: Path) -> bool:
+    wiring = root / "dvc.yaml"
+    return wiring.exists() and "-m ddpm " in wiring.read_text(encoding="utf-8")
+
+
 def _check_parameters(root: Path) -> None:
     """Raises InputError if params.yaml is invalid, or lacks what dvc.yaml takes from it."""
-    wiring = root / "dvc.yaml"
-    text = wiring.read_text(encoding="utf-8") if wiring.exists() else ""
-    if "-m ddpm " not in text or not (root / "params.yaml").exists():
-        return  # another project
+    if not _is_own(root) or not (root / "params.yaml").exists():
+        return
+    text = (root / "dvc.yaml").read_text(encoding="utf-8")
     from ddpm.files.params import Params
 
     params, given = Params.load(root / "params.yaml"), read_yaml(root / "params.yaml")
@@ -86,7 +96,8 @@ def absent_sections(wiring: str, given: Mapping[str, Any]) -> list[str]:
     from ddpm.files.params import Params
 
     read = (name for stage in parse_yaml(wiring, "dvc.yaml")["stages"].values() for name in stage.get("params", ()))
-    return [name for name in dict.fromkeys(read) if name in Params.model_fields and name not in given]
+    sections = dict.fromkeys(name for name in read if isinstance(name, str))  # not the keys of another file
+    return [name for name in sections if name in Params.model_fields and name not in given]
 
 
 def write_at_once() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from ddpm.errors import InputError
 from ddpm.files import records
 from ddpm.files.yaml_file import read_yaml
-from ddpm.provenance import code
+from ddpm.provenance import code, project
 
 
 @contextmanager
@@ -25,10 +25,12 @@ def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
     if "DVC_STAGE" not in os.environ:
         yield
         return
+    project.require_current(root)
     before = _read(stage, root)
     imported = {str(path): digest for path, digest in code.AT_IMPORT.items()}
     before |= {name: imported[name] for name, digest in before.items() if digest is not None and name in imported}
     yield
+    project.require_current(root, code.AT_IMPORT, code.hashes())
     changed = changes(before, _read(stage, root))
     # protects: tests/provenance/test_inputs.py::test_code_that_changes_while_a_stage_runs_is_noticed[report.py]
     if changed:
@@ -60,13 +62,18 @@ def _read(stage: str, root: Path) -> dict[str, Any]:
     about = read_yaml(root / "dvc.yaml")["stages"].get(name, {}) if (root / "dvc.yaml").exists() else {}
     item = dict(zip(about.get("matrix", ()), values.split("-"), strict=False))
     params, found = read_yaml(root / "params.yaml"), {}
-    for key in about.get("params", ()):
+    for key in filter(_is_of_params_yaml, about.get("params", ())):
         key = re.sub(r"\$\{item\.(\w+)\}", lambda match: item[match[1]], key)  # noqa: PLW2901
         found[key] = _value(params, key)
     modules = [name for name in about.get("deps", ()) if "${" not in name or name.startswith(f"{code.PACKAGE}/")]
     named = [root / re.sub(r"\$\{([\w.]+)\}", lambda key: str(_value(params, key[1])), name) for name in modules]
     sources = [path for path in named if not path.is_dir()]
     return found | {str(path.relative_to(root)): records.sha256(path) if path.exists() else None for path in sources}
+
+
+def _is_of_params_yaml(key: Any) -> bool:
+    """Returns whether an entry of `params` in dvc.yaml is a key of params.yaml. A project has keys of ddpm.json besides."""
+    return isinstance(key, str)
 
 
 def _value(params: Any, key: str) -> Any:

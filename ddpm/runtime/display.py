@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from ddpm.runtime.progress import Progress, Report
 
 PREFIX = "@progress "  # starts each progress line under DDPM_PROGRESS=lines
+SAID_LATER = "DDPM_ANSWER_FOLLOWS"  # set for stages: the program that started them says the best point at its end
 
 
 @contextmanager

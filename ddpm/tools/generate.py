@@ -50,6 +50,7 @@ class Model:
     record: ModelRecord
     device: torch.device
     label: str | None = None  # the class of all images; None: the classes take turns
+    origin: str = ""  # where the model comes from, if it is neither the champion nor the named one
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -115,7 +116,8 @@ def generate(
         kind: a key of KINDS.
         of: indices of test images, or how many of them, as the kind needs it.
         count: the number of images or rows; 0 for the default of the kind.
-        model: models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder; "" for the champion of the dataset.
+        model: models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder; "" for the champion
+            of the dataset, or where there is none, for the best point of the report.
         seed: seed of the noise.
         sampler: a row of params.samplers; "" for the sampler that the model was registered with, or DDIM for a folder.
         steps: S; 0 for the steps that the model was registered with, or 50 for a folder.
@@ -139,21 +141,16 @@ def generate(
     arrays.write_png(out, arrays.grid(picture.images, picture.columns))
     if picture.figures is not None:
         records.write_json(out.with_suffix(".json"), picture.figures)
-    return f"{out}: {picture.message}"
+    return f"{out}: {picture.message}" + (f" of {opened.origin}" if opened.origin else "")
 
 
 def _open(params: Params, model: str, sampler: str, steps: int, label: str | None, guidance: float | None) -> Model:
-    from ddpm import tracking
-
     if sampler and sampler not in params.samplers:
         raise InputError(f"no row '{sampler}' in samplers of params.yaml; there are {', '.join(params.samplers)}")
     torch.set_num_threads(params.sampling.threads)
     device = find_device(params.compute.device)
     with tempfile.TemporaryDirectory(prefix="ddpm-generate-") as name:
-        if model and not model.startswith("models:"):
-            folder, settings = _folder(model), {**DEFAULT, "clip": params.sampling.clip}
-        else:
-            folder, settings = tracking.fetch_model(model or tracking.champion_uri(params), Path(name))
+        folder, settings, origin = _found(params, model, Path(name))
         clip = settings.pop("clip", True)
         if sampler:
             check_row(sampler, params.samplers[sampler])
@@ -169,7 +166,16 @@ def _open(params: Params, model: str, sampler: str, steps: int, label: str | Non
             raise InputError(f"generate: {error}") from None
     if settings.get("guidance") is not None and not record.network.guidable:
         raise InputError(f"generate: guidance {UNGUIDED}")
-    return Model(denoiser, settings, record, device, label)
+    return Model(denoiser, settings, record, device, label, origin)
+
+
+def _found(params: Params, model: str, temporary: Path) -> tuple[Path, dict[str, Any], str]:
+    """Returns the checkpoint folder, its sampler settings, and where the model comes from if `model` did not say that."""
+    if model and not model.startswith("models:"):
+        return _folder(model), {**DEFAULT, "clip": params.sampling.clip}, ""
+    from ddpm import tracking
+
+    return (*tracking.fetch_model(model, temporary), "") if model else tracking.fetch_champion(params, temporary)
 
 
 def _folder(model: str) -> Path:

@@ -25,7 +25,14 @@ from ddpm.tracking.place import champion_uri, model_name, prepare_store, repo_ro
 from ddpm.tracking.publish import publishing
 from ddpm.tracking.registry.compared import with_champion
 from ddpm.tracking.registry.decision import Decision
-from ddpm.tracking.registry.registry import fetch_model, mark_best_champion, model_card, promote, rollback
+from ddpm.tracking.registry.registry import (
+    fetch_champion,
+    fetch_model,
+    mark_best_champion,
+    model_card,
+    promote,
+    rollback,
+)
 from ddpm.tracking.streaming import TrainingWatch, watch_training
 
 # The publishing of runs knows nothing of the registry, which publishes the runs of a promoted point.
@@ -37,6 +44,7 @@ __all__ = [
     "Decision",
     "TrainingWatch",
     "champion_uri",
+    "fetch_champion",
     "fetch_model",
     "follow",
     "mark_best_champion",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ddpm.runtime import ending, watchdog
+from ddpm.runtime.display import SAID_LATER
 from flows.processes import fork_server
 
 Child = subprocess.Popen[str] | fork_server.Child
@@ -112,6 +113,7 @@ def _environment() -> dict[str, str]:
         **os.environ,
         "PATH": path(),
         "DDPM_FOLLOWED": "1",
+        SAID_LATER: "1",
         "PYTHONUNBUFFERED": "1",
         "DDPM_PROGRESS": "lines",
         watchdog.VARIABLE: str(os.getpid()),

@@ -87,7 +87,7 @@ def test_what_dvc_did_not_write_is_written_anew(tmp_path: Path) -> None:
 
 
 def test_the_dvc_of_this_environment_mends_and_writes_the_file_at_once(tmp_path: Path) -> None:
-    """`make` and the Dockerfile name main() in DVC's console script."""
+    """`make` and the Dockerfile name ddpm.tools.dvc.main() in DVC's console script."""
     own = str(Path(sys.executable).with_name("dvc"))
     (tmp_path / "dvc.yaml").write_text(
         "stages:\n  a: {cmd: echo 1 > a, outs: [a]}\n  b: {cmd: echo 1 > b, outs: [b]}\n"

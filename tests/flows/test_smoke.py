@@ -48,6 +48,7 @@ def test_data_to_champion(clone: Any, check_log: Callable[..., list[str]]) -> No
         shown = dict(database.execute("select key, description from artifact where type = 'markdown'").fetchall())
     assert shown["champion"] == decision
     assert re.fullmatch(rf"best: {best}, FID [\d.e+-]+ \([\d.e+-]+ to [\d.e+-]+\)", shown["report"])
+    assert answered(done.stdout) == [shown["report"], "report: report/index.html", "next:"]
     assert not check_log(clone.root / ".prefect" / "server.log")
     assert (clone.root / "report" / "samples.png").stat().st_size > 1000
     assert "compareRunsMode=CHART" in links.mlflow(clone.root, "http://127.0.0.1:5000")
@@ -60,8 +61,16 @@ def test_then_neither_dvc_nor_the_flow_has_anything_to_do(clone: Any) -> None:
     done = clone.run(sys.executable, "-m", "flows")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert "12 stages unchanged" in done.stdout  # prepare, train, likelihood, four samples, four evaluations, report
-    assert "is champion already" in done.stdout
+    assert "is champion already" in done.stdout and len(answered(done.stdout)) == 3
     assert (clone.root / "dvc.lock").read_bytes() == lock
+
+
+def answered(said: str) -> list[str]:
+    """The end of a run, before its next steps. Nothing else says the best point."""
+    lines = said.splitlines()
+    (first,) = (number for number, line in enumerate(lines) if line.startswith("best: "))
+    assert 1 <= len(lines) - first - 3 <= 4
+    return lines[first : first + 3]
 
 
 def would_run(clone: Any) -> list[str]:

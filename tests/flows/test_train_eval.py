@@ -28,6 +28,8 @@ def test_a_deployment_run_does_it_all(up: Any) -> None:
     run = up.flow_run()
     assert run["state"]["name"] == "Completed"
     assert run["state"]["message"] == "promote: done by a stand-in"
+    shown = done.stdout + done.stderr
+    assert "best: linear-ddim-10, FID 1.5 (1.4 to 1.6)" in shown and "report: report/index.html" in shown, shown
     assert up.states(run["id"]) == dict.fromkeys((*up.scratch.names, "publish", "promote"), "Completed")
     params = (up.scratch.root / "params.yaml").read_text()
     assert "steps: 7" in params
@@ -60,6 +62,8 @@ def test_a_deployment_run_does_it_all(up: Any) -> None:
     assert f"http://127.0.0.1:{up.ports['MLFLOW_PORT']}" in artifacts["mlflow"]["data"]
 
     assert "Running stage" not in up.scratch.repro()
+    again = up.scratch.run(*RUN, "--watch")  # nothing has to run
+    assert "best: linear-ddim-10, FID 1.5" in again.stdout + again.stderr
 
 
 def test_the_page_of_a_run_shows_its_end_and_its_artifacts(up: Any, page: Any, shoot: Any) -> None:

@@ -1,6 +1,7 @@
 """The pictures of `ddpm generate` show what the library computed, and wrong requests are one line."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from ddpm import encode, sample
+from ddpm import encode, sample, tracking
 from ddpm.cli import app
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, dataset, records
+from ddpm.files import checkpoint, dataset, records, scores
 from ddpm.files.params import Params
 from ddpm.runtime.drawing import to_uint8
 from ddpm.stages.train import train
@@ -110,6 +111,25 @@ def test_refused(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     refuse(r"dataset\.json: no such file", kind="encode-decode", of=(4,))
+
+
+def test_without_a_champion_the_best_point_is_drawn_and_named(
+    checkout: Path, smoke: Callable[..., Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkout)
+    params, best = smoke(training={"steps": 24}), scores.read_best(checkout).row
+    said = generate(params, out=tmp_path / "grid.png", count=4)
+    assert (
+        said == f"{tmp_path}/grid.png: 4 images of {best.point}, the best point here: no champion yet (`ddpm promote`)"
+    )
+    named = {"model": f"models/{best.schedule}", "sampler": best.sampler, "steps": best.steps}
+    generate(params, out=tmp_path / "named.png", count=4, **named)
+    assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "named.png").read_bytes()
+    tracking.promote(params, checkout)
+    assert generate(params, out=tmp_path / "champion.png", count=4) == f"{tmp_path}/champion.png: 4 images"
+    shutil.rmtree(checkout / "report")
+    with pytest.raises(InputError, match=r"no such model; `ddpm promote` registers one, once `dvc repro` has made"):
+        generate(smoke(tracking={"name": "others"}), out=tmp_path / "no.png")
 
 
 def test_one_picture_at_a_time() -> None:

@@ -65,6 +65,29 @@ START = (
 )
 
 
+class NoSuchModel(InputError):
+    """The registry has no model of this name, alias or version."""
+
+
+def fetch_champion(params: Params, destination: Path, root: Path = Path()) -> tuple[Path, dict[str, Any], str]:
+    """Downloads the champion. Where there is none, takes the best point of the report in `root`.
+
+    Returns:
+        The checkpoint folder, the sampler settings as fetch_model returns them, and a sentence about the choice ("" for the
+        champion).
+
+    Raises:
+        InputError: as fetch_model does, or there is neither a champion nor a report.
+    """
+    try:
+        return *fetch_model(champion_uri(params), destination, root), ""
+    except NoSuchModel as error:
+        if not (root / paths.report_dir() / "best.json").exists():
+            raise InputError(f"{error}, once `dvc repro` has made a report") from None
+    best = _challenger(params, root)
+    return best.folder, best.settings, f"{best.point.name}, the best point here: no champion yet (`ddpm promote`)"
+
+
 def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path, dict[str, Any]]:
     """Downloads a registered model.
 
@@ -89,7 +112,7 @@ def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path,
             client = client_of(where)
         version = _version(client, uri)
         if version is None:
-            raise InputError(f"{uri}: MLflow at {where.shown} has no such model; `ddpm promote` registers one")
+            raise NoSuchModel(f"{uri}: MLflow at {where.shown} has no such model; `ddpm promote` registers one")
         if SETTINGS not in version.tags:
             raise InputError(f"{uri} was not registered by `ddpm promote`: it has no tag {SETTINGS}")
         settings = tags.settings(version)

@@ -1,0 +1,48 @@
+"""Notices in a project made by `ddpm init` that the installed package has changed since.
+
+In a checkout, DVC hashes the code itself. A project depends on ddpm.json instead, which holds a hash of the package, a hash of
+the code of each stage, and a hash of each module that params.yaml selects. Paths of an environment would be other ones on
+every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from ddpm.errors import InputError
+from ddpm.files import records
+from ddpm.provenance import code
+
+NAME = "ddpm.json"
+FILES = Path(code.PACKAGE) / "template"  # what `ddpm init` copies; no stage runs it
+
+
+def package_digest(files: Mapping[Path, str]) -> str:
+    """Hashes the code of the package. files: as code.hashes() returns them."""
+    return digest(files, (path for path in files if not path.is_relative_to(FILES)))
+
+
+def digest(files: Mapping[Path, str], paths: Iterable[Path]) -> str:
+    """Hashes the names and bytes of some of the package's files."""
+    lines = "".join(f"{path.as_posix()}\0{files[path]}\n" for path in sorted(paths))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def require_current(root: Path, *versions: Mapping[Path, str]) -> None:
+    """Raises InputError if `root` is a project of other code: DVC would record that code, which did not run.
+
+    versions: the package's files and their hashes, as code.hashes() returns them; by default those that were imported.
+    """
+    if not (root / NAME).exists():
+        return
+    found = records.read_json(root / NAME)
+    for files in versions or (code.AT_IMPORT,):
+        # protects: tests/tools/test_project.py::test_a_changed_package_is_refused_until_the_project_is_updated
+        if found.get("package") != package_digest(files):
+            raise InputError(
+                f"{root / NAME}: made with ddpm {found.get('version')}, and the code of the installed ddpm {version('ddpm')}"
+                " differs: run `ddpm init --update` here, and then this again"
+            )

@@ -1,0 +1,167 @@
+"""`init`: makes a project, a folder outside of a checkout in which `dvc repro` runs the stages of the installed package.
+
+Its dvc.yaml is that of the package with one change: instead of files of code, a stage depends on the entries of ddpm.json
+that hold the hashes of these files. So an upgrade of the package reruns only the stages whose code it changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ddpm.errors import InputError
+from ddpm.files import atomic, records
+from ddpm.files.params import Params
+from ddpm.files.yaml_file import parse_yaml, rewritten
+from ddpm.provenance import code, git
+from ddpm.provenance.project import FILES, NAME, digest, package_digest
+
+PREFIX = f"{code.PACKAGE}/"  # of the dependencies that are code
+# Copied as they are, with the names that they get in the project.
+COPIED = {
+    ".dvcignore": ".dvcignore",
+    "gitignore": ".gitignore",
+    "images/README.md": "images/README.md",
+    "prefect.toml": "prefect.toml",
+    "Procfile": "Procfile",
+}
+# In prefect.yaml, where a checkout names its own files.
+REPLACED = {"flows/train_eval.py:train_eval": "flows.train_eval.train_eval", "make up": "python -m flows.servers.up"}
+HEAD = """\
+# The stages, as ddpm {version} runs them. `ddpm init --update` writes this file and {name} again after an upgrade.
+# {name} holds hashes of the package's code: a stage depends on that of its own code, and of the modules that params.yaml selects.
+"""
+
+
+def init(folder: Path, recipe: str) -> list[str]:
+    """Makes a project in `folder`, with the recipe as its params.yaml. Returns lines about it and the next commands.
+
+    Raises InputError, and then has written no file, if the folder has one of these files, there is no such recipe, or git fails.
+    """
+    importlib.import_module("dvc")  # an installation without the extra `pipeline` ends here, in one line
+    files = _files(recipe)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: not a folder; name one, which may be new")
+    if present := [name for name in files if (folder / name).exists()]:
+        advice = "`ddpm init --update` renews a project" if NAME in present else "choose an empty folder"
+        raise InputError(f"{folder}: has {', '.join(present)} already; {advice}")
+    folder.mkdir(parents=True, exist_ok=True)
+    _repositories(folder)
+    for name, text in files.items():
+        atomic.write_text(folder / name, text)
+    return [
+        f"{folder}: a project with the recipe {recipe}",
+        "next:",
+        *([] if folder.resolve() == Path.cwd() else [f"  cd {folder}"]),
+        "  dvc repro   trains, samples and evaluates what params.yaml says, and writes report/index.html",
+        "  ddpm run    does the same, and publishes to MLflow and promotes the best point besides",
+    ]
+
+
+def update(folder: Path) -> list[str]:
+    """Writes dvc.yaml and ddpm.json again for the installed package. Returns lines about what changed.
+
+    Raises InputError, and then has written nothing, if `folder` is no project, or dvc.yaml was edited.
+    """
+    if not (folder / NAME).exists():
+        raise InputError(f"{folder}: no project, since it has no {NAME}; `ddpm init FOLDER` makes one")
+    before, wiring = records.read_json(folder / NAME), folder / "dvc.yaml"
+    if wiring.exists() and _sha256(wiring.read_text(encoding="utf-8")) != before.get("dvc.yaml"):
+        raise InputError(f"{wiring}: was edited; move it away, run this again, and make the same edits in the new file")
+    made = _generated()
+    for name, text in made.items():
+        atomic.write_text(folder / name, text)
+    after = parse_yaml(made[NAME], NAME)
+    old, new = ({**found.get("stages", {}), **found.get("rows", {})} for found in (before, after))
+    changed = [name for name in new if new[name] != old.get(name)]
+    return [f"{NAME}: now of ddpm {after['version']}; code changed of: {', '.join(changed) or 'no stage'}"]
+
+
+def wiring(text: str) -> str:
+    """Returns the package's dvc.yaml as a project has it: dependencies on code became dependencies on entries of ddpm.json."""
+
+    def change(document: Any) -> None:
+        for name, stage in document["stages"].items():
+            files = [path for path in stage["deps"] if path.startswith(PREFIX)]
+            for path in files:
+                stage["deps"].remove(path)
+            rows = [f"rows.{path.removesuffix('.py')}" for path in files if "${" in path]
+            stage["params"].append({NAME: [f"stages.{name}", *rows]})
+
+    body = re.sub(r"\A(#.*\n)+", "", text)
+    return HEAD.format(version=version("ddpm"), name=NAME) + rewritten(body, change)
+
+
+def hashes(text: str) -> dict[str, Any]:
+    """Returns the content of ddpm.json for the package's dvc.yaml: hashes of the package, of each stage, and of each row."""
+    files, stages, rows = code.hashes(), dict[str, str](), dict[str, str]()
+    for name, stage in parse_yaml(text, "dvc.yaml")["stages"].items():
+        paths = [Path(path) for path in stage["deps"] if path.startswith(PREFIX)]
+        stages[name] = digest(files, (path for path in paths if "${" not in path.name))
+        for folder in {path.parent for path in paths if "${" in path.name}:
+            modules = [path for path in files if path.parent == folder and path.suffix == ".py"]
+            rows |= {path.with_suffix("").as_posix(): digest(files, [path]) for path in modules}
+    about = {"version": version("ddpm"), "package": package_digest(files)}
+    return {**about, "stages": stages, "rows": dict(sorted(rows.items()))}
+
+
+def _files(recipe: str) -> dict[str, str]:
+    """Returns the text of each file of a new project, by its path."""
+    recipes = {path.stem: path for path in sorted((code.ROOT / FILES / "recipes").glob("*.yaml"))}
+    if recipe not in recipes:
+        raise InputError(f"--recipe {recipe}: there are {', '.join(recipes)}")
+    Params.load(recipes[recipe])
+    deployment = _template("prefect.yaml")
+    for before, after in REPLACED.items():
+        deployment = deployment.replace(before, after)
+    return {
+        "params.yaml": recipes[recipe].read_text(encoding="utf-8"),
+        **_generated(),
+        "prefect.yaml": deployment,
+        **{name: _template(source) for source, name in COPIED.items()},
+        **{f"recipes/{name}.yaml": path.read_text(encoding="utf-8") for name, path in recipes.items()},
+    }
+
+
+def _generated() -> dict[str, str]:
+    """Returns the files that follow from the installed package."""
+    text = _template("dvc.yaml")
+    made = wiring(text)
+    content = {**hashes(text), "dvc.yaml": _sha256(made)}
+    return {"dvc.yaml": made, NAME: f"{json.dumps(content, indent=2)}\n"}
+
+
+def _template(name: str) -> str:
+    return (code.ROOT / FILES / name).read_text(encoding="utf-8")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _repositories(folder: Path) -> None:
+    """Makes the folder a git repository, unless it belongs to one, and a DVC repository, unless it is one."""
+    if git.line(folder, "rev-parse", "--show-toplevel") is None and git.ask(folder, "init", "--quiet") is None:
+        raise InputError(f"{folder}: `git init` failed; DVC needs git, so install it, or look at what it says there")
+    if (folder / ".dvc").is_dir():
+        return
+    inside = Path(git.line(folder, "rev-parse", "--show-toplevel") or folder) != folder.resolve()
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "init", "--quiet", *(["--subdir"] if inside else [])],
+        cwd=folder,
+        env={**os.environ, "DVC_NO_ANALYTICS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise InputError(f"{folder}: `dvc init` failed: {' '.join(done.stderr.split())}")
+    atomic.write_text(folder / ".dvc" / "config", "[core]\n    analytics = false\n")
