@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from ddpm.errors import InputError
 from ddpm.files import atomic, paths
@@ -30,9 +31,31 @@ from ddpm.runtime import stopping, watchdog
 from ddpm.runtime.display import display, say
 from ddpm.runtime.progress import Progress, Report
 
+
+class Verbs(typer.core.TyperGroup):
+    """Leaves `<bool>` out of the help of options that take no value, such as --debug."""
+
+    def get_params(self, ctx: Any) -> Any:
+        return _without_type(super().get_params(ctx))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            _without_type(command.get_params(ctx))
+        return command
+
+
+def _without_type(params: Any) -> Any:
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
+
+
 app = typer.Typer(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="A pipeline for Denoising Diffusion Probabilistic Models. The stages below are what `dvc repro` runs, one by one.",
 )
