@@ -117,7 +117,7 @@ clean: ## remove outputs and caches; DVC's cache, MLflow's and Prefect's records
 
 lock: .venv/bin/uv ## update requirements.lock to pyproject.toml (UPGRADE=1: newest versions)
 	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
-		--extra dev $(if $(UPGRADE),--upgrade) pyproject.toml --output-file requirements.lock
+		--extra pipeline --extra dev --group files $(if $(UPGRADE),--upgrade) pyproject.toml --output-file requirements.lock
 
 .venv/bin/uv:
 	@test -n "$(PYTHON)" || { echo 'make: no Python 3.11 or newer with venv found; name one: make PYTHON=/path/to/python3' >&2; exit 2; }
