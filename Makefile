@@ -56,7 +56,7 @@ test-library: $(INSTALLED) ## run the tests of the maths alone (about 70 seconds
 		tests/scores/test_fidelity.py tests/scores/test_intervals.py
 
 proof: $(EMPTY) ## run the slow proofs, and the tests on mutants of the source
-	@$(EXTRAS) judges mutation)
+	@$(EXTRAS) judges mutation notebook)
 	@$(RUN) pytest -m proof
 
 chaos: $(EMPTY) ## inject real faults: kills, full disks, dead servers
