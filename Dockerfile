@@ -31,7 +31,7 @@ RUN python3 -m venv /opt/uv \
     && /opt/uv/bin/pip install --quiet --no-cache-dir --disable-pip-version-check "$(sed -n 's/^UV := //p' Makefile)" \
     && /opt/uv/bin/uv venv --quiet /opt/venv \
     && /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --python /opt/venv/bin/python \
-        --constraint requirements.lock pyproject.toml --output-file wanted.txt \
+        --extra pipeline --group files --constraint requirements.lock pyproject.toml --output-file wanted.txt \
     && awk 'NR == FNR { wanted[$1]; next } /^[^ ]/ { keep = $1 in wanted } keep' wanted.txt requirements.lock >requirements.txt
 RUN if [ -n "$TORCH_INDEX" ]; then \
         grep -oE '^(torch|torchvision)==[^ ]+' requirements.txt >torch.txt \

@@ -61,7 +61,7 @@ test-library: $(INSTALLED) ## run the tests of the maths alone (about 70 seconds
 		tests/scores/test_fidelity.py tests/scores/test_intervals.py
 
 proof: $(EMPTY) ## run the slow proofs, and the tests on mutants of the source
-	@$(EXTRAS) judges mutation)
+	@$(EXTRAS) judges mutation notebook)
 	@$(RUN) pytest -m proof
 
 chaos: $(EMPTY) ## inject real faults: kills, full disks, dead servers
@@ -122,7 +122,7 @@ clean: ## remove outputs and caches; DVC's cache, MLflow's and Prefect's records
 
 lock: .venv/bin/uv ## update requirements.lock to pyproject.toml (UPGRADE=1: newest versions)
 	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
-		--extra dev $(if $(UPGRADE),--upgrade) pyproject.toml --output-file requirements.lock
+		--extra pipeline --extra dev --group files $(if $(UPGRADE),--upgrade) pyproject.toml --output-file requirements.lock
 
 .venv/bin/uv:
 	@test -n "$(PYTHON)" || { echo 'make: no Python 3.11 or newer with venv found; name one: make PYTHON=/path/to/python3' >&2; exit 2; }

@@ -1,6 +1,6 @@
 """Denoising diffusion: noise schedules, denoisers, samplers and the network of Ho et al. 2020, on torch and numpy.
 
->>> from ddpm import Denoiser, NoiseSchedule, UNet, sample
+>>> from ddpm import Denoiser, NoiseSchedule, UNet, load, sample
 
 `help()` explains each function and class. The tables map names to variants:
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ddpm.diffusion.timesteps import SPACINGS
     from ddpm.networks.network import NETWORKS
     from ddpm.networks.unet import UNet
+    from ddpm.tools.load import load
     from ddpm.training.fit import fit
     from ddpm.training.objective import LOSSES
 
@@ -44,6 +45,7 @@ __all__ = [
     "fit",
     "gaussian",
     "interpolate",
+    "load",
     "sample",
     "snapshots",
     "trajectory",
@@ -65,6 +67,7 @@ _HOMES = {
     "fit": "training.fit",
     "gaussian": "diffusion.noise",
     "interpolate": "diffusion.paths",
+    "load": "tools.load",
     "sample": "diffusion.samplers",
     "snapshots": "diffusion.paths",
     "trajectory": "diffusion.samplers",

@@ -13,8 +13,9 @@ def main() -> None:
     try:
         from ddpm.cli import main as run
     except ModuleNotFoundError as error:
-        print(f"ddpm: {missing(error)}", file=sys.stderr)
-        sys.exit(2)
+        asked = sys.argv[1:] in (["-h"], ["--help"])  # the help of the library alone
+        print(f"ddpm: {missing(error)}", file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
     run()
 
 

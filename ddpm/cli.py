@@ -15,10 +15,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from ddpm.errors import InputError
 from ddpm.files import atomic, paths
@@ -30,9 +30,31 @@ from ddpm.runtime import stopping, watchdog
 from ddpm.runtime.display import SAID_LATER, display, say
 from ddpm.runtime.progress import Progress, Report
 
+
+class Verbs(typer.core.TyperGroup):
+    """Leaves `<bool>` out of the help of options that take no value, such as --debug."""
+
+    def get_params(self, ctx: Any) -> Any:
+        return _without_type(super().get_params(ctx))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            _without_type(command.get_params(ctx))
+        return command
+
+
+def _without_type(params: Any) -> Any:
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
+
+
 app = typer.Typer(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="A pipeline for Denoising Diffusion Probabilistic Models. The stages below are what `dvc repro` runs, one by one.",
 )
@@ -131,7 +153,7 @@ def _item_from_dvc(verb: str, argument: str) -> Callable[[], str]:
 
     def item() -> str:
         stage, _, name = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")  # DIRECTORY/dvc.yaml:STAGE
-        if stage != verb or not name:
+        if (stage != verb or not name) and "_DDPM_COMPLETE" not in os.environ:  # a shell that completes asks too
             raise InputError(f"Missing argument '{argument}'; see ddpm {verb} --help")
         return name
 
@@ -454,7 +476,9 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,
     sampler: Annotated[
         str,
-        typer.Option(help="A row of samplers in params.yaml; default: that of the model, or ddim for a folder."),
+        typer.Option(
+            help="A row of samplers in params.yaml, or a sampler such as heun; default: that of the model, or ddim for a folder."
+        ),
     ] = "",
     steps: Annotated[
         int | None,
@@ -514,7 +538,7 @@ def generate(
     ((kind, numbers),) = kinds.items()
     with display("generate") as watch:
         message = generate(
-            Params.load(),
+            Params.find(),
             out=out,
             kind=kind,
             of=numbers,
@@ -545,16 +569,12 @@ def fit_times(
     Prints a row for the section samplers of params.yaml.
     """
     from ddpm.tools.fit_times import fit_row
+    from ddpm.tools.load import located
 
     counts = steps.split(",")
     if not all(each.isdecimal() for each in counts):
         raise InputError(f"--steps {steps}: expected numbers separated by commas, such as 5,8,10")
-    with TemporaryDirectory(prefix="ddpm-fit-") as temporary, display("fit-times") as watch:
-        folder = Path(model)
-        if model.startswith("models:"):
-            from ddpm import tracking
-
-            folder, _ = tracking.fetch_model(model, Path(temporary))
+    with located(model) as (folder, _), display("fit-times") as watch:
         row, errors = fit_row(Params.load(), folder, [int(each) for each in counts], sampler, images, seed, watch)
     for count, error in errors.items():
         say(f"{count} steps: an RMS distance of {error:.4f} to the images of 1,000 evaluations (values in -1 ... 1)")
@@ -569,9 +589,17 @@ def schedules(
             "--timesteps",
             min=2,
             max=100_000,
-            help="Number of timesteps T; default: diffusion.timesteps of params.yaml.",
+            help="Number of timesteps T; default: that of the model or of params.yaml, or 1000.",
         ),
     ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Show the schedule of this model, a folder or models:/NAME@ALIAS; default: the rows of params.yaml.",
+        ),
+    ] = "",
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = paths.schedules_dir(),  # noqa: B008
 ) -> None:
     """Compare noise schedules: how far x_T is from pure noise, and at which noise levels the steps lie (table and plots)."""
@@ -579,8 +607,8 @@ def schedules(
     from ddpm.runtime.display import table
     from ddpm.tools.schedules import BAND_NAMES, schedules
 
-    params, started = Params.load(), time.time()
-    rows, data = schedules(params, Path(), out, timesteps)
+    params, started = Params.find(), time.time()
+    rows, data = schedules(params, Path(), out, timesteps, model)
     table(
         ["schedule", "alpha_bar_T", "SNR_T", "L_T", *BAND_NAMES],
         [
@@ -595,6 +623,8 @@ def schedules(
         for warning in row.warnings:
             say(f"warning: {name}: {warning}")
     say(", ".join(str(path) for path in sorted(out.glob("*")) if path.suffix in (".csv", ".png")))
+    if params is None or model:  # MLflow shows the schedules of a sweep
+        return
     record(out, "schedules", started, time.time(), len(rows), "schedules")
     from ddpm import tracking
 
@@ -621,13 +651,9 @@ def export_diffusers(
 ) -> None:
     """Write a model as a diffusers DDPMPipeline folder."""
     from ddpm.tools.exchange import export_diffusers
+    from ddpm.tools.load import located
 
-    with TemporaryDirectory(prefix="ddpm-export-") as temporary:
-        folder, settings = Path(model), dict[str, Any]()
-        if model.startswith("models:"):
-            from ddpm import tracking
-
-            folder, settings = tracking.fetch_model(model, Path(temporary))
+    with located(model) as (folder, settings):
         lines = export_diffusers(folder, out, settings.get("variance", "fixed_large"))
     for line in lines:
         say(line)

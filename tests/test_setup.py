@@ -12,6 +12,7 @@ import sys
 import tomllib
 import zipfile
 from importlib.metadata import distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 LOCK = (ROOT / "requirements.lock").read_text()
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, GROUPS = CONFIG["project"], CONFIG["dependency-groups"]
 
 
 def locked() -> list[tuple[Requirement, str]]:
@@ -42,7 +44,10 @@ def test_the_lock_answers_every_requirement_of_the_project() -> None:
     versions: dict[str, list[str]] = {}
     for requirement, _ in locked():
         versions.setdefault(canonicalize_name(requirement.name), []).append(next(iter(requirement.specifier)).version)
-    for text in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]):
+    extras = PROJECT["optional-dependencies"]
+    assert extras["pipeline"][0] == "ddpm[cli]"
+    checkout = (extras["cli"], extras["pipeline"][1:], extras["dev"], GROUPS["files"])
+    for text in (*PROJECT["dependencies"], *chain.from_iterable(checkout)):
         wanted = Requirement(text)
         assert canonicalize_name(wanted.name) in versions, f"{wanted}: run `make lock`"
         for version in versions[canonicalize_name(wanted.name)]:

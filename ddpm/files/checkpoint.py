@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +24,10 @@ from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.files import atomic, models, paths, records
 from ddpm.files.models import ModelRecord, NetworkEntry, ScheduleEntry
-from ddpm.files.params import Params
 from ddpm.networks.network import NETWORKS
+
+if TYPE_CHECKING:
+    from ddpm.files.params import Params
 
 
 def network(entry: NetworkEntry) -> nn.Module:

@@ -246,6 +246,11 @@ class Params(Section):
         return cls.check(raw, str(path))
 
     @classmethod
+    def find(cls, path: Path = Path("params.yaml")) -> Params | None:
+        """Reads and checks a parameter file. Returns None if there is none, as outside of a checkout. Raises InputError."""
+        return cls.load(path) if path.exists() else None
+
+    @classmethod
     def check(cls, raw: dict[str, Any], where: str) -> Params:
         """Checks a plain dict. Raises InputError with the faults in one line that starts with `where`."""
         try:

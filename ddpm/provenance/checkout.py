@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -26,11 +28,27 @@ def require_own(root: Path, *packages: str) -> None:
 
 
 def missing(error: ModuleNotFoundError) -> str:
-    """Returns a message that names the package this interpreter lacks, and what to do."""
-    return (
-        f"{sys.executable} has no package {error.name}: activate the project's environment (`. .venv/bin/activate`;"
-        " `make demo` makes it) and run this again"
-    )
+    """Returns a message that names the package this interpreter lacks, and what to do: in a checkout, or after `pip install`."""
+    lacking = f"{sys.executable} has no package {error.name}"
+    if (_imported("ddpm").parents[1] / "pyproject.toml").exists():
+        return (
+            f"{lacking}: activate the project's environment (`. .venv/bin/activate`; `make demo` makes it) and run this"
+            " again"
+        )
+    if _is_of_cli(str(error.name)):
+        return (
+            f'{lacking}: pip install "ddpm[cli]" for the verbs that work on the folder of a model, such as generate, or'
+            ' pip install "ddpm[pipeline]" for all verbs'
+        )
+    return f'{lacking}: pip install "ddpm[pipeline]"'
+
+
+def _is_of_cli(module: str) -> bool:
+    """Returns whether the extra `cli` of the installed ddpm names the package of this module."""
+    top = module.partition(".")[0]
+    package = {"PIL": "pillow", "ruamel": "ruamel.yaml", "sklearn": "scikit-learn"}.get(top, top)
+    named = re.compile(rf"{re.escape(package)}\W.*; extra == .cli.$")
+    return any(named.match(requirement) for requirement in importlib.metadata.requires("ddpm") or [])
 
 
 def _imported(package: str) -> Path:

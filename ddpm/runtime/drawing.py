@@ -49,6 +49,17 @@ def arguments(settings: Mapping[str, Any], T: int) -> tuple[dict[str, Any], dict
     return plain, guidance
 
 
+def with_sampler(settings: Mapping[str, Any], sampler: str) -> dict[str, Any]:
+    """Returns a model's settings with another sampler, by its key in SAMPLERS.
+
+    The spacing, the guidance and the number of steps stay. The other options belong to the model's own sampler.
+    """
+    if sampler == settings["sampler"]:
+        return dict(settings)
+    kept = ("spacing", *GUIDANCE, "steps")
+    return {"sampler": sampler, **{key: settings[key] for key in kept if key in settings}}
+
+
 def check_fitted(settings: Mapping[str, Any], model: ModelRecord) -> None:
     """Raises ValueError if the times of a sampler row were fitted to the weights of another model."""
     fitted = settings.get("fitted_to", model.weights_sha256)

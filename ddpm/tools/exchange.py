@@ -77,12 +77,12 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
 def import_diffusers(folder: Path, name: str, root: Path = Path(), null_class: bool = False) -> list[str]:
     """Converts the folder of a UNet2DModel or a DDPMPipeline to imported/NAME, and writes the row schedules.NAME to params.yaml.
 
-    Importing under the same name again replaces both.
+    Importing under the same name again replaces both. Without a params.yaml, only the folder is written.
 
     Args:
         folder: the folder to read.
         name: of the model here.
-        root: the top of the checkout.
+        root: the top of the checkout, or the folder to write imported/NAME in.
         null_class: whether the last class embedding stands for no label. The exports of `export_diffusers` say so themselves.
 
     Returns:
@@ -95,7 +95,8 @@ def import_diffusers(folder: Path, name: str, root: Path = Path(), null_class: b
         raise InputError(
             f"'{name}': the name of an import is made of a-z, 0-9 and _, and has at most {LONGEST_NAME} characters"
         )
-    text = _params_text(root / "params.yaml", name)
+    yaml = root / "params.yaml"
+    text = _params_text(yaml, name) if yaml.exists() else None
     network, lines = _network_folder(folder)
     config = _read_json(network / "config.json")
     if null_class and config.get("num_class_embeds") is None:
@@ -117,18 +118,21 @@ def import_diffusers(folder: Path, name: str, root: Path = Path(), null_class: b
         description["data"] |= {"classes": [str(number) for number in range(entry.classes)]}
     with atomic.replacing_dir(root / paths.imported_dir(name)) as temporary:
         checkpoint.save(temporary, net, description)
-        written = {**row, "imported": models.read_model_record(temporary).weights_sha256}
-        text = rewritten(text, lambda document: document["schedules"].__setitem__(name, flow_row(written)))
-        Params.check(parse_yaml(text, "params.yaml"), "params.yaml")
-    with atomic.replacing(root / "params.yaml") as file:
-        file.write_text(text, encoding="utf-8")
+        if text is not None:
+            written = {**row, "imported": models.read_model_record(temporary).weights_sha256}
+            text = rewritten(text, lambda document: document["schedules"].__setitem__(name, flow_row(written)))
+            Params.check(parse_yaml(text, "params.yaml"), "params.yaml")
+    if text is not None:
+        atomic.write_text(yaml, text)
     count = sum(tensor.numel() for tensor in weights.values())
     return [
         *lines,
         *more,
         f"{paths.imported_dir(name)}: {count:,} parameters, images {'x'.join(map(str, shape))}, {row['schedule']} schedule"
         f" at T = {timesteps}, target {target}{', learned variance' * entry.learned_variance}",
-        f"params.yaml: wrote the row schedules.{name}; add {name} to sweep.schedules, and `dvc repro` sweeps it",
+        f"params.yaml: wrote the row schedules.{name}; add {name} to sweep.schedules, and `dvc repro` sweeps it"
+        if text is not None
+        else f"ddpm generate --model {paths.imported_dir(name)} draws images with it",
     ]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from torch import Tensor
 from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.noise import gaussian
 from ddpm.diffusion.paths import blend, encode, interpolate, pixel_error, snapshots
-from ddpm.diffusion.samplers import evaluations, sample
+from ddpm.diffusion.samplers import SAMPLERS, evaluations, sample
 from ddpm.errors import InputError
 from ddpm.files import arrays, paths, records
 from ddpm.files.dataset import read_dataset
 from ddpm.files.models import ModelRecord
 from ddpm.files.params import Params
+from ddpm.parameters import Compute, Sampler, Sampling
 from ddpm.runtime.device import find_device, memory_errors
 from ddpm.runtime.drawing import (
     UNGUIDED,
@@ -31,11 +33,14 @@ from ddpm.runtime.drawing import (
     draw,
     prepared_denoiser,
     to_uint8,
+    with_sampler,
 )
 from ddpm.runtime.progress import Progress, Report, silent
+from ddpm.tools.load import located
 from ddpm.training.fit import scaled
 
 DEFAULT: dict[str, Any] = {"sampler": "ddim", "steps": 50}
+SAMPLING = Sampling(images=64, batch=64)  # where there is no params.yaml
 MOMENTS = 10  # of a chain, that a row shows
 DEPTHS = (1.0, 0.75, 0.5, 0.25)  # noise levels of a blend, as a share of the chain; 1 is pure noise
 PAIRS = 40  # pairs of a reconstruction that the picture shows, at most; the errors cover all pairs
@@ -94,7 +99,7 @@ class Picture:
 
 
 def generate(
-    params: Params,
+    params: Params | None,
     *,
     out: Path,
     kind: str = "grid",
@@ -111,7 +116,7 @@ def generate(
     """Writes a picture to `out` (PNG), and its figures, if any, to a JSON file beside it. Returns a line that says what it shows.
 
     Args:
-        params: the parameters of the sweep.
+        params: the parameters of the sweep; None where there is no params.yaml: `model` is then needed.
         out: the file of the picture; its name ends in .png.
         kind: a key of KINDS.
         of: indices of test images, or how many of them, as the kind needs it.
@@ -119,7 +124,8 @@ def generate(
         model: models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder; "" for the champion
             of the dataset, or where there is none, for the best point of the report.
         seed: seed of the noise.
-        sampler: a row of params.samplers; "" for the sampler that the model was registered with, or DDIM for a folder.
+        sampler: a row of params.samplers or else a key of SAMPLERS; "" for the sampler that the model was registered with, or
+            DDIM for a folder.
         steps: S; 0 for the steps that the model was registered with, or 50 for a folder.
         label: the class of all images of a conditional model, by name or number; None: the classes take turns.
         guidance: the guidance scale; None for that of the settings.
@@ -135,7 +141,8 @@ def generate(
     opened = _open(params, model, sampler, steps, label, guidance)
     try:
         with memory_errors("generate", "lower -n, or sampling.batch"):
-            picture = KINDS[kind](opened, Request(of, count, seed, params.sampling.batch, report))
+            batch = (params.sampling if params else SAMPLING).batch
+            picture = KINDS[kind](opened, Request(of, count, seed, batch, report))
     except ValueError as error:
         raise InputError(f"generate: {error}") from None
     arrays.write_png(out, arrays.grid(picture.images, picture.columns))
@@ -144,17 +151,18 @@ def generate(
     return f"{out}: {picture.message}" + (f" of {opened.origin}" if opened.origin else "")
 
 
-def _open(params: Params, model: str, sampler: str, steps: int, label: str | None, guidance: float | None) -> Model:
-    if sampler and sampler not in params.samplers:
-        raise InputError(f"no row '{sampler}' in samplers of params.yaml; there are {', '.join(params.samplers)}")
-    torch.set_num_threads(params.sampling.threads)
-    device = find_device(params.compute.device)
-    with tempfile.TemporaryDirectory(prefix="ddpm-generate-") as name:
-        folder, settings, origin = _found(params, model, Path(name))
+def _open(
+    params: Params | None, model: str, sampler: str, steps: int, label: str | None, guidance: float | None
+) -> Model:
+    if params is not None:
+        torch.set_num_threads(params.sampling.threads)
+    sampling, compute = (params.sampling, params.compute) if params else (SAMPLING, Compute())
+    device = find_device(compute.device)
+    with _found(params, model) as (folder, promoted, origin):
+        settings = dict(promoted) or {**DEFAULT, "clip": sampling.clip}
         clip = settings.pop("clip", True)
         if sampler:
-            check_row(sampler, params.samplers[sampler])
-            settings = {**params.samplers[sampler].options(), "steps": settings["steps"]}
+            settings = _other_sampler(params.samplers if params else {}, sampler, settings)
         if steps:
             settings["steps"] = steps
         if guidance is not None:
@@ -169,23 +177,30 @@ def _open(params: Params, model: str, sampler: str, steps: int, label: str | Non
     return Model(denoiser, settings, record, device, label, origin)
 
 
-def _found(params: Params, model: str, temporary: Path) -> tuple[Path, dict[str, Any], str]:
-    """Returns the checkpoint folder, its sampler settings, and where the model comes from if `model` did not say that."""
-    if model and not model.startswith("models:"):
-        return _folder(model), {**DEFAULT, "clip": params.sampling.clip}, ""
+@contextmanager
+def _found(params: Params | None, model: str) -> Iterator[tuple[Path, Mapping[str, Any], str]]:
+    """Yields the checkpoint folder, its sampler settings, and where the model comes from if `model` did not say that."""
+    if model:
+        with located(model) as (folder, promoted):
+            yield folder, promoted, ""
+        return
+    if params is None:
+        raise InputError("generate: no params.yaml here says which champion is meant; name a model with --model")
     from ddpm import tracking
 
-    return (*tracking.fetch_model(model, temporary), "") if model else tracking.fetch_champion(params, temporary)
+    with TemporaryDirectory(prefix="ddpm-generate-") as temporary:
+        yield tracking.fetch_champion(params, Path(temporary))
 
 
-def _folder(model: str) -> Path:
-    """Returns the checkpoint folder. Raises InputError, which lists the models here, if there is no such folder."""
-    folder = Path(model)
-    if not folder.is_dir():
-        here = [str(path.parent) for top in ("models", "imported") for path in sorted(Path(top).glob("*/model.json"))]
-        there = f"there are {', '.join(here)}" if here else "`dvc repro` makes models/SCHEDULE"
-        raise InputError(f"--model {model}: no such folder; {there}")
-    return folder
+def _other_sampler(rows: Mapping[str, Sampler], name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a row of params.yaml or, if no row has that name, of a sampler of SAMPLERS. Raises InputError."""
+    if name in rows:
+        check_row(name, rows[name])
+        return {**rows[name].options(), "steps": settings["steps"]}
+    if name not in SAMPLERS:
+        there = ", ".join(sorted({*rows, *SAMPLERS}))
+        raise InputError(f"--sampler {name}: neither a row of samplers in params.yaml nor a sampler; there are {there}")
+    return with_sampler(settings, name)
 
 
 def _grid(model: Model, request: Request) -> Picture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 
 from ddpm.diffusion.forward import BANDS, Summary, noised, summary
 from ddpm.diffusion.noise import gaussian
-from ddpm.diffusion.schedule import NoiseSchedule
+from ddpm.diffusion.schedule import SCHEDULES, NoiseSchedule
 from ddpm.errors import InputError
-from ddpm.files import arrays, paths, records
+from ddpm.files import arrays, checkpoint, models, paths, records
 from ddpm.files.dataset import read_dataset
 from ddpm.files.params import Params
+from ddpm.parameters import Diffusion
 from ddpm.reporting.diagnostics import data_mean_square, schedule_of
 from ddpm.reporting.plots import COLOURS, DASHES, drawing
+from ddpm.tools.load import located
 
 BAND_NAMES = ("< 1e-4", "1e-4 - 0.01", "0.01 - 1", "1 - 100", "> 100")
 BAND_COLOURS = ("#08306b", "#2171b5", "#6baed6", "#bdd7e7", "#f7f7f7")  # one hue, from noise to image
@@ -25,24 +28,29 @@ COLUMNS = 11  # of the strip
 
 
 def schedules(
-    params: Params, root: Path = Path(), out: Path | None = None, timesteps: int | None = None
+    params: Params | None,
+    root: Path = Path(),
+    out: Path | None = None,
+    timesteps: int | None = None,
+    model: str = "",
 ) -> tuple[dict[str, Summary], str]:
     """Writes table.csv, snr.png and, if there is a prepared dataset, strip.png.
 
     Args:
-        params: the parameters, with the rows of `schedules`.
+        params: the parameters, with the rows of `schedules`; None for every schedule of SCHEDULES.
         root: the checkout.
         out: the folder to write to; None for schedules/.
-        timesteps: T; None for that of the parameters.
+        timesteps: T; None for that of the parameters or of the model.
+        model: a folder or the name of a registered model, whose own schedule is shown instead.
 
     Returns:
-        A summary for each row of params.schedules, and a line about T and the data.
+        A summary for each schedule, and a line about T and the data.
 
     Raises:
         InputError: a row is invalid, or `out` is a file.
     """
-    T = timesteps or params.diffusion.timesteps
-    built = {name: schedule_of(params, name, T) for name in params.schedules}
+    built = _of_model(model, timesteps) if model else _of_rows(params, timesteps)
+    T, seed = next(iter(built.values())).T, params.seed if params else 0
     folder = paths.schedules_dir() if out is None else out
     if (root / folder).exists() and not (root / folder).is_dir():
         raise InputError(f"{folder}: is a file; name a folder with --out")
@@ -58,11 +66,27 @@ def schedules(
     _plot(root / folder / "snr.png", built, rows)
     strip = root / folder / "strip.png"
     if dataset is not None:
-        index = int(np.random.default_rng(params.seed).integers(len(dataset.train)))
-        _plot_strip(strip, built, dataset.train[index], params.seed)
+        index = int(np.random.default_rng(seed).integers(len(dataset.train)))
+        _plot_strip(strip, built, dataset.train[index], seed)
     else:
         strip.unlink(missing_ok=True)
     return rows, line
+
+
+def _of_model(model: str, timesteps: int | None) -> dict[str, NoiseSchedule]:
+    with located(model) as (folder, _):
+        entry = models.read_model_record(folder).schedule
+        try:
+            return {entry.name: checkpoint.noise_schedule(replace(entry, timesteps=timesteps or entry.timesteps))}
+        except (TypeError, ValueError) as error:
+            raise models.unusable(folder, str(error)) from None
+
+
+def _of_rows(params: Params | None, timesteps: int | None) -> dict[str, NoiseSchedule]:
+    if params is None:
+        return {name: NoiseSchedule.named(name, timesteps or Diffusion.timesteps) for name in SCHEDULES}
+    T = timesteps or params.diffusion.timesteps
+    return {name: schedule_of(params, name, T) for name in params.schedules}
 
 
 def _cells(name: str, row: Summary) -> dict[str, Any]:

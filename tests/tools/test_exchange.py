@@ -180,6 +180,16 @@ def test_it_may_be_imported_again_but_never_over_a_row_of_ones_own(exported: Pat
         import_diffusers(exported, "my-hub", checkout)
 
 
+def test_an_import_outside_of_a_checkout_is_the_folder_alone(exported: Path, tmp_path: Path, made: Path) -> None:
+    lines = import_diffusers(exported, "hub", tmp_path)
+    assert lines[-1] == "ddpm generate --model imported/hub draws images with it"
+    assert [path.name for path in tmp_path.iterdir()] == ["imported"]
+    ours, original = (
+        load_file(root / "model.safetensors") for root in (tmp_path / "imported/hub", made / "models/cosine")
+    )
+    assert all(torch.equal(ours[name], original[name]) for name in original)
+
+
 def test_a_target_and_length_of_its_own_stand(exported: Path, checkout: Path) -> None:
     """Params say eps at T = 100; the import predicts v along 300 times to zero SNR, and is sampled so."""
     other = checkout / "other"

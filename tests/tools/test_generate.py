@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from ddpm import encode, sample, tracking
+from ddpm import SAMPLERS, SCHEDULES, encode, sample, tracking
 from ddpm.cli import app
 from ddpm.errors import InputError
 from ddpm.files import checkpoint, dataset, records, scores
 from ddpm.files.params import Params
-from ddpm.runtime.drawing import to_uint8
+from ddpm.runtime.drawing import draw, to_uint8
 from ddpm.stages.train import train
-from ddpm.tools.generate import generate
+from ddpm.tools.generate import _other_sampler, generate
+from ddpm.tools.schedules import schedules
 from ddpm.training.fit import scaled
 
 MODEL = "models/cosine"
@@ -95,6 +96,54 @@ def test_the_originals_stand_at_the_ends(kind: str, params: Params, tmp_path: Pa
         assert not close(row[1], row[-2])
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_with_its_own_options_where_no_row_has_its_name(sampler: str, tmp_path: Path) -> None:
+    """And without a params.yaml, as in any folder."""
+    generate(None, out=tmp_path / "grid.png", count=4, model=MODEL, sampler=sampler, steps=5)
+    denoiser, record = checkpoint.load(Path(MODEL), clip=True)
+    expected, _ = draw(
+        denoiser,
+        tuple(record.data.shape),
+        range(4),
+        seed=0,
+        batch=4,
+        steps=5,
+        settings={"sampler": sampler},
+        device=torch.device("cpu"),
+    )
+    assert close(cells(tmp_path / "grid.png", 2), expected[:, 0])
+
+
+def test_a_row_of_params_wins_over_the_sampler_of_its_name(params: Params, smoke: Callable[..., Params]) -> None:
+    rows = {"heun": {"sampler": "ddim", "eta": 1.0}}
+    kept = {"sampler": "ddim", "spacing": "trailing", "steps": 7, "eta": 0.5}
+    assert _other_sampler(smoke(samplers=rows).samplers, "heun", kept) == {
+        "sampler": "ddim",
+        "spacing": "leading",
+        "eta": 1.0,
+        "steps": 7,
+    }
+    assert _other_sampler({}, "heun", kept) == {"sampler": "heun", "spacing": "trailing", "steps": 7}
+    with pytest.raises(InputError, match=r"^--sampler hen: neither a row .* there are .*heun"):
+        _other_sampler(params.samplers, "hen", kept)
+
+
+def test_the_schedule_of_a_model_is_shown_as_it_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without a model, in a folder without params.yaml, every schedule."""
+    denoiser, _ = checkpoint.load(Path(MODEL))
+    model = Path(MODEL).absolute()
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["schedules", "--model", str(model), "--out", "own"])
+    assert done.exit_code == 0, done.output
+    (row,) = records.read_csv(tmp_path / "own/table.csv")
+    assert (row["schedule"], int(row["T"])) == ("cosine", denoiser.schedule.T)
+    assert float(row["alpha_bar_T"]) == pytest.approx(float(denoiser.schedule.alpha_bar[-1]))
+    (longer,) = schedules(None, out=tmp_path / "longer", timesteps=300, model=str(model))[0].values()
+    assert longer.T == 300
+    assert list(schedules(None)[0]) == list(SCHEDULES)
+    assert {path.name for path in tmp_path.iterdir()} == {"own", "longer", "schedules"}
+
+
 def test_refused(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(match: str, **request: object) -> None:
         with pytest.raises(InputError, match=match) as caught:
@@ -110,6 +159,8 @@ def test_refused(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
+    with pytest.raises(InputError, match="name a model with --model"):
+        generate(None, out=tmp_path / "no.png")
     refuse(r"dataset\.json: no such file", kind="encode-decode", of=(4,))
 
 
@@ -136,6 +187,23 @@ def test_one_picture_at_a_time() -> None:
     done = CliRunner().invoke(app, ["generate", "--strip", "--interpolate", "0", "1"])
     assert isinstance(done.exception, InputError)
     assert str(done.exception).startswith("--strip and --interpolate are different pictures")
+
+
+def test_the_help_of_every_verb_has_a_short_name_and_no_type_for_a_flag() -> None:
+    verbs = [command.name or str(command.callback.__name__) for command in app.registered_commands]  # type: ignore[union-attr]
+    assert "generate" in verbs
+    for verb in ("", *(verb.replace("_", "-") for verb in verbs)):
+        said = CliRunner().invoke(app, [*verb.split(), "-h"], terminal_width=200)
+        assert said.exit_code == 0 and "--help" in said.output and "<bool>" not in said.output, verb
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [("ddpm gen", "generate"), ("ddpm generate --sa", "--sampler"), ("ddpm train --f", "--fresh")]
+)
+def test_a_shell_completes_verbs_and_options(words: str, found: str) -> None:
+    asked = {"_DDPM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    said = CliRunner().invoke(app, [], prog_name="ddpm", env=asked)
+    assert said.output.split() == [found]
 
 
 @pytest.mark.parametrize(("verb", "zeros"), [("generate", 1), ("schedules", 0)])  # a seed of 0 is one

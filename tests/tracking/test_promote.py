@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from scipy.stats import binom
 
-from ddpm import tracking
+from ddpm import load, tracking
 from ddpm.errors import InputError
 from ddpm.files import checkpoint, paths, records
 from ddpm.files.models import read_model_record
@@ -220,6 +221,20 @@ def test_a_registered_model_whose_files_were_replaced_is_refused(
     checkpoint.load(folder)  # a whole checkpoint
     with pytest.raises(InputError, match="version 1: its files differ from those that were registered"):
         tracking.fetch_model("models:/ddpm-digits@champion", tmp_path, checkout)
+
+
+def test_the_champion_opens_as_a_denoiser_with_the_clip_of_its_promotion(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking.promote(params, checkout, rescore=never)
+    client = Registry(checkout).client
+    settings = json.loads(client.get_model_version("ddpm-digits", "1").tags["ddpm.settings"])
+    client.set_model_version_tag("ddpm-digits", "1", "ddpm.settings", json.dumps({**settings, "clip": 0.9}))
+    monkeypatch.chdir(checkout)
+    opened, trained = load("models:/ddpm-digits@champion"), load("models/cosine")
+    assert (opened.clip, trained.clip, opened.target) == (0.9, True, trained.target)
+    x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10.0, 90.0])
+    assert torch.equal(opened.net(x, t), trained.net(x, t))
 
 
 def test_influence_values_that_were_replaced_are_not_compared_in_pairs(

@@ -107,12 +107,15 @@ def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path,
     if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/[0-9]+)", uri):
         raise InputError(f"'{uri}' names no registered model: expected models:/NAME@ALIAS or models:/NAME/VERSION")
     require_reachable(where, START)
+    absent = NoSuchModel(f"{uri}: MLflow at {where.shown} has no such model; `ddpm promote` registers one")
+    if where.database and not where.database.exists():
+        raise absent  # the client would create an empty database
     with plain_errors(where, START):
         with locked(where):
             client = client_of(where)
         version = _version(client, uri)
         if version is None:
-            raise NoSuchModel(f"{uri}: MLflow at {where.shown} has no such model; `ddpm promote` registers one")
+            raise absent
         if SETTINGS not in version.tags:
             raise InputError(f"{uri} was not registered by `ddpm promote`: it has no tag {SETTINGS}")
         settings = tags.settings(version)

@@ -56,14 +56,11 @@ class ImageModel(PythonModel):
         sampler: str | None = None,
         label: str | None = None,
     ) -> np.ndarray:
-        from ddpm.runtime.drawing import GUIDANCE, class_labels, draw
+        from ddpm.runtime.drawing import class_labels, draw, with_sampler
 
         if not 1 <= n <= MOST:
             raise ValueError(f"n = {n} must lie in 1 ... {MOST}")
-        settings = dict(self.settings)
-        if sampler and sampler != settings["sampler"]:
-            kept = ("spacing", *GUIDANCE, "steps")  # the other options belong to the registered sampler
-            settings = {"sampler": sampler, **{key: settings[key] for key in kept if key in settings}}
+        settings = with_sampler(self.settings, sampler or self.settings["sampler"])
         chosen = int(steps) if steps else settings["steps"]
         images, _ = draw(
             self.denoiser,

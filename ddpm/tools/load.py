@@ -1,0 +1,81 @@
+"""`ddpm.load`: opens a model by the folder of its checkpoint, or by its name in MLflow's registry."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from ddpm.errors import InputError
+from ddpm.files import checkpoint
+from ddpm.provenance import checkout
+
+if TYPE_CHECKING:
+    import torch
+
+    from ddpm.diffusion.denoiser import Denoiser
+
+REGISTERED = "models:"  # how the name of a registered model begins
+
+
+def load(
+    model: str | os.PathLike[str], device: torch.device | str = "cpu", clip: bool | float | None = None
+) -> Denoiser:
+    """Loads a trained, imported or registered model. A folder takes torch, numpy and safetensors alone.
+
+    >>> denoiser = load("models/cosine")
+    >>> images = sample(denoiser, torch.randn(16, 1, 8, 8), sampler="ddim", steps=50)
+
+    The network has the averaged weights (EMA), whose hash is checked, and is in eval mode and channels-last format. A conditional
+    network takes classes as `dataclasses.replace(denoiser, labels=...)`.
+
+    Args:
+        model: a folder that `ddpm train` or `ddpm import-diffusers` wrote, models:/NAME@ALIAS or models:/NAME/VERSION.
+        device: of the network.
+        clip: of x0_hat, as Denoiser takes it. None for that of a registered model, and True for a folder.
+
+    Returns:
+        The denoiser: the network with its schedule and target.
+
+    Raises:
+        InputError: the model is missing, damaged or inconsistent; or it is registered, and MLflow is not installed or does not
+            answer.
+    """
+    with located(model) as (folder, settings):
+        denoiser, _ = checkpoint.load(folder, device, settings.get("clip", True) if clip is None else clip)
+    return denoiser
+
+
+@contextmanager
+def located(model: str | os.PathLike[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yields the checkpoint folder of a model, and the settings that it was promoted with: {} for a folder. Raises InputError.
+
+    The folder of a registered model exists only within the context.
+    """
+    name = os.fspath(model)
+    if not name.startswith(REGISTERED):
+        yield _folder(name), {}
+        return
+    with TemporaryDirectory(prefix="ddpm-model-") as temporary:
+        try:
+            from ddpm import tracking
+
+            found = tracking.fetch_model(name, Path(temporary))
+        except ModuleNotFoundError as error:
+            raise InputError(f"{name}: {checkout.missing(error)}") from None
+        yield found
+
+
+def _folder(name: str) -> Path:
+    """Returns the folder of a checkpoint. Raises InputError, which lists the models here, if there is no such folder."""
+    folder = Path(name)
+    if not folder.is_dir():
+        here = [str(path.parent) for top in ("models", "imported") for path in sorted(Path(top).glob("*/model.json"))]
+        there = (
+            f"there are {', '.join(here)}" if here else "`ddpm train` and `ddpm import-diffusers` write such folders"
+        )
+        raise InputError(f"{name}: no such folder; {there}")
+    return folder
