@@ -124,11 +124,12 @@ def test_the_wheel_holds_what_is_no_python(wheel: Path) -> None:
         for pattern in ("*.c", "*.jinja", "py.typed")
         for path in (ROOT / "ddpm").rglob(pattern)
     }
-    data |= {f"ddpm/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    data |= {f"ddpm/template/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     assert len(data) > 8 and data <= there
     assert [name for name in there if re.fullmatch(r".*\.dist-info/licenses/LICENSE", name)]
     modules = {path.relative_to(ROOT).as_posix() for name in ("ddpm", "flows") for path in (ROOT / name).rglob("*.py")}
-    assert modules == {name for name in there if name.endswith(".py")}
+    code = {name for name in there if name.endswith(".py") and not name.startswith("ddpm/template/")}
+    assert modules == code
 
 
 def test_the_library_alone_loads_a_model_and_samples_from_it(library: Run, project: Path) -> None:
