@@ -503,6 +503,8 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     """
     from PIL import Image
 
+    if "exif" not in image.info or image.format == "TIFF":  # Pillow turns a TIFF when it loads
+        return None
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -512,8 +514,6 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }
-    if "exif" not in image.info or image.format == "TIFF":  # Pillow turns a TIFF when it loads
-        return None
     return turns.get(image.getexif().get(ORIENTATION, 1))
 
 
