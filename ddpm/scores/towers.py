@@ -6,8 +6,8 @@ last norm. The weights' position embeddings belong to 37x37 patches. They are re
 which differs from timm's way.
 
 CLIP (Radford et al. 2021, arXiv:2103.00020) runs in open_clip, as Jayasumana et al. 2024 (arXiv:2401.09603, CMMD) use it:
-ViT-L/14 at 336 pixels, images in 0 ... 1 resized by the bicubic filter with antialiasing, CLIP's mean and deviation, the
-embedding scaled to unit length.
+ViT-L/14 at 336 pixels, the square in the middle of each image in 0 ... 1 resized by the bicubic filter with antialiasing, CLIP's
+mean and deviation, the embedding scaled to unit length.
 
 The weights come from a file that an environment variable names. Nothing is fetched.
 """
@@ -127,7 +127,7 @@ def clip(variable: str, device: torch.device | str = "cpu", architecture: str = 
     shape = (config["vision_cfg"]["image_size"],) * 2
 
     def prepare(images: Tensor) -> Tensor:
-        resized = functional.interpolate(images.float() / 255, shape, mode="bicubic", antialias=True)
+        resized = functional.interpolate(_middle(images).float() / 255, shape, mode="bicubic", antialias=True)
         return _scaled(resized, *_OPENAI)
 
     unit = nn.Sequential(network, _UnitLength())
@@ -137,6 +137,13 @@ def clip(variable: str, device: torch.device | str = "cpu", architecture: str = 
 class _UnitLength(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return functional.normalize(x, dim=-1)
+
+
+def _middle(images: Tensor) -> Tensor:
+    """Returns the largest square in the middle of each image."""
+    side = min(images.shape[2:])
+    top, left = ((length - side) // 2 for length in images.shape[2:])
+    return images[..., top : top + side, left : left + side]
 
 
 def _scaled(images: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:

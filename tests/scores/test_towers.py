@@ -28,6 +28,7 @@ PICTURES = {
     "grey": RNG.integers(0, 256, (5, 1, 8, 8), dtype=np.uint8),
     "small": RNG.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8),
     "large and oblong": RNG.integers(0, 256, (1, 3, 310, 401), dtype=np.uint8),
+    "high": RNG.integers(0, 256, (2, 3, 41, 24), dtype=np.uint8),
 }
 
 
@@ -101,6 +102,14 @@ def jax_resized(images: np.ndarray, side: int) -> np.ndarray:
     return images
 
 
+def cropped(images: np.ndarray) -> np.ndarray:
+    """The box that CMMD's `_center_crop_and_resize` takes from an image before anything else."""
+    height, width = images.shape[2:]
+    side = min(height, width)
+    left, upper = (width - side) // 2, (height - side) // 2
+    return images[:, :, upper : upper + side, left : left + side]
+
+
 @pytest.fixture(scope="module")
 def dinov2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights in Meta's format: for 518 pixels, and with the mask token."""
@@ -147,7 +156,7 @@ def test_clip_is_open_clips_forward_on_cmmds_images(kind: str, clip_file: Path, 
     monkeypatch.setenv(clip.WEIGHTS_VARIABLE, str(clip_file))
     ours = towers.clip(clip.WEIGHTS_VARIABLE, architecture=TINY)
     theirs.load_state_dict(load_file(clip_file))
-    images = jax_resized(PICTURES[kind].repeat(3 // PICTURES[kind].shape[1], axis=1) / 255.0, 56)
+    images = jax_resized(cropped(PICTURES[kind]).repeat(3 // PICTURES[kind].shape[1], axis=1) / 255.0, 56)
     moments = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     mean, deviation = (np.array(values)[:, None, None] for values in moments)
     scaled = torch.from_numpy((images - mean) / deviation).float()
