@@ -60,7 +60,7 @@ def compare(root: Path = Path()) -> Compared | None:
     new, old = _measured(present, now), _measured(previous, before)
     both = [name for name in new if name in old]
     alike = [name for name in both if not differences(new[name][0], old[name][0])]
-    said = [_when(previous)]
+    said = _when(previous)
     if not changed:
         said.append("Parameters and data are the same.")
     if both and not alike:
@@ -126,10 +126,10 @@ def _measured(folder: Path, about: dict[str, Any]) -> dict[str, tuple[Scores, Me
     return found
 
 
-def _when(folder: Path) -> str:
-    """Says when and from which commit a kept report was made."""
+def _when(folder: Path) -> list[str]:
+    """Says when and from which commit a kept report was made; [] if that is unknown."""
     run = runs.read_run(folder, paths.report_dir())
     if run is None:
-        return ""
+        return []
     commit = f", commit {run.git_commit[:10]}{' with edits' if run.git_dirty else ''}" if run.git_commit else ""
-    return f"It ended at {datetime.fromtimestamp(run.ended / 1000, UTC):%Y-%m-%d %H:%M} UTC{commit}."
+    return [f"It ended at {datetime.fromtimestamp(run.ended / 1000, UTC):%Y-%m-%d %H:%M} UTC{commit}."]

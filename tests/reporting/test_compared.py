@@ -220,6 +220,8 @@ def test_a_click_enlarges_samples_and_figures(opened: Any, shoot: Callable[[Any,
         assert cells.count() == 10
         assert all(cell.bounding_box()["height"] > 1.9 * height for cell in cells.all())
         assert edges(cells.first)[0] >= 0 and edges(cells.nth(1))[1] <= width
+        more = dialog.get_by_role("link").evaluate("link => link.href")
+        assert more.endswith("/samples/cosine-ddpm-2.png") and "/report/" not in more
         shoot(opened, f"report-samples-{width}")
         opened.keyboard.press("Escape")
         opened.locator("#front button.zoom").click()
