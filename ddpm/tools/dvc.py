@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 from ddpm.errors import InputError
 from ddpm.provenance import atomic_lock
-from ddpm.reporting.answer import answer
 from ddpm.runtime.display import SAID_LATER
 
 
 def main() -> int:
     """Runs the DVC command in sys.argv. The Makefile and the Dockerfile point DVC's console script at this function."""
-    if "repro" not in sys.argv[1:]:
+    if not _makes_the_report(sys.argv[1:]):
         return atomic_lock.main()
     os.environ[SAID_LATER] = "1"
     code = atomic_lock.main()
     root = atomic_lock.pipeline()
-    if code == 0 and root and _makes_the_report():
+    if code == 0 and root:
+        from ddpm.reporting.answer import answer
+
         try:
             lines = answer(root)
         except InputError as error:  # DVC has succeeded, so its exit code stays
@@ -27,9 +29,9 @@ def main() -> int:
     return code
 
 
-def _makes_the_report() -> bool:
-    """Returns whether the command line asks for all stages or for the report, and not for silence or a dry run."""
-    from dvc.cli import parse_args
-
-    asked = parse_args(sys.argv[1:])
-    return (not asked.targets or "report" in asked.targets) and not asked.dry and not asked.quiet
+def _makes_the_report(arguments: Sequence[str]) -> bool:
+    """Returns whether this is `dvc repro` of all stages or of the report, neither silent nor a dry run."""
+    if "repro" not in arguments or {"-q", "--quiet", "--dry", "-h", "--help"} & set(arguments):
+        return False
+    targets = [name for name in arguments[arguments.index("repro") + 1 :] if not name.startswith("-")]
+    return not targets or "report" in targets
