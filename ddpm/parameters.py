@@ -67,7 +67,7 @@ REST = "rest"  # the field for entries whose names are unknown here
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The images that `prepare` reads."""
+    """The images that `prepare` reads. hub: NAME@COMMIT of a dataset of the Hugging Face Hub."""
 
     source: str = entry(NAME)
     path: str = entry({"min_length": 1, "max_length": 4095})
@@ -75,8 +75,14 @@ class Data:
     size: int | None = entry({"ge": 4, "le": 4096}, None)
     channels: Literal[1, 3] | None = None
     test_fraction: float = entry(FRACTION, 0.2)
+    hub: str | None = None
 
     def __post_init__(self) -> None:
+        if self.hub is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}", self.hub, re.ASCII) is None:
+            raise ValueError(
+                "hub: expected NAME@COMMIT, such as ylecun/mnist@ and 40 hexadecimal digits: a dataset and a commit of it, since"
+                f" its branches move (given: {self.hub!r:.60})"
+            )
         if "\0" in self.path or any(len(os.fsencode(part)) > 255 for part in self.path.split("/")):
             raise ValueError(
                 "path: no file system has such a path: a part is over 255 bytes long, or there is a zero byte"

@@ -11,46 +11,29 @@ unless `data.size` gives the side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError
-from ddpm.files.arrays import Images
 from ddpm.parameters import Data
 from ddpm.runtime.progress import Progress, Report
-from ddpm.sources import decoding
-from ddpm.sources.source import Contents, Labels, Source, centre, held_out, padded_side
+from ddpm.sources import decoding, encoded
+from ddpm.sources.source import Contents, Labels, Source, held_out
 
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
-    if data.fit != "error" and data.size is None:
-        raise InputError(f"data.fit: {data.fit} needs data.size, the side in pixels")
     found, left_out = decoding.find(root / data.path, data.path)
     files = {name: found[name] for name in sorted(found)}
     if left_out:
         report(Progress(0, len(files), "images", message=_left_out(left_out)))
-    names, is_test = _split(list(files), data, seed)
-    classes, labels = _classes(names, data)
-    layout = _layout(files, data)
-    side = layout.side if data.size else padded_side(layout.side)
 
-    def fill(train: Images, test: Images) -> None:
-        rows = np.where(is_test, is_test.cumsum(), (~is_test).cumsum()) - 1
-        inner = centre(layout.side, side)
-        splits = np.asarray(train), np.asarray(test)  # views of a plain array are quicker to make
-        places = [splits[held][row][inner] for row, held in zip(rows.tolist(), is_test.tolist(), strict=True)]
-        decoding.read_all(files, layout, places, data.path, lambda done: report(Progress(done, len(files), "images")))
+    def sort(names: list[str]) -> encoded.Sorted:
+        names, is_test = _split(names, data, seed)
+        return encoded.Sorted(is_test, *_classes(names, data))
 
-    return Contents(
-        shape=(layout.channels, side, side),
-        counts=(int((~is_test).sum()), int(is_test.sum())),
-        labels=None if labels is None else (labels[~is_test], labels[is_test]),
-        classes=classes,
-        fill=fill,
-    )
+    return encoded.contents(data, files, sort, data.path, report)
 
 
 def _left_out(names: list[str]) -> str:
@@ -58,18 +41,6 @@ def _left_out(names: list[str]) -> str:
     more = ", ..." if len(kinds) > 5 else ""
     files = decoding.counted(len(names), "file")
     return f"left out {files}, hidden or neither PNG nor JPEG ({decoding.shown(', '.join(kinds[:5]))}{more})"
-
-
-def _layout(files: Mapping[str, decoding.Read], data: Data) -> decoding.Layout:
-    """Chooses channels and side: from the parameters, else as decoding.first_shape finds them. Raises InputError."""
-    name, channels, (width, height) = decoding.first_shape(files, data.channels, data.path)
-    if data.size is None and width != height:
-        raise InputError(
-            f"{data.path}: {decoding.shown(name)} is {width}x{height}, and networks here need squares;"
-            " set data.size, and data.fit to crop, pad or resize"
-        )
-    given, convert = data.size is not None, data.channels is not None
-    return decoding.Layout(channels, data.size or width, data.fit, convert, given)
 
 
 def _split(names: list[str], data: Data, seed: int) -> tuple[list[str], NDArray[np.bool_]]:
