@@ -53,7 +53,7 @@ demo: $(EMPTY) ## run the whole pipeline on real digits, from data to a promoted
 	@$(RUN) python -m flows $(if $(RECIPE),--recipe $(RECIPE))
 
 test: $(EMPTY) ## run the tests (about 9 minutes on two quiet cores)
-	@$(EXTRAS) judges)
+	@$(EXTRAS) judges huggingface)
 	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof and not chaos'
 
 test-library: $(INSTALLED) ## run the tests of the maths alone (about 70 seconds)
@@ -61,7 +61,7 @@ test-library: $(INSTALLED) ## run the tests of the maths alone (about 70 seconds
 		tests/scores/test_fidelity.py tests/scores/test_intervals.py
 
 proof: $(EMPTY) ## run the slow proofs, and the tests on mutants of the source
-	@$(EXTRAS) judges mutation notebook)
+	@$(EXTRAS) judges huggingface mutation notebook)
 	@$(RUN) pytest -m proof
 
 chaos: $(EMPTY) ## inject real faults: kills, full disks, dead servers

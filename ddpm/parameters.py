@@ -75,7 +75,11 @@ REST = "rest"  # the field for entries whose names are unknown here
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The images that `prepare` reads. background: #rrggbb, below transparent pixels that `convert` makes opaque."""
+    """The images that `prepare` reads.
+
+    background: #rrggbb, below transparent pixels that `convert` makes opaque. hub: NAME@COMMIT of a dataset of the Hugging Face
+    Hub.
+    """
 
     source: str = entry(NAME)
     path: str = entry({"min_length": 1, "max_length": 4095})
@@ -86,9 +90,15 @@ class Data:
     convert: bool = False
     background: str = entry({"pattern": "^#[0-9a-fA-F]{6}$"}, "#ffffff")
     unusable: Literal["error", "skip"] = "error"
+    hub: str | None = None
 
     def __post_init__(self) -> None:
         check_size(self.size)
+        if self.hub is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}", self.hub, re.ASCII) is None:
+            raise ValueError(
+                "hub: expected NAME@COMMIT, such as ylecun/mnist@ and 40 hexadecimal digits: a dataset and a commit of it, since"
+                f" its branches move (given: {self.hub!r:.60})"
+            )
         if "\0" in self.path or any(len(os.fsencode(part)) > 255 for part in self.path.split("/")):
             raise ValueError(
                 "path: no file system has such a path: a part is over 255 bytes long, or there is a zero byte"

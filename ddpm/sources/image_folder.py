@@ -12,20 +12,16 @@ zeros to the next multiple of 8, unless `data.size` gives them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError
-from ddpm.files.arrays import Images
 from ddpm.parameters import Data
 from ddpm.runtime.progress import Progress, Report
-from ddpm.sources import decoding
-from ddpm.sources.source import MULTIPLE, Contents, Labels, Source, centre, held_out, padded_sides
-
-LARGEST = 2**20  # pixels of an image whose size is taken as it is
+from ddpm.sources import decoding, encoded
+from ddpm.sources.source import Contents, Labels, Source, held_out
 
 # Folders that are splits, in lower case.
 ROLES = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(
@@ -34,36 +30,20 @@ ROLES = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(
 
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
-    if data.fit != "error" and data.size is None:
-        raise InputError(f"data.fit: {data.fit} needs data.size, the side in pixels or [height, width]")
-    skip = data.unusable == "skip"
-    found = decoding.find(root / data.path, data.path, data.convert, skip)
+    found = decoding.find(root / data.path, data.path, data.convert, data.unusable == "skip")
     files = {name: found.images[name] for name in sorted(found.images)}
+
+    def say(message: str) -> None:
+        report(Progress(0, len(files), "images", message=message))
+
     if found.left_out:
-        report(Progress(0, len(files), "images", message=_left_out(found.left_out, data.convert)))
-    layout, broken = _layout(files, data), list[decoding.Fault]()
-    if skip:
-        checked = partial(Progress, total=len(files), unit="images checked")
-        files, layout, broken = decoding.usable(files, layout, data.path, lambda done: report(checked(done)))
-    names, is_test = _split(list(files), data, seed)
-    classes, labels = _classes(names, lambda message: report(Progress(0, len(files), "images", message=message)))
-    sides = layout.sides if data.sides else padded_sides(layout.sides)
+        say(_left_out(found.left_out, data.convert))
 
-    def fill(train: Images, test: Images) -> None:
-        rows = np.where(is_test, is_test.cumsum(), (~is_test).cumsum()) - 1
-        inner = centre(layout.sides, sides)
-        splits = np.asarray(train), np.asarray(test)  # views of a plain array are quicker to make
-        places = [splits[held][row][inner] for row, held in zip(rows.tolist(), is_test.tolist(), strict=True)]
-        decoding.read_all(files, layout, places, data.path, lambda done: report(Progress(done, len(files), "images")))
+    def sort(names: list[str]) -> encoded.Sorted:
+        inner, is_test = _split(names, data, seed)
+        return encoded.Sorted(is_test, *_classes(inner, say))
 
-    return Contents(
-        shape=(layout.channels, *sides),
-        counts=(int((~is_test).sum()), int(is_test.sum())),
-        labels=None if labels is None else (labels[~is_test], labels[is_test]),
-        classes=classes,
-        fill=fill,
-        unusable=sorted((decoding.shown(name), decoding.shown(why)) for name, why in (*found.faults, *broken)),
-    )
+    return encoded.contents(data, files, sort, data.path, report, found.faults)
 
 
 def _left_out(names: list[str], convert: bool) -> str:
@@ -73,27 +53,6 @@ def _left_out(names: list[str], convert: bool) -> str:
     why = "hidden or no images" if convert else "hidden or neither PNG nor JPEG"
     help = "" if convert else decoding.convertible(names)
     return f"left out {files}, {why} ({decoding.shown(', '.join(kinds[:5]))}{more})" + (f"; {help}" if help else "")
-
-
-def _layout(files: Mapping[str, decoding.Read], data: Data) -> decoding.Layout:
-    """Chooses channels and sides: from the parameters, else as decoding.first_shape finds them. Raises InputError."""
-    wanted = data.channels or (3 if data.convert else None)
-    background = _colour(data.background) if data.convert else None
-    name, channels, (width, height) = decoding.first_shape(files, wanted, data.path, background)
-    if data.sides is None and width * height > LARGEST:
-        scale = max(width, height) / 64
-        usual = [round(side / scale / MULTIPLE) * MULTIPLE or MULTIPLE for side in (height, width)]
-        raise InputError(
-            f"{data.path}: {decoding.shown(name)} is {width}x{height}, too large to train on as it is; set data.size,"
-            f" such as {usual} (height, width), and data.fit to crop, pad or resize"
-        )
-    given, convert = data.sides is not None, wanted is not None
-    return decoding.Layout(channels, data.sides or (height, width), data.fit, convert, given, background)
-
-
-def _colour(text: str) -> decoding.Colour:
-    red, green, blue = bytes.fromhex(text.removeprefix("#"))
-    return red, green, blue
 
 
 def _split(names: list[str], data: Data, seed: int) -> tuple[list[str], NDArray[np.bool_]]:

@@ -56,7 +56,8 @@ def test_an_unknown_source_is_one_line_that_names_those_there_are(copied: Any) -
         done = copied.run(sys.executable, "-B", "-m", "ddpm", "prepare")
         assert done.returncode == 2
         assert done.stderr.splitlines() == [
-            f"ddpm: data.source: no '{name}' in ddpm/sources; there are cifar10, digits, fashion_mnist, image_folder, mnist, toy"
+            f"ddpm: data.source: no '{name}' in ddpm/sources;"
+            " there are cifar10, digits, fashion_mnist, huggingface, image_folder, mnist, toy"
         ]
         copied.edit(f"source: {name}\n", "source: digits\n")
     assert not (copied.root / "dataset").exists()

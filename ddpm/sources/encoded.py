@@ -1,0 +1,125 @@
+"""Turns encoded images, such as PNG files, into the contents of a source: chooses their layout and decodes them into place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm.errors import InputError
+from ddpm.files.arrays import Images
+from ddpm.parameters import Data
+from ddpm.runtime.progress import Progress, Report
+from ddpm.sources import decoding
+from ddpm.sources.source import MULTIPLE, Contents, Labels, centre, padded_sides
+
+LARGEST = 2**20  # pixels of an image whose size is taken as it is
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Where images belong.
+
+    is_test: mask of the test split, bool [N]. classes: names of the classes; None without classes. labels: int64 [N], or None.
+    """
+
+    is_test: NDArray[np.bool_]
+    classes: tuple[str, ...] | None
+    labels: Labels | None
+
+
+def contents(
+    data: Data,
+    files: Mapping[str, decoding.Read],
+    sort: Callable[[list[str]], Sorted],
+    where: str,
+    report: Report,
+    faults: Iterable[decoding.Fault] = (),
+) -> Contents:
+    """Returns the contents of a source of encoded images. Sides are padded with zeros to a multiple of 8 unless data.size is set.
+
+    Args:
+        data: the section `data`.
+        files: functions that read the images, by name.
+        sort: takes names of images, and says where they belong.
+        where: the source of the images, as messages name it.
+        report: called with the progress.
+        faults: the names of files that were left out already, with the reasons.
+
+    Raises:
+        InputError: the images have no common layout.
+    """
+    if data.fit != "error" and data.size is None:
+        raise InputError(f"data.fit: {data.fit} needs data.size, the side in pixels or [height, width]")
+    layout, broken = _layout(files, data, where), list[decoding.Fault]()
+    if data.unusable == "skip":
+        checked = partial(Progress, total=len(files), unit="images checked")
+        files, layout, broken = decoding.usable(files, layout, where, lambda done: report(checked(done)))
+    belong = sort(list(files))
+    is_test, labels = belong.is_test, belong.labels
+    sides = layout.sides if data.sides else padded_sides(layout.sides)
+
+    def fill(train: Images, test: Images) -> None:
+        places = _Places(train, test, is_test, centre(layout.sides, sides))
+        decoding.read_all(files, layout, places, where, lambda done: report(Progress(done, len(files), "images")))
+
+    return Contents(
+        shape=(layout.channels, *sides),
+        counts=(int((~is_test).sum()), int(is_test.sum())),
+        labels=None if labels is None else (labels[~is_test], labels[is_test]),
+        classes=belong.classes,
+        fill=fill,
+        unusable=sorted((decoding.shown(name), decoding.shown(why)) for name, why in (*faults, *broken)),
+    )
+
+
+def _layout(files: Mapping[str, decoding.Read], data: Data, where: str) -> decoding.Layout:
+    """Chooses channels and sides: from the parameters, else as decoding.first_shape finds them. Raises InputError."""
+    wanted = data.channels or (3 if data.convert else None)
+    background = _colour(data.background) if data.convert else None
+    name, channels, (width, height) = decoding.first_shape(files, wanted, where, background)
+    if data.sides is None and width * height > LARGEST:
+        scale = max(width, height) / 64
+        usual = [round(side / scale / MULTIPLE) * MULTIPLE or MULTIPLE for side in (height, width)]
+        raise InputError(
+            f"{where}: {decoding.shown(name)} is {width}x{height}, too large to train on as it is; set data.size,"
+            f" such as {usual} (height, width), and data.fit to crop, pad or resize"
+        )
+    given, convert = data.sides is not None, wanted is not None
+    return decoding.Layout(channels, data.sides or (height, width), data.fit, convert, given, background)
+
+
+def _colour(text: str) -> decoding.Colour:
+    red, green, blue = bytes.fromhex(text.removeprefix("#"))
+    return red, green, blue
+
+
+class _Places(Sequence[Images]):
+    """The place of each image in the arrays of its split, made when it is asked for: a million views take 200 MB.
+
+    Args:
+        train, test: uint8 N,C,H,W.
+        is_test: mask of the test split, bool [N].
+        inner: index of the image in its padded rectangle.
+    """
+
+    def __init__(self, train: Images, test: Images, is_test: NDArray[np.bool_], inner: tuple[Any, ...]) -> None:
+        self._splits = np.asarray(train), np.asarray(test)  # views of a plain array are quicker to make
+        self._is_test, self._inner = is_test, inner
+        self._rows = np.where(is_test, is_test.cumsum(), (~is_test).cumsum()) - 1
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Images: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Images]: ...
+    def __getitem__(self, index: int | slice) -> Images | Sequence[Images]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        return self._splits[int(self._is_test[index])][self._rows[index]][self._inner]
