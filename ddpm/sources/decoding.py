@@ -343,14 +343,14 @@ def read_all(
     Raises:
         InputError: images cannot be used. It names the first three.
     """
-    names, readers = list(files), list(files.values())
+    names = list(files)
 
     def read(block: range, tried: Layout) -> list[_ImageFault]:
         faults = []
         with _strict_pillow():
             for index in block:
                 try:
-                    pixels = tried.pixels(readers[index])
+                    pixels = tried.pixels(files[names[index]])
                 except _Refused as refusal:
                     faults.append((index, str(refusal), getattr(refusal, "actual", None)))
                 else:
