@@ -459,14 +459,14 @@ def _faults(
     places: Sequence[Images] | None = None,
 ) -> tuple[Layout, list[_ImageFault]]:
     """Decodes every image, into `places` if they are given. Returns the most frequent layout and the faults by that layout."""
-    readers = list(files.values())
+    names = list(files)
 
     def read(block: range, tried: Layout) -> list[_ImageFault]:
         faults = []
         with _strict_pillow():
             for index in block:
                 try:
-                    pixels = tried.pixels(readers[index])
+                    pixels = tried.pixels(files[names[index]])
                 except _Refused as refusal:
                     faults.append((index, str(refusal), refusal.remedy, getattr(refusal, "actual", None)))
                 else:
@@ -474,10 +474,10 @@ def _faults(
                         places[index][:] = pixels
         return faults
 
-    found = _in_processes(partial(read, tried=layout), len(readers), done)
-    usual = _usual(layout, len(readers) - len(found), [actual for *_, actual in found if actual])
+    found = _in_processes(partial(read, tried=layout), len(names), done)
+    usual = _usual(layout, len(names) - len(found), [actual for *_, actual in found if actual])
     if usual != layout:  # the first image itself differs from most: name those that differ from most
-        found = _in_processes(partial(read, tried=usual), len(readers), lambda _: None)
+        found = _in_processes(partial(read, tried=usual), len(names), lambda _: None)
     return usual, sorted(found, key=itemgetter(0))
 
 

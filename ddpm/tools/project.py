@@ -133,7 +133,7 @@ def _files(recipe: str) -> dict[str, str]:
 
 def _generated() -> dict[str, str]:
     """Returns the files that follow from the installed package."""
-    text = _template("dvc.yaml")
+    text = _template("stages.yaml")  # dvc.yaml, by a name that DVC does not read in a checkout
     made = wiring(text)
     content = {**hashes(text), "dvc.yaml": _sha256(made)}
     return {"dvc.yaml": made, NAME: f"{json.dumps(content, indent=2)}\n"}
