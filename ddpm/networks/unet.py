@@ -167,7 +167,8 @@ def _heights(image_size: int | Sequence[int], levels: int, named: Sequence[int])
     """Returns the height of each resolution in pixels. Raises ValueError unless those include the `named` heights."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
-        raise ValueError(f"image_size {image_size} cannot be halved {levels - 1} times")
+        multiple = f"take sides that are multiples of {2 ** (levels - 1)}, or fewer multipliers"
+        raise ValueError(f"image_size {image_size} cannot be halved {levels - 1} times: {multiple}")
     heights = [height // 2**level for level in range(levels)]
     for side in named:
         if side not in heights:
