@@ -171,7 +171,8 @@ def _heights(image_size: int | Sequence[int], patch: int, levels: int, named: Se
     height, width = height // patch, width // patch
     if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
         of = f" in patches of {patch}x{patch} pixels, {height}x{width}," if patch > 1 else ""
-        raise ValueError(f"image_size {image_size}{of} cannot be halved {levels - 1} times")
+        multiple = f"take sides that are multiples of {patch * 2 ** (levels - 1)}, or fewer multipliers"
+        raise ValueError(f"image_size {image_size}{of} cannot be halved {levels - 1} times: {multiple}")
     heights = [height // 2**level for level in range(levels)]
     for side in named:
         if side not in heights:
