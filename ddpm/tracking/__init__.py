@@ -19,11 +19,8 @@ edited code gave other outputs for the same configuration, these go to a new run
 mlflow is imported late, because the import takes 2 s.
 """
 
-from functools import partial
-
+from ddpm.tracking.outputs import follow, publish, publish_or_warn
 from ddpm.tracking.place import champion_uri, model_name, prepare_store, repo_root, tracking_uri
-from ddpm.tracking.publish import publishing
-from ddpm.tracking.registry.compared import with_champion
 from ddpm.tracking.registry.decision import Decision
 from ddpm.tracking.registry.registry import (
     fetch_champion,
@@ -34,11 +31,6 @@ from ddpm.tracking.registry.registry import (
     rollback,
 )
 from ddpm.tracking.streaming import TrainingWatch, watch_training
-
-# The publishing of runs knows nothing of the registry, which publishes the runs of a promoted point.
-publish = partial(publishing.publish, champion=with_champion)
-publish_or_warn = partial(publishing.publish_or_warn, champion=with_champion)
-follow = partial(publishing.follow, champion=with_champion)
 
 __all__ = [
     "Decision",
