@@ -534,7 +534,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "no images": (["generate", "-m", "models/cosine", "-n", "0"], "-n"),
     "words for a number": (["generate", "-m", "models/cosine", "-n", "many"], "-n"),
     "another picture": (["generate", "-m", "models/cosine", "-o", "x.jpg"], "x.jpg: the picture is a PNG"),
-    "no folder of a model": (["generate", "-m", "cosine"], "ddpm: cosine: no such folder; there are models/cosine"),
+    "no folder of a model": (["generate", "-m", "cosine"], "cosine: no such folder; there are models/cosine"),
     "more test images than there are": (
         ["generate", "-m", "models/cosine", "--encode-decode", str(10**12)],
         f"--encode-decode {10**12}: the test split has 359 images",
