@@ -8,10 +8,13 @@ sets of them. The outputs and DVC's hashes do not depend on that folder.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ddpm.errors import InputError
 from ddpm.files import atomic, dataset, paths, records, runs
 from ddpm.files.params import Params
 from ddpm.files.samples import read_samples_record
@@ -25,6 +28,23 @@ PRESENT, PREVIOUS = "present", "previous"
 RECORD = Path("kept.json")
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is known of a kept report beside its files.
+
+    Args:
+        key: identifies the report, as its page does.
+        parameters: those that the page shows.
+        seeds: the seed of the noise that the images of each point start from, or None.
+        dataset: the version, shape and classes of the dataset, and its numbers of images.
+    """
+
+    key: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Mapping[str, Any] = field(default_factory=dict)
+    dataset: Mapping[str, Any] = field(default_factory=dict)
+
+
 def keep(params: Params, root: Path = Path()) -> None:
     """Copies what a comparison needs of the present report. The report that was kept before becomes the previous one.
 
@@ -32,10 +52,10 @@ def keep(params: Params, root: Path = Path()) -> None:
     """
     rows, data = read_report(root)[1], dataset.read_dataset_record(root)
     key, folder = page.key(params, rows, data), root / paths.CACHE / "reports"
-    if key != _key_of_page(root) or key == _kept(folder / PRESENT).get("key"):
+    if key != _key_of_page(root) or key == _kept(folder / PRESENT).key:
         return
     seeds = {row.point: _seed(root, row) for row in rows}
-    about: dict[str, Any] = {"key": key, "parameters": page.parameters(params), "seeds": seeds, "dataset": _about(data)}
+    about = Kept(key, page.parameters(params), seeds, _about(data))
     if (folder / PRESENT).exists():
         with atomic.replacing_dir(folder / PREVIOUS) as before:
             shutil.copytree(folder / PRESENT, before, dirs_exist_ok=True)
@@ -44,7 +64,7 @@ def keep(params: Params, root: Path = Path()) -> None:
             if (root / path).exists():
                 (now / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(root / path, now / path)
-        records.write_record(now / RECORD, about)
+        records.write_record(now / RECORD, asdict(about))
 
 
 def compare(root: Path = Path()) -> Compared | None:
@@ -54,9 +74,9 @@ def compare(root: Path = Path()) -> Compared | None:
     """
     present, previous = (root / paths.CACHE / "reports" / name for name in (PRESENT, PREVIOUS))
     now, before = _kept(present), _kept(previous)
-    if not before or now.get("key") != _key_of_page(root):
+    if not before.key or now.key != _key_of_page(root):
         return None
-    changed = changes(*({"dataset": each["dataset"], **each["parameters"]} for each in (before, now)))
+    changed = changes(*({"dataset": each.dataset, **each.parameters} for each in (before, now)))
     new, old = _measured(present, now), _measured(previous, before)
     both = [name for name in new if name in old]
     alike = [name for name in both if not differences(new[name][0], old[name][0])]
@@ -94,8 +114,15 @@ def _key_of_page(root: Path) -> str:
     return page.key_of(path.read_text(encoding="utf-8")) if path.exists() else ""
 
 
-def _kept(folder: Path) -> dict[str, Any]:
-    return records.read_record(folder / RECORD) if (folder / RECORD).exists() else {}
+def _kept(folder: Path) -> Kept:
+    """Reads the record of a kept report, or an empty one without such a report. Raises InputError and removes a damaged one."""
+    if not (folder / RECORD).exists():
+        return Kept()
+    try:
+        return records.read_typed(folder / RECORD, Kept)
+    except InputError:
+        shutil.rmtree(folder)
+        raise
 
 
 def _seed(root: Path, row: Row) -> int | None:
@@ -115,14 +142,14 @@ def _files(rows: list[Row]) -> list[Path]:
     return [*(report / name for name in names), paths.run_file(report), *scores]
 
 
-def _measured(folder: Path, about: dict[str, Any]) -> dict[str, tuple[Scores, Measured]]:
+def _measured(folder: Path, about: Kept) -> dict[str, tuple[Scores, Measured]]:
     """Reads the scores of a kept report by the names of its points. Raises InputError."""
     found = {}
     for row in read_report(folder)[1]:
         point = Point.parse(row.point)
         scores = read_scores(folder, point)
         estimate = scores.estimate(read_point_influence(folder, point, scores))
-        found[row.point] = scores, Measured(row.point, estimate, about["seeds"].get(row.point))
+        found[row.point] = scores, Measured(row.point, estimate, about.seeds.get(row.point))
     return found
 
 

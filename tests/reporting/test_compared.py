@@ -136,6 +136,12 @@ def test_a_damaged_earlier_report_is_a_warning(make: Report, smoke: Smoke) -> No
     (line,) = said
     assert line.startswith("warning: the report is not compared with the previous one: ") and "\n" not in line
     assert "22:13" in parts(root)["published"]
+    shutil.rmtree(root / ".cache" / "reports" / "previous")
+    (root / ".cache" / "reports" / "present" / "kept.json").write_text("{}")  # as another version may write it
+    for expected in (1, 0):  # said once, and then the report is kept anew
+        said.clear()
+        write_local(smoke(), root, said.append)
+        assert len(said) == expected
 
 
 def test_the_page_is_the_same_whatever_was_before(make: Report, smoke: Smoke) -> None:
