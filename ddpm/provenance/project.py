@@ -40,7 +40,7 @@ def require_current(root: Path, *versions: Mapping[Path, str]) -> None:
         return
     found = records.read_json(root / NAME)
     for files in versions or (code.AT_IMPORT,):
-        # protects: tests/tools/test_project.py::test_a_changed_package_is_refused_until_the_project_is_updated
+        # protects: tests/tools/test_project.py::test_a_package_that_changes_while_a_stage_runs_is_noticed
         if found.get("package") != package_digest(files):
             raise InputError(
                 f"{root / NAME}: made with ddpm {found.get('version')}, and the code of the installed ddpm {version('ddpm')}"
