@@ -31,7 +31,7 @@ from flows.servers import access
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "images"
-MODEL = "ddpm-digits"  # the registered model of the demo
+MODEL = "ddpm-mnist"  # the registered model of the demo
 COMMAND = re.compile(r"^\s*(?:\$ )?ddpm (generate .*) -o (\w+)\.png$", re.MULTILINE)  # as docs/generate.md shows it
 POINTS = """card => card.querySelector('.js-plotly-plot').data.filter(line => line.mode.includes('markers'))
     .flatMap(line => line.x.map((steps, index) => [`${line.name}-${steps}`, line.y[index]]))"""
