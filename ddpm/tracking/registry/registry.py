@@ -16,6 +16,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpm.databases import mlflow_file
 from ddpm.errors import InputError
 from ddpm.files import atomic, models, paths, records, scores
 from ddpm.files.models import BoundRecord, ModelRecord
@@ -109,6 +110,7 @@ def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path,
     require_reachable(where, START)
     absent = NoSuchModel(f"{uri}: MLflow at {where.shown} has no such model; `ddpm promote` registers one")
     if where.database and not where.database.exists():
+        mlflow_file.check(where.database)  # refuses a lost one
         raise absent  # the client would create an empty database
     with plain_errors(where, START):
         with locked(where):
