@@ -142,7 +142,7 @@ ifneq ($(TORCH_INDEX),)
 else
 	@$(if $(GPU),,.venv/bin/python -c 'import torch' 2>/dev/null || \
 		echo 'No NVIDIA GPU is seen here, and 2.8 of the 2.9 GB to download are for one. To do without: Ctrl-C, then' \
-		'`TORCH=cpu make $(MAKECMDGOALS)`, which takes torch from $(CPU_INDEX)')
+		'`TORCH=cpu make $(MAKECMDGOALS)$(if $(MAKEOVERRIDES), $(MAKEOVERRIDES))`, which takes torch from $(CPU_INDEX)')
 	@cp requirements.lock .venv/requirements.txt
 endif
 	@$(PIP) --compile-bytecode --require-hashes --requirements .venv/requirements.txt

@@ -83,4 +83,6 @@ def _summary(terminal: Terminal, promoted: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+    app.command()(main)
+    app()

@@ -170,7 +170,7 @@ def _everything(root: Path, recipe: str | None, overrides: list[str], promote: b
         if promote and publishing.state.is_completed():
             last["promote"] = run_promote(str(root), return_state=True)
             _shown(_decision, last["promote"])
-        watcher.get().concluded(_answer(root, promoted="promote" in last))
+        watcher.get().concluded(_answer(root, promoted="promote" in last and last["promote"].is_completed()))
         for verb, state in last.items():
             if not state.is_completed():
                 name = "Unpublished" if state.name == "Unreachable" else "Failed"

@@ -1,6 +1,7 @@
 """Parameters, examples and pictures in the docs match the code, and the Python in the docs runs."""
 
 import runpy
+import tomllib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ def test_every_parameter_is_documented() -> None:
     assert not missing
     values = [*SAMPLERS, *SCHEDULES, *SPACINGS, *TARGETS, *LOSSES]
     assert not [value for value in values if f"`{value}`" not in text]
+
+
+def test_every_extra_for_users_is_documented() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    assert not [name for name in extras if name not in ("bench", "dev", "mutation") and f"`ddpm[{name}]`" not in text]
 
 
 EXAMPLES = ("sources/toy_source", "networks/toy_network", "scores/toy_metric", "diffusion/toy_sampler")

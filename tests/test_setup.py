@@ -266,6 +266,7 @@ def test_the_torch_without_cuda_is_offered_before_the_download_and_kept(clone: C
     if not Path("/proc/driver/nvidia/version").exists():
         assert offer in before.stdout
         assert "2.8 of the 2.9 GB" in before.stdout
+        assert f"{offer.partition('`,')[0]} RECIPE=emoji`," in clone.make("RECIPE=emoji", **broken).stdout
     assert offer not in clone.make(**broken, PATH=with_gpu).stdout
     assert "the only value is cpu" in clone.make(TORCH="cuda").stderr
 

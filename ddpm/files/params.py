@@ -56,6 +56,7 @@ from ddpm.scores.extractors import EXTRACTORS, judges
 FAULTS, SHOWN = 5, 60  # at most: faults in one line, characters of a wrong value
 Name = Annotated[str, Field(**NAME)]
 S = TypeVar("S")
+OWN = {"diffusion", "schedules", "samplers", "sweep"}  # sections that a params.yaml of another project lacks
 
 
 class Section(BaseModel):
@@ -247,8 +248,14 @@ class Params(Section):
 
     @classmethod
     def find(cls, path: Path = Path("params.yaml")) -> Params | None:
-        """Reads and checks a parameter file. Returns None if there is none, as outside of a checkout. Raises InputError."""
-        return cls.load(path) if path.exists() else None
+        """Reads and checks a parameter file. Raises InputError.
+
+        Returns None if there is none, or if it is another project's: DVC gives the file this name everywhere.
+        """
+        if not path.exists():
+            return None
+        raw = yaml_file.read_yaml(path)
+        return None if isinstance(raw, dict) and OWN.isdisjoint(raw) else cls.load(path)
 
     @classmethod
     def check(cls, raw: dict[str, Any], where: str) -> Params:

@@ -17,7 +17,9 @@ def read_yaml(path: Path) -> Any:
     try:
         return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run this in a checkout, or copy one from recipes/") from None
+        raise InputError(
+            f"{path}: no such file; run this in a checkout or a project (`ddpm init` makes one), or copy one from recipes/"
+        ) from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}: not UTF-8 in line {line}; save it as UTF-8") from None

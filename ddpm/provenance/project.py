@@ -20,6 +20,13 @@ NAME = "ddpm.json"
 FILES = Path(code.PACKAGE) / "template"  # what `ddpm init` copies; no stage runs it
 
 
+def mlflow_command(root: Path) -> str:
+    """Returns the command that starts MLflow's server in a checkout or in a project, or "" for any other folder."""
+    if (root / NAME).exists():
+        return "python -m flows.servers.up mlflow"
+    return "make ui" if (root / "Makefile").exists() and (root / "flows").is_dir() else ""
+
+
 def package_digest(files: Mapping[Path, str]) -> str:
     """Hashes the code of the package. files: as code.hashes() returns them."""
     return digest(files, (path for path in files if not path.is_relative_to(FILES)))

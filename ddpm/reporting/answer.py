@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 from ddpm.files import paths
+from ddpm.files.params import Params
 from ddpm.files.scores import read_best
+from ddpm.provenance.project import mlflow_command
 
 MOST = 4  # next steps
 
@@ -21,7 +23,7 @@ def answer(root: Path = Path(), *, promoted: bool = False, mlflow: str = "") -> 
         mlflow: the address of the MLflow server that runs beside the flow; "" if none does.
 
     Raises:
-        InputError: report/best.json is damaged.
+        InputError: report/best.json or params.yaml is damaged.
     """
     folder = (root / paths.report_dir()).resolve()
     if not (folder / "best.json").exists():
@@ -46,7 +48,9 @@ def _next_steps(root: Path, promoted: bool, mlflow: str) -> list[tuple[str, str]
     steps.append(("ddpm generate -n 64 --out grid.png", images))
     if not promoted:
         steps.append(("ddpm promote", "registers the best point, which becomes the champion if it wins"))
-    look = "make ui" if (root / "Makefile").exists() else "python -m flows.servers.up mlflow"
-    steps.append((mlflow or look, "the runs, charts and models in MLflow"))
-    steps.append(("ddpm run training.steps=1600", "sets a value of params.yaml and runs only what depends on it"))
+    if look := mlflow or mlflow_command(root):
+        steps.append((look, "the runs, charts and models in MLflow"))
+    if params := Params.find(root / "params.yaml"):
+        twice = 2 * params.training.steps  # fewer would start a new training
+        steps.append((f"ddpm run training.steps={twice}", "goes on training, and runs only what depends on it"))
     return steps[:MOST]

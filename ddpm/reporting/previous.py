@@ -70,8 +70,19 @@ def keep(params: Params, root: Path = Path()) -> None:
 def compare(root: Path = Path()) -> Compared | None:
     """Compares the present report with the previous one.
 
-    Returns None without a previous report, or if the present one was not kept. Raises InputError.
+    Returns None without a previous report, or if the present one was not kept. Raises InputError and removes the copies if one
+    of them is damaged or of a version that this code cannot read: no stage could make them again.
     """
+    try:
+        return _compare(root)
+    except InputError as error:
+        shutil.rmtree(root / paths.CACHE / "reports", ignore_errors=True)
+        raise InputError(
+            f"{error}. The copies in {paths.CACHE / 'reports'} were removed; the next run compares again"
+        ) from None
+
+
+def _compare(root: Path) -> Compared | None:
     present, previous = (root / paths.CACHE / "reports" / name for name in (PRESENT, PREVIOUS))
     now, before = _kept(present), _kept(previous)
     if not before.key or now.key != _key_of_page(root):

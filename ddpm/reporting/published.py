@@ -30,25 +30,25 @@ from ddpm.scores.metrics import RANKING
 def write_local(params: Params, root: Path = Path(), say: Callable[[str], None] = print) -> None:
     """Writes report/run.js without MLflow: times, machines, and the comparison with the previous report.
 
-    An unreadable file becomes a warning, since the report is already on disk.
+    An unreadable file, or a folder that cannot be written, becomes a warning, since the report is already on disk.
     """
     try:
         rows = read_report(root)[1]
         lineage = published(rows, run_records(root, rows), {})
         write_script(root, {"published": lineage, "compared": compared.html(with_previous(params, root, say))})
-    except InputError as error:
+    except (InputError, OSError) as error:
         say(f"warning: {paths.REPORT_SCRIPT} is not written: {error}")
 
 
 def with_previous(params: Params, root: Path, say: Callable[[str], None]) -> list[Compared]:
     """Keeps the present report for the next comparison, and compares it with the previous one.
 
-    An unreadable report becomes a warning.
+    An unreadable report, or a cache that cannot be written, becomes a warning.
     """
     try:
         previous.keep(params, root)
         found = previous.compare(root)
-    except InputError as error:
+    except (InputError, OSError) as error:
         say(f"warning: the report is not compared with the previous one: {error}")
         return []
     return [found] if found else []

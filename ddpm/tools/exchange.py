@@ -77,7 +77,7 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
 def import_diffusers(folder: Path, name: str, root: Path = Path(), null_class: bool = False) -> list[str]:
     """Converts the folder of a UNet2DModel or a DDPMPipeline to imported/NAME, and writes the row schedules.NAME to params.yaml.
 
-    Importing under the same name again replaces both. Without a params.yaml, only the folder is written.
+    Importing under the same name again replaces both. Without a params.yaml of ours, only the folder is written.
 
     Args:
         folder: the folder to read.
@@ -96,7 +96,7 @@ def import_diffusers(folder: Path, name: str, root: Path = Path(), null_class: b
             f"'{name}': the name of an import is made of a-z, 0-9 and _, and has at most {LONGEST_NAME} characters"
         )
     yaml = root / "params.yaml"
-    text = _params_text(yaml, name) if yaml.exists() else None
+    text = _params_text(yaml, name) if Params.find(yaml) else None
     network, lines = _network_folder(folder)
     config = _read_json(network / "config.json")
     if null_class and config.get("num_class_embeds") is None:

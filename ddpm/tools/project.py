@@ -119,6 +119,7 @@ def _files(recipe: str) -> dict[str, str]:
     if recipe not in recipes:
         raise InputError(f"--recipe {recipe}: there are {', '.join(recipes)}")
     Params.load(recipes[recipe])
+    scripts = sorted((code.ROOT / FILES / "recipes").glob("*.py"))  # which make the data of a recipe
     deployment = _template("prefect.yaml")
     for before, after in REPLACED.items():
         deployment = deployment.replace(before, after)
@@ -127,7 +128,8 @@ def _files(recipe: str) -> dict[str, str]:
         **_generated(),
         "prefect.yaml": deployment,
         **{name: _template(source) for source, name in COPIED.items()},
-        **{f"recipes/{name}.yaml": path.read_text(encoding="utf-8") for name, path in recipes.items()},
+        **{f"recipes/{path.name}": path.read_text(encoding="utf-8") for path in scripts},
+        **{f"recipes/{path.name}": path.read_text(encoding="utf-8") for path in recipes.values()},
     }
 
 

@@ -43,10 +43,10 @@ def main(chosen: list[str]) -> None:
     """Runs the processes `chosen` of Procfile, or all of them if the list is empty. Exits when they have ended."""
     try:
         checkout.require_own(Path(), "ddpm", "flows")
+        processes = _processes()
     except InputError as error:
         print(f"make up: {error}", file=sys.stderr)
         sys.exit(2)
-    processes = parse_procfile(Path("Procfile").read_text(encoding="utf-8")).processes
     if unknown := set(chosen) - set(processes):
         sys.exit(f"make up: Procfile has no {', '.join(sorted(unknown))}; it has {', '.join(processes)}")
     named = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI")
@@ -86,6 +86,13 @@ def main(chosen: list[str]) -> None:
                 manager.terminate()
             _end_what_is_left(environment[MARK])
     sys.exit(0 if manager.returncode == INTERRUPTED else manager.returncode)
+
+
+def _processes() -> dict[str, str]:
+    """Returns the commands in Procfile by their names. Raises InputError."""
+    if not (path := Path("Procfile")).exists():
+        raise InputError(f"{path}: no such file; run this in a checkout, or in a project that `ddpm init` made")
+    return dict(parse_procfile(path.read_text(encoding="utf-8")).processes)
 
 
 def _check_records(store: str) -> None:

@@ -128,6 +128,15 @@ def test_files_that_are_no_parameters(text: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_the_params_yaml_of_another_project_is_not_ours(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("data: {path: raw}\ntrain: {lr: 0.1}\n")
+    assert Params.find(path) is None
+    path.write_text("diffusion: {timesteps: 1000}\n")
+    with pytest.raises(InputError, match="Field required"):
+        Params.find(path)
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         Params.load(tmp_path / "params.yaml")

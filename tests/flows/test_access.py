@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -45,6 +46,12 @@ def test_nothing_opens_without_its_password(
     with pytest.raises(InputError, match=missing) as refused:
         access.guard(host, "4200", names, PASSWORDS | changes, tmp_path)
     assert not any(value and value in str(refused.value) for value in changes.values() if len(value) > len(NAME))
+
+
+def test_a_folder_without_a_procfile_is_one_line(tmp_path: Path) -> None:
+    start = (sys.executable, "-m", "flows.servers.up", "mlflow")
+    done = subprocess.run(start, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "`ddpm init` made" in done.stderr
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])

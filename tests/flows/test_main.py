@@ -54,6 +54,11 @@ def test_wrong_input_is_one_line_at_once(here: Any) -> None:
     assert not (here.root / ".prefect" / "server.log").exists()  # nothing was started for it
 
 
+def test_the_help_has_a_short_name(here: Any) -> None:
+    done = here.run(*MAIN, "-h")
+    assert done.returncode == 0 and "--recipe" in done.stdout
+
+
 @pytest.mark.proof
 @pytest.mark.timeout(300)
 def test_everything_runs_without_a_server_and_leaves_none(here: Any) -> None:

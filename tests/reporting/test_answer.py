@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from ddpm.files import records, scores
+from ddpm.files.params import Params
+from ddpm.provenance import project
 from ddpm.reporting.answer import MOST, answer
 
+ROOT = Path(__file__).parents[2]
 DVC = str(Path(sys.executable).with_name("dvc"))
 
 
@@ -24,6 +28,9 @@ def test_the_answer_is_the_best_point_the_page_and_what_helps_then(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(checkout)
+    shutil.copy(ROOT / "recipes" / "smoke.yaml", "params.yaml")
+    Path("Makefile").touch()
+    Path("flows").mkdir()
     row = scores.read_best(checkout).row
     lines = answer()
     assert lines[:2] == [
@@ -34,11 +41,12 @@ def test_the_answer_is_the_best_point_the_page_and_what_helps_then(
     assert (generate, promote, run) == (
         "ddpm generate -n 64 --out grid.png",
         "ddpm promote",
-        "ddpm run training.steps=1600",
+        f"ddpm run training.steps={2 * Params.load(Path('params.yaml')).training.steps}",
     )
-    assert look == "python -m flows.servers.up mlflow"  # a project has no Makefile
-    (checkout / "Makefile").touch()
-    assert steps(answer())[2] == "make ui"
+    assert look == "make ui"
+    (checkout / project.NAME).touch()  # a project, which may lie in a folder with a Makefile of its own
+    assert steps(answer())[2] == "python -m flows.servers.up mlflow"
+    (checkout / project.NAME).unlink()
     assert "ddpm promote" not in steps(answer(promoted=True))
     served = answer(promoted=True, mlflow="http://127.0.0.1:5000/#/chart")
     assert steps(served)[1] == "http://127.0.0.1:5000/#/chart" and "from the champion" in served[3]

@@ -136,12 +136,24 @@ def test_a_damaged_earlier_report_is_a_warning(make: Report, smoke: Smoke) -> No
     (line,) = said
     assert line.startswith("warning: the report is not compared with the previous one: ") and "\n" not in line
     assert "22:13" in parts(root)["published"]
-    shutil.rmtree(root / ".cache" / "reports" / "previous")
+    said.clear()
+    write_local(smoke(), root, said.append)  # said once, since no stage makes the copy again
+    assert not said and (root / ".cache" / "reports" / "present").is_dir()
     (root / ".cache" / "reports" / "present" / "kept.json").write_text("{}")  # as another version may write it
     for expected in (1, 0):  # said once, and then the report is kept anew
         said.clear()
         write_local(smoke(), root, said.append)
         assert len(said) == expected
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(make: Report, smoke: Smoke) -> None:
+    root, said = make(smoke(), 40.0), list[str]()
+    shutil.rmtree(root / ".cache" / "reports")
+    (root / ".cache" / "reports").touch()
+    write_local(smoke(), root, said.append)
+    (line,) = said
+    assert line.startswith("warning: the report is not compared with the previous one: ")
+    assert "22:13" in parts(root)["published"]
 
 
 def test_the_page_is_the_same_whatever_was_before(make: Report, smoke: Smoke) -> None:

@@ -63,7 +63,8 @@ def test_a_project_has_all_that_a_run_needs(tmp_path: Path) -> None:
     said = CliRunner().invoke(app, ["init", str(folder), "--recipe", "smoke"]).output.splitlines()
     assert said[:3] == [f"{folder}: a project with the recipe smoke", "next:", f"  cd {folder}"]
     assert (folder / "params.yaml").read_bytes() == (ROOT / "recipes" / "smoke.yaml").read_bytes()
-    recipes = {path.name for path in (ROOT / "recipes").glob("*.yaml")}
+    recipes = {path.name for path in (ROOT / "recipes").glob("*.*")}  # scripts that make the data of a recipe, too
+    assert "emoji.py" in recipes
     assert {path.name for path in (folder / "recipes").iterdir()} == recipes
     assert read((folder / "prefect.yaml").read_text())["deployments"][0]["entrypoint"] == "flows.train_eval.train_eval"
     assert not [path for path in folder.rglob("*") if path.is_symlink()]

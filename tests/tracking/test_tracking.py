@@ -909,6 +909,10 @@ def test_without_a_server_the_work_goes_on(
         tracking.publish(params, checkout)
     with pytest.raises(InputError, match=r"cannot be reached; start it .*, or name a checkpoint folder"):
         tracking.fetch_model("models:/ddpm-away@champion", checkout / "fetched")
+    (checkout / "ddpm.json").touch()  # a project has no `make ui`
+    with pytest.raises(InputError, match=r"start it \(`python -m flows.servers.up mlflow`\), or name"):
+        tracking.fetch_model("models:/ddpm-away@champion", checkout / "fetched", checkout)
+    (checkout / "ddpm.json").unlink()
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     tracking.publish(params, checkout)

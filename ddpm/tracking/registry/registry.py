@@ -25,6 +25,7 @@ from ddpm.files.scores import Scores, read_best, read_report, read_scores
 from ddpm.networks.network import NETWORKS
 from ddpm.parameters import Point
 from ddpm.provenance import code
+from ddpm.provenance.project import mlflow_command
 from ddpm.reporting.card import LONGEST, card, with_front_matter
 from ddpm.scores.intervals import Estimate
 from ddpm.scores.metrics import HEADLINE, RANKING
@@ -61,9 +62,11 @@ SERVED = Path(__file__).with_name("served.py")
 BEST = "ddpm.best_champion"  # tag of a champion: the version with the best score of all champions up to it
 ROLLED_BACK = "ddpm.rolled_back"  # tag of a version that `promote` does not bring back without --replace
 
-START = (
-    "start it (`make ui`), or name a checkpoint folder such as models/cosine instead"  # advice where a model is read
-)
+
+def _start(root: Path) -> str:
+    """Returns what to do where a model is read and MLflow does not answer."""
+    command = mlflow_command(root)
+    return f"start it{f' (`{command}`)' if command else ''}, or name a checkpoint folder such as models/cosine instead"
 
 
 class NoSuchModel(InputError):
@@ -107,12 +110,12 @@ def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path,
     where = find_place(root)
     if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/[0-9]+)", uri):
         raise InputError(f"'{uri}' names no registered model: expected models:/NAME@ALIAS or models:/NAME/VERSION")
-    require_reachable(where, START)
+    require_reachable(where, _start(root))
     absent = NoSuchModel(f"{uri}: MLflow at {where.shown} has no such model; `ddpm promote` registers one")
     if where.database and not where.database.exists():
         mlflow_file.check(where.database)  # refuses a lost one
         raise absent  # the client would create an empty database
-    with plain_errors(where, START):
+    with plain_errors(where, _start(root)):
         with locked(where):
             client = client_of(where)
         version = _version(client, uri)
