@@ -77,8 +77,8 @@ REST = "rest"  # the field for entries whose names are unknown here
 class Data:
     """The images that `prepare` reads.
 
-    background: #rrggbb, below transparent pixels that `convert` makes opaque. hub: NAME@COMMIT of a dataset of the Hugging Face
-    Hub.
+    background: #rrggbb, with `convert`: below transparent pixels and around padded images. hub: NAME@COMMIT of a dataset of
+    the Hugging Face Hub.
     """
 
     source: str = entry(NAME)
@@ -88,12 +88,17 @@ class Data:
     channels: Literal[1, 3] | None = None
     test_fraction: float = entry(FRACTION, 0.2)
     convert: bool = False
-    background: str = entry({"pattern": "^#[0-9a-fA-F]{6}$"}, "#ffffff")
+    background: str = entry({ALONE: True}, "#ffffff")
     unusable: Literal["error", "skip"] = "error"
     hub: str | None = None
 
     def __post_init__(self) -> None:
         check_size(self.size)
+        if not isinstance(self.background, str) or re.fullmatch("#[0-9a-fA-F]{6}", self.background) is None:
+            raise ValueError(
+                'background: expected "#rrggbb", six hexadecimal digits, in quotes, since YAML takes # for a comment'
+                f" (given: {self.background!r:.60})"
+            )
         if self.hub is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}", self.hub, re.ASCII) is None:
             raise ValueError(
                 "hub: expected NAME@COMMIT, such as ylecun/mnist@ and 40 hexadecimal digits: a dataset and a commit of it, since"

@@ -342,7 +342,7 @@ class Layout:
         channels: 1 for grey, 3 for RGB.
         sides: height and width in pixels.
         fit: what to do with images of another size: "error", "crop" (scale to cover the rectangle, cut off the rest),
-            "pad" (scale to fit into the rectangle, fill up with zeros) or "resize" (stretch).
+            "pad" (scale to fit into the rectangle, fill up with the border) or "resize" (stretch).
         convert: whether to convert images of other modes.
         given: whether the user has chosen the sides. If not, they are those of the first image.
         background: R, G, B below transparent pixels. Set: convert everything, see the top of this module.
@@ -355,6 +355,14 @@ class Layout:
     given: bool = True
     background: Colour | None = None
 
+    @property
+    def border(self) -> tuple[int, ...]:
+        """The colour around a picture that is padded, a value per channel: the background, or black without one."""
+        from PIL import Image
+
+        pixel = Image.new("RGB", (1, 1), self.background or (0, 0, 0)).convert(MODES[self.channels])
+        return tuple(pixel.tobytes())
+
     def pixels(self, read: Read) -> Images:
         """Reads and decodes an image: uint8 [channels, height, width]. Raises _Refused."""
         picture = _picture(read, self.channels if self.convert else None, self.background)
@@ -366,7 +374,7 @@ class Layout:
         if sides != self.sides and self.fit == "error":
             raise _Mismatch(_other_size(picture, self.sides), FIT, replace(self, sides=sides))
         if (height, width) != self.sides:
-            picture = _fitted(picture, self.sides, self.fit)
+            picture = _fitted(picture, self.sides, self.fit, self.border)
         return np.asarray(picture).reshape(*self.sides, self.channels).transpose(2, 0, 1)
 
 
@@ -683,8 +691,8 @@ def _check_rows(png: bytes, data: bytes) -> None:
         raise _Refused(f"truncated: {found:,} of {expected:,} bytes of pixels")
 
 
-def _fitted(picture: Image.Image, sides: tuple[int, int], fit: str) -> Image.Image:
-    """Returns the picture with this height and width; see Layout.fit. Raises _Refused."""
+def _fitted(picture: Image.Image, sides: tuple[int, int], fit: str, border: tuple[int, ...]) -> Image.Image:
+    """Returns the picture with this height and width; see Layout.fit and Layout.border. Raises _Refused."""
     from PIL import Image, ImageOps
 
     width, height = picture.size
@@ -696,7 +704,7 @@ def _fitted(picture: Image.Image, sides: tuple[int, int], fit: str) -> Image.Ima
         if min(width, height) * size[0] < width or min(width, height) * size[1] < height:
             into = f"{size[0]}x{size[1]}"
             raise _Refused(f"{width}x{height} is less than a pixel high or wide when it is scaled to fit {into}")
-        return ImageOps.pad(picture, size, best, color=0)
+        return ImageOps.pad(picture, size, best, color=border)
     if fit == "resize":
         return picture.resize(size, best)
     raise _Refused(_other_size(picture, sides), FIT)

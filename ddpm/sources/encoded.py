@@ -40,7 +40,7 @@ def contents(
     report: Report,
     faults: Iterable[decoding.Fault] = (),
 ) -> Contents:
-    """Returns the contents of a source of encoded images. Sides are padded with zeros to a multiple of 8 unless data.size is set.
+    """Returns the contents of a source of encoded images. Sides are padded to a multiple of 8 unless data.size is set.
 
     Args:
         data: the section `data`.
@@ -64,6 +64,8 @@ def contents(
     sides = layout.sides if data.sides else padded_sides(layout.sides)
 
     def fill(train: Images, test: Images) -> None:
+        if sides != layout.sides and any(layout.border):
+            train[:] = test[:] = np.reshape(layout.border, (-1, 1, 1))
         places = _Places(train, test, is_test, centre(layout.sides, sides))
         decoding.read_all(files, layout, places, where, lambda done: report(Progress(done, len(files), "images")))
 

@@ -5,8 +5,8 @@ Zip files in the folder are read as if they were unpacked there. The path of an 
     [WRAPPER/...][train/|test/][CLASS/]...NAME.png    or    [WRAPPER/...]CLASS/train/|test/...NAME.png
 
 If these folders hold every image, they are the splits. They may have other names, see ROLES, in any case. Otherwise a seeded
-fraction becomes the test split. If every image then lies in a folder, its first folder is its class. Sides are padded with
-zeros to the next multiple of 8, unless `data.size` gives them.
+fraction becomes the test split. If every image then lies in a folder, its first folder is its class. Sides are padded to
+the next multiple of 8, unless `data.size` gives them.
 """
 
 from __future__ import annotations

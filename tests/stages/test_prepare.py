@@ -454,6 +454,26 @@ def test_transparent_pixels_lie_on_the_background(smoke: Smoke, tmp_path: Path) 
         assert np.abs(image.astype(int) - np.reshape(colour, (3, 1, 1))).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("options", "border"), [({"convert": True}, 150), ({"convert": True, "channels": 1}, 150), ({}, 0)]
+)
+@pytest.mark.parametrize(("size", "inside"), [(32, (8, 24)), (None, (2, 22))])
+def test_padding_has_the_colour_below_transparent_pixels(
+    smoke: Smoke, tmp_path: Path, options: dict[str, Any], border: int, size: int | None, inside: tuple[int, int]
+) -> None:
+    """A picture with a clear margin has no bars of another colour. Without data.convert, padding is black."""
+    solid(tmp_path / "images" / "opaque.png", RED, size=(40, 20))
+    if options:
+        solid(tmp_path / "images" / "clear.png", (0, 0, 0, 0), "RGBA", (40, 20))
+    fit = {"size": size, "fit": "pad"} if size else {}
+    prepare(folder_params(smoke, **options, **fit, background="#969696", test_fraction=0.0), tmp_path)
+    *clear, opaque = read_dataset(tmp_path).train
+    first, last = inside
+    assert (opaque[:, :first] == border).all() and (opaque[:, last:] == border).all()
+    assert (opaque[:, first:last] != border).any(0).all()
+    assert all((image == border).all() for image in clear)
+
+
 def test_grey_if_one_channel_is_wanted(smoke: Smoke, tmp_path: Path) -> None:
     colours = draw_messy_folder(tmp_path / "images")
     prepare(folder_params(smoke, **MESSY, channels=1), tmp_path)
