@@ -110,6 +110,11 @@ class Data:
             )
 
     @property
+    def place(self) -> str:
+        """The place of the images, as messages name it."""
+        return self.hub or self.path
+
+    @property
     def sides(self) -> tuple[int, int] | None:
         """Height and width of every image in pixels; None if the images decide."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size

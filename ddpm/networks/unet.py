@@ -167,7 +167,10 @@ def _heights(image_size: int | Sequence[int], patch: int, levels: int, named: Se
     """Returns the height of each resolution in patches. Raises ValueError unless those include the `named` heights."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if patch < 1 or height % patch or width % patch:
-        raise ValueError(f"image_size {image_size} cannot be divided into patches of patch = {patch} pixels")
+        raise ValueError(
+            f"image_size {image_size} cannot be divided into patches of patch = {patch} pixels: take a patch that divides"
+            " both sides"
+        )
     height, width = height // patch, width // patch
     if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
         of = f" in patches of {patch}x{patch} pixels, {height}x{width}," if patch > 1 else ""
@@ -177,8 +180,9 @@ def _heights(image_size: int | Sequence[int], patch: int, levels: int, named: Se
     for side in named:
         if side not in heights:
             there = [f"{side}x{width // 2**level}" for level, side in enumerate(heights)]
+            unit = f", in patches of {patch}x{patch} pixels" if patch > 1 else ""
             raise ValueError(
-                f"attention at height {side} never occurs: the resolutions (height x width) are {', '.join(there)}"
+                f"attention at height {side} never occurs: the resolutions (height x width{unit}) are {', '.join(there)}"
             )
     return heights
 

@@ -250,13 +250,17 @@ class _File:
         self.folder, self.name = folder, name
 
     def __call__(self) -> bytes:
-        path = Path(self.folder, self.name)
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise _Refused("not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise _Refused(f"{status.st_size:,} bytes are too many")
-        return path.read_bytes()
+        return read_file(Path(self.folder, self.name))
+
+
+def read_file(path: Path) -> bytes:
+    """Reads an image file. Raises an error unless it is a regular file: a pipe, for example, could be read without end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise _Refused("not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise _Refused(f"{status.st_size:,} bytes are too many")
+    return path.read_bytes()
 
 
 class _Members:

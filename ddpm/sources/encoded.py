@@ -59,6 +59,7 @@ def contents(
     if data.unusable == "skip":
         checked = partial(Progress, total=len(files), unit="images checked")
         files, layout, broken = decoding.usable(files, layout, where, lambda done: report(checked(done)))
+        _check_size(layout, where, "most images are")
     belong = sort(list(files))
     is_test, labels = belong.is_test, belong.labels
     sides = layout.sides if data.sides else padded_sides(layout.sides)
@@ -84,15 +85,23 @@ def _layout(files: Mapping[str, decoding.Read], data: Data, where: str) -> decod
     wanted = data.channels or (3 if data.convert else None)
     background = _colour(data.background) if data.convert else None
     name, channels, (width, height) = decoding.first_shape(files, wanted, where, background)
-    if data.sides is None and width * height > LARGEST:
-        scale = max(width, height) / 64
-        usual = [round(side / scale / MULTIPLE) * MULTIPLE or MULTIPLE for side in (height, width)]
-        raise InputError(
-            f"{where}: {decoding.shown(name)} is {width}x{height}, too large to train on as it is; set data.size,"
-            f" such as {usual} (height, width), and data.fit to crop, pad or resize"
-        )
     given, convert = data.sides is not None, wanted is not None
-    return decoding.Layout(channels, data.sides or (height, width), data.fit, convert, given, background)
+    layout = decoding.Layout(channels, data.sides or (height, width), data.fit, convert, given, background)
+    _check_size(layout, where, f"{decoding.shown(name)} is")
+    return layout
+
+
+def _check_size(layout: decoding.Layout, where: str, subject: str) -> None:
+    """Raises InputError for a size that nobody has chosen and that no network is trained on. subject: of the message."""
+    height, width = layout.sides
+    if layout.given or width * height <= LARGEST:
+        return
+    scale = max(width, height) / 64
+    usual = [round(side / scale / MULTIPLE) * MULTIPLE or MULTIPLE for side in (height, width)]
+    raise InputError(
+        f"{where}: {subject} {width}x{height}, too large to train on unchanged; set data.size,"
+        f" such as {usual} (height, width), and data.fit to crop, pad or resize"
+    )
 
 
 def _colour(text: str) -> decoding.Colour:

@@ -36,7 +36,7 @@ COPY = "keep what you mean in a local copy: load_dataset(...) of the library `da
 
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
-    where = data.hub or data.path
+    where = data.place
     scratch = root / paths.CACHE / "huggingface"  # arrow files that the library makes of parquet files; read once
     report(Progress(0, 1, "images", message=f"opening {where}"))
     splits = _splits(_load(data, root, scratch), where)
@@ -93,7 +93,7 @@ def _load(data: Data, root: Path, scratch: Path) -> Any:
     except Exception as error:  # noqa: BLE001 - the library raises two dozen types of its own, of pyarrow and of three HTTP clients
         advice = "name a dataset and a commit that are there, or download a copy and name its folder in data.path"
         advice = advice if data.hub else "download it again"
-        raise InputError(f"{data.hub or data.path}: not readable: {_one_line(error)}; {advice}") from None
+        raise InputError(f"{data.place}: not readable: {_one_line(error)}; {advice}") from None
     raise InputError(
         f"{data.path}: no folder with parquet files or of save_to_disk;"
         " set data.path to a local copy of a dataset, or data.hub to NAME@COMMIT of one on the Hub"
@@ -232,7 +232,7 @@ class _Rows(Mapping[str, decoding.Read]):
         # protects: tests/sources/test_huggingface.py::test_a_row_names_no_file_elsewhere
         if not any(file.is_relative_to(folder) for folder in self._folders):
             raise ValueError(f"names the file {decoding.shown(path)} elsewhere, and holds no image")
-        return file.read_bytes()
+        return decoding.read_file(file)
 
 
 SOURCE = Source(

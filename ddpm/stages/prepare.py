@@ -43,7 +43,7 @@ def prepare(
     source = SOURCES.select(params.data.source)
     contents = source.open(params.data, params.seed, root, report)
     if contents.counts[0] == 0:
-        raise InputError(f"{params.data.path}: no training images: add some, or lower data.test_fraction")
+        raise InputError(f"{params.data.place}: no training images: add some, or lower data.test_fraction")
     total = sum(contents.counts)
     for warning in check(contents):
         report(Progress(0, total, "images", message=warning))

@@ -85,8 +85,8 @@ def class_count(params: Params, dataset: str, classes: Collection[str] | None) -
         return 0
     if classes is None:
         raise InputError(
-            f"diffusion.conditional is true, but the dataset {dataset} has no classes; put its images into a"
-            " folder for each class, or set it to false"
+            f"diffusion.conditional is true, but the dataset {dataset} has no classes; set it to false, or add"
+            " them: image_folder takes a folder for each class, and huggingface a column of the type ClassLabel"
         )
     return len(classes)
 

@@ -58,7 +58,7 @@ def check_counts(params: Params, counts: tuple[int, int]) -> None:
     if train < FEWEST:
         enough = ", or hold out fewer of them for test" if train + test >= FEWEST else ""
         raise InputError(
-            f"{params.data.path}: {train} train and {test} test images; a score takes {FEWEST} or more of train: add"
+            f"{params.data.place}: {train} train and {test} test images; a score takes {FEWEST} or more of train: add"
             f" images{enough}"
         )
     if params.sampling.images < FEWEST:
@@ -71,7 +71,7 @@ def check_classes(params: Params, classes: Mapping[str, int] | None) -> None:
         return
     if absent := _without_images(classes):
         raise InputError(
-            f"{params.data.path}: no training images of {absent}, so a conditional network cannot learn them; add some,"
+            f"{params.data.place}: no training images of {absent}, so a conditional network cannot learn them; add some,"
             " remove the test images of these classes, or set diffusion.conditional to false"
         )
 

@@ -145,9 +145,12 @@ def test_the_sides_decide_nothing_but_where_attention_is() -> None:
         ({"image_size": (64, 96), "attention": (24,)}, "64x96, 32x48, 16x24, 8x12$"),
         ({"channels": 12}, "multiple of 8"),
         ({"heads": 7}, "must divide"),
-        ({"image_size": 32, "patch": 3}, "cannot be divided into patches of patch = 3 pixels"),
+        ({"image_size": 32, "patch": 3}, "patch = 3 pixels: take a patch that divides both sides$"),
         ({"image_size": 28, "patch": 2, "multipliers": (1, 1, 1)}, "in patches of 2x2 pixels, 14x14, cannot be"),
-        ({"image_size": 28, "patch": 2, "multipliers": (1, 2), "attention": (28,)}, "are 14x14, 7x7"),
+        (
+            {"image_size": 28, "patch": 2, "multipliers": (1, 2), "attention": (28,)},
+            "in patches of 2x2 pixels.* 14x14, 7x7$",
+        ),
     ],
 )
 def test_refused(arguments: dict, message: str) -> None:

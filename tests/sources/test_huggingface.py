@@ -6,6 +6,8 @@ import hashlib
 import http.server
 import io
 import json
+import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -125,6 +127,44 @@ def test_files_that_other_tools_wrote_hold_bytes_and_no_classes(tmp_path: Path, 
         )
         folder = read_dataset(tmp_path)
         assert found == sorted(image.tobytes() for split in (folder.train, folder.test) for image in split)
+
+
+def test_images_are_converted_and_left_out_as_those_of_a_folder(tmp_path: Path, smoke: Smoke) -> None:
+    """Row 3 names a pipe, which nothing writes to, and row 5 holds no image."""
+    import pyarrow as pa
+
+    (tmp_path / "copy").mkdir()
+    os.mkfifo(tmp_path / "copy/pipe.png")
+    values: list[Any] = []
+    for index in range(8):
+        file = io.BytesIO()
+        Pictures.fromarray(picture(index)).quantize(256).save(file, "PNG")
+        values.append({"bytes": file.getvalue(), "path": None})
+    values[3], values[5] = {"bytes": None, "path": str(tmp_path / "copy/pipe.png")}, None
+    typed = pa.array(values, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(pa.table({"image": typed}), tmp_path / "copy/train.parquet")
+
+    assert "; data.convert: true converts some of them" in refused(tmp_path, smoke, unusable="skip")
+    message = refused(tmp_path, smoke, convert=True)
+    assert "2 of 8 images cannot be used: train[3] (not a regular file), train[5] (no image); " in message
+    assert message.endswith("; repair or remove them, or leave them out with data.unusable: skip")
+    dataset = made(tmp_path, smoke, convert=True, unusable="skip", test_fraction=0.0)
+    left = [picture(index).transpose(2, 0, 1) for index in (0, 1, 2, 4, 6, 7)]
+    assert np.abs(dataset.train.astype(int) - left).max() <= 8  # 64 pixels have 64 colours, which quantize() rounds
+    listed = (tmp_path / "dataset/unusable.csv").read_text()
+    assert listed == "path,reason\ntrain[3],not a regular file\ntrain[5],no image\n"
+
+
+def test_the_page_s_way_to_choose_among_columns(tmp_path: Path, smoke: Smoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two columns of classes are refused; what the snippet of docs/huggingface.md makes of them is taken."""
+    as_parquet({"train": two_labels().rename_columns({"coarse": "fine_label"})}, tmp_path / "hub")
+    assert "2 columns of class labels" in refused(tmp_path, smoke, path="hub")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs/huggingface.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert '"uoft-cs/cifar100"' in code
+    exec(code.replace("uoft-cs/cifar100", "hub"), {"COMMIT": COMMIT})
+    assert made(tmp_path, smoke, path="cifar100").record.classes == CLASSES
 
 
 # Refusals.

@@ -373,8 +373,16 @@ def test_images_that_are_all_one_rectangle(tmp_path: Path) -> None:
 def test_photographs_need_a_size(tmp_path: Path) -> None:
     draw(tmp_path / "images/a.png", 0, (4032, 3024))
     message = refused(tmp_path, "image_folder")
-    assert "a.png is 4032x3024, too large to train on as it is; set data.size, such as [48, 64] (height" in message
+    assert "a.png is 4032x3024, too large to train on unchanged; set data.size, such as [48, 64] (height" in message
     assert opened(tmp_path, "image_folder", size=(48, 64), fit="crop").shape == (1, 48, 64)
+
+
+def test_photographs_need_a_size_where_the_first_image_is_small_too(tmp_path: Path) -> None:
+    draw(tmp_path / "images/a.png", 0)
+    for name in "bc":
+        draw(tmp_path / f"images/{name}.png", 0, (2000, 1000))
+    message = refused(tmp_path, "image_folder", unusable="skip")
+    assert message.startswith("images: most images are 2000x1000, too large to train on unchanged; set data.size, such")
 
 
 def test_modes_that_differ(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "no classes": (
         TEN,
         {"diffusion": {"conditional": True}},
-        "conditional is true, but the dataset image_folder has no",
+        "conditional is true, but the dataset image_folder has no classes; set it to false, or add them: ",
     ),
     "attention": (
         TEN,
@@ -80,6 +80,15 @@ def test_what_would_fail_later_is_refused_by_prepare(smoke: Smoke, tmp_path: Pat
     with pytest.raises(InputError, match=message):
         prepared(folder_params(smoke, **changes), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_a_dataset_of_the_hub_is_named_and_not_the_folder_beside_it(smoke: Smoke) -> None:
+    hub = "me/pictures@" + "0" * 40
+    data = {"source": "huggingface", "path": "images", "hub": hub}
+    with pytest.raises(InputError, match=f"^{hub}: 3 train and 1 test images; "):
+        check(smoke(data=data), (1, 8, 8), (3, 1), None)
+    with pytest.raises(InputError, match=f"^{hub}: no training images of eel, "):
+        check(smoke(data=data, diffusion={"conditional": True}), (1, 8, 8), (9, 1), {"cat": 9, "eel": 0})
 
 
 def test_an_imported_network_needs_no_network_section_that_fits(smoke: Smoke) -> None:
