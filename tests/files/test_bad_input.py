@@ -700,6 +700,16 @@ ZIPS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+# What helps with a sound image. Nothing but a repair helps with the others.
+HELP = {
+    "data.convert: true converts them": (
+        *("a GIF", "a TIFF", "a WebP", "16 bit", "CMYK", "colour among grey", "grey with alpha", "a palette"),
+        *("a palette with transparency", "animated"),
+    ),
+    "data.size and data.fit give them one size": ("another size", "another size once turned"),
+}
+
+
 @pytest.mark.parametrize("case", [*IMAGES, *(f"zip: {case}" for case in ZIPS)])
 def test_an_image_or_an_archive(refused: Refused, here: Path, case: str) -> None:
     set_params(("data.source", "image_folder"), ("data.test_fraction", 0.25))
@@ -712,7 +722,9 @@ def test_an_image_or_an_archive(refused: Refused, here: Path, case: str) -> None
     line = refused("prepare")
     assert line.startswith("images: 1 ")
     assert message in line
-    assert "; repair or remove" in line
+    help = next((help for help, cases in HELP.items() if case in cases), "repair or remove")
+    assert f"; {help}" in line
+    assert line.endswith("data.unusable: skip")
 
 
 # A prepared dataset.
