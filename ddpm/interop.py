@@ -300,7 +300,7 @@ def settings_to_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
             raise _bad_value(f"network {key}", value, "cannot be converted to diffusers' UNet2DModel")
     full = _SETTINGS | {key: value for key, value in settings.items() if key in _SETTINGS}
     if full["patch"] != 1:
-        raise _bad_value("network patch", full["patch"], "must be 1 for diffusers' UNet2DModel")
+        raise _bad_value("network patch", full["patch"], "UNet2DModel has no patches; train with network.patch: 1")
     net = _empty(full)
     widths = [round(full["channels"] * multiplier) for multiplier in full["multipliers"]]
     if widths[0] != full["channels"]:

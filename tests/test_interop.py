@@ -367,7 +367,7 @@ def test_a_missing_key_means_what_it_means_to_diffusers() -> None:
         ({"attention": [32, 16], "residual_down": [32]}, "residual_down"),
         ({"attention": [16, 8], "residual_up": [16]}, "residual_up"),
         ({"middle_groups": 0}, "middle_groups = 0"),
-        ({"patch": 2}, "patch = 2"),
+        ({"patch": 2}, "patch = 2.*train with network.patch: 1"),
     ],
 )
 def test_a_network_that_diffusers_cannot_express_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -161,7 +161,7 @@ def test_the_page_s_way_to_choose_among_columns(tmp_path: Path, smoke: Smoke, mo
     assert "2 columns of class labels" in refused(tmp_path, smoke, path="hub")
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs/huggingface.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (code,) = re.findall(r"```\n(from datasets.*?)```", page, re.DOTALL)
     assert '"uoft-cs/cifar100"' in code
     exec(code.replace("uoft-cs/cifar100", "hub"), {"COMMIT": COMMIT})
     assert made(tmp_path, smoke, path="cifar100").record.classes == CLASSES
