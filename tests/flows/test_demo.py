@@ -22,7 +22,7 @@ EPOCHS = 25
 
 
 def scaled(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(images)).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images)).float() / 127.5 - 1
 
 
 def shifted(x: torch.Tensor) -> torch.Tensor:

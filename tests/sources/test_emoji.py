@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,10 +19,12 @@ from ddpm.sources.source import SOURCES
 
 ROOT = Path(__file__).parents[2]
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+SCRIPT = ROOT / "recipes" / "emoji.py"
+PLAIN = Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 def written(folder: Path, *font: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "recipes" / "emoji.py", folder, *font]
+    command = [sys.executable, SCRIPT, folder, *font]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -53,6 +56,19 @@ def test_a_missing_font_is_one_line(tmp_path: Path) -> None:
     done = written(tmp_path / "all", str(tmp_path / "none.ttf"))
     assert done.returncode == 1 and "fonts-noto-color-emoji" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize("font", [PLAIN, SCRIPT])
+def test_a_font_without_pictures_is_one_line(tmp_path: Path, font: Path) -> None:
+    done = written(tmp_path / "all", str(font))
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert done.stderr.startswith(f"{font}: not a font with one table CBDT")
+    assert not (tmp_path / "all").exists()
+
+
+def test_asking_for_help_writes_no_folder(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.startswith("usage: ") and not list(tmp_path.iterdir())
 
 
 def test_pictures_of_the_font_have_an_alpha_channel_that_matters(tmp_path: Path) -> None:
