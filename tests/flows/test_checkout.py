@@ -25,7 +25,7 @@ WIDE, NARROW = 651, 196  # pixels of a preview with ten columns of digits, and w
 
 CODE, DATA = (
     ("ddpm", "flows"),
-    (".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "images/README.md"),
+    (".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml", "images/README.md"),
 )
 
 
@@ -38,6 +38,7 @@ def clone(scratch_maker: Callable[[Path, Path], Any], tmp_path: Path) -> Iterato
     for name in DATA:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
+    shutil.copy(ROOT / "recipes" / "digits.yaml", source / "params.yaml")
     made = scratch_maker(tmp_path / "clone", source)
     made.environment.pop("PYTHONPATH", None)
     author = ("-c", "user.name=test", "-c", "user.email=test@example.org")

@@ -34,7 +34,7 @@ def root(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("ddpm", "images"):
         shutil.copytree(ROOT / name, scratch.root / name, ignore=shutil.ignore_patterns("__pycache__"))
     (scratch.root / "bin" / "python").unlink()
-    params = (ROOT / "params.yaml").read_text().replace("seed: 0", "seed: 5")
+    params = (ROOT / "recipes" / "digits.yaml").read_text().replace("seed: 0", "seed: 5")
     (scratch.root / "params.yaml").write_text(params)
     monkeypatch.setenv("PATH", scratch.environment["PATH"])
     monkeypatch.setenv("SCRATCH", scratch.mark)
