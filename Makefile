@@ -52,7 +52,7 @@ help: ## list the targets
 demo: $(EMPTY) ## run the whole pipeline on real digits, from data to a promoted model, in a few minutes
 	@$(RUN) python -m flows $(if $(RECIPE),--recipe $(RECIPE))
 
-test: $(EMPTY) ## run the tests (about 9 minutes on two quiet cores)
+test: $(EMPTY) ## run the tests (about 11 minutes on two quiet cores)
 	@$(EXTRAS) judges huggingface)
 	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not proof and not chaos'
 
