@@ -71,7 +71,7 @@ def test_the_demos_champion_makes_all_ten_digits(
     try:
         done = clone.run(sys.executable, "-m", "flows")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-        (point,) = re.findall(r"champion: version 1 \((\S+)\): ", done.stdout)
+        (point,) = set(re.findall(r"champion: version 1 \((\S+)\): ", done.stdout))
         judge = classifier(clone.root)
         found = judge(read_samples(clone.root / "samples" / f"{point}.npz").images)
         print(
