@@ -15,6 +15,10 @@ import pytest
 from PIL import Image, ImageCms
 from ruamel.yaml import YAML
 
+from ddpm.errors import InputError
+from ddpm.files.params import Params
+from ddpm.stages.prepare import prepare
+
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +73,28 @@ def messy_folder(folder: Path) -> list[str]:
     for name in (".DS_Store", "Thumbs.db", "holiday/._IMG_1.JPG", "notes.txt"):
         (folder / name).write_bytes(b"\0\1")
     return ["holiday/2020/empty.png", "holiday/2020/half.jpg"]
+
+
+# Parts of the refusals of the messy folder, one after the other, and what a user sets then.
+ADVICE: list[tuple[str, dict[str, object]]] = [
+    ("data.convert: true converts some of them", {"convert": True}),
+    ("data.size and data.fit give some of them one size", {"size": 32}),
+    ("data.size and data.fit give some of them one size", {"fit": "crop"}),
+    ("leave them out with data.unusable: skip", {"unusable": "skip"}),
+]
+
+
+def test_the_advice_of_each_refusal_leads_to_a_dataset(smoke: Callable[..., Params], tmp_path: Path) -> None:
+    broken = messy_folder(tmp_path / "images")
+    data: dict[str, object] = {"source": "image_folder"}
+    for advice, change in ADVICE:
+        with pytest.raises(InputError, match=re.escape(advice)):
+            prepare(smoke(data=data), tmp_path)
+        data |= change
+    record = prepare(smoke(data=data), tmp_path)
+    assert list(record.shape) == [3, 32, 32] and sum(record.counts.values()) == 22
+    rows = (tmp_path / "dataset" / "unusable.csv").read_text().splitlines()[1:]
+    assert [row.partition(",")[0] for row in rows] == broken
 
 
 @pytest.fixture(scope="module")
