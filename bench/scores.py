@@ -1,7 +1,11 @@
-"""Measures Inception features, FID and its interval, beside torch-fidelity and scipy."""
+"""Measures Inception features, FID and its interval, beside torch-fidelity and scipy.
+
+`python -m bench.scores POINT` prints what the FID of a point means (see `main`).
+"""
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -9,10 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bench.harness import TINY, alternate, figure, ratios
-from ddpm.scores import fidelity, inception
+from ddpm.files import paths
+from ddpm.files.dataset import read_dataset
+from ddpm.files.params import Params
+from ddpm.files.samples import read_samples
+from ddpm.parameters import Point
+from ddpm.scores import features, fidelity, inception
 from ddpm.scores.features import extract
+from ddpm.scores.intervals import standard_error
+
+Images = NDArray[np.uint8]
 
 SETS, IMAGES = 3, 150  # sample sets; images in each set and in the reference
 ROWS, DIMENSIONS = (1_000, 128) if TINY else (50_000, 2048)
@@ -146,3 +159,40 @@ def statistics(device: str) -> dict[str, Any]:
             ),
         ],
     }
+
+
+def _gaussian(images: Images, count: int, random: np.random.Generator) -> Images:
+    """Draws images from the Gaussian with the mean and the covariance of all pixels of `images`."""
+    x = np.asarray(images).reshape(len(images), -1).astype(np.float32)
+    mean = x.mean(0)
+    weights = random.standard_normal((count, len(x)), np.float32) / np.float32(np.sqrt(len(x) - 1))
+    drawn = weights @ (x - mean) + mean  # a sum of centred images with independent weights has their covariance
+    return drawn.round().clip(0, 255).astype(np.uint8).reshape(count, *images.shape[1:])
+
+
+def main(point: str) -> None:
+    """Prints what the FID of a point means: beside it, that of noise, of a Gaussian fitted to the pixels, and of held-out images.
+
+    Reads the outputs of `dvc repro` in this checkout. All sets have the same number of images and are compared with the training
+    images, by the extractor and layer of params.yaml.
+    """
+    params, dataset = Params.load(), read_dataset()
+    samples = read_samples(paths.samples_file(Point.parse(point))).images
+    count, random = min(len(samples), len(dataset.test)), np.random.default_rng(0)
+    sets = {
+        "noise": random.integers(0, 256, (count, *dataset.train.shape[1:]), np.uint8),
+        "Gaussian": _gaussian(dataset.train, count, random),
+        point: samples[:count],
+        "held-out images": dataset.test[:count],
+    }
+    chosen = params.evaluation
+    extractor = features.load(chosen.extractor, chosen.layer, CACHE)
+    reference = fidelity.statistics(extract(extractor, dataset.train, chosen.batch))
+    print(f"{count} images each, {len(dataset.train):,} training images, {chosen.extractor}, layer {chosen.layer}")
+    for name, images in sets.items():
+        found = fidelity.jackknife(extract(extractor, images, chosen.batch), reference)
+        print(f"{name:20} FID {found.fid:10.4g} ± {1.96 * standard_error(found.influence):.2g}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -30,7 +30,7 @@ RECORD = Path("kept.json")
 
 @dataclass(frozen=True)
 class Kept:
-    """What is known of a kept report beside its files.
+    """The record of a kept report, stored beside the copied files.
 
     Args:
         key: identifies the report, as its page does.

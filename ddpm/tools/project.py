@@ -1,7 +1,7 @@
 """`init`: makes a project, a folder outside of a checkout in which `dvc repro` runs the stages of the installed package.
 
-Its dvc.yaml is that of the package with one change: instead of files of code, a stage depends on the entries of ddpm.json
-that hold the hashes of these files. So an upgrade of the package reruns only the stages whose code it changes.
+The project's dvc.yaml is the package's, with one change. A stage does not depend on code files, but on entries of ddpm.json,
+which hold the hashes of those files. So an upgrade of the package reruns only the stages whose code it changes.
 """
 
 from __future__ import annotations

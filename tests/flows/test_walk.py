@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.proof, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
 SIDE = 64
-# Of the recipe, so that the walk takes a minute.
+# Smaller values for the recipe, so that the walk takes a minute.
 SMALL: dict[str, dict[str, Any]] = {
     "network": {"channels": 8},
     "training": {"steps": 6, "batch": 4, "validate_every": 6, "validation_images": 4},
@@ -75,7 +75,7 @@ def messy_folder(folder: Path) -> list[str]:
     return ["holiday/2020/empty.png", "holiday/2020/half.jpg"]
 
 
-# Parts of the refusals of the messy folder, one after the other, and what a user sets then.
+# The advice in each successive refusal of the messy folder, and the setting that follows it.
 ADVICE: list[tuple[str, dict[str, object]]] = [
     ("data.convert: true converts some of them", {"convert": True}),
     ("data.size and data.fit give some of them one size", {"size": 32}),

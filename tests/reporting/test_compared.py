@@ -1,4 +1,4 @@
-"""What the report adds to its outputs: times, and the comparison with the previous report. The page in a browser, too."""
+"""report/run.js adds times and the comparison with the previous report to the page. Chromium shows the page at three widths."""
 
 from __future__ import annotations
 

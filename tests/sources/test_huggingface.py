@@ -89,7 +89,7 @@ def is_right(dataset: Dataset, train: range, test: range) -> None:
     assert dataset.record.classes == CLASSES
 
 
-# What is read.
+# Columns, labels and splits.
 
 
 def test_a_folder_of_parquet_files(tmp_path: Path, smoke: Smoke) -> None:

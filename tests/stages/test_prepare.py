@@ -498,7 +498,7 @@ def draw_broken(folder: Path) -> None:
 
 
 def test_broken_files_are_left_out_and_listed(smoke: Smoke, tmp_path: Path) -> None:
-    """What is left is the dataset without them: the same images, split, classes and hash."""
+    """The dataset equals one that never had the broken files: the same images, split, classes and hash."""
     draw_folder(tmp_path / "sound" / "images")
     draw_broken(tmp_path / "broken" / "images")
     for root in ("sound", "broken"):
