@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm.networks.layers import NormSwish
+from ddpm.networks.layers import NormSwish, attention
 
 MOST_BLOCKS = 64  # per resolution: more than any network has, and few enough to build
 
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)
         q, k, v = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+        mixed = attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
         return x + self.out(mixed).view(b, h, w, c).permute(0, 3, 1, 2)
 
 

@@ -1,18 +1,125 @@
-// Functions that winograd.py calls: Winograd's transforms, and group normalisation with swish. Images are float32 N,H,W,C with
-// C a multiple of 8. A tile is 6x6 pixels; tiles overlap, and only the inner 4x4 pixels belong to one tile.
+// Functions that winograd.py calls: 3x3 convolutions by Winograd's method, their gradients, and group normalisation with swish.
+// Images are N,H,W,C with C a multiple of 8, in float32 or, if BFLOAT16 is defined, in bfloat16. Sums are float32.
 //
-// Transformed tiles are stored as 36 planes of rows x channels with one tile per row, the operands of 36 matrix products.
+// A tile has SIDE x SIDE pixels, of which the inner OUT x OUT belong to it alone: F(4x4, 3x3) for float32, and for bfloat16
+// F(2x2, 3x3), whose transforms amplify rounding less. A plane holds one of the PLANES = SIDE x SIDE places of all tiles.
+// A convolution is one matrix product per plane. Operands are arrays of 32-bit elements: a float, or two bfloat16 that follow
+// each other along the summed dimension, as the processor's dot product takes them.
 
 #include <string.h>
+#ifdef BFLOAT16
+#include <immintrin.h>
+#endif
 
 typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int ivec __attribute__((vector_size(32), aligned(4), may_alias));
+#define ALWAYS static inline __attribute__((always_inline))
 
-#define LOAD(p) (*(const vec *)(p))
-#define STORE(p, value) (*(vec *)(p) = (value))
+#ifdef __AVX512F__
+enum { LANES = 16, ROWS = 12 };
+#else
+enum { LANES = 8, ROWS = 6 };
+#endif
+enum { PANEL = 2 * LANES }; // columns of a panel: the second operand of a product is stored panel by panel
+typedef float wide __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float element __attribute__((may_alias));
 
-// B^T, A^T, A and B of F(4x4, 3x3), at the points 0, 1, -1, 2, -2 and infinity: Lavin & Gray 2016, section 4.
-static inline void transform_input(const vec *d, vec *o)
+#ifdef BFLOAT16
+typedef unsigned short number;
+enum { OUT = 2, SIDE = 4, PER = 2 }; // PER: numbers in an element
+
+ALWAYS vec load(const number *p)
+{
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+}
+
+ALWAYS __m128i rounded(vec value)
+{
+  return (__m128i)_mm256_cvtneps_pbh((__m256)value);
+}
+
+ALWAYS void store(number *p, vec value)
+{
+  _mm_storeu_si128((__m128i *)p, rounded(value));
+}
+
+// Stores 8 elements, each from one number of `first` and one of `second`.
+ALWAYS void store_pairs(element *p, vec first, vec second)
+{
+  __m256i low = _mm256_cvtepu16_epi32(rounded(first)), high = _mm256_cvtepu16_epi32(rounded(second));
+  _mm256_storeu_si256((__m256i *)p, _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+}
+
+ALWAYS wide multiply_add(const element *a, const element *b, wide sum)
+{
+  __m512 pair = _mm512_set1_ps(*a);
+  return (wide)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)_mm512_loadu_ps(b));
+}
+
+// B^T, G, A^T, A and G^T of F(2x2, 3x3), at the points 0, 1, -1 and infinity: Lavin & Gray 2016, section 4.
+ALWAYS void transform_input(const vec *d, vec *o)
+{
+  o[0] = d[0] - d[2];
+  o[1] = d[1] + d[2];
+  o[2] = d[2] - d[1];
+  o[3] = d[1] - d[3];
+}
+
+ALWAYS void transform_kernel(const vec *g, vec *o)
+{
+  vec half = 0.5f * (g[0] + g[2]), middle = 0.5f * g[1];
+  o[0] = g[0];
+  o[1] = half + middle;
+  o[2] = half - middle;
+  o[3] = g[2];
+}
+
+ALWAYS void transform_output(const vec *m, vec *o)
+{
+  o[0] = m[0] + m[1] + m[2];
+  o[1] = m[1] - m[2] - m[3];
+}
+
+ALWAYS void transform_gradient(const vec *d, vec *o)
+{
+  o[0] = d[0];
+  o[1] = d[0] + d[1];
+  o[2] = d[0] - d[1];
+  o[3] = -d[1];
+}
+
+ALWAYS void return_kernel(const vec *u, vec *o)
+{
+  o[0] = u[0] + 0.5f * (u[1] + u[2]);
+  o[1] = 0.5f * (u[1] - u[2]);
+  o[2] = 0.5f * (u[1] + u[2]) + u[3];
+}
+#else
+typedef float number __attribute__((may_alias));
+enum { OUT = 4, SIDE = 6, PER = 1 };
+
+ALWAYS vec load(const number *p)
+{
+  return *(const vec *)p;
+}
+
+ALWAYS void store(number *p, vec value)
+{
+  *(vec *)p = value;
+}
+
+ALWAYS void store_pairs(element *p, vec first, vec second)
+{
+  *(vec *)p = first;
+}
+
+ALWAYS wide multiply_add(const element *a, const element *b, wide sum)
+{
+  return sum + *a * *(const wide *)b;
+}
+
+// B^T, G, A^T, A and G^T of F(4x4, 3x3), at the points 0, 1, -1, 2, -2 and infinity: Lavin & Gray 2016, section 4.
+ALWAYS void transform_input(const vec *d, vec *o)
 {
   vec p = d[4] - 4 * d[2], q = d[3] - 4 * d[1], r = d[4] - d[2], s = 2 * (d[3] - d[1]);
   o[0] = 4 * d[0] - 5 * d[2] + d[4];
@@ -23,7 +130,19 @@ static inline void transform_input(const vec *d, vec *o)
   o[5] = 4 * d[1] - 5 * d[3] + d[5];
 }
 
-static inline void transform_output(const vec *m, vec *o)
+ALWAYS void transform_kernel(const vec *g, vec *o)
+{
+  vec p = (g[0] + g[2]) * (-1 / 6.0f), q = g[1] * (-1 / 6.0f);
+  vec r = g[0] * (1 / 24.0f) + g[2] * (1 / 6.0f), s = g[1] * (1 / 12.0f);
+  o[0] = g[0] * 0.25f;
+  o[1] = p + q;
+  o[2] = p - q;
+  o[3] = r + s;
+  o[4] = r - s;
+  o[5] = g[2];
+}
+
+ALWAYS void transform_output(const vec *m, vec *o)
 {
   vec p = m[1] + m[2], q = m[1] - m[2], r = m[3] + m[4], s = m[3] - m[4];
   o[0] = m[0] + p + r;
@@ -32,7 +151,7 @@ static inline void transform_output(const vec *m, vec *o)
   o[3] = q + 8 * s + m[5];
 }
 
-static inline void transform_gradient(const vec *d, vec *o)
+ALWAYS void transform_gradient(const vec *d, vec *o)
 {
   vec p = d[0] + d[2], q = d[1] + d[3], r = d[0] + 4 * d[2], s = 2 * d[1] + 8 * d[3];
   o[0] = d[0];
@@ -43,140 +162,267 @@ static inline void transform_gradient(const vec *d, vec *o)
   o[5] = d[3];
 }
 
-static inline void return_input(const vec *m, vec *o)
+ALWAYS void return_kernel(const vec *u, vec *o)
 {
-  vec p = m[1] + m[2], q = m[1] - m[2], r = m[3] + m[4], s = m[3] - m[4];
-  o[0] = 4 * m[0];
-  o[1] = 4 * (m[5] - q) - 2 * s;
-  o[2] = -5 * m[0] - 4 * p - r;
-  o[3] = q + 2 * s - 5 * m[5];
-  o[4] = m[0] + p + r;
-  o[5] = m[5];
+  vec p = (u[1] + u[2]) * (-1 / 6.0f), q = (u[2] - u[1]) * (1 / 6.0f), r = u[3] + u[4], s = u[3] - u[4];
+  o[0] = u[0] * 0.25f + p + r * (1 / 24.0f);
+  o[1] = q + s * (1 / 12.0f);
+  o[2] = p + r * (1 / 6.0f) + u[5];
+}
+#endif
+
+enum { PLANES = SIDE * SIDE };
+
+long planes(void) { return PLANES; }
+long outputs(void) { return OUT; }
+long panel(void) { return PANEL; }
+long per(void) { return PER; }
+
+// The images of a convolution and their tiles.
+typedef struct {
+  long height, width, channels, down, across;
+} shape;
+
+ALWAYS shape shape_of(long height, long width, long channels)
+{
+  return (shape){height, width, channels, (height + OUT - 1) / OUT, (width + OUT - 1) / OUT};
 }
 
-// Transforms x, N,H,W,C, to planes: B^T d B of each tile d, with zeros around the image.
-void input_planes(const float *x, float *planes, long images, long height, long width, long channels,
-                  long rows)
+// Reads the pixels from row `top` and column `left` on, `side` of them each way, 8 channels from c; zeros around the image.
+// Transforms columns and rows, each to SIDE places.
+ALWAYS void transformed_tile(const number *images, shape s, long tile, long c, int side, int border,
+                             void (*transform)(const vec *, vec *), vec places[PLANES])
 {
-  long down = (height + 3) / 4, across = (width + 3) / 4;
-#pragma omp parallel for schedule(static)
-  for (long tile = 0; tile < images * down * across; tile++) {
-    long left = 4 * (tile % across) - 1, top = 4 * (tile / across % down) - 1;
-    const float *from = x + tile / across / down * height * width * channels;
-    for (long c = 0; c < channels; c += 8) {
-      vec half[6][6], column[6], row[6];
-      for (int j = 0; j < 6; j++) {
-        for (int i = 0; i < 6; i++) {
-          long y = top + i, z = left + j;
-          int inside = y >= 0 && y < height && z >= 0 && z < width;
-          column[i] = inside ? LOAD(from + (y * width + z) * channels + c) : (vec){0};
-        }
-        transform_input(column, row);
-        for (int i = 0; i < 6; i++)
-          half[i][j] = row[i];
-      }
-      for (int i = 0; i < 6; i++) {
-        transform_input(half[i], row);
-        for (int j = 0; j < 6; j++)
-          STORE(planes + ((6 * i + j) * rows + tile) * channels + c, row[j]);
-      }
+  long left = OUT * (tile % s.across) - border, top = OUT * (tile / s.across % s.down) - border;
+  const number *from = images + tile / s.across / s.down * s.height * s.width * s.channels + c;
+  vec half[SIDE][SIDE], column[SIDE], row[SIDE];
+  for (int j = 0; j < side; j++) {
+    for (int i = 0; i < side; i++) {
+      long y = top + i, z = left + j;
+      int inside = y >= 0 && y < s.height && z >= 0 && z < s.width;
+      column[i] = inside ? load(from + (y * s.width + z) * s.channels) : (vec){0};
+    }
+    transform(column, row);
+    for (int i = 0; i < SIDE; i++)
+      half[i][j] = row[i];
+  }
+  for (int i = 0; i < SIDE; i++)
+    transform(half[i], places + SIDE * i);
+}
+
+// Adds a product of ROWS or fewer rows to m, or sets m to it: m[i][j] = sum over p of a[i * row + p * step] * b[p][j], j < PANEL.
+ALWAYS void product(const int rows, const element *a, long row, long step, const element *b, long length, float *m,
+                    long m_row, int add)
+{
+  wide sums[ROWS][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < 2; j++)
+      sums[i][j] = add ? *(wide *)(m + i * m_row + j * LANES) : (wide){0};
+  for (long p = 0; p < length; p++, a += step, b += PANEL) {
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+      sums[i][0] = multiply_add(a + i * row, b, sums[i][0]);
+      sums[i][1] = multiply_add(a + i * row, b + LANES, sums[i][1]);
     }
   }
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < 2; j++)
+      *(wide *)(m + i * m_row + j * LANES) = sums[i][j];
 }
 
-// Transforms planes to y, N,H,W,C: A^T m A of each tile m, plus a bias of C values unless it is null.
-void output_images(const float *planes, const float *bias, float *y, long images, long height, long width, long channels,
-                  long rows)
+static void products(const element *a, long row, long step, const element *b, long length, float *m, long m_row, long rows,
+                     int add)
 {
-  long down = (height + 3) / 4, across = (width + 3) / 4;
-#pragma omp parallel for schedule(static)
-  for (long tile = 0; tile < images * down * across; tile++) {
-    long left = 4 * (tile % across), top = 4 * (tile / across % down);
-    float *to = y + tile / across / down * height * width * channels;
-    for (long c = 0; c < channels; c += 8) {
-      vec half[4][6], column[6], row[4], add = bias ? LOAD(bias + c) : (vec){0};
-      for (int j = 0; j < 6; j++) {
-        for (int i = 0; i < 6; i++)
-          column[i] = LOAD(planes + ((6 * i + j) * rows + tile) * channels + c);
-        transform_output(column, row);
-        for (int i = 0; i < 4; i++)
-          half[i][j] = row[i];
-      }
-      for (int i = 0; i < 4 && top + i < height; i++) {
-        transform_output(half[i], row);
-        for (int j = 0; j < 4 && left + j < width; j++)
-          STORE(to + ((top + i) * width + left + j) * channels + c, row[j] + add);
-      }
-    }
+  while (rows >= ROWS) {
+    product(ROWS, a, row, step, b, length, m, m_row, add);
+    a += ROWS * row, m += ROWS * m_row, rows -= ROWS;
   }
+  for (; rows >= 4; a += 4 * row, m += 4 * m_row, rows -= 4)
+    product(4, a, row, step, b, length, m, m_row, add);
+  for (; rows > 0; a += row, m += m_row, rows--)
+    product(1, a, row, step, b, length, m, m_row, add);
 }
 
-// Transforms gradients of y, N,H,W,C, to planes: A g A^T of the 4x4 pixels g of each tile, with zeros beyond the image.
-void gradient_planes(const float *y, float *planes, long images, long height, long width, long channels,
-                  long rows)
+ALWAYS long panels(long columns) { return (columns + PANEL - 1) / PANEL; }
+
+// Transposes 8 vectors in place.
+ALWAYS void transpose(vec r[8])
 {
-  long down = (height + 3) / 4, across = (width + 3) / 4;
-#pragma omp parallel for schedule(static)
-  for (long tile = 0; tile < images * down * across; tile++) {
-    long left = 4 * (tile % across), top = 4 * (tile / across % down);
-    const float *from = y + tile / across / down * height * width * channels;
-    for (long c = 0; c < channels; c += 8) {
-      vec half[6][4], column[4], row[6];
-      for (int j = 0; j < 4; j++) {
-        for (int i = 0; i < 4; i++) {
-          int inside = top + i < height && left + j < width;
-          column[i] = inside ? LOAD(from + ((top + i) * width + left + j) * channels + c) : (vec){0};
-        }
-        transform_gradient(column, row);
-        for (int i = 0; i < 6; i++)
-          half[i][j] = row[i];
-      }
-      for (int i = 0; i < 6; i++) {
-        transform_gradient(half[i], row);
-        for (int j = 0; j < 6; j++)
-          STORE(planes + ((6 * i + j) * rows + tile) * channels + c, row[j]);
-      }
-    }
+  vec s[8];
+  for (int i = 0; i < 8; i += 2) {
+    s[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    s[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
   }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + j] = __builtin_shufflevector(s[i + j], s[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      r[i + j + 2] = __builtin_shufflevector(s[i + j], s[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; i++) {
+    s[i] = __builtin_shufflevector(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    s[i + 4] = __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  for (int i = 0; i < 8; i++)
+    r[i] = s[i];
 }
 
-// Transforms planes to gradients of x, N,H,W,C: the sum of B m B^T over the tiles m, which overlap.
-void input_gradients(const float *planes, float *x, long images, long height, long width, long channels,
-                  long rows)
+// Transforms kernels w, [k][3][3][c], to planes of panels, G w G^T: [PLANES][panels][c / PER][PANEL] elements, summed over c.
+// If `turned`, the kernels are turned by 180 degrees and summed over k instead: [PLANES][panels][k / PER][PANEL], which
+// convolves gradients of y to gradients of x.
+void kernel_planes(const float *w, element *planes, long c, long k, long turned)
 {
-  long down = (height + 3) / 4, across = (width + 3) / 4;
-#pragma omp parallel for schedule(static)
-  for (long image = 0; image < images; image++) {
-    float *to = x + image * height * width * channels;
-    memset(to, 0, (size_t)(height * width * channels) * sizeof *to);
-    for (long place = 0; place < down * across; place++) {
-      long tile = image * down * across + place, left = 4 * (place % across) - 1, top = 4 * (place / across) - 1;
-      for (long c = 0; c < channels; c += 8) {
-        vec half[6][6], column[6], row[6];
-        for (int j = 0; j < 6; j++) {
-          for (int i = 0; i < 6; i++)
-            column[i] = LOAD(planes + ((6 * i + j) * rows + tile) * channels + c);
-          return_input(column, row);
-          for (int i = 0; i < 6; i++)
-            half[i][j] = row[i];
+  long sums = turned ? k : c, columns = turned ? c : k, size = sums / PER * PANEL;
+#pragma omp parallel for schedule(static) collapse(2)
+  for (long part = 0; part < panels(columns); part++)
+    for (long sum = 0; sum < sums; sum += 8)
+      for (long column = 0; column < PANEL; column += 8) {
+        vec kernels[9][8];
+        for (int place = 0; place < 9; place++) {
+          for (int i = 0; i < 8; i++) {
+            long of_k = turned ? sum + i : part * PANEL + column + i, of_c = turned ? part * PANEL + column : sum;
+            int inside = of_k < k && of_c < c;
+            kernels[place][i] = inside ? *(const vec *)(w + (of_k * 9 + (turned ? 8 - place : place)) * c + of_c) : (vec){0};
+          }
+          if (!turned)
+            transpose(kernels[place]);
         }
-        for (int i = 0; i < 6; i++) {
-          if (top + i < 0 || top + i >= height)
-            continue;
-          return_input(half[i], row);
-          for (int j = 0; j < 6; j++)
-            if (left + j >= 0 && left + j < width) {
-              float *pixel = to + ((top + i) * width + left + j) * channels + c;
-              STORE(pixel, LOAD(pixel) + row[j]);
+        for (int i = 0; i < 8; i += PER) {
+          vec places[PER][PLANES];
+          for (int of = 0; of < PER; of++) {
+            vec half[SIDE][3];
+            for (int j = 0; j < 3; j++) {
+              vec row[SIDE];
+              transform_kernel((vec[]){kernels[j][i + of], kernels[3 + j][i + of], kernels[6 + j][i + of]}, row);
+              for (int side = 0; side < SIDE; side++)
+                half[side][j] = row[side];
             }
+            for (int side = 0; side < SIDE; side++)
+              transform_kernel(half[side], places[of] + SIDE * side);
+          }
+          for (int plane = 0; plane < PLANES; plane++)
+            store_pairs(planes + (plane * panels(columns) + part) * size + (sum + i) / PER * PANEL + column, places[0][plane],
+                        places[PER - 1][plane]);
+        }
+      }
+}
+
+// Convolves x with kernels from kernel_planes and adds a bias of k values unless it is null. `space` holds
+// PLANES * block * (c / PER + 16 + panels * PANEL) elements, for `block` tiles at a time.
+void convolve(const number *x, const element *kernels, const float *bias, number *y, float *space, long images, long height,
+              long width, long c, long k, long block)
+{
+  shape in = shape_of(height, width, c);
+  long length = c / PER, row = length + 16, m_row = panels(k) * PANEL, tiles = images * in.down * in.across;
+  float *m = space + PLANES * block * row;
+#pragma omp parallel
+  for (long start = 0; start < tiles; start += block) {
+    long count = tiles - start < block ? tiles - start : block;
+#pragma omp for schedule(static)
+    for (long tile = 0; tile < count; tile++)
+      for (long channel = 0; channel < c; channel += 8) {
+        vec places[PLANES];
+        transformed_tile(x, in, start + tile, channel, SIDE, 1, transform_input, places);
+        for (int plane = 0; plane < PLANES; plane++)
+          store((number *)(space + (plane * block + tile) * row) + channel, places[plane]);
+      }
+#pragma omp for schedule(static) collapse(2)
+    for (long plane = 0; plane < PLANES; plane++)
+      for (long part = 0; part < panels(k); part++)
+        products(space + plane * block * row, row, 1, kernels + (plane * panels(k) + part) * length * PANEL, length,
+                 m + plane * block * m_row + part * PANEL, m_row, count, 0);
+#pragma omp for schedule(static)
+    for (long tile = 0; tile < count; tile++) {
+      long left = OUT * ((start + tile) % in.across), top = OUT * ((start + tile) / in.across % in.down);
+      number *to = y + (start + tile) / in.across / in.down * height * width * k;
+      for (long channel = 0; channel < k; channel += 8) {
+        vec half[OUT][SIDE], column[SIDE], pixels[OUT], add = bias ? *(const vec *)(bias + channel) : (vec){0};
+        for (int j = 0; j < SIDE; j++) {
+          for (int i = 0; i < SIDE; i++)
+            column[i] = *(const vec *)(m + ((SIDE * i + j) * block + tile) * m_row + channel);
+          transform_output(column, pixels);
+          for (int i = 0; i < OUT; i++)
+            half[i][j] = pixels[i];
+        }
+        for (int i = 0; i < OUT && top + i < height; i++) {
+          transform_output(half[i], pixels);
+          for (int j = 0; j < OUT && left + j < width; j++)
+            store(to + ((top + i) * width + left + j) * k + channel, pixels[j] + add);
         }
       }
     }
+  }
+}
+
+// Computes the gradients of kernels, [k][3][3][c], from x and the gradients g of y: G^T u G, where u is the sum over all tiles
+// of the products of the transformed x and A g A^T. `space` holds PLANES * (c * panels * PANEL + block / PER * (c + 16 +
+// panels * PANEL)) elements.
+void kernel_gradients(const number *x, const number *gradient, float *of_kernels, float *space, long images, long height,
+                      long width, long c, long k, long block)
+{
+  shape in = shape_of(height, width, c), out = shape_of(height, width, k);
+  long step = c + 16, columns = panels(k) * PANEL, tiles = images * in.down * in.across;
+  element *g = space + PLANES * (block / PER) * step;
+  float *total = g + PLANES * (block / PER) * columns;
+#pragma omp parallel
+  {
+  for (long start = 0; start < tiles; start += block) {
+    long count = tiles - start < block ? tiles - start : block, length = (count + PER - 1) / PER;
+#pragma omp for schedule(static)
+    for (long p = 0; p < length; p++) {
+      vec places[PER][PLANES];
+      memset(places, 0, sizeof places);
+      for (long channel = 0; channel < c; channel += 8) {
+        for (int of = 0; of < PER && p * PER + of < count; of++)
+          transformed_tile(x, in, start + p * PER + of, channel, SIDE, 1, transform_input, places[of]);
+        for (int plane = 0; plane < PLANES; plane++)
+          store_pairs(space + (plane * (block / PER) + p) * step + channel, places[0][plane], places[PER - 1][plane]);
+      }
+      for (long channel = 0; channel < k; channel += 8) {
+        for (int of = 0; of < PER && p * PER + of < count; of++)
+          transformed_tile(gradient, out, start + p * PER + of, channel, OUT, 0, transform_gradient, places[of]);
+        for (int plane = 0; plane < PLANES; plane++)
+          store_pairs(g + (plane * panels(k) + channel / PANEL) * (block / PER) * PANEL + p * PANEL + channel % PANEL,
+                      places[0][plane], places[PER - 1][plane]);
+      }
+    }
+#pragma omp for schedule(static) collapse(2)
+    for (long plane = 0; plane < PLANES; plane++)
+      for (long part = 0; part < panels(k); part++)
+        products(space + plane * (block / PER) * step, 1, step, g + (plane * panels(k) + part) * (block / PER) * PANEL, length,
+                 total + plane * c * columns + part * PANEL, columns, c, start > 0);
+  }
+#pragma omp for schedule(static) collapse(2)
+    for (long channel = 0; channel < c; channel += 8)
+      for (long column = 0; column < k; column += 8) {
+        vec kernels[9][8];
+        for (int i = 0; i < 8; i++) {
+          vec half[3][SIDE], row[3], places[SIDE];
+          for (int side = 0; side < SIDE; side++) {
+            for (int j = 0; j < SIDE; j++)
+              places[j] = *(const vec *)(total + ((SIDE * j + side) * c + channel + i) * columns + column);
+            return_kernel(places, row);
+            for (int j = 0; j < 3; j++)
+              half[j][side] = row[j];
+          }
+          for (int j = 0; j < 3; j++) {
+            return_kernel(half[j], row);
+            for (int place = 0; place < 3; place++)
+              kernels[3 * j + place][i] = row[place];
+          }
+        }
+        for (int place = 0; place < 9; place++) {
+          transpose(kernels[place]);
+          for (int i = 0; i < 8; i++)
+            *(vec *)(of_kernels + ((column + i) * 9 + place) * c + channel) = kernels[place][i];
+        }
+      }
   }
 }
 
 // exp(x) with relative error 2e-7; x is clamped to -87 ... 88. Computed as 2^n exp(r), r = x - n ln 2, by a polynomial in r.
-static inline vec exponential(vec x)
+ALWAYS vec exponential(vec x)
 {
   vec low = (vec){0} - 87, high = (vec){0} + 88;
   ivec below = x < low, above = x > high;
@@ -191,24 +437,27 @@ static inline vec exponential(vec x)
   return (vec)((ivec)p + exponent);
 }
 
-// Computes y, like x of shape N,P,C: swish of the group-normalised x. Means and variances use sums in double precision.
-void normalised_swish(const float *x, const float *weight, const float *bias, float *y, long images, long pixels,
-                      long channels, long groups, double eps)
+enum { RUN = 16 }; // pixels that are summed in single precision; longer sums are in double precision
+
+// Computes y, like x of shape N,P,C: the group-normalised x and, unless `linear`, its swish. Keeps the mean and the inverse of
+// the deviation of each group in `moments`, [N][groups][2].
+void normalised(const number *x, const float *weight, const float *bias, number *y, float *moments, long images, long pixels,
+                long channels, long groups, double eps, long linear)
 {
   long size = channels / groups;
 #pragma omp parallel for schedule(static)
   for (long image = 0; image < images; image++) {
-    const float *from = x + image * pixels * channels;
-    float *to = y + image * pixels * channels;
+    const number *from = x + image * pixels * channels;
+    number *to = y + image * pixels * channels;
     double sums[channels], squares[channels];
     float a[channels], b[channels];
     memset(sums, 0, sizeof sums);
     memset(squares, 0, sizeof squares);
-    for (long start = 0; start < pixels; start += 16) // runs of 16 pixels are summed in single precision
+    for (long start = 0; start < pixels; start += RUN)
       for (long c = 0; c < channels; c += 8) {
         vec sum = {0}, square = {0};
-        for (long pixel = start; pixel < pixels && pixel < start + 16; pixel++) {
-          vec value = LOAD(from + pixel * channels + c);
+        for (long pixel = start; pixel < pixels && pixel < start + RUN; pixel++) {
+          vec value = load(from + pixel * channels + c);
           sum += value;
           square += value * value;
         }
@@ -225,6 +474,8 @@ void normalised_swish(const float *x, const float *weight, const float *bias, fl
       }
       double mean = sum / count, variance = square / count - mean * mean;
       double scale = 1 / __builtin_sqrt((variance > 0 ? variance : 0) + eps);
+      moments[2 * (image * groups + group)] = (float)mean;
+      moments[2 * (image * groups + group) + 1] = (float)scale;
       for (long c = group * size; c < (group + 1) * size; c++) {
         a[c] = (float)(scale * weight[c]);
         b[c] = (float)(bias[c] - mean * scale * weight[c]);
@@ -232,8 +483,76 @@ void normalised_swish(const float *x, const float *weight, const float *bias, fl
     }
     for (long pixel = 0; pixel < pixels; pixel++)
       for (long c = 0; c < channels; c += 8) {
-        vec value = LOAD(from + pixel * channels + c) * LOAD(a + c) + LOAD(b + c);
-        STORE(to + pixel * channels + c, value / (1 + exponential(-value)));
+        vec value = load(from + pixel * channels + c) * *(vec *)(a + c) + *(vec *)(b + c);
+        if (!linear)
+          value = value / (1 + exponential(-value));
+        store(to + pixel * channels + c, value);
+      }
+  }
+}
+
+// The derivative of swish at z, times g; or g itself if `linear`.
+ALWAYS vec swish_gradient(vec z, vec g, long linear)
+{
+  if (linear)
+    return g;
+  vec sigmoid = 1 / (1 + exponential(-z));
+  return g * sigmoid * (1 + z * (1 - sigmoid));
+}
+
+// Computes the gradients of x, and of the weights and biases for each image, [N][2][C], from `gradient`, that of y. With xhat
+// for the normalised x and d for the gradient of weight * xhat + bias, the gradient of x is the inverse deviation times
+// weight * d - mean(weight * d) - xhat * mean(weight * d * xhat), where means are over the group.
+void normalised_gradients(const number *x, const number *gradient, const float *weight, const float *bias, const float *moments,
+                          number *of_x, float *of_parameters, long images, long pixels, long channels, long groups, long linear)
+{
+  long size = channels / groups;
+#pragma omp parallel for schedule(static)
+  for (long image = 0; image < images; image++) {
+    const number *from = x + image * pixels * channels, *g = gradient + image * pixels * channels;
+    number *to = of_x + image * pixels * channels;
+    float *of_weight = of_parameters + 2 * image * channels, *of_bias = of_weight + channels;
+    float mean[channels], scale[channels], shift[channels], slope[channels];
+    double weights[channels], biases[channels];
+    memset(weights, 0, sizeof weights);
+    memset(biases, 0, sizeof biases);
+    for (long c = 0; c < channels; c++) {
+      mean[c] = moments[2 * (image * groups + c / size)];
+      scale[c] = moments[2 * (image * groups + c / size) + 1];
+    }
+    for (long start = 0; start < pixels; start += RUN)
+      for (long c = 0; c < channels; c += 8) {
+        vec sum = {0}, product = {0}, w = *(const vec *)(weight + c), b = *(const vec *)(bias + c);
+        for (long pixel = start; pixel < pixels && pixel < start + RUN; pixel++) {
+          vec normal = (load(from + pixel * channels + c) - *(vec *)(mean + c)) * *(vec *)(scale + c);
+          vec d = swish_gradient(normal * w + b, load(g + pixel * channels + c), linear);
+          sum += d;
+          product += d * normal;
+        }
+        for (int i = 0; i < 8; i++) {
+          biases[c + i] += sum[i];
+          weights[c + i] += product[i];
+        }
+      }
+    for (long group = 0; group < groups; group++) {
+      double sum = 0, product = 0, count = (double)(size * pixels);
+      for (long c = group * size; c < (group + 1) * size; c++) {
+        of_weight[c] = (float)weights[c];
+        of_bias[c] = (float)biases[c];
+        sum += weight[c] * biases[c];
+        product += weight[c] * weights[c];
+      }
+      for (long c = group * size; c < (group + 1) * size; c++) {
+        shift[c] = (float)(sum / count);
+        slope[c] = (float)(product / count);
+      }
+    }
+    for (long pixel = 0; pixel < pixels; pixel++)
+      for (long c = 0; c < channels; c += 8) {
+        vec w = *(const vec *)(weight + c), b = *(const vec *)(bias + c), inverse = *(vec *)(scale + c);
+        vec normal = (load(from + pixel * channels + c) - *(vec *)(mean + c)) * inverse;
+        vec d = swish_gradient(normal * w + b, load(g + pixel * channels + c), linear);
+        store(to + pixel * channels + c, inverse * (w * d - *(vec *)(shift + c) - normal * *(vec *)(slope + c)));
       }
   }
 }

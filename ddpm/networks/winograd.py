@@ -1,11 +1,11 @@
-"""Compiles a network for its device: torch.compile on a GPU, and Winograd's F(4x4, 3x3) for 3x3 convolutions on a CPU.
+"""Compiles a network for its device: torch.compile on a GPU, and Winograd's method for 3x3 convolutions on a CPU.
 
-The transforms are written in C (winograd.c), which this machine's C compiler compiles once.
+The C code (winograd.c) holds the convolutions with their gradients and group normalisation with swish. This machine's C
+compiler compiles it once for float32, and once for bfloat16 if the processor multiplies bfloat16 numbers (AVX512_BF16).
 
-A tile of 4x4 outputs takes 36 multiplications per pair of channels instead of 144 (Lavin & Gray 2016, section 4).
-Between the transforms, torch computes 36 matrix products. The gradients are the exact adjoints, tile by tile: 36 more
-products for the gradient of x, and 36 for that of the kernel. Outputs differ from those of a direct convolution by
-about 1e-5 of their size, since the transforms amplify rounding.
+In float32, F(4x4, 3x3) takes 36 multiplications per pair of channels for 4x4 outputs instead of 144 (Lavin & Gray 2016,
+section 4). Its outputs differ from those of a direct convolution by about 3e-6 of their size. In bfloat16, which torch's
+autocast chooses, F(2x2, 3x3) takes 16 instead of 36: its transforms keep the rounding near that of a direct convolution.
 """
 
 from __future__ import annotations
@@ -33,14 +33,11 @@ from ddpm.networks.layers import NormSwish
 SOURCE = Path(__file__).with_name("winograd.c")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-Wno-psabi")
 WIDE = 8  # channels in a vector of the C code
-TILES = 1024  # tiles per pass, or those of one image if more: transformed tiles then stay in the processor's cache
-FEW = 8  # fewer tiles are too little work for reading the transformed kernel: convolved directly
-
-# The transform of kernels, G of Lavin & Gray.
-G = torch.tensor(
-    [[1 / 4, 0, 0], [-1 / 6] * 3, [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
-)
-GG = torch.einsum("ia,jb->ijab", G, G).reshape(36, 9)
+BLOCK = 48  # tiles that each thread transforms at a time: they then stay in its cache
+SUMMED = 512  # tiles that gradients of kernels are summed over at a time
+# Convolutions of fewer pixels are left to torch: too little work for reading the transformed kernel, or for transforming it anew
+# at each step of a training.
+FEW, FEW_TRAINED = 128, 256
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -52,23 +49,37 @@ class NoCompiler(RuntimeError):
 def compiled(net: Network, dynamic: bool | None = None) -> Network:
     """Returns a faster form of the network: on a GPU from torch.compile, on a CPU the network itself, changed in place.
 
-    Parameters, gradients and state_dict stay the same. On a CPU, float32 inputs in channels_last are faster, and the
-    first call compiles the C code in about 1 s. torch.compile gets `dynamic`. Raises NoCompiler.
+    Parameters, gradients and state_dict stay the same. On a CPU, inputs in channels_last are faster, and the
+    first call compiles the C code in about 2 s. torch.compile gets `dynamic`. Raises NoCompiler.
     """
     device = next(net.parameters()).device
     if device.type == "cuda":
         _compiler(("gcc", "clang"))  # Triton needs one; torch.compile would fail only when the network is first called
     if device.type != "cpu":
         return torch.compile(net, dynamic=dynamic)  # type: ignore[return-value]
-    _library()
+    _library(torch.float32)
+    if multiplies_bfloat16():
+        _library(torch.bfloat16)
     for module in net.modules():
         if type(module) is nn.Conv2d and _suits(module, 3):
             module.__class__ = Convolution
         elif type(module) is nn.Conv2d and _suits(module, 1):
             module.__class__ = Pointwise
-        elif type(module) is NormSwish and module.num_channels % WIDE == 0:
-            module.__class__ = Normalisation
+        elif isinstance(module, nn.GroupNorm) and module.num_channels % WIDE == 0:
+            faster = {NormSwish: NormalisedSwish, nn.GroupNorm: Normalisation}
+            module.__class__ = faster.get(type(module), type(module))
     return net
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Returns whether the C code computes in bfloat16 here: the processor has AVX512_BF16."""
+    return "avx512_bf16" in _processor().split() and not _narrow()
+
+
+def _narrow() -> bool:
+    """Returns whether ATEN_CPU_CAPABILITY keeps torch, and so the C code, from the processor's AVX-512."""
+    return "avx512f" in _processor().split() and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _suits(layer: nn.Conv2d, size: int) -> bool:
@@ -78,9 +89,17 @@ def _suits(layer: nn.Conv2d, size: int) -> bool:
     return shape == ((size, size), (1, 1), (size // 2, size // 2), (1, 1), 1, "zeros") and wide
 
 
-def _plain(x: Tensor) -> bool:
-    """Returns whether the C code can compute on x: float32, and no autocast."""
-    return x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+def _number(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """Returns the type in which the C code computes on x; None if it cannot: autocast decides, else x."""
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    if weight.dtype != torch.float32 or x.dtype not in (torch.float32, dtype):
+        return None
+    return dtype if dtype == torch.float32 or (autocast and dtype == torch.bfloat16 and multiplies_bfloat16()) else None
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 class Convolution(nn.Conv2d):
@@ -89,14 +108,15 @@ class Convolution(nn.Conv2d):
     _known: tuple[Any, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _plain(x) or len(x) * _tiles(x) < FEW:
+        dtype, trained = _number(x, self.weight), _needs_gradient(x, self.weight)
+        if dtype is None or x[:, 0].numel() < (FEW_TRAINED if trained else FEW):
             return super().forward(x)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return _Winograd.apply(x, self.weight, self.bias)
-        state = (None if self.weight.is_inference() else self.weight._version, self.weight.data_ptr())
+        if trained:
+            return _Winograd.apply(x.to(dtype), self.weight, self.bias)
+        state = (dtype, None if self.weight.is_inference() else self.weight._version, self.weight.data_ptr())
         if self._known is None or self._known[0] != state:
-            self._known = (state, _kernel(self.weight))
-        return _convolve(x, self._known[1], self.bias)
+            self._known = (state, _kernel(self.weight, dtype, keep=True))
+        return _convolve(x.to(dtype), self._known[1], self.bias, self.out_channels)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_known"}
@@ -109,134 +129,148 @@ class Pointwise(nn.Conv2d):
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-class Normalisation(NormSwish):
-    """Group normalisation and swish in one pass, if no gradient is needed."""
+class Normalisation(nn.GroupNorm):
+    """Group normalisation in two passes over the images, and two for its gradients."""
+
+    linear = True
 
     def forward(self, x: Tensor) -> Tensor:
-        grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if grad or not _plain(x):
+        dtype = _number(x, self.weight)
+        if dtype is None:
             return super().forward(x)
-        x = x.contiguous(memory_format=torch.channels_last)
-        y = torch.empty_like(x)
-        n, c, h, w = x.shape
-        _call("normalised_swish", x, self.weight, self.bias, y, n, h * w, c, self.num_groups, self.eps)
-        return y
+        return _Normalised.apply(x.to(dtype), self.weight, self.bias, self.num_groups, self.eps, self.linear)
+
+
+class NormalisedSwish(Normalisation, NormSwish):
+    """The same, followed by swish in the same passes."""
+
+    linear = False
 
 
 class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x, kernel = x.contiguous(memory_format=torch.channels_last), _kernel(weight)
-        ctx.save_for_backward(x, kernel)
-        return _convolve(x, kernel, bias)
+        x = _channels_last(x)
+        ctx.save_for_backward(x, weight)
+        return _convolve(x, _kernel(weight, x.dtype), bias, len(weight))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0].contiguous(memory_format=torch.channels_last)
+        x, weight = ctx.saved_tensors
+        gradient = _channels_last(gradients[0].to(x.dtype))
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        x, kernel = ctx.saved_tensors
-        return *_backward(x, kernel, gradient, of_x, of_weight), gradient.sum((0, 2, 3)) if of_bias else None
+        return (
+            _convolve(gradient, _kernel(weight, x.dtype, turned=True), None, x.shape[1]) if of_x else None,
+            _kernel_gradients(x, gradient) if of_weight else None,
+            gradient.sum((0, 2, 3), dtype=torch.float32) if of_bias else None,
+        )
 
 
-def _tiles(x: Tensor) -> int:
-    """Returns the number of tiles of one image."""
-    return -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
+class _Normalised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, linear: bool) -> Tensor:
+        x = _channels_last(x)
+        y, moments = torch.empty_like(x), torch.empty(len(x), groups, 2)
+        n, c, h, w = x.shape
+        _call(x.dtype, "normalised", x, weight, bias, y, moments, n, h * w, c, groups, float(eps), int(linear))
+        ctx.save_for_backward(x, weight, bias, moments)
+        ctx.linear = linear
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, moments = ctx.saved_tensors
+        gradient = _channels_last(gradients[0].to(x.dtype))
+        of_x, of_parameters = torch.empty_like(x), torch.empty(len(x), 2, x.shape[1])
+        n, c, h, w = x.shape
+        arguments = (x, gradient, weight, bias, moments, of_x, of_parameters, n, h * w, c, moments.shape[1])
+        _call(x.dtype, "normalised_gradients", *arguments, int(ctx.linear))
+        of_weight, of_bias = of_parameters.sum(0)
+        return of_x, of_weight, of_bias, None, None, None
 
 
-def _kernel(weight: Tensor) -> Tensor:
-    """Transforms a kernel [K, C, 3, 3] to [36, C, K]: G w G^T."""
-    by_place = weight.detach().permute(2, 3, 1, 0).reshape(9, -1)
-    return (GG @ by_place).view(36, weight.shape[1], weight.shape[0])
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 _space = threading.local()
 
 
-def _planes(slot: int, tiles: int, channels: int) -> Tensor:
-    """Returns a buffer [36, tiles, channels], reused by later calls: allocating costs more than what is computed in it.
-
-    An even number of tiles is raised by one: planes that lie a power of two apart would share a few cache lines.
-    """
-    rows = tiles | 1
-    size = 36 * rows * channels
-    buffers = _space.__dict__.setdefault("buffers", {})
-    if slot not in buffers or buffers[slot].numel() < size:
+def _buffer(name: str, elements: int) -> Tensor:
+    """Returns a buffer that later calls reuse: allocating costs more than what is computed in it."""
+    buffers: dict[str, Tensor] = _space.__dict__
+    if name not in buffers or buffers[name].numel() < elements:
         with torch.inference_mode(False):  # a tensor of inference mode could not be used in training later
-            buffers[slot] = torch.empty(size)
-    return buffers[slot][:size].view(36, rows, channels)
+            buffers[name] = torch.empty(elements)
+    return buffers[name]
 
 
-def _parts(x: Tensor) -> list[slice]:
-    """Splits a batch into parts of at most TILES tiles, one image at least."""
-    size = max(1, TILES // _tiles(x))
-    return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
+def _columns(channels: int, dtype: torch.dtype) -> int:
+    """Returns the number of channels, rounded up to whole panels of the C code."""
+    panel: int = _library(dtype).panel()
+    return -(-channels // panel) * panel
 
 
-def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolves x [N, C, H, W] with a transformed kernel [36, C, K]: returns [N, K, H, W] in channels_last."""
-    x = x.contiguous(memory_format=torch.channels_last)
+def _kernel(weight: Tensor, dtype: torch.dtype, turned: bool = False, keep: bool = False) -> Tensor:
+    """Transforms a kernel [K, C, 3, 3] for _convolve; `turned` for convolving gradients of y to gradients of x.
+
+    The next call overwrites the result, unless it is to be kept.
+    """
+    library, (k, c) = _library(dtype), weight.shape[:2]
+    summed, columns = (k, c) if turned else (c, k)
+    elements = library.planes() * summed // library.per() * _columns(columns, dtype)
+    planes = torch.empty(elements) if keep else _buffer("kernel", elements)
+    _call(dtype, "kernel_planes", _channels_last(weight.detach()), planes, c, k, int(turned))
+    return planes
+
+
+def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+    """Convolves x [N, C, H, W] with a transformed kernel: returns [N, channels, H, W] in channels_last."""
+    x, library = _channels_last(x), _library(x.dtype)
     n, c, h, w = x.shape
-    k = kernel.shape[2]
-    y = torch.empty((n, k, h, w), memory_format=torch.channels_last)
-    for part in _parts(x):
-        images = part.stop - part.start
-        tiles = images * _tiles(x)
-        inputs, outputs = _planes(0, tiles, c), _planes(1, tiles, k)
-        _call("input_planes", x[part], inputs, images, h, w, c, inputs.shape[1])
-        torch.bmm(inputs, kernel, out=outputs)
-        _call("output_images", outputs, bias, y[part], images, h, w, k, outputs.shape[1])
+    y = torch.empty((n, channels, h, w), dtype=x.dtype, memory_format=torch.channels_last)
+    block = BLOCK * torch.get_num_threads()
+    space = _buffer("planes", library.planes() * block * (c // library.per() + 16 + _columns(channels, x.dtype)))
+    _call(x.dtype, "convolve", x, kernel, bias, y, space, n, h, w, c, channels, block)
     return y
 
 
-def _backward(
-    x: Tensor, kernel: Tensor, gradient: Tensor, of_x: bool, of_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the gradients of x, in channels_last, and of the weights [K, C, 3, 3] from `gradient`, that of y."""
-    _, c, h, w = x.shape
-    k = gradient.shape[1]
-    total = torch.zeros_like(kernel) if of_weight else None
-    gradient_x = torch.empty_like(x) if of_x else None
-    for part in _parts(x):
-        images = part.stop - part.start
-        tiles = images * _tiles(x)
-        inputs, gradients = _planes(0, tiles, c), _planes(1, tiles, k)
-        _call("gradient_planes", gradient[part], gradients, images, h, w, k, gradients.shape[1])
-        if total is not None:
-            _call("input_planes", x[part], inputs, images, h, w, c, inputs.shape[1])
-            inputs[:, tiles:] = gradients[:, tiles:] = 0.0
-            total.baddbmm_(inputs.transpose(1, 2), gradients)
-        if gradient_x is not None:
-            torch.bmm(gradients, kernel.transpose(1, 2), out=inputs)
-            _call("input_gradients", inputs, gradient_x[part], images, h, w, c, inputs.shape[1])
-    if total is None:
-        return gradient_x, None
-    return gradient_x, (GG.T @ total.view(36, -1)).view(3, 3, c, k).permute(3, 2, 0, 1)
+def _kernel_gradients(x: Tensor, gradient: Tensor) -> Tensor:
+    """Returns the gradients of the weights [K, C, 3, 3], in channels_last, from `gradient`, that of y."""
+    library, (n, c, h, w), k = _library(x.dtype), x.shape, gradient.shape[1]
+    found = torch.empty((k, c, 3, 3), memory_format=torch.channels_last)
+    columns = _columns(k, x.dtype)
+    space = _buffer("planes", library.planes() * (c * columns + SUMMED // library.per() * (c + 16 + columns)))
+    _call(x.dtype, "kernel_gradients", x, gradient, found, space, n, h, w, c, k, SUMMED)
+    return found
 
 
-def _call(name: str, *arguments: Any) -> None:
-    """Calls a C function: passes tensors as addresses, ints as long and other numbers as double."""
+def _call(dtype: torch.dtype, name: str, *arguments: Any) -> None:
+    """Calls a C function for numbers of a type: passes tensors as addresses, ints as long and other numbers as double."""
     converted: list[Any] = []
     for argument in arguments:
         if argument is None or isinstance(argument, Tensor):
             converted.append(ctypes.c_void_p(None if argument is None else argument.data_ptr()))
         else:
             converted.append((ctypes.c_long if isinstance(argument, int) else ctypes.c_double)(argument))
-    getattr(_library(), name)(*converted)
+    getattr(_library(dtype), name)(*converted)
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    """Loads winograd.c, compiled for this processor. Raises NoCompiler.
+def _library(dtype: torch.dtype) -> ctypes.CDLL:
+    """Loads winograd.c, compiled for this processor and for float32 or bfloat16. Raises NoCompiler.
 
     The library is kept beside torch.hub's folder and compiled again if it is damaged.
     """
+    flags = (*FLAGS, *(("-mno-avx512f",) if _narrow() else ()), *(("-DBFLOAT16",) if dtype == torch.bfloat16 else ()))
     compiler, threads = _compiler(), _openmp()
     code = [_digest(path) for path in (SOURCE, Path(__file__))]
-    inputs = (code, compiler, _run([*compiler, "--version"]), threads, _processor())
+    inputs = (code, compiler, _run([*compiler, "--version"]), flags, threads, _processor())
     folder = Path(torch.hub.get_dir()).parent / "ddpm"
     name = f"native-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}"
     try:
-        return ctypes.CDLL(str(_find_library(folder, name) or _compile_library(folder, name, compiler, threads)))
+        found = _find_library(folder, name) or _compile_library(folder, name, [*compiler, *flags], threads)
+        return ctypes.CDLL(str(found))
     except OSError as error:  # a full disk, or a folder that cannot be written to or run from
         raise NoCompiler(f"the compiled library cannot be kept or loaded: {error}") from None
 
@@ -251,7 +285,7 @@ def _compile_library(folder: Path, name: str, compiler: list[str], threads: str)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         compiled_file, library = Path(temporary) / "native.o", Path(temporary) / "native.so"
-        _run([*compiler, *FLAGS, *(["-fopenmp"] if threads else []), "-c", str(SOURCE), "-o", str(compiled_file)])
+        _run([*compiler, *(["-fopenmp"] if threads else []), "-c", str(SOURCE), "-o", str(compiled_file)])
         _run([*compiler, "-shared", str(compiled_file), *([threads] if threads else []), "-o", str(library)])
         with library.open("rb") as file:
             os.fsync(file.fileno())

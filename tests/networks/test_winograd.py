@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ddpm import NoiseSchedule, UNet
 from ddpm.networks import winograd
-from ddpm.networks.unet import NormSwish
+from ddpm.networks.layers import NormSwish, attention
 from ddpm.training.fit import TrainingState, fit
 from ddpm.training.objective import Objective
 
@@ -40,33 +40,77 @@ def network() -> UNet:
 
 
 def close(found: Tensor, expected: Tensor, part: float) -> None:
-    assert float((found.detach().double() - expected.detach()).abs().max()) < part * float(expected.abs().max())
+    expected = expected.detach()
+    assert float((found.detach().double() - expected).abs().max()) < part * float(expected.abs().max())
+
+
+BFLOAT16 = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(not winograd.multiplies_bfloat16(), reason="this processor has no AVX512_BF16"),
+)
+# The largest error as a share of the largest value: of float32, and of numbers that are rounded to 8 bits several times.
+ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def spread(found: Tensor, expected: Tensor) -> float:
+    """Returns the deviation of the errors, as a share of that of the values."""
+    return float((found.detach().double() - expected.detach()).std() / expected.detach().std())
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 4), (32, 16), (5, 7), (1, 13), (6, 3)])
-@pytest.mark.parametrize("channels", [(8, 16), (40, 24)])
+@pytest.mark.parametrize("channels", [(8, 16), (40, 24), (16, 72)])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_a_convolution_and_its_gradients(
-    size: tuple[int, int], channels: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int], channels: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of sizes that tiles do not divide, and in several parts."""
-    monkeypatch.setattr(winograd, "TILES", 10)
+    for name, value in {"BLOCK": 5, "SUMMED": 14, "FEW": 1, "FEW_TRAINED": 1}.items():
+        monkeypatch.setattr(winograd, name, value)
     layer = nn.Conv2d(*channels, 3, padding=1)
     fast = winograd.compiled(copy.deepcopy(layer))
     assert type(fast) is winograd.Convolution
-    x = random(9, channels[0], *size)
-    gradient = random(9, channels[1], *size, seed=1)
+    x = random(9, channels[0], *size).to(dtype)
+    gradient = random(9, channels[1], *size, seed=1).to(dtype)
     inputs = x.clone().requires_grad_(), x.double().requires_grad_()
-    found, expected = fast(inputs[0]), layer.double()(inputs[1])
-    close(found, expected, 1e-5)
-    with torch.no_grad():
-        assert torch.equal(fast(x), found)
+    with autocast(dtype):
+        found = fast(inputs[0])
+        with torch.no_grad():
+            assert torch.equal(fast(x), found)
+    expected = layer.double()(inputs[1])
+    assert found.dtype == dtype
+    close(found, expected, ROUNDING[dtype])
     found.backward(gradient)
     expected.backward(gradient.double())
     assert layer.weight.grad is not None and layer.bias is not None and layer.bias.grad is not None
     for mine, double in ((inputs[0], inputs[1]), (fast.weight, layer.weight), (fast.bias, layer.bias)):
-        assert mine is not None and mine.grad is not None
+        assert mine is not None and mine.grad is not None and mine.grad.dtype == mine.dtype
         assert double.grad is not None
-        close(mine.grad, double.grad, 2e-5)
+        close(mine.grad, double.grad, ROUNDING[dtype])
+
+
+@pytest.mark.skipif(not winograd.multiplies_bfloat16(), reason="this processor has no AVX512_BF16")
+def test_bfloat16_costs_little_more_than_in_a_direct_convolution() -> None:
+    """At most three times the error of torch's own bfloat16 convolution, in the output and in both gradients."""
+    layer = nn.Conv2d(64, 64, 3, padding=1)
+    x, gradient = random(8, 64, 16, 16).bfloat16(), random(8, 64, 16, 16, seed=1).bfloat16()
+    errors = []
+    for net in (layer, winograd.compiled(copy.deepcopy(layer))):
+        mine, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+        double = copy.deepcopy(layer).double()
+        net.zero_grad()
+        with autocast(torch.bfloat16):
+            found = net(mine)
+        expected = double(exact)
+        found.backward(gradient)
+        expected.backward(gradient.double())
+        pairs = (found, expected), (mine.grad, exact.grad), (net.weight.grad, double.weight.grad)
+        errors.append([spread(*pair) for pair in pairs])  # type: ignore[arg-type]
+    assert all(fast < 3 * plain for plain, fast in zip(*errors, strict=True)), errors
+    assert max(errors[1]) < 5e-3
 
 
 def test_the_gradients_are_the_adjoint() -> None:
@@ -82,23 +126,41 @@ def test_the_gradients_are_the_adjoint() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
-def test_normalisation_and_swish(scale: float) -> None:
-    layer = NormSwish(4, 16, eps=1e-6)
+@pytest.mark.parametrize("kind", [NormSwish, nn.GroupNorm])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_normalisation_and_swish(kind: type[nn.GroupNorm], scale: float, dtype: torch.dtype) -> None:
+    """And the gradients of both."""
+    layer = kind(4, 16, eps=1e-6)
     with torch.no_grad():
         layer.weight.copy_(scale * random(16))
         layer.bias.copy_(random(16, seed=1))
-    x = 3 * random(3, 16, 5, 6, seed=2) + 2
+    x = (3 * random(3, 16, 5, 7, seed=2) + 2).to(dtype)
+    gradient = random(3, 16, 5, 7, seed=3).to(dtype)
     fast = winograd.compiled(copy.deepcopy(layer))
-    assert type(fast) is winograd.Normalisation
-    with torch.no_grad():
-        close(fast(x), layer.double()(x.double()), 2e-6)
+    assert isinstance(fast, winograd.Normalisation)
+    inputs = x.clone().requires_grad_(), x.double().requires_grad_()
+    with autocast(dtype):
+        found = fast(inputs[0])
+    expected = layer.double()(inputs[1])
+    found.backward(gradient)
+    expected.backward(gradient.double())
+    part = {torch.float32: 4e-6, torch.bfloat16: 5e-3}[dtype]
+    close(found, expected, part)
+    for mine, double in ((inputs[0], inputs[1]), (fast.weight, layer.weight), (fast.bias, layer.bias)):
+        assert mine.grad is not None and double.grad is not None and mine.grad.dtype == mine.dtype
+        close(mine.grad, double.grad, part)
+
+
+def test_attention_in_bfloat16_is_attention() -> None:
+    q, k, v = (random(2, 2, 12, 16, seed=seed).bfloat16() for seed in range(3))
+    close(attention(q, k, v), F.scaled_dot_product_attention(q.double(), k.double(), v.double()), 2e-2)
 
 
 def test_a_network_and_its_training_stay_what_they_are() -> None:
     plain, schedule = network(), NoiseSchedule.named("cosine", 100)
     fast = winograd.compiled(copy.deepcopy(plain))
     kinds = {type(module) for module in fast.modules()}
-    assert kinds >= {winograd.Convolution, winograd.Pointwise, winograd.Normalisation}
+    assert kinds >= {winograd.Convolution, winograd.Pointwise, winograd.NormalisedSwish, winograd.Normalisation}
     assert list(fast.state_dict()) == list(plain.state_dict())
     images = torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     losses = []
@@ -154,16 +216,55 @@ def test_it_trains_after_it_has_sampled() -> None:
     assert x.grad is not None and layer.weight.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_it_learns_as_torch_does(dtype: torch.dtype) -> None:
+    """In bfloat16 the losses of ten steps stay as close to those of float32 as with torch's own kernels."""
+    images = torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for net, precision in (
+        (network(), "float32"),
+        (network(), str(dtype).removeprefix("torch.")),
+        (winograd.compiled(network()), str(dtype).removeprefix("torch.")),
+    ):
+        state = TrainingState(net)
+        objective = Objective.of(NoiseSchedule.named("cosine", 100), "eps", torch.device("cpu"))
+        steps = fit(state, images, objective, batch=8, learning_rate=1e-3, seed=0, precision=precision)
+        losses.append(torch.stack([next(steps).loss for _ in range(10)]))
+    exact, plain, fast = losses
+    assert float((fast - exact).abs().max()) < 2 * float((plain - exact).abs().max()) + 1e-4
+
+
+@pytest.mark.skipif(winograd.multiplies_bfloat16(), reason="the C code computes in bfloat16 here")
+def test_bfloat16_is_left_to_torch_where_the_processor_cannot() -> None:
+    layer = nn.Conv2d(16, 16, 3, padding=1)
+    fast, x = winograd.compiled(copy.deepcopy(layer)), random(4, 16, 16, 16)
+    with torch.no_grad(), autocast(torch.bfloat16):
+        assert torch.equal(fast(x), layer(x))
+
+
 def test_other_types_are_left_to_torch() -> None:
     layer = nn.Conv2d(16, 16, 3, padding=1)
-    fast = winograd.compiled(copy.deepcopy(layer))
-    x = random(2, 16, 16, 16)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(fast(x), layer(x))
+    fast = winograd.compiled(copy.deepcopy(layer)).double()
+    x = random(4, 16, 16, 16).double()
     with torch.no_grad():
-        assert torch.equal(
-            fast.double()(x.double()), F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
-        )  # type: ignore[union-attr]
+        assert layer.bias is not None
+        assert torch.equal(fast(x), F.conv2d(x, layer.weight.double(), layer.bias.double(), padding=1))
+
+
+def test_without_avx512_the_results_are_the_same() -> None:
+    """ATEN_CPU_CAPABILITY holds torch to AVX2, and the C code too. On processors without AVX-512 nothing changes."""
+    code = (
+        "import torch; from ddpm.networks import winograd\n"
+        "print(winograd.multiplies_bfloat16(), winograd._library(torch.float32).panel())\n"
+        "layer = winograd.compiled(torch.nn.Conv2d(40, 24, 3, padding=1))\n"
+        "x = torch.randn(4, 40, 16, 16, generator=torch.Generator().manual_seed(0))\n"
+        "with torch.no_grad():\n"
+        "    expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)\n"
+        "    print(float((layer(x) - expected).abs().max() / expected.abs().max()) < 2e-5)\n"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "16", "True"]
 
 
 @pytest.mark.parametrize(
@@ -213,14 +314,14 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 def test_a_damaged_library_is_compiled_anew(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     make = winograd._library.__wrapped__
-    make()
+    make(torch.float32)
     (file,) = tmp_path.rglob("*.so")
     whole = file.read_bytes()
     file.unlink()  # this process has the old file mapped
     file.write_bytes(DAMAGE[how](whole))
-    library = make()
+    library = make(torch.float32)
     assert file.read_bytes() == whole
-    monkeypatch.setattr(winograd, "_library", lambda: library)
+    monkeypatch.setattr(winograd, "_library", lambda dtype: library)
     layer, x = nn.Conv2d(16, 16, 3, padding=1), random(4, 16, 8, 8)
     with torch.no_grad():
         close(winograd.compiled(copy.deepcopy(layer))(x), layer.double()(x.double()), 1e-5)
