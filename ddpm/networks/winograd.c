@@ -188,20 +188,27 @@ ALWAYS shape shape_of(long height, long width, long channels)
   return (shape){height, width, channels, (height + OUT - 1) / OUT, (width + OUT - 1) / OUT};
 }
 
-// Reads the pixels from row `top` and column `left` on, `side` of them each way, 8 channels from c; zeros around the image.
-// Transforms columns and rows, each to SIDE places.
-ALWAYS void transformed_tile(const number *images, shape s, long tile, long c, int side, int border,
-                             void (*transform)(const vec *, vec *), vec places[PLANES])
+// Finds the pixels of a tile with a border around it, `side` each way; those outside the image are null.
+ALWAYS void find_pixels(const number *images, shape s, long tile, int side, int border, const number *pixels[SIDE][SIDE])
 {
   long left = OUT * (tile % s.across) - border, top = OUT * (tile / s.across % s.down) - border;
-  const number *from = images + tile / s.across / s.down * s.height * s.width * s.channels + c;
-  vec half[SIDE][SIDE], column[SIDE], row[SIDE];
-  for (int j = 0; j < side; j++) {
-    for (int i = 0; i < side; i++) {
+  const number *from = images + tile / s.across / s.down * s.height * s.width * s.channels;
+  for (int i = 0; i < side; i++)
+    for (int j = 0; j < side; j++) {
       long y = top + i, z = left + j;
       int inside = y >= 0 && y < s.height && z >= 0 && z < s.width;
-      column[i] = inside ? load(from + (y * s.width + z) * s.channels) : (vec){0};
+      pixels[i][j] = inside ? from + (y * s.width + z) * s.channels : 0;
     }
+}
+
+// Transforms 8 channels, from c on, of the pixels of a tile: columns, then rows, each to SIDE places.
+ALWAYS void transformed_tile(const number *pixels[SIDE][SIDE], long c, int side, void (*transform)(const vec *, vec *),
+                             vec places[PLANES])
+{
+  vec half[SIDE][SIDE], column[SIDE], row[SIDE];
+  for (int j = 0; j < side; j++) {
+    for (int i = 0; i < side; i++)
+      column[i] = pixels[i][j] ? load(pixels[i][j] + c) : (vec){0};
     transform(column, row);
     for (int i = 0; i < SIDE; i++)
       half[i][j] = row[i];
@@ -210,39 +217,47 @@ ALWAYS void transformed_tile(const number *images, shape s, long tile, long c, i
     transform(half[i], places + SIDE * i);
 }
 
-// Adds a product of ROWS or fewer rows to m, or sets m to it: m[i][j] = sum over p of a[i * row + p * step] * b[p][j], j < PANEL.
-ALWAYS void product(const int rows, const element *a, long row, long step, const element *b, long length, float *m,
-                    long m_row, int add)
+// Sets m to a product of `rows` rows and of 1 or 2 vectors of columns, or adds the product to m:
+// m[i][j] = sum over p of a[i * row + p * step] * b[p][j]. A row of b is PANEL wide.
+ALWAYS void product(const int rows, const int vectors, const element *a, long row, long step, const element *b, long length,
+                    float *m, long m_row, int add)
 {
   wide sums[ROWS][2];
 #pragma GCC unroll 12
   for (int i = 0; i < rows; i++)
-    for (int j = 0; j < 2; j++)
+    for (int j = 0; j < vectors; j++)
       sums[i][j] = add ? *(wide *)(m + i * m_row + j * LANES) : (wide){0};
   for (long p = 0; p < length; p++, a += step, b += PANEL) {
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; i++) {
-      sums[i][0] = multiply_add(a + i * row, b, sums[i][0]);
-      sums[i][1] = multiply_add(a + i * row, b + LANES, sums[i][1]);
-    }
+    for (int i = 0; i < rows; i++)
+      for (int j = 0; j < vectors; j++)
+        sums[i][j] = multiply_add(a + i * row, b + j * LANES, sums[i][j]);
   }
 #pragma GCC unroll 12
   for (int i = 0; i < rows; i++)
-    for (int j = 0; j < 2; j++)
+    for (int j = 0; j < vectors; j++)
       *(wide *)(m + i * m_row + j * LANES) = sums[i][j];
 }
 
-static void products(const element *a, long row, long step, const element *b, long length, float *m, long m_row, long rows,
-                     int add)
+ALWAYS void rows_of_products(const int vectors, const element *a, long row, long step, const element *b, long length, float *m,
+                             long m_row, long rows, int add)
 {
-  while (rows >= ROWS) {
-    product(ROWS, a, row, step, b, length, m, m_row, add);
-    a += ROWS * row, m += ROWS * m_row, rows -= ROWS;
-  }
+  for (; rows >= ROWS; a += ROWS * row, m += ROWS * m_row, rows -= ROWS)
+    product(ROWS, vectors, a, row, step, b, length, m, m_row, add);
   for (; rows >= 4; a += 4 * row, m += 4 * m_row, rows -= 4)
-    product(4, a, row, step, b, length, m, m_row, add);
+    product(4, vectors, a, row, step, b, length, m, m_row, add);
   for (; rows > 0; a += row, m += m_row, rows--)
-    product(1, a, row, step, b, length, m, m_row, add);
+    product(1, vectors, a, row, step, b, length, m, m_row, add);
+}
+
+// The same for any number of rows, and for one panel, of which only the first `columns` are needed.
+static void products(const element *a, long row, long step, const element *b, long length, float *m, long m_row, long rows,
+                     long columns, int add)
+{
+  if (columns > LANES)
+    rows_of_products(2, a, row, step, b, length, m, m_row, rows, add);
+  else
+    rows_of_products(1, a, row, step, b, length, m, m_row, rows, add);
 }
 
 ALWAYS long panels(long columns) { return (columns + PANEL - 1) / PANEL; }
@@ -320,18 +335,21 @@ void convolve(const number *x, const element *kernels, const float *bias, number
   for (long start = 0; start < tiles; start += block) {
     long count = tiles - start < block ? tiles - start : block;
 #pragma omp for schedule(static)
-    for (long tile = 0; tile < count; tile++)
+    for (long tile = 0; tile < count; tile++) {
+      const number *pixels[SIDE][SIDE];
+      find_pixels(x, in, start + tile, SIDE, 1, pixels);
       for (long channel = 0; channel < c; channel += 8) {
         vec places[PLANES];
-        transformed_tile(x, in, start + tile, channel, SIDE, 1, transform_input, places);
+        transformed_tile(pixels, channel, SIDE, transform_input, places);
         for (int plane = 0; plane < PLANES; plane++)
           store((number *)(space + (plane * block + tile) * row) + channel, places[plane]);
       }
+    }
 #pragma omp for schedule(static) collapse(2)
     for (long plane = 0; plane < PLANES; plane++)
       for (long part = 0; part < panels(k); part++)
         products(space + plane * block * row, row, 1, kernels + (plane * panels(k) + part) * length * PANEL, length,
-                 m + plane * block * m_row + part * PANEL, m_row, count, 0);
+                 m + plane * block * m_row + part * PANEL, m_row, count, k - part * PANEL, 0);
 #pragma omp for schedule(static)
     for (long tile = 0; tile < count; tile++) {
       long left = OUT * ((start + tile) % in.across), top = OUT * ((start + tile) / in.across % in.down);
@@ -367,32 +385,36 @@ void kernel_gradients(const number *x, const number *gradient, float *of_kernels
   float *total = g + PLANES * (block / PER) * columns;
 #pragma omp parallel
   {
-  for (long start = 0; start < tiles; start += block) {
-    long count = tiles - start < block ? tiles - start : block, length = (count + PER - 1) / PER;
+    for (long start = 0; start < tiles; start += block) {
+      long count = tiles - start < block ? tiles - start : block, length = (count + PER - 1) / PER;
 #pragma omp for schedule(static)
-    for (long p = 0; p < length; p++) {
-      vec places[PER][PLANES];
-      memset(places, 0, sizeof places);
-      for (long channel = 0; channel < c; channel += 8) {
-        for (int of = 0; of < PER && p * PER + of < count; of++)
-          transformed_tile(x, in, start + p * PER + of, channel, SIDE, 1, transform_input, places[of]);
-        for (int plane = 0; plane < PLANES; plane++)
-          store_pairs(space + (plane * (block / PER) + p) * step + channel, places[0][plane], places[PER - 1][plane]);
+      for (long p = 0; p < length; p++) {
+        const number *of_x[PER][SIDE][SIDE] = {0}, *of_y[PER][SIDE][SIDE] = {0}; // zeros beyond the last tile
+        vec places[PER][PLANES];
+        for (int of = 0; of < PER && p * PER + of < count; of++) {
+          find_pixels(x, in, start + p * PER + of, SIDE, 1, of_x[of]);
+          find_pixels(gradient, out, start + p * PER + of, OUT, 0, of_y[of]);
+        }
+        for (long channel = 0; channel < c; channel += 8) {
+          for (int of = 0; of < PER; of++)
+            transformed_tile(of_x[of], channel, SIDE, transform_input, places[of]);
+          for (int plane = 0; plane < PLANES; plane++)
+            store_pairs(space + (plane * (block / PER) + p) * step + channel, places[0][plane], places[PER - 1][plane]);
+        }
+        for (long channel = 0; channel < k; channel += 8) {
+          for (int of = 0; of < PER; of++)
+            transformed_tile(of_y[of], channel, OUT, transform_gradient, places[of]);
+          for (int plane = 0; plane < PLANES; plane++)
+            store_pairs(g + ((plane * panels(k) + channel / PANEL) * (block / PER) + p) * PANEL + channel % PANEL,
+                        places[0][plane], places[PER - 1][plane]);
+        }
       }
-      for (long channel = 0; channel < k; channel += 8) {
-        for (int of = 0; of < PER && p * PER + of < count; of++)
-          transformed_tile(gradient, out, start + p * PER + of, channel, OUT, 0, transform_gradient, places[of]);
-        for (int plane = 0; plane < PLANES; plane++)
-          store_pairs(g + (plane * panels(k) + channel / PANEL) * (block / PER) * PANEL + p * PANEL + channel % PANEL,
-                      places[0][plane], places[PER - 1][plane]);
-      }
-    }
 #pragma omp for schedule(static) collapse(2)
-    for (long plane = 0; plane < PLANES; plane++)
-      for (long part = 0; part < panels(k); part++)
-        products(space + plane * (block / PER) * step, 1, step, g + (plane * panels(k) + part) * (block / PER) * PANEL, length,
-                 total + plane * c * columns + part * PANEL, columns, c, start > 0);
-  }
+      for (long plane = 0; plane < PLANES; plane++)
+        for (long part = 0; part < panels(k); part++)
+          products(space + plane * (block / PER) * step, 1, step, g + (plane * panels(k) + part) * (block / PER) * PANEL,
+                   length, total + plane * c * columns + part * PANEL, columns, c, k - part * PANEL, start > 0);
+    }
 #pragma omp for schedule(static) collapse(2)
     for (long channel = 0; channel < c; channel += 8)
       for (long column = 0; column < k; column += 8) {
