@@ -38,6 +38,7 @@ ROWS = {
     "ancestral": Row("ancestral sampling, 1000 steps, same weights", "network", BOTH),
     "fid_sets": Row("features and FID of several sets, one reference", "scores", BOTH),
     "statistics": Row("statistics and intervals, 50k x 2048", "scores", BOTH),
+    "rounding": Row("what bfloat16 and compiled kernels change", "rounding", BOTH),
     "prepare": Row("prepare, PNG from a zip", "data"),
     "demo": Row("whole demo", "pipeline"),
     "start": Row("start of a stage's process", "pipeline"),

@@ -1,4 +1,4 @@
-// Functions that winograd.py calls: 3x3 convolutions by Winograd's method, their gradients, and group normalisation with swish.
+// Functions that winograd.py calls: 3x3 convolutions by Winograd's method, group normalisation with swish, and dropout.
 // Images are N,H,W,C with C a multiple of 8, in float32 or, if BFLOAT16 is defined, in bfloat16. Sums are float32.
 //
 // A tile has SIDE x SIDE pixels, of which the inner OUT x OUT belong to it alone: F(4x4, 3x3) for float32, and for bfloat16
@@ -13,6 +13,7 @@
 
 typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int ivec __attribute__((vector_size(32), aligned(4), may_alias));
+typedef unsigned uvec __attribute__((vector_size(32), aligned(4), may_alias));
 #define ALWAYS static inline __attribute__((always_inline))
 
 #ifdef __AVX512F__
@@ -576,5 +577,27 @@ void normalised_gradients(const number *x, const number *gradient, const float *
         vec d = swish_gradient(normal * w + b, load(g + pixel * channels + c), linear);
         store(to + pixel * channels + c, inverse * (w * d - *(vec *)(shift + c) - normal * *(vec *)(slope + c)));
       }
+  }
+}
+
+// Mixes the bits of 8 numbers, so that those of consecutive numbers look random.
+ALWAYS uvec mixed(uvec x)
+{
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// Sets y to x, of which each number is replaced by 0 with probability `rate`, and divided by 1 - rate otherwise. Whether number i
+// is kept is a function of i and the seed alone, so a second call does the same to gradients.
+void dropped(const number *x, number *y, long count, long seed, double rate)
+{
+  unsigned least = (unsigned)(rate * 4294967296.0), low = (unsigned)seed, high = (unsigned)(seed >> 32);
+  float factor = (float)(1 / (1 - rate));
+#pragma omp parallel for schedule(static)
+  for (long start = 0; start < count; start += 8) {
+    uvec index = (unsigned)start + (uvec){0, 1, 2, 3, 4, 5, 6, 7};
+    ivec kept = mixed(mixed(index + low) + high) >= least;
+    store(y + start, (vec)((ivec)(load(x + start) * factor) & kept));
   }
 }

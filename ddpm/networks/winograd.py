@@ -1,6 +1,6 @@
 """Compiles a network for its device: torch.compile on a GPU, and Winograd's method for 3x3 convolutions on a CPU.
 
-The C code (winograd.c) holds the convolutions with their gradients and group normalisation with swish. This machine's C
+The C code (winograd.c) holds convolutions, group normalisation with swish, and dropout, with their gradients. This machine's C
 compiler compiles it once for float32, and once for bfloat16 if the processor multiplies bfloat16 numbers (AVX512_BF16).
 
 In float32, F(4x4, 3x3) takes 36 multiplications per pair of channels for 4x4 outputs instead of 144 (Lavin & Gray 2016,
@@ -61,14 +61,18 @@ def compiled(net: Network, dynamic: bool | None = None) -> Network:
     if multiplies_bfloat16():
         _library(torch.bfloat16)
     for module in net.modules():
-        if type(module) is nn.Conv2d and _suits(module, 3):
-            module.__class__ = Convolution
-        elif type(module) is nn.Conv2d and _suits(module, 1):
-            module.__class__ = Pointwise
-        elif isinstance(module, nn.GroupNorm) and module.num_channels % WIDE == 0:
-            faster = {NormSwish: NormalisedSwish, nn.GroupNorm: Normalisation}
-            module.__class__ = faster.get(type(module), type(module))
+        module.__class__ = _faster(module)
     return net
+
+
+def _faster(module: nn.Module) -> type[nn.Module]:
+    """Returns the class below that computes what `module` does, or its own class."""
+    kind: type[nn.Module] = type(module)
+    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
+        return Convolution if _suits(module, 3) else Pointwise if _suits(module, 1) else kind
+    if isinstance(module, nn.GroupNorm) and module.num_channels % WIDE == 0:
+        return {NormSwish: NormalisedSwish, nn.GroupNorm: Normalisation}.get(kind, kind)
+    return Dropout if kind is nn.Dropout else kind
 
 
 @cache
@@ -147,6 +151,16 @@ class NormalisedSwish(Normalisation, NormSwish):
     linear = False
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose random numbers are made where they are used. torch's global generator draws the seed of each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype if x.dtype == torch.bfloat16 and multiplies_bfloat16() else torch.float32
+        if not self.training or not 0 < self.p < 1 or x.dtype != dtype or x.numel() % WIDE:
+            return super().forward(x)
+        return _Dropped.apply(x, int(torch.randint(2**62, ())), self.p)
+
+
 class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -187,6 +201,23 @@ class _Normalised(torch.autograd.Function):
         _call(x.dtype, "normalised_gradients", *arguments, int(ctx.linear))
         of_weight, of_bias = of_parameters.sum(0)
         return of_x, of_weight, of_bias, None, None, None
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: int, rate: float) -> Tensor:
+        ctx.seed, ctx.rate, ctx.layout = seed, rate, torch.channels_last if x.ndim == 4 else torch.contiguous_format
+        return _dropped(x.contiguous(memory_format=ctx.layout), seed, rate)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _dropped(gradients[0].contiguous(memory_format=ctx.layout), ctx.seed, ctx.rate), None, None
+
+
+def _dropped(x: Tensor, seed: int, rate: float) -> Tensor:
+    y = torch.empty_like(x)
+    _call(x.dtype, "dropped", x, y, x.numel(), seed, rate)
+    return y
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -151,6 +151,29 @@ def test_normalisation_and_swish(kind: type[nn.GroupNorm], scale: float, dtype: 
         close(mine.grad, double.grad, part)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_dropout(dtype: torch.dtype) -> None:
+    """It drops the asked share, independently of neighbours, and gradients where it dropped numbers; the seed decides all."""
+    layer, rate = winograd.compiled(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Dropout(0.3)))[1], 0.3
+    x = torch.ones(8, 64, 32, 32, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    torch.manual_seed(1)
+    y = layer(x)
+    y.backward(torch.full_like(y, 2))
+    assert x.grad is not None and torch.equal(x.grad, 2 * y)
+    kept = y.detach() != 0
+    assert set(y.detach().unique().tolist()) == {0, torch.tensor(1 / (1 - rate), dtype=dtype).item()}
+    deviation = (rate * (1 - rate) / kept.numel()) ** 0.5
+    assert abs(float(kept.float().mean()) - (1 - rate)) < 5 * deviation
+    flat = kept.permute(0, 2, 3, 1).flatten().float() - (1 - rate)
+    for apart in (1, 2, 8, 64, 4096):  # correlations of distant numbers
+        assert abs(float((flat[apart:] * flat[:-apart]).mean()) / (rate * (1 - rate))) < 5 / kept.numel() ** 0.5
+    again = layer(x)
+    assert abs(float(((again != 0) == kept).float().mean()) - (rate**2 + (1 - rate) ** 2)) < 5 / kept.numel() ** 0.5
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), y)
+    assert torch.equal(layer.eval()(x), x)
+
+
 def test_attention_in_bfloat16_is_attention() -> None:
     q, k, v = (random(2, 2, 12, 16, seed=seed).bfloat16() for seed in range(3))
     close(attention(q, k, v), F.scaled_dot_product_attention(q.double(), k.double(), v.double()), 2e-2)
