@@ -73,9 +73,9 @@ def rounding(device: str) -> dict[str, Any]:
             setting: dict[str, Any] = {"precision": precision, "compile": compiled}
             changed = {name: replace(getattr(params, name), **setting) for name in ("training", "sampling")}
             rows = {POINT.schedule: replace(params.schedules[POINT.schedule], seed=seed)}
-            here = params.model_copy(update={**changed, "schedules": rows})
-            train(here, POINT.schedule, root)
-            return drawn(here)
+            changed_params = params.model_copy(update={**changed, "schedules": rows})
+            train(changed_params, POINT.schedule, root)
+            return drawn(changed_params)
 
         trained("float32", True, 0)
         found = {}

@@ -71,7 +71,7 @@ def _faster(module: nn.Module) -> type[nn.Module]:
     if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
         return Convolution if _suits(module, 3) else Pointwise if _suits(module, 1) else kind
     if isinstance(module, nn.GroupNorm) and module.num_channels % WIDE == 0:
-        return {NormSwish: NormalisedSwish, nn.GroupNorm: Normalisation}.get(kind, kind)
+        return NormalisedSwish if kind is NormSwish else Normalisation if kind is nn.GroupNorm else kind
     return Dropout if kind is nn.Dropout else kind
 
 
