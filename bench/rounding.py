@@ -46,14 +46,13 @@ def rounding(device: str) -> dict[str, Any]:
     two trainings differ anyway.
     """
     params = Params.load(RECIPE)
-    steps = 20 if TINY else params.training.steps
+    threads: dict[str, Any] = {"threads": torch.get_num_threads()}
+    place: dict[str, Any] = {"device": device}
     params = params.model_copy(
         update={
-            "training": replace(params.training, steps=steps, threads=torch.get_num_threads()),
-            "sampling": replace(
-                params.sampling, images=IMAGES, batch=min(IMAGES, 250), threads=torch.get_num_threads()
-            ),
-            "compute": replace(params.compute, device=device),
+            "training": replace(params.training, steps=20 if TINY else params.training.steps, **threads),
+            "sampling": replace(params.sampling, images=IMAGES, batch=min(IMAGES, 250), **threads),
+            "compute": replace(params.compute, **place),
         }
     )
     extractor = inception.load(LAYER, CACHE, device)
