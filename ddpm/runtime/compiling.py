@@ -65,9 +65,10 @@ def resolved(params: Params, section: str, device: torch.device, root: Path, rep
 
 
 def _has_avx512_bf16() -> bool:
-    """Returns whether the processor multiplies matrices in bfloat16 (AVX512-BF16)."""
+    """Returns whether the processor multiplies matrices in bfloat16, and ATEN_CPU_CAPABILITY does not hold torch to less."""
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text(encoding="utf-8").split()
+    there = cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text(encoding="utf-8").split()
+    return there and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _obstacle(device: torch.device) -> str:
