@@ -15,13 +15,15 @@ from bench import page
 
 
 def _measure(name: str, device: str, threads: int) -> None:
+    row = page.ROWS[name]
+    os.environ.update(row.environment)  # before torch reads it
     import torch
 
     from bench import harness
 
     torch.set_num_threads(threads)
-    module = importlib.import_module(f"bench.{page.ROWS[name].module}")
-    result = getattr(module, name)(device)
+    module = importlib.import_module(f"bench.{row.module}")
+    result = getattr(module, row.function or name)(device)
     path = harness.write(name, device, threads, result)
     for figure in result["figures"]:
         print(f"  {page.shown(figure)}")

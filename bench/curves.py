@@ -59,9 +59,12 @@ def prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
     """Returns the parameters of a recipe and its dataset, which is prepared on the first call."""
     from ddpm.files.dataset import read_dataset
     from ddpm.files.params import Params
+    from ddpm.runtime import compiling
     from ddpm.stages.prepare import prepare
 
     params = Params.load(ROOT / "recipes" / f"{name}.yaml")
+    auto, _ = compiling.probe(torch.device("cpu"))
+    params = params.model_copy(update={"training": auto.within(params.training)})
     if images is not None:
         data = replace(params.data, source="image_folder", path=str(images.resolve()))
         params = params.model_copy(update={"data": data})

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,29 @@ BEGIN, END = "<!-- results: python -m bench.page -->\n", "<!-- end of results --
 
 @dataclass(frozen=True)
 class Row:
-    """One benchmark. The function of the row's name in `module` measures it, on each of `devices`."""
+    """One benchmark, measured on each of `devices` by a function in `module`.
+
+    goal: whether README shows the row. function: "" for the row's name. environment: variables of the measuring process.
+    """
 
     work: str
     module: str
     devices: tuple[str, ...] = ("cpu",)
     goal: bool = True
+    function: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 BOTH = ("cpu", "cuda")
+# Holds torch, oneDNN, MKL and torch.compile to AVX2, on a processor that has more. Our C code follows torch.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 ROWS = {
     "train": Row("training step, paper UNet", "network", BOTH),
     "ddim": Row("sampling, DDIM 50, same weights", "network", BOTH),
     "ancestral": Row("ancestral sampling, 1000 steps, same weights", "network", BOTH),
+    "train_avx2": Row("training step, held to AVX2", "network", function="train", environment=AVX2),
+    "ddim_avx2": Row("sampling, DDIM 50, held to AVX2", "network", function="ddim", environment=AVX2),
+    "ancestral_avx2": Row("ancestral sampling, held to AVX2", "network", function="ancestral", environment=AVX2),
     "fid_sets": Row("features and FID of several sets, one reference", "scores", BOTH),
     "statistics": Row("statistics and intervals, 50k x 2048", "scores", BOTH),
     "rounding": Row("what bfloat16 and compiled kernels change", "rounding", BOTH),
@@ -119,6 +130,7 @@ def _section(title: str, about: dict[str, Any]) -> list[str]:
         lines.append(f"| {side} | {span} | {_number(statistics.median(cpu)) if cpu else ''} |")
     lines += [""] if sides else []
     lines += _growth(about) if "growth" in about else []
+    lines += _tried(about) if "tried" in about else []
     if checks := "; ".join(f"{key}: {_check(value)}" for key, value in about["checks"].items()):
         lines.append(f"Checks: {checks}.")
     if limit := about.get("limit"):
@@ -127,6 +139,17 @@ def _section(title: str, about: dict[str, Any]) -> list[str]:
             f" GFLOP/s ({limit['operations'] / 1e9:,.0f} GFLOP a call)."
         )
     return [*lines, f"Peak memory: {about['peak_memory_bytes'] / 2**30:.1f} GiB."]
+
+
+def _tried(about: dict[str, Any]) -> list[str]:
+    """Compile times, and the settings of the peers that the row tried first."""
+    compiled = ", ".join(f"{side} {_number(seconds)} s" for side, seconds in about["compilation"].items())
+    lines = [f"Compiling, once and not counted: {compiled}. These settings of the peers were tried:", ""]
+    lines += ["| side | seconds a call, tried briefly | seconds to compile |", "|---|---|---|"]
+    for row in about["tried"]:
+        compilation = _number(row["compilation"]) if row["compilation"] else ""
+        lines.append(f"| {row['side']} | {_number(row['seconds'])} | {compilation} |")
+    return [*lines, ""]
 
 
 def _growth(about: dict[str, Any]) -> list[str]:

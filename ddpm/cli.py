@@ -144,6 +144,14 @@ def prepare() -> None:
     _run("prepare", paths.dataset_dir(), execute, publishes=False)
 
 
+@app.command()
+def probe() -> None:
+    """Find out what `auto` in params.yaml means on this machine, and write it to auto.json for the whole sweep."""
+    from ddpm.stages.probe import probe
+
+    _run("probe", paths.auto_file(), lambda params, report: probe(params, Path(), report), publishes=False)
+
+
 def _item_from_dvc(verb: str, argument: str) -> Callable[[], str]:
     """Returns a function that reads the default of the argument of `verb` from DVC_STAGE, such as train@linear.
 
@@ -236,6 +244,7 @@ def _watch_training(schedule: str, params: Params, stack: ExitStack) -> Report:
     from ddpm import tracking
     from ddpm.tools.preview import previews
 
+    params = params.resolved()
     watcher = stack.enter_context(tracking.watch_training(params, schedule, Path(), say=say))
     preview = previews(params, Path(), schedule, watcher.log_preview)
 

@@ -10,9 +10,9 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ddpm.errors import InputError
 
@@ -26,7 +26,9 @@ INSIDE = {"gt": 0, "lt": 1}
 SEED = {"ge": 0, "lt": 2**32}  # torch's CPU generator uses only 32 bits
 USUAL_NETWORK = "unet"  # the default of network.kind
 USUAL_EXTRACTOR = "inception"  # the default of evaluation.extractor, and of old scores that name none
-Precision = Literal["float32", "bfloat16"]
+AUTO = "auto"  # of precision and compile: what is fastest on the machine that runs `ddpm probe`
+AUTOMATIC = ("training", "sampling")  # sections in which precision and compile may be AUTO
+Precision = Literal["float32", "bfloat16", "auto"]
 
 
 # Keys of a field's metadata. EACH: the limits of every item. ALONE: the class itself checks this entry.
@@ -49,6 +51,12 @@ def check_clip(clip: Any) -> None:
         raise ValueError(
             f"clip: expected true, false, or a quantile between 0 and 1, such as 0.995 (given: {clip!r:.60})"
         )
+
+
+def check_compile(value: Any) -> None:
+    """Raises ValueError unless `value` is true, false or auto."""
+    if not isinstance(value, bool) and value != AUTO:
+        raise ValueError(f"compile: expected true, false or auto (given: {value!r:.60})")
 
 
 def check_size(size: Any) -> None:
@@ -167,13 +175,14 @@ class Training:
     flip: bool = False
     label_dropout: float = entry(FRACTION, 0.1)
     precision: Precision = "float32"
-    compile: bool = False
+    compile: bool | str = entry({ALONE: True}, False)
     threads: int = entry(COUNT, 1)
     log_every: int = entry(COUNT, 50)
     validate_every: int = entry(COUNT, 500)
     validation_images: int = entry({"ge": 0, "lt": 2**31}, 1024)  # at most
 
     def __post_init__(self) -> None:
+        check_compile(self.compile)
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate: a batch of {self.batch} does not divide into {self.accumulate} equal parts")
 
@@ -186,11 +195,34 @@ class Sampling:
     batch: int = entry(COUNT)
     clip: bool | float = entry({ALONE: True}, True)
     precision: Precision = "float32"
-    compile: bool = False
+    compile: bool | str = entry({ALONE: True}, False)
     threads: int = entry(COUNT, 1)
 
     def __post_init__(self) -> None:
         check_clip(self.clip)
+        check_compile(self.compile)
+
+
+Automatic = TypeVar("Automatic", Training, Sampling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto:
+    """The meaning of `auto` as a value of `precision` and `compile`, and the content of auto.json."""
+
+    precision: str
+    compile: bool
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision: {self.precision!r:.60} is neither float32 nor bfloat16")
+
+    def __str__(self) -> str:
+        return f"{self.precision}, {'compiled' if self.compile else 'not compiled'}"
+
+    def within(self, section: Automatic) -> Automatic:
+        """Returns a section of params.yaml with these values in place of `auto`."""
+        return replace(section, **{name: value for name, value in vars(self).items() if getattr(section, name) == AUTO})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,8 +421,9 @@ class Tracking:
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Where stages run and how often they save. Nothing here changes a result, so no stage depends on this section.
+    """Where stages run and how often they save. No stage depends on this section.
 
+    device: `ddpm probe` finds out what `auto` means on it. Until that runs again, another device changes no parameter.
     processes: the number of processes in one training; each computes its share of the batch.
     """
 

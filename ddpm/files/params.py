@@ -23,15 +23,18 @@ from pydantic import (
 )
 
 from ddpm.errors import InputError
-from ddpm.files import yaml_file
+from ddpm.files import paths, records, yaml_file
 from ddpm.parameters import (
     ALONE,
+    AUTO,
+    AUTOMATIC,
     EACH,
     NAME,
     REST,
     SEED,
     USUAL_EXTRACTOR,
     USUAL_NETWORK,
+    Auto,
     Compute,
     Data,
     Diffusion,
@@ -264,6 +267,17 @@ class Params(Section):
             return cls.model_validate(raw)
         except ValidationError as error:
             raise InputError(f"{where}: {one_line(error)}") from None
+
+    def resolved(self, root: Path = Path()) -> Params:
+        """Returns the parameters with the values of auto.json in place of `auto`, which all points of a sweep share.
+
+        root: the top of the checkout. Raises InputError if a value is needed that the stage `probe` has not written.
+        """
+        sections = {name: getattr(self, name) for name in AUTOMATIC}
+        if all(AUTO not in (section.precision, section.compile) for section in sections.values()):
+            return self
+        auto = records.read_typed(root / paths.auto_file(), Auto)
+        return self.model_copy(update={name: auto.within(section) for name, section in sections.items()})
 
     @property
     def dataset_name(self) -> str:

@@ -2,6 +2,7 @@
 
 Layout, below the root of a checkout (`*.run.json` files lie beside outputs and are not tracked):
 
+    auto.json                     the values that stand for `auto` in params.yaml, as the stage `probe` found them
     dataset/                      train.npy, test.npy (uint8 N,C,H,W), *-labels.npy (int64 N), dataset.json, preview.png
     models/SCHEDULE/              model.safetensors, model.json
     imported/NAME/                the same for an imported model, which `ddpm train NAME` copies
@@ -31,6 +32,10 @@ CHART = CACHE / "mlflow-chart"  # holds the end of the address of MLflow's chart
 
 
 # All paths are relative to the root of a checkout.
+
+
+def auto_file() -> Path:
+    return Path("auto.json")
 
 
 def dataset_dir() -> Path:

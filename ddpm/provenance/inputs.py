@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,19 +61,23 @@ def _read(stage: str, root: Path) -> dict[str, Any]:
     name, _, values = stage.partition("@")
     about = read_yaml(root / "dvc.yaml")["stages"].get(name, {}) if (root / "dvc.yaml").exists() else {}
     item = dict(zip(about.get("matrix", ()), values.split("-"), strict=False))
-    params, found = read_yaml(root / "params.yaml"), {}
-    for key in filter(_is_of_params_yaml, about.get("params", ())):
-        key = re.sub(r"\$\{item\.(\w+)\}", lambda match: item[match[1]], key)  # noqa: PLW2901
-        found[key] = _value(params, key)
+    params, found = read_yaml(root / "params.yaml"), dict[str, Any]()
+    for key in about.get("params", ()):
+        if isinstance(key, dict):
+            found |= _of_other_files(key, root)
+        else:
+            key = re.sub(r"\$\{item\.(\w+)\}", lambda match: item[match[1]], key)  # noqa: PLW2901
+            found[key] = _value(params, key)
     modules = [name for name in about.get("deps", ()) if "${" not in name or name.startswith(f"{code.PACKAGE}/")]
     named = [root / re.sub(r"\$\{([\w.]+)\}", lambda key: str(_value(params, key[1])), name) for name in modules]
     sources = [path for path in named if not path.is_dir()]
     return found | {str(path.relative_to(root)): records.sha256(path) if path.exists() else None for path in sources}
 
 
-def _is_of_params_yaml(key: Any) -> bool:
-    """Returns whether an entry of `params` in dvc.yaml is a key of params.yaml. A project has keys of ddpm.json besides."""
-    return isinstance(key, str)
+def _of_other_files(keys: Mapping[str, Sequence[str]], root: Path) -> dict[str, Any]:
+    """Reads parameters of other files than params.yaml: auto.json and, in a project, ddpm.json. keys: by the file's name."""
+    files = {name: records.read_json(root / name) if (root / name).exists() else {} for name in keys}
+    return {f"{key} of {name}": _value(files[name], key) for name in keys for key in keys[name]}
 
 
 def _value(params: Any, key: str) -> Any:

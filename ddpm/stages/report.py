@@ -56,6 +56,7 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> Best
     Removes the files in samples/ and metrics/ of points that have left the sweep, if DVC can restore them. Raises InputError
     when a point of the sweep has no scores.
     """
+    params = params.resolved(root)
     points, lock = params.points(), dvc_lock.read(root)
     rows, candidates, protocols = _read_rows(points, root)
     check_records(params, root)

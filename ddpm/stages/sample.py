@@ -15,7 +15,7 @@ from ddpm.files.params import Params
 from ddpm.networks.network import NETWORKS
 from ddpm.parameters import Point, as_json
 from ddpm.provenance import code
-from ddpm.runtime import drawing
+from ddpm.runtime import compiling, drawing
 from ddpm.runtime.device import find_device, memory_errors
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.runtime.stopping import Stopped, deferred
@@ -40,13 +40,14 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
     Finished batches are kept in the cache until both files are written, so that a stopped run is resumed.
     Raises InputError, and Stopped after a signal.
     """
+    device = find_device(params.compute.device)
+    params = compiling.resolved(params, "sampling", device, root, report)
     settings = params.sampling
     torch.set_num_threads(settings.threads)
-    device = find_device(params.compute.device)
     checkpoint.require_trained(params, point.schedule, root)
     models.read_trained(root, point.schedule)
     denoiser, model = drawing.prepared_denoiser(
-        root / paths.model_dir(point.schedule), device, settings.clip, settings.precision, settings.compile
+        root / paths.model_dir(point.schedule), device, settings.clip, settings.precision, settings.compile is True
     )
     drawing.check_point(
         params, point, denoiser.schedule, model.network.learned_variance, guidable=model.network.guidable

@@ -30,8 +30,7 @@ from ddpm.files.models import NetworkEntry, ScheduleEntry
 from ddpm.files.params import Params
 from ddpm.parameters import as_json
 from ddpm.provenance import code
-from ddpm.runtime import ranks
-from ddpm.runtime.compiling import compiled
+from ddpm.runtime import compiling, ranks
 from ddpm.runtime.device import find_device, memory_errors
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.runtime.stopping import Stopped, deferred
@@ -128,6 +127,7 @@ def train(
         device = find_device(params.compute.device)
         if params.schedules[schedule].imported is not None:
             return _copy_imported(params, schedule, read_dataset(root), root, report)
+        params = compiling.resolved(params, "training", device, root, report)
         with ranks.joined(device) as (world, device):
             dataset, own_report = _read_dataset(root, world), report if world.rank == 0 else silent
             training, steps = _set_up(params, schedule, dataset, root, own_report, fresh, world, device)
@@ -246,7 +246,7 @@ def _set_up(
         ema=settings.ema,
         flip=settings.flip,
         precision=settings.precision,
-        forward=compiled(world.module(net), "training") if settings.compile else world.module(net),
+        forward=compiling.compiled(world.module(net), "training") if settings.compile else world.module(net),
         labels=labels,
         label_dropout=settings.label_dropout,
         accumulate=settings.accumulate,

@@ -57,8 +57,9 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
     """Finds files last used before `before`, in seconds since 1970, from which no run under `params` would continue.
 
     Skips training states of a schedule of `params`, since a longer training would resume from them. Skips images of a
-    point of the sweep, since sampling that point continues from them or replaces them. If dataset.json cannot be read,
-    skips all training states, since it is unknown which ones `params` need. Other files are computed again when needed.
+    point of the sweep, since sampling that point continues from them or replaces them. If dataset.json or auto.json cannot
+    be read, skips all training states, since it is unknown which ones `params` need. Other files are computed again when
+    needed.
     """
     keep = {"sampling": {point.name for point in params.points()}, "training": _trainings(params, root)}
     for folder, kind in KINDS.items():
@@ -78,12 +79,12 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
 
 
 def _trainings(params: Params, root: Path) -> set[str] | None:
-    """Returns the names of the training states' folders that `params` need, or None if the dataset is unknown."""
+    """Returns the names of the training states' folders that `params` need, or None if dataset.json or auto.json is unknown."""
     from ddpm.stages.train import training_key
 
     try:
-        data = dataset.read_dataset_record(root).sha256
-    except InputError:  # missing, damaged, or of version 0.1.0: `prepare` may make the same dataset again
+        data, params = dataset.read_dataset_record(root).sha256, params.resolved(root)
+    except InputError:  # missing, damaged, or of version 0.1.0: `prepare` and `probe` may make the same files again
         return None
     return {f"{schedule}-{training_key(params, schedule, data)[:16]}" for schedule in params.schedules}
 

@@ -94,7 +94,7 @@ def wiring(text: str) -> str:
             for path in files:
                 stage["deps"].remove(path)
             rows = [f"rows.{path.removesuffix('.py')}" for path in files if "${" in path]
-            stage["params"].append({NAME: [f"stages.{name}", *rows]})
+            stage.setdefault("params", []).append({NAME: [f"stages.{name}", *rows]})
 
     body = re.sub(r"\A(#.*\n)+", "", text)
     return HEAD.format(version=version("ddpm"), name=NAME) + rewritten(body, change)

@@ -39,6 +39,7 @@ def rescore(
     Raises:
         InputError: the model makes images of another shape, or a setting is invalid.
     """
+    params = params.resolved(root)
     model = models.read_model_record(checkpoint)
     dataset = read_dataset_record(root)
     if model.data.shape != dataset.shape:

@@ -52,6 +52,7 @@ IMPORTS = (
     "ddpm.provenance.run_record",
     "ddpm.stages.prepare",
     "ddpm.stages.train",
+    "ddpm.stages.probe",
     "ddpm.tools.preview",
     "ddpm.tracking.place:import_mlflow",
     "mlflow.store.tracking.sqlalchemy_store",

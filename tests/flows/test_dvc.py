@@ -102,10 +102,10 @@ def test_the_order_is_the_one_of_dvc_yaml(scratch: Any) -> None:
     points = [point.name for point in Params.load(ROOT / "params.yaml").points()]
     schedules = Params.load(ROOT / "params.yaml").sweep.schedules
     assert [name for name in order.waits_for if name.startswith("sample@")] == [f"sample@{point}" for point in points]
-    assert order.waits_for["prepare"] == ()
-    assert all(order.waits_for[f"train@{schedule}"] == ("prepare",) for schedule in schedules)
+    assert order.waits_for["prepare"] == order.waits_for["probe"] == ()
+    assert all(order.waits_for[f"train@{schedule}"] == ("prepare", "probe") for schedule in schedules)
     for point in points:
-        assert order.waits_for[f"sample@{point}"] == (f"train@{point.partition('-')[0]}",)
+        assert order.waits_for[f"sample@{point}"] == ("probe", f"train@{point.partition('-')[0]}")
         assert order.waits_for[f"evaluate@{point}"] == ("prepare", f"sample@{point}")
     assert {f"evaluate@{point}" for point in points} <= set(order.waits_for["report"])
     assert not order.unchanged

@@ -39,7 +39,7 @@ KINDS = {
     "dvc repro": ("stage", "dvc", "group", "SIGTERM", "SIGINT", "STOP"),
     "the flow": ("stage", "dvc", "group", "flow", "server", "SIGTERM", "SIGINT", "STOP"),
 }
-VERBS = {"prepare", "train", "likelihood", "sample", "evaluate", "report"}
+VERBS = {"prepare", "probe", "train", "likelihood", "sample", "evaluate", "report"}
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(4 * 3600)]
 
 

@@ -60,7 +60,9 @@ def test_then_neither_dvc_nor_the_flow_has_anything_to_do(clone: Any) -> None:
     lock = (clone.root / "dvc.lock").read_bytes()
     done = clone.run(sys.executable, "-m", "flows")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    assert "12 stages unchanged" in done.stdout  # prepare, train, likelihood, four samples, four evaluations, report
+    assert (
+        "13 stages unchanged" in done.stdout
+    )  # prepare, probe, train, likelihood, four samples, four evaluations, report
     assert "is champion already" in done.stdout and len(answered(done.stdout)) == 3
     assert (clone.root / "dvc.lock").read_bytes() == lock
 

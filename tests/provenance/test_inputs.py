@@ -51,6 +51,21 @@ def test_the_module_that_params_select_is_code_of_the_stage(
         edit()
 
 
+def test_values_of_another_file_that_change_while_a_stage_runs_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_STAGE", "train@a")
+    (tmp_path / "params.yaml").write_text("seed: 0\n")
+    stage = "{matrix: {row: [a]}, cmd: ddpm train, params: [seed, {auto.json: [precision]}]}"
+    (tmp_path / "dvc.yaml").write_text(f"stages:\n  train: {stage}\n")
+    (tmp_path / "auto.json").write_text('{"precision": "float32", "compile": true}')
+    with unchanged("train@a", tmp_path):
+        (tmp_path / "auto.json").write_text('{"precision": "float32", "compile": false}')
+    message = r"train@a: precision of auto\.json changed while it ran"
+    with pytest.raises(InputError, match=message), unchanged("train@a", tmp_path):
+        (tmp_path / "auto.json").write_text('{"precision": "bfloat16", "compile": false}')
+
+
 def test_looking_at_git_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a `git add` at that moment would fail. `git status` by itself writes what it found of the files into the index."""
     monkeypatch.chdir(tmp_path)

@@ -50,6 +50,7 @@ def test_the_stages_of_a_project_are_those_of_the_package_but_for_the_code() -> 
         assert by_file == {NAME: [f"stages.{name}", *rows]} and name in hashes["stages"]
         stage["deps"] = [*stage["deps"], *named]
         stage["params"] = params
+        own["stages"][name].setdefault("params", [])
         for room in code.rooms(f"ddpm.stages.{name}"):
             assert f"rows.{room.package.replace('.', '/')}/${{{room.key}}}" in rows
             assert {f"{room.package.replace('.', '/')}/{row}" for row in room} <= set(hashes["rows"])
