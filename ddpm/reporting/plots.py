@@ -50,7 +50,7 @@ def drawing(path: Path, width: int, height: int, dpi: int) -> Iterator[Any]:
 
 
 def svg(width: int, height: int, draw: Callable[[Any], None]) -> bytes:
-    """Returns what draw(figure) draws on a figure of that size (in hundredths of an inch), as SVG; text stays text."""
+    """Draws a figure with `draw` and returns it as SVG, with text as text. The size is in hundredths of an inch."""
     written = io.BytesIO()
     with _blank(width, height, dpi=100) as figure:
         draw(figure)
@@ -59,12 +59,12 @@ def svg(width: int, height: int, draw: Callable[[Any], None]) -> bytes:
 
 
 def pictures(draw: Callable[[Any], None], width: int, height: int, narrow: tuple[int, int]) -> dict[str, str]:
-    """Returns what draw(figure) draws as data URIs of SVG: "wide" for a desktop, and "narrow" for a phone.
+    """Draws a figure twice and returns both pictures as data URIs of SVG: "wide" for a desktop, and "narrow" for a phone.
 
     Args:
         draw: draws on a figure of any size.
-        width, height: of the wide picture, in hundredths of an inch.
-        narrow: width and height of the narrow one, which a phone shows at nearly that size, so that its text can be read.
+        width, height: the size of the wide picture, in hundredths of an inch.
+        narrow: width and height of the narrow picture. A phone shows it at nearly that size, so that its text can be read.
     """
     sizes = {"wide": (width, height), "narrow": narrow}
     return {

@@ -366,7 +366,7 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "an interval of one number": ({"samplers.ddim.guidance_interval": 3.0}, "samplers.ddim.guidance_interval"),
     "times for other steps": (
         {"samplers.ddim": {"sampler": "ddim", "times": {3: [900, 400, 0]}}},
-        "samplers.ddim.times: none for the ",
+        "samplers.ddim.times: no entry for ",
     ),
     "times that do not fall": (
         {"samplers.ddim": {"sampler": "ddim", "times": {2: [4, 9]}}},
@@ -1032,7 +1032,10 @@ SETS: dict[str, tuple[Callable[[], Any], str]] = {
     "a record that was edited": (drawn(record().replace(b"5", b"4")), "is not what its checksum says"),
     "a record without model": (drawn(record(model=None)), "model: expected a text"),
     "no evaluations": (drawn(record(evaluations=None)), "evaluations: expected an integer"),
-    "floats": (drawn(images=np.zeros((8, 1, 8, 8), np.float32)), "expected images of uint8 N,C,H,W, found float32"),
+    "floats": (
+        drawn(images=np.zeros((8, 1, 8, 8), np.float32)),
+        "expected uint8 images of shape N,C,H,W, found float32",
+    ),
     "three dimensions": (drawn(images=np.zeros((8, 8, 8), np.uint8)), "found uint8 (8, 8, 8)"),
     "none": (drawn(images=np.zeros((0, 1, 8, 8), np.uint8)), "found uint8 (0, 1, 8, 8)"),
     "three": (drawn(images=np.zeros((3, 1, 8, 8), np.uint8)), "a score takes four or more"),
@@ -1043,7 +1046,7 @@ SETS: dict[str, tuple[Callable[[], Any], str]] = {
     "evaluations in a row": (drawn(record(evaluations=[5])), "evaluations: expected an integer"),
     "no evaluation": (drawn(record(evaluations=0)), "evaluations: 0 is less than 1"),
     "half an evaluation": (drawn(record(evaluations=0.5)), "evaluations: expected an integer"),
-    "more than it holds": (npy_with_shape("(9, 1, 8, 8)"), "images.npy does not hold the (9, 1, 8, 8)"),
+    "more than it holds": (npy_with_shape("(9, 1, 8, 8)"), "images.npy declares the shape (9, 1, 8, 8)"),
     "a petabyte": (npy_with_shape("(10000000000, 100, 32, 32)"), "images.npy does not hold"),
     "negative": (npy_with_shape("(-1, -1, 8, 8)"), "not a sample set"),
     "no shape": (npy_with_shape("'eight'"), "not a sample set"),
@@ -1127,7 +1130,7 @@ REPORTS: dict[str, tuple[Callable[[], Any], str]] = {
     "images in a list": (of_scores(images=[64]), "no sound value of images"),
     "a protocol in a list": (of_scores(reference=[]), "no sound value of reference"),
     "copying in words": (of_scores(copying="a lot"), "no sound value of copying"),
-    "another run's influence": (of_scores(images=63), "not of the same run as its influence values"),
+    "another run's influence": (of_scores(images=63), "another run wrote the influence values of this file"),
     "no influence": (without(INFLUENCE), "`ddpm evaluate` writes it beside the scores"),
     "influence of no bytes": (content(INFLUENCE, lambda old: b""), "not the influence values"),
     "influence cut off": (content(INFLUENCE, lambda old: old[:-1]), "not the influence values"),

@@ -224,7 +224,7 @@ def test_a_changed_missing_or_unfitting_import_is_one_line(exported: Path, check
 
     about = models.read_model_record(folder).content
     records.write_record(folder / "model.json", {**about, "schedule": {**about["schedule"], "s": 0.1}})
-    with pytest.raises(InputError, match=r"imported/hub: not the model that the row schedules\.hub describes"):
+    with pytest.raises(InputError, match=r"imported/hub: holds another model than the row schedules\.hub describes"):
         train(params, "hub", checkout)
     larger = {**about["network"], "image_size": 16, "attention": [8]}  # the same weights
     records.write_record(
