@@ -38,7 +38,7 @@ def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Returns the dotted names of the values that differ, such as "training.steps, seed"; "" if none does."""
+    """Returns the dotted names of the values that differ, such as "training.steps, seed", or ""."""
     old, new = leaves(before), leaves(after)
     return ", ".join(name for name in {**old, **new} if old.get(name) != new.get(name))
 
@@ -72,7 +72,7 @@ def _read(stage: str, root: Path) -> dict[str, Any]:
 
 
 def _is_of_params_yaml(key: Any) -> bool:
-    """Returns whether an entry of `params` in dvc.yaml is a key of params.yaml. A project has keys of ddpm.json besides."""
+    """Returns whether an entry of `params` in dvc.yaml is a key of params.yaml. In a project, it may be a key of ddpm.json."""
     return isinstance(key, str)
 
 
