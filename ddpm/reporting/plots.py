@@ -19,12 +19,12 @@ from ddpm.scores.metrics import RANKING
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
-NARROW = 5.0  # inches; a figure that is no wider has no room for its title
+NARROW = 5.0  # inches; a figure of at most this width has no room for a title
 
 
 @contextmanager
 def _blank(width: int, height: int, dpi: int) -> Iterator[Any]:
-    """Yields a matplotlib figure of that many pixels. While the block runs, matplotlib ignores the user's matplotlibrc."""
+    """Yields a matplotlib figure of width x height pixels. While the block runs, matplotlib ignores the user's matplotlibrc."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,9 +39,9 @@ def _blank(width: int, height: int, dpi: int) -> Iterator[Any]:
 
 @contextmanager
 def drawing(path: Path, width: int, height: int, dpi: int) -> Iterator[Any]:
-    """Yields a matplotlib figure of that many pixels, and writes it to `path` as PNG if the block raises nothing.
+    """Yields a matplotlib figure of width x height pixels, and writes it to `path` as PNG if the block succeeds.
 
-    The file holds no date or version, so that the same content gives the same bytes.
+    The file holds no date or version, so the same content gives the same bytes.
     """
     with _blank(width, height, dpi) as figure:
         yield figure
@@ -85,7 +85,7 @@ def draw_scores(
     label: str = "network evaluations per image",
     front: Collection[str] = (),
 ) -> None:
-    """Draws the headline score against `x`: a line for each schedule (colour) and sampler (dashes), each with its own marker.
+    """Draws the headline score against `x`. Each schedule (colour) and sampler (dashes) has a line with its own marker.
 
     Args:
         figure: the matplotlib figure to draw on.

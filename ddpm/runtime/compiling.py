@@ -1,4 +1,4 @@
-"""Compiles a network if `compile: true` stands in a section of params.yaml."""
+"""Compiles a network for a section of params.yaml with `compile: true`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ddpm.networks import winograd
 
 
 def compiled(net: Any, section: str) -> Any:
-    """Returns winograd.compiled(net). Raises InputError that names the section if there is no working C compiler."""
+    """Returns winograd.compiled(net). Without a working C compiler, raises an InputError that names the section."""
     try:
         return winograd.compiled(net)
     except winograd.NoCompiler as error:

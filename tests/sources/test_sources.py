@@ -551,7 +551,7 @@ def test_cifar10_layout(tmp_path: Path, cifar: dict[str, bytes]) -> None:
 def test_damaged_cifar10_is_not_unpickled(tmp_path: Path) -> None:
     """With the official sums, files of our own are damaged ones. A pickle could run anything."""
     write_cifar(tmp_path / "data" / "cifar-10-batches-py", cifar_archive())
-    assert "CIFAR-10 is damaged or not complete there" in refused(tmp_path, "cifar10", "data")
+    assert "CIFAR-10 is damaged or incomplete there" in refused(tmp_path, "cifar10", "data")
     assert not (tmp_path / ".cache").exists()
 
 

@@ -356,7 +356,7 @@ def test_what_belongs_to_sampling_is_said(checkout: Path, exported: Path) -> Non
     said = "\n".join(import_diffusers(other, "hub", checkout))
     for words in (
         "timestep_spacing trailing",
-        "thresholding at the quantile 0.995 up to sample_max_value 1.5: in params.yaml that is sampling.clip: 0.995",
+        "dynamic thresholding (quantile 0.995, sample_max_value 1.5): the same in params.yaml is sampling.clip: 0.995",
         "steps_offset 1",
         "set_alpha_to_one false",
     ):
