@@ -396,9 +396,8 @@ class Run:
         self._score_if_due()
         for rows, loss in enumerate(course.advance(here, self.recipe, whole, self.device), 1):
             rate = here.training.step / here.seconds
-            if (
-                here.steps is None and rows == 3
-            ):  # the number of steps is fixed from here on, since the learning rate's decay depends on it
+            # From here on, the number of steps is fixed, since the learning rate's decay depends on it.
+            if here.steps is None and rows == 3:
                 here.steps = max(1, round(rate * minutes * 60))
                 print(f"{rate * self.recipe.batch:,.0f} images/s: {here.steps:,} steps", flush=True)
             if self._is_due() or time.monotonic() > min(self.until, saved + 120):
@@ -595,7 +594,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--data", type=Path, default=ROOT.parent / "shared" / "data", help="pack: folder of the zip files"
     )
     parser.add_argument("--parts", type=Path, default=ROOT / ".cifar10", help="pack, unpack: folder of the parts")
-    parser.add_argument("--state", type=Path, default=Path("/tmp/cifar10"), help="folder to resume from; over a GB")
+    parser.add_argument(
+        "--state", type=Path, default=Path("/tmp/cifar10"), help="folder from which to resume; needs over a GB"
+    )
     parser.add_argument(
         "--out", type=Path, default=harness.RESULTS, help="folder of results: JSON and a picture of samples"
     )

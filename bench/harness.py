@@ -22,9 +22,7 @@ PACKAGES = (
 )
 
 
-TINY = (
-    "BENCH_TINY" in os.environ
-)  # if set, runs every row on little work, in about a minute in all, and writes no results
+TINY = "BENCH_TINY" in os.environ  # runs all rows on little work, in about a minute, and writes no results
 
 Times = dict[str, dict[str, list[float]]]  # side -> "wall" or "cpu" -> seconds of each repetition
 
@@ -135,9 +133,7 @@ def limit(work: float, seconds: float, device: str, dtype: torch.dtype) -> dict[
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
-    from ddpm.provenance.run_record import (
-        _hardware,
-    )  # imported here, since bench.cifar10 runs without the dependencies of this module
+    from ddpm.provenance.run_record import _hardware  # imported here: bench.cifar10 runs without its dependencies
 
     about = {**_hardware(), "threads": threads, "load": os.getloadavg()[0]}
     about["device"] = device

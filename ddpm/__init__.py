@@ -75,9 +75,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if (
-        name == "__version__"
-    ):  # not written in this file, which is a dependency of every stage: each new version would rerun them
+    if name == "__version__":  # if written in this file, a new version would change a dependency of every stage
         return importlib.import_module("importlib.metadata").version("ddpm")
     if name not in _HOMES:
         raise AttributeError(f"module 'ddpm' has no attribute '{name}'")

@@ -153,9 +153,7 @@ def _item_from_dvc(verb: str, argument: str) -> Callable[[], str]:
 
     def item() -> str:
         stage, _, name = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")  # DIRECTORY/dvc.yaml:STAGE
-        if (
-            stage != verb or not name
-        ) and "_DDPM_COMPLETE" not in os.environ:  # a shell reads the default too, when it completes a command line
+        if (stage != verb or not name) and "_DDPM_COMPLETE" not in os.environ:  # set while a shell completes
             raise InputError(f"Missing argument '{argument}'; see ddpm {verb} --help")
         return name
 
@@ -479,7 +477,7 @@ def generate(
     sampler: Annotated[
         str,
         typer.Option(
-            help="A row of samplers in params.yaml, or a sampler such as heun; default: the model's, or ddim for a folder."
+            help="A row of samplers in params.yaml, or a sampler such as heun; default: the model's own, ddim for a folder."
         ),
     ] = "",
     steps: Annotated[
@@ -563,9 +561,7 @@ def fit_times(
     sampler: Annotated[
         str, typer.Option(help="A row of samplers in params.yaml, for its solver and guidance; default: UniPC.")
     ] = "",
-    images: Annotated[
-        int, typer.Option(min=1, help="Number of images in the trajectory to which the times are fitted.")
-    ] = 64,
+    images: Annotated[int, typer.Option(min=1, help="Number of images in the fitted trajectory.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same times.")] = 0,
 ) -> None:
     """Find the network times with which a sampler of few steps comes nearest to the end of a trajectory of 1,000 evaluations.
@@ -669,9 +665,7 @@ def import_diffusers(
     name: Annotated[str, typer.Argument(help="The name of the model here: a-z, 0-9 and _.")],
     null_class: Annotated[
         bool,
-        typer.Option(
-            "--null-class", help="The last class embedding stands for no label; guidance needs such an embedding."
-        ),
+        typer.Option("--null-class", help="The last class embedding stands for no label; guidance needs this."),
     ] = False,
 ) -> None:
     """Copy a diffusers model to imported/NAME and add a schedules row to params.yaml, so that a sweep can use the model."""

@@ -19,6 +19,9 @@ class InputError(Exception):
 
 
 def without_password(uri: str) -> str:
-    """Removes user and password, which may hold slashes, before the host of a URI, and the values of password options."""
+    """Removes the passwords from a URI: user and password before the host, and the values of password options.
+
+    A password may contain slashes.
+    """
     before = r"://[^/]*@" if uri.lower().startswith("http") else r"://[^/].*@"
     return re.sub(r"(?i)([?&]\w*password=)[^&]*", r"\1***", re.sub(before, "://", uri))

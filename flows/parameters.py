@@ -124,7 +124,7 @@ def _keep(root: Path, old: bytes) -> Path | None:
 
 
 def edits(root: Path, params: Params) -> Callable[[], str]:
-    """Returns a function that lists the keys edited in params.yaml since: "" for none, "all of it" if the file can't be read."""
+    """Returns a function that lists the keys of params.yaml edited after this call: "" for none, "all of it" if unreadable."""
     path, seen = root / "params.yaml", [0]
 
     def look() -> str:

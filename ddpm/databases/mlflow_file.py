@@ -171,9 +171,7 @@ def _moves_without_files(file: Path, recorded: Path, used: bool, left: set[Path]
     """
     here = file.parent / ARTIFACTS / recorded.name
     if _exists(recorded.parent):
-        copied = _exists(
-            recorded.parents[1] / file.name
-        )  # or the user keeps the artifacts apart from the database on purpose
+        copied = _exists(recorded.parents[1] / file.name)  # otherwise the user may keep the artifacts elsewhere
         if copied and _exists(recorded):
             raise InputError(
                 f"{file} is a copy whose artifacts lie in {recorded.parent}; copy that folder to {here.parent} too, so that the"

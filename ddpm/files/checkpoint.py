@@ -129,9 +129,8 @@ def _filled(entry: NetworkEntry, state: dict[str, Tensor]) -> nn.Module:
         # protects: tests/files/test_bad_input.py::test_a_checkpoint[NaN]
         if state[name].dtype != torch.float32 or not bool(state[name].isfinite().all()):
             raise ValueError(f"{name}: expected finite float32 weights")
-    net.load_state_dict(
-        {name: x.clone() for name, x in state.items()}, assign=True
-    )  # copies the tensors, since the file may be replaced
+    # Copies the tensors, since the file may be replaced.
+    net.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)
     return net
 
 

@@ -82,9 +82,8 @@ class Scores:
             ValueError: an entry is missing or has an impossible value.
         """
         known = entries()
-        if (
-            isinstance(old := found.get("fid_infinity"), float) and old < 0
-        ):  # version 0.3 wrote negative values for few images
+        # Version 0.3 wrote negative values for few images.
+        if isinstance(old := found.get("fid_infinity"), float) and old < 0:
             found = {name: value for name, value in found.items() if name != "fid_infinity"}
         needed = needed or [
             *COUNTS,

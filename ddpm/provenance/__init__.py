@@ -3,6 +3,4 @@
 The computation of a stage does not belong here.
 """
 
-from ddpm.provenance import (
-    code as code,
-)  # imported first, since it hashes the files before the other modules are imported
+from ddpm.provenance import code as code  # imported first: hashes the files before other modules are imported

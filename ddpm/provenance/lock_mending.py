@@ -23,9 +23,7 @@ HEAD = "schema: '2.0'\nstages:\n"
 STAGE = re.compile(r"^(?=  \S)", re.MULTILINE)  # matches the beginning of each stage's text
 _DELETED = "deleted\n"  # the content of the copy if there was no dvc.lock
 _HASH = re.compile(r"^      md5: '?[0-9a-f]{32}(\.dir)?'?$", re.MULTILINE)
-_OTHER_HASH = re.compile(
-    r"^      (etag|checksum|cloud|files):", re.MULTILINE
-)  # hashes of outputs outside of the checkout
+_OTHER_HASH = re.compile(r"^      (etag|checksum|cloud|files):", re.MULTILINE)  # of outputs outside the checkout
 _FOREIGN = re.compile(r"^(<<<<<<<|=======|>>>>>>>|datasets:)", re.MULTILINE)
 
 Entries = dict[str, str]  # the text of each stage, by its name

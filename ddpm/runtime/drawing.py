@@ -23,11 +23,7 @@ from ddpm.files.params import Params
 from ddpm.parameters import Point, Sampler
 from ddpm.runtime import compiling
 
-GUIDANCE = (
-    "guidance",
-    "guidance_interval",
-    "guidance_rescale",
-)  # the fields of a sampler row that belong to the denoiser
+GUIDANCE = ("guidance", "guidance_interval", "guidance_rescale")  # the denoiser's fields in a sampler row
 ALIKE = 1.25  # class counts that differ by at most this factor count as equal
 UNGUIDED = "takes a class-conditional model (diffusion.conditional: true) that predicts without labels too"
 

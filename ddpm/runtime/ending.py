@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-STAGE = (
-    6.0  # seconds in which a stage saves its state; Prefect notices a cancellation within 4, so a stage ends within ten
-)
+STAGE = 6.0  # seconds in which a stage saves; with the 4 until Prefect notices a cancellation, at most ten
 SERVER = 10.0  # for the Prefect server of a single flow, which writes the last task states
 ORPHAN = 15.0  # for a process whose parent is gone; a flow run ends its stages first
 FLOW_RUNS = 20.0  # for the flow runs of a worker of `make up`, which become orphans when the worker ends

@@ -37,9 +37,7 @@ def connected(hosts: bool | str) -> Iterator[None]:
     runner = _runner(hosts)
     try:
         runner.__enter__()
-        getattr(
-            runner, "client", None
-        )  # this access connects Dask's runner, so a failure appears before any stage starts
+        getattr(runner, "client", None)  # connects Dask's runner, so that a failure appears before any stage starts
     except (OSError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"hosts: cannot connect to a Dask scheduler at {hosts} ({why})") from error

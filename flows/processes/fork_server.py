@@ -252,9 +252,8 @@ def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable
     setproctitle.setproctitle(" ".join(sys.argv))
     if not is_ddpm:
         return _dvc
-    main: Callable[[], Any] = importlib.import_module(
-        "ddpm.__main__"
-    ).main  # imported by name, since flows itself never imports torch
+    # Imported by name, since flows itself never imports torch.
+    main: Callable[[], Any] = importlib.import_module("ddpm.__main__").main
     return main
 
 

@@ -46,9 +46,7 @@ def main(pool: str) -> None:
     crashed_runs.watch_heartbeats()
     if count := crashed_runs.reap():
         print(f"worker: {count} flow runs were killed earlier and are now marked Crashed", flush=True)
-    os.environ[watchdog.VARIABLE] = str(
-        os.getpid()
-    )  # exec keeps the process id, so flow runs still end with this worker
+    os.environ[watchdog.VARIABLE] = str(os.getpid())  # exec keeps this id, so flow runs end with this worker
     if pool == "hosts":
         os.environ["DDPM_CHECKOUT"] = str(Path.cwd())
         os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
