@@ -357,7 +357,8 @@ def promote(
 ) -> None:
     """Register the best point of the report as ddpm-DATASET, and make it the champion if it wins.
 
-    The point wins if its score is significantly better, or surely nearly as good with far fewer network evaluations.
+    The point wins if its score is significantly better. It also wins if it takes far fewer network evaluations and its score is,
+    with the same confidence, nearly as good.
     """
     from ddpm import tracking
 

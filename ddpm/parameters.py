@@ -254,8 +254,8 @@ def _falls(steps: int, times: tuple[float, ...]) -> bool:
 class Sampler:
     """One row of the samplers table: the arguments of `ddpm.sample`, and the denoiser's guidance.
 
-    An argument that the sampler does not take is an error. Options without a field here stand below `own`, so a new sampler
-    needs no new field. fitted_to: sha256 of the weights that `times` were fitted to.
+    An argument that the sampler does not take is an error. An option that has no field here is an entry of `own`, so a new
+    sampler needs no new field. fitted_to: sha256 of the weights to which `times` were fitted.
     """
 
     sampler: str
@@ -308,7 +308,7 @@ class Sampler:
 
     @classmethod
     def arrange(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns options in the form of a row of params.yaml: options without a field here stand below `own`."""
+        """Arranges options as a row of params.yaml, in which options that have no field here are entries of `own`."""
         known = {item.name for item in fields(cls)}
         own = {key: value for key, value in options.items() if key not in known}
         return {key: value for key, value in options.items() if key in known} | ({"own": own} if own else {})

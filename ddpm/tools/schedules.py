@@ -1,4 +1,4 @@
-"""`schedules`: makes a table of the rows of `schedules`, their signal-to-noise curves, and a real image noised by each."""
+"""`schedules`: writes a table of the rows of `schedules`, their signal-to-noise curves, and a real image noised by each row."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Objective:
         from_eps: factor of eps in the target.
         min_snr: min-SNR weight of the squared error of the prediction.
         to_mean: factor of an error of the prediction in the mean of p(x_{t-1} | x_t).
-        log_small: log beta_tilde, the smaller variance of p; at t = 0, where it is -inf, the entry of t = 1.
+        log_small: log beta_tilde, the smaller variance of p. At t = 0, where that is -inf, the entry of t = 1 is used.
         log_large: log beta, the larger variance of p.
         log_fixed: log_large, but log_small at t = 0, as in Ho et al.'s code.
         loss: a key of LOSSES.
