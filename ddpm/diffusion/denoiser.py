@@ -147,7 +147,7 @@ class Denoiser:
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance = {self.guidance} must be a finite number")
         if self.labels is None and self.guidance != 1:
-            raise ValueError(f"guidance = {self.guidance:g} needs labels, and a network trained with labels")
+            raise ValueError(f"guidance = {self.guidance:g} takes labels, and a network trained with labels")
         check_guidance(self.guidance_interval, self.guidance_rescale)
 
     def evaluations(self, t: Tensor | float) -> int:

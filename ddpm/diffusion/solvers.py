@@ -221,11 +221,11 @@ def _adams(behind: list[float], h: float) -> list[float]:
 
 
 def ipndm(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
-    """Samples by iPNDM (Zhang & Chen 2023): applies Adams-Bashforth's fourth-order weights for equal steps to eps at any steps.
+    """Samples by iPNDM (Zhang & Chen 2023): extrapolates eps with Adams-Bashforth's fourth-order weights for equal steps.
 
-    iPNDM has fourth order on equal steps of sigma, else second order. The fixed weights are better in practice: on CIFAR-10
-    at 5 evaluations, zju-pi/diff-sampler measures an FID of 13.59 with them, and 23.58 with weights for unequal steps
-    (`ipndm_v`).
+    The method uses these weights for unequal steps, too. It has fourth order on equal steps of sigma, else second order. The
+    fixed weights are better in practice: on CIFAR-10 at 5 evaluations, zju-pi/diff-sampler measures an FID of 13.59 with
+    them, and 23.58 with weights for unequal steps (`ipndm_v`).
     """
     return _from_eps(denoise, x, levels, 4, _adams)
 

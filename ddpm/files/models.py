@@ -265,10 +265,10 @@ def check_data(record: ModelRecord) -> None:
     """Raises ValueError if the data entry of a model does not fit its network."""
     network, data = record.network, record.data
     if data.shape != network.shape:
-        raise ValueError(f"its data have the shape {data.shape}, but its network takes {network.shape}")
+        raise ValueError(f"its data are {data.shape}, its network takes {network.shape}")
     classes = len(data.classes or ())
     if network.classes and network.classes != classes:
-        raise ValueError(f"its network knows {network.classes} classes, but its data have another number")
+        raise ValueError(f"its network knows {network.classes} classes, its data have another number")
     counts = data.class_counts
     if counts is not None and (len(counts) != classes or not all(0 <= count < MOST_IMAGES for count in counts)):
         raise ValueError("its class_counts are not a number of images for each class")

@@ -84,7 +84,7 @@ def difference(a: Estimate, b: Estimate) -> Difference:
 
 
 def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE) -> list[bool]:
-    """Returns for each score whether it may be the best. With the given confidence, these scores include the truly best score.
+    """Returns for each score whether it may be the best. With the given confidence, this is true of the truly best score.
 
     Args:
         scores: scores under the same metric.

@@ -4,7 +4,7 @@ Zip files in the folder are read as if they were unpacked there. The path of an 
 
     [WRAPPER/...][train/|test/][CLASS/]...NAME.png    or    [WRAPPER/...]CLASS/train/|test/...NAME.png
 
-If folders train and test (or other names in ROLES, in any case) hold every image, they are the splits. Otherwise a seeded
+If folders of splits (train, test and other names in ROLES, in any case) hold every image, they are used. Otherwise a seeded
 fraction becomes the test split. If every image lies in a further folder, the first such folder is its class. Sides are padded to
 the next multiple of 8, unless `data.size` gives them.
 """

@@ -51,7 +51,7 @@ def load(
 
 @contextmanager
 def located(model: str | os.PathLike[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yields the checkpoint folder of a model, and the settings that it was promoted with: {} for a folder. Raises InputError.
+    """Yields the checkpoint folder of a model, and the settings with which it was promoted ({} for a folder). Raises InputError.
 
     The folder of a registered model exists only within the context.
     """

@@ -49,7 +49,7 @@ def init(folder: Path, recipe: str) -> list[str]:
     importlib.import_module("dvc")  # fails here, in one line, without the extra `pipeline`
     files = _files(recipe)
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: not a folder; name a folder, or a new one")
+        raise InputError(f"{folder}: not a folder; name a new or an existing folder")
     if present := [name for name in files if (folder / name).exists()]:
         advice = "`ddpm init --update` renews a project" if NAME in present else "choose an empty folder"
         raise InputError(f"{folder}: has {', '.join(present)} already; {advice}")
@@ -150,7 +150,7 @@ def _sha256(text: str) -> str:
 
 
 def _repositories(folder: Path) -> None:
-    """Makes the folder a git repository, unless it belongs to one, and a DVC repository, unless it is one."""
+    """Makes the folder a git and a DVC repository, as far as it is not one yet or inside a git repository."""
     if git.line(folder, "rev-parse", "--show-toplevel") is None and git.ask(folder, "init", "--quiet") is None:
         raise InputError(
             f"{folder}: `git init` failed; DVC needs git: install git, or run `git init` there to see the error"

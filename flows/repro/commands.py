@@ -15,7 +15,7 @@ from flows.processes.dvc_command import Ended
 from flows.watch import Outcome, Watcher
 
 _UNREACHABLE = re.compile(r"MLflow at .* (cannot be reached|is in use by another process)")
-_HELD = "if no DVC is running, a killed one left this lock: delete .dvc/tmp/rwlock"
+_HELD = "if no DVC is running, a killed DVC left this lock: delete .dvc/tmp/rwlock"
 
 _uncommitted: set[tuple[Path, str]] = set()  # the stages whose outputs DVC could not copy into its cache
 

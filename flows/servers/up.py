@@ -33,7 +33,7 @@ from flows import links
 from flows.processes import children
 from flows.servers import access, embedded
 
-MARK = "DDPM_UP"  # in the environment of every process that one `make up` started
+MARK = "DDPM_UP"  # a variable in the environment of every process that one `make up` started
 INTERRUPTED = 130  # the exit code after Ctrl-C, which is the normal end
 DEFAULT_API = f"http://{access.LOOPBACK}:4200/api"  # as prefect.toml has it
 _STARTED = "started!"  # ends the line that `prefect worker start` prints once it polls
@@ -82,7 +82,7 @@ def main(chosen: list[str]) -> None:
         try:
             manager.loop()
         finally:
-            with suppress(Exception):  # an error of the loop itself is the one to show
+            with suppress(Exception):  # an error of the loop itself is more important
                 manager.terminate()
             _end_what_is_left(environment[MARK])
     sys.exit(0 if manager.returncode == INTERRUPTED else manager.returncode)

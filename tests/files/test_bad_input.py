@@ -358,7 +358,10 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
         "samplers.ddpm.variance: learned needs diffusion.variance = learned",
     ),
     "guidance without classes": ({"samplers.ddim.guidance": 2.0}, "samplers.ddim: guidance takes a class-conditional"),
-    "an interval without guidance": ({"samplers.ddim.guidance_interval": [0.3, 3.0]}, "guidance: guidance_interval"),
+    "an interval without guidance": (
+        {"samplers.ddim.guidance_interval": [0.3, 3.0]},
+        "guidance: missing, but guidance_interval",
+    ),
     "an interval that ends before it starts": (
         {"diffusion.conditional": True, "samplers.ddim.guidance": 2.0, "samplers.ddim.guidance_interval": [3.0, 0.3]},
         "samplers.ddim.guidance_interval: expected two noise levels",
@@ -556,7 +559,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "an import of nothing": (["import-diffusers", "nowhere", "hub"], "nowhere: no such folder"),
     "an import of a name that is none": (["import-diffusers", "images", "Hub!"], "made of a-z, 0-9 and _"),
     "a card of no report": (["card"], "report/best.json: no such file"),
-    "two wishes": (["promote", "--replace", "--rollback"], "two different things"),
+    "two wishes": (["promote", "--replace", "--rollback"], "exclude each other"),
 }
 
 
@@ -1047,7 +1050,7 @@ SETS: dict[str, tuple[Callable[[], Any], str]] = {
     "no evaluation": (drawn(record(evaluations=0)), "evaluations: 0 is less than 1"),
     "half an evaluation": (drawn(record(evaluations=0.5)), "evaluations: expected an integer"),
     "more than it holds": (npy_with_shape("(9, 1, 8, 8)"), "images.npy declares the shape (9, 1, 8, 8)"),
-    "a petabyte": (npy_with_shape("(10000000000, 100, 32, 32)"), "images.npy does not hold"),
+    "a petabyte": (npy_with_shape("(10000000000, 100, 32, 32)"), "images.npy declares the shape"),
     "negative": (npy_with_shape("(-1, -1, 8, 8)"), "not a sample set"),
     "no shape": (npy_with_shape("'eight'"), "not a sample set"),
 }

@@ -474,7 +474,7 @@ def test_idx_files_that_do_not_belong_together(tmp_path: Path) -> None:
     labels = tmp_path / "fashion" / "train-labels-idx1-ubyte.gz"
     for wrong in (np.arange(19) % 10, np.full(20, 10)):
         labels.write_bytes(gzip.compress(idx(wrong.astype(np.uint8))))
-        assert "the train files are not Fashion-MNIST's" in refused(tmp_path, "fashion_mnist", "fashion")
+        assert "the train files do not belong to Fashion-MNIST" in refused(tmp_path, "fashion_mnist", "fashion")
     labels.write_bytes(gzip.compress(idx(FASHION["train-labels-idx1-ubyte"]))[:-9])
     assert "train-labels-idx1-ubyte.gz: not readable" in refused(tmp_path, "fashion_mnist", "fashion")
 

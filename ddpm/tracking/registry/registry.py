@@ -89,7 +89,11 @@ def fetch_champion(params: Params, destination: Path, root: Path = Path()) -> tu
         if not (root / paths.report_dir() / "best.json").exists():
             raise InputError(f"{error}, once `dvc repro` has made a report") from None
     best = _challenger(params, root)
-    return best.folder, best.settings, f"{best.point.name}, the best point here: no champion yet (`ddpm promote`)"
+    return (
+        best.folder,
+        best.settings,
+        f"{best.point.name}, the report's best point (no champion yet; `ddpm promote` makes one)",
+    )
 
 
 def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path, dict[str, Any]]:
