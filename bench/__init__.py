@@ -1,4 +1,4 @@
-"""Measures our code beside its alternatives, on the same work. Results: bench/results; page: docs/speed.md.
+"""Measures our code and its alternatives on the same work. Results: bench/results; page: docs/speed.md.
 
 To run the GPU rows on a machine without a package index (torch, torchvision, scipy, safetensors and huggingface-hub installed):
 

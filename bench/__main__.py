@@ -1,6 +1,6 @@
 """Measures the rows of docs/speed.md on this machine, each in its own process, and rewrites the page.
 
-`python -m bench` measures every row, `python -m bench NAME ...` the named ones.
+`python -m bench` measures every row, `python -m bench NAME ...` the named rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _measure(name: str, device: str, threads: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows: {', '.join(page.ROWS)}")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cpu, and cuda too if there is a GPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cpu, and cuda if there is a GPU")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads; default: all cores")
     parser.add_argument("--here", action="store_true", help="measure one row on one device in this process")
     asked = parser.parse_args()

@@ -40,7 +40,7 @@ from ddpm.training.objective import Objective
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / ".cache" / "inception"
-PART = 56 * 2**20  # bytes: a part and the checkout together stay below 64 MiB
+PART = 56 * 2**20  # bytes; a part and the checkout together stay below 64 MiB
 TILE = 100  # images in one lossless WebP picture, one below the other
 PAPER_IMAGES = 800_000 * 128
 
@@ -63,7 +63,7 @@ PAPER = Recipe(  # Ho et al. 2020, appendix B
     precision="bfloat16",
     compiled=True,
 )
-# For a budget of minutes instead of days; docs/cifar10.md explains each difference.
+# For a budget of minutes instead of days; docs/cifar10.md explains each difference from PAPER.
 FAST = replace(
     PAPER,
     network={**PAPER.network, "attention": [16, 8], "heads": 4, "dropout": 0.0},
@@ -117,15 +117,15 @@ class Protocol:
 
     Args:
         layer: Inception's layer.
-        along: images of a score during training.
-        swept: images of a point of the sweep.
-        final: images of the last score.
-        bound_images: test images of the bound.
-        bound_times: times per image of the bound.
-        batch: images in one saved file.
+        along: number of images for a score during training.
+        swept: number of images for a point of the sweep.
+        final: number of images for the last score.
+        bound_images: number of test images for the bound.
+        bound_times: number of times per image for the bound.
+        batch: number of images in a saved file.
         marks: minutes of training at which to score.
-        throughput: batches to measure.
-        timed: steps of one timed call.
+        throughput: batch sizes to measure.
+        timed: number of steps in a timed call.
         sweep: sampler -> numbers of steps.
     """
 
@@ -197,7 +197,7 @@ def pack(data: Path, to: Path, extractor: inception.State) -> list[Path]:
         shutil.rmtree(earlier)
     parts = []
     for number in range(count):
-        folder = to / f"part{number}"  # one is carried at a time
+        folder = to / f"part{number}"  # carried one at a time
         folder.mkdir(parents=True)
         parts.append(folder / f"{digest}-{number}-of-{count}")
         parts[-1].write_bytes(bytes_[number * len(bytes_) // count : (number + 1) * len(bytes_) // count])
@@ -205,7 +205,7 @@ def pack(data: Path, to: Path, extractor: inception.State) -> list[Path]:
 
 
 def unpack(source: Path, state: Path) -> bool:
-    """Copies the parts under `source` into `state`, and unpacks them once all are there. Returns whether it did."""
+    """Copies the parts under `source` into `state`. Once all parts are there, unpacks them and returns True."""
     (state / "parts").mkdir(parents=True, exist_ok=True)
     for path in source.rglob("*-of-*"):
         shutil.copyfile(path, state / "parts" / f".{path.name}")
@@ -230,7 +230,7 @@ def _whole(source: Path, state: Path) -> bytes | None:
     """Joins the parts. Returns None while some are missing. Raises SystemExit for mixed or damaged parts."""
     names = sorted(path.name for path in (state / "parts").glob("[0-9a-f]*-of-*"))
     if not names:
-        raise SystemExit(f"{source}: no parts here; make them by `python -m bench.cifar10 pack`")
+        raise SystemExit(f"{source}: no parts here; make them with `python -m bench.cifar10 pack`")
     digest, _, count = names[0].partition("-")[0], *names[0].rpartition("-of-")[1:]
     if {name.partition("-")[0] for name in names} != {digest}:
         raise SystemExit(f"{state / 'parts'}: holds parts of several packs; empty it and unpack again")
@@ -240,7 +240,7 @@ def _whole(source: Path, state: Path) -> bytes | None:
         return None
     whole = b"".join((state / "parts" / name).read_bytes() for name in expected)
     if hashlib.sha256(whole).hexdigest()[:16] != digest:
-        raise SystemExit(f"{state / 'parts'}: the checksum of the parts is not {digest}; copy them again")
+        raise SystemExit(f"{state / 'parts'}: the checksum of the parts is not {digest}; copy the parts again")
     return whole
 
 
@@ -248,15 +248,15 @@ def _whole(source: Path, state: Path) -> bytes | None:
 
 
 def throughput(recipe: Recipe, protocol: Protocol, device: str, until: float, out: Path, state: Path) -> None:
-    """Measures training images per second on random images, eager and compiled, for each batch of the protocol.
+    """Measures training images per second on random images, eager and compiled, for each batch size of the protocol.
 
     Args:
-        recipe: network and training; its batch is replaced.
-        protocol: batches, and steps of a timed call.
+        recipe: network and training; its batch size is replaced.
+        protocol: the batch sizes, and the number of steps in a timed call.
         device: "cpu" or "cuda".
         until: time.monotonic() at which to stop.
-        out: folder of cifar10-throughput.json.
-        state: folder to resume from.
+        out: folder for cifar10-throughput.json.
+        state: folder from which to resume.
 
     Raises:
         OutOfTime: the next batch would take too long.
@@ -311,7 +311,7 @@ def _cell(recipe: Recipe, protocol: Protocol, device: str) -> dict[str, Any]:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(images[:1].float(), torch.zeros(1, device=device))
     dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-    work = 3 * counter.get_total_flops() * recipe.batch  # backward costs two forwards
+    work = 3 * counter.get_total_flops() * recipe.batch  # a backward pass costs as much as two forward passes
     return {
         "batch": recipe.batch,
         "compiled": recipe.compiled,
@@ -352,7 +352,7 @@ class Run:
 
     @cached_property
     def denoiser(self) -> Denoiser:
-        """The averaged weights; later training changes them in place."""
+        """The model with the averaged weights, which later training changes in place."""
         return course.denoiser_of(self.course, self.recipe, self.device)
 
     def reference(self) -> fidelity.Statistics:
@@ -396,7 +396,8 @@ class Run:
         self._score_if_due()
         for rows, loss in enumerate(course.advance(here, self.recipe, whole, self.device), 1):
             rate = here.training.step / here.seconds
-            if here.steps is None and rows == 3:  # fixed from here on, since the learning rate's decay depends on it
+            # From here on, the number of steps is fixed, since the learning rate's decay depends on it.
+            if here.steps is None and rows == 3:
                 here.steps = max(1, round(rate * minutes * 60))
                 print(f"{rate * self.recipe.batch:,.0f} images/s: {here.steps:,} steps", flush=True)
             if self._is_due() or time.monotonic() > min(self.until, saved + 120):
@@ -446,7 +447,7 @@ class Run:
                     print(f"  {point}: FID {scored['fid']:.2f}", flush=True)
 
     def final(self) -> None:
-        """Scores protocol.final images of the sweep's best point; the sweep's images are reused."""
+        """Scores protocol.final images of the sweep's best point. Reuses the images of the sweep."""
         if self.found["final"] is None:
             best = min(self.found["sweep"], key=lambda point: self.found["sweep"][point]["fid"])
             sampler, _, count = best.rpartition("-")
@@ -516,7 +517,7 @@ class Run:
 
 
 def run(this: Run, minutes: float, steps: int | None) -> None:
-    """Does everything that is left: training, sweep, final score, bound. Raises OutOfTime."""
+    """Does all remaining work: training, sweep, final score, bound. Raises OutOfTime."""
     this.reference()
     this.train(minutes, steps)
     this.write()
@@ -578,7 +579,7 @@ def _pack(data: Path, parts: Path) -> None:
 
 def _unpack(parts: Path, state: Path) -> None:
     if unpack(parts, state) and importlib.util.find_spec("safetensors"):
-        from safetensors.torch import save_file  # where `python -m bench fid_sets growth` looks for them
+        from safetensors.torch import save_file  # `python -m bench fid_sets growth` looks for the weights here
 
         WEIGHTS.mkdir(parents=True, exist_ok=True)
         save_file(torch.load(state / "inception.pt", weights_only=True), WEIGHTS / f"{inception.NAME}.safetensors")
@@ -593,13 +594,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--data", type=Path, default=ROOT.parent / "shared" / "data", help="pack: folder of the zip files"
     )
     parser.add_argument("--parts", type=Path, default=ROOT / ".cifar10", help="pack, unpack: folder of the parts")
-    parser.add_argument("--state", type=Path, default=Path("/tmp/cifar10"), help="folder to resume from; over a GB")
+    parser.add_argument(
+        "--state", type=Path, default=Path("/tmp/cifar10"), help="folder from which to resume; needs over a GB"
+    )
     parser.add_argument(
         "--out", type=Path, default=harness.RESULTS, help="folder of results: JSON and a picture of samples"
     )
     parser.add_argument("--minutes", type=float, default=9, help="time limit of this command")
     parser.add_argument(
-        "--train-minutes", type=float, default=12, help="training time in all; fixes the number of steps"
+        "--train-minutes", type=float, default=12, help="total training time; fixes the number of steps"
     )
     parser.add_argument("--steps", type=int, help="instead of --train-minutes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")

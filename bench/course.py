@@ -1,6 +1,6 @@
 """Runs a training with scores along the way. It can stop at any time and resume from its folder with the same result.
 
-It needs only torch, numpy and `ddpm`, so bench/cifar10.py can run where nothing else can be installed.
+This module needs only torch, numpy and `ddpm`, so bench/cifar10.py can run where nothing else can be installed.
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ class Course:
     Args:
         training: network, average and optimiser.
         recipe: the Recipe as JSON.
-        steps: the last step, None if not known yet.
+        steps: the last step; None if not yet known.
         seconds: seconds of training alone.
         processor: processor seconds of training alone.
         starts: seconds of each process's first step, which compiles.
-        losses: rows of step and mean loss since the row before.
-        scores: rows of scores along the way.
+        losses: rows of the step and the mean loss since the previous row.
+        scores: rows of the scores during training.
     """
 
     training: TrainingState
@@ -116,7 +116,9 @@ class Course:
         if (folder / "course.pt").exists():
             kept = torch.load(folder / "course.pt", weights_only=True, mmap=True)
             if json.loads(kept["about"])["recipe"] != course.recipe:
-                raise SystemExit(f"{folder}: holds a training of another recipe; remove it, or name another --state")
+                raise SystemExit(
+                    f"{folder}: holds a training of another recipe; remove this folder, or name another with --state"
+                )
             course.training.load(kept["step"], kept["tensors"])
             for key, value in json.loads(kept["about"]).items():
                 setattr(course, key, value)
@@ -124,13 +126,13 @@ class Course:
 
 
 def advance(course: Course, recipe: Recipe, images: Tensor, device: str) -> Iterator[float]:
-    """Trains up to course.steps, or without end if that is None. Time spent by the caller is not counted.
+    """Trains up to course.steps, or without end if that is None. Does not count the caller's time.
 
-    Stopping after a row and resuming later gives the same losses and weights as an uninterrupted training.
+    A training that stops after a row and resumes later has the same losses and weights as an uninterrupted training.
 
     Args:
         course: the training to continue, changed in place.
-        recipe: its recipe.
+        recipe: the recipe of the training.
         images: uint8 [N, C, H, W].
         device: "cpu" or "cuda".
 
@@ -182,9 +184,9 @@ def denoiser_of(course: Course, recipe: Recipe, device: str, precise: bool = Fal
 
     Args:
         course: the training.
-        recipe: its recipe.
+        recipe: the recipe of the training.
         device: "cpu" or "cuda".
-        precise: use float32 without compilation, whatever the recipe says.
+        precise: use float32 without compilation, instead of the recipe's settings.
     """
     net = course.training.ema
     forward: Callable[..., Any] = net if precise or not recipe.compiled else winograd.compiled(net, dynamic=False)
@@ -222,7 +224,7 @@ def kept(make: Callable[[range], NDArray[Any]], count: int, batch: int, folder: 
     Args:
         make: computes the given rows.
         count: number of rows.
-        batch: rows in a file.
+        batch: number of rows in a file.
         folder: folder of the saved batches.
         until: time.monotonic() at which to stop.
 
@@ -253,7 +255,7 @@ def features_of(
 
 
 def fid(features: NDArray[np.float32], reference: fidelity.Statistics, device: str) -> dict[str, Any]:
-    """Returns FID and its 95 % interval; also its bias if there are more images than features."""
+    """Returns FID and its 95 % interval. If there are more images than features, also returns its bias."""
     found = fidelity.jackknife(features, reference, device)
     reach = intervals.quantile() * intervals.standard_error(found.influence)
     about = {"images": len(features), "fid": found.fid, "low": max(0.0, found.fid - reach), "high": found.fid + reach}

@@ -1,7 +1,7 @@
 """Measures FID over minutes of training for a recipe on this CPU: `python -m bench.curves digits`.
 
-It stops after --minutes and resumes when repeated. It scores the averaged weights at growing intervals, as the recipe
-says, writes bench/results/curve-RECIPE.json and draws docs/images/curve-RECIPE.png. `draw` redraws all curves.
+The command stops after --minutes and resumes when repeated. It scores the averaged weights at growing intervals by the recipe's
+protocol, writes bench/results/curve-RECIPE.json and draws docs/images/curve-RECIPE.png. `draw` redraws all curves.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from ddpm.parameters import as_json
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "images"
-GROWTH = 1.6  # each score comes after so many times the minutes of the one before
-GREY = "#808080"  # readable on white and on black
+GROWTH = 1.6  # factor between the minutes of training at one score and at the next
+GREY = "#808080"  # colours that are readable on white and on black
 COLOURS = ("#1f8fd6", "#e07b28", "#2aa876", "#c46bb0")
 
 Line = Sequence[Mapping[str, Any]]
 
 
 def of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Recipe:
-    """Converts a parameter file to the recipe of one schedule; shape is C, H, W of an image."""
+    """Converts a parameter file to the recipe of one schedule. shape: C, H, W of an image."""
     row, training = params.schedules[schedule].options(), params.training
     return Recipe(
         network={"image_channels": shape[0], "image_size": shape[1], **as_json(params.network)},
@@ -56,7 +56,7 @@ def of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Recipe:
 
 
 def prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
-    """Returns the parameters of a recipe and its dataset, which is prepared on the first call."""
+    """Returns the parameters of a recipe and its dataset. Prepares the dataset on the first call."""
     from ddpm.files.dataset import read_dataset
     from ddpm.files.params import Params
     from ddpm.runtime import compiling
@@ -74,7 +74,7 @@ def prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
 
 
 def due(here: Course, first: float) -> bool:
-    """Returns whether a score is due: at the last step, or GROWTH times the minutes of the last score."""
+    """Returns whether a score is due: at the last step, or after GROWTH times the minutes of the last score."""
     last = here.scores[-1] if here.scores else {"step": 0, "minutes": 0.0}
     if here.training.step == last["step"]:
         return False
@@ -88,11 +88,11 @@ def measure(
 
     Args:
         name: the recipe.
-        params: its parameters.
-        dataset: its prepared dataset.
+        params: the parameters of the recipe.
+        dataset: the prepared dataset of the recipe.
         point: the point whose sampler draws the images.
-        state: folder to resume from.
-        out: folder of curve-NAME.json.
+        state: folder from which to resume.
+        out: folder for curve-NAME.json.
         until: time.monotonic() at which to stop.
         first: seconds of training until the first score.
 
@@ -151,7 +151,7 @@ def measure(
 
 
 def draw(lines: Mapping[str, Line], path: Path, title: str) -> None:
-    """Draws FID against minutes, transparent for light and dark pages. The same content gives the same bytes."""
+    """Draws FID against minutes, on a transparent background for light and dark pages. The same content gives the same bytes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

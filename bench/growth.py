@@ -1,4 +1,4 @@
-"""Measures how the cost of each phase grows with one setting, and how close it comes to the machine's limit."""
+"""Measures how the cost of each phase grows with one setting, and how close its speed comes to the machine's limit."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ DIMENSIONS = 64 if TINY else 2048
 
 
 def _peak(device: str) -> int:
-    """Returns the peak memory in bytes since `_forget`: of this process, or of the GPU's tensors."""
+    """Returns the peak memory, in bytes since `_forget`, of this process or of the GPU's tensors."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -58,9 +58,9 @@ def _peak(device: str) -> int:
 
 
 def _forget(device: str) -> None:
-    """Frees memory that earlier work left, and resets the peak."""
+    """Frees the memory of earlier work, and resets the peak."""
     if device == "cuda":
-        torch.compiler.reset()  # otherwise it compiles for dynamic shapes, and stops compiling after eight shapes
+        torch.compiler.reset()  # otherwise torch compiles for dynamic shapes, and stops compiling after eight shapes
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -175,7 +175,7 @@ def _optimiser(state: TrainingState) -> None:
 
 
 def _phases(device: str, found: list[dict[str, Any]], extractor: inception.Inception) -> list[dict[str, Any]]:
-    """Returns for each phase the work of a call, its seconds, and its share of the machine's rate."""
+    """Returns for each phase the work of a call, the seconds it takes, and the reached share of the machine's rate."""
     base = BASE[device]
     precision = torch.bfloat16 if device == "cuda" else torch.float32
     evaluation = _evaluation_work(base["width"], base["size"]) * base["batch"] * base["steps"]

@@ -22,13 +22,13 @@ PACKAGES = (
 )
 
 
-TINY = "BENCH_TINY" in os.environ  # runs every row in about a minute, on little work, and writes no results
+TINY = "BENCH_TINY" in os.environ  # runs all rows on little work, in about a minute, and writes no results
 
 Times = dict[str, dict[str, list[float]]]  # side -> "wall" or "cpu" -> seconds of each repetition
 
 
 def cpu_seconds() -> float:
-    """Processor seconds of this process and its finished children. Other load changes them less than the clock."""
+    """Returns the processor seconds of this process and its finished children. Other load changes them less than clock time."""
     return sum(
         resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -48,7 +48,7 @@ def alternate(
     Args:
         sides: name -> function that does the work of one call.
         repeats: timed turns.
-        warmups: turns before those, which are not timed.
+        warmups: untimed turns before the timed turns.
         device: "cuda" waits for the GPU before and after each call.
 
     Returns:
@@ -78,7 +78,7 @@ def figure(
         name: the label in the tables.
         values: one per repetition.
         unit: "x", "%" or "s".
-        goal: the bound that the median should keep, if any.
+        goal: the bound on the median, if any.
         most: whether the goal is an upper bound; otherwise it is a lower bound.
     """
     median = statistics.median(values)
@@ -91,12 +91,12 @@ def figure(
 def ratios(
     times: Times, peer: str, goal: float | None = None, ours: str = "ours", name: str = ""
 ) -> list[dict[str, Any]]:
-    """Divides a peer's time by ours, turn by turn: one figure by the clock, one in processor time.
+    """Divides a peer's time by ours, turn by turn. Returns a figure in clock time and a figure in processor time.
 
     Args:
         times: result of `alternate`.
         peer: the side whose time is divided.
-        goal: the least ratio wanted by the clock, if any.
+        goal: the lower bound on the ratio of clock times, if any.
         ours: the side to divide by.
         name: label of the figure; default: "PEER / ours".
     """
@@ -121,7 +121,7 @@ def limit(work: float, seconds: float, device: str, dtype: torch.dtype) -> dict[
 
     Args:
         work: floating point operations.
-        seconds: time they took.
+        seconds: time that the operations took.
         device: "cpu" or "cuda".
         dtype: type of the matrix product to compare with.
 

@@ -18,7 +18,7 @@ PAGE = HERE.parent / "docs" / "speed.md"
 README = HERE.parent / "README.md"
 CIFAR10 = HERE.parent / "docs" / "cifar10.md"
 METRICS = HERE / "metrics.json"
-PROCESSOR = ", processor time"  # ends the names of figures that bench.harness.ratios makes of processor seconds
+PROCESSOR = ", processor time"  # the end of the names of figures that bench.harness.ratios makes from processor seconds
 BEGIN, END = "<!-- results: python -m bench.page -->\n", "<!-- end of results -->\n"
 
 
@@ -81,7 +81,7 @@ def _unit(figure: dict[str, Any]) -> str:
 
 
 def _value(figure: dict[str, Any]) -> str:
-    """Median and range."""
+    """Formats the median and the range."""
     return f"{_number(figure['value'])}{_unit(figure)} ({_number(figure['low'])} ... {_number(figure['high'])})"
 
 
@@ -90,7 +90,7 @@ def _goal(figure: dict[str, Any]) -> str:
 
 
 def render(found: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """The tables of docs/speed.md: all figures and goals, then the times of each row, then machines and versions."""
+    """Renders the tables of docs/speed.md: all figures and goals, then the times of each row, then machines and versions."""
     lines = ["| work | figure | by the clock: median (range) | processor time | goal |", "|---|---|---|---|---|"]
     missing = []
     for name, row in ROWS.items():
@@ -106,7 +106,7 @@ def render(found: dict[tuple[str, str], dict[str, Any]]) -> str:
 
 
 def _summary(title: str, figures: list[dict[str, Any]]) -> list[str]:
-    """A line for each figure. Its processor time, a figure of its own in the results, gets a column."""
+    """Returns a line for each figure. A column holds its processor time, which is a figure of its own in the results."""
     processor = {figure["name"]: _value(figure) for figure in figures if figure["name"].endswith(PROCESSOR)}
     lines = []
     for figure in figures:
@@ -153,7 +153,7 @@ def _tried(about: dict[str, Any]) -> list[str]:
 
 
 def _growth(about: dict[str, Any]) -> list[str]:
-    """How each phase grows with one setting, from its first value to its last, and its share of the machine's rate."""
+    """Shows how each phase grows with one setting, from first to last value, and its share of the machine's rate."""
     lines = ["| phase | setting | seconds per image | peak memory, GiB | time of a call |", "|---|---|---|---|---|"]
     for series in about["growth"]:
         first, last = series["rows"][0], series["rows"][-1]
@@ -171,7 +171,7 @@ def _growth(about: dict[str, Any]) -> list[str]:
 
 
 def render_readme(found: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """The table of README.md: the figures that have a goal."""
+    """Renders the table of README.md: the figures that have a goal."""
     lines = ["| work | CPU | GPU |", "|---|---|---|"]
     for name, row in ((name, row) for name, row in ROWS.items() if row.goal):
         cells = []
@@ -189,7 +189,7 @@ def _check(value: Any) -> str:
 
 
 def _places(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
-    """Machine, threads and package versions, once for all rows that share them."""
+    """Returns machine, threads and package versions, once for all rows that share them."""
     rows: dict[str, list[str]] = {}
     for (name, device), about in found.items():
         machine = about["machine"]
@@ -222,7 +222,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def render_cifar10() -> str:
-    """The tables of docs/cifar10.md: throughput, variants, FID during training, sweeps, recipes on a CPU."""
+    """Renders the tables of docs/cifar10.md: throughput, variants, FID during training, sweeps, recipes on a CPU."""
     names = {"paper", "fast"} | {path.stem.partition("-")[2] for path in (HERE / "results").glob("cifar10-*.json")}
     found = {name: _read(f"cifar10-{name}") for name in sorted(names - {"throughput"}, reverse=True)}
     lines = [*_throughput(_read("cifar10-throughput")), "", "### Variants", "", *_variants(found)]
@@ -300,7 +300,7 @@ def _swept(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _on_cpu() -> list[str]:
-    """The end of each curve; docs/images has the whole of it."""
+    """Returns the last score of each curve; docs/images has the whole curves."""
     lines = ["| recipe | steps | minutes | processor minutes | FID | protocol |", "|---|---|---|---|---|---|"]
     missing = []
     for name in ("digits", "cifar10-cpu"):

@@ -79,7 +79,7 @@ def _first_work(verb: list[str], root: Path, environment: dict[str, str]) -> flo
 
 
 def demo(device: str) -> dict[str, Any]:
-    """Measures the smoke recipe: by the flow, by DVC and the flow with nothing to do, and as bare Python calls."""
+    """Measures the smoke recipe: run by the flow, run as bare Python calls, and DVC and the flow with nothing to do."""
     python = sys.executable
     with _clone() as (root, environment):
         flow = [_timed([python, "-m", "flows", "--no-promote"], root, environment)]

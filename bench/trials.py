@@ -1,7 +1,7 @@
 """Compares settings of recipes/cifar10-cpu.yaml in equal processor time: `python -m bench.trials --seconds 240`.
 
-Every row of CHANGES is trained for --seconds of processor time, then scored as the recipe says, and by its error on
-test images. Results: bench/results/trials-cifar10-cpu.json. It stops after --minutes and resumes from --state when repeated.
+Every row of CHANGES is trained for --seconds of processor time, then scored by the recipe's protocol and by its error on test
+images. Results: bench/results/trials-cifar10-cpu.json. The command stops after --minutes and resumes from --state when repeated.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ def trial(
 
     Args:
         recipe: the changed recipe.
-        params: parameters that say how to sample and score.
+        params: the parameters of sampling and scoring.
         dataset: the prepared dataset.
         extractor: the feature extractor.
         seconds: processor seconds of training.
-        state: folder to resume from.
+        state: folder from which to resume.
         until: time.monotonic() at which to stop.
 
     Raises:
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--threads",
         type=int,
-        help="CPU threads; default: the recipe's. Use 1 beside other work, where two threads would wait for each other",
+        help="CPU threads; default: the recipe's. Use 1 beside other work, since two threads would wait for each other",
     )
     parser.add_argument("--minutes", type=float, default=9, help="time limit of this command, roughly")
     parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "curves" / f"{NAME}-trials")

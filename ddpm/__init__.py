@@ -8,7 +8,7 @@
     TARGETS     what a network can predict, for Denoiser
     SAMPLERS    how to step from noise to an image, for sample
     SPACINGS    which times a sampler visits, for sample
-    LOSSES      what training minimises, for fit's objective
+    LOSSES      what training minimises, for the objective of fit
     NETWORKS    network classes, by the value of network.kind in params.yaml
 """
 
@@ -75,7 +75,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":  # written here, a new version would change a dependency of every stage
+    if name == "__version__":  # if written in this file, a new version would change a dependency of every stage
         return importlib.import_module("importlib.metadata").version("ddpm")
     if name not in _HOMES:
         raise AttributeError(f"module 'ddpm' has no attribute '{name}'")

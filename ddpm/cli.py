@@ -56,7 +56,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="A pipeline for Denoising Diffusion Probabilistic Models. The stages below are what `dvc repro` runs, one by one.",
+    help="A pipeline for Denoising Diffusion Probabilistic Models. `dvc repro` runs the stages below one by one.",
 )
 
 FOLLOWED = "DDPM_FOLLOWED" in os.environ  # `ddpm publish --follow` runs beside this stage
@@ -115,7 +115,7 @@ def _run(
         def report(progress: Progress) -> None:
             nonlocal last, resumed_from
             if progress.message and last.done == 0:
-                resumed_from = progress.done  # an earlier run did this much
+                resumed_from = progress.done  # the work of earlier runs
             last = progress
             show(progress)
             if watcher:
@@ -161,7 +161,7 @@ def _item_from_dvc(verb: str, argument: str) -> Callable[[], str]:
 
     def item() -> str:
         stage, _, name = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")  # DIRECTORY/dvc.yaml:STAGE
-        if (stage != verb or not name) and "_DDPM_COMPLETE" not in os.environ:  # a shell that completes asks too
+        if (stage != verb or not name) and "_DDPM_COMPLETE" not in os.environ:  # set while a shell completes
             raise InputError(f"Missing argument '{argument}'; see ddpm {verb} --help")
         return name
 
@@ -209,7 +209,7 @@ def train(
 
 
 def _assist(params: Params, schedule: str) -> None:
-    """Trains as one of the processes beside process 0, which alone reports."""
+    """Trains in a process other than process 0. Only process 0 reports."""
     from ddpm.stages.train import train
 
     try:
@@ -220,7 +220,7 @@ def _assist(params: Params, schedule: str) -> None:
 
 
 def _check_points(params: Params, schedule: str) -> None:
-    """Raises InputError, before the training, for a point that could not be sampled from the trained network."""
+    """Raises InputError before the training if the trained network could not sample one of the schedule's points."""
     from ddpm.runtime.drawing import check_point
     from ddpm.stages.train import noise_schedule
 
@@ -231,7 +231,7 @@ def _check_points(params: Params, schedule: str) -> None:
 
 
 def _check_dataset(params: Params, report: Report) -> None:
-    """Raises InputError, before the training, if a later stage will fail on this dataset."""
+    """Raises InputError before the training if a later stage would fail on this dataset."""
     from ddpm.files.dataset import read_dataset_record
     from ddpm.tools.foresight import check_record
 
@@ -340,7 +340,7 @@ def publish(
         typer.Option("--follow", help="Publish the output of each stage as it appears, until standard input ends."),
     ] = False,
 ) -> None:
-    """Log to MLflow the outputs in this checkout that it lacks; log nothing twice."""
+    """Log the outputs of this checkout to MLflow, except those that MLflow already has."""
     from ddpm import tracking
 
     params = Params.load()
@@ -366,12 +366,13 @@ def promote(
 ) -> None:
     """Register the best point of the report as ddpm-DATASET, and make it the champion if it wins.
 
-    It wins if its score is significantly better, or surely nearly as good with far fewer network evaluations.
+    The point wins if its score is significantly better. It also wins if it takes far fewer network evaluations and its score is,
+    with the same confidence, nearly as good.
     """
     from ddpm import tracking
 
     if replace and rollback:
-        raise InputError("--replace and --rollback are two different things: give one of them")
+        raise InputError("--replace and --rollback exclude each other: give one of them")
     params = Params.load()
     if rollback:
         say(tracking.rollback(params, Path()).reason)
@@ -391,7 +392,7 @@ def promote(
 @app.command()
 def gc(
     delete: Annotated[
-        bool, typer.Option("--delete", help="Remove the listed files; without it they are only listed.")
+        bool, typer.Option("--delete", help="Remove the listed files. Without this option, gc only lists them.")
     ] = False,
     older_than: Annotated[
         float, typer.Option("--older-than", min=1, metavar="DAYS", help="Keep files used in the last DAYS days.")
@@ -439,7 +440,7 @@ def run(
     recipe: Annotated[str, typer.Option(help="A name in recipes/, or a path. It replaces params.yaml first.")] = "",
     promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Register the best point.")] = True,
 ) -> None:
-    """Set values in params.yaml, run the stages that depend on them, publish, promote, and say the best point."""
+    """Set values in params.yaml, run the stages that depend on them, publish, promote, and print the best point."""
     options = [*(["--recipe", recipe] if recipe else []), *(f"--set={value}" for value in values or ())]
     flow = [sys.executable, "-B", "-m", "flows", *options, *([] if promote else ["--no-promote"])]
     os.execv(
@@ -479,19 +480,19 @@ def generate(
             "--model",
             "-m",
             help="models:/NAME@ALIAS, models:/NAME/VERSION, or a folder such as models/linear; default: the champion, or"
-            " the best point of the report if there is none.",
+            " the best point of the report if no champion exists.",
         ),
     ] = "",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,
     sampler: Annotated[
         str,
         typer.Option(
-            help="A row of samplers in params.yaml, or a sampler such as heun; default: that of the model, or ddim for a folder."
+            help="A row of samplers in params.yaml, or a sampler such as heun; default: the model's own, ddim for a folder."
         ),
     ] = "",
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of sampling steps; default: those of the model, or 50 for a folder."),
+        typer.Option(min=1, help="Number of sampling steps; default: the number of the model, or 50 for a folder."),
     ] = None,
     label: Annotated[
         str | None,
@@ -499,7 +500,7 @@ def generate(
     ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(help="Guidance strength; 1 is the plain conditional network; default: that of the sampler."),
+        typer.Option(help="Guidance strength; 1 is the plain conditional network; default: the sampler's guidance."),
     ] = None,
     progressive: Annotated[
         bool,
@@ -512,7 +513,7 @@ def generate(
         tuple[int, int] | None,
         typer.Option(
             metavar="A B",
-            help="Interpolate between test images A and B: encode both to noise, decode what lies between.",
+            help="Interpolate between test images A and B: encode both to noise, decode codes in between.",
         ),
     ] = None,
     blend: Annotated[
@@ -543,7 +544,7 @@ def generate(
     }
     kinds = {kind: numbers for kind, numbers in requested.items() if numbers is not None} or {"grid": ()}
     if len(kinds) > 1:
-        raise InputError(f"--{' and --'.join(kinds)} are different pictures; ask for one at a time")
+        raise InputError(f"--{' and --'.join(kinds)} are different pictures; give one of these options at a time")
     ((kind, numbers),) = kinds.items()
     with display("generate") as watch:
         message = generate(
@@ -570,12 +571,12 @@ def fit_times(
     sampler: Annotated[
         str, typer.Option(help="A row of samplers in params.yaml, for its solver and guidance; default: UniPC.")
     ] = "",
-    images: Annotated[int, typer.Option(min=1, help="Images of the trajectory that the times are fitted to.")] = 64,
+    images: Annotated[int, typer.Option(min=1, help="Number of images in the fitted trajectory.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same times.")] = 0,
 ) -> None:
-    """Find the network times at which a sampler of few steps ends nearest to the model's trajectory of 1,000 evaluations.
+    """Find the network times with which a sampler of few steps comes nearest to the end of a trajectory of 1,000 evaluations.
 
-    Prints a row for the section samplers of params.yaml.
+    Prints a row for the section `samplers` of params.yaml.
     """
     from ddpm.tools.fit_times import fit_row
     from ddpm.tools.load import located
@@ -598,7 +599,7 @@ def schedules(
             "--timesteps",
             min=2,
             max=100_000,
-            help="Number of timesteps T; default: that of the model or of params.yaml, or 1000.",
+            help="Number of timesteps T; default: the T of the model or of params.yaml, or 1000.",
         ),
     ] = None,
     model: Annotated[
@@ -611,7 +612,7 @@ def schedules(
     ] = "",
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = paths.schedules_dir(),  # noqa: B008
 ) -> None:
-    """Compare noise schedules: how far x_T is from pure noise, and at which noise levels the steps lie (table and plots)."""
+    """Compare noise schedules: how far is x_T from pure noise, and at which noise levels do the steps lie? (Table and plots.)"""
     from ddpm.provenance.run_record import record
     from ddpm.runtime.display import table
     from ddpm.tools.schedules import BAND_NAMES, schedules
@@ -674,7 +675,7 @@ def import_diffusers(
     name: Annotated[str, typer.Argument(help="The name of the model here: a-z, 0-9 and _.")],
     null_class: Annotated[
         bool,
-        typer.Option("--null-class", help="The last class embedding stands for no label, as guidance needs it."),
+        typer.Option("--null-class", help="The last class embedding stands for no label; guidance needs this."),
     ] = False,
 ) -> None:
     """Copy a diffusers model to imported/NAME and add a schedules row to params.yaml, so that a sweep can use the model."""
@@ -696,7 +697,7 @@ def main() -> None:
         sys.exit(app(prog_name="ddpm", standalone_mode=False))
     except stopping.Stopped as stopped:
         print(f"ddpm: {stopped}", file=sys.stderr, flush=True)
-        os._exit(128 + stopped.number)  # at once: a thread may be waiting for a server
+        os._exit(128 + stopped.number)  # exits at once, since a thread may be waiting for a server
     except KeyboardInterrupt:
         print("ddpm: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -726,5 +727,5 @@ def _line(error: Exception) -> tuple[str, int]:
     if isinstance(error, ModuleNotFoundError):
         return checkout.missing(error), 2
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # the user gave this name
-        return str(InputError(f"{error.filename}: too long for the name of a file; give a shorter one")), 2
+        return str(InputError(f"{error.filename}: this file name is too long; give a shorter name")), 2
     return f"{type(error).__name__}: {' '.join(str(error).split())} (ddpm --debug shows where)", 1

@@ -8,8 +8,8 @@ LONGEST = 750  # characters
 class InputError(Exception):
     """Wrong input. The message says in one line what is wrong, where, and what to do; `ddpm` prints it and exits with 2.
 
-    Unprintable characters of the message, such as a line break in a file's name, are escaped. A message of more than
-    LONGEST characters, which quotes long input, loses its middle.
+    Escapes unprintable characters of the message, such as a line break in a file's name. Cuts the middle out of a message of
+    more than LONGEST characters, which can occur when it quotes long input.
     """
 
     def __init__(self, message: str) -> None:
@@ -19,6 +19,9 @@ class InputError(Exception):
 
 
 def without_password(uri: str) -> str:
-    """Removes user and password before the host of a URI, and the values of password options. A password may hold slashes."""
+    """Removes the passwords from a URI: user and password before the host, and the values of password options.
+
+    A password may contain slashes.
+    """
     before = r"://[^/]*@" if uri.lower().startswith("http") else r"://[^/].*@"
     return re.sub(r"(?i)([?&]\w*password=)[^&]*", r"\1***", re.sub(before, "://", uri))

@@ -2,8 +2,8 @@
 
 The functions are pure: they take and return dicts of tensors and the parsed config.json and scheduler_config.json. The
 network is the same on both sides, layer for layer. Only names differ, and diffusers' attention has three matrices (q,
-k, v) where UNet has one. "The family" below means the UNet2DModels that UNet can express. Every function raises
-ValueError with the configuration key that has no counterpart on the other side.
+k, v) where UNet has one. "The family" below means the UNet2DModels that UNet can express. If a configuration key has no
+counterpart on the other side, every function raises a ValueError that names the key.
 
 - Classes: UNet's label embedding is UNet2DModel's class embedding, row for row. UNet's last row is the null class of
   classifier-free guidance, so num_class_embeds = classes + 1. UNet2DModel has no key that says whether there is a null
@@ -125,7 +125,7 @@ def _check_whole(key: str, value: Any, most: int = 2**16) -> int:
 
 
 def _layout(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of _FIXED's and _LAYOUT's keys. Raises ValueError for a network of another family."""
+    """Returns the values of _FIXED's and _LAYOUT's keys. Raises ValueError for a network outside the family."""
     if config.get("_class_name") != "UNet2DModel":
         raise _bad_value("_class_name", config.get("_class_name"), "expected UNet2DModel")
     defaults = {key: default for key, (default, _) in _FIXED.items()} | _LAYOUT
@@ -144,9 +144,9 @@ def _layout(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts config.json of a UNet2DModel to the arguments of UNet. Raises ValueError if it is not of the family.
+    """Converts config.json of a UNet2DModel to the arguments of UNet. Raises ValueError outside the family.
 
-    An argument that came with a later version of UNet is left out where it has its default.
+    Leaves out an argument that a later version of UNet added, if it has its default.
     """
     layout = _layout(config)
     widths = _widths(layout)
@@ -205,7 +205,7 @@ def _widths(layout: Mapping[str, Any]) -> list[int]:
 
 
 def _image_size(layout: Mapping[str, Any], levels: int) -> int | list[int]:
-    """Returns the side of square images, or [height, width] of others."""
+    """Returns the side of square images, or [height, width] of other images."""
     size = layout["sample_size"]
     pair = [*size] if isinstance(size, (list, tuple)) else [size, size]
     if len(pair) != 2 or any(type(side) is not int for side in pair):
@@ -224,7 +224,7 @@ def _heights(image_size: int | Sequence[int], levels: int) -> list[int]:
 
 
 def _way(layout: Mapping[str, Any], way: str, levels: int) -> list[tuple[bool, bool]]:
-    """Returns for each level, the largest first: whether it has attention, and whether a residual block resizes it."""
+    """Returns two flags for each level, the largest first: it has attention, and a residual block resizes it."""
     key, resize = f"{way}_block_types", layout[f"{way}sample_type"]
     kinds = layout[key]
     if not isinstance(kinds, (list, tuple)) or len(kinds) != levels:
@@ -267,7 +267,7 @@ def _check_numbers(layout: Mapping[str, Any], widths: list[int]) -> None:
 
 
 def _middle_groups(layout: Mapping[str, Any]) -> int | None:
-    """Returns the groups of the middle's attention, 0 for no normalisation, or None for those of the other layers."""
+    """Returns the groups of the middle's attention: 0 means no normalisation, None the same groups as the other layers."""
     groups = layout["attn_norm_num_groups"]
     if not layout["add_attention"] or groups == layout["norm_num_groups"]:
         return None
@@ -342,7 +342,7 @@ def settings_to_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attended(settings: Mapping[str, Any], way: str) -> Sequence[int]:
-    """Returns the heights with attention on this way."""
+    """Returns the heights with attention on the way down or up."""
     up = settings["attention_up"]
     return settings["attention"] if way == "down" or up is None else up
 
@@ -396,7 +396,7 @@ def _empty(settings: Mapping[str, Any]) -> UNet:
 
 
 def _names(net: UNet) -> dict[str, tuple[str, ...]]:
-    """Maps our tensor names to theirs: to one name, or to three (q, k, v) if our tensor stacks three of theirs."""
+    """Maps UNet's tensor names to UNet2DModel's: to three names (q, k, v) if UNet stacks three tensors, else to one."""
     modules: dict[str, str] = {}
     for path, kind in (("down", "downsamplers"), ("up", "upsamplers")):
         level = index = 0
@@ -431,7 +431,8 @@ def weights_from_diffusers(
 ) -> dict[str, Tensor]:
     """Converts a UNet2DModel's tensors to the float32 state of UNet(**settings).
 
-    flip_sin_to_cos: of the UNet2DModel. Raises ValueError if a tensor is missing, has no counterpart or has another shape.
+    flip_sin_to_cos: the value in the UNet2DModel's configuration. Raises ValueError if a tensor is missing, has no counterpart
+    or has another shape.
     """
     given = {_modern_name(name): tensor for name, tensor in weights.items()}
     net = _empty(settings)
@@ -454,7 +455,7 @@ def weights_from_diffusers(
 
 
 def weights_to_diffusers(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Converts the state of UNet(**settings) to a UNet2DModel's tensors. Raises ValueError for another state."""
+    """Converts the state of UNet(**settings) to a UNet2DModel's tensors. Raises ValueError if the state does not fit."""
     net = _empty({key: value for key, value in settings.items() if key in _SETTINGS})
     shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
     if shapes != {name: tensor.shape for name, tensor in weights.items()}:
@@ -479,7 +480,7 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], 
     """Converts scheduler_config.json to (row, T, target).
 
     `row` holds the arguments of NoiseSchedule.named, with the schedule's name under `schedule`. Settings of the sampler
-    (clip_sample, thresholding, timestep_spacing, steps_offset) are not converted: here they are no part of a model.
+    (clip_sample, thresholding, timestep_spacing, steps_offset) are not converted, since they are no part of a model here.
 
     Raises:
         ValueError: the schedule or the prediction has no counterpart here.
@@ -528,13 +529,13 @@ def _check_configuration(config: Mapping[str, Any], predictions: Collection[str]
     if prediction not in [*predictions]:  # a list: the value may be unhashable
         raise _bad_value("prediction_type", prediction, f"expected one of {', '.join(predictions)}")
     if config.get("variance_type") == "learned":
-        raise _bad_value("variance_type", "learned", "of the learned variances, only learned_range can be imported")
+        raise _bad_value("variance_type", "learned", "the only learned variance that can be imported is learned_range")
     if config.get("clip_sample", True) and config.get("clip_sample_range", 1.0) != 1:
         raise _bad_value("clip_sample_range", config["clip_sample_range"], "must be 1: images lie in [-1, 1]")
 
 
 def _row_from_betas(betas: Any, steps: int) -> dict[str, Any]:
-    """Returns the row with these betas: one of SCHEDULES with default parameters, or sqrt with any end points."""
+    """Finds the row that has these betas: a schedule of SCHEDULES with default parameters, or sqrt with any end points."""
     try:
         table = torch.tensor(betas, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):

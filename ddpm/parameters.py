@@ -25,7 +25,7 @@ FINITE = {"allow_inf_nan": False}
 INSIDE = {"gt": 0, "lt": 1}
 SEED = {"ge": 0, "lt": 2**32}  # torch's CPU generator uses only 32 bits
 USUAL_NETWORK = "unet"  # the default of network.kind
-USUAL_EXTRACTOR = "inception"  # the default of evaluation.extractor, and of old scores that name none
+USUAL_EXTRACTOR = "inception"  # the default of evaluation.extractor, and the extractor of old scores that name none
 AUTO = "auto"  # of precision and compile: what is fastest on the machine that runs `ddpm probe`
 AUTOMATIC = ("training", "sampling")  # sections in which precision and compile may be AUTO
 Precision = Literal["float32", "bfloat16", "auto"]
@@ -36,12 +36,12 @@ EACH, ALONE = "each", "alone"
 
 
 def entry(limits: Mapping[str, Any], default: Any = MISSING, each: Mapping[str, Any] | None = None) -> Any:
-    """Returns a dataclass field with limits. each: the limits of every item of a sequence."""
+    """Returns a dataclass field with limits. each: limits of every item of a sequence."""
     return field(default=default, metadata={**limits, **({EACH: each} if each else {})})
 
 
 def is_name(text: str) -> bool:
-    """Returns whether a text is a name: of a row, a source, a network or an option."""
+    """Returns whether a text may name a row, a source, a network or an option."""
     return re.fullmatch(r"[a-z0-9_]+", text) is not None and len(text) <= LONGEST_NAME
 
 
@@ -78,15 +78,15 @@ def as_json(section: Any) -> Any:
     return [as_json(item) for item in section] if isinstance(section, list | tuple) else section
 
 
-REST = "rest"  # the field for entries whose names are unknown here
+REST = "rest"  # the field that holds entries whose names are unknown here
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The images that `prepare` reads.
 
-    background: #rrggbb, with `convert`: below transparent pixels and around padded images. hub: NAME@COMMIT of a dataset of
-    the Hugging Face Hub.
+    background: the colour #rrggbb behind transparent pixels and around padded images, with `convert`. hub: NAME@COMMIT of a
+    dataset of the Hugging Face Hub.
     """
 
     source: str = entry(NAME)
@@ -109,8 +109,8 @@ class Data:
             )
         if self.hub is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}", self.hub, re.ASCII) is None:
             raise ValueError(
-                "hub: expected NAME@COMMIT, such as ylecun/mnist@ and 40 hexadecimal digits: a dataset and a commit of it, since"
-                f" its branches move (given: {self.hub!r:.60})"
+                "hub: expected NAME@COMMIT, a dataset and a commit of it, such as ylecun/mnist@ and 40 hexadecimal digits,"
+                f" since branches move (given: {self.hub!r:.60})"
             )
         if "\0" in self.path or any(len(os.fsencode(part)) > 255 for part in self.path.split("/")):
             raise ValueError(
@@ -119,7 +119,7 @@ class Data:
 
     @property
     def place(self) -> str:
-        """The place of the images, as messages name it."""
+        """The place of the images, for messages."""
         return self.hub or self.path
 
     @property
@@ -140,7 +140,7 @@ class Diffusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """UNet of Ho et al. 2020, appendix B."""
+    """The settings of the U-Net of Ho et al. 2020, appendix B."""
 
     kind: Literal["unet"] = "unet"
     channels: int = entry({"ge": 8, "le": 4096, "multiple_of": 8})
@@ -162,7 +162,10 @@ class OtherNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Algorithm 1 of Ho et al. 2020 and the optimiser. accumulate: the number of equal parts in which a batch is computed."""
+    """How the network is trained: algorithm 1 of Ho et al. 2020, and the optimiser.
+
+    accumulate: the number of equal parts in which a batch is computed.
+    """
 
     loss: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
     steps: int = entry(COUNT)
@@ -189,7 +192,10 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How many images each point draws, and how. clip: of x0_hat; a number is the quantile of dynamic thresholding."""
+    """How many images each point draws, and how.
+
+    clip: whether x0_hat is clipped to [-1, 1]; a number is the quantile of dynamic thresholding.
+    """
 
     images: int = entry(COUNT)
     batch: int = entry(COUNT)
@@ -241,7 +247,7 @@ class Evaluation:
             raise ValueError("judges: names something twice")
 
     def recorded(self) -> dict[str, Any]:
-        """Returns the section as scores and runs record it. Defaults that are newer than old records are left out."""
+        """Returns the section as scores and runs record it. Leaves out newer entries at their defaults, as old records do."""
         newer = {"extractor": USUAL_EXTRACTOR, "judges": []}
         return {name: value for name, value in as_json(self).items() if name not in newer or value != newer[name]}
 
@@ -259,7 +265,7 @@ class Likelihood:
 
 
 def _count(steps: Any) -> int:
-    """Returns a number of steps, which is text in JSON. Raises ValueError for anything else."""
+    """Converts a number of steps, which is text in JSON, to int. Raises ValueError for other values."""
     if type(steps) is not int and not (isinstance(steps, str) and steps.isdecimal()):
         raise ValueError(steps)
     return int(steps)
@@ -280,8 +286,8 @@ def _falls(steps: int, times: tuple[float, ...]) -> bool:
 class Sampler:
     """One row of the samplers table: the arguments of `ddpm.sample`, and the denoiser's guidance.
 
-    An argument that the sampler does not take is an error. Options without a field here stand below `own`, so a new sampler
-    needs no new field. fitted_to: sha256 of the weights that `times` were fitted to.
+    An argument that the sampler does not take is an error. An option that has no field here is an entry of `own`, so a new
+    sampler needs no new field. fitted_to: sha256 of the weights to which `times` were fitted.
     """
 
     sampler: str
@@ -325,14 +331,16 @@ class Sampler:
 
     def _check_guidance(self) -> None:
         if self.guidance is None and (self.guidance_interval is not None or self.guidance_rescale is not None):
-            raise ValueError("guidance: guidance_interval and guidance_rescale need it; a value such as 2.0")
+            raise ValueError(
+                "guidance: missing, but guidance_interval and guidance_rescale need it; a value such as 2.0"
+            )
         low, high = self.guidance_interval or (0.0, 1.0)
         if not 0 <= low < high < math.inf:
             raise ValueError(f"guidance_interval: expected two noise levels, 0 <= low < high (given: {[low, high]})")
 
     @classmethod
     def arrange(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns options in the form of a row of params.yaml: options without a field here stand below `own`."""
+        """Arranges options as a row of params.yaml, in which options that have no field here are entries of `own`."""
         known = {item.name for item in fields(cls)}
         own = {key: value for key, value in options.items() if key not in known}
         return {key: value for key, value in options.items() if key in known} | ({"own": own} if own else {})
@@ -350,7 +358,8 @@ class Schedule:
     """One row of the schedules table: the arguments of `NoiseSchedule.named`.
 
     An argument that the schedule does not take is an error. imported: sha256 of imported weights, which are not trained here.
-    seed: of the training, instead of the file's `seed`. Rows that differ in it alone are replicates: trainings of one schedule.
+    seed: the seed of the training, instead of the file's `seed`. Rows that differ in `seed` alone are replicates, which are
+    trainings of one schedule.
     """
 
     schedule: str
@@ -399,11 +408,11 @@ class Promotion:
     """When a challenger replaces the champion. No stage depends on this section.
 
     Args:
-        confidence: of the intervals of differences.
-        fewer_evaluations: a challenger must take so many times fewer network evaluations to win without a better score.
-        margin: how much worse than the best champion such a challenger may be, as a share of that champion's score. Also how much
-            worse than the champion any challenger may be by each of `judges`.
-        judges: further scores, of those in evaluation.judges, by which a challenger must not be worse.
+        confidence: the confidence of the intervals of differences.
+        fewer_evaluations: the factor by which a challenger without a better score must save network evaluations to win.
+        margin: how much worse than the best champion such a challenger may be, as a share of that champion's score. By each of
+            `judges`, any challenger may be worse than the champion by the same share.
+        judges: entries of evaluation.judges, further scores by which a challenger must not be worse.
     """
 
     confidence: float = entry({**INSIDE, **FINITE}, 0.95)
@@ -436,7 +445,7 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One point of the sweep. Its name appears in the DVC stage, the file, the task run and the step on the MLflow run."""
+    """One point of the sweep. Its name appears in the DVC stage, in file names, in the task run and in the MLflow run."""
 
     schedule: str
     sampler: str

@@ -1,8 +1,8 @@
 """Finds the rows of a room: a package whose modules each hold one variant, which a key of params.yaml selects.
 
-A variant is added by adding its file, since no list names it. Its module is imported when the variant is used.
-`ddpm.provenance.code` reads the calls `Room(...)` in source files to know which modules a params.yaml selects. So their
-arguments are string literals.
+To add a variant, add its file; no list names the variants. A variant's module is imported when the variant is used.
+The arguments of `Room(...)` must be string literals, because `ddpm.provenance.code` reads these calls in source files to find the
+modules that a params.yaml selects.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Row = TypeVar("Row")
 class Room(Mapping[str, Row], Generic[Row]):
     """Maps the name of each module that holds a row to that row.
 
-    A module holds a row if it assigns one to the name `row` at its top level. The other modules of the package are
-    shared parts.
+    A module holds a row if it assigns the row, at its top level, to the name given by `row`. The other modules of the package
+    are shared parts.
 
     Args:
         package: the package's full name, such as "ddpm.sources".
         key: the key of params.yaml that selects a row, such as "data.source".
-        row: what every module calls its row, such as "SOURCE".
+        row: the variable that holds the row in every module, such as "SOURCE".
     """
 
     def __init__(self, package: str, key: str, row: str) -> None:
@@ -56,12 +56,12 @@ class Room(Mapping[str, Row], Generic[Row]):
         return f"{self.package}.{name}"
 
     def select(self, name: str) -> Row:
-        """Returns the row of that name. Raises InputError, which lists the rows, if there is none."""
+        """Returns the row of this name. If there is no such row, raises InputError, which lists the rows."""
         self.require(name)
         return self[name]
 
     def require(self, name: str) -> None:
-        """Raises InputError, which lists the rows, if there is no row of that name. Imports no row."""
+        """Raises InputError, which lists the rows, if there is no row of this name. Imports no row."""
         if name not in self:
             folder = self.package.replace(".", "/")
             raise InputError(f"{self.key}: no '{name}' in {folder}; there are {', '.join(self)}")

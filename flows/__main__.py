@@ -37,7 +37,7 @@ def main(
         project.require_current(Path())
         parameters.read(Path(), recipe, overrides or ())  # reports wrong input before a server starts
         api = Api(Path())
-        # Prefect reads its settings when it is imported; its console log would repeat what the display says.
+        # Prefect reads its settings when it is imported; its console log would repeat the lines of the display.
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
         from flows.terminal import Terminal
         from flows.train_eval import train_eval

@@ -19,8 +19,8 @@ def mlflow(root: Path, server: str, store: str = "") -> str:
     Args:
         root: the checkout.
         server: the address of MLflow's server.
-        store: the address of the server's database. A SQLite file is asked for the experiment, because the file may be a copy
-            from another checkout, which alone knows what it published.
+        store: the address of the server's database. If it is a SQLite file, the experiment is looked up there, because the
+            file may be a copy from another checkout with other experiments.
     """
     if not server.startswith("http"):
         return server
@@ -36,5 +36,5 @@ def _experiment(root: Path) -> str:
     """Returns the name of the experiment of params.yaml, or "" if that file cannot be read."""
     try:
         return f"ddpm-{Params.load(root / 'params.yaml').dataset_name}"
-    except InputError:  # MLflow can be looked at all the same
+    except InputError:  # MLflow's page works without the name
         return ""

@@ -26,9 +26,9 @@ WRITTEN = paths.CACHE / "params.yaml.sha256"  # hash of the last params.yaml tha
 
 
 def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[str, Params]:
-    """Returns the new text of params.yaml, and its parameters. Comments stay.
+    """Returns the new text of params.yaml, and its parameters. Keeps comments.
 
-    If an old file lacks names or sections that dvc.yaml takes from params.yaml, they are added.
+    Adds names and sections that dvc.yaml takes from params.yaml, if an old file lacks them.
 
     Args:
         root: the checkout.
@@ -56,10 +56,10 @@ def write(
     overrides: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Params:
-    """Writes the result of read() to params.yaml, unless that is its content already.
+    """Writes the result of read() to params.yaml, if that changes the file.
 
-    A params.yaml of which there is no other copy is first kept as params.yaml.before. recipe, overrides: as for read(). say:
-    prints a line about the change. Raises InputError, and then has written nothing.
+    First copies the old params.yaml to params.yaml.before, unless another copy exists. recipe, overrides: see read(). say: prints
+    a line about the change. Raises InputError, and writes nothing then.
     """
     text, params = read(root, recipe, overrides)
     target = root / "params.yaml"
@@ -75,7 +75,7 @@ def write(
 
 
 def _with_names(text: str, params: Params, root: Path) -> str:
-    """Writes the names and sections that dvc.yaml takes from params.yaml. An old file may spell them otherwise, or omit them."""
+    """Adds the names and sections that dvc.yaml takes from params.yaml. An old file may omit them or spell them differently."""
     wiring = root / "dvc.yaml"
     if not wiring.exists():
         return text
@@ -96,7 +96,7 @@ def _with_names(text: str, params: Params, root: Path) -> str:
 
 def _described(root: Path, recipe: str | None, overrides: Sequence[str]) -> str:
     if recipe is None:
-        return f"with {', '.join(overrides)}" if overrides else "with what dvc.yaml takes from it"
+        return f"with {', '.join(overrides)}" if overrides else "with the entries that dvc.yaml takes from it"
     source = _recipe(root, recipe)
     source = source.relative_to(root) if source.is_relative_to(root) else source
     return f"{source}{', with overrides' * bool(overrides)}"
@@ -112,7 +112,7 @@ def _keep(root: Path, old: bytes) -> Path | None:
         return None
     written = root / WRITTEN
     if written.exists() and written.read_text(encoding="utf-8") == hashlib.sha256(old).hexdigest():
-        return None  # written by a recipe or overrides, and not edited since
+        return None  # a recipe or overrides wrote this text, and nobody has edited it since
     for number in itertools.count(1):
         path = root / ("params.yaml.before" + (f"-{number}" if number > 1 else ""))
         if not path.exists():
@@ -124,7 +124,7 @@ def _keep(root: Path, old: bytes) -> Path | None:
 
 
 def edits(root: Path, params: Params) -> Callable[[], str]:
-    """Returns a function that lists the keys edited in params.yaml since: "" for none, "all of it" if the file can't be read."""
+    """Returns a function that lists the keys of params.yaml edited after this call: "" for none, "all of it" if unreadable."""
     path, seen = root / "params.yaml", [0]
 
     def look() -> str:
@@ -164,7 +164,7 @@ def _overridden(text: str, overrides: Sequence[str]) -> str:
                 raise InputError(f"override '{override}': params.yaml has no '{key.strip()}'")
             try:
                 section[last] = YAML().load(value)
-            except Exception:  # noqa: BLE001 - a tag such as !!int lets errors of int() and others through
+            except Exception:  # noqa: BLE001 - a tag such as !!int passes on the errors of int()
                 raise InputError(f"override '{override}': the value is not valid YAML") from None
 
     return rewritten(text, change)

@@ -12,7 +12,7 @@ from flows.watch import Outcome
 
 
 class Terminal:
-    """A Watcher for a console. If the console is no terminal, it prints the lines without bars."""
+    """A Watcher for a console. Prints lines without bars if the console is not a terminal."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -59,7 +59,7 @@ class Terminal:
             self.bars.update(task, values=values)
 
     def concluded(self, lines: list[str]) -> None:
-        self.answer = lines  # `python -m flows` says it last
+        self.answer = lines  # `python -m flows` prints these lines last
 
     def ended(self, stage: str, outcome: Outcome) -> None:
         task = self._tasks.pop(stage, None)

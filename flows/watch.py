@@ -1,4 +1,4 @@
-"""Passes the output of running stages on, to Prefect's log or to the terminal of `python -m flows`."""
+"""Passes on the output of running stages, to Prefect's log or to the terminal of `python -m flows`."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ class Watcher(Protocol):
     def line(self, stage: str, text: str) -> None: ...
 
     def progress(self, stage: str, report: dict[str, Any]) -> None:
-        """report: done, total, unit and values, as ddpm.runtime.display writes them."""
+        """Shows progress. report: done, total, unit and values, as ddpm.runtime.display writes them."""
 
     def ended(self, stage: str, outcome: Outcome) -> None: ...
 
     def concluded(self, lines: list[str]) -> None:
-        """lines: the answer of the whole run (ddpm.reporting.answer)."""
+        """Receives the last lines of the whole run (ddpm.reporting.answer)."""
 
 
 class Log:
-    """A Watcher for the Prefect run of the calling thread: lines go to its log, progress to a bar on its page."""
+    """A Watcher for the Prefect run of the calling thread. Sends lines to the run's log, and progress to a bar on its page."""
 
     def __init__(self) -> None:
         self._logged: dict[str, float] = {}  # time of the last progress line of each stage
         self._bars: dict[str, UUID] = {}
         self._next: dict[
             str, tuple[float, str]
-        ] = {}  # the next update of each bar, while Prefect still takes the last one
+        ] = {}  # the next update of each bar, while the last update is being sent to Prefect
         self._moves: dict[str, Future[None]] = {}
         self._lock = threading.Lock()
         self._mover = ThreadPoolExecutor(1, "bars")
@@ -83,7 +83,7 @@ class Log:
         self._move(stage, 100 * report["done"] / max(report["total"], 1), text)
 
     def ended(self, stage: str, outcome: Outcome) -> None:
-        """Completes the bar. Prefect itself logs the state that the task ends in."""
+        """Completes the bar. Prefect itself logs the task's last state."""
         if stage in self._moves:
             if not outcome.failed:
                 self._move(stage, 100.0, f"{stage}: {outcome.text}")
@@ -94,7 +94,7 @@ class Log:
             get_run_logger().info(line)
 
     def _move(self, stage: str, percent: float, text: str) -> None:
-        """Updates the bar in another thread: a call to an unreachable API takes a minute, and would block the stage's output."""
+        """Updates the bar in another thread, since a call to an unreachable API would block the stage's output for a minute."""
         with self._lock:
             waiting = stage in self._next
             self._next[stage] = (percent, text)

@@ -1,8 +1,8 @@
 """Checks the database file of an MLflow store, and its artifact addresses, before MLflow opens the file.
 
 MLflow records absolute addresses of artifacts and has no command that changes them (mlflow/mlflow#3144). Without this module, a
-copied or moved checkout would read and write the artifacts of the original. MLflow also creates a new database in place of a lost
-one without a word. This is the only module that knows MLflow's tables.
+copied or moved checkout would read and write the artifacts of the original. If a database is lost, MLflow silently creates
+a new one. This is the only module that knows MLflow's tables.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from urllib.parse import unquote
 from ddpm.errors import InputError
 
 ARTIFACTS = "mlartifacts"  # the folder beside the database
-SHARED = re.compile(r"-[0-9a-f]{8}$")  # ends the name of an experiment's folder below MLFLOW_DEFAULT_ARTIFACT_ROOT
-# Columns that hold addresses of artifacts. Each address starts with that of its experiment.
+SHARED = re.compile(r"-[0-9a-f]{8}$")  # the end of an experiment's folder name below MLFLOW_DEFAULT_ARTIFACT_ROOT
+# Columns that hold addresses of artifacts. Each address starts with the address of its experiment.
 COLUMNS = {
     "experiments": ("artifact_location",),
     "runs": ("artifact_uri",),
@@ -37,7 +37,7 @@ NEWEST = """
     WHERE experiments.lifecycle_stage = 'active' AND runs.lifecycle_stage = 'active' AND experiments.name LIKE 'ddpm-%'
     GROUP BY experiments.experiment_id ORDER BY max(experiments.name = :name) DESC, max(runs.start_time) DESC LIMIT 1
 """
-SUFFIXES = (".db", ".sqlite", ".sqlite3")  # of databases in use; a backup may have any other suffix
+SUFFIXES = (".db", ".sqlite", ".sqlite3")  # suffixes of databases in use; a backup may have any other suffix
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 RESTORE = "restore it from a backup (docs/storage.md)"
 REBUILD = "run `ddpm publish`, which records the outputs anew, without earlier champions and their history"
@@ -49,7 +49,7 @@ def lock_of(file: Path) -> Path:
 
 
 def check(file: Path) -> bool:
-    """Checks that a database file is whole, and that its artifacts lie beside it or where the user has chosen.
+    """Checks that a database file is undamaged, and that its artifacts lie beside the file or in the folder that the user chose.
 
     A moved or copied store still records its old addresses. If an address names another `mlartifacts`, but the experiment's
     folder lies beside the file, the address is corrected. Call this under the store's lock. Returns whether the file holds
@@ -74,7 +74,7 @@ def check(file: Path) -> bool:
 
 
 def require_new(file: Path, experiment: str) -> None:
-    """Raises InputError if the folder of an experiment that is about to be created holds files of an earlier experiment."""
+    """Raises InputError if the artifact folder for a new experiment already holds files of an earlier experiment."""
     folder = file.parent / ARTIFACTS / experiment
     if _are_lost(file, [folder]):
         raise InputError(
@@ -84,14 +84,14 @@ def require_new(file: Path, experiment: str) -> None:
 
 
 def require_in_place(file: Path, location: str) -> None:
-    """Raises InputError if the folder of an experiment that is about to be used was left behind, or is not mounted."""
+    """Raises InputError if an experiment's artifact folder was not copied along, or is not mounted."""
     _moved(file, {location: True})
 
 
 def newest_experiment(file: Path, name: str) -> str:
-    """Returns the id of the experiment `name` if it has runs, or else of the one of ours that ran last.
+    """Returns the id of the experiment `name` if it has runs, or else the id of the ddpm experiment that ran last.
 
-    Returns "" if there is none, or if the file is missing, new or unreadable: `check` says what is wrong with a file.
+    Returns "" if no experiment has runs, or if the file is missing, new or unreadable. `check` reports such faults.
     """
     try:
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=10)) as database:
@@ -107,7 +107,7 @@ def _opened(file: Path) -> Iterator[sqlite3.Connection]:
     address = f"{file.as_uri()}?mode=rw" if file.exists() else ":memory:"
     try:
         with closing(sqlite3.connect(address, uri=True, timeout=60)) as database, database:
-            (result,) = database.execute("PRAGMA quick_check(1)").fetchone()  # 2 ms per megabyte
+            (result,) = database.execute("PRAGMA quick_check(1)").fetchone()  # takes 2 ms per megabyte
             if result != "ok":
                 raise InputError(_damaged(file, result))
             (page,) = database.execute("PRAGMA page_size").fetchone()
@@ -129,9 +129,9 @@ def _damaged(file: Path, why: str) -> str:
 
 
 def _moved(file: Path, experiments: dict[str, bool]) -> dict[str, str]:
-    """Returns the artifact addresses that the database must change, as old address -> new address.
+    """Maps each artifact address that must change in the database to its new address.
 
-    experiments: the address of each experiment -> whether the experiment has runs. Raises InputError.
+    experiments: maps the address of each experiment to whether the experiment has runs. Raises InputError.
     """
     home = file.parent / ARTIFACTS
     away = {location: path for location in experiments if (path := _elsewhere(location, home))}
@@ -145,7 +145,7 @@ def _moved(file: Path, experiments: dict[str, bool]) -> dict[str, str]:
 
 
 def _elsewhere(location: str, home: Path) -> Path | None:
-    """Returns the folder that an address names in a `mlartifacts` other than `home`, or None for any other address."""
+    """Returns the folder that an address names, if it lies in a `mlartifacts` other than `home`; else None."""
     path = _path(location)
     if path is None or path.parent.name != ARTIFACTS or SHARED.search(path.name):
         return None
@@ -157,8 +157,8 @@ def _elsewhere(location: str, home: Path) -> Path | None:
 def _moves_without_files(file: Path, recorded: Path, used: bool, left: set[Path]) -> bool:
     """Returns whether the database must name its own `mlartifacts` for an experiment that has no folder there yet.
 
-    True if the database is a copy whose original still exists, so that the copy does not write to its folder. Also
-    true if the recorded `mlartifacts` is gone, the experiment has no runs, and other experiments were moved from there.
+    True if the database is a copy whose original still exists, so that the copy does not write to the original's folder.
+    Also true if the recorded `mlartifacts` is gone, the experiment has no runs, and other experiments were moved from there.
 
     Args:
         file: the database.
@@ -171,7 +171,7 @@ def _moves_without_files(file: Path, recorded: Path, used: bool, left: set[Path]
     """
     here = file.parent / ARTIFACTS / recorded.name
     if _exists(recorded.parent):
-        copied = _exists(recorded.parents[1] / file.name)  # or kept apart from the database on purpose
+        copied = _exists(recorded.parents[1] / file.name)  # otherwise the user may keep the artifacts elsewhere
         if copied and _exists(recorded):
             raise InputError(
                 f"{file} is a copy whose artifacts lie in {recorded.parent}; copy that folder to {here.parent} too, so that the"
@@ -198,7 +198,7 @@ def _chosen() -> Path | None:
 
 
 def _path(location: str) -> Path | None:
-    """Returns the absolute local path that an address names, or None for any other address."""
+    """Returns the absolute local path that an address names, or None if the address is not local."""
     path = unquote(location.removeprefix("file://")) if location.startswith("file:///") else location
     return Path(path) if path.startswith("/") else None
 
@@ -215,14 +215,14 @@ def _rewrite(database: sqlite3.Connection, tables: set[str], old: str, new: str)
 
 
 def _are_lost(file: Path, folders: Iterable[Path]) -> bool:
-    """Returns whether one of these experiment folders holds files and no other database beside the file names the folder."""
+    """Returns whether one of these experiment folders holds files, but is in no other database beside the file."""
     others = [other for other in file.parent.iterdir() if other.suffix in SUFFIXES and other != file]
     named = {name for other in others for name in _named(other)}
     return any(folder.name not in named and any(path.is_file() for path in folder.rglob("*")) for folder in folders)
 
 
 def _named(file: Path) -> set[str]:
-    """Returns the names of the artifact folders of a database's experiments; none for a file that is no MLflow database."""
+    """Returns the names of the artifact folders of a database's experiments; empty if the file is no MLflow database."""
     try:
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
             return {Path(location).name for _, location, _ in database.execute(EXPERIMENTS)}

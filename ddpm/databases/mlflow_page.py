@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 def chart(experiment: str) -> str:
-    """Returns the address of the chart of all points, from the `#` on.
+    """Returns the end of the address of the chart of all points, from `#` on.
 
-    The address selects MLflow's pages for models (workflowType), since MLflow 3.17 offers no tag of the experiment that would.
+    The address selects MLflow's pages for models (workflowType), since MLflow 3.17 has no experiment tag for that.
     """
     return (
         f"#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"

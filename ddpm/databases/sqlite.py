@@ -9,10 +9,11 @@ from ddpm.errors import InputError, without_password
 
 
 def address_of(file: Path, query: str = "", driver: str = "") -> str:
-    """Returns the address of a database file. driver: such as "aiosqlite"; "" means Python's own sqlite3.
+    """Returns the address of a database file. driver: for example "aiosqlite"; "" means Python's own sqlite3.
 
-    The characters %, ? and # need another form of address, which all programs read alike: SQLAlchemy 2.1 decodes %XX and 2.0
-    doesn't, Prefect cuts the path at a #, and MLflow creates the parent folder of the text after `sqlite:///`.
+    For paths with %, ? or #, returns an address of another form, because programs read the usual form differently:
+    SQLAlchemy 2.1 decodes %XX and 2.0 doesn't, Prefect cuts the path at a #, and MLflow creates the parent folder of the
+    text after `sqlite:///`.
     """
     if not set("%?#") & set(str(file)):
         return f"sqlite{driver and f'+{driver}'}:///{file}" + (query and f"?{query}")

@@ -4,7 +4,7 @@ L = L_T + sum_{t=2}^T L_{t-1} + L_0, where L_T = KL(q(x_T|x_0) || N(0, I)), L_{t
 p(x_{t-1}|x_t)) between two Gaussians, and L_0 = -log p(x_0|x_1) with the discretised decoder of eq. 13. Each term is an
 expectation over x_t ~ q(x_t|x_0), estimated with one seeded draw per image.
 
-Network time t = 0 is L_0, and t = 1 ... T-1 is the paper's L_t. Everything but the network is float64.
+Network time t = 0 gives L_0, and t = 1 ... T-1 gives the paper's L_t. Everything but the network is float64.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ VARIANCES = ("fixed_large", "fixed_small")
 def reverse_log_variance(
     schedule: NoiseSchedule, t: Tensor, variance: str = "fixed_large", v: Tensor | None = None
 ) -> Tensor:
-    """Returns the log variance of p(x_{t-1}|x_t) at network times t: float64, like t, or like v if it is given.
+    """Returns the log variance of p(x_{t-1}|x_t) at network times t: float64, shaped like t, or like v if v is given.
 
-    At t = 0 the posterior variance beta_tilde is 0, which would make the decoder a point. As in Ho et al.'s code, both
-    fixed variances are beta_tilde of t = 1 there.
+    At t = 0 the posterior variance beta_tilde is 0, which would make the decoder a point. So at t = 0, both fixed variances
+    are beta_tilde of t = 1, as in Ho et al.'s code.
 
     Args:
         schedule: at least T = 2.
@@ -54,7 +54,7 @@ def reverse_log_variance(
 
 
 def _posterior_log_variance(schedule: NoiseSchedule) -> Tensor:
-    """Returns log beta_tilde (eq. 7 of Ho et al. 2020), float64 [T]; the entry of t = 0 is that of t = 1."""
+    """Returns log beta_tilde (eq. 7 of Ho et al. 2020), float64 [T]. The entry at t = 0 repeats the entry at t = 1."""
     if schedule.T < 2:
         raise ValueError("the bound takes a schedule of at least T = 2")
     small = schedule.posterior_at(torch.arange(schedule.T))[2]
@@ -69,11 +69,11 @@ def term(
     variance: str = "fixed_large",
     v: Tensor | None = None,
 ) -> Tensor:
-    """Returns one term of the bound for each image, in bits/dim: float64 [B]. L_0 if every t is 0, L_t if none is.
+    """Returns one term of the bound for each image, in bits/dim: float64 [B]. It is L_0 if every t is 0, L_t if no t is 0.
 
     Args:
         schedule: at least T = 2.
-        t: int64 [B], network times; on the CPU, so that testing them for 0 does not synchronise the GPU. Other devices work too.
+        t: int64 [B], network times, best on the CPU: testing for t = 0 there does not synchronise the GPU.
         x_0: the image, float64 [B, ...]; for L_0 it must hold the 256 levels of an 8-bit image in [-1, 1].
         x0_hat: the denoiser's estimate, like x_0.
         variance: see `reverse_log_variance`.
@@ -95,15 +95,15 @@ def term(
 
 
 def _broadcast(values: Tensor, images: Tensor) -> Tensor:
-    """Shapes values [B] to broadcast with images [B, ...], on their device. A copy from the CPU does not block."""
+    """Shapes values [B] to broadcast with images [B, ...], and moves them to the images' device without blocking."""
     return values.to(images.device, non_blocking=images.device.type == "cuda").view(-1, *[1] * (images.ndim - 1))
 
 
 def strata(T: int, times: int | None = None) -> list[range]:
-    """Splits the network times 0 ... T-1 into `times` consecutive ranges; None: one range per time.
+    """Splits the network times 0 ... T-1 into `times` consecutive ranges. None means one range per time.
 
-    The first range is 0 alone. The edges of the others grow quadratically: most bits are spent near the image, at small
-    t. Raises ValueError unless 2 <= times <= T.
+    The first range holds 0 alone. The edges of the other ranges grow quadratically, since most bits are spent near the
+    image, at small t. Raises ValueError unless 2 <= times <= T.
     """
     times = T if times is None else times
     if not 2 <= times <= T:
@@ -148,7 +148,7 @@ class Bound:
     def rate(self) -> Tensor:
         """float64 [S]: the rate of x_t in bits/dim, L_T + ... + L_{t+1}, at the middle network time t of each stratum.
 
-        As in figure 5 of Ho et al. 2020. x_0 itself costs the decoder's bits, L_0, in addition.
+        Figure 5 of Ho et al. 2020 shows this rate. x_0 itself costs L_0, the decoder's bits, in addition.
         """
         mean = self.terms.mean(0)
         before = self.prior.mean() + mean.flip(0).cumsum(0).flip(0) - mean
@@ -190,9 +190,9 @@ def variational_bound(
         labels: int64 [N], for a conditional network.
         seed: noise and times depend on (seed, image, stratum) and not on `batch`.
         times: network evaluations per image, 2 ... T; None: all T.
-        batch: images at once.
+        batch: number of images in a batch.
         variance: one of VARIANCES, unless the network has learned a variance.
-        device: where the network is.
+        device: the device of the network.
         done: called as done(n) whenever n images have finished one stratum.
 
     Returns:
@@ -220,7 +220,7 @@ def variational_bound(
             eps = gaussian(seed, rows, stratum, x_0.shape[1:], device)
             signal, noise = (_broadcast(table[t + 1], x_0) for table in (a, s))
             x_t = (signal * x_0 + noise * eps).to(torch.float32, memory_format=torch.channels_last)
-            # By default cuDNN may round to TF32.
+            # cuDNN may round to TF32 unless told otherwise.
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, fp32_precision="ieee"):
                 x0_hat, v = labelled.with_variance(x_t, t)
             x0_hat, v = x0_hat.double(), None if v is None else v.double()

@@ -50,8 +50,8 @@ def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tenso
 
     Raises:
         ValueError: the target is unknown, or does not determine x_0 at one of the times. `eps` fails where alpha_bar =
-            0. `mu` fails where alpha_bar is 0 one step earlier too; at the first time with alpha_bar = 0, 1 / A is
-            large but finite.
+            0. `mu` fails where alpha_bar is already 0 one step earlier. At the first time with alpha_bar = 0, 1 / A
+            is large but finite.
     """
     if target not in TARGETS:
         raise ValueError(f"no target '{target}'; there are {', '.join(TARGETS)}")
@@ -64,7 +64,7 @@ def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tenso
 
 
 def split_variance(prediction: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Splits a network's output into the prediction [B, C, ...] and v, or None without a learned variance.
+    """Splits a network's output into the prediction [B, C, ...] and v. v is None without a learned variance.
 
     `like` is the network's input, [B, C, ...]. A network with a learned variance returns 2C channels. v [B, C, ...] is
     their second half, mapped from [-1, 1] to [0, 1]. It interpolates the log variance of a step between fixed_small (0)
@@ -89,7 +89,7 @@ def _clipped(x0_hat: Tensor, clip: bool | float) -> Tensor:
 
 
 def check_guidance(interval: tuple[float, float] | None, rescale: float) -> None:
-    """Raises ValueError for noise levels or a share of the rescaling that are out of range."""
+    """Raises ValueError if `interval` or `rescale` is out of range."""
     if interval is not None and not 0 <= interval[0] < interval[1] < math.inf:
         raise ValueError(f"guidance_interval: expected two noise levels, 0 <= low < high (given: {list(interval)})")
     if not 0 <= rescale <= 1:
@@ -97,7 +97,7 @@ def check_guidance(interval: tuple[float, float] | None, rescale: float) -> None
 
 
 def _rescaled(guided: Tensor, labelled: Tensor, share: float) -> Tensor:
-    """Mixes `share` of the prediction with labelled's standard deviation into the guided one: eq. 15 and 16 of Lin et al."""
+    """Rescales the guided prediction by `share` towards the standard deviation of `labelled`: eq. 15 and 16 of Lin et al."""
     if not share:
         return guided
     shape = (-1, *[1] * (guided.ndim - 1))
@@ -121,7 +121,7 @@ class Denoiser:
             labels).
         guidance: w of classifier-free guidance: 0 ignores the labels, 1 follows them, more exaggerates them.
         guidance_interval: (low, high): guides at noise levels low < sigma <= high, with sigma = s / a, and takes w = 1
-            at others. None guides at all levels.
+            at other levels. None guides at all levels.
         guidance_rescale: phi in [0, 1]. Multiplies the guided prediction of each image by
             phi std(labelled) / std(guided) + 1 - phi, with standard deviations over the image.
 
@@ -151,12 +151,12 @@ class Denoiser:
         check_guidance(self.guidance_interval, self.guidance_rescale)
 
     def evaluations(self, t: Tensor | float) -> int:
-        """Returns the network evaluations per image of a call at t: 1 where w is 0 or 1, else 2."""
+        """Returns the number of network evaluations per image of a call at t: 1 if w is 0 or 1, else 2."""
         w = self._strength(torch.as_tensor(t, dtype=torch.float64).cpu())
         return 1 if bool((w == 1).all() or (w == 0).all()) else 2
 
     def _strength(self, times: Tensor) -> Tensor:
-        """Returns w at network times: float64, like `times`, on the CPU."""
+        """Returns w at network times: float64, shaped like `times`, on the CPU."""
         w = torch.full_like(times, self.guidance)
         if self.guidance_interval is None:
             return w

@@ -1,8 +1,8 @@
 """Fits the S network times that a sampler visits to the model: "GITS" (Chen et al. 2024) and "Align your steps" do the same.
 
-The model's own trajectory of REFERENCE evaluations is the target. Its curvature gives the first guess, as in GITS: with
-the error of each DDIM step between two of its levels as a cost, dynamic programming finds the cheapest S levels. Then
-each time is moved, and the move kept where the sampler itself ends closer to the trajectory.
+The model's own trajectory of REFERENCE evaluations is the target. Its curvature gives the first guess, as in GITS: the
+cost of a step between two levels is the error of a DDIM step there, and dynamic programming finds the cheapest S levels.
+Then each time is moved, and a move is kept if the sampler itself ends closer to the trajectory.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ddpm.diffusion.samplers import SAMPLERS, Counted, sample
 from ddpm.diffusion.solvers import flow
 from ddpm.diffusion.timesteps import SPACINGS, Level, noise_levels
 
-REFERENCE = 1000  # evaluations of the trajectory that is the target
-GRID = 100  # levels of the trajectory that a time may be
-STARTS = 2  # first guesses that are improved: the best of the curvature's and the spacings'
+REFERENCE = 1000  # number of evaluations of the target trajectory
+GRID = 100  # number of levels of the trajectory from which times are chosen
+STARTS = 2  # number of first guesses that are improved: the best guesses by the curvature and the spacings
 
 
 @dataclass(frozen=True)
 class Path:
-    """The trajectory of a model from x_T. The grid's levels, costs [GRID, GRID] of DDIM's steps between them, its end."""
+    """The trajectory of a model from x_T: levels of the grid, costs [GRID, GRID] of DDIM's steps between them, and the end."""
 
     x_T: Tensor
     levels: list[Level]
@@ -38,7 +38,7 @@ class Path:
     @classmethod
     @torch.no_grad()
     def of(cls, denoiser: Denoiser, x_T: Tensor, done: Callable[[int], None] = lambda evaluations: None) -> Path:
-        """Follows the trajectory with dpmpp_2m. done: called with the number of evaluations so far."""
+        """Computes the trajectory with dpmpp_2m. done: called with the number of evaluations so far."""
         levels = noise_levels(denoiser.schedule, REFERENCE, "logsnr")
         kept: list[tuple[Level, Tensor, Tensor]] = []
         x, every = x_T, REFERENCE // GRID
@@ -62,7 +62,7 @@ def rms(x: Tensor, y: Tensor) -> float:
 
 
 def cheapest(costs: np.ndarray, steps: int) -> list[int]:
-    """Returns the cheapest path of `steps` indices, from the first to the last, through costs[from, to]."""
+    """Returns the `steps` indices, from the first to the last, whose steps have the lowest sum of costs[from, to]."""
     if steps == 1:
         return [0]
     rest, following = costs[:, -1].copy(), []
@@ -88,14 +88,14 @@ def fit_times(
 
     Args:
         denoiser: the model.
-        path: its trajectory.
+        path: the trajectory of the model.
         steps: S, at most GRID.
         sampler: a sampler that draws no noise with `options`.
         done: called after each S evaluations.
-        options: the sampler's own.
+        options: the sampler's own options.
 
     Returns:
-        S falling network times, and the RMS distance from the ends of the sampler's paths to those of the trajectory.
+        S falling network times, and the RMS distance between the sampler's images and the ends of the trajectory.
 
     Raises:
         ValueError: an option is wrong, or there are more steps than levels to choose from.
@@ -117,7 +117,7 @@ def fit_times(
 
 
 def _guesses(denoiser: Denoiser, path: Path, steps: int) -> list[list[int]]:
-    """Returns indices of the grid: those of the curvature, and the nearest ones to each spacing's levels."""
+    """Returns guesses as indices of the grid: one from the curvature, and for each spacing the indices nearest to its levels."""
     found, lams = [cheapest(path.costs, steps)], np.array([level.lam for level in path.levels])
     for spacing in SPACINGS:
         wanted = noise_levels(denoiser.schedule, steps, spacing)[:-1]
@@ -128,7 +128,7 @@ def _guesses(denoiser: Denoiser, path: Path, steps: int) -> list[list[int]]:
 
 
 def _improved(chosen: list[int], count: int, error: Callable[[list[int]], float]) -> list[int]:
-    """Moves one index at a time while that lowers the error, by 16 at first and by 1 in the end."""
+    """Moves one index at a time as long as the error falls. The moves shrink from 16 to 1."""
     step = 16
     while step:
         moved = False

@@ -1,4 +1,4 @@
-"""Measures noise schedules: whether x_T is really noise, and on which noise levels the steps are spent."""
+"""Measures noise schedules: whether x_T is really noise, and how the steps are spread over the noise levels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddpm.diffusion.schedule import NoiseSchedule
 # Signal-to-noise ratios alpha_bar / (1 - alpha_bar) that separate the five bands of `shares`.
 BANDS = (1e-4, 1e-2, 1.0, 1e2)
 
-LEFT_BITS = 1e-3  # the largest L_T, in bits/dim, of an x_T that counts as noise; linear at T = 1000 has 7e-6
+LEFT_BITS = 1e-3  # x_T counts as noise if L_T is at most this, in bits/dim; linear at T = 1000 has 7e-6
 GONE = 1e-4  # below this alpha_bar nothing of x_0 can be seen
 GONE_SHARE = 0.25  # the largest share of the steps that may be spent below GONE; linear at T = 1000 spends 5%
 
@@ -27,7 +27,7 @@ class Summary:
         alpha_bar: alpha_bar_T.
         snr: signal-to-noise ratio at T.
         prior: L_T in bits/dim.
-        shares: share of the steps in each band of signal-to-noise ratio (see BANDS), least signal first.
+        shares: share of the steps in each band of signal-to-noise ratio (see BANDS), lowest ratio first.
         gone: share of the steps with alpha_bar < GONE.
         warnings: one line for each fault, with its reason and remedy.
     """
@@ -62,14 +62,14 @@ def summary(schedule: NoiseSchedule, mean_square: float = 0.25) -> Summary:
 
 
 def prior(schedule: NoiseSchedule, mean_square: Tensor | float) -> Tensor:
-    """Returns L_T in bits/dim for data with E[x_0^2] = mean_square: float64, mean_square's shape."""
+    """Returns L_T in bits/dim for data with E[x_0^2] = mean_square: float64, shaped like mean_square."""
     alpha_bar = schedule.alpha_bar[-1].item()
     signal = alpha_bar * torch.as_tensor(mean_square, dtype=torch.float64)
     return (signal - alpha_bar - math.log1p(-alpha_bar)) / (2 * math.log(2))
 
 
 def shares(schedule: NoiseSchedule) -> tuple[float, ...]:
-    """Returns the share of the steps 1 ... T in each band of BANDS, least signal first; the shares sum to 1."""
+    """Returns the share of the steps 1 ... T in each band of BANDS, lowest signal-to-noise ratio first. The shares sum to 1."""
     band = torch.bucketize(schedule.snr[1:], torch.tensor(BANDS, dtype=torch.float64), right=True)
     return tuple((torch.bincount(band, minlength=len(BANDS) + 1).double() / schedule.T).tolist())
 

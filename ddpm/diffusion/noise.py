@@ -17,7 +17,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int], rounds: int = 10) -> list[Tensor]:
-    """Philox4x32: maps four int64 tensors of 32-bit words to four such tensors. The key is two 32-bit words."""
+    """Applies Philox4x32: maps four int64 tensors of 32-bit words to four such tensors. The key is two 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -30,7 +30,7 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int], rounds: int = 10) ->
 
 
 def _log(x: Tensor) -> Tensor:
-    """Natural logarithm of positive normal float32 numbers, to 1e-7, by correctly rounded operations only."""
+    """Returns the natural logarithm of positive normal float32 numbers, to 1e-7, by correctly rounded operations only."""
     bits = x.view(torch.int32)
     # x = m 2^e with m in [sqrt(1/2), sqrt(2)), and log m = 2 atanh((m - 1) / (m + 1)).
     exponent = (bits - 0x3F3504F3) >> 23
@@ -91,10 +91,10 @@ def gaussian(
 
     Args:
         seed: in [0, 2^64).
-        images: the images' numbers, [N], each in [0, 2^63).
+        images: the number of each image, [N], in [0, 2^63).
         draw: number of the draw for the same image, in [0, 2^32).
-        shape: of one image.
-        device: where the noise is made.
+        shape: the shape of one image.
+        device: the device of the noise.
 
     Returns:
         float32 [N, *shape], |z| <= 5.42.

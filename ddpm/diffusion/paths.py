@@ -1,4 +1,4 @@
-"""Follows images to noise and back: states of a chain, the codes of images, and the images between two.
+"""Follows images to noise and back: states of a chain, codes of images, and interpolations between two images.
 
 Settings are the arguments of `ddpm.sample`: sampler, steps, spacing, along, and the sampler's own options. A code is
 the x_T that leads to an image along the probability flow, so samplers that draw noise cannot encode.
@@ -30,7 +30,7 @@ def snapshots(denoiser: Denoiser, x_T: Tensor, count: int = 10, **settings: Any)
     Args:
         denoiser: the model.
         x_T: standard normal noise, [B, ...].
-        count: 1 for the last state alone, else the first and the last are among them.
+        count: number of states. 1 gives the last state alone; otherwise the first and the last state are included.
         settings: see `ddpm.sample`.
 
     Raises:
@@ -73,10 +73,10 @@ def encode(
         denoiser: the model.
         x_0: images, [B, ...] in [-1, 1].
         sampler: a sampler that draws no noise with `options`.
-        steps: see `ddpm.sample`, as for `spacing`, `along`, `times` and `options`.
+        steps, spacing, along, times, options: see `ddpm.sample`.
 
     Returns:
-        The codes x_T, like x_0.
+        The codes x_T, shaped like x_0.
 
     Raises:
         ValueError: the sampler draws noise, or a setting is wrong.
@@ -84,7 +84,7 @@ def encode(
     check_options(sampler, spacing, **options)
     check_flow(sampler, **options)
     rising = noise_levels(denoiser.schedule, steps, spacing, along, times)[-2::-1]
-    # The network was never trained on images without noise, so the first step uses its eps at t = 0, the least noise.
+    # The network was never trained on images without noise, so the first step uses eps at t = 0, the lowest noise level.
     least = Level(0.0, float(denoiser.schedule.alpha_bar[1]))
     eps = (x_0 - least.a * denoiser(x_0, least.t)) / least.s
     x = rising[0].a * x_0 + rising[0].s * eps
@@ -120,11 +120,11 @@ def slerp(x: Tensor, y: Tensor, weight: float) -> Tensor:
 
 
 def interpolate(denoiser: Denoiser, x_0: Tensor, y_0: Tensor, weights: Sequence[float], **settings: Any) -> Tensor:
-    """Returns the images between two, decoded from codes between their codes: section 5.3 of Song et al. 2020 (DDIM).
+    """Interpolates between two images: decodes codes between their codes. See section 5.3 of Song et al. 2020 (DDIM).
 
     Args:
         denoiser: the model.
-        x_0: the image at weight 0, [C, H, W] in [-1, 1]. It is encoded and decoded too.
+        x_0: the image at weight 0, [C, H, W] in [-1, 1]. The result at weight 0 is x_0 encoded and decoded.
         y_0: the image at weight 1, like x_0.
         weights: one for each image to make.
         settings: see `encode`.
@@ -154,17 +154,17 @@ def blend(
     times: Times | None = None,
     **options: Any,
 ) -> Tensor:
-    """Returns the images between two, mixed under the same noise and denoised: section 4.4 of Ho et al. 2020.
+    """Interpolates between two images: adds the same noise to both, mixes and denoises. See section 4.4 of Ho et al. 2020.
 
     Args:
         denoiser: the model.
         x_0: the image at weight 0, [C, H, W] in [-1, 1].
         y_0: the image at weight 1, like x_0.
         weights: one for each image to make.
-        depth: how far up the chain the images are noised, from 0 (mixed without noise) to 1 (the chain's first level).
+        depth: how much noise is added, from 0 (no noise) to 1 (the chain's highest noise level).
         noise: noise(k) -> standard normal [C, H, W]. k = 0 noises the images; k + 1 is the sampler's draw k, for all
             weights.
-        sampler: see `ddpm.sample`, as for `steps`, `spacing`, `along`, `times` and `options`.
+        sampler, steps, spacing, along, times, options: see `ddpm.sample`.
 
     Returns:
         [len(weights), C, H, W].

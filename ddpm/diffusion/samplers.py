@@ -24,7 +24,7 @@ from ddpm.diffusion.timesteps import SPACINGS, Level, Times, noise_levels
 
 
 class Counted:
-    """Counts a denoiser's network evaluations per image: the `denoise` that `trajectory` passes to a sampler."""
+    """Wraps a denoiser and counts its network evaluations per image. `trajectory` passes it to a sampler as `denoise`."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
@@ -57,12 +57,12 @@ class State:
 
 
 def ddpm(denoise: Counted, x: Tensor, levels: list[Level], noise: Noise, *, variance: str = "fixed_large") -> Steps:
-    """Algorithm 2 of Ho et al. 2020 on the respaced chain, with the posterior mean of eq. 7.
+    """Samples by algorithm 2 of Ho et al. 2020 on the respaced chain, with the posterior mean of eq. 7.
 
     With beta = 1 - alpha_bar_t / alpha_bar_prev, the variance is beta for fixed_large. For fixed_small it is
     beta (1 - alpha_bar_prev) / (1 - alpha_bar_t). For learned, the network interpolates between the two: eq. 15 of
-    Nichol & Dhariwal 2021. The last step adds no noise. Raises ValueError for another variance, or for learned if the
-    network has none.
+    Nichol & Dhariwal 2021. The last step adds no noise. Raises ValueError for an unknown variance, and for learned if the
+    network has learned no variance.
     """
     fixed = {"fixed_large": 1.0, "fixed_small": 0.0}
     if variance not in (*fixed, "learned"):
@@ -84,7 +84,7 @@ def ddpm(denoise: Counted, x: Tensor, levels: list[Level], noise: Noise, *, vari
 
 
 def ddim(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise, *, eta: float = 0.0) -> Steps:
-    """Eq. 12 and 16 of Song et al. 2020 (DDIM). eta = 0 is deterministic; eta = 1 has DDPM's fixed_small variance."""
+    """Samples by eq. 12 and 16 of Song et al. 2020 (DDIM). eta = 0 is deterministic; eta = 1 has DDPM's fixed_small variance."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta = {eta} must lie in [0, 1]")
     for k, (now, to) in enumerate(pairwise(levels)):
@@ -105,9 +105,9 @@ class Sampler:
     Args:
         step: step(denoise, x, levels, noise, **options) yields (x, x0_hat) after each step. Its keyword-only arguments
             are the sampler's options.
-        deterministic: maps all options, defaults included, to whether the sampler draws no noise. Then each image has
-            one code.
-        evaluations: maps the levels to the network evaluations per image from the first to the last, without guidance.
+        deterministic: a function of all options that returns whether the sampler draws no noise. If so, each image has one
+            code.
+        evaluations: a function of the levels that returns the network evaluations per image, without guidance.
     """
 
     step: Callable[..., Steps]
@@ -168,7 +168,7 @@ def evaluations(
     times: Times | None = None,
     **options: Any,
 ) -> int:
-    """Returns the network evaluations per image of `sample` with these settings. Each guided step takes twice its number."""
+    """Returns the network evaluations per image of `sample` with these settings. Each guided step counts twice."""
     check_options(sampler, spacing, **options)
     return SAMPLERS[sampler].evaluations(noise_levels(schedule, steps, spacing, along, times))
 
@@ -218,9 +218,9 @@ def sample(
         spacing: which times, a key of SPACINGS.
         noise: noise(k) -> standard normal tensor like x_T for step k, for samplers that draw noise; by default
             torch.randn_like.
-        along: visits the noise levels of this schedule instead of the network's own (see `noise_levels`).
-        times: {S: S falling network times}: visits these instead of a spacing (see `ddpm fit-times`).
-        options: the sampler's own: `variance` of ddpm, `eta` of ddim, `order` of unipc.
+        along: a schedule whose noise levels are visited instead of the network's own (see `noise_levels`).
+        times: {S: S falling network times} to visit instead of a spacing (see `ddpm fit-times`).
+        options: the sampler's own options: `variance` of ddpm, `eta` of ddim, `order` of unipc.
 
     Returns:
         x_0, like x_T.

@@ -44,7 +44,7 @@ def _sigmoid(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
     return torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
 
 
-# name -> function of T and further numbers (`shape` of NoiseSchedule.named) that returns the betas, float64 [T].
+# Maps a name to a function of T and further numbers (`shape` of NoiseSchedule.named) that returns the betas, float64 [T].
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "linear": _linear,
     "scaled_linear": _scaled_linear,
@@ -59,7 +59,7 @@ ALIASES = {"quad": "scaled_linear", "sqrt_linear": "linear", "squaredcos_cap_v2"
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """A table of beta_1 ... beta_T and what follows from it.
+    """A table of beta_1 ... beta_T, with the quantities that follow from the betas.
 
     Network time t in 0 ... T-1 pairs with alpha_bar[t + 1]; t = -1 is the clean image.
 
@@ -69,7 +69,7 @@ class NoiseSchedule:
         name: the schedule's name in files and messages.
 
     Raises:
-        ValueError: `betas` is no such vector.
+        ValueError: `betas` is not such a vector.
     """
 
     betas: Tensor
@@ -94,12 +94,12 @@ class NoiseSchedule:
         Args:
             name: a key of SCHEDULES or ALIASES.
             steps: T.
-            zero_terminal_snr: whether to rescale it as the method `zero_terminal_snr` does.
+            zero_terminal_snr: whether to rescale the schedule with the method `zero_terminal_snr`.
             shape: `s` of cosine; `start` and `end` of the others. These are beta_1 and beta_T of linear and
                 scaled_linear, their squares for sqrt, and close to them for sigmoid.
 
         Raises:
-            ValueError: the name is unknown, the schedule does not take a number, or a number is out of range.
+            ValueError: the name is unknown, the schedule does not take one of the numbers, or a number is out of range.
         """
         kind = ALIASES.get(name, name)
         if kind not in SCHEDULES:
@@ -116,7 +116,7 @@ class NoiseSchedule:
     def zero_terminal_snr(self) -> NoiseSchedule:
         """Returns the schedule shifted and scaled so that nothing of x_0 is left at T: algorithm 1 of Lin et al. 2024.
 
-        sqrt(alpha_bar_1) stays and sqrt(alpha_bar_T) becomes 0. So target eps cannot be trained at time T.
+        sqrt(alpha_bar_1) keeps its value and sqrt(alpha_bar_T) becomes 0. So target eps cannot be trained at time T.
         Raises ValueError if T < 2, because alpha_bar_1 and alpha_bar_T are then the same number.
         """
         if self.T < 2:
@@ -147,9 +147,9 @@ class NoiseSchedule:
         return self.alpha_bar / -torch.expm1(self.log_alpha_bar)
 
     def log_alpha_bar_at(self, t: Tensor | float) -> Tensor:
-        """Returns log alpha_bar at network times t in [-1, T-1], linear between entries: float64, like t, on the CPU.
+        """Returns log alpha_bar at network times t, linear between entries: float64, shaped like t, on the CPU.
 
-        If alpha_bar_T = 0, all times after T-2 have the level of T-1, -inf. Raises ValueError for times outside.
+        If alpha_bar_T = 0, all times after T-2 have log alpha_bar = -inf. Raises ValueError for times outside [-1, T-1].
         """
         times = np.asarray(t.detach().cpu() if isinstance(t, Tensor) else t, dtype=np.float64)
         if times.size and not (times.min() >= -1 and times.max() <= self.T - 1):
@@ -165,7 +165,7 @@ class NoiseSchedule:
             t: network times in [0, T-1], fractions allowed. The step goes from t to t - 1, where -1 is the clean image.
 
         Returns:
-            A, B, log beta_tilde and log beta: float64, t's shape, on the CPU. At t = 0, A = 1, B = 0 and log beta_tilde
+            A, B, log beta_tilde and log beta: float64, shaped like t, on the CPU. At t = 0, A = 1, B = 0 and log beta_tilde
                 = -inf.
         """
         times = torch.as_tensor(t, dtype=torch.float64).cpu()
@@ -176,7 +176,7 @@ class NoiseSchedule:
         return on_x0, on_x_t, beta.log() + (noise_before / noise).log(), beta.log()
 
     def time_at(self, log_alpha_bar: Tensor) -> Tensor:
-        """Inverts `log_alpha_bar_at`: returns float64 times. Levels beyond the table's ends get its end times."""
+        """Inverts `log_alpha_bar_at`: returns float64 times. Levels outside the table get the time at its nearest end."""
         levels = np.asarray(log_alpha_bar.detach().cpu(), dtype=np.float64)
         entries, table = self._finite
         times = np.interp(-levels, -table, entries)
@@ -184,7 +184,7 @@ class NoiseSchedule:
 
     @cached_property
     def _finite(self) -> tuple[np.ndarray, np.ndarray]:
-        """Network times and their log alpha_bar, without the last entry if it is infinite."""
+        """Returns network times and their log alpha_bar, without the last entry if it is infinite."""
         table = self.log_alpha_bar.numpy()
         count = self.T + (1 if np.isfinite(table[-1]) else 0)
         return np.arange(-1, count - 1, dtype=np.float64), table[:count]

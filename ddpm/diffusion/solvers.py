@@ -1,8 +1,8 @@
 """Deterministic solvers of the probability flow, and SDE-DPM-Solver++.
 
 With xi = x / a and sigma = s / a, the flow is dxi / dsigma = eps, where eps = (x - a x0_hat) / s: eq. 1 of Karras et al. 2022.
-Every step here is DDIM's with another x0_hat: `flow`. The multistep solvers extrapolate x0_hat, or eps, from past steps
-in lambda = log(1 / sigma), half the log signal-to-noise ratio.
+Every step here is `flow`, the step of DDIM, with a different x0_hat. The multistep solvers extrapolate x0_hat, or eps, from
+past steps in lambda = log(1 / sigma), half the log signal-to-noise ratio.
 
 One rule limits the extrapolation at every step (`usable`). As a function of lambda, x0_hat changes from the mean of the
 data to a single image within about one nat. So an estimate says nothing about what lies further ahead, and a solver
@@ -25,17 +25,17 @@ Noise = Callable[[int], Tensor]
 Steps = Iterator[tuple[Tensor, Tensor]]  # (x, x0_hat) after each step
 Past = list[tuple[Level, Tensor]]  # levels visited and the estimates there, newest first
 
-REACH = 0.7  # nats of lambda: with 1, third order is further from the flow than DDIM (tests/diffusion/test_flow.py)
+REACH = 0.7  # nats of lambda. At 1, third order would be less exact than DDIM (tests/diffusion/test_flow.py)
 
 
 def flow(x: Tensor, x0_hat: Tensor, now: Level, to: Level) -> Tensor:
-    """Follows the probability flow with x0_hat held constant: DDIM's step, exact if the data is a single image."""
+    """Takes DDIM's step: follows the probability flow with constant x0_hat. It is exact if the data is a single image."""
     ratio = to.s / now.s
     return ratio * x + (to.a - ratio * now.a) * x0_hat
 
 
 def euler(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
-    """Euler's method on the probability-flow ODE: eq. 1 of Karras et al. 2022, sigma = s / a. DDIM at eta = 0."""
+    """Samples by Euler's method on the probability-flow ODE (eq. 1 of Karras et al. 2022), which is DDIM at eta = 0."""
     for now, to in pairwise(levels):
         x0_hat = denoise(x, now.t)
         x = flow(x, x0_hat, now, to)
@@ -43,14 +43,14 @@ def euler(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Ste
 
 
 def heun(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
-    """Algorithm 1 of Karras et al. 2022: second order, with 2S - 1 network evaluations, or 2S - 2 from pure noise.
+    """Samples by algorithm 1 of Karras et al. 2022: second order, 2S - 1 network evaluations, or 2S - 2 from pure noise.
 
     With sigma = s / a, the mean of the slopes at both ends of a step gives
 
         x / a = x0_hat + sigma_to slope + w (x0_hat' - x0_hat),    w = (sigma / sigma_to - 1) / 2,
 
     where x0_hat' is the estimate at the end. From almost pure noise (cosine, trailing: sigma = 2e4 to 12 at S = 20), w
-    would multiply the error of x0_hat' by a thousand. So w is at most 1; steps with sigma <= 3 sigma_to are the paper's.
+    would multiply the error of x0_hat' by a thousand. So w is at most 1. Steps with sigma <= 3 sigma_to are as in the paper.
     """
     for now, to in pairwise(levels):
         x0_hat = denoise(x, now.t)
@@ -63,16 +63,16 @@ def heun(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Step
 
 
 def corrected(now: Level, to: Level) -> bool:
-    """Returns whether Heun's step has a second evaluation: not from pure noise, and not onto the clean image."""
+    """Returns whether Heun's step has a second evaluation. It has none from pure noise or onto the clean image."""
     return 0 < to.alpha_bar < 1 and now.alpha_bar > 0
 
 
 def usable(past: Past, now: Level, to: Level) -> Past:
     """Returns the past estimates from which a step may extrapolate, newest first.
 
-    - A step of at most REACH uses the newest one, and those before it that lie at most REACH apart.
-    - A longer step uses the newest one alone; none if the step is more than twice as long as the step before it.
-    - Steps onto the clean image and out of pure noise are infinitely long and use none.
+    - A step of at most REACH uses the newest estimate, and the earlier ones as long as they lie at most REACH apart.
+    - A longer step uses the newest estimate alone, or none if it is more than twice as long as the step before it.
+    - Steps onto the clean image and out of pure noise are infinitely long and use no estimate.
     """
     h = abs(to.lam - now.lam)
     known = [entry for entry in past if math.isfinite(entry[0].lam)]
@@ -117,7 +117,7 @@ def shifted(value: Tensor, past: Past, weights: Sequence[float]) -> Tensor:
 
 
 def _x0_weights(used: Past, now: Level, to: Level) -> list[float]:
-    """Weights of the polynomial through x0_hat, which the flow averages with e^u. DPM-Solver++ 2M's if there is one."""
+    """Returns weights of past x0_hats, whose polynomial the flow averages with e^u. One past x0_hat gives DPM-Solver++ 2M."""
     h, behind = to.lam - now.lam, [level.lam - now.lam for level, _ in used]
     if len(behind) == 1:
         return [reached(h) / (2 * behind[0])]
@@ -125,7 +125,7 @@ def _x0_weights(used: Past, now: Level, to: Level) -> list[float]:
 
 
 def _dpmpp(denoise: Denoise, x: Tensor, levels: list[Level], order: int) -> Steps:
-    """DPM-Solver++ (Lu et al. 2022b, algorithm 2, and their third-order form), from past x0_hats."""
+    """Samples by DPM-Solver++ from past x0_hats: algorithm 2 of Lu et al. 2022b, and their third-order form."""
     past: Past = []
     for now, to in pairwise(levels):
         x0_hat = denoise(x, now.t)
@@ -136,21 +136,22 @@ def _dpmpp(denoise: Denoise, x: Tensor, levels: list[Level], order: int) -> Step
 
 
 def dpmpp_2m(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
-    """DPM-Solver++ 2M of Lu et al. 2022b: second order, one evaluation a step."""
+    """Samples by DPM-Solver++ 2M of Lu et al. 2022b: second order, one evaluation a step."""
     return _dpmpp(denoise, x, levels, order=2)
 
 
 def dpmpp_3m(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
-    """DPM-Solver++ 3M, with the quadratic through three estimates integrated exactly: third order from a gentle start.
+    """Samples by DPM-Solver++ 3M: integrates the quadratic through three estimates exactly.
 
-    The authors' code gives the curvature half this weight, so its order tends to 2 from any start. A start with two steps
-    of the usual length makes every third-order solver of second order, since these two steps have no past.
+    The solver has third order if the first steps are short. The authors' code gives the curvature half this weight, so its order
+    tends to 2 from any start. If the first two steps have the usual length, every third-order solver is of second order, since
+    these steps have too few past estimates.
     """
     return _dpmpp(denoise, x, levels, order=3)
 
 
 def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
-    """SDE-DPM-Solver++ 2M of Lu et al. 2022b: the reverse SDE, with fresh noise at every step but the last."""
+    """Samples by SDE-DPM-Solver++ 2M of Lu et al. 2022b: the reverse SDE, with fresh noise at every step but the last."""
     past: Past = []
     for k, (now, to) in enumerate(pairwise(levels)):
         x0_hat = denoise(x, now.t)
@@ -164,10 +165,10 @@ def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise)
 
 
 def unipc(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise, *, order: int = 2) -> Steps:
-    """UniPC of Zhao et al. 2023 with B(h) = e^-h - 1 on x0_hat: each evaluation also corrects the step before it.
+    """Samples by UniPC of Zhao et al. 2023 with B(h) = e^-h - 1 on x0_hat: each evaluation also corrects the step before it.
 
-    The predictor is that of `_dpmpp`. The corrector takes the step again, from an average that includes the new
-    estimate: eq. 8 and 9. Where only one estimate enters beside the newest, the paper gives it the weight 1/2.
+    The predictor is `_dpmpp`. The corrector takes the step again, from an average that includes the new estimate: eq. 8
+    and 9. If there is only one estimate besides the newest, the paper gives it the weight 1/2.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order = {order} must be 1, 2 or 3")
@@ -185,7 +186,7 @@ def unipc(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise, *, ord
 
 
 def _correct(x: Tensor, to: Level, x0_hat: Tensor, past: Past) -> Tensor:
-    """Takes the step from past[0] to `to` again, now that x0_hat at `to` is known."""
+    """Repeats the step from past[0] to `to`, now that x0_hat at `to` is known."""
     (now, value), *older = past
     older = [] if abs(h := to.lam - now.lam) > REACH else usable(older, now, to)
     nodes = [(to, x0_hat), *older]
@@ -196,7 +197,7 @@ def _correct(x: Tensor, to: Level, x0_hat: Tensor, past: Past) -> Tensor:
 def _from_eps(
     denoise: Denoise, x: Tensor, levels: list[Level], order: int, weigh: Callable[[list[float], float], list[float]]
 ) -> Steps:
-    """Steps with an eps that is extrapolated from past ones: weigh(lambdas behind, h) -> weights of their differences."""
+    """Steps with an eps extrapolated from past values: weigh(past lambdas - lambda, h) -> weights of the differences of eps."""
     past: Past = []
     for now, to in pairwise(levels):
         x0_hat = denoise(x, now.t)
@@ -220,11 +221,11 @@ def _adams(behind: list[float], h: float) -> list[float]:
 
 
 def ipndm(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
-    """iPNDM (Zhang & Chen 2023): Adams-Bashforth's fourth-order weights for equal steps of sigma, on eps, at any steps.
+    """Samples by iPNDM (Zhang & Chen 2023): extrapolates eps with Adams-Bashforth's fourth-order weights for equal steps.
 
-    It is of fourth order on equal steps of sigma and of second order on others. The weights are fixed on purpose: on
-    CIFAR-10, zju-pi/diff-sampler measures an FID of 13.59 at 5 evaluations with them, and 23.58 with the weights of the
-    unequal steps (`ipndm_v`).
+    The method uses these weights for unequal steps, too. It has fourth order on equal steps of sigma, else second order. The
+    fixed weights are better in practice: on CIFAR-10 at 5 evaluations, zju-pi/diff-sampler measures an FID of 13.59 with
+    them, and 23.58 with weights for unequal steps (`ipndm_v`).
     """
     return _from_eps(denoise, x, levels, 4, _adams)
 
@@ -237,8 +238,8 @@ def _deis(behind: list[float], h: float) -> list[float]:
 
 
 def deis(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise) -> Steps:
-    """tAB-DEIS (Zhang & Chen 2023) with t = lambda: the quadratic through three eps, integrated exactly over sigma.
+    """Samples by tAB-DEIS (Zhang & Chen 2023) with t = lambda: integrates the quadratic through three eps exactly over sigma.
 
-    Third order from a gentle start.
+    Third order if the first steps are short (see `dpmpp_3m`).
     """
     return _from_eps(denoise, x, levels, 3, _deis)

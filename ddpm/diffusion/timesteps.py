@@ -1,4 +1,4 @@
-"""Spacings: which S network times a sampler visits, from noise to image, and the noise levels there.
+"""Spacings: choose the S network times that a sampler visits, from noise to image, and their noise levels.
 
 `leading`, `trailing` and `linspace` are Table 2 of Lin et al. 2024; `quadratic` is appendix D.2 of Song et al. 2020
 (DDIM); `karras` is eq. 5 of Karras et al. 2022 with rho = 7; `logsnr` is the uniform grid of Lu et al. 2022
@@ -50,7 +50,7 @@ def _between_ends(
 ) -> Tensor:
     """Returns `steps` times from T-1 to 0 that are evenly spaced in `measure`, a function of the signal-to-noise ratio.
 
-    If nothing of the signal is left at T-1, that time comes first and the even spacing starts at T-2.
+    If no signal is left at T-1, the first time is T-1 and the even spacing starts at T-2.
 
     Args:
         schedule: gives the signal-to-noise ratios.
@@ -77,9 +77,9 @@ SPACINGS: dict[str, Callable[[NoiseSchedule, int], Tensor]] = {
 
 
 def network_times(schedule: NoiseSchedule, steps: int, spacing: str = "leading") -> Tensor:
-    """Returns the S = steps network times that a sampler visits: float64 [S], falling from T-1 at most to 0 at least.
+    """Returns the S = `steps` network times that a sampler visits: float64 [S], falling, all between T-1 and 0.
 
-    S = 1 visits T-1. Raises ValueError for an unknown spacing, S < 1, or an S so large that times repeat.
+    With S = 1, the time is T-1. Raises ValueError for an unknown spacing, S < 1, or an S so large that times repeat.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"no spacing '{spacing}'; there are {', '.join(SPACINGS)}")
@@ -134,17 +134,17 @@ def noise_levels(
         schedule: the schedule that the network was trained on.
         steps: S.
         spacing: a key of SPACINGS.
-        along: another schedule whose noise levels are visited. The network is evaluated at its own, possibly
-            fractional, times of the same signal-to-noise ratios. Levels outside its training become its first or last
-            one, and levels that coincide are visited once, so there may be fewer than `steps`.
+        along: another schedule, whose noise levels the sampler visits. The network is evaluated at the times, possibly
+            fractional, at which `schedule` has the same signal-to-noise ratios. Levels outside the network's training
+            become the first or last level of `schedule`. Equal levels are visited once, so there may be fewer than `steps`.
         times: the times to visit for each S, instead of a spacing.
 
     Returns:
         S levels or fewer, and the clean image.
 
     Raises:
-        ValueError: the spacing is unknown, or cannot give so many different levels; there are no times for S steps, or
-            they do not fit the schedule.
+        ValueError: the spacing is unknown or cannot give S different levels, or `times` has no entry for S or does not fit
+            the schedule.
     """
     if along is None or times is not None:
         visited = network_times(schedule, steps, spacing) if times is None else _given(schedule, steps, times)
@@ -162,16 +162,16 @@ def noise_levels(
 
 
 def check_times(times: Times) -> None:
-    """Raises ValueError unless `times` has S falling times from 0 for each S."""
+    """Raises ValueError unless `times` holds S falling times, all at least 0, for each S."""
     for steps, each in times.items():
         if len(each) != steps or any(not now > to for now, to in pairwise(each)) or not each or not each[-1] >= 0:
-            raise ValueError(f"times: expected {steps} falling network times, 0 at least, for {steps} steps")
+            raise ValueError(f"times: expected {steps} falling network times, all at least 0, for {steps} steps")
 
 
 def _given(schedule: NoiseSchedule, steps: int, times: Times) -> Tensor:
     check_times(times)
     if steps not in times:
-        raise ValueError(f"times: none for {steps} steps; there are some for {', '.join(map(str, times))}")
+        raise ValueError(f"times: no entry for {steps} steps; there are entries for {', '.join(map(str, times))}")
     if times[steps][0] > schedule.T - 1:
         raise ValueError(f"times: {times[steps][0]:g} lies after the last network time, {schedule.T - 1}")
     return torch.tensor(times[steps], dtype=torch.float64)

@@ -1,4 +1,4 @@
 """Reads and writes files: paths, atomic writes, records, checkpoints, samples, params.yaml.
 
-No other room knows the format of a file. Only DVC's and MLflow's own files stand elsewhere.
+No other package knows the format of a file, except for the files of DVC and MLflow.
 """

@@ -21,10 +21,10 @@ Images = NDArray[np.uint8]  # N,C,H,W
 
 
 def _unreadable(error: Exception) -> str:
-    """Returns why numpy cannot read a file. Leaves out numpy's advice to allow pickle, which would run code from the file."""
+    """Describes why numpy cannot read a file. Leaves out numpy's advice to allow pickle, which would run code from the file."""
     why = " ".join(str(error).split()) or type(error).__name__
     if "pickled (object) data" in why:
-        return "neither a numpy array nor a zip archive of them"
+        return "neither a numpy array nor a zip archive of arrays"
     objects = "allow_pickle" in why or "Python objects in dtype" in why
     return "Python objects, which are not read here" if objects else why
 
@@ -45,13 +45,13 @@ def _array_digest(array: NDArray[Any]) -> str:
 
 
 def write_arrays(path: Path, key: str, **arrays: Any) -> None:
-    """Writes named arrays to one file, with a checksum of the arrays and of `key`, which says what they were computed from."""
+    """Writes named arrays to one file, with a checksum of the arrays and of `key`, which identifies their inputs."""
     with atomic.replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays, sha256=np.asarray(_arrays_digest(key, arrays)))
 
 
 def read_arrays(path: Path, key: str) -> dict[str, NDArray[Any]]:
-    """Reads a file of write_arrays. Raises InputError if the file is missing, damaged, or was written with another key."""
+    """Reads a file that write_arrays wrote. Raises InputError if it is missing, damaged, or was written with another key."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
@@ -71,7 +71,7 @@ def _arrays_digest(key: str, arrays: Mapping[str, Any]) -> str:
 
 
 def grid(images: Images, columns: int | None = None) -> Images:
-    """Arranges images, uint8 N,C,H,W, in rows of one picture, uint8 C,H',W', a white pixel apart. Enlarges small images."""
+    """Arranges images, uint8 N,C,H,W, in rows of a picture, uint8 C,H',W', with white lines between. Enlarges small images."""
     count, channels, height, width = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)

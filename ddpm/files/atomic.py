@@ -23,14 +23,14 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def disk_full_is_one_line(path: Path) -> Iterator[None]:
-    """Turns a disk-full error of the block, which writes `path`, into InputError."""
+    """Turns a disk-full error in the block, which writes `path`, into InputError."""
     try:
         yield
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         raise InputError(
-            f"{path}: no room on the disk ({os.strerror(error.errno)}); an earlier version of it is unchanged:"
+            f"{path}: no room on the disk ({os.strerror(error.errno)}); an earlier version is unchanged:"
             " free some space and run this again"
         ) from error
 
@@ -42,7 +42,7 @@ def _temporary_beside(path: Path) -> str:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
-        import psutil  # here, because code that only reads files must not need it
+        import psutil  # imported here, because code that only reads files must not need psutil
 
         owner = left.name.rpartition(".tmp-")[2].partition("-")[0]
         # protects: tests/stages/test_faults.py::test_what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody
@@ -55,7 +55,7 @@ def _temporary_beside(path: Path) -> str:
 def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
     """Yields a temporary file that replaces `path` when the block succeeds, and is removed when the block fails.
 
-    keep: an existing file at `path` stays, so the first of several writers wins. Raises InputError when the disk is full.
+    keep: do not replace an existing file, so the first of several writers wins. Raises InputError when the disk is full.
     """
     with disk_full_is_one_line(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=_temporary_beside(path))

@@ -56,13 +56,15 @@ def save(path: Path, net: nn.Module, description: Mapping[str, Any]) -> None:
 
 
 def require_trained(params: Params, schedule: str, root: Path) -> None:
-    """Raises InputError, which names the command to run, if models/SCHEDULE is missing and `dvc repro` would not make it."""
+    """Raises InputError with the command to run if models/SCHEDULE is missing and `dvc repro` would not make it."""
     record = paths.model_dir(schedule) / "model.json"
     if (root / record).exists() or schedule in params.sweep.schedules:
         return
     if schedule not in params.schedules:
         raise InputError(f"no row '{schedule}' in schedules; there are {', '.join(params.schedules)}")
-    raise InputError(f"{record}: no such file; make it with `ddpm train {schedule}`: it is not in sweep.schedules")
+    raise InputError(
+        f"{record}: no such file; make it with `ddpm train {schedule}`, since {schedule} is not in sweep.schedules"
+    )
 
 
 def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = False) -> tuple[Denoiser, ModelRecord]:
@@ -70,8 +72,8 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
 
     Args:
         path: the folder.
-        device: of the network.
-        clip: of the denoiser.
+        device: the device of the network.
+        clip: `clip` of the denoiser.
 
     Returns:
         The denoiser, its network in eval mode and channels-last format, and the model's record.
@@ -97,7 +99,7 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
         TypeError,
         ValueError,
     ) as error:
-        why = " ".join(str(error).partition("\nException raised")[0].split())  # without torch's own stack
+        why = " ".join(str(error).partition("\nException raised")[0].split())  # cuts off torch's own stack
         raise models.unusable(path, why) from None
     net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     return denoiser, record
@@ -127,7 +129,8 @@ def _filled(entry: NetworkEntry, state: dict[str, Tensor]) -> nn.Module:
         # protects: tests/files/test_bad_input.py::test_a_checkpoint[NaN]
         if state[name].dtype != torch.float32 or not bool(state[name].isfinite().all()):
             raise ValueError(f"{name}: expected finite float32 weights")
-    net.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)  # copies: the file may be replaced
+    # Copies the tensors, since the file may be replaced.
+    net.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)
     return net
 
 
@@ -135,7 +138,7 @@ def _filled(entry: NetworkEntry, state: dict[str, Tensor]) -> nn.Module:
 class ResumeState:
     """The state of a training after `step` steps.
 
-    tensors: of TrainingState.tensors(). rows: of the training history. losses: of each step after the last row.
+    tensors: from TrainingState.tensors(). rows: the training history. losses: the loss of each step after the last row.
     """
 
     step: int
@@ -147,8 +150,8 @@ class ResumeState:
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Calls safetensors' save_file and raises its disk errors as OSError.
 
-    save_file first writes to a temporary file of its own, which a kill leaves behind. The folder around that file has a name
-    that starts like `path`, so that it is found and removed later.
+    save_file first writes a temporary file, which a kill leaves behind. So the file is put into a folder whose name starts like
+    `path`, by which a later run finds and removes it.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=f"{path.name}-", dir=path.parent) as folder:
@@ -161,7 +164,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
 
 
 STATES = "[0-9]" * 9 + ".safetensors"  # matches resume states; sorted names are in the order of the steps
-KEPT = 2  # resume states of one training length
+KEPT = 2  # the number of resume states kept for one training length
 
 
 def resume_file(folder: Path, step: int) -> Path:
@@ -173,7 +176,7 @@ def write_resume(folder: Path, state: ResumeState) -> None:
     path = resume_file(folder, state.step)
     with atomic.replacing(path) as temporary:
         history = {"training": folder.name, "step": state.step, "rows": state.rows, "losses": state.losses}
-        # Metadata of one entry: safetensors writes several in any order.
+        # A single entry of metadata, since safetensors writes several in any order.
         _write_tensors(temporary, state.tensors, {"history": json.dumps(history)})
         digest = records.sha256(temporary)
     records.write_json(path.with_suffix(".json"), {"step": state.step, "sha256": digest})
@@ -188,13 +191,13 @@ def _prune(folder: Path, path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a state, its checksum first. If a kill leaves a state without checksum, read_resume removes it."""
+    """Removes a state after its checksum. If a kill leaves a state without checksum, read_resume removes the state."""
     for file in (path.with_suffix(".json"), path):
         file.unlink(missing_ok=True)
 
 
 def read_resume(folder: Path, at_most: int) -> tuple[ResumeState | None, list[str]]:
-    """Returns the newest sound state of at most `at_most` steps, and a message for each damaged state, which is removed."""
+    """Returns the newest undamaged state of at most `at_most` steps. Removes damaged states and returns a message for each."""
     from safetensors import safe_open
 
     complaints: list[str] = []
@@ -213,8 +216,8 @@ def read_resume(folder: Path, at_most: int) -> tuple[ResumeState | None, list[st
             training, state = history.pop("training"), ResumeState(tensors=tensors, **history)
             # protects: tests/stages/test_faults.py::test_a_damaged_state_is_passed_over_in_one_line_and_gone[of another training]
             if (training, state.step) != (folder.name, int(path.stem)):
-                raise InputError(f"it is of step {state.step} of {training}")
-            _prune(folder, path)  # a kill may have left states that were to be removed
+                raise InputError(f"it belongs to step {state.step} of {training}")
+            _prune(folder, path)  # a kill may have left states that should have been removed
             return state, complaints
         except (InputError, SafetensorError, KeyError, TypeError, ValueError) as error:
             complaints.append(f"{path}: damaged, passed over ({' '.join(str(error).split())})")

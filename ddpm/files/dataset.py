@@ -23,14 +23,14 @@ class DatasetRecord:
     """The content of dataset.json: a prepared dataset.
 
     Args:
-        name: of the source.
-        sha256: of the arrays; the version of the dataset.
+        name: the name of the source.
+        sha256: the hash of the arrays, which is the version of the dataset.
         shape: C, H, W.
         counts: number of images in "train" and "test".
-        mean, std: per channel, in 0 ... 1.
+        mean, std: mean and standard deviation per channel, on the scale 0 ... 1.
         flip: whether mirrored images are still valid.
         files: sha256 of each array's file, by name.
-        classes: their names; None without labels.
+        classes: the names of the classes; None without labels.
         class_counts: number of training images of each class.
         content: all entries of the file.
     """
@@ -53,7 +53,9 @@ class DatasetRecord:
         if not self.counts.keys() <= {"train", "test"} or any(
             count < 0 for count in (*self.counts.values(), *(self.class_counts or ()))
         ):
-            raise ValueError(f"counts: not numbers of images: {self.counts}, {self.class_counts}")
+            raise ValueError(
+                f"counts, class_counts: expected numbers of images, found {self.counts}, {self.class_counts}"
+            )
         if not all(0 <= value <= 1 for value in (*self.mean, *self.std)):
             raise ValueError(f"mean, std: not in 0 ... 1: {self.mean}, {self.std}")
 
@@ -148,7 +150,7 @@ def _check_split(record: DatasetRecord, split: str, images: Any, labels: Any) ->
     if labels.shape != images.shape[:1]:
         raise ValueError(f"{split}-labels.npy has shape {labels.shape}, for {len(images)} images")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(record.classes):
-        raise ValueError(f"{split}-labels.npy has labels that are none of the {len(record.classes)} classes")
+        raise ValueError(f"{split}-labels.npy has labels outside the {len(record.classes)} classes")
 
 
 @contextmanager
@@ -158,7 +160,7 @@ def writing_dataset(
     counts: tuple[int, int],
     labels: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
 ) -> Iterator[NewDataset]:
-    """Writes a dataset, whose arrays, description and picture the block fills.
+    """Writes a dataset. The block fills in its arrays, description and picture.
 
     The new dataset replaces the old one when the block succeeds; otherwise the old one stays.
 

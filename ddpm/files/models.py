@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from ddpm.errors import InputError
 from ddpm.files import paths, records
 
-MODEL_FORMAT = 2  # of model.json; format 1 has no checksum
+MODEL_FORMAT = 2  # formats of model.json; format 1 has no checksum
 MOST_IMAGES = 2**40  # of one class
-MOST_TIMES = 100_000  # as in params.yaml; larger tables would fill the memory
+MOST_TIMES = 100_000  # the limit of params.yaml; larger tables would fill the memory
 
 R = TypeVar("R", "TrainingRecord", "BoundRecord")
 
@@ -21,7 +21,7 @@ R = TypeVar("R", "TrainingRecord", "BoundRecord")
 class ScheduleEntry:
     """The noise schedule of a model.
 
-    name: of its row in params.yaml. timesteps: T. schedule: a key of ddpm.SCHEDULES. options: the row's other entries.
+    name: the name of its row in params.yaml. timesteps: T. schedule: a key of ddpm.SCHEDULES. options: the row's other entries.
     """
 
     name: str
@@ -58,7 +58,7 @@ class NetworkEntry:
         out_channels: channels of the network's output; None if it has image_channels.
         classes: 0 for an unconditional network.
         null_class: whether a conditional network can predict without a label.
-        content: the entry as a whole, with the settings that have no field here.
+        content: the whole entry, with the settings that have no field here.
     """
 
     kind: str
@@ -105,7 +105,7 @@ class DataEntry:
         sha256: version of the dataset; "" for a model trained elsewhere.
         classes: names of the classes; None without labels.
         class_counts: number of training images of each class.
-        content: the entry as a whole.
+        content: the whole entry.
     """
 
     shape: list[int]
@@ -120,7 +120,7 @@ class DataEntry:
 class TrainingEntry:
     """The training of a model. steps: optimiser steps. batch: images per step. content: all entries, as in params.yaml.
 
-    A number is 0 if model.json lacks it, as for a model trained elsewhere.
+    A number that model.json lacks is 0, for example for a model trained elsewhere.
     """
 
     seed: int = 0
@@ -213,19 +213,19 @@ class BoundRecord:
 
 
 def read_training(root: Path, schedule: str) -> TrainingRecord:
-    """Reads metrics/train/SCHEDULE.json. Raises InputError, also if it names another schedule."""
+    """Reads metrics/train/SCHEDULE.json. Raises InputError if the file is unusable or names another schedule."""
     return _of_schedule(root / paths.training_metrics_file(schedule), schedule, TrainingRecord)
 
 
 def read_bound(root: Path, schedule: str) -> BoundRecord:
-    """Reads metrics/likelihood/SCHEDULE.json. Raises InputError, also if it names another schedule."""
+    """Reads metrics/likelihood/SCHEDULE.json. Raises InputError if the file is unusable or names another schedule."""
     return _of_schedule(root / paths.likelihood_file(schedule), schedule, BoundRecord)
 
 
 def _of_schedule(path: Path, schedule: str, kind: type[R]) -> R:
     record = records.read_typed(path, kind)
     if record.schedule != schedule:
-        raise InputError(f"{path}: of schedule '{record.schedule}'; {records.REMEDY}")
+        raise InputError(f"{path}: belongs to schedule '{record.schedule}'; {records.REMEDY}")
     return record
 
 
@@ -275,7 +275,7 @@ def check_data(record: ModelRecord) -> None:
 
 
 def read_trained(root: Path, schedule: str) -> ModelRecord:
-    """Reads models/SCHEDULE/model.json. Raises InputError, also for another schedule's model."""
+    """Reads models/SCHEDULE/model.json. Raises InputError if the file is unusable or describes another schedule's model."""
     folder = root / paths.model_dir(schedule)
     record = read_model_record(folder)
     if record.schedule.name != schedule:

@@ -1,4 +1,4 @@
-"""Reads and checks params.yaml. Unknown keys, wrong types and impossible values are errors that name their place."""
+"""Reads and checks params.yaml. Unknown keys, wrong types and impossible values are errors that name the entry."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def section(kind: type[S], value: Any) -> S:
 
 
 def _data(value: Any) -> Data:
-    """Replaces dashes in the source's name, which older files have: a source has the name of its module."""
+    """Replaces dashes in the source's name by underscores. Older files have dashes, but a source is named after its module."""
     if isinstance(value, dict) and isinstance(value.get("source"), str):
         value = {**value, "source": value["source"].replace("-", "_")}
     return _build(Data, value)
@@ -159,7 +159,7 @@ class Params(Section):
     compute: Annotated[Compute, _checked(Compute)] = Compute()
 
     def to_json(self, *sections: str) -> dict[str, Any]:
-        """Returns the sections of these names, or all of them, as JSON values."""
+        """Returns the named sections as JSON values; all sections if no name is given."""
         return {name: as_json(getattr(self, name)) for name in sections or type(self).model_fields}
 
     @model_validator(mode="after")
@@ -200,7 +200,9 @@ class Params(Section):
             times = self.samplers[name].times
             if times is not None and steps not in times:
                 there = ", ".join(map(str, times))
-                raise ValueError(f"samplers.{name}.times: none for the {steps} steps of sweep.steps; there are {there}")
+                raise ValueError(
+                    f"samplers.{name}.times: no entry for {steps} (sweep.steps); there are entries for {there}"
+                )
         for steps in self.sweep.steps:
             if steps > self.diffusion.timesteps:
                 raise ValueError(f"sweep.steps: {steps} is more than diffusion.timesteps = {self.diffusion.timesteps}")
@@ -251,9 +253,9 @@ class Params(Section):
 
     @classmethod
     def find(cls, path: Path = Path("params.yaml")) -> Params | None:
-        """Reads and checks a parameter file. Raises InputError.
+        """Reads and checks a parameter file. Returns None if the file is missing or belongs to another project.
 
-        Returns None if there is none, or if it is another project's: DVC gives the file this name everywhere.
+        Every project that uses DVC may have a file of this name. Raises InputError.
         """
         if not path.exists():
             return None
@@ -281,11 +283,11 @@ class Params(Section):
 
     @property
     def dataset_name(self) -> str:
-        """The dataset's name for users: tracking.name, or else the source with dashes for underscores."""
+        """The dataset's name for users: tracking.name if set, or else the name of the source with dashes."""
         return self.tracking.name or self.data.source.replace("_", "-")
 
     def training_seed(self, schedule: str) -> int:
-        """Returns the seed of a schedule's training: that of its row, or else the file's."""
+        """Returns the seed of a schedule's training: the row's `seed` if set, or else the file's."""
         own = self.schedules[schedule].seed
         return self.seed if own is None else own
 
@@ -316,7 +318,7 @@ def one_line(error: ValidationError) -> str:
             ".".join(str(part) for part in fault["loc"] if part != REST),
             fault["msg"].removeprefix("Value error, "),
         )
-        if place and fault["type"] == "value_error":  # a section's own check: its message begins with the entry
+        if place and fault["type"] == "value_error":  # the message of a section's own check begins with the entry
             faults.append(f"{place}.{message}")
             continue
         given = fault["input"]

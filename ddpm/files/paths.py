@@ -25,10 +25,10 @@ from pathlib import Path
 
 from ddpm.parameters import Point
 
-CACHE = Path(".cache")  # kept across runs, outside DVC: resume states, converted weights, reference features
-PREVIEW = 64  # images in the grid of a sample set
+CACHE = Path(".cache")  # files kept across runs, outside DVC: resume states, converted weights, reference features
+PREVIEW = 64  # the number of images in the grid of a sample set
 REPORT_SCRIPT = Path("report") / "run.js"  # times and comparisons, which the page loads; DVC does not track it
-CHART = CACHE / "mlflow-chart"  # holds the end of the address of MLflow's chart of scores against steps
+CHART = CACHE / "mlflow-chart"  # the file that holds the end of the address of MLflow's chart of scores against steps
 
 
 # All paths are relative to the root of a checkout.

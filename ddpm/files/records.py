@@ -1,4 +1,4 @@
-"""Reads and writes JSON records that hold their own hash and those of the files they describe; and tables."""
+"""Reads and writes JSON records, which hold their own hash and the hashes of the files they describe, and CSV tables."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def _no_constant(name: str) -> None:
 # Records: JSON files that hold the hash of their own content, and of the files that they describe.
 
 CHECKSUM = "record_sha256"
-LARGE = 1 << 26  # bytes; hashes of larger files are remembered between processes
-SETTLED = 2.0  # seconds after which the next change is sure to give a file another modification time
+LARGE = 1 << 26  # bytes; the hashes of larger files are remembered between processes
+SETTLED = 2.0  # seconds after which any further change surely changes the modification time of a file
 
 
 def record_digest(value: Mapping[str, Any]) -> str:
@@ -62,9 +62,9 @@ def write_record(path: Path, value: Mapping[str, Any], files: Sequence[Path] = (
     """Writes a JSON record with its checksum. Returns what `read_record` would read.
 
     Args:
-        path: of the record.
-        value: its content.
-        files: the files that it describes, already written. Their sha256 go into the entry `files`, by name.
+        path: the path of the record.
+        value: the content of the record.
+        files: the files that the record describes, already written. The entry `files` holds their sha256 by name.
     """
     content = dict(value) | ({"files": {file.name: sha256(file) for file in files}} if files else {})
     write_json(path, {**content, CHECKSUM: record_digest(content)})
@@ -77,7 +77,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_typed(path: Path, kind: type[T]) -> T:
-    """Reads a record as a dataclass. Raises InputError."""
+    """Reads a record into a dataclass. Raises InputError."""
     content = read_record(path)
     try:
         return build(kind, content)
@@ -156,7 +156,7 @@ def _checked(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     # protects: tests/files/test_bad_input.py::test_what_a_report_reads[scores that were edited]
     if value[CHECKSUM] != record_digest(content):
         raise InputError(
-            f"{path}: its content is not what its checksum says: it was edited or damaged; restore it, or make it again"
+            f"{path}: its content is not what its checksum says, so it was edited or damaged; restore it, or make it again"
             " (dvc repro)"
         )
     return content
@@ -209,7 +209,7 @@ def _remembered_sha256(path: Path, memory: Path) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows of the same keys, in their order. None becomes an empty cell."""
+    """Writes rows, which have the same keys in the same order. None becomes an empty cell."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -226,7 +226,9 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         raise InputError(f"{path}: not readable as CSV: {error}; make it again (dvc repro)") from None
     for number, row in enumerate(rows, 2):
         if "" in row or None in row.values():
-            raise InputError(f"{path}: row {number} has not as many cells as the first row; make it again (dvc repro)")
+            raise InputError(
+                f"{path}: row {number} has another number of cells than the first row; make it again (dvc repro)"
+            )
     return rows
 
 

@@ -19,12 +19,12 @@ class RunRecord:
         stage: the DVC stage.
         started, ended: milliseconds since the epoch.
         seconds: wall time.
-        count, unit: the work done, such as 1000 "steps"; a resumed run counts only its own.
+        count, unit: the work done, such as 1000 "steps"; a resumed run counts only the work since it resumed.
         per_second: `unit`s per second; None for a run that took no time.
-        peak_memory_bytes, gpu_peak_memory_bytes: the most memory in use; the second is None on a CPU.
+        peak_memory_bytes, gpu_peak_memory_bytes: the most memory in use; gpu_peak_memory_bytes is None on a CPU.
         device: "cpu" or "cuda".
         hardware: names and sizes, such as "cpu", "cores", "gpu".
-        versions: of Python and of packages.
+        versions: the versions of Python and of packages.
         git_commit, git_dirty: the commit that was checked out, and whether tracked files differed from it.
     """
 
@@ -50,7 +50,7 @@ def write_run(output: Path, record: RunRecord) -> None:
 
 
 def read_run(root: Path, output: Path) -> RunRecord | None:
-    """Reads the run file of an output. Returns None where there is none. Raises InputError for a damaged one."""
+    """Reads the run file of an output. Returns None if the file is missing. Raises InputError if it is damaged."""
     path = root / paths.run_file(output)
     if not path.exists():
         return None
@@ -58,5 +58,5 @@ def read_run(root: Path, output: Path) -> RunRecord | None:
         return records.build(RunRecord, records.read_json(path))
     except (InputError, ValueError) as error:
         raise InputError(
-            f"{path}: damaged ({error}); delete it: it only describes the run, and the output stays"
+            f"{path}: damaged ({error}); delete this file, which only describes the run: the output stays"
         ) from None

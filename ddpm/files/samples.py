@@ -84,7 +84,7 @@ class Samples:
 
 
 def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
-    """Reads and verifies a sample set. Raises InputError, also if the dataset's images have another shape."""
+    """Reads and verifies a sample set. Raises InputError if it is damaged, or if the dataset's images have another shape."""
     with _sample_set(path) as (archive, record):
         shape = _declared(archive.zip)
         if dataset is not None and shape[1:] != dataset.train.shape[1:]:
@@ -153,7 +153,7 @@ def _sample_set(path: Path) -> Iterator[tuple[Any, SamplesRecord]]:
 
 def _samples_record(path: Path, archive: Any) -> SamplesRecord:
     if RECORD not in archive.files:
-        raise ValueError(f"no {RECORD} in it: another version of ddpm made it")
+        raise ValueError(f"there is no {RECORD} in the file, so another version of ddpm wrote it")
     value = json.loads(archive[RECORD], parse_constant=records._no_constant)
     if not isinstance(value, dict) or value.get(records.CHECKSUM) != records.record_digest(value):
         raise ValueError(f"its {RECORD} is not what its checksum says")
@@ -171,21 +171,21 @@ def _declared(archive: Any) -> tuple[int, ...]:
         shape, _, kind = readers[np.lib.format.read_magic(file)](file)
         start = file.tell()
     if kind != np.uint8 or len(shape) != 4 or min(shape) < 1:
-        raise ValueError(f"expected images of uint8 N,C,H,W, found {kind} {shape}")
+        raise ValueError(f"expected uint8 images of shape N,C,H,W, found {kind} {shape}")
     # protects: tests/files/test_bad_input.py::test_a_sample_set[a petabyte]
     if archive.getinfo("images.npy").file_size != start + math.prod(shape):
-        raise ValueError(f"images.npy does not hold the {shape} that it declares")
+        raise ValueError(f"images.npy declares the shape {shape}, but has another size")
     return tuple(shape)
 
 
 class KeptImages:
     """The images of a sampling in progress, on disk, so that memory stays bounded and finished batches survive a kill.
 
-    As a context manager it yields the array of images.
+    As a context manager, yields the array of images.
 
     Args:
         folder: where the images are kept. Images with another key or shape in this folder are removed.
-        key: stands for everything that decides the images, such as the weights and the seed.
+        key: a hash of everything that decides the images, such as the weights and the seed.
         shape: N, C, H, W.
 
     Attributes:
@@ -209,7 +209,7 @@ class KeptImages:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             self._images = _new_array(array, shape)
-            records.write_json(about, content)  # last, so that the array exists if this file does
+            records.write_json(about, content)  # written last, so that this file implies a complete array
         for line in self._log.read_bytes().splitlines() if self._log.exists() else []:
             try:
                 entry = json.loads(line)
@@ -217,7 +217,7 @@ class KeptImages:
                 if self._entry(range(start, stop), entry["evaluations"]) == entry:
                     self.batches[start] = entry["evaluations"]
             except (ValueError, KeyError, TypeError):
-                continue  # cut off by a kill: this batch is drawn again
+                continue  # a kill cut off this line, so the batch is drawn again
 
     def __enter__(self) -> Images:
         return self._images

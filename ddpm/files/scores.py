@@ -44,14 +44,14 @@ class Scores:
         reference: sha256 of the dataset.
         extractor_sha256: hash of what decides the features, such as a weights file.
         confidence: the confidence of all intervals.
-        values: the entries of the metrics by name, without entries that this protocol has no values for.
+        values: the entries of the metrics by name, without entries for which this protocol has no values.
         samples: sha256 of the sample set.
         model: sha256 of the weights that drew the samples.
         features: the full name of the features.
         evaluation: the section `evaluation` of params.yaml.
         files: sha256 of the influence values, by the name of the file.
         judges: the scores of evaluation.judges by name, each with the extractor, the layer and the hash of its weights.
-            The order is that of their influence values in the file.
+            Their influence values stand in the file in the same order.
     """
 
     point: str
@@ -76,13 +76,14 @@ class Scores:
 
         Args:
             found: the content.
-            needed: entries that must be present; if empty, all that every evaluation writes.
+            needed: entries that must be present; if empty, all entries that every evaluation writes.
 
         Raises:
             ValueError: an entry is missing or has an impossible value.
         """
         known = entries()
-        if isinstance(old := found.get("fid_infinity"), float) and old < 0:  # version 0.3 wrote it for few images
+        # Version 0.3 wrote negative values for few images.
+        if isinstance(old := found.get("fid_infinity"), float) and old < 0:
             found = {name: value for name, value in found.items() if name != "fid_infinity"}
         needed = needed or [
             *COUNTS,
@@ -113,13 +114,13 @@ class Scores:
         return extractor(str(self.evaluation.get("extractor", USUAL_EXTRACTOR)))
 
     def estimate(self, influence: NDArray[np.floating] | None = None, name: str = HEADLINE) -> Estimate:
-        """Returns the headline score, or that of a judge, with its standard error."""
+        """Returns the headline score, or the score of a judge, with its standard error."""
         value = self.values[name]
         return Estimate(value, (self.values[f"{name}_high"] - value) / quantile(self.confidence), influence)
 
 
 def _names(judge: str) -> tuple[str, ...]:
-    """Returns the entries of a judge. An unknown one has a single entry, which no scores contain."""
+    """Returns the entries of a judge. An unknown judge has a single entry, which no scores contain."""
     return METRICS[judge].names if judge in METRICS else (judge,)
 
 
@@ -178,7 +179,7 @@ def _is_judge(about: Any) -> bool:
 
 # The report.
 
-PICTURE = f"{HEADLINE}.png"  # the plot of all points in report/
+PICTURE = f"{HEADLINE}.png"  # the file in report/ with the plot of all points
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ class Row:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Row:
-        """Reads a row of points.csv, whose cells are texts, or the row in best.json. Raises ValueError."""
+        """Reads a row of points.csv, whose cells are text, or the row in best.json. Raises ValueError."""
         known = entries()
         try:
             values = {name: float(found[name]) for name in known if found.get(name) not in (None, "")}
@@ -273,7 +274,7 @@ class Best:
         points: the number of points.
         lowest: the point with the best score, which may be best by chance.
         tied: the number of points that cannot be told apart from the best one.
-        trainings: of the best point's schedule, at its sampler and steps; None in files of versions before 0.4.0.
+        trainings: the trainings of the best point's schedule, at its sampler and steps; None in files from before 0.4.0.
     """
 
     row: Row
@@ -284,7 +285,7 @@ class Best:
 
     @property
     def line(self) -> str:
-        """The answer of a run in one line."""
+        """The best point in one line, which a run prints at its end."""
         return f"best: {self.row.point}, {self.row.text}"
 
     @classmethod
@@ -335,7 +336,7 @@ class Answer(Standing):
 
 @dataclass(frozen=True)
 class Gap:
-    """A point's score minus that of the point before it on the front. paired: whether images were compared in pairs."""
+    """The score of a point minus the score of the point before it on the front. paired: whether images were compared in pairs."""
 
     difference: float
     difference_low: float
@@ -346,7 +347,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class FrontStep(Standing):
-    """A point of the front: no point with as few evaluations beats it. gap: None for the first point of the front."""
+    """A point of the front, which no point with as few evaluations or fewer beats. gap: None for the first point of the front."""
 
     gap: Gap | None
 
@@ -360,7 +361,7 @@ class Front:
     """The content of front.json.
 
     Args:
-        confidence: of all its intervals.
+        confidence: the confidence of all its intervals.
         margin: how much worse than the best a cheaper point may be, as a share of the best score.
         budgets: the best point for each limit on evaluations.
         steps: the front, by evaluations.
@@ -385,7 +386,7 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_report(root: Path) -> tuple[Best, list[Row]]:
-    """Reads the report and verifies that its files are those that front.json describes. Raises InputError.
+    """Reads the report and verifies its files against the hashes in front.json. Raises InputError.
 
     Returns:
         The content of best.json, and the rows of points.csv ([] if front.json does not name that file).
@@ -442,11 +443,11 @@ def read_influence(path: Path, digest: str, rows: int = 1) -> NDArray[np.float32
 
     Args:
         path: the file.
-        digest: its sha256.
-        rows: how many scores the file holds.
+        digest: the expected sha256 of the file.
+        rows: the number of scores in the file.
 
     Raises:
-        InputError: the file is missing or damaged, or it is not the one that the digest names.
+        InputError: the file is missing, damaged, or has another sha256.
     """
     try:
         # protects: tests/files/test_bad_input.py::test_what_a_report_reads[another point's influence]

@@ -1,4 +1,4 @@
-"""Reads YAML files, refuses very deep ones, and changes single values while the rest of the text stays."""
+"""Reads YAML files, except deeply nested ones, and changes single values without touching the rest of the text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ddpm.errors import InputError
 
-DEEPEST = 100  # levels of nesting; the C parser crashes at some ten thousand
+DEEPEST = 100  # levels of nesting; the C parser crashes at about ten thousand
 
 
 def read_yaml(path: Path) -> Any:
@@ -38,7 +38,7 @@ def parse_yaml(text: str, where: str) -> Any:
             depth += type(event).__name__.endswith("StartEvent") - type(event).__name__.endswith("EndEvent")
             # protects: tests/files/test_bad_input.py::test_a_text[101 brackets]
             if depth > DEEPEST:
-                raise InputError(f"{where}: nested more than {DEEPEST} levels deep; write it flatter")
+                raise InputError(f"{where}: nested more than {DEEPEST} levels deep; reduce the nesting")
         return parser.load(text)
     except InputError:
         raise
@@ -46,13 +46,13 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise InputError(f"{where}: not readable as YAML: {error.problem}{place}; mend it there") from None
-    except Exception as error:  # noqa: BLE001 - a tag such as !!int lets errors of int() and others through
+    except Exception as error:  # noqa: BLE001 - a tag such as !!int passes on the errors of int()
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{where}: not readable as YAML: {why}; mend it") from None
 
 
 def rewritten(text: str, change: Callable[[Any], None]) -> str:
-    """Applies `change` to the document of a YAML text. Returns the new text, with comments, order and other values kept."""
+    """Applies `change` to the document of a YAML text. Returns the new text, which keeps comments, order and other values."""
     from ruamel.yaml import YAML
     from ruamel.yaml.nodes import ScalarNode
     from ruamel.yaml.representer import RoundTripRepresenter

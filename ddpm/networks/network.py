@@ -1,12 +1,12 @@
 """NETWORKS: the networks that can be trained, by the value of `network.kind`.
 
-A network is added by adding its module to this package. The module ends with `NETWORK = ...`, the network's class, and
+To add a network, add its module to this package. The module ends with `NETWORK = ...`, the network's class, and
 `network.kind` selects the class by the module's name.
 
 The class is called with image_channels, image_size, and the other entries of the section `network` of params.yaml.
-image_size is the side of square images, and [height, width] of others. For
-a learned variance it also gets out_channels, and for a conditional network classes. It raises ValueError for arguments
-that it cannot take. The network is called as net(x, t), or as net(x, t, labels) if there are classes.
+image_size is the side of square images, and [height, width] of other images.
+For a learned variance, the class also gets out_channels; for a conditional network, it gets classes. The class raises ValueError
+for arguments that do not fit. The network is called as net(x, t), or as net(x, t, labels) if there are classes.
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from ddpm.networks.layers import NormSwish, attention
 
-MOST_BLOCKS = 64  # per resolution: more than any network has, and few enough to build
+MOST_BLOCKS = 64  # blocks per resolution: more than any known network has, and few enough to build
 
 
 def groups(channels: int) -> int:
-    """Returns the groups of every normalisation in a network of this base width: the paper's 32 at 128, fewer below."""
+    """Returns the number of groups of normalisations in a network of this base width: 32 at 128 as in the paper, fewer below."""
     return math.gcd(32, channels // 4)
 
 
@@ -33,7 +33,7 @@ def _zero(layer: nn.Module) -> nn.Module:
 def time_embedding(t: Tensor, channels: int, shift: float = 1) -> Tensor:
     """Embeds t [B] in [B, channels]: sinusoids of Vaswani et al. 2017, sines first as in Ho et al.'s code.
 
-    The frequencies fall from 1 to 1 / 10,000. With shift = 0, as in Vaswani et al., the last one is just above that.
+    The frequencies fall from 1 to 1 / 10,000. With shift = 0, as in Vaswani et al., the lowest is slightly above 1 / 10,000.
     """
     half = channels // 2
     step = -math.log(10_000) / (half - shift)
@@ -54,7 +54,7 @@ class ResidualBlock(nn.Module):
         eps: epsilon of both normalisations.
         scale_shift: whether the time embedding scales and shifts the second norm's output, as in Dhariwal & Nichol
             2021, instead of being added before it.
-        resize: halves or doubles the sides after the first swish; the input is resized alike.
+        resize: halves or doubles the sides after the first swish. The input is resized in the same way.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Stage(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the sides by a strided convolution, padded on all sides, or right and bottom like TensorFlow's SAME."""
+    """Halves the sides by a strided convolution. Pads on all sides, or right and bottom as TensorFlow's SAME does."""
 
     def __init__(self, channels: int, symmetric: bool = False) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Upsample(nn.Module):
 def _widths(channels: int, multipliers: Sequence[float]) -> list[int]:
     widths = [round(channels * multiplier) for multiplier in multipliers]
     if any(abs(channels * multiplier - width) > 1e-6 for multiplier, width in zip(multipliers, widths, strict=True)):
-        raise ValueError(f"{channels} channels times {', '.join(map(str, multipliers))} are no whole widths")
+        raise ValueError(f"{channels} channels times {', '.join(map(str, multipliers))} are not whole numbers")
     return widths
 
 
@@ -204,7 +204,7 @@ Levels = Sequence[tuple[int, bool, bool]]
 def _down(
     stage: MakeStage, halve: MakeResize, channels: int, levels: Levels, blocks: int
 ) -> tuple[nn.ModuleList, list[int]]:
-    """Builds the layers of the way down. Returns them, and the widths of the skip connections."""
+    """Builds the layers of the way down. Returns the layers and the widths of the skip connections."""
     down, skips, width = nn.ModuleList(), [channels], channels
     for level, (to, attend, residual) in enumerate(levels):
         for _ in range(blocks):
@@ -229,7 +229,7 @@ def _up(stage: MakeStage, double: MakeResize, skips: list[int], levels: Levels, 
 
 
 class UNet(nn.Module):
-    """The U-Net of Ho et al. 2020, appendix B: net(x, t), or net(x, t, labels) with classes, is a prediction like x.
+    """The U-Net of Ho et al. 2020, appendix B: net(x, t), or net(x, t, labels) with classes, predicts a tensor like x.
 
     x is float [B, image_channels, height, width], nominally in [-1, 1]. t is [B] in 0 ... T-1, fractions
     allowed. labels are int64 [B] in 0 ... classes - 1. A negative label, or no labels at all, means an unconditional
@@ -248,19 +248,19 @@ class UNet(nn.Module):
             patch > 1).
         heads: heads of each attention.
         dropout: probability of dropout in each residual block.
-        out_channels: channels of the prediction; by default those of x. A learned variance takes twice as many.
+        out_channels: channels of the prediction, by default as many as x has. A learned variance takes twice as many.
         classes: number of classes; 0 for an unconditional network.
         norm_groups: groups of every normalisation, instead of groups(channels).
         head_channels: width of a head, instead of `heads`.
         symmetric_padding: whether the convolutions that halve the sides pad on all sides (see `Downsample`).
         norm_eps: epsilon of every normalisation.
         freq_shift: `shift` of `time_embedding`.
-        scale_shift: as in `ResidualBlock`.
+        scale_shift: see `ResidualBlock`.
         attention_up: `attention` of the way up, if it differs.
         middle_attention: whether there is attention between the way down and the way up.
         middle_groups: groups of that attention's normalisation, instead of norm_groups; 0 for none.
         residual_down: the resolutions, named by their heights, that a residual block halves instead of a convolution.
-        residual_up: the same for the resolutions that are doubled.
+        residual_up: the resolutions that a residual block doubles instead of a convolution.
         null_class: whether a conditional network can predict without a label.
         patch: side in pixels of the squares that the first convolution sees as one position with channels * patch^2
             channels (space-to-depth, Shi et al. 2016). The layers then cost 1 / patch^2 as much.
@@ -356,8 +356,8 @@ class UNet(nn.Module):
             if not self.null_class:
                 raise ValueError("this network predicts only with labels: it has no null class")
             labels = torch.full(t.shape, -1, device=t.device)
-        # Labels past the last class get an index past the last row, which fails: row `classes` belongs to no label.
-        # Without a null class there is no such row, and a negative label fails too.
+        # Row `classes` belongs to no label, so labels past the last class get an index past the last row, which fails.
+        # Without a null class, row `classes` does not exist, and a negative label fails too.
         too_large = labels >= self.classes
         label = self.label(torch.where(labels < 0, self.classes, labels + too_large))
         return self.time[-1](self.time[:-1](time) + label)

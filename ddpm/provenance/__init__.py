@@ -1,6 +1,6 @@
-"""Knows which code, parameters and commit a run has, and that DVC records just these.
+"""Determines the code, parameters and commit of a run, and makes sure that DVC records exactly these.
 
 The computation of a stage does not belong here.
 """
 
-from ddpm.provenance import code as code  # first: it hashes the files before the other modules are imported
+from ddpm.provenance import code as code  # imported first: hashes the files before other modules are imported

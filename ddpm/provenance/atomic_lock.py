@@ -1,9 +1,10 @@
-"""Replaces dvc.lock atomically: a kill leaves the old file or the new one, never half of it. The environment's `dvc` does so.
+"""Replaces dvc.lock atomically: a kill leaves the old file or the new one, never half of it. The installed `dvc` uses this.
 
 DVC itself empties the file and then writes all stages again (https://github.com/treeverse/dvc/issues/10629) with a parser that
-keeps comments. That takes half a second for 60 stages and a quarter of a minute for 300. This module reads the file without
+keeps comments. That takes half a second for 60 stages and 15 seconds for 300. This module reads the file without
 comments, since DVC writes none, and writes only the changed stages; the bytes are the same. Without this module, a kill during
-the write leaves a truncated file. The next verb would mend that file, but DVC reads it before any verb runs, and may refuse it.
+the write leaves a truncated file. The next `ddpm` verb would mend that file, but DVC reads the file before any verb
+runs, and may refuse it.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from ddpm.files.yaml_file import parse_yaml, read_yaml
 from ddpm.provenance import lock_mending
 from ddpm.provenance.lock_mending import HEAD, NAME, STAGE
 
-TEMPLATE = r"ddpm/\w+/\$\{(\w+)\.(\w+)\}"  # in dvc.yaml, the path of a module that params.yaml selects
+TEMPLATE = r"ddpm/\w+/\$\{(\w+)\.(\w+)\}"  # matches the path in dvc.yaml of a module that params.yaml selects
 Dump = Callable[[Any, Any], Any]
 
 
 def main() -> int:
     """Runs the DVC command in sys.argv.
 
-    Mends a dvc.lock that another DVC truncated, before DVC reads the file. Checks params.yaml before a pipeline runs: DVC
-    removes the outputs of a stage before the stage's command could find the fault, and their names come from params.yaml.
+    Mends a dvc.lock that another DVC truncated, before DVC reads the file. Checks params.yaml before a pipeline runs, since
+    DVC removes the outputs of a stage, whose names come from params.yaml, before the stage's command could find the fault.
     """
     from dvc.cli import main as dvc_main
 
@@ -50,14 +51,14 @@ def main() -> int:
 
 
 def _root() -> Path:
-    """Returns the top folder of the DVC repository that the command line selects, or the working folder if there is none."""
+    """Returns the top folder of the DVC repository that the command line selects; outside of a repository, the working folder."""
     given = sys.argv[sys.argv.index("--cd") + 1 :][:1] if "--cd" in sys.argv else []
     here = Path.cwd().joinpath(*given)
     return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
 
 
 def pipeline() -> Path | None:
-    """Returns the folder of the pipeline on which the command line works, or None if that is not one of this package."""
+    """Returns the folder of the pipeline that the command line selects, or None if it is not a pipeline of this package."""
     root = _root()
     return root if _is_own(root) else None
 
@@ -68,7 +69,7 @@ def _is_own(root: Path) -> bool:
 
 
 def _check_parameters(root: Path) -> None:
-    """Raises InputError if params.yaml is invalid, or lacks what dvc.yaml takes from it."""
+    """Raises InputError if params.yaml is invalid, or lacks an entry that dvc.yaml uses."""
     if not _is_own(root) or not (root / "params.yaml").exists():
         return
     text = (root / "dvc.yaml").read_text(encoding="utf-8")
@@ -96,7 +97,7 @@ def absent_sections(wiring: str, given: Mapping[str, Any]) -> list[str]:
     from ddpm.files.params import Params
 
     read = (name for stage in parse_yaml(wiring, "dvc.yaml")["stages"].values() for name in stage.get("params", ()))
-    sections = dict.fromkeys(name for name in read if isinstance(name, str))  # not the keys of another file
+    sections = dict.fromkeys(name for name in read if isinstance(name, str))  # skips the keys of other files
     return [name for name in sections if name in Params.model_fields and name not in given]
 
 
@@ -121,7 +122,7 @@ def write_at_once() -> None:
 
 @contextmanager
 def changed(path: Path, parse: Callable[[str, Path], Any], dump: Dump) -> Iterator[dict[str, Any]]:
-    """Yields the content of dvc.lock, then writes the content as the block has changed it."""
+    """Yields the content of dvc.lock, then writes the content with the changes of the block."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     data = parse(text, path)
     before = dict(data.get("stages") or {})
@@ -132,7 +133,7 @@ def changed(path: Path, parse: Callable[[str, Path], Any], dump: Dump) -> Iterat
 
 
 def _spliced(data: dict[str, Any], before: dict[str, Any], text: str, dump: Dump) -> str:
-    """Returns `text` with the changed stages replaced, or "" if `text` does not look as DVC writes it."""
+    """Returns `text` with the changed stages replaced, or "" if `text` does not have the form that DVC writes."""
     head, *stages = STAGE.split(text)
     as_dvc_does = head == HEAD and list(data) == ["schema", "stages"] and len(stages) == len(before)
     if not as_dvc_does or not all(own.startswith(f"  {name}:\n") for name, own in zip(before, stages, strict=True)):

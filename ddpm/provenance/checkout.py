@@ -1,4 +1,4 @@
-"""Refuses to work in a checkout with the code of another one: DVC would record the code of this checkout, which did not run."""
+"""Refuses to work in a checkout with the code of another checkout: DVC would record this checkout's code, which did not run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def require_own(root: Path, *packages: str) -> None:
 
 
 def missing(error: ModuleNotFoundError) -> str:
-    """Returns a message that names the package this interpreter lacks, and what to do: in a checkout, or after `pip install`."""
+    """Returns a message with the package that this interpreter lacks, and the remedy in a checkout or after `pip install`."""
     lacking = f"{sys.executable} has no package {error.name}"
     if (_imported("ddpm").parents[1] / "pyproject.toml").exists():
         return (

@@ -1,7 +1,7 @@
 """Finds the files that a module of this package runs, by reading the import statements of the sources.
 
-The keys of saved states and caches hash these files, and registered models carry them. A test holds the code dependencies in
-dvc.yaml equal to them. So a change of code is noticed in all of these places.
+The keys of saved states and caches hash these files, and registered models contain them. A test checks that the code dependencies
+in dvc.yaml are these files. So a change of code is noticed in all of these places.
 
 An `__init__.py` counts too: it runs when a module below it is imported.
 """
@@ -33,7 +33,7 @@ class Source(ast.NodeVisitor):
 
     Attributes:
         package: the package of the module, from which relative imports start.
-        imported: full names of imported modules, and of the names imported from them, which may be modules too.
+        imported: full names of imported modules and of the names imported from modules, which may be modules too.
         at_once: those of `imported` that are imported outside of functions.
         literals: all string literals; some name files beside the module.
         rooms: the arguments of each call `Room(...)`.
@@ -94,7 +94,7 @@ def source(path: Path) -> Source:
 
 
 def modules(names: Iterable[str]) -> dict[str, Path]:
-    """Returns the files, by module name, of the modules `names`, of all modules they import, and of the packages around these."""
+    """Returns the files, by module name, of the modules `names`, of all modules they import, and of their parent packages."""
     found: dict[str, Path] = {}
     queue = list(names)
     while queue:
@@ -114,13 +114,13 @@ def rooms(*names: str) -> list[Room[Any]]:
 def selected(params: object, *names: str) -> tuple[str, ...]:
     """Returns the modules that `params` select in the rooms of these modules, such as ddpm.sources.digits.
 
-    No import statement names them, so the code that these modules run is `files(*names, *selected(params, *names))`.
+    No import statement names the selected modules, so the modules `names` run `files(*names, *selected(params, *names))`.
     """
     return tuple(f"{room.package}.{attrgetter(room.key)(params)}" for room in rooms(*names))
 
 
 def files(*names: str) -> tuple[Path, ...]:
-    """Returns all files that these modules run, relative to ROOT and sorted: sources, and files that their literals name."""
+    """Returns the files that these modules run, relative to ROOT and sorted: sources, and files that string literals name."""
     paths = set(modules(names).values())
     paths |= {file for path in paths for file in path.parent.iterdir() if file.name in source(path).literals}
     return tuple(sorted(path.relative_to(ROOT) for path in paths if path.is_file()))
@@ -131,7 +131,7 @@ def hashes() -> dict[Path, str]:
     found = {}
     for path in (ROOT / PACKAGE).rglob("*"):
         if path.is_file() and path.parent.name != "__pycache__":
-            with suppress(FileNotFoundError):  # an editor's temporary file
+            with suppress(FileNotFoundError):  # an editor removed a temporary file meanwhile
                 found[path.relative_to(ROOT)] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-PATIENCE = 10.0  # seconds that git may take to describe a run
+PATIENCE = 10.0  # the seconds that git may take to describe a run
 
 
 def ask(folder: Path, *arguments: str, patience: float | None = None) -> bytes | None:
@@ -20,7 +20,7 @@ def ask(folder: Path, *arguments: str, patience: float | None = None) -> bytes |
 
 
 def line(folder: Path, *arguments: str, patience: float | None = None) -> str | None:
-    """Returns the output of git as stripped text; None where ask() returns None."""
+    """Returns the output of git as stripped text, or None if `ask` returns None."""
     answer = ask(folder, *arguments, patience=patience)
     return None if answer is None else answer.decode("utf-8", "replace").strip()
 

@@ -38,7 +38,7 @@ def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Returns the dotted names of the values that differ, such as "training.steps, seed"; "" if none does."""
+    """Returns the dotted names of the values that differ, such as "training.steps, seed", or ""."""
     old, new = leaves(before), leaves(after)
     return ", ".join(name for name in {**old, **new} if old.get(name) != new.get(name))
 

@@ -1,8 +1,8 @@
 """Detects and mends a truncated dvc.lock.
 
-DVC empties dvc.lock and then writes all of it again (https://github.com/treeverse/dvc/issues/10629). A kill meanwhile leaves the
-beginning of the new text. That is often valid YAML, which DVC accepts: it then continues with fewer stages, or with a stage that
-has lost outputs. So each verb and each flow compares dvc.lock with a copy of the last whole file in `.cache`.
+DVC empties dvc.lock and then writes all of it again (https://github.com/treeverse/dvc/issues/10629). A kill during the
+write leaves the beginning of the new text. That is often valid YAML, so DVC accepts the file and continues with fewer stages, or
+with a stage that has lost outputs. So each verb and each flow compares dvc.lock with a copy of the last whole file in `.cache`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from ddpm.provenance import git
 NAME = "dvc.lock"
 COPY = paths.CACHE / NAME
 HEAD = "schema: '2.0'\nstages:\n"
-STAGE = re.compile(r"^(?=  \S)", re.MULTILINE)  # matches where the text of a stage begins
+STAGE = re.compile(r"^(?=  \S)", re.MULTILINE)  # matches the beginning of each stage's text
 _DELETED = "deleted\n"  # the content of the copy if there was no dvc.lock
 _HASH = re.compile(r"^      md5: '?[0-9a-f]{32}(\.dir)?'?$", re.MULTILINE)
-_OTHER_HASH = re.compile(r"^      (etag|checksum|cloud|files):", re.MULTILINE)  # of outputs outside of the checkout
+_OTHER_HASH = re.compile(r"^      (etag|checksum|cloud|files):", re.MULTILINE)  # of outputs outside the checkout
 _FOREIGN = re.compile(r"^(<<<<<<<|=======|>>>>>>>|datasets:)", re.MULTILINE)
 
 Entries = dict[str, str]  # the text of each stage, by its name
 
 
 def check(root: Path, say: Callable[[str], None]) -> None:
-    """Mends dvc.lock if it is truncated, and says so in one line. Copies a whole file to `.cache`.
+    """Mends dvc.lock if it is truncated, and reports that in one line. Copies an untruncated file to `.cache`.
 
     A file is truncated if its last entry is incomplete, or if it holds only the first stages of the last whole file. These
     count as whole: a file that git has (after a checkout, `dvc exp apply` or a stash); a file that lacks only stages that
-    dvc.yaml lacks too; a deleted file; and a file that DVC did not write, such as one with a merge conflict, which DVC judges.
+    dvc.yaml lacks too; a deleted file; and a file that DVC did not write, such as a file with a merge conflict.
 
-    Raises InputError if neither `.cache` nor git has a whole file to mend it from.
+    Raises InputError if neither `.cache` nor git has a whole file from which to mend it.
     """
     path = root / NAME
     if not (root / ".dvc").is_dir():
@@ -64,7 +64,7 @@ def _mend(root: Path, copy: str | None, say: Callable[[str], None]) -> str | Non
     if mended is None:
         raise InputError(
             f"{root / NAME}: cut off, by a `dvc repro` that was killed while it wrote the file, and neither .cache nor git has"
-            " a whole one: delete it and run this again; what was made since comes back from DVC's cache"
+            " a whole copy: delete it and run this again; DVC restores finished outputs from its cache"
         )
     if mended != text:
         atomic.write_text(root / NAME, mended)
@@ -81,12 +81,12 @@ def _remember(root: Path, text: str | None, say: Callable[[str], None]) -> None:
     try:
         atomic.write_text(root / COPY, _DELETED if text is None else text)
     except (OSError, InputError) as error:
-        say(f"{NAME}: not remembered as whole ({error})")
+        say(f"{NAME}: could not be copied to {COPY} ({error})")
 
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_bytes().decode("utf-8", "replace")  # a character may be cut through
+        return path.read_bytes().decode("utf-8", "replace")  # the end may lie inside a character
     except FileNotFoundError:
         return None
 
@@ -100,7 +100,7 @@ def entries(text: str) -> Entries | None:
 
 
 def _mended(root: Path, text: str, copy: str | None) -> str | None:
-    """Returns `text` if it is whole; otherwise its complete entries, and those of the last whole file for the others.
+    """Returns `text` if it is whole. Otherwise takes complete entries from `text`, and the others from the last whole file.
 
     Returns None if no entry is left.
     """
@@ -126,12 +126,12 @@ def _ends_well(own: Entries, known: dict[str, list[str]]) -> bool:
 
 
 def _begins(entry: str, known: Sequence[str]) -> bool:
-    """Returns whether the entry is a truncated form of a known one."""
+    """Returns whether the entry is a truncated form of a known entry."""
     return any(whole.startswith(entry) and whole != entry for whole in known)
 
 
 def _is_complete(entry: str, known: Sequence[str], outputs: int) -> bool:
-    """Returns whether DVC wrote the whole entry. DVC writes outputs last, each with path, hash, size and number of files.
+    """Returns whether DVC wrote the whole entry. DVC writes outputs last: path, hash, size and number of files of each.
 
     Args:
         entry: the text of the stage's entry.

@@ -1,8 +1,8 @@
-"""Notices in a project made by `ddpm init` that the installed package has changed since.
+"""Notices that the installed package has changed since `ddpm init` made or updated a project.
 
 In a checkout, DVC hashes the code itself. A project depends on ddpm.json instead, which holds a hash of the package, a hash of
-the code of each stage, and a hash of each module that params.yaml selects. Paths of an environment would be other ones on
-every machine.
+the code of each stage, and a hash of each module that params.yaml selects. The files' own paths would differ between
+machines.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def digest(files: Mapping[Path, str], paths: Iterable[Path]) -> str:
 
 
 def require_current(root: Path, *versions: Mapping[Path, str]) -> None:
-    """Raises InputError if `root` is a project of other code: DVC would record that code, which did not run.
+    """Raises InputError if `root` is a project with other code than the installed one: DVC would record code that did not run.
 
     versions: the package's files and their hashes, as code.hashes() returns them; by default those that were imported.
     """

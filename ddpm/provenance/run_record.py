@@ -22,8 +22,8 @@ def record(output: Path, stage: str, started: float, ended: float, count: int, u
         output: the file or folder that the run made.
         stage: the DVC stage.
         started, ended: seconds since the epoch.
-        count: how many `unit`s of work were done.
-        unit: such as "steps".
+        count: the number of `unit`s of work done.
+        unit: the unit of work, such as "steps".
     """
     seconds = ended - started
     made = RunRecord(
@@ -51,7 +51,7 @@ def versions() -> str:
     device = f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
     line = f"ddpm {version('ddpm')}, Python {platform.python_version()}, torch {torch.__version__}, device {device}"
     folder = Path(__file__).parent
-    if git.line(folder, "ls-files", Path(__file__).name):  # otherwise the checkout around it is another project's
+    if git.line(folder, "ls-files", Path(__file__).name):  # else the checkout around belongs to another project
         line += f", commit {git.line(folder, 'describe', '--always', '--dirty', '--exclude', '*')}"
     return line
 

@@ -1,4 +1,4 @@
-"""Words the end of a run: the best point of the report, where its page is, and the commands that help next."""
+"""Words the end of a run: the report's best point, the place of its page, and the commands that help next."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MOST = 4  # next steps
 
 
 def answer(root: Path = Path(), *, promoted: bool = False, mlflow: str = "") -> list[str]:
-    """Returns the lines that end a run; [] if there is no report.
+    """Returns the last lines of a run's output; [] if there is no report.
 
     Args:
         root: the checkout or project.
         promoted: whether `ddpm promote` has just decided about the best point.
-        mlflow: the address of the MLflow server that runs beside the flow; "" if none does.
+        mlflow: the address of the MLflow server that runs beside the flow; "" without a server.
 
     Raises:
         InputError: report/best.json or params.yaml is damaged.
@@ -37,13 +37,15 @@ def answer(root: Path = Path(), *, promoted: bool = False, mlflow: str = "") -> 
 
 
 def _next_steps(root: Path, promoted: bool, mlflow: str) -> list[tuple[str, str]]:
-    """Returns the commands that help here, with their purposes, the most useful first."""
+    """Returns the commands that help next, with their purposes, the most useful first."""
     steps = []
     own = root / ".venv"
     if not mlflow and own.exists() and own.samefile(sys.prefix) and os.environ.get("VIRTUAL_ENV") != sys.prefix:
         steps.append((". .venv/bin/activate", "then, in this shell:"))
     images = (
-        "images from the champion" if promoted else "images from the best point, or from the champion if there is one"
+        "images from the champion"
+        if promoted
+        else "images from the champion, or without a champion from the best point"
     )
     steps.append(("ddpm generate -n 64 --out grid.png", images))
     if not promoted:
@@ -51,6 +53,8 @@ def _next_steps(root: Path, promoted: bool, mlflow: str) -> list[tuple[str, str]
     if look := mlflow or mlflow_command(root):
         steps.append((look, "the runs, charts and models in MLflow"))
     if params := Params.find(root / "params.yaml"):
-        twice = 2 * params.training.steps  # fewer would start a new training
-        steps.append((f"ddpm run training.steps={twice}", "goes on training, and runs only what depends on it"))
+        twice = 2 * params.training.steps  # a smaller number would start a new training
+        steps.append(
+            (f"ddpm run training.steps={twice}", "continues the training, and runs only the stages that depend on it")
+        )
     return steps[:MOST]

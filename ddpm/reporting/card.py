@@ -55,17 +55,17 @@ def card(
 
 
 def _source(name: str) -> Source | None:
-    """Returns the row of the source that a model names, or None if that module is gone. Older models write dashes in the name."""
+    """Returns the row of the source that a model names, or None if that module is gone. Older models have dashes in the name."""
     return SOURCES.get(name.replace("-", "_"))
 
 
 def _shown(scores: Scores) -> list[Metric]:
-    """Returns the metrics that rank models and that these scores contain."""
+    """Returns the metrics of these scores that rank models."""
     return [metric for metric in METRICS.values() if metric.direction and metric.name in scores.values]
 
 
 def with_front_matter(body: str, name: str, scores: Scores, model: ModelRecord) -> str:
-    """Returns the card as a file, headed by the YAML that model hubs read: licence, tags, datasets, metrics."""
+    """Returns the card as a file, which begins with the YAML for model hubs: licence, tags, datasets, metrics."""
     data, source = model.data.name, _source(model.data.name)
     hub = {metric.hub or metric.name: metric for metric in _shown(scores)}
     entry = {

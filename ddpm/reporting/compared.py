@@ -1,7 +1,7 @@
-"""Compares a report with an earlier result: what changed in parameters and data, and what that did to the scores.
+"""Compares a report with an earlier result: the changes of parameters and data, and the differences of the scores.
 
 Two points are compared in pairs of images if both start from the noise of the same seed. No DVC stage imports this module,
-because an earlier result is no dependency of any stage.
+because no stage depends on an earlier result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A point's headline score, with the seed of the noise that its images start from; None if that is unknown."""
+    """A point's headline score. seed: the seed of the noise from which its images start; None if unknown."""
 
     point: str
     estimate: Estimate
@@ -36,7 +36,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Gap:
-    """A score now and before. low, high: the interval of the difference now - before."""
+    """A score now and a score before. low, high: the interval of the difference now - before."""
 
     now: Measured
     before: Measured
@@ -47,7 +47,7 @@ class Gap:
 
     @classmethod
     def of(cls, now: Measured, before: Measured, reach: float) -> Gap:
-        """reach: half the width of the interval, in standard errors."""
+        """Compares two scores. reach: half the width of the interval, in standard errors."""
         gap = _difference(now, before)
         half = reach * gap.error
         return cls(now, before, gap.value, gap.value - half, gap.value + half, gap.paired)
@@ -85,14 +85,14 @@ def html(found: Sequence[Compared]) -> str:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Returns the dotted name, the old and the new value of each setting that differs; "" where there was or is none."""
+    """Returns the dotted name, the old and the new value of each setting that differs. A missing value is ""."""
     old, new = leaves(before), leaves(now)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return [(name, _plain(old, name), _plain(new, name)) for name in names]
 
 
 def gaps(pairs: Sequence[tuple[Measured, Measured]]) -> list[Gap]:
-    """Compares pairs (now, before). The intervals of all differences hold together."""
+    """Compares pairs (now, before). The confidence covers all differences together."""
     if not pairs:
         return []
     reach = against_one(Estimate(0.0, 0.0), [_difference(now, before) for now, before in pairs])

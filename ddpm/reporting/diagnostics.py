@@ -1,4 +1,4 @@
-"""Builds the schedules of params.yaml, and measures the prepared data that they add noise to."""
+"""Builds the schedules of params.yaml, and measures the prepared data to which they add noise."""
 
 from __future__ import annotations
 

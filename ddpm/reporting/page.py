@@ -1,4 +1,4 @@
-"""Renders report/index.html: the whole sweep on one page, which needs no network and depends on the outputs alone."""
+"""Renders report/index.html: the whole sweep on one page. It needs no network connection and depends on outputs alone."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from ddpm.scores.conclusions import Trainings, from_the_best
 from ddpm.scores.copying import Copying, Suspects, affordable, copying, nearest, suspect
 from ddpm.scores.metrics import COPYING, RANKING, entries
 
-# The sections of params.yaml that the page shows and the stage depends on.
+# The sections of params.yaml that the page shows and on which the stage depends.
 SECTIONS: tuple[str, ...] = ("seed", "data", "diffusion", "network", "training", "sampling", "evaluation", "likelihood")
 SECTIONS += ("schedules", "samplers", "sweep", "report")
 TITLES = {"reference_images": "reference images"}  # titles of columns other than scores
 ASKED = (10, 50)  # the budgets whose answers the page highlights
-SHOWN = 10  # images shown of each point, and samples shown with their neighbours
-NAMED = 6  # points that an answer lists by name, at most
+SHOWN = 10  # the number of images shown of each point, and of samples shown with their neighbours
+NAMED = 6  # the most points that an answer lists by name
 LARGEST = 64  # pixels; larger images are scaled down
-CLASSES = 20  # classes whose samples are shown, at most
-SURE = 3.0  # standard errors from which samples count as nearer to training images
+CLASSES = 20  # the most classes whose samples are shown
+SURE = 3.0  # samples count as nearer to training images from this many standard errors on
 
-# The parts of the page that are no output of DVC: an untracked file beside the page fills them in, and publishing replaces them.
+# The parts of the page that DVC does not track. An untracked file beside the page fills them in; publishing replaces them.
 PARTS = ("compared", "published", "local")
 NARROW = (420, 460)  # size of the figures for a phone, in hundredths of an inch
 
-Section = dict[str, Any]  # values of one section, for the template
+Section = dict[str, Any]  # the values of one section, for the template
 
 
 def page(
@@ -126,14 +126,14 @@ def render(template: str, **content: Any) -> str:
 
 
 def key(params: Params, rows: Sequence[Row], data: DatasetRecord) -> str:
-    """Returns what identifies a report: a hash of its parameters, its dataset and its scores."""
+    """Returns the key of a report: a hash of its parameters, its dataset and its scores."""
     points = [[row.point, {name: float(value) for name, value in row.values.items()}] for row in rows]
     about = {"parameters": parameters(params), "dataset": data.sha256, "points": points}
     return records.record_digest(about)
 
 
 def key_of(page: str) -> str:
-    """Returns the key that a page was written with, or "" for an older page."""
+    """Returns the key in a page, or "" for the page of an older version, which has no key."""
     found = re.search(r'<html lang="en" data-report="([0-9a-f]{64})">', page)
     return found[1] if found else ""
 
@@ -143,14 +143,14 @@ def _marks(name: str) -> tuple[str, str]:
 
 
 def publish_with(page: str, parts: Mapping[str, str]) -> str:
-    """Returns the page with the parts of these names replaced. Raises ValueError for a page without lineage."""
+    """Replaces the named parts of a page. Raises ValueError for a page without a lineage section."""
     for name, content in parts.items():
         begin, end = _marks(name)
         head, begun, rest = page.partition(begin)
         _, ended, tail = rest.partition(end)
         if begun and ended:
             page = f"{head}{begin}\n{content}\n{end}{tail}"
-        elif name == "published":  # older pages have this part alone
+        elif name == "published":  # older pages have only this part
             raise ValueError("this page has no section for lineage")
     return page
 
@@ -158,8 +158,8 @@ def publish_with(page: str, parts: Mapping[str, str]) -> str:
 def _columns(rows: Sequence[Row]) -> list[str]:
     """Returns the columns of the table of all points.
 
-    Omits the steps (the point's name contains them), the intervals (shown beside their scores), and settings that are the same
-    for all points.
+    Omits the steps, which are in the point's name, the intervals, which stand beside their scores, and settings that are the
+    same for all points.
     """
     known, protocol = entries(), ("images", "reference_images", "layer", "extractor")
     beside = {name for name, entry in known.items() if name != entry.name}
@@ -172,7 +172,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 
 
 def _answers(front: Front, rows: Sequence[Row]) -> list[Section]:
-    """Returns the answers by budget. Budgets with the same answer share an entry; `asked` is true if ASKED has one of them."""
+    """Returns the answers by budget. Budgets with the same answer share an entry; `asked` marks a budget of ASKED."""
     answers: list[Section] = []
     for budget, entry in front.budgets.items():
         within = sum(row.evaluations <= budget for row in rows)
@@ -192,7 +192,7 @@ def how_sure(entry: Answer, points: int, confidence: float, margin: float) -> st
     Args:
         entry: the best point within a budget.
         points: the number of points within that budget.
-        confidence: that one of `entry.may_be_best` is truly the best, such as 0.95.
+        confidence: the confidence, such as 0.95, that one of `entry.may_be_best` is truly the best.
         margin: how much worse than the best a cheaper point may be, as a share of the best score.
     """
     if points == 1:
@@ -212,7 +212,7 @@ def how_sure(entry: Answer, points: int, confidence: float, margin: float) -> st
 
 
 def _nearly(entry: Answer, better: str, sure: str, margin: float) -> str:
-    """Says why a point is best although another one has a better score."""
+    """Says why a point is best although another point has a better score."""
     return (
         f"{entry.lowest} has a {better} {RANKING.title}, but {entry.point} takes fewer evaluations and is worse than the best by"
         f" {100 * margin:g}% at most, with {sure} confidence."
@@ -247,7 +247,7 @@ def how_sure_of_schedules(trained: Sequence[Trainings]) -> str:
 
 
 def _two(draw: Any) -> dict[str, str]:
-    """Returns the pictures of two panels that draw(figure) draws: side by side, and one above the other for a phone."""
+    """Draws two panels twice: side by side, and one above the other for a phone. Returns both pictures."""
     return pictures(draw, 1000, 400, (NARROW[0], 2 * NARROW[1] - 100))
 
 
@@ -290,7 +290,7 @@ Table = list[dict[str, float | None]]
 
 
 def _table(root: Path, record: Path, files: Mapping[str, str], table: Path) -> Table:
-    """Reads a CSV file of numbers and empty cells that a record describes. Raises InputError."""
+    """Reads a CSV file, described by a record, of numbers and empty cells. Raises InputError."""
     rows = records.read_csv(records.read_described(record, files, root / table))
     return [{key: float(cell) if cell else None for key, cell in row.items()} for row in rows]
 
@@ -311,14 +311,14 @@ def _lines(axes: Any, tables: Mapping[str, list[dict[str, float | None]]], x: st
 
 
 def check_records(params: Params, root: Path) -> None:
-    """Raises InputError if a record of a training or a likelihood cannot be read, before anything is drawn."""
+    """Raises InputError if a record of a training or a likelihood cannot be read. Called before anything is drawn."""
     for name in params.sweep.schedules:
         _trained(root, name)
         _bound(root, name)
 
 
 def _trained(root: Path, schedule: str) -> tuple[TrainingRecord | None, Table, Table]:
-    """Reads the record of a training, its history and its losses by network time, if it is there. Raises InputError."""
+    """Reads the record of a training, its history and its losses by network time, if the record exists. Raises InputError."""
     path = paths.training_metrics_file(schedule)
     if not (root / path).exists():
         return None, [], []
@@ -328,7 +328,7 @@ def _trained(root: Path, schedule: str) -> tuple[TrainingRecord | None, Table, T
 
 
 def _bound(root: Path, schedule: str) -> tuple[BoundRecord | None, Table]:
-    """Reads the record of a bound and its curve, if it is there. Raises InputError."""
+    """Reads the record of a bound and its curve, if the record exists. Raises InputError."""
     path = paths.likelihood_file(schedule)
     if not (root / path).exists():
         return None, []
@@ -391,7 +391,7 @@ def _finish(figure: Any) -> None:
 
 
 def _schedules(params: Params, trained: Mapping[str, TrainingRecord], data: DatasetRecord) -> Section:
-    """Summarises what each noise schedule of the sweep does to this data.
+    """Summarises the effect of each noise schedule of the sweep on this data.
 
     An imported network has its own T, which its training record states. Without that record the schedule gets no row.
     """
@@ -410,12 +410,12 @@ def _schedules(params: Params, trained: Mapping[str, TrainingRecord], data: Data
 
 
 def _row(images: arrays.Images) -> tuple[str, int]:
-    """Returns the images side by side, and their number."""
+    """Returns a picture of the images side by side, and their number."""
     return _strip(images), len(images)
 
 
 def _by_class(drawn: Samples, data: DatasetRecord) -> dict[str, tuple[str, int]]:
-    """Returns the first images of each class among the samples, and their number, by the name of the class; {} without labels."""
+    """Maps each class name to a picture of its first samples and their number; {} without labels."""
     found: dict[str, tuple[str, int]] = {}
     for label, name in enumerate((data.classes or ())[:CLASSES] if drawn.labels is not None else ()):
         if len(chosen := np.flatnonzero(drawn.labels == label)[:SHOWN]):
@@ -424,7 +424,7 @@ def _by_class(drawn: Samples, data: DatasetRecord) -> dict[str, tuple[str, int]]
 
 
 def _neighbours(samples: arrays.Images, best: Best, dataset: Dataset, mirrored: bool) -> Section:
-    """Compares samples of the best point with their nearest training images, as many as time allows, and shows the nearest."""
+    """Compares samples of the best point, as many as time allows, with their nearest training images. Shows the nearest pairs."""
     samples = np.asarray(samples[: affordable(len(samples), dataset.train)])
     index, distance = nearest(samples, dataset.train, mirrored)
     compared = affordable(len(dataset.test), dataset.train) if len(dataset.test) else 0
@@ -466,7 +466,7 @@ def verdict(in_pixels: Copying | None, in_features: Copying | None, suspects: Su
 
     Args:
         in_pixels: the comparison with images of the test split; None without such a split.
-        in_features: the comparison in feature space; None where the scores lack it.
+        in_features: the comparison in feature space; None if the scores lack it.
         suspects: the suspected copies; None without a test split.
     """
     if suspects is not None and suspects.beyond_chance:
@@ -489,7 +489,7 @@ def verdict(in_pixels: Copying | None, in_features: Copying | None, suspects: Su
 
 
 def parameters(params: Params) -> dict[str, dict[str, Any]]:
-    """Returns section -> name -> value, for the sections that made the outputs and the rows that the sweep takes."""
+    """Returns section -> name -> value, for the sections that decide the outputs and the rows that the sweep uses."""
     raw = params.to_json(*SECTIONS)
     shown: dict[str, dict[str, Any]] = {"": {"seed": raw["seed"]}}
     shown |= {name: raw[name] for name in SECTIONS if name not in ("seed", "schedules", "samplers")}

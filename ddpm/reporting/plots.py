@@ -19,12 +19,12 @@ from ddpm.scores.metrics import RANKING
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
-NARROW = 5.0  # inches; a figure that is no wider has no room for its title
+NARROW = 5.0  # inches; a figure of at most this width has no room for a title
 
 
 @contextmanager
 def _blank(width: int, height: int, dpi: int) -> Iterator[Any]:
-    """Yields a matplotlib figure of that many pixels. While the block runs, matplotlib ignores the user's matplotlibrc."""
+    """Yields a matplotlib figure of width x height pixels. While the block runs, matplotlib ignores the user's matplotlibrc."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,9 +39,9 @@ def _blank(width: int, height: int, dpi: int) -> Iterator[Any]:
 
 @contextmanager
 def drawing(path: Path, width: int, height: int, dpi: int) -> Iterator[Any]:
-    """Yields a matplotlib figure of that many pixels, and writes it to `path` as PNG if the block raises nothing.
+    """Yields a matplotlib figure of width x height pixels, and writes it to `path` as PNG if the block succeeds.
 
-    The file holds no date or version, so that the same content gives the same bytes.
+    The file holds no date or version, so the same content gives the same bytes.
     """
     with _blank(width, height, dpi) as figure:
         yield figure
@@ -50,7 +50,7 @@ def drawing(path: Path, width: int, height: int, dpi: int) -> Iterator[Any]:
 
 
 def svg(width: int, height: int, draw: Callable[[Any], None]) -> bytes:
-    """Returns what draw(figure) draws on a figure of that size (in hundredths of an inch), as SVG; text stays text."""
+    """Draws a figure with `draw` and returns it as SVG, with text as text. The size is in hundredths of an inch."""
     written = io.BytesIO()
     with _blank(width, height, dpi=100) as figure:
         draw(figure)
@@ -59,12 +59,12 @@ def svg(width: int, height: int, draw: Callable[[Any], None]) -> bytes:
 
 
 def pictures(draw: Callable[[Any], None], width: int, height: int, narrow: tuple[int, int]) -> dict[str, str]:
-    """Returns what draw(figure) draws as data URIs of SVG: "wide" for a desktop, and "narrow" for a phone.
+    """Draws a figure twice and returns both pictures as data URIs of SVG: "wide" for a desktop, and "narrow" for a phone.
 
     Args:
         draw: draws on a figure of any size.
-        width, height: of the wide picture, in hundredths of an inch.
-        narrow: width and height of the narrow one, which a phone shows at nearly that size, so that its text can be read.
+        width, height: the size of the wide picture, in hundredths of an inch.
+        narrow: width and height of the narrow picture. A phone shows it at nearly that size, so that its text can be read.
     """
     sizes = {"wide": (width, height), "narrow": narrow}
     return {
@@ -85,7 +85,7 @@ def draw_scores(
     label: str = "network evaluations per image",
     front: Collection[str] = (),
 ) -> None:
-    """Draws the headline score against `x`: a line for each schedule (colour) and sampler (dashes), each with its own marker.
+    """Draws the headline score against `x`. Each schedule (colour) and sampler (dashes) has a line with its own marker.
 
     Args:
         figure: the matplotlib figure to draw on.

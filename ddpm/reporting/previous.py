@@ -1,8 +1,8 @@
 """Keeps the report before the present one, so that the two can be compared.
 
-DVC removes the outputs of a stage before it runs, and dvc.lock in git is as old as the last commit, which may be many runs ago
-(or never: a project may be without git). So the small files that a comparison needs are copied to `.cache/reports`, at most two
-sets of them. The outputs and DVC's hashes do not depend on that folder.
+DVC removes the outputs of a stage before it runs. git has only the dvc.lock of the last commit, which may be many runs ago, and a
+project may be without git. So this module copies the small files that a comparison needs to `.cache/reports`, at most two sets of
+them. The outputs and DVC's hashes do not depend on that folder.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Kept:
     """The record of a kept report, stored beside the copied files.
 
     Args:
-        key: identifies the report, as its page does.
-        parameters: those that the page shows.
-        seeds: the seed of the noise that the images of each point start from, or None.
+        key: identifies the report; its page has the same key.
+        parameters: the parameters that the page shows.
+        seeds: the seed of the noise from which the images of each point start, or None.
         dataset: the version, shape and classes of the dataset, and its numbers of images.
     """
 
@@ -46,9 +46,9 @@ class Kept:
 
 
 def keep(params: Params, root: Path = Path()) -> None:
-    """Copies what a comparison needs of the present report. The report that was kept before becomes the previous one.
+    """Copies the files of the present report that a comparison needs. The last kept report becomes the previous report.
 
-    Does nothing if this very report is kept already, or if params.yaml was edited after the report was made. Raises InputError.
+    Does nothing if the present report is kept already, or if params.yaml was edited after the report was made. Raises InputError.
     """
     rows, data = read_report(root)[1], dataset.read_dataset_record(root)
     key, folder = page.key(params, rows, data), root / paths.CACHE / "reports"
@@ -70,8 +70,8 @@ def keep(params: Params, root: Path = Path()) -> None:
 def compare(root: Path = Path()) -> Compared | None:
     """Compares the present report with the previous one.
 
-    Returns None without a previous report, or if the present one was not kept. Raises InputError and removes the copies if one
-    of them is damaged or of a version that this code cannot read: no stage could make them again.
+    Returns None without a previous report, or if the present report was not kept. If a copy is damaged or of a version that this
+    code cannot read, removes the copies, since no stage could make them again, and raises InputError.
     """
     try:
         return _compare(root)
@@ -112,7 +112,7 @@ def _compare(root: Path) -> Compared | None:
 def _best(
     present: Path, previous: Path, new: dict[str, tuple[Scores, Measured]], old: dict[str, tuple[Scores, Measured]]
 ) -> list[Gap]:
-    """Compares the best points, if their scores compare. The interval allows for both having been picked as best."""
+    """Compares the best points, if their scores are comparable. The interval takes into account that both were picked as best."""
     now, before = (read_report(folder)[0].row.point for folder in (present, previous))
     if now == before or differences(new[now][0], old[before][0]):
         return []
@@ -126,7 +126,7 @@ def _key_of_page(root: Path) -> str:
 
 
 def _kept(folder: Path) -> Kept:
-    """Reads the record of a kept report, or an empty one without such a report. Raises InputError and removes a damaged one."""
+    """Reads the record of a kept report; an empty record without a report. Removes a damaged record and raises InputError."""
     if not (folder / RECORD).exists():
         return Kept()
     try:
@@ -137,7 +137,7 @@ def _kept(folder: Path) -> Kept:
 
 
 def _seed(root: Path, row: Row) -> int | None:
-    """Returns the seed of the noise that the images of a point start from."""
+    """Returns the seed of the noise from which the images of a point start."""
     return read_samples_record(root / paths.samples_file(Point.parse(row.point))).settings.get("seed")
 
 
@@ -165,7 +165,7 @@ def _measured(folder: Path, about: Kept) -> dict[str, tuple[Scores, Measured]]:
 
 
 def _when(folder: Path) -> list[str]:
-    """Says when and from which commit a kept report was made; [] if that is unknown."""
+    """Describes when and from which commit a kept report was made; [] if that is unknown."""
     run = runs.read_run(folder, paths.report_dir())
     if run is None:
         return []

@@ -1,7 +1,7 @@
-"""The parts of the report that are no output of DVC: commit, machine and speed of each run, and comparisons.
+"""The parts of the report that DVC does not track: commit, machine and speed of each run, and comparisons.
 
-The page in MLflow contains them. The page in report/ loads them from `report/run.js`, which DVC does not hash: outputs hold no
-times. That file names the report that it belongs to, so that the page ignores one of another report. No DVC stage imports this
+The page in MLflow contains them. The page in report/ loads them from `report/run.js`. DVC does not hash that file, since outputs
+hold no times. The file names its report, so the page ignores the file of another report. No DVC stage imports this
 module.
 """
 
@@ -55,7 +55,7 @@ def with_previous(params: Params, root: Path, say: Callable[[str], None]) -> lis
 
 
 def write_script(root: Path, parts: Mapping[str, str]) -> None:
-    """Writes report/run.js, which fills in parts of the page. Writes nothing for a page of an older version."""
+    """Writes report/run.js, which fills in parts of the page. Writes nothing if an older version wrote the page."""
     page = root / paths.report_dir() / "index.html"
     if key := key_of(page.read_text(encoding="utf-8")) if page.exists() else "":
         atomic.write_text(root / paths.REPORT_SCRIPT, f"run({json.dumps(key)}, {json.dumps(parts, indent=1)});\n")
@@ -89,9 +89,9 @@ def published(
     Args:
         rows: the rows of points.csv.
         records: run files by stage, such as sample@linear-ddim-50.
-        runs: the name and the address of each stage's MLflow run, by stage; "" where there is no address.
-        place: the address of MLflow, for the reader; "" if that is unknown.
-        chart: the address of MLflow's chart of all points; "" for none.
+        runs: the name and the address of each stage's MLflow run, by stage. A missing address is "".
+        place: the address of MLflow, for the reader; "" if unknown.
+        chart: the address of MLflow's chart of all points; "" without a chart.
     """
     sampled = {row.point: record for row in rows if (record := records.get(f"sample@{row.point}"))}
     timed = [
@@ -119,7 +119,7 @@ def published(
 
 
 def fastest(rows: Sequence[Row]) -> list[str]:
-    """Returns the points that no point as fast beats, the fastest first."""
+    """Returns the points that no point of the same or higher speed beats, the fastest first."""
     kept: list[Row] = []
     for row in sorted(rows, key=lambda row: (row.seconds, RANKING.rank(row.value))):
         if not kept or RANKING.rank(row.value) < RANKING.rank(kept[-1].value):

@@ -10,7 +10,7 @@ from ddpm.scores.metrics import METRICS, RANKING
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns the scores that have an interval as aligned text, with the best point in the last line."""
+    """Returns a table of the scores that have an interval, as aligned text with the best point in the last line."""
     worst_first = sorted(rows, key=lambda row: (-RANKING.rank(row.value), -row.evaluations))
     shown = [m for m in METRICS.values() if m.interval and any(m.name in row.values for row in rows)]
     titles = [text for metric in shown for text in (metric.title, f"{rows[0].confidence:.0%} interval")]

@@ -18,7 +18,7 @@ AGAIN = "dvc repro --force --single-item probe"  # resolves `auto` again
 
 
 def compiled(net: Any, section: str) -> Any:
-    """Returns winograd.compiled(net). Raises InputError that names the section if there is no working C compiler."""
+    """Returns winograd.compiled(net). Without a working C compiler, raises an InputError that names the section."""
     try:
         return winograd.compiled(net)
     except winograd.NoCompiler as error:

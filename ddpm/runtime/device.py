@@ -29,7 +29,7 @@ def find_device(name: str) -> torch.device:
 
 @contextmanager
 def memory_errors(stage: str, remedy: str) -> Iterator[None]:
-    """Turns an out-of-memory error of the block, on the GPU or the CPU, into InputError.
+    """Turns an out-of-memory error in the block, on the GPU or the CPU, into InputError.
 
     stage: the start of the message. remedy: what to change, such as "lower sampling.batch".
     """
@@ -42,7 +42,7 @@ def memory_errors(stage: str, remedy: str) -> Iterator[None]:
 
 
 def _is_of_memory(error: Exception) -> bool:
-    """Returns whether memory ran out. Must be called while the error is handled: its frames still hold their memory."""
+    """Returns whether memory ran out. Call this while the error is handled, since its frames still hold their memory then."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY.search(str(error)):

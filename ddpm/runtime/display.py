@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from ddpm.runtime.progress import Progress, Report
 
 PREFIX = "@progress "  # starts each progress line under DDPM_PROGRESS=lines
-SAID_LATER = "DDPM_ANSWER_FOLLOWS"  # set for stages: the program that started them says the best point at its end
+SAID_LATER = "DDPM_ANSWER_FOLLOWS"  # set for stages if the program that started them prints the best point at its end
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def display(stage: str) -> Iterator[Report]:
 
 
 def say(message: str) -> None:
-    """Prints a line in one write. print() writes the line break separately, so lines of threads could mix."""
+    """Prints a line in one write. print() would write the line break separately, so the lines of threads could mix."""
     sys.stdout.write(message + "\n")
     sys.stdout.flush()
 

@@ -23,8 +23,8 @@ from ddpm.files.params import Params
 from ddpm.parameters import Point, Sampler
 from ddpm.runtime import compiling
 
-GUIDANCE = ("guidance", "guidance_interval", "guidance_rescale")  # fields of a sampler row that are the denoiser's
-ALIKE = 1.25  # class counts within this ratio of each other count as equal
+GUIDANCE = ("guidance", "guidance_interval", "guidance_rescale")  # the denoiser's fields in a sampler row
+ALIKE = 1.25  # class counts that differ by at most this factor count as equal
 UNGUIDED = "takes a class-conditional model (diffusion.conditional: true) that predicts without labels too"
 
 
@@ -45,14 +45,14 @@ def arguments(settings: Mapping[str, Any], T: int) -> tuple[dict[str, Any], dict
     if along := plain.get("along"):
         plain["along"] = NoiseSchedule.named(along, T)
     if times := plain.get("times"):
-        plain["times"] = {int(steps): each for steps, each in times.items()}  # JSON has no keys but text
+        plain["times"] = {int(steps): each for steps, each in times.items()}  # the keys of JSON objects are text
     return plain, guidance
 
 
 def with_sampler(settings: Mapping[str, Any], sampler: str) -> dict[str, Any]:
     """Returns a model's settings with another sampler, by its key in SAMPLERS.
 
-    The spacing, the guidance and the number of steps stay. The other options belong to the model's own sampler.
+    Keeps the spacing, the guidance and the number of steps. Drops other options, which belong to the model's own sampler.
     """
     if sampler == settings["sampler"]:
         return dict(settings)
@@ -65,7 +65,7 @@ def check_fitted(settings: Mapping[str, Any], model: ModelRecord) -> None:
     fitted = settings.get("fitted_to", model.weights_sha256)
     if fitted != model.weights_sha256:
         raise ValueError(
-            f"fitted_to: the times were fitted to weights {fitted[:12]}, these are {model.weights_sha256[:12]};"
+            f"fitted_to: the times were fitted to weights {fitted[:12]}, but these are {model.weights_sha256[:12]};"
             " fit them again with `ddpm fit-times`"
         )
 
@@ -88,7 +88,7 @@ def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: 
     """Raises InputError if a point could not be sampled from a network with these properties.
 
     Args:
-        params: with the sampler rows.
+        params: the parameters, with the sampler rows.
         point: the point.
         schedule: the network's noise schedule.
         learned: whether the network has a learned variance.
@@ -112,8 +112,9 @@ def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: 
 def class_labels(model: ModelRecord, count: int, label: str | int | None = None) -> np.ndarray | None:
     """Returns the class of each of `count` images, int64 [count]; None for an unconditional model.
 
-    label: the name or number of one class for all images. Without it, classes are as frequent as among the training images,
-    with which scores compare; if these are about equally frequent, image i has class i mod classes. Raises ValueError.
+    label: the name or number of one class for all images. Without a label, classes are as frequent as among the training
+    images, since scores compare with these. If all classes are about equally frequent, image i has class i mod classes. Raises
+    ValueError.
     """
     classes = model.network.classes
     if not classes:
@@ -133,7 +134,7 @@ def class_labels(model: ModelRecord, count: int, label: str | int | None = None)
 def _as_frequent(counts: list[int], total: int) -> np.ndarray:
     """Returns the class of each of `total` images, int64 [total]: in proportion to `counts`, or in turn if these are similar.
 
-    Every image gets the class that is furthest behind its share, so a smaller set is the beginning of a larger one.
+    Every image gets the class that is furthest behind its share, so a smaller set is the beginning of a larger set.
     """
     if max(counts) <= ALIKE * min(counts):
         counts = [1] * len(counts)
@@ -160,17 +161,17 @@ def draw(
     done: Callable[[int, int], None] = lambda images, evaluations: None,
     into: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
-    """Draws the images with these indices. Their noise depends on seed and index alone, never on `batch`.
+    """Draws the images with these indices. The noise of an image depends on seed and index alone, never on `batch`.
 
     Args:
-        denoiser: whose network is on `device`.
+        denoiser: the model; its network is on `device`.
         shape: C, H, W of an image.
-        indices: of the images.
-        seed: of the noise.
-        batch: images drawn at once.
+        indices: the indices of the images.
+        seed: the seed of the noise.
+        batch: the number of images drawn at once.
         steps: number of sampling steps.
         settings: the options of a sampler row.
-        device: where the noise is made.
+        device: the device of the noise.
         labels: int64 [len(indices)], the class of each image, for a conditional network.
         done: called as done(images, evaluations) after each step and each batch.
         into: an array to fill instead of a new one.
@@ -179,7 +180,7 @@ def draw(
         The images, uint8 [len(indices), *shape], and the network evaluations per image.
 
     Raises:
-        ValueError: the settings do not suit the network.
+        ValueError: the settings do not fit the network.
     """
     options, guidance = arguments(settings, denoiser.schedule.T)
     if guidance and labels is None:

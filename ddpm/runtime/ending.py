@@ -1,6 +1,6 @@
-"""Ends processes: SIGTERM, a grace time in which they save, then SIGKILL. Holds all grace times of the project.
+"""Ends processes: sends SIGTERM, waits for a grace time in which they save, then sends SIGKILL. Holds all grace times.
 
-A process that ends other processes has a longer grace time than they have. Otherwise it would be killed before they end.
+A process that ends other processes has a longer grace time than those. Otherwise it would be killed before they have ended.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-STAGE = 6.0  # seconds; a stage saves its state. Prefect notices a cancellation within 4, so it takes ten at most
-SERVER = 10.0  # the Prefect server of a single flow writes the last task states
-ORPHAN = 15.0  # a process whose parent is gone; a flow run ends its stages first
-FLOW_RUNS = 20.0  # the flow runs of a worker of `make up`; they become orphans when the worker ends
+STAGE = 6.0  # seconds in which a stage saves; with the 4 until Prefect notices a cancellation, at most ten
+SERVER = 10.0  # for the Prefect server of a single flow, which writes the last task states
+ORPHAN = 15.0  # for a process whose parent is gone; a flow run ends its stages first
+FLOW_RUNS = 20.0  # for the flow runs of a worker of `make up`, which become orphans when the worker ends
 
 INTERVAL = 0.5  # seconds between two checks that the parent still runs
 
@@ -28,11 +28,11 @@ class Leader(Protocol):
     def pid(self) -> int: ...
 
     def poll(self) -> object:
-        """Reaps the process if it has ended: a zombie would count as a member of its group."""
+        """Reaps the process if it has ended, since a zombie would count as a member of its group."""
 
 
 def end_groups(leaders: Sequence[Leader], grace: float) -> None:
-    """Ends process groups: SIGTERM, then SIGKILL for those with a process left after `grace` seconds."""
+    """Ends process groups: sends SIGTERM, and SIGKILL to each group with a process left after `grace` seconds."""
     for leader in leaders:
         _signal(leader, signal.SIGTERM)
     for leader in left_after(grace, lambda: [each for each in leaders if _signal(each, 0)]):

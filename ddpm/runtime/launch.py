@@ -1,4 +1,4 @@
-"""Runs a verb in several processes of this machine with PyTorch's launcher, the one behind torchrun."""
+"""Runs a verb in several processes of this machine with torchrun's launcher."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOOPBACK = {"linux": "lo", "darwin": "lo0"}.get(sys.platform, "")
 def launch(processes: int, arguments: list[str]) -> None:
     """Runs `ddpm ARGUMENTS` in several processes and waits for them. Forwards SIGTERM and Ctrl-C.
 
-    The output of process 0 is shown; that of another process only if it fails. The processes find each other through a file
+    The output of process 0 is shown; the output of another process only if it fails. The processes find each other through a file
     and communicate over loopback.
 
     Raises:
@@ -33,8 +33,8 @@ def launch(processes: int, arguments: list[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.CRITICAL)  # the processes report their own errors
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # its store would listen on all addresses
-    os.environ[watchdog.VARIABLE] = str(os.getpid())  # the processes watch this one and exit with it
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the launcher's own store would listen on all addresses
+    os.environ[watchdog.VARIABLE] = str(os.getpid())  # the processes watch this process and exit with it
     for backend in ("GLOO", "NCCL") if LOOPBACK else ():
         os.environ.setdefault(f"{backend}_SOCKET_IFNAME", LOOPBACK)
     with TemporaryDirectory(prefix="ddpm-ranks-") as folder:

@@ -1,4 +1,4 @@
-"""Holds lock files, which one process at a time can hold. Locks of a process are freed when it ends."""
+"""Holds lock files. One process at a time can hold a lock; the system frees it when the process ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INTERVAL = 0.5  # seconds between two attempts in a long wait
 def held(path: Path, patience: float = 0, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Holds the lock file `path` during the block. Creates its folder.
 
-    waiting: called if the lock is not free within `patience` seconds. It reports the wait, or raises to give up.
+    waiting: called if the lock is not free within `patience` seconds. Reports the wait, or raises an error to give up.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)

@@ -9,7 +9,7 @@ import psutil
 
 PROC = Path("/proc")
 BOOT = PROC / "sys/kernel/random/boot_id"  # changes at each boot of the host
-FIRST = "pid:[4026531836]"  # the pid namespace of the host itself, on any Linux
+FIRST = "pid:[4026531836]"  # the pid namespace of the host itself, the same on any Linux
 
 
 def this_process() -> str:
@@ -19,7 +19,7 @@ def this_process() -> str:
 
 
 def is_here(name: str) -> bool:
-    """Returns whether the named process belongs to this host or container. Nothing is known about processes of others."""
+    """Returns whether the named process belongs to this host or container. Only then can `is_alive` tell whether it runs."""
     return name.split(" ", maxsplit=1)[0] == _host()
 
 

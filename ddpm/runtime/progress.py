@@ -1,4 +1,4 @@
-"""Progress reports of a stage: it calls a function, so it runs unchanged in a test, a notebook, DVC or Prefect."""
+"""Progress reports: a stage calls a function, so it runs unchanged in a test, a notebook, DVC or Prefect."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 class Progress:
     """One report from a running stage.
 
-    done, total: how much of the work is finished, in `unit`s ("steps", "images", ...).
-    values: numbers worth watching, by name (loss, learning_rate, ...); empty for most reports.
+    done, total: the finished work and all work, in `unit`s ("steps", "images", ...).
+    values: numbers to watch, by name (loss, learning_rate, ...); empty for most reports.
     message: a line for the log, or "".
     model: during a training, a callable that returns the current EMA denoiser, to draw previews; else None.
     """
@@ -29,4 +29,4 @@ Report = Callable[[Progress], None]
 
 
 def silent(progress: Progress) -> None:
-    """Ignores a report."""
+    """Ignores a progress report."""

@@ -1,4 +1,4 @@
-"""Joins the processes of one training. Each gets its number from torchrun's environment variables."""
+"""Joins the processes of one training. Each process gets its number from torchrun's environment variables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MEETING = "DDPM_RANKS_MEET"  # a file through which processes of one machine mee
 
 
 def number() -> int:
-    """Returns the rank of this process; 0 if it is the only one."""
+    """Returns the rank of this process; 0 if it is the only process."""
     return int(os.environ["RANK"]) if started() else 0
 
 
@@ -27,14 +27,14 @@ def started() -> bool:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
-    """Yields the World and this process's device: each of several processes has its own GPU. Raises InputError."""
+    """Yields the World and this process's device. Each of several processes has its own GPU. Raises InputError."""
     if not started() or os.environ["WORLD_SIZE"] == "1":
         yield ALONE, device
         return
     if device.type == "cuda":
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= count:
-            raise InputError(f"more processes than GPUs, of which there are {count} here; lower compute.processes")
+            raise InputError(f"more processes than the {count} GPUs here; lower compute.processes")
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
     meeting = f"file://{os.environ[MEETING]}" if MEETING in os.environ else "env://"

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Stopped(BaseException):
-    """The process was asked to end. Like KeyboardInterrupt, this is no Exception, so no handler takes it for a failure."""
+    """The process was asked to end. Like KeyboardInterrupt, it is not an Exception, so no handler takes it for a failure."""
 
     def __init__(self, message: str = "stopped", number: int = signal.SIGTERM) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ def deferred() -> Iterator[Callable[[], int]]:
     """Holds back the first SIGTERM or SIGINT during the block. A second one acts at once.
 
     Yields a callable that returns the number of the signal held back, or 0. If the block ends without an exception, the
-    signal acts then. Does nothing outside the main thread, the only one that gets signals.
+    signal acts then. Does nothing outside the main thread, since only that thread gets signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0

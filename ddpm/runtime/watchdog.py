@@ -1,4 +1,4 @@
-"""Ends this process when the flow or the DVC that started it is gone, so that even kill -9 leaves no orphan."""
+"""Ends this process when the flow or the DVC process that started it is gone, so that even kill -9 leaves no orphan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import psutil
 
 from ddpm.runtime import ending
 
-VARIABLE = "DDPM_WATCH_PID"  # holds the process id of the flow in its stages, of the worker in its flows
+VARIABLE = "DDPM_WATCH_PID"  # names the process id to watch: a stage watches its flow, a flow its worker
 
 SHELLS = {"ash", "bash", "dash", "fish", "ksh", "sh", "zsh"}  # DVC runs a stage's command through one of these
 
@@ -21,8 +21,9 @@ SHELLS = {"ash", "bash", "dash", "fish", "ksh", "sh", "zsh"}  # DVC runs a stage
 def start() -> None:
     """Watches the ancestors of this process, up to the one that VARIABLE names, in a daemon thread.
 
-    Without VARIABLE, a process that DVC started (DVC_STAGE is set) watches its ancestors up to that DVC. Any other process
-    watches nothing. When an ancestor is gone, this process gets SIGTERM; if it still runs after the grace time, it exits.
+    Without VARIABLE, a process that DVC started (DVC_STAGE is set) watches its ancestors up to that DVC process.
+    Any other process watches nothing. When an ancestor is gone, this process gets SIGTERM; if it still runs after the
+    grace time, it exits.
     """
     watched = _starters()
     if watched:
@@ -54,7 +55,7 @@ def _program(process: psutil.Process) -> str:
 
 
 def _alive(process: psutil.Process) -> bool:
-    """Returns False for a zombie too: a killed process stays one until its parent reaps it."""
+    """Returns False for a zombie too, since a killed process remains a zombie until its parent reaps it."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

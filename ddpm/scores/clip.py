@@ -1,4 +1,4 @@
-"""The extractor CLIP, of CMMD (Jayasumana et al. 2024, arXiv:2401.09603). towers.py has the network."""
+"""The extractor CLIP, whose features CMMD compares (Jayasumana et al. 2024, arXiv:2401.09603). towers.py has the network."""
 
 from __future__ import annotations
 

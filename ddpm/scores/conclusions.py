@@ -1,15 +1,15 @@
-"""Draws conclusions from the scores of many points: the best point, the front, and a schedule apart from its trainings.
+"""Draws conclusions from the scores of many points: the best point, the front, and how schedules differ beyond their seeds.
 
-The best point is the cheapest one that is nearly as good as the best score. "Nearly" is a margin, a share of that score. A point
-with a worse score must prove that it lies within the margin, so the choice of few images is the point with the best score.
+The best point is the cheapest point whose score is nearly as good as the best score. "Nearly" is a margin, a share of that score.
+A point with a worse score must prove that it lies within the margin. So with few images, the point with the best score is chosen.
 
-The interval of a score speaks of one model. Trainings of one schedule with other seeds give models whose true scores scatter with
-a standard deviation b, the spread. The scores s_r of R trainings have the variance b^2 + e^2. Here e is the sampling error:
-2 e^2 is the mean square of the standard errors of all differences s_r - s_q, so luck that all trainings share counts in neither.
-With normal scores, (R - 1) S^2 / (b^2 + e^2) has a chi-squared distribution with R - 1 degrees of freedom, where S^2 is the
-variance of the s_r. That gives the interval of b. The mean over trainings has Student's t distribution, apart from the shared
-luck, which is normal. The difference of the means of two schedules has the former approximately (Welch 1947, The generalization
-of Student's problem), and the shared luck cancels.
+The interval of a score describes one model. Trainings of one schedule with other seeds give models whose true scores scatter
+with a standard deviation b, the spread. The scores s_r of R trainings have the variance b^2 + e^2. Here e is the sampling error:
+2 e^2 is the mean square of the standard errors of all differences s_r - s_q, so neither b nor e contains luck that
+all trainings share. With normal scores, (R - 1) S^2 / (b^2 + e^2) has a chi-squared distribution with R - 1 degrees of freedom,
+where S^2 is the variance of the s_r. That gives the interval of b. The mean over trainings has Student's t distribution, apart
+from the shared luck, which is normal. The difference of the means of two schedules approximately has Student's t distribution
+(Welch 1947, The generalization of Student's problem), since the shared luck cancels.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Choice:
     """The result of `choose`.
 
     Args:
-        best: the point with the fewest evaluations of those that are worse than the truly best one by the margin at most.
+        best: the point with the fewest evaluations among those that are at most `margin` worse than the truly best point.
         leader: the point with the best score.
-        tied: names of the points that cannot be told apart from the truly best one (see `may_be_best`).
+        tied: names of the points that cannot be told apart from the truly best point (see `may_be_best`).
     """
 
     best: Candidate
@@ -65,7 +65,7 @@ def choose(candidates: Sequence[Candidate], margin: float) -> Choice:
 
     Args:
         candidates: the points, at least one.
-        margin: how much worse than the truly best point the choice may be, as a share of the best score.
+        margin: how much worse than the truly best point the chosen point may be, as a share of the best score.
 
     Raises:
         ValueError: there are no candidates.
@@ -86,7 +86,7 @@ def choose(candidates: Sequence[Candidate], margin: float) -> Choice:
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Returns the Pareto front, sorted by evaluations.
 
-    A point is on the front if its score is better than that of every other point with as few or fewer evaluations.
+    A point is on the front if its score is better than the score of every other point with as few or fewer evaluations.
     """
     kept: list[Candidate] = []
     for point in sorted(candidates, key=lambda point: (point.evaluations, *point.order)):
@@ -100,8 +100,8 @@ class Spread:
     """The spread between trainings of one schedule, a standard deviation.
 
     Args:
-        value: of the models' true scores; 0 if sampling alone explains the differences.
-        low, high: its interval.
+        value: the standard deviation of the models' true scores; 0 if sampling alone explains the differences.
+        low, high: the interval of `value`.
         sampling: the standard error of a score by sampling, without the luck that all trainings share.
     """
 
@@ -116,12 +116,12 @@ class Trainings:
     """The trainings of one schedule at one sampler and number of steps.
 
     Args:
-        schedule: the first of the rows.
+        schedule: the name of the first of the rows.
         count: the number of trainings.
-        mean: of their scores.
-        variance: of their scores; 0 with one training.
-        low, high: the interval of the mean over all trainings there could be; None with one training.
-        spread: None with one training.
+        mean: the mean of their scores.
+        variance: the variance of their scores; 0 with one training.
+        low, high: the interval of the mean over all possible trainings; None with one training.
+        spread: the spread between the trainings; None with one training.
     """
 
     schedule: str
@@ -139,7 +139,7 @@ def trainings(schedule: str, scores: Sequence[Estimate], confidence: float = CON
     Args:
         schedule: the name of the first of the rows.
         scores: one score for each training.
-        confidence: of the intervals.
+        confidence: the confidence of the intervals.
     """
     values = np.array([score.value for score in scores])
     mean, count = float(values.mean()), len(values)
@@ -175,7 +175,7 @@ def between_schedules(a: Trainings, b: Trainings, confidence: float = CONFIDENCE
 
 
 def from_the_best(trained: Sequence[Trainings]) -> list[tuple[float, float] | None]:
-    """Returns the intervals of the differences of all schedules' means from the first one's (see `between_schedules`).
+    """Returns the intervals of the differences between each schedule's mean and the first one's (see `between_schedules`).
 
     The first schedule was picked as the best, so the intervals hold for all pairs of schedules together (Bonferroni).
     """

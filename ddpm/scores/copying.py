@@ -14,8 +14,8 @@ from ddpm.scores.intervals import CONFIDENCE
 
 Images = NDArray[np.uint8]  # N,C,H,W
 
-CHUNK = 64 * 2**20  # bytes of training images at once, as float64
-AFFORDED = 5e11  # pixel products per search: half a minute on two cores
+CHUNK = 64 * 2**20  # bytes of training images compared at once, as float64
+AFFORDED = 5e11  # pixel products per search, which take half a minute on two cores
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ def nearest(images: Images, train: Images, mirrored: bool = False) -> tuple[NDAr
         mirrored: whether to compare with mirrored training images too.
 
     Returns:
-        The index of the nearest training image, int64 [N]; the lowest index in a tie. The distance to it, float64 [N]: the
+        The index of each nearest training image, int64 [N]; in a tie, the lowest index. Its distance, float64 [N]: the
             root mean square difference in grey levels, 0 ... 255.
 
     Raises:
         ValueError: there are no training images, or their shape differs.
     """
     if not len(train) or images.shape[1:] != train.shape[1:]:
-        raise ValueError(f"no training images of shape {images.shape[1:]} to compare with: train is {train.shape}")
+        raise ValueError(f"expected training images of shape {images.shape[1:]}, found {train.shape}")
     turned = [images, images[..., ::-1]] if mirrored else [images]
     wanted = np.stack([version.reshape(len(images), -1) for version in turned]).astype(np.float64)
     best = np.full(len(images), np.inf)
@@ -70,7 +70,7 @@ def nearest(images: Images, train: Images, mirrored: bool = False) -> tuple[NDAr
 
 
 def affordable(images: int, train: Images) -> int:
-    """Returns how many of `images` images to search neighbours for: all of them, or as many as AFFORDED allows."""
+    """Returns for how many of `images` images to search neighbours: for all, or for as many as AFFORDED allows."""
     return min(images, max(1, int(AFFORDED / train.size)))
 
 

@@ -1,4 +1,4 @@
-"""The extractor DINOv2, of FD (DINOv2) (Stein et al. 2023, arXiv:2306.04675). towers.py has the network."""
+"""The extractor DINOv2, whose features FD (DINOv2) compares (Stein et al. 2023, arXiv:2306.04675). towers.py has the network."""
 
 from __future__ import annotations
 

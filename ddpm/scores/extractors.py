@@ -1,16 +1,16 @@
 """EXTRACTORS: the models that turn images into features, by the value of `evaluation.extractor`.
 
-Each is a module of this folder. The module describes itself in literals and has a function that loads it:
+Each extractor is a module of this folder. It describes itself in literals and has a function that loads it:
 
-    TITLE = "Inception"  # what people call it
+    TITLE = "Inception"  # the usual name
     LAYERS = (64, 192, 768, 2048)  # the values of evaluation.layer
-    DEFAULT = 2048  # the layer where params.yaml names none: that of published scores
-    JUDGES = {"sfid": 2023}  # optional: values of evaluation.judges, each with the layer whose features it takes
+    DEFAULT = 2048  # the layer if params.yaml names none: the layer of published scores
+    JUDGES = {"sfid": 2023}  # optional: values of evaluation.judges, each with the layer that it uses
 
     def load(layer: int, cache: Path, device: torch.device | str = "cpu") -> Features: ...
 
 The literals are read from the source, as setuptools reads a version. Importing the module would import torch, and
-params.yaml is also checked by processes that never import torch. An extractor is added by adding its file.
+params.yaml is also checked by processes that never import torch. To add an extractor, add its file.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Extractor:
 
     Args:
         name: the value of evaluation.extractor.
-        title: what people call it.
+        title: the usual name.
         layers: the allowed values of evaluation.layer.
         default: the layer of published scores.
-        judges: the scores in evaluation.judges that take features of this extractor, each with their layer.
+        judges: the scores in evaluation.judges that use features of this extractor, each with its layer.
     """
 
     name: str
@@ -85,5 +85,5 @@ EXTRACTORS: Mapping[str, Extractor] = _Extractors()
 
 
 def judges() -> dict[str, Extractor]:
-    """Returns the values of evaluation.judges, each with the extractor whose features it takes."""
+    """Returns the values of evaluation.judges, each with the extractor whose features it uses."""
     return {name: row for row in EXTRACTORS.values() for name in row.judges}

@@ -17,7 +17,7 @@ from torch import Tensor
 from ddpm.errors import InputError
 from ddpm.rooms import Room
 
-# Shows the import graph which module params.yaml selects. EXTRACTORS has the same rows, and needs no torch.
+# Tells ddpm.provenance.code which module params.yaml selects. EXTRACTORS has the same rows, and needs no torch.
 ROWS: Room[tuple[int, ...]] = Room("ddpm.scores", "evaluation.extractor", "LAYERS")
 
 
@@ -33,9 +33,9 @@ class Features(Protocol):
 
     Args:
         name: identifies exactly these features in records and caches.
-        layer: the layer they come from.
-        sha256: of the weights file, or of anything else that decides the features.
-        device: where images and features are.
+        layer: the layer of the features.
+        sha256: the hash of the weights file, or of anything else that decides the features.
+        device: the device of images and features.
     """
 
     name: str
@@ -57,7 +57,7 @@ def load(extractor: str, layer: int, cache: Path, device: torch.device | str = "
         extractor: the name of the row.
         layer: one of its layers.
         cache: a folder for downloaded or converted weights.
-        device: where images are turned into features.
+        device: the device of the extractor.
 
     Raises:
         InputError: the weights can be neither loaded nor downloaded.
@@ -110,7 +110,7 @@ def read_weights(path: Path) -> tuple[State, str]:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such weights file") from None
-    except Exception as error:  # noqa: BLE001 - torch raises a dozen types on what is no weights file
+    except Exception as error:  # noqa: BLE001 - torch raises a dozen types on other files
         raise WeightsError(f"{path}: not a weights file: {one_line(error)}") from None
     if not isinstance(state, dict):
         raise WeightsError(f"{path}: not a weights file: expected tensors by name, found a {type(state).__name__}")

@@ -1,13 +1,13 @@
 """Estimates how certain a score is: intervals of scores and of differences, from one influence value per image.
 
 The influence of image i on a score s of N images is l_i = (N - 1) (mean_j s_(-j) - s_(-i)), with s_(-i) the score
-without it (Efron 1982, The Jackknife, the Bootstrap and Other Resampling Plans, chapter 3). The variance of s is then
+without image i (Efron 1982, The Jackknife, the Bootstrap and Other Resampling Plans, chapter 3). The variance of s is then
 about sum_i l_i^2 / (N (N - 1)). Images of two scores may be paired, as for two samplers that start from the same noise.
 The influence values of the difference are then the differences of the influence values, and errors that both scores
 share cancel.
 
 Among many scores, the best looks good partly by chance. Four functions account for that. All use the joint normal
-distribution of the scores' errors, whose covariance is that of the influence values. Its quantiles are those of DRAWS
+distribution of the scores' errors, whose covariance follows from the influence values. The quantiles come from DRAWS
 random errors e:
 
 - `may_be_best`: multiple comparisons with the best (Hsu 1981, Simultaneous confidence intervals for all distances from
@@ -15,13 +15,13 @@ random errors e:
   better by more than d_i sigma_ij. Here sigma_ij is the standard error of the difference of scores i and j, and d_i the
   quantile of max_j (e_i - e_j)/sigma_ij. At a confidence of 0.95 the truly best score is excluded at most one time in
   20, however many scores there are.
-- `most_behind`: bounds on how much worse each score is than the truly best one, which hold together (the other half of the
-  same method). Score i is worse by at most max_j (s_i - s_j + d_j sigma_ij).
+- `most_behind`: bounds, which hold together, on how much worse each score is than the truly best score (the other half of
+  the same method). Score i is worse by at most max_j (s_i - s_j + d_j sigma_ij).
 - `simultaneous`: intervals that hold for all differences together (Tukey 1953). They reach to each side as many
-  standard errors as the quantile of max_ij |e_i - e_j|/sigma_ij. So they hold for differences that were picked for
-  their size, too.
+  standard errors as the quantile of max_ij |e_i - e_j|/sigma_ij. So they also hold for differences that were picked
+  for their size.
 - `against_one`: the same for the differences of all scores from one other score (Dunnett 1955, A multiple comparison
-  procedure for comparing several treatments with a control). So it holds for the score that was picked as the best.
+  procedure for comparing several treatments with a control). So the intervals also hold if that score was picked as the best.
 
 This module needs no torch, so comparing scores does not import it.
 """
@@ -49,7 +49,7 @@ def quantile(confidence: float = CONFIDENCE) -> float:
 def standard_error(influence: NDArray[np.floating]) -> float:
     """Returns the standard error of a score from the influence values [N] of its images. Raises ValueError if N < 2."""
     if len(influence) < 2:
-        raise ValueError(f"an error takes two influence values or more, found {len(influence)}")
+        raise ValueError(f"a standard error takes two influence values or more, found {len(influence)}")
     return float(np.std(influence, ddof=1, dtype=np.float64) / np.sqrt(len(influence)))
 
 
@@ -75,7 +75,7 @@ class Difference(Estimate):
 
 
 def difference(a: Estimate, b: Estimate) -> Difference:
-    """Returns a - b. The error is paired if both scores have as many influence values, and else that of independent scores."""
+    """Returns a - b. The error is paired if both scores have equally many influence values. Else they count as independent."""
     value = a.value - b.value
     if a.influence is None or b.influence is None or len(a.influence) != len(b.influence):
         return Difference(value, float(np.hypot(a.error, b.error)))
@@ -84,7 +84,7 @@ def difference(a: Estimate, b: Estimate) -> Difference:
 
 
 def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE) -> list[bool]:
-    """Returns for each score whether it may be the best. The truly best score is among those with the given confidence.
+    """Returns for each score whether it may be the best. With the given confidence, this is true of the truly best score.
 
     Args:
         scores: scores under the same metric.
@@ -99,7 +99,7 @@ def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = 
 
 
 def most_behind(scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE) -> list[float]:
-    """Returns for each score how much worse it is at most than the truly best one, 0 or more. All bounds hold together.
+    """Bounds how much worse each score is than the truly best score: 0 or more. All bounds hold together.
 
     The arguments are those of `may_be_best`.
     """
@@ -110,7 +110,7 @@ def most_behind(scores: Sequence[Estimate], direction: int, confidence: float = 
 def _comparisons(
     scores: Sequence[Estimate], direction: int, confidence: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Returns how much worse score i is than score j and the errors of that, both [K, K], and the critical values d_i [K]."""
+    """Returns how much worse score i is than score j, [K, K], the errors of these differences, [K, K], and the d_i, [K]."""
     quantile(confidence)
     values = -direction * np.array([score.value for score in scores])
     errors, draws = _joint(scores)
@@ -124,7 +124,7 @@ def _comparisons(
 
 
 def against_one(reference: Estimate, scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> float:
-    """Returns the half width, in standard errors, at which the intervals of all differences from `reference` hold together.
+    """Returns the half width, in standard errors, with which the intervals of all differences from `reference` hold together.
 
     Raises ValueError for a confidence outside (0, 1).
     """
@@ -138,7 +138,7 @@ def against_one(reference: Estimate, scores: Sequence[Estimate], confidence: flo
 
 
 def simultaneous(scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> float:
-    """Returns the half width, in standard errors, at which the intervals of all differences of two scores hold together.
+    """Returns the half width, in standard errors, with which the intervals of all differences of two scores hold together.
 
     Raises ValueError for a confidence outside (0, 1).
     """
@@ -153,7 +153,7 @@ def simultaneous(scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> 
 
 
 def _joint(scores: Sequence[Estimate]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Returns standard errors of all differences [K, K], 0 if both errors are equal, and random errors [DRAWS, K]."""
+    """Returns the standard errors of all differences, [K, K], 0 for scores with equal errors; and random errors, [DRAWS, K]."""
     covariance = np.diag([score.error**2 for score in scores])
     groups: dict[int, list[int]] = {}
     for index, score in enumerate(scores):

@@ -1,4 +1,4 @@
-"""Defines the rows of METRICS: names, which way is better, possible values, and how a metric is computed.
+"""Defines the rows of METRICS: the names, direction, possible values and computation of a metric.
 
 The classes are in a module without the table, so that a metric with a module of its own can import them.
 """
@@ -14,20 +14,20 @@ from ddpm.scores.intervals import Estimate
 if TYPE_CHECKING:
     from ddpm.scores.fidelity import Sets
 
-LARGEST = 1e9  # the largest value by default: squares are far from overflow
+LARGEST = 1e9  # the default of the largest value, whose square is far from overflow
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One number of metrics/POINT.json, and the column of points.csv of the same name.
+    """One number in metrics/POINT.json, and the column of the same name in points.csv.
 
     Args:
         name: the key and the column.
-        title: the heading of its column on the report's page; without one it has no column there.
-        measure: computes it, or returns None if the sets of images do not allow it.
+        title: the heading of its column on the report's page; without a title, the page has no such column.
+        measure: computes the number, or returns None if the sets of images do not allow that.
         low: the least possible value.
         high: the largest possible value.
-        optional: whether scores are complete without it.
+        optional: whether scores are complete without this entry.
         interval: whether `measure` returns an Estimate. Its interval becomes the entries NAME_low and NAME_high.
     """
 
@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the number and the ends of its interval, if it has one, lowest value first."""
+        """The names of the number and, if it has an interval, of the interval's ends, lowest value first."""
         return (f"{self.name}_low", self.name, f"{self.name}_high") if self.interval else (self.name,)
 
 
@@ -51,11 +51,11 @@ class Metric(Entry):
 
     Args:
         direction: -1 if lower is better, 1 if higher is; 0 for a diagnosis, which MLflow and the model card omit.
-        judge: whether it takes the features of the extractor that lists it in JUDGES, instead of those of
-            evaluation.extractor. It is computed if evaluation.judges names it.
+        judge: whether the metric uses the extractor that lists it in JUDGES, instead of evaluation.extractor. Such a metric
+            is computed if evaluation.judges names it.
         more: further entries. By convention NAME_std is the spread between parts of the images.
         digits: significant digits in tables and sentences.
-        hub: its name on model hubs, if that differs.
+        hub: the metric's name on model hubs, if different.
     """
 
     direction: int = 0
@@ -66,7 +66,7 @@ class Metric(Entry):
 
     @property
     def words(self) -> str:
-        """Says which way is better."""
+        """Says whether lower or higher is better."""
         return "higher is better" if self.direction > 0 else "lower is better"
 
     @property
@@ -79,7 +79,7 @@ class Metric(Entry):
         return f"{value:.{self.digits}g}"
 
     def values(self, sets: Sets) -> dict[str, float]:
-        """Computes the entries. Those that the sets do not allow are missing."""
+        """Computes the entries. Leaves out entries that the sets do not allow."""
         values: dict[str, float] = {}
         for entry in (self, *self.more):
             found = entry.measure(sets)

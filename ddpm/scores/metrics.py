@@ -1,7 +1,7 @@
 """METRICS: a row for each metric that judges samples.
 
 Files, tables, plots, the report, MLflow and the registry follow the rows.
-A row computes with `fidelity.Sets` and imports no torch, since processes that only show scores read the rows too.
+A row computes its metric from a `fidelity.Sets`. Rows import no torch, since processes that only show scores read them too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def _fid(sets: Sets) -> Estimate:
     influence = sets.jackknife.influence.astype(
         np.float32
-    )  # rounded as in the file, so that the interval follows from the file
+    )  # rounded as in the file, so that the interval can be computed from the file
     return Estimate(sets.jackknife.fid, standard_error(influence), influence)
 
 
@@ -87,7 +87,7 @@ ROWS = (
         more=(Entry("copying_z", "", lambda sets: sets.copying.z, optional=True),),
     ),
 )
-# Other judges: each with its own extractor, if evaluation.judges names it.
+# The judges, computed if evaluation.judges names them, each with its own extractor.
 JUDGES = tuple(
     Metric(name, title, measure, low=low, direction=-1, interval=True, digits=digits, optional=True, judge=True)
     for name, title, measure, low, digits in (
@@ -97,9 +97,9 @@ JUDGES = tuple(
     )
 )
 METRICS = {row.name: row for row in (*ROWS, *JUDGES)}
-HEADLINE = "fid"  # ranks and promotes points: a metric with an interval and influence values
+HEADLINE = "fid"  # the metric that ranks and promotes points, with an interval and influence values
 RANKING = METRICS[HEADLINE]
-COPYING = METRICS["copying"]  # the report shows it where it asks whether a model memorises
+COPYING = METRICS["copying"]  # the metric in the report's section on memorising
 
 
 def entries() -> dict[str, Entry]:

@@ -1,4 +1,4 @@
-"""The image networks of DINOv2 and CLIP, with the preprocessing by which FD (DINOv2) and CMMD are defined.
+"""The image networks of DINOv2 and CLIP, with the preprocessing that defines FD (DINOv2) and CMMD.
 
 DINOv2 (Oquab et al. 2023, arXiv:2304.07193) runs in timm, as Stein et al. 2023 (arXiv:2306.04675, the package dgm-eval) use
 it: ViT-L/14, images resized to 224x224 by PIL's bicubic filter, ImageNet's mean and deviation, the class token after the
@@ -32,7 +32,7 @@ DINOV2, CLIP = "vit_large_patch14_dinov2", "ViT-L-14-336-quickgelu"  # names of 
 _DINOV2_SIDE = 224
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, deviation
 _OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_CPU_IMAGES = 4  # per pass on a CPU
+_CPU_IMAGES = 4  # images per pass on a CPU
 
 
 class Tower:
@@ -43,7 +43,7 @@ class Tower:
         network: turns prepared images into features.
         layer: the number of features.
         sha256: hash of the weights file.
-        device: of the network.
+        device: the device of the network.
         prepare: resizes and scales images: uint8 [N, 3, H, W] -> float32 [N, 3, side, side].
     """
 
@@ -62,7 +62,7 @@ class Tower:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         pieces = images.split(_CPU_IMAGES) if self.device.type == "cpu" else (images,)
-        # By default, cuDNN may round to TF32.
+        # cuDNN may round to TF32 unless told otherwise.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee"):
             return torch.cat([self._network(self._prepare(piece.expand(-1, 3, -1, -1))) for piece in pieces])
 
@@ -75,8 +75,8 @@ def dinov2(variable: str, device: torch.device | str = "cpu", architecture: str 
 
     Args:
         variable: the environment variable that names the weights file, in Meta's or timm's format.
-        device: of the network.
-        architecture: timm's name of it; tests use a smaller one.
+        device: the device of the network.
+        architecture: timm's name of the network; tests use a smaller network.
 
     Raises:
         WeightsError: timm or the weights are missing, or the weights are wrong.
@@ -86,7 +86,7 @@ def dinov2(variable: str, device: torch.device | str = "cpu", architecture: str 
 
     with torch.device("meta"):
         network: Any = timm.create_model(architecture, pretrained=False, num_classes=0, img_size=_DINOV2_SIDE)
-    state = {name: tensor for name, tensor in state.items() if name != "mask_token"}  # only training uses it
+    state = {name: tensor for name, tensor in state.items() if name != "mask_token"}  # used only in training
     if "pos_embed" in state:
         state["pos_embed"] = _resized_positions(state["pos_embed"].float(), network.patch_embed.grid_size[0])
     _load(network, state, variable)
@@ -108,8 +108,8 @@ def clip(variable: str, device: torch.device | str = "cpu", architecture: str = 
 
     Args:
         variable: the environment variable that names the weights file, in open_clip's format.
-        device: of the network.
-        architecture: open_clip's name of it; tests use a smaller one.
+        device: the device of the network.
+        architecture: open_clip's name of the network; tests use a smaller network.
 
     Raises:
         WeightsError: open_clip or the weights are missing, or the weights are wrong.
@@ -122,7 +122,7 @@ def clip(variable: str, device: torch.device | str = "cpu", architecture: str = 
     config = open_clip.get_model_config(architecture)
     with torch.device("meta"):
         network = open_clip.CLIP(**config).visual
-    prefix = "visual."  # the other tensors are those of the text network
+    prefix = "visual."  # the other tensors belong to the text network
     _load(network, {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}, variable)
     shape = (config["vision_cfg"]["image_size"],) * 2
 
@@ -155,7 +155,7 @@ def _scaled(images: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...
 def _resized_positions(positions: Tensor, side: int) -> Tensor:
     """Resizes position embeddings [1, 1 + n*n, D] to [1, 1 + side*side, D].
 
-    DINOv2 adds 0.1 to the new side before it divides by the old one, and doesn't smooth (`interpolate_offset`,
+    DINOv2 adds 0.1 to the new side before it divides by the old side, and doesn't smooth (`interpolate_offset`,
     `interpolate_antialias` of its `interpolate_pos_encoding`).
     """
     token, patches = positions[:, :1], positions[:, 1:]
@@ -179,7 +179,7 @@ def _weights(variable: str, package: str, example: str) -> tuple[State, str]:
 
 
 def _load(network: Any, state: State, variable: str) -> None:
-    """Puts weights into a network on the meta device. Raises WeightsError unless every tensor fits."""
+    """Loads weights into a network on the meta device. Raises WeightsError unless every tensor fits."""
     try:
         network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     except (RuntimeError, AttributeError) as error:

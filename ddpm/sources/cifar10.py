@@ -14,7 +14,7 @@ from ddpm.sources.source import Contents, Source, downloading, in_memory
 
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
-    """Reads the folder cifar-10-batches-py, which is data.path or in data.path; without it, the download."""
+    """Reads the folder cifar-10-batches-py, which is data.path or lies in it. Otherwise downloads CIFAR-10."""
     from torchvision.datasets import CIFAR10
 
     path = root / data.path
@@ -29,7 +29,7 @@ def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
         splits = [CIFAR10(str(path), train=train) for train in (True, False)]
     except (RuntimeError, OSError):
         place = path / CIFAR10.base_folder
-        raise InputError(f"{place}: CIFAR-10 is damaged or not complete there; unpack {CIFAR10.url} again") from None
+        raise InputError(f"{place}: CIFAR-10 is damaged or incomplete there; unpack {CIFAR10.url} again") from None
     train, test = ((split.data.transpose(0, 3, 1, 2), np.array(split.targets, np.int64)) for split in splits)
     return in_memory(data, train, test, tuple(splits[0].classes), report)
 

@@ -5,9 +5,9 @@ orientation is always applied. There are three levels of conversion:
 
 - none: PNG and JPEG files, all of 8-bit grey or all of RGB.
 - channels: bilevel, palette and opaque RGBA images are accepted too, and all become grey or RGB.
-- everything (`data.convert`): whatever has one usual meaning. Transparent pixels are laid on a background, 16 bits become the
-  upper 8, CMYK goes through its embedded profile, and an animation gives its first frame. GIF, WebP, BMP and TIFF files are
-  read too. Other colour profiles are ignored.
+- everything (`data.convert`): all images with one usual meaning are accepted. Transparent pixels are laid on a background, 16
+  bits become the upper 8, CMYK goes through its embedded profile, and an animation gives its first frame. GIF, WebP, BMP and
+  TIFF files are read too. Other colour profiles are ignored.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ Read = Callable[[], bytes]  # returns an encoded image
 Fault = tuple[str, str]  # the name of a file, and what is wrong with it
 Colour = tuple[int, int, int]  # R, G, B in 0 ... 255
 
-MAX_PIXELS = 2**26  # of one image; the header is checked before anything is decoded
-MAX_BYTES = 2**28  # of one encoded image
-MAX_TEXT = 2**26  # bytes of text in a PNG, decompressed; Pillow's own limit refuses sound photos
+MAX_PIXELS = 2**26  # the most pixels of one image; the header is checked before anything is decoded
+MAX_BYTES = 2**28  # the most bytes of one encoded image
+MAX_TEXT = 2**26  # the most bytes of decompressed text in a PNG; Pillow's own limit refuses usable photos
 MODES = {1: "L", 3: "RGB"}
 PLAIN = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg")}  # the formats that are always read, with their suffixes
 OTHERS = {"GIF": (".gif",), "WEBP": (".webp",), "BMP": (".bmp",), "TIFF": (".tif", ".tiff")}  # read with data.convert
@@ -64,18 +64,18 @@ _HELD = {signal.SIGINT, signal.SIGTERM}  # signals held back while processes are
 
 # Messages.
 
-# What helps against a fault: another setting, or nothing but another file.
+# The remedies of a fault: two settings, or only another file.
 CONVERT = "data.convert: true converts {}"
 FIT = "data.size and data.fit give {} one size"
 BROKEN = "repair or remove {}"
 
 
 def advice(remedies: Sequence[str], some_left: bool, end: str = "") -> str:
-    """Returns what to do about faulty files.
+    """Returns advice about faulty files.
 
     Args:
         remedies: CONVERT, FIT or BROKEN for each file.
-        some_left: whether other files can be used, so that leaving these out helps.
+        some_left: whether other files can be used, so that leaving out the faulty files helps.
         end: further advice.
     """
     found = [remedy for remedy in (CONVERT, FIT, BROKEN) if remedy in remedies]
@@ -97,10 +97,10 @@ def offenders(where: str, what: str, faults: Sequence[Fault], advice: str) -> In
     """Returns an error that names the first three faulty files and counts the others.
 
     Args:
-        where: the folder or zip file, as messages name it.
-        what: what has happened, such as "3 files cannot be used".
+        where: the folder or zip file, for messages.
+        what: the problem, such as "3 files cannot be used".
         faults: all faulty files.
-        advice: what to do.
+        advice: advice for the user.
     """
     named = ", ".join(f"{shown(name)} ({reason})" for name, reason in sorted(faults)[:3])
     more = f" and {len(faults) - 3:,} more" if len(faults) > 3 else ""
@@ -111,7 +111,7 @@ def offenders(where: str, what: str, faults: Sequence[Fault], advice: str) -> In
 
 
 class _Mapped(mmap.mmap):
-    """A mapped file for ZipFile. Forked processes can read it in parallel, since each has its own position in it."""
+    """A mapped file for ZipFile. Forked processes can read it in parallel, since each process has its own position."""
 
     def seekable(self) -> bool:
         return True
@@ -119,9 +119,10 @@ class _Mapped(mmap.mmap):
 
 @dataclass(frozen=True)
 class Found:
-    """The files of a folder or zip file. All paths are relative to it.
+    """The files of a folder or zip file. All paths are relative to this folder or zip file.
 
-    images: the function that reads each image, by path. left_out: the paths of other files. faults: files that cannot be used.
+    images: the function that reads each image, by path. left_out: the paths of files that are not images. faults: files that
+    cannot be used.
     """
 
     images: dict[str, Read]
@@ -183,7 +184,7 @@ def _either(formats: Iterable[str]) -> str:
 
 
 def convertible(names: Sequence[str]) -> str:
-    """Returns the advice to set data.convert if that helps with one of these files, or else ""."""
+    """Returns the advice to set data.convert if that helps with one of these files; else ""."""
     suffixes = [suffix for each in OTHERS.values() for suffix in each]
     there = [suffix for suffix in suffixes if any(is_image(name, (suffix,)) for name in names)]
     return f"data.convert: true reads {', '.join(there)} too" if there else ""
@@ -237,8 +238,8 @@ def _zip_listing(path: Path, prefix: str, faults: list[Fault]) -> Iterator[tuple
             yield posixpath.normpath(prefix + name), _Member(members, index)
 
 
-# There may be millions of files. So the objects for each are small: with its name and its place in a dict, a file takes 0.3 KB of
-# memory, instead of 0.9 KB with zipfile's entries. Every worker process copies the objects that it uses.
+# There may be millions of files, and every worker process copies the objects that it uses. So the objects are small: a file takes
+# 0.3 KB of memory, with its name and its place in a dict, instead of 0.9 KB with zipfile's entries.
 
 
 class _File:
@@ -254,7 +255,7 @@ class _File:
 
 
 def read_file(path: Path) -> bytes:
-    """Reads an image file. Raises an error unless it is a regular file: a pipe, for example, could be read without end."""
+    """Reads an image file. Raises an error unless it is a regular file, since a pipe, for example, may never end."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise _Refused("not a regular file")
@@ -264,10 +265,10 @@ def read_file(path: Path) -> bytes:
 
 
 class _Members:
-    """The members of an archive, which stays open: the part of their entries that reading takes, in arrays.
+    """The members of an archive, which stays open. Keeps in arrays the part of their entries that reading needs.
 
-    Empties the archive's own list at once. The memory of that list then goes back to the system, since nothing that stays lies
-    between its entries.
+    Empties the archive's own list at once. The system then gets the list's memory back, since no lasting object lies between its
+    entries.
     """
 
     FIELDS = ("header_offset", "compress_size", "file_size", "CRC", "compress_type", "flag_bits", "external_attr")
@@ -325,7 +326,7 @@ class _Refused(Exception):
 
 
 class _Mismatch(_Refused):
-    """A valid image does not have the expected layout. actual: the layout that it has."""
+    """A valid image has another layout than expected. actual: the layout of the image."""
 
     def __init__(self, reason: str, remedy: str, actual: Layout) -> None:
         super().__init__(reason, remedy)
@@ -334,13 +335,13 @@ class _Mismatch(_Refused):
 
 def _reason(error: Exception) -> str:
     strerror = getattr(error, "strerror", None)
-    text = re.sub(r" (object )?at 0x[0-9a-f]+", "", str(error))  # an address differs from run to run
+    text = re.sub(r" (object )?at 0x[0-9a-f]+", "", str(error))  # removes an address, which differs from run to run
     return strerror or " ".join(text.split()) or type(error).__name__
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape that every image gets: uint8 [channels, height, width].
+    """The layout to which every image is converted: uint8 [channels, height, width].
 
     Args:
         channels: 1 for grey, 3 for RGB.
@@ -348,8 +349,8 @@ class Layout:
         fit: what to do with images of another size: "error", "crop" (scale to cover the rectangle, cut off the rest),
             "pad" (scale to fit into the rectangle, fill up with the border) or "resize" (stretch).
         convert: whether to convert images of other modes.
-        given: whether the user has chosen the sides. If not, they are those of the first image.
-        background: R, G, B below transparent pixels. Set: convert everything, see the top of this module.
+        given: whether the user has chosen the sides. If not, the first image has decided them.
+        background: R, G, B behind transparent pixels. If not None, everything is converted (see the top of this module).
     """
 
     channels: int
@@ -361,7 +362,7 @@ class Layout:
 
     @property
     def border(self) -> tuple[int, ...]:
-        """The colour around a picture that is padded, a value per channel: the background, or black without one."""
+        """The colour of padding, a value per channel: the background, or black without a background."""
         from PIL import Image
 
         pixel = Image.new("RGB", (1, 1), self.background or (0, 0, 0)).convert(MODES[self.channels])
@@ -382,7 +383,7 @@ class Layout:
         return np.asarray(picture).reshape(*self.sides, self.channels).transpose(2, 0, 1)
 
 
-# The index of an image, what is wrong with it, what helps, and its layout if that is what is wrong.
+# The index of an image, its fault, the remedy, and its layout if the layout is the fault.
 _ImageFault = tuple[int, str, str, Layout | None]
 
 
@@ -393,8 +394,8 @@ def first_shape(
 
     Args:
         files: functions that read the images, by name.
-        channels: convert the image to 1 or 3 channels; None keeps its own.
-        where: the folder or zip file, as messages name it.
+        channels: convert the image to 1 or 3 channels; None keeps the image's channels.
+        where: the folder or zip file, for messages.
         background: see Layout.
 
     Raises:
@@ -428,11 +429,11 @@ def read_all(
         files: functions that read the images, by name.
         layout: the layout of all images.
         places: for each image a view [channels, height, width] of a memory-mapped array, which the processes share.
-        where: the folder or zip file, as messages name it.
-        done: is called with the number of finished images.
+        where: the folder or zip file, for messages.
+        done: called with the number of finished images.
 
     Raises:
-        InputError: images cannot be used. It names the first three.
+        InputError: images cannot be used. The message names the first three.
     """
     layout, found = _faults(files, layout, done, places)
     if found:
@@ -442,16 +443,16 @@ def read_all(
 def usable(
     files: Mapping[str, Read], layout: Layout, where: str, done: Callable[[int], None]
 ) -> tuple[dict[str, Read], Layout, list[Fault]]:
-    """Decodes every image, to find those that can be used.
+    """Decodes every image to find the usable images.
 
     Args:
         files: functions that read the images, by name.
-        layout: the layout of the first image. If other images agree on another one, that is the layout of all.
-        where: the folder or zip file, as messages name it.
-        done: is called with the number of finished images.
+        layout: the layout of the first image. If another layout is more frequent, that one is used.
+        where: the folder or zip file, for messages.
+        done: called with the number of finished images.
 
     Returns:
-        The usable images; their layout; and the other images with the reason.
+        The usable images; their layout; and the unusable images, each with the reason.
 
     Raises:
         InputError: no image can be used.
@@ -470,7 +471,7 @@ def _faults(
     done: Callable[[int], None],
     places: Sequence[Images] | None = None,
 ) -> tuple[Layout, list[_ImageFault]]:
-    """Decodes every image, into `places` if they are given. Returns the most frequent layout and the faults by that layout."""
+    """Decodes every image, into `places` if given. Returns the most frequent layout, and the faults judged by that layout."""
     names = list(files)
 
     def read(block: range, tried: Layout) -> list[_ImageFault]:
@@ -482,13 +483,13 @@ def _faults(
                 except _Refused as refusal:
                     faults.append((index, str(refusal), refusal.remedy, getattr(refusal, "actual", None)))
                 else:
-                    if places is not None and tried == layout:  # the places have its shape
+                    if places is not None and tried == layout:  # the places have the shape of this layout
                         places[index][:] = pixels
         return faults
 
     found = _in_processes(partial(read, tried=layout), len(names), done)
     usual = _usual(layout, len(names) - len(found), [actual for *_, actual in found if actual])
-    if usual != layout:  # the first image itself differs from most: name those that differ from most
+    if usual != layout:  # the first image differs from most images, so name the images that differ from most
         found = _in_processes(partial(read, tried=usual), len(names), lambda _: None)
     return usual, sorted(found, key=itemgetter(0))
 
@@ -511,7 +512,7 @@ def _usual(layout: Layout, count: int, others: Sequence[Layout]) -> Layout:
 def _strict_pillow() -> Iterator[None]:
     """Turns Pillow's warnings of huge images into errors. Ignores its other warnings, such as those of odd metadata.
 
-    Texts in a PNG may be as long as MAX_TEXT. Pillow's documentation names the setting for that; its limit is 1 MB.
+    Raises Pillow's limit for texts in a PNG from 1 MB to MAX_TEXT, by the setting that its documentation names.
     """
     from PIL import Image, PngImagePlugin
 
@@ -554,7 +555,7 @@ def _decoded(content: bytes, channels: int | None, background: Colour | None) ->
 
 
 def _opened(content: bytes, formats: Mapping[str, Any]) -> Image.Image:
-    """Reads the header of an image. Raises _Refused if it has none of the formats."""
+    """Reads the header of an image. Raises _Refused if the image has none of the formats."""
     from PIL import Image, UnidentifiedImageError
 
     for tried in (formats, PLAIN | OTHERS):
@@ -590,7 +591,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _eight_bit(image: Image.Image, sixteen: bool) -> Image.Image:
-    """Returns an image of 16 bits per channel with the upper 8. Pillow does so with colours, but not with the transparent one."""
+    """Keeps the upper 8 of 16 bits per channel. Pillow does so for colours, but not for the transparent colour."""
     from PIL import Image
 
     if not sixteen:
@@ -616,7 +617,7 @@ def _flat(image: Image.Image, background: Colour) -> Image.Image:
 
 
 def _from_cmyk(image: Image.Image) -> Image.Image:
-    """Converts inks to RGB as the embedded profile describes them. A missing or damaged profile counts as none."""
+    """Converts CMYK to RGB by the embedded profile. Without a usable profile, uses Pillow's own conversion."""
     from PIL import ImageCms
 
     if profile := image.info.get("icc_profile"):
@@ -646,7 +647,7 @@ def _is_sixteen_bit(image: Any, content: bytes) -> bool:
 
 
 def _check_plain(image: Any, content: bytes, channels: int | None) -> None:
-    """Refuses whatever takes data.convert: true."""
+    """Refuses images that can be read only with data.convert: true."""
     if image.format == "PNG" and image.is_animated:
         raise _Refused("animated", CONVERT)
     if _is_sixteen_bit(image, content):
@@ -696,7 +697,7 @@ def _check_rows(png: bytes, data: bytes) -> None:
 
 
 def _fitted(picture: Image.Image, sides: tuple[int, int], fit: str, border: tuple[int, ...]) -> Image.Image:
-    """Returns the picture with this height and width; see Layout.fit and Layout.border. Raises _Refused."""
+    """Fits a picture to this height and width; see Layout.fit and Layout.border. Raises _Refused."""
     from PIL import Image, ImageOps
 
     width, height = picture.size
@@ -715,7 +716,7 @@ def _fitted(picture: Image.Image, sides: tuple[int, int], fit: str, border: tupl
 
 
 def _other_size(picture: Image.Image, sides: tuple[int, int]) -> str:
-    """Says width and height of a picture, and those that it should have."""
+    """Describes the width and height of a picture, and the expected ones."""
     (width, height), (high, wide) = picture.size, sides
     return f"{width}x{height} instead of {wide}x{high}"
 
@@ -739,7 +740,7 @@ def _in_processes(read: _ReadBlock, count: int, done: Callable[[int], None]) -> 
 
 
 def _forked(read: _ReadBlock, blocks: list[range], workers: int) -> Iterator[tuple[range, list[_ImageFault]]]:
-    """Yields each block, once it is read, with the images in it that cannot be used.
+    """Yields each block once its images are read, with the faults found in the block.
 
     Raises InputError if a worker process was killed.
     """
@@ -747,7 +748,7 @@ def _forked(read: _ReadBlock, blocks: list[range], workers: int) -> Iterator[tup
     before = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, context, _begin, (read, os.getpid()))
     try:
-        # A signal between a fork and _begin would run the handler of this process in the copy, which would go on as this process.
+        # A signal between a fork and _begin would run this process's handler in the copy, which would then act as this process.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
         try:
             waiting = {pool.submit(_run, block): block for block in blocks}
@@ -759,14 +760,14 @@ def _forked(read: _ReadBlock, blocks: list[range], workers: int) -> Iterator[tup
         raise InputError("a process that reads images was killed; out of memory?") from None
     except BaseException:
         for process in set(multiprocessing.active_children()) - set(before):
-            process.terminate()  # otherwise shutdown() waits for the blocks at hand
+            process.terminate()  # otherwise shutdown() waits for the blocks in progress
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _begin(read: _ReadBlock, parent: int) -> None:
-    """Prepares a worker process: it leaves Ctrl-C to its parent, and ends if the parent is killed."""
+    """Prepares a worker process. The worker leaves Ctrl-C to its parent, and ends if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)

@@ -17,7 +17,7 @@ from ddpm.runtime.progress import Progress, Report
 from ddpm.sources import decoding
 from ddpm.sources.source import MULTIPLE, Contents, Labels, centre, padded_sides
 
-LARGEST = 2**20  # pixels of an image whose size is taken as it is
+LARGEST = 2**20  # the most pixels of an image whose size is kept unchanged
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ def contents(
     Args:
         data: the section `data`.
         files: functions that read the images, by name.
-        sort: takes names of images, and says where they belong.
-        where: the source of the images, as messages name it.
+        sort: takes names of images, and returns where they belong.
+        where: the source of the images, for messages.
         report: called with the progress.
         faults: the names of files that were left out already, with the reasons.
 
@@ -81,7 +81,7 @@ def contents(
 
 
 def _layout(files: Mapping[str, decoding.Read], data: Data, where: str) -> decoding.Layout:
-    """Chooses channels and sides: from the parameters, else as decoding.first_shape finds them. Raises InputError."""
+    """Chooses channels and sides from the parameters, or else with decoding.first_shape. Raises InputError."""
     wanted = data.channels or (3 if data.convert else None)
     background = _colour(data.background) if data.convert else None
     name, channels, (width, height) = decoding.first_shape(files, wanted, where, background)
@@ -92,7 +92,7 @@ def _layout(files: Mapping[str, decoding.Read], data: Data, where: str) -> decod
 
 
 def _check_size(layout: decoding.Layout, where: str, subject: str) -> None:
-    """Raises InputError for a size that nobody has chosen and that no network is trained on. subject: of the message."""
+    """Raises InputError if no user chose the size and it is too large to train on. subject: the subject of the message."""
     height, width = layout.sides
     if layout.given or width * height <= LARGEST:
         return
@@ -110,7 +110,7 @@ def _colour(text: str) -> decoding.Colour:
 
 
 class _Places(Sequence[Images]):
-    """The place of each image in the arrays of its split, made when it is asked for: a million views take 200 MB.
+    """The place of each image in the arrays of its split. Makes each view on request: a million views take 200 MB.
 
     Args:
         train, test: uint8 N,C,H,W.

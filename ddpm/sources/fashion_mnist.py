@@ -20,7 +20,7 @@ DOWNLOADS = "fashion-mnist"  # the folder's name in .cache/downloads
 
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
-    """Reads the files in data.path or in torchvision's folders below it; without them, the download."""
+    """Reads the files in data.path or in torchvision's folders below it. Otherwise downloads Fashion-MNIST."""
     from torchvision.datasets import FashionMNIST
 
     folder = _idx_folder(root / data.path)
@@ -56,7 +56,9 @@ def _read_split(folder: Path, prefix: str) -> tuple[Images, Labels]:
     pixels = _read_idx(_idx_file(folder, f"{prefix}-images-idx3-ubyte"), 3)
     labels = _read_idx(_idx_file(folder, f"{prefix}-labels-idx1-ubyte"), 1)
     if len(pixels) != len(labels) or pixels.shape[1:] != (28, 28) or labels.max(initial=0) > 9:
-        raise InputError(f"{folder}: the {prefix} files are not Fashion-MNIST's, or not one pair; fetch them again")
+        raise InputError(
+            f"{folder}: the {prefix} files do not belong to Fashion-MNIST, or not to one pair; fetch them again"
+        )
     return np.pad(pixels[:, None], ((0, 0), (0, 0), (2, 2), (2, 2))), labels.astype(np.int64)
 
 
@@ -65,7 +67,7 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read()
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: not readable: {error}; fetch it again") from None
+        raise InputError(f"{path}: not readable: {error}; fetch the file again") from None
     header = 4 + 4 * dimensions
     shape = np.frombuffer(content[4:header], ">u4").astype(int)
     if content[:4] != bytes((0, 0, 8, dimensions)) or len(shape) != dimensions or len(content) != header + shape.prod():

@@ -4,8 +4,8 @@
 `data.hub` names a dataset of the Hub and the commit to take: NAME@COMMIT. Without the commit, the same params.yaml could give
 other images later.
 
-The one image column and, if there is one, the one ClassLabel column are found by their types. A split `validation` serves as
-the test split where there is none. Images are decoded as those of `image_folder`.
+The image column and the ClassLabel column, if any, are found by their types. If there is no test split, the split
+`validation` serves as one. Images are decoded as those of `image_folder`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ddpm.sources.source import Contents, Labels, Source, held_out
 if TYPE_CHECKING:
     from datasets import Dataset
 
-TRAIN, TESTS = "train", ("test", "validation")  # the splits that can be used; the first of TESTS that is there
-COPY = "keep what you mean in a local copy: load_dataset(...) of the library `datasets`, {}, save_to_disk(FOLDER)"
+TRAIN, TESTS = "train", ("test", "validation")  # the splits that can be used; of TESTS, the first that exists
+COPY = "keep the part you want in a local copy: load_dataset(...) of the library `datasets`, {}, save_to_disk(FOLDER)"
 
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
     where = data.place
-    scratch = root / paths.CACHE / "huggingface"  # arrow files that the library makes of parquet files; read once
+    scratch = root / paths.CACHE / "huggingface"  # for the library's arrow files, which are read once
     report(Progress(0, 1, "images", message=f"opening {where}"))
     splits = _splits(_load(data, root, scratch), where)
     image, label = _columns(splits, where)
@@ -70,7 +70,7 @@ def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
 
 
 def _load(data: Data, root: Path, scratch: Path) -> Any:
-    """Returns the dataset as the library gives it: a Dataset or a DatasetDict. Raises InputError."""
+    """Loads the dataset with the library: a Dataset or a DatasetDict. Raises InputError."""
     try:
         import datasets
     except ImportError:
@@ -79,7 +79,7 @@ def _load(data: Data, root: Path, scratch: Path) -> Any:
         ) from None
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
     path = (root / data.path).resolve()
     try:
         if data.hub is not None:
@@ -91,7 +91,7 @@ def _load(data: Data, root: Path, scratch: Path) -> Any:
             named = ("parquet", None, None, files) if path.is_file() else (str(path),)
             return datasets.load_dataset(*named, cache_dir=str(scratch))
     except Exception as error:  # noqa: BLE001 - the library raises two dozen types of its own, of pyarrow and of three HTTP clients
-        advice = "name a dataset and a commit that are there, or download a copy and name its folder in data.path"
+        advice = "name a dataset and a commit of the Hub, or download a copy and name its folder in data.path"
         advice = advice if data.hub else "download it again"
         raise InputError(f"{data.place}: not readable: {_one_line(error)}; {advice}") from None
     raise InputError(
@@ -101,7 +101,7 @@ def _load(data: Data, root: Path, scratch: Path) -> Any:
 
 
 def _hub_caches(data: Data) -> list[Path]:
-    """Returns the folder in which the library keeps files of the Hub. A dataset may be a repository of image files."""
+    """Returns the folders in which the library keeps files of the Hub, since a dataset may be a repository of image files."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return [Path(HF_HUB_CACHE)] if data.hub else []
@@ -113,7 +113,7 @@ def _parquet_files(path: Path) -> list[str]:
 
 
 def _one_line(error: BaseException) -> str:
-    """Returns the innermost error in one line: the library wraps what has happened."""
+    """Returns the innermost error in one line, since the library wraps the cause in other errors."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
@@ -165,7 +165,9 @@ def _is_encoded(feature: Any) -> bool:
 def _class_names(splits: Mapping[str, Dataset], label: str, where: str) -> list[str]:
     first, *others = (each.features[label].names for each in splits.values())
     if any(names != first for names in others):
-        raise InputError(f"{where}: the classes of its splits differ in the column {label}; give them the same")
+        raise InputError(
+            f"{where}: the splits have different classes in the column {label}; give all splits the same classes"
+        )
     return list(first)
 
 
@@ -182,7 +184,7 @@ def _labels(split: Dataset, label: str, where: str, name: str) -> Labels:
 
 
 class _Rows(Mapping[str, decoding.Read]):
-    """The functions that read images, by SPLIT[ROW]. They are made when asked for: a million of them take 400 MB.
+    """Maps SPLIT[ROW] to a function that reads this image. Makes each function on request: a million of them take 400 MB.
 
     Args:
         splits: the splits to use.
@@ -211,7 +213,7 @@ class _Rows(Mapping[str, decoding.Read]):
         return partial(self._read, *self._place(name))
 
     def row(self, name: str) -> int:
-        """Returns the number of an image among those of all splits."""
+        """Returns the index of an image, counted over all splits."""
         split, row = self._place(name)
         return self._starts[split] + row
 
@@ -231,7 +233,7 @@ class _Rows(Mapping[str, decoding.Read]):
         file = Path(path).resolve()
         # protects: tests/sources/test_huggingface.py::test_a_row_names_no_file_elsewhere
         if not any(file.is_relative_to(folder) for folder in self._folders):
-            raise ValueError(f"names the file {decoding.shown(path)} elsewhere, and holds no image")
+            raise ValueError(f"the row holds no image, and its file {decoding.shown(path)} lies outside the dataset")
         return decoding.read_file(file)
 
 

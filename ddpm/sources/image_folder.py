@@ -1,11 +1,11 @@
-"""Reads a user's images: PNG and JPEG files (with `data.convert` others too) at any depth of a folder, or one zip file.
+"""Reads a user's images: PNG and JPEG files (with `data.convert` also others) at any depth of a folder, or in a zip file.
 
 Zip files in the folder are read as if they were unpacked there. The path of an image gives its split and class:
 
     [WRAPPER/...][train/|test/][CLASS/]...NAME.png    or    [WRAPPER/...]CLASS/train/|test/...NAME.png
 
-If these folders hold every image, they are the splits. They may have other names, see ROLES, in any case. Otherwise a seeded
-fraction becomes the test split. If every image then lies in a folder, its first folder is its class. Sides are padded to
+If folders of splits (train, test and other names in ROLES, in any case) hold every image, they are used. Otherwise a seeded
+fraction becomes the test split. If every image lies in a further folder, the first such folder is its class. Sides are padded to
 the next multiple of 8, unless `data.size` gives them.
 """
 
@@ -23,7 +23,7 @@ from ddpm.runtime.progress import Progress, Report
 from ddpm.sources import decoding, encoded
 from ddpm.sources.source import Contents, Labels, Source, held_out
 
-# Folders that are splits, in lower case.
+# Names of folders that are splits, in lower case.
 ROLES = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(
     ("test", "testing", "val", "valid", "validation"), "test"
 )
@@ -58,7 +58,7 @@ def _left_out(names: list[str], convert: bool) -> str:
 def _split(names: list[str], data: Data, seed: int) -> tuple[list[str], NDArray[np.bool_]]:
     """Returns the names without wrappers and folders of splits, and a mask of the test split, bool [N].
 
-    Raises InputError if folders could be splits, but might mean something else too.
+    Raises InputError if folders may or may not be splits.
     """
     unwrapped = _unwrapped([tuple(name.split("/")) for name in names])
     for depth in (0, 1):
@@ -75,14 +75,14 @@ def _split(names: list[str], data: Data, seed: int) -> tuple[list[str], NDArray[
 
 
 def _unwrapped(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Returns the paths without the folders that hold everything, down to a folder with the name of a split."""
+    """Removes the outer folders that hold everything from the paths. Keeps folders with the name of a split."""
     while {path[0] for path in paths} == {paths[0][0]} and len(paths[0]) > 1 and paths[0][0].lower() not in ROLES:
         paths = [path[1:] for path in paths]
     return paths
 
 
 def _check_roles(roles: Mapping[str, str | None], data: Data) -> None:
-    """Raises InputError unless each split has one folder, and train has any."""
+    """Raises InputError if a split has several folders, or if there is no folder of training images."""
     for role in ("train", "test"):
         if len(folders := [word for word in roles if roles[word] == role]) > 1:
             kind = "training images" if role == "train" else "held-out images"
@@ -107,7 +107,7 @@ def _mixed(roles: Mapping[str, str | None], data: Data) -> InputError:
 
 
 def _classes(names: list[str], say: Callable[[str], None]) -> tuple[tuple[str, ...] | None, Labels | None]:
-    """Returns the classes and the label of each image, or None twice unless each image lies in a folder."""
+    """Returns the classes and the label of each image. Returns None for both unless each image lies in a folder."""
     loose = [name for name in names if "/" not in name]
     if loose:
         if len(loose) < len(names):

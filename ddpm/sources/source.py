@@ -29,8 +29,8 @@ from ddpm.runtime.progress import Progress, Report
 
 Labels = NDArray[np.int64]
 
-MULTIPLE = 8  # of padded sides: a network with four levels halves a side three times
-DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
+MULTIPLE = 8  # padded sides are multiples of this: a network with four levels halves a side three times
+DOWNLOAD_TIMEOUT = 20.0  # seconds to wait for an answer
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Contents:
         counts: the number of images in train and in test.
         labels: int64 N for train and for test; None without classes.
         classes: the names of the classes; None without classes.
-        fill: reads the images into two uint8 arrays N,C,H,W of zeros, train and test. Raises InputError.
+        fill: reads the images into two uint8 arrays N,C,H,W, train and test, which hold zeros. Raises InputError.
         unusable: path and reason of each file that was left out because it is broken.
     """
 
@@ -59,12 +59,12 @@ class Source:
     """One row of SOURCES.
 
     Args:
-        open: takes the section `data`, the seed, the folder that relative paths start from, and a progress report. Returns
+        open: takes the section `data`, the seed, the folder at which relative paths start, and a progress report. Returns
             the contents without reading all images. Raises InputError.
-        licence: the licence of the images, as far as it is known, for the model card.
+        licence: the licence of the images, if known, for the model card.
         shareable: whether the licence lets a trained model be shared under this project's own licence.
         flip: whether a mirrored image could come from the same source.
-        any_images: whether users bring their own images. Two datasets from such a source may have nothing in common.
+        any_images: whether users bring their own images, so two datasets from this source may have nothing in common.
     """
 
     open: Callable[[Data, int, Path, Report], Contents]
@@ -105,7 +105,7 @@ def padded_sides(sides: tuple[int, int]) -> tuple[int, int]:
 
 
 def centre(sides: tuple[int, int], padded: tuple[int, int]) -> tuple[Any, ...]:
-    """Returns the index of a centred rectangle in the last two axes of a larger one. Both are given as height and width."""
+    """Returns the index that selects a centred rectangle from the last two axes of a larger one. Sizes are height and width."""
     first = [(outer - inner) // 2 for inner, outer in zip(sides, padded, strict=True)]
     return (..., *(slice(start, start + side) for start, side in zip(first, sides, strict=True)))
 

@@ -1,9 +1,9 @@
 """`evaluate POINT`: scores the samples of a point against training images, with confidence intervals.
 
 Every point is scored by the same protocol: the first `evaluation.images` samples, as saved, against as many images of the train
-split. These are chosen in a fixed random order, independent of `params.seed`. One pass of the extractor serves every score of
-METRICS that is no judge. Each judge in `evaluation.judges` takes a pass of its own extractor over the same images. An interval
-NAME_low ... NAME_high covers the mean score of other sample sets: of the same model and size, against the same reference images.
+split. The training images are chosen in a fixed random order, independent of `params.seed`. One pass of the extractor serves all
+metrics other than judges. Each judge in `evaluation.judges` takes a pass of its own extractor over the same images. An interval
+NAME_low ... NAME_high covers the mean score over sample sets of the same model and size, against the same reference images.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ddpm.scores.intervals import CONFIDENCE, Estimate
 from ddpm.scores.metric import Metric
 from ddpm.scores.metrics import METRICS, RANKING
 
-FEWEST = fidelity.NEIGHBOURS + 1  # images that can be scored
+FEWEST = fidelity.NEIGHBOURS + 1  # the fewest images that can be scored
 
 
 def evaluate(params: Params, point: Point, root: Path = Path(), report: Report = silent) -> Scores:
@@ -45,7 +45,7 @@ def evaluate(params: Params, point: Point, root: Path = Path(), report: Report =
 
 
 def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple[Scores, NDArray[np.floating]]:
-    """Computes the scores, and the influence values of the headline score, [N], or with J judges [1 + J, N]."""
+    """Computes the scores and the influence values: [N] for the headline score, or [1 + J, N] with J judges."""
     protocol = params.evaluation
     torch.set_num_threads(protocol.threads)
     path = root / paths.samples_file(point)
@@ -111,7 +111,7 @@ def _influence(metric: Metric, sets: fidelity.Sets) -> NDArray[np.floating]:
 
 
 def reference_images(train: arrays.Images, count: int) -> arrays.Images:
-    """Returns `count` images of a split, or all of them. The choice is fixed; a smaller count gives a subset."""
+    """Returns `count` images of a split, or all if it has fewer. The choice is fixed; a smaller count gives a subset."""
     if count >= len(train):
         return train
     chosen = np.random.RandomState(0).permutation(len(train))[:count]
@@ -121,13 +121,13 @@ def reference_images(train: arrays.Images, count: int) -> arrays.Images:
 def _reference(
     extractor: Features, images: arrays.Images, batch: int, folder: Path, version: str, done: Callable[..., None]
 ) -> tuple[fidelity.Features, fidelity.Statistics]:
-    """Returns features and statistics of the reference images, from `folder` if they have been computed before.
+    """Returns features and statistics of the reference images. Reads them from `folder` if they were computed before.
 
     Args:
-        extractor: loaded up to the layer.
+        extractor: the loaded extractor.
         images: the reference images, uint8 N,C,H,W.
         batch: images per pass of the extractor.
-        folder: where the result is kept, under a key of images, layer, weights, device and code.
+        folder: the folder that keeps results, by a key of images, layer, weights, device and code.
         version: the digest of the code.
         done: called with the number of images done and a message.
     """

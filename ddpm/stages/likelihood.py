@@ -21,8 +21,8 @@ from ddpm.runtime.progress import Progress, Report, silent
 def likelihood(params: Params, schedule: str, root: Path = Path(), report: Report = silent) -> dict[str, Any]:
     """Writes metrics/likelihood/SCHEDULE.json and .csv. Returns the content of the JSON file. Raises InputError.
 
-    The JSON file has a section for each split of two or more images, with standard errors: `bits_per_dim` = `prior` (L_T) +
-    `kl` (the sum of the other terms) + `decoder` (L_0). The CSV file holds the curve of the test split, or else of train.
+    The JSON file has a section for each split of two or more images. There, `bits_per_dim` = `prior` (L_T) + `kl` (the sum of the
+    other terms) + `decoder` (L_0), each with a standard error. The CSV file holds the curve of the test split, or else of train.
     """
     settings = params.likelihood
     torch.set_num_threads(settings.threads)
@@ -87,7 +87,7 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
 
 
 def chosen(images: np.ndarray, count: int) -> np.ndarray:
-    """Returns `count` images or labels, evenly spread over a split, or all of them if it has fewer."""
+    """Returns `count` images or labels, evenly spread over a split, or all if the split has fewer."""
     count = min(count, len(images))
     return np.ascontiguousarray(images[np.arange(count) * len(images) // max(count, 1)])
 
@@ -104,8 +104,8 @@ def split_scores(bound: Bound) -> dict[str, Any]:
 def curve(bound: Bound) -> list[dict[str, Any]]:
     """Returns a row for each stratum of network times, from noise to image.
 
-    time: the middle of the stratum. times: the number of times in it. rate: bits/dim spent up to there. distortion: RMSE of
-    x0_hat on the scale 0 ... 255. term: bits/dim of the stratum.
+    time: the middle of the stratum. times: the number of times in the stratum. rate: bits/dim spent up to `time`. distortion:
+    RMSE of x0_hat on the scale 0 ... 255. term: bits/dim of the stratum.
     """
     terms, rates, distortions = bound.terms.mean(0).tolist(), bound.rate.tolist(), bound.distortion.tolist()
     rows = [

@@ -19,7 +19,7 @@ from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.sources.source import SOURCES, Contents
 
-COLUMNS, ROWS = 10, 20  # of the preview; rows at most
+COLUMNS, ROWS = 10, 20  # columns and the most rows of the preview
 PREVIEW_SIDE = 64  # pixels; larger images are subsampled
 
 
@@ -32,13 +32,13 @@ def prepare(
     """Writes the dataset that `params.data` describes and returns its record.
 
     Args:
-        params: of the run.
+        params: the parameters of the run.
         root: the top of the checkout.
         report: called with the progress.
         check: called with the opened source, before the images are read. Returns warnings, or raises InputError.
 
     Raises:
-        InputError: the images cannot be used. An earlier dataset stays unchanged.
+        InputError: the images cannot be used. In this case, an earlier dataset stays unchanged.
     """
     source = SOURCES.select(params.data.source)
     contents = source.open(params.data, params.seed, root, report)
@@ -58,9 +58,9 @@ def prepare(
 
 
 def preview(train: Images, labels: NDArray[np.int64] | None, classes: int) -> Images:
-    """Returns a picture, uint8 C,H,W, of training images: COLUMNS wide, at most ROWS high, with a row for each class.
+    """Returns a picture, uint8 C,H,W, of COLUMNS by at most ROWS training images, with a row for each class.
 
-    train: uint8 N,C,H,W. labels: int64 N, or None. A class with fewer than COLUMNS images leaves the rest of its row white.
+    train: uint8 N,C,H,W. labels: int64 N, or None. If a class has fewer than COLUMNS images, the rest of its row is white.
     """
     step = math.ceil(max(train.shape[2:]) / PREVIEW_SIDE)
     if labels is None:

@@ -1,10 +1,10 @@
 """`report`: collects the scores of the sweep: a table, the best point, the best point for each budget, plots, and a page.
 
 Among many points, the best score is partly chance. So the page lists the points that cannot be told apart from the best score:
-with 95% confidence the truly best point is among them (intervals.may_be_best). The best point is the cheapest one, in network
-evaluations, that is worse than the truly best one by the share `report.margin` at most, with 95% confidence again
-(intervals.most_behind). Points are compared in pairs of images, since all start from the same noise. The best point within a
-budget is chosen in the same way.
+with 95% confidence, the truly best point is among them (intervals.may_be_best). The report calls best the point with the fewest
+network evaluations that, again with 95% confidence, is worse than the truly best point by at most the share `report.margin`
+(intervals.most_behind). Points are compared image by image, since all points start from the same noise. The best point
+within a budget is chosen in the same way.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ddpm.scores.conclusions import Candidate, Trainings, choose, front, trainin
 from ddpm.scores.intervals import CONFIDENCE, difference, simultaneous
 from ddpm.scores.metrics import RANKING
 
-BUDGETS = (10, 20, 50, 100, 1000)  # at most so many network evaluations per image
+BUDGETS = (10, 20, 50, 100, 1000)  # limits on the network evaluations per image
 
 FILES = ("best.json", PICTURE, "index.html", "points.csv", "samples.png")  # described by front.json
 
@@ -98,14 +98,14 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> Best
 
 
 def _trainings(params: Params, candidates: Sequence[Candidate], best: Row) -> list[Trainings]:
-    """Summarises the trainings of each schedule at the best point's sampler and steps; the best point's schedule comes first."""
+    """Summarises each schedule's trainings at the best point's sampler and steps, the best point's schedule first."""
     scores = {point.name: point.estimate for point in candidates}
     groups = sorted(params.replicates(), key=lambda group: best.schedule not in group)
     return [trainings(group[0], [scores[f"{name}-{best.sampler}-{best.steps}"] for name in group]) for group in groups]
 
 
 def _front(candidates: Sequence[Candidate], margin: float) -> Front:
-    """Chooses the best point for each budget, and the front: the points that no point with as few evaluations beats.
+    """Chooses the best point for each budget, and the front: points that no point with as few evaluations or fewer beats.
 
     The intervals of the differences hold for all pairs of points together, so they also hold for pairs chosen by their scores.
     """
@@ -136,7 +136,7 @@ def _standing(point: Candidate) -> Standing:
 
 
 def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Candidate], int]:
-    """Returns the rows of points.csv, the same points as candidates, and the number of protocols they were scored under."""
+    """Returns the rows of points.csv, the same points as candidates, and the number of different protocols."""
     missing = [point.name for point in points if not (root / paths.metrics_file(point)).exists()]
     if missing:
         raise InputError(f"{root / 'metrics'}: no scores of {_few(missing)}; run `dvc repro` or `ddpm evaluate POINT`")
@@ -148,7 +148,9 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
         influence = read_point_influence(root, point, scores)
         if len(influence) != scores.images:
             path = root / paths.metrics_file(point)
-            raise InputError(f"{path}: not of the same run as its influence values; evaluate {point.name} again")
+            raise InputError(
+                f"{path}: another run wrote the influence values of this file; evaluate {point.name} again"
+            )
         candidates.append(Candidate(point.name, scores.evaluations, scores.estimate(influence)))
         rows.append(Row.of(point, scores))
     return rows, candidates, len(protocols)
@@ -160,7 +162,7 @@ def _prune(params: Params, root: Path, stages: Mapping[str, Any]) -> tuple[list[
     The report depends on the whole folders samples/ and metrics/, so they should hold only the sweep.
 
     Returns:
-        The names of the points and schedules whose files were removed, and of those whose files were kept.
+        Two lists of names of points and schedules: those whose files were removed, and those whose files were kept.
     """
     points, schedules = {point.name for point in params.points()}, set(params.sweep.schedules)
     point, schedule = r"[a-z0-9_]+-[a-z0-9_]+-[1-9][0-9]*", r"[a-z0-9_]+"
@@ -191,7 +193,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _plot_samples(path: Path, rows: Sequence[Row], samples: Mapping[str, arrays.Images]) -> None:
-    """Draws the first images of each point in a row. All points start from the same noise, so columns compare."""
+    """Draws the first images of each point in a row. Images in a column start from the same noise."""
     strips = [arrays.grid(samples[row.point][:SHOWN], columns=SHOWN).transpose(1, 2, 0) for row in rows]
     label, gap = 250, 4  # pixels
     height, width = strips[0].shape[:2]

@@ -37,7 +37,7 @@ def sampling_key(params: Params, point: Point, model: ModelRecord, device: torch
 def sample_point(params: Params, point: Point, root: Path = Path(), report: Report = silent) -> int:
     """Writes samples/POINT.npz and samples/POINT.png. Returns the network evaluations per image.
 
-    Finished batches are kept in the cache until both files are written, so that a stopped run is resumed.
+    Finished batches are kept in the cache until both files are written, so the next run resumes a stopped run.
     Raises InputError, and Stopped after a signal.
     """
     device = find_device(params.compute.device)

@@ -2,7 +2,8 @@
 
 The stage saves its state in the cache every `compute.checkpoint_every` steps and after SIGTERM or Ctrl-C. The key of a state is
 a hash of everything that decides the result except the number of steps. A later run resumes from the newest state and ends with
-the weights of an uninterrupted training. Of several processes (ddpm/training/parallel.py), process 0 saves, writes and reports.
+the weights of an uninterrupted training. If several processes share a training
+(ddpm/training/parallel.py), process 0 saves, writes and reports.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from ddpm.training.parallel import World
 from ddpm.training.validation import Validation
 
 DIVERGED, ROWS = 10.0, 10  # diverged: the loss stayed above 10x the loss of a zero prediction for 10 logged rows
-BASE_IMAGES = 256  # on which the loss of a zero prediction is measured
+BASE_IMAGES = 256  # the number of images on which the loss of a zero prediction is measured
 ROOM = 0.5  # share of the GPU's free memory that the images may take
 
 
@@ -67,7 +68,7 @@ def network_entry(params: Params, shape: tuple[int, int, int], classes: int = 0)
     if known := {"image_channels", "image_size", "out_channels", "classes"} & section.keys():
         raise InputError(f"network.{min(known)}: follows from the data and from diffusion; leave it out")
     if unsound := [key for key, value in section.items() if isinstance(value, float) and not math.isfinite(value)]:
-        raise InputError(f"network.{unsound[0]}: no finite number")
+        raise InputError(f"network.{unsound[0]}: not a finite number")
     size = height if height == width else [height, width]
     settings = {"image_channels": channels, "image_size": size, **section}
     settings |= {"out_channels": 2 * channels} if params.diffusion.variance == "learned" else {}
@@ -76,22 +77,22 @@ def network_entry(params: Params, shape: tuple[int, int, int], classes: int = 0)
 
 
 def class_count(params: Params, dataset: str, classes: Collection[str] | None) -> int:
-    """Returns the number of classes of the network: 0 unless diffusion.conditional. Raises InputError.
+    """Returns the number of classes of the network, which is 0 unless diffusion.conditional is true.
 
-    dataset: its name. classes: their names, or None.
+    dataset: the name of the dataset. classes: the names of its classes, or None. Raises InputError if there are none.
     """
     if not params.diffusion.conditional:
         return 0
     if classes is None:
         raise InputError(
-            f"diffusion.conditional is true, but the dataset {dataset} has no classes; set it to false, or add"
-            " them: image_folder takes a folder for each class, and huggingface a column of the type ClassLabel"
+            f"diffusion.conditional is true, but the dataset {dataset} has no classes; set conditional to false,"
+            " or add classes: a folder for each class for image_folder, a column of the type ClassLabel for huggingface"
         )
     return len(classes)
 
 
 def training_key(params: Params, schedule: str, dataset: str) -> str:
-    """Hashes everything that decides the weights, including the code, except `training.steps`, which may be raised later."""
+    """Hashes everything that decides the weights, with the code, but without `training.steps`, which may be raised later."""
     settings = {"seed": params.training_seed(schedule), **params.to_json("diffusion", "network", "training")}
     del settings["training"]["steps"]
     row = params.schedules[schedule].options()
@@ -107,7 +108,7 @@ def train(
     For an imported schedule, checks and copies the imported network instead.
 
     Args:
-        params: of the run.
+        params: the parameters of the run.
         schedule: a row of `schedules`.
         root: the top of the checkout.
         report: called with the progress.
@@ -136,7 +137,7 @@ def train(
 
 
 def _read_dataset(root: Path, world: World) -> Dataset:
-    """Reads the dataset. Raises InputError in all processes if one of them cannot read it, so that none waits for the others."""
+    """Reads the dataset. If one process cannot read it, raises InputError in all processes, so that none waits for the others."""
     dataset, refusal = None, None
     try:
         dataset = read_dataset(root)
@@ -152,8 +153,8 @@ def _read_dataset(root: Path, world: World) -> Dataset:
 class Training:
     """A training in progress.
 
-    folder: of the saved states. rows: of the history. losses: of the steps since the last row. bar: a row with a higher
-    loss is bad. saved: the step of the newest saved state.
+    folder: the folder of the saved states. rows: the rows of the history. losses: the losses since the last row. bar: a row
+    with a higher loss is bad. saved: the step of the newest saved state.
     """
 
     params: Params
@@ -188,7 +189,7 @@ def _run(training: Training, steps: Iterator[Step]) -> None:
             _observe(training, step)
             last = step.step == total
             signal = world.largest(signalled())  # a signal to one process stops all of them after the same step
-            # No state is saved after a bad row, so the newest state stays a good one.
+            # No state is saved after a bad row, so the newest saved state is a good one.
             sound = not training.rows or training.rows[-1]["loss"] <= training.bar
             if last or (sound and (signal or step.step - training.saved >= params.compute.checkpoint_every)):
                 _save(training, step)
@@ -263,7 +264,7 @@ def _state_folder(params: Params, schedule: str, dataset: Dataset, root: Path, w
     key = training_key(params, schedule, dataset.record.sha256)
     if world.largest(int(world.broadcast(key) != key)):
         raise InputError(
-            f"train {schedule}: its processes differ in their data, parameters or code; give all of them the same"
+            f"train {schedule}: the processes of this training have different data, parameters or code; give all of them the same"
         )
     return root / paths.CACHE / "training" / f"{schedule}-{key[:16]}"
 
@@ -286,7 +287,7 @@ def _observe(training: Training, step: Step) -> None:
         rows.append(row)
         # protects: tests/stages/test_faults.py::test_a_loss_far_above_that_of_predicting_nothing_stops_it
         if len(rows) >= ROWS and all(row["loss"] > training.bar for row in rows[-ROWS:]):
-            what = f"the loss is {values['loss']:g}, and has long been above {training.bar:g},"
+            what = f"the loss is {values['loss']:g}, and has been above {training.bar:g} for {ROWS} rows,"
             raise training.failure(what, step)
     training.report(Progress(step.step, settings.steps, "steps", values, model=lambda: training.denoiser))
 
@@ -314,7 +315,7 @@ def _placed(images: arrays.Images, device: torch.device) -> torch.Tensor:
 
 
 def _loss_of_nothing(images: torch.Tensor, objective: Objective, channels: int) -> float:
-    """Returns the loss of a zero prediction, at evenly spread times."""
+    """Returns the loss of a zero prediction, averaged over evenly spread times."""
     return Validation(images, objective, batch=64).loss(lambda x, t: x.new_zeros(len(x), channels, *x.shape[2:]))
 
 
@@ -342,7 +343,7 @@ def _resume(
 ) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
     """Loads the newest saved state into `state`. Returns the rows of the history and the losses since the last row.
 
-    Process 0 reads the files and sends the state to the other processes, which need not reach its disk.
+    Process 0 reads the files and sends the state to the other processes, which may be unable to read its disk.
     """
     rows: list[dict[str, Any]] = []
     losses: list[float] = []
@@ -387,7 +388,7 @@ def _write(training: Training, dataset: Dataset, root: Path) -> dict[str, Any]:
 def _write_metrics(
     root: Path, schedule: str, metrics: dict[str, Any], rows: list[dict[str, Any]], by_time: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Writes both curves, then the record that describes them. Returns the record."""
+    """Writes both curves, then the record that describes the curves. Returns the record."""
     history, losses = root / paths.history_file(schedule), root / paths.losses_by_time_file(schedule)
     records.write_csv(history, rows)
     records.write_csv(losses, by_time)
@@ -412,10 +413,10 @@ def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, 
     denoiser, model = checkpoint.load(root / folder, device)
     assert isinstance(denoiser.net, torch.nn.Module)
     if model.weights_sha256 != row.imported or model.schedule.row != row.options():
-        raise InputError(f"{folder}: not the model that the row schedules.{schedule} describes; {remedy}")
+        raise InputError(f"{folder}: holds another model than the row schedules.{schedule} describes; {remedy}")
     if model.network.kind != params.network.kind:
         raise InputError(
-            f"{folder}: a network of kind {model.network.kind}, but DVC tracks only the code of network.kind ="
+            f"{folder}: holds a network of kind {model.network.kind}, but DVC tracks only the code of network.kind ="
             f" {params.network.kind}; take the schedule out of the sweep, or change network.kind"
         )
     if model.data.shape != dataset.record.shape:

@@ -54,12 +54,17 @@ class Leftover:
 
 
 def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
-    """Finds files last used before `before`, in seconds since 1970, from which no run under `params` would continue.
+    """Finds old files in .cache that no run with these parameters would resume from.
 
-    Skips training states of a schedule of `params`, since a longer training would resume from them. Skips images of a
-    point of the sweep, since sampling that point continues from them or replaces them. If dataset.json or auto.json cannot
-    be read, skips all training states, since it is unknown which ones `params` need. Other files are computed again when
+    Skips the training states of the schedules in `params`, since a longer training would resume from them. Skips the kept
+    images of the sweep's points, since sampling resumes from them or replaces them. If dataset.json or auto.json cannot be
+    read, skips all training states, since it is unknown which of them `params` need. Runs compute other files again when
     needed.
+
+    Args:
+        params: the present parameters.
+        root: the top of the project.
+        before: the limit of the last use, in seconds since 1970. Files used later are skipped.
     """
     keep = {"sampling": {point.name for point in params.points()}, "training": _trainings(params, root)}
     for folder, kind in KINDS.items():
@@ -79,7 +84,7 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
 
 
 def _trainings(params: Params, root: Path) -> set[str] | None:
-    """Returns the names of the training states' folders that `params` need, or None if dataset.json or auto.json is unknown."""
+    """Returns the folders of training states that `params` need, by name; None if dataset.json or auto.json is unknown."""
     from ddpm.stages.train import training_key
 
     try:
@@ -90,7 +95,7 @@ def _trainings(params: Params, root: Path) -> set[str] | None:
 
 
 def _leftover(kind: str, paths: tuple[Path, ...]) -> Leftover:
-    """Measures last use and size. Reading or writing a file is a use of it; listing a folder is no use of the folder."""
+    """Measures last use and size. Reading or writing a file counts as a use; listing a folder does not."""
     inside = [(path, path.stat()) for top in paths for path in (top, *top.rglob("*"))]
     used = max(status.st_mtime if path.is_dir() else max(status.st_atime, status.st_mtime) for path, status in inside)
     return Leftover(kind, paths, used, sum(status.st_size for path, status in inside if path.is_file()))

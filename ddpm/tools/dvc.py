@@ -1,4 +1,6 @@
-"""Runs DVC, and says the best point at the end of `dvc repro`, even when nothing had to run: the `dvc` of the environment."""
+"""Runs DVC, and prints the best point at the end of `dvc repro`, even when nothing had to run.
+
+The environment's `dvc` calls this module."""
 
 from __future__ import annotations
 
@@ -23,14 +25,14 @@ def main() -> int:
 
         try:
             lines = answer(root)
-        except InputError as error:  # DVC has succeeded, so its exit code stays
+        except InputError as error:  # DVC has succeeded, so keep its exit code
             lines = [str(error)]
         print("\n".join(lines), flush=True)
     return code
 
 
 def _makes_the_report(arguments: Sequence[str]) -> bool:
-    """Returns whether this is `dvc repro` of all stages or of the report, neither silent nor a dry run."""
+    """Returns whether the command is `dvc repro` of all stages or of the report, and neither silent nor a dry run."""
     if "repro" not in arguments or {"-q", "--quiet", "--dry", "-h", "--help"} & set(arguments):
         return False
     targets = [name for name in arguments[arguments.index("repro") + 1 :] if not name.startswith("-")]

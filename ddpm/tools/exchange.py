@@ -1,7 +1,7 @@
 """`export-diffusers` and `import-diffusers`: convert checkpoint folders to and from folders of diffusers' DDPMPipeline.
 
-An import writes a checkpoint to imported/NAME, and a row schedules.NAME with its checksum to params.yaml. For such a row `train`
-copies the checkpoint instead of training. With NAME in sweep.schedules it is swept, evaluated and promoted like any schedule.
+An import writes a checkpoint to imported/NAME, and a row schedules.NAME with its checksum to params.yaml. For such a row, `train`
+copies the checkpoint instead of training. With NAME in sweep.schedules, the model is sampled, scored and promoted like others.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from ddpm.files.yaml_file import flow_row, parse_yaml, rewritten
 from ddpm.parameters import LONGEST_NAME
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"  # lists the shards of large weights
+INDEX = f"{WEIGHTS}.index.json"  # the file that lists the shards of large weights
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 KNOWN = {"format", "weights_sha256", "schedule", "target", "variance", "network", "data", "training"}  # of model.json
-DIFFUSERS = "0.35.0"  # the version whose configuration keys are written
+DIFFUSERS = "0.35.0"  # the version of diffusers whose configuration keys are written
 
 
 def export_diffusers(folder: Path, out: Path, variance: str = "fixed_large") -> list[str]:
     """Converts a checkpoint folder to a new folder `out`, which DDPMPipeline.from_pretrained loads.
 
-    variance: "fixed_large" or "fixed_small", for the exported scheduler of a network without a learned variance.
-    Returns lines for the user. Raises InputError.
+    variance: "fixed_large" or "fixed_small", for the scheduler of a network without a learned variance. Returns lines for the
+    user. Raises InputError.
     """
     if out.exists():
         raise InputError(f"{out}: exists already; name a new folder, or remove this one")
@@ -77,19 +77,19 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
 def import_diffusers(folder: Path, name: str, root: Path = Path(), null_class: bool = False) -> list[str]:
     """Converts the folder of a UNet2DModel or a DDPMPipeline to imported/NAME, and writes the row schedules.NAME to params.yaml.
 
-    Importing under the same name again replaces both. Without a params.yaml of ours, only the folder is written.
+    Importing under the same name again replaces both. Without a params.yaml of this project, only the folder is written.
 
     Args:
         folder: the folder to read.
-        name: of the model here.
-        root: the top of the checkout, or the folder to write imported/NAME in.
-        null_class: whether the last class embedding stands for no label. The exports of `export_diffusers` say so themselves.
+        name: the name of the model here.
+        root: the top of the checkout, or the folder in which to write imported/NAME.
+        null_class: whether the last class embedding stands for no label. Exports of `export_diffusers` contain this setting.
 
     Returns:
         Lines for the user.
 
     Raises:
-        InputError: the model cannot be imported. Nothing was written.
+        InputError: the model cannot be imported. In this case, nothing was written.
     """
     if not re.fullmatch(rf"[a-z0-9_]{{1,{LONGEST_NAME}}}", name):
         raise InputError(
@@ -160,7 +160,7 @@ def _network(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor]
 
 
 def _check_variance(folder: Path, entry: NetworkEntry, scheduler: Mapping[str, Any] | None) -> None:
-    """Raises InputError unless the scheduler reads a learned variance exactly if the network predicts one."""
+    """Raises InputError if only one of network and scheduler has a learned variance."""
     if scheduler is None:
         return
     kind = scheduler.get("variance_type", "fixed_small")
@@ -172,7 +172,7 @@ def _check_variance(folder: Path, entry: NetworkEntry, scheduler: Mapping[str, A
 
 
 def _params_text(path: Path, name: str) -> str:
-    """Returns the text of params.yaml. Raises InputError if it is invalid, or if the user's own row has that name."""
+    """Returns the text of params.yaml. Raises InputError if it is invalid, or if a row of the user's own has that name."""
     params = Params.load(path)
     if name in params.schedules and params.schedules[name].imported is None:
         raise InputError(f"schedules.{name}: is your own row in {path.name}; import under another name")
@@ -180,7 +180,7 @@ def _params_text(path: Path, name: str) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object that another program wrote, also one that begins with a byte order mark. Raises InputError."""
+    """Reads a JSON object that another program wrote, with or without a byte order mark. Raises InputError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError, OSError) as error:
@@ -193,7 +193,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _network_folder(folder: Path) -> tuple[Path, list[str]]:
     """Returns the folder of config.json, and lines for the user. Raises InputError.
 
-    That is unet_ema/ of a training's checkpoint, unet/ of a pipeline, or `folder` itself.
+    The folder is unet_ema/ of a training's checkpoint, unet/ of a pipeline, or `folder` itself.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; download the model first")
@@ -206,13 +206,13 @@ def _network_folder(folder: Path) -> tuple[Path, list[str]]:
     averaged, *others = candidates
     if averaged.name == "unet_ema" and folder / "unet" in others:
         return averaged, [
-            f"{averaged}: took these averaged weights (EMA); for those of the last step import {others[0]}"
+            f"{averaged}: took these averaged weights (EMA); for the weights of the last step, import {others[0]}"
         ]
     return averaged, []
 
 
 def _process(folder: Path) -> tuple[tuple[dict[str, Any], int, str], dict[str, Any] | None]:
-    """Returns the schedule row, T and target, and scheduler_config.json, None if there is no such file. Raises InputError."""
+    """Returns the schedule row, T and target, and the content of scheduler_config.json or None. Raises InputError."""
     for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
         if path.is_file():
             config = _read_json(path)
@@ -224,7 +224,7 @@ def _process(folder: Path) -> tuple[tuple[dict[str, Any], int, str], dict[str, A
 
 
 def _said_of_sampling(folder: Path, scheduler: Mapping[str, Any] | None) -> list[str]:
-    """Returns lines on what is not imported, as it belongs to sampling: how the pipeline samples, and where to set the same."""
+    """Returns lines on the pipeline's sampling settings, which are not imported, and where to set the same here."""
     if scheduler is None:
         return [
             f"{folder}: no scheduler_config.json, so Ho et al.'s settings are assumed: linear schedule, T = 1000, target eps"
@@ -239,8 +239,8 @@ def _said_of_sampling(folder: Path, scheduler: Mapping[str, Any] | None) -> list
         quantile, most = scheduler.get("dynamic_thresholding_ratio", 0.995), scheduler.get("sample_max_value", 1.0)
         same = "true" if most == 1 else quantile
         lines.append(
-            f"its pipeline samples with thresholding at the quantile {quantile} up to sample_max_value {most}: in"
-            f" params.yaml that is sampling.clip: {same}"
+            f"its pipeline samples with dynamic thresholding (quantile {quantile}, sample_max_value {most}): the same in"
+            f" params.yaml is sampling.clip: {same}"
         )
     if offset := scheduler.get("steps_offset", 0):
         lines.append(f"its pipeline samples with steps_offset {offset}: samplers here have no offset")
@@ -264,7 +264,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
 def _weights_file(folder: Path) -> tuple[Path, list[str]]:
     """Returns the file of the weights, or the index of their shards, and lines for the user. Raises InputError.
 
-    A variant, such as fp16, is taken if there is nothing else.
+    A variant, such as fp16, is used if there are no other weights.
     """
     stem = WEIGHTS.partition(".")[0]
     variants = [path for path in sorted(folder.glob(f"{stem}.*.safetensors")) if "-of-" not in path.name]

@@ -22,8 +22,8 @@ from ddpm.runtime.drawing import UNGUIDED, arguments, check_row, class_labels, p
 from ddpm.runtime.progress import Progress, Report, silent
 
 DEFAULT: dict[str, Any] = {"sampler": "unipc"}
-SEARCHED = 400  # runs of the sampler that a search takes, about: for the progress
-PLACED = ("spacing", "along", "times", "fitted_to")  # fields of a row that the fitted times replace
+SEARCHED = 400  # the approximate number of sampler runs in a search, for the progress
+PLACED = ("spacing", "along", "times", "fitted_to")  # the fields of a row that the fitted times replace
 
 
 def fit_row(
@@ -38,12 +38,12 @@ def fit_row(
     """Fits times to a model.
 
     Args:
-        params: the sampler rows, and how the network is run.
+        params: the parameters, with the sampler rows.
         folder: the checkpoint folder.
         steps: the numbers of steps, S.
         sampler: a row of params.samplers whose solver and guidance are used; "" for UniPC.
-        images: images of the trajectory that the times are fitted to.
-        seed: of their noise.
+        images: the number of images in the trajectory to which the times are fitted.
+        seed: the seed of their noise.
         report: receives the progress, in network evaluations per image.
 
     Returns:
@@ -89,7 +89,7 @@ def fit_row(
 
 
 def _check(params: Params, steps: Sequence[int], sampler: str) -> None:
-    """Raises InputError for steps that are out of range or an unknown row, before the model runs."""
+    """Raises InputError for steps that are out of range or an unknown row. Called before the model runs."""
     if sampler and sampler not in params.samplers:
         raise InputError(f"no row '{sampler}' in samplers of params.yaml; there are {', '.join(params.samplers)}")
     if wrong := [each for each in steps if not 1 <= each <= GRID]:

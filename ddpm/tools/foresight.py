@@ -1,4 +1,4 @@
-"""Checks what params.yaml asks of a dataset before anything is trained, instead of when a later stage fails."""
+"""Checks before the training whether the dataset fits params.yaml, so that no later stage fails because of the dataset."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ddpm.stages.train import class_count, network_entry
 
 
 def check_contents(params: Params, contents: Contents) -> list[str]:
-    """Checks a source that is not yet read. Returns and raises as `check` does."""
+    """Checks a source before its images are read. Returns and raises as `check` does."""
     counts = None
     if contents.classes is not None and contents.labels is not None:
         numbers = np.bincount(contents.labels[0], minlength=len(contents.classes)).tolist()
@@ -40,7 +40,7 @@ def check(
     """Raises InputError if a stage will fail on a dataset. Returns warnings, a line each.
 
     Args:
-        params: of the run.
+        params: the parameters of the run.
         shape: C, H, W of an image.
         counts: number of train and test images.
         classes: number of training images of each class; None without classes.
@@ -53,7 +53,7 @@ def check(
 
 
 def check_counts(params: Params, counts: tuple[int, int]) -> None:
-    """Raises InputError for fewer images than a score takes."""
+    """Raises InputError if there are fewer images than a score needs."""
     train, test = counts
     if train < FEWEST:
         enough = ", or hold out fewer of them for test" if train + test >= FEWEST else ""
@@ -66,7 +66,7 @@ def check_counts(params: Params, counts: tuple[int, int]) -> None:
 
 
 def check_classes(params: Params, classes: Mapping[str, int] | None) -> None:
-    """Raises InputError if a conditional network could not learn every class."""
+    """Raises InputError if a conditional network cannot learn every class."""
     if not class_count(params, params.data.source, classes):
         return
     if absent := _without_images(classes):
@@ -77,7 +77,7 @@ def check_classes(params: Params, classes: Mapping[str, int] | None) -> None:
 
 
 def check_network(params: Params, shape: tuple[int, int, int], classes: int) -> None:
-    """Raises InputError if no U-Net of this section takes these images. Other networks are checked when they are trained.
+    """Raises InputError if the section `network` gives no U-Net for these images. Other networks are checked at their training.
 
     On the meta device, the network has no weights and takes no memory.
     """
@@ -89,7 +89,7 @@ def check_network(params: Params, shape: tuple[int, int, int], classes: int) -> 
 
 
 def warnings(params: Params, train: int, classes: Mapping[str, int] | None) -> list[str]:
-    """Returns a line for each setting that does something, but hardly what is wanted."""
+    """Returns a line for each setting that works, but probably not as intended."""
     lines = []
     samples, scored = params.sampling.images, params.evaluation.images
     if samples > scored:

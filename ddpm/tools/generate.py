@@ -40,10 +40,10 @@ from ddpm.tools.load import located
 from ddpm.training.fit import scaled
 
 DEFAULT: dict[str, Any] = {"sampler": "ddim", "steps": 50}
-SAMPLING = Sampling(images=64, batch=64)  # where there is no params.yaml
-MOMENTS = 10  # of a chain, that a row shows
+SAMPLING = Sampling(images=64, batch=64)  # used without a params.yaml
+MOMENTS = 10  # the number of states of a chain that a row shows
 DEPTHS = (1.0, 0.75, 0.5, 0.25)  # noise levels of a blend, as a share of the chain; 1 is pure noise
-PAIRS = 40  # pairs of a reconstruction that the picture shows, at most; the errors cover all pairs
+PAIRS = 40  # the most pairs that the picture of a reconstruction shows; the errors cover all pairs
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Model:
     record: ModelRecord
     device: torch.device
     label: str | None = None  # the class of all images; None: the classes take turns
-    origin: str = ""  # where the model comes from, if it is neither the champion nor the named one
+    origin: str = ""  # the model's origin, if it is neither the champion nor a named model
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,11 +64,11 @@ class Model:
 
     @property
     def call(self) -> dict[str, Any]:
-        """The settings as `ddpm.sample` takes them."""
+        """The settings as arguments of `ddpm.sample`."""
         return arguments(self.settings, self.denoiser.schedule.T)[0]
 
     def labelled(self, count: int) -> dict[str, Any]:
-        """Labels and guidance for `count` images of a conditional model; {} for any other. Raises ValueError."""
+        """Returns labels and guidance for `count` images of a conditional model, or else {}. Raises ValueError."""
         labels, guidance = class_labels(self.record, count, self.label), arguments(self.settings, 1)[1]
         if labels is not None:
             return {"labels": torch.from_numpy(labels), **guidance}
@@ -81,8 +81,8 @@ class Model:
 class Request:
     """The contents of a picture to make."""
 
-    of: tuple[int, ...]  # indices of test images, or how many of them
-    count: int  # images or rows; 0: the default of the kind
+    of: tuple[int, ...]  # indices of test images, or their number
+    count: int  # the number of images or rows; 0: the default of the kind
     seed: int
     batch: int
     report: Report
@@ -90,7 +90,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Picture:
-    """uint8 images N,C,H,W in rows of `columns` (None: a square), a message about them, and figures for a JSON file."""
+    """Images, uint8 N,C,H,W, in rows of `columns` (None: a square), a message about them, and figures for a JSON file."""
 
     images: arrays.Images
     columns: int | None
@@ -113,22 +113,22 @@ def generate(
     guidance: float | None = None,
     report: Report = silent,
 ) -> str:
-    """Writes a picture to `out` (PNG), and its figures, if any, to a JSON file beside it. Returns a line that says what it shows.
+    """Writes a picture to `out` (PNG), and its figures, if any, to a JSON file beside it. Returns a line about the picture.
 
     Args:
-        params: the parameters of the sweep; None where there is no params.yaml: `model` is then needed.
+        params: the parameters of the sweep; None without a params.yaml, in which case `model` is needed.
         out: the file of the picture; its name ends in .png.
         kind: a key of KINDS.
-        of: indices of test images, or how many of them, as the kind needs it.
+        of: indices of test images, or their number, depending on the kind.
         count: the number of images or rows; 0 for the default of the kind.
         model: models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder; "" for the champion
-            of the dataset, or where there is none, for the best point of the report.
+            of the dataset, or without a champion, for the best point of the report.
         seed: seed of the noise.
         sampler: a row of params.samplers or else a key of SAMPLERS; "" for the sampler that the model was registered with, or
             DDIM for a folder.
         steps: S; 0 for the steps that the model was registered with, or 50 for a folder.
         label: the class of all images of a conditional model, by name or number; None: the classes take turns.
-        guidance: the guidance scale; None for that of the settings.
+        guidance: the guidance scale; None for the scale in the settings.
         report: receives the progress.
 
     Raises:
@@ -179,7 +179,7 @@ def _open(
 
 @contextmanager
 def _found(params: Params | None, model: str) -> Iterator[tuple[Path, Mapping[str, Any], str]]:
-    """Yields the checkpoint folder, its sampler settings, and where the model comes from if `model` did not say that."""
+    """Yields the checkpoint folder, its sampler settings, and the model's origin if `model` does not name it."""
     if model:
         with located(model) as (folder, promoted):
             yield folder, promoted, ""
@@ -222,7 +222,7 @@ def _grid(model: Model, request: Request) -> Picture:
 
 
 def _progressive(model: Model, request: Request) -> Picture:
-    """Draws `count` rows: the clean image that the network predicts, from the first step of the chain to the last."""
+    """Draws `count` rows: the predicted clean image, from the first step of the chain to the last."""
     states = _states(model, request)
     return _rows(
         [state.x0_hat for state in states], f"{len(states[0].x)} images: the predicted clean image, step by step"
@@ -252,16 +252,16 @@ def _rows(columns: list[Tensor], message: str) -> Picture:
 
 
 def _interpolate(model: Model, request: Request) -> Picture:
-    """Draws a row: a test image at either end, and `count` images decoded from between their codes."""
+    """Draws a row: a test image at either end, and `count` images between, decoded from codes between their codes."""
     x_0, y_0 = _test_images(model, request.of)
     images = interpolate(_watched(model, 2, request), x_0, y_0, _weights(request), **model.call)
     row = torch.stack([x_0, *images, y_0])
-    message = f"test images {request.of[0]} and {request.of[1]}, and {len(images)} along the way between their codes"
+    message = f"test images {request.of[0]} and {request.of[1]}, and {len(images)} images from codes between theirs"
     return Picture(to_uint8(row).cpu().numpy(), len(row), message)
 
 
 def _blend(model: Model, request: Request) -> Picture:
-    """Draws rows with a test image at either end and `count` mixtures between them; each row mixes under less noise."""
+    """Draws rows with a test image at either end and `count` mixtures between them. Each row mixes at a lower noise level."""
     x_0, y_0 = _test_images(model, request.of)
     denoiser = _watched(model, len(DEPTHS), request)
     images: list[Tensor] = []
@@ -292,7 +292,7 @@ def _weights(request: Request) -> list[float]:
 def _encode_decode(model: Model, request: Request) -> Picture:
     """Draws rows of test images, each above its reconstruction from the codes, and measures the errors."""
     if request.count:
-        raise InputError("generate: --encode-decode takes the number of images itself; leave -n out")
+        raise InputError("generate: --encode-decode already gives the number of images; leave -n out")
     (count,) = request.of
     if count > (there := len(read_dataset().test)):
         raise InputError(f"--encode-decode {count}: the test split has {there} images")
@@ -306,7 +306,7 @@ def _encode_decode(model: Model, request: Request) -> Picture:
     apart = np.abs(before.astype(int) - after).reshape(count, -1).max(1)
     figures = {
         "images": count,
-        "mean_squared_error": float(error.mean()),  # per value, on the [0, 1] scale
+        "mean_squared_error": float(error.mean()),  # error per value, on the [0, 1] scale
         "worst_image": int(error.argmax()),
         "grey_levels_apart": int(apart.max()),
         **model.settings,
@@ -323,7 +323,7 @@ def _encode_decode(model: Model, request: Request) -> Picture:
 
 
 def _alternating(above: arrays.Images, below: arrays.Images, columns: int) -> arrays.Images:
-    """Returns rows of `columns` images, taken in turn from `above` and `below`; white images fill the last rows."""
+    """Returns rows of `columns` images, taken in turn from `above` and `below`. White images fill up the last rows."""
     padding = np.full((-len(above) % columns, *above.shape[1:]), 255, np.uint8)
     pair = [np.concatenate([images, padding]).reshape(-1, columns, *images.shape[1:]) for images in (above, below)]
     return np.stack(pair, axis=1).reshape(-1, *above.shape[1:])
@@ -357,7 +357,7 @@ def _test_images(model: Model, indices: Iterable[int]) -> Tensor:
 
 
 def _watched(model: Model, passes: int, request: Request) -> Denoiser:
-    """Returns the denoiser with a network that reports each evaluation. passes: how often the chain is run, up or down."""
+    """Returns the denoiser with a network that reports each evaluation. passes: the number of runs through the chain."""
     net, done, total = model.denoiser.net, 0, passes * evaluations(model.denoiser.schedule, **model.call)
 
     def counted(*inputs: Any) -> Any:

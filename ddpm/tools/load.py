@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
     from ddpm.diffusion.denoiser import Denoiser
 
-REGISTERED = "models:"  # how the name of a registered model begins
+REGISTERED = "models:"  # the beginning of a registered model's name
 
 
 def load(
     model: str | os.PathLike[str], device: torch.device | str = "cpu", clip: bool | float | None = None
 ) -> Denoiser:
-    """Loads a trained, imported or registered model. A folder takes torch, numpy and safetensors alone.
+    """Loads a trained, imported or registered model. Loading a folder needs only torch, numpy and safetensors.
 
     >>> denoiser = load("models/cosine")
     >>> images = sample(denoiser, torch.randn(16, 1, 8, 8), sampler="ddim", steps=50)
@@ -34,8 +34,8 @@ def load(
 
     Args:
         model: a folder that `ddpm train` or `ddpm import-diffusers` wrote, models:/NAME@ALIAS or models:/NAME/VERSION.
-        device: of the network.
-        clip: of x0_hat, as Denoiser takes it. None for that of a registered model, and True for a folder.
+        device: the device of the network.
+        clip: `clip` of Denoiser. None means the setting of a registered model, and True for a folder.
 
     Returns:
         The denoiser: the network with its schedule and target.
@@ -51,7 +51,7 @@ def load(
 
 @contextmanager
 def located(model: str | os.PathLike[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yields the checkpoint folder of a model, and the settings that it was promoted with: {} for a folder. Raises InputError.
+    """Yields the checkpoint folder of a model, and the settings with which it was promoted ({} for a folder). Raises InputError.
 
     The folder of a registered model exists only within the context.
     """

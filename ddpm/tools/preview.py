@@ -1,4 +1,4 @@
-"""Draws sample grids while a network trains. They are no outputs of DVC, so that editing a sampler re-runs no training."""
+"""Draws sample grids while a network trains. DVC does not track the grids, so editing a sampler reruns no training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def preview_file(schedule: str, step: int) -> Path:
 def previews(params: Params, root: Path, schedule: str, log: Callable[[int, arrays.Images], None]) -> Report:
     """Returns a Report that draws a grid every `compute.preview_every` steps, from the same noise with 25 DDIM steps.
 
-    It writes the grid to .cache/previews/SCHEDULE/STEP.png and passes it to log(step, picture), uint8 C,H,W.
+    The Report writes the grid to .cache/previews/SCHEDULE/STEP.png and passes it to log(step, picture), uint8 C,H,W.
     """
 
     def report(progress: Progress) -> None:

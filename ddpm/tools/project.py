@@ -24,8 +24,8 @@ from ddpm.files.yaml_file import parse_yaml, rewritten
 from ddpm.provenance import code, git
 from ddpm.provenance.project import FILES, NAME, digest, package_digest
 
-PREFIX = f"{code.PACKAGE}/"  # of the dependencies that are code
-# Copied as they are, with the names that they get in the project.
+PREFIX = f"{code.PACKAGE}/"  # the beginning of the dependencies that are code
+# Files that are copied unchanged, with their names in the project.
 COPIED = {
     ".dvcignore": ".dvcignore",
     "gitignore": ".gitignore",
@@ -33,23 +33,23 @@ COPIED = {
     "prefect.toml": "prefect.toml",
     "Procfile": "Procfile",
 }
-# In prefect.yaml, where a checkout names its own files.
+# Replaced in prefect.yaml, since a checkout names its own files.
 REPLACED = {"flows/train_eval.py:train_eval": "flows.train_eval.train_eval", "make up": "python -m flows.servers.up"}
 HEAD = """\
 # The stages, as ddpm {version} runs them. `ddpm init --update` writes this file and {name} again after an upgrade.
-# {name} holds hashes of the package's code: a stage depends on that of its own code, and of the modules that params.yaml selects.
+# {name} holds hashes of the package's code. A stage depends on those of its own code and of the modules that params.yaml selects.
 """
 
 
 def init(folder: Path, recipe: str) -> list[str]:
     """Makes a project in `folder`, with the recipe as its params.yaml. Returns lines about it and the next commands.
 
-    Raises InputError, and then has written no file, if the folder has one of these files, there is no such recipe, or git fails.
+    Raises InputError, and writes nothing, if the folder has one of these files, if there is no such recipe, or if git fails.
     """
-    importlib.import_module("dvc")  # an installation without the extra `pipeline` ends here, in one line
+    importlib.import_module("dvc")  # fails here, in one line, without the extra `pipeline`
     files = _files(recipe)
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: not a folder; name one, which may be new")
+        raise InputError(f"{folder}: not a folder; name a new or an existing folder")
     if present := [name for name in files if (folder / name).exists()]:
         advice = "`ddpm init --update` renews a project" if NAME in present else "choose an empty folder"
         raise InputError(f"{folder}: has {', '.join(present)} already; {advice}")
@@ -61,15 +61,15 @@ def init(folder: Path, recipe: str) -> list[str]:
         f"{folder}: a project with the recipe {recipe}",
         "next:",
         *([] if folder.resolve() == Path.cwd() else [f"  cd {folder}"]),
-        "  dvc repro   trains, samples and evaluates what params.yaml says, and writes report/index.html",
-        "  ddpm run    does the same, and publishes to MLflow and promotes the best point besides",
+        "  dvc repro   runs the pipeline of params.yaml, and writes report/index.html",
+        "  ddpm run    does the same, publishes to MLflow and promotes the best point",
     ]
 
 
 def update(folder: Path) -> list[str]:
     """Writes dvc.yaml and ddpm.json again for the installed package. Returns lines about what changed.
 
-    Raises InputError, and then has written nothing, if `folder` is no project, or dvc.yaml was edited.
+    Raises InputError, and writes nothing, if `folder` is not a project, or if dvc.yaml was edited.
     """
     if not (folder / NAME).exists():
         raise InputError(f"{folder}: no project, since it has no {NAME}; `ddpm init FOLDER` makes one")
@@ -82,11 +82,11 @@ def update(folder: Path) -> list[str]:
     after = parse_yaml(made[NAME], NAME)
     old, new = ({**found.get("stages", {}), **found.get("rows", {})} for found in (before, after))
     changed = [name for name in new if new[name] != old.get(name)]
-    return [f"{NAME}: now of ddpm {after['version']}; code changed of: {', '.join(changed) or 'no stage'}"]
+    return [f"{NAME}: updated to ddpm {after['version']}; stages whose code changed: {', '.join(changed) or 'none'}"]
 
 
 def wiring(text: str) -> str:
-    """Returns the package's dvc.yaml as a project has it: dependencies on code became dependencies on entries of ddpm.json."""
+    """Returns dvc.yaml for a project: replaces dependencies on code by dependencies on entries of ddpm.json."""
 
     def change(document: Any) -> None:
         for name, stage in document["stages"].items():
@@ -119,7 +119,7 @@ def _files(recipe: str) -> dict[str, str]:
     if recipe not in recipes:
         raise InputError(f"--recipe {recipe}: there are {', '.join(recipes)}")
     Params.load(recipes[recipe])
-    scripts = sorted((code.ROOT / FILES / "recipes").glob("*.py"))  # which make the data of a recipe
+    scripts = sorted((code.ROOT / FILES / "recipes").glob("*.py"))  # scripts that make the data of a recipe
     deployment = _template("prefect.yaml")
     for before, after in REPLACED.items():
         deployment = deployment.replace(before, after)
@@ -134,8 +134,8 @@ def _files(recipe: str) -> dict[str, str]:
 
 
 def _generated() -> dict[str, str]:
-    """Returns the files that follow from the installed package."""
-    text = _template("stages.yaml")  # dvc.yaml, by a name that DVC does not read in a checkout
+    """Returns the text of the files that depend on the installed package, by their paths."""
+    text = _template("stages.yaml")  # dvc.yaml, under a name that DVC does not read in a checkout
     made = wiring(text)
     content = {**hashes(text), "dvc.yaml": _sha256(made)}
     return {"dvc.yaml": made, NAME: f"{json.dumps(content, indent=2)}\n"}
@@ -150,9 +150,11 @@ def _sha256(text: str) -> str:
 
 
 def _repositories(folder: Path) -> None:
-    """Makes the folder a git repository, unless it belongs to one, and a DVC repository, unless it is one."""
+    """Makes the folder a git and a DVC repository, as far as it is not one yet or inside a git repository."""
     if git.line(folder, "rev-parse", "--show-toplevel") is None and git.ask(folder, "init", "--quiet") is None:
-        raise InputError(f"{folder}: `git init` failed; DVC needs git, so install it, or look at what it says there")
+        raise InputError(
+            f"{folder}: `git init` failed; DVC needs git: install git, or run `git init` there to see the error"
+        )
     if (folder / ".dvc").is_dir():
         return
     inside = Path(git.line(folder, "rev-parse", "--show-toplevel") or folder) != folder.resolve()

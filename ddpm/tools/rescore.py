@@ -1,4 +1,4 @@
-"""Scores a checkpoint that is no output of this checkout, such as an earlier champion, under the present data and protocol."""
+"""Scores a checkpoint from outside this checkout, such as an earlier champion, with the present data and protocol."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rescore(
     Args:
         params: the parameters, whose evaluation protocol applies.
         checkpoint: the folder of the model.
-        settings: the options of a sampler row, `steps`, and `clip` (default: that of params).
+        settings: the options of a sampler row, `steps`, and `clip` (default: sampling.clip of params).
         root: the checkout.
         report: receives the progress.
 

@@ -1,4 +1,4 @@
-"""`schedules`: a table of the rows of `schedules`, their signal-to-noise curves, and a real image noised along each."""
+"""`schedules`: writes a table of the rows of `schedules`, their signal-to-noise curves, and a real image noised by each row."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def schedules(
         params: the parameters, with the rows of `schedules`; None for every schedule of SCHEDULES.
         root: the checkout.
         out: the folder to write to; None for schedules/.
-        timesteps: T; None for that of the parameters or of the model.
+        timesteps: T; None for the T of the parameters or of the model.
         model: a folder or the name of a registered model, whose own schedule is shown instead.
 
     Returns:
@@ -136,7 +136,7 @@ def _plot(path: Path, built: dict[str, NoiseSchedule], rows: dict[str, Summary])
 
 
 def _plot_strip(path: Path, built: dict[str, NoiseSchedule], image: arrays.Images, seed: int) -> None:
-    """Draws x_0, ..., x_T of one image, one row per schedule. All rows use the same noise, so that columns compare."""
+    """Draws x_0, ..., x_T of one image, one row per schedule. All rows use the same noise, so that columns can be compared."""
     x_0 = torch.from_numpy(np.array(image)).double() / 127.5 - 1
     eps = gaussian(seed, [0], 0, x_0.shape)[0].double()
     strips = []

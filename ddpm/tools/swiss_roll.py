@@ -26,8 +26,8 @@ from ddpm.training.fit import TrainingState, fit
 from ddpm.training.objective import Objective
 
 POINTS, STEPS, T = 10_000, 3_000, 200
-SHOWN = (0, 25, 60, 110, 200)  # t of the columns: 0 is data, T noise
-DRAWN = 1_500  # points in a panel
+SHOWN = (0, 25, 60, 110, 200)  # t of each column: 0 is data, T is noise
+DRAWN = 1_500  # the number of points in a panel
 
 
 class PointNet(nn.Module):
@@ -59,7 +59,7 @@ def roll(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def train_on_roll(steps: int = STEPS, seed: int = 0, report: Report = silent) -> Denoiser:
     """Trains a small network on the cosine schedule by Algorithm 1 of Ho et al. 2020.
 
-    The target is v, as no signal is left at T.
+    The target is v, since no signal is left at T.
     """
     schedule = NoiseSchedule.named("cosine", T)
     with torch.random.fork_rng(devices=[]):
@@ -103,7 +103,7 @@ def swiss_roll(out: Path, seed: int = 0, report: Report = silent) -> None:
     """Trains, samples, and writes the picture to `out` (PNG). The same seed gives the same picture. Raises InputError."""
     if out.suffix.lower() != ".png":
         raise InputError(f"{out}: the picture is a PNG; give --out a name that ends in .png")
-    torch.set_num_threads(1)  # as fast as more for so small a network, and the picture is the same everywhere
+    torch.set_num_threads(1)  # as fast as several threads for so small a network, and gives the same picture everywhere
     denoiser = train_on_roll(seed=seed, report=report)
     data, along = roll(DRAWN, seed + 1)
     schedule = denoiser.schedule
@@ -147,7 +147,7 @@ def _fewer_colours(path: Path) -> None:
 
 
 def _draw_drift(panel: Any, denoiser: Denoiser, t: int) -> None:
-    """Draws arrows of equal length. Their colour is the size of the drift, relative to the panel's largest."""
+    """Draws arrows of equal length. Their colour shows the size of the drift, relative to the largest in the panel."""
     ticks = torch.linspace(-2.7, 2.7, 19)
     x, y = torch.meshgrid(ticks, ticks, indexing="xy")
     field = drift(denoiser, torch.stack([x.flatten(), y.flatten()], 1), t)

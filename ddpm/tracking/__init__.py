@@ -4,7 +4,7 @@ No other package imports mlflow, and no stage imports this package.
 
 Each dataset has one MLflow experiment, `ddpm-DATASET`, with these runs:
 
-- `linear`, for each schedule: loss curves and the checkpoint. The next two are its child runs.
+- `linear`, for each schedule: loss curves and the checkpoint. This run has the next two as child runs.
 - `linear-ddim`, for each schedule and sampler: scores and sample grids. MLflow's step is the number of network
   evaluations.
 - `linear-likelihood`: the bound in bits/dim.
@@ -12,7 +12,7 @@ Each dataset has one MLflow experiment, `ddpm-DATASET`, with these runs:
 
 Outputs hold no run ids. Tags of a run say which outputs it shows: `ddpm.key` hashes the configuration,
 `ddpm.model_sha256` names the weights, and `ddpm.samples.STEPS` and `ddpm.scores.STEPS` name the files of a point. If
-edited code gave other outputs for the same configuration, these go to a new run, and the old run is tagged
+edited code gives other outputs for the same configuration, the outputs go to a new run, and the old run is tagged
 `ddpm.superseded`. So each step of a metric has one value. Times come from the run files beside the outputs;
 2000-01-01 means that there is no such file.
 

@@ -18,7 +18,7 @@ from ddpm.parameters import USUAL_NETWORK, Point
 
 @dataclass(frozen=True)
 class PointSettings:
-    """The parameters of a point: the seed, the row of its sampler, and the sections that its stages depend on."""
+    """The parameters of a point: the seed, the row of its sampler, and the sections on which its stages depend."""
 
     seed: int
     row: dict[str, Any]
@@ -27,7 +27,7 @@ class PointSettings:
 
     @classmethod
     def read(cls, params: Params, point: Point, root: Path) -> PointSettings | None:
-        """Reads the parameters of a point from its files, or the evaluation section from `params` if it has no scores yet.
+        """Reads the parameters of a point from its files. Takes `evaluation` from `params` if the point has no scores.
 
         Returns None if another model drew the samples, or if the scores belong to other samples. Raises InputError.
         """
@@ -55,14 +55,14 @@ def _recorded(network: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def identity_of_model(model: ModelRecord) -> dict[str, Any]:
-    """Returns the same as training_identity, from model.json."""
+    """Returns the same as training_identity, but from model.json."""
     training, network = dict(model.training.content), model.network
     derived = (
         "image_channels",
         "image_size",
         "out_channels",
         "classes",
-    )  # from data and diffusion
+    )  # entries that follow from data and diffusion
     return {
         "schedule": model.schedule.name,
         "schedules": model.schedule.row,

@@ -1,6 +1,6 @@
 """Publishes outputs, with the comparison of the report and the champion.
 
-The publishing of runs knows nothing of the registry, since the registry publishes the runs of the point that it promotes.
+This module joins them, since ddpm.tracking.publish cannot import the registry: the registry imports it to publish runs.
 """
 
 from __future__ import annotations

@@ -34,9 +34,9 @@ Say = Callable[[str], None]
 CHAMPION = "champion"
 CONNECT_SECONDS = 3.0
 LOCK_SECONDS = 120.0
-SILENT_SECONDS = 1.0  # of waiting for a promotion, before a message says so
+SILENT_SECONDS = 1.0  # seconds of waiting for a promotion before a message says so
 
-# Settings that bound MLflow's waiting and silence it. Values that the user has set win.
+# Settings that limit MLflow's waiting and its output. The user's own values take precedence.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -51,7 +51,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Place:
-    """The address of a tracking store. artifacts: the URI below which new experiments keep files; None if a server decides."""
+    """The address of a tracking store. artifacts: the URI below which new experiments keep files; None if a server decides it."""
 
     uri: str
     lock: Path
@@ -67,7 +67,7 @@ class Place:
 
 
 def repo_root(root: Path = Path()) -> Path:
-    """Returns the checkout that `root` belongs to. DVC runs temporary experiments in .dvc/tmp/exps of the checkout."""
+    """Returns the checkout to which `root` belongs. DVC runs temporary experiments in .dvc/tmp/exps of the checkout."""
     path = root.resolve()
     parts = path.parts
     for index in range(len(parts) - 2):
@@ -132,7 +132,7 @@ def import_mlflow() -> None:
 
 
 def client_of(where: Place) -> MlflowClient:
-    """Checks the database file, then opens it. Call this under the lock: the first client creates or migrates the file.
+    """Checks the database file and opens it. Call this under the lock, since the first client creates or migrates the file.
 
     Raises InputError.
     """
@@ -168,7 +168,7 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # another host created it meanwhile
+            found = client.get_experiment_by_name(name)  # another host created the experiment meanwhile
     if found is None or found.lifecycle_stage != "active":
         raise InputError(f"MLflow at {where.shown}: experiment {name} was deleted; restore it, or delete it for good")
     if where.artifacts and found.artifact_location.startswith("mlflow-artifacts:"):
@@ -187,7 +187,7 @@ def _new_experiment(client: MlflowClient, where: Place, name: str, dataset: str)
         mlflow_file.require_new(where.database, name)
     location = f"{where.artifacts.rstrip('/')}/{name}" if where.artifacts else None
     if location and "MLFLOW_DEFAULT_ARTIFACT_ROOT" in os.environ:
-        location += f"-{secrets.token_hex(4)}"  # other databases may keep experiments of this name below the same root
+        location += f"-{secrets.token_hex(4)}"  # other databases may have experiments of this name below the same root
     tags = {"ddpm.dataset": dataset, "mlflow.experimentKind": "custom_model_development"}
     created = str(client.create_experiment(name, artifact_location=location, tags=tags))
     client.set_experiment_tag(created, "mlflow.note.content", _note(created, dataset))
@@ -209,7 +209,7 @@ def _note(experiment: str, dataset: str) -> str:
 
 @contextmanager
 def as_default(where: Place) -> Iterator[None]:
-    """Makes `where` the process's tracking store while the block runs: MLflow's registry looks up logged models there."""
+    """Makes `where` the process's tracking store while the block runs, since MLflow's registry looks up logged models there."""
     import mlflow
 
     before = os.environ.get("MLFLOW_TRACKING_URI")
@@ -225,14 +225,14 @@ def as_default(where: Place) -> Iterator[None]:
 def locked(where: Place, name: str = "") -> AbstractContextManager[None]:
     """Holds a lock of the store while the block runs.
 
-    Without a name it is the store's own lock, held only briefly; waiting too long for it raises InputError. With a name, such as
-    ".promote", it may be held for any time, and waiting for it never ends.
+    Without a name, holds the store's own lock, which every process holds only briefly; waiting too long raises InputError. A lock
+    with a name, such as ".promote", may be held for any time, so waiting for it never ends.
     """
 
     def waiting() -> None:
         if not name:
             raise InputError(
-                f"MLflow at {where.shown} is in use by another process: waited {LOCK_SECONDS:.0f} s for it; try again later"
+                f"MLflow at {where.shown} is in use by another process: waited {LOCK_SECONDS:.0f} s; try again later"
             ) from None
         print(
             f"MLflow at {where.shown}: waiting for another process that promotes a model there",
@@ -251,7 +251,7 @@ PUBLISH_LATER = "publish later with `ddpm publish`"
 
 
 def require_reachable(where: Place, advice: str = PUBLISH_LATER) -> None:
-    """Raises InputError if the server does not answer; `advice` ends the message. MLflow itself would retry for far longer."""
+    """Raises InputError, ending with `advice`, if the server does not answer. MLflow itself would retry for far longer."""
     host, port = (None, None) if where.database else _address(where.uri)
     if not host or not port:
         return
@@ -262,7 +262,7 @@ def require_reachable(where: Place, advice: str = PUBLISH_LATER) -> None:
 
 
 def _address(uri: str) -> tuple[str | None, int | None]:
-    """Returns the host and port of a server, or None if it cannot be probed: a file, a proxied server or another kind."""
+    """Returns the host and port of a server. Returns None for a file, a proxied server or another kind of store."""
     if uri.startswith(("http://", "https://")):
         parts = urlsplit(uri)
         if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname or ""):
@@ -274,7 +274,7 @@ def _address(uri: str) -> tuple[str | None, int | None]:
     try:
         url = make_url(uri)
     except (ArgumentError, ValueError):
-        return None, None  # MLflow itself reports what is wrong
+        return None, None  # MLflow itself reports the fault
     return url.host, url.port or {"postgresql": 5432, "mysql": 3306}.get(url.get_backend_name())
 
 
@@ -286,7 +286,7 @@ def _unreachable(where: Place, advice: str, why: str = "") -> str:
 def plain_errors(where: Place, advice: str = PUBLISH_LATER) -> Iterator[None]:
     """Turns errors of MLflow, its server, S3 or the disk into a one-line InputError.
 
-    advice: what to do if the store cannot be reached.
+    advice: the end of the message if the store cannot be reached.
     """
     import_mlflow()
     from mlflow.exceptions import MlflowException
@@ -325,7 +325,7 @@ _warned: set[str] = set()
 
 
 def warn(line: str, say: Say) -> None:
-    """Says a warning once per process."""
+    """Prints a warning once per process."""
     if line not in _warned:
         _warned.add(line)
         say(f"warning: {line}")

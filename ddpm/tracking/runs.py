@@ -1,4 +1,4 @@
-"""Finds MLflow runs by their contents, and adds to them what they lack."""
+"""Finds MLflow runs by their contents, and adds the parts that a run lacks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CURVES = ("loss", "learning_rate", "gradient_norm", "validation_loss")  # columns of a training's CSV file
 KEY, MODEL, CURVES_SHA = "ddpm.key", "ddpm.model_sha256", "ddpm.curves_sha256"
 MODEL_RECORD = "ddpm.model_record_sha256"  # hash of model.json's content
-COMPRESSED = "+compressed.webp"  # ends the name of the thumbnail that MLflow's slider shows
+COMPRESSED = "+compressed.webp"  # the end of the name of the thumbnail that MLflow's slider shows
 SUPERSEDED, PROCESS, SETTINGS = "ddpm.superseded", "ddpm.process", "ddpm.settings"
 PUBLISHER = "ddpm.publisher"  # the process that fills the run in; removed once the run is FINISHED
 
@@ -96,16 +96,16 @@ def find_or_create(
     tags: Mapping[str, str],
     added: Counter[str],
 ) -> Run:
-    """Returns the run with that key whose content agrees with the outputs, or a new run. Other runs become superseded.
+    """Returns the run with this key whose content agrees with the outputs, or a new run. Tags other runs as superseded.
 
     Args:
         target: the store and experiment.
         key: the value of the tag KEY.
         name: the name of a new run.
-        agrees: whether a run holds nothing but what the outputs say.
+        agrees: whether the content of a run agrees with the outputs.
         start: the start time of a new run, in milliseconds since the epoch.
         tags: further tags of a new run.
-        added: counts what was created.
+        added: counts the created things.
     """
     runs = [run for run in search(target, f"tags.`{KEY}` = '{key}'") if not is_live(run)]
     runs.sort(key=lambda run: (SUPERSEDED in run.data.tags, is_unfinished(run), -run.info.start_time))
@@ -124,7 +124,7 @@ def find_or_create(
         if run.info.run_id == chosen.info.run_id:
             continue
         if is_unfinished(run) and run in agreeing:
-            target.client.delete_run(run.info.run_id)  # streamed, but its outputs equal an earlier run's
+            target.client.delete_run(run.info.run_id)  # a streamed run whose outputs equal those of an earlier run
         elif SUPERSEDED not in run.data.tags:
             _supersede(target, run, name, chosen.info.run_id)
     if SUPERSEDED in chosen.data.tags:

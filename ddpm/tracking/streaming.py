@@ -41,7 +41,7 @@ FLUSH_SECONDS = 10.0
 
 
 class TrainingWatch:
-    """A Report that streams the loss curves of one training to its run, in batches, from its own thread."""
+    """A Report that streams the loss curves of one training to its MLflow run, in batches, from a thread of its own."""
 
     def __init__(self, params: Params, schedule: str, root: Path, say: Say) -> None:
         self._params, self._schedule, self._root, self._say = params, schedule, root, say
@@ -67,12 +67,12 @@ class TrainingWatch:
             self._started.set()
 
     def log_preview(self, step: int, picture: arrays.Images) -> None:
-        """Streams a sample grid that was drawn at that step: uint8 C,H,W."""
+        """Streams a sample grid that was drawn at this step: uint8 C,H,W."""
         with self._mutex:
             self._pictures.append((step, picture, _now()))
 
     def close(self, status: str, seconds: float = 60) -> None:
-        """Sends what is left and ends the run as FINISHED, FAILED or KILLED, if that takes no longer than `seconds`."""
+        """Sends the remaining values and ends the run as FINISHED, FAILED or KILLED. Gives up after `seconds`."""
         self._ending = True
         self._started.set()
         self._wake.set()
@@ -114,7 +114,7 @@ class TrainingWatch:
                 }
             load = _system_load()
             with self._mutex:
-                # Kept with the other values, so that a batch that is sent again has the same time stamps.
+                # Kept with the other values, so that a batch has the same time stamps if it is sent again.
                 self._values += [(key, value, _now(), self._step) for key, value in load.items()]
                 values, pictures = list(self._values), list(self._pictures)
             new = {(value[0], value[3]): Metric(*value) for value in values}
@@ -154,7 +154,7 @@ def _system_load() -> dict[str, float]:
 
 
 def _open_training(target: Target, params: Params, schedule: str, root: Path) -> Run:
-    """Returns the run to stream to: the run that an interrupted training of this configuration left, or a new run."""
+    """Returns the run to which to stream: the run of an interrupted training of this configuration, or a new run."""
     data = dataset.read_dataset_record(root)
     identity = training_identity(params, schedule, data.sha256)
     tags = {**training_tags(schedule, data.name, identity), PROCESS: this_process()}
@@ -191,7 +191,7 @@ def watch_training(params: Params, schedule: str, root: Path = Path(), say: Say 
     except Exception:
         watch.close("FAILED")
         raise
-    except BaseException:  # KeyboardInterrupt, Stopped: end soon
+    except BaseException:  # KeyboardInterrupt or Stopped: the process must end soon
         watch.close("KILLED", seconds=5)
         raise
     watch.close("FINISHED")

@@ -1,7 +1,7 @@
 """Trains a network by algorithm 1 of Ho et al. 2020, as a generator of one small record per optimiser step.
 
-The caller logs and saves. The randomness of a step is a function of (seed, step) alone, and nothing depends on how many
-steps will follow. So a training that stops after any step and resumes has the weights of an uninterrupted one.
+The caller logs and saves. The randomness of a step is a function of (seed, step) alone, and nothing depends on the number
+of later steps. So a training that stops after any step and resumes has the weights of an uninterrupted training.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Returns a context for mixed precision if `precision` is "bfloat16", or an empty one if it is "float32"."""
+    """Returns a context for mixed precision if `precision` is "bfloat16", or an empty context if it is "float32"."""
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
 
 
 def derived_seed(*parts: object) -> int:
-    """Returns a seed that depends on every part. It has 32 bits, since torch's CPU generator uses no more."""
+    """Returns a seed that depends on every argument. It has 32 bits, since torch's CPU generator uses no more."""
     text = ":".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
 
@@ -43,8 +43,8 @@ class Step:
     Args:
         step: number of the step, from 1.
         loss: mean loss of the batch, a scalar on the network's device.
-        gradient_norm: before clipping, a scalar on the network's device.
-        learning_rate: of this step.
+        gradient_norm: norm of the gradient before clipping, a scalar on the network's device.
+        learning_rate: learning rate of this step.
     """
 
     step: int
@@ -77,7 +77,7 @@ class TrainingState:
     def live(self) -> dict[str, Tensor]:
         """Returns the tensors that training changes, by name, without copying them.
 
-        They are detached instead of `.data`, so that a write to one raises the version of its parameter. By that version
+        Uses detach() instead of `.data`, so that a write to a tensor raises the version of its parameter. From that version,
         ddpm.networks.winograd notices a changed weight.
         """
         tensors = {f"net.{name}": parameter.detach() for name, parameter in self.net.named_parameters()}
@@ -113,24 +113,24 @@ class TrainingState:
             amsgrad=False,
             maximize=False,
         )
-        torch.autograd.graph.increment_version(changed)  # the kernel does not do this; see live()
+        torch.autograd.graph.increment_version(changed)  # the kernel itself does not raise the versions; see live()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns a copy of the state on the CPU. These tensors and `step` are all that load() needs to resume the training."""
+        """Returns a copy of the state on the CPU. load() needs only these tensors and `step` to resume the training."""
         return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.live().items()}
 
     def load(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Restores a state that tensors() returned after `step` steps. Raises ValueError if names or shapes differ."""
         live = self.live()
         if live.keys() != tensors.keys() or any(live[name].shape != tensors[name].shape for name in live):
-            raise ValueError("the saved training state is of another network")
+            raise ValueError("the saved training state belongs to another network")
         for name, tensor in tensors.items():
             live[name].copy_(tensor)  # in place, keeping the memory layout, so that results stay bit for bit the same
         self.step = step
 
 
 def _indices(count: int, batch: int, step: int, seed: int) -> Tensor:
-    """Returns the indices [batch] of the images of step `step`, from 0. Each epoch is a new permutation of all."""
+    """Returns the indices [batch] of the images of step `step`, counted from 0. Each epoch is a new permutation of all images."""
     start, parts = step * batch, []
     while start < (step + 1) * batch:
         epoch, offset = divmod(start, count)
@@ -146,14 +146,14 @@ def _epoch(count: int, epoch: int, seed: int) -> Tensor:
 
 
 def _gather(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-    """Returns images[rows] on the device. A copy from the CPU does not block."""
+    """Returns images[rows] on the device. Copies from the CPU without blocking."""
     if images.device == device:
         return images[rows.to(device, non_blocking=device.type == "cuda")]
     return images[rows].pin_memory().to(device, non_blocking=True)
 
 
 def scaled(images: Tensor) -> Tensor:
-    """Scales uint8 0 ... 255 to float32 -1 ... 1 (section 3.3 of Ho et al. 2020). Other data is returned unchanged."""
+    """Scales uint8 0 ... 255 to float32 -1 ... 1 (section 3.3 of Ho et al. 2020). Returns other data unchanged."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
@@ -196,32 +196,33 @@ def fit(
     accumulate: int = 1,
     world: World = ALONE,
 ) -> Iterator[Step]:
-    """Trains for as long as the caller asks for steps: algorithm 1 of Ho et al. 2020.
+    """Trains by algorithm 1 of Ho et al. 2020: takes a step each time the caller asks for one.
 
     If the network has dropout, each step sets torch's global seed.
 
     Args:
-        state: the network and what else training changes, in place. Training continues after `state.step`.
+        state: the network and the other tensors of the training, which change in place. Training continues after
+            `state.step`.
         images: uint8 [N, C, H, W], or float [N, ...] for other data. On the network's device, or on the CPU, from which
-            each batch is then copied.
+            each batch is copied.
         objective: the loss, for a schedule and a target.
         batch: images per step.
-        learning_rate: reached after a linear warm-up.
-        seed: decides everything that is drawn.
-        warmup: steps of the warm-up.
+        learning_rate: the learning rate after a linear warm-up.
+        seed: the seed of everything that is drawn.
+        warmup: the number of steps of the warm-up.
         clip: the largest norm of the gradient.
         ema: decay of the weights' moving average. After k steps the decay is min(ema, (1 + k) / (10 + k)).
         flip: whether to mirror each image left to right with probability 1/2.
         precision: "float32" or "bfloat16" (autocast).
-        forward: computes net(x, t) in place of the network, for example compiled. With several processes it must be
+        forward: a function that computes net(x, t), for example the compiled network. With several processes, it must be
             made from `world.module(state.net)`.
         labels: int64 [N], for a conditional network, on the network's device or on the CPU.
-        label_dropout: probability of withholding a label, so that the network also learns to predict without: algorithm
-            1 of Ho & Salimans 2022.
+        label_dropout: probability of withholding a label, so that the network also learns to predict without a label:
+            algorithm 1 of Ho & Salimans 2022.
         accumulate: number of equal parts in which the batch goes through the network, to save memory. The gradient's
             mean is the same.
-        world: the processes that share this training, with the same arguments in each. Each takes an equal share of
-            every part. Their number changes results by rounding only, since everything is drawn for the whole batch.
+        world: the processes that share this training. All have the same arguments, and each takes an equal share of every
+            part. Their number changes results by rounding only, since everything is drawn for the whole batch.
 
     Yields:
         The record of each step.
@@ -250,7 +251,7 @@ def fit(
         eps = torch.randn(batch, *images.shape[1:], device=device, generator=generator)
         classes = _classes(
             labels, rows, label_dropout, generator
-        )  # drawn last, so that all other draws are the same without labels
+        )  # drawn last, so that the other draws are the same as without labels
 
         for parameter in parameters:
             parameter.grad = None

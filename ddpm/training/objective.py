@@ -1,12 +1,12 @@
-"""Computes training losses, for any prediction target: L_simple, the bound, the hybrid of both, and min-SNR weights.
+"""Computes training losses for any prediction target: L_simple, the bound, the hybrid of both, and min-SNR weights.
 
 The bound of eq. 5 of Ho et al. 2020 is L_T + L_{T-1} + ... + L_0. The terms L_{T-1} ... L_1, at network times t > 0, are
 KLs between two Gaussians, the posterior q(x_{t-1} | x_t, x_0) and the network's p(x_{t-1} | x_t). L_0, at t = 0, is the
 negative log-likelihood of the 8-bit image under a discretised Gaussian (eq. 13). With a fixed variance the terms t > 0
 are the weighted squared errors of eq. 12.
 
-Here the bound is in nats per dimension. An image contributes T times the term of its own time, so the mean over uniform
-times is the whole bound without the constant L_T.
+Here the bound is in nats per dimension. An image contributes T times the bound's term at the image's time. So the mean
+over uniform times is the whole bound without the constant L_T.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ GAMMA = 5.0  # gamma of Hang et al. 2023
 
 @dataclass(frozen=True)
 class Prediction:
-    """A prediction of the network, and what it should be.
+    """A prediction of the network, with its target.
 
     Args:
         x_0: clean images, [B, C, ...].
         t: network times, int64 [B].
         target: what the network should predict, like x_0.
-        prediction: what it predicts, like x_0.
-        v: its learned variance (see `split_variance`), like x_0; None without one.
+        prediction: what the network predicts, like x_0.
+        v: the network's learned variance (see `split_variance`), like x_0; None without a learned variance.
     """
 
     x_0: Tensor
@@ -58,7 +58,7 @@ class Objective:
         from_eps: factor of eps in the target.
         min_snr: min-SNR weight of the squared error of the prediction.
         to_mean: factor of an error of the prediction in the mean of p(x_{t-1} | x_t).
-        log_small: log beta_tilde, the smaller variance of p; at t = 0, where it is -inf, the entry of t = 1.
+        log_small: log beta_tilde, the smaller variance of p. At t = 0, where that is -inf, the entry of t = 1 is used.
         log_large: log beta, the larger variance of p.
         log_fixed: log_large, but log_small at t = 0, as in Ho et al.'s code.
         loss: a key of LOSSES.
@@ -79,7 +79,7 @@ class Objective:
     def of(
         cls, schedule: NoiseSchedule, target: str, device: torch.device | str = "cpu", loss: str = "simple"
     ) -> Objective:
-        """Builds the tables. Raises ValueError for an unknown loss or target, or one that the schedule cannot train."""
+        """Builds the tables. Raises ValueError for an unknown loss or target, or for a target that the schedule cannot train."""
         if loss not in LOSSES:
             raise ValueError(f"no loss '{loss}'; there are {', '.join(LOSSES)}")
         t = torch.arange(schedule.T)
@@ -88,7 +88,7 @@ class Objective:
         log_small[0] = log_small[1] if schedule.T > 1 else log_large[0]
         log_fixed = torch.cat([log_small[:1], log_large[1:]])
         # The squared error of x0_hat has the weight min(SNR, gamma); x0_hat's error is c_out times the prediction's.
-        # Not computed as SNR times c_out^2: at a very small a, SNR underflows and c_out^2 overflows.
+        # Not computed as SNR times c_out^2, since SNR underflows and c_out^2 overflows if a is very small.
         min_snr = torch.minimum((a / s * c_out).square(), GAMMA * c_out.square())
         tables = {
             "a": a,
@@ -104,7 +104,7 @@ class Objective:
         return cls(**{name: table.to(device, torch.float32) for name, table in tables.items()}, loss=loss)
 
     def pair(self, x_0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (x_t, target), both like x_0 and eps [B, ...], at network times t int64 [B]."""
+        """Returns (x_t, target), both shaped like x_0 and eps [B, ...], at network times t, int64 [B]."""
         a, s, from_x0, from_eps = (_gather(table, t, x_0) for table in (self.a, self.s, self.from_x0, self.from_eps))
         return a * x_0 + s * eps, from_x0 * x_0 + from_eps * eps
 
@@ -134,17 +134,17 @@ def _gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
 
 
 def simple(objective: Objective, outcome: Prediction) -> Tensor:
-    """Eq. 14 of Ho et al. 2020: the mean squared error of the prediction."""
+    """Returns the mean squared error of the prediction: eq. 14 of Ho et al. 2020."""
     return (outcome.prediction - outcome.target).square().flatten(1).mean(1)
 
 
 def min_snr(objective: Objective, outcome: Prediction) -> Tensor:
-    """Hang et al. 2023: the squared error of x0_hat with weight min(SNR, 5), for any target."""
+    """Returns the squared error of x0_hat with weight min(SNR, 5), for any target: Hang et al. 2023."""
     return objective.min_snr[outcome.t] * simple(objective, outcome)
 
 
 def vlb(objective: Objective, outcome: Prediction) -> Tensor:
-    """Each image's part of the bound in nats per dimension (see the module), with the learned variance if any."""
+    """Returns each image's part of the bound in nats per dimension (see the module), with the learned variance if any."""
     x_0, t = outcome.x_0, outcome.t
     small, large, log_variance, to_mean = (
         _gather(table, t, x_0)
@@ -161,7 +161,10 @@ def vlb(objective: Objective, outcome: Prediction) -> Tensor:
 
 
 def hybrid(objective: Objective, outcome: Prediction) -> Tensor:
-    """Eq. 16 of Nichol & Dhariwal 2021: L_simple trains the mean, 0.001 times the bound trains only the variance."""
+    """Returns L_simple, which trains the mean, plus 0.001 times the bound, which trains only the variance.
+
+    See eq. 16 of Nichol & Dhariwal 2021.
+    """
     if outcome.v is None:
         raise ValueError("loss hybrid trains a learned variance, and this network has none")
     stopped = replace(outcome, prediction=outcome.prediction.detach())

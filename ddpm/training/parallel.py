@@ -1,4 +1,4 @@
-"""Shares one training among several processes: each takes its rows of every batch, and gradients are averaged.
+"""Shares one training among several processes. Each process takes its rows of every batch, and gradients are averaged.
 
 Averaging runs during backward (DistributedDataParallel: Li et al. 2020, "PyTorch Distributed"). A single process does
 not use torch.distributed.
@@ -47,7 +47,7 @@ class World:
         return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
     def averaging(self, net: Callable[..., Tensor], last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Returns a context for forward and backward of a part: only the last part averages the summed gradients."""
+        """Returns a context for forward and backward of a part. Gradients are summed over parts and averaged in the last one."""
         if self.size == 1 or last:
             return contextlib.nullcontext()
         context: contextlib.AbstractContextManager[Any] = net.no_sync()  # type: ignore[attr-defined]
@@ -56,12 +56,12 @@ class World:
     def mean(self, value: Tensor) -> Tensor:
         """Returns the mean over the processes, on `value`'s device."""
         if self.size > 1:
-            torch.distributed.all_reduce(value)  # gloo has no average
+            torch.distributed.all_reduce(value)  # the backend gloo cannot average
             value = value / self.size
         return value
 
     def largest(self, number: int) -> int:
-        """Returns the largest of the processes' numbers. It is exchanged between CPUs, without synchronising a GPU."""
+        """Returns the largest of the processes' numbers. Exchanges them between CPUs, without synchronising a GPU."""
         if self.size == 1:
             return number
         agreed = torch.tensor(number)
@@ -87,12 +87,12 @@ ALONE = World()
 
 @contextlib.contextmanager
 def joined(rank: int, size: int, device: torch.device, meeting: str = "env://") -> Iterator[World]:
-    """Joins the processes of a training for the block. Waits until all have joined.
+    """Joins the processes of a training during the block. Waits until all have joined.
 
     Args:
         rank: number of this process, from 0.
         size: how many processes there are.
-        device: what this process computes on.
+        device: the device of this process.
         meeting: torch.distributed's init_method; by default the environment variables that torchrun sets.
     """
     from torch import distributed
@@ -101,13 +101,13 @@ def joined(rank: int, size: int, device: torch.device, meeting: str = "env://") 
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", meeting, rank=rank, world_size=size
     )
     yield World(rank, size)
-    distributed.destroy_process_group()  # skipped after an error, when it would wait for the other processes
+    distributed.destroy_process_group()  # skipped after an error, since it would wait for the other processes
 
 
 class _Dropout(nn.Dropout):
     """Dropout with this process's rows of the mask that a single process would draw for the whole part of the batch.
 
-    Every process draws the whole mask, so that their number changes no bit of it.
+    Every process draws the whole mask, so that the number of processes changes no bit of it.
     """
 
     def __init__(self, p: float, world: World) -> None:

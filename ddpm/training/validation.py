@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm.training.fit import autocast, conditioned, scaled
 from ddpm.training.objective import LOSSES, Objective
 
-BINS, BIN_IMAGES = 10, 256  # ranges of network time in `by_time`, and the most images of each
+BINS, BIN_IMAGES = 10, 256  # the number of ranges of network time in `by_time`, and the most images of each range
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Validation:
     Args:
         images: uint8 [N, C, H, W] on the network's device.
         objective: the loss.
-        batch: images at once.
+        batch: number of images in a batch.
         precision: "float32" or "bfloat16" (autocast).
         labels: int64 [N] on the network's device, for a conditional network.
     """
@@ -35,7 +35,7 @@ class Validation:
     labels: Tensor | None = None
 
     def loss(self, net: Callable[..., Tensor]) -> float:
-        """Returns the objective's mean loss at times spread evenly over 0 ... T-1. There must be at least one image."""
+        """Returns the objective's mean loss at times spread evenly over 0 ... T-1. Needs at least one image."""
         generator = torch.Generator(self.images.device).manual_seed(0)
         order = torch.randperm(len(self.images), device=self.images.device, generator=generator)
         times = self._spread(len(self.images), 0, len(self.objective.a))[order]
@@ -47,10 +47,10 @@ class Validation:
         A row has t, the middle of the range; loss_simple, L_simple; and loss_vlb, the bound's terms times T in nats per
         dimension. Without images the losses are "".
 
-        Each image has one time, and the times are spread evenly over the range. If they are all times of the range,
-        equally often, the mean of loss_vlb over equal ranges is the bound without L_T. With few images loss_vlb only
-        shows where the bound arises: t = 0, the time of L_0, is included from more than T / (2 BINS) images on.
-        `ddpm.diffusion.bound` computes the bound itself.
+        Each image has one time, and the times are spread evenly over the range. If they contain all times of the range
+        equally often, the mean of loss_vlb over equal ranges is the bound without L_T. With few images, loss_vlb only
+        shows roughly at which times the bound arises: t = 0, the time of L_0, occurs only with more than T / (2 BINS)
+        images. `ddpm.diffusion.bound` computes the bound itself.
         """
         generator = torch.Generator(self.images.device).manual_seed(0)
         T, count = len(self.objective.a), min(len(self.images), BIN_IMAGES)

@@ -1,4 +1,4 @@
-"""Runs stages on other hosts, by Prefect's pool `hosts` or a cluster.
+"""Runs stages on other hosts, through Prefect's pool `hosts` or a Dask cluster.
 
-Processes of this host stand in flows.processes.
+Processes of this host are in flows.processes.
 """

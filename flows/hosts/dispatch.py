@@ -1,7 +1,7 @@
 """Runs a stage on another host.
 
-The host fetches the stage's inputs from the DVC remote, and pushes the outputs and their entry in DVC's run-cache there. By
-that entry, DVC recognises the outputs in the clone that runs the flow. The dvc.lock there is then as if it had run the stage.
+The host fetches the stage's inputs from the DVC remote, and pushes the outputs and their entry in DVC's run-cache to the remote.
+From that entry, DVC recognises the outputs in the clone that runs the flow, and writes dvc.lock as if the stage had run there.
 
 A host is a worker of the pool `hosts` (`python -m flows.servers.worker hosts`) or of a Dask cluster (engines.py), in a
 clone of its own.
@@ -56,7 +56,7 @@ def run_stage(stage: str, commit: str, params: str, asked_by: str) -> State:
 
 @task(name="stage-on-a-host", task_run_name="{stage} on a host", cache_policy=NO_CACHE)
 def on_a_host(stage: str, commit: str, params: str, asked_by: str) -> State:
-    """Does the same as run_stage, as a task on a cluster's worker.
+    """Does the same as run_stage, but as a task on a cluster's worker.
 
     The worker outlives the flow run that needs the stage, so this task watches that flow run and ends with it.
     """
@@ -64,7 +64,7 @@ def on_a_host(stage: str, commit: str, params: str, asked_by: str) -> State:
 
 
 def _wanted_stage(stage: str, commit: str, params: str, asked_by: str) -> State:
-    """Runs the stage with the host's own code. The task on_a_host cannot: Dask sends that task's code with it."""
+    """Runs the stage with the host's own code. on_a_host itself runs with the code that Dask sends."""
     return _stage(stage, commit, params, asked_by, UUID(asked_by))
 
 
@@ -97,7 +97,7 @@ def _stage(stage: str, commit: str, params: str, asked_by: str, wanted_by: UUID 
 
 @contextmanager
 def _running(wanted_by: UUID | None) -> Iterator[None]:
-    """Lets children run during the block. Stops them at its end, or once the flow run `wanted_by` is not Running."""
+    """Allows children during the block. Stops them at its end, or once the flow run `wanted_by` is not Running."""
     children.start()
     over = threading.Event()
 
@@ -147,14 +147,14 @@ def reproduce(stage: str, root: Path, watching: Watcher) -> Outcome:
 
 def _in_the_pool(asked: dict[str, str], watching: Watcher) -> State | None:
     with get_client(sync_client=True) as client:
-        # On Kubernetes the host is a container made for this stage, which clones this commit (deploy/kubernetes).
+        # On Kubernetes, the host is a container that is made for this stage and clones this commit (deploy/kubernetes).
         run: Any = run_deployment(DEPLOYMENT, parameters=asked, job_variables={"commit": asked["commit"]}, timeout=0)
         watching.line(asked["stage"], f"{asked['stage']}: asked the pool for a host")
         return _followed(client, run.id)
 
 
 def _on_the_cluster(asked: dict[str, str], watching: Watcher) -> State | None:
-    """Runs a stage on the Dask cluster. Does not cancel it when the flow is ending: the host notices that itself."""
+    """Runs a stage on the Dask cluster. Does not cancel it when the flow is ending, since the host notices that itself."""
     future = engines.submit(on_a_host, asked)
     watching.line(asked["stage"], f"{asked['stage']}: asked the cluster for a host")
     while True:

@@ -37,7 +37,7 @@ def connected(hosts: bool | str) -> Iterator[None]:
     runner = _runner(hosts)
     try:
         runner.__enter__()
-        getattr(runner, "client", None)  # this access connects Dask's runner, so that a failure comes before any stage
+        getattr(runner, "client", None)  # connects Dask's runner, so that a failure appears before any stage starts
     except (OSError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"hosts: cannot connect to a Dask scheduler at {hosts} ({why})") from error
@@ -68,8 +68,8 @@ def _runner(hosts: str) -> Runner:
 def submit(task: Task[..., Any], parameters: dict[str, Any]) -> PrefectFuture[Any]:
     """Starts a task on a worker of the cluster, as part of the current flow run.
 
-    Prefect would also send this process's settings, passwords included, and they would override the host's settings. It
-    would send the flow too, whose module the host cannot import. So the context of the task contains neither.
+    The context of the task contains neither this process's settings nor the flow. Prefect would send both by default. The
+    settings, passwords included, would override the host's own, and the host cannot import the module of the flow.
     """
     runner, here = cluster.get(), FlowRunContext.get()
     assert here is not None
@@ -84,7 +84,7 @@ def submit(task: Task[..., Any], parameters: dict[str, Any]) -> PrefectFuture[An
 
 
 class _NoSettings(SettingsContext):
-    """Settings that are sent empty: the host uses its own."""
+    """Settings that are sent empty, so that the host uses its own settings."""
 
     def serialize(self, include_secrets: bool = True) -> dict[str, Any]:
         return {}
@@ -92,4 +92,4 @@ class _NoSettings(SettingsContext):
 
 @flow(name="train-eval")
 def _placeholder() -> None:
-    """Takes the place of the flow in the context that is sent to hosts."""
+    """Replaces the flow in the context that is sent to hosts."""

@@ -1,4 +1,4 @@
-"""Starts, forks, supervises and ends child processes, and closes the runs of killed ones.
+"""Starts, forks, supervises and ends child processes, and closes the flow runs of killed processes.
 
-Servers stand in flows.servers.
+Servers are in flows.servers.
 """

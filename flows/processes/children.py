@@ -17,7 +17,7 @@ from flows.processes import fork_server
 Child = subprocess.Popen[str] | fork_server.Child
 
 _running: set[Child] = set()
-_server: list[fork_server.ForkServer] = []  # the fork server, once it is needed
+_server: list[fork_server.ForkServer] = []  # the fork server, started when first needed
 _lock = threading.Lock()
 _stopped = threading.Event()
 
@@ -27,7 +27,7 @@ class FlowStopped(Exception):
 
 
 def start() -> None:
-    """Allows children to run. Called when a flow begins, also after stop()."""
+    """Allows children to run. Called when a flow begins; also works after stop()."""
     _stopped.clear()
 
 
@@ -46,11 +46,11 @@ def run(
     Args:
         command: the program and its arguments.
         root: the folder in which the command runs.
-        on_line: is called with each line of standard output and error as it comes.
+        on_line: called with each line of standard output and error as it arrives.
         standard_input: a file descriptor, which the caller closes. By default there is nothing to read.
 
     Raises:
-        FlowStopped: stop() was called before the command started, or while it ran and it failed.
+        FlowStopped: stop() was called before the command started, or stop() was called during the command and the command failed.
     """
     with _lock:
         if _stopped.is_set():
@@ -62,7 +62,7 @@ def run(
         for line in child.stdout:
             on_line(line.rstrip())
         code = child.wait()
-    except BaseException:  # an error of on_line; nothing else would end the child
+    except BaseException:  # after an error in on_line, nothing else would end the child
         ending.end_groups([child], ending.STAGE)
         raise
     finally:
@@ -121,13 +121,13 @@ def _environment() -> dict[str, str]:
 
 
 def path() -> str:
-    """Returns PATH, with this interpreter's folder first if it was missing: the environment need not be activated."""
+    """Returns PATH, with this interpreter's folder first if it was missing, so that the environment need not be activated."""
     own, given = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
     return given if own in given.split(os.pathsep) else os.pathsep.join((own, given))
 
 
 def end_with_the_worker() -> None:
-    """Makes this process end with the worker that started its flow run, if a worker did."""
+    """Makes this process end together with the Prefect worker that started it. Does nothing without a worker."""
     if "PREFECT__FLOW_RUN_ID" in os.environ:
         os.environ.setdefault(watchdog.VARIABLE, str(os.getppid()))
         watchdog.start()

@@ -1,7 +1,7 @@
 """Sets Prefect runs that `kill -9` left Running to Crashed, when the next flow run starts and when `make up` starts.
 
-Each flow run names its process in a label. Nothing is known about a process on another host: an automation crashes its
-flow run when the heartbeats stop.
+Each flow run names its process in a label. This host cannot see a process on another host, so a Prefect automation sets
+the flow run of such a process to Crashed when its heartbeats stop.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def skip_missed() -> int:
     """Skips scheduled runs that are already due and would do the same as the current flow run.
 
     Such runs pile up while there is no worker, or while a run takes longer than the schedule's interval. Runs that a
-    user started and runs with other parameters stay.
+    user started, and runs with other parameters, are kept.
 
     Returns:
         The number of skipped flow runs.
@@ -118,7 +118,7 @@ def _end_tasks(client: Any, alive: set[UUID]) -> None:
 
 
 def watch_heartbeats() -> None:
-    """Creates the automation that crashes flow runs without heartbeats, unless it exists."""
+    """Creates the Prefect automation that sets flow runs without heartbeats to Crashed. Does nothing if it exists."""
     from prefect.events import EventTrigger, Posture, ResourceSpecification
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore

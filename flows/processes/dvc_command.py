@@ -24,7 +24,7 @@ from ddpm.runtime import display
 COMMAND = (sys.executable, "-B", "-m", "flows.processes.dvc_command")  # DVC's arguments follow
 KEY = "dvc"  # in the JSON line
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # exit codes: of a killed process, and of its shell
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # the exit codes of a killed process, and of its shell
 LOGGERS = ("dvc", "dvc_data", "dvc_objects")
 Run = Callable[..., None]  # (executable, command, **options of subprocess.Popen)
 
@@ -55,7 +55,7 @@ class Ended:
 
     @classmethod
     def read(cls, report: Mapping[str, Any]) -> Ended | None:
-        """Returns the report in a parsed JSON line, or None if the line is another one."""
+        """Returns the report in a parsed JSON line, or None if the line is not a report."""
         found = report.get(KEY)
         known = {item.name for item in fields(cls)}
         return cls(**found) if isinstance(found, dict) and found.keys() == known else None
@@ -121,7 +121,7 @@ def main(arguments: list[str], runs: Callable[[Run], Run] = lambda run: run) -> 
     dvc.stage.run._run, dvc.stage.run.StageCmdFailedError, Repo.reproduce = run, StageFailed, reproduced
     for name in LOGGERS:
         logging.getLogger(name).handlers[:] = [errors]
-    sys.argv[:] = ["dvc", *arguments]  # DVC writes this into its lock file, to show who holds it
+    sys.argv[:] = ["dvc", *arguments]  # DVC writes this into its lock file, to show the owner
     code = 0
     try:
         parsed = parse_args(arguments)
@@ -143,7 +143,7 @@ def main(arguments: list[str], runs: Callable[[Run], Run] = lambda run: run) -> 
         untransferred=errors.untransferred,
         errors=errors.lines,
     )
-    print(f"\n{display.PREFIX}{json.dumps({KEY: asdict(ended)})}", flush=True)  # a stage may end within a line
+    print(f"\n{display.PREFIX}{json.dumps({KEY: asdict(ended)})}", flush=True)  # a stage may end without a line break
     return ended.code
 
 

@@ -1,14 +1,14 @@
 """Fork server: saves each stage the imports of torch, Inception and MLflow, which take 9 s together.
 
-With it the smoke recipe took 60 to 68 s, and 95 to 99 s without it (two pairs of runs on two cores, one of them busy). The
-standard library's fork server would import everything before the first stage starts, keep its own environment, and pass on no
-output. So a flow starts one process that only imports, `python -m flows.processes.fork_server`, and that serves a request after
-the import at hand. It forks for every `dvc repro`. DVC in that fork forks once more for a stage whose command is
-`python -B -m ddpm ...`, instead of starting an interpreter. Otherwise a fork is like a new process: it has its own arguments,
-environment, output and exit code, and the same signals end it.
+The smoke recipe took 60 to 68 s with the fork server, and 95 to 99 s without it (two pairs of runs on two cores, one of them
+busy). The standard library's fork server would import everything before the first stage starts, keep its own environment, and
+pass on no output. So a flow starts a process of its own, `python -m flows.processes.fork_server`, which imports the modules one
+by one and serves requests between two imports. It forks for every `dvc repro`. DVC in that fork forks once more for a stage whose
+command is `python -B -m ddpm ...`, instead of starting an interpreter. Otherwise a fork is like a new process: it has its own
+arguments, environment, output and exit code, and the same signals end it.
 
-A stage starts an interpreter if the ddpm/ in its folder is not the imported one, or was edited since. Linux only: on
-other systems, system libraries do not allow a fork after an import.
+A stage starts an interpreter if the ddpm/ in its folder is not the imported package, or was edited since the import. The fork
+server runs on Linux only, since system libraries of other systems do not allow a fork after an import.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ import setproctitle
 from ddpm.provenance import checkout, code
 from flows.processes import dvc_command
 
-DVC, DDPM = dvc_command.COMMAND, ("python", "-B", "-m", "ddpm")  # a command that begins with one of these can be a fork
-PLAIN = re.compile(r"[\w./@=-]+( [\w./@=-]+)*")  # a command that needs no shell
+DVC, DDPM = dvc_command.COMMAND, ("python", "-B", "-m", "ddpm")  # a command with one of these beginnings can be a fork
+PLAIN = re.compile(r"[\w./@=-]+( [\w./@=-]+)*")  # matches a command that needs no shell
 
 # In the order in which a run needs them; after a colon, a function to call. A request waits only for the import in
 # progress, not for those after it.
@@ -65,8 +65,8 @@ IMPORTS = (
     "ddpm.reporting.page",
     "matplotlib.backends.backend_agg",
 )
-TITLE_SPACE = 100 * "."  # an argument that a fork overwrites with its title, which `ps` and `top` show
-MAX_REQUEST = 1 << 17  # bytes of arguments and environment
+TITLE_SPACE = 100 * "."  # an argument that a fork overwrites with its title for `ps` and `top`
+MAX_REQUEST = 1 << 17  # the most bytes of arguments and environment
 _LOST = -signal.SIGKILL  # the exit code of a child whose fork server was killed
 
 
@@ -84,14 +84,14 @@ def _begins(command: Sequence[str], words: tuple[str, ...]) -> bool:
 
 
 class Child:
-    """A forked process, with what is used of subprocess.Popen. `pid` leads a process group of its own."""
+    """A forked process, with the used part of the interface of subprocess.Popen. `pid` leads a process group of its own."""
 
     def __init__(self, reply: socket.socket, output: int) -> None:
         self._reply = reply.makefile("r", encoding="ascii")
         reply.close()
         self.stdout = open(output, encoding="utf-8", errors="replace")  # noqa: SIM115 - a file descriptor
         line = self._reply.readline()
-        if not line or line.startswith("-"):  # an exit code: the fork was killed before it sent its pid
+        if not line or line.startswith("-"):  # this is an exit code: the fork was killed before it sent its pid
             self.stdout.close()
             raise ConnectionError("the fork server has ended")
         self.pid = int(line)
@@ -112,8 +112,8 @@ class ForkServer:
     """Starts the fork server. It runs until close(), or until this process has ended.
 
     Args:
-        root: the checkout whose code it imports.
-        environment: variables of the fork server.
+        root: the checkout whose code the fork server imports.
+        environment: environment variables of the fork server.
     """
 
     def __init__(self, root: Path, environment: Mapping[str, str]) -> None:
@@ -175,7 +175,7 @@ class ForkServer:
 
 
 def serve(control: socket.socket) -> None:
-    """Imports IMPORTS, and forks for every request, until the other end of `control` is closed."""
+    """Imports IMPORTS and forks for every request, until the other end of `control` is closed."""
     setproctitle.setproctitle("flows.processes.fork_server: stages are forks of this")
     wake, woken = socket.socketpair()
     for end in (wake, woken):
@@ -223,7 +223,7 @@ def _reap(replies: dict[int, socket.socket]) -> None:
             return
         if not pid:
             return
-        with replies.pop(pid) as reply, contextlib.suppress(BrokenPipeError):  # nobody waits any more
+        with replies.pop(pid) as reply, contextlib.suppress(BrokenPipeError):  # the waiting process is gone
             reply.send(b"%d\n" % os.waitstatus_to_exitcode(status))
 
 
@@ -232,7 +232,7 @@ def _begin(request: bytes, standard_input: int, output: int, reply: int) -> None
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
-    os.write(reply, b"%d\n" % os.getpid())  # first, since an exit code must not come before the pid
+    os.write(reply, b"%d\n" % os.getpid())  # sent first, since an exit code must not come before the pid
     command, root, environment = json.loads(request)
     for source, target in ((standard_input, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
@@ -244,7 +244,7 @@ def _begin(request: bytes, standard_input: int, output: int, reply: int) -> None
 def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable[[], Any]:
     """Sets up the arguments and environment of a command. Returns the function that runs it in the working folder."""
     is_ddpm = _begins(command, DDPM)
-    # DVC records the files in this folder. If they are not those that were imported, an interpreter has to run them.
+    # DVC records the files in this folder. If they are not the imported files, an interpreter has to run them.
     if is_ddpm and (not checkout.is_own(Path.cwd()) or code.hashes() != code.AT_IMPORT):
         return partial(os.execve, Path(sys.executable).with_name(command[0]), list(command), dict(environment))
     os.environ.clear()
@@ -253,7 +253,8 @@ def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable
     setproctitle.setproctitle(" ".join(sys.argv))
     if not is_ddpm:
         return _dvc
-    main: Callable[[], Any] = importlib.import_module("ddpm.__main__").main  # by name: flows itself never imports torch
+    # Imported by name, since flows itself never imports torch.
+    main: Callable[[], Any] = importlib.import_module("ddpm.__main__").main
     return main
 
 
@@ -288,7 +289,7 @@ def _forking(start: dvc_command.Run) -> dvc_command.Run:
 
 def _run_forked(function: Callable[[], Any]) -> NoReturn:
     """Calls `function` and then exits as an interpreter would, so that a fork never returns to its parent's code."""
-    atexit._clear()  # these functions are the parent's
+    atexit._clear()  # the functions registered so far belong to the parent
     code: Any = 1
     try:
         function()

@@ -17,7 +17,7 @@ from flows.watch import watcher
 
 @contextmanager
 def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterator[None]:
-    """Holds the checkout's lock while the block runs. A second run waits, and says for which process.
+    """Holds the checkout's lock while the block runs. A second run waits, and reports for which process.
 
     Args:
         root: the checkout.
@@ -32,7 +32,7 @@ def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterat
 
     def waiting() -> None:
         record: dict[str, Any] = {}
-        with suppress(InputError):  # absent or damaged: the record only serves these messages
+        with suppress(InputError):  # absent or damaged; only these messages need the record
             record = records.read_json(holder)
         if asked_by and record.get("flow_run") == asked_by:
             raise InputError(

@@ -15,16 +15,16 @@ from flows.processes.dvc_command import Ended
 from flows.watch import Outcome, Watcher
 
 _UNREACHABLE = re.compile(r"MLflow at .* (cannot be reached|is in use by another process)")
-_HELD = "if no DVC is running, a killed one left this lock: delete .dvc/tmp/rwlock"
+_HELD = "if no DVC is running, a killed DVC left this lock: delete .dvc/tmp/rwlock"
 
-_uncommitted: set[tuple[Path, str]] = set()  # stages whose outputs DVC could not copy into its cache
+_uncommitted: set[tuple[Path, str]] = set()  # the stages whose outputs DVC could not copy into its cache
 
 
 def reproduce(stage: str, root: Path, watcher: Watcher, *how: str) -> Outcome:
     """Runs `dvc repro` for one stage. DVC decides whether there is anything to do.
 
-    If a copy into DVC's cache fails, DVC may still exit with 0. Here the stage fails then. The retry copies its outputs
-    with `dvc commit`, so that the stage does not run twice.
+    If a copy into DVC's cache fails, DVC may still exit with 0. In that case, this function fails the stage. The
+    retry copies the outputs with `dvc commit`, so that the stage does not run twice.
 
     Args:
         stage: the stage's name in DVC.
@@ -44,7 +44,7 @@ def reproduce(stage: str, root: Path, watcher: Watcher, *how: str) -> Outcome:
 
 
 def _commit(stage: str, root: Path, watcher: Watcher) -> Outcome | None:
-    """Copies the outputs of a stage into DVC's cache after that has failed. Returns None if the stage must run again."""
+    """Copies the outputs of a stage into DVC's cache, after the first copy failed. Returns None if the stage must run again."""
     said, ended = _dvc(stage, root, watcher, "commit", stage)
     if ended.killed or ended.full:
         return _failure(said, ended)
@@ -79,8 +79,8 @@ class RemoteAway(InputError):
 def exchange(verb: str, name: str, root: Path, watcher: Watcher, *stages: str) -> None:
     """Pushes or fetches the run-cache and the outputs of stages to or from the DVC remote.
 
-    A fetch does not fail if the remote lacks outputs that dvc.lock names. Then the stage has changed, and the run-cache
-    leads to its new outputs.
+    A fetch does not fail if the remote lacks outputs that dvc.lock names. Such a stage has changed, and DVC finds its new
+    outputs by the run-cache.
 
     Args:
         verb: "push" or "fetch".
@@ -101,7 +101,7 @@ def exchange(verb: str, name: str, root: Path, watcher: Watcher, *stages: str) -
 def run(
     name: str, command: tuple[str, ...], root: Path, watcher: Watcher, standard_input: int = subprocess.DEVNULL
 ) -> Outcome:
-    """Runs a command that is no DVC stage.
+    """Runs a command other than a DVC stage.
 
     Args:
         name: the name under which `watcher` shows the command.
@@ -133,7 +133,7 @@ def _dvc(name: str, root: Path, watcher: Watcher, *arguments: str) -> tuple[list
 def _run(
     name: str, command: tuple[str, ...], root: Path, watcher: Watcher, standard_input: int = subprocess.DEVNULL
 ) -> tuple[int, list[str], Ended | None]:
-    """Runs a command. Returns the exit code, the last lines that it printed, and how DVC ended if it reported that."""
+    """Runs a command. Returns the exit code, the last printed lines, and DVC's report on how it ended, if any."""
     said: list[str] = []
     ended: Ended | None = None
 
@@ -154,7 +154,7 @@ def _run(
 
 
 def _report(line: str) -> dict[str, Any]:
-    """Parses a line of JSON. Returns {} for any other line, and for one that is mixed with other text."""
+    """Parses a line of JSON. Returns {} for any other line, and for JSON that is mixed with other text."""
     if not line.startswith(display.PREFIX):
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Reads the stages of dvc.yaml from DVC: what each depends on, and which are unchanged."""
+"""Reads the stages of dvc.yaml from DVC: their dependencies, and which stages are unchanged."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Dag:
     """The stages of dvc.yaml and their dependencies.
 
     Args:
-        waits_for: the stages that each stage depends on, all by name, in the order of dvc.yaml.
-        unchanged: the stages that need not run: neither they nor any stage before them have changed.
+        waits_for: for each stage, the stages on which it depends, by name, in the order of dvc.yaml.
+        unchanged: the stages that need not run, since neither they nor the stages before them have changed.
     """
 
     waits_for: dict[str, tuple[str, ...]]
@@ -23,7 +23,7 @@ class Dag:
 
 
 def read(root: Path) -> Dag:
-    """Reads all stages at once, 30 in about a second. 30 calls of `dvc repro --single-item` would take 30 seconds.
+    """Reads all stages at once: 30 stages in about a second. 30 calls of `dvc repro --single-item` would take 30 seconds.
 
     Raises InputError if `root` is no DVC repository, or if dvc.yaml or params.yaml is invalid.
     """
@@ -64,7 +64,7 @@ def _changed(stage: Any) -> bool:
 
 
 def _is_affected(name: str, changed: set[str], waits_for: dict[str, tuple[str, ...]]) -> bool:
-    """Returns whether the stage `name` or any stage that it depends on is in `changed`."""
+    """Returns whether `changed` contains the stage `name` or any stage on which it depends."""
     seen, queue = set(), [name]
     while queue:
         stage = queue.pop()

@@ -1,4 +1,4 @@
-"""Starts and guards the servers of `make up` and the worker, with their addresses and passwords.
+"""Starts and protects the servers of `make up` and the worker, with their addresses and passwords.
 
-The flow itself stands in flows.train_eval.
+The flow itself is in flows.train_eval.
 """

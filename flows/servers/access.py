@@ -1,6 +1,6 @@
 """Restricts the servers of `make up` to this machine, or, with HOST set, to those who know the passwords.
 
-The passwords are in the variables that the clients of Prefect and MLflow read too: PREFECT_API_AUTH_STRING,
+The passwords are in variables that the clients of Prefect and MLflow also read: PREFECT_API_AUTH_STRING,
 MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. So a user of the servers exports the same variables.
 """
 
@@ -18,10 +18,10 @@ from ddpm.errors import InputError
 
 LOOPBACK = "127.0.0.1"
 LOCAL = (LOOPBACK, "localhost", "::1")
-MIN_PASSWORD = 12  # characters; MLflow requires as many
+MIN_PASSWORD = 12  # characters; MLflow has the same limit
 
-# The settings of MLflow's basic-auth app. Its accounts are in the same folder, which is new at each start, so that the
-# password in the environment is always the valid one.
+# The settings of MLflow's basic-auth app. They share a folder with its accounts. The folder is new at each start, so the
+# password in the environment is always valid.
 _MLFLOW = """\
 [mlflow]
 default_permission = READ
@@ -60,8 +60,8 @@ def guard(host: str, port: str, names: Sequence[str], environment: Mapping[str, 
     Args:
         host: the address at which the servers listen.
         port: the port of Prefect's server.
-        names: the processes that are started, such as "prefect" and "mlflow".
-        environment: the variables that are set already.
+        names: the processes to start, such as "prefect" and "mlflow".
+        environment: the variables that are already set.
         folder: a private folder for MLflow's accounts.
 
     Raises:
@@ -111,7 +111,7 @@ def request(url: str) -> Request:
 
 
 def answers(url: str | Request) -> bool:
-    """Returns whether a server answers 200 there; an error answer such as 404 is False too."""
+    """Returns whether a server answers 200 at `url`. Returns False for an error answer such as 404."""
     try:
         with urlopen(url, timeout=5) as answer:
             return bool(answer.status == 200)

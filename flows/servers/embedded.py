@@ -1,4 +1,4 @@
-"""Runs a Prefect server for the time of one `python -m flows`, so that users need not start a server first."""
+"""Runs a Prefect server during one `python -m flows`, so that users need not start a server first."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ddpm.errors import InputError
 from ddpm.runtime import ending, watchdog
 from flows.servers import access
 
-# One of these is set if the user has chosen another database.
+# If one of these variables is set, the user has chosen another database.
 DATABASE = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")
 HOME = Path(".prefect")  # Prefect's database and logs; prefect.toml names the same folder
 TIMEOUT = 120.0  # seconds
-RESTARTS = 5  # in one run, of a server that was killed
-FLUSH = 1.0  # seconds between the server's writes of task states; at 0.2 it keeps a third of a core busy
-# A database without runs, made when the project is installed: Prefect computes for ten seconds to create its tables.
+RESTARTS = 5  # the most restarts of a killed server in one run
+FLUSH = 1.0  # seconds between the server's writes of task states; at 0.2, the server keeps a third of a core busy
+# A database without runs, made when the project is installed, since Prefect needs ten seconds to create its tables.
 EMPTY = Path(sys.prefix) / "share" / "prefect" / "prefect.db"
-# Services for schedules, workers and automations, which a single run does not use.
+# Prefect's services for schedules, workers and automations, which a single run does not use.
 IDLE_SERVICES = (
     "FOREMAN",
     "LATE_RUNS",
@@ -40,7 +40,7 @@ IDLE_SERVICES = (
 
 
 def create_database(home: Path) -> None:
-    """Copies EMPTY into Prefect's folder, unless there is a database. The server creates tables that are missing."""
+    """Copies EMPTY into Prefect's folder, unless that has a database. The server creates missing tables."""
     home.mkdir(parents=True, exist_ok=True)
     if not EMPTY.exists() or any(name in os.environ for name in DATABASE):
         return
@@ -104,7 +104,7 @@ class Api:
             )
 
     def wait(self) -> None:
-        """Waits until the server answers, and from then on restarts a killed one. Raises InputError if it fails to start."""
+        """Waits until the server answers. From then on, restarts a killed server. Raises InputError if the start fails."""
         end = time.monotonic() + TIMEOUT
         while not self._healthy():
             if self.server.poll() is not None or time.monotonic() > end:

@@ -33,7 +33,7 @@ from flows import links
 from flows.processes import children
 from flows.servers import access, embedded
 
-MARK = "DDPM_UP"  # in the environment of every process that one `make up` started
+MARK = "DDPM_UP"  # a variable in the environment of every process that one `make up` started
 INTERRUPTED = 130  # the exit code after Ctrl-C, which is the normal end
 DEFAULT_API = f"http://{access.LOOPBACK}:4200/api"  # as prefect.toml has it
 _STARTED = "started!"  # ends the line that `prefect worker start` prints once it polls
@@ -82,7 +82,7 @@ def main(chosen: list[str]) -> None:
         try:
             manager.loop()
         finally:
-            with suppress(Exception):  # an error of the loop itself is the one to show
+            with suppress(Exception):  # an error of the loop itself is more important
                 manager.terminate()
             _end_what_is_left(environment[MARK])
     sys.exit(0 if manager.returncode == INTERRUPTED else manager.returncode)
@@ -193,7 +193,7 @@ def _port(variable: str, default: str, host: str | None) -> str:
             probe.bind((host, int(port)))
         except (OSError, ValueError, OverflowError) as error:
             left = _left() if getattr(error, "errno", None) == errno.EADDRINUSE else ""
-            advice = f"; `kill {left}` ends what a killed `make up` left" if left else ""
+            advice = f"; `kill {left}` ends the servers that a killed `make up` left running" if left else ""
             raise InputError(
                 f"port {port} of {host} can't be used ({error}); free it, or choose another with"
                 f" {variable}=<port>{advice}"
@@ -223,7 +223,7 @@ def _end_what_is_left(mark: str) -> None:
 
 
 def _marked(mark: str | None = None) -> list[psutil.Process]:
-    """Returns the living processes of the `make up` with this mark, or without a mark, of every `make up` in this folder."""
+    """Returns the living processes of the `make up` with this mark. Without a mark, those of every `make up` in this folder."""
     found = []
     for process in psutil.process_iter():
         try:

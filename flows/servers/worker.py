@@ -35,7 +35,7 @@ def main(pool: str) -> None:
         if time.monotonic() > end:
             sys.exit(f"worker: no Prefect API at {api} after {TIMEOUT:.0f} s")
         time.sleep(0.2)
-    # If two workers start together, both find no pool and only one can create it. The other one looks again.
+    # If two workers start together, both find no pool, but only one can create it. The other worker looks again.
     exists = _has_pool(api, pool) or _prefect("work-pool", "create", pool, "--type", "process")
     if not exists and not _has_pool(api, pool):
         sys.exit(f"worker: could not create the work pool {pool}; Prefect's message is above")
@@ -46,13 +46,13 @@ def main(pool: str) -> None:
     crashed_runs.watch_heartbeats()
     if count := crashed_runs.reap():
         print(f"worker: {count} flow runs were killed earlier and are now marked Crashed", flush=True)
-    os.environ[watchdog.VARIABLE] = str(os.getpid())  # exec keeps the process id: flow runs end with this worker
+    os.environ[watchdog.VARIABLE] = str(os.getpid())  # exec keeps this id, so flow runs end with this worker
     if pool == "hosts":
         os.environ["DDPM_CHECKOUT"] = str(Path.cwd())
         os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
-    # Only if a port is set: several workers on one machine would otherwise use the same port.
+    # Only if a port is set, since several workers on one machine would otherwise use the same port.
     options = ["--with-healthcheck"] if "PREFECT_WORKER_WEBSERVER_PORT" in os.environ else []
-    # A checkout does one thing at a time. With this limit, further runs wait at Prefect and not as processes here.
+    # A checkout runs one flow at a time. With this limit, further runs wait at Prefect instead of as processes here.
     options += ["--limit", "1"]
     os.execv(sys.executable, [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, *options])
 

@@ -99,7 +99,7 @@ def test_times_are_visited_as_given() -> None:
 @pytest.mark.parametrize(
     ("times", "message"),
     [
-        ({4: [3.0, 2.0, 1.0, 0.0]}, "none for 3 steps; there are some for 4"),
+        ({4: [3.0, 2.0, 1.0, 0.0]}, "no entry for 3 steps; there are entries for 4"),
         ({3: [3.0, 2.0]}, "3 falling network times"),
         ({3: [3.0, 3.0, 0.0]}, "3 falling network times"),
         ({3: [3.0, 1.0, -0.5]}, "3 falling network times"),

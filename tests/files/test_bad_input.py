@@ -360,7 +360,10 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
         "samplers.ddpm.variance: learned needs diffusion.variance = learned",
     ),
     "guidance without classes": ({"samplers.ddim.guidance": 2.0}, "samplers.ddim: guidance takes a class-conditional"),
-    "an interval without guidance": ({"samplers.ddim.guidance_interval": [0.3, 3.0]}, "guidance: guidance_interval"),
+    "an interval without guidance": (
+        {"samplers.ddim.guidance_interval": [0.3, 3.0]},
+        "guidance: missing, but guidance_interval",
+    ),
     "an interval that ends before it starts": (
         {"diffusion.conditional": True, "samplers.ddim.guidance": 2.0, "samplers.ddim.guidance_interval": [3.0, 0.3]},
         "samplers.ddim.guidance_interval: expected two noise levels",
@@ -368,7 +371,7 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "an interval of one number": ({"samplers.ddim.guidance_interval": 3.0}, "samplers.ddim.guidance_interval"),
     "times for other steps": (
         {"samplers.ddim": {"sampler": "ddim", "times": {3: [900, 400, 0]}}},
-        "samplers.ddim.times: none for the ",
+        "samplers.ddim.times: no entry for ",
     ),
     "times that do not fall": (
         {"samplers.ddim": {"sampler": "ddim", "times": {2: [4, 9]}}},
@@ -558,7 +561,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "an import of nothing": (["import-diffusers", "nowhere", "hub"], "nowhere: no such folder"),
     "an import of a name that is none": (["import-diffusers", "images", "Hub!"], "made of a-z, 0-9 and _"),
     "a card of no report": (["card"], "report/best.json: no such file"),
-    "two wishes": (["promote", "--replace", "--rollback"], "two different things"),
+    "two wishes": (["promote", "--replace", "--rollback"], "exclude each other"),
 }
 
 
@@ -1034,7 +1037,10 @@ SETS: dict[str, tuple[Callable[[], Any], str]] = {
     "a record that was edited": (drawn(record().replace(b"5", b"4")), "is not what its checksum says"),
     "a record without model": (drawn(record(model=None)), "model: expected a text"),
     "no evaluations": (drawn(record(evaluations=None)), "evaluations: expected an integer"),
-    "floats": (drawn(images=np.zeros((8, 1, 8, 8), np.float32)), "expected images of uint8 N,C,H,W, found float32"),
+    "floats": (
+        drawn(images=np.zeros((8, 1, 8, 8), np.float32)),
+        "expected uint8 images of shape N,C,H,W, found float32",
+    ),
     "three dimensions": (drawn(images=np.zeros((8, 8, 8), np.uint8)), "found uint8 (8, 8, 8)"),
     "none": (drawn(images=np.zeros((0, 1, 8, 8), np.uint8)), "found uint8 (0, 1, 8, 8)"),
     "three": (drawn(images=np.zeros((3, 1, 8, 8), np.uint8)), "a score takes four or more"),
@@ -1045,8 +1051,8 @@ SETS: dict[str, tuple[Callable[[], Any], str]] = {
     "evaluations in a row": (drawn(record(evaluations=[5])), "evaluations: expected an integer"),
     "no evaluation": (drawn(record(evaluations=0)), "evaluations: 0 is less than 1"),
     "half an evaluation": (drawn(record(evaluations=0.5)), "evaluations: expected an integer"),
-    "more than it holds": (npy_with_shape("(9, 1, 8, 8)"), "images.npy does not hold the (9, 1, 8, 8)"),
-    "a petabyte": (npy_with_shape("(10000000000, 100, 32, 32)"), "images.npy does not hold"),
+    "more than it holds": (npy_with_shape("(9, 1, 8, 8)"), "images.npy declares the shape (9, 1, 8, 8)"),
+    "a petabyte": (npy_with_shape("(10000000000, 100, 32, 32)"), "images.npy declares the shape"),
     "negative": (npy_with_shape("(-1, -1, 8, 8)"), "not a sample set"),
     "no shape": (npy_with_shape("'eight'"), "not a sample set"),
 }
@@ -1129,7 +1135,7 @@ REPORTS: dict[str, tuple[Callable[[], Any], str]] = {
     "images in a list": (of_scores(images=[64]), "no sound value of images"),
     "a protocol in a list": (of_scores(reference=[]), "no sound value of reference"),
     "copying in words": (of_scores(copying="a lot"), "no sound value of copying"),
-    "another run's influence": (of_scores(images=63), "not of the same run as its influence values"),
+    "another run's influence": (of_scores(images=63), "another run wrote the influence values of this file"),
     "no influence": (without(INFLUENCE), "`ddpm evaluate` writes it beside the scores"),
     "influence of no bytes": (content(INFLUENCE, lambda old: b""), "not the influence values"),
     "influence cut off": (content(INFLUENCE, lambda old: old[:-1]), "not the influence values"),

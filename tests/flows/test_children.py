@@ -212,7 +212,7 @@ def test_what_a_killed_make_up_left_is_named(tmp_path: Path) -> None:
     try:
         again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert again.returncode == 1
-        pids = re.search(r"`kill ([0-9 ]+)` ends what a killed `make up` left", again.stderr)
+        pids = re.search(r"`kill ([0-9 ]+)` ends the servers that a killed `make up` left", again.stderr)
         assert pids and str(job) in pids[1].split()
     finally:
         for left in (process for process in psutil.process_iter() if _in(process, tmp_path)):

@@ -128,7 +128,7 @@ def test_an_old_name_of_a_source_is_rewritten(checkout: Path, overrides: list[st
         path.write_text(text.replace("source: digits", "source: image-folder"))
     assert parameters.write(checkout, None, overrides, said.append).data.source == "image_folder"
     assert path.read_text() == text.replace("source: digits", "source: image_folder")
-    words = "with data.source=image-folder" if overrides else "with what dvc.yaml takes from it"
+    words = "with data.source=image-folder" if overrides else "with the entries that dvc.yaml takes from it"
     assert said == [f"params.yaml: now {words} (before: params.yaml.before)"]
     parameters.write(checkout, say=said.append)
     assert len(said) == 1

@@ -94,7 +94,7 @@ def test_dvc_repro_runs_to_a_report_and_then_has_nothing_to_do(project: Any) -> 
 
 def test_images_of_the_best_point(project: Any) -> None:
     done = project.run("ddpm", "generate", "-n", "4", "--out", "grid.png")
-    assert done.returncode == 0 and "4 images of cosine-ddim-2, the best point here" in done.stdout, done.stderr
+    assert done.returncode == 0 and "4 images of cosine-ddim-2, the report's best point" in done.stdout, done.stderr
 
 
 def test_ddpm_run_sets_runs_and_answers(project: Any) -> None:

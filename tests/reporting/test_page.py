@@ -350,7 +350,7 @@ def test_a_model_that_copies_is_caught_and_its_data_is_not(
     )
     assert "suspected copy?" in text and "12 samples lie nearer to a training image than any of the 30 unseen" in text
     assert "12: median distance 0.0, smallest 0.0; exact copies: 12" in text
-    assert "30 of the test split" in text and "in 100% of these pairs" in text and "in 99% of these pairs" in text
+    assert "30 of the test split" in text and "In 100% of these pairs" in text and "In 99% of these pairs" in text
     assert "No sign of memorising: in pixels" in Reader((made_report / "report" / "index.html").read_text()).text
 
 

@@ -221,7 +221,7 @@ def test_what_cannot_be_is_one_line(root: Path, params: Params, start: Start, sm
     write(other, params.model_copy(update={"seed": 1}), 1)
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for process in [start(RANK="0", **world), start(RANK="1", at=other, **world)]:
-        assert "its processes differ in their data, parameters or code" in ended(process, 2)
+        assert "the processes of this training have different data, parameters or code" in ended(process, 2)
 
 
 def test_hosts_whose_images_differ_are_told_apart_by_bytes(root: Path, params: Params, start: Start) -> None:

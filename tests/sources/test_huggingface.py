@@ -201,7 +201,7 @@ FORMS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
             "train": rows(0, 3),
             "test": rows(3, 6).cast_column("label", datasets.ClassLabel(names=["x", "y", "z"])),
         },
-        "copy: the classes of its splits differ in the column label; ",
+        "copy: the splits have different classes in the column label; ",
     ),
     "a row without a class": (
         lambda: {"train": unlabelled()},
@@ -241,7 +241,10 @@ def test_a_row_names_no_file_elsewhere(tmp_path: Path, smoke: Smoke) -> None:
         if outside not in values:
             assert np.array_equal(made(tmp_path, smoke, test_fraction=0.0).train[1], picture(1).transpose(2, 0, 1))
             continue
-        with pytest.raises(InputError, match=r"1 of 2 images cannot be used: train\[1\] \(names the file .* elsewhere"):
+        with pytest.raises(
+            InputError,
+            match=r"1 of 2 images cannot be used: train\[1\] \(the row holds no image, and its file .* lies outside the dataset",
+        ):
             made(tmp_path, smoke, test_fraction=0.0)
 
 

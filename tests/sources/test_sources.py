@@ -474,7 +474,7 @@ def test_idx_files_that_do_not_belong_together(tmp_path: Path) -> None:
     labels = tmp_path / "fashion" / "train-labels-idx1-ubyte.gz"
     for wrong in (np.arange(19) % 10, np.full(20, 10)):
         labels.write_bytes(gzip.compress(idx(wrong.astype(np.uint8))))
-        assert "the train files are not Fashion-MNIST's" in refused(tmp_path, "fashion_mnist", "fashion")
+        assert "the train files do not belong to Fashion-MNIST" in refused(tmp_path, "fashion_mnist", "fashion")
     labels.write_bytes(gzip.compress(idx(FASHION["train-labels-idx1-ubyte"]))[:-9])
     assert "train-labels-idx1-ubyte.gz: not readable" in refused(tmp_path, "fashion_mnist", "fashion")
 
@@ -551,7 +551,7 @@ def test_cifar10_layout(tmp_path: Path, cifar: dict[str, bytes]) -> None:
 def test_damaged_cifar10_is_not_unpickled(tmp_path: Path) -> None:
     """With the official sums, files of our own are damaged ones. A pickle could run anything."""
     write_cifar(tmp_path / "data" / "cifar-10-batches-py", cifar_archive())
-    assert "CIFAR-10 is damaged or not complete there" in refused(tmp_path, "cifar10", "data")
+    assert "CIFAR-10 is damaged or incomplete there" in refused(tmp_path, "cifar10", "data")
     assert not (tmp_path / ".cache").exists()
 
 

@@ -163,7 +163,7 @@ def test_times_of_a_row_are_visited_and_belong_to_the_model_that_they_were_fitte
     assert np.abs(to_uint8(x_0).numpy().astype(int) - images.astype(int)).max() <= 1
     settings = samples.read_samples_record(trained / paths.samples_file(point)).settings
     assert settings["row"] == {**rows["fitted"], "times": {"3": [9.0, 4.5, 0.0], "2": [8.0, 1.0]}}
-    with pytest.raises(InputError, match="cosine-fitted-4: times: none for 4 steps; there are some for 3, 2"):
+    with pytest.raises(InputError, match="cosine-fitted-4: times: no entry for 4 steps; there are entries for 3, 2"):
         sample_point(params, Point.parse("cosine-fitted-4"), trained)
     other = smoke(samplers={"fitted": {**rows["fitted"], "fitted_to": "a" * 64}})
     with pytest.raises(InputError, match=r"samplers\.fitted\.fitted_to: the times were fitted to weights aaaaaaaaaaaa"):

@@ -224,7 +224,7 @@ def test_a_changed_missing_or_unfitting_import_is_one_line(exported: Path, check
 
     about = models.read_model_record(folder).content
     records.write_record(folder / "model.json", {**about, "schedule": {**about["schedule"], "s": 0.1}})
-    with pytest.raises(InputError, match=r"imported/hub: not the model that the row schedules\.hub describes"):
+    with pytest.raises(InputError, match=r"imported/hub: holds another model than the row schedules\.hub describes"):
         train(params, "hub", checkout)
     larger = {**about["network"], "image_size": 16, "attention": [8]}  # the same weights
     records.write_record(
@@ -356,7 +356,7 @@ def test_what_belongs_to_sampling_is_said(checkout: Path, exported: Path) -> Non
     said = "\n".join(import_diffusers(other, "hub", checkout))
     for words in (
         "timestep_spacing trailing",
-        "thresholding at the quantile 0.995 up to sample_max_value 1.5: in params.yaml that is sampling.clip: 0.995",
+        "dynamic thresholding (quantile 0.995, sample_max_value 1.5): the same in params.yaml is sampling.clip: 0.995",
         "steps_offset 1",
         "set_alpha_to_one false",
     ):

@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "no classes": (
         TEN,
         {"diffusion": {"conditional": True}},
-        "conditional is true, but the dataset image_folder has no classes; set it to false, or add them: ",
+        "conditional is true, but the dataset image_folder has no classes; set conditional to false, or add classes: ",
     ),
     "attention": (
         TEN,

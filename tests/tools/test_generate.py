@@ -171,7 +171,8 @@ def test_without_a_champion_the_best_point_is_drawn_and_named(
     params, best = smoke(training={"steps": 24}), scores.read_best(checkout).row
     said = generate(params, out=tmp_path / "grid.png", count=4)
     assert (
-        said == f"{tmp_path}/grid.png: 4 images of {best.point}, the best point here: no champion yet (`ddpm promote`)"
+        said
+        == f"{tmp_path}/grid.png: 4 images of {best.point}, the report's best point (no champion yet; `ddpm promote` makes one)"
     )
     named = {"model": f"models/{best.schedule}", "sampler": best.sampler, "steps": best.steps}
     generate(params, out=tmp_path / "named.png", count=4, **named)

@@ -126,13 +126,15 @@ def test_a_changed_package_is_refused_until_the_project_is_updated(site: Path, t
     assert flow.stderr.count("\n") == 1 and not (folder / ".prefect").exists()
     before = (folder / NAME).read_text()
     update = run(folder, *ddpm, "init", "--update", **installed)
-    assert "code changed of: prepare" in update.stdout, update.stderr
+    assert "stages whose code changed: prepare" in update.stdout, update.stderr
     assert changed() == {"prepare"}
     assert dvc(folder, "repro", "prepare", **installed).returncode == 0
     # Code that no stage runs, and a row that params.yaml does not select, change no stage.
     for name in ("ddpm/tracking/runs.py", "ddpm/sources/cifar10.py"):
         edit(name)
-    assert "code changed of: ddpm/sources/cifar10" in run(folder, *ddpm, "init", "--update", **installed).stdout
+    assert (
+        "stages whose code changed: ddpm/sources/cifar10" in run(folder, *ddpm, "init", "--update", **installed).stdout
+    )
     assert (folder / NAME).read_text() != before and changed() == set()
     edit("ddpm/sources/digits.py")
     assert run(folder, *ddpm, "init", "--update", **installed).returncode == 0

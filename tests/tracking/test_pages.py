@@ -147,7 +147,7 @@ def test_the_report_opens_without_a_network(page: Any, sweep: Path, shoot: Shoot
     page.goto(html.as_uri(), wait_until="load")
     page.get_by_text("cosine-ddim-10").first.wait_for()
     shoot(page, "report")
-    page.get_by_text("There was none before").wait_for()  # no champion before this one, as run.js says
+    page.get_by_text("There was no champion before").wait_for()  # no champion before this one, as run.js says
     for width in (1280, 390):
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") <= width

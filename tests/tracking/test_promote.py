@@ -342,7 +342,7 @@ def test_the_report_is_compared_with_the_champion(checkout: Path, params: Params
     assert "The champion" not in compared()
     write_scores(checkout, first, 30.0)
     tracking.promote(params, checkout, replace=True)
-    assert f"{first.name} is the champion: version 1 of ddpm-digits. There was none before." in compared()
+    assert f"{first.name} is the champion: version 1 of ddpm-digits. There was no champion before." in compared()
     write_scores(checkout, second, 20.0)
     found = compared()
     assert f"The champion is version 1 of ddpm-digits, {first.name}." in found and "not paired" not in found

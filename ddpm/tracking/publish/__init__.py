@@ -1,4 +1,4 @@
 """Publishes outputs to MLflow's runs.
 
-The model registry stands in ddpm.tracking.registry.
+The model registry is in ddpm.tracking.registry.
 """

@@ -1,4 +1,4 @@
-"""Publishes the outputs on disk to MLflow: adds what is missing there and repeats nothing."""
+"""Publishes the outputs on disk to MLflow, except those that MLflow already has."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ from ddpm.tracking.runs import (
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
-FOLLOW_SECONDS = 1.0  # between two checks of dvc.lock
-REAL = 64  # images of the dataset that are logged at step 0
+FOLLOW_SECONDS = 1.0  # seconds between two checks of dvc.lock
+REAL = 64  # the number of real images that are logged at step 0
 CONTENT, PUBLISHED = (
     "ddpm.content_sha256",
     "ddpm.published_sha256",
@@ -64,7 +64,7 @@ CONTENT, PUBLISHED = (
 UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, for outputs without a run file
 
 
-# Compares the report with the champion, which is in the registry; None without one. ddpm.tracking passes it in.
+# Compares the report with the champion in the registry; returns None without a champion. ddpm.tracking passes it in.
 WithChampion = Callable[[Target, Params, Path, Say], Compared | None]
 
 
@@ -89,7 +89,7 @@ def follow(
 ) -> None:
     """Publishes the outputs of each stage once dvc.lock lists them, until `ended` is set. Never raises InputError."""
     path, changed, seen = root / "dvc.lock", -1, dvc_lock.read(root)
-    publish_or_warn(params, root, "prepare", say)  # publishes nothing, but imports mlflow and creates the store
+    publish_or_warn(params, root, "prepare", say)  # publishes nothing, but imports mlflow and creates the store early
     while not ended.wait(FOLLOW_SECONDS):
         now = path.stat().st_mtime_ns if path.exists() else -1
         if now == changed:
@@ -116,13 +116,13 @@ def publish(
     say: Say = print,
     champion: WithChampion | None = None,
 ) -> dict[str, int]:
-    """Adds to MLflow what it lacks of the outputs below `root`. An output older than its inputs is left out.
+    """Adds the outputs below `root` that MLflow lacks. Leaves out an output that is older than its inputs.
 
     Args:
         params: the parameters of the sweep.
         root: the checkout.
-        only: the output of one stage, such as "prepare", "train@linear", "sample@linear-ddim-50" or "report"; without it, all
-            outputs, and a line that says what was added.
+        only: the output of one stage, such as "prepare", "train@linear", "sample@linear-ddim-50" or "report". Default: all
+            outputs, with a line about the additions.
         say: prints a line for the user.
         champion: compares the report with the champion.
 
@@ -192,7 +192,7 @@ def _fill_in(target: Target, params: Params, root: Path, added: Counter[str], re
 
 
 def _points(root: Path) -> Iterator[Point]:
-    """Yields the points that have samples on disk, and skips other files."""
+    """Yields the points that have samples on disk. Skips other files."""
     for path in sorted((root / "samples").glob("*.npz")):
         with contextlib.suppress(InputError):
             yield Point.parse(path.stem)
@@ -256,7 +256,7 @@ def _times(run: RunRecord | None) -> tuple[int, int]:
 
 
 def _commit(run: RunRecord | None) -> dict[str, str]:
-    """Returns tags that say where and from which commit the output was made."""
+    """Returns tags with the machine and the commit that made an output."""
     if run is None:
         return {"ddpm.times": "unknown"}
     tags = {"ddpm.device": run.device, "ddpm.hardware": json.dumps(run.hardware)}
@@ -442,7 +442,7 @@ def publish_points(
         **_commit(points[0].evaluated or points[0].sampled),
     }
     run = find_or_create(target, key, name, agrees, start, tags, added)
-    complete = bool(run.data.params)  # but a run of an older version lacks the options of its sampler
+    complete = bool(run.data.params)  # a run of an older version also lacks the options of its sampler
     log(target, run, _point_params(first, model, settings))
     if not complete:
         _log_dataset(target, run, root, model.data, "evaluation")
@@ -473,9 +473,9 @@ def _point_tags(point: Point, model: ModelRecord, settings: PointSettings) -> di
 
 
 def _point_params(point: Point, model: ModelRecord, settings: PointSettings) -> dict[str, str]:
-    """Returns the parameters by which sampler runs differ, the options of the sampler's row among them.
+    """Returns the parameters by which sampler runs differ, such as the options of the sampler's row.
 
-    The other settings are tags: MLflow writes all parameters above each picture, and more would leave it no room.
+    The other settings are tags, since MLflow writes all parameters above each picture, which needs the room.
     """
     row = {name: value for name, value in settings.row.items() if name not in ("sampler", "fitted_to")}
     about = {"schedule": point.schedule, "sampler": point.sampler, "dataset": model.data.name}
@@ -599,7 +599,7 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
 def _publish_report(
     target: Target, params: Params, root: Path, added: Counter[str], say: Say, champion: WithChampion | None
 ) -> None:
-    """Publishes the present report as artifacts of one run. Its page gets lineage, timings and comparisons, here too."""
+    """Publishes the present report as artifacts of one run. Fills in the page's lineage, timings and comparisons."""
     folder = root / paths.report_dir()
     if not (folder / "best.json").exists():
         return
@@ -631,7 +631,7 @@ def _publish_report(
 def _parts_of_page(
     target: Target, params: Params, root: Path, rows: Sequence[Row], say: Say, champion: WithChampion | None
 ) -> dict[str, str]:
-    """Returns the parts of the page that are no output of DVC, as HTML."""
+    """Returns the parts of the page that DVC does not track, as HTML."""
     place = target.place.shown
     link = f"{place}/{chart(target.experiment)}" if place.startswith("http") else ""
     found = with_previous(params, root, say)
@@ -648,7 +648,7 @@ def _parts_of_page(
 
 def _runs_of(target: Target, root: Path, rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     """Returns, for each stage, the name of the run that holds its output and, for a server, the address of that run."""
-    held = dict[str, dict[str, str]]()  # stage -> tags that only its run has
+    held = dict[str, dict[str, str]]()  # stage -> the tags that identify its run
     for row in rows:
         model_file, samples = (
             root / paths.model_dir(row.schedule) / "model.json",
@@ -684,7 +684,7 @@ def _publish_schedules(target: Target, root: Path, folder: Path, added: Counter[
     content = digest([sha256(path) for path in files])
     rows, times = read_csv(files[0]), read_run(root, folder)
     start, end = _times(times)
-    note = "Is x_T really noise, and where are the steps spent? `share_of_steps` has a step per band of signal-to-noise ratio,"
+    note = "Is x_T really noise, and how are the steps spread? `share_of_steps` has a step per band of signal-to-noise ratio,"
     bands = [name for name in rows[0] if name.startswith("snr ")]
     tags = {
         "ddpm.stage": "schedules",

@@ -1,4 +1,4 @@
-"""Promotes the best model in MLflow's registry: the decision, the version, the way back.
+"""Promotes the best model in MLflow's registry: decides, registers the version, and rolls back.
 
-Runs and metrics stand in ddpm.tracking.publish.
+Runs and metrics are in ddpm.tracking.publish.
 """

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def with_champion(target: Target, params: Params, root: Path, say: Say) -> Compared | None:
-    """Compares the best point with the champion, or with the champion before if the best point is champion.
+    """Compares the best point with the champion; if the best point is the champion, with the previous champion.
 
     Returns None without a champion. Raises InputError if an output is missing or stale.
     """
@@ -33,7 +33,7 @@ def with_champion(target: Target, params: Params, root: Path, say: Say) -> Compa
         before = champion.tags.get("ddpm.previous")
         former = _version(target.client, f"models:/{champion.name}/{before}") if before else None
         if former is None:
-            return Compared(title, f"{said} There was none before.")
+            return Compared(title, f"{said} There was no champion before.")
         other, title = former, "The champion before"
     else:
         said = f"The champion is version {champion.version} of {champion.name}, {champion.tags.get('ddpm.point')}."
@@ -42,7 +42,9 @@ def with_champion(target: Target, params: Params, root: Path, say: Say) -> Compa
     changed = changes(_settings(target, other), _own_settings(best))
     score = _score(other, best.score.protocol, say)
     if score is None:
-        return Compared(title, f"{said} It has no score under the present protocol; `ddpm promote` scores it.", changed)
+        return Compared(
+            title, f"{said} That version has no score under the present protocol; `ddpm promote` scores it.", changed
+        )
     score = _with_influence(target, other, score, say)
     confidence = params.promotion.confidence
     reach = against_one(score.estimate, _looked_at(root, best.score.protocol), confidence)
@@ -57,7 +59,7 @@ def _own_settings(best: Challenger) -> dict[str, Any]:
 
 
 def _settings(target: Target, version: ModelVersion) -> Mapping[str, Any]:
-    """Returns the parameters that trained a version, as its training's run has them, and those of its sampler."""
+    """Returns the parameters of a version's training, from the run of the training, and of its sampler."""
     sampler = flat({"sampler": tags.settings(version)})
     run = target.client.get_run(version.run_id) if version.run_id else None
     parent = run and run.data.tags.get("mlflow.parentRunId")

@@ -1,14 +1,14 @@
 """Decides from scores whether a challenger replaces the champion. registry.py calls it and records the result.
 
-A challenger wins if its score is better: the interval of the difference from the champion's score lies wholly on its side. A
-challenger that takes `promotion.fewer_evaluations` times fewer network evaluations than the champion wins, too, if it is
-nearly as good as the best champion there was: its score is worse by the share `promotion.margin` at most. That is tested by
-the far end of the interval, and against the best champion, so that many cheaper challengers cannot lower the score bit by bit.
+A challenger wins if its score is significantly better than the champion's: the interval of the difference excludes 0. A
+challenger that takes `promotion.fewer_evaluations` times fewer network evaluations than the champion also wins if it is nearly as
+good as the best champion so far: its score is at most the share `promotion.margin` worse, even at the unfavourable end of the
+interval. The comparison with the best champion prevents many cheaper challengers from lowering the score bit by bit.
 
-A challenger loses all the same if it may be worse than the champion by one of `promotion.judges`, by more than the margin.
+A challenger nevertheless loses if, by one of `promotion.judges`, it may be worse than the champion by more than the margin.
 
-The challenger was picked as the best of several points, so partly by chance. The intervals therefore hold for all these
-points together (Dunnett 1955). They are paired for points whose images start from the champion's noise.
+The challenger was picked as the best of several points, so its score is partly chance. The intervals therefore hold for all these
+points together (Dunnett 1955). The scores are paired if the images of both start from the same noise.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AGAIN = "evaluate the point again (dvc repro)"
 
 @dataclass(frozen=True)
 class Protocol:
-    """What two scores must share to be comparable: the dataset version, and how the scores were computed."""
+    """The conditions that comparable scores share: the dataset version, and how the scores were computed."""
 
     dataset: str  # sha256
     layer: int
@@ -51,7 +51,7 @@ class Protocol:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     def differences(self, other: Protocol) -> str:
-        """Says in words what changed from `other` to this protocol, such as "layer 64 -> 2048"."""
+        """Describes the changes from `other` to this protocol, such as "layer 64 -> 2048"."""
         mine, theirs = asdict(self), asdict(other)
         hashes = {"dataset": "dataset version", "extractor_sha256": "feature extractor"}
         changed = [name for name in mine if mine[name] != theirs[name]]
@@ -63,7 +63,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Judged:
-    """A judge's score. extractor_sha256: hash of what decides the judge's features, such as a weights file."""
+    """A judge's score. extractor_sha256: the hash of the file (or other data) that decides the judge's features."""
 
     estimate: Estimate
     extractor_sha256: str
@@ -76,8 +76,8 @@ class Score:
     Args:
         estimate: the score.
         evaluations: network evaluations per image.
-        protocol: how it was computed.
-        seed: seed of the noise that its images start from, if known.
+        protocol: how the score was computed.
+        seed: the seed of the noise from which the images start, if known.
         judges: the scores of other judges by name, in the order of their influence values.
     """
 
@@ -97,7 +97,7 @@ class Score:
             seed: see the class.
 
         Raises:
-            InputError: the number of influence values is not that of images and scores.
+            InputError: there are not as many influence values as images and scores.
         """
         rows: list[NDArray[np.floating] | None] = [None] * (1 + len(scores.judges))
         if influence is not None:
@@ -115,7 +115,7 @@ class Score:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Score:
-        """Reads the content of metrics/POINT.json, as far as a comparison needs it. Raises InputError."""
+        """Reads the entries of metrics/POINT.json that a comparison needs. Raises InputError."""
         try:
             return cls.of(Scores.from_json(found, needed=COMPARED))
         except ValueError as error:
@@ -141,9 +141,9 @@ class Score:
         return replace(self, estimate=replace(self.estimate, influence=influence[0]), seed=seed, judges=judges)
 
     def lacks(self, judges: Sequence[str], other: Score) -> list[str]:
-        """Returns those of `judges` by which this score cannot be compared with `other`.
+        """Returns the names in `judges` by which this score cannot be compared with `other`.
 
-        Such a judge has not judged this point, or used another feature extractor. `other` has scores by all judges.
+        Such a judge has not scored this point, or used another feature extractor. `other` has scores by all judges.
         """
         return [
             name
@@ -159,8 +159,8 @@ class Decision:
     Args:
         promoted: whether the challenger became champion.
         version: the version that is champion now; None without a champion.
-        reason: why, in one line.
-        point: the point that was compared, or that came back.
+        reason: the reason in one line.
+        point: the point that was compared or restored.
         previous: the version that was champion before.
         champion: the point of the present champion.
     """
@@ -180,10 +180,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the challenger replaces the champion. reason: why, as the end of a sentence.
+    """Whether the challenger replaces the champion. reason: the end of a sentence.
 
-    evidence: difference (challenger - champion), low, high, confidence, paired, points; behind_best and margin if the evaluations
-    could decide; for each judge by name the same of its score; empty if nothing was compared.
+    evidence: difference (challenger - champion), low, high, confidence, paired, points. If the evaluations could decide, also
+    behind_best and margin. Under each judge's name, the same for the judge's score. Empty if nothing was compared.
     """
 
     wins: bool
@@ -208,7 +208,7 @@ def decide(
         force: let the challenger win whatever the scores say.
         looked_at: the scores of all points from which the challenger was picked, under its protocol and with its seed;
             by default the challenger's score alone.
-        best: the score of the best champion there was; None if that is the present champion.
+        best: the score of the best champion so far; None if that is the present champion.
 
     Raises:
         ValueError: without `force`, if the scores belong to different protocols.
@@ -243,13 +243,13 @@ def decide(
     behind = f"{most:.3g} worse than {whose} (the margin is {allowed:.3g})"
     evaluations = f"{challenger.evaluations:,} evaluations instead of {champion.evaluations:,}"
     if most > allowed:
-        return Verdict(False, f"{reason}, and perhaps {behind}, so {evaluations} do not decide", evidence)
+        return Verdict(False, f"{reason}, and may be {behind}, so {evaluations} do not decide", evidence)
     won = Verdict(True, f"{RANKING.title} {mine} is at most {behind}, with {evaluations}", evidence)
     return _judged(won, challenger, champion, rule)
 
 
 def _judged(won: Verdict, challenger: Score, champion: Score, rule: Promotion) -> Verdict:
-    """Lets the challenger lose if it may be worse than the champion by one of the other judges, by more than the margin."""
+    """Lets the challenger lose if, by one of the judges, it may be worse than the champion by more than the margin."""
     wins, said, evidence = True, [won.reason], dict(won.evidence)
     for name in rule.judges:
         mine, theirs, row = challenger.judges[name].estimate, champion.judges[name].estimate, METRICS[name]
@@ -269,7 +269,7 @@ def _judged(won: Verdict, challenger: Score, champion: Score, rule: Promotion) -
 
 @dataclass(frozen=True)
 class _Gap:
-    """The challenger's score minus another one, and an interval. direction: -1 if lower is better, 1 if higher is."""
+    """The challenger's score minus another score, with an interval. direction: -1 if lower is better, 1 if higher is better."""
 
     difference: float
     low: float
@@ -279,7 +279,7 @@ class _Gap:
 
     @classmethod
     def of(cls, challenger: Estimate, other: Estimate, reach: float, direction: int) -> _Gap:
-        """reach: half the width of the interval, in standard errors."""
+        """Compares two scores. reach: half the width of the interval, in standard errors."""
         gap = difference(challenger, other)
         half = reach * gap.error
         return cls(gap.value, gap.value - half, gap.value + half, gap.paired, direction)
@@ -290,12 +290,12 @@ class _Gap:
 
     @property
     def side(self) -> int:
-        """1 if the challenger is better for sure, -1 if it is worse, else 0."""
+        """1 if the challenger is significantly better, -1 if it is significantly worse, else 0."""
         return self.direction if self.low > 0 else -self.direction if self.high < 0 else 0
 
     @property
     def most_behind(self) -> float:
-        """How much worse the challenger is at most."""
+        """The upper bound on how much worse the challenger is."""
         return self.high if self.direction < 0 else -self.low
 
 

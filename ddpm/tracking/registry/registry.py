@@ -64,7 +64,7 @@ ROLLED_BACK = "ddpm.rolled_back"  # tag of a version that `promote` does not bri
 
 
 def _start(root: Path) -> str:
-    """Returns what to do where a model is read and MLflow does not answer."""
+    """Returns the advice for a user who wants to read a model while MLflow does not answer."""
     command = mlflow_command(root)
     return f"start it{f' (`{command}`)' if command else ''}, or name a checkpoint folder such as models/cosine instead"
 
@@ -74,14 +74,14 @@ class NoSuchModel(InputError):
 
 
 def fetch_champion(params: Params, destination: Path, root: Path = Path()) -> tuple[Path, dict[str, Any], str]:
-    """Downloads the champion. Where there is none, takes the best point of the report in `root`.
+    """Downloads the champion. Without a champion, takes the best point of the report in `root`.
 
     Returns:
         The checkpoint folder, the sampler settings as fetch_model returns them, and a sentence about the choice ("" for the
         champion).
 
     Raises:
-        InputError: as fetch_model does, or there is neither a champion nor a report.
+        InputError: for the reasons of fetch_model, or because there is neither a champion nor a report.
     """
     try:
         return *fetch_model(champion_uri(params), destination, root), ""
@@ -89,7 +89,11 @@ def fetch_champion(params: Params, destination: Path, root: Path = Path()) -> tu
         if not (root / paths.report_dir() / "best.json").exists():
             raise InputError(f"{error}, once `dvc repro` has made a report") from None
     best = _challenger(params, root)
-    return best.folder, best.settings, f"{best.point.name}, the best point here: no champion yet (`ddpm promote`)"
+    return (
+        best.folder,
+        best.settings,
+        f"{best.point.name}, the report's best point (no champion yet; `ddpm promote` makes one)",
+    )
 
 
 def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path, dict[str, Any]]:
@@ -98,7 +102,7 @@ def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path,
     Args:
         uri: models:/NAME@ALIAS or models:/NAME/VERSION.
         destination: the folder to download into.
-        root: the checkout whose MLflow store is asked.
+        root: the checkout whose MLflow store holds the model.
 
     Returns:
         The checkpoint folder below `destination`, and the sampler settings that the model was promoted with: the options of a
@@ -113,7 +117,7 @@ def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path,
     require_reachable(where, _start(root))
     absent = NoSuchModel(f"{uri}: MLflow at {where.shown} has no such model; `ddpm promote` registers one")
     if where.database and not where.database.exists():
-        mlflow_file.check(where.database)  # refuses a lost one
+        mlflow_file.check(where.database)  # raises InputError if the database was lost
         raise absent  # the client would create an empty database
     with plain_errors(where, _start(root)):
         with locked(where):
@@ -160,7 +164,7 @@ def _download(client: MlflowClient, where: Place, version: ModelVersion, destina
 
 @dataclass(frozen=True)
 class Challenger:
-    """The best point of the report, with all that its promotion needs."""
+    """The best point of the report, with everything that its promotion needs."""
 
     name: str
     point: Point
@@ -217,7 +221,7 @@ def _challenger(params: Params, root: Path) -> Challenger:
     model = models.read_trained(root, point.schedule)
     likelihood = models.read_bound(root, point.schedule) if bound.exists() else None
     if found.model != model.weights_sha256:
-        raise InputError(f"{folder}: not the model that {point.name} was scored with; run dvc repro")
+        raise InputError(f"{folder}: {point.name} was scored with another model than this one; run dvc repro")
     score = Score.of(found, scores.read_all_influence(root, point, found), settings.seed)
     if absent := set(params.promotion.judges) - score.judges.keys():
         raise InputError(
@@ -298,7 +302,7 @@ def promote(
             registered = registered or _register(target, params, root, challenger)
             now = _version(target.client, champion_uri(params))
             if (now and now.version) == (champion and champion.version):
-                break  # otherwise another process changed the champion: compare with the new one
+                break  # otherwise another process changed the champion: compare with the new champion
         # Tag before moving the alias: after a kill in between, the champion still has its decision and predecessor.
         _tag(target.client, registered, "ddpm.decision", verdict.reason)
         _tag(target.client, registered, BEST, best or registered.version)
@@ -432,7 +436,7 @@ def _compare(
     rescore: Rescore | None,
     say: Say,
 ) -> tuple[Verdict, Score | None, str | None]:
-    """Returns whether the challenger wins and why, the champion's score, and the best champion unless the challenger is."""
+    """Returns the verdict, the champion's score, and the version of the best champion so far (None if the challenger is)."""
     if champion is None:
         return Verdict(True, f"{challenger.point.name} is the first champion"), None, None
     looked_at = [] if force else _looked_at(root, challenger.score.protocol)
@@ -470,9 +474,9 @@ def _known_or_again(
     rescore: Rescore | None,
     say: Say,
 ) -> Score | None:
-    """Returns a version's score under the challenger's protocol and by these judges, and scores it again if need be.
+    """Returns a version's score under the challenger's protocol and by these judges. Scores the version again if necessary.
 
-    With `force`, returns None instead of scoring again. seed: of the noise for new samples.
+    With `force`, returns None instead of scoring again. seed: the seed of the noise for new samples.
     """
     protocol = challenger.score.protocol
     score = _score(version, protocol, say)
@@ -481,7 +485,7 @@ def _known_or_again(
         return _with_influence(target, version, score, say)
     if force:
         return None
-    changed = f"it has no {', '.join(lacking)} of the same network" if lacking else _changed(version, protocol)
+    changed = f"no score by {', '.join(lacking)} with the same weights" if lacking else _changed(version, protocol)
     if rescore is None:
         raise InputError(f"{title} has no score to compare with ({changed}); score it again, or promote --replace")
     say(f"promote: scoring the {title} again: {changed}")
@@ -491,8 +495,8 @@ def _known_or_again(
 def _best_champion(client: MlflowClient, champion: ModelVersion, protocol: Protocol, say: Say) -> ModelVersion:
     """Returns the champion so far that has the best score.
 
-    A registry of a version before 0.4.0 does not name it. Then it is the best one under this protocol among the champion and
-    its predecessors. A champion that was rolled back or deleted does not count.
+    A registry of a version before 0.4.0 does not name that champion. Then the best score under this protocol decides, among the
+    champion and its predecessors. Champions that were rolled back or deleted do not count.
     """
     if BEST in champion.tags:
         best = _version(client, f"models:/{champion.name}/{champion.tags[BEST]}")
@@ -506,7 +510,7 @@ def _best_champion(client: MlflowClient, champion: ModelVersion, protocol: Proto
 
 
 def mark_best_champion(params: Params, root: Path = Path(), say: Say = print) -> None:
-    """Names the best champion so far in the registry if the present champion does not, as in one of an older version.
+    """Tags the champion with the best champion so far, if that tag is missing as in registries of older versions.
 
     Raises InputError if MLflow cannot be reached.
     """
@@ -532,9 +536,9 @@ def _changed(champion: ModelVersion, protocol: Protocol) -> str:
 
 
 def _other_images(champion: ModelVersion, challenger: Challenger, params: Params) -> str:
-    """Says why the two models cannot be compared; "" if they can.
+    """Returns the reason why the two models cannot be compared, or "" if they can.
 
-    A folder of images may hold anything. Only tracking.name says that changed images are a new version of the same dataset.
+    A folder of images may hold any dataset. Only tracking.name says that changed images are a new version of the same dataset.
     """
     mine, theirs = challenger.score.protocol.dataset, champion.tags.get("ddpm.dataset_sha256", "")
     if not SOURCES.select(params.data.source).any_images or params.tracking.name or mine == theirs:
@@ -556,7 +560,9 @@ def _score_again(target: Target, champion: ModelVersion, protocol: Protocol, see
             ) from None
     score = Score.of(found, influence, seed)
     if score.protocol != protocol:
-        raise InputError(f"the champion's new score has another protocol ({protocol.differences(score.protocol)})")
+        raise InputError(
+            f"the champion's new score has a protocol unlike the challenger's ({protocol.differences(score.protocol)})"
+        )
     _keep(target, champion, score, found)
     return score
 
@@ -574,7 +580,7 @@ def _tag(client: MlflowClient, version: ModelVersion, key: str, value: str) -> N
 
 
 def _already(target: Target, champion: ModelVersion, challenger: Challenger) -> Decision:
-    """Adds no version, since the champion makes the same images; keeps its score under a new protocol."""
+    """Keeps the champion, which makes the same images as the challenger, and stores its score if the protocol is new."""
     _keep(target, champion, challenger.score, challenger.scores)
     reason = f"{challenger.point.name} is champion already"
     version, point = str(champion.version), challenger.point.name
@@ -582,7 +588,7 @@ def _already(target: Target, champion: ModelVersion, challenger: Challenger) -> 
 
 
 def _settle(target: Target, challenger: Challenger, mine: ModelVersion, seen: int, say: Say) -> ModelVersion:
-    """Makes the best of the versions that were promoted at the same time champion. Returns that version."""
+    """Makes champion the best of the versions that were promoted at the same time. Returns that version."""
     rivals = [version for version in _versions(target.client, mine.name) if int(version.version) > seen]
     scored = [
         (RANKING.rank(score.value), int(rival.version), rival)
@@ -652,7 +658,7 @@ def _introduce(client: MlflowClient, champion: ModelVersion, decision: str) -> N
 
 
 def _register(target: Target, params: Params, root: Path, challenger: Challenger) -> ModelVersion:
-    """Returns the registered version of this point, and creates it if there is none."""
+    """Returns the registered version of this point. Creates the version if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     client, name = target.client, challenger.name
@@ -772,7 +778,7 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
 
 
 def served_modules(model: ModelRecord) -> list[str]:
-    """Returns the modules that a registered model starts from; `code.files` adds the modules that they import."""
+    """Returns the modules that load a registered model; `code.files` adds the modules that they import."""
     return [*code.source(SERVED).imported, NETWORKS.module(model.network.kind)]
 
 

@@ -1,10 +1,10 @@
-"""The registered model as MLflow loads it. Its code and checkpoint lie in the model's own folder, so it needs no checkout.
+"""The registered model as MLflow loads it. The model's folder contains its code and checkpoint, so it needs no checkout.
 
 Each row of the input asks for images:
 
 - n: the number of images.
-- seed, steps, sampler: optional; the defaults are those that the model was registered with. The same seed gives the same images.
-- label: optional, for a conditional model: the name or number of a class. Without it the classes take turns.
+- seed, steps, sampler: optional; by default the values with which the model was registered. The same seed gives the same images.
+- label: optional, for a conditional model: the name or number of a class. Without a label, the classes take turns.
 
 The output holds the images of all rows, one row after the other: uint8 [N, C, H, W].
 """
@@ -24,7 +24,7 @@ MOST = 100_000  # images per row
 
 
 class ImageModel(PythonModel):
-    """A checkpoint with the sampler settings that it was promoted with."""
+    """A checkpoint with the sampler settings with which it was promoted."""
 
     def load_context(self, context: Any) -> None:
         from ddpm.files import checkpoint
@@ -38,7 +38,7 @@ class ImageModel(PythonModel):
         self.denoiser, self.model = checkpoint.load(folder, self.device, self.settings.pop("clip"))
         if self.model.weights_sha256 != config.get("weights_sha256", self.model.weights_sha256):
             raise ValueError(
-                f"{folder}: not the checkpoint that this model was registered with; restore the model's artifacts"
+                f"{folder}: differs from the checkpoint with which this model was registered; restore the model's artifacts"
             )
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The JSON that `promote` leaves in the tags of a registered version, checked when it is read.
+"""The JSON that `promote` writes into the tags of a registered version. Reading a tag checks it.
 
 Anyone can edit a tag in MLflow. `promote` reports and ignores a damaged score, protocol or address of influence values. Damaged
 settings are an error, since they would draw other images.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 PROTOCOL = "ddpm.protocol"
-AGAIN = "`ddpm promote --replace` registers the report's best point without it"
+AGAIN = "`ddpm promote --replace` registers the report's best point without this tag"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def influence_tag(protocol: Protocol) -> str:
 
 
 def settings(version: ModelVersion) -> dict[str, Any]:
-    """Returns the sampler settings that a version was promoted with: a row's options, `steps` and `clip`. Raises InputError."""
+    """Returns the sampler settings with which a version was promoted: a row's options, `steps` and `clip`. Raises InputError."""
     from ddpm.runtime.drawing import check_row
 
     found = _object(version, SETTINGS)
@@ -67,7 +67,7 @@ def settings(version: ModelVersion) -> dict[str, Any]:
 
 
 def protocol(version: ModelVersion) -> Protocol | None:
-    """Returns the protocol under which a version was promoted, or None without one. Raises InputError."""
+    """Returns the protocol under which a version was promoted, or None if the tag is missing. Raises InputError."""
     if PROTOCOL not in version.tags:
         return None
     found = _object(version, PROTOCOL)
