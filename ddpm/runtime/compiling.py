@@ -11,6 +11,7 @@ import torch
 from ddpm.errors import InputError
 from ddpm.files.params import Params
 from ddpm.networks import winograd
+from ddpm.networks.winograd import multiplies_bfloat16
 from ddpm.parameters import AUTO, Auto
 from ddpm.runtime.progress import Progress, Report
 
@@ -39,7 +40,7 @@ def probe(device: torch.device) -> tuple[Auto, str]:
     if device.type == "cuda":
         kind, units, there = "GPU", "bfloat16 units", torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        kind, units, there = "CPU", "AVX512-BF16", _has_avx512_bf16()
+        kind, units, there = "CPU", "AVX512-BF16", multiplies_bfloat16()
     faster = there and (device.type == "cuda" or not problem)
     reason = f"this {kind} has {units}" if there else f"this {kind} has no {units}"
     if problem:
@@ -62,13 +63,6 @@ def resolved(params: Params, section: str, device: torch.device, root: Path, rep
         )
         report(Progress(0, 0, "", message=line))
     return found
-
-
-def _has_avx512_bf16() -> bool:
-    """Returns whether the processor multiplies matrices in bfloat16, and ATEN_CPU_CAPABILITY does not hold torch to less."""
-    cpuinfo = Path("/proc/cpuinfo")
-    there = cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text(encoding="utf-8").split()
-    return there and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _obstacle(device: torch.device) -> str:

@@ -35,7 +35,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool, str], N
 
     def become(bfloat16: bool, obstacle: str) -> None:
         compiling.probe.cache_clear()
-        monkeypatch.setattr(compiling, "_has_avx512_bf16", lambda: bfloat16)
+        monkeypatch.setattr(compiling, "multiplies_bfloat16", lambda: bfloat16)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
         monkeypatch.setattr(compiling, "_obstacle", lambda device: obstacle)
 
