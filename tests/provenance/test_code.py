@@ -46,7 +46,10 @@ except Stopped:
 """
 KEPT = ("resuming after step", "going on after 16 images")
 EDITS = {  # which change no weight, so that only the code tells the samplings apart
-    "stages/train.py": ("manual_seed(params.seed)", "manual_seed(params.seed + 0)"),
+    "stages/train.py": (
+        "manual_seed(params.training_seed(schedule))",
+        "manual_seed(params.training_seed(schedule) + 0)",
+    ),
     "diffusion/noise.py": ("import torch\n", "import torch  # and so on\n"),
     "scores/fidelity.py": ("import torch\n", "import torch  # and so on\n"),
 }
