@@ -1144,7 +1144,10 @@ REPORTS: dict[str, tuple[Callable[[], Any], str]] = {
     "samples cut off": (content(str(SAMPLES), lambda old: old[:-9]), "not a sample set"),
     "training cut off": (content(TRAINING, lambda old: old[:9]), "not readable as JSON"),
     "training without steps": (of_record(TRAINING, lambda about: about.pop("steps")), "steps: missing"),
-    "training of another schedule": (of_record(TRAINING, lambda about: about.update(schedule="x")), "belongs to schedule 'x'"),
+    "training of another schedule": (
+        of_record(TRAINING, lambda about: about.update(schedule="x")),
+        "belongs to schedule 'x'",
+    ),
     "training that was edited": (content(TRAINING, lambda old: old.replace(b"60", b"61")), "its checksum says"),
     "losses of words": (content(LOSSES, lambda old: old.replace(b"1.0", b"one")), OTHER),
     "losses of another training": (content(LOSSES, lambda old: old.replace(b"1.0", b"2.0")), OTHER),
