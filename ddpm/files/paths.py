@@ -27,6 +27,7 @@ from ddpm.parameters import Point
 CACHE = Path(".cache")  # kept across runs, outside DVC: resume states, converted weights, reference features
 PREVIEW = 64  # images in the grid of a sample set
 REPORT_SCRIPT = Path("report") / "run.js"  # times and comparisons, which the page loads; DVC does not track it
+SPEED_PLOT = CACHE / "speed.json"  # the last drawing of scores against seconds, which the page of each report shows
 CHART = CACHE / "mlflow-chart"  # holds the end of the address of MLflow's chart of scores against steps
 
 
