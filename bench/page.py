@@ -40,6 +40,7 @@ ROWS = {
     "statistics": Row("statistics and intervals, 50k x 2048", "scores", BOTH),
     "prepare": Row("prepare, PNG from a zip", "data"),
     "demo": Row("whole demo", "pipeline"),
+    "sweeps": Row("sweeps of 12, 50 and 200 points", "pipeline"),
     "start": Row("start of a stage's process", "pipeline"),
     "growth": Row("how cost grows, and the machine's limits", "growth", BOTH, goal=False),
 }

@@ -253,6 +253,8 @@ def _import(name: str) -> None:
         imported = importlib.import_module(module)
         if function:
             getattr(imported, function)()
+        if module.startswith("ddpm.stages."):
+            code.files(module)  # parses the sources once; the stage hashes them into the keys of what it keeps
     except Exception:
         # A stage that needs this module meets the same error and reports it.
         logging.getLogger(__name__).debug("could not import %s ahead", name, exc_info=True)
