@@ -204,7 +204,8 @@ def test_same_inputs_same_bytes(page: str, made_report: Path, smoke: Callable[..
 
 def test_the_stage_depends_on_the_sections_it_shows_and_on_its_template() -> None:
     stage = YAML(typ="safe").load((Path(__file__).parents[2] / "dvc.yaml").read_text())["stages"]["report"]
-    assert tuple(stage["params"]) == SECTIONS
+    *sections, auto = stage["params"]
+    assert tuple(sections) == SECTIONS and auto == {"auto.json": ["precision", "compile"]}
     assert {"ddpm/reporting/report.html.jinja", "dataset", "metrics", "samples"} <= set(stage["deps"])
     assert {"report/index.html", f"report/{PICTURE}"} <= set(stage["outs"])
 

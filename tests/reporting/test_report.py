@@ -254,7 +254,7 @@ def test_what_has_left_the_sweep_goes_and_nothing_else(root: Path, bound_of: Cal
     seen: list[Progress] = []
     report(params(narrow), root, seen.append)
     left = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    stays = {f"report/{name}" for name in written(root)} | set(others)
+    stays = {f"report/{name}" for name in written(root)} | {"auto.json", *others}
     stays |= {f"metrics/train/linear{ending}" for ending in (".json", ".csv", ".by_time.csv")}
     stays |= {f"metrics/likelihood/linear.{suffix}" for suffix in ("json", "csv", "run.json")}
     for name in ("linear-ddpm-20", "linear-ddim-20"):
