@@ -148,6 +148,17 @@ def _between(root: Tensor, covariance: Tensor) -> Tensor:
     return product
 
 
+def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns rising eigenvalues [D] and eigenvectors [D, D] of a symmetric matrix, reading its lower half.
+
+    On a CPU, numpy's OpenBLAS takes about half the time of torch's MKL on AMD's processors.
+    """
+    if matrix.device.type != "cpu":
+        return torch.linalg.eigh(matrix)
+    values, vectors = np.linalg.eigh(matrix.numpy())
+    return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
 def fid(a: Statistics, b: Statistics) -> float:
     """Returns the squared Fréchet distance of two Gaussians, at least 0.
 
@@ -200,11 +211,11 @@ def jackknife(features: Features, reference: Statistics, device: Device = "cpu")
     few = count <= features.shape[1]
     if few:  # M = Y^T Y has no more positive eigenvalues than the smaller Y Y^T, with Y = d R (N - 1)^(-1/2)
         d = torch.cat(list(_centred(features, mean)))
-        values, vectors = torch.linalg.eigh(_gram([(d @ root).T]) / (count - 1))
+        values, vectors = _eigenvectors(_gram([(d @ root).T]) / (count - 1))
         trace = float(d.square().sum()) / (count - 1)
     else:
         ours = _gram(_centred(features, mean)) / (count - 1)
-        values, vectors = torch.linalg.eigh(_between(root, ours))
+        values, vectors = _eigenvectors(_between(root, ours))
         trace = float(ours.trace())
     cross = float(values.clamp_min(0).sqrt().sum())  # of all eigenvalues: many small ones add up
     largest = float(values[-1].clamp_min(torch.finfo(values.dtype).tiny))
