@@ -37,8 +37,9 @@ Line = Sequence[Mapping[str, Any]]
 def of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Recipe:
     """Converts a parameter file to the recipe of one schedule. shape: C, H, W of an image."""
     row, training = params.schedules[schedule].options(), params.training
+    network = {key: value for key, value in as_json(params.network).items() if key != "kind"}
     return Recipe(
-        network={"image_channels": shape[0], "image_size": shape[1], **as_json(params.network)},
+        network={"image_channels": shape[0], "image_size": shape[1], **network},
         schedule={"name": row.pop("schedule"), "steps": params.diffusion.timesteps, **row},
         target=params.diffusion.target,
         batch=training.batch,

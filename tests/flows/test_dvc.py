@@ -58,6 +58,7 @@ def test_a_hostile_name_runs_nothing(tmp_path: Path, clone_maker: Callable[[Path
     with_names(clone.root, HOSTILE)
     for folder in ("dataset", HOSTILE):
         (clone.root / folder).mkdir()
+    (clone.root / "auto.json").write_text('{"precision": "float32", "compile": false}')
     done = clone.run(sys.executable, "-m", "dvc", "repro", "--single-item", f"train@{HOSTILE}")
     assert done.returncode != 0
     assert "String should match pattern" in done.stderr  # so the verb ran
