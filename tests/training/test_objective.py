@@ -208,7 +208,7 @@ def test_vlb_of_a_fixed_variance_is_the_weighted_error_of_equation_12(name: str)
 
 @pytest.mark.parametrize("target", sorted(TARGETS))
 def test_min_snr_weights(target: str) -> None:
-    """Hang et al. 2023, section 3.4: min(SNR, 5) for x0, divided by SNR for eps and by SNR + 1 for v."""
+    """Hang et al. 2023, section 3.4: min(SNR, 5) for x0, divided by SNR for eps and by SNR + 1 for v. Others follow from c_out."""
     schedule, objective, (x_0, t, eps) = setup("linear", target, "min_snr")
     _, plain, _ = setup("linear", target, "simple")
 
@@ -217,7 +217,9 @@ def test_min_snr_weights(target: str) -> None:
 
     snr = schedule.alpha_bar[t + 1] / (1 - schedule.alpha_bar[t + 1])
     on_x0 = schedule.posterior_at(t)[0]
-    divide = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1, "mu": on_x0**2}[target]
+    divide = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1, "mu": on_x0**2, "flow": (snr.sqrt() + 1) ** 2}[
+        target
+    ]
     expected = snr.clamp(max=GAMMA) / divide * plain.losses(net, x_0, t, eps)
     assert objective.losses(net, x_0, t, eps).numpy() == pytest.approx(expected.numpy(), rel=1e-5)
 
