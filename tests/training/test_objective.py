@@ -208,7 +208,7 @@ def test_vlb_of_a_fixed_variance_is_the_weighted_error_of_equation_12(name: str)
 
 @pytest.mark.parametrize("target", sorted(TARGETS))
 def test_min_snr_weights(target: str) -> None:
-    """Hang et al. 2023, section 3.4: min(SNR, 5) for x0, divided by SNR for eps and by SNR + 1 for v. Others follow from c_out."""
+    """Hang et al. 2023, section 3.4: min(SNR, 5) for x0, divided by SNR for eps and by SNR + 1 for v."""
     schedule, objective, (x_0, t, eps) = setup("linear", target, "min_snr")
     _, plain, _ = setup("linear", target, "simple")
 
