@@ -16,7 +16,7 @@ from bench import page
 
 def _measure(name: str, device: str, threads: int) -> None:
     row = page.ROWS[name]
-    os.environ.update(row.environment)  # before torch reads it
+    os.environ |= {"TQDM_DISABLE": "1", **row.environment}  # before torch and tqdm read it
     import torch
 
     from bench import harness

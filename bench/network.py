@@ -149,14 +149,27 @@ def _try(peer: str, make: Make, setting: Setting, device: str) -> Side:
 def _tried(peer: str, make: Make, device: str) -> Iterator[Side]:
     """Tries all settings without torch.compile and, unless TINY, torch.compile in the faster memory format.
 
-    A precision that is more than twice as slow as the other one is not compiled, since compiling takes minutes.
+    bfloat16 is left out where a convolution in it is far slower than in float32: a training step would take minutes. A precision
+    that is more than twice as slow as the other one is not compiled, since compiling takes minutes too.
     """
-    plain = [_try(peer, make, Setting(last, bf16), device) for last in (False, True) for bf16 in (False, True)]
+    precisions = (False, True) if _bfloat16_cost(device) < 4 else (False,)
+    plain = [_try(peer, make, Setting(last, bf16), device) for last in (False, True) for bf16 in precisions]
     yield from plain
     best = min(plain, key=lambda side: side.seconds)
-    for bf16 in () if TINY else (False, True):
+    for bf16 in () if TINY else precisions:
         if min(side.seconds for side in plain if side.setting.bfloat16 == bf16) < 2 * best.seconds:
             yield _try(peer, make, Setting(best.setting.channels_last, bf16, compiled=True), device)
+
+
+def _bfloat16_cost(device: str) -> float:
+    """Returns the time of a convolution in bfloat16, as a multiple of its time in float32."""
+    x, layer = torch.randn(2, 128, 16, 16, device=device), nn.Conv2d(128, 128, 3, padding=1, device=device)
+    sides = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        net, image = copy.deepcopy(layer).to(dtype), x.to(dtype)
+        sides[str(dtype)] = lambda net=net, image=image: net(image)
+    times, _ = alternate(sides, 3, device=device)
+    return min(times[str(torch.bfloat16)]["wall"]) / min(times[str(torch.float32)]["wall"])
 
 
 def _versus(

@@ -52,6 +52,7 @@ ROWS = {
     "rounding": Row("what bfloat16 and compiled kernels change", "rounding", BOTH),
     "prepare": Row("prepare, PNG from a zip", "data"),
     "demo": Row("whole demo", "pipeline"),
+    "sweeps": Row("sweeps of 12, 50 and 200 points", "pipeline"),
     "start": Row("start of a stage's process", "pipeline"),
     "growth": Row("how cost grows, and the machine's limits", "growth", BOTH, goal=False),
 }

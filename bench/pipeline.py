@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.harness import TINY, figure
+from bench.harness import TINY, alternate, figure
+from ddpm.files.yaml_file import rewritten
+from ddpm.provenance import dvc_lock
 from ddpm.runtime.display import PREFIX
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "smoke"
+FLOW = [sys.executable, "-m", "flows", "--no-promote"]
+DVC = str(Path(sys.executable).parent / "dvc")  # with the changes of ddpm.tools.dvc; `python -m dvc` is DVC alone
+REPEATS = 1 if TINY else 3
+SIZES = (2, 4) if TINY else (12, 50, 200)  # points of the sweeps
+
+# In the sweeps every stage works as little as it can, so that what the flow adds is most of their time.
+LEAST = {
+    "network": {"channels": 8},
+    "training": {"steps": 10},
+    "sampling": {"images": 8, "batch": 8},
+    "evaluation": {"images": 8},
+}
 
 BARE = """
 import sys
@@ -42,12 +59,16 @@ report(params)
 
 
 @contextmanager
-def _clone() -> Iterator[tuple[Path, dict[str, str]]]:
-    """Yields a fresh clone of this checkout's commit, and the environment for its commands."""
+def _clone(points: int = 0) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yields a fresh clone of this checkout's commit, and the environment for its commands.
+
+    points: the size of the sweep, with LEAST work for each; 0 for the recipe as it is.
+    """
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "clone"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(root)], check=True)
-        (root / "params.yaml").write_bytes((ROOT / "recipes" / f"{RECIPE}.yaml").read_bytes())
+        text = (ROOT / "recipes" / f"{RECIPE}.yaml").read_text(encoding="utf-8")
+        (root / "params.yaml").write_text(_sweep(text, points) if points else text, encoding="utf-8")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_TRACKING", "PREFECT_"))}
         path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
         yield root, {**kept, "PATH": path, "PYTHONPATH": str(root)}
@@ -78,43 +99,159 @@ def _first_work(verb: list[str], root: Path, environment: dict[str, str]) -> flo
     return first
 
 
+def _sweep(text: str, points: int) -> str:
+    """Returns the recipe with two samplers at 1, 2, ... steps, and LEAST work for each point."""
+
+    def change(document: Any) -> None:
+        for section, values in LEAST.items():
+            document[section].update(values)
+        document["sweep"]["steps"] = list(range(1, points // 2 + 1))
+
+    return rewritten(text, change)
+
+
+@contextmanager
+def _server(root: Path, environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Runs the Prefect server of `make up` while the block runs. Yields the environment of flows that use that server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    with subprocess.Popen(
+        [sys.executable, "-m", "flows.servers.up", "prefect"],
+        cwd=root,
+        env={**environment, "PREFECT_PORT": port},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("ready") for line in process.stdout)
+        yield {**environment, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+
+
+def _stages(root: Path, environment: dict[str, str]) -> int:
+    command = [DVC, "stage", "list", "--all"]
+    listed = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+    return len([line for line in listed.stdout.splitlines() if line.strip()])
+
+
+def _same_outputs(root: Path, other: Path) -> bool:
+    for output in ("dataset/train.npy", "models/cosine/model.safetensors", "report/points.csv"):
+        assert (root / output).read_bytes() == (other / output).read_bytes(), output
+    return True
+
+
 def demo(device: str) -> dict[str, Any]:
-    """Measures the smoke recipe: run by the flow, run as bare Python calls, and DVC and the flow with nothing to do."""
-    python = sys.executable
-    with _clone() as (root, environment):
-        flow = [_timed([python, "-m", "flows", "--no-promote"], root, environment)]
-        digest = (root / "dvc.lock").read_bytes()
-        repro = [_timed([python, "-m", "dvc", "repro"], root, environment) for _ in range(3)]
-        again = [_timed([python, "-m", "flows", "--no-promote"], root, environment) for _ in range(2)]
-        assert digest == (root / "dvc.lock").read_bytes()
-        listed = subprocess.run(
-            [python, "-m", "dvc", "stage", "list", "--all"],
-            cwd=root,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        stages = len([line for line in listed.stdout.splitlines() if line.strip()])
-        with _clone() as (other, others):
-            bare = [_timed([python, "-c", BARE], other, others)]
-            for output in ("dataset/train.npy", "models/cosine/model.safetensors", "report/points.csv"):
-                assert (root / output).read_bytes() == (other / output).read_bytes(), output
+    """Measures the smoke recipe: by the flow, by DVC and the flow with nothing to do, and as bare Python calls."""
+    flow, bare = list[float](), list[float]()
+    for _ in range(REPEATS):
+        with _clone() as (root, environment), _clone() as (other, others):
+            flow.append(_timed(FLOW, root, environment))
+            bare.append(_timed([sys.executable, "-c", BARE], other, others))
+            same = _same_outputs(root, other)
+            if len(flow) < REPEATS:
+                continue
+            stages, digest = _stages(root, environment), (root / "dvc.lock").read_bytes()
+            repro = [_timed([DVC, "repro"], root, environment) for _ in range(REPEATS)]
+            again = [_timed(FLOW, root, environment) for _ in range(REPEATS)]
+            with _server(root, environment) as beside:
+                shared = [_timed(FLOW, root, beside) for _ in range(REPEATS)]
+            assert digest == (root / "dvc.lock").read_bytes()
     added = [(whole - calls) / stages for whole, calls in zip(flow, bare, strict=True)]
+    ratio = [whole / calls for whole, calls in zip(flow, bare, strict=True)]
     return {
         "work": f"the {RECIPE} recipe, {stages} stages, published to MLflow; the outputs equal those of bare calls",
         "per_call": "one run",
-        "checks": {"same outputs": True, "stages": stages},
+        "checks": {"same outputs": same, "stages": stages},
         "times": {
             "flow": {"wall": flow},
             "bare calls in one process": {"wall": bare},
             "dvc repro with nothing to do": {"wall": repro},
             "flow with nothing to do": {"wall": again},
+            "flow with nothing to do, beside a server": {"wall": shared},
         },
         "figures": [
-            figure("overhead of the flow per stage", added, "s", 8.0, most=True),
+            figure("overhead of the flow per stage", added, "s", 1.0, most=True),
+            figure("flow / bare calls", ratio, "x", 1.5, most=True),
             figure("dvc repro with nothing to do", repro, "s", 5.0, most=True),
-            figure("flow with nothing to do", again, "s", 30.0, most=True),
+            figure("flow with nothing to do", again, "s", 12.0, most=True),
+            figure("flow with nothing to do, beside a server", shared, "s", 6.0, most=True),
+        ],
+    }
+
+
+def _plain(root: Path, folder: Path) -> None:
+    """Makes a DVC repository with as many stages, dependencies and outputs as the sweep in `root`, and no other features."""
+    stages, files = {}, set[str]()
+    for name, stage in dvc_lock.read(root).items():
+        deps, outs = ([entry["path"] for entry in stage.get(kind, ())] for kind in ("deps", "outs"))
+        stages[name.replace("@", "-")] = {"cmd": "true", "deps": deps, "outs": outs}
+        files.update(deps, outs)
+    for name in files:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (root / name).is_dir():
+            shutil.copytree(root / name, target, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(root / name, target)
+    (folder / "dvc.yaml").write_text(json.dumps({"stages": stages}), encoding="utf-8")
+    for command in (["git", "init", "--quiet"], ["dvc", "init", "--quiet"], ["dvc", "commit", "--quiet", "--force"]):
+        command = [sys.executable, "-m", *command] if command[0] == "dvc" else command  # noqa: PLW2901
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+
+def sweeps(device: str) -> dict[str, Any]:
+    """Measures what the flow adds per point of sweeps of several sizes, and `dvc repro` and the report of the largest one."""
+    times: dict[str, dict[str, list[float]]] = {}
+    added: dict[int, float] = {}
+    for points in SIZES:
+        with _clone(points) as (root, environment), _clone(points) as (other, others):
+            flow, bare = _timed(FLOW, root, environment), _timed([sys.executable, "-c", BARE], other, others)
+            same, added[points] = _same_outputs(root, other), (flow - bare) / points
+            times |= {f"flow, {points} points": {"wall": [flow]}, f"bare calls, {points} points": {"wall": [bare]}}
+            if points == SIZES[-1]:
+                stages, plain = _stages(root, environment), other.parent / "plain"
+                plain.mkdir()
+                _plain(root, plain)
+                sides = {
+                    "ours": lambda root=root, env=environment: _timed([DVC, "repro"], root, env),
+                    "plain": lambda plain=plain, env=environment: _timed(
+                        [sys.executable, "-m", "dvc", "repro"], plain, env
+                    ),
+                }
+                repro, _ = alternate(sides, REPEATS)
+                reports = [
+                    _timed([str(Path(DVC).with_name("ddpm")), "report"], root, environment) for _ in range(REPEATS)
+                ]
+    largest = SIZES[-1]
+    times[f"dvc repro with nothing to do, {largest} points"] = repro["ours"]
+    times[f"the same with DVC alone, {stages} stages"] = repro["plain"]
+    nothing = f"dvc repro with nothing to do, {largest} points / DVC alone"
+    clock, processor = (
+        [ours / plain for ours, plain in zip(repro["ours"][kind], repro["plain"][kind], strict=True)]
+        for kind in ("wall", "cpu")
+    )
+    return {
+        "work": f"the {RECIPE} recipe with {', '.join(map(str, SIZES))} points and a tiny network, published to MLflow",
+        "per_call": "one run",
+        "checks": {"same outputs": same, "stages of the largest": stages},
+        "times": times,
+        "figures": [
+            *(
+                figure(f"overhead of the flow per point, {points} points", [value], "s")
+                for points, value in added.items()
+            ),
+            figure(
+                f"overhead per point, {largest} / {SIZES[0]} points",
+                [added[largest] / added[SIZES[0]]],
+                "x",
+                1.2,
+                most=True,
+            ),
+            figure(nothing, clock, "x", 1.2, most=True),
+            figure(f"{nothing}, processor time", processor, "x"),
+            figure(f"report of {largest} points", reports, "s", 10.0, most=True),
         ],
     }
 

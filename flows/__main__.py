@@ -15,6 +15,7 @@ from ddpm.errors import InputError
 from ddpm.files import paths, scores
 from ddpm.provenance import checkout, project
 from flows import parameters
+from flows.processes import children
 from flows.servers.embedded import Api
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def main(
     console = Console()
     try:
         checkout.require_own(Path(), "ddpm", "flows")
+        children.import_ahead(Path())
         project.require_current(Path())
         parameters.read(Path(), recipe, overrides or ())  # reports wrong input before a server starts
         api = Api(Path())
@@ -47,6 +49,7 @@ def main(
         with Terminal(console) as terminal:
             watcher.set(terminal)
             state = train_eval(recipe=recipe, overrides=overrides, promote=promote, return_state=True)
+        api.settle(str(state.state_details.flow_run_id), len(terminal.tasks))
     except InputError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:

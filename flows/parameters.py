@@ -1,4 +1,4 @@
-"""Switches params.yaml to a recipe, and sets single overrides, in the notation of `dvc exp run -S`."""
+"""Switches params.yaml to a recipe, and sets values as `dvc exp run -S` does."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ class Terminal:
         self.console = console
         self.unchanged = 0
         self.answer: list[str] = []
+        self.tasks: set[str] = set()  # the names of all tasks that have ended
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -62,6 +63,7 @@ class Terminal:
         self.answer = lines  # `python -m flows` prints these lines last
 
     def ended(self, stage: str, outcome: Outcome) -> None:
+        self.tasks.add(stage)
         task = self._tasks.pop(stage, None)
         if task is not None:
             self.bars.remove_task(task)

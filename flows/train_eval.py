@@ -136,6 +136,7 @@ def train_eval(
     root = Path.cwd()
     token = watcher.set(watcher.get(Log()))
     children.end_with_the_worker()
+    children.import_ahead(root)
     try:
         crashed_runs.claim()
         crashed_runs.reap()
@@ -153,6 +154,7 @@ def train_eval(
     except InputError as error:
         return Failed(name="InputError", message=str(error))
     finally:
+        children.stop()
         watcher.reset(token)
 
 

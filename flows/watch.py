@@ -1,4 +1,4 @@
-"""Passes on the output of running stages, to Prefect's log or to the terminal of `python -m flows`."""
+"""Passes on the output of running stages, to Prefect's log or to a terminal."""
 
 from __future__ import annotations
 

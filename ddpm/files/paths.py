@@ -28,7 +28,8 @@ from ddpm.parameters import Point
 CACHE = Path(".cache")  # files kept across runs, outside DVC: resume states, converted weights, reference features
 PREVIEW = 64  # the number of images in the grid of a sample set
 REPORT_SCRIPT = Path("report") / "run.js"  # times and comparisons, which the page loads; DVC does not track it
-CHART = CACHE / "mlflow-chart"  # the file that holds the end of the address of MLflow's chart of scores against steps
+SPEED_PLOT = CACHE / "speed.json"  # the last drawing of scores against seconds, which the page of each report shows
+CHART = CACHE / "mlflow-chart"  # holds the end of the address of MLflow's chart of scores against steps
 
 
 # All paths are relative to the root of a checkout.

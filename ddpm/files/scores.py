@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,7 +230,7 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the row by column names, without the entries that the point lacks."""
-        about = {name: value for name, value in asdict(self).items() if name != "seconds"}
+        about = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "seconds"}
         return {
             **{name: about.pop(name) for name in ("point", "schedule", "sampler", "steps", "evaluations")},
             **about.pop("values"),
@@ -382,7 +382,7 @@ class Front:
 def write_table(path: Path, rows: Sequence[Row]) -> None:
     """Writes points.csv."""
     names = columns(rows)
-    records.write_csv(path, [{name: row.to_json().get(name) for name in names} for row in rows])
+    records.write_csv(path, [{name: row.get(name) for name in names} for row in (row.to_json() for row in rows)])
 
 
 def read_report(root: Path) -> tuple[Best, list[Row]]:

@@ -1,4 +1,4 @@
-"""Determines the code, parameters and commit of a run, and makes sure that DVC records exactly these.
+"""Determines the code, parameters and commit of a run, and lets DVC record only these.
 
 The computation of a stage does not belong here.
 """

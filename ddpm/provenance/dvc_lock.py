@@ -1,28 +1,96 @@
-"""Reads dvc.lock, where DVC records the hashes of stages' dependencies and outputs."""
+"""Reads dvc.lock, where DVC records the hashes of stages' dependencies and outputs.
+
+The YAML parser takes 0.4 s for 60 stages and 5 s for 400. So the text is split into stages first, and each stage is parsed
+when it is needed.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ddpm.errors import InputError
-from ddpm.files.yaml_file import read_yaml
+from ddpm.files.yaml_file import parse_yaml, read_yaml
+
+NAME = "dvc.lock"
+HEAD = "schema: '2.0'\nstages:\n"
+STAGE = re.compile(r"^(?=  \S)", re.MULTILINE)  # matches where the text of a stage begins
+_STAGE_NAME = re.compile(r"  (?!(?:null|true|false):)([a-z_][\w@.-]*):\n", re.IGNORECASE)  # other names are quoted
+_OUTSIDE = re.compile(r"^\S", re.MULTILINE)  # a line outside of the stages
 
 
-def read(root: Path) -> dict[str, Any]:
-    """Returns the stages of dvc.lock, or {} if there is no such file. The result is cached, so callers must not change it."""
-    path = root / "dvc.lock"
+class Stages(MutableMapping[str, Any]):
+    """The stages of a dvc.lock by name. Each is parsed when it is first read.
+
+    Attributes:
+        texts: the text of each stage that was not replaced.
+    """
+
+    def __init__(self, texts: Mapping[str, str], parse: Callable[[str], Any]) -> None:
+        """parse: parses the text of one stage into {name: content}."""
+        self.texts, self._parse = dict(texts), parse
+        self._parsed: dict[str, Any] = dict.fromkeys(texts)
+
+    def __getitem__(self, name: str) -> Any:
+        if self._parsed[name] is None:
+            self._parsed[name] = self._parse(self.texts[name])[name]
+        return self._parsed[name]
+
+    def __setitem__(self, name: str, stage: Any) -> None:
+        self.texts.pop(name, None)
+        self._parsed[name] = stage
+
+    def __delitem__(self, name: str) -> None:
+        self.texts.pop(name, None)
+        del self._parsed[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parsed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parsed)
+
+    def __len__(self) -> int:
+        return len(self._parsed)
+
+
+def split(text: str) -> dict[str, str] | None:
+    """Splits dvc.lock into the texts of its stages, by name. Returns None if the text does not look as DVC writes it."""
+    body = text.removeprefix(HEAD)
+    if not text.startswith(HEAD) or not text.endswith("\n") or _OUTSIDE.search(body):
+        return None
+    before, *found = STAGE.split(body)
+    names = [_STAGE_NAME.match(stage) for stage in found]
+    texts = {name[1]: stage for name, stage in zip(names, found, strict=True) if name}
+    return texts if not before and len(texts) == len(found) else None
+
+
+def read(root: Path) -> Mapping[str, Any]:
+    """Returns the stages of dvc.lock, or {} without that file. The result is cached, so the caller must not change it.
+
+    Raises InputError, also when a stage is read whose text is damaged.
+    """
+    path = root / NAME
     if not path.exists():
         return {}
     about = path.stat()
     return _read_stages(path.resolve(), about.st_ino, about.st_size, about.st_mtime_ns)
 
 
+def versions(root: Path) -> Mapping[str, Any]:
+    """Returns a value for each stage in dvc.lock, which changes with the stage's entry. Parses no stage. Raises InputError."""
+    stages = read(root)
+    return stages.texts if isinstance(stages, Stages) else stages
+
+
 @lru_cache(maxsize=1)
-def _read_stages(path: Path, *version: int) -> dict[str, Any]:
+def _read_stages(path: Path, *version: int) -> Mapping[str, Any]:
+    if (texts := split(path.read_bytes().decode("utf-8", "replace"))) is not None:
+        return Stages(texts, lambda text: parse_yaml(text, str(path)))
     lock = read_yaml(path)
     stages = (lock or {}).get("stages") if isinstance(lock or {}, dict) else lock
     if not isinstance(stages or {}, dict):

@@ -16,11 +16,9 @@ from ddpm.errors import InputError
 from ddpm.files import atomic, paths
 from ddpm.files.yaml_file import read_yaml
 from ddpm.provenance import git
+from ddpm.provenance.dvc_lock import HEAD, NAME, STAGE
 
-NAME = "dvc.lock"
 COPY = paths.CACHE / NAME
-HEAD = "schema: '2.0'\nstages:\n"
-STAGE = re.compile(r"^(?=  \S)", re.MULTILINE)  # matches the beginning of each stage's text
 _DELETED = "deleted\n"  # the content of the copy if there was no dvc.lock
 _HASH = re.compile(r"^      md5: '?[0-9a-f]{32}(\.dir)?'?$", re.MULTILINE)
 _OTHER_HASH = re.compile(r"^      (etag|checksum|cloud|files):", re.MULTILINE)  # of outputs outside the checkout

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.files.dataset import DatasetRecord
 from ddpm.files.params import Params
 
+if TYPE_CHECKING:
+    from ddpm.diffusion.schedule import NoiseSchedule
+
 
 def schedule_of(params: Params, name: str, timesteps: int) -> NoiseSchedule:
     """Returns the schedule of a row of params.schedules at T = timesteps. Raises InputError."""
+    from ddpm.diffusion.schedule import NoiseSchedule  # here, because it imports torch, and publishing needs no torch
+
     row = params.schedules[name].options()
     try:
         return NoiseSchedule.named(row.pop("schedule"), timesteps, **row)

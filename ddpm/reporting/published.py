@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ddpm.errors import InputError
-from ddpm.files import atomic, paths
+from ddpm.files import atomic, paths, records
 from ddpm.files.params import Params
 from ddpm.files.runs import RunRecord, read_run
 from ddpm.files.scores import Row, read_report
 from ddpm.parameters import Point
+from ddpm.provenance import code, project
 from ddpm.reporting import compared, previous
 from ddpm.reporting.compared import Compared
 from ddpm.reporting.page import NARROW, key_of, render
@@ -34,7 +37,7 @@ def write_local(params: Params, root: Path = Path(), say: Callable[[str], None] 
     """
     try:
         rows = read_report(root)[1]
-        lineage = published(rows, run_records(root, rows), {})
+        lineage = published(rows, run_records(root, rows), {}, root=root)
         write_script(root, {"published": lineage, "compared": compared.html(with_previous(params, root, say))})
     except (InputError, OSError) as error:
         say(f"warning: {paths.REPORT_SCRIPT} is not written: {error}")
@@ -83,15 +86,17 @@ def published(
     runs: Mapping[str, tuple[str, str]],
     place: str = "",
     chart: str = "",
+    root: Path | None = None,
 ) -> str:
     """Returns the lineage section of the page, as HTML.
 
     Args:
         rows: the rows of points.csv.
         records: run files by stage, such as sample@linear-ddim-50.
-        runs: the name and the address of each stage's MLflow run, by stage. A missing address is "".
-        place: the address of MLflow, for the reader; "" if unknown.
-        chart: the address of MLflow's chart of all points; "" without a chart.
+        runs: the name and the address of each stage's MLflow run, by stage; "" where there is no address.
+        place: the address of MLflow, for the reader; "" if that is unknown.
+        chart: the address of MLflow's chart of all points; "" for none.
+        root: the checkout whose cache keeps the plot; None keeps none.
     """
     sampled = {row.point: record for row in rows if (record := records.get(f"sample@{row.point}"))}
     timed = [
@@ -102,10 +107,7 @@ def published(
     machines = list(dict.fromkeys(_machine(sampled[row.point]) for row in timed))
     plot = None
     if timed and len(machines) == 1:
-        front = fastest(timed)
-        plot = pictures(
-            lambda figure: draw_scores(figure, timed, "seconds", "seconds per image", front), 900, 560, NARROW
-        )
+        plot = _kept_plot(timed, root) if root else _plot(timed)
     return render(
         "published.html.jinja",
         place=place,
@@ -116,6 +118,29 @@ def published(
         machines=machines,
         rows=[_row(stage, record, *runs.get(stage, ("", ""))) for stage, record in records.items()],
     )
+
+
+def _plot(timed: Sequence[Row]) -> dict[str, str]:
+    front = fastest(timed)
+    return pictures(lambda figure: draw_scores(figure, timed, "seconds", "seconds per image", front), 900, 560, NARROW)
+
+
+def _kept_plot(timed: Sequence[Row], root: Path) -> dict[str, str]:
+    """Returns the plot that an earlier process drew of the same rows, or a new one, which is kept for the next process.
+
+    The stage `report`, the publisher and `ddpm promote` show the same plot, and drawing takes two seconds with the import of
+    matplotlib.
+    """
+    drawn_by = [project.package_digest(code.AT_IMPORT), version("matplotlib")]
+    key = records.record_digest({"rows": [asdict(row) for row in timed], "drawn by": drawn_by})
+    with suppress(InputError):  # there is none, or it is damaged
+        kept = records.read_record(root / paths.SPEED_PLOT)
+        if kept.get("key") == key:
+            return dict(kept["plot"])
+    plot = _plot(timed)
+    with suppress(InputError, OSError):
+        records.write_record(root / paths.SPEED_PLOT, {"key": key, "plot": plot})
+    return plot
 
 
 def fastest(rows: Sequence[Row]) -> list[str]:

@@ -21,7 +21,7 @@ from itertools import combinations
 
 import numpy as np
 
-from ddpm.scores.intervals import CONFIDENCE, Estimate, difference, may_be_best, most_behind, quantile
+from ddpm.scores.intervals import CONFIDENCE, Estimate, compared_with_best, difference, quantile
 from ddpm.scores.metrics import RANKING
 
 
@@ -72,13 +72,9 @@ def choose(candidates: Sequence[Candidate], margin: float) -> Choice:
     """
     leader = min(candidates, key=lambda point: point.order)
     estimates = [point.estimate for point in candidates]
-    kept = may_be_best(estimates, RANKING.direction)
+    kept, behind = compared_with_best(estimates, RANKING.direction)
     allowed = margin * abs(leader.estimate.value)
-    near = [
-        point
-        for point, behind in zip(candidates, most_behind(estimates, RANKING.direction), strict=True)
-        if behind <= allowed
-    ]
+    near = [point for point, most in zip(candidates, behind, strict=True) if most <= allowed]
     best = min([leader, *near], key=lambda point: (point.evaluations, *point.order))
     return Choice(best, leader, tuple(point.name for point, may_be in zip(candidates, kept, strict=True) if may_be))
 

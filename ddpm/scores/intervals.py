@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 DRAWS = 10_000  # a quantile is then known to 0.02 standard errors
+BLOCK = 128  # draws at a time, which fit into a processor's cache
 
 
 def quantile(confidence: float = CONFIDENCE) -> float:
@@ -86,41 +87,53 @@ def difference(a: Estimate, b: Estimate) -> Difference:
 def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE) -> list[bool]:
     """Returns for each score whether it may be the best. With the given confidence, this is true of the truly best score.
 
+    The arguments are those of `compared_with_best`.
+    """
+    return compared_with_best(scores, direction, confidence)[0]
+
+
+def compared_with_best(
+    scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE
+) -> tuple[list[bool], list[float]]:
+    """Compares each score with the truly best one. All statements hold together with the given confidence.
+
     Args:
         scores: scores under the same metric.
         direction: -1 if lower is better, 1 if higher is.
         confidence: in (0, 1).
 
+    Returns:
+        Whether each score may be the best, and how much worse it is at most than the truly best one, 0 or more.
+
     Raises:
         ValueError: the confidence is outside (0, 1).
     """
-    behind, errors, critical = _comparisons(scores, direction, confidence)
-    return [bool((row <= critical[i] * errors[i]).all()) for i, row in enumerate(behind)]
-
-
-def most_behind(scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE) -> list[float]:
-    """Bounds how much worse each score is than the truly best score: 0 or more. All bounds hold together.
-
-    The arguments are those of `may_be_best`.
-    """
-    behind, errors, critical = _comparisons(scores, direction, confidence)
-    return np.maximum(0, (behind + critical * errors).max(1)).tolist()
-
-
-def _comparisons(
-    scores: Sequence[Estimate], direction: int, confidence: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Returns how much worse score i is than score j, [K, K], the errors of these differences, [K, K], and the d_i, [K]."""
     quantile(confidence)
     values = -direction * np.array([score.value for score in scores])
     errors, draws = _joint(scores)
-    critical = np.zeros(len(scores))
-    for i, error in enumerate(errors):
-        known = error > 0
-        if known.any():
-            largest = ((draws[:, [i]] - draws[:, known]) / error[known]).max(1)
-            critical[i] = np.quantile(largest, confidence)
-    return np.subtract.outer(values, values), errors, critical
+    behind = np.subtract.outer(values, values)  # how much worse score i is than score j
+    reach = np.quantile(_largest(draws, errors), confidence, axis=1)[:, None] * errors
+    return (behind <= reach).all(1).tolist(), np.maximum(0, (behind + reach).max(1)).tolist()
+
+
+def _largest(draws: NDArray[np.float64], errors: NDArray[np.float64], absolute: bool = False) -> NDArray[np.float64]:
+    """Returns how far score i is above any other score at most, in standard errors, in each draw, [K, DRAWS].
+
+    Args:
+        draws: random errors, [DRAWS, K].
+        errors: standard errors of all differences, [K, K]; 0 for scores that are not compared.
+        absolute: how far score i is from any other score, above or below.
+    """
+    largest = np.zeros(draws.shape[::-1])
+    for start in range(0, len(draws), BLOCK):
+        block = draws[start : start + BLOCK]
+        for i, error in enumerate(errors):
+            known = error > 0
+            if known.any():
+                gaps = block[:, [i]] - block[:, known]
+                gaps = (abs(gaps) if absolute else gaps) / error[known]
+                largest[i, start : start + BLOCK] = gaps.max(1)
+    return largest
 
 
 def against_one(reference: Estimate, scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> float:
@@ -144,11 +157,7 @@ def simultaneous(scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> 
     """
     alone = quantile(confidence)
     errors, draws = _joint(scores)
-    largest = np.zeros(len(draws))
-    for i, error in enumerate(errors):
-        known = error > 0
-        if known.any():
-            np.maximum(largest, (abs(draws[:, [i]] - draws[:, known]) / error[known]).max(1), out=largest)
+    largest = _largest(draws, errors, absolute=True).max(0)
     return max(alone, float(np.quantile(largest, confidence)))
 
 

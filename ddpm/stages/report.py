@@ -41,7 +41,7 @@ from ddpm.provenance import dvc_lock
 from ddpm.reporting.page import SHOWN, check_records, page
 from ddpm.reporting.plots import draw_scores, drawing
 from ddpm.runtime.progress import Progress, Report, silent
-from ddpm.scores.conclusions import Candidate, Trainings, choose, front, trainings
+from ddpm.scores.conclusions import Candidate, Choice, Trainings, choose, front, trainings
 from ddpm.scores.intervals import CONFIDENCE, difference, simultaneous
 from ddpm.scores.metrics import RANKING
 
@@ -73,7 +73,7 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> Best
     chosen = next(row for row in rows if row.point == choice.best.name)
     trained = _trainings(params, candidates, chosen)
     best = Best(chosen, len(rows), choice.leader.name, len(choice.tied), trained[0])
-    frontier = _front(candidates, margin)
+    frontier = _front(candidates, margin, choice)
     with TemporaryDirectory(prefix="ddpm-report-") as name:
         with drawing(Path(name) / PICTURE, 1050, 675, dpi=150) as figure:
             draw_scores(figure, rows, front=[step.point for step in frontier.steps])
@@ -104,15 +104,16 @@ def _trainings(params: Params, candidates: Sequence[Candidate], best: Row) -> li
     return [trainings(group[0], [scores[f"{name}-{best.sampler}-{best.steps}"] for name in group]) for group in groups]
 
 
-def _front(candidates: Sequence[Candidate], margin: float) -> Front:
-    """Chooses the best point for each budget, and the front: points that no point with as few evaluations or fewer beats.
+def _front(candidates: Sequence[Candidate], margin: float, chosen: Choice) -> Front:
+    """Chooses the best point for each budget, and the front: the points that no point with as few evaluations beats.
 
     The intervals of the differences hold for all pairs of points together, so they also hold for pairs chosen by their scores.
+    chosen: the choice among all candidates.
     """
-    budgets = {}
+    budgets, choices = {}, {len(candidates): chosen}
     for budget in BUDGETS:
         if within := [point for point in candidates if point.evaluations <= budget]:
-            choice = choose(within, margin)
+            choice = choices[len(within)] = choices.get(len(within)) or choose(within, margin)
             budgets[budget] = Answer(**vars(_standing(choice.best)), lowest=choice.leader.name, may_be_best=choice.tied)
     reach = simultaneous([point.estimate for point in candidates])
     steps, best = [], front(candidates)

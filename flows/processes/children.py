@@ -17,8 +17,8 @@ from flows.processes import fork_server
 Child = subprocess.Popen[str] | fork_server.Child
 
 _running: set[Child] = set()
-_server: list[fork_server.ForkServer] = []  # the fork server, started when first needed
-_lock = threading.Lock()
+_server: list[fork_server.ForkServer] = []  # the fork server, once it is needed
+_lock, _starting = threading.Lock(), threading.Lock()  # of _running and of _server
 _stopped = threading.Event()
 
 
@@ -29,6 +29,12 @@ class FlowStopped(Exception):
 def start() -> None:
     """Allows children to run. Called when a flow begins; also works after stop()."""
     _stopped.clear()
+
+
+def import_ahead(root: Path) -> None:
+    """Starts the fork server, so that it imports while the caller waits for a Prefect server or its answers."""
+    if sys.platform == "linux":
+        _fork_server(root)
 
 
 def stopping() -> bool:
@@ -52,12 +58,13 @@ def run(
     Raises:
         FlowStopped: stop() was called before the command started, or stop() was called during the command and the command failed.
     """
+    child = _spawn(command, root, standard_input)
     with _lock:
-        if _stopped.is_set():
-            raise FlowStopped
-        child = _spawn(command, root, standard_input)
         _running.add(child)
+        stopped = _stopped.is_set()
     try:
+        if stopped:  # while the child started
+            raise FlowStopped
         assert child.stdout is not None
         for line in child.stdout:
             on_line(line.rstrip())
@@ -74,15 +81,18 @@ def run(
 
 
 def _spawn(command: Sequence[str], root: Path, standard_input: int) -> Child:
+    if _stopped.is_set():
+        raise FlowStopped
     environment = _environment()
     if fork_server.can_run(command, environment):
-        if not _server or not _server[0].alive():
-            _server[:] = [fork_server.ForkServer(root, environment)]
+        server = _fork_server(root)
         try:
-            return _server[0].spawn(command, root, environment, standard_input)
+            return server.spawn(command, root, environment, standard_input)
         except OSError as error:
             if error.errno != errno.E2BIG:  # the fork server has just been killed: the next command starts another
-                _server.pop().close()
+                _close(server)
+        if _stopped.is_set():
+            raise FlowStopped
     return subprocess.Popen(
         command,
         cwd=root,
@@ -103,8 +113,23 @@ def stop() -> None:
         _stopped.set()
         children = list(_running)
     ending.end_groups(children, ending.STAGE)
-    while _server:
-        _server.pop().close()
+    for server in list(_server):
+        _close(server)
+
+
+def _fork_server(root: Path) -> fork_server.ForkServer:
+    """Returns the fork server. Starts one if there is none."""
+    with _starting:
+        if not _server or not _server[0].alive():
+            _server[:] = [fork_server.ForkServer(root, _environment())]
+        return _server[0]
+
+
+def _close(server: fork_server.ForkServer) -> None:
+    with _starting:
+        server.close()
+        if server in _server:
+            _server.remove(server)
 
 
 def _environment() -> dict[str, str]:

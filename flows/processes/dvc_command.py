@@ -117,7 +117,7 @@ def main(arguments: list[str], runs: Callable[[Run], Run] = lambda run: run) -> 
         changed.extend(stage.addressing for stage in stages)
         return stages
 
-    atomic_lock.write_at_once()
+    atomic_lock.patch()
     dvc.stage.run._run, dvc.stage.run.StageCmdFailedError, Repo.reproduce = run, StageFailed, reproduced
     for name in LOGGERS:
         logging.getLogger(name).handlers[:] = [errors]

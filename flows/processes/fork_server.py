@@ -1,11 +1,11 @@
 """Fork server: saves each stage the imports of torch, Inception and MLflow, which take 9 s together.
 
-The smoke recipe took 60 to 68 s with the fork server, and 95 to 99 s without it (two pairs of runs on two cores, one of them
-busy). The standard library's fork server would import everything before the first stage starts, keep its own environment, and
-pass on no output. So a flow starts a process of its own, `python -m flows.processes.fork_server`, which imports the modules one
-by one and serves requests between two imports. It forks for every `dvc repro`. DVC in that fork forks once more for a stage whose
-command is `python -B -m ddpm ...`, instead of starting an interpreter. Otherwise a fork is like a new process: it has its own
-arguments, environment, output and exit code, and the same signals end it.
+With it the smoke recipe took 60 to 68 s, and 95 to 99 s without it (two pairs of runs on two cores, one of them busy). The
+standard library's fork server would import everything before the first stage starts, keep its own environment, and pass on no
+output. So a flow starts one process that only imports, `python -m flows.processes.fork_server`, while its Prefect server
+starts. A request waits until what it needs is imported. The fork server forks for every `dvc repro`. DVC in that fork forks
+once more for a stage whose command is `python -B -m ddpm ...`, instead of starting an interpreter. Otherwise a fork is like a
+new process: it has its own arguments, environment, output and exit code, and the same signals end it.
 
 A stage starts an interpreter if the ddpm/ in its folder is not the imported package, or was edited since the import. The fork
 server runs on Linux only, since system libraries of other systems do not allow a fork after an import.
@@ -36,27 +36,37 @@ from typing import Any, NoReturn
 import setproctitle
 
 from ddpm.provenance import checkout, code
-from flows.processes import dvc_command
+from flows.processes import dvc_command, dvc_graph
 
-DVC, DDPM = dvc_command.COMMAND, ("python", "-B", "-m", "ddpm")  # a command with one of these beginnings can be a fork
-PLAIN = re.compile(r"[\w./@=-]+( [\w./@=-]+)*")  # matches a command that needs no shell
+DVC, GRAPH, DDPM = dvc_command.COMMAND, dvc_graph.COMMAND, ("python", "-B", "-m", "ddpm")
+FORKED = (DVC, GRAPH, DDPM)  # a command that begins with one of these can be a fork
+PLAIN = re.compile(r"[\w./@=-]+( [\w./@=-]+)*")  # a command that needs no shell
 
-# In the order in which a run needs them; after a colon, a function to call. A request waits only for the import in
-# progress, not for those after it.
+# In the order in which a run needs them; after a colon, a function to call. Those after OF_PUBLISHING wait for the first stage
+# that has to run.
 IMPORTS = (
-    "dvc.commands.repro",
     "dvc.repo.reproduce",
+    "dvc.repo.stage",
     "dvc.data_cloud",
+    "dvc.parsing.interpolate",
+    "dvc.utils.strictyaml",
+    "dvc.rwlock",
+    "dvc_data.hashfile.status",
+    "dvc_data.hashfile.db.local",
     "scmrepo.git",
+    "dulwich.worktree",
+    "ruamel.yaml",
+    "dvc.cli.parser:get_main_parser",
     "ddpm.cli",
+    "ddpm.tracking",
+    "ddpm.tracking.place:import_mlflow",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store",
     "ddpm.provenance.run_record",
     "ddpm.stages.prepare",
     "ddpm.stages.train",
     "ddpm.stages.probe",
     "ddpm.tools.preview",
-    "ddpm.tracking.place:import_mlflow",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "mlflow.store.model_registry.sqlalchemy_store",
     "ddpm.stages.sample",
     "ddpm.stages.likelihood",
     "ddpm.stages.evaluate",
@@ -65,15 +75,28 @@ IMPORTS = (
     "ddpm.reporting.page",
     "matplotlib.backends.backend_agg",
 )
-TITLE_SPACE = 100 * "."  # an argument that a fork overwrites with its title for `ps` and `top`
-MAX_REQUEST = 1 << 17  # the most bytes of arguments and environment
+OF_DVC = "dvc.cli.parser:get_main_parser"
+OF_PUBLISHING = "mlflow.store.model_registry.sqlalchemy_store"
+# The last import that a stage or verb needs. Every other command needs only what DVC needs.
+NEEDED = {
+    "publish": OF_PUBLISHING,
+    "promote": OF_PUBLISHING,
+    "prepare": "ddpm.stages.prepare",
+    "train": "ddpm.tools.preview",
+    "sample": "ddpm.stages.sample",
+    "likelihood": "ddpm.stages.likelihood",
+    "evaluate": "torch_fidelity.feature_extractor_inceptionv3",
+    "report": IMPORTS[-1],
+}
+TITLE_SPACE = 100 * "."  # an argument that a fork overwrites with its title, which `ps` and `top` show
+MAX_REQUEST = 1 << 17  # bytes of arguments and environment
 _LOST = -signal.SIGKILL  # the exit code of a child whose fork server was killed
 
 
 def can_run(command: Sequence[str], environment: Mapping[str, str]) -> bool:
     """Returns whether a command runs DVC or ddpm with the interpreter of this environment."""
     if sys.platform != "linux" or not _begins(command, DDPM):
-        return sys.platform == "linux" and _begins(command, DVC)
+        return sys.platform == "linux" and any(_begins(command, words) for words in FORKED)
     found, own = shutil.which(command[0], path=environment.get("PATH")), Path(sys.executable).with_name(command[0])
     # Compares the folders too: the `python` of several environments may be links to the same interpreter.
     return found is not None and own.exists() and own.samefile(found) and own.parent.samefile(Path(found).parent)
@@ -81,6 +104,16 @@ def can_run(command: Sequence[str], environment: Mapping[str, str]) -> bool:
 
 def _begins(command: Sequence[str], words: tuple[str, ...]) -> bool:
     return tuple(command[: len(words)]) == words
+
+
+def _imports_needed(command: Sequence[str]) -> int:
+    """Returns how many of IMPORTS a command needs: those of its verb, or of the stage that it reproduces."""
+    word = command[-1] if "repro" in command else command[len(DDPM)] if len(command) > len(DDPM) else ""
+    return _count(NEEDED.get(word.partition("@")[0], OF_DVC))
+
+
+def _count(last: str) -> int:
+    return IMPORTS.index(last) + 1
 
 
 class Child:
@@ -175,17 +208,18 @@ class ForkServer:
 
 
 def serve(control: socket.socket) -> None:
-    """Imports IMPORTS and forks for every request, until the other end of `control` is closed."""
+    """Imports, and forks for every request, until the other end of `control` is closed."""
     setproctitle.setproctitle("flows.processes.fork_server: stages are forks of this")
     wake, woken = socket.socketpair()
     for end in (wake, woken):
         end.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
-    imports = list(IMPORTS)
+    done, wanted = 0, _count(OF_PUBLISHING)  # numbers of imports
     replies: dict[int, socket.socket] = {}
+    waiting: list[tuple[int, bytes, list[int]]] = []  # number of imports needed, request, files
     while True:
-        ready, _, _ = select.select([control, wake], [], [], 0 if imports else None)
+        ready, _, _ = select.select([control, wake], [], [], 0 if done < wanted else None)
         if wake in ready:
             wake.recv(1024)
             _reap(replies)
@@ -193,14 +227,25 @@ def serve(control: socket.socket) -> None:
             request, files, _, _ = socket.recv_fds(control, MAX_REQUEST, 3)
             if not request:
                 return
-            pid = os.fork()
-            if not pid:
-                _run_forked(partial(_begin, request, *files))
-            replies[pid] = socket.socket(fileno=files[2])
-            os.close(files[0])
-            os.close(files[1])
+            command = json.loads(request)[0]
+            waiting.append((_imports_needed(command), request, files))
+            wanted = len(IMPORTS) if "repro" in command else wanted
         if not ready:
-            _import(imports.pop(0))
+            _import(IMPORTS[done])
+            done += 1
+        for needed, request, files in [item for item in waiting if item[0] <= done]:
+            waiting.remove((needed, request, files))
+            _fork(request, files, replies)
+
+
+def _fork(request: bytes, files: list[int], replies: dict[int, socket.socket]) -> None:
+    """Forks a process that runs the request. Adds the socket on which its exit code is awaited to `replies`."""
+    pid = os.fork()
+    if not pid:
+        _run_forked(partial(_begin, request, *files))
+    replies[pid] = socket.socket(fileno=files[2])
+    os.close(files[0])
+    os.close(files[1])
 
 
 def _import(name: str) -> None:
@@ -209,6 +254,8 @@ def _import(name: str) -> None:
         imported = importlib.import_module(module)
         if function:
             getattr(imported, function)()
+        if module.startswith("ddpm.stages."):
+            code.files(module)  # parses the sources once; the stage hashes them into the keys of what it keeps
     except Exception:
         # A stage that needs this module meets the same error and reports it.
         logging.getLogger(__name__).debug("could not import %s ahead", name, exc_info=True)
@@ -243,18 +290,17 @@ def _begin(request: bytes, standard_input: int, output: int, reply: int) -> None
 
 def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable[[], Any]:
     """Sets up the arguments and environment of a command. Returns the function that runs it in the working folder."""
-    is_ddpm = _begins(command, DDPM)
-    # DVC records the files in this folder. If they are not the imported files, an interpreter has to run them.
+    is_ddpm, is_graph = _begins(command, DDPM), _begins(command, GRAPH)
+    # DVC records the files in this folder. If they are not those that were imported, an interpreter has to run them.
     if is_ddpm and (not checkout.is_own(Path.cwd()) or code.hashes() != code.AT_IMPORT):
         return partial(os.execve, Path(sys.executable).with_name(command[0]), list(command), dict(environment))
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv[:] = ("ddpm" if is_ddpm else "dvc", *command[len(DDPM) :])
+    sys.argv[:] = ("ddpm" if is_ddpm else "dvc graph" if is_graph else "dvc", *command[len(DDPM) :])
     setproctitle.setproctitle(" ".join(sys.argv))
     if not is_ddpm:
-        return _dvc
-    # Imported by name, since flows itself never imports torch.
-    main: Callable[[], Any] = importlib.import_module("ddpm.__main__").main
+        return dvc_graph.main if is_graph else _dvc
+    main: Callable[[], Any] = importlib.import_module("ddpm.__main__").main  # by name: flows itself never imports torch
     return main
 
 

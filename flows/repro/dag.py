@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ddpm.errors import InputError
+from ddpm.runtime import display
+from flows.processes import children, dvc_graph
 
 
 @dataclass(frozen=True)
@@ -25,42 +28,27 @@ class Dag:
 def read(root: Path) -> Dag:
     """Reads all stages at once: 30 stages in about a second. 30 calls of `dvc repro --single-item` would take 30 seconds.
 
-    Raises InputError if `root` is no DVC repository, or if dvc.yaml or params.yaml is invalid.
+    Raises:
+        InputError: `root` is no DVC repository, or dvc.yaml or params.yaml is invalid.
+        children.FlowStopped: the flow is ending.
     """
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo, lock_repo
+    found: dict[str, Any] = {}
+    said: list[str] = []
 
-    try:
-        with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
-            graph = repo.index.graph
-            names = {stage: _address(stage, Path(repo.root_dir)) for stage in repo.index.stages}
-            waits_for = {
-                name: tuple(sorted(names[before] for before in graph.successors(stage)))
-                for stage, name in names.items()
-            }
-            changed = {name for stage, name in names.items() if _changed(stage)}
-    except DvcException as error:
-        raise InputError(f"{root / 'dvc.yaml'}: {' '.join(str(error).split())}") from None
+    def on_line(line: str) -> None:
+        if line.startswith(display.PREFIX):
+            found.update(json.loads(line.removeprefix(display.PREFIX))[dvc_graph.KEY])
+        else:
+            said.append(line)
+
+    code = children.run(dvc_graph.COMMAND, root, on_line)
+    if "waits_for" not in found:
+        reason = found.get("error") or next(filter(None, reversed(said)), f"reading it ended with exit code {code}")
+        raise InputError(f"{root / 'dvc.yaml'}: {reason}")
+    waits_for, changed = {name: tuple(before) for name, before in found["waits_for"].items()}, set(found["changed"])
     if not waits_for:
         raise InputError(f"{root / 'dvc.yaml'}: no stages; run this at the top of a checkout")
     return Dag(waits_for, frozenset(name for name in waits_for if not _is_affected(name, changed, waits_for)))
-
-
-def _address(stage: Any, root: Path) -> str:
-    """Returns the name that `dvc repro` takes at the root: the name of a stage, or the path of a .dvc file."""
-    path = Path(stage.path).relative_to(root).as_posix()
-    name = getattr(stage, "name", None)
-    return path if name is None else name if path == "dvc.yaml" else f"{path}:{name}"
-
-
-def _changed(stage: Any) -> bool:
-    """Returns whether `dvc repro` would run this stage. A stage that another process is writing counts as changed."""
-    from dvc.lock import LockError
-
-    try:
-        return bool(stage.changed())
-    except LockError:
-        return True
 
 
 def _is_affected(name: str, changed: set[str], waits_for: dict[str, tuple[str, ...]]) -> bool:

@@ -1,4 +1,4 @@
-"""Starts and protects the servers of `make up` and the worker, with their addresses and passwords.
+"""Starts and protects the servers and the worker of `make up`.
 
 The flow itself is in flows.train_eval.
 """

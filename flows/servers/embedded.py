@@ -1,8 +1,12 @@
-"""Runs a Prefect server during one `python -m flows`, so that users need not start a server first."""
+"""Runs a Prefect server for the time of one `python -m flows`, so that users need not start a server first.
+
+If a server of this checkout runs already, such as that of `make up`, the flow uses that server, which saves several seconds.
+"""
 
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import runpy
 import shutil
@@ -11,8 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
+import tomllib
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from ddpm.databases import sqlite
 from ddpm.errors import InputError
@@ -23,9 +31,11 @@ from flows.servers import access
 DATABASE = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")
 HOME = Path(".prefect")  # Prefect's database and logs; prefect.toml names the same folder
 TIMEOUT = 120.0  # seconds
-RESTARTS = 5  # the most restarts of a killed server in one run
-FLUSH = 1.0  # seconds between the server's writes of task states; at 0.2, the server keeps a third of a core busy
-# A database without runs, made when the project is installed, since Prefect needs ten seconds to create its tables.
+RESTARTS = 5  # in one run, of a server that was killed
+SETTLE = 2.0  # seconds at the end of a run in which the server may still receive and write task states
+GONE = 2.0  # seconds between two checks whether the server of `make up` still runs
+PATIENCE = 10.0  # seconds that a server that is busy may take to name its folder
+# A database without runs, made when the project is installed: Prefect computes for ten seconds to create its tables.
 EMPTY = Path(sys.prefix) / "share" / "prefect" / "prefect.db"
 # Prefect's services for schedules, workers and automations, which a single run does not use.
 IDLE_SERVICES = (
@@ -65,31 +75,61 @@ def database(home: Path) -> dict[str, str]:
     return {"PREFECT_SERVER_DATABASE_CONNECTION_URL": sqlite.address_of(file, driver="aiosqlite")}
 
 
-class Api:
-    """A Prefect server in a process of its own, which starts at once and answers after wait().
+def running(home: Path) -> str | None:
+    """Returns the address of the API of a Prefect server on this machine that keeps its runs in `home`, or None.
 
-    Create it before `prefect` is imported, since it sets PREFECT_API_URL. The server is stopped when the interpreter
-    exits, after it has written the last task states. It also ends if this process is killed.
+    Asks the server that PREFECT_API_URL names, and the server of prefect.toml.
+    """
+    for address in _addresses():
+        if access.is_loopback(urlsplit(address).hostname or ""):
+            with (
+                suppress(OSError, ValueError, KeyError),
+                urlopen(access.request(f"{address}/admin/settings"), timeout=PATIENCE) as found,
+            ):
+                if json.load(found)["home"] == str(home.resolve()):
+                    return address
+    return None
+
+
+def _addresses() -> Iterator[str]:
+    if address := os.environ.get("PREFECT_API_URL"):
+        yield address
+    with suppress(OSError, KeyError, tomllib.TOMLDecodeError):
+        yield tomllib.loads(Path("prefect.toml").read_text(encoding="utf-8"))["api"]["url"]
+
+
+class Api:
+    """The Prefect server of this flow, which answers after wait(): one that runs already, or a new process.
+
+    Create it before `prefect` is imported, since it sets PREFECT_API_URL. A server that was started here is stopped when the
+    interpreter exits. It also ends if this process is killed.
+
+    Attributes:
+        address: of the API.
+        server: the process; None for a server that somebody else started.
     """
 
     def __init__(self, root: Path) -> None:
+        home = Path(os.environ.setdefault("PREFECT_HOME", str((root / HOME).resolve())))
+        os.environ.update(access.direct(os.environ))
+        self.log, self._home = home / "server.log", home
+        self._ending, self._changing, self._settled = False, threading.Lock(), False
+        self.server: subprocess.Popen[bytes] | None = None
+        atexit.register(self._stop)  # before Prefect's own functions are registered, so that these run first
+        if found := running(home):
+            self.address = os.environ["PREFECT_API_URL"] = found
+            return
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        home = Path(os.environ.setdefault("PREFECT_HOME", str((root / HOME).resolve())))
+            self.address = os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{probe.getsockname()[1]}/api"
         create_database(home)
-        self.log, self._home = home / "server.log", home
-        self._ending, self._changing = False, threading.Lock()
-        os.environ.update(access.direct(os.environ))
-        os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{self.port}/api"
         self.log.unlink(missing_ok=True)
-        self.server = self._started()
-        atexit.register(self._stop)
+        self._start()
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
         with self.log.open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "flows.servers.embedded", str(self.port)],
+            self.server = subprocess.Popen(
+                [sys.executable, "-m", "flows.servers.embedded", str(urlsplit(self.address).port)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -97,43 +137,65 @@ class Api:
                     **os.environ,
                     **database(self._home),
                     watchdog.VARIABLE: str(os.getpid()),
-                    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": str(FLUSH),
                     **{f"PREFECT_SERVER_SERVICES_{service}_ENABLED": "false" for service in IDLE_SERVICES},
                 },
                 start_new_session=True,
             )
 
     def wait(self) -> None:
-        """Waits until the server answers. From then on, restarts a killed server. Raises InputError if the start fails."""
+        """Waits until the server answers. From then on, replaces a server that has ended.
+
+        Raises InputError if the server fails to start.
+        """
         end = time.monotonic() + TIMEOUT
         while not self._healthy():
-            if self.server.poll() is not None or time.monotonic() > end:
+            if (self.server and self.server.poll() is not None) or time.monotonic() > end:
                 raise InputError(f"the embedded Prefect API did not start: see {self.log}")
             time.sleep(0.1)
-        threading.Thread(target=self._restart, name="embedded", daemon=True).start()
+        threading.Thread(target=self._replace, name="embedded", daemon=True).start()
 
-    def _restart(self) -> None:
-        """Restarts a killed server, RESTARTS times. Prefect repeats its requests meanwhile, but gives up after minutes."""
+    def settle(self, run: str, tasks: int) -> None:
+        """Waits until the server has written the last states of a flow run's tasks, at most SETTLE seconds.
+
+        Args:
+            run: the id of the flow run.
+            tasks: the number of its tasks.
+        """
+        ended = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CANCELLED", "CRASHED"]}}}
+        asked = access.request(f"{self.address}/task_runs/count")
+        asked.data = json.dumps({"flow_runs": {"id": {"any_": [run]}}, "task_runs": ended}).encode()
+        asked.add_header("Content-Type", "application/json")
+        end = time.monotonic() + SETTLE
+        while time.monotonic() < end:
+            with suppress(OSError, ValueError), urlopen(asked, timeout=SETTLE) as answer:
+                if json.load(answer) >= tasks:
+                    break
+            time.sleep(0.05)
+        self._settled = True
+
+    def _replace(self) -> None:
+        """Starts a server when one has ended, RESTARTS times. Prefect repeats its requests, but gives up after minutes."""
         for _ in range(RESTARTS):
-            self.server.wait()
+            if self.server:
+                self.server.wait()
+            while self._healthy():  # a server that was not started here
+                time.sleep(GONE)
             with self._changing:
                 if self._ending:
                     return
-                self.server = self._started()
+                self._start()
 
     def _healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
+        return access.answers(access.request(f"{self.address}/health"))
 
     def _stop(self) -> None:
-        time.sleep(2 * FLUSH)
+        if self.server and not self._settled:  # the run was interrupted
+            time.sleep(SETTLE)
         with self._changing:
             self._ending = True
-        ending.end_groups([self.server], ending.SERVER)
-        self.server.wait()
+        if self.server:
+            ending.end_groups([self.server], ending.SERVER)
+            self.server.wait()
 
 
 if __name__ == "__main__":

@@ -167,7 +167,10 @@ def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[
     environment["MLFLOW_PORT"] = _port("MLFLOW_PORT", "5000", host if "mlflow" in names else None)
     environment |= access.guard(host, environment["PREFECT_PORT"], names, environment, folder)
     if "prefect" in names:
-        environment |= embedded.database(Path(environment.get("PREFECT_HOME") or embedded.HOME))
+        # Absolute, so that `python -m flows` recognises the server of its checkout.
+        home = Path(environment.get("PREFECT_HOME") or embedded.HOME).resolve()
+        environment["PREFECT_HOME"] = str(home)
+        environment |= embedded.database(home)
         address = f"http://{here}:{environment['PREFECT_PORT']}"
         environment["PREFECT_API_URL"] = f"{address}/api"
         # Prefect's page then calls the address it was loaded from: loopback would mean the browser's own machine.

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from ddpm.files import yaml_file
 from ddpm.runtime import display
 from flows.processes import children, dvc_command, fork_server
 
@@ -145,6 +146,16 @@ def test_it_ends_with_the_exit_code_and_the_line_of_the_stage(root: Path) -> Non
     said.clear()
     assert children.run((*fork_server.DDPM, "prepare"), root, said.append) == 2
     assert len(said) == 1
+
+
+def test_every_stage_waits_for_what_it_imports() -> None:
+    """Otherwise its fork would import the same once more."""
+    stages = yaml_file.read_yaml(ROOT / "dvc.yaml")["stages"]
+    assert stages.keys() <= fork_server.NEEDED.keys()
+    for stage in stages:
+        command = (*dvc_command.COMMAND, "--wait-for-lock", "repro", "--single-item", f"{stage}@x")
+        needed = fork_server.IMPORTS[: fork_server._imports_needed(command)]
+        assert f"ddpm.stages.{stage}" in needed
 
 
 @pytest.mark.chaos

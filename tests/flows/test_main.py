@@ -5,12 +5,18 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -125,6 +131,73 @@ def test_a_killed_api_is_started_again_and_the_flow_goes_on(here: Any) -> None:
     assert not here.running()
 
 
+@pytest.mark.timeout(240)
+def test_a_server_of_this_checkout_is_used(here: Any) -> None:
+    """`python -m flows` beside `make up`: its run is in the UI at once, and no second server starts."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    here.environment["PREFECT_PORT"] = str(port)
+    server = here.start(sys.executable, "-m", "flows.servers.up", "prefect", log="up.log")
+    api = f"http://127.0.0.1:{port}/api"
+    try:
+        here.wait(lambda: "ready" in (here.root / "up.log").read_text(), 120, "the server answers")
+        here.environment["PREFECT_API_URL"] = api
+        flow = here.start(*MAIN, "--no-promote", log="flow.log")
+        seen: set[str] = set()
+        while flow.poll() is None:
+            seen |= {word for process in here.processes() for word in _words(process)}
+            time.sleep(0.2)
+        assert flow.returncode == 0, (here.root / "flow.log").read_text()
+        assert "flows.servers.embedded" not in seen
+        asked = Request(f"{api}/task_runs/filter", b"{}", {"Content-Type": "application/json"})
+        with urlopen(asked) as answer:
+            states = {run["name"]: run["state"]["type"] for run in json.load(answer)}
+        assert {"publish", "report"} <= states.keys() and set(states.values()) == {"COMPLETED"}
+    finally:
+        here.environment.pop("PREFECT_API_URL", None)
+        del here.environment["PREFECT_PORT"]
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    with suppress(psutil.Error, FileNotFoundError):
+        return process.cmdline()
+    return []
+
+
+@pytest.mark.parametrize(
+    ("answer", "used"),
+    [({"home": "HERE"}, True), ({"home": "/elsewhere/.prefect"}, False), ({"home": ".prefect"}, False), ([], False)],
+)
+def test_the_server_of_another_checkout_is_left_alone(
+    answer: Any, used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = json.dumps(answer).replace("HERE", str(tmp_path))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/api/admin/settings" else 404)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    monkeypatch.chdir(tmp_path)
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/api"
+        monkeypatch.delenv("PREFECT_API_URL", raising=False)
+        assert embedded.running(tmp_path) is None  # nothing names it
+        (tmp_path / "prefect.toml").write_text(f'[api]\nurl = "{address}"\n')
+        assert embedded.running(tmp_path) == (address if used else None)
+        monkeypatch.setenv("PREFECT_API_URL", "http://192.0.2.1/api")  # another machine is not asked
+        assert embedded.running(tmp_path) == (address if used else None)
+        server.shutdown()
+    assert embedded.running(tmp_path) is None
+
+
 def test_what_the_terminal_shows() -> None:
     screen = io.StringIO()
     with Terminal(Console(file=screen, width=200)) as terminal:
@@ -140,6 +213,7 @@ def test_what_the_terminal_shows() -> None:
         terminal.ended("prepare", Outcome("Unchanged", "unchanged"))
         assert not terminal.bars.tasks
         assert terminal.unchanged == 1
+        assert len(terminal.tasks) == 4
     lines = [line for line in screen.getvalue().splitlines() if line.strip()]
     assert lines[:2] == ["train@linear: 10 steps in 3.0 s", "train@cosine: failed: ddpm: no"]
     assert lines[2].startswith("sample@linear-ddim-50: restored from DVC's cache in ")

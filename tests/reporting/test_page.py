@@ -7,7 +7,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,6 +28,7 @@ from ddpm.files.runs import RunRecord
 from ddpm.files.samples import read_samples, write_samples
 from ddpm.files.scores import PICTURE, Answer, Row, read_report, write_influence
 from ddpm.parameters import Point
+from ddpm.reporting import published as published_module
 from ddpm.reporting.page import SECTIONS, SHOWN, how_sure, publish_with, verdict
 from ddpm.reporting.published import fastest, published
 from ddpm.scores.copying import Copying, Suspects, affordable, copying, nearest, suspect
@@ -398,9 +399,8 @@ def _normal(z: float) -> float:
 # The published copy.
 
 
-def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report: Path) -> None:
-    rows = read_report(made_report)[1]
-    records = {
+def _sampled(rows: Sequence[Row]) -> dict[str, RunRecord]:
+    return {
         f"sample@{row.point}": RunRecord(
             stage=f"sample@{row.point}",
             started=1_700_000_000_000,
@@ -416,6 +416,34 @@ def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report
         )
         for index, row in enumerate(rows)
     }
+
+
+def test_the_plot_of_the_published_copy_is_drawn_once(
+    made_report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ddpm report`, the publisher and `ddpm promote` show the same one."""
+    rows = read_report(made_report)[1]
+    records, slower = _sampled(rows), _sampled(rows[::-1])
+    drawn: list[int] = []
+    original = published_module.pictures
+
+    def pictures(*arguments: Any) -> dict[str, str]:
+        drawn.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(published_module, "pictures", pictures)
+    for given, expected in ((records, 1), (records, 1), (slower, 2)):
+        assert published(rows, given, {}, root=tmp_path) == published(rows, given, {}, root=None)
+        drawn.pop()  # by the second call
+        assert len(drawn) == expected
+    (tmp_path / paths.SPEED_PLOT).write_text("{")
+    published(rows, slower, {}, root=tmp_path)
+    assert len(drawn) == 3
+
+
+def test_the_published_copy_adds_lineage_and_nothing_else(page: str, made_report: Path) -> None:
+    rows = read_report(made_report)[1]
+    records = _sampled(rows)
     runs = {f"sample@{rows[0].point}": ("cosine-ddpm", "http://localhost:5000/#/runs/abc")}
     section = published(rows, records, runs, "the place", "http://x/#/chart?a='b'")
     whole = publish_with(page, {"published": section, "compared": "as before", "local": ""})

@@ -57,6 +57,7 @@ def write_point(root: Path, point: Point, fid: float = 1.0, error: float = 0.01,
 @pytest.fixture
 def root(tmp_path: Path, digits: Path) -> Path:
     (tmp_path / "dataset").symlink_to(digits / "dataset")
+    records.write_record(tmp_path / paths.auto_file(), {"precision": "float32", "compile": True})
     for point, fid in zip(params().points(), FIDS, strict=True):
         write_point(tmp_path, point, fid=fid, kid=fid / 100, kid_low=fid / 200, kid_high=fid / 50)
     return tmp_path

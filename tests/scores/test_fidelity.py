@@ -13,6 +13,7 @@ import torch
 from ddpm.scores import inception
 from ddpm.scores.features import extract
 from ddpm.scores.fidelity import (
+    MANY,
     Statistics,
     cmmd,
     density_coverage,
@@ -25,6 +26,7 @@ from ddpm.scores.fidelity import (
     precision_recall,
     statistics,
 )
+from ddpm.scores.intervals import standard_error
 
 
 def with_moments(mean: Any, covariance: Any, count: int, seed: int = 0) -> np.ndarray:
@@ -107,6 +109,49 @@ def test_the_jackknife_is_leaving_out_one_after_the_other(count: int, dimensions
     assert found.bias == pytest.approx((count - 1) * (without.mean() - found.fid), rel=1e-4)
 
 
+HARD = [
+    *("plain", "compared with itself", "large means", "nearly singular", "singular", "alike"),
+    *("heavy tails", "an outlier", "images alone in a feature", "tiny", "huge"),
+]
+
+
+def hard(kind: str, count: int, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two sets of features on which float32 could go wrong."""
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(count, dimensions)), random.normal(size=(count, dimensions))
+    fall, low = np.logspace(0, -6, dimensions), random.normal(size=(dimensions // 2, dimensions))
+    x, y = {
+        "plain": lambda: (1.1 * x + 0.1, y),
+        "compared with itself": lambda: (x, x),
+        "large means": lambda: (x + 1000, y + 1000.1),
+        "nearly singular": lambda: (x * fall, 1.1 * y * fall),
+        "singular": lambda: (x[:, : dimensions // 2] @ low, y),
+        "alike": lambda: (x[random.integers(0, dimensions, count)], y),  # few different images
+        "heavy tails": lambda: (x * random.standard_t(3, size=(count, 1)), y),
+        "an outlier": lambda: (x * np.where(np.arange(count) == 7, 1000, 1)[:, None], y),
+        "images alone in a feature": lambda: (np.eye(count, dimensions), y),
+        "tiny": lambda: (x * 1e-12, y * 1.2e-12),
+        "huge": lambda: (x * 1e9, y * 1.2e9),
+    }[kind]()
+    return x.astype(np.float32), y.astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_float32_changes_no_influence_by_a_ten_thousandth(kind: str) -> None:
+    """The rotated images are float32 here. FID itself, compared with leaving out in float64, has no such error."""
+    count, dimensions = 16 * MANY, 16
+    x, y = hard(kind, count, dimensions)
+    reference = statistics(y)
+    found = jackknife(x, reference)
+    without = np.array([fid(statistics(np.delete(x, i, axis=0)), reference) for i in range(count)])
+    expected = (count - 1) * (without.mean() - without)
+    np.testing.assert_allclose(found.influence, expected, atol=1e-4 * np.abs(expected).max())
+    assert standard_error(found.influence) == pytest.approx(standard_error(expected), rel=1e-4)
+    assert found.fid == pytest.approx(
+        fid(statistics(x), reference), rel=1e-6, abs=1e-7 * np.trace(reference.covariance)
+    )
+
+
 def test_the_jackknife_finds_the_bias_of_fid() -> None:
     """In one dimension E FID_N is known: (m^2 + v/N) + v + 1 - 2 c4(N) sqrt(v), with E s = c4(N) sigma.
 
@@ -132,6 +177,22 @@ def test_images_that_are_all_alike_have_no_influence() -> None:
     np.testing.assert_allclose(found.influence, 0, atol=1e-12)
     with pytest.raises(ValueError, match="three images"):
         jackknife(blob(2, 3, 0), statistics(blob(20, 3, 0)))
+
+
+@pytest.mark.parametrize(("count", "others"), [(60, 40), (60, 9), (15, 40)])
+def test_products_in_parts_are_the_whole_products(count: int, others: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a singular reference, and with fewer images than features."""
+    x, y = blob(count, 20, 0, shift=0.3), blob(others, 20, 1)
+    whole = statistics(x), fid(statistics(x), statistics(y)), jackknife(x, statistics(y))
+    monkeypatch.setattr("ddpm.scores.fidelity._PART", 7)
+    monkeypatch.setattr("ddpm.scores.fidelity._STRIP", 6)
+    parts = statistics(x), fid(statistics(x), statistics(y)), jackknife(x, statistics(y))
+    np.testing.assert_allclose(parts[0].covariance, whole[0].covariance, atol=1e-14)
+    assert parts[1] == pytest.approx(whole[1], rel=1e-7)
+    np.testing.assert_allclose(parts[2].influence, whole[2].influence, atol=1e-5)
+    root = statistics(y).root
+    np.testing.assert_allclose(root @ root.T, statistics(y).covariance, atol=1e-14)
+    np.testing.assert_array_equal(root, np.tril(root))
 
 
 def test_precision_and_recall_by_hand() -> None:

@@ -88,14 +88,14 @@ def follow(
     params: Params, root: Path, ended: threading.Event, say: Say = print, champion: WithChampion | None = None
 ) -> None:
     """Publishes the outputs of each stage once dvc.lock lists them, until `ended` is set. Never raises InputError."""
-    path, changed, seen = root / "dvc.lock", -1, dvc_lock.read(root)
-    publish_or_warn(params, root, "prepare", say)  # publishes nothing, but imports mlflow and creates the store early
+    path, changed, seen = root / dvc_lock.NAME, -1, dvc_lock.versions(root)
+    publish_or_warn(params, root, "prepare", say)  # publishes nothing, but imports mlflow and creates the store
     while not ended.wait(FOLLOW_SECONDS):
         now = path.stat().st_mtime_ns if path.exists() else -1
         if now == changed:
             continue
         try:
-            stages = dvc_lock.read(root)
+            stages = dvc_lock.versions(root)
         except InputError:
             stages = {}
         if not stages:
@@ -641,7 +641,7 @@ def _parts_of_page(
         say(f"publish: the report is not compared with the champion: {error}")
         best = None
     return {
-        "published": published(rows, run_records(root, rows), _runs_of(target, root, rows), place, link),
+        "published": published(rows, run_records(root, rows), _runs_of(target, root, rows), place, link, root),
         "compared": compared.html([*found, best] if best else found),
     }
 
