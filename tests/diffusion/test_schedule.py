@@ -82,12 +82,12 @@ def test_rectified_flow() -> None:
     x_0, eps = torch.tensor([0.3, -2.0], dtype=torch.float64), torch.tensor([1.5, 0.4], dtype=torch.float64)
     times = torch.arange(10)
     a, s, c_skip, c_out = coefficients(schedule, "flow", times)
-    share = (times + 1) / 10
+    share = (times.double() + 1) / 10
     norm = ((1 - share) ** 2 + share**2).sqrt()
     for i in times.tolist():
         x_t = ((1 - share[i]) * x_0 + share[i] * eps) / norm[i]
-        assert torch.allclose(a[i] * x_0 + s[i] * eps, x_t, rtol=1e-12)
-        assert torch.allclose(c_skip[i] * x_t + c_out[i] * (eps - x_0), x_0, rtol=1e-12)
+        assert torch.allclose(a[i] * x_0 + s[i] * eps, x_t, rtol=1e-9)
+        assert torch.allclose(c_skip[i] * x_t + c_out[i] * (eps - x_0), x_0, rtol=1e-9)
     assert float(schedule.alpha_bar[10]) == 0
     _, target = Objective.of(schedule, "flow").pair(x_0.float().expand(10, 2), times, eps.float().expand(10, 2))
     assert torch.allclose(target, (eps - x_0).float().expand(10, 2), rtol=1e-5)
@@ -134,7 +134,8 @@ def test_diffusers_rescales_alike() -> None:
 @given(st.sampled_from(sorted(SCHEDULES)), st.integers(2, 2000))
 def test_alpha_bar_falls_from_one(name: str, steps: int) -> None:
     alpha_bar = NoiseSchedule.named(name, steps).alpha_bar
-    assert float(alpha_bar[0]) == 1 and bool((alpha_bar.diff() < 0).all()) and float(alpha_bar[-1]) > 0
+    assert float(alpha_bar[0]) == 1 and bool((alpha_bar.diff() < 0).all())
+    assert (float(alpha_bar[-1]) == 0) == (name == "rectified")
 
 
 @given(st.sampled_from(sorted(SCHEDULES)), st.floats(-1, 999))
