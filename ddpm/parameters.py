@@ -133,7 +133,7 @@ class Diffusion:
     """The forward process and what the network predicts."""
 
     timesteps: int = entry({"ge": 2, "le": 100_000}, 1000)
-    target: Literal["eps", "x0", "v", "mu"] = "eps"
+    target: Literal["eps", "x0", "v", "mu", "flow"] = "eps"
     variance: Literal["fixed", "learned"] = "fixed"
     conditional: bool = False
 

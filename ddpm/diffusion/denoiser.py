@@ -8,8 +8,10 @@ x0_hat = c_skip x_t + c_out net(x_t, t). The training target is the inverse, (x_
 - `v` = a eps - s x_0: appendix D of Salimans & Ho 2022.
 - `mu` = A x_0 + B x_t is the mean of the posterior q(x_{t-1} | x_t, x_0) on the chain of T steps: eq. 7 of Ho et al.
   2020. At t = 0 it is x_0.
+- `flow` = eps - x_0 is the velocity along the straight path from x_0 to eps: eq. 1 of Liu et al. 2023 (rectified flow).
 
-A network's error is multiplied by |c_out| on its way to x0_hat: by 1 for x0, s for v, s / a for eps, and 1 / A for mu.
+A network's error is multiplied by |c_out| on its way to x0_hat: by 1 for x0, s for v, s / (a + s) for flow, s / a for eps,
+and 1 / A for mu.
 At high noise mu hardly depends on x_0, so 1 / A reaches thousands: clip x0_hat, and don't run such a network in
 bfloat16. A sampler that steps down the same chain multiplies by A again and loses nothing.
 
@@ -39,6 +41,7 @@ TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tens
     "x0": lambda a, s, A, B: (torch.zeros_like(a), torch.ones_like(a)),
     "v": lambda a, s, A, B: (a, -s),
     "mu": lambda a, s, A, B: (-B / A, 1 / A),
+    "flow": lambda a, s, A, B: (1 / (a + s), -s / (a + s)),
 }
 
 

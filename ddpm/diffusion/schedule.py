@@ -44,6 +44,16 @@ def _sigmoid(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
     return torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
 
 
+def _rectified(steps: int) -> Tensor:
+    """The straight paths (1 - t/T) x_0 + t/T eps of rectified flow (Liu et al. 2023), scaled to unit variance.
+
+    alpha_bar_t = (1 - t/T)^2 / ((1 - t/T)^2 + (t/T)^2), so alpha_bar_T = 0.
+    """
+    t = torch.arange(steps + 1, dtype=torch.float64) / steps
+    alpha_bar = (1 - t).square() / ((1 - t).square() + t.square())
+    return 1 - alpha_bar[1:] / alpha_bar[:-1]
+
+
 # Maps a name to a function of T and further numbers (`shape` of NoiseSchedule.named) that returns the betas, float64 [T].
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "linear": _linear,
@@ -51,6 +61,7 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "cosine": _cosine,
     "sqrt": _sqrt,
     "sigmoid": _sigmoid,
+    "rectified": _rectified,
 }
 
 # Names in other projects. Latent diffusion's `linear` is no alias: it is `scaled_linear` here.
@@ -95,7 +106,7 @@ class NoiseSchedule:
             name: a key of SCHEDULES or ALIASES.
             steps: T.
             zero_terminal_snr: whether to rescale the schedule with the method `zero_terminal_snr`.
-            shape: `s` of cosine; `start` and `end` of the others. These are beta_1 and beta_T of linear and
+            shape: `s` of cosine; `start` and `end` of the others except rectified. These are beta_1 and beta_T of linear and
                 scaled_linear, their squares for sqrt, and close to them for sigmoid.
 
         Raises:

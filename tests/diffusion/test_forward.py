@@ -33,6 +33,7 @@ def test_shares_sum_to_one(name: str, steps: int) -> None:
         ("linear", 250, "x_T is not noise: alpha_bar_T = 0.08"),
         ("scaled_linear", 10, "alpha_bar_T = 0.93, L_T = 1.4 bits/dim"),
         ("cosine", 10, ""),
+        ("rectified", 1000, ""),
     ],
 )
 def test_warnings(name: str, steps: int, warns: str) -> None:

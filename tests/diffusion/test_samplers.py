@@ -307,6 +307,8 @@ def test_x0_to_x_t_to_target_to_x0(target: str, name: str, seed: int) -> None:
     x_0 = torch.rand(4, 1, 2, 2, generator=generator) * 2 - 1
     eps = torch.randn(4, 1, 2, 2, generator=generator)
     t = torch.randint(100, (4,), generator=generator)
+    if float(schedule.alpha_bar[-1]) == 0 and target == "eps":
+        return  # refused: see the next test
     x_t, wanted = Objective.of(schedule, target).pair(x_0, t, eps)
     _, _, _, c_out = coefficients(schedule, target, t)
     back = Denoiser(lambda x, times: wanted, schedule, target)(x_t, t)

@@ -234,13 +234,14 @@ def affine_unipc(order: int, levels: list[Level]) -> np.ndarray:
     raise AssertionError("the last level is the clean image")
 
 
-# sqrt starts at sigma = 1e22, where differences in sigma, all that Euler and Heun know, say nothing in float64.
+# sqrt starts at sigma = 1e22, where differences in sigma, all that Euler and Heun know, say nothing in float64. rectified starts
+# at an infinite sigma, as schedules with zero_terminal_snr do.
 CASES = [
     (sampler, options, name)
     for name in sorted(SCHEDULES)
     for sampler in ("euler", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc")
     for options in ([{"order": order} for order in (1, 2, 3)] if sampler == "unipc" else [{}])
-    if name != "sqrt" or sampler not in ("euler", "heun")
+    if name != "rectified" and (name != "sqrt" or sampler not in ("euler", "heun"))
 ]
 
 
@@ -422,9 +423,11 @@ def test_the_last_step_gives_x0_hat(name: str) -> None:
         assert torch.allclose(x, target.expand_as(x), atol=1e-9), sampler
 
 
-def test_from_pure_noise_where_nothing_of_the_signal_is_left() -> None:
+@pytest.mark.parametrize(
+    "schedule", [NoiseSchedule.named("linear", 1000).zero_terminal_snr(), NoiseSchedule.named("rectified", 1000)]
+)
+def test_from_pure_noise_where_nothing_of_the_signal_is_left(schedule: NoiseSchedule) -> None:
     """alpha_bar_T = 0: every sampler starts at infinite noise-to-signal, stays finite, and keeps the data's moments."""
-    schedule = NoiseSchedule.named("linear", 1000).zero_terminal_snr()
 
     def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         alpha_bar = schedule.log_alpha_bar_at(t.double()).exp().view(-1, 1)

@@ -32,7 +32,7 @@ def test_scaled() -> None:
     assert scaled(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
 
 
-@pytest.mark.parametrize("target", ["eps", "x0", "v", "mu"])
+@pytest.mark.parametrize("target", ["eps", "x0", "v", "mu", "flow"])
 def test_loss_of_the_perfect_network_for_gaussian_data(target: str) -> None:
     """For x_0 ~ N(0, v): Var[x_0 | x_t] = v s^2 / (a^2 v + s^2), which each target scales by the square of its slope."""
     schedule, v, t = NoiseSchedule.named("linear", 1000), 0.25, 300
@@ -47,10 +47,12 @@ def test_loss_of_the_perfect_network_for_gaussian_data(target: str) -> None:
     def net(x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         x0_hat = x * a * v / (a**2 * v + s**2)
         eps_hat = (x - a * x0_hat) / s
-        return {"eps": eps_hat, "x0": x0_hat, "v": a * eps_hat - s * x0_hat, "mu": on_x0 * x0_hat + on_x_t * x}[target]
+        found = {"eps": eps_hat, "x0": x0_hat, "v": a * eps_hat - s * x0_hat, "mu": on_x0 * x0_hat + on_x_t * x}
+        return {**found, "flow": eps_hat - x0_hat}[target]
 
     posterior = v * s**2 / (a**2 * v + s**2)
-    error = {"eps": (a / s) ** 2, "x0": 1.0, "v": (a**2 / s + s) ** 2, "mu": on_x0**2}[target] * posterior
+    slopes = {"eps": a / s, "x0": 1.0, "v": a**2 / s + s, "mu": on_x0, "flow": a / s + 1}
+    error = slopes[target] ** 2 * posterior
     losses = objective.losses(net, x_0, torch.full((4000,), t), eps)
     assert float(losses.mean()) == pytest.approx(error, rel=0.01)
 

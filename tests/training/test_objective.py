@@ -40,6 +40,8 @@ def test_mu_is_the_mean_of_the_posterior(name: str, t: float) -> None:
     schedule = NoiseSchedule.named(name, 1000)
     if name == "sqrt" and t > 500:
         pytest.skip("alpha_bar is below 1e-16: the product of the two densities has no digits left")
+    if name == "rectified" and t == 999:
+        pytest.skip("alpha_bar_T = 0: x_T says nothing, so one of the two densities is flat")
     x_0, eps = 0.3, -0.8
     a, s, c_skip, c_out = (float(c) for c in coefficients(schedule, "mu", torch.tensor(t, dtype=torch.float64)))
     x_t = a * x_0 + s * eps
@@ -217,7 +219,9 @@ def test_min_snr_weights(target: str) -> None:
 
     snr = schedule.alpha_bar[t + 1] / (1 - schedule.alpha_bar[t + 1])
     on_x0 = schedule.posterior_at(t)[0]
-    divide = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1, "mu": on_x0**2}[target]
+    divide = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1, "mu": on_x0**2, "flow": (snr.sqrt() + 1) ** 2}[
+        target
+    ]
     expected = snr.clamp(max=GAMMA) / divide * plain.losses(net, x_0, t, eps)
     assert objective.losses(net, x_0, t, eps).numpy() == pytest.approx(expected.numpy(), rel=1e-5)
 
@@ -277,6 +281,10 @@ def test_losses_refused() -> None:
 def test_every_loss_and_gradient_is_finite_at_every_time(name: str, target: str, loss: str) -> None:
     """Also where float32 holds nothing of alpha_bar, and for a network as wrong as an untrained one."""
     schedule = NoiseSchedule.named(name, 1000)
+    if float(schedule.alpha_bar[-1]) == 0 and target == "eps":
+        with pytest.raises(ValueError, match="alpha_bar = 0"):
+            Objective.of(schedule, target, loss=loss)
+        return
     objective = Objective.of(schedule, target, loss=loss)
     generator = torch.Generator().manual_seed(0)
     x_0 = LEVELS.float()[torch.randint(256, (1000, 1, 1, 1), generator=generator)]
