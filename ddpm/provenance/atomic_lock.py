@@ -108,6 +108,7 @@ def patch() -> None:
     from dvc.exceptions import DvcException
 
     original, load = serialize._modify_data, Lockfile._load_yaml
+    parsed: dict[str, Any] = {}  # by the text of the stage, since `dvc repro` loads the file twice
 
     @contextmanager
     def modified(path: Any, parser: Callable[[str, Any], Any], dump: Dump, fs: Any = None) -> Iterator[Any]:
@@ -126,12 +127,16 @@ def patch() -> None:
             return load(lockfile, round_trip=round_trip)
 
         def parse(stage: str) -> Any:
-            try:
-                found = serialize.parse_yaml(stage, lockfile.path)
-                lockfile.validate({"schema": "2.0", "stages": found})
-            except DvcException:
-                found = load(lockfile)[0]["stages"]  # raises the error that DVC shows, with its place in the whole file
-            return found
+            if stage not in parsed:
+                try:
+                    found = serialize.parse_yaml(stage, lockfile.path)
+                    lockfile.validate({"schema": "2.0", "stages": found})
+                except DvcException:
+                    return load(lockfile)[0][
+                        "stages"
+                    ]  # raises the error that DVC shows, with its place in the whole file
+                parsed[stage] = found
+            return parsed[stage]
 
         return {"schema": "2.0", "stages": Stages(texts, parse)}, text
 
