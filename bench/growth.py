@@ -193,8 +193,8 @@ def _phases(device: str, found: list[dict[str, Any]], extractor: inception.Incep
         for phase in ("training", "sampling")
     )
     N, D = last["FID and interval"]["images"], DIMENSIONS
-    # Half a covariance, R^T C R, eigenvectors, and the rotation of each image into their axes.
-    scores = N * D**2 + 4 * D**3 + 9 * D**3 + 2 * N * D**2
+    # Half a covariance, R^T C R, eigenvectors, R times those, and the rotation of each image, in float32 at half the cost.
+    scores = N * D**2 + (4 * D**3) // 3 + 9 * D**3 + 2 * D**3 + N * D**2
     products = [
         ("training", 3 * evaluation, training["seconds"], precision),
         ("sampling", evaluation, sampling["seconds"], precision),
