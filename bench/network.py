@@ -174,7 +174,7 @@ def _bfloat16_cost(device: str) -> float:
 
 def _versus(
     ours: Callable[[], Any],
-    peers: Mapping[str, tuple[Make, Setting]],
+    peers: Mapping[str, tuple[Make, Setting, float]],
     device: str,
     repeats: int,
     goals: tuple[float, float],
@@ -184,7 +184,8 @@ def _versus(
 
     Args:
         ours: the work of one call.
-        peers: name -> how to build a side, and the setting in its docs. The first peer does the same work as ours.
+        peers: name -> how to build a side, the setting in its docs, and the operations of its network as a share of ours.
+            Ratios are at the same number of operations: the times of a peer are divided by that share.
         device: "cpu" or "cuda".
         repeats: timed turns.
         goals: for the first peer as its docs show it, and for the fastest peer.
@@ -196,18 +197,23 @@ def _versus(
     began = time.perf_counter()
     ours()
     first = time.perf_counter() - began
-    tried = {name: {side.setting: side for side in _tried(name, make, device)} for name, (make, _) in peers.items()}
+    tried = {name: {side.setting: side for side in _tried(name, make, device)} for name, (make, *_) in peers.items()}
     shown = {name: sides[peers[name][1]] for name, sides in tried.items()}
     best = {name: min(sides.values(), key=lambda side: side.seconds) for name, sides in tried.items()}
     sides = {"ours": ours, **{side.name: side.call for name in peers for side in (shown[name], best[name])}}
     times, _ = alternate(sides, repeats, device=device)
-    median = {name: statistics.median(kinds["wall"]) for name, kinds in times.items()}
+    share = {side.name: peers[name][2] for name in peers for side in (shown[name], best[name])}
+    equal = {
+        side: {kind: [value / share.get(side, 1) for value in values] for kind, values in kinds.items()}
+        for side, kinds in times.items()
+    }
+    median = {name: statistics.median(kinds["wall"]) for name, kinds in equal.items()}
     fastest = min(best.values(), key=lambda side: median[side.name])
     figures = []
     for name, goal in zip(peers, (goals[0], *[None] * (len(peers) - 1)), strict=True):
-        figures += ratios(times, shown[name].name, goal, name=f"{name} as its docs show it / ours")
+        figures += ratios(equal, shown[name].name, goal, name=f"{name} as its docs show it / ours")
     figures += ratios(
-        times, fastest.name, goals[1], name=f"best of the peers ({fastest.peer}: {fastest.setting}) / ours"
+        equal, fastest.name, goals[1], name=f"best of the peers ({fastest.peer}: {fastest.setting}) / ours"
     )
     entries = {
         "times": times,
@@ -267,14 +273,12 @@ def _train(device: str) -> dict[str, Any]:
     def lucidrains(setting: Setting) -> Callable[[], Any]:
         return _repeated(_lucidrains_training(size.batch, device, setting), size.steps)
 
-    other = _lucidrains(device).model
-    checks["parameters of denoising-diffusion-pytorch's own network"] = sum(each.numel() for each in other.parameters())
-    checks["its operations, as a share of ours"] = round(_operations(other, device) / operations, 3)
+    share = _share(operations, device, checks)
     default = Setting(bfloat16=device == "cuda")
     goals = (2.5, 1.3) if device == "cuda" else (4.0, 1.25) if auto.precision == "bfloat16" else (1.5, 1.25)
     measured, _ = _versus(
         _repeated(lambda: next(steps).loss, size.steps),
-        {"diffusers": (diffusers, default), "denoising-diffusion-pytorch": (lucidrains, default)},
+        {"diffusers": (diffusers, default, 1.0), "denoising-diffusion-pytorch": (lucidrains, default, share)},
         device,
         size.repeats,
         goals,
@@ -295,6 +299,15 @@ def _operations(net: Callable[..., Any], device: str) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.randn(1, 3, 32, 32, device=device), torch.zeros(1, device=device))
     return int(counter.get_total_flops())
+
+
+def _share(operations: int, device: str, checks: dict[str, Any]) -> float:
+    """Returns the operations of denoising-diffusion-pytorch's own network as a share of ours, and adds its size to `checks`."""
+    other = _lucidrains(device).model
+    share = _operations(other, device) / operations
+    checks["parameters of denoising-diffusion-pytorch's own network"] = sum(each.numel() for each in other.parameters())
+    checks["its operations, as a share of ours"] = round(share, 3)
+    return share
 
 
 def _instructions(device: str) -> str:
@@ -507,7 +520,10 @@ def _sampling(device: str, size: Size, kind: str, full: int) -> dict[str, Any]:
     goals = (2.0, 1.25) if device == "cpu" and auto.precision == "float32" else (4.0, 1.25)
     measured, best = _versus(
         lambda: run(fast, size.steps),
-        {"diffusers": (peer, Setting()), "denoising-diffusion-pytorch": (lucidrains, Setting(bfloat16=gpu))},
+        {
+            "diffusers": (peer, Setting(), 1.0),
+            "denoising-diffusion-pytorch": (lucidrains, Setting(bfloat16=gpu), _share(operations, device, checks)),
+        },
         device,
         size.repeats,
         goals,
