@@ -83,7 +83,7 @@ def running(home: Path) -> str | None:
     for address in _addresses():
         if access.is_loopback(urlsplit(address).hostname or ""):
             with (
-                suppress(OSError, ValueError, KeyError),
+                suppress(OSError, ValueError, KeyError, TypeError),
                 urlopen(access.request(f"{address}/admin/settings"), timeout=PATIENCE) as found,
             ):
                 if json.load(found)["home"] == str(home.resolve()):
