@@ -82,6 +82,7 @@ NEEDED = {
     "publish": OF_PUBLISHING,
     "promote": OF_PUBLISHING,
     "prepare": "ddpm.stages.prepare",
+    "probe": "ddpm.stages.probe",
     "train": "ddpm.tools.preview",
     "sample": "ddpm.stages.sample",
     "likelihood": "ddpm.stages.likelihood",

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,18 @@ class Record:
     def ended(self, stage: str, outcome: Outcome) -> None: ...
 
 
+@pytest.fixture(autouse=True)
+def running() -> Iterator[None]:
+    """As while a flow runs: an earlier test's flow has stopped its processes, and none may start."""
+    children.start()
+    yield
+    children.stop()
+
+
 @pytest.fixture
 def path(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", scratch.environment["PATH"])
     monkeypatch.setenv("SCRATCH", scratch.mark)
-    children.start()
 
 
 def test_the_order_is_the_one_of_dvc_yaml(scratch: Any) -> None:

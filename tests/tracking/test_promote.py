@@ -65,7 +65,7 @@ def scored(value: float, error: float, evaluations: int = 50, seed: int | None =
         ((9.4, 0.2, 50), (10.0, 0.3, 50), False, "not significantly better"),
         ((9.7, 0.2, 26), (10.0, 0.3, 50), False, "not significantly better"),
         ((9.7, 0.2, 25), (10.0, 0.3, 50), True, "is at most 0.407 worse than the champion's 10"),  # the margin is 0.5
-        ((9.8, 0.2, 25), (10.0, 0.3, 50), False, "perhaps 0.507 worse than the champion's 10 (the margin is 0.5)"),
+        ((9.8, 0.2, 25), (10.0, 0.3, 50), False, "may be 0.507 worse than the champion's 10 (the margin is 0.5)"),
         ((10.3, 0.0, 25), (10.0, 0.0, 50), True, "25 evaluations instead of 50"),
         ((10.8, 0.2, 1), (10.0, 0.3, 1000), False, "is worse than"),
         ((10.0, 0.0, 50), (10.0, 0.0, 50), False, "not significantly better"),
