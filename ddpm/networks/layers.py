@@ -14,6 +14,29 @@ class NormSwish(nn.GroupNorm):
         return F.silu(super().forward(x))
 
 
+class SharedDropout(nn.Dropout):
+    """Dropout with one process's rows of the mask that a single process would draw for the whole batch.
+
+    Every process draws the whole mask, so that the number of processes changes no bit of it.
+
+    Args:
+        p: the probability of a zero.
+        rank: number of this process, from 0. It has an equal share of the rows, in the order of the ranks.
+        size: how many processes there are.
+    """
+
+    def __init__(self, p: float, rank: int, size: int) -> None:
+        super().__init__(p)
+        self.rank, self.size = rank, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        shape, strides = (len(x) * self.size, *x.shape[1:]), (x[0].numel(), *x.stride()[1:])
+        ones = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device).fill_(1)
+        return x * F.dropout(ones, self.p)[self.rank * len(x) : (self.rank + 1) * len(x)]
+
+
 FEW = 1024  # positions of an image whose weights of attention may be kept in memory: positions squared
 
 

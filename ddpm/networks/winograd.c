@@ -589,14 +589,14 @@ ALWAYS uvec mixed(uvec x)
 }
 
 // Sets y to x, of which each number is replaced by 0 with probability `rate`, and divided by 1 - rate otherwise. Whether number i
-// is kept is a function of i and the seed alone, so a second call does the same to gradients.
-void dropped(const number *x, number *y, long count, long seed, double rate)
+// is kept is a function of first + i and the seed alone, so a second call does the same to gradients.
+void dropped(const number *x, number *y, long count, long first, long seed, double rate)
 {
   unsigned least = (unsigned)(rate * 4294967296.0), low = (unsigned)seed, high = (unsigned)(seed >> 32);
   float factor = (float)(1 / (1 - rate));
 #pragma omp parallel for schedule(static)
   for (long start = 0; start < count; start += 8) {
-    uvec index = (unsigned)start + (uvec){0, 1, 2, 3, 4, 5, 6, 7};
+    uvec index = (unsigned)(first + start) + (uvec){0, 1, 2, 3, 4, 5, 6, 7};
     ivec kept = mixed(mixed(index + low) + high) >= least;
     store(y + start, (vec)((ivec)(load(x + start) * factor) & kept));
   }

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm.networks.layers import NormSwish
+from ddpm.networks.layers import NormSwish, SharedDropout
 
 SOURCE = Path(__file__).with_name("winograd.c")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-Wno-psabi")
@@ -72,7 +72,7 @@ def _faster(module: nn.Module) -> type[nn.Module]:
         return Convolution if _suits(module, 3) else Pointwise if _suits(module, 1) else kind
     if isinstance(module, nn.GroupNorm) and module.num_channels % WIDE == 0:
         return NormalisedSwish if kind is NormSwish else Normalisation if kind is nn.GroupNorm else kind
-    return Dropout if kind is nn.Dropout else kind
+    return {nn.Dropout: Dropout, SharedDropout: DropoutOfRows}.get(kind, kind)
 
 
 @cache
@@ -158,7 +158,12 @@ class Dropout(nn.Dropout):
         dtype = x.dtype if x.dtype == torch.bfloat16 and multiplies_bfloat16() else torch.float32
         if not self.training or not 0 < self.p < 1 or x.dtype != dtype or x.numel() % WIDE:
             return super().forward(x)
-        return _Dropped.apply(x, int(torch.randint(2**62, ())), self.p)
+        first = self.rank * x.numel() if isinstance(self, SharedDropout) else 0
+        return _Dropped.apply(x, first, int(torch.randint(2**62, ())), self.p)
+
+
+class DropoutOfRows(Dropout, SharedDropout):
+    """The same for one of several processes."""
 
 
 class _Winograd(torch.autograd.Function):
@@ -205,18 +210,18 @@ class _Normalised(torch.autograd.Function):
 
 class _Dropped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: int, rate: float) -> Tensor:
-        ctx.seed, ctx.rate, ctx.layout = seed, rate, torch.channels_last if x.ndim == 4 else torch.contiguous_format
-        return _dropped(x.contiguous(memory_format=ctx.layout), seed, rate)
+    def forward(ctx: Any, x: Tensor, first: int, seed: int, rate: float) -> Tensor:
+        ctx.mask, ctx.layout = (first, seed, rate), torch.channels_last if x.ndim == 4 else torch.contiguous_format
+        return _dropped(x.contiguous(memory_format=ctx.layout), *ctx.mask)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _dropped(gradients[0].contiguous(memory_format=ctx.layout), ctx.seed, ctx.rate), None, None
+        return _dropped(gradients[0].contiguous(memory_format=ctx.layout), *ctx.mask), None, None, None
 
 
-def _dropped(x: Tensor, seed: int, rate: float) -> Tensor:
+def _dropped(x: Tensor, first: int, seed: int, rate: float) -> Tensor:
     y = torch.empty_like(x)
-    _call(x.dtype, "dropped", x, y, x.numel(), seed, rate)
+    _call(x.dtype, "dropped", x, y, x.numel(), first, seed, rate)
     return y
 
 

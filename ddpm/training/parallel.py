@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ddpm.networks.layers import SharedDropout
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class World:
         for module in list(net.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Dropout and child.p > 0:
-                    setattr(module, name, _Dropout(child.p, self))
+                    setattr(module, name, SharedDropout(child.p, self.rank, self.size))
         return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
     def averaging(self, net: Callable[..., Tensor], last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -102,22 +103,3 @@ def joined(rank: int, size: int, device: torch.device, meeting: str = "env://") 
     )
     yield World(rank, size)
     distributed.destroy_process_group()  # skipped after an error, since it would wait for the other processes
-
-
-class _Dropout(nn.Dropout):
-    """Dropout with this process's rows of the mask that a single process would draw for the whole part of the batch.
-
-    Every process draws the whole mask, so that the number of processes changes no bit of it.
-    """
-
-    def __init__(self, p: float, world: World) -> None:
-        super().__init__(p)
-        self.world = world
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        shape, strides = (len(x) * self.world.size, *x.shape[1:]), (x[0].numel(), *x.stride()[1:])
-        ones = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device).fill_(1)
-        mask = F.dropout(ones, self.p)
-        return x * mask[self.world.rows(slice(0, len(mask)))]
