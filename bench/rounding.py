@@ -46,11 +46,12 @@ def rounding(device: str) -> dict[str, Any]:
     two trainings differ anyway.
     """
     params = Params.load(RECIPE)
+    exactly: dict[str, Any] = {"precision": "float32", "compile": True}
     threads: dict[str, Any] = {"threads": torch.get_num_threads()}
     place: dict[str, Any] = {"device": device}
-    params = params.model_copy(
+    base = params.model_copy(
         update={
-            "training": replace(params.training, steps=20 if TINY else params.training.steps, **threads),
+            "training": replace(params.training, steps=20 if TINY else params.training.steps, **exactly, **threads),
             "sampling": replace(params.sampling, images=IMAGES, batch=min(IMAGES, 250), **threads),
             "compute": replace(params.compute, **place),
         }
@@ -58,7 +59,7 @@ def rounding(device: str) -> dict[str, Any]:
     extractor = inception.load(LAYER, CACHE, device)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        prepare(params, root)
+        prepare(base, root)
         real = np.array(read_dataset(root).train[:IMAGES])
         reference = fidelity.statistics(extract(extractor, real))
 
@@ -68,20 +69,20 @@ def rounding(device: str) -> dict[str, Any]:
             found = fidelity.jackknife(extract(extractor, images), reference)
             return images, Estimate(found.fid, standard_error(found.influence), found.influence)
 
-        def trained(precision: str, compiled: bool, seed: int) -> tuple[NDArray[np.uint8], Estimate]:
+        def in_setting(precision: str, compiled: bool, *sections: str) -> Params:
             setting: dict[str, Any] = {"precision": precision, "compile": compiled}
-            changed = {name: replace(getattr(params, name), **setting) for name in ("training", "sampling")}
-            rows = {POINT.schedule: replace(params.schedules[POINT.schedule], seed=seed)}
-            changed_params = params.model_copy(update={**changed, "schedules": rows})
-            train(changed_params, POINT.schedule, root)
-            return drawn(changed_params)
+            return base.model_copy(update={name: replace(getattr(base, name), **setting) for name in sections})
+
+        def trained(precision: str, compiled: bool, seed: int) -> tuple[NDArray[np.uint8], Estimate]:
+            rows = {POINT.schedule: replace(base.schedules[POINT.schedule], seed=seed)}
+            here = in_setting(precision, compiled, "training", "sampling").model_copy(update={"schedules": rows})
+            train(here, POINT.schedule, root)
+            return drawn(here)
 
         trained("float32", True, 0)
         found = {}
         for name, (precision, compiled) in SETTINGS.items():
-            setting: dict[str, Any] = {"precision": precision, "compile": compiled}
-            sampling = replace(params.sampling, **setting)
-            found[name] = drawn(params.model_copy(update={"sampling": sampling}))
+            found[name] = drawn(in_setting(precision, compiled, "sampling"))
         others = {
             "trained and sampled in bfloat16, compiled": trained("bfloat16", True, 0)[1],
             "trained from another seed": trained("float32", True, 1)[1],
