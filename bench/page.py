@@ -49,7 +49,7 @@ ROWS = {
     "ancestral_avx2": Row("ancestral sampling, held to AVX2", "network", function="ancestral", environment=AVX2),
     "fid_sets": Row("features and FID of several sets, one reference", "scores", BOTH),
     "statistics": Row("statistics and intervals, 50k x 2048", "scores", BOTH),
-    "rounding": Row("what bfloat16 and compiled kernels change", "rounding", BOTH),
+    "rounding": Row("what bfloat16 and compiled kernels change", "scores", BOTH),
     "prepare": Row("prepare, PNG from a zip", "data"),
     "demo": Row("whole demo", "pipeline"),
     "sweeps": Row("sweeps of 12, 50 and 200 points", "pipeline"),
