@@ -22,6 +22,8 @@ from typing import Any
 import psutil
 import pytest
 
+from flows.processes import children
+
 ROOT = Path(__file__).parent.parent.parent
 
 STAGE = '''\
@@ -233,6 +235,14 @@ def make_scratch(root: Path, template: Path) -> Scratch:
     mark = str(root)
     telemetry_off = {"DO_NOT_TRACK": "true", "DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
     return Scratch(root, {**environment, **telemetry_off, "PATH": path, "SCRATCH": mark}, mark)
+
+
+@pytest.fixture(autouse=True)
+def running() -> Iterator[None]:
+    """As while a flow runs: an earlier test's flow has stopped its processes, and none may start."""
+    children.start()
+    yield
+    children.stop()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,14 +16,6 @@ import pytest
 from ddpm.runtime import ending, watchdog
 from flows.processes import children
 from flows.repro import commands
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    children.start()
-    yield
-    children.stop()
-    children.start()
 
 
 def test_lines_come_as_they_are_printed(tmp_path: Path) -> None:

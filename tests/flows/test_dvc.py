@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from ruamel.yaml import YAML
 from ddpm.errors import InputError
 from ddpm.files.params import Params
 from flows import parameters
-from flows.processes import children
 from flows.processes.dvc_command import Ended
 from flows.repro import commands, dag
 from flows.watch import Outcome
@@ -87,14 +86,6 @@ class Record:
         self.reports.append(report)
 
     def ended(self, stage: str, outcome: Outcome) -> None: ...
-
-
-@pytest.fixture(autouse=True)
-def running() -> Iterator[None]:
-    """As while a flow runs: an earlier test's flow has stopped its processes, and none may start."""
-    children.start()
-    yield
-    children.stop()
 
 
 @pytest.fixture

@@ -40,10 +40,8 @@ def root(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("PATH", scratch.environment["PATH"])
     monkeypatch.setenv("SCRATCH", scratch.mark)
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
-    children.start()
     yield scratch.root
-    children.stop()
-    children.start()
+    children.stop()  # before scratch looks for what is left
 
 
 def forked(scratch: Any) -> list[int]:
