@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm.networks.layers import NormSwish, attention
+from ddpm.networks.layers import AddingConvolution, NormSwish, attention
 
 MOST_BLOCKS = 64  # blocks per resolution: more than any known network has, and few enough to build
 
@@ -76,19 +76,18 @@ class ResidualBlock(nn.Module):
         self.time = nn.Linear(embedding, 2 * channels_out if scale_shift else channels_out)
         self.norm2 = (nn.GroupNorm if scale_shift else NormSwish)(groups, channels_out, eps=eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = _zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        self.conv2 = _zero(AddingConvolution(channels_out, channels_out, 3, padding=1))
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(self.resize(self.norm1(x)))
-        time = self.time(embedding)[:, :, None, None]
+        time = self.time(embedding)
         if self.scale_shift:
-            scale, shift = time.chunk(2, dim=1)
+            scale, shift = time[:, :, None, None].chunk(2, dim=1)
             h = F.silu(self.norm2(h) * (1 + scale) + shift)
         else:
-            h = self.norm2(h + time)
-        h = self.conv2(self.dropout(h))
-        return self.skip(self.resize(x)) + h
+            h = self.norm2(h, time)
+        return self.conv2(self.dropout(h), self.skip(self.resize(x)))
 
 
 class Attention(nn.Module):
@@ -104,8 +103,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)
-        q, k, v = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+        parts = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads).unbind(2)
+        mixed = attention(*(part.transpose(1, 2) for part in parts)).transpose(1, 2).reshape(b, h * w, c)
         return x + self.out(mixed).view(b, h, w, c).permute(0, 3, 1, 2)
 
 

@@ -5,10 +5,16 @@
 // F(2x2, 3x3), whose transforms amplify rounding less. A plane holds one of the PLANES = SIDE x SIDE places of all tiles.
 // A convolution is one matrix product per plane. Operands are arrays of 32-bit elements: a float, or two bfloat16 that follow
 // each other along the summed dimension, as the processor's dot product takes them.
+//
+// With AMX, the processor multiplies matrices of bfloat16 so fast that transforming tiles would take longer than it saves. A
+// plane then holds one of the side x side weights of all kernels, and nothing is transformed. `side` is 3, or 1 for products.
 
 #include <string.h>
 #ifdef BFLOAT16
 #include <immintrin.h>
+#if defined(__AMX_BF16__) && defined(MATRICES)
+#define AMX
+#endif
 #endif
 
 typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
@@ -172,12 +178,13 @@ ALWAYS void return_kernel(const vec *u, vec *o)
 }
 #endif
 
-enum { PLANES = SIDE * SIDE };
+long lanes(void) { return LANES; }
 
-long planes(void) { return PLANES; }
-long outputs(void) { return OUT; }
-long panel(void) { return PANEL; }
-long per(void) { return PER; }
+ALWAYS long smaller(long a, long b) { return a < b ? a : b; }
+ALWAYS long panels(long columns) { return (columns + PANEL - 1) / PANEL; }
+
+#ifndef AMX
+enum { PLANES = SIDE * SIDE };
 
 // The images of a convolution and their tiles.
 typedef struct {
@@ -261,7 +268,9 @@ static void products(const element *a, long row, long step, const element *b, lo
     rows_of_products(1, a, row, step, b, length, m, m_row, rows, add);
 }
 
-ALWAYS long panels(long columns) { return (columns + PANEL - 1) / PANEL; }
+#endif
+
+ALWAYS float total_of(vec v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
 
 // Transposes 8 vectors in place.
 ALWAYS void transpose(vec r[8])
@@ -284,10 +293,286 @@ ALWAYS void transpose(vec r[8])
     r[i] = s[i];
 }
 
-// Transforms kernels w, [k][3][3][c], to planes of panels, G w G^T: [PLANES][panels][c / PER][PANEL] elements, summed over c.
-// If `turned`, the kernels are turned by 180 degrees and summed over k instead: [PLANES][panels][k / PER][PANEL], which
-// convolves gradients of y to gradients of x.
-void kernel_planes(const float *w, element *planes, long c, long k, long turned)
+#ifdef AMX
+long by_matrices(void) { return 1; }
+
+#ifndef POSITIONS
+#define POSITIONS 256 // whose pixels are copied at a time: a multiple of STEP
+#endif
+enum { TILE = 16, STEP = 32 }; // rows of a tile, and numbers in each
+
+// Rounds up to what tiles hold. The operands have zeros beyond the channels.
+ALWAYS long stepped(long summed) { return (summed + STEP - 1) / STEP * STEP; }
+
+// The positions of all pixels in a row. If kernels have a side of 3, a zero follows each line of an image, and a line of zeros
+// each image (`gap` = 1), so that the pixel at (dy, dx) from another one is always dy * (width + 1) + dx positions away.
+typedef struct {
+  long images, height, width, gap;
+} shape;
+
+ALWAYS long positions(shape s) { return s.images * (s.height + s.gap) * (s.width + s.gap); }
+ALWAYS long halo(long width, long side) { return side == 1 ? 0 : width + 2; }
+ALWAYS long distance(int plane, shape s) { return s.gap ? (plane / 3 - 1) * (s.width + 1) + plane % 3 - 1 : 0; }
+
+// Returns the number of a position's pixel, or -1 where there is none.
+ALWAYS long pixel(shape s, long position)
+{
+  if (!s.gap)
+    return position < s.images * s.height * s.width ? position : -1;
+  long x = position % (s.width + 1), line = position / (s.width + 1), y = line % (s.height + 1), image = line / (s.height + 1);
+  return position < 0 || x == s.width || y == s.height || image >= s.images ? -1 : (image * s.height + y) * s.width + x;
+}
+
+// Lets this thread use its eight tiles, of 16 rows of 64 bytes each, until _tile_release.
+ALWAYS void configure(void)
+{
+  struct {
+    unsigned char palette, start, reserved[14];
+    unsigned short bytes[16];
+    unsigned char rows[16];
+  } tiles = {.palette = 1};
+  for (int i = 0; i < 8; i++) {
+    tiles.bytes[i] = 64;
+    tiles.rows[i] = TILE;
+  }
+  _tile_loadconfig(&tiles);
+}
+
+// Adds a product to tiles 0 ... 3, which hold 32 x 32 sums: of STEP numbers in rows of a, `row` numbers apart, and columns of b.
+ALWAYS void multiply_tiles(const number *a, long row, const element *b)
+{
+  _tile_loadd(4, a, row * sizeof(number));
+  _tile_loadd(5, a + TILE * row, row * sizeof(number));
+  _tile_loadd(6, b, PANEL * sizeof(element));
+  _tile_loadd(7, b + TILE, PANEL * sizeof(element));
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+ALWAYS void store_tiles(float *sums)
+{
+  _tile_stored(0, sums, PANEL * sizeof(float));
+  _tile_stored(1, sums + TILE, PANEL * sizeof(float));
+  _tile_stored(2, sums + TILE * PANEL, PANEL * sizeof(float));
+  _tile_stored(3, sums + TILE * PANEL + TILE, PANEL * sizeof(float));
+}
+
+ALWAYS void load_tiles(const float *sums)
+{
+  _tile_loadd(0, sums, PANEL * sizeof(float));
+  _tile_loadd(1, sums + TILE, PANEL * sizeof(float));
+  _tile_loadd(2, sums + TILE * PANEL, PANEL * sizeof(float));
+  _tile_loadd(3, sums + TILE * PANEL + TILE, PANEL * sizeof(float));
+}
+
+ALWAYS void zero_tiles(void)
+{
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// Elements in which a thread copies a block of positions, and their pixels' numbers: whole cache lines.
+ALWAYS long space_of_block(long width, long c, long side)
+{
+  return ((POSITIONS + 2 * halo(width, side) + 2 * TILE) * ((stepped(c) + STEP) / PER + 1) + 15) / 16 * 16;
+}
+
+long space_to_convolve(long width, long c, long k, long side, long threads) { return threads * space_of_block(width, c, side); }
+
+// Returns the elements of the result of kernel_planes.
+long kernel_elements(long summed, long columns, long side)
+{
+  return side * side * panels(columns) * stepped(summed) / PER * PANEL;
+}
+
+// Copies kernels w, [k][side][side][c], to planes of panels, [side * side][panels][stepped(c) / PER][PANEL] elements, summed over
+// c. If `turned`, the kernels are turned by 180 degrees and summed over k instead, which convolves gradients of y to gradients
+// of x.
+void kernel_planes(const float *w, element *planes, long c, long k, long side, long turned)
+{
+  long count = side * side, sums = stepped(turned ? k : c), parts = panels(turned ? c : k);
+#pragma omp parallel for schedule(static)
+  for (long of_k = 0; of_k < stepped(k); of_k += 8)
+    for (long place = 0; place < count; place++)
+      for (long of_c = 0; of_c < stepped(c); of_c += 8) {
+        long plane = turned ? count - 1 - place : place, sum = turned ? of_k : of_c, column = turned ? of_c : of_k;
+        element *to = planes + ((plane * parts + column / PANEL) * sums + sum) / PER * PANEL + column % PANEL;
+        vec rows[8];
+        for (int i = 0; i < 8; i++)
+          rows[i] = of_k < k && of_c < c ? *(const vec *)(w + ((of_k + i) * count + place) * c + of_c) : (vec){0};
+        if (!turned)
+          transpose(rows);
+        for (int i = 0; i < 8; i += PER)
+          store_pairs(to + i / PER * PANEL, rows[i], rows[i + 1]);
+      }
+}
+
+// Convolves x with kernels from kernel_planes and adds a bias of k values and the images `onto`, unless they are null.
+// `space` holds space_to_convolve elements.
+void convolve(const number *x, const element *kernels, const float *bias, const number *onto, number *y, float *space,
+              long images, long height, long width, long c, long k, long side, long threads)
+{
+  shape s = {images, height, width, side != 1};
+  long length = stepped(c), row = length + STEP, around = halo(width, side);
+  long each = stepped((positions(s) + threads - 1) / threads);
+#pragma omp parallel for schedule(static)
+  for (long thread = 0; thread < threads; thread++) {
+    number *copied = (number *)(space + thread * space_of_block(width, c, side));
+    int *numbers = (int *)(copied + (POSITIONS + 2 * around + 2 * TILE) * row);
+    long end = smaller(positions(s), (thread + 1) * each);
+    configure();
+    for (long start = thread * each; start < end; start += POSITIONS) {
+      long count = smaller(POSITIONS, end - start);
+      for (long p = 0; p < count + 2 * around; p++) {
+        long from = pixel(s, start + p - around);
+        number *to = copied + p * row;
+        numbers[p] = (int)from;
+        if (from >= 0)
+          memcpy(to, x + from * c, c * sizeof(number));
+        memset(to + (from < 0 ? 0 : c), 0, (from < 0 ? length : length - c) * sizeof(number));
+      }
+      for (long part = 0; part < panels(k); part++)
+        for (long p = 0; p < count; p += 2 * TILE) {
+          float m[2 * TILE][PANEL];
+          zero_tiles();
+          for (long channel = 0; channel < length; channel += STEP)
+            for (int plane = 0; plane < side * side; plane++)
+              multiply_tiles(copied + (around + p + distance(plane, s)) * row + channel, row,
+                             kernels + ((plane * panels(k) + part) * length + channel) / PER * PANEL);
+          store_tiles(m[0]);
+          for (long i = 0; i < smaller(2 * TILE, count - p); i++) {
+            long to = numbers[around + p + i];
+            for (long channel = part * PANEL; to >= 0 && channel < smaller(k, (part + 1) * PANEL); channel += 8) {
+              vec sum = bias ? *(const vec *)(bias + channel) : (vec){0};
+              sum += *(vec *)(m[i] + channel % PANEL);
+              if (onto)
+                sum += load(onto + to * k + channel);
+              store(y + to * k + channel, sum);
+            }
+          }
+        }
+    }
+    _tile_release();
+  }
+}
+
+ALWAYS long pairs_in_block(long width, long side) { return POSITIONS / PER + halo(width, side) + TILE; }
+
+long space_for_gradients(long width, long c, long k, long side)
+{
+  return side * side * panels(k) * PANEL * panels(c) * PANEL + panels(k) * PANEL * (POSITIONS + STEP) / PER +
+         2 * pairs_in_block(width, side) * panels(c) * PANEL;
+}
+
+// Computes the gradients of kernels, [k][side][side][c], and of the bias from x and the gradients of y: for each plane, the sum
+// over all pixels of the product of the gradient and of x at that distance. x is kept as pairs of pixels twice, from even and from odd positions on.
+// `space` holds space_for_gradients elements.
+void kernel_gradients(const number *x, const number *gradient, float *of_kernels, float *of_bias, float *space, long images,
+                      long height, long width, long c, long k, long side)
+{
+  shape s = {images, height, width, side != 1};
+  long count = side * side, around = halo(width, side) + halo(width, side) % 2, row = POSITIONS + STEP, pairs = pairs_in_block(width, side);
+  float *total = space;                                                                       // [k][c] in squares of PANEL
+  number *turned = (number *)(total + count * panels(k) * PANEL * panels(c) * PANEL);        // [k][positions]
+  element *paired = (element *)(turned + panels(k) * PANEL * row);                            // [2][panels][pairs][PANEL]
+#pragma omp parallel
+  {
+    configure();
+    for (long start = 0; start < positions(s); start += POSITIONS) {
+      long length = stepped(smaller(POSITIONS, positions(s) - start));
+#pragma omp for schedule(static) nowait
+      for (long p = 0; p < length / PER + around; p++) {
+        long from[3];
+        for (int i = 0; i < 3; i++)
+          from[i] = pixel(s, start + 2 * p + i - around);
+        for (long channel = 0; channel < c; channel += 8) {
+          vec three[3];
+          for (int i = 0; i < 3; i++)
+            three[i] = from[i] < 0 ? (vec){0} : load(x + from[i] * c + channel);
+          element *to = paired + (channel / PANEL * pairs + p) * PANEL + channel % PANEL;
+          store_pairs(to, three[0], three[1]);
+          store_pairs(to + panels(c) * pairs * PANEL, three[1], three[2]);
+        }
+      }
+#pragma omp for schedule(static)
+      for (long p = 0; p < length; p += 16) {
+        long from[16];
+        for (int i = 0; i < 16; i++)
+          from[i] = pixel(s, start + p + i);
+        for (long channel = 0; channel < k; channel += 8) {
+          vec rows[8];
+          for (int i = 0; i < 8; i++) {
+            vec two[2];
+            for (int of = 0; of < 2; of++)
+              two[of] = from[2 * i + of] < 0 ? (vec){0} : load(gradient + from[2 * i + of] * k + channel);
+            store_pairs((element *)(rows + i), two[0], two[1]);
+          }
+          transpose(rows);
+          for (int i = 0; i < 8; i++)
+            *(vec *)(turned + (channel + i) * row + p) = rows[i];
+        }
+      }
+#pragma omp for schedule(static) collapse(2)
+      for (long of_k = 0; of_k < panels(k); of_k++)
+        for (long of_c = 0; of_c < panels(c); of_c++)
+          for (int plane = 0; plane < side * side; plane++) {
+            float *sums = total + ((of_k * panels(c) + of_c) * count + plane) * PANEL * PANEL;
+            long first = around + distance(plane, s);
+            const element *b = paired + ((first % 2 * panels(c) + of_c) * pairs + first / 2) * PANEL;
+            if (start)
+              load_tiles(sums);
+            else
+              zero_tiles();
+            for (long p = 0; p < length; p += STEP)
+              multiply_tiles(turned + of_k * PANEL * row + p, row, b + p / PER * PANEL);
+            store_tiles(sums);
+          }
+#pragma omp for schedule(static)
+      for (long channel = 0; channel < k; channel++) {
+        vec sum = {0};
+        for (long p = 0; p < length; p += 8)
+          sum += load(turned + channel * row + p);
+        of_bias[channel] = (start ? of_bias[channel] : 0) + total_of(sum);
+      }
+    }
+    _tile_release();
+#pragma omp for schedule(static)
+    for (long channel = 0; channel < k; channel++)
+      for (int plane = 0; plane < side * side; plane++)
+        for (long of_c = 0; of_c < c; of_c += 8)
+          *(vec *)(of_kernels + (channel * count + plane) * c + of_c) = *(vec *)(total + (((channel / PANEL * panels(c) + of_c / PANEL)
+             * count + plane) * PANEL + channel % PANEL) * PANEL + of_c % PANEL);
+  }
+}
+#else
+long by_matrices(void) { return 0; }
+
+#ifndef BLOCK
+#define BLOCK 48   // tiles that each thread transforms at a time, to stay in its cache
+#define SUMMED 512 // tiles that gradients of kernels are summed over at a time: an even number
+#endif
+
+// Returns the elements of the result of kernel_planes.
+long kernel_elements(long summed, long columns, long side) { return PLANES * summed / PER * panels(columns) * PANEL; }
+
+long space_to_convolve(long width, long c, long k, long side, long threads)
+{
+  return PLANES * BLOCK * threads * (c / PER + 16 + panels(k) * PANEL);
+}
+
+long space_for_gradients(long width, long c, long k, long side)
+{
+  return PLANES * (c * panels(k) * PANEL + SUMMED / PER * (c + 16 + panels(k) * PANEL));
+}
+
+// Transforms kernels w, [k][3][3][c], to planes of panels, G w G^T: [PLANES][panels][c / PER][PANEL] elements, summed
+// over c. If `turned`, the kernels are turned by 180 degrees and summed over k instead: [PLANES][panels][k / PER][PANEL],
+// which convolves gradients of y to gradients of x.
+void kernel_planes(const float *w, element *planes, long c, long k, long side, long turned)
 {
   long sums = turned ? k : c, columns = turned ? c : k, size = sums / PER * PANEL;
 #pragma omp parallel for schedule(static) collapse(2)
@@ -311,11 +596,11 @@ void kernel_planes(const float *w, element *planes, long c, long k, long turned)
             for (int j = 0; j < 3; j++) {
               vec row[SIDE];
               transform_kernel((vec[]){kernels[j][i + of], kernels[3 + j][i + of], kernels[6 + j][i + of]}, row);
-              for (int side = 0; side < SIDE; side++)
-                half[side][j] = row[side];
+              for (int at = 0; at < SIDE; at++)
+                half[at][j] = row[at];
             }
-            for (int side = 0; side < SIDE; side++)
-              transform_kernel(half[side], places[of] + SIDE * side);
+            for (int at = 0; at < SIDE; at++)
+              transform_kernel(half[at], places[of] + SIDE * at);
           }
           for (int plane = 0; plane < PLANES; plane++)
             store_pairs(planes + (plane * panels(columns) + part) * size + (sum + i) / PER * PANEL + column, places[0][plane],
@@ -324,11 +609,12 @@ void kernel_planes(const float *w, element *planes, long c, long k, long turned)
       }
 }
 
-// Convolves x with kernels from kernel_planes and adds a bias of k values unless it is null. `space` holds
-// PLANES * block * (c / PER + 16 + panels * PANEL) elements, for `block` tiles at a time.
-void convolve(const number *x, const element *kernels, const float *bias, number *y, float *space, long images, long height,
-              long width, long c, long k, long block)
+// Convolves x with kernels from kernel_planes and adds a bias of k values and the images `onto`, unless they are null.
+// `space` holds space_to_convolve elements.
+void convolve(const number *x, const element *kernels, const float *bias, const number *onto, number *y, float *space,
+              long images, long height, long width, long c, long k, long side, long threads)
 {
+  long block = BLOCK * threads;
   shape in = shape_of(height, width, c);
   long length = c / PER, row = length + 16, m_row = panels(k) * PANEL, tiles = images * in.down * in.across;
   float *m = space + PLANES * block * row;
@@ -354,7 +640,7 @@ void convolve(const number *x, const element *kernels, const float *bias, number
 #pragma omp for schedule(static)
     for (long tile = 0; tile < count; tile++) {
       long left = OUT * ((start + tile) % in.across), top = OUT * ((start + tile) / in.across % in.down);
-      number *to = y + (start + tile) / in.across / in.down * height * width * k;
+      long image = (start + tile) / in.across / in.down * height * width * k;
       for (long channel = 0; channel < k; channel += 8) {
         vec half[OUT][SIDE], column[SIDE], pixels[OUT], add = bias ? *(const vec *)(bias + channel) : (vec){0};
         for (int j = 0; j < SIDE; j++) {
@@ -366,20 +652,57 @@ void convolve(const number *x, const element *kernels, const float *bias, number
         }
         for (int i = 0; i < OUT && top + i < height; i++) {
           transform_output(half[i], pixels);
-          for (int j = 0; j < OUT && left + j < width; j++)
-            store(to + ((top + i) * width + left + j) * k + channel, pixels[j] + add);
+          for (int j = 0; j < OUT && left + j < width; j++) {
+            long to = image + ((top + i) * width + left + j) * k + channel;
+            vec sum = pixels[j] + add;
+            if (onto)
+              sum += load(onto + to);
+            store(y + to, sum);
+          }
         }
       }
     }
   }
 }
 
-// Computes the gradients of kernels, [k][3][3][c], from x and the gradients g of y: G^T u G, where u is the sum over all tiles
-// of the products of the transformed x and A g A^T. `space` holds PLANES * (c * panels * PANEL + block / PER * (c + 16 +
-// panels * PANEL)) elements.
-void kernel_gradients(const number *x, const number *gradient, float *of_kernels, float *space, long images, long height,
-                      long width, long c, long k, long block)
+// Returns the gradients of kernels, [k][3][3][c], from those of their planes: G^T total G. A row of a plane is a channel of x.
+// Called by all threads.
+ALWAYS void return_kernels(const float *total, float *of_kernels, long c, long k)
 {
+  long columns = panels(k) * PANEL;
+#pragma omp for schedule(static) collapse(2)
+  for (long channel = 0; channel < c; channel += 8)
+    for (long column = 0; column < k; column += 8) {
+      vec kernels[9][8];
+      for (int i = 0; i < 8; i++) {
+        vec half[3][SIDE], row[3], places[SIDE];
+        for (int side = 0; side < SIDE; side++) {
+          for (int j = 0; j < SIDE; j++)
+            places[j] = *(const vec *)(total + ((SIDE * j + side) * c + channel + i) * columns + column);
+          return_kernel(places, row);
+          for (int j = 0; j < 3; j++)
+            half[j][side] = row[j];
+        }
+        for (int j = 0; j < 3; j++) {
+          return_kernel(half[j], row);
+          for (int place = 0; place < 3; place++)
+            kernels[3 * j + place][i] = row[place];
+        }
+      }
+      for (int place = 0; place < 9; place++) {
+        transpose(kernels[place]);
+        for (int i = 0; i < 8; i++)
+          *(vec *)(of_kernels + ((column + i) * 9 + place) * c + channel) = kernels[place][i];
+      }
+    }
+}
+
+// Computes the gradients of kernels, [k][3][3][c], and of the bias from x and the gradients g of y: G^T u G, where u is the sum over all tiles
+// of the products of the transformed x and A g A^T. `space` holds space_for_gradients elements.
+void kernel_gradients(const number *x, const number *gradient, float *of_kernels, float *of_bias, float *space, long images,
+                      long height, long width, long c, long k, long side)
+{
+  const long block = SUMMED;
   shape in = shape_of(height, width, c), out = shape_of(height, width, k);
   long step = c + 16, columns = panels(k) * PANEL, tiles = images * in.down * in.across;
   element *g = space + PLANES * (block / PER) * step;
@@ -416,38 +739,37 @@ void kernel_gradients(const number *x, const number *gradient, float *of_kernels
           products(space + plane * (block / PER) * step, 1, step, g + (plane * panels(k) + part) * (block / PER) * PANEL,
                    length, total + plane * c * columns + part * PANEL, columns, c, k - part * PANEL, start > 0);
     }
-#pragma omp for schedule(static) collapse(2)
-    for (long channel = 0; channel < c; channel += 8)
-      for (long column = 0; column < k; column += 8) {
-        vec kernels[9][8];
-        for (int i = 0; i < 8; i++) {
-          vec half[3][SIDE], row[3], places[SIDE];
-          for (int side = 0; side < SIDE; side++) {
-            for (int j = 0; j < SIDE; j++)
-              places[j] = *(const vec *)(total + ((SIDE * j + side) * c + channel + i) * columns + column);
-            return_kernel(places, row);
-            for (int j = 0; j < 3; j++)
-              half[j][side] = row[j];
-          }
-          for (int j = 0; j < 3; j++) {
-            return_kernel(half[j], row);
-            for (int place = 0; place < 3; place++)
-              kernels[3 * j + place][i] = row[place];
-          }
-        }
-        for (int place = 0; place < 9; place++) {
-          transpose(kernels[place]);
-          for (int i = 0; i < 8; i++)
-            *(vec *)(of_kernels + ((column + i) * 9 + place) * c + channel) = kernels[place][i];
-        }
+    return_kernels(total, of_kernels, c, k);
+#pragma omp for schedule(static)
+    for (long channel = 0; channel < k; channel += 8) {
+      vec sum = {0};
+      for (long start = 0; start < images * height * width; start += 64) {
+        vec part = {0};
+        for (long pixel = start; pixel < smaller(start + 64, images * height * width); pixel++)
+          part += load(gradient + pixel * k + channel);
+        sum += part;
       }
+      *(vec *)(of_bias + channel) = sum;
+    }
   }
 }
+#endif
 
-// exp(x) with relative error 2e-7; x is clamped to -87 ... 88. Computed as 2^n exp(r), r = x - n ln 2, by a polynomial in r.
-ALWAYS vec exponential(vec x)
+#ifdef BFLOAT16
+// 1 / (1 + exp(-x)) with relative error 1e-4. The exponential is 2^n 2^r, the latter by a polynomial in r.
+ALWAYS vec sigmoid(vec x)
+{
+  vec power = x * -1.44269504f, n = (vec)_mm256_roundscale_ps((__m256)power, 0), r = power - n;
+  vec p = 1.0f + r * (0.693147182f + r * (0.240226507f + r * (0.0555041087f + r * 0.00961812911f)));
+  return (vec)_mm256_rcp14_ps((__m256)(1 + (vec)_mm256_scalef_ps((__m256)p, (__m256)n)));
+}
+#else
+// 1 / (1 + exp(-x)) with relative error 3e-7; x is clamped to -88 ... 87. The exponential is 2^n exp(r), r = -x - n ln 2, the
+// latter by a polynomial in r.
+ALWAYS vec sigmoid(vec x)
 {
   vec low = (vec){0} - 87, high = (vec){0} + 88;
+  x = -x;
   ivec below = x < low, above = x > high;
   x = (vec)(((ivec)x & ~below) | ((ivec)low & below));
   x = (vec)(((ivec)x & ~above) | ((ivec)high & above));
@@ -457,21 +779,26 @@ ALWAYS vec exponential(vec x)
   n -= magic;
   vec r = x - n * 0.693145752f - n * 1.42860677e-6f; // ln 2 in two parts
   vec p = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666671f + r * (0.0416664763f + r * (0.00833337709f + r * 0.00139810308f)))));
-  return (vec)((ivec)p + exponent);
+  return 1 / (1 + (vec)((ivec)p + exponent));
 }
+#endif
 
 enum { RUN = 16 }; // pixels that are summed in single precision; longer sums are in double precision
 
-// Computes y, like x of shape N,P,C: the group-normalised x and, unless `linear`, its swish. Keeps the mean and the inverse of
+// Returns 8 values of a shift, which is zero where it is null.
+ALWAYS vec shift_of(const float *shift, long c) { return shift ? *(const vec *)(shift + c) : (vec){0}; }
+
+// Computes y, like x of shape N,P,C: x plus a shift, [N][C] or null, group-normalised, and unless `linear` its swish. Keeps the mean and the inverse of
 // the deviation of each group in `moments`, [N][groups][2].
-void normalised(const number *x, const float *weight, const float *bias, number *y, float *moments, long images, long pixels,
-                long channels, long groups, double eps, long linear)
+void normalised(const number *x, const float *shift, const float *weight, const float *bias, number *y, float *moments,
+                long images, long pixels, long channels, long groups, double eps, long linear)
 {
   long size = channels / groups;
 #pragma omp parallel for schedule(static)
   for (long image = 0; image < images; image++) {
     const number *from = x + image * pixels * channels;
     number *to = y + image * pixels * channels;
+    const float *add = shift ? shift + image * channels : 0;
     double sums[channels], squares[channels];
     float a[channels], b[channels];
     memset(sums, 0, sizeof sums);
@@ -480,7 +807,7 @@ void normalised(const number *x, const float *weight, const float *bias, number 
       for (long c = 0; c < channels; c += 8) {
         vec sum = {0}, square = {0};
         for (long pixel = start; pixel < pixels && pixel < start + RUN; pixel++) {
-          vec value = load(from + pixel * channels + c);
+          vec value = load(from + pixel * channels + c) + shift_of(add, c);
           sum += value;
           square += value * value;
         }
@@ -506,9 +833,9 @@ void normalised(const number *x, const float *weight, const float *bias, number 
     }
     for (long pixel = 0; pixel < pixels; pixel++)
       for (long c = 0; c < channels; c += 8) {
-        vec value = load(from + pixel * channels + c) * *(vec *)(a + c) + *(vec *)(b + c);
+        vec value = (load(from + pixel * channels + c) + shift_of(add, c)) * *(vec *)(a + c) + *(vec *)(b + c);
         if (!linear)
-          value = value / (1 + exponential(-value));
+          value *= sigmoid(value);
         store(to + pixel * channels + c, value);
       }
   }
@@ -519,23 +846,24 @@ ALWAYS vec swish_gradient(vec z, vec g, long linear)
 {
   if (linear)
     return g;
-  vec sigmoid = 1 / (1 + exponential(-z));
-  return g * sigmoid * (1 + z * (1 - sigmoid));
+  vec part = sigmoid(z);
+  return g * part * (1 + z * (1 - part));
 }
 
-// Computes the gradients of x, and of the weights and biases for each image, [N][2][C], from `gradient`, that of y. With xhat
+// Computes the gradients of x, and for each image of the weights, biases and shift, [N][3][C], from `gradient`, that of y. With xhat
 // for the normalised x and d for the gradient of weight * xhat + bias, the gradient of x is the inverse deviation times
 // weight * d - mean(weight * d) - xhat * mean(weight * d * xhat), where means are over the group.
-void normalised_gradients(const number *x, const number *gradient, const float *weight, const float *bias, const float *moments,
-                          number *of_x, float *of_parameters, long images, long pixels, long channels, long groups, long linear)
+void normalised_gradients(const number *x, const float *shift, const number *gradient, const float *weight, const float *bias,
+                          const float *moments, number *of_x, float *of_parameters, long images, long pixels, long channels, long groups, long linear)
 {
   long size = channels / groups;
 #pragma omp parallel for schedule(static)
   for (long image = 0; image < images; image++) {
     const number *from = x + image * pixels * channels, *g = gradient + image * pixels * channels;
     number *to = of_x + image * pixels * channels;
-    float *of_weight = of_parameters + 2 * image * channels, *of_bias = of_weight + channels;
-    float mean[channels], scale[channels], shift[channels], slope[channels];
+    float *of_weight = of_parameters + 3 * image * channels, *of_bias = of_weight + channels, *of_shift = of_bias + channels;
+    const float *add = shift ? shift + image * channels : 0;
+    float mean[channels], scale[channels], level[channels], slope[channels];
     double weights[channels], biases[channels];
     memset(weights, 0, sizeof weights);
     memset(biases, 0, sizeof biases);
@@ -547,7 +875,7 @@ void normalised_gradients(const number *x, const number *gradient, const float *
       for (long c = 0; c < channels; c += 8) {
         vec sum = {0}, product = {0}, w = *(const vec *)(weight + c), b = *(const vec *)(bias + c);
         for (long pixel = start; pixel < pixels && pixel < start + RUN; pixel++) {
-          vec normal = (load(from + pixel * channels + c) - *(vec *)(mean + c)) * *(vec *)(scale + c);
+          vec normal = (load(from + pixel * channels + c) + shift_of(add, c) - *(vec *)(mean + c)) * *(vec *)(scale + c);
           vec d = swish_gradient(normal * w + b, load(g + pixel * channels + c), linear);
           sum += d;
           product += d * normal;
@@ -566,16 +894,22 @@ void normalised_gradients(const number *x, const number *gradient, const float *
         product += weight[c] * weights[c];
       }
       for (long c = group * size; c < (group + 1) * size; c++) {
-        shift[c] = (float)(sum / count);
+        level[c] = (float)(sum / count);
         slope[c] = (float)(product / count);
       }
     }
-    for (long pixel = 0; pixel < pixels; pixel++)
+    memset(of_shift, 0, channels * sizeof(float));
+    for (long start = 0; start < pixels; start += RUN)
       for (long c = 0; c < channels; c += 8) {
-        vec w = *(const vec *)(weight + c), b = *(const vec *)(bias + c), inverse = *(vec *)(scale + c);
-        vec normal = (load(from + pixel * channels + c) - *(vec *)(mean + c)) * inverse;
-        vec d = swish_gradient(normal * w + b, load(g + pixel * channels + c), linear);
-        store(to + pixel * channels + c, inverse * (w * d - *(vec *)(shift + c) - normal * *(vec *)(slope + c)));
+        vec w = *(const vec *)(weight + c), b = *(const vec *)(bias + c), inverse = *(vec *)(scale + c), sum = {0};
+        for (long pixel = start; pixel < pixels && pixel < start + RUN; pixel++) {
+          vec normal = (load(from + pixel * channels + c) + shift_of(add, c) - *(vec *)(mean + c)) * inverse;
+          vec d = swish_gradient(normal * w + b, load(g + pixel * channels + c), linear);
+          vec found = inverse * (w * d - *(vec *)(level + c) - normal * *(vec *)(slope + c));
+          store(to + pixel * channels + c, found);
+          sum += found;
+        }
+        *(vec *)(of_shift + c) += sum;
       }
   }
 }

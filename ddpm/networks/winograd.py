@@ -1,4 +1,4 @@
-"""Compiles a network for its device: torch.compile on a GPU, and Winograd's method for 3x3 convolutions on a CPU.
+"""Compiles a network for its device: torch.compile on a GPU, and C code of our own on a CPU.
 
 The C code (winograd.c) holds convolutions, group normalisation with swish, and dropout, with their gradients. This machine's C
 compiler compiles it once for float32, and once for bfloat16 if the processor multiplies bfloat16 numbers (AVX512_BF16).
@@ -6,6 +6,7 @@ compiler compiles it once for float32, and once for bfloat16 if the processor mu
 In float32, F(4x4, 3x3) takes 36 multiplications per pair of channels for 4x4 outputs instead of 144 (Lavin & Gray 2016,
 section 4). Its outputs differ from those of a direct convolution by about 3e-6 of their size. In bfloat16, which torch's
 autocast chooses, F(2x2, 3x3) takes 16 instead of 36: its transforms keep the rounding near that of a direct convolution.
+With AMX, matrix instructions for bfloat16, convolutions are direct, and linear layers are computed by the same code.
 """
 
 from __future__ import annotations
@@ -28,13 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm.networks.layers import NormSwish, SharedDropout
+from ddpm.networks.layers import AddingConvolution, NormSwish, SharedDropout
 
 SOURCE = Path(__file__).with_name("winograd.c")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-Wno-psabi")
 WIDE = 8  # channels in a vector of the C code
-BLOCK = 48  # tiles that each thread transforms at a time: they then stay in its cache
-SUMMED = 512  # tiles that gradients of kernels are summed over at a time
 # Convolutions of fewer pixels are left to torch: too little work for reading the transformed kernel, or for transforming it anew
 # at each step of a training.
 FEW, FEW_TRAINED = 128, 256
@@ -67,12 +66,16 @@ def compiled(net: Network, dynamic: bool | None = None) -> Network:
 
 def _faster(module: nn.Module) -> type[nn.Module]:
     """Returns the class below that computes what `module` does, or its own class."""
-    kind: type[nn.Module] = type(module)
-    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
-        return Convolution if _suits(module, 3) else Pointwise if _suits(module, 1) else kind
-    if isinstance(module, nn.GroupNorm) and module.num_channels % WIDE == 0:
-        return NormalisedSwish if kind is NormSwish else Normalisation if kind is nn.GroupNorm else kind
-    return {nn.Dropout: Dropout, SharedDropout: DropoutOfRows}.get(kind, kind)
+    faster: dict[type[nn.Module], type[nn.Module]] = {nn.Dropout: Dropout, SharedDropout: DropoutOfRows}
+    if isinstance(module, nn.Conv2d) and _suits(module, 3):
+        faster |= {nn.Conv2d: Convolution, AddingConvolution: ConvolutionOnto}
+    elif isinstance(module, nn.Conv2d) and _suits(module, 1):
+        faster |= {nn.Conv2d: Pointwise}
+    elif isinstance(module, nn.GroupNorm) and module.num_channels % WIDE == 0:
+        faster |= {nn.GroupNorm: Normalisation, NormSwish: NormalisedSwish}
+    elif isinstance(module, nn.Linear) and module.in_features % WIDE == module.out_features % WIDE == 0:
+        faster |= {nn.Linear: Linear} if _by_matrices(torch.bfloat16) else {}
+    return faster.get(type(module), type(module))
 
 
 @cache
@@ -84,6 +87,20 @@ def multiplies_bfloat16() -> bool:
 def _narrow() -> bool:
     """Returns whether ATEN_CPU_CAPABILITY keeps torch, and so the C code, from the processor's AVX-512."""
     return "avx512f" in _processor().split() and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+@cache
+def _may_use_amx() -> bool:
+    """Asks Linux for AMX, the processor's matrix instructions, which every process must do before it uses them."""
+    if "amx_bf16" not in _processor().split() or _narrow():
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
+
+
+def _by_matrices(dtype: torch.dtype | None) -> bool:
+    """Returns whether the C code computes with AMX in this type. It then computes 1x1 convolutions and linear layers too."""
+    return dtype == torch.bfloat16 and multiplies_bfloat16() and bool(_library(dtype).by_matrices())
 
 
 def _suits(layer: nn.Conv2d, size: int) -> bool:
@@ -102,35 +119,64 @@ def _number(x: Tensor, weight: Tensor) -> torch.dtype | None:
     return dtype if dtype == torch.float32 or (autocast and dtype == torch.bfloat16 and multiplies_bfloat16()) else None
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-class Convolution(nn.Conv2d):
-    """A 3x3 convolution, padded by one, by Winograd's method."""
+class _Kept(nn.Module):
+    """Keeps its transformed kernel between calls that need no gradients."""
 
     _known: tuple[Any, Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype, trained = _number(x, self.weight), _needs_gradient(x, self.weight)
-        if dtype is None or x[:, 0].numel() < (FEW_TRAINED if trained else FEW):
-            return super().forward(x)
-        if trained:
-            return _Winograd.apply(x.to(dtype), self.weight, self.bias)
-        state = (dtype, None if self.weight.is_inference() else self.weight._version, self.weight.data_ptr())
+    def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None) -> Tensor:
+        """Convolves x [N, C, H, W] with weight [K, C, side, side], and adds the bias and `onto`."""
+        if _needs_gradient(x, weight, onto):
+            return _Convolved.apply(x, weight, bias, onto)
+        state = (x.dtype, None if weight.is_inference() else weight._version, weight.data_ptr())
         if self._known is None or self._known[0] != state:
-            self._known = (state, _kernel(self.weight, dtype, keep=True))
-        return _convolve(x.to(dtype), self._known[1], self.bias, self.out_channels)
+            self._known = (state, _kernel(weight, x.dtype, keep=True))
+        return _convolve(x, self._known[1], bias, onto, *weight.shape[::2])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_known"}
 
 
-class Pointwise(nn.Conv2d):
+class Convolution(_Kept, nn.Conv2d):
+    """A 3x3 convolution, padded by one."""
+
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        dtype = _number(x, self.weight)
+        few = 1 if _by_matrices(dtype) else FEW_TRAINED if _needs_gradient(x, self.weight) else FEW
+        if dtype is None or x[:, 0].numel() < few:
+            y = nn.Conv2d.forward(self, x)
+            return y if onto is None else onto + y
+        return self._convolved(x.to(dtype), self.weight, self.bias, None if onto is None else onto.to(dtype))
+
+
+class ConvolutionOnto(Convolution, AddingConvolution):
+    """The same, added to a tensor."""
+
+
+class Pointwise(_Kept, nn.Conv2d):
     """A 1x1 convolution as one matrix product, which is faster than oneDNN's convolution, above all for gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = _number(x, self.weight)
+        if _by_matrices(dtype) and self.in_channels % WIDE == self.out_channels % WIDE == 0 and x.numel():
+            return self._convolved(x.to(dtype), self.weight, self.bias)
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class Linear(_Kept, nn.Linear):
+    """A linear layer, as a 1x1 convolution of an image one pixel high."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = _number(x, self.weight)
+        if not _by_matrices(dtype) or not x.numel():
+            return super().forward(x)
+        rows = x.to(dtype).reshape(1, 1, -1, self.in_features).permute(0, 3, 1, 2)
+        y = self._convolved(rows, self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).view(*x.shape[:-1], self.out_features)
 
 
 class Normalisation(nn.GroupNorm):
@@ -140,15 +186,19 @@ class Normalisation(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = _number(x, self.weight)
-        if dtype is None:
-            return super().forward(x)
-        return _Normalised.apply(x.to(dtype), self.weight, self.bias, self.num_groups, self.eps, self.linear)
+        return super().forward(x) if dtype is None else _normalised(self, x.to(dtype), None)
 
 
-class NormalisedSwish(Normalisation, NormSwish):
-    """The same, followed by swish in the same passes."""
+class NormalisedSwish(NormSwish):
+    """The same, preceded by a shift and followed by swish in the same passes."""
 
     linear = False
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        dtype = _number(x, self.weight)
+        if dtype is None:
+            return super().forward(x, shift)
+        return _normalised(self, x.to(dtype), None if shift is None else shift.float())
 
 
 class Dropout(nn.Dropout):
@@ -166,46 +216,64 @@ class DropoutOfRows(Dropout, SharedDropout):
     """The same for one of several processes."""
 
 
-class _Winograd(torch.autograd.Function):
+class _Convolved(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None) -> Tensor:
         x = _channels_last(x)
         ctx.save_for_backward(x, weight)
-        return _convolve(x, _kernel(weight, x.dtype), bias, len(weight))
+        return _convolve(x, _kernel(weight, x.dtype), bias, onto, *weight.shape[::2])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gradient = _channels_last(gradients[0].to(x.dtype))
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        of_x, of_weight, of_bias, of_onto = ctx.needs_input_grad
+        turned = _kernel(weight, x.dtype, turned=True) if of_x else None
+        found = _kernel_gradients(x, gradient, weight.shape[2]) if of_weight or of_bias else (None, None)
         return (
-            _convolve(gradient, _kernel(weight, x.dtype, turned=True), None, x.shape[1]) if of_x else None,
-            _kernel_gradients(x, gradient) if of_weight else None,
-            gradient.sum((0, 2, 3), dtype=torch.float32) if of_bias else None,
+            None if turned is None else _convolve(gradient, turned, None, None, *weight.shape[1:3]),
+            found[0],
+            found[1] if of_bias else None,
+            gradient if of_onto else None,
         )
+
+
+def _normalised(layer: Normalisation | NormalisedSwish, x: Tensor, shift: Tensor | None) -> Tensor:
+    arguments = x, shift, layer.weight, layer.bias, layer.num_groups, layer.eps, layer.linear
+    return _Normalised.apply(*arguments) if _needs_gradient(x, shift, layer.weight) else _normalise(*arguments)[0]
+
+
+def _normalise(
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, linear: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the normalised x, and the mean and inverse deviation of each group, [N, groups, 2]."""
+    x = _channels_last(x)
+    y, moments = torch.empty_like(x), torch.empty(len(x), groups, 2)
+    n, c, h, w = x.shape
+    _call(x.dtype, "normalised", x, shift, weight, bias, y, moments, n, h * w, c, groups, float(eps), int(linear))
+    return y, moments
 
 
 class _Normalised(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, linear: bool) -> Tensor:
-        x = _channels_last(x)
-        y, moments = torch.empty_like(x), torch.empty(len(x), groups, 2)
-        n, c, h, w = x.shape
-        _call(x.dtype, "normalised", x, weight, bias, y, moments, n, h * w, c, groups, float(eps), int(linear))
-        ctx.save_for_backward(x, weight, bias, moments)
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, linear: bool
+    ) -> Tensor:
+        y, moments = _normalise(x, shift, weight, bias, groups, eps, linear)
+        ctx.save_for_backward(x, shift, weight, bias, moments)
         ctx.linear = linear
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, moments = ctx.saved_tensors
-        gradient = _channels_last(gradients[0].to(x.dtype))
-        of_x, of_parameters = torch.empty_like(x), torch.empty(len(x), 2, x.shape[1])
+        x, shift, weight, bias, moments = ctx.saved_tensors
+        x, gradient = _channels_last(x), _channels_last(gradients[0].to(x.dtype))
+        of_x, of_others = torch.empty_like(x), torch.empty(len(x), 3, x.shape[1])
         n, c, h, w = x.shape
-        arguments = (x, gradient, weight, bias, moments, of_x, of_parameters, n, h * w, c, moments.shape[1])
+        arguments = (x, shift, gradient, weight, bias, moments, of_x, of_others, n, h * w, c, moments.shape[1])
         _call(x.dtype, "normalised_gradients", *arguments, int(ctx.linear))
-        of_weight, of_bias = of_parameters.sum(0)
-        return of_x, of_weight, of_bias, None, None, None
+        of_weight, of_bias = of_others[:, :2].sum(0)
+        return of_x, of_others[:, 2] if ctx.needs_input_grad[1] else None, of_weight, of_bias, None, None, None
 
 
 class _Dropped(torch.autograd.Function):
@@ -241,44 +309,37 @@ def _buffer(name: str, elements: int) -> Tensor:
     return buffers[name]
 
 
-def _columns(channels: int, dtype: torch.dtype) -> int:
-    """Returns the number of channels, rounded up to whole panels of the C code."""
-    panel: int = _library(dtype).panel()
-    return -(-channels // panel) * panel
-
-
 def _kernel(weight: Tensor, dtype: torch.dtype, turned: bool = False, keep: bool = False) -> Tensor:
-    """Transforms a kernel [K, C, 3, 3] for _convolve; `turned` for convolving gradients of y to gradients of x.
+    """Transforms a kernel [K, C, side, side] for _convolve; `turned` for convolving gradients of y to gradients of x.
 
     The next call overwrites the result, unless it is to be kept.
     """
-    library, (k, c) = _library(dtype), weight.shape[:2]
-    summed, columns = (k, c) if turned else (c, k)
-    elements = library.planes() * summed // library.per() * _columns(columns, dtype)
+    library, (k, c, side, _) = _library(dtype), weight.shape
+    elements = library.kernel_elements(*((k, c) if turned else (c, k)), side)
     planes = torch.empty(elements) if keep else _buffer("kernel", elements)
-    _call(dtype, "kernel_planes", _channels_last(weight.detach()), planes, c, k, int(turned))
+    _call(dtype, "kernel_planes", _channels_last(weight.detach()), planes, c, k, side, int(turned))
     return planes
 
 
-def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, onto: Tensor | None, channels: int, side: int) -> Tensor:
     """Convolves x [N, C, H, W] with a transformed kernel: returns [N, channels, H, W] in channels_last."""
     x, library = _channels_last(x), _library(x.dtype)
     n, c, h, w = x.shape
     y = torch.empty((n, channels, h, w), dtype=x.dtype, memory_format=torch.channels_last)
-    block = BLOCK * torch.get_num_threads()
-    space = _buffer("planes", library.planes() * block * (c // library.per() + 16 + _columns(channels, x.dtype)))
-    _call(x.dtype, "convolve", x, kernel, bias, y, space, n, h, w, c, channels, block)
+    threads = torch.get_num_threads()
+    space = _buffer("space", library.space_to_convolve(w, c, channels, side, threads))
+    onto = None if onto is None else _channels_last(onto)
+    _call(x.dtype, "convolve", x, kernel, bias, onto, y, space, n, h, w, c, channels, side, threads)
     return y
 
 
-def _kernel_gradients(x: Tensor, gradient: Tensor) -> Tensor:
-    """Returns the gradients of the weights [K, C, 3, 3], in channels_last, from `gradient`, that of y."""
+def _kernel_gradients(x: Tensor, gradient: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of the weights [K, C, side, side], in channels_last, and bias, from `gradient`, that of y."""
     library, (n, c, h, w), k = _library(x.dtype), x.shape, gradient.shape[1]
-    found = torch.empty((k, c, 3, 3), memory_format=torch.channels_last)
-    columns = _columns(k, x.dtype)
-    space = _buffer("planes", library.planes() * (c * columns + SUMMED // library.per() * (c + 16 + columns)))
-    _call(x.dtype, "kernel_gradients", x, gradient, found, space, n, h, w, c, k, SUMMED)
-    return found
+    found, of_bias = torch.empty((k, c, side, side), memory_format=torch.channels_last), torch.empty(k)
+    space = _buffer("space", library.space_for_gradients(w, c, k, side))
+    _call(x.dtype, "kernel_gradients", x, gradient, found, of_bias, space, n, h, w, c, k, side)
+    return found, of_bias
 
 
 def _call(dtype: torch.dtype, name: str, *arguments: Any) -> None:
@@ -298,7 +359,12 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
 
     The library is kept beside torch.hub's folder and compiled again if it is damaged.
     """
-    flags = (*FLAGS, *(("-mno-avx512f",) if _narrow() else ()), *(("-DBFLOAT16",) if dtype == torch.bfloat16 else ()))
+    flags = (
+        *FLAGS,
+        *(("-mno-avx512f",) if _narrow() else ()),
+        *(("-DBFLOAT16",) if dtype == torch.bfloat16 else ()),
+        *(("-DMATRICES",) if _may_use_amx() else ()),
+    )
     compiler, threads = _compiler(), _openmp()
     code = [_digest(path) for path in (SOURCE, Path(__file__))]
     inputs = (code, compiler, _run([*compiler, "--version"]), flags, threads, _processor())
@@ -306,7 +372,10 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     name = f"native-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}"
     try:
         found = _find_library(folder, name) or _compile_library(folder, name, [*compiler, *flags], threads)
-        return ctypes.CDLL(str(found))
+        library = ctypes.CDLL(str(found))
+        for function in (library.kernel_elements, library.space_to_convolve, library.space_for_gradients):
+            function.restype = ctypes.c_long
+        return library
     except OSError as error:  # a full disk, or a folder that cannot be written to or run from
         raise NoCompiler(f"the compiled library cannot be kept or loaded: {error}") from None
 
@@ -345,7 +414,8 @@ def _run(command: list[str]) -> str:
     """Runs the compiler; returns its standard output. Raises NoCompiler."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it printed no message"])[0]
+        lines = done.stderr.strip().splitlines() or ["it printed no message"]
+        said = next((line for line in lines if "error" in line), lines[0])
         raise NoCompiler(f"the C compiler failed: {said}")
     return done.stdout
 
