@@ -170,7 +170,7 @@ def _copy_rate(device: str) -> float:
 @torch.no_grad()
 def _optimiser(state: TrainingState) -> None:
     """Does the part of a training step after the gradients: Adam and the moving average."""
-    state.adam(2e-4)
+    state.optimizer.step(2e-4)
     torch._foreach_lerp_(list(state.ema.parameters()), list(state.net.parameters()), 0.001)
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from ddpm.errors import InputError
@@ -31,13 +32,19 @@ AUTOMATIC = ("training", "sampling")  # sections in which precision and compile 
 Precision = Literal["float32", "bfloat16", "auto"]
 
 
-# Keys of a field's metadata. EACH: the limits of every item. ALONE: the class itself checks this entry.
-EACH, ALONE = "each", "alone"
+# Keys of a field's metadata. EACH: the limits of every item. ALONE: the class itself checks this entry. LATER: as_json leaves
+# the entry out at its default, so that what earlier versions recorded stays equal.
+EACH, ALONE, LATER = "each", "alone", "later"
 
 
 def entry(limits: Mapping[str, Any], default: Any = MISSING, each: Mapping[str, Any] | None = None) -> Any:
     """Returns a dataclass field with limits. each: limits of every item of a sequence."""
     return field(default=default, metadata={**limits, **({EACH: each} if each else {})})
+
+
+def later(default: Any, limits: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Returns a field that the first versions of a section did not have."""
+    return field(default=default, metadata={**limits, LATER: True})
 
 
 def is_name(text: str) -> bool:
@@ -70,7 +77,11 @@ def check_size(size: Any) -> None:
 def as_json(section: Any) -> Any:
     """Returns a section as JSON values: dataclasses as objects, tuples as lists."""
     if is_dataclass(section):
-        own = {item.name: as_json(getattr(section, item.name)) for item in fields(section)}
+        own = {
+            item.name: as_json(getattr(section, item.name))
+            for item in fields(section)
+            if LATER not in item.metadata or getattr(section, item.name) != item.default
+        }
         rest = own.pop(REST, {})
         return {**own, **rest}
     if isinstance(section, Mapping):
@@ -164,7 +175,9 @@ class OtherNetwork:
 class Training:
     """How the network is trained: algorithm 1 of Ho et al. 2020, and the optimiser.
 
-    accumulate: the number of equal parts in which a batch is computed.
+    accumulate: the number of equal parts in which a batch is computed. decay: how the learning rate comes down over the last
+    `decay_share` of the steps, to the part `decay_to`. pairing: which noise each image of a batch gets. times: how network times
+    are drawn.
     """
 
     loss: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
@@ -183,11 +196,30 @@ class Training:
     log_every: int = entry(COUNT, 50)
     validate_every: int = entry(COUNT, 500)
     validation_images: int = entry({"ge": 0, "lt": 2**31}, 1024)  # at most
+    optimizer: Literal["adam", "adamw", "muon"] = later("adam")
+    weight_decay: float = later(0.0, {"ge": 0, **FINITE})
+    decay: Literal["none", "linear", "cosine"] = later("none")
+    decay_share: float = later(0.3, {"gt": 0, "le": 1, **FINITE})
+    decay_to: float = later(0.0, FRACTION)
+    pairing: Literal["random", "immiscible"] = later("random")
+    times: Literal["uniform", "loss_aware", "log_normal"] = later("uniform")
 
     def __post_init__(self) -> None:
         check_compile(self.compile)
+        if (self.optimizer == "adam") != (self.weight_decay == 0) and self.optimizer != "muon":
+            raise ValueError("weight_decay: more than 0 for adamw, which has it, and 0 for adam, which has none")
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate: a batch of {self.batch} does not divide into {self.accumulate} equal parts")
+
+    @property
+    def whole(self) -> int:
+        """The number of steps before the learning rate comes down."""
+        return self.steps if self.decay == "none" else self.steps - round(self.decay_share * self.steps)
+
+    def before_descent(self) -> dict[str, Any]:
+        """Returns the entries that decide the weights before the learning rate comes down, as JSON values."""
+        descent = ("steps", "decay", "decay_share", "decay_to")
+        return {name: value for name, value in as_json(self).items() if name not in descent}
 
 
 @dataclass(frozen=True, kw_only=True)

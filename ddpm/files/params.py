@@ -29,6 +29,7 @@ from ddpm.parameters import (
     AUTO,
     AUTOMATIC,
     EACH,
+    LATER,
     NAME,
     REST,
     SEED,
@@ -77,7 +78,7 @@ def _model(kind: Any) -> type[Section]:
     """Returns the pydantic model that checks a dict against a class of ddpm.parameters."""
     hints, entries = get_type_hints(kind), dict[str, Any]()
     for item in fields(kind):
-        limits, hint = dict(item.metadata), hints[item.name]
+        limits, hint = {key: value for key, value in item.metadata.items() if key != LATER}, hints[item.name]
         if each := limits.pop(EACH, None):
             (items, _) = get_args(hint)
             hint = GenericAlias(tuple, (Annotated[items, Field(**each)], ...))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -48,8 +49,8 @@ class SharedDropout(nn.Dropout):
 
 @cache
 def _has_amx() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that we allow
-    return bool(capabilities.get("amx_bf16", False))
+    query = getattr(torch.cpu, "get_capabilities", None)  # not in every torch that we allow
+    return query is not None and bool(query().get("amx_bf16", False))
 
 
 FEW = 1024  # positions of an image whose weights of attention may be kept in memory: positions squared
@@ -65,3 +66,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= FEW and (trained or not _has_amx()):
         return torch.softmax(q * q.shape[3] ** -0.5 @ k.transpose(2, 3), dim=3, dtype=q.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def time_embedding(t: Tensor, channels: int, shift: float = 1) -> Tensor:
+    """Embeds t [B] in [B, channels]: sinusoids of Vaswani et al. 2017, sines first as in Ho et al.'s code.
+
+    The frequencies fall from 1 to 1 / 10,000. With shift = 0, as in Vaswani et al., the lowest is slightly above 1 / 10,000.
+    """
+    half = channels // 2
+    step = -math.log(10_000) / (half - shift)
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * step)
+    angles = t.float()[:, None] * frequencies[None, :]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

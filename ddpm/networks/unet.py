@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm.networks.layers import AddingConvolution, NormSwish, attention
+from ddpm.networks.layers import AddingConvolution, NormSwish, attention, time_embedding
 
 MOST_BLOCKS = 64  # blocks per resolution: more than any known network has, and few enough to build
 
@@ -28,18 +28,6 @@ def _zero(layer: nn.Module) -> nn.Module:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
-
-
-def time_embedding(t: Tensor, channels: int, shift: float = 1) -> Tensor:
-    """Embeds t [B] in [B, channels]: sinusoids of Vaswani et al. 2017, sines first as in Ho et al.'s code.
-
-    The frequencies fall from 1 to 1 / 10,000. With shift = 0, as in Vaswani et al., the lowest is slightly above 1 / 10,000.
-    """
-    half = channels // 2
-    step = -math.log(10_000) / (half - shift)
-    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * step)
-    angles = t.float()[:, None] * frequencies[None, :]
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class ResidualBlock(nn.Module):

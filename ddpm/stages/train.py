@@ -1,9 +1,10 @@
 """`train SCHEDULE`: trains the network on the prepared dataset and writes models/SCHEDULE and the loss curves.
 
 The stage saves its state in the cache every `compute.checkpoint_every` steps and after SIGTERM or Ctrl-C. The key of a state is
-a hash of everything that decides the result except the number of steps. A later run resumes from the newest state and ends with
-the weights of an uninterrupted training. If several processes share a training
-(ddpm/training/parallel.py), process 0 saves, writes and reports.
+a hash of everything that decides the result except the number of steps and the descent of the learning rate. A later run
+resumes from the newest state and ends with the weights of an uninterrupted training. The states of a descent lie in a folder
+of their own, since they depend on the number of steps. A longer training resumes from the state before the descent. If several
+processes share a training (ddpm/training/parallel.py), process 0 saves, writes and reports.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,17 @@ from ddpm.files.checkpoint import ResumeState
 from ddpm.files.dataset import Dataset, read_dataset
 from ddpm.files.models import NetworkEntry, ScheduleEntry
 from ddpm.files.params import Params
+from ddpm.parameters import Training as TrainingSettings
 from ddpm.parameters import as_json
 from ddpm.provenance import code
 from ddpm.runtime import compiling, ranks
 from ddpm.runtime.device import find_device, memory_errors
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.runtime.stopping import Stopped, deferred
-from ddpm.training.fit import Step, TrainingState, fit
+from ddpm.training.fit import Descent, Step, TrainingState, fit
 from ddpm.training.objective import Objective
 from ddpm.training.parallel import World
+from ddpm.training.times import TIMES
 from ddpm.training.validation import Validation
 
 DIVERGED, ROWS = 10.0, 10  # diverged: the loss stayed above 10x the loss of a zero prediction for 10 logged rows
@@ -92,9 +95,12 @@ def class_count(params: Params, dataset: str, classes: Collection[str] | None) -
 
 
 def training_key(params: Params, schedule: str, dataset: str) -> str:
-    """Hashes everything that decides the weights, with the code, but without `training.steps`, which may be raised later."""
-    settings = {"seed": params.training_seed(schedule), **params.to_json("diffusion", "network", "training")}
-    del settings["training"]["steps"]
+    """Hashes everything that decides the weights before the learning rate comes down, with the code.
+
+    The number of steps and the descent may be changed later.
+    """
+    settings = {"seed": params.training_seed(schedule), **params.to_json("diffusion", "network")}
+    settings["training"] = params.training.before_descent()
     row = params.schedules[schedule].options()
     decisive = [settings, row, dataset, code.digest(__name__, *code.selected(params, __name__))]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
@@ -173,7 +179,8 @@ class Training:
 
     def failure(self, what: str, step: Step) -> InputError:
         """Returns the error that ends a diverged training."""
-        file = f" ({checkpoint.resume_file(self.folder, self.saved)})" if self.saved else ", the start"
+        folder = _folder_at(self.folder, self.params.training, self.saved)
+        file = f" ({checkpoint.resume_file(folder, self.saved)})" if self.saved else ", the start"
         return InputError(
             f"train {self.schedule}: {what} at step {step.step} (learning rate {step.learning_rate:g}); the last good state is"
             f" at step {self.saved}{file}; lower training.learning_rate"
@@ -191,7 +198,8 @@ def _run(training: Training, steps: Iterator[Step]) -> None:
             signal = world.largest(signalled())  # a signal to one process stops all of them after the same step
             # No state is saved after a bad row, so the newest saved state is a good one.
             sound = not training.rows or training.rows[-1]["loss"] <= training.bar
-            if last or (sound and (signal or step.step - training.saved >= params.compute.checkpoint_every)):
+            due = step.step == params.training.whole or step.step - training.saved >= params.compute.checkpoint_every
+            if last or (sound and (signal or due)):
                 _save(training, step)
             if signal and not last:
                 raise Stopped(
@@ -224,11 +232,12 @@ def _set_up(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.training_seed(schedule))
         net = checkpoint.network(network).to(device).to(memory_format=torch.channels_last)
-    state = TrainingState(net)
+    times = None if settings.times == "uniform" else TIMES[settings.times](noise, device)
+    state = TrainingState(net, settings.optimizer, settings.weight_decay, times)
     folder = _state_folder(params, schedule, dataset, root, world)
     if fresh and world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
-    rows, losses = _resume(folder, state, settings.steps, report, world)
+    rows, losses = _resume(folder, settings, state, report, world)
     images = _placed(dataset.train, device)
     labels = torch.from_numpy(np.array(dataset.train_labels)).to(device) if params.diffusion.conditional else None
     validation = _validation(params, dataset, objective, device, params.diffusion.conditional)
@@ -252,6 +261,10 @@ def _set_up(
         label_dropout=settings.label_dropout,
         accumulate=settings.accumulate,
         world=world,
+        descent=None
+        if settings.decay == "none"
+        else Descent(settings.whole, settings.steps, settings.decay, settings.decay_to),
+        pair=PAIRINGS[settings.pairing],
     )
     training = Training(
         params, schedule, network, state, denoiser, validation, world, report, folder, rows, losses, bar, state.step
@@ -267,6 +280,29 @@ def _state_folder(params: Params, schedule: str, dataset: Dataset, root: Path, w
             f"train {schedule}: the processes of this training have different data, parameters or code; give all of them the same"
         )
     return root / paths.CACHE / "training" / f"{schedule}-{key[:16]}"
+
+
+def _folder_at(folder: Path, settings: TrainingSettings, step: int) -> Path:
+    """Returns the folder of the state after a step: one of the descent's own where the learning rate comes down."""
+    if step <= settings.whole:
+        return folder
+    descent = [settings.steps, settings.decay, settings.decay_share, settings.decay_to]
+    return folder / f"{folder.name}-{hashlib.sha256(json.dumps(descent).encode()).hexdigest()[:16]}"
+
+
+def _immiscible(x_0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """Returns which noise each image gets, so that the sum of the distances is least: Li et al. 2024, algorithm 1."""
+    from scipy.optimize import linear_sum_assignment  # imported here: half a second that other trainings do without
+
+    distances = torch.cdist(x_0.flatten(1).float(), eps.flatten(1).float())
+    return torch.from_numpy(linear_sum_assignment(distances.cpu().numpy())[1]).to(eps.device)
+
+
+# training.pairing -> the argument `pair` of fit
+PAIRINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None] = {
+    "random": None,
+    "immiscible": _immiscible,
+}
 
 
 def _observe(training: Training, step: Step) -> None:
@@ -300,7 +336,8 @@ def _save(training: Training, step: Step) -> None:
         raise training.failure("the weights are not finite", step)
     if training.world.rank == 0:
         losses = [float(loss) for loss in training.losses]
-        checkpoint.write_resume(training.folder, ResumeState(step.step, tensors, training.rows, losses))
+        folder = _folder_at(training.folder, training.params.training, step.step)
+        checkpoint.write_resume(folder, ResumeState(step.step, tensors, training.rows, losses))
     training.saved = step.step
 
 
@@ -339,7 +376,7 @@ def _objective(params: Params, schedule: str, device: torch.device) -> Objective
 
 
 def _resume(
-    folder: Path, state: TrainingState, steps: int, report: Report, world: World
+    folder: Path, settings: TrainingSettings, state: TrainingState, report: Report, world: World
 ) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
     """Loads the newest saved state into `state`. Returns the rows of the history and the losses since the last row.
 
@@ -347,8 +384,12 @@ def _resume(
     """
     rows: list[dict[str, Any]] = []
     losses: list[float] = []
+    steps = settings.steps
     if world.rank == 0:
-        resumed, complaints = checkpoint.read_resume(folder, at_most=steps)
+        resumed, complaints = checkpoint.read_resume(_folder_at(folder, settings, steps), at_most=steps)
+        if resumed is None and settings.whole < steps:
+            resumed, more = checkpoint.read_resume(folder, at_most=settings.whole)
+            complaints += more
         for complaint in complaints:
             report(Progress(0, steps, "steps", message=complaint))
         # protects: tests/stages/test_faults.py::test_a_signal_makes_training_save_that_very_step[15]

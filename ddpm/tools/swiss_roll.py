@@ -19,7 +19,7 @@ from ddpm.diffusion.samplers import trajectory
 from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.files import atomic
-from ddpm.networks.unet import time_embedding
+from ddpm.networks.layers import time_embedding
 from ddpm.reporting.plots import drawing
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.training.fit import TrainingState, fit

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 
 from ddpm.diffusion.denoiser import NO_LABEL
 from ddpm.training.objective import Objective
+from ddpm.training.optimizers import OPTIMIZERS
 from ddpm.training.parallel import ALONE, World
+from ddpm.training.times import Times
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,26 +56,51 @@ class Step:
     learning_rate: float
 
 
-class TrainingState:
-    """Everything that training changes: the network, its exponential moving average, and Adam's moments.
+@dataclass(frozen=True)
+class Descent:
+    """How the learning rate comes down at the end of a training.
 
-    Attributes:
-        net: the network to train, on its device.
-        ema: a copy of `net` that holds the moving average.
-        step: the number of steps that are done.
-        moments: Adam's step counts, first and second moments: a list of tensors each, in the order of net.parameters().
+    Args:
+        first: the last step with the whole rate.
+        last: the last step of the training. Its rate is the last one before the part `to`.
+        shape: "linear" or "cosine".
+        to: the part of the rate that one more step would have.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    first: int
+    last: int
+    shape: str = "linear"
+    to: float = 0.0
+
+    def part(self, step: int) -> float:
+        """Returns the part of the learning rate that a step, counted from 1, has."""
+        done = min(max((step - self.first) / (self.last + 1 - self.first), 0.0), 1.0)
+        left = (1 + math.cos(math.pi * done)) / 2 if self.shape == "cosine" else 1 - done
+        return self.to + (1 - self.to) * left
+
+
+class TrainingState:
+    """Everything that training changes: the network, its exponential moving average, and the optimiser's moments.
+
+    Args:
+        net: the network to train, on its device.
+        optimizer: a key of OPTIMIZERS.
+        weight_decay: of the optimiser.
+        times: how network times are drawn, if it remembers losses.
+
+    Attributes:
+        ema: a copy of `net` that holds the moving average.
+        step: the number of steps that are done.
+    """
+
+    def __init__(
+        self, net: nn.Module, optimizer: str = "adam", weight_decay: float = 0.0, times: Times | None = None
+    ) -> None:
         self.net = net
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         self.step = 0
-        parameters = list(net.parameters())
-        self.moments = {
-            "step": [torch.zeros((), dtype=torch.float32, device=parameter.device) for parameter in parameters],
-            "exp_avg": [torch.zeros_like(parameter) for parameter in parameters],
-            "exp_avg_sq": [torch.zeros_like(parameter) for parameter in parameters],
-        }
+        self.optimizer = OPTIMIZERS[optimizer](list(net.parameters()), weight_decay)
+        self.times = times
 
     def live(self) -> dict[str, Tensor]:
         """Returns the tensors that training changes, by name, without copying them.
@@ -83,37 +111,11 @@ class TrainingState:
         tensors = {f"net.{name}": parameter.detach() for name, parameter in self.net.named_parameters()}
         tensors |= {f"ema.{name}": parameter.detach() for name, parameter in self.ema.named_parameters()}
         for index, (name, _) in enumerate(self.net.named_parameters()):
-            tensors |= {f"{key}.{name}": moments[index] for key, moments in self.moments.items()}
-        return tensors
-
-    @torch.no_grad()
-    def adam(self, learning_rate: float) -> None:
-        """Changes the network by one step of Adam: Kingma & Ba 2015, algorithm 1, with its default constants.
-
-        Uses the fused kernel directly, because the first step of torch.optim.Adam imports torch's compiler: measured 2.0
-        to 2.4 s at the start of every training, against 0.1 to 0.25 s.
-        """
-        parameters = list(self.net.parameters())
-        used = [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
-        steps, averages, squares = ([moments[index] for index in used] for moments in self.moments.values())
-        changed: list[Tensor] = [parameters[index] for index in used]
-        torch._foreach_add_(steps, 1)
-        torch._fused_adam_(
-            changed,
-            [gradient for parameter in parameters if (gradient := parameter.grad) is not None],
-            averages,
-            squares,
-            [],
-            steps,
-            lr=learning_rate,
-            beta1=0.9,
-            beta2=0.999,
-            weight_decay=0.0,
-            eps=1e-8,
-            amsgrad=False,
-            maximize=False,
-        )
-        torch.autograd.graph.increment_version(changed)  # the kernel itself does not raise the versions; see live()
+            for key, moments in self.optimizer.moments.items():
+                if (moment := moments[index]) is not None:
+                    tensors[f"{key}.{name}"] = moment
+        times = {} if self.times is None else self.times.tensors()
+        return tensors | {f"times.{name}": tensor for name, tensor in times.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns a copy of the state on the CPU. load() needs only these tensors and `step` to resume the training."""
@@ -162,6 +164,44 @@ def conditioned(net: Callable[..., Tensor], labels: Tensor | None) -> Callable[.
     return net if labels is None else lambda x, t: net(x, t, labels)
 
 
+@dataclass
+class _Batch:
+    """What is drawn for a step: one row for each image, on the network's device.
+
+    rows: indices of the images, on the CPU. mirrored: whether each is mirrored. t: network times. weights: factors of the losses.
+    """
+
+    rows: Tensor
+    mirrored: Tensor | None
+    t: Tensor
+    weights: Tensor | None
+    eps: Tensor
+    classes: Tensor | None = None
+
+    def clean(self, images: Tensor, part: slice) -> Tensor:
+        """Returns x_0 of a part of the batch."""
+        x_0 = scaled(_gather(images, self.rows[part], self.t.device))
+        return x_0 if self.mirrored is None else torch.where(self.mirrored[part], x_0.flip(-1), x_0)
+
+    def conditioned(self, net: Callable[..., Tensor], part: slice) -> Callable[..., Tensor]:
+        """Returns the network with the classes of a part of the batch, as a function of (x, t)."""
+        return conditioned(net, None if self.classes is None else self.classes[part])
+
+
+def _draw(times: Times | None, images: Tensor, rows: Tensor, T: int, flip: bool, generator: torch.Generator) -> _Batch:
+    device, batch = generator.device, len(rows)
+    if device.type == "cuda":
+        rows = rows.pin_memory()  # so that the copy to the device does not block
+    mirrored = torch.rand(batch, 1, 1, 1, device=device, generator=generator) < 0.5 if flip else None
+    if times is None:
+        t, weights = torch.randint(T, (batch,), device=device, generator=generator), None
+    else:
+        t = times.draw(batch, generator)
+        weights = times.weights(t)
+    eps = torch.randn(batch, *images.shape[1:], device=device, generator=generator)
+    return _Batch(rows, mirrored, t, weights, eps)
+
+
 def _check_parts(batch: int, accumulate: int, world: World) -> None:
     if batch % accumulate:
         raise ValueError(f"a batch of {batch} does not divide into {accumulate} equal parts")
@@ -195,6 +235,8 @@ def fit(
     label_dropout: float = 0.1,
     accumulate: int = 1,
     world: World = ALONE,
+    descent: Descent | None = None,
+    pair: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Iterator[Step]:
     """Trains by algorithm 1 of Ho et al. 2020: takes a step each time the caller asks for one.
 
@@ -207,7 +249,7 @@ def fit(
             each batch is copied.
         objective: the loss, for a schedule and a target.
         batch: images per step.
-        learning_rate: the learning rate after a linear warm-up.
+        learning_rate: the learning rate after a linear warm-up, and before the descent.
         seed: the seed of everything that is drawn.
         warmup: the number of steps of the warm-up.
         clip: the largest norm of the gradient.
@@ -223,6 +265,8 @@ def fit(
             mean is the same.
         world: the processes that share this training. All have the same arguments, and each takes an equal share of every
             part. Their number changes results by rounding only, since everything is drawn for the whole batch.
+        descent: how the learning rate comes down.
+        pair: a function of a batch, x_0 and eps [B, ...], that returns which eps each image gets, int64 [B].
 
     Yields:
         The record of each step.
@@ -243,34 +287,31 @@ def fit(
         generator.manual_seed(derived_seed(seed, "step", k))
         if has_dropout:
             torch.manual_seed(derived_seed(seed, "dropout", k))
-        rows = _indices(len(images), batch, k, seed)
-        if device.type == "cuda":
-            rows = rows.pin_memory()  # so that the copy to the device does not block
-        mirrored = torch.rand(batch, 1, 1, 1, device=device, generator=generator) < 0.5 if flip else None
-        t = torch.randint(len(objective.a), (batch,), device=device, generator=generator)
-        eps = torch.randn(batch, *images.shape[1:], device=device, generator=generator)
-        classes = _classes(
-            labels, rows, label_dropout, generator
-        )  # drawn last, so that the other draws are the same as without labels
-
+        drawn = _draw(state.times, images, _indices(len(images), batch, k, seed), len(objective.a), flip, generator)
+        # Drawn last, so that the other draws are the same as without labels.
+        drawn.classes = _classes(labels, drawn.rows, label_dropout, generator)
+        if pair is not None:
+            drawn.eps = drawn.eps[pair(drawn.clean(images, slice(None)), drawn.eps)]
         for parameter in parameters:
             parameter.grad = None
+        losses = torch.zeros(batch, device=device)
         loss = torch.zeros((), device=device)
         for start in range(0, batch, batch // accumulate):
             part = world.rows(slice(start, start + batch // accumulate))
-            x_0 = scaled(_gather(images, rows[part], device))
-            if mirrored is not None:
-                x_0 = torch.where(mirrored[part], x_0.flip(-1), x_0)
-            these = None if classes is None else classes[part]
+            x_0 = drawn.clean(images, part)
             with world.averaging(net, last=start + batch // accumulate == batch):
                 with autocast(device, precision):
-                    mean = objective.losses(conditioned(net, these), x_0, t[part], eps[part]).mean()
+                    found = objective.losses(drawn.conditioned(net, part), x_0, drawn.t[part], drawn.eps[part])
+                    mean = (found if drawn.weights is None else found * drawn.weights[part]).mean()
                 (mean / accumulate).backward()
             loss = loss + mean.detach() / accumulate
+            losses[part] = found.detach()
         loss = world.mean(loss)
+        if state.times is not None:
+            state.times.observe(drawn.t, world.mean(losses) * world.size)
         norm = nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
-        rate = learning_rate * min(1.0, (k + 1) / (warmup + 1))
-        state.adam(rate)
+        rate = learning_rate * min(1.0, (k + 1) / (warmup + 1)) * (1 if descent is None else descent.part(k + 1))
+        state.optimizer.step(rate)
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - min(ema, (1 + k) / (10 + k)))
         state.step = k + 1

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ddpm import UNet
-from ddpm.networks.unet import groups, time_embedding
+from ddpm.networks.layers import time_embedding
+from ddpm.networks.unet import groups
 
 
 def parameters(net: torch.nn.Module) -> int:

@@ -1,8 +1,9 @@
 """The train stage: what it writes, that it resumes to the same bytes, and how it fails."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from ddpm.files.params import Params
 from ddpm.parameters import Point
 from ddpm.runtime.progress import Progress
 from ddpm.stages.sample import sample_point
-from ddpm.stages.train import train, training_key
+from ddpm.stages.train import PAIRINGS, train, training_key
 from ddpm.tracking.lineage import identity_of_model, training_identity
 from ddpm.training.objective import Objective
 from ddpm.training.validation import Validation
@@ -106,6 +107,62 @@ def test_a_learned_variance_through_train_checkpoint_and_sample(root: Path, smok
     for variance in ("fixed_large", "fixed_small"):
         sample_point(smoke(**learning, samplers={"ddpm": {"variance": variance}}), Point.parse("cosine-ddpm-5"), root)
         assert not np.array_equal(learned, samples.read_samples(root / "samples/cosine-ddpm-5.npz").images)
+
+
+def test_a_descent_resumes_and_a_longer_training_goes_on_before_it(
+    root: Path, digits: Path, smoke: Callable[..., Params]
+) -> None:
+    """With every option that keeps something of its own, so that all of it is saved."""
+    options = {
+        "decay": "cosine",
+        "decay_share": 0.5,
+        "optimizer": "muon",
+        "times": "loss_aware",
+        "pairing": "immiscible",
+    }
+
+    def of(steps: int, **changes: object) -> Params:
+        training = {"steps": steps, "log_every": 4, "validate_every": 8, **options, **changes}
+        return smoke(training=training, compute={"checkpoint_every": 3})
+
+    def run(params: Params, folder: Path) -> int | None:
+        messages: list[str] = []
+        train(params, "cosine", folder, lambda progress: messages.append(progress.message))
+        return resumed_from(messages)
+
+    def another(name: str) -> Path:
+        (root / name).mkdir()
+        (root / name / "dataset").symlink_to(digits / "dataset")
+        return root / name
+
+    train(of(16), "cosine", root)
+    straight = outputs(root)
+    stopped = another("stopped")
+    with pytest.raises(Stop):
+        train(of(16), "cosine", stopped, stop_at(13))
+    assert run(of(16), stopped) == 11 and outputs(stopped) == straight
+    longer = another("longer")
+    train(of(20), "cosine", longer)
+    # In `root`, the training of 16 steps left its state before the descent.
+    assert run(of(20), root) == 8 and outputs(root) == outputs(longer)
+    assert run(of(16), root) == 16 and outputs(root) == straight
+    # Another descent from the same state, and none, are other trainings that begin with the same steps.
+    assert run(of(20, decay="linear", decay_share=0.4), root) == 10
+    assert run(of(20, decay="none"), root) == 12
+
+
+def test_immiscible_noise_is_nearer_to_its_images() -> None:
+    """The least sum of distances of all pairings, found by trying all of them."""
+    generator = torch.Generator().manual_seed(0)
+    x_0, eps = torch.randn(6, 1, 4, 4, generator=generator), torch.randn(6, 1, 4, 4, generator=generator)
+    distances = torch.cdist(x_0.flatten(1), eps.flatten(1))
+
+    def total(order: Sequence[int]) -> float:
+        return float(distances[torch.arange(6), torch.tensor(order)].sum())
+
+    found = PAIRINGS["immiscible"](x_0, eps).tolist()  # type: ignore[misc]
+    assert sorted(found) == [*range(6)] and found != [*range(6)]
+    assert total(found) == pytest.approx(min(map(total, permutations(range(6)))))
 
 
 def test_stopped_at_any_step_it_ends_with_the_same_bytes(

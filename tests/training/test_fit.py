@@ -3,14 +3,19 @@
 import copy
 import itertools
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from ddpm import NoiseSchedule, UNet
-from ddpm.training.fit import TrainingState, _indices, autocast, fit, scaled
+from ddpm.training.fit import Descent, TrainingState, _indices, autocast, fit, scaled
 from ddpm.training.objective import Objective
+from ddpm.training.optimizers import OPTIMIZERS
+from ddpm.training.times import TIMES
 
 
 def images(count: int = 20) -> torch.Tensor:
@@ -23,8 +28,8 @@ def small_state(dropout: float = 0.0) -> TrainingState:
 
 
 def steps(state: TrainingState, count: int, **options) -> list:
+    schedule = options.pop("schedule", NoiseSchedule.named("cosine", 50))
     settings = {"batch": 6, "learning_rate": 1e-2, "seed": 3, "warmup": 3, **options}
-    schedule = NoiseSchedule.named("cosine", 50)
     return list(itertools.islice(fit(state, images(), Objective.of(schedule, "eps"), **settings), count))
 
 
@@ -102,15 +107,33 @@ def test_the_average_by_hand() -> None:
     assert torch.allclose(next(state.ema.parameters()), average, atol=1e-7)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_stopping_and_going_on_is_training_straight_through(dropout: float) -> None:
-    straight = small_state(dropout)
-    whole = steps(straight, 9)
-    first = small_state(dropout)
-    steps(first, 4)
-    second = small_state(dropout)
+@pytest.mark.parametrize(
+    ("dropout", "options"),
+    [
+        (0.0, {}),
+        (0.3, {}),
+        (0.0, {"optimizer": "adamw", "weight_decay": 0.1}),
+        (0.0, {"optimizer": "muon"}),
+        (0.0, {"times": "loss_aware"}),
+    ],
+)
+def test_stopping_and_going_on_is_training_straight_through(dropout: float, options: dict[str, Any]) -> None:
+    """Of 5 network times, so that each has ten losses after the first steps."""
+    schedule = NoiseSchedule.named("cosine", 5)
+
+    def state() -> TrainingState:
+        times = {key: TIMES[name](schedule, torch.device("cpu")) for key, name in options.items() if key == "times"}
+        torch.manual_seed(0)
+        return TrainingState(UNet(1, 8, 8, (1, 2), 1, (4,), dropout=dropout), **{**options, **times})
+
+    how = {"schedule": schedule, "batch": 20, "descent": Descent(5, 9)}
+    straight, first, second = state(), state(), state()
+    whole = steps(straight, 9, **how)
+    steps(first, 4, **how)
     second.load(first.step, first.tensors())
-    rest = steps(second, 5)
+    rest = steps(second, 5, **how)
+    if straight.times is not None:
+        assert straight.times.probabilities().unique().numel() > 1
     assert [float(step.loss) for step in rest] == [float(step.loss) for step in whole[4:]]
     for name, tensor in straight.tensors().items():
         assert torch.equal(second.tensors()[name], tensor), name
@@ -193,16 +216,95 @@ def test_unequal_parts_are_refused() -> None:
         steps(small_state(), 1, accumulate=4)
 
 
-def test_adam_is_torchs_bit_for_bit() -> None:
-    """Also where a parameter has no gradient, which Adam passes over."""
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_an_optimiser_is_torchs_bit_for_bit(name: str) -> None:
+    """Also where a parameter has no gradient, which is passed over, and for kernels in both memory formats."""
     torch.manual_seed(0)
-    state = TrainingState(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)))
-    other = copy.deepcopy(state.net)
-    theirs = torch.optim.Adam(other.parameters(), lr=0.01, fused=True)
+    decay = 0.1 if name == "adamw" else 0.01 if name == "muon" else 0.0
+    net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 5, 3).to(memory_format=torch.channels_last), nn.Linear(5, 7))
+    state = TrainingState(net, name, decay)
+    other = copy.deepcopy(net)
+    flat = {
+        id(parameter): nn.Parameter(parameter.detach().flatten(1))
+        for parameter in other.parameters()
+        if parameter.ndim > 1
+    }
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    adam = kinds.get(name, torch.optim.AdamW)
+    if name == "muon":
+        theirs = [
+            torch.optim.Muon(flat.values(), lr=0.01, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            adam([each for each in other.parameters() if each.ndim == 1], lr=0.01, fused=True, weight_decay=decay),
+        ]
+    else:
+        theirs = [adam(other.parameters(), lr=0.01, fused=True, weight_decay=decay)]
     for k in range(4):
         for mine, its in zip(state.net.parameters(), other.parameters(), strict=True):
-            mine.grad = None if k == 2 and mine.ndim == 1 else torch.randn_like(mine)
+            mine.grad = None if k == 2 and mine.ndim == 1 else torch.randn(mine.shape)
             its.grad = None if mine.grad is None else mine.grad.clone()
-        state.adam(0.01)
-        theirs.step()
-    assert all(torch.equal(*pair) for pair in zip(state.net.parameters(), other.parameters(), strict=True))
+            if id(its) in flat:
+                flat[id(its)].grad = its.grad.flatten(1)
+        state.optimizer.step(0.01)
+        for each in theirs:
+            each.step()
+    for mine, its in zip(state.net.parameters(), other.parameters(), strict=True):
+        expected = flat[id(its)].view(its.shape) if name == "muon" and its.ndim > 1 else its
+        # A kernel in channels_last has its columns in another order, which changes how its products round.
+        part = 1e-2 if name == "muon" and its.ndim > 2 else 0.0
+        torch.testing.assert_close(mine, expected, rtol=0, atol=part * float(expected.detach().abs().max()))
+
+
+def test_muon_steps_in_every_direction_alike() -> None:
+    """A step changes a matrix by a nearly orthogonal one, of the size that Adam's has: Liu et al. 2025, section 2.2."""
+    torch.manual_seed(0)
+    net = nn.Linear(48, 32, bias=False)
+    before, state = net.weight.detach().clone(), TrainingState(net, "muon")
+    net.weight.grad = torch.randn(32, 48) * torch.logspace(0, -2, 32)[:, None]
+    state.optimizer.step(1e-2)
+    change = (before - net.weight.detach()) / 1e-2
+    singular = torch.linalg.svdvals(change)
+    assert float(singular.max() / singular.min()) < 2.5
+    assert float(change.square().mean().sqrt()) == pytest.approx(0.2, rel=0.3)
+
+
+def test_the_learning_rate_comes_down_by_hand() -> None:
+    line, curve = Descent(6, 9, "linear", 0.2), Descent(6, 9, "cosine")
+    assert [line.part(step) for step in (1, 6, 7, 8, 9)] == pytest.approx([1, 1, 0.8, 0.6, 0.4])
+    assert [curve.part(step) for step in (6, 7, 8, 9)] == pytest.approx(
+        [1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]
+    )
+    rates = [step.learning_rate for step in steps(small_state(), 9, descent=line, warmup=3)]
+    assert rates == pytest.approx([1e-2 * part for part in (0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4)])
+
+
+def test_paired_noise_is_the_batchs_own_in_another_order() -> None:
+    """Each image meets the noise that `pair` names, and a pairing that changes nothing changes no bit."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def turned(x_0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        seen.append((x_0, eps))
+        return torch.arange(len(eps)).flip(0)
+
+    class Recorder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+            self.inputs: list[torch.Tensor] = []
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            self.inputs.append(x)
+            return x * self.weight
+
+    net, schedule = Recorder(), NoiseSchedule.named("cosine", 1000)
+    only = replace(Objective.of(schedule, "eps"), a=torch.ones(1000), s=torch.full((1000,), 10.0))
+    next(
+        fit(
+            TrainingState(net), images(), only, batch=6, learning_rate=0.0, seed=0, flip=True, pair=turned, accumulate=2
+        )
+    )
+    ((x_0, eps),) = seen
+    torch.testing.assert_close(torch.cat(net.inputs), x_0 + 10 * eps.flip(0))
+    plain, same = small_state(), small_state()
+    steps(plain, 2)
+    steps(same, 2, pair=lambda x_0, eps: torch.arange(len(eps)))
+    assert all(torch.equal(tensor, same.tensors()[name]) for name, tensor in plain.tensors().items())

@@ -1,0 +1,107 @@
+"""TIMES: how a training draws the network times of its images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddpm.diffusion.schedule import NoiseSchedule
+
+KEPT = 10  # the losses of each time that `LossAware` remembers
+UNIFORM = 0.001  # the share of times drawn uniformly, so that none is left out: Nichol & Dhariwal 2021, in their code
+MEAN, DEVIATION = (
+    2.4,
+    2.4,
+)  # of log SNR: EDM's normal distribution of ln sigma has -1.2 and 1.2, and log SNR is -2 ln sigma
+
+
+class Times:
+    """Uniform network times 0 ... T-1, as in algorithm 1 of Ho et al. 2020.
+
+    Args:
+        schedule: the noise schedule.
+        device: the device of the times.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu") -> None:
+        self.T, self.device = schedule.T, torch.device(device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns what is remembered, by name, for saved states."""
+        return {}
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draws times, int64 [count] on the generator's device."""
+        return torch.randint(self.T, (count,), device=generator.device, generator=generator)
+
+    def weights(self, t: Tensor) -> Tensor | None:
+        """Returns the factors of the losses at drawn times t [B]; None for 1."""
+        return None
+
+    def observe(self, t: Tensor, losses: Tensor) -> None:
+        """Takes note of the losses [B] at times t [B], before they are weighted."""
+
+
+class LossAware(Times):
+    """Draws a time in proportion to the root of its mean squared loss: Nichol & Dhariwal 2021, section 3.3.
+
+    Uniform until every time has 10 losses. The weights keep the expectation of the loss.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu") -> None:
+        super().__init__(schedule, device)
+        self.losses = torch.zeros(self.T, KEPT, device=self.device)
+        self.counts = torch.zeros(self.T, dtype=torch.int64, device=self.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"losses": self.losses, "counts": self.counts}
+
+    def probabilities(self) -> Tensor:
+        """Returns the probability of each time, float32 [T]."""
+        size = self.losses.square().mean(1).sqrt()
+        uniform = torch.full_like(size, 1 / self.T)
+        found = (1 - UNIFORM) * size / size.sum().clamp(min=torch.finfo(size.dtype).tiny) + UNIFORM * uniform
+        return torch.where((self.counts >= KEPT).all() & (size.sum() > 0), found, uniform)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.multinomial(self.probabilities(), count, replacement=True, generator=generator)
+
+    def weights(self, t: Tensor) -> Tensor | None:
+        return 1 / (self.T * self.probabilities()[t])
+
+    def observe(self, t: Tensor, losses: Tensor) -> None:
+        same = t[:, None] == t[None, :]
+        before, total = same.tril(-1).sum(1), same.sum(1)
+        newest = before >= total - KEPT  # of more losses at one time, the last ones are kept
+        self.losses[t[newest], (self.counts[t] + before)[newest] % KEPT] = losses[newest].float()
+        self.counts.index_add_(0, t, torch.ones_like(t))
+
+
+class LogNormal(Times):
+    """Draws times whose log SNR is normal: the distribution of Karras et al. 2022, table 1, on any schedule.
+
+    It takes the place of a weight of the loss, so the losses are not weighted.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu") -> None:
+        super().__init__(schedule, device)
+        log_snr = schedule.snr[1:].log()  # falls with t; -inf at the end of some schedules
+        finite = log_snr[log_snr.isfinite()]
+        edges = torch.cat([finite[:1] + (finite[:1] - finite[1:2]) / 2, (finite[1:] + finite[:-1]) / 2])
+        edges = torch.cat([edges, finite[-1:] - (finite[-2:-1] - finite[-1:]) / 2])
+        below = torch.special.ndtr((edges - MEAN) / DEVIATION)
+        between = torch.cat([below[:-1] - below[1:], torch.zeros(len(log_snr) - len(finite), dtype=below.dtype)])
+        table = (1 - UNIFORM) * between / between.sum() + UNIFORM / self.T
+        self.table = table.to(self.device, torch.float32)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.multinomial(self.table, count, replacement=True, generator=generator)
+
+
+TIMES: dict[str, Callable[[NoiseSchedule, torch.device], Times]] = {
+    "uniform": Times,
+    "loss_aware": LossAware,
+    "log_normal": LogNormal,
+}
