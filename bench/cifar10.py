@@ -227,7 +227,10 @@ def unpack(source: Path, state: Path) -> bool:
 
 
 def _whole(source: Path, state: Path) -> bytes | None:
-    """Joins the parts. Returns None while some are missing. Raises SystemExit for mixed or damaged parts."""
+    """Returns the archive that the parts in `state` make up; None while some are missing.
+
+    Raises SystemExit if they belong to several archives, or are damaged.
+    """
     names = sorted(path.name for path in (state / "parts").glob("[0-9a-f]*-of-*"))
     if not names:
         raise SystemExit(f"{source}: no parts here; make them with `python -m bench.cifar10 pack`")

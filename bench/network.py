@@ -94,7 +94,7 @@ def _repeated(step: Callable[[], Any], steps: int) -> Callable[[], Any]:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a peer computes."""
+    """How a peer, one of the packages that ours is compared with, computes: memory format, precision, compiler."""
 
     channels_last: bool = False
     bfloat16: bool = False  # by autocast

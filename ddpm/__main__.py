@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Runs a verb. Bytecode is not written: on a full disk Python would leave a damaged .pyc file."""
+    """Runs a command. Bytecode is not written: on a full disk Python would leave a damaged .pyc file."""
     sys.dont_write_bytecode = True
     from ddpm.provenance.checkout import missing
 

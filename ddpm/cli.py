@@ -1,6 +1,6 @@
-"""The command line. Each verb runs a stage or a tool with its progress display, its run record and its publishing to MLflow.
+"""The command line. Each command runs a stage or a tool with its progress display, its run record and its publishing to MLflow.
 
-Heavy packages are imported by the verb that uses them.
+Heavy packages are imported by the command that uses them.
 """
 
 from __future__ import annotations

@@ -224,7 +224,10 @@ def _heights(image_size: int | Sequence[int], levels: int) -> list[int]:
 
 
 def _way(layout: Mapping[str, Any], way: str, levels: int) -> list[tuple[bool, bool]]:
-    """Returns two flags for each level, the largest first: it has attention, and a residual block resizes it."""
+    """Returns a pair of flags for each resolution, from the highest on: has it attention, does a residual block resize it?
+
+    way: "down" or "up".
+    """
     key, resize = f"{way}_block_types", layout[f"{way}sample_type"]
     kinds = layout[key]
     if not isinstance(kinds, (list, tuple)) or len(kinds) != levels:

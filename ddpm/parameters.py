@@ -213,7 +213,7 @@ class Training:
 
     @property
     def whole(self) -> int:
-        """The number of steps before the learning rate comes down."""
+        """The number of steps before the learning rate decays: all steps if it does not."""
         return self.steps if self.decay == "none" else self.steps - round(self.decay_share * self.steps)
 
     def before_descent(self) -> dict[str, Any]:
@@ -390,7 +390,8 @@ class Schedule:
     """One row of the schedules table: the arguments of `NoiseSchedule.named`.
 
     An argument that the schedule does not take is an error. imported: sha256 of imported weights, which are not trained here.
-    seed: the seed of the training, instead of the file's `seed`. Rows that differ in `seed` alone are replicates, which are
+    base: NAME@SHA256, a model in imported/NAME with weights of that checksum, from which the training starts. seed: the seed of
+    the training, instead of the file's `seed`. Rows that differ in `seed` alone are replicates, which are
     trainings of one schedule.
     """
 
@@ -401,16 +402,24 @@ class Schedule:
     zero_terminal_snr: bool = False
     imported: str | None = entry({"pattern": "^[0-9a-f]{64}$"}, None)
     seed: int | None = entry(SEED, None)
+    base: str | None = later(None, {"pattern": "^[a-z0-9_]{1,64}@[0-9a-f]{64}$"})
 
     def __post_init__(self) -> None:
-        if self.imported is not None and self.seed is not None:
-            raise ValueError("seed: an imported network is not trained here; leave it out")
+        for name in ("seed", "base"):
+            if self.imported is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name}: an imported network is not trained here; leave it out")
 
     def options(self) -> dict[str, Any]:
-        """Returns the entries that differ from their defaults, without `imported` and `seed`."""
-        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("imported", "seed")}
+        """Returns the entries that differ from their defaults and belong to the noise schedule."""
+        others = ("imported", "seed", "base")
+        given = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in others}
         defaults = {item.name: item.default for item in fields(self)}
         return {name: value for name, value in given.items() if value != defaults[name]}
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """The entry `base` if it is set: what decides a training besides the noise schedule and the seed."""
+        return {} if self.base is None else {"base": self.base}
 
 
 @dataclass(frozen=True, kw_only=True)

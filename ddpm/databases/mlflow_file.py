@@ -180,7 +180,7 @@ def _moves_without_files(file: Path, recorded: Path, used: bool, left: set[Path]
         return copied
     if used:
         raise InputError(
-            f"{file} names artifacts in {recorded}, which are neither there nor in {here}; mount or restore that folder,"
+            f"{file} names artifacts in {recorded}, which are neither there nor in {here}; mount or restore {recorded},"
             f" or make an empty {here} to go on without its files"
         )
     return recorded.parent in left

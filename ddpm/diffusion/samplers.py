@@ -105,9 +105,9 @@ class Sampler:
     Args:
         step: step(denoise, x, levels, noise, **options) yields (x, x0_hat) after each step. Its keyword-only arguments
             are the sampler's options.
-        deterministic: a function of all options that returns whether the sampler draws no noise. If so, each image has one
-            code.
-        evaluations: a function of the levels that returns the network evaluations per image, without guidance.
+        deterministic: a function of the sampler's options that returns whether its steps add no noise. Then each image
+            comes from one x_T, and can be encoded as that x_T.
+        evaluations: a function of the levels that returns the number of network evaluations per image, without guidance.
     """
 
     step: Callable[..., Steps]

@@ -272,9 +272,10 @@ class Best:
     Args:
         row: the row of the best point.
         points: the number of points.
-        lowest: the point with the best score, which may be best by chance.
+        lowest: the point whose score is the best number. Its lead may be chance.
         tied: the number of points that cannot be told apart from the best one.
-        trainings: the trainings of the best point's schedule, at its sampler and steps; None in files from before 0.4.0.
+        trainings: the scores of all trainings of the best point's schedule, sampled with its sampler and its number of
+            steps; None in files from before 0.4.0.
     """
 
     row: Row

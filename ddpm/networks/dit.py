@@ -16,7 +16,7 @@ WIDER = 4  # width of the layer between the two of a perceptron, as a multiple o
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalises each token of x [B, positions, width], then scales and shifts it by rows [B, width]."""
+    """Normalises each token of x [B, positions, width], then scales and shifts all tokens of an image by its row [B, width]."""
     return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
 
 

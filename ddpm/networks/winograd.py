@@ -6,7 +6,8 @@ compiler compiles it once for float32, and once for bfloat16 if the processor mu
 In float32, F(4x4, 3x3) takes 36 multiplications per pair of channels for 4x4 outputs instead of 144 (Lavin & Gray 2016,
 section 4). Its outputs differ from those of a direct convolution by about 3e-6 of their size. In bfloat16, which torch's
 autocast chooses, F(2x2, 3x3) takes 16 instead of 36: its transforms keep the rounding near that of a direct convolution.
-With AMX, matrix instructions for bfloat16, convolutions are direct, and linear layers are computed by the same code.
+On processors with AMX (matrix instructions for bfloat16), convolutions in bfloat16 are direct, without Winograd's method, and
+linear layers use the same products of matrices.
 """
 
 from __future__ import annotations

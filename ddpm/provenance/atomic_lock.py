@@ -4,7 +4,7 @@ DVC itself empties the file and then writes all stages again (https://github.com
 keeps comments. That takes half a second for 60 stages and a quarter of a minute for 300. DVC also parses and checks all stages
 three times in order to run one of them. This module reads the file without comments, since DVC writes none, parses only the
 stages that DVC looks at, and writes only the changed ones; the bytes are the same. Without this module, a kill during the
-write leaves a truncated file. The next verb would mend that file, but DVC reads it before any verb runs, and may refuse it.
+write leaves a truncated file. The next command would mend that file, but DVC reads it before any verb runs, and may refuse it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> int:
 
     root = _root()
     try:
-        if (root / paths.CACHE).is_dir():  # a project of this package, where a verb has run
+        if (root / paths.CACHE).is_dir():  # a project of this package, where a command has run
             lock_mending.check(root, partial(print, file=sys.stderr))
         if {"repro", "exp", "queue"} & set(sys.argv[1:]):
             _check_parameters(root)

@@ -142,10 +142,10 @@ AT_IMPORT = hashes()
 
 @cache
 def digest(*names: str) -> str:
-    """Hashes the names and bytes of files(*names), once per process.
+    """Returns a hash of the paths and contents of files(*names), the code that the named modules run; computed once per process.
 
-    Imports these modules first, so that later edits cannot affect this process. Raises InputError if a file was edited since
-    the process started: results of the old code would be recorded under the hash of the new code.
+    Imports the modules before it hashes, so that later edits cannot affect this process. Raises InputError if a file was
+    edited since the process started: results of the old code would be recorded under the hash of the new code.
     """
     graph = files(*names)
     for name in modules(names):

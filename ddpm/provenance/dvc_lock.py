@@ -72,7 +72,8 @@ def split(text: str) -> dict[str, str] | None:
 def read(root: Path) -> Mapping[str, Any]:
     """Returns the stages of dvc.lock, or {} without that file. The result is cached, so the caller must not change it.
 
-    Raises InputError, also when a stage is read whose text is damaged.
+    Raises InputError if the file is damaged. A stage is parsed when it is first looked up, which raises InputError if that
+    stage is damaged.
     """
     path = root / NAME
     if not path.exists():

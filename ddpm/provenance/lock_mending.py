@@ -2,7 +2,8 @@
 
 DVC empties dvc.lock and then writes all of it again (https://github.com/treeverse/dvc/issues/10629). A kill during the
 write leaves the beginning of the new text. That is often valid YAML, so DVC accepts the file and continues with fewer stages, or
-with a stage that has lost outputs. So each verb and each flow compares dvc.lock with a copy of the last whole file in `.cache`.
+with a stage that has lost outputs. So each command and each flow compares dvc.lock with a copy of the last whole file in
+`.cache`.
 """
 
 from __future__ import annotations

@@ -496,6 +496,7 @@ def parameters(params: Params) -> dict[str, dict[str, Any]]:
     shown["schedules"] = {
         name: {"schedule": params.schedules[name].schedule, **params.schedules[name].options()}
         | ({"seed": params.schedules[name].seed} if params.schedules[name].seed is not None else {})
+        | params.schedules[name].origin
         for name in params.sweep.schedules
     }
     shown["samplers"] = {name: params.samplers[name].options() for name in params.sweep.samplers}

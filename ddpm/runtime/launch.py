@@ -1,4 +1,4 @@
-"""Runs a verb in several processes of this machine with torchrun's launcher."""
+"""Runs a command, such as `train`, in several processes of this machine with torchrun's launcher."""
 
 from __future__ import annotations
 

@@ -163,8 +163,8 @@ def fid(a: Statistics, b: Statistics) -> float:
     """Returns the squared Fréchet distance of two Gaussians, at least 0.
 
     tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of the symmetric R^T C1 R, where C2 = R R^T.
-    Nothing is inverted, so fewer images than features do no harm. The rounding error is about 1e-8 of the largest
-    variance per dimension.
+    Nothing is inverted, so fewer images than features do no harm. The rounding error is about 1e-8 times the number of
+    features times the largest variance.
     """
     root = torch.from_numpy(b.root)
     values = torch.linalg.eigvalsh(_between(root, torch.from_numpy(a.covariance)))

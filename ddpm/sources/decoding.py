@@ -503,7 +503,7 @@ def _unusable(files: Mapping[str, Read], found: Sequence[_ImageFault], where: st
 
 
 def _usual(layout: Layout, count: int, others: Sequence[Layout]) -> Layout:
-    """Returns the most frequent layout: `count` images have `layout`, and one image has each of `others`."""
+    """Returns the most frequent layout. `layout` counts `count` times, and each entry of `others` once."""
     ((best, most),) = Counter(others).most_common(1) or [(layout, count)]
     return best if most > count else layout
 
@@ -512,7 +512,7 @@ def _usual(layout: Layout, count: int, others: Sequence[Layout]) -> Layout:
 def _strict_pillow() -> Iterator[None]:
     """Turns Pillow's warnings of huge images into errors. Ignores its other warnings, such as those of odd metadata.
 
-    Raises Pillow's limit for texts in a PNG from 1 MB to MAX_TEXT, by the setting that its documentation names.
+    A PNG may hold MAX_TEXT bytes of text, where Pillow by default refuses more than 1 MB of a text.
     """
     from PIL import Image, PngImagePlugin
 

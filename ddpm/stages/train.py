@@ -101,8 +101,8 @@ def training_key(params: Params, schedule: str, dataset: str) -> str:
     """
     settings = {"seed": params.training_seed(schedule), **params.to_json("diffusion", "network")}
     settings["training"] = params.training.before_descent()
-    row = params.schedules[schedule].options()
-    decisive = [settings, row, dataset, code.digest(__name__, *code.selected(params, __name__))]
+    row = params.schedules[schedule]
+    decisive = [settings, {**row.options(), **row.origin}, dataset, code.digest(__name__, *code.selected(params, __name__))]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
@@ -233,6 +233,8 @@ def _set_up(
         torch.manual_seed(params.training_seed(schedule))
         net = checkpoint.network(network).to(device).to(memory_format=torch.channels_last)
     times = None if settings.times == "uniform" else TIMES[settings.times](noise, device)
+    if params.schedules[schedule].base is not None:
+        net.load_state_dict(_base_weights(params, schedule, network, root))
     state = TrainingState(net, settings.optimizer, settings.weight_decay, times)
     folder = _state_folder(params, schedule, dataset, root, world)
     if fresh and world.rank == 0:
@@ -272,6 +274,31 @@ def _set_up(
     return training, steps
 
 
+def _base_weights(params: Params, schedule: str, network: NetworkEntry, root: Path) -> dict[str, torch.Tensor]:
+    """Returns the weights of the model from which a training starts. Raises InputError unless it is the one that the row names.
+
+    Its schedule, target and data may be others, but its network must be the same.
+    """
+    name, _, checksum = str(params.schedules[schedule].base).partition("@")
+    folder = paths.imported_dir(name)
+    if not (root / folder).is_dir():
+        raise InputError(
+            f"schedules.{schedule}.base: {folder} is not here; copy a model's folder there, such as models/{name}"
+        )
+    denoiser, model = checkpoint.load(root / folder)
+    if model.weights_sha256 != checksum:
+        raise InputError(f"schedules.{schedule}.base: {folder} holds other weights: {name}@{model.weights_sha256}")
+    theirs, ours = model.network.content, network.content
+    other = next((key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)), None)
+    if other is not None:
+        raise InputError(
+            f"schedules.{schedule}.base: {folder} holds another network: {other} is {theirs.get(other)} there,"
+            f" and {ours.get(other)} here"
+        )
+    assert isinstance(denoiser.net, torch.nn.Module)
+    return denoiser.net.state_dict()
+
+
 def _state_folder(params: Params, schedule: str, dataset: Dataset, root: Path, world: World) -> Path:
     """Returns the folder of this training's states. Raises InputError if the processes have different inputs."""
     key = training_key(params, schedule, dataset.record.sha256)
@@ -283,7 +310,7 @@ def _state_folder(params: Params, schedule: str, dataset: Dataset, root: Path, w
 
 
 def _folder_at(folder: Path, settings: TrainingSettings, step: int) -> Path:
-    """Returns the folder of the state after a step: one of the descent's own where the learning rate comes down."""
+    """Returns the folder for the state after `step`: another one than `folder` if the learning rate comes down by then."""
     if step <= settings.whole:
         return folder
     descent = [settings.steps, settings.decay, settings.decay_share, settings.decay_to]
@@ -411,7 +438,11 @@ def _write(training: Training, dataset: Dataset, root: Path) -> dict[str, Any]:
         "variance": params.diffusion.variance,
         "network": training.network.content,
         "data": _about_data(dataset),
-        "training": {"seed": params.training_seed(schedule), **as_json(params.training)},
+        "training": {
+            "seed": params.training_seed(schedule),
+            **params.schedules[schedule].origin,
+            **as_json(params.training),
+        },
     }
     metrics = {
         "steps": state.step,

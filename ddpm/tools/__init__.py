@@ -1,4 +1,4 @@
 """Verbs of `ddpm` that are not DVC stages: drawing images, exchange with diffusers, cleaning.
 
-A verb that DVC runs belongs to ddpm.stages.
+A command that DVC runs belongs to ddpm.stages.
 """

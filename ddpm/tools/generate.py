@@ -179,7 +179,7 @@ def _open(
 
 @contextmanager
 def _found(params: Params | None, model: str) -> Iterator[tuple[Path, Mapping[str, Any], str]]:
-    """Yields the checkpoint folder, its sampler settings, and the model's origin if `model` does not name it."""
+    """Gives the checkpoint folder, its sampler settings, and where the model is from ("" if `model` itself says so)."""
     if model:
         with located(model) as (folder, promoted):
             yield folder, promoted, ""

@@ -44,9 +44,9 @@ class PointSettings:
 def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, Any]:
     """Returns all parameters that decide the result of a training. dataset: sha256 of the dataset."""
     sections = {"seed": params.training_seed(schedule), **params.to_json("diffusion", "network", "training")}
-    row = params.schedules[schedule].options()
+    row = params.schedules[schedule]
     sections["network"] = _recorded(sections["network"])
-    return {"schedule": schedule, "schedules": row, "dataset_sha256": dataset, **sections}
+    return {"schedule": schedule, "schedules": row.options(), "dataset_sha256": dataset, **row.origin, **sections}
 
 
 def _recorded(network: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,6 +68,7 @@ def identity_of_model(model: ModelRecord) -> dict[str, Any]:
         "schedules": model.schedule.row,
         "dataset_sha256": model.data.sha256,
         "seed": training.pop("seed"),
+        **{key: training.pop(key) for key in ("base",) if key in training},
         "diffusion": {
             "timesteps": model.schedule.timesteps,
             "target": model.target,

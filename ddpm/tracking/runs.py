@@ -49,7 +49,7 @@ def history(target: Target, run: Run, key: str) -> dict[int, float]:
 
 
 def log_metrics(target: Target, run: Run, metrics: Sequence[Metric], added: Counter[str]) -> None:
-    """Logs the metrics whose step has no value yet."""
+    """Logs those metrics that have no value at their step yet in the run. Adds their number to added["metrics"]."""
     known = {key: history(target, run, key) for key in {metric.key for metric in metrics}}
     missing = [metric for metric in metrics if metric.step not in known[metric.key]]
     for chunk in chunks(missing, 1000):
@@ -159,7 +159,10 @@ def finish(target: Target, run: Run, end: int) -> None:
 
 
 def is_live(run: Run) -> bool:
-    """Returns whether a process may be streaming to the run: a process alive here, or any process of another host."""
+    """Returns whether the process that the run names may still be logging to it.
+
+    A process of another host cannot be asked, so it counts as alive.
+    """
     if run.info.status != "RUNNING" or PROCESS not in run.data.tags:
         return False
     process = run.data.tags[PROCESS]

@@ -75,7 +75,7 @@ class LossAware(Times):
         same = t[:, None] == t[None, :]
         before, total = same.tril(-1).sum(1), same.sum(1)
         newest = before >= total - KEPT  # of more losses at one time, the last ones are kept
-        self.losses[t[newest], (self.counts[t] + before)[newest] % KEPT] = losses[newest].float()
+        self.losses[t[newest], (self.counts[t] + before)[newest] % KEPT] = losses[newest].to(self.losses.dtype)
         self.counts.index_add_(0, t, torch.ones_like(t))
 
 

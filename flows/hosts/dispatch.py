@@ -187,6 +187,6 @@ def head(root: Path) -> str:
     commit = git.head(root)
     if commit is None:
         raise InputError(
-            f"{root}: not a git repository with a commit, which hosts need to run the same code; commit it first"
+            f"{root}: not a git repository, or one without a commit; commit the code first, since hosts check that commit out"
         )
     return commit

@@ -77,7 +77,7 @@ IMPORTS = (
 )
 OF_DVC = "dvc.cli.parser:get_main_parser"
 OF_PUBLISHING = "mlflow.store.model_registry.sqlalchemy_store"
-# The last import that a stage or verb needs. Every other command needs only what DVC needs.
+# The last import that a stage or command needs. Every other command needs only what DVC needs.
 NEEDED = {
     "publish": OF_PUBLISHING,
     "promote": OF_PUBLISHING,
@@ -108,7 +108,7 @@ def _begins(command: Sequence[str], words: tuple[str, ...]) -> bool:
 
 
 def _imports_needed(command: Sequence[str]) -> int:
-    """Returns how many of IMPORTS a command needs: those of its verb, or of the stage that it reproduces."""
+    """Returns how many of IMPORTS a command needs: those of its subcommand, or of the stage that it reproduces."""
     word = command[-1] if "repro" in command else command[len(DDPM)] if len(command) > len(DDPM) else ""
     return _count(NEEDED.get(word.partition("@")[0], OF_DVC))
 

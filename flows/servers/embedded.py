@@ -50,7 +50,10 @@ IDLE_SERVICES = (
 
 
 def create_database(home: Path) -> None:
-    """Copies EMPTY into Prefect's folder, unless that has a database. The server creates missing tables."""
+    """Copies the empty database that the installation made into Prefect's folder, unless the folder has a database already.
+
+    Its tables are those of the installed Prefect. Without the copy, the server's first start creates them, which takes longer.
+    """
     home.mkdir(parents=True, exist_ok=True)
     if not EMPTY.exists() or any(name in os.environ for name in DATABASE):
         return

@@ -27,7 +27,7 @@ from ddpm.errors import InputError
 from ddpm.files import arrays, checkpoint, models, paths, records, samples
 from ddpm.files.dataset import read_dataset, read_dataset_record
 from ddpm.files.params import Params
-from ddpm.parameters import Point
+from ddpm.parameters import OtherNetwork, Point
 from ddpm.runtime.drawing import class_labels, to_uint8
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
@@ -43,6 +43,7 @@ ROWS = {
     "free": {"sampler": "ddim", "guidance": 0.0},
     "inside": {"sampler": "ddim", "guidance": 3.0, "guidance_interval": [0.3, 3.0], "guidance_rescale": 0.5},
 }
+DIT = OtherNetwork(kind="dit", rest={"width": 96, "depth": 4, "heads": 4, "patch": 2})
 PLAIN, GUIDED, FREE, INSIDE = (Point(schedule="cosine", sampler=name, steps=4) for name in ROWS)
 
 
@@ -278,12 +279,13 @@ def test_mlflow_serves_the_class_asked_for(
 
 
 @pytest.mark.proof
+@pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_a_conditional_digits_model_makes_the_digits_asked_for(
-    params: Callable[..., Params], digits: Path, tmp_path: Path
+    kind: str, params: Callable[..., Params], digits: Path, tmp_path: Path
 ) -> None:
     """A classifier of real digits (99% right on held-out ones) recognises the class asked for, and more so under guidance.
 
-    Measured: 9% at w = 0, 88% at w = 1, 99.8% at w = 3.
+    Measured of the U-Net: 9% at w = 0, 88% at w = 1, 99.8% at w = 3.
     """
     from sklearn.svm import SVC
 
@@ -295,6 +297,8 @@ def test_a_conditional_digits_model_makes_the_digits_asked_for(
         samplers=rows,
         sweep={"samplers": list(rows), "steps": [20]},
     )
+    if kind == "dit":
+        settings = settings.model_copy(update={"network": DIT})
     train(settings, "cosine", tmp_path)
     dataset = read_dataset(tmp_path)
 

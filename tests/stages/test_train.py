@@ -151,6 +151,42 @@ def test_a_descent_resumes_and_a_longer_training_goes_on_before_it(
     assert run(of(20, decay="none"), root) == 12
 
 
+def test_a_training_starts_from_another_model(root: Path, smoke: Callable[..., Params]) -> None:
+    """With another schedule and target. What is wrong is one line, and nothing is trained."""
+    base = smoke(training={"steps": 30, "validate_every": 30})
+    train(base, "cosine", root)
+    (root / "imported").mkdir()
+    (root / "models" / "cosine").rename(root / "imported" / "base")
+    weights = models.read_model_record(root / "imported/base").weights_sha256
+    before = load_file(root / "imported/base/model.safetensors")
+
+    def of(name: str, **changes: dict[str, object]) -> Params:
+        training = {"steps": 1, "learning_rate": 1e-12, "warmup": 0, "log_every": 1}
+        schedules = {"linear": {"schedule": "linear", "base": name}}
+        return smoke(**{"training": training, "schedules": schedules, "diffusion": {"target": "v"}, **changes})
+
+    for name, changes, line in (
+        (f"none@{weights}", {}, "base: imported/none is not here"),
+        (f"base@{'0' * 64}", {}, f"imported/base holds other weights: base@{weights}"),
+        (f"base@{weights}", {"network": {"channels": 24}}, "another network: channels is 16 there, and 24 here"),
+    ):
+        with pytest.raises(InputError, match=line):
+            train(of(name, **changes), "linear", root)
+        assert not (root / "models").exists() or not (root / "models/linear").exists()
+
+    params = of(f"base@{weights}")
+    train(params, "linear", root)
+    for name, tensor in load_file(root / "models/linear/model.safetensors").items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-7)
+    _, about = checkpoint.load(root / "models/linear")
+    assert (about.schedule.name, about.target, about.training.content["base"]) == ("linear", "v", f"base@{weights}")
+    data = about.data.sha256
+    assert identity_of_model(about) == training_identity(params, "linear", data)
+    alone = of("base@" + "1" * 64)
+    assert training_identity(params, "linear", data) != training_identity(alone, "linear", data)
+    assert training_key(params, "linear", data) != training_key(alone, "linear", data)
+
+
 def test_immiscible_noise_is_nearer_to_its_images() -> None:
     """The least sum of distances of all pairings, found by trying all of them."""
     generator = torch.Generator().manual_seed(0)

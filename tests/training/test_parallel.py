@@ -12,6 +12,7 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,23 +22,32 @@ from ddpm.networks import winograd
 from ddpm.training.fit import TrainingState, fit
 from ddpm.training.objective import Objective
 from ddpm.training.parallel import ALONE, World, joined
+from ddpm.training.times import LossAware
 
 
 def trained(world: World, fast: bool = False) -> dict[str, torch.Tensor]:
-    """Everything that could depend on the row is on: dropout, flips, classes, parts of a batch.
+    """Everything that could depend on the row is on: dropout, flips, classes, parts of a batch, times by loss, pairing.
 
     fast: with winograd.py's convolutions, which compute in float32.
     """
     torch.manual_seed(0)
-    state = TrainingState(UNet(1, 8, 8, (1, 2), 1, (4,), dropout=0.2, classes=3).to(memory_format=torch.channels_last))
+    schedule = NoiseSchedule.named("cosine", 2)  # of few times, each of which has ten losses after some steps
+    net = UNet(1, 8, 8, (1, 2), 1, (4,), dropout=0.2, classes=3).to(memory_format=torch.channels_last)
+    state = TrainingState(net, times=LossAware(schedule))
     images = torch.randn(20, 1, 8, 8)
-    objective = Objective.of(NoiseSchedule.named("cosine", 50), "eps")
-    about = {"batch": 8, "learning_rate": 1e-2, "seed": 3, "warmup": 2, "flip": True, "accumulate": 2}
+    objective = Objective.of(schedule, "eps")
+
+    def pair(x_0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        return x_0.flatten(1).sum(1).argsort()
+
+    about: dict[str, Any] = {"batch": 8, "learning_rate": 1e-2, "seed": 3, "warmup": 2, "flip": True, "accumulate": 2}
     labels = torch.arange(20) % 3
-    net = world.module(state.net)
-    forward = winograd.compiled(net) if fast else net
-    assert fast == any(type(module) is winograd.Convolution for module in net.modules())
-    steps = list(islice(fit(state, images, objective, labels=labels, world=world, forward=forward, **about), 4))
+    shared = world.module(state.net)
+    forward = winograd.compiled(shared) if fast else shared
+    assert fast == any(type(module) is winograd.Convolution for module in shared.modules())
+    how = {**about, "labels": labels, "world": world, "forward": forward, "pair": pair}
+    steps = list(islice(fit(state, images, objective, **how), 5))
+    assert state.times is not None and state.times.weights(torch.arange(2)).unique().numel() == 2
     return {**state.tensors(), "loss": torch.stack([step.loss for step in steps])}
 
 

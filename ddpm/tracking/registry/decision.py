@@ -249,7 +249,10 @@ def decide(
 
 
 def _judged(won: Verdict, challenger: Score, champion: Score, rule: Promotion) -> Verdict:
-    """Lets the challenger lose if, by one of the judges, it may be worse than the champion by more than the margin."""
+    """Returns a verdict with the scores of the judges added. The challenger still wins only if it passes every judge.
+
+    It passes unless the interval of the difference reaches further on the worse side than the margin.
+    """
     wins, said, evidence = True, [won.reason], dict(won.evidence)
     for name in rule.judges:
         mine, theirs, row = challenger.judges[name].estimate, champion.judges[name].estimate, METRICS[name]

@@ -493,10 +493,10 @@ def _known_or_again(
 
 
 def _best_champion(client: MlflowClient, champion: ModelVersion, protocol: Protocol, say: Say) -> ModelVersion:
-    """Returns the champion so far that has the best score.
+    """Returns the one with the best score of all champions so far, the present one included.
 
-    A registry of a version before 0.4.0 does not name that champion. Then the best score under this protocol decides, among the
-    champion and its predecessors. Champions that were rolled back or deleted do not count.
+    A registry that ddpm wrote before its version 0.4.0 does not say which one that is. Then the best score under this
+    protocol decides, among the champion and its predecessors. Champions that were rolled back or deleted do not count.
     """
     if BEST in champion.tags:
         best = _version(client, f"models:/{champion.name}/{champion.tags[BEST]}")
