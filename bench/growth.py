@@ -236,7 +236,7 @@ def _phases(device: str, found: list[dict[str, Any]], extractor: inception.Incep
 
 
 def growth(device: str) -> dict[str, Any]:
-    """Measures all phases on a device."""
+    """Measures how time and memory grow with batch, size, width and steps: training, sampling, features, FID."""
     base, found = BASE[device], []
     for phase, make in (("training", _training), ("sampling", _sampling)):
         for by, values in VALUES[device].items():

@@ -92,14 +92,14 @@ class Scores:
             *HASHES,
         ]
         if absent := [name for name in needed if name not in found]:
-            raise ValueError(f"without {', '.join(absent)}")
+            raise ValueError(f"{', '.join(absent)}: missing")
         optional = [name for name in (*known, *OBJECTS) if name in found and name not in needed]
         if wrong := _unsound(found, [*needed, *optional]):
             raise ValueError(f"no sound value of {', '.join(wrong)}")
         own = {name: found[name] for name in (*COUNTS, *HASHES, *OBJECTS, "confidence") if name in found}
         values = {name: found[name] for name in known if name in found}
         if absent := [name for judge in own.get("judges", {}) for name in _names(judge) if name not in values]:
-            raise ValueError(f"without {', '.join(absent)}")
+            raise ValueError(f"{', '.join(absent)}: missing")
         return cls(point=str(found.get("point", "")), features=str(found.get("extractor", "")), values=values, **own)
 
     def to_json(self) -> dict[str, Any]:
@@ -223,9 +223,9 @@ class Row:
             names = {name: str(found[name]) for name in ("point", "schedule", "sampler")}
             scored = cls(**names, **counts, confidence=float(found["confidence"]), values=values)  # type: ignore[arg-type]
         except KeyError as error:
-            raise ValueError(f"without {error.args[0]}") from None
+            raise ValueError(f"{error.args[0]}: missing") from None
         if absent := [name for name in RANKING.names if name not in values]:
-            raise ValueError(f"without {', '.join(absent)}")
+            raise ValueError(f"{', '.join(absent)}: missing")
         return replace(scored, extractor=str(found.get("extractor", USUAL_EXTRACTOR)))
 
     def to_json(self) -> dict[str, Any]:
@@ -301,7 +301,7 @@ class Best:
                 records.build(Trainings, found["trainings"], "trainings") if "trainings" in found else None,
             )
         except KeyError as error:
-            raise ValueError(f"without {error.args[0]}") from None
+            raise ValueError(f"{error.args[0]}: missing") from None
 
     def to_json(self) -> dict[str, Any]:
         about = {"points": self.points, "lowest": self.lowest, "tied": self.tied}

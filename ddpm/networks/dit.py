@@ -129,7 +129,7 @@ class DiT(nn.Module):
         height, width = (side // self.patch for side in x.shape[2:])
         tokens = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)
         h = self.first(tokens) + self.positions
-        condition = F.silu(self.time(time_embedding(t, FREQUENCIES, shift=0).to(x.dtype)) + self._label(t, labels))
+        condition = F.silu(self.time(time_embedding(t, FREQUENCIES).to(x.dtype)) + self._label(t, labels))
         for block in self.blocks:
             h = block(h, condition)
         h = self.last(_modulated(h, *self.modulation(condition).chunk(2, dim=1)))

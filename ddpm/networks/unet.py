@@ -151,7 +151,10 @@ def _check_counts(blocks: int, heads: int, classes: int) -> None:
 
 
 def _heights(image_size: int | Sequence[int], patch: int, levels: int, named: Sequence[int]) -> list[int]:
-    """Returns the height of each resolution in patches. Raises ValueError unless those include the `named` heights."""
+    """Returns the height of each resolution, counted in patches.
+
+    Raises ValueError if one of the heights that the user `named`, for attention or residual blocks, is not among them.
+    """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if patch < 1 or height % patch or width % patch:
         raise ValueError(

@@ -275,9 +275,10 @@ def _set_up(
 
 
 def _base_weights(params: Params, schedule: str, network: NetworkEntry, root: Path) -> dict[str, torch.Tensor]:
-    """Returns the weights of the model from which a training starts. Raises InputError unless it is the one that the row names.
+    """Returns the weights of the model that `base` names in the schedule's row, from which the training starts.
 
-    Its schedule, target and data may be others, but its network must be the same.
+    Raises InputError if imported/NAME holds other weights, or another network than this training's. Schedule, target and data
+    may differ.
     """
     name, _, checksum = str(params.schedules[schedule].base).partition("@")
     folder = paths.imported_dir(name)

@@ -58,8 +58,8 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
 
     Skips the training states of the schedules in `params`, since a longer training would resume from them. Skips the kept
     images of the sweep's points, since sampling resumes from them or replaces them. If dataset.json or auto.json cannot be
-    read, skips all training states, since it is unknown which of them `params` need. Runs compute other files again when
-    needed.
+    read, skips all training states, since it is unknown which of them `params` need. A run that needs one of
+    the other files computes it again.
 
     Args:
         params: the present parameters.

@@ -43,6 +43,11 @@ def export_diffusers(folder: Path, out: Path, variance: str = "fixed_large") -> 
     assert isinstance(denoiser.net, nn.Module)
     if unknown := {key for key, value in model.content.items() if value} - KNOWN:
         raise InputError(f"{folder}: diffusers has no place for '{sorted(unknown)[0]}' of model.json")
+    if model.network.kind != "unet":
+        raise InputError(
+            f"{folder}: holds a network of kind {model.network.kind}, and a DDPMPipeline runs a UNet2DModel; train with"
+            " network.kind: unet"
+        )
     settings = model.network.settings
     variance = "learned_range" if model.network.learned_variance else variance
     try:
@@ -191,9 +196,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _network_folder(folder: Path) -> tuple[Path, list[str]]:
-    """Returns the folder of config.json, and lines for the user. Raises InputError.
+    """Returns the folder that holds config.json, and lines that tell the user if it was chosen among others. Raises InputError.
 
-    The folder is unet_ema/ of a training's checkpoint, unet/ of a pipeline, or `folder` itself.
+    It is unet_ema/ of a training's checkpoint, unet/ of a pipeline, or `folder` itself.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; download the model first")

@@ -37,7 +37,7 @@ class Times:
         return torch.randint(self.T, (count,), device=generator.device, generator=generator)
 
     def weights(self, t: Tensor) -> Tensor | None:
-        """Returns the factors of the losses at drawn times t [B]; None for 1."""
+        """Returns the factors by which the losses at drawn times t [B] are multiplied, or None if all are 1."""
         return None
 
     def observe(self, t: Tensor, losses: Tensor) -> None:

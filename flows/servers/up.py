@@ -220,7 +220,10 @@ def _left() -> str:
 
 
 def _end_what_is_left(mark: str) -> None:
-    """Waits for the flow runs, which outlive their worker until their stages have stopped. Then kills every process left."""
+    """Waits until the flow runs have ended, then kills every process of `mark` that is left.
+
+    A flow run outlives its worker: it ends once its stages have stopped.
+    """
     for process in ending.left_after(ending.FLOW_RUNS, lambda: _marked(mark)):
         process.kill()
 

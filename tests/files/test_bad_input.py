@@ -1101,7 +1101,7 @@ REPORTS: dict[str, tuple[Callable[[], Any], str]] = {
     "no bytes": (content(str(METRICS), lambda old: b""), "not readable as JSON"),
     "not UTF-8": (content(str(METRICS), lambda old: b"\xff" + old), "not readable as JSON"),
     "a number": (content(str(METRICS), lambda old: b"3"), "expected a JSON object"),
-    "no FID": (of_scores(fid=...), "without fid; run `ddpm evaluate cosine-ddim-5` again"),
+    "no FID": (of_scores(fid=...), "fid: missing; run `ddpm evaluate cosine-ddim-5` again"),
     "FID null": (of_scores(fid=None), "no sound value of fid"),
     "FID in words": (of_scores(fid="low"), "no sound value of fid"),
     "FID is NaN": (of_scores(fid=NAN), "NaN is no number"),

@@ -27,7 +27,6 @@ def linear(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
 
 @torch.no_grad()
 def test_it_is_the_transformer_of_diffusers() -> None:
-    """At t = 0, since the authors' frequencies and diffusers' differ a little: there the sinusoids of both are 0 and 1."""
     diffusers = pytest.importorskip("diffusers")
     net = lively(DiT(3, 8, width=32, depth=2, heads=4, patch=2, out_channels=6, classes=5))
     theirs = diffusers.DiTTransformer2DModel(
@@ -58,7 +57,7 @@ def test_it_is_the_transformer_of_diffusers() -> None:
     linear(theirs.proj_out_1, net.modulation.weight, net.modulation.bias)
     channels_last = torch.arange(24).view(6, 4).T.flatten()  # of a patch's numbers
     linear(theirs.proj_out_2, net.last.weight[channels_last], net.last.bias[channels_last])
-    x, t, labels = random(3, 3, 8, 8), torch.zeros(3), torch.tensor([0, 4, -1])
+    x, t, labels = random(3, 3, 8, 8), torch.tensor([0.0, 7.0, 999.0]), torch.tensor([0, 4, -1])
     expected = theirs(x, t, torch.where(labels < 0, 5, labels)).sample
     assert float(expected.std()) > 0.1
     torch.testing.assert_close(net(x, t, labels), expected, rtol=1e-4, atol=1e-4)

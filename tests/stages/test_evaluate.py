@@ -179,7 +179,7 @@ def test_judges_score_the_same_samples_and_change_no_other_score(root: Path, hal
         assert estimate.value == pytest.approx(expected, rel=1e-5)
         assert estimate.error == pytest.approx(standard_error(ours), rel=1e-4)
     np.testing.assert_array_equal(read_point_influence(root, POINT, read), headline)
-    with pytest.raises(ValueError, match="without cmmd_low"):
+    with pytest.raises(ValueError, match="cmmd_low: missing"):
         Scores.from_json({name: value for name, value in scores.items() if name != "cmmd_low"})
 
 

@@ -15,10 +15,11 @@ from ddpm import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.files import checkpoint, dataset, models, records, samples
 from ddpm.files.params import Params
-from ddpm.parameters import Point
+from ddpm.parameters import OtherNetwork, Point
 from ddpm.runtime.progress import Progress
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import PAIRINGS, train, training_key
+from ddpm.tools.exchange import export_diffusers
 from ddpm.tracking.lineage import identity_of_model, training_identity
 from ddpm.training.objective import Objective
 from ddpm.training.validation import Validation
@@ -149,6 +150,27 @@ def test_a_descent_resumes_and_a_longer_training_goes_on_before_it(
     # Another descent from the same state, and none, are other trainings that begin with the same steps.
     assert run(of(20, decay="linear", decay_share=0.4), root) == 10
     assert run(of(20, decay="none"), root) == 12
+
+
+def test_a_transformer_through_train_checkpoint_and_sample(root: Path, smoke: Callable[..., Params]) -> None:
+    """With a learned variance and bfloat16. Diffusers' pipelines have no place for it, which the export says in one line."""
+    dit = OtherNetwork(kind="dit", rest={"width": 32, "depth": 2, "heads": 2, "patch": 2})
+    params = smoke(
+        diffusion={"variance": "learned"},
+        training={"steps": 6, "loss": "hybrid", "precision": "bfloat16", "compile": True},
+        sampling={"images": 4, "batch": 4},
+    ).model_copy(update={"network": dit})
+    metrics = train(params, "cosine", root)
+    denoiser, about = checkpoint.load(root / "models/cosine")
+    assert (about.network.kind, about.network.out_channels, about.network.settings["width"]) == ("dit", 2, 32)
+    assert metrics["parameters"] == sum(parameter.numel() for parameter in denoiser.net.parameters())
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert float(denoiser.net(x, torch.tensor([3.0, 50.0])).detach().abs().max()) > 0
+    sample_point(params, Point.parse("cosine-ddpm-5"), root)
+    assert samples.read_samples(root / "samples/cosine-ddpm-5.npz").images.std() > 0
+    with pytest.raises(InputError, match="holds a network of kind dit, and a DDPMPipeline runs a UNet2DModel"):
+        export_diffusers(root / "models/cosine", root / "exported")
+    assert not (root / "exported").exists()
 
 
 def test_a_training_starts_from_another_model(root: Path, smoke: Callable[..., Params]) -> None:

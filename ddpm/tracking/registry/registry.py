@@ -386,7 +386,7 @@ def _score(version: ModelVersion, protocol: Protocol, say: Say) -> Score | None:
 
 
 def _with_influence(target: Target, version: ModelVersion, score: Score, say: Say) -> Score:
-    """Returns the score with its influence values, if they were kept and can be read."""
+    """Returns the score with the influence of each image on it; unchanged if those values were not kept or cannot be read."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
