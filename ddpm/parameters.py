@@ -27,6 +27,7 @@ INSIDE = {"gt": 0, "lt": 1}
 SEED = {"ge": 0, "lt": 2**32}  # torch's CPU generator uses only 32 bits
 USUAL_NETWORK = "unet"  # the default of network.kind
 USUAL_EXTRACTOR = "inception"  # the default of evaluation.extractor, and the extractor of old scores that name none
+MOST_PAIRED = 4096  # images of a batch with assigned noise: the time of an assignment grows with their cube
 AUTO = "auto"  # of precision and compile: what is fastest on the machine that runs `ddpm probe`
 AUTOMATIC = ("training", "sampling")  # sections in which precision and compile may be AUTO
 Precision = Literal["float32", "bfloat16", "auto"]
@@ -208,6 +209,10 @@ class Training:
         check_compile(self.compile)
         if (self.optimizer == "adam") != (self.weight_decay == 0) and self.optimizer != "muon":
             raise ValueError("weight_decay: more than 0 for adamw, which has it, and 0 for adam, which has none")
+        if self.decay == "none" and (self.decay_share, self.decay_to) != (0.3, 0.0):
+            raise ValueError("decay_share, decay_to: they have no effect without decay; set decay, or leave them out")
+        if self.pairing == "immiscible" and self.batch > MOST_PAIRED:
+            raise ValueError(f"pairing: immiscible takes a batch of at most {MOST_PAIRED:,} (given: {self.batch:,})")
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate: a batch of {self.batch} does not divide into {self.accumulate} equal parts")
 

@@ -21,8 +21,12 @@ def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def positions(height: int, width: int, channels: int) -> Tensor:
-    """Returns the sinusoids of each patch's column and row, [height * width, channels], half of the channels each."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    """Returns the sinusoids of each patch's column and row, [height * width, channels], half of the channels each.
+
+    Always on the CPU, since they are no part of a checkpoint: a network is first built without memory, on torch's meta device.
+    """
+    sides = torch.arange(height, device="cpu"), torch.arange(width, device="cpu")
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     halves = [time_embedding(place.flatten(), channels // 2, shift=0) for place in (columns, rows)]
     return torch.cat(halves, dim=1)
 
@@ -94,7 +98,7 @@ class DiT(nn.Module):
         super().__init__()
         _check(width, depth, heads, dropout, classes)
         height, across = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if not 1 <= patch <= min(height, across) or height % patch or across % patch:
+        if type(patch) is not int or not 1 <= patch <= min(height, across) or height % patch or across % patch:
             raise ValueError(
                 f"image_size {image_size} cannot be divided into patches of patch = {patch} pixels: take a patch that"
                 " divides both sides"
@@ -147,6 +151,9 @@ class DiT(nn.Module):
 
 
 def _check(width: int, depth: int, heads: int, dropout: float, classes: int) -> None:
+    for name, number in (("width", width), ("depth", depth), ("heads", heads)):
+        if type(number) is not int:
+            raise ValueError(f"{name} = {number!r:.60} must be a whole number")
     if width < 4 or width % 4:
         raise ValueError(f"width = {width} must be a multiple of 4: sines and cosines of rows and of columns")
     if not 1 <= depth <= 256 or not 1 <= heads <= width or width % heads:

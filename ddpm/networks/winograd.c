@@ -335,7 +335,7 @@ ALWAYS void configure(void)
     tiles.bytes[i] = 64;
     tiles.rows[i] = TILE;
   }
-  _tile_loadconfig(&tiles);
+  __asm__ volatile("ldtilecfg %0" ::"m"(tiles)); // GCC 12's own function names only a part of what it reads
 }
 
 // Adds a product to tiles 0 ... 3, which hold 32 x 32 sums: of STEP numbers in rows of a, `row` numbers apart, and columns of b.
@@ -361,14 +361,17 @@ ALWAYS void store_tiles(float *sums)
 
 ALWAYS void load_tiles(const float *sums)
 {
+  __asm__ volatile("" ::: "memory");
   _tile_loadd(0, sums, PANEL * sizeof(float));
   _tile_loadd(1, sums + TILE, PANEL * sizeof(float));
   _tile_loadd(2, sums + TILE * PANEL, PANEL * sizeof(float));
   _tile_loadd(3, sums + TILE * PANEL + TILE, PANEL * sizeof(float));
 }
 
+// Sets tiles 0 ... 3. The compiler may move no store to memory beyond this: it does not know what loads of tiles read.
 ALWAYS void zero_tiles(void)
 {
+  __asm__ volatile("" ::: "memory");
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ddpm.networks.layers import AddingConvolution, NormSwish, SharedDropout
@@ -127,15 +128,16 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 class _Kept(nn.Module):
     """Keeps its transformed kernel between calls that need no gradients."""
 
-    _known: tuple[Any, Tensor] | None = None
+    # What the kernel was made from, the kernel, and the weight itself: while it is kept, no other weight has its address.
+    _known: tuple[Any, Tensor, Tensor] | None = None
 
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None) -> Tensor:
         """Convolves x [N, C, H, W] with weight [K, C, side, side], and adds the bias and `onto`."""
-        if _needs_gradient(x, weight, onto):
+        if _needs_gradient(x, weight, bias, onto):
             return _Convolved.apply(x, weight, bias, onto)
         state = (x.dtype, None if weight.is_inference() else weight._version, weight.data_ptr())
         if self._known is None or self._known[0] != state:
-            self._known = (state, _kernel(weight, x.dtype, keep=True))
+            self._known = (state, _kernel(weight, x.dtype, keep=True), weight.detach())
         return _convolve(x, self._known[1], bias, onto, *weight.shape[::2])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,7 +150,8 @@ class Convolution(_Kept, nn.Conv2d):
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         dtype = _number(x, self.weight)
         few = 1 if _by_matrices(dtype) else FEW_TRAINED if _needs_gradient(x, self.weight) else FEW
-        if dtype is None or x[:, 0].numel() < few:
+        fits = onto is None or onto.shape == (len(x), self.out_channels, *x.shape[2:])
+        if dtype is None or x[:, 0].numel() < few or not fits:
             y = nn.Conv2d.forward(self, x)
             return y if onto is None else onto + y
         return self._convolved(x.to(dtype), self.weight, self.bias, None if onto is None else onto.to(dtype))
@@ -199,7 +202,9 @@ class NormalisedSwish(NormSwish):
         dtype = _number(x, self.weight)
         if dtype is None:
             return super().forward(x, shift)
-        return _normalised(self, x.to(dtype), None if shift is None else shift.float())
+        if shift is not None:
+            shift = shift.float().expand(len(x), x.shape[1]).contiguous()
+        return _normalised(self, x.to(dtype), shift)
 
 
 class Dropout(nn.Dropout):
@@ -225,6 +230,7 @@ class _Convolved(torch.autograd.Function):
         return _convolve(x, _kernel(weight, x.dtype), bias, onto, *weight.shape[::2])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gradient = _channels_last(gradients[0].to(x.dtype))
@@ -241,7 +247,7 @@ class _Convolved(torch.autograd.Function):
 
 def _normalised(layer: Normalisation | NormalisedSwish, x: Tensor, shift: Tensor | None) -> Tensor:
     arguments = x, shift, layer.weight, layer.bias, layer.num_groups, layer.eps, layer.linear
-    return _Normalised.apply(*arguments) if _needs_gradient(x, shift, layer.weight) else _normalise(*arguments)[0]
+    return _Normalised.apply(*arguments) if _needs_gradient(x, shift, layer.weight, layer.bias) else _normalise(*arguments)[0]
 
 
 def _normalise(
@@ -266,6 +272,7 @@ class _Normalised(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, shift, weight, bias, moments = ctx.saved_tensors
         x, gradient = _channels_last(x), _channels_last(gradients[0].to(x.dtype))
@@ -284,6 +291,7 @@ class _Dropped(torch.autograd.Function):
         return _dropped(x.contiguous(memory_format=ctx.layout), *ctx.mask)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return _dropped(gradients[0].contiguous(memory_format=ctx.layout), *ctx.mask), None, None, None
 

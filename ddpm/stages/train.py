@@ -40,7 +40,7 @@ from ddpm.runtime.stopping import Stopped, deferred
 from ddpm.training.fit import Descent, Step, TrainingState, fit
 from ddpm.training.objective import Objective
 from ddpm.training.parallel import World
-from ddpm.training.times import TIMES
+from ddpm.training.times import TIMES, Times
 from ddpm.training.validation import Validation
 
 DIVERGED, ROWS = 10.0, 10  # diverged: the loss stayed above 10x the loss of a zero prediction for 10 logged rows
@@ -232,9 +232,9 @@ def _set_up(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.training_seed(schedule))
         net = checkpoint.network(network).to(device).to(memory_format=torch.channels_last)
-    times = None if settings.times == "uniform" else TIMES[settings.times](noise, device)
+    times = _times(params, schedule, device)
     if params.schedules[schedule].base is not None:
-        net.load_state_dict(_base_weights(params, schedule, network, root))
+        _start_from_base(net, params, schedule, network, root, world)
     state = TrainingState(net, settings.optimizer, settings.weight_decay, times)
     folder = _state_folder(params, schedule, dataset, root, world)
     if fresh and world.rank == 0:
@@ -274,6 +274,31 @@ def _set_up(
     return training, steps
 
 
+def _times(params: Params, schedule: str, device: torch.device) -> Times | None:
+    """Returns how network times are drawn; None if uniformly. Raises InputError."""
+    if params.training.times == "uniform":
+        return None
+    unbiased = params.training.loss in ("vlb", "hybrid")
+    try:
+        return TIMES[params.training.times](noise_schedule(params, schedule), device, unbiased)
+    except ValueError as error:
+        raise InputError(f"train {schedule}: training.times: {error}") from None
+
+
+def _start_from_base(
+    net: torch.nn.Module, params: Params, schedule: str, network: NetworkEntry, root: Path, world: World
+) -> None:
+    """Loads the weights of the row's `base` in process 0, which later sends them to the others. Raises InputError in all."""
+    refusal = ""
+    if world.rank == 0:
+        try:
+            net.load_state_dict(_base_weights(params, schedule, network, root))
+        except InputError as error:
+            refusal = str(error)
+    if refusal := world.broadcast(refusal):
+        raise InputError(refusal)
+
+
 def _base_weights(params: Params, schedule: str, network: NetworkEntry, root: Path) -> dict[str, torch.Tensor]:
     """Returns the weights of the model that `base` names in the schedule's row, from which the training starts.
 
@@ -303,7 +328,8 @@ def _base_weights(params: Params, schedule: str, network: NetworkEntry, root: Pa
 def _state_folder(params: Params, schedule: str, dataset: Dataset, root: Path, world: World) -> Path:
     """Returns the folder of this training's states. Raises InputError if the processes have different inputs."""
     key = training_key(params, schedule, dataset.record.sha256)
-    if world.largest(int(world.broadcast(key) != key)):
+    whole = [key, as_json(params.training)]
+    if world.largest(int(world.broadcast(whole) != whole)):
         raise InputError(
             f"train {schedule}: the processes of this training have different data, parameters or code; give all of them the same"
         )
@@ -314,6 +340,11 @@ def _folder_at(folder: Path, settings: TrainingSettings, step: int) -> Path:
     """Returns the folder for the state after `step`: another one than `folder` if the learning rate comes down by then."""
     if step <= settings.whole:
         return folder
+    return descent_folder(folder, settings)
+
+
+def descent_folder(folder: Path, settings: TrainingSettings) -> Path:
+    """Returns the folder of the states during the decay of the learning rate, which depend on the number of steps."""
     descent = [settings.steps, settings.decay, settings.decay_share, settings.decay_to]
     return folder / f"{folder.name}-{hashlib.sha256(json.dumps(descent).encode()).hexdigest()[:16]}"
 
@@ -418,6 +449,12 @@ def _resume(
         if resumed is None and settings.whole < steps:
             resumed, more = checkpoint.read_resume(folder, at_most=settings.whole)
             complaints += more
+        if resumed is None and any(folder.glob(checkpoint.STATES)):
+            complaints.append(
+                f"no saved state is from before step {settings.whole}, after which the learning rate decays: starting anew"
+                if settings.whole < steps
+                else f"all saved states are from after step {steps}: starting anew"
+            )
         for complaint in complaints:
             report(Progress(0, steps, "steps", message=complaint))
         # protects: tests/stages/test_faults.py::test_a_signal_makes_training_save_that_very_step[15]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 from ddpm.errors import InputError
@@ -56,10 +56,10 @@ class Leftover:
 def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
     """Finds old files in .cache that no run with these parameters would resume from.
 
-    Skips the training states of the schedules in `params`, since a longer training would resume from them. Skips the kept
-    images of the sweep's points, since sampling resumes from them or replaces them. If dataset.json or auto.json cannot be
-    read, skips all training states, since it is unknown which of them `params` need. A run that needs one of
-    the other files computes it again.
+    Skips the training states of the schedules in `params`, since a longer training would resume from them, but not those of
+    another decay of the learning rate. Skips the kept images of the sweep's points, since sampling resumes from them or
+    replaces them. If dataset.json or auto.json cannot be read, skips all training states, since it is unknown which of them
+    `params` need. A run that needs one of the other files computes it again.
 
     Args:
         params: the present parameters.
@@ -73,10 +73,14 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
             continue
         entries = sorted((root / CACHE / folder).glob("*"), key=_name)
         for name, paths in groupby(entries, key=_name):
+            group = tuple(paths)
             if name in kept:
-                continue
+                descents = (_other_descents(path, params) for path in group if folder == "training")
+                group = tuple(chain.from_iterable(descents))
+                if not group:
+                    continue
             try:
-                found = _leftover(kind, tuple(paths))
+                found = _leftover(kind, group)
             except FileNotFoundError:
                 continue  # another process is replacing these files, so they are in use
             if found.used < before:
@@ -92,6 +96,14 @@ def _trainings(params: Params, root: Path) -> set[str] | None:
     except InputError:  # missing, damaged, or of version 0.1.0: `prepare` and `probe` may make the same files again
         return None
     return {f"{schedule}-{training_key(params, schedule, data)[:16]}" for schedule in params.schedules}
+
+
+def _other_descents(folder: Path, params: Params) -> Iterator[Path]:
+    """Yields the folders of states from decays of the learning rate other than that of `params`."""
+    from ddpm.stages.train import descent_folder
+
+    present = descent_folder(folder, params.training)
+    return (path for path in sorted(folder.glob("*")) if path.is_dir() and path != present)
 
 
 def _leftover(kind: str, paths: tuple[Path, ...]) -> Leftover:

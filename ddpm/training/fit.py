@@ -291,7 +291,9 @@ def fit(
         # Drawn last, so that the other draws are the same as without labels.
         drawn.classes = _classes(labels, drawn.rows, label_dropout, generator)
         if pair is not None:
-            drawn.eps = drawn.eps[pair(drawn.clean(images, slice(None)), drawn.eps)]
+            order = pair(drawn.clean(images, slice(None)), drawn.eps)
+            world.copy([order])  # one process decides, since a last bit may decide a pairing
+            drawn.eps = drawn.eps[order]
         for parameter in parameters:
             parameter.grad = None
         losses = torch.zeros(batch, device=device)

@@ -23,10 +23,11 @@ class Times:
     Args:
         schedule: the noise schedule.
         device: the device of the times.
+        unbiased: whether the expectation of the loss must be its mean over uniform times, as the bound's.
     """
 
-    def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu") -> None:
-        self.T, self.device = schedule.T, torch.device(device)
+    def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu", unbiased: bool = False) -> None:
+        self.T, self.device, self.unbiased = schedule.T, torch.device(device), unbiased
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns what is remembered, by name, for saved states."""
@@ -50,8 +51,8 @@ class LossAware(Times):
     Uniform until every time has 10 losses. The weights keep the expectation of the loss.
     """
 
-    def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu") -> None:
-        super().__init__(schedule, device)
+    def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu", unbiased: bool = True) -> None:
+        super().__init__(schedule, device, unbiased)
         self.losses = torch.zeros(self.T, KEPT, device=self.device)
         self.counts = torch.zeros(self.T, dtype=torch.int64, device=self.device)
 
@@ -63,7 +64,8 @@ class LossAware(Times):
         size = self.losses.square().mean(1).sqrt()
         uniform = torch.full_like(size, 1 / self.T)
         found = (1 - UNIFORM) * size / size.sum().clamp(min=torch.finfo(size.dtype).tiny) + UNIFORM * uniform
-        return torch.where((self.counts >= KEPT).all() & (size.sum() > 0), found, uniform)
+        known = (self.counts >= KEPT).all() & (size.sum() > 0) & size.sum().isfinite()
+        return torch.where(known, found, uniform)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.multinomial(self.probabilities(), count, replacement=True, generator=generator)
@@ -72,23 +74,28 @@ class LossAware(Times):
         return 1 / (self.T * self.probabilities()[t])
 
     def observe(self, t: Tensor, losses: Tensor) -> None:
-        same = t[:, None] == t[None, :]
-        before, total = same.tril(-1).sum(1), same.sum(1)
-        newest = before >= total - KEPT  # of more losses at one time, the last ones are kept
+        order = t.argsort(stable=True)
+        total = torch.bincount(t, minlength=self.T)
+        before = torch.empty_like(t)  # how many earlier images have the same time
+        before[order] = torch.arange(len(t), device=t.device) - (total.cumsum(0) - total)[t[order]]
+        newest = before >= total[t] - KEPT  # of more losses at one time, the last ones are kept
         self.losses[t[newest], (self.counts[t] + before)[newest] % KEPT] = losses[newest].to(self.losses.dtype)
-        self.counts.index_add_(0, t, torch.ones_like(t))
+        self.counts += total
 
 
 class LogNormal(Times):
     """Draws times whose log SNR is normal: the distribution of Karras et al. 2022, table 1, on any schedule.
 
-    It takes the place of a weight of the loss, so the losses are not weighted.
+    It takes the place of a weight of the loss, so the losses are not weighted, unless they must stay `unbiased`. Raises
+    ValueError for a schedule with less than two times of finite log SNR.
     """
 
-    def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu") -> None:
-        super().__init__(schedule, device)
+    def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu", unbiased: bool = False) -> None:
+        super().__init__(schedule, device, unbiased)
         log_snr = schedule.snr[1:].log()  # falls with t; -inf at the end of some schedules
         finite = log_snr[log_snr.isfinite()]
+        if len(finite) < 2:
+            raise ValueError("log_normal needs two or more times of finite log SNR; take uniform, or more timesteps")
         edges = torch.cat([finite[:1] + (finite[:1] - finite[1:2]) / 2, (finite[1:] + finite[:-1]) / 2])
         edges = torch.cat([edges, finite[-1:] - (finite[-2:-1] - finite[-1:]) / 2])
         below = torch.special.ndtr((edges - MEAN) / DEVIATION)
@@ -99,8 +106,11 @@ class LogNormal(Times):
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.multinomial(self.table, count, replacement=True, generator=generator)
 
+    def weights(self, t: Tensor) -> Tensor | None:
+        return 1 / (self.T * self.table[t]) if self.unbiased else None
 
-TIMES: dict[str, Callable[[NoiseSchedule, torch.device], Times]] = {
+
+TIMES: dict[str, Callable[[NoiseSchedule, torch.device, bool], Times]] = {
     "uniform": Times,
     "loss_aware": LossAware,
     "log_normal": LogNormal,

@@ -350,6 +350,17 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
         "out of memory: raise training.accumulate",
     ),
     "parts of a batch": ({"training.accumulate": 3}, "accumulate: a batch of 32 does not divide"),
+    "a weight decay of Adam": ({"training.weight_decay": 0.1}, "weight_decay: more than 0 for adamw"),
+    "AdamW without one": ({"training.optimizer": "adamw"}, "weight_decay: more than 0 for adamw"),
+    "a share without decay": ({"training.decay_share": 0.5}, "decay_share, decay_to: they have no effect without decay"),
+    "a batch too large to pair": (
+        {"training.pairing": "immiscible", "training.batch": 8192},
+        "pairing: immiscible takes a batch of at most 4,096 (given: 8,192)",
+    ),
+    "a base that is imported": (
+        {"schedules.cosine.imported": "0" * 64, "schedules.cosine.base": "a@" + "0" * 64},
+        "base: an imported network is not trained here",
+    ),
     "hybrid without learned variance": ({"training.loss": "hybrid"}, "training.loss: hybrid trains a variance"),
     "min_snr with a learned one": (
         {"training.loss": "min_snr", "diffusion.variance": "learned"},

@@ -113,6 +113,7 @@ def test_positions_tell_patches_apart() -> None:
         ({"width": 18, "heads": 2}, "width = 18 must be a multiple of 4"),
         ({"heads": 3}, "heads = 3 must divide width = 16"),
         ({"depth": 0}, "depth = 0 must lie in 1 ... 256"),
+        ({"heads": 2.0}, "heads = 2.0 must be a whole number"),
         ({"patch": 3}, "cannot be divided into patches of patch = 3 pixels"),
         ({"dropout": 1.0}, "dropout = 1.0 must lie in 0 ... 1"),
     ],

@@ -117,6 +117,27 @@ def test_a_convolution_and_its_gradients(
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_shifts_and_images_that_are_not_whole(dtype: torch.dtype) -> None:
+    """One shift for all images, a part of a wider one, and one image to which all are added."""
+    norm, layer = winograd.compiled(NormSwish(4, 16)), winograd.compiled(AddingConvolution(16, 16, 3, padding=1))
+    x, wide = random(3, 16, 16, 16).to(dtype), random(3, 32, seed=1)
+    with torch.no_grad(), autocast(dtype):
+        for shift in (wide[:, :16], wide[:, 16:], wide[:1, :16], wide[:1, :16].expand(3, -1)):
+            assert torch.equal(norm(x, shift), norm(x, shift.expand(3, -1).clone()))
+        for onto in (x[:1], x[:1].expand(3, -1, -1, -1), x.contiguous(memory_format=torch.channels_last)):
+            close(layer(x, onto), layer(x, onto.expand(3, -1, -1, -1).clone()).double(), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("make", [lambda: nn.GroupNorm(2, 16), lambda: nn.Conv2d(16, 16, 3, padding=1)])
+def test_a_bias_alone_may_be_trained(make: Callable[[], nn.Module]) -> None:
+    layer = winograd.compiled(make())
+    for parameter in layer.parameters():
+        parameter.requires_grad_(parameter is layer.bias)
+    layer(random(4, 16, 8, 8)).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((16,), 256.0))
+
+
 @pytest.mark.parametrize("channels", [(8, 16), (40, 24), (16, 72)])
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_layers_that_are_products(channels: tuple[int, int], dtype: torch.dtype, small_blocks: None) -> None:

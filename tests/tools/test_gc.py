@@ -55,6 +55,21 @@ def test_states_that_nobody_goes_on_from(root: Path, smoke: Smoke) -> None:
     assert "resuming after step 4" in said
 
 
+def test_states_of_another_decay(root: Path, smoke: Smoke) -> None:
+    """Those before the decay stay, and so do those of the present one."""
+    for to in (0.5, 0.1):
+        params = smoke(training={"steps": 8, "decay": "linear", "decay_share": 0.5, "decay_to": to})
+        train(params, "cosine", root)
+    (gone,) = cleaning.leftovers(params, root, later())
+    gone.remove()
+    said: list[str] = []
+    train(params, "cosine", root, lambda progress: said.append(progress.message))
+    assert "resuming after step 8" in said
+    said.clear()
+    train(smoke(training={"steps": 12}), "cosine", root, lambda progress: said.append(progress.message))
+    assert "resuming after step 4" in said
+
+
 def test_without_a_dataset_every_state_stays(tmp_path: Path, smoke: Smoke) -> None:
     aged(made(tmp_path, "training/cosine-0123/000000040.safetensors"))
     assert list(cleaning.leftovers(smoke(), tmp_path, later())) == []

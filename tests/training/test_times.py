@@ -49,9 +49,10 @@ def test_the_newest_ten_losses_of_a_time_count() -> None:
     torch.testing.assert_close(times.probabilities(), (1 - UNIFORM) * root / root.sum() + UNIFORM / 2)
 
 
-def test_losses_of_zero_leave_times_uniform() -> None:
+@pytest.mark.parametrize("loss", [0.0, 1e20, math.inf, math.nan])
+def test_losses_that_say_nothing_leave_times_uniform(loss: float) -> None:
     times = LossAware(NoiseSchedule.named("cosine", 3))
-    observed(times, torch.zeros(3), KEPT)
+    observed(times, torch.full((3,), loss), KEPT)
     assert torch.equal(times.probabilities(), torch.full((3,), 1 / 3))
 
 
@@ -61,6 +62,9 @@ def test_the_log_snr_is_normal(name: str) -> None:
     schedule = NoiseSchedule.named(name, 1000)
     times = LogNormal(schedule)
     assert times.weights(torch.arange(5)) is None
+    unbiased = LogNormal(schedule, unbiased=True)
+    losses = torch.linspace(0, 1, 1000)
+    assert float((unbiased.table * unbiased.weights(torch.arange(1000)) * losses).sum()) == pytest.approx(0.5)
     assert float(times.table.sum()) == pytest.approx(1) and float(times.table.min()) >= UNIFORM / 1000 * (1 - 1e-6)
     log_snr = schedule.snr[1:].log()
     finite = log_snr[log_snr.isfinite()]
@@ -76,3 +80,8 @@ def test_the_log_snr_is_normal(name: str) -> None:
     assert (
         float((frequencies(times, 50_000) - times.table).abs().max()) < 4.5 * (float(times.table.max()) / 50_000) ** 0.5
     )
+
+
+def test_a_schedule_without_a_range_of_log_snr_is_refused() -> None:
+    with pytest.raises(ValueError, match="log_normal needs two or more times of finite log SNR"):
+        LogNormal(NoiseSchedule.named("cosine", 2, zero_terminal_snr=True))
