@@ -21,13 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bench.harness import cpu_seconds
-from ddpm import Denoiser, NoiseSchedule, UNet, fit, gaussian, sample
+from ddpm import Denoiser, NoiseSchedule, fit, gaussian, sample
 from ddpm.networks import winograd
+from ddpm.networks.network import NETWORKS
 from ddpm.scores import fidelity, intervals
 from ddpm.scores.features import extract
 from ddpm.scores.inception import Inception
-from ddpm.training.fit import TrainingState, autocast
+from ddpm.training.fit import Descent, TrainingState, autocast
 from ddpm.training.objective import Objective
+from ddpm.training.times import TIMES
 
 Images = NDArray[np.uint8]
 
@@ -41,11 +43,13 @@ class Recipe:
     """Everything that decides the weights, except the number of steps.
 
     Args:
-        network: arguments of UNet.
+        network: arguments of the network.
         schedule: arguments of NoiseSchedule.named.
         decay: pairs (share of the steps, factor): from that share on, the learning rate is multiplied by the factor.
+        kind: a key of NETWORKS.
+        descent: a shape of Descent, and the share of the steps over which the learning rate comes down to zero.
 
-    The other fields are arguments of `fit` and `Objective.of`.
+    The other fields are arguments of `fit`, `Objective.of` and TrainingState, or entries of the section `training`.
     """
 
     network: dict[str, Any]
@@ -63,6 +67,12 @@ class Recipe:
     decay: tuple[tuple[float, float], ...] = ()
     log_every: int = 50
     seed: int = 0
+    kind: str = "unet"
+    optimizer: str = "adam"
+    weight_decay: float = 0.0
+    descent: tuple[str, float] | None = None
+    pairing: str = "random"
+    times: str = "uniform"
 
     def noise(self) -> NoiseSchedule:
         return NoiseSchedule.named(**self.schedule)
@@ -70,7 +80,18 @@ class Recipe:
     def net(self, device: str) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return UNet(**self.network).to(device).to(memory_format=torch.channels_last)
+            return NETWORKS.select(self.kind)(**self.network).to(device).to(memory_format=torch.channels_last)
+
+    def state(self, device: str) -> TrainingState:
+        times = None if self.times == "uniform" else TIMES[self.times](self.noise(), torch.device(device), False)
+        return TrainingState(self.net(device), self.optimizer, self.weight_decay, times)
+
+    def coming_down(self, steps: int | None) -> Descent | None:
+        """Returns how the learning rate of a training of so many steps comes down."""
+        if self.descent is None or steps is None:
+            return None
+        shape, share = self.descent
+        return Descent(steps - round(share * steps), steps, shape)
 
     def rate(self, step: int, steps: int) -> float:
         """Returns the learning rate after `step` of `steps` steps."""
@@ -112,7 +133,7 @@ class Course:
     @classmethod
     def load(cls, folder: Path, recipe: Recipe, device: str) -> Course:
         """Loads what `save` wrote, or starts anew. Raises SystemExit if the saved training has another recipe."""
-        course = cls(TrainingState(recipe.net(device)), json.dumps(asdict(recipe)))
+        course = cls(recipe.state(device), json.dumps(asdict(recipe)))
         if (folder / "course.pt").exists():
             kept = torch.load(folder / "course.pt", weights_only=True, mmap=True)
             if json.loads(kept["about"])["recipe"] != course.recipe:
@@ -142,17 +163,18 @@ def advance(course: Course, recipe: Recipe, images: Tensor, device: str) -> Iter
     state = course.training
     objective = Objective.of(recipe.noise(), recipe.target, device, recipe.loss)
     forward = winograd.compiled(state.net, dynamic=False) if recipe.compiled else None
-    rate, running, losses, first = math.nan, None, [], True
+    pair = None if recipe.pairing == "random" else _pairing(recipe.pairing)
+    known, running, losses, first = None, None, [], True
     began, processor = time.perf_counter(), cpu_seconds()
     while course.steps is None or state.step < course.steps:
-        if (now := recipe.rate(state.step, course.steps or sys.maxsize)) != rate:
-            rate = now
+        if (now := (recipe.rate(state.step, course.steps or sys.maxsize), course.steps)) != known:
+            known = now
             running = fit(
                 state,
                 images,
                 objective,
                 batch=recipe.batch,
-                learning_rate=rate,
+                learning_rate=now[0],
                 seed=recipe.seed,
                 warmup=recipe.warmup,
                 clip=recipe.clip,
@@ -160,6 +182,8 @@ def advance(course: Course, recipe: Recipe, images: Tensor, device: str) -> Iter
                 flip=recipe.flip,
                 precision=recipe.precision,
                 forward=forward,
+                descent=recipe.coming_down(course.steps),
+                pair=pair,
             )
         assert running is not None
         losses.append(next(running).loss)
@@ -177,6 +201,12 @@ def advance(course: Course, recipe: Recipe, images: Tensor, device: str) -> Iter
             course.processor += cpu_seconds() - processor
             yield loss
             began, processor = time.perf_counter(), cpu_seconds()
+
+
+def _pairing(name: str) -> Callable[[Tensor, Tensor], Tensor] | None:
+    from ddpm.stages.train import PAIRINGS  # imported here: needs more than this module may
+
+    return PAIRINGS[name]
 
 
 def denoiser_of(course: Course, recipe: Recipe, device: str, precise: bool = False) -> Denoiser:

@@ -311,8 +311,10 @@ def _share(operations: int, device: str, checks: dict[str, Any]) -> float:
 
 
 def _instructions(device: str) -> str:
-    """Returns the instruction set that torch uses on the CPU, or the kind of GPU."""
-    return torch.backends.cpu.get_cpu_capability() if device == "cpu" else torch.cuda.get_device_name()
+    """Returns the instruction set that is used on the CPU, or the kind of GPU."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    return torch.backends.cpu.get_cpu_capability() + (" with AMX" if winograd.uses_amx() else "")
 
 
 def _set_up(net: Any, setting: Setting) -> Any:

@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,26 @@ CHANGES: dict[str, dict[str, Any]] = {
     "channels 48": {"network": {"channels": 48}},
     "multipliers 1-2-4": {"network": {"multipliers": [1, 2, 4]}},
     "no attention": {"network": {"attention": []}},
+    "decay linear 0.3": {"descent": ("linear", 0.3)},
+    "decay cosine 0.5": {"descent": ("cosine", 0.5)},
+    "adamw 0.01": {"optimizer": "adamw", "weight_decay": 0.01},
+    "muon": {"optimizer": "muon"},
+    "muon, decay linear 0.3": {"optimizer": "muon", "descent": ("linear", 0.3)},
+    "immiscible": {"pairing": "immiscible"},
+    "loss_aware": {"times": "loss_aware"},
+    "log_normal": {"times": "log_normal"},
+    "rectified flow": {"schedule": {"name": "rectified", "steps": 1000}, "target": "flow"},
+    "patch 2, channels 64": {"network": {"patch": 2, "channels": 64}},
+    "dit": {"kind": "dit", "network": {"width": 192, "depth": 6, "heads": 3, "patch": 4}},
 }
+PACED = 30  # steps after the first row of losses, in which a training learns its pace, and so its number of steps
 
 
 def changed(recipe: Recipe, change: dict[str, Any]) -> Recipe:
-    """Applies a row of CHANGES."""
-    return replace(recipe, **{**change, "network": {**recipe.network, **change.get("network", {})}})
+    """Applies a row of CHANGES. Another kind of network keeps only what follows from the data."""
+    derived = ("image_channels", "image_size")
+    kept = recipe.network if "kind" not in change else {key: recipe.network[key] for key in derived}
+    return replace(recipe, **{**change, "network": {**kept, **change.get("network", {})}})
 
 
 @torch.inference_mode()
@@ -76,7 +91,7 @@ def trial(
         params: the parameters of sampling and scoring.
         dataset: the prepared dataset.
         extractor: the feature extractor.
-        seconds: processor seconds of training.
+        seconds: processor seconds of training, which decide the number of steps after the first rows of losses.
         state: folder from which to resume.
         until: time.monotonic() at which to stop.
 
@@ -85,13 +100,18 @@ def trial(
     """
     shape, point, scoring = tuple(dataset.train.shape[1:]), params.points()[-1], params.evaluation
     here = Course.load(state, recipe, "cpu")
-    if here.processor < seconds:
+    first: tuple[float, int] | None = None
+    if here.steps is None or here.training.step < here.steps:
         for _ in course.advance(here, recipe, torch.from_numpy(np.array(dataset.train)), "cpu"):
-            over = time.monotonic() > until
-            if over or here.processor >= seconds:
-                here.save(state)
+            now = (here.processor, here.training.step)
+            first = first or now  # the first row also compiles
+            if here.steps is None and now[1] - first[1] >= PACED:
+                pace = (now[0] - first[0]) / (now[1] - first[1])
+                here.steps = now[1] + max(0, round((seconds - now[0]) / pace))
+            if time.monotonic() > until:
                 break
-        if here.processor < seconds:
+        here.save(state)
+        if here.steps is None or here.training.step < here.steps:
             raise OutOfTime
     denoiser = course.denoiser_of(here, recipe, "cpu")
     row = {**params.samplers[point.sampler].options(), "steps": point.steps}
@@ -120,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows: {', '.join(CHANGES)}; default: all")
     parser.add_argument("--images", type=Path, help="folder of PNG files or zips to use instead of the recipe's data")
     parser.add_argument("--seconds", type=float, default=240, help="processor time of each training")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each row")
     parser.add_argument(
         "--threads",
         type=int,
@@ -142,11 +163,14 @@ def main(arguments: list[str] | None = None) -> int:
     path = asked.out / f"trials-{NAME}.json"
     found = json.loads(path.read_text(encoding="utf-8"))["trials"] if path.exists() else {}
     try:
-        for name in asked.names or CHANGES:
+        for seed, change in product(range(asked.seeds), asked.names or CHANGES):
+            name = f"{change}, seed {seed}" if seed else change
             if name in found:
                 continue
             folder = asked.state / name.replace(" ", "-")
-            row = trial(changed(recipe, CHANGES[name]), params, dataset, extractor, asked.seconds, folder, until)
+            row = trial(
+                replace(changed(recipe, CHANGES[change]), seed=seed), params, dataset, extractor, asked.seconds, folder, until
+            )
             found[name] = harness._short(row)
             about = {"trials": found, "machine": harness.machine("cpu", threads)}
             course.write_json(path, about)

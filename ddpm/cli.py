@@ -240,13 +240,13 @@ def _check_dataset(params: Params, report: Report) -> None:
 
 
 def _watch_training(schedule: str, params: Params, stack: ExitStack) -> Report:
-    """Streams the training to MLflow, with previews of its samples."""
+    """Streams the training to MLflow, with previews of its samples and their FID."""
     from ddpm import tracking
     from ddpm.tools.preview import previews
 
     params = params.resolved()
     watcher = stack.enter_context(tracking.watch_training(params, schedule, Path(), say=say))
-    preview = previews(params, Path(), schedule, watcher.log_preview)
+    preview = previews(params, Path(), schedule, watcher.log_preview, watcher.log_preview_fid)
 
     def report(progress: Progress) -> None:
         watcher(progress)

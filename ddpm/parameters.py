@@ -479,7 +479,8 @@ class Compute:
     """Where stages run and how often they save. No stage depends on this section.
 
     device: `ddpm probe` finds out what `auto` means on it. Until that runs again, another device changes no parameter.
-    processes: the number of processes in one training; each computes its share of the batch.
+    processes: the number of processes in one training; each computes its share of the batch. preview_fid: the images whose
+    FID is logged at each preview; 0 for none.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -487,6 +488,7 @@ class Compute:
     processes: int = entry(COUNT, 1)
     checkpoint_every: int = entry(COUNT, 1000)
     preview_every: int = entry(COUNT, 1000)
+    preview_fid: int = later(0, {"ge": 0, "lt": 2**20})
 
 
 @dataclass(frozen=True, kw_only=True)

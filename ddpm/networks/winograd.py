@@ -76,7 +76,7 @@ def _faster(module: nn.Module) -> type[nn.Module]:
     elif isinstance(module, nn.GroupNorm) and module.num_channels % WIDE == 0:
         faster |= {nn.GroupNorm: Normalisation, NormSwish: NormalisedSwish}
     elif isinstance(module, nn.Linear) and module.in_features % WIDE == module.out_features % WIDE == 0:
-        faster |= {nn.Linear: Linear} if _by_matrices(torch.bfloat16) else {}
+        faster |= {nn.Linear: Linear} if uses_amx() else {}
     return faster.get(type(module), type(module))
 
 
@@ -98,6 +98,11 @@ def _may_use_amx() -> bool:
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
+
+
+def uses_amx() -> bool:
+    """Returns whether the C code computes with AMX in bfloat16."""
+    return _by_matrices(torch.bfloat16)
 
 
 def _by_matrices(dtype: torch.dtype | None) -> bool:

@@ -1,8 +1,9 @@
-"""Draws sample grids while a network trains. DVC does not track the grids, so editing a sampler reruns no training."""
+"""Draws images while a network trains: a grid to look at, and a cheap FID. Neither is tracked by DVC, so no training depends on it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +11,39 @@ import numpy as np
 from ddpm.files import arrays, dataset, paths
 from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress, Report
+from ddpm.scores.extractors import EXTRACTORS
 
 IMAGES, STEPS = 36, 25
+MOST = 10_000  # training images that the FID compares with
 
 
 def preview_file(schedule: str, step: int) -> Path:
     return paths.CACHE / "previews" / schedule / f"{step:07d}.png"
 
 
-def previews(params: Params, root: Path, schedule: str, log: Callable[[int, arrays.Images], None]) -> Report:
-    """Returns a Report that draws a grid every `compute.preview_every` steps, from the same noise with 25 DDIM steps.
+def previews(
+    params: Params,
+    root: Path,
+    schedule: str,
+    log: Callable[[int, arrays.Images], None],
+    log_fid: Callable[[int, float], None] = lambda step, fid: None,
+) -> Report:
+    """Returns a Report that draws images every `compute.preview_every` steps, from the same noise with 25 DDIM steps.
 
-    The Report writes the grid to .cache/previews/SCHEDULE/STEP.png and passes it to log(step, picture), uint8 C,H,W.
+    Args:
+        params: the parameters of the run.
+        root: the top of the checkout.
+        schedule: a row of `schedules`.
+        log: called with the step and a grid of 36 images, uint8 C,H,W, which is also written to
+            .cache/previews/SCHEDULE/STEP.png.
+        log_fid: called with the step and the FID of `compute.preview_fid` images at the extractor's lowest layer. It falls
+            with the FID of the report, but is another number.
     """
+    scored = params.compute.preview_fid
+
+    @cache
+    def fid() -> Callable[[arrays.Images], float]:
+        return _fid_to_train(params, root)
 
     def report(progress: Progress) -> None:
         if progress.model is None or progress.done % params.compute.preview_every:
@@ -33,19 +54,41 @@ def previews(params: Params, root: Path, schedule: str, log: Callable[[int, arra
         shape = tuple(dataset.read_dataset_record(root).shape)
         classes = denoiser.net.classes
         device = next(denoiser.net.parameters()).device
+        count = max(IMAGES, scored)
         images, _ = draw(
             denoiser,
             shape,
-            range(IMAGES),
+            range(count),
             seed=params.seed,
-            batch=IMAGES,
+            batch=max(IMAGES, min(count, params.sampling.batch)),
             steps=min(STEPS, denoiser.schedule.T),
             settings={"sampler": "ddim"},
             device=device,
-            labels=np.arange(IMAGES) % classes if classes else None,
+            labels=np.arange(count) % classes if classes else None,
         )
-        picture = arrays.grid(images)
+        picture = arrays.grid(images[:IMAGES])
         arrays.write_png(root / preview_file(schedule, progress.done), picture)
         log(progress.done, picture)
+        if scored:
+            log_fid(progress.done, fid()(images[:scored]))
 
     return report
+
+
+def _fid_to_train(params: Params, root: Path) -> Callable[[arrays.Images], float]:
+    """Returns a function of images: their FID to the training images, at the lowest layer of `evaluation.extractor`."""
+    from ddpm.scores import features, fidelity
+
+    extractor = features.load(
+        params.evaluation.extractor,
+        min(EXTRACTORS[params.evaluation.extractor].layers),
+        root / paths.CACHE / params.evaluation.extractor,
+    )
+    train = dataset.read_dataset(root).train[:MOST]
+    reference = fidelity.statistics(features.extract(extractor, train, params.evaluation.batch))
+
+    def fid(images: arrays.Images) -> float:
+        found = fidelity.statistics(features.extract(extractor, images, params.evaluation.batch))
+        return fidelity.fid(found, reference)
+
+    return fid

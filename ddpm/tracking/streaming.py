@@ -71,6 +71,11 @@ class TrainingWatch:
         with self._mutex:
             self._pictures.append((step, picture, _now()))
 
+    def log_preview_fid(self, step: int, fid: float) -> None:
+        """Streams the FID of the images that were drawn at this step, as the metric `preview_fid`."""
+        with self._mutex:
+            self._values.append(("preview_fid", fid, _now(), step))
+
     def close(self, status: str, seconds: float = 60) -> None:
         """Sends the remaining values and ends the run as FINISHED, FAILED or KILLED. Gives up after `seconds`."""
         self._ending = True

@@ -64,7 +64,7 @@ def spread(found: Tensor, expected: Tensor) -> float:
 @pytest.fixture(scope="module", params=["AMX", "no AMX"])
 def small_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
     """The C code compiled for few tiles at a time, so that little work has several parts, and for either kind of processor."""
-    if request.param == "AMX" and not winograd._by_matrices(torch.bfloat16):
+    if request.param == "AMX" and not winograd.uses_amx():
         pytest.skip("this processor has no AMX, or Linux does not allow it")
     with pytest.MonkeyPatch.context() as patch:
         without = "-mno-amx-bf16" if winograd._may_use_amx() and request.param != "AMX" else ""
@@ -73,7 +73,7 @@ def small_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
         for name in ("FEW", "FEW_TRAINED"):
             patch.setattr(winograd, name, 1)
         winograd._library.cache_clear()
-        assert winograd._by_matrices(torch.bfloat16) == (request.param == "AMX")
+        assert winograd.uses_amx() == (request.param == "AMX")
         yield
     winograd._library.cache_clear()
 

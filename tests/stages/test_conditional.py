@@ -29,6 +29,7 @@ from ddpm.files.dataset import read_dataset, read_dataset_record
 from ddpm.files.params import Params
 from ddpm.parameters import OtherNetwork, Point
 from ddpm.runtime.drawing import class_labels, to_uint8
+from ddpm.scores import features, fidelity
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
 from ddpm.tools.generate import generate
@@ -135,6 +136,32 @@ def test_previews_show_the_classes_in_turn(trained: Path, params: Callable[..., 
     shown: list[arrays.Images] = []
     train(now, "cosine", tmp_path, previews(now, tmp_path, "cosine", lambda step, picture: shown.append(picture)))
     assert len(shown) == 1 and (tmp_path / preview_file("cosine", 2)).exists()
+
+
+def test_the_fid_of_previews_is_that_of_their_images(
+    trained: Path, params: Callable[..., Params], tmp_path: Path
+) -> None:
+    """At the last step, the previewed model is the saved one. Drawing the images changes no weight."""
+    (tmp_path / "dataset").symlink_to(trained / "dataset")
+    now = params(training={"steps": 3}, compute={"preview_every": 3, "preview_fid": 50})
+    scores: dict[int, float] = {}
+    train(now, "cosine", tmp_path, previews(now, tmp_path, "cosine", lambda *_: None, scores.__setitem__))
+    denoiser, _ = checkpoint.load(tmp_path / "models/cosine", clip=True)
+    drawn = sample(
+        replace(denoiser, labels=torch.arange(50) % 10), gaussian(now.seed, range(50), 0, (1, 8, 8)), "ddim", 25
+    )
+    extractor = features.load("inception", 64, tmp_path / paths.CACHE / "inception")
+    mine, real = (
+        features.extract(extractor, images) for images in (to_uint8(drawn).numpy(), read_dataset(tmp_path).train)
+    )
+    expected = fidelity.fid(fidelity.statistics(mine), fidelity.statistics(real))
+    assert scores == {3: pytest.approx(expected, rel=1e-3)}
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "dataset").symlink_to(trained / "dataset")
+    train(params(training={"steps": 3}), "cosine", plain)
+    name = "models/cosine/model.safetensors"
+    assert (plain / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def model_of(names: list[str], counts: list[int] | None = None) -> models.ModelRecord:
