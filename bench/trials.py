@@ -169,7 +169,13 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             folder = asked.state / name.replace(" ", "-")
             row = trial(
-                replace(changed(recipe, CHANGES[change]), seed=seed), params, dataset, extractor, asked.seconds, folder, until
+                replace(changed(recipe, CHANGES[change]), seed=seed),
+                params,
+                dataset,
+                extractor,
+                asked.seconds,
+                folder,
+                until,
             )
             found[name] = harness._short(row)
             about = {"trials": found, "machine": harness.machine("cpu", threads)}

@@ -20,6 +20,7 @@ from ddpm.training.objective import Objective
 IMAGES, STEPS = 200, 20
 NONE = 10  # the class of what is no digit
 
+SMALL_UNET = partial(UNet, multipliers=(1, 2), blocks=1)
 Recognise = Callable[[np.ndarray], tuple[float, int]]
 
 
@@ -78,7 +79,7 @@ def trained(
     batch: int,
     timesteps: int = 1000,
     loss: str = "simple",
-    kind: Callable[..., torch.nn.Module] = partial(UNet, multipliers=(1, 2), blocks=1),
+    kind: Callable[..., torch.nn.Module] = SMALL_UNET,
     **network: object,
 ) -> Denoiser:
     schedule = NoiseSchedule.named("cosine", timesteps)
@@ -110,9 +111,10 @@ def test_a_tiny_network_makes_digits(recognise: Recognise, digits: tuple[np.ndar
 
 
 def test_a_small_transformer_makes_digits(recognise: Recognise, digits: tuple[np.ndarray, np.ndarray]) -> None:
-    denoiser = trained(digits[0], "v", 400, 64, kind=DiT, width=64, depth=3, heads=4, patch=2)
+    """After 800 steps about 60 % of what it makes are digits."""
+    denoiser = trained(digits[0], "v", 800, 64, kind=DiT, width=64, depth=3, heads=4, patch=2)
     share, classes = recognise(drawn(denoiser, "dpmpp_2m", "trailing"))
-    assert share > 0.3 and classes >= 9
+    assert share > 0.4 and classes >= 9
 
 
 @pytest.mark.proof

@@ -252,7 +252,11 @@ class _Convolved(torch.autograd.Function):
 
 def _normalised(layer: Normalisation | NormalisedSwish, x: Tensor, shift: Tensor | None) -> Tensor:
     arguments = x, shift, layer.weight, layer.bias, layer.num_groups, layer.eps, layer.linear
-    return _Normalised.apply(*arguments) if _needs_gradient(x, shift, layer.weight, layer.bias) else _normalise(*arguments)[0]
+    return (
+        _Normalised.apply(*arguments)
+        if _needs_gradient(x, shift, layer.weight, layer.bias)
+        else _normalise(*arguments)[0]
+    )
 
 
 def _normalise(

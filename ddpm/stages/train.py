@@ -102,7 +102,12 @@ def training_key(params: Params, schedule: str, dataset: str) -> str:
     settings = {"seed": params.training_seed(schedule), **params.to_json("diffusion", "network")}
     settings["training"] = params.training.before_descent()
     row = params.schedules[schedule]
-    decisive = [settings, {**row.options(), **row.origin}, dataset, code.digest(__name__, *code.selected(params, __name__))]
+    decisive = [
+        settings,
+        {**row.options(), **row.origin},
+        dataset,
+        code.digest(__name__, *code.selected(params, __name__)),
+    ]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Draws images while a network trains: a grid to look at, and a cheap FID. Neither is tracked by DVC, so no training depends on it."""
+"""Draws images while a network trains: a grid to look at, and a cheap FID. DVC tracks neither, so no training depends on them."""
 
 from __future__ import annotations
 
