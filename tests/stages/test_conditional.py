@@ -44,7 +44,7 @@ ROWS = {
     "free": {"sampler": "ddim", "guidance": 0.0},
     "inside": {"sampler": "ddim", "guidance": 3.0, "guidance_interval": [0.3, 3.0], "guidance_rescale": 0.5},
 }
-DIT = OtherNetwork(kind="dit", rest={"width": 96, "depth": 4, "heads": 4, "patch": 2})
+DIT = OtherNetwork(kind="dit", rest={"width": 64, "depth": 3, "heads": 4, "patch": 2})
 PLAIN, GUIDED, FREE, INSIDE = (Point(schedule="cosine", sampler=name, steps=4) for name in ROWS)
 
 
@@ -319,7 +319,12 @@ def test_a_conditional_digits_model_makes_the_digits_asked_for(
     (tmp_path / "dataset").symlink_to(digits / "dataset")
     rows = {f"w{w}": {"sampler": "ddim", "spacing": "trailing", "guidance": float(w)} for w in (0, 1, 3)}
     settings = params(
-        training={"steps": 400, "batch": 64, "ema": 0.98},
+        training={
+            **{"unet": {"steps": 400}, "dit": {"steps": 2000, "learning_rate": 3e-3}}[kind],
+            "batch": 64,
+            "ema": 0.98,
+            "threads": 2,
+        },
         sampling={"images": 400, "batch": 400},
         samplers=rows,
         sweep={"samplers": list(rows), "steps": [20]},
