@@ -50,9 +50,9 @@ IDLE_SERVICES = (
 
 
 def create_database(home: Path) -> None:
-    """Copies the empty database that the installation made into Prefect's folder, unless the folder has a database already.
+    """Copies a database with all tables and no runs into Prefect's folder, unless the folder has a database already.
 
-    Its tables are those of the installed Prefect. Without the copy, the server's first start creates them, which takes longer.
+    `make` created it (EMPTY). A server that starts without a database creates the tables itself, which takes longer.
     """
     home.mkdir(parents=True, exist_ok=True)
     if not EMPTY.exists() or any(name in os.environ for name in DATABASE):

@@ -118,7 +118,7 @@ def test_the_average_by_hand() -> None:
     ],
 )
 def test_stopping_and_going_on_is_training_straight_through(dropout: float, options: dict[str, Any]) -> None:
-    """Of 5 network times, so that each has ten losses after the first steps."""
+    """T is 5, so that after a few steps `loss_aware` knows ten losses of every time and no longer draws uniformly."""
     schedule = NoiseSchedule.named("cosine", 5)
 
     def state() -> TrainingState:
