@@ -6,8 +6,8 @@
 // A convolution is one matrix product per plane. Operands are arrays of 32-bit elements: a float, or two bfloat16 that follow
 // each other along the summed dimension, as the processor's dot product takes them.
 //
-// With AMX, the processor multiplies matrices of bfloat16 so fast that transforming tiles would take longer than it saves. A
-// plane then holds one of the side x side weights of all kernels, and nothing is transformed. `side` is 3, or 1 for products.
+// With AMX, matrix instructions for bfloat16, convolutions are direct: nothing is transformed, and a plane holds one of the
+// side x side weights of all kernels. `side` is 3, or 1 for products.
 
 #include <string.h>
 #ifdef BFLOAT16

@@ -133,7 +133,8 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 class _Kept(nn.Module):
     """Keeps its transformed kernel between calls that need no gradients."""
 
-    # What the kernel was made from, the kernel, and the weight itself: while it is kept, no other weight has its address.
+    # The key of a transformed kernel (type, version and address of the weight), the kernel, and the weight. Keeping the weight
+    # keeps its address from being used by another one.
     _known: tuple[Any, Tensor, Tensor] | None = None
 
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None) -> Tensor:

@@ -166,9 +166,10 @@ def conditioned(net: Callable[..., Tensor], labels: Tensor | None) -> Callable[.
 
 @dataclass
 class _Batch:
-    """What is drawn for a step: one row for each image, on the network's device.
+    """The random choices of one training step, each with an entry per image of the batch, on the network's device.
 
-    rows: indices of the images, on the CPU. mirrored: whether each is mirrored. t: network times. weights: factors of the losses.
+    rows: which images, on the CPU. mirrored: whether each is flipped. t: network times. weights: factors of the losses. eps: the
+    noise. classes: the labels that the network gets.
     """
 
     rows: Tensor

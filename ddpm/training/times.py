@@ -11,10 +11,8 @@ from ddpm.diffusion.schedule import NoiseSchedule
 
 KEPT = 10  # the losses of each time that `LossAware` remembers
 UNIFORM = 0.001  # the share of times drawn uniformly, so that none is left out: Nichol & Dhariwal 2021, in their code
-MEAN, DEVIATION = (
-    2.4,
-    2.4,
-)  # of log SNR: EDM's normal distribution of ln sigma has -1.2 and 1.2, and log SNR is -2 ln sigma
+# Of log SNR, which is -2 ln sigma: EDM draws ln sigma with mean -1.2 and deviation 1.2.
+MEAN, DEVIATION = 2.4, 2.4
 
 
 class Times:
