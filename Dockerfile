@@ -1,4 +1,4 @@
-# The image of the worker and of both servers. docs/deploy.md shows its use.
+# The image of the worker and of both servers. docs/deploy.md shows how to use this image.
 #
 #   docker build --tag ddpm .                                               CUDA, with the torch of requirements.lock
 #   docker build --tag ddpm --build-arg TORCH_INDEX=<address of an index> . another torch, such as the CPU-only one
@@ -9,7 +9,7 @@ ARG BASE_IMAGE=debian:12.12-slim
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS python
-# torch.compile calls gcc when it runs; DVC and MLflow's lineage call git.
+# torch.compile calls gcc at run time. DVC and MLflow's lineage call git.
 # Packages are not pinned: Debian's mirrors hold only the latest version of a release.
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -26,7 +26,7 @@ ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt UV_SYSTEM_CERTS=1 UV_NO_CACHE=1 
 WORKDIR /build
 COPY Makefile pyproject.toml requirements.lock ./
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# Installs what `make` installs, without development tools: the entries of requirements.lock that pyproject.toml needs.
+# Installs the entries of requirements.lock that pyproject.toml needs, as `make` does, but without development tools.
 RUN python3 -m venv /opt/uv \
     && /opt/uv/bin/pip install --quiet --no-cache-dir --disable-pip-version-check "$(sed -n 's/^UV := //p' Makefile)" \
     && /opt/uv/bin/uv venv --quiet /opt/venv \
@@ -47,7 +47,7 @@ FROM python
 RUN useradd --uid 10001 --no-log-init --create-home --home-dir /home/ddpm --shell /usr/sbin/nologin ddpm \
     && git config --system --add safe.directory /workspace
 COPY --from=packages /opt/venv /opt/venv
-# The checkout that DVC works in. Mount your own over it to keep the outputs.
+# DVC works in this checkout. Mount your own checkout over it to keep the outputs.
 COPY --chown=10001:10001 . /workspace
 # Bytecode is compiled here and never at run time: on a full disk, Python would leave truncated files.
 RUN --mount=type=bind,from=packages,source=/opt/uv,target=/opt/uv \

@@ -9,23 +9,24 @@ EMPTY := .venv/share/empty-databases
 PYTHON ?= $(shell for python in python3.11 python3 python; do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
-# The index of torch and torchvision, if it is another one. It is remembered in .venv.
+# The package index of torch and torchvision, if it is not PyPI. .venv/torch-index remembers this index.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?= $(if $(filter cpu,$(TORCH)),$(CPU_INDEX),$(shell cat .venv/torch-index 2>/dev/null))
-# Not empty where an NVIDIA GPU is seen.
+# Not empty if this machine has an NVIDIA GPU.
 GPU = $(shell command -v nvidia-smi)$(wildcard /proc/driver/nvidia/version /dev/nvidia0)
 PIP := .venv/bin/uv pip install --python .venv/bin/python --no-deps
-# The environment's `dvc` writes dvc.lock atomically, and says the best point at the end of `dvc repro` (ddpm/tools/dvc.py).
+# Patches the environment's `dvc`, which then writes dvc.lock atomically and prints the best point after `dvc repro`
+# (ddpm/tools/dvc.py).
 ATOMIC := find .venv/bin -name dvc -exec sed -i 's/^from .* import main/from ddpm.tools.dvc import main/' {} +
 # Installs the extras of pyproject.toml whose names follow.
 EXTRAS = .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint requirements.lock $$(.venv/bin/python -c 'import sys, tomllib; \
 	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
 	print(*(item.replace(" ", "") for name in sys.argv[1:] for item in extras[name]))'
-# PEERS: the packages that `make bench` compares with and that are not in requirements.lock. TRAVEL: the packages of
-# requirements.lock that a machine with only torch, torchvision and scipy may lack.
+# PEERS: packages that `make bench` compares with, and that are not in requirements.lock. GPU_PACKAGES: packages of
+# requirements.lock that a GPU machine with only torch, torchvision and scipy may lack.
 PEERS = $$(.venv/bin/python -c 'import tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
-TRAVEL := diffusers|torch-fidelity|pydantic|pydantic-core|annotated-types|typing-inspection|ruamel-yaml|psutil|importlib-metadata|zipp
+GPU_PACKAGES := diffusers|torch-fidelity|pydantic|pydantic-core|annotated-types|typing-inspection|ruamel-yaml|psutil|importlib-metadata|zipp
 
 # `make up HOST=...` lets other machines connect, with passwords (docs/deploy.md). A HOST variable of the shell is ignored.
 ifneq ($(origin HOST),command line)
@@ -38,7 +39,7 @@ export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
-# Otherwise MLflow's server starts ten more processes, which outlive it.
+# Without this setting, MLflow's server starts ten more processes, which outlive the server.
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 # On a full disk, Python 3.11 leaves a truncated .pyc (https://github.com/python/cpython/issues/126606), on which every later
 # start fails. So bytecode is written only at installation. An edited file then costs 2 to 11 ms at each start.
@@ -72,14 +73,14 @@ bench: $(INSTALLED) ## measure speed against other packages and write docs/speed
 	@$(PIP) --quiet $(PEERS)
 	@$(RUN) python -m bench $(ONLY)
 
-pictures: $(INSTALLED) ## remake docs/images from the run that `make demo` left here (except curve-*.png: python -m bench.curves draw)
+pictures: $(INSTALLED) ## redraw docs/images from the results of `make demo` (except curve-*.png: python -m bench.curves draw)
 	@$(RUN) python docs/draw_pictures.py
 
-wheels: $(INSTALLED) ## download what `make bench` needs on a GPU machine without a package index to .cifar10/wheels (FOR=3.12: its Python)
+wheels: $(INSTALLED) ## download the packages of `make bench` for a GPU machine without a package index to .cifar10/wheels (FOR=3.12: its Python)
 	@test -n "$(FOR)" || { echo 'make wheels: name the Python version of the GPU machine, such as FOR=3.12' >&2; exit 2; }
 	@rm -rf .cifar10/wheels
 	@.venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --python-version '$(FOR)' \
-		--dest .cifar10/wheels $(PEERS) $$(grep -oE '^($(TRAVEL))==[^ ]+' requirements.lock)
+		--dest .cifar10/wheels $(PEERS) $$(grep -oE '^($(GPU_PACKAGES))==[^ ]+' requirements.lock)
 	@ls .cifar10/wheels
 
 up: $(EMPTY) ## run a Prefect server, an MLflow server and a worker until Ctrl-C
@@ -88,12 +89,12 @@ up: $(EMPTY) ## run a Prefect server, an MLflow server and a worker until Ctrl-C
 ui: $(EMPTY) ## run MLflow's server alone
 	@$(RUN) python -m flows.servers.up mlflow
 
-remote: $(INSTALLED) ## store DVC's results in S3: URL=s3://bucket/folder, and ENDPOINT=<address> unless it is Amazon's
+remote: $(INSTALLED) ## store DVC's results in S3: URL=s3://bucket/folder, and ENDPOINT=<address> unless the server is Amazon's
 	@test -n "$(URL)" || { echo 'make remote: name the bucket: URL=s3://bucket/folder' >&2; exit 2; }
 	@$(RUN) dvc remote add --quiet --force --default storage '$(URL)'
 	@$(RUN) dvc remote modify storage verify true
 	@$(if $(ENDPOINT),$(RUN) dvc remote modify storage endpointurl '$(ENDPOINT)')
-	@echo 'written to .dvc/config: commit it, so that every clone has it. `dvc push --run-cache` uploads, `dvc pull --run-cache` fetches'
+	@echo 'wrote .dvc/config; commit this file, so that every clone uses this remote. `dvc push --run-cache` uploads, `dvc pull --run-cache` downloads'
 
 check: $(INSTALLED) ## check format, lint, types, imports, Dockerfile, compose.yaml, known vulnerabilities
 	@$(RUN) ruff format --check
@@ -118,9 +119,9 @@ image: ## build the container image with buildah (docs/deploy.md)
 clean: ## remove outputs and caches; DVC's cache, MLflow's and Prefect's records and .venv stay
 	rm -rf auto.json dataset models samples metrics report schedules *.run.json
 	rm -rf .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dvc_plots test-output
-	@echo 'kept: .dvc/cache (`dvc checkout` brings the outputs back), imported, mlflow.db, mlartifacts, .prefect, .venv'
+	@echo 'kept: .dvc/cache (`dvc checkout` restores the outputs), imported, mlflow.db, mlartifacts, .prefect, .venv'
 
-lock: .venv/bin/uv ## update requirements.lock to pyproject.toml (UPGRADE=1: newest versions)
+lock: .venv/bin/uv ## update requirements.lock from pyproject.toml (UPGRADE=1: newest versions)
 	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 		--extra pipeline --extra dev --group files $(if $(UPGRADE),--upgrade) pyproject.toml --output-file requirements.lock
 
@@ -141,7 +142,7 @@ ifneq ($(TORCH_INDEX),)
 	@sed -E '/^(cuda-|nvidia-|torch==|torchvision==|triton==)/,/[^\\]$$/d' requirements.lock >.venv/requirements.txt
 else
 	@$(if $(GPU),,.venv/bin/python -c 'import torch' 2>/dev/null || \
-		echo 'No NVIDIA GPU is seen here, and 2.8 of the 2.9 GB to download are for one. To do without: Ctrl-C, then' \
+		echo 'No NVIDIA GPU was found on this machine, but 2.8 of the 2.9 GB to download are for GPUs. To skip them, press Ctrl-C and run' \
 		'`TORCH=cpu make $(MAKECMDGOALS)$(if $(MAKEOVERRIDES), $(MAKEOVERRIDES))`, which takes torch from $(CPU_INDEX)')
 	@cp requirements.lock .venv/requirements.txt
 endif

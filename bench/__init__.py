@@ -1,6 +1,7 @@
 """Measures our code and its alternatives on the same work. Results: bench/results; page: docs/speed.md.
 
-To run the GPU rows on a machine without a package index (torch, torchvision, scipy, safetensors and huggingface-hub installed):
+These commands run the GPU rows on a machine without a package index. It needs torch, torchvision, scipy, safetensors and
+huggingface-hub.
 
     make wheels FOR=3.12     # here, after `python -m bench.cifar10 pack`: the other packages, into .cifar10/wheels, 9.7 MiB
 

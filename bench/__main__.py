@@ -1,6 +1,6 @@
 """Measures the rows of docs/speed.md on this machine, each in its own process, and rewrites the page.
 
-`python -m bench` measures every row, `python -m bench NAME ...` the named rows.
+`python -m bench` measures every row, and `python -m bench NAME ...` the named rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench import page
 
 def _measure(name: str, device: str, threads: int) -> None:
     row = page.ROWS[name]
-    os.environ |= {"TQDM_DISABLE": "1", **row.environment}  # before torch and tqdm read it
+    os.environ |= {"TQDM_DISABLE": "1", **row.environment}  # set before torch and tqdm read these variables
     import torch
 
     from bench import harness
@@ -36,22 +36,22 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cpu, and cuda if there is a GPU")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads; default: all cores")
     parser.add_argument("--here", action="store_true", help="measure one row on one device in this process")
-    asked = parser.parse_args()
-    unknown = [name for name in asked.names if name not in page.ROWS]
+    options = parser.parse_args()
+    unknown = [name for name in options.names if name not in page.ROWS]
     if unknown:
         parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(page.ROWS)}")
-    if asked.here:
-        _measure(asked.names[0], asked.device, asked.threads)
+    if options.here:
+        _measure(options.names[0], options.device, options.threads)
         return 0
     import torch
 
-    devices = [asked.device] if asked.device else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    devices = [options.device] if options.device else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     failed = []
-    for name in asked.names or page.ROWS:
+    for name in options.names or page.ROWS:
         for device in devices:
             if device in page.ROWS[name].devices:
                 print(f"{name}, {device}", flush=True)
-                command = ["--here", "--device", device, "--threads", str(asked.threads), name]
+                command = ["--here", "--device", device, "--threads", str(options.threads), name]
                 if subprocess.run([sys.executable, "-m", "bench", *command], check=False).returncode:
                     failed.append(f"{name} ({device})")
     page.write()

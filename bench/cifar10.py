@@ -1,8 +1,8 @@
 """Measures CIFAR-10 at the paper's scale on one GPU: throughput, FID during training, the sweep, final FID, bits/dim.
 
-`pack` needs the images and Inception's weights, and makes parts small enough to carry to the GPU machine. There,
-`unpack`, `throughput` and `run` need torch, numpy, pillow and `ddpm`. Each command stops after --minutes and resumes
-when repeated. See docs/cifar10.md.
+`pack` needs the images and Inception's weights, and writes parts that are small enough to copy to the GPU machine. On that
+machine, `unpack`, `throughput` and `run` need torch, numpy, pillow and `ddpm`. Each command stops after --minutes, and
+resumes when it is repeated. See docs/cifar10.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ddpm.training.objective import Objective
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / ".cache" / "inception"
 PART = 56 * 2**20  # bytes; a part and the checkout together stay below 64 MiB
-TILE = 100  # images in one lossless WebP picture, one below the other
+TILE = 100  # number of images in one lossless WebP picture, one below the other
 PAPER_IMAGES = 800_000 * 128
 
 PAPER = Recipe(  # Ho et al. 2020, appendix B
@@ -63,7 +63,7 @@ PAPER = Recipe(  # Ho et al. 2020, appendix B
     precision="bfloat16",
     compiled=True,
 )
-# For a budget of minutes instead of days; docs/cifar10.md explains each difference from PAPER.
+# A recipe for a budget of minutes instead of days. docs/cifar10.md explains each difference from PAPER.
 FAST = replace(
     PAPER,
     network={**PAPER.network, "attention": [16, 8], "heads": 4, "dropout": 0.0},
@@ -76,7 +76,7 @@ FAST = replace(
     ema=0.999,
     decay=((0.7, 0.3), (0.9, 0.1)),
 )
-# Each variant changes one thing in FAST, to measure whether it helps.
+# Each variant changes one setting of FAST, to measure its effect.
 VARIANTS: dict[str, Recipe] = {
     "paper": PAPER,
     "fast": FAST,
@@ -113,7 +113,7 @@ STEPS: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """How much is measured.
+    """The amount of work of each measurement.
 
     Args:
         layer: Inception's layer.
@@ -123,7 +123,7 @@ class Protocol:
         bound_images: number of test images for the bound.
         bound_times: number of times per image for the bound.
         batch: number of images in a saved file.
-        marks: minutes of training at which to score.
+        marks: minutes of training after which the model is scored.
         throughput: batch sizes to measure.
         timed: number of steps in a timed call.
         sweep: sampler -> numbers of steps.
@@ -142,11 +142,11 @@ class Protocol:
     sweep: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: STEPS)
 
 
-LITTLE = Protocol(64, 16, 16, 24, 4, 3, 8, (0.001, 0.05), (2, 4), 1, {"ddpm": (2,), "dpmpp_2m": (3,)})
-SMALL = {"channels": 8, "multipliers": [1, 2], "attention": [], "heads": 1, "blocks": 1, "dropout": 0.1}
+SHRUNK_PROTOCOL = Protocol(64, 16, 16, 24, 4, 3, 8, (0.001, 0.05), (2, 4), 1, {"ddpm": (2,), "dpmpp_2m": (3,)})
+SHRUNK_NETWORK = {"channels": 8, "multipliers": [1, 2], "attention": [], "heads": 1, "blocks": 1, "dropout": 0.1}
 
 
-# Carrying images and weights to the GPU machine.
+# Packing images and weights for the GPU machine.
 
 
 def _images(archives: list[Path], split: str) -> Images:
@@ -197,7 +197,7 @@ def pack(data: Path, to: Path, extractor: inception.State) -> list[Path]:
         shutil.rmtree(earlier)
     parts = []
     for number in range(count):
-        folder = to / f"part{number}"  # carried one at a time
+        folder = to / f"part{number}"  # each folder is copied separately
         folder.mkdir(parents=True)
         parts.append(folder / f"{digest}-{number}-of-{count}")
         parts[-1].write_bytes(bytes_[number * len(bytes_) // count : (number + 1) * len(bytes_) // count])
@@ -227,9 +227,9 @@ def unpack(source: Path, state: Path) -> bool:
 
 
 def _whole(source: Path, state: Path) -> bytes | None:
-    """Returns the archive that the parts in `state` make up; None while some are missing.
+    """Returns the archive that the parts in `state` form, or None while parts are missing.
 
-    Raises SystemExit if they belong to several archives, or are damaged.
+    Raises SystemExit if the parts belong to several archives, or if they are damaged.
     """
     names = sorted(path.name for path in (state / "parts").glob("[0-9a-f]*-of-*"))
     if not names:
@@ -254,7 +254,7 @@ def throughput(recipe: Recipe, protocol: Protocol, device: str, until: float, ou
     """Measures training images per second on random images, eager and compiled, for each batch size of the protocol.
 
     Args:
-        recipe: network and training; its batch size is replaced.
+        recipe: network and training; the batch sizes of `protocol` replace its own.
         protocol: the batch sizes, and the number of steps in a timed call.
         device: "cpu" or "cuda".
         until: time.monotonic() at which to stop.
@@ -262,7 +262,7 @@ def throughput(recipe: Recipe, protocol: Protocol, device: str, until: float, ou
         state: folder from which to resume.
 
     Raises:
-        OutOfTime: the next batch would take too long.
+        OutOfTime: the next measurement would take too long.
     """
     path = state / "throughput.json"
     about = _read(path) or {"cells": []}
@@ -328,7 +328,7 @@ def _cell(recipe: Recipe, protocol: Protocol, device: str) -> dict[str, Any]:
 
 @dataclass
 class Run:
-    """The measurements of one variant, resumed from its folder state/NAME."""
+    """Measures one variant, and resumes from the folder state/NAME."""
 
     name: str
     recipe: Recipe
@@ -355,11 +355,11 @@ class Run:
 
     @cached_property
     def denoiser(self) -> Denoiser:
-        """The model with the averaged weights, which later training changes in place."""
+        """The model with the averaged weights, which further training changes in place."""
         return course.denoiser_of(self.course, self.recipe, self.device)
 
     def reference(self) -> fidelity.Statistics:
-        """Returns the statistics of all training images, which are computed once."""
+        """Returns the statistics of all training images. They are computed once and then read from a file."""
         path, images = self.state / f"reference-{self.protocol.layer}.npz", self.data("train")
         if not path.exists():
             folder = self.state / "reference"
@@ -383,7 +383,7 @@ class Run:
         shape = tuple(self.data("train").shape[1:])
 
         def make(rows: range) -> Images:
-            return course.drawn(self.denoiser, shape, rows, row, self.device)
+            return course.draw_images(self.denoiser, shape, rows, row, self.device)
 
         began = time.monotonic()
         folder = self.folder / "features" / place
@@ -392,14 +392,14 @@ class Run:
         return {**scored, "seconds": time.monotonic() - began}
 
     def train(self, minutes: float, steps: int | None) -> None:
-        """Trains for `steps` steps, or for as many as `minutes` of training allow. Raises OutOfTime."""
+        """Trains for `steps` steps, or for as many steps as `minutes` of training allow. Raises OutOfTime."""
         whole = torch.from_numpy(np.array(self.data("train"))).to(self.device)
         here, saved = self.course, time.monotonic()
         here.steps = here.steps or steps
         self._score_if_due()
         for rows, loss in enumerate(course.advance(here, self.recipe, whole, self.device), 1):
             rate = here.training.step / here.seconds
-            # From here on, the number of steps is fixed, since the learning rate's decay depends on it.
+            # Fixes the number of steps from here on, since the decay of the learning rate depends on it.
             if here.steps is None and rows == 3:
                 here.steps = max(1, round(rate * minutes * 60))
                 print(f"{rate * self.recipe.batch:,.0f} images/s: {here.steps:,} steps", flush=True)
@@ -450,7 +450,7 @@ class Run:
                     print(f"  {point}: FID {scored['fid']:.2f}", flush=True)
 
     def final(self) -> None:
-        """Scores protocol.final images of the sweep's best point. Reuses the images of the sweep."""
+        """Scores protocol.final images of the sweep's best point, including the images of the sweep."""
         if self.found["final"] is None:
             best = min(self.found["sweep"], key=lambda point: self.found["sweep"][point]["fid"])
             sampler, _, count = best.rpartition("-")
@@ -460,11 +460,11 @@ class Run:
             print(f"  {best}: FID {scored['fid']:.3f} of {scored['images']:,}", flush=True)
             side = min(16, self.protocol.batch)
             shape = tuple(self.data("train").shape[1:])
-            made = course.drawn(self.denoiser, shape, range(side * side), row, self.device)
+            made = course.draw_images(self.denoiser, shape, range(side * side), row, self.device)
             write_grid(self.out / f"cifar10-{self.name}.png", made, side)
 
     def bound(self) -> None:
-        """Measures bits per dimension of test images in float32. Each image draws one time from each range of times."""
+        """Measures bits per dimension of test images in float32. Each image draws one time from each stratum of times."""
         if self.found["bound"] is not None:
             return
         denoiser = course.denoiser_of(self.course, self.recipe, self.device, precise=True)
@@ -483,7 +483,7 @@ class Run:
             return found.total.numpy()
 
         began = time.monotonic()
-        totals = course.kept(part, len(test), self.protocol.batch, self.folder / "bound", self.until)
+        totals = course.compute_rows(part, len(test), self.protocol.batch, self.folder / "bound", self.until)
         bits, error = mean_and_error(torch.from_numpy(totals))
         about = {"bits_per_dim": bits, "standard_error": error, "images": len(test)}
         about |= {"times": self.protocol.bound_times, "seconds": time.monotonic() - began}
@@ -530,7 +530,7 @@ def run(this: Run, minutes: float, steps: int | None) -> None:
 
 
 def _like_final(scored: dict[str, Any], final: int = Protocol.final) -> dict[str, Any]:
-    """Adds an estimate of FID at `final` images, since the bias falls as 1/N."""
+    """Adds an estimate of FID at `final` images, because the bias falls as 1/N."""
     if "bias" not in scored:
         return scored
     return {**scored, "as_of_50000": scored["fid"] - scored["bias"] * (1 - scored["images"] / final)}
@@ -555,12 +555,12 @@ def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def little(variants: Mapping[str, Recipe]) -> dict[str, Recipe]:
-    """Shrinks the variants to run in seconds on a CPU."""
+def shrink(variants: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """Shrinks the variants, so that they run in seconds on a CPU."""
     return {
         name: replace(
             recipe,
-            network={**recipe.network, **SMALL},
+            network={**recipe.network, **SHRUNK_NETWORK},
             schedule={**recipe.schedule, "steps": 200},
             batch=4,
             warmup=2,
@@ -582,7 +582,7 @@ def _pack(data: Path, parts: Path) -> None:
 
 def _unpack(parts: Path, state: Path) -> None:
     if unpack(parts, state) and importlib.util.find_spec("safetensors"):
-        from safetensors.torch import save_file  # `python -m bench fid_sets growth` looks for the weights here
+        from safetensors.torch import save_file  # `python -m bench fid_sets growth` reads the weights from here
 
         WEIGHTS.mkdir(parents=True, exist_ok=True)
         save_file(torch.load(state / "inception.pt", weights_only=True), WEIGHTS / f"{inception.NAME}.safetensors")
@@ -609,27 +609,27 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, help="instead of --train-minutes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    asked = parser.parse_args(arguments)
-    if asked.what == "pack":
-        _pack(asked.data, asked.parts)
+    options = parser.parse_args(arguments)
+    if options.what == "pack":
+        _pack(options.data, options.parts)
         return 0
-    if asked.what == "unpack":
-        _unpack(asked.parts, asked.state)
+    if options.what == "unpack":
+        _unpack(options.parts, options.state)
         return 0
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(asked.state / "inductor"))
-    site = str(asked.state / "site")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(options.state / "inductor"))
+    site = str(options.state / "site")
     if importlib.util.find_spec("torch_fidelity") is None and site not in sys.path:
         sys.path.append(site)
-    until = began + asked.minutes * 60 - min(20, asked.minutes * 6)  # leaves time to save
-    variants, protocol = (little(VARIANTS), LITTLE) if harness.TINY else (VARIANTS, Protocol())
-    recipe = variants[asked.variant]
+    until = began + options.minutes * 60 - min(20, options.minutes * 6)  # leaves time to save
+    variants, protocol = (shrink(VARIANTS), SHRUNK_PROTOCOL) if harness.TINY else (VARIANTS, Protocol())
+    recipe = variants[options.variant]
     try:
-        if asked.what == "throughput":
-            throughput(variants["paper"], protocol, asked.device, until, asked.out, asked.state)
+        if options.what == "throughput":
+            throughput(variants["paper"], protocol, options.device, until, options.out, options.state)
         else:
-            this = Run(asked.variant, recipe, protocol, asked.device, asked.state, asked.out, until)
+            this = Run(options.variant, recipe, protocol, options.device, options.state, options.out, until)
             try:
-                run(this, asked.train_minutes, asked.steps)
+                run(this, options.train_minutes, options.steps)
             finally:
                 this.write()
     except OutOfTime:

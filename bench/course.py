@@ -1,6 +1,6 @@
-"""Runs a training with scores along the way. It can stop at any time and resume from its folder with the same result.
+"""Runs a training with scores along the way. The training can stop at any time, and resumes with the same result.
 
-This module needs only torch, numpy and `ddpm`, so bench/cifar10.py can run where nothing else can be installed.
+This module needs only torch, numpy and `ddpm`, so bench/cifar10.py runs on machines where nothing else can be installed.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights, except the number of steps.
+    """All settings that decide the weights, except the number of steps.
 
     Args:
         network: arguments of the network.
         schedule: arguments of NoiseSchedule.named.
-        decay: pairs (share of the steps, factor): from that share on, the learning rate is multiplied by the factor.
+        decay: pairs (share of the steps, factor). After this share, the learning rate is multiplied by the factor.
         kind: a key of NETWORKS.
-        descent: a shape of Descent, and the share of the steps over which the learning rate comes down to zero.
+        descent: a shape of Descent, and the share of the steps over which the learning rate falls to zero.
 
     The other fields are arguments of `fit`, `Objective.of` and TrainingState, or entries of the section `training`.
     """
@@ -87,7 +87,7 @@ class Recipe:
         return TrainingState(self.net(device), self.optimizer, self.weight_decay, times)
 
     def coming_down(self, steps: int | None) -> Descent | None:
-        """Returns how the learning rate of a training of so many steps comes down."""
+        """Returns the Descent of the learning rate for a training of this many steps."""
         if self.descent is None or steps is None:
             return None
         shape, share = self.descent
@@ -105,9 +105,9 @@ class Course:
     Args:
         training: network, average and optimiser.
         recipe: the Recipe as JSON.
-        steps: the last step; None if not yet known.
-        seconds: seconds of training alone.
-        processor: processor seconds of training alone.
+        steps: the last step; None if it is not yet known.
+        seconds: seconds of training, without other work.
+        processor: processor seconds of training, without other work.
         starts: seconds of each process's first step, which compiles.
         losses: rows of the step and the mean loss since the previous row.
         scores: rows of the scores during training.
@@ -132,7 +132,10 @@ class Course:
 
     @classmethod
     def load(cls, folder: Path, recipe: Recipe, device: str) -> Course:
-        """Loads what `save` wrote, or starts anew. Raises SystemExit if the saved training has another recipe."""
+        """Loads the state that `save` wrote, or starts a new training.
+
+        Raises SystemExit if the saved training has another recipe.
+        """
         course = cls(recipe.state(device), json.dumps(asdict(recipe)))
         if (folder / "course.pt").exists():
             kept = torch.load(folder / "course.pt", weights_only=True, mmap=True)
@@ -147,7 +150,7 @@ class Course:
 
 
 def advance(course: Course, recipe: Recipe, images: Tensor, device: str) -> Iterator[float]:
-    """Trains up to course.steps, or without end if that is None. Does not count the caller's time.
+    """Trains up to course.steps, or without end if course.steps is None. Does not count the caller's time.
 
     A training that stops after a row and resumes later has the same losses and weights as an uninterrupted training.
 
@@ -204,13 +207,13 @@ def advance(course: Course, recipe: Recipe, images: Tensor, device: str) -> Iter
 
 
 def _pairing(name: str) -> Callable[[Tensor, Tensor], Tensor] | None:
-    from ddpm.stages.train import PAIRINGS  # imported here: needs more than this module may
+    from ddpm.stages.train import PAIRINGS  # imported here, because it needs packages that this module must not need
 
     return PAIRINGS[name]
 
 
 def denoiser_of(course: Course, recipe: Recipe, device: str, precise: bool = False) -> Denoiser:
-    """Makes a denoiser of the averaged weights.
+    """Creates a denoiser from the averaged weights.
 
     Args:
         course: the training.
@@ -230,7 +233,7 @@ def denoiser_of(course: Course, recipe: Recipe, device: str, precise: bool = Fal
 
 
 @torch.inference_mode()
-def drawn(denoiser: Denoiser, shape: tuple[int, ...], rows: range, row: dict[str, Any], device: str) -> Images:
+def draw_images(denoiser: Denoiser, shape: tuple[int, ...], rows: range, row: dict[str, Any], device: str) -> Images:
     """Draws images from the noise of seed 0.
 
     Args:
@@ -248,7 +251,9 @@ def drawn(denoiser: Denoiser, shape: tuple[int, ...], rows: range, row: dict[str
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
 
 
-def kept(make: Callable[[range], NDArray[Any]], count: int, batch: int, folder: Path, until: float) -> NDArray[Any]:
+def compute_rows(
+    make: Callable[[range], NDArray[Any]], count: int, batch: int, folder: Path, until: float
+) -> NDArray[Any]:
     """Computes rows 0 ... count - 1 and saves each batch, so that a repeated call resumes.
 
     Args:
@@ -280,12 +285,12 @@ def kept(make: Callable[[range], NDArray[Any]], count: int, batch: int, folder: 
 def features_of(
     make: Callable[[range], Images], count: int, batch: int, inception: Inception, folder: Path, until: float
 ) -> NDArray[np.float32]:
-    """Extracts the features [count, layer] of the images that `make` gives; see `kept` for arguments and errors."""
-    return kept(lambda rows: extract(inception, make(rows), min(batch, 250)), count, batch, folder, until)
+    """Extracts the features [count, layer] of the images that `make` returns. See `compute_rows` for arguments and errors."""
+    return compute_rows(lambda rows: extract(inception, make(rows), min(batch, 250)), count, batch, folder, until)
 
 
 def fid(features: NDArray[np.float32], reference: fidelity.Statistics, device: str) -> dict[str, Any]:
-    """Returns FID and its 95 % interval. If there are more images than features, also returns its bias."""
+    """Returns FID and its 95 % interval. If there are more images than features, also returns FID's bias."""
     found = fidelity.jackknife(features, reference, device)
     reach = intervals.quantile() * intervals.standard_error(found.influence)
     about = {"images": len(features), "fid": found.fid, "low": max(0.0, found.fid - reach), "high": found.fid + reach}

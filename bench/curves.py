@@ -1,7 +1,7 @@
 """Measures FID over minutes of training for a recipe on this CPU: `python -m bench.curves digits`.
 
-The command stops after --minutes and resumes when repeated. It scores the averaged weights at growing intervals by the recipe's
-protocol, writes bench/results/curve-RECIPE.json and draws docs/images/curve-RECIPE.png. `draw` redraws all curves.
+The command stops after --minutes, and resumes when it is repeated. It scores the averaged weights at growing intervals by the
+recipe's protocol, writes bench/results/curve-RECIPE.json and draws docs/images/curve-RECIPE.png. `draw` redraws all curves.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ddpm.parameters import as_json
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "images"
-GROWTH = 1.6  # factor between the minutes of training at one score and at the next
-GREY = "#808080"  # colours that are readable on white and on black
+GROWTH = 1.6  # the ratio of the training minutes at two successive scores
+GREY = "#808080"  # these colours are readable on white and on black
 COLOURS = ("#1f8fd6", "#e07b28", "#2aa876", "#c46bb0")
 
 Line = Sequence[Mapping[str, Any]]
 
 
-def of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Recipe:
+def recipe_of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Recipe:
     """Converts a parameter file to the recipe of one schedule. shape: C, H, W of an image."""
     row, training = params.schedules[schedule].options(), params.training
     network = {key: value for key, value in as_json(params.network).items() if key != "kind"}
@@ -56,8 +56,8 @@ def of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Recipe:
     )
 
 
-def prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
-    """Returns the parameters of a recipe and its dataset. Prepares the dataset on the first call."""
+def load_prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
+    """Returns the parameters and the dataset of a recipe. Prepares the dataset on the first call."""
     from ddpm.files.dataset import read_dataset
     from ddpm.files.params import Params
     from ddpm.runtime import compiling
@@ -74,7 +74,7 @@ def prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
     return params, read_dataset(state)
 
 
-def due(here: Course, first: float) -> bool:
+def is_due(here: Course, first: float) -> bool:
     """Returns whether a score is due: at the last step, or after GROWTH times the minutes of the last score."""
     last = here.scores[-1] if here.scores else {"step": 0, "minutes": 0.0}
     if here.training.step == last["step"]:
@@ -106,7 +106,7 @@ def measure(
     from ddpm.scores import fidelity, inception
 
     shape, scoring = tuple(dataset.train.shape[1:]), params.evaluation
-    recipe = of_params(params, point.schedule, shape)
+    recipe = recipe_of_params(params, point.schedule, shape)
     row = {**params.samplers[point.sampler].options(), "steps": point.steps}
     torch.set_num_threads(params.training.threads)
     extractor = inception.load(scoring.layer, ROOT / ".cache" / "inception")
@@ -122,7 +122,7 @@ def measure(
         real = fidelity.statistics(features_of(lambda rows: some[rows.start : rows.stop], state / "real"))
         folder = state / "features"
         scored = course.fid(
-            features_of(lambda rows: course.drawn(denoiser, shape, rows, row, "cpu"), folder), real, "cpu"
+            features_of(lambda rows: course.draw_images(denoiser, shape, rows, row, "cpu"), folder), real, "cpu"
         )
         shutil.rmtree(folder)
         times = {"minutes": here.seconds / 60, "processor_minutes": here.processor / 60}
@@ -138,21 +138,21 @@ def measure(
         course.write_json(out / f"curve-{name}.json", harness._short(about))
         print(f"  step {here.training.step:,}, {times['minutes']:.2f} min: FID {scored['fid']:.4g}", flush=True)
 
-    if due(here, first):  # the last command stopped before this score
+    if is_due(here, first):  # the last command stopped before this score
         score()
     for _ in course.advance(here, recipe, torch.from_numpy(np.array(dataset.train)), "cpu"):
         over = time.monotonic() > until
-        if due(here, first) or over:
+        if is_due(here, first) or over:
             here.save(state)
         if over:
             raise OutOfTime
-        if due(here, first):
+        if is_due(here, first):
             score()
     return True
 
 
 def draw(lines: Mapping[str, Line], path: Path, title: str) -> None:
-    """Draws FID against minutes, on a transparent background for light and dark pages. The same content gives the same bytes."""
+    """Draws FID against minutes. The transparent background suits light and dark pages. Equal content gives equal bytes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -219,20 +219,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--state", type=Path, help="folder to resume from; default: .cache/curves/RECIPE")
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     parser.add_argument("--pictures", type=Path, default=PICTURES)
-    asked = parser.parse_args(arguments)
-    if asked.what != "draw":
+    options = parser.parse_args(arguments)
+    if options.what != "draw":
         from ddpm.parameters import Point
 
-        until = time.monotonic() + asked.minutes * 60
-        state = asked.state or ROOT / ".cache" / "curves" / asked.what
-        params, dataset = prepared(asked.what, asked.images, state)
-        point = Point.parse(asked.point) if asked.point else params.points()[-1]
+        until = time.monotonic() + options.minutes * 60
+        state = options.state or ROOT / ".cache" / "curves" / options.what
+        params, dataset = load_prepared(options.what, options.images, state)
+        point = Point.parse(options.point) if options.point else params.points()[-1]
         try:
-            measure(asked.what, params, dataset, point, state, asked.out, until, asked.first)
+            measure(options.what, params, dataset, point, state, options.out, until, options.first)
             print("complete")
         except OutOfTime:
             print("out of time; repeat the command to continue")
-    for path in draw_all(asked.out, asked.pictures):
+    for path in draw_all(options.out, options.pictures):
         print(path)
     return 0
 

@@ -42,7 +42,7 @@ def _pack(path: Path) -> str:
 
 
 def prepare(device: str) -> dict[str, Any]:
-    """Measures preparing IMAGES PNG files from a zip."""
+    """Measures the preparation of IMAGES PNG files from a zip."""
     from torchvision.datasets import ImageFolder
 
     with tempfile.TemporaryDirectory() as place:

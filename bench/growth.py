@@ -26,7 +26,7 @@ from ddpm.scores.features import extract
 from ddpm.training.fit import TrainingState, autocast, fit
 from ddpm.training.objective import Objective
 
-# One setting takes each of VALUES in turn; the others stay as in BASE.
+# Each setting in turn takes all its VALUES, while the other settings stay as in BASE.
 BASE = {
     "cpu": {"batch": 4, "size": 32, "width": 128, "steps": 1},
     "cuda": {"batch": 128, "size": 32, "width": 128, "steps": 10},
@@ -41,7 +41,7 @@ VALUES = {
     },
 }
 IMAGES = {"cpu": [8, 16, 32, 64], "cuda": [500, 1_000, 2_000, 4_000]}  # numbers of images for Inception
-ROWS = [5_000, 10_000, 20_000, 50_000]  # numbers of feature vectors for statistics and the interval
+ROWS = [5_000, 10_000, 20_000, 50_000]  # numbers of feature vectors for the statistics and the interval
 REPEATS = 3
 if TINY:
     BASE["cpu"] |= {"batch": 2, "width": 32}
@@ -50,7 +50,7 @@ DIMENSIONS = 64 if TINY else 2048
 
 
 def _peak(device: str) -> int:
-    """Returns the peak memory, in bytes since `_forget`, of this process or of the GPU's tensors."""
+    """Returns the peak memory since `_forget`, in bytes, of this process or of the GPU's tensors."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -78,7 +78,7 @@ def _network(width: int, size: int, device: str) -> UNet:
 
 
 def _training(device: str, settings: dict[str, int]) -> Callable[[], Any]:
-    """Returns a call that trains for settings["steps"] steps by the paper's recipe."""
+    """Returns a function that trains for settings["steps"] steps by the paper's recipe."""
     net = _network(settings["width"], settings["size"], device)
     shape = (4 * settings["batch"], 3, settings["size"], settings["size"])
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).to(device)
@@ -97,7 +97,7 @@ def _training(device: str, settings: dict[str, int]) -> Callable[[], Any]:
 
 
 def _sampling(device: str, settings: dict[str, int]) -> Callable[[], Any]:
-    """Returns a call that samples by DDIM in settings["steps"] evaluations."""
+    """Returns a function that samples by DDIM in settings["steps"] evaluations."""
     forward = winograd.compiled(
         _network(settings["width"], settings["size"], device).eval().requires_grad_(False), dynamic=False
     )
@@ -140,7 +140,7 @@ def _series(
     Args:
         phase: label of the phase.
         by: the setting that varies.
-        points: a value; a function that prepares the work and returns the call to time; the images of that call.
+        points: a value; a function that prepares the work and returns the function to time; the images of one call.
         device: "cpu" or "cuda".
 
     Returns:
@@ -149,8 +149,8 @@ def _series(
     rows = []
     for value, ready, images in points:
         _forget(device)
-        times, _ = alternate({"it": ready()}, REPEATS, device=device)
-        wall = times["it"]["wall"]
+        times, _ = alternate({"call": ready()}, REPEATS, device=device)
+        wall = times["call"]["wall"]
         rows.append(
             {"value": value, "seconds": sorted(wall)[len(wall) // 2], "images": images, "peak_bytes": _peak(device)}
         )
@@ -160,7 +160,7 @@ def _series(
 
 
 def _copy_rate(device: str) -> float:
-    """Measures copying in bytes per second, read and written, on arrays larger than the caches."""
+    """Measures the rate of copying, in bytes read and written per second, on arrays larger than the caches."""
     a = torch.zeros(2**22 if TINY else 2**27, device=device)
     b = torch.empty_like(a)
     times, _ = alternate({"copy": lambda: b.copy_(a)}, 9, warmups=2, device=device)
@@ -175,7 +175,7 @@ def _optimiser(state: TrainingState) -> None:
 
 
 def _phases(device: str, found: list[dict[str, Any]], extractor: inception.Inception) -> list[dict[str, Any]]:
-    """Returns for each phase the work of a call, the seconds it takes, and the reached share of the machine's rate."""
+    """Returns the work of a call for each phase, the seconds that it takes, and its share of the machine's rate."""
     base = BASE[device]
     precision = torch.bfloat16 if device == "cuda" else torch.float32
     evaluation = _evaluation_work(base["width"], base["size"]) * base["batch"] * base["steps"]
@@ -193,7 +193,8 @@ def _phases(device: str, found: list[dict[str, Any]], extractor: inception.Incep
         for phase in ("training", "sampling")
     )
     N, D = last["FID and interval"]["images"], DIMENSIONS
-    # Half a covariance, R^T C R, eigenvectors, R times those, and the rotation of each image, in float32 at half the cost.
+    # Counts half a covariance, R^T C R, eigenvectors, the product of R and these, and the rotation of each image, in float32
+    # at half the cost.
     scores = N * D**2 + (4 * D**3) // 3 + 9 * D**3 + 2 * D**3 + N * D**2
     products = [
         ("training", 3 * evaluation, training["seconds"], precision),
@@ -220,14 +221,14 @@ def _phases(device: str, found: list[dict[str, Any]], extractor: inception.Incep
     state = TrainingState(_network(base["width"], base["size"], device))
     for parameter in state.net.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
-    times, _ = alternate({"it": lambda: _optimiser(state)}, 9, warmups=2, device=device)
-    # Per weight, Adam reads 4 values and writes 3; the average reads 2 and writes 1.
+    times, _ = alternate({"call": lambda: _optimiser(state)}, 9, warmups=2, device=device)
+    # Per weight, Adam reads 4 values and writes 3, and the average reads 2 and writes 1.
     moved = 10 * sum(parameter.nbytes for parameter in state.net.parameters())
     phases.append(
         {
             "phase": "Adam and EMA",
             "work": moved,
-            "seconds": min(times["it"]["wall"]),
+            "seconds": min(times["call"]["wall"]),
             "of": "copying memory",
             "rate": _copy_rate(device),
         }
@@ -236,7 +237,7 @@ def _phases(device: str, found: list[dict[str, Any]], extractor: inception.Incep
 
 
 def growth(device: str) -> dict[str, Any]:
-    """Measures how time and memory grow with batch, size, width and steps: training, sampling, features, FID."""
+    """Measures how time and memory of training, sampling, features and FID grow with batch, size, width and steps."""
     base, found = BASE[device], []
     for phase, make in (("training", _training), ("sampling", _sampling)):
         for by, values in VALUES[device].items():

@@ -22,13 +22,13 @@ PACKAGES = (
 )
 
 
-TINY = "BENCH_TINY" in os.environ  # runs all rows on little work, in about a minute, and writes no results
+TINY = "BENCH_TINY" in os.environ  # runs all rows with little work, in about a minute, and writes no results
 
 Times = dict[str, dict[str, list[float]]]  # side -> "wall" or "cpu" -> seconds of each repetition
 
 
 def cpu_seconds() -> float:
-    """Returns the processor seconds of this process and its finished children. Other load changes them less than clock time."""
+    """Returns the processor seconds of this process and its finished children. Other load affects them less than clock time."""
     return sum(
         resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -47,9 +47,9 @@ def alternate(
 
     Args:
         sides: name -> function that does the work of one call.
-        repeats: timed turns.
-        warmups: untimed turns before the timed turns.
-        device: "cuda" waits for the GPU before and after each call.
+        repeats: number of timed turns.
+        warmups: number of untimed turns before the timed turns.
+        device: with "cuda", waits for the GPU before and after each call.
 
     Returns:
         The times, and the last return value of each side.
@@ -76,7 +76,7 @@ def figure(
 
     Args:
         name: the label in the tables.
-        values: one per repetition.
+        values: one value per repetition.
         unit: "x", "%" or "s".
         goal: the bound on the median, if any.
         most: whether the goal is an upper bound; otherwise it is a lower bound.
@@ -94,11 +94,11 @@ def ratios(
     """Divides a peer's time by ours, turn by turn. Returns a figure in clock time and a figure in processor time.
 
     Args:
-        times: result of `alternate`.
+        times: the result of `alternate`.
         peer: the side whose time is divided.
         goal: the lower bound on the ratio of clock times, if any.
         ours: the side to divide by.
-        name: label of the figure; default: "PEER / ours".
+        name: the label of the figure; default: "PEER / ours".
     """
     clock, processor = (
         [theirs / mine for theirs, mine in zip(times[peer][kind], times[ours][kind], strict=True)]
@@ -121,9 +121,9 @@ def limit(work: float, seconds: float, device: str, dtype: torch.dtype) -> dict[
 
     Args:
         work: floating point operations.
-        seconds: time that the operations took.
+        seconds: the time that the operations took.
         device: "cpu" or "cuda".
-        dtype: type of the matrix product to compare with.
+        dtype: the type of the matrix product to compare with.
 
     Returns:
         operations; matmul_rate, in operations per second; share of that rate.
@@ -133,7 +133,8 @@ def limit(work: float, seconds: float, device: str, dtype: torch.dtype) -> dict[
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
-    from ddpm.provenance.run_record import _hardware  # imported here: bench.cifar10 runs without its dependencies
+    # imported here, because bench.cifar10 runs without its dependencies
+    from ddpm.provenance.run_record import _hardware
 
     about = {**_hardware(), "threads": threads, "load": os.getloadavg()[0]}
     about["device"] = device
@@ -151,7 +152,7 @@ def versions() -> dict[str, str]:
 
 
 def _short(value: Any) -> Any:
-    """Rounds every float to 4 significant digits, about the precision of the times."""
+    """Rounds every float to 4 significant digits, which is about the precision of the times."""
     if isinstance(value, dict):
         return {key: _short(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

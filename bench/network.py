@@ -1,7 +1,7 @@
 """Measures training and sampling of the paper's network beside diffusers and denoising-diffusion-pytorch.
 
-Ours runs with what `precision: auto` and `compile: auto` mean on the machine. Each peer runs as its docs show it, and in the
-fastest of several settings, which the row tries first.
+Our code runs with the values that `precision: auto` and `compile: auto` choose on the machine. Each peer runs as its docs
+show it, and in the fastest of several settings, which the row finds first.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ PAPER: dict[str, Any] = {  # 35.7M parameters
     "heads": 1,
     "dropout": 0.1,
 }
-LITTLE = {**PAPER, "channels": 32, "multipliers": [1, 2], "attention": [16], "blocks": 1}
-SETTINGS = LITTLE if TINY else PAPER
+SHRUNK = {**PAPER, "channels": 32, "multipliers": [1, 2], "attention": [16], "blocks": 1}
+SETTINGS = SHRUNK if TINY else PAPER
 
 
 @dataclass(frozen=True)
 class Size:
-    """Work that fits a device: images per batch, steps per call, calls of each side."""
+    """The amount of work for a device: images per batch, steps per call, calls of each side."""
 
     batch: int
     steps: int
@@ -61,7 +61,7 @@ WORK = {"ddim": "sampling by ddim", "ancestral": "ancestral sampling"}
 
 
 def same_networks(device: str) -> tuple[UNet, Any, dict[str, Any]]:
-    """Returns our network, diffusers' with the same weights, and what was checked about both."""
+    """Returns our network, the network of diffusers with the same weights, and the checks of both."""
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def same_networks(device: str) -> tuple[UNet, Any, dict[str, Any]]:
     x, t = torch.randn(2, 3, 32, 32, device=device), torch.tensor([3.0, 700.0], device=device)
     with torch.no_grad():
         gap = float((ours(x, t) - theirs(x, t).sample).abs().max())
-    assert gap < (1e-2 if device == "cuda" else 1e-4), gap  # TF32 on a GPU
+    assert gap < (1e-2 if device == "cuda" else 1e-4), gap  # a GPU uses TF32
     return ours, theirs, {"parameters": count, "largest difference of outputs": gap}
 
 
@@ -94,7 +94,7 @@ def _repeated(step: Callable[[], Any], steps: int) -> Callable[[], Any]:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a peer, one of the packages that ours is compared with, computes: memory format, precision, compiler."""
+    """The memory format, precision and compiler of a peer, which is one of the packages that ours is compared with."""
 
     channels_last: bool = False
     bfloat16: bool = False  # by autocast
@@ -107,7 +107,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Side:
-    """A peer in one setting. seconds: of a call. compilation: seconds that the first call took longer, if it compiles."""
+    """A peer in one setting. seconds: of one call. compilation: extra seconds of the first call, if the peer compiles."""
 
     peer: str
     setting: Setting
@@ -120,12 +120,12 @@ class Side:
         return f"{self.peer} ({self.setting})"
 
 
-Make = Callable[[Setting], Callable[[], Any]]  # returns the work of one call
+Make = Callable[[Setting], Callable[[], Any]]  # returns a function that does the work of one call
 
 
 @contextmanager
 def _without_caches() -> Iterator[None]:
-    """Gives ddpm and torch.compile empty caches of compiled code while the block runs, so that they compile."""
+    """Gives ddpm and torch.compile empty caches of compiled code while the block runs, so that they must compile."""
     with TemporaryDirectory() as folder:
         places = {"TORCH_HOME": f"{folder}/torch", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
         before = {name: os.environ.get(name) for name in places}
@@ -140,17 +140,17 @@ def _without_caches() -> Iterator[None]:
 def _try(peer: str, make: Make, setting: Setting, device: str) -> Side:
     """Builds a side and calls it a few times."""
     call = make(setting)
-    times, _ = alternate({"it": call}, 4, warmups=0, device=device)
-    first, *rest = times["it"]["wall"]
+    times, _ = alternate({"call": call}, 4, warmups=0, device=device)
+    first, *rest = times["call"]["wall"]
     seconds = min(rest, default=first)
     return Side(peer, setting, call, seconds, first - seconds if setting.compiled else 0.0)
 
 
 def _tried(peer: str, make: Make, device: str) -> Iterator[Side]:
-    """Tries all settings without torch.compile and, unless TINY, torch.compile in the faster memory format.
+    """Tries all settings without torch.compile, and, unless TINY, torch.compile in the faster memory format.
 
-    bfloat16 is left out where a convolution in it is far slower than in float32: a training step would take minutes. A precision
-    that is more than twice as slow as the other one is not compiled, since compiling takes minutes too.
+    Leaves bfloat16 out if its convolutions are far slower than those in float32, since a training step would take minutes.
+    Compiling takes minutes too, so a precision that is more than twice as slow as the other one is not compiled.
     """
     precisions = (False, True) if _bfloat16_cost(device) < 4 else (False,)
     plain = [_try(peer, make, Setting(last, bf16), device) for last in (False, True) for bf16 in precisions]
@@ -180,16 +180,16 @@ def _versus(
     goals: tuple[float, float],
     compilation: float,
 ) -> tuple[dict[str, Any], dict[str, Side]]:
-    """Measures ours beside each peer as its docs show it and in its fastest setting.
+    """Measures our code beside each peer as its docs show it and in its fastest setting.
 
     Args:
         ours: the work of one call.
         peers: name -> how to build a side, the setting in its docs, and the operations of its network as a share of ours.
-            Ratios are at the same number of operations: the times of a peer are divided by that share.
+            Ratios compare equal numbers of operations: the times of a peer are divided by that share.
         device: "cpu" or "cuda".
-        repeats: timed turns.
+        repeats: number of timed turns.
         goals: for the first peer as its docs show it, and for the fastest peer.
-        compilation: seconds that ours has spent on compiling so far.
+        compilation: seconds that our code has spent on compiling so far.
 
     Returns:
         Entries of a row's result, and the fastest side of each peer.
@@ -230,7 +230,7 @@ def _versus(
 
 
 def _resolved(device: str) -> tuple[Auto, float]:
-    """Returns what `auto` means here, and the seconds that compiling took."""
+    """Returns the values of `auto` on this machine, and the seconds that compiling took."""
     began = time.perf_counter()
     auto, _ = compiling.probe(torch.device(device))
     return auto, time.perf_counter() - began
@@ -284,7 +284,7 @@ def _train(device: str) -> dict[str, Any]:
         goals,
         compilation,
     )
-    work = 3 * operations * size.batch * size.steps  # backward costs two forwards
+    work = 3 * operations * size.batch * size.steps  # a backward pass costs as much as two forward passes
     return {
         "work": f"training the paper's UNet, batch {size.batch}, {_instructions(device)}; ours: {auto}",
         "per_call": f"{size.steps} step{'s' if size.steps > 1 else ''}",
@@ -311,7 +311,7 @@ def _share(operations: int, device: str, checks: dict[str, Any]) -> float:
 
 
 def _instructions(device: str) -> str:
-    """Returns the instruction set that is used on the CPU, or the kind of GPU."""
+    """Returns the instruction set that torch uses on the CPU, or the name of the GPU."""
     if device != "cpu":
         return torch.cuda.get_device_name()
     return torch.backends.cpu.get_cpu_capability() + (" with AMX" if winograd.uses_amx() else "")
@@ -327,7 +327,7 @@ def _set_up(net: Any, setting: Setting) -> Any:
 
 
 def _same_loss(ours: UNet, theirs: Any, objective: Objective, device: str) -> list[float]:
-    """Returns the loss of both networks on one batch. diffusers makes its own noisy images."""
+    """Returns the loss of both networks on one batch. diffusers creates its own noisy images."""
     from diffusers import DDPMScheduler
 
     scheduler: Any = DDPMScheduler(1000, beta_schedule="linear")
@@ -354,7 +354,7 @@ def _diffusers_training(net: Any, batch: int, device: str, setting: Setting) -> 
     data = [flip(image.float() / 127.5 - 1) for image in images()]
     AcceleratorState._reset_state(
         reset_partial_state=True
-    )  # otherwise all Accelerators have the precision of the first
+    )  # otherwise all Accelerators have the precision of the first one
     accelerator = Accelerator(mixed_precision="bf16" if setting.bfloat16 else "no", cpu=device == "cpu")
     average = EMAModel(
         net.parameters(), decay=0.9999, use_ema_warmup=True, model_cls=type(net), model_config=net.config
@@ -435,7 +435,7 @@ def _pipeline(kind: str, net: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _lucidrains_sampling(kind: str, batch: int, steps: int, device: str, setting: Setting) -> Callable[[], Any]:
-    """Returns `steps` steps of denoising-diffusion-pytorch's sampler on its own network."""
+    """Returns a function that runs `steps` steps of denoising-diffusion-pytorch's sampler on its own network."""
     diffusion = _lucidrains(device, **({"sampling_timesteps": steps} if kind == "ddim" else {})).eval()
     _set_up(diffusion.model, setting)
 
@@ -452,13 +452,15 @@ def _lucidrains_sampling(kind: str, batch: int, steps: int, device: str, setting
 
 
 def _sampling(device: str, size: Size, kind: str, full: int) -> dict[str, Any]:
-    """Measures `sample` beside diffusers' pipeline, from the same weights and noise, and denoising-diffusion-pytorch's sampler.
+    """Measures `sample` beside diffusers' pipeline and denoising-diffusion-pytorch's sampler.
+
+    diffusers starts from the same weights and noise.
 
     Args:
         device: "cpu" or "cuda".
         size: batch, steps of a call, repetitions.
         kind: "ddim" or "ancestral".
-        full: steps of a whole sampling.
+        full: number of steps of a whole sampling.
     """
     auto, compilation = _resolved(device)
     ours, theirs, checks = same_networks(device)
@@ -490,8 +492,8 @@ def _sampling(device: str, size: Size, kind: str, full: int) -> dict[str, Any]:
 
         return call
 
-    # An error of eps is multiplied by 1 / a in the image, at first by 60. TF32 and bfloat16 make such errors, so the mean
-    # difference is compared with them instead of the largest.
+    # An error of eps is multiplied by 1 / a in the image, which is 60 in the first step. TF32 and bfloat16 make such errors,
+    # so for them the mean difference is compared instead of the largest one.
     plain = peer(Setting(), few)()
 
     def compared(images: np.ndarray, rough: bool, most: float) -> float:
@@ -511,7 +513,7 @@ def _sampling(device: str, size: Size, kind: str, full: int) -> dict[str, Any]:
     )
     x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
     t = torch.full((size.batch,), 700.0, device=device)
-    with torch.no_grad():  # as sample does
+    with torch.no_grad():  # `sample` computes no gradients either
         gap = float((fast(x, t) - theirs(x, t).sample).abs().max())
     assert gap < (0.1 if rough else 1e-3), gap
     checks[f"largest difference of outputs, {auto}"] = gap

@@ -1,6 +1,6 @@
 """Writes the tables of README.md, docs/speed.md, docs/cifar10.md and bench/metrics.json from bench/results/*.json.
 
-`python -m bench.page` needs the standard library only. With --check it fails if one of the files is out of date.
+`python -m bench.page` needs only the standard library. With --check it fails if one of the files is out of date.
 """
 
 from __future__ import annotations
@@ -18,15 +18,22 @@ PAGE = HERE.parent / "docs" / "speed.md"
 README = HERE.parent / "README.md"
 CIFAR10 = HERE.parent / "docs" / "cifar10.md"
 METRICS = HERE / "metrics.json"
-PROCESSOR = ", processor time"  # the end of the names of figures that bench.harness.ratios makes from processor seconds
+# the end of the name of a figure that bench.harness.ratios computes from processor seconds
+PROCESSOR = ", processor time"
 BEGIN, END = "<!-- results: python -m bench.page -->\n", "<!-- end of results -->\n"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One benchmark, measured on each of `devices` by a function in `module`.
+    """A benchmark.
 
-    goal: whether README shows the row. function: "" for the row's name. environment: variables of the measuring process.
+    Args:
+        work: the title of the row.
+        module: the module below bench that measures the row.
+        devices: the devices to measure on.
+        goal: whether README shows the row.
+        function: the function of the module; "" for the name of the row.
+        environment: environment variables of the measuring process.
     """
 
     work: str
@@ -38,23 +45,23 @@ class Row:
 
 
 BOTH = ("cpu", "cuda")
-# Holds torch, oneDNN, MKL and torch.compile to AVX2, on a processor that has more. Our C code follows torch.
+# Limits torch, oneDNN, MKL and torch.compile to AVX2 on a processor that has more. Our C code follows torch.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 ROWS = {
     "train": Row("training step, paper UNet", "network", BOTH),
     "ddim": Row("sampling, DDIM 50, same weights", "network", BOTH),
     "ancestral": Row("ancestral sampling, 1000 steps, same weights", "network", BOTH),
-    "train_avx2": Row("training step, held to AVX2", "network", function="train", environment=AVX2),
-    "ddim_avx2": Row("sampling, DDIM 50, held to AVX2", "network", function="ddim", environment=AVX2),
-    "ancestral_avx2": Row("ancestral sampling, held to AVX2", "network", function="ancestral", environment=AVX2),
+    "train_avx2": Row("training step, limited to AVX2", "network", function="train", environment=AVX2),
+    "ddim_avx2": Row("sampling, DDIM 50, limited to AVX2", "network", function="ddim", environment=AVX2),
+    "ancestral_avx2": Row("ancestral sampling, limited to AVX2", "network", function="ancestral", environment=AVX2),
     "fid_sets": Row("features and FID of several sets, one reference", "scores", BOTH),
     "statistics": Row("statistics and intervals, 50k x 2048", "scores", BOTH),
-    "rounding": Row("what bfloat16 and compiled kernels change", "scores", BOTH),
+    "rounding": Row("effect of bfloat16 and compiled kernels on FID", "scores", BOTH),
     "prepare": Row("prepare, PNG from a zip", "data"),
     "demo": Row("whole demo", "pipeline"),
     "sweeps": Row("sweeps of 12, 50 and 200 points", "pipeline"),
     "start": Row("start of a stage's process", "pipeline"),
-    "growth": Row("how cost grows, and the machine's limits", "growth", BOTH, goal=False),
+    "growth": Row("growth of the cost, and the machine's limits", "growth", BOTH, goal=False),
 }
 
 
@@ -92,7 +99,7 @@ def _goal(figure: dict[str, Any]) -> str:
 
 def render(found: dict[tuple[str, str], dict[str, Any]]) -> str:
     """Renders the tables of docs/speed.md: all figures and goals, then the times of each row, then machines and versions."""
-    lines = ["| work | figure | by the clock: median (range) | processor time | goal |", "|---|---|---|---|---|"]
+    lines = ["| work | figure | clock time: median (range) | processor time | goal |", "|---|---|---|---|---|"]
     missing = []
     for name, row in ROWS.items():
         for device in row.devices:
@@ -107,7 +114,7 @@ def render(found: dict[tuple[str, str], dict[str, Any]]) -> str:
 
 
 def _summary(title: str, figures: list[dict[str, Any]]) -> list[str]:
-    """Returns a line for each figure. A column holds its processor time, which is a figure of its own in the results."""
+    """Returns a line for each figure. The processor time, which is a separate figure in the results, becomes a column."""
     processor = {figure["name"]: _value(figure) for figure in figures if figure["name"].endswith(PROCESSOR)}
     lines = []
     for figure in figures:
@@ -121,7 +128,7 @@ def _summary(title: str, figures: list[dict[str, Any]]) -> list[str]:
 def _section(title: str, about: dict[str, Any]) -> list[str]:
     work = about["work"][:1].upper() + about["work"][1:]
     lines = [f"### {title}", "", f"{work}. One call: {about['per_call']}.", ""]
-    figures = {figure["name"] for figure in about["figures"]}  # the first table has their times
+    figures = {figure["name"] for figure in about["figures"]}  # the first table has the times of these figures
     sides = {side: kinds for side, kinds in about["times"].items() if side not in figures}
     if sides:
         lines += ["| side | seconds a call: median (range) | processor seconds |", "|---|---|---|"]
@@ -136,16 +143,16 @@ def _section(title: str, about: dict[str, Any]) -> list[str]:
         lines.append(f"Checks: {checks}.")
     if limit := about.get("limit"):
         lines.append(
-            f"Ours reaches {100 * limit['share']:.0f} % of the matrix-product rate, {limit['matmul_rate'] / 1e9:,.0f}"
+            f"Our code reaches {100 * limit['share']:.0f} % of the matrix-product rate, {limit['matmul_rate'] / 1e9:,.0f}"
             f" GFLOP/s ({limit['operations'] / 1e9:,.0f} GFLOP a call)."
         )
     return [*lines, f"Peak memory: {about['peak_memory_bytes'] / 2**30:.1f} GiB."]
 
 
 def _tried(about: dict[str, Any]) -> list[str]:
-    """Compile times, and the settings of the peers that the row tried first."""
+    """Returns the compile times, and the table of the peers' settings that the row tried first."""
     compiled = ", ".join(f"{side} {_number(seconds)} s" for side, seconds in about["compilation"].items())
-    lines = [f"Compiling, once and not counted: {compiled}. These settings of the peers were tried:", ""]
+    lines = [f"Compile times, not counted above: {compiled}. These settings of the peers were tried:", ""]
     lines += ["| side | seconds a call, tried briefly | seconds to compile |", "|---|---|---|"]
     for row in about["tried"]:
         compilation = _number(row["compilation"]) if row["compilation"] else ""
@@ -202,10 +209,12 @@ def _places(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     return [f"{', '.join(names) if len(rows) > 1 else 'All rows'}: {place}" for place, names in rows.items()]
 
 
-# FID of unconditional CIFAR-10, 50,000 samples against train.
+# FID of unconditional CIFAR-10, 50,000 samples against the training images.
+#
 # REPLICATION: step -> FID of a public replication of Ho et al. 2020, source unknown.
-# PUBLISHED: DDIM and eta from Song et al. 2020, table 1; DPM-Solver++ and UniPC from Zhao et al. 2023, on the network of
-# Song et al. 2021.
+#
+# PUBLISHED: DDIM and eta from Song et al. 2020, table 1. DPM-Solver++ and UniPC from Zhao et al. 2023, on the network of Song
+# et al. 2021.
 REPLICATION = {46_800: 9.162, 93_600: 5.778, 187_000: 4.083, 421_000: 3.31, 796_000: 3.188}
 PUBLISHED = {
     **{f"ddim-{n}": fid for n, fid in {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16}.items()},
@@ -301,7 +310,7 @@ def _swept(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _on_cpu() -> list[str]:
-    """Returns the last score of each curve; docs/images has the whole curves."""
+    """Returns the last score of each curve. docs/images has the whole curves."""
     lines = ["| recipe | steps | minutes | processor minutes | FID | protocol |", "|---|---|---|---|---|---|"]
     missing = []
     for name in ("digits", "cifar10-cpu"):

@@ -1,4 +1,4 @@
-"""Measures what DVC, Prefect and process start-up add to the stages, in a clone of this checkout."""
+"""Measures the time that DVC, Prefect and process start-up add to the stages, in a clone of this checkout."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from ddpm.runtime.display import PREFIX
 ROOT = Path(__file__).parents[1]
 RECIPE = "smoke"
 FLOW = [sys.executable, "-m", "flows", "--no-promote"]
-DVC = str(Path(sys.executable).parent / "dvc")  # with the changes of ddpm.tools.dvc; `python -m dvc` is DVC alone
+# includes the changes of ddpm.tools.dvc, while `python -m dvc` is plain DVC
+DVC = str(Path(sys.executable).parent / "dvc")
 REPEATS = 1 if TINY else 3
-SIZES = (2, 4) if TINY else (12, 50, 200)  # points of the sweeps
+SIZES = (2, 4) if TINY else (12, 50, 200)  # numbers of points of the sweeps
 
-# In the sweeps every stage works as little as it can, so that what the flow adds is most of their time.
+# In the sweeps every stage does as little work as possible, so that most of their time is the overhead of the flow.
 LEAST = {
     "network": {"channels": 8},
     "training": {"steps": 10},
@@ -62,7 +63,7 @@ report(params)
 def _clone(points: int = 0) -> Iterator[tuple[Path, dict[str, str]]]:
     """Yields a fresh clone of this checkout's commit, and the environment for its commands.
 
-    points: the size of the sweep, with LEAST work for each; 0 for the recipe as it is.
+    points: the size of the sweep, with LEAST work for each point; 0 for the recipe as it is.
     """
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "clone"
@@ -204,7 +205,10 @@ def _plain(root: Path, names: Sequence[str], folder: Path) -> None:
 
 
 def sweeps(device: str) -> dict[str, Any]:
-    """Measures what the flow adds per point of sweeps of several sizes, and `dvc repro` and the report of the largest one."""
+    """Measures the overhead of the flow per point of several sweeps.
+
+    For the largest sweep, also measures `dvc repro` and the report.
+    """
     times: dict[str, dict[str, list[float]]] = {}
     added: dict[int, float] = {}
     for points in SIZES:

@@ -1,6 +1,6 @@
 """Measures Inception features, FID and its interval, beside torch-fidelity and scipy.
 
-`python -m bench.scores POINT` prints what the FID of a point means (see `main`).
+`python -m bench.scores POINT` compares the FID of a point with other FIDs (see `main`).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from ddpm.stages.train import train
 
 Images = NDArray[np.uint8]
 
-SETS, IMAGES = 3, 150  # sample sets; images in each set and in the reference
+SETS, IMAGES = 3, 150  # number of sample sets; number of images in each set and in the reference
 ROWS, DIMENSIONS = (1_000, 128) if TINY else (50_000, 2048)
 CACHE = Path(".cache") / "inception"
 RECIPE = Path(__file__).parents[1] / "recipes" / "mnist.yaml"
 POINT = Point(schedule="cosine", sampler="dpmpp_2m", steps=25)
 DRAWN, LAYER = (50, 64) if TINY else (1000, 192)
 EXACT = "float32"
-# How the same weights are sampled: precision, compile.
+# The precision and compilation with which the same weights are sampled.
 SETTINGS = {
     EXACT: ("float32", False),
     "float32, compiled": ("float32", True),
@@ -46,7 +46,8 @@ SETTINGS = {
     "bfloat16, compiled": ("bfloat16", True),
 }
 GOAL = 2.0  # per cent of FID
-BEST, BEST_BATCH = "torch-fidelity in channels_last and small batches", 8  # changes its network from outside
+# changes the network of torch-fidelity from outside
+BEST, BEST_BATCH = "torch-fidelity in channels_last and small batches", 8
 
 
 def _pictures(count: int, seed: int) -> np.ndarray:
@@ -79,7 +80,8 @@ def fid_sets(device: str) -> dict[str, Any]:
         state = inception._from_wheel(CACHE)
         assert state is not None
         torch.save({**state, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, weights)
-        kept = fidelity.statistics(extract(extractor, reference))  # computed before, as in a stage's cache
+        # computed before the measurement, as in a stage's cache
+        kept = fidelity.statistics(extract(extractor, reference))
 
         def ours() -> list[float]:
             began = time.perf_counter()
@@ -87,7 +89,7 @@ def fid_sets(device: str) -> dict[str, Any]:
             seconds.append(time.perf_counter() - began)
             again = fidelity.Statistics(
                 kept.mean, kept.covariance
-            )  # a new object, so the reference's root is computed once in each call
+            )  # a new object, so that each call computes the reference's root once
             return [fidelity.jackknife(part, again, device).fid for part in extracted]
 
         def theirs() -> list[float]:
@@ -106,7 +108,7 @@ def fid_sets(device: str) -> dict[str, Any]:
 
         times, given = alternate({"ours": ours, "torch-fidelity": theirs}, 2, warmups=0, device=device)
         extraction = _extraction(extractor, weights, sets[0], device)
-    # On a GPU the peer's convolutions use TF32, its default, which changes FID by 1e-3. Ours use float32.
+    # On a GPU, the peer's convolutions use TF32 by default, which changes FID by 1e-3. Ours use float32.
     np.testing.assert_allclose(given["ours"], given["torch-fidelity"], rtol=5e-3 if device == "cuda" else 1e-4)
     over = [100 * (whole / part - 1) for whole, part in zip(times["ours"]["wall"], seconds, strict=True)]
     return {
@@ -124,7 +126,7 @@ def fid_sets(device: str) -> dict[str, Any]:
 
 
 def _extraction(extractor: inception.Inception, weights: Path, images: Images, device: str) -> Times:
-    """Times feature extraction alone: ours, torch-fidelity's as it is, and with the fastest settings found on two CPU cores."""
+    """Times feature extraction alone: ours, and torch-fidelity's by default and in its fastest settings on two CPU cores."""
     from torch_fidelity import FeatureExtractorInceptionV3
 
     plain, best = (
@@ -140,7 +142,7 @@ def _extraction(extractor: inception.Inception, weights: Path, images: Images, d
 
     sides = {
         "ours": lambda: extract(extractor, images),
-        "torch-fidelity": lambda: theirs(plain, 64),  # its default
+        "torch-fidelity": lambda: theirs(plain, 64),  # torch-fidelity's default batch
         BEST: lambda: theirs(best, BEST_BATCH if device == "cpu" else 64),
     }
     times, given = alternate(sides, 3, warmups=0, device=device)
@@ -152,8 +154,8 @@ def _extraction(extractor: inception.Inception, weights: Path, images: Images, d
 def statistics(device: str) -> dict[str, Any]:
     """Measures FID and its interval from given features.
 
-    scipy's sqrtm of the product of two float64 covariances is what pytorch-fid computes. Both peers have no setting for the
-    type, and use all cores.
+    pytorch-fid computes the same as scipy's sqrtm of the product of two float64 covariances. Both peers have no setting for
+    the type, and use all cores.
     """
     import scipy.linalg
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -162,13 +164,13 @@ def statistics(device: str) -> dict[str, Any]:
     mix = random.standard_normal((DIMENSIONS, DIMENSIONS), np.float32) / DIMENSIONS**0.5
     scale = np.linspace(1, 0.01, DIMENSIONS, dtype=np.float32)
     real, fake = (random.standard_normal((ROWS, DIMENSIONS), np.float32) * scale @ mix + shift for shift in (0, 0.02))
-    reference = fidelity.statistics(real)  # known before, as are the peers' own
+    reference = fidelity.statistics(real)  # computed before the measurement, like the peers' reference
     kept = fid_features_to_statistics(torch.from_numpy(real))
 
     def ours() -> float:
         again = fidelity.Statistics(
             reference.mean, reference.covariance
-        )  # a new object, so that its root is part of the work
+        )  # a new object, so that computing its root is part of the work
         return fidelity.jackknife(fake, again, device).fid
 
     def without_interval() -> float:
@@ -213,10 +215,10 @@ def statistics(device: str) -> dict[str, Any]:
 
 
 def rounding(device: str) -> dict[str, Any]:
-    """Trains the MNIST recipe, samples it in each of SETTINGS, and compares with plain float32.
+    """Trains the MNIST recipe, samples the model in each of SETTINGS, and compares the results with plain float32.
 
-    A second model is trained and sampled in compiled bfloat16, and a third in float32 from another seed, which shows how much
-    two trainings differ anyway.
+    A second model is trained and sampled in compiled bfloat16. A third model is trained in float32 from another seed, to show
+    how much two trainings differ anyway.
     """
     params = Params.load(RECIPE)
     exactly: dict[str, Any] = {"precision": "float32", "compile": True}
@@ -296,10 +298,10 @@ def _gaussian(images: Images, count: int, random: np.random.Generator) -> Images
 
 
 def main(point: str) -> None:
-    """Prints what the FID of a point means: beside it, that of noise, of a Gaussian fitted to the pixels, and of held-out images.
+    """Prints the FID of a point beside the FIDs of noise, of a Gaussian fitted to the pixels, and of held-out images.
 
-    Reads the outputs of `dvc repro` in this checkout. All sets have the same number of images and are compared with the training
-    images, by the extractor and layer of params.yaml.
+    Reads the outputs of `dvc repro` in this checkout. All sets have the same number of images. They are compared with the
+    training images, by the extractor and layer of params.yaml.
     """
     params, dataset = Params.load(), read_dataset()
     samples = read_samples(paths.samples_file(Point.parse(point))).images

@@ -1,7 +1,8 @@
 """Compares settings of recipes/cifar10-cpu.yaml in equal processor time: `python -m bench.trials --seconds 240`.
 
-Every row of CHANGES is trained for --seconds of processor time, then scored by the recipe's protocol and by its error on test
-images. Results: bench/results/trials-cifar10-cpu.json. The command stops after --minutes and resumes from --state when repeated.
+Every row of CHANGES is trained for --seconds of processor time. It is scored by the recipe's protocol and by its error on
+test images. Results: bench/results/trials-cifar10-cpu.json. The command stops after --minutes, and resumes from --state when
+it is repeated.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import torch
 
 from bench import course, harness
 from bench.course import Course, OutOfTime, Recipe
-from bench.curves import ROOT, of_params, prepared
+from bench.curves import ROOT, load_prepared, recipe_of_params
 from ddpm import Denoiser
 from ddpm.scores import fidelity, inception
 
 NAME = "cifar10-cpu"
-# Each row changes one thing in the recipe or its network.
+# Each row changes one setting of the recipe or of its network.
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "eps": {"target": "eps"},
@@ -55,11 +56,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "patch 2, channels 64": {"network": {"patch": 2, "channels": 64}},
     "dit": {"kind": "dit", "network": {"width": 192, "depth": 6, "heads": 3, "patch": 4}},
 }
-PACED = 30  # steps after the first row of losses, in which a training learns its pace, and so its number of steps
+PACED = 30  # after the first row of losses, this many steps measure the speed, which decides the number of steps
 
 
-def changed(recipe: Recipe, change: dict[str, Any]) -> Recipe:
-    """Applies a row of CHANGES. Another kind of network keeps only what follows from the data."""
+def with_change(recipe: Recipe, change: dict[str, Any]) -> Recipe:
+    """Applies a row of CHANGES. Another kind of network keeps only the settings that follow from the data."""
     derived = ("image_channels", "image_size")
     kept = recipe.network if "kind" not in change else {key: recipe.network[key] for key in derived}
     return replace(recipe, **{**change, "network": {**kept, **change.get("network", {})}})
@@ -91,7 +92,7 @@ def trial(
         params: the parameters of sampling and scoring.
         dataset: the prepared dataset.
         extractor: the feature extractor.
-        seconds: processor seconds of training, which decide the number of steps after the first rows of losses.
+        seconds: processor seconds of training. They decide the number of steps, after the first rows of losses.
         state: folder from which to resume.
         until: time.monotonic() at which to stop.
 
@@ -120,7 +121,7 @@ def trial(
         lambda rows: some[rows.start : rows.stop], count, 100, extractor, state.parent / "real", until
     )
     made = course.features_of(
-        lambda rows: course.drawn(denoiser, shape, rows, row, "cpu"), count, 100, extractor, state / "made", until
+        lambda rows: course.draw_images(denoiser, shape, rows, row, "cpu"), count, 100, extractor, state / "made", until
     )
     test = torch.from_numpy(np.array(dataset.test[:256]))
     return {
@@ -149,31 +150,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9, help="time limit of this command, roughly")
     parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "curves" / f"{NAME}-trials")
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
-    asked = parser.parse_args(arguments)
-    if unknown := [name for name in asked.names if name not in CHANGES]:
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.names if name not in CHANGES]:
         parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(CHANGES)}")
-    until = time.monotonic() + asked.minutes * 60
-    params, dataset = prepared(NAME, asked.images, asked.state)
+    until = time.monotonic() + options.minutes * 60
+    params, dataset = load_prepared(NAME, options.images, options.state)
     if harness.TINY:
         params = params.model_copy(update={"evaluation": replace(params.evaluation, images=20, layer=64)})
-    threads = asked.threads or params.training.threads
+    threads = options.threads or params.training.threads
     torch.set_num_threads(threads)
-    recipe = of_params(params, params.points()[-1].schedule, tuple(dataset.train.shape[1:]))
+    recipe = recipe_of_params(params, params.points()[-1].schedule, tuple(dataset.train.shape[1:]))
     extractor = inception.load(params.evaluation.layer, ROOT / ".cache" / "inception")
-    path = asked.out / f"trials-{NAME}.json"
+    path = options.out / f"trials-{NAME}.json"
     found = json.loads(path.read_text(encoding="utf-8"))["trials"] if path.exists() else {}
     try:
-        for seed, change in product(range(asked.seeds), asked.names or CHANGES):
+        for seed, change in product(range(options.seeds), options.names or CHANGES):
             name = f"{change}, seed {seed}" if seed else change
             if name in found:
                 continue
-            folder = asked.state / name.replace(" ", "-")
+            folder = options.state / name.replace(" ", "-")
             row = trial(
-                replace(changed(recipe, CHANGES[change]), seed=seed),
+                replace(with_change(recipe, CHANGES[change]), seed=seed),
                 params,
                 dataset,
                 extractor,
-                asked.seconds,
+                options.seconds,
                 folder,
                 until,
             )

@@ -51,8 +51,9 @@ __all__ = [
     "trajectory",
 ]
 
-# Names are imported on first use, so `import ddpm` is fast and a stage depends only on the modules it uses.
-_HOMES = {
+# The module of each name. A name is imported on first use. So `import ddpm` is fast, and a stage depends only on the modules that
+# it uses.
+_MODULES = {
     "Denoiser": "diffusion.denoiser",
     "LOSSES": "training.objective",
     "NETWORKS": "networks.network",
@@ -75,11 +76,12 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":  # if written in this file, a new version would change a dependency of every stage
+    # The version is not written here: every stage depends on this file, so a new version would rerun all stages.
+    if name == "__version__":
         return importlib.import_module("importlib.metadata").version("ddpm")
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'ddpm' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"ddpm.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"ddpm.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,7 @@
-"""Starts `ddpm VERB`. DVC, torchrun and the flow call `python -B -m ddpm VERB`, which runs the code of the working folder."""
+"""Starts `ddpm VERB`.
+
+DVC, torchrun and the flow call `python -B -m ddpm VERB`, because that runs the code of the working folder.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ def main() -> None:
     try:
         from ddpm.cli import main as run
     except ModuleNotFoundError as error:
-        asked = sys.argv[1:] in (["-h"], ["--help"])  # the help of the library alone
-        print(f"ddpm: {missing(error)}", file=sys.stdout if asked else sys.stderr)
-        sys.exit(0 if asked else 2)
+        help_only = sys.argv[1:] in (["-h"], ["--help"])  # `ddpm --help` succeeds even without the extras
+        print(f"ddpm: {missing(error)}", file=sys.stdout if help_only else sys.stderr)
+        sys.exit(0 if help_only else 2)
     run()
 
 

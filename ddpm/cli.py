@@ -103,8 +103,8 @@ def _run(
         output: the run record is written beside this file or folder.
         execute: does the work of the stage.
         watch: returns a second receiver of the progress reports.
-        publishes: False if a later stage or `ddpm publish --follow` publishes this output; importing MLflow takes three
-            seconds.
+        publishes: False if a later stage or `ddpm publish --follow` publishes this output. Publishing takes three seconds to
+            import MLflow.
     """
     started, resumed_from, last = time.time(), 0, Progress(0, 0, "")
     with unchanged(stage), ExitStack() as stack:
@@ -115,7 +115,7 @@ def _run(
         def report(progress: Progress) -> None:
             nonlocal last, resumed_from
             if progress.message and last.done == 0:
-                resumed_from = progress.done  # the work of earlier runs
+                resumed_from = progress.done  # earlier runs did this work
             last = progress
             show(progress)
             if watcher:
@@ -146,7 +146,7 @@ def prepare() -> None:
 
 @app.command()
 def probe() -> None:
-    """Find out what `auto` in params.yaml means on this machine, and write it to auto.json for the whole sweep."""
+    """Choose the values of `auto` in params.yaml for this machine, and write them to auto.json for the whole sweep."""
     from ddpm.stages.probe import probe
 
     _run("probe", paths.auto_file(), lambda params, report: probe(params, Path(), report), publishes=False)
@@ -161,7 +161,7 @@ def _item_from_dvc(verb: str, argument: str) -> Callable[[], str]:
 
     def item() -> str:
         stage, _, name = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")  # DIRECTORY/dvc.yaml:STAGE
-        if (stage != verb or not name) and "_DDPM_COMPLETE" not in os.environ:  # set while a shell completes
+        if (stage != verb or not name) and "_DDPM_COMPLETE" not in os.environ:  # set during shell completion
             raise InputError(f"Missing argument '{argument}'; see ddpm {verb} --help")
         return name
 
@@ -184,7 +184,7 @@ def train(
     from ddpm.runtime import ranks
 
     params = Params.load()
-    imported = schedule in params.schedules and params.schedules[schedule].imported  # its weights are copied
+    imported = schedule in params.schedules and params.schedules[schedule].imported  # copied, not trained
     if params.compute.processes > 1 and not ranks.started() and not imported:
         from ddpm.runtime.launch import launch
 
@@ -195,7 +195,7 @@ def train(
 
     if ranks.number() > 0:  # process 0 shows, records and publishes
         if not imported:
-            _assist(params, schedule)
+            _train_as_worker(params, schedule)
         return
 
     def execute(params: Params, report: Report) -> None:
@@ -208,14 +208,14 @@ def train(
     _run(f"train@{schedule}", paths.model_dir(schedule), execute, watch)
 
 
-def _assist(params: Params, schedule: str) -> None:
-    """Trains in a process other than process 0. Only process 0 reports."""
+def _train_as_worker(params: Params, schedule: str) -> None:
+    """Trains in process 1 or a later process of a distributed training. Only process 0 reports."""
     from ddpm.stages.train import train
 
     try:
         train(params, schedule)
     except InputError:
-        time.sleep(5)  # process 0 reports the same error meanwhile, and the launcher ends this process
+        time.sleep(5)  # gives process 0 time to report the same error; then the launcher ends this process
         raise
 
 
@@ -366,8 +366,8 @@ def promote(
 ) -> None:
     """Register the best point of the report as ddpm-DATASET, and make it the champion if it wins.
 
-    The point wins if its score is significantly better. It also wins if it takes far fewer network evaluations and its score is,
-    with the same confidence, nearly as good.
+    The point wins if its score is significantly better. A point that takes far fewer network evaluations also wins if its score
+    is, with the same confidence, nearly as good.
     """
     from ddpm import tracking
 
@@ -385,7 +385,7 @@ def promote(
             return rescore(params, checkpoint, settings, Path(), watch)
 
     decision = tracking.promote(params, Path(), replace=replace, rescore=score, say=say)
-    tracking.publish_or_warn(params, Path(), only="report", say=say)  # its page shows the champion
+    tracking.publish_or_warn(params, Path(), only="report", say=say)  # the report's page shows the champion
     say(decision.line)
 
 
@@ -437,15 +437,15 @@ def run(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Values to set in params.yaml, such as training.steps=1600."),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="A name in recipes/, or a path. It replaces params.yaml first.")] = "",
+    recipe: Annotated[
+        str, typer.Option(help="A name in recipes/, or the path of a recipe. The recipe replaces params.yaml first.")
+    ] = "",
     promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Register the best point.")] = True,
 ) -> None:
     """Set values in params.yaml, run the stages that depend on them, publish, promote, and print the best point."""
     options = [*(["--recipe", recipe] if recipe else []), *(f"--set={value}" for value in values or ())]
     flow = [sys.executable, "-B", "-m", "flows", *options, *([] if promote else ["--no-promote"])]
-    os.execv(
-        sys.executable, flow
-    )  # this process becomes the flow, since flows imports ddpm and not the other way round
+    os.execv(sys.executable, flow)  # replaces this process, because ddpm must not import flows
 
 
 @app.command()
@@ -453,7 +453,8 @@ def init(
     folder: Annotated[Path, typer.Argument(help="The folder of the project, which may be new.")] = Path(),
     recipe: Annotated[str, typer.Option(help="The recipe that becomes params.yaml.")] = "digits",
     renew: Annotated[
-        bool, typer.Option("--update", help="Renew a project after an upgrade of the package: dvc.yaml and ddpm.json.")
+        bool,
+        typer.Option("--update", help="Renew dvc.yaml and ddpm.json of a project after an upgrade of the package."),
     ] = False,
 ) -> None:
     """Make a project outside of a checkout: params.yaml, recipes, the stages for DVC, the deployment for Prefect."""
@@ -612,7 +613,7 @@ def schedules(
     ] = "",
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = paths.schedules_dir(),  # noqa: B008
 ) -> None:
-    """Compare noise schedules: how far is x_T from pure noise, and at which noise levels do the steps lie? (Table and plots.)"""
+    """Compare noise schedules in a table and plots: the distance of x_T from pure noise, and the noise levels of the steps."""
     from ddpm.provenance.run_record import record
     from ddpm.runtime.display import table
     from ddpm.tools.schedules import BAND_NAMES, schedules
@@ -633,7 +634,7 @@ def schedules(
         for warning in row.warnings:
             say(f"warning: {name}: {warning}")
     say(", ".join(str(path) for path in sorted(out.glob("*")) if path.suffix in (".csv", ".png")))
-    if params is None or model:  # MLflow shows the schedules of a sweep
+    if params is None or model:  # MLflow gets only the schedules of a sweep
         return
     record(out, "schedules", started, time.time(), len(rows), "schedules")
     from ddpm import tracking
@@ -685,11 +686,11 @@ def import_diffusers(
         say(line)
 
 
-UsageError: Any = typer.BadParameter.__base__  # click's class, of which typer exports only this subclass
+UsageError: Any = typer.BadParameter.__base__  # click's UsageError; typer exports only its subclass BadParameter
 
 
 def main() -> None:
-    """Runs the command line. Prints errors in one line on standard error; exits with 2 for wrong input and 143 for SIGTERM."""
+    """Runs the command line. Prints an error in one line on standard error. Exits with 2 for wrong input and 143 for SIGTERM."""
     # protects: tests/stages/test_faults.py::test_sigterm_is_one_line_and_143_whatever_runs
     stopping.on_sigterm()
     watchdog.start()
@@ -721,7 +722,7 @@ def _say_usage(error: Any) -> None:
 
 
 def _line(error: Exception) -> tuple[str, int]:
-    """Returns the line that describes an error, and the exit code: 2 if the user can correct it, else 1."""
+    """Returns the line that describes an error, and the exit code: 2 if the user can correct the error, else 1."""
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, ModuleNotFoundError):

@@ -6,10 +6,11 @@ LONGEST = 750  # characters
 
 
 class InputError(Exception):
-    """Wrong input. The message says in one line what is wrong, where, and what to do; `ddpm` prints it and exits with 2.
+    """Wrong input. The message says in one line what is wrong, where, and what to do.
 
-    Escapes unprintable characters of the message, such as a line break in a file's name. Cuts the middle out of a message of
-    more than LONGEST characters, which can occur when it quotes long input.
+    `ddpm` prints the message and exits with 2. The constructor escapes unprintable characters, such as a line break in a file's
+    name. The constructor also cuts the middle out of a message of more than LONGEST characters, since a message may quote long
+    input.
     """
 
     def __init__(self, message: str) -> None:

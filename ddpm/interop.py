@@ -1,14 +1,14 @@
 """Converts networks and schedules to and from diffusers' UNet2DModel and DDPMScheduler, the format of google/ddpm-*.
 
-The functions are pure: they take and return dicts of tensors and the parsed config.json and scheduler_config.json. The
-network is the same on both sides, layer for layer. Only names differ, and diffusers' attention has three matrices (q,
-k, v) where UNet has one. "The family" below means the UNet2DModels that UNet can express. If a configuration key has no
-counterpart on the other side, every function raises a ValueError that names the key.
+The functions are pure: they take and return dicts of tensors and the parsed config.json and scheduler_config.json. Both sides
+have the same network, layer for layer. Only the names differ, and diffusers' attention has three matrices (q, k, v) where UNet
+has a single matrix. "The family" below means the UNet2DModels that UNet can express. If a configuration key has no counterpart
+on the other side, every function raises a ValueError that names the key.
 
 - Classes: UNet's label embedding is UNet2DModel's class embedding, row for row. UNet's last row is the null class of
-  classifier-free guidance, so num_class_embeds = classes + 1. UNet2DModel has no key that says whether there is a null
-  class, so the export adds one, NULL_CLASS. A config.json without it describes a network that always takes a label.
-- A learned variance doubles out_channels on both sides: first the prediction, then v, which the scheduler reads with
+  classifier-free guidance, so num_class_embeds = classes + 1. UNet2DModel has no key for the null class, so the
+  export adds the key NULL_CLASS. A config.json without this key describes a network that always takes a label.
+- A learned variance doubles out_channels on both sides. The prediction comes first, then v. The scheduler reads v with
   variance_type = learned_range. diffusers' variance_type = learned has no counterpart.
 - flip_sin_to_cos swaps the halves of the time embedding, so the import swaps the columns of the layer that reads it.
 """
@@ -34,7 +34,7 @@ _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mid_block_scale_factor": (1, (1,)),
     "act_fn": ("silu", ("silu", "swish")),
     "class_embed_type": (None, (None,)),
-    # Others are not fixed, but have few values.
+    # The keys below have several allowed values.
     "downsample_type": ("conv", ("conv", "resnet", None)),
     "upsample_type": ("conv", ("conv", "resnet", None)),
     "resnet_time_scale_shift": ("default", ("default", "scale_shift")),
@@ -62,9 +62,9 @@ _LAYOUT: dict[str, Any] = {
     "num_train_timesteps": None,  # used only by learned time embeddings
 }
 NULL_CLASS = "_null_class"  # true if the last class embedding is the null class; diffusers keeps keys that begin with _
-# What diffusers' EMAModel adds to config.json when it saves a network.
+# Keys that diffusers' EMAModel adds to config.json when it saves a network.
 _AVERAGING = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
-# The blocks of each way: plain, with attention, and without attention but resized by a residual block.
+# The block types on the way down and up: plain, with attention, and resized by a residual block without attention.
 _BLOCKS = {
     "down": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
     "up": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
@@ -224,7 +224,7 @@ def _heights(image_size: int | Sequence[int], levels: int) -> list[int]:
 
 
 def _way(layout: Mapping[str, Any], way: str, levels: int) -> list[tuple[bool, bool]]:
-    """Returns a pair of flags for each resolution, from the highest on: has it attention, does a residual block resize it?
+    """Returns two flags for each resolution, highest first: has attention, and is resized by a residual block.
 
     way: "down" or "up".
     """
@@ -234,7 +234,7 @@ def _way(layout: Mapping[str, Any], way: str, levels: int) -> list[tuple[bool, b
         raise _bad_value(key, kinds, f"expected {levels} blocks, one for each of block_out_channels")
     found = []
     for kind in kinds:
-        name = str(kind).removeprefix("UNetRes")  # of old configurations
+        name = str(kind).removeprefix("UNetRes")  # a prefix in old configurations
         if name not in _BLOCKS[way]:
             raise _bad_value(key, kind, f"expected {', '.join(_BLOCKS[way][:-1])} or {_BLOCKS[way][-1]}")
         index = _BLOCKS[way].index(name)
@@ -270,7 +270,7 @@ def _check_numbers(layout: Mapping[str, Any], widths: list[int]) -> None:
 
 
 def _middle_groups(layout: Mapping[str, Any]) -> int | None:
-    """Returns the groups of the middle's attention: 0 means no normalisation, None the same groups as the other layers."""
+    """Returns the number of groups of the middle's attention. 0 means no normalisation, None the number of the other layers."""
     groups = layout["attn_norm_num_groups"]
     if not layout["add_attention"] or groups == layout["norm_num_groups"]:
         return None
@@ -365,7 +365,7 @@ def _head_dim(settings: Mapping[str, Any], widths: list[int]) -> int | None:
 
 
 def _attention_groups(settings: Mapping[str, Any], groups: int) -> int | None:
-    """Returns attn_norm_num_groups. None means the other layers' groups, or with scale_shift no normalisation."""
+    """Returns attn_norm_num_groups. None means no normalisation with scale_shift, else the groups of the other layers."""
     own = groups if settings["middle_groups"] is None else settings["middle_groups"]
     if not settings["middle_attention"]:
         return None
@@ -379,10 +379,10 @@ def _blocks(settings: Mapping[str, Any], way: str, levels: int) -> tuple[list[st
     heights = _heights(settings["image_size"], levels)
     attends = [height in _attended(settings, way) for height in heights]
     residual = [height in settings[f"residual_{way}"] for height in heights]
-    last = levels - 1 if way == "down" else 0  # resizes no more
+    last = levels - 1 if way == "down" else 0  # the last block doesn't resize
     kinds = {residual[level] for level in range(levels) if attends[level] and level != last}
     if len(kinds) > 1:
-        why = "the resolutions with attention must be all among them, or none"
+        why = "must list all resolutions with attention, or none of them"
         raise _bad_value(f"network residual_{way}", list(settings[f"residual_{way}"]), why)
     plain, attention, resized = _BLOCKS[way]
     blocks = [
@@ -393,13 +393,13 @@ def _blocks(settings: Mapping[str, Any], way: str, levels: int) -> tuple[list[st
 
 
 def _empty(settings: Mapping[str, Any]) -> UNet:
-    """Builds the network on the meta device, without memory for its weights."""
+    """Builds the network on the meta device, which allocates no memory for weights."""
     with torch.device("meta"):
         return UNet(**settings)
 
 
 def _names(net: UNet) -> dict[str, tuple[str, ...]]:
-    """Maps UNet's tensor names to UNet2DModel's: to three names (q, k, v) if UNet stacks three tensors, else to one."""
+    """Maps each tensor name of UNet to names of UNet2DModel: three names (q, k, v) for three stacked tensors, else one name."""
     modules: dict[str, str] = {}
     for path, kind in (("down", "downsamplers"), ("up", "upsamplers")):
         level = index = 0
@@ -515,7 +515,7 @@ def _row_from_names(config: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"schedule": names[theirs]}
     for ours, key, default in (("start", "beta_start", 1e-4), ("end", "beta_end", 2e-2)):
         value = config.get(key, default)
-        if names[theirs] == "cosine":  # has no end points
+        if names[theirs] == "cosine":  # cosine has no end points
             continue
         if not _is_number(value):
             raise _bad_value(key, value, "expected a number")
@@ -591,9 +591,8 @@ def schedule_to_diffusers(
         "rescale_betas_zero_snr": rescaled and named,
         "steps_offset": 0,
         "thresholding": False,
-        "timestep_spacing": "trailing"
-        if rescaled
-        else "leading",  # only the last time has zero SNR, and `leading` omits it
+        # `leading` omits the last time, the only time with zero SNR.
+        "timestep_spacing": "trailing" if rescaled else "leading",
         "trained_betas": None if named else schedule.betas.tolist(),
         "variance_type": variance,
     }

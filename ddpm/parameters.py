@@ -1,6 +1,8 @@
-"""The sections of params.yaml as plain dataclasses.
+"""Defines the sections of params.yaml as plain dataclasses.
 
-`ddpm.files.params` checks a file against these classes. The limits of each entry are in its field's metadata, in the terms of
+docs/parameters.md explains every entry. The docstrings here explain only entries whose names and limits do not say enough.
+
+`ddpm.files.params` checks a file against these classes. The metadata of each field holds the limits of its entry, in the terms of
 pydantic and JSON Schema: ge, gt, lt, multiple_of, pattern. This module imports neither pydantic nor torch.
 """
 
@@ -27,14 +29,14 @@ INSIDE = {"gt": 0, "lt": 1}
 SEED = {"ge": 0, "lt": 2**32}  # torch's CPU generator uses only 32 bits
 USUAL_NETWORK = "unet"  # the default of network.kind
 USUAL_EXTRACTOR = "inception"  # the default of evaluation.extractor, and the extractor of old scores that name none
-MOST_PAIRED = 4096  # images of a batch with assigned noise: the time of an assignment grows with their cube
-AUTO = "auto"  # of precision and compile: what is fastest on the machine that runs `ddpm probe`
+MOST_PAIRED = 4096  # the largest batch with immiscible noise: assigning the noise takes time cubic in the batch
+AUTO = "auto"  # a value of precision and compile: `ddpm probe` chooses the fastest value on its machine
 AUTOMATIC = ("training", "sampling")  # sections in which precision and compile may be AUTO
 Precision = Literal["float32", "bfloat16", "auto"]
 
 
-# Keys of a field's metadata. EACH: the limits of every item. ALONE: the class itself checks this entry. LATER: as_json leaves
-# the entry out at its default, so that what earlier versions recorded stays equal.
+# Keys of a field's metadata. EACH: the limits of every item. ALONE: the class itself checks this entry. LATER: as_json omits
+# the entry at its default, so that sections still compare equal with the records of earlier versions.
 EACH, ALONE, LATER = "each", "alone", "later"
 
 
@@ -44,7 +46,7 @@ def entry(limits: Mapping[str, Any], default: Any = MISSING, each: Mapping[str, 
 
 
 def later(default: Any, limits: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """Returns a field that the first versions of a section did not have."""
+    """Returns a field that was added to a section after its first release (see LATER)."""
     return field(default=default, metadata={**limits, LATER: True})
 
 
@@ -90,15 +92,16 @@ def as_json(section: Any) -> Any:
     return [as_json(item) for item in section] if isinstance(section, list | tuple) else section
 
 
-REST = "rest"  # the field that holds entries whose names are unknown here
+REST = "rest"  # the field for entries that this module does not define
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The images that `prepare` reads.
 
-    background: the colour #rrggbb behind transparent pixels and around padded images, with `convert`. hub: NAME@COMMIT of a
-    dataset of the Hugging Face Hub.
+    Args:
+        background: with `convert`, the colour #rrggbb behind transparent pixels and around padded images.
+        hub: NAME@COMMIT of a dataset of the Hugging Face Hub.
     """
 
     source: str = entry(NAME)
@@ -121,12 +124,12 @@ class Data:
             )
         if self.hub is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}", self.hub, re.ASCII) is None:
             raise ValueError(
-                "hub: expected NAME@COMMIT, a dataset and a commit of it, such as ylecun/mnist@ and 40 hexadecimal digits,"
-                f" since branches move (given: {self.hub!r:.60})"
+                "hub: expected NAME@COMMIT, such as ylecun/mnist@ followed by the 40 hexadecimal digits of a commit; a branch"
+                f" is not accepted, since branches move (given: {self.hub!r:.60})"
             )
         if "\0" in self.path or any(len(os.fsencode(part)) > 255 for part in self.path.split("/")):
             raise ValueError(
-                "path: no file system has such a path: a part is over 255 bytes long, or there is a zero byte"
+                "path: no file system has such a path: a part is longer than 255 bytes, or the path contains a zero byte"
             )
 
     @property
@@ -136,7 +139,7 @@ class Data:
 
     @property
     def sides(self) -> tuple[int, int] | None:
-        """Height and width of every image in pixels; None if the images decide."""
+        """The height and width of every image in pixels, or None if the images decide."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
@@ -176,9 +179,12 @@ class OtherNetwork:
 class Training:
     """How the network is trained: algorithm 1 of Ho et al. 2020, and the optimiser.
 
-    accumulate: the number of equal parts in which a batch is computed. decay: how the learning rate comes down over the last
-    `decay_share` of the steps, to the part `decay_to`. pairing: which noise each image of a batch gets. times: how network times
-    are drawn.
+    Args:
+        accumulate: the number of equal parts in which a batch is computed.
+        decay: the shape of the learning rate's decay over the last `decay_share` of the steps.
+        decay_to: the learning rate after the decay, as a share of the full rate.
+        pairing: how the images of a batch are paired with noise.
+        times: how network times are drawn.
     """
 
     loss: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
@@ -208,7 +214,7 @@ class Training:
     def __post_init__(self) -> None:
         check_compile(self.compile)
         if (self.optimizer == "adam") != (self.weight_decay == 0) and self.optimizer != "muon":
-            raise ValueError("weight_decay: more than 0 for adamw, which has it, and 0 for adam, which has none")
+            raise ValueError("weight_decay: more than 0 for adamw, and 0 for adam, which has no weight decay")
         if self.decay == "none" and (self.decay_share, self.decay_to) != (0.3, 0.0):
             raise ValueError("decay_share, decay_to: they have no effect without decay; set decay, or leave them out")
         if self.pairing == "immiscible" and self.batch > MOST_PAIRED:
@@ -218,20 +224,21 @@ class Training:
 
     @property
     def whole(self) -> int:
-        """The number of steps before the learning rate decays: all steps if it does not."""
+        """The number of steps before the learning rate starts to decay. Without decay, the number of all steps."""
         return self.steps if self.decay == "none" else self.steps - round(self.decay_share * self.steps)
 
     def before_descent(self) -> dict[str, Any]:
-        """Returns the entries that decide the weights before the learning rate comes down, as JSON values."""
+        """Returns, as JSON values, the entries that affect the weights before the learning rate starts to decay."""
         descent = ("steps", "decay", "decay_share", "decay_to")
         return {name: value for name, value in as_json(self).items() if name not in descent}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How many images each point draws, and how.
+    """How many images are drawn for each point, and how.
 
-    clip: whether x0_hat is clipped to [-1, 1]; a number is the quantile of dynamic thresholding.
+    Args:
+        clip: whether x0_hat is clipped to [-1, 1]. A number is the quantile of dynamic thresholding.
     """
 
     images: int = entry(COUNT)
@@ -251,7 +258,7 @@ Automatic = TypeVar("Automatic", Training, Sampling)
 
 @dataclass(frozen=True, kw_only=True)
 class Auto:
-    """The meaning of `auto` as a value of `precision` and `compile`, and the content of auto.json."""
+    """The content of auto.json: the values of `precision` and `compile` that `auto` stands for."""
 
     precision: str
     compile: bool
@@ -270,7 +277,12 @@ class Auto:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How samples are scored. layer: one of the extractor's layers. judges: further scores, by other extractors."""
+    """How samples are scored.
+
+    Args:
+        layer: a layer of the extractor.
+        judges: names of further scores, which use other extractors.
+    """
 
     extractor: str = entry(NAME, USUAL_EXTRACTOR)
     layer: int
@@ -281,17 +293,21 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         if len(set(self.judges)) < len(self.judges):
-            raise ValueError("judges: names something twice")
+            raise ValueError("judges: names something twice; remove the repetition")
 
     def recorded(self) -> dict[str, Any]:
-        """Returns the section as scores and runs record it. Leaves out newer entries at their defaults, as old records do."""
+        """Returns the section as JSON values for records. Omits newer entries at their defaults, as old records do."""
         newer = {"extractor": USUAL_EXTRACTOR, "judges": []}
         return {name: value for name, value in as_json(self).items() if name not in newer or value != newer[name]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """How the bound in bits/dim is estimated. times: network evaluations for each image; None for all T."""
+    """How the variational bound in bits/dim is estimated.
+
+    Args:
+        times: network evaluations per image; None means all T.
+    """
 
     images: int = entry({"ge": 2, "lt": 2**31})
     times: int | None = entry({"ge": 2}, None)
@@ -315,7 +331,8 @@ def _time(t: Any) -> float:
     return float(t)
 
 
-def _falls(steps: int, times: tuple[float, ...]) -> bool:
+def _are_falling(steps: int, times: tuple[float, ...]) -> bool:
+    """Returns whether `times` are `steps` network times of 0 or more, in falling order."""
     return len(times) == steps > 0 and times[-1] >= 0 and all(now > to for now, to in pairwise(times))
 
 
@@ -323,8 +340,12 @@ def _falls(steps: int, times: tuple[float, ...]) -> bool:
 class Sampler:
     """One row of the samplers table: the arguments of `ddpm.sample`, and the denoiser's guidance.
 
-    An argument that the sampler does not take is an error. An option that has no field here is an entry of `own`, so a new
-    sampler needs no new field. fitted_to: sha256 of the weights to which `times` were fitted.
+    An argument that the sampler does not take is an error.
+
+    Args:
+        times: the network times to visit, for each number of steps.
+        fitted_to: sha256 of the weights to which `times` were fitted.
+        own: options that have no field here. With `own`, a new sampler needs no new field.
     """
 
     sampler: str
@@ -354,22 +375,24 @@ class Sampler:
     def _check_times(self) -> None:
         if self.times is None:
             if self.fitted_to is not None:
-                raise ValueError("fitted_to: only a row with times is fitted to a model")
+                raise ValueError(
+                    "fitted_to: only a row with times is fitted to a model; add times, or remove fitted_to"
+                )
             return
         if self.spacing is not None or self.along is not None:
-            raise ValueError("times: a row with times has neither spacing nor along")
+            raise ValueError("times: a row with times has neither spacing nor along; remove them")
         try:
             times = {_count(steps): tuple(map(_time, each)) for steps, each in self.times.items()}
         except (AttributeError, OverflowError, TypeError, ValueError):
             times = {}
-        if not times or not all(_falls(steps, each) for steps, each in times.items()):
+        if not times or not all(_are_falling(steps, each) for steps, each in times.items()):
             raise ValueError("times: expected S falling network times for each S, such as {3: [900, 400, 0]}")
         object.__setattr__(self, "times", times)
 
     def _check_guidance(self) -> None:
         if self.guidance is None and (self.guidance_interval is not None or self.guidance_rescale is not None):
             raise ValueError(
-                "guidance: missing, but guidance_interval and guidance_rescale need it; a value such as 2.0"
+                "guidance: missing, but guidance_interval and guidance_rescale need it; add a value such as 2.0"
             )
         low, high = self.guidance_interval or (0.0, 1.0)
         if not 0 <= low < high < math.inf:
@@ -377,7 +400,7 @@ class Sampler:
 
     @classmethod
     def arrange(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Arranges options as a row of params.yaml, in which options that have no field here are entries of `own`."""
+        """Arranges options as a row of params.yaml. Options without a field here become entries of `own`."""
         known = {item.name for item in fields(cls)}
         own = {key: value for key, value in options.items() if key not in known}
         return {key: value for key, value in options.items() if key in known} | ({"own": own} if own else {})
@@ -394,10 +417,13 @@ class Sampler:
 class Schedule:
     """One row of the schedules table: the arguments of `NoiseSchedule.named`.
 
-    An argument that the schedule does not take is an error. imported: sha256 of imported weights, which are not trained here.
-    base: NAME@SHA256, a model in imported/NAME with weights of that checksum, from which the training starts. seed: the seed of
-    the training, instead of the file's `seed`. Rows that differ in `seed` alone are replicates, which are
-    trainings of one schedule.
+    An argument that the schedule does not take is an error. Rows that differ in `seed` alone are replicates: trainings of one
+    schedule.
+
+    Args:
+        imported: sha256 of imported weights, which are not trained here.
+        seed: the seed of the training. None means the `seed` at the top of params.yaml.
+        base: NAME@SHA256. The training starts from the model in imported/NAME, whose weights have this sha256.
     """
 
     schedule: str
@@ -412,7 +438,7 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("seed", "base"):
             if self.imported is not None and getattr(self, name) is not None:
-                raise ValueError(f"{name}: an imported network is not trained here; leave it out")
+                raise ValueError(f"{name}: an imported network is not trained here; remove this entry")
 
     def options(self) -> dict[str, Any]:
         """Returns the entries that differ from their defaults and belong to the noise schedule."""
@@ -423,7 +449,7 @@ class Schedule:
 
     @property
     def origin(self) -> dict[str, str]:
-        """The entry `base` if it is set: what decides a training besides the noise schedule and the seed."""
+        """The entry `base` if it is set, else {}. Only this entry affects a training besides the noise schedule and the seed."""
         return {} if self.base is None else {"base": self.base}
 
 
@@ -439,12 +465,16 @@ class Sweep:
         for axis in fields(self):
             values = getattr(self, axis.name)
             if len(set(values)) < len(values):
-                raise ValueError(f"{axis.name}: names something twice")
+                raise ValueError(f"{axis.name}: names something twice; remove the repetition")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """How the report chooses the best point. margin: how much worse a cheaper point may be, as a share of the best score."""
+    """How the report chooses the best point.
+
+    Args:
+        margin: how much worse than the best point a cheaper point may be, as a share of the best score.
+    """
 
     margin: float = entry({"ge": 0, **FINITE}, 0.05)
 
@@ -456,9 +486,10 @@ class Promotion:
     Args:
         confidence: the confidence of the intervals of differences.
         fewer_evaluations: the factor by which a challenger without a better score must save network evaluations to win.
-        margin: how much worse than the best champion such a challenger may be, as a share of that champion's score. By each of
-            `judges`, any challenger may be worse than the champion by the same share.
-        judges: entries of evaluation.judges, further scores by which a challenger must not be worse.
+        margin: how much worse than the best champion such a challenger may be, as a share of that champion's score. In the
+            score of each judge, any challenger may be worse than the champion by the same share.
+        judges: entries of evaluation.judges. In each of these further scores, a challenger must not be worse by more than
+            `margin`.
     """
 
     confidence: float = entry({**INSIDE, **FINITE}, 0.95)
@@ -478,9 +509,12 @@ class Tracking:
 class Compute:
     """Where stages run and how often they save. No stage depends on this section.
 
-    device: `ddpm probe` finds out what `auto` means on it. Until that runs again, another device changes no parameter.
-    processes: the number of processes in one training; each computes its share of the batch. preview_fid: the images whose
-    FID is logged at each preview; 0 for none.
+    Args:
+        device: where stages compute. `ddpm probe` chooses the values of `auto` for this device. A change of the device alone
+            keeps those values until `ddpm probe` runs again.
+        slots: the number of stages that the flow runs at once.
+        processes: the number of processes of one training. Each process computes its share of the batch.
+        preview_fid: the number of images whose FID is logged at each preview; 0 for none.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -493,7 +527,7 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One point of the sweep. Its name appears in the DVC stage, in file names, in the task run and in the MLflow run."""
+    """One point of the sweep. The names of the DVC stage, the files, the task run and the MLflow run contain its name."""
 
     schedule: str
     sampler: str
@@ -506,7 +540,7 @@ class Point:
                 f"'{self.name}' is no point of a sweep: its names are made of a-z, 0-9 and _, at most {LONGEST_NAME} of them"
             )
         if not 1 <= self.steps < COUNT["lt"]:
-            raise InputError(f"'{self.name}' is no point of a sweep: {self.steps} is no number of steps")
+            raise InputError(f"'{self.name}' is no point of a sweep: {self.steps} is no valid number of steps")
 
     @property
     def name(self) -> str:

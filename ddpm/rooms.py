@@ -1,6 +1,8 @@
-"""Finds the rows of a room: a package whose modules each hold one variant, which a key of params.yaml selects.
+"""Finds the variants in a room: a package in which each module holds one variant.
 
-To add a variant, add its file; no list names the variants. A variant's module is imported when the variant is used.
+The object that describes a variant is called a row. A key of params.yaml selects a row by the name of its module. To add a
+variant, add its file. There is no list to extend. A variant's module is imported when the variant is used.
+
 The arguments of `Room(...)` must be string literals, because `ddpm.provenance.code` reads these calls in source files to find the
 modules that a params.yaml selects.
 """
@@ -21,8 +23,8 @@ Row = TypeVar("Row")
 class Room(Mapping[str, Row], Generic[Row]):
     """Maps the name of each module that holds a row to that row.
 
-    A module holds a row if it assigns the row, at its top level, to the name given by `row`. The other modules of the package
-    are shared parts.
+    A module holds a row if it assigns the variable named by `row` at its top level. The remaining modules of the package are
+    shared parts.
 
     Args:
         package: the package's full name, such as "ddpm.sources".
@@ -56,12 +58,12 @@ class Room(Mapping[str, Row], Generic[Row]):
         return f"{self.package}.{name}"
 
     def select(self, name: str) -> Row:
-        """Returns the row of this name. If there is no such row, raises InputError, which lists the rows."""
+        """Returns the row of this name. Raises an InputError that lists all rows if there is no such row."""
         self.require(name)
         return self[name]
 
     def require(self, name: str) -> None:
-        """Raises InputError, which lists the rows, if there is no row of this name. Imports no row."""
+        """Raises an InputError that lists all rows if there is no row of this name. Imports no row."""
         if name not in self:
             folder = self.package.replace(".", "/")
             raise InputError(f"{self.key}: no '{name}' in {folder}; there are {', '.join(self)}")

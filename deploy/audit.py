@@ -1,7 +1,7 @@
-"""`make audit`: looks up known vulnerabilities of the packages in requirements.lock, by pip-audit.
+"""Looks up known vulnerabilities of the packages in requirements.lock with pip-audit: `make audit`.
 
-Exits with 1 if there are any. If no vulnerability database answers, one line says that the audit was not done. The exit code
-is then 0, since a build behind a mirror would otherwise never pass. AUDIT=required makes it 1.
+Exits with 1 if a package has a vulnerability. If no vulnerability database answers, prints a line that the audit was not done,
+and exits with 0, because a build behind a mirror would otherwise never pass. With AUDIT=required, the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 LOCK = Path(__file__).parent.parent / "requirements.lock"
 SERVICES = ("pypi", "osv")
-CANARY = "jinja2==2.4.1"  # has advisories; a database that reports none is a mirror with empty answers
-# Advisories that do not concern this project, with the reason.
+CANARY = "jinja2==2.4.1"  # has advisories, so a database that reports none for this version gives empty answers
+# Advisories that do not concern this project, each with the reason.
 ACCEPTED: dict[str, str] = {}
 
 
@@ -38,9 +38,15 @@ def main() -> int:
 
 
 def audit(service: str, *arguments: str, given: str = "") -> tuple[list[dict[str, Any]] | None, str]:
-    """Runs pip-audit; an argument "-" stands for a file that holds `given`.
+    """Runs pip-audit.
 
-    Returns its result for each package and "", or None and the last line of its error output.
+    Args:
+        service: the vulnerability database.
+        arguments: further arguments. "-" stands for a file that contains `given`.
+        given: the content of that file.
+
+    Returns:
+        pip-audit's result for each package and "", or None and the last line of the error output.
     """
     command = [
         sys.executable,

@@ -1,2 +1,2 @@
--- Creates the database of Prefect. The PostgreSQL image creates the database of MLflow itself.
+-- Creates Prefect's database. The PostgreSQL image itself creates MLflow's database.
 CREATE DATABASE prefect;

@@ -4,7 +4,7 @@
 #   deploy/image.sh [NAME] [further arguments for buildah build, such as --build-arg TORCH_INDEX=...]
 #
 # BASE_IMAGE=<image> names the base image, as in Dockerfile. BASE_IMAGE=debootstrap builds a base image from Debian's mirror, with
-# the certificates that this machine trusts. The script does the same if the image registry can't be reached.
+# the certificates that this machine trusts. The script also does this if the image registry can't be reached.
 # STORAGE=<folder> keeps images and layers in that folder instead of buildah's default.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,4 +1,4 @@
-"""Runs the flow in this process, with a Prefect server of its own: `python -m flows`."""
+"""Runs the flow in this process, with a Prefect server for this run alone: `python -m flows`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(
         project.require_current(Path())
         parameters.read(Path(), recipe, overrides or ())  # reports wrong input before a server starts
         api = Api(Path())
-        # Prefect reads its settings when it is imported; its console log would repeat the lines of the display.
+        # Prefect reads its settings when it is imported. Its console log would repeat the lines of the display.
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
         from flows.terminal import Terminal
         from flows.train_eval import train_eval

@@ -1,4 +1,4 @@
-"""Gives the addresses at which the results of a run can be seen."""
+"""Builds the addresses of pages that show the results of a run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ddpm.files.params import Params
 def mlflow(root: Path, server: str, store: str = "") -> str:
     """Returns the address of MLflow's page of scores against steps.
 
-    Returns `server` unchanged if nothing is published yet, or if `server` is no HTTP server.
+    Returns `server` unchanged if nothing is published yet, or if `server` is not an HTTP address.
 
     Args:
         root: the checkout.
         server: the address of MLflow's server.
-        store: the address of the server's database. If it is a SQLite file, the experiment is looked up there, because the
-            file may be a copy from another checkout with other experiments.
+        store: the address of the server's database. In a SQLite file, the experiment is looked up, because the file may be a
+            copy from another checkout with other experiments.
     """
     if not server.startswith("http"):
         return server
@@ -33,7 +33,7 @@ def mlflow(root: Path, server: str, store: str = "") -> str:
 
 
 def _experiment(root: Path) -> str:
-    """Returns the name of the experiment of params.yaml, or "" if that file cannot be read."""
+    """Returns the name of the experiment of params.yaml, or "" if params.yaml cannot be read."""
     try:
         return f"ddpm-{Params.load(root / 'params.yaml').dataset_name}"
     except InputError:  # MLflow's page works without the name

@@ -22,18 +22,18 @@ from ddpm.provenance.atomic_lock import TEMPLATE, absent_sections
 from ddpm.provenance.inputs import changes
 from ddpm.sources.source import SOURCES, check_name
 
-WRITTEN = paths.CACHE / "params.yaml.sha256"  # hash of the last params.yaml that a recipe or overrides wrote
+WRITTEN = paths.CACHE / "params.yaml.sha256"  # the hash of the last params.yaml that a recipe or overrides wrote
 
 
 def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[str, Params]:
-    """Returns the new text of params.yaml, and its parameters. Keeps comments.
+    """Returns the new text of params.yaml, with its comments, and its parameters.
 
     Adds names and sections that dvc.yaml takes from params.yaml, if an old file lacks them.
 
     Args:
         root: the checkout.
         recipe: a name in recipes/, or a path; None for params.yaml itself.
-        overrides: KEY=VALUE each. KEY is dotted and must exist, such as training.steps; VALUE is YAML.
+        overrides: KEY=VALUE each. KEY is dotted and must exist, such as training.steps. VALUE is YAML.
 
     Raises:
         InputError: the recipe does not exist, or an override or the result is invalid.
@@ -58,8 +58,16 @@ def write(
 ) -> Params:
     """Writes the result of read() to params.yaml, if that changes the file.
 
-    First copies the old params.yaml to params.yaml.before, unless another copy exists. recipe, overrides: see read(). say: prints
-    a line about the change. Raises InputError, and writes nothing then.
+    First copies the old params.yaml to params.yaml.before, unless git, a recipe or an earlier copy has the same text.
+
+    Args:
+        root: the checkout.
+        recipe: see read().
+        overrides: see read().
+        say: prints a line about the change.
+
+    Raises:
+        InputError: see read(). Nothing is written.
     """
     text, params = read(root, recipe, overrides)
     target = root / "params.yaml"
@@ -70,12 +78,12 @@ def write(
     with atomic.replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
     atomic.write_text(root / WRITTEN, records.sha256(target))
-    say(f"params.yaml: now {_described(root, recipe, overrides)}" + (f" (before: {kept.name})" if kept else ""))
+    say(f"params.yaml: now {_described(root, recipe, overrides)}" + (f" (the old file is {kept.name})" if kept else ""))
     return params
 
 
 def _with_names(text: str, params: Params, root: Path) -> str:
-    """Adds the names and sections that dvc.yaml takes from params.yaml. An old file may omit them or spell them differently."""
+    """Adds names and sections that dvc.yaml takes from params.yaml. An old file may lack them or spell them differently."""
     wiring = root / "dvc.yaml"
     if not wiring.exists():
         return text
@@ -105,14 +113,15 @@ def _described(root: Path, recipe: str | None, overrides: Sequence[str]) -> str:
 def _keep(root: Path, old: bytes) -> Path | None:
     """Copies the old params.yaml to params.yaml.before, or to the next free name.
 
-    Returns the copy, or None if a recipe or git has the same file, or if a recipe or overrides wrote it.
+    Returns the path of the copy. Returns None without a copy if git or a recipe has the same text, or if a recipe or
+    overrides wrote this text.
     """
     recipes = (root / "recipes").glob("*.yaml")
     if any(path.read_bytes() == old for path in recipes) or old == git.ask(root, "show", "HEAD:./params.yaml"):
         return None
     written = root / WRITTEN
     if written.exists() and written.read_text(encoding="utf-8") == hashlib.sha256(old).hexdigest():
-        return None  # a recipe or overrides wrote this text, and nobody has edited it since
+        return None  # a recipe or overrides wrote this text, and the user has not edited it since
     for number in itertools.count(1):
         path = root / ("params.yaml.before" + (f"-{number}" if number > 1 else ""))
         if not path.exists():
@@ -124,7 +133,10 @@ def _keep(root: Path, old: bytes) -> Path | None:
 
 
 def edits(root: Path, params: Params) -> Callable[[], str]:
-    """Returns a function that lists the keys of params.yaml edited after this call: "" for none, "all of it" if unreadable."""
+    """Returns a function that lists the keys of params.yaml that were edited after this call.
+
+    The function returns "" if nothing was edited, and "all of it" if the file cannot be read.
+    """
     path, seen = root / "params.yaml", [0]
 
     def look() -> str:
@@ -142,7 +154,7 @@ def edits(root: Path, params: Params) -> Callable[[], str]:
 
 def _recipe(root: Path, recipe: str) -> Path:
     named = root / "recipes" / f"{recipe}.yaml"
-    if os.path.isfile(named):  # noqa: PTH113 - Path.is_file raises for a name that is too long
+    if os.path.isfile(named):  # noqa: PTH113 - Path.is_file raises an error if the name is too long
         return named
     if os.path.isfile(root / recipe):  # noqa: PTH113
         return root / recipe

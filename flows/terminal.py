@@ -1,4 +1,4 @@
-"""Shows the progress of `python -m flows` in a terminal: a bar for each running stage, and one line for each ended stage."""
+"""Shows the progress of `python -m flows` in a terminal: a bar for each running stage, and a line for each ended stage."""
 
 from __future__ import annotations
 

@@ -34,7 +34,10 @@ from flows.watch import Log, Outcome, watcher
 
 
 def _worth_retrying(task: Any, task_run: TaskRun, state: State) -> bool:
-    """Retries after a kill, a held lock, an unreachable server or a full disk. Errors of the stage itself would repeat."""
+    """Retries after a kill, a held lock, an unreachable server or a full disk.
+
+    Errors raised by the stage itself are deterministic.
+    """
     return state.name in ("Busy", "Killed", "Unreachable", "Full")
 
 
@@ -52,7 +55,7 @@ def run_stage(stage: str, root: str, unchanged: bool, hosts: bool = False) -> St
     Args:
         stage: the stage's name in DVC, such as sample@linear-ddim-50.
         root: the checkout.
-        unchanged: DVC has already said that there is nothing to do.
+        unchanged: DVC has already reported that the stage need not run.
         hosts: run the stages of a matrix on other hosts.
     """
     if unchanged:
@@ -76,12 +79,12 @@ def run_stage(stage: str, root: str, unchanged: bool, hosts: bool = False) -> St
     name="ddpm",
     task_run_name="publish",
     retries=3,
-    retry_delay_seconds=[5, 15, 60],  # a server that restarts
+    retry_delay_seconds=[5, 15, 60],  # a server may restart
     retry_condition_fn=_worth_retrying,
     cache_policy=NO_CACHE,
 )
 def run_publish(root: str, standard_input: int) -> State:
-    """Runs `ddpm publish --follow`, which publishes beside the stages until its standard input is closed."""
+    """Runs `ddpm publish --follow`, which publishes outputs while stages run, until its standard input is closed."""
     try:
         command = (*fork_server.DDPM, "publish", "--follow")
         return _state("publish", commands.run("publish", command, Path(root), watcher.get(), standard_input))
@@ -93,12 +96,12 @@ def run_publish(root: str, standard_input: int) -> State:
     name="ddpm",
     task_run_name="promote",
     retries=3,
-    retry_delay_seconds=[5, 15, 60],  # a server that restarts
+    retry_delay_seconds=[5, 15, 60],  # a server may restart
     retry_condition_fn=_worth_retrying,
     cache_policy=NO_CACHE,
 )
 def run_promote(root: str) -> State:
-    """Runs `ddpm promote`. It is not a DVC stage because it writes to MLflow's registry, which DVC does not track."""
+    """Runs `ddpm promote`, which is not a DVC stage because it writes to MLflow's registry, which DVC does not track."""
     try:
         return _state("promote", commands.run("promote", (*fork_server.DDPM, "promote"), Path(root), watcher.get()))
     except children.FlowStopped:
@@ -112,11 +115,11 @@ def _state(name: str, outcome: Outcome) -> State:
 
 
 def run_name() -> str:
-    """Names a flow run by its recipe, or else by the dataset of params.yaml, with its overrides."""
+    """Names a flow run by its recipe, or else by the dataset of params.yaml, and by its overrides."""
     given = runtime.flow_run.parameters
     try:
         name = Path(given["recipe"]).stem if given.get("recipe") else Params.load(Path("params.yaml")).dataset_name
-    except InputError:  # the run reports it and fails
+    except InputError:  # the run itself reports this error and fails
         name = "train-eval"
     return " ".join([name, *(given.get("overrides") or ())])
 
@@ -127,11 +130,12 @@ def train_eval(
 ) -> State:
     """Train, sample, evaluate and report whatever DVC says is missing, in the current checkout.
 
-    recipe: a name in recipes/ or a path; replaces params.yaml first.
-    overrides: KEY=VALUE, such as training.steps=200; written into params.yaml.
-    promote: register the best point; it becomes champion if it beats the present champion.
-    hosts: where the stages of a matrix run, compute.slots at a time. false: in this checkout; true: on the workers of the pool
-        `hosts`; tcp://scheduler:8786: on a Dask cluster.
+    Args:
+        recipe: a name in recipes/ or a path. The recipe first replaces params.yaml.
+        overrides: KEY=VALUE each, such as training.steps=200. They are written into params.yaml.
+        promote: register the best point. It becomes champion if it beats the present champion.
+        hosts: where the stages of a matrix run, compute.slots at a time. With false they run in this checkout, with true on the
+            workers of the pool `hosts`, and with an address such as tcp://scheduler:8786 on a Dask cluster.
     """
     root = Path.cwd()
     token = watcher.set(watcher.get(Log()))
@@ -142,7 +146,7 @@ def train_eval(
         crashed_runs.reap()
         if missed := crashed_runs.skip_missed():
             watcher.get().line(
-                "train-eval", f"skipped {missed} scheduled runs that were due before: this run does the same"
+                "train-eval", f"skipped {missed} scheduled runs that were due earlier: this run does the same"
             )
     except Exception as error:  # noqa: BLE001 - the display must not fail the work
         watcher.get().line("train-eval", f"killed runs may still show as Running ({type(error).__name__}: {error})")
@@ -150,7 +154,7 @@ def train_eval(
         checkout.require_own(root, "ddpm", "flows")
         project.require_current(root)
         with checkout_lock.alone(root, runtime.flow_run.id):
-            return _everything(root, recipe, overrides or [], promote, hosts)
+            return _run_all(root, recipe, overrides or [], promote, hosts)
     except InputError as error:
         return Failed(name="InputError", message=str(error))
     finally:
@@ -158,32 +162,32 @@ def train_eval(
         watcher.reset(token)
 
 
-def _everything(root: Path, recipe: str | None, overrides: list[str], promote: bool, hosts: bool | str) -> State:
+def _run_all(root: Path, recipe: str | None, overrides: list[str], promote: bool, hosts: bool | str) -> State:
     children.start()
     try:
         with engines.connected(hosts):
             params = parameters.write(root, recipe, overrides, partial(watcher.get().line, "train-eval"))
-            with _published(root) as publishing:
-                problem = _stages(root, params, bool(hosts))
+            with _publishing(root) as publishing:
+                problem = _run_stages(root, params, bool(hosts))
         if problem:
             return Failed(message=problem)
-        _shown(_artifacts, root)
+        _show_on_page(_show_artifacts, root)
         last = {"publish": publishing.state}
         if promote and publishing.state.is_completed():
             last["promote"] = run_promote(str(root), return_state=True)
-            _shown(_decision, last["promote"])
-        watcher.get().concluded(_answer(root, promoted="promote" in last and last["promote"].is_completed()))
+            _show_on_page(_show_decision, last["promote"])
+        watcher.get().concluded(_closing_lines(root, promoted="promote" in last and last["promote"].is_completed()))
         for verb, state in last.items():
             if not state.is_completed():
                 name = "Unpublished" if state.name == "Unreachable" else "Failed"
                 return Failed(name=name, message=f"{verb}: {state.message} (all stages are done and kept)")
         return Completed(message=state.message)
     finally:
-        children.stop()  # before the next run may begin
+        children.stop()  # the next run may begin only after this
 
 
 @contextmanager
-def _published(root: Path) -> Iterator[PrefectFuture[State]]:
+def _publishing(root: Path) -> Iterator[PrefectFuture[State]]:
     """Publishes outputs while the block runs. At its end, waits until the remaining outputs are published."""
     read_end, write_end = os.pipe()
     try:
@@ -191,17 +195,19 @@ def _published(root: Path) -> Iterator[PrefectFuture[State]]:
         try:
             yield publishing
         finally:
-            os.close(write_end)  # tells `ddpm publish --follow` to finish
+            os.close(write_end)  # closing the pipe tells `ddpm publish --follow` to finish
         publishing.wait()
     finally:
         os.close(read_end)
 
 
-def _stages(root: Path, params: Params, hosts: bool) -> str:
-    """Runs the stages of dvc.yaml, `compute.slots` at a time, each as soon as the stages that it depends on are done.
+def _run_stages(root: Path, params: Params, hosts: bool) -> str:
+    """Runs the stages of dvc.yaml, `compute.slots` at a time, each as soon as the stages on which it depends are done.
 
-    A failed stage stops only the stages that depend on it. After an edit of params.yaml no more stages start. Returns "" or what
-    failed, in one line.
+    A failed stage stops only the stages that depend on it. After an edit of params.yaml, no more stages start.
+
+    Returns:
+        "" or one line about what failed.
     """
     order = dag.read(root)
     sorter = TopologicalSorter(order.waits_for)
@@ -258,15 +264,18 @@ def _put(ended: Queue[str], stage: str, future: PrefectFuture[State]) -> None:
     ended.put(stage)
 
 
-def _shown(show: Callable[..., None], *arguments: Any) -> None:
-    """Writes to the page of the flow run. An error becomes a log line, since the display must not fail the work."""
+def _show_on_page(show: Callable[..., None], *arguments: Any) -> None:
+    """Calls `show`, which writes to the page of the flow run.
+
+    An error becomes a log line, since the display must not fail the work.
+    """
     try:
         show(*arguments)
-    except Exception as error:  # noqa: BLE001 - an unreachable API, or any answer of it
+    except Exception as error:  # noqa: BLE001 - the API may be unreachable or give any answer
         watcher.get().line("train-eval", f"the page of this run is incomplete ({type(error).__name__}: {error})")
 
 
-def _answer(root: Path, promoted: bool) -> list[str]:
+def _closing_lines(root: Path, promoted: bool) -> list[str]:
     server = os.environ.get("MLFLOW_UI", "")
     try:
         return answer(root, promoted=promoted, mlflow=server and links.mlflow(root, server))
@@ -274,14 +283,14 @@ def _answer(root: Path, promoted: bool) -> list[str]:
         return [str(error)]
 
 
-def _decision(promoted: State) -> None:
+def _show_decision(promoted: State) -> None:
     """Shows the decision of `ddpm promote` on the page of the flow run."""
     if promoted.is_completed():
         text = (promoted.message or "").removeprefix("promote: ")
         create_markdown_artifact(text, key="champion", description=text)
 
 
-def _artifacts(root: Path) -> None:
+def _show_artifacts(root: Path) -> None:
     """Shows the sweep table, the report's pictures and a link to MLflow on the page of the flow run."""
     report = root / paths.report_dir()
     if (report / "front.json").exists():
@@ -289,7 +298,7 @@ def _artifacts(root: Path) -> None:
         create_table_artifact([row.to_json() for row in rows], key="sweep", description="The points of the sweep")
         pictures = [path for path in (report / scores.PICTURE, report / "samples.png") if path.exists()]
         if pictures:
-            text = "\n\n".join([_where(report / "index.html"), *map(_embedded, pictures)])
+            text = "\n\n".join([_report_location(report / "index.html"), *map(_embedded_picture, pictures)])
             create_markdown_artifact(text, key="report", description=best.line)
     if "MLFLOW_UI" in os.environ:
         chart, title = links.mlflow(root, os.environ["MLFLOW_UI"]), RANKING.title
@@ -298,8 +307,8 @@ def _artifacts(root: Path) -> None:
         )
 
 
-def _where(page: Path) -> str:
-    """Returns a sentence with the path of the report: browsers follow no link from a server's page to a local file."""
+def _report_location(page: Path) -> str:
+    """Returns a sentence with the path of the report, because browsers follow no link from a server's page to a local file."""
     server = os.environ.get("MLFLOW_UI")
     mlflow = f"[MLflow]({server})" if server else "MLflow"
     return (
@@ -308,5 +317,5 @@ def _where(page: Path) -> str:
     )
 
 
-def _embedded(path: Path) -> str:
+def _embedded_picture(path: Path) -> str:
     return f"![{path.stem}](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})"

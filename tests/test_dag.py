@@ -1,4 +1,4 @@
-"""dvc.yaml's code dependencies are the real import graph, so an edit of a file reruns only the stages that it can change."""
+"""Checks that dvc.yaml's code dependencies are the real import graph, so that an edit reruns only the stages it can change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ddpm.scores.extractors import EXTRACTORS
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
-# Exceptions from the library's rule: torch and numpy alone.
+# These modules may import more than torch and numpy, unlike the rest of the library.
 FREE = {f"ddpm.scores.{name}" for name in ("conclusions", "features", "inception", "towers")}
 
 
@@ -32,15 +32,15 @@ def graph() -> Any:
 
 
 def with_packages(modules: set[str]) -> set[str]:
-    """The modules, and the packages that hold them, which run before them."""
+    """Returns the modules with the packages that contain them, since Python runs these packages first."""
     return {".".join(name.split(".")[:depth]) for name in modules for depth in range(1, name.count(".") + 2)}
 
 
 def dependencies(stage: str) -> set[str]:
-    """The code dependencies of a stage: its import graph, and for each room the module that params.yaml selects.
+    """Returns the code dependencies of a stage: its import graph, and for each room the module that params.yaml selects.
 
-    What any row of a room imports is named for all rows: DVC cannot name it for the selected one alone. The same holds for the
-    extractors that evaluation.judges may select, since that is a list.
+    Modules that any row of a room imports are listed for all rows, because DVC cannot list them for the selected row alone.
+    The same holds for the extractors of evaluation.judges, which is a list.
     """
     name = f"ddpm.stages.{stage}"
     shared, rows, selected = [name], set(), set()
@@ -54,7 +54,10 @@ def dependencies(stage: str) -> set[str]:
 
 
 def reached(module: str) -> set[str]:
-    """The module and all of this package that it imports, as grimp finds it. grimp leaves out the packages that hold a module."""
+    """Returns the module and all of this package that it imports, as grimp finds it.
+
+    grimp leaves out the packages that contain a module, so they are added here.
+    """
     found: set[str] = set()
     queue = {module}
     while queue:
@@ -71,7 +74,7 @@ def test_code_dependencies_are_the_files_of_the_stage(stage: str) -> None:
 
 
 def test_the_code_that_a_row_runs_is_named_for_the_stage() -> None:
-    """dvc.yaml names the selected module itself, and all that it imports."""
+    """dvc.yaml lists the selected module itself, and all modules that it imports."""
     for stage in STAGES:
         name = f"ddpm.stages.{stage}"
         for room in code.rooms(name):
@@ -107,7 +110,7 @@ def test_files_that_a_module_names_belong_to_it() -> None:
 
 
 def test_an_init_file_holds_names_and_no_work() -> None:
-    """They are dependencies of every stage."""
+    """Every __init__.py is a dependency of every stage."""
     for path in (ROOT / "ddpm").rglob("__init__.py"):
         for node in ast.parse(path.read_text()).body:
             assert isinstance(node, ast.Expr | ast.Import | ast.ImportFrom | ast.If | ast.Assign | ast.FunctionDef), (
@@ -132,7 +135,7 @@ def test_the_library_imports_torch_and_numpy_alone() -> None:
 
 
 def test_torch_fidelity_is_named_in_inception_alone() -> None:
-    """inception.py imports it by its name in a string, which no import graph shows."""
+    """inception.py imports torch-fidelity by a name in a string, which no import graph shows."""
     named = [
         path
         for path in (ROOT / "ddpm").rglob("*.py")

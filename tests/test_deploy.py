@@ -1,4 +1,4 @@
-"""Dockerfile, compose.yaml and what checks them; the image itself is built by `make proof`."""
+"""Checks Dockerfile, compose.yaml and their checks. `make proof` also builds the image."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_variable_of_the_job_is_declared_used_and_has_a_default_or_is_requ
     validator.check_schema(JOB["variables"])
     defaults = {name: about["default"] for name, about in declared.items() if "default" in about}
     validator.validate({**defaults, "image": "ddpm", "repository": "https://example.org/ddpm.git"})
-    assert set(declared) == set(defaults) | {"image", "repository", "command"}  # Prefect has a command of its own
+    assert set(declared) == set(defaults) | {"image", "repository", "command"}  # Prefect has a default command
 
 
 def test_the_pod_fits_the_image() -> None:
@@ -80,7 +80,7 @@ def test_the_pod_fits_the_image() -> None:
         assert mounts["workspace"] == folder[1]
         assert mounts.get("states", "").removeprefix(folder[1]) in ("", f"/{paths.CACHE}/training")
     (main,) = POD["containers"]
-    assert {"name": "DDPM_CHECKOUT", "value": folder[1]} in main["env"]  # deploy/hosts.yaml asks for it
+    assert {"name": "DDPM_CHECKOUT", "value": folder[1]} in main["env"]  # deploy/hosts.yaml uses this variable
     assert "$DDPM_CHECKOUT" in (ROOT / "deploy" / "hosts.yaml").read_text(encoding="utf-8")
 
 
@@ -100,7 +100,7 @@ def test_nothing_in_the_cluster_has_more_rights_than_it_needs() -> None:
         "Role",
         "RoleBinding",
         "Deployment",
-    }  # no ClusterRole
+    }  # and no ClusterRole
     (role,) = (item for item in WORKER if item["kind"] == "Role")
     assert "*" not in json.dumps(role["rules"]) and "secrets" not in json.dumps(role["rules"])
 
@@ -114,7 +114,7 @@ def test_the_worker_in_the_cluster_is_of_the_locked_version() -> None:
 
 @pytest.mark.chaos
 def test_prefect_makes_a_job_of_the_template() -> None:
-    """Its own validation, and no secret in the manifest."""
+    """Prefect validates the template, and the manifest contains no secret."""
     worker = pytest.importorskip("prefect_kubernetes.worker", reason="the extra kubernetes; `make chaos` installs it")
     from prefect.client.schemas.objects import FlowRun
 
@@ -149,7 +149,10 @@ def test_a_vulnerability_fails_the_audit_and_an_accepted_one_does_not(capsys: py
 @pytest.mark.proof
 @pytest.mark.timeout(3600)
 def test_the_image_is_built_and_works(tmp_path: Path) -> None:
-    """On a base from Debian's mirror: it runs as nobody in particular, trains, and says that no worker is there."""
+    """Builds the image on a base from Debian's mirror.
+
+    The container runs as an unprivileged user, trains, and reports a missing worker.
+    """
     for tool in ("buildah", "debootstrap"):
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool} here: apt-get install buildah debootstrap")

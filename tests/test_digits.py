@@ -1,4 +1,4 @@
-"""A network trained on real digits makes digits that a classifier of real digits recognises: every target, every sampler."""
+"""Checks that a network trained on real digits makes digits that a classifier recognises, with every target and sampler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ddpm.training.fit import TrainingState
 from ddpm.training.objective import Objective
 
 IMAGES, STEPS = 200, 20
-NONE = 10  # the class of what is no digit
+NONE = 10  # the class of images that are no digits
 
 SMALL_UNET = partial(UNet, multipliers=(1, 2), blocks=1)
 Recognise = Callable[[np.ndarray], tuple[float, int]]
@@ -26,13 +26,17 @@ Recognise = Callable[[np.ndarray], tuple[float, int]]
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """Real 8x8 digits, uint8 [1797, 1, 8, 8], and which they are."""
+    """Returns real 8x8 digits, uint8 [1797, 1, 8, 8], and their labels."""
     images, labels = load_digits(return_X_y=True)
     return (images * (255 / 16)).round().astype(np.uint8).reshape(-1, 1, 8, 8), labels
 
 
 def no_digits(images: np.ndarray, seed: int) -> np.ndarray:
-    """As many that are none: each pixel from a digit of its own, and digits half gone in noise, as a chain cut short leaves."""
+    """Returns as many images that are no digits.
+
+    In one half, each pixel comes from a different digit. In the other half, digits are mixed with noise, as a chain that
+    stops early leaves them.
+    """
     generator, half = np.random.default_rng(seed), len(images) // 2
     pixels = images.reshape(len(images), 64)
     scrambled = pixels[generator.integers(len(pixels), size=(half, 64)), np.arange(64)]
@@ -46,7 +50,10 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def recognise(digits: tuple[np.ndarray, np.ndarray]) -> Recognise:
-    """-> the share of images that are digits, and how many different ones, to a classifier that knows half the real ones."""
+    """Returns a function that gives the share of images that are digits, and the number of different digits.
+
+    Its classifier is trained on half of the real digits.
+    """
     images, labels = digits
 
     def flat(images: np.ndarray) -> np.ndarray:
@@ -64,7 +71,7 @@ def recognise(digits: tuple[np.ndarray, np.ndarray]) -> Recognise:
 
 
 def test_the_classifier_tells_digits_from_none(recognise: Recognise, digits: tuple[np.ndarray, np.ndarray]) -> None:
-    """Under fresh seeds this fails in far fewer than 1 of 1,000 runs: every bound is 8 standard deviations away."""
+    """With other seeds, the test would fail in far fewer than 1 of 1,000 runs: every bound is 8 standard deviations away."""
     unseen = digits[0][1::2]
     share, classes = recognise(unseen)
     assert share > 0.95 and classes == 10
@@ -101,9 +108,10 @@ def drawn(denoiser: Denoiser, sampler: str, spacing: str) -> np.ndarray:
 
 
 def test_a_tiny_network_makes_digits(recognise: Recognise, digits: tuple[np.ndarray, np.ndarray]) -> None:
-    """After 200 steps about 40 % of what it makes are digits, of every kind; of noise it was none.
+    """After 200 steps, about 40 % of the images are digits, of every class. In noise there are none.
 
-    Under fresh seeds this fails in about 1 of 1,000 runs: the share was 0.40 with deviation 0.03 over five seeds.
+    With other seeds, the test would fail by chance in about 1 of 1,000 runs: the share was 0.40 with deviation 0.03 over five
+    seeds.
     """
     denoiser = trained(digits[0], "v", 200, 32, channels=16, attention=())
     share, classes = recognise(drawn(denoiser, "dpmpp_2m", "trailing"))
@@ -111,7 +119,7 @@ def test_a_tiny_network_makes_digits(recognise: Recognise, digits: tuple[np.ndar
 
 
 def test_a_small_transformer_makes_digits(recognise: Recognise, digits: tuple[np.ndarray, np.ndarray]) -> None:
-    """After 800 steps about 60 % of what it makes are digits."""
+    """After 800 steps, about 60 % of the images are digits."""
     denoiser = trained(digits[0], "v", 800, 64, kind=DiT, width=64, depth=3, heads=4, patch=2)
     share, classes = recognise(drawn(denoiser, "dpmpp_2m", "trailing"))
     assert share > 0.4 and classes >= 9
@@ -122,9 +130,9 @@ def test_a_small_transformer_makes_digits(recognise: Recognise, digits: tuple[np
 def test_every_target_and_sampler_makes_digits(
     target: str, recognise: Recognise, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    """mu on a chain of few steps, since it depends on x_0 the less, the shorter a step; and on the bound, as in the paper.
+    """mu uses a chain of few steps, since it depends less on x_0 with shorter steps, and trains on the bound as in the paper.
 
-    How often this test fails under a fresh seed is not measured, because each run trains a network for minutes.
+    How often this test would fail with another seed is not measured, because each run trains a network for minutes.
     """
     how: dict[str, object] = {"steps": 600} if target != "mu" else {"steps": 1500, "timesteps": STEPS, "loss": "vlb"}
     denoiser = trained(digits[0], target, batch=64, channels=32, attention=(4,), **how)

@@ -1,4 +1,4 @@
-"""Parameters, examples and pictures in the docs match the code, and the Python in the docs runs."""
+"""Checks that parameters, examples and pictures in the docs match the code, and that the Python in the docs runs."""
 
 import runpy
 import tomllib
@@ -55,7 +55,7 @@ def snippets(page: str) -> list[str]:
     return [block.partition("```")[0] for block in (ROOT / page).read_text(encoding="utf-8").split("```python\n")[1:]]
 
 
-# A page, which of its snippets, what is made smaller in it, and what it needs that the prose before it speaks of.
+# For each case: the page, the number of the snippet, and replacements that make it smaller.
 RUN: dict[str, tuple[str, int, dict[str, str]]] = {
     "a trained model": ("README.md", 0, {"28, 28": "8, 8", "steps=20": "steps=5"}),
     "the library": ("README.md", 1, {"channels=128": "channels=32", "randn(16,": "randn(2,", "blocks=2": "blocks=1"}),
@@ -92,12 +92,15 @@ def test_python_in_the_docs_runs(case: str, made: Path, monkeypatch: pytest.Monk
             assert torch.isfinite(found[name].float()).all(), name
     if "step" in found:
         assert found["state"].step == 40
-        assert float(found["step"].loss) < 0.8  # a network that predicts nothing has 1
+        assert float(found["step"].loss) < 0.8  # a network that predicts zero has a loss of 1
 
 
 def test_every_snippet_of_the_docs_is_run() -> None:
-    """Other tests run those of docs/architecture.md, whose text they are, and those of docs/diffusers.md (test_exchange.py) and
-    docs/mlflow.md (test_conditional.py)."""
+    """Every snippet is run by this file, except those that other tests run.
+
+    Those in docs/architecture.md are the text of tests. test_exchange.py runs docs/diffusers.md, and test_conditional.py runs
+    docs/mlflow.md.
+    """
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     pages.remove(ROOT / "docs" / "architecture.md")
     there = [(str(page.relative_to(ROOT)), number) for page in pages for number in range(len(snippets(str(page))))]

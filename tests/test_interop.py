@@ -1,4 +1,4 @@
-"""Networks and schedules against the real diffusers package, both ways."""
+"""Checks networks and schedules against the real diffusers package, in both directions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CIFAR10 = {  # google/ddpm-cifar10-32
 
 
 def layout(attends: str, widths: list[int], **changes: Any) -> dict[str, Any]:
-    """attends: one letter a level, A where it has attention."""
+    """Returns a configuration. attends: one letter per level, A for a level with attention."""
     return {
         **CIFAR10,
         "block_out_channels": widths,
@@ -65,7 +65,7 @@ LAYOUTS = {
 
 
 def theirs(config: dict[str, Any], seed: int = 0) -> Any:
-    """A UNet2DModel with every weight random: biases too, and norms and last layers that begin at one or zero."""
+    """Creates a UNet2DModel with random weights everywhere, even in biases, norms and last layers."""
     net = diffusers.UNet2DModel.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -97,10 +97,10 @@ def test_outputs_agree_both_ways_and_the_round_trip_changes_no_bit(name: str) ->
     ours.load_state_dict(state)
     x, t = inputs(config)
     expected = origin(x, t).sample
-    assert 0.1 < float(expected.std()) < 10  # no layer is dead, none blows up
+    assert 0.1 < float(expected.std()) < 10  # outputs are neither constant nor huge
     assert float((ours(x, t) - expected).abs().max()) < 1e-5
 
-    # And back: through JSON, as the files go.
+    # The way back goes through JSON, as files do.
     written = json.loads(json.dumps(interop.settings_to_diffusers(settings)))
     back = diffusers.UNet2DModel.from_config(written).eval()
     tensors = interop.weights_to_diffusers(state, settings)
@@ -118,11 +118,11 @@ def test_the_cifar10_configuration_has_35_746_307_parameters_on_both_sides() -> 
         ours, origin = UNet(**interop.settings_from_diffusers(CIFAR10)), diffusers.UNet2DModel.from_config(CIFAR10)
     assert sum(parameter.numel() for parameter in ours.parameters()) == 35_746_307
     assert sum(parameter.numel() for parameter in origin.parameters()) == 35_746_307
-    written = interop.settings_to_diffusers({})  # UNet's own defaults
+    written = interop.settings_to_diffusers({})  # the defaults of UNet
     assert {**written, "_diffusers_version": "0.0.4"}.items() >= CIFAR10.items()
 
 
-TUTORIAL = {  # of diffusers' tutorial on training an unconditional model; all other options have their defaults
+TUTORIAL = {  # diffusers' tutorial on training an unconditional model; all other options have their defaults
     "_class_name": "UNet2DModel",
     "sample_size": 128,
     "in_channels": 3,
@@ -135,7 +135,7 @@ TUTORIAL = {  # of diffusers' tutorial on training an unconditional model; all o
 
 
 def assert_imports(config: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-    """Asserts that a UNet2DModel, its import and the export of that predict the same. Returns the settings."""
+    """Asserts that a UNet2DModel, its import, and the export of that import predict the same. Returns the settings."""
     origin, settings = theirs(config, seed), interop.settings_from_diffusers(config)
     state = interop.weights_from_diffusers(origin.state_dict(), settings, config.get("flip_sin_to_cos", True))
     ours = UNet(**settings).eval()
@@ -170,7 +170,7 @@ def test_the_tutorial_s_default_network_is_imported() -> None:
 
 
 def random_layout(seed: int) -> dict[str, Any]:
-    """A configuration of UNet2DModel with options at random, of those that are converted."""
+    """Returns a configuration of UNet2DModel with random values of the options that are converted."""
     draw = random.Random(seed)
     levels, channels = draw.randint(1, 3), draw.choice([1, 3])
     widths = [draw.choice([8, 16, 24, 40]) for _ in range(levels)]
@@ -202,7 +202,7 @@ def random_layout(seed: int) -> dict[str, Any]:
         "_null_class": draw.choice([True, False]),
     }
     defaults = inspect.signature(diffusers.UNet2DModel.__init__).parameters
-    for key, value in [*config.items()]:  # a missing key has diffusers' default
+    for key, value in [*config.items()]:  # for a missing key, diffusers uses its default
         if key in defaults and value == defaults[key].default and draw.random() < 0.5:
             del config[key]
     return {"_class_name": "UNet2DModel", "in_channels": channels, **config}
@@ -214,7 +214,7 @@ def test_every_layout_of_the_options_that_are_converted_is_imported(seed: int) -
     assert_imports(random_layout(seed), seed)
 
 
-REFUSED: dict[str, list[Any]] = {  # the values of UNet2DModel's other options, which it builds too
+REFUSED: dict[str, list[Any]] = {  # values of UNet2DModel's other options, which diffusers itself accepts
     "center_input_sample": [True],
     "time_embedding_type": ["fourier", "learned"],
     "time_embedding_dim": [36],
@@ -385,7 +385,7 @@ def test_weights_that_are_not_the_networks_are_refused() -> None:
         interop.weights_from_diffusers({**state, "class_embedding.weight": torch.zeros(10, 128)}, settings)
     with pytest.raises(ValueError, match=r"conv_in.bias: shape \[3\]"):
         interop.weights_from_diffusers({**state, "conv_in.bias": torch.zeros(3)}, settings)
-    with pytest.raises(ValueError, match="not those of the network"):  # two outputs a channel: a learned variance
+    with pytest.raises(ValueError, match="not those of the network"):  # two outputs per channel mean a learned variance
         interop.weights_to_diffusers({**ours, "last.bias": torch.zeros(2)}, settings)
 
 
@@ -410,7 +410,7 @@ def test_schedules_have_the_same_betas_there_and_come_back_the_same(row: dict[st
     scheduler = diffusers.DDPMScheduler.from_config(config)
     options = {key: value for key, value in row.items() if key != "schedule"}
     betas = NoiseSchedule.named(row["schedule"], steps, **options).betas
-    # Rescaling divides differences of float32 numbers there.
+    # diffusers rescales with differences of float32 numbers.
     tolerance = 2e-4 if row.get("zero_terminal_snr") and row["schedule"] != "sqrt" else 2e-7
     assert float((scheduler.betas.double() - betas).abs().max()) < tolerance
     assert scheduler.config.prediction_type == "v_prediction"

@@ -1,7 +1,7 @@
 """Changes the source in a few hundred seeded ways, one at a time, and counts how many of these mutants the tests notice.
 
-cosmic-ray makes the mutants: another operator, another number, a condition turned round. `make proof` runs this and prints the
-survivors. Some survivors are equivalent: they change nothing that anybody could see.
+cosmic-ray makes the mutants: another operator, another number, a negated condition. `make proof` runs this and prints the
+survivors. Some survivors are equivalent, so no test could notice them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SEED = 0
-# BitOr joins types in annotations, which nothing evaluates. Shifts and the like of floats are noticed by any test.
+# BitOr joins types in annotations, which are never evaluated. Any test notices a shift or a bitwise operation on floats.
 LEFT_OUT = ("BitOr", "BitAnd", "BitXor", "Shift", "_Is", "ExceptionReplacer", "VariableReplacer", "VariableInserter")
 
 
 class Group(NamedTuple):
-    """Sources, the tests of each, how many mutants are drawn, and the least share that the tests must notice."""
+    """A group of mutants.
+
+    Args:
+        sources: the source files, each with the tests that run on its mutants.
+        count: how many mutants are drawn.
+        least: the smallest share that the tests must notice.
+    """
 
     sources: dict[str, tuple[str, ...]]
     count: int
@@ -80,7 +86,10 @@ GROUPS = {
 
 
 class Mutant(NamedTuple):
-    """source: a file below ROOT. operator, occurrence: as cosmic-ray counts. line: of the source."""
+    """A change of one source file below ROOT.
+
+    operator and occurrence are cosmic-ray's name and number of the change. line is the line in the source.
+    """
 
     source: Path
     operator: str
@@ -115,7 +124,10 @@ def mutants(source: Path) -> Iterator[Mutant]:
 
 
 def noticed(code: int, said: str) -> bool:
-    """Whether tests failed: exit code 1, or 2 and 4 where the mutant cannot even be imported. Raises AssertionError otherwise."""
+    """Returns whether tests failed: exit code 1, or 2 and 4 if the mutant cannot be imported.
+
+    Raises AssertionError otherwise.
+    """
     assert code in (0, 1, 2) or "ImportError while loading conftest" in said, said
     return code > 0
 

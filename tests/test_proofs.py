@@ -1,4 +1,4 @@
-"""Slow proofs, run by `make proof`."""
+"""Runs slow proofs (`make proof`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Clone = Callable[..., Path]
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Clone:
-    """A clone of the last commit, on a recipe with some values changed: clone("one", "smoke", data={"path": ...})."""
+    """Returns clone(name, recipe, **changes), which clones the last commit and changes values of the recipe."""
 
     def make(name: str, recipe: str, **changes: dict[str, object]) -> Path:
         root = tmp_path / name
@@ -52,7 +52,7 @@ def test_two_clones_end_with_the_same_lock_and_force_changes_nothing(clone: Clon
     assert locks[0] == locks[1]
     subprocess.run(
         ["rm", "-rf", str(root / ".cache" / "training")], check=True
-    )  # or training would only resume its end
+    )  # otherwise training would resume at its end
     run(root, "dvc", "repro", "--force")
     assert (root / "dvc.lock").read_bytes() == locks[0]
 
@@ -66,7 +66,7 @@ def test_an_experiment_prolongs_a_training_and_tells_what_changed(clone: Clone) 
 
 
 def test_the_table_of_the_ablation_is_queued_and_a_cell_of_it_runs(clone: Clone) -> None:
-    """The commands of docs/ablation.md: six cells, and one of them made on the smoke recipe."""
+    """Runs the commands of docs/ablation.md: queues six cells, and runs one cell with the smoke recipe."""
     root = clone("ablation", "smoke", sweep={"samplers": ["ddpm"], "steps": [5]})
     targets, learned = (
         "diffusion.target=eps,mu",
@@ -78,7 +78,7 @@ def test_the_table_of_the_ablation_is_queued_and_a_cell_of_it_runs(clone: Clone)
     run(root, "dvc", "exp", "run", "-S", "diffusion.target=mu", "-S", "training.loss=vlb", *learned)
     about = json.loads((root / "models/cosine/model.json").read_text())
     assert (about["target"], about["training"]["loss"]) == ("mu", "vlb")
-    assert about["network"]["out_channels"] == 2 * about["network"]["image_channels"]  # a learned variance
+    assert about["network"]["out_channels"] == 2 * about["network"]["image_channels"]  # so the variance is learned
     assert json.loads((root / "metrics/cosine-ddpm-5.json").read_text())["evaluations"] == 5
     shown = json.loads(run(root, "dvc", "plots", "show", "--json", "metrics/train/cosine.by_time.csv"))
     assert "metrics/train/cosine.by_time.csv" in str(shown)
@@ -106,7 +106,7 @@ def test_fifty_thousand_images_in_bounded_memory(clone: Clone) -> None:
 
 @pytest.mark.skipif(not (ROOT.parent / "shared/data").is_dir(), reason="the CIFAR-10 zips are not beside this checkout")
 def test_the_papers_network_on_cifar10_through_all_stages(clone: Clone) -> None:
-    """Few steps and few images: it shows that the road is whole."""
+    """A few steps and images show that every stage works with this network."""
     threads = {"threads": os.cpu_count() or 1}
     root = clone(
         "cifar",

@@ -1,4 +1,4 @@
-"""Takes protections out of the source, one at a time, and requires that the test which is there for each one fails.
+"""Takes protections out of the source, one at a time, and requires that the test of each protection then fails.
 
 A protection is a statement of ddpm/ or flows/ below a comment that names its test:
 
@@ -6,7 +6,8 @@ A protection is a statement of ddpm/ or flows/ below a comment that names its te
     if fault:
         raise InputError(...)
 
-In a copy of the checkout that statement becomes `pass`, and the test runs there. `make test` says that it passes otherwise.
+A copy of the checkout has `pass` in place of that statement, and the test runs in this copy. `make test` shows that the test
+passes with the statement.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MARKER = re.compile(r"^ *# protects: (tests/\S+\.py::(test_\w+)(?:\[.+\])?)$")
-FEWEST, MOST = 25, 40  # protections: more would take longer than anybody waits
+FEWEST, MOST = 25, 40  # number of protections; more would take too long
 
 
 class Protection(NamedTuple):
-    """A marked statement. file: below ROOT. line: of the marker. test: its node id for pytest. function: its name alone."""
+    """A marked statement.
+
+    Args:
+        file: the source file below ROOT.
+        line: the line of the marker.
+        test: the test's node id in pytest.
+        function: the name of the test function alone.
+    """
 
     file: Path
     line: int
@@ -36,7 +44,10 @@ class Protection(NamedTuple):
         return f"{self.file} {self.function}"
 
     def without(self, text: str) -> str:
-        """Returns the source text with `pass` in place of the statement below the marker. Raises AssertionError."""
+        """Returns the source text with `pass` in place of the statement below the marker.
+
+        Raises AssertionError if there is none.
+        """
         starting = [
             node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt) and node.lineno == self.line + 1
         ]
@@ -47,7 +58,7 @@ class Protection(NamedTuple):
 
 
 def markers() -> list[Protection]:
-    """Finds all markers, in the order of files and lines. Raises AssertionError for a comment that is nearly a marker."""
+    """Finds all markers, in the order of files and lines. Raises AssertionError for a malformed marker."""
     found = []
     for path in sorted(path for package in ("ddpm", "flows") for path in (ROOT / package).rglob("*.py")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -83,4 +94,6 @@ def test_without_its_protection_a_test_fails(
     path.write_text(protection.without(path.read_text(encoding="utf-8")), encoding="utf-8")
     code, said = run_in(tmp_path, protection.test)
     assert code == 1 and re.search(r"^1 failed(, \d+ warnings?)? in ", said, re.MULTILINE), said
-    assert not re.search("NameError|UnboundLocalError", said), f"not the protection is missing but a name:\n{said}"
+    assert not re.search("NameError|UnboundLocalError", said), (
+        f"the test fails because of a missing name, not because of the missing protection:\n{said}"
+    )

@@ -1,4 +1,4 @@
-"""Images of 16x24 pixels through every stage. Red rises to the right and green downwards, so that a transposition shows."""
+"""Runs images of 16x24 pixels through every stage. Red rises to the right and green downwards, so a transposition shows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def pictures() -> np.ndarray:
-    """uint8 N,H,W,3: red rises to the right and green downwards, blue is any constant of an image."""
+    """Returns images, uint8 N,H,W,3: red rises to the right, green rises downwards, and blue is constant within an image."""
     generator = np.random.default_rng(0)
     images = np.zeros((COUNT, HEIGHT, WIDTH, 3))
     images[..., 0] = np.linspace(30, 220, WIDTH)
@@ -69,7 +69,7 @@ def params(smoke: Callable[..., Params]) -> Params:
 
 @pytest.fixture(scope="module")
 def walked(params: Params, inception_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with the outputs of every stage. Read-only by agreement."""
+    """Creates a root with the outputs of every stage. Tests must not change this root."""
     root = tmp_path_factory.mktemp("rectangles")
     (root / "images").mkdir()
     for index, image in enumerate(pictures()):
@@ -87,7 +87,7 @@ def walked(params: Params, inception_cache: Path, tmp_path_factory: pytest.TempP
 
 
 def slopes(images: np.ndarray) -> tuple[float, float]:
-    """Correlations of the mean image, of N,C,H,W, with the slope of red to the right and with that of green downwards."""
+    """Returns correlations of the mean image of N,C,H,W: red with the slope to the right, and green with the slope downwards."""
     red, green = images.mean(0)[0], images.mean(0)[1]
     across, down = (
         np.broadcast_to(np.arange(WIDTH), red.shape),
@@ -97,7 +97,7 @@ def slopes(images: np.ndarray) -> tuple[float, float]:
 
 
 def cells(picture: Path, columns: int) -> np.ndarray:
-    """The images of a grid, N,C,H,W. The grid enlarges them."""
+    """Returns the images of a grid, N,C,H,W, which the grid shows enlarged."""
     pixels = np.asarray(Image.open(picture))[1:, 1:]
     scale = 64 // WIDTH
     high, wide = HEIGHT * scale + 1, WIDTH * scale + 1
@@ -116,7 +116,7 @@ def test_the_dataset_holds_the_pixels_of_the_files(walked: Path) -> None:
 
 
 def test_samples_are_upright_in_every_picture(walked: Path, params: Params) -> None:
-    """The network learns the slopes: 1 for both would be without noise, and a transposed image has 0."""
+    """The network learns the slopes. Both correlations would be 1 without noise, and a transposed image has 0."""
     point = params.points()[-1]
     images = read_samples(walked / f"samples/{point.name}.npz").images
     assert images.shape == (16, 3, HEIGHT, WIDTH)
@@ -184,12 +184,12 @@ def test_diffusers_pipeline_draws_the_same_images(walked: Path, tmp_path: Path) 
 
 
 def halved(x: Tensor, t: Tensor) -> Tensor:
-    """A network that treats each value by itself."""
+    """Acts as a network that treats each value separately."""
     return x / 2
 
 
 def test_where_pixels_are_treated_one_by_one_the_sides_do_not_matter() -> None:
-    """Noise, samples, the bound and distances of 16x24 images are those of 24x16 and of 384x1 with the same values in a row."""
+    """16x24 images give the same noise, samples, bound and distances as 24x16 and 384x1 images with the same values in a row."""
     flat = torch.from_numpy(pictures()[:6].reshape(6, -1))
     denoiser, found = Denoiser(halved, NoiseSchedule.named("cosine", 50), "eps", clip=True), []
     for shape in ((3, 16, 24), (3, 24, 16), (3, 384, 1)):
@@ -203,7 +203,7 @@ def test_where_pixels_are_treated_one_by_one_the_sides_do_not_matter() -> None:
             torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
 
 
-# What runs where the registered model is used.
+# Runs on the machine that uses the registered model.
 SERVED = """
 import json, sys
 import mlflow, numpy, pandas

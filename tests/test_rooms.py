@@ -1,4 +1,4 @@
-"""A room maps the names of its modules to their rows."""
+"""Checks that a room maps the names of its modules to their rows."""
 
 from __future__ import annotations
 

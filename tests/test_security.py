@@ -1,4 +1,4 @@
-"""Files that run code when they are unpickled: no reader of ours unpickles them, and no line of our code could."""
+"""Checks that no reader unpickles files that would run code, and that no line of our code could unpickle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Bomb:
-    """Makes a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -42,7 +42,7 @@ def mark(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bomb(mark: Path) -> bytes:
-    return pickle.dumps(Bomb(mark), protocol=2)  # torch.save's
+    return pickle.dumps(Bomb(mark), protocol=2)  # the protocol of torch.save
 
 
 def array(mark: Path) -> np.ndarray:
@@ -73,7 +73,7 @@ def test_the_bomb_is_live(bomb: bytes, mark: Path, tmp_path: Path) -> None:
 
 
 def plant_weights(folder: Path, content: bytes) -> None:
-    """A checkpoint that says the right checksum of its weights."""
+    """Writes a checkpoint that records the correct checksum of its weights."""
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(content)
     about = {"weights_sha256": records.sha256(folder / "model.safetensors"), "network": {}, "schedule": {}}
@@ -81,7 +81,7 @@ def plant_weights(folder: Path, content: bytes) -> None:
 
 
 def torch_zip(mark: Path) -> bytes:
-    """What torch.save writes: a zip archive with a pickle in it."""
+    """Returns the output of torch.save: a zip archive that contains a pickle."""
     content = io.BytesIO()
     torch.save({"weights": Bomb(mark)}, content)
     return content.getvalue()

@@ -1,4 +1,4 @@
-"""A fresh clone: the lock file, and the installation from it by the Makefile."""
+"""Checks a fresh clone: the lock file, and the installation from that file by the Makefile."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROJECT, GROUPS = CONFIG["project"], CONFIG["dependency-groups"]
 
 
 def locked() -> list[tuple[Requirement, str]]:
-    """-> each package of the lock and the text that stands for it."""
+    """Returns each package of the lock, with its text in the lock."""
     entries = re.split(r"(?m)^(?=[a-z0-9])", LOCK)
     return [(Requirement(entry.split("\\")[0].strip()), entry) for entry in entries if entry.strip()]
 
@@ -74,11 +74,11 @@ def test_help_lists_every_target() -> None:
     assert {line.split()[1] for line in shown.splitlines() if line.startswith("make ")} == targets
 
 
-# Installation, by the real Makefile and the real uv, of wheels made here, from folders that serve as package indexes.
+# Installations by the real Makefile and the real uv. The wheels are made here, and folders serve as package indexes.
 
 
 def wheel(index: Path, name: str, version: str) -> str:
-    """Adds an empty package to a package index. -> its line for a lock"""
+    """Adds an empty package to a package index. Returns its line for a lock."""
     folder = index / name.replace("_", "-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{version}-py3-none-any.whl"
@@ -119,7 +119,7 @@ def build_editable(folder, settings=None, metadata=None):
 
 
 class Clone:
-    """A checkout with a small lock, whose uv is there already, so that nothing is fetched from anywhere."""
+    """A checkout with a small lock and an installed uv, so that nothing is downloaded."""
 
     def __init__(self, root: Path) -> None:
         uv = shutil.which("uv", path=Path(sys.executable).parent) or shutil.which("uv")
@@ -203,7 +203,7 @@ def test_bytecode_is_written_at_installation_only(clone: Clone) -> None:
 
 @pytest.mark.parametrize("module", ["flows", "flows.servers.up", "flows.servers.worker", "flows.processes.fork_server"])
 def test_a_disk_that_fills_leaves_no_half_of_a_module(module: str, tmp_path: Path) -> None:
-    """A bound on the size of files cuts the bytecode of an edited module off, as a full disk does."""
+    """A limit on file sizes cuts off the bytecode of an edited module, as a full disk does."""
     for name in ("ddpm", "flows"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     code = f"import runpy, sys; sys.argv = ['flows', '--help']; runpy.run_module('{module}', run_name='imported')"
@@ -293,7 +293,7 @@ def test_no_python_is_one_clear_line(clone: Clone) -> None:
 
 
 def test_git_sees_no_images_of_your_own(tmp_path: Path) -> None:
-    """And the page beside them, which keeps the folder there: data.path is a dependency of `prepare`."""
+    """git also sees images/README.md, which keeps the folder there, because data.path is a dependency of `prepare`."""
     shutil.copy(ROOT / ".gitignore", tmp_path)
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
     for name in ("images/README.md", "images/cats/1.png", "images/2.zip"):

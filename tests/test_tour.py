@@ -1,4 +1,4 @@
-"""docs/tour.ipynb runs from top to bottom, and its committed outputs are whole."""
+"""Checks that docs/tour.ipynb runs from top to bottom, and that its committed outputs are complete."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTEBOOK = DOCS / "tour.ipynb"
-FIGURES = [0, 1, 1, 1, 1, 1, 1]  # of each code cell
+FIGURES = [0, 1, 1, 1, 1, 1, 1]  # number of figures of each code cell
 ROW = re.compile(r"(\w+) +(.*)")
 
 
@@ -26,7 +26,7 @@ def figures(notebook: Any) -> list[int]:
 
 
 def distances(notebook: Any) -> dict[str, dict[int, float]]:
-    """The printed distance to the exact images, by sampler and network evaluations."""
+    """Returns the printed distance to the exact images, by sampler and number of network evaluations."""
     text = "".join(chain.from_iterable(output.get("text", []) for output in outputs(notebook)[-1]))
     rows = (ROW.fullmatch(line) for line in text.splitlines())
     pattern = re.compile(r"(\d+) evaluations: (\d+\.\d+)")
@@ -40,7 +40,7 @@ def assert_sound(notebook: Any) -> None:
     assert list(found) == ["ddim", "heun", "dpmpp_2m", "unipc"]
     for name, by_count in found.items():
         values = list(by_count.values())
-        assert values == sorted(values, reverse=True), name  # more steps come nearer
+        assert values == sorted(values, reverse=True), name  # more steps come nearer to the exact images
     for name in ("dpmpp_2m", "unipc"):
         assert found[name][20] < 0.7 * found["ddim"][20] and found[name][40] < 0.5 * found["ddim"][40]
 
@@ -51,7 +51,7 @@ def test_the_committed_outputs_are_whole_and_say_nothing_of_a_machine() -> None:
     notebook = json.loads(text)
     assert_sound(notebook)
     assert notebook["metadata"]["language_info"] == {"name": "python"}
-    assert all(not cell["metadata"] for cell in notebook["cells"])  # nbclient would write times there
+    assert all(not cell["metadata"] for cell in notebook["cells"])  # nbclient would write times into the metadata
 
 
 @pytest.mark.proof

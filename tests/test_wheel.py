@@ -1,4 +1,4 @@
-"""The built wheel in environments that hold its requirements and nothing else: the library alone, and the extra `cli`."""
+"""Checks the built wheel in environments that contain only its requirements: the library alone, and the extra `cli`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of the sources, since setuptools writes into the folder that it builds."""
+    """Builds the wheel from a copy of the sources, because setuptools writes into the folder that it builds."""
     home = tmp_path_factory.mktemp("wheel")
     for name in ("ddpm", "flows", "recipes"):
         shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -44,7 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def required(wheel: Path, extra: str) -> list[Requirement]:
-    """The requirements that the wheel's metadata state, with those of one extra."""
+    """Returns the requirements in the wheel's metadata, including those of one extra."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = email.message_from_bytes(archive.read(name))
@@ -53,7 +53,7 @@ def required(wheel: Path, extra: str) -> list[Requirement]:
 
 
 def closure(requirements: Iterable[Requirement]) -> set[str]:
-    """The names of the packages that an installation of these requirements brings."""
+    """Returns the names of the packages that an installation of these requirements brings."""
     names: set[str] = set()
     queue = [(item.name, extra) for item in requirements for extra in ("", *item.extras)]
     while queue:
@@ -67,9 +67,9 @@ def closure(requirements: Iterable[Requirement]) -> set[str]:
 
 
 def environment(home: Path, wheel: Path, extra: str) -> Run:
-    """Makes a virtual environment of links to the installed packages that the wheel requires. Returns a function that runs there.
+    """Creates a virtual environment with links to the installed packages that the wheel requires.
 
-    run("ddpm", ..., cwd=...) runs a script of the environment.
+    Returns run("ddpm", ..., cwd=...), which runs a script of the environment.
     """
     venv.create(home, symlinks=True)
     (packages,) = home.glob("lib/python*/site-packages")
@@ -107,7 +107,7 @@ def verbs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def project(made: Path, tmp_path: Path) -> Path:
-    """Somebody's own folder, which holds a model and nothing else."""
+    """Creates a user's folder that contains only a model."""
     shutil.copytree(made / "models" / "cosine", tmp_path / "model")
     return tmp_path
 
@@ -186,7 +186,7 @@ def test_the_swiss_roll_takes_no_checkout(verbs: Run, project: Path) -> None:
 
 
 def test_a_verb_of_the_pipeline_says_what_installs_it(verbs: Run, project: Path) -> None:
-    """generate asks MLflow for a registered model."""
+    """generate needs MLflow for a registered model."""
     done = verbs("ddpm", "generate", "--model", "models:/ddpm-digits@champion", cwd=project)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.endswith('pip install "ddpm[pipeline]"\n') and "[cli]" not in done.stderr

@@ -1,4 +1,4 @@
-"""Copies an empty MLflow database, which the installation creates once because its tables take seconds to create."""
+"""Copies an empty MLflow database. The installation creates that database once, since its tables take seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ EMPTY = Path(sys.prefix) / "share" / "mlflow" / "mlflow.db"
 def create(file: Path) -> None:
     """Copies the empty database to `file`, unless that file exists. MLflow itself creates or migrates missing tables.
 
-    Call this under the store's lock. A starting server does not hold that lock, so a file that it has created meanwhile is kept.
+    The caller holds the store's lock. A server that starts does not take this lock, so it may create `file` at the same time.
+    This function keeps the server's file.
     """
     if EMPTY.exists() and not file.exists():
         with atomic.replacing(file, keep=True) as copy:

@@ -2,7 +2,7 @@
 
 MLflow records absolute addresses of artifacts and has no command that changes them (mlflow/mlflow#3144). Without this module, a
 copied or moved checkout would read and write the artifacts of the original. If a database is lost, MLflow silently creates
-a new one. This is the only module that knows MLflow's tables.
+a new database. No other module knows MLflow's tables.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ REBUILD = "run `ddpm publish`, which records the outputs anew, without earlier c
 
 
 def lock_of(file: Path) -> Path:
-    """Returns the lock file of the store. A process holds it while it opens the database."""
+    """Returns the lock file of the store. A process holds this lock while it opens the database."""
     return file.with_name(f"{file.name}.lock")
 
 
@@ -52,8 +52,9 @@ def check(file: Path) -> bool:
     """Checks that a database file is undamaged, and that its artifacts lie beside the file or in the folder that the user chose.
 
     A moved or copied store still records its old addresses. If an address names another `mlartifacts`, but the experiment's
-    folder lies beside the file, the address is corrected. Call this under the store's lock. Returns whether the file holds
-    experiments. Raises InputError for a damaged file, and if records or artifacts are missing.
+    folder lies beside the file, this function corrects the address. The caller holds the store's lock.
+
+    Returns whether the file holds experiments. Raises InputError if the file is damaged, or if records or artifacts are missing.
     """
     home = file.parent / ARTIFACTS
     with _opened(file) as database:
@@ -65,7 +66,7 @@ def check(file: Path) -> bool:
                 f"{file} holds no experiment, but {home} holds artifacts of experiments: the records are lost; {RESTORE},"
                 f" or move {ARTIFACTS} away and {REBUILD}"
             )
-        moved = _moved(file, {location: bool(used) for _, location, used in rows})
+        moved = _new_addresses(file, {location: bool(used) for _, location, used in rows})
         for old, new in moved.items():
             _rewrite(database, tables, old, new)
     if moved:
@@ -85,7 +86,7 @@ def require_new(file: Path, experiment: str) -> None:
 
 def require_in_place(file: Path, location: str) -> None:
     """Raises InputError if an experiment's artifact folder was not copied along, or is not mounted."""
-    _moved(file, {location: True})
+    _new_addresses(file, {location: True})
 
 
 def newest_experiment(file: Path, name: str) -> str:
@@ -111,9 +112,8 @@ def _opened(file: Path) -> Iterator[sqlite3.Connection]:
             if result != "ok":
                 raise InputError(_damaged(file, result))
             (page,) = database.execute("PRAGMA page_size").fetchone()
-            if (
-                file.exists() and file.stat().st_size % page
-            ):  # SQLite would read the missing part of the last page as zeros
+            # SQLite would read the missing part of the last page as zeros.
+            if file.exists() and file.stat().st_size % page:
                 raise InputError(_damaged(file, "its last page is cut off"))
             yield database
     except UnicodeDecodeError as error:  # SQLite's error message quotes the damaged bytes
@@ -128,50 +128,50 @@ def _damaged(file: Path, why: str) -> str:
     return f"{file} is damaged ({' '.join(why.split())}): {RESTORE}, or move it and {ARTIFACTS} away and {REBUILD}"
 
 
-def _moved(file: Path, experiments: dict[str, bool]) -> dict[str, str]:
+def _new_addresses(file: Path, experiments: dict[str, bool]) -> dict[str, str]:
     """Maps each artifact address that must change in the database to its new address.
 
     experiments: maps the address of each experiment to whether the experiment has runs. Raises InputError.
     """
     home = file.parent / ARTIFACTS
-    away = {location: path for location in experiments if (path := _elsewhere(location, home))}
-    left = {path.parent for path in away.values() if _exists(home / path.name)}
+    foreign = {location: path for location in experiments if (path := _foreign_folder(location, home))}
+    moved_from = {path.parent for path in foreign.values() if _exists(home / path.name)}
     moved = {}
-    for location, path in away.items():
+    for location, path in foreign.items():
         here = home / path.name
-        if _exists(here) or _moves_without_files(file, path, experiments[location], left):
+        if _exists(here) or _moves_without_files(file, path, experiments[location], moved_from):
             moved[location] = here.as_uri() if location.startswith("file:") else str(here)
     return moved
 
 
-def _elsewhere(location: str, home: Path) -> Path | None:
-    """Returns the folder that an address names, if it lies in a `mlartifacts` other than `home`; else None."""
+def _foreign_folder(location: str, home: Path) -> Path | None:
+    """Returns the folder that an address names if the folder lies in a `mlartifacts` other than `home`, else None."""
     path = _path(location)
     if path is None or path.parent.name != ARTIFACTS or SHARED.search(path.name):
         return None
     folder = path.parent
     mounted_twice = _exists(folder) and _exists(home) and folder.samefile(home)
-    return None if mounted_twice or folder.resolve() in (home.resolve(), _chosen()) else path
+    return None if mounted_twice or folder.resolve() in (home.resolve(), _default_root()) else path
 
 
-def _moves_without_files(file: Path, recorded: Path, used: bool, left: set[Path]) -> bool:
+def _moves_without_files(file: Path, recorded: Path, used: bool, moved_from: set[Path]) -> bool:
     """Returns whether the database must name its own `mlartifacts` for an experiment that has no folder there yet.
 
     True if the database is a copy whose original still exists, so that the copy does not write to the original's folder.
-    Also true if the recorded `mlartifacts` is gone, the experiment has no runs, and other experiments were moved from there.
+    Also true if the recorded `mlartifacts` is gone, the experiment has no runs, and further experiments were moved from there.
 
     Args:
         file: the database.
         recorded: the experiment's folder, as the database names it.
         used: whether the experiment has runs.
-        left: the recorded `mlartifacts` folders of those experiments whose folders lie beside the database now.
+        moved_from: the recorded `mlartifacts` folders of the experiments whose folders now lie beside the database.
 
     Raises:
         InputError: the experiment's files were left in the original's folder, or cannot be found.
     """
     here = file.parent / ARTIFACTS / recorded.name
     if _exists(recorded.parent):
-        copied = _exists(recorded.parents[1] / file.name)  # otherwise the user may keep the artifacts elsewhere
+        copied = _exists(recorded.parents[1] / file.name)  # otherwise the user may keep the artifacts in another place
         if copied and _exists(recorded):
             raise InputError(
                 f"{file} is a copy whose artifacts lie in {recorded.parent}; copy that folder to {here.parent} too, so that the"
@@ -181,9 +181,9 @@ def _moves_without_files(file: Path, recorded: Path, used: bool, left: set[Path]
     if used:
         raise InputError(
             f"{file} names artifacts in {recorded}, which are neither there nor in {here}; mount or restore {recorded},"
-            f" or make an empty {here} to go on without its files"
+            f" or make an empty {here} to go on without those files"
         )
-    return recorded.parent in left
+    return recorded.parent in moved_from
 
 
 def _exists(path: Path) -> bool:
@@ -191,7 +191,7 @@ def _exists(path: Path) -> bool:
     return os.access(path, os.F_OK)
 
 
-def _chosen() -> Path | None:
+def _default_root() -> Path | None:
     """Returns the local folder that MLFLOW_DEFAULT_ARTIFACT_ROOT names, or None."""
     named = _path(os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT", ""))
     return named and named.resolve()
@@ -204,7 +204,7 @@ def _path(location: str) -> Path | None:
 
 
 def _rewrite(database: sqlite3.Connection, tables: set[str], old: str, new: str) -> None:
-    """Replaces the beginning of every address that names `old` or something below it."""
+    """Replaces the beginning of every address that names `old` or a path below `old`."""
     for table in COLUMNS.keys() & tables:
         for column in COLUMNS[table]:
             database.execute(
@@ -215,14 +215,14 @@ def _rewrite(database: sqlite3.Connection, tables: set[str], old: str, new: str)
 
 
 def _are_lost(file: Path, folders: Iterable[Path]) -> bool:
-    """Returns whether one of these experiment folders holds files, but is in no other database beside the file."""
+    """Returns whether any of these experiment folders holds files, although no other database beside `file` names the folder."""
     others = [other for other in file.parent.iterdir() if other.suffix in SUFFIXES and other != file]
-    named = {name for other in others for name in _named(other)}
+    named = {name for other in others for name in _recorded_folders(other)}
     return any(folder.name not in named and any(path.is_file() for path in folder.rglob("*")) for folder in folders)
 
 
-def _named(file: Path) -> set[str]:
-    """Returns the names of the artifact folders of a database's experiments; empty if the file is no MLflow database."""
+def _recorded_folders(file: Path) -> set[str]:
+    """Returns the names of the artifact folders of a database's experiments. The set is empty for a file of another kind."""
     try:
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
             return {Path(location).name for _, location, _ in database.execute(EXPERIMENTS)}

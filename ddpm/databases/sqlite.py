@@ -9,11 +9,16 @@ from ddpm.errors import InputError, without_password
 
 
 def address_of(file: Path, query: str = "", driver: str = "") -> str:
-    """Returns the address of a database file. driver: for example "aiosqlite"; "" means Python's own sqlite3.
+    """Returns the address of a database file.
 
     For paths with %, ? or #, returns an address of another form, because programs read the usual form differently:
     SQLAlchemy 2.1 decodes %XX and 2.0 doesn't, Prefect cuts the path at a #, and MLflow creates the parent folder of the
     text after `sqlite:///`.
+
+    Args:
+        file: the database file.
+        query: the options of the address, such as "timeout=60".
+        driver: for example "aiosqlite"; "" means Python's own sqlite3.
     """
     if not set("%?#") & set(str(file)):
         return f"sqlite{driver and f'+{driver}'}:///{file}" + (query and f"?{query}")

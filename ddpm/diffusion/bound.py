@@ -4,7 +4,7 @@ L = L_T + sum_{t=2}^T L_{t-1} + L_0, where L_T = KL(q(x_T|x_0) || N(0, I)), L_{t
 p(x_{t-1}|x_t)) between two Gaussians, and L_0 = -log p(x_0|x_1) with the discretised decoder of eq. 13. Each term is an
 expectation over x_t ~ q(x_t|x_0), estimated with one seeded draw per image.
 
-Network time t = 0 gives L_0, and t = 1 ... T-1 gives the paper's L_t. Everything but the network is float64.
+Network time t = 0 gives L_0, and t = 1 ... T-1 gives the paper's L_t. Everything outside the network is computed in float64.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def reverse_log_variance(
 ) -> Tensor:
     """Returns the log variance of p(x_{t-1}|x_t) at network times t: float64, shaped like t, or like v if v is given.
 
-    At t = 0 the posterior variance beta_tilde is 0, which would make the decoder a point. So at t = 0, both fixed variances
+    At t = 0 the posterior variance beta_tilde is 0, and the decoder would have no width. So at t = 0, both fixed variances
     are beta_tilde of t = 1, as in Ho et al.'s code.
 
     Args:
-        schedule: at least T = 2.
+        schedule: the noise schedule, with T >= 2.
         t: int64 [B] in 0 ... T-1.
-        variance: "fixed_large" for beta, "fixed_small" for beta_tilde; unused with v.
+        variance: "fixed_large" for beta, "fixed_small" for beta_tilde; ignored if v is given.
         v: [B, ...] in [0, 1], for the learned variance beta^v beta_tilde^(1 - v): eq. 15 of Nichol & Dhariwal 2021.
 
     Raises:
@@ -56,7 +56,7 @@ def reverse_log_variance(
 def _posterior_log_variance(schedule: NoiseSchedule) -> Tensor:
     """Returns log beta_tilde (eq. 7 of Ho et al. 2020), float64 [T]. The entry at t = 0 repeats the entry at t = 1."""
     if schedule.T < 2:
-        raise ValueError("the bound takes a schedule of at least T = 2")
+        raise ValueError(f"the variational bound takes a schedule of at least T = 2 steps (given: T = {schedule.T})")
     small = schedule.posterior_at(torch.arange(schedule.T))[2]
     return torch.cat([small[1:2], small[1:]])
 
@@ -69,15 +69,20 @@ def term(
     variance: str = "fixed_large",
     v: Tensor | None = None,
 ) -> Tensor:
-    """Returns one term of the bound for each image, in bits/dim: float64 [B]. It is L_0 if every t is 0, L_t if no t is 0.
+    """Returns one term of the bound for each image, in bits/dim: float64 [B].
+
+    The term is L_0 if all times are 0, and L_t if no time is 0. A batch must not mix the two.
 
     Args:
-        schedule: at least T = 2.
-        t: int64 [B], network times, best on the CPU: testing for t = 0 there does not synchronise the GPU.
-        x_0: the image, float64 [B, ...]; for L_0 it must hold the 256 levels of an 8-bit image in [-1, 1].
+        schedule: the noise schedule, with T >= 2.
+        t: int64 [B], network times. On the CPU, the test for t = 0 does not synchronise the GPU.
+        x_0: the images, float64 [B, ...]. For L_0, the values must be the 256 levels of an 8-bit image, in [-1, 1].
         x0_hat: the denoiser's estimate, like x_0.
         variance: see `reverse_log_variance`.
         v: see `reverse_log_variance`.
+
+    Raises:
+        ValueError: the variance is unknown, or T < 2.
     """
     log_variance = reverse_log_variance(schedule, t, variance, v)
     if v is None:
@@ -89,7 +94,7 @@ def term(
             _broadcast(table.to(t.device)[t], x_0)
             for table in (schedule.posterior_at(torch.arange(schedule.T))[0], _posterior_log_variance(schedule))
         )
-        # Both means contain the same multiple of x_t (eq. 7), which cancels.
+        # Both means contain the same multiple of x_t (eq. 7). That part cancels and is left out.
         nats = gaussian_kl(weight * x_0, posterior, weight * x0_hat, log_variance)
     return nats.flatten(1).mean(1) / math.log(2)
 
@@ -102,7 +107,7 @@ def _broadcast(values: Tensor, images: Tensor) -> Tensor:
 def strata(T: int, times: int | None = None) -> list[range]:
     """Splits the network times 0 ... T-1 into `times` consecutive ranges. None means one range per time.
 
-    The first range holds 0 alone. The edges of the other ranges grow quadratically, since most bits are spent near the
+    The first range contains only 0. The edges of the other ranges grow quadratically, since most bits are spent near the
     image, at small t. Raises ValueError unless 2 <= times <= T.
     """
     times = T if times is None else times
@@ -117,9 +122,9 @@ class Bound:
     """The bound of N images on S strata of times, in bits/dim: float64, on the CPU.
 
     Args:
-        prior: L_T, [N].
-        terms: [N, S], the estimated sum of the terms in each stratum; the first is L_0.
-        squared_error: [N, S], mean of (x0_hat - x_0)^2 over an image with values in [-1, 1], at the time drawn from
+        prior: [N], the term L_T.
+        terms: [N, S], the estimated sum of the terms in each stratum. The first stratum holds L_0.
+        squared_error: [N, S], the mean of (x0_hat - x_0)^2 over an image with values in [-1, 1], at the time drawn from
             each stratum.
         strata: S ranges of network times, from the function `strata`.
     """
@@ -131,24 +136,24 @@ class Bound:
 
     @property
     def decoder(self) -> Tensor:
-        """L_0, [N]."""
+        """The decoder's term L_0, [N]."""
         return self.terms[:, 0]
 
     @property
     def kl(self) -> Tensor:
-        """L_1 + ... + L_{T-1}, [N]."""
+        """The sum of the KL terms, L_1 + ... + L_{T-1}: [N]."""
         return self.terms[:, 1:].sum(1)
 
     @property
     def total(self) -> Tensor:
-        """L, [N]."""
+        """The whole bound L, [N]."""
         return self.prior + self.terms.sum(1)
 
     @property
     def rate(self) -> Tensor:
-        """float64 [S]: the rate of x_t in bits/dim, L_T + ... + L_{t+1}, at the middle network time t of each stratum.
+        """The rate of x_t in bits/dim, L_T + ... + L_{t+1}, at the middle network time t of each stratum: float64 [S].
 
-        Figure 5 of Ho et al. 2020 shows this rate. x_0 itself costs L_0, the decoder's bits, in addition.
+        Figure 5 of Ho et al. 2020 shows this rate. To encode x_0 itself costs L_0, the decoder's bits, in addition.
         """
         mean = self.terms.mean(0)
         before = self.prior.mean() + mean.flip(0).cumsum(0).flip(0) - mean
@@ -157,7 +162,7 @@ class Bound:
 
     @property
     def distortion(self) -> Tensor:
-        """float64 [S]: root mean squared error of x0_hat, on the scale 0 ... 255."""
+        """The root mean squared error of x0_hat on the scale 0 ... 255, for each stratum: float64 [S]."""
         return self.squared_error.mean(0).sqrt() * 127.5
 
 
@@ -188,10 +193,10 @@ def variational_bound(
         denoiser: the model.
         images: uint8 [N, C, H, W].
         labels: int64 [N], for a conditional network.
-        seed: noise and times depend on (seed, image, stratum) and not on `batch`.
-        times: network evaluations per image, 2 ... T; None: all T.
-        batch: number of images in a batch.
-        variance: one of VARIANCES, unless the network has learned a variance.
+        seed: the seed of noise and times, which depend on (seed, image, stratum) and not on `batch`.
+        times: the number of network evaluations per image, 2 ... T. None evaluates all T times.
+        batch: the number of images in a batch.
+        variance: one of VARIANCES; ignored if the network has a learned variance.
         device: the device of the network.
         done: called as done(n) whenever n images have finished one stratum.
 
@@ -220,7 +225,7 @@ def variational_bound(
             eps = gaussian(seed, rows, stratum, x_0.shape[1:], device)
             signal, noise = (_broadcast(table[t + 1], x_0) for table in (a, s))
             x_t = (signal * x_0 + noise * eps).to(torch.float32, memory_format=torch.channels_last)
-            # cuDNN may round to TF32 unless told otherwise.
+            # By default, cuDNN may round float32 to TF32.
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, fp32_precision="ieee"):
                 x0_hat, v = labelled.with_variance(x_t, t)
             x0_hat, v = x0_hat.double(), None if v is None else v.double()

@@ -16,11 +16,11 @@ At high noise mu hardly depends on x_0, so 1 / A reaches thousands: clip x0_hat,
 bfloat16. A sampler that steps down the same chain multiplies by A again and loses nothing.
 
 Classifier-free guidance (Ho & Salimans 2022, eq. 6) combines two predictions of a conditional network to
-free + w (labelled - free). Its samples follow p(x) p(label | x)^w instead of p(x | label), which is w = 1. w = 0 is the
-unconditional network. The paper's w is ours minus 1. A learned variance comes from the labelled prediction.
+free + w (labelled - free). Guided samples follow p(x) p(label | x)^w. So w = 1 gives p(x | label), and w = 0 gives the
+unconditional network. The paper's w is this w minus 1. A learned variance comes from the labelled prediction.
 
-Guidance may be limited to an interval of noise levels, with w = 1 outside (Kynkaanniemi et al. 2024), and the guided
-prediction may be rescaled towards the standard deviation of the labelled one (section 3.4 of Lin et al. 2024).
+Guidance may be limited to an interval of noise levels, with w = 1 outside (Kynkaanniemi et al. 2024). The guided
+prediction may be rescaled towards the standard deviation of the labelled prediction (section 3.4 of Lin et al. 2024).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tens
 }
 
 
-NO_LABEL = -1  # stands for a class: the network predicts without a label
+NO_LABEL = -1  # the label for which a conditional network predicts without a class
 
 
 def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,7 +53,7 @@ def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tenso
 
     Raises:
         ValueError: the target is unknown, or does not determine x_0 at one of the times. `eps` fails where alpha_bar =
-            0. `mu` fails where alpha_bar is already 0 one step earlier. At the first time with alpha_bar = 0, 1 / A
+            0. `mu` fails where alpha_bar is already 0 one step earlier: at the first time with alpha_bar = 0, 1 / A
             is large but finite.
     """
     if target not in TARGETS:
@@ -70,8 +70,8 @@ def split_variance(prediction: Tensor, like: Tensor) -> tuple[Tensor, Tensor | N
     """Splits a network's output into the prediction [B, C, ...] and v. v is None without a learned variance.
 
     `like` is the network's input, [B, C, ...]. A network with a learned variance returns 2C channels. v [B, C, ...] is
-    their second half, mapped from [-1, 1] to [0, 1]. It interpolates the log variance of a step between fixed_small (0)
-    and fixed_large (1): eq. 15 of Nichol & Dhariwal 2021. As in the paper, v is not clamped.
+    the second half of them, mapped from [-1, 1] to [0, 1]. v interpolates the log variance of a step between fixed_small
+    (v = 0) and fixed_large (v = 1): eq. 15 of Nichol & Dhariwal 2021. As in the paper, v is not clamped.
     """
     if prediction.ndim < 2 or prediction.shape[1] != 2 * like.shape[1]:
         return prediction, None
@@ -82,8 +82,8 @@ def split_variance(prediction: Tensor, like: Tensor) -> tuple[Tensor, Tensor | N
 def _clipped(x0_hat: Tensor, clip: bool | float) -> Tensor:
     """Returns x0_hat [B, ...] unchanged (False), clamped to [-1, 1] (True), or dynamically thresholded (a number).
 
-    Dynamic thresholding clamps each image to [-s, s] and divides it by s, where s is the quantile `clip` of the image's
-    |x0_hat|, but at least 1: section 2.3 of Saharia et al. 2022 (Imagen).
+    Dynamic thresholding clamps each image to [-s, s] and divides it by s (section 2.3 of Saharia et al. 2022, Imagen).
+    Here s is the quantile `clip` of the image's |x0_hat|, or 1 if the quantile is below 1.
     """
     if isinstance(clip, bool):
         return x0_hat.clamp(-1, 1) if clip else x0_hat
@@ -104,8 +104,8 @@ def _rescaled(guided: Tensor, labelled: Tensor, share: float) -> Tensor:
     if not share:
         return guided
     shape = (-1, *[1] * (guided.ndim - 1))
-    now, wanted = (x.flatten(1).std(dim=1, correction=0).view(shape) for x in (guided, labelled))
-    return guided * torch.where(now > 0, share * (wanted / now) + 1 - share, 1.0)
+    deviation, wanted = (x.flatten(1).std(dim=1, correction=0).view(shape) for x in (guided, labelled))
+    return guided * torch.where(deviation > 0, share * (wanted / deviation) + 1 - share, 1.0)
 
 
 @dataclass(frozen=True)
@@ -114,23 +114,22 @@ class Denoiser:
 
     Args:
         net: called as net(x, t) with x [B, ...] and t float32 [B] in 0 ... T-1, as in Ho et al. 2020 and diffusers; t
-            may be fractional. Returns a prediction like x, or twice the channels with a learned variance (see
+            may be fractional. `net` returns a prediction like x, or twice the channels with a learned variance (see
             `split_variance`).
         schedule: the noise schedule that the network was trained on.
         target: what the network predicts, a key of TARGETS.
         clip: True clamps x0_hat to [-1, 1]. A number in (0, 1) is the quantile of dynamic thresholding (see
             `_clipped`). Samplers derive eps again from the clipped x0_hat.
-        labels: int64 [B], the class of each image, or -1 for no label. With labels the network is called as net(x, t,
+        labels: int64 [B], the class of each image, or -1 for no label. With labels, the network is called as net(x, t,
             labels).
-        guidance: w of classifier-free guidance: 0 ignores the labels, 1 follows them, more exaggerates them.
-        guidance_interval: (low, high): guides at noise levels low < sigma <= high, with sigma = s / a, and takes w = 1
-            at other levels. None guides at all levels.
-        guidance_rescale: phi in [0, 1]. Multiplies the guided prediction of each image by
+        guidance: w of classifier-free guidance: 0 ignores the labels, 1 follows them, and more than 1 exaggerates them.
+        guidance_interval: (low, high). Guidance applies at noise levels low < sigma <= high, with sigma = s / a. Other
+            levels have w = 1. None applies guidance at all levels.
+        guidance_rescale: phi in [0, 1]. The guided prediction of each image is multiplied by
             phi std(labelled) / std(guided) + 1 - phi, with standard deviations over the image.
 
     Raises:
-        ValueError: the target is unknown, `clip` or an entry of guidance is out of range, or there is guidance without
-            labels.
+        ValueError: the target is unknown, `clip` or a guidance setting is out of range, or guidance has no labels.
     """
 
     net: Callable[..., Any]
@@ -150,11 +149,11 @@ class Denoiser:
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance = {self.guidance} must be a finite number")
         if self.labels is None and self.guidance != 1:
-            raise ValueError(f"guidance = {self.guidance:g} takes labels, and a network trained with labels")
+            raise ValueError(f"guidance = {self.guidance:g} takes labels, and a network that was trained with labels")
         check_guidance(self.guidance_interval, self.guidance_rescale)
 
     def evaluations(self, t: Tensor | float) -> int:
-        """Returns the number of network evaluations per image of a call at t: 1 if w is 0 or 1, else 2."""
+        """Returns how often a call at t evaluates the network per image: once if w is 0 or 1, else twice."""
         w = self._strength(torch.as_tensor(t, dtype=torch.float64).cpu())
         return 1 if bool((w == 1).all() or (w == 0).all()) else 2
 
@@ -178,24 +177,27 @@ class Denoiser:
             raise ValueError(f"{len(self.labels)} labels for {len(x_t)} images")
         labels = self.labels.to(x_t.device)
         no_labels = torch.full_like(labels, NO_LABEL)
-        for alone, given in ((1, labels), (0, no_labels)):
-            if bool((w == alone).all()):
-                return split_variance(self.net(x_t, times, given), x_t)
-        both = self.net(torch.cat([x_t, x_t]), torch.cat([times, times]), torch.cat([no_labels, labels]))
-        (free, _), (labelled, v) = (split_variance(half, x_t) for half in both.chunk(2))
+        for single_w, given_labels in ((1, labels), (0, no_labels)):  # these strengths need one evaluation
+            if bool((w == single_w).all()):
+                return split_variance(self.net(x_t, times, given_labels), x_t)
+        outputs = self.net(torch.cat([x_t, x_t]), torch.cat([times, times]), torch.cat([no_labels, labels]))
+        (free, _), (labelled, v) = (split_variance(output, x_t) for output in outputs.chunk(2))
         share = w.item() if w.dim() == 0 else w.to(x_t).view(-1, *[1] * (x_t.ndim - 1))
         return _rescaled(free + share * (labelled - free), labelled, self.guidance_rescale), v
 
     def __call__(self, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """Returns x0_hat, like x_t [B, ...]. t: network time in 0 ... T-1, a number or [B]."""
+        """Returns x0_hat, like x_t [B, ...]. t is a network time in 0 ... T-1, a number or [B]."""
         return self.with_variance(x_t, t)[0]
 
     def with_variance(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor | None]:
-        """Returns x0_hat and v (see `split_variance`), like x_t [B, ...]; v is None unless learned. t: a number or [B]."""
+        """Returns x0_hat and v, both like x_t [B, ...]. v is None without a learned variance (see `split_variance`).
+
+        t is a network time in 0 ... T-1, a number or [B].
+        """
         times = torch.as_tensor(t, dtype=torch.float64).cpu()
         _, _, c_skip, c_out = (c.to(x_t.dtype) for c in coefficients(self.schedule, self.target, times))
         w = self._strength(times)
-        # Nothing here synchronises the GPU: a single number is an argument of the operation that uses it.
+        # Does not synchronise the GPU: a single number is passed as an argument, and a vector is copied without blocking.
         if times.dim() == 0:
             times = torch.full((len(x_t),), times.item(), dtype=torch.float32, device=x_t.device)
         else:

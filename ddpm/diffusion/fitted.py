@@ -1,8 +1,8 @@
-"""Fits the S network times that a sampler visits to the model: "GITS" (Chen et al. 2024) and "Align your steps" do the same.
+"""Fits the S network times of a sampler to one model, as "GITS" (Chen et al. 2024) and "Align your steps" do.
 
-The model's own trajectory of REFERENCE evaluations is the target. Its curvature gives the first guess, as in GITS: the
-cost of a step between two levels is the error of a DDIM step there, and dynamic programming finds the cheapest S levels.
-Then each time is moved, and a move is kept if the sampler itself ends closer to the trajectory.
+The target is the end of the model's own trajectory of REFERENCE evaluations. The curvature of this trajectory gives the
+first guess, as in GITS. The cost of a step between two levels is the error of a DDIM step there. Dynamic programming finds
+the S levels of lowest total cost. Then single times are moved. A move is kept if the sampler ends closer to the target.
 """
 
 from __future__ import annotations
@@ -23,12 +23,19 @@ from ddpm.diffusion.timesteps import SPACINGS, Level, noise_levels
 
 REFERENCE = 1000  # number of evaluations of the target trajectory
 GRID = 100  # number of levels of the trajectory from which times are chosen
-STARTS = 2  # number of first guesses that are improved: the best guesses by the curvature and the spacings
+STARTS = 2  # number of guesses that are improved: the best of those from the curvature and from the spacings
 
 
 @dataclass(frozen=True)
 class Path:
-    """The trajectory of a model from x_T: levels of the grid, costs [GRID, GRID] of DDIM's steps between them, and the end."""
+    """The trajectory of a model from noise to images.
+
+    Args:
+        x_T: the noise from which the trajectory starts, [B, ...].
+        levels: GRID noise levels of the trajectory.
+        costs: [GRID, GRID], the error of a DDIM step from one level to a later level; infinite for other pairs.
+        end: the images at the end, like x_T.
+    """
 
     x_T: Tensor
     levels: list[Level]
@@ -38,21 +45,21 @@ class Path:
     @classmethod
     @torch.no_grad()
     def of(cls, denoiser: Denoiser, x_T: Tensor, done: Callable[[int], None] = lambda evaluations: None) -> Path:
-        """Computes the trajectory with dpmpp_2m. done: called with the number of evaluations so far."""
+        """Computes the trajectory with dpmpp_2m. Calls `done` with the number of evaluations so far."""
         levels = noise_levels(denoiser.schedule, REFERENCE, "logsnr")
         kept: list[tuple[Level, Tensor, Tensor]] = []
-        x, every = x_T, REFERENCE // GRID
+        x, stride = x_T, REFERENCE // GRID
         steps = SAMPLERS["dpmpp_2m"].step(Counted(denoiser), x_T, levels, lambda k: x_T)
-        for k, (after, x0_hat) in enumerate(steps):
-            if k % every == 0:
+        for k, (next_x, x0_hat) in enumerate(steps):
+            if k % stride == 0:
                 kept.append((levels[k], x, x0_hat))
-            x = after
+            x = next_x
             done(k + 1)
         costs = np.full((len(kept), len(kept)), np.inf)
         for i, (now, start, x0_hat) in enumerate(kept):
-            for j, (to, there, _) in enumerate(kept[i + 1 :], i + 1):
-                apart = rms(flow(start, x0_hat, now, to), there)
-                costs[i, j] = apart / to.a if to.a else np.inf
+            for j, (to, target, _) in enumerate(kept[i + 1 :], i + 1):
+                error = rms(flow(start, x0_hat, now, to), target)
+                costs[i, j] = error / to.a if to.a else np.inf
         return cls(x_T, [level for level, _, _ in kept], costs, x)
 
 
@@ -62,17 +69,17 @@ def rms(x: Tensor, y: Tensor) -> float:
 
 
 def cheapest(costs: np.ndarray, steps: int) -> list[int]:
-    """Returns the `steps` indices, from the first to the last, whose steps have the lowest sum of costs[from, to]."""
+    """Returns `steps` rising indices from the first to the last, with the lowest sum of costs[from, to] between neighbours."""
     if steps == 1:
         return [0]
-    rest, following = costs[:, -1].copy(), []
+    rest, best_next = costs[:, -1].copy(), []
     for _ in range(steps - 2):
         total = costs + rest
-        following.append(total.argmin(axis=1))
+        best_next.append(total.argmin(axis=1))
         rest = total.min(axis=1)
     path = [0]
-    for best in reversed(following):
-        path.append(int(best[path[-1]]))
+    for choice in reversed(best_next):
+        path.append(int(choice[path[-1]]))
     return [*path, len(costs) - 1]
 
 
@@ -91,14 +98,14 @@ def fit_times(
         path: the trajectory of the model.
         steps: S, at most GRID.
         sampler: a sampler that draws no noise with `options`.
-        done: called after each S evaluations.
+        done: called after each sampling of S evaluations.
         options: the sampler's own options.
 
     Returns:
-        S falling network times, and the RMS distance between the sampler's images and the ends of the trajectory.
+        S falling network times, and the RMS distance between the sampler's images and the end of the trajectory.
 
     Raises:
-        ValueError: an option is wrong, or there are more steps than levels to choose from.
+        ValueError: an option is wrong, or S is larger than the number of levels to choose from.
     """
     if not 1 <= steps <= len(path.levels):
         raise ValueError(f"steps = {steps} must lie in 1 ... {len(path.levels)}")
@@ -117,24 +124,28 @@ def fit_times(
 
 
 def _guesses(denoiser: Denoiser, path: Path, steps: int) -> list[list[int]]:
-    """Returns guesses as indices of the grid: one from the curvature, and for each spacing the indices nearest to its levels."""
-    found, lams = [cheapest(path.costs, steps)], np.array([level.lam for level in path.levels])
+    """Returns guesses as lists of grid indices: one from the curvature, and one from each spacing.
+
+    The guess from a spacing has the grid levels nearest to the spacing's levels. A spacing for which two of these levels
+    are the same gives no guess.
+    """
+    guesses, lams = [cheapest(path.costs, steps)], np.array([level.lam for level in path.levels])
     for spacing in SPACINGS:
         wanted = noise_levels(denoiser.schedule, steps, spacing)[:-1]
         nearest = [0 if level.alpha_bar == 0 else int(np.abs(lams - level.lam).argmin()) for level in wanted]
         if all(i < j for i, j in pairwise(nearest)):
-            found.append(nearest)
-    return found
+            guesses.append(nearest)
+    return guesses
 
 
 def _improved(chosen: list[int], count: int, error: Callable[[list[int]], float]) -> list[int]:
-    """Moves one index at a time as long as the error falls. The moves shrink from 16 to 1."""
+    """Improves the chosen grid indices: moves one index at a time as long as the error falls. The moves shrink from 16 to 1."""
     step = 16
     while step:
         moved = False
         for k in range(len(chosen)):
-            for other in (chosen[k] - step, chosen[k] + step):
-                tried = [*chosen[:k], other, *chosen[k + 1 :]]
+            for index in (chosen[k] - step, chosen[k] + step):
+                tried = [*chosen[:k], index, *chosen[k + 1 :]]
                 in_order = all(i < j for i, j in pairwise([-1, *tried, count]))
                 if in_order and error(tried) < error(chosen):
                     chosen, moved = tried, True

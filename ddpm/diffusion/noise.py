@@ -1,6 +1,6 @@
-"""Gaussian noise as a function of (seed, image, draw): batch size, thread count and sharding change no bit of it.
+"""Draws Gaussian noise as a function of (seed, image, draw). So batch size, thread count and sharding do not change a bit.
 
-The bits are Philox4x32-10 (Salmon et al. 2011), computed with integer tensor operations. The map to a Gaussian uses
+The generator is Philox4x32-10 (Salmon et al. 2011), computed with integer tensor operations. The map to a Gaussian uses
 only additions, multiplications, divisions and square roots, which IEEE 754 rounds the same way on every device.
 """
 
@@ -17,7 +17,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int], rounds: int = 10) -> list[Tensor]:
-    """Applies Philox4x32: maps four int64 tensors of 32-bit words to four such tensors. The key is two 32-bit words."""
+    """Applies Philox4x32: maps four int64 tensors of 32-bit words to four such tensors. The key has two 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -67,6 +67,7 @@ _TAIL = (
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    """Evaluates a polynomial at x by Horner's rule. The coefficient of the highest power comes first."""
     value = torch.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
         value = value.mul_(x).add_(coefficient)
@@ -91,8 +92,8 @@ def gaussian(
 
     Args:
         seed: in [0, 2^64).
-        images: the number of each image, [N], in [0, 2^63).
-        draw: number of the draw for the same image, in [0, 2^32).
+        images: the index of each image, [N], in [0, 2^63).
+        draw: the index of the draw, in [0, 2^32). An image with several draws gets independent noise in each.
         shape: the shape of one image.
         device: the device of the noise.
 

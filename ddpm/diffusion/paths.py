@@ -1,7 +1,7 @@
 """Follows images to noise and back: states of a chain, codes of images, and interpolations between two images.
 
-Settings are the arguments of `ddpm.sample`: sampler, steps, spacing, along, and the sampler's own options. A code is
-the x_T that leads to an image along the probability flow, so samplers that draw noise cannot encode.
+Settings are the arguments of `ddpm.sample`: sampler, steps, spacing, along, and the sampler's own options. The code of an
+image is the x_T that leads to it along the probability flow. So samplers that draw noise cannot encode.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ def snapshots(denoiser: Denoiser, x_T: Tensor, count: int = 10, **settings: Any)
     """Returns `count` evenly spaced states of one chain, or all states of a shorter chain.
 
     The x0_hat of the states, from blurred to sharp, are the progressive generation of Ho et al. 2020, figure 6. The x
-    of the states are the chain itself. In the last state both are what `sample` returns.
+    of the states are the chain itself. In the last state, x and x0_hat are both the result of `sample`.
 
     Args:
         denoiser: the model.
         x_T: standard normal noise, [B, ...].
-        count: number of states. 1 gives the last state alone; otherwise the first and the last state are included.
+        count: number of states. With 1, the last state is returned. Otherwise the first and the last state are included.
         settings: see `ddpm.sample`.
 
     Raises:
         ValueError: a setting is wrong.
     """
-    levels = {key: settings[key] for key in ("spacing", "along", "times") if key in settings}
-    last = len(noise_levels(denoiser.schedule, settings.get("steps", 50), **levels)) - 2
+    level_settings = {key: settings[key] for key in ("spacing", "along", "times") if key in settings}
+    last = len(noise_levels(denoiser.schedule, settings.get("steps", 50), **level_settings)) - 2
     shown = {last} if count == 1 else {round(last * i / (count - 1)) for i in range(count)}
     return [state for state in trajectory(denoiser, x_T, **settings) if state.k in shown]
 
 
 def check_flow(sampler: str = "ddim", **options: Any) -> None:
-    """Raises ValueError for a sampler that draws noise with these options: its steps cannot be reversed."""
+    """Raises ValueError if the sampler draws noise with these options. The steps of such a sampler cannot be reversed."""
     if sampler in SAMPLERS and SAMPLERS[sampler].draws_noise(**options):
         chosen = " and ".join(f"{name} = {value}" for name, value in options.items())
-        quiet = ", ".join(name for name, row in SAMPLERS.items() if not row.draws_noise())
+        noiseless = ", ".join(name for name, row in SAMPLERS.items() if not row.draws_noise())
         raise ValueError(
             f"sampler '{sampler}'{f' with {chosen}' if chosen else ''} draws noise of its own, so an image has no single"
-            f" code; take one of {quiet}, with its default options"
+            f" code; take one of {noiseless}, with its default options"
         )
 
 
@@ -64,9 +64,9 @@ def encode(
     times: Times | None = None,
     **options: Any,
 ) -> Tensor:
-    """Encodes images: takes the sampler's steps up the same noise levels (section 5.4 of Song et al. 2020, DDIM).
+    """Encodes images: runs the sampler upwards through the same noise levels (section 5.4 of Song et al. 2020, DDIM).
 
-    `sample` with the same settings returns x_0 again, up to an error that shrinks with `steps` at the sampler's order.
+    `sample` with the same settings turns the codes back into x_0. The error shrinks with `steps` at the sampler's order.
     Encoding takes as many network evaluations as `sample`.
 
     Args:
@@ -85,10 +85,10 @@ def encode(
     check_flow(sampler, **options)
     rising = noise_levels(denoiser.schedule, steps, spacing, along, times)[-2::-1]
     # The network was never trained on images without noise, so the first step uses eps at t = 0, the lowest noise level.
-    least = Level(0.0, float(denoiser.schedule.alpha_bar[1]))
-    eps = (x_0 - least.a * denoiser(x_0, least.t)) / least.s
+    lowest = Level(0.0, float(denoiser.schedule.alpha_bar[1]))
+    eps = (x_0 - lowest.a * denoiser(x_0, lowest.t)) / lowest.s
     x = rising[0].a * x_0 + rising[0].s * eps
-    # The step up to pure noise is infinite in log-SNR, so every sampler takes DDIM's step there.
+    # The last step, up to pure noise, is infinite in log SNR. So DDIM's step is taken there, with any sampler.
     top = rising.pop() if rising[-1].alpha_bar == 0 and len(rising) > 1 else None
     x = _last(SAMPLERS[sampler].step(denoiser, x, rising, lambda k: torch.zeros_like(x_0), **options), x)
     return x if top is None else flow(x, denoiser(x, rising[-1].t), rising[-1], top)
@@ -104,19 +104,19 @@ def _last(steps: Steps, x: Tensor) -> Tensor:
 def slerp(x: Tensor, y: Tensor, weight: float) -> Tensor:
     """Interpolates spherically from x (weight 0) to y (weight 1), both [B, ...]: section 5.3 of Song et al. 2020.
 
-    Between two vectors of the same length, all results have that length, as codes must. Parallel vectors are
-    interpolated linearly.
+    Vectors between two vectors of the same length keep that length, as codes must. Parallel vectors are interpolated
+    linearly.
     """
     u, v = x.flatten(1).double(), y.flatten(1).double()
     # The half-angle formula on unit vectors, which is stable at small angles, unlike the cosine.
     u, v = u / u.norm(dim=1, keepdim=True), v / v.norm(dim=1, keepdim=True)
     angle = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))
     straight = angle < 1e-6
-    of_x, of_y = (
+    x_factor, y_factor = (
         torch.where(straight, share, (share * angle).sin() / angle.sin()).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
         for share in (1 - weight, weight)
     )
-    return of_x * x + of_y * y
+    return x_factor * x + y_factor * y
 
 
 def interpolate(denoiser: Denoiser, x_0: Tensor, y_0: Tensor, weights: Sequence[float], **settings: Any) -> Tensor:
@@ -126,11 +126,11 @@ def interpolate(denoiser: Denoiser, x_0: Tensor, y_0: Tensor, weights: Sequence[
         denoiser: the model.
         x_0: the image at weight 0, [C, H, W] in [-1, 1]. The result at weight 0 is x_0 encoded and decoded.
         y_0: the image at weight 1, like x_0.
-        weights: one for each image to make.
+        weights: the weight of y_0 in each result, in [0, 1].
         settings: see `encode`.
 
     Returns:
-        [len(weights), C, H, W].
+        The images, [len(weights), C, H, W].
 
     Raises:
         ValueError: the sampler draws noise, or a setting is wrong.
@@ -154,20 +154,20 @@ def blend(
     times: Times | None = None,
     **options: Any,
 ) -> Tensor:
-    """Interpolates between two images: adds the same noise to both, mixes and denoises. See section 4.4 of Ho et al. 2020.
+    """Interpolates between two images: mixes them, adds noise and denoises. See section 4.4 of Ho et al. 2020.
 
     Args:
         denoiser: the model.
         x_0: the image at weight 0, [C, H, W] in [-1, 1].
         y_0: the image at weight 1, like x_0.
-        weights: one for each image to make.
+        weights: the weight of y_0 in each result, in [0, 1].
         depth: how much noise is added, from 0 (no noise) to 1 (the chain's highest noise level).
-        noise: noise(k) -> standard normal [C, H, W]. k = 0 noises the images; k + 1 is the sampler's draw k, for all
-            weights.
+        noise: noise(k) -> standard normal [C, H, W], the same for all weights. noise(0) is added to the images, and
+            noise(k + 1) is the sampler's draw k.
         sampler, steps, spacing, along, times, options: see `ddpm.sample`.
 
     Returns:
-        [len(weights), C, H, W].
+        The images, [len(weights), C, H, W].
 
     Raises:
         ValueError: the depth or another setting is wrong.
@@ -176,12 +176,12 @@ def blend(
         raise ValueError(f"depth = {depth} must lie in [0, 1]")
     check_options(sampler, spacing, **options)
     levels = noise_levels(denoiser.schedule, steps, spacing, along, times)
-    down = levels[len(levels) - 1 - math.ceil(depth * (len(levels) - 1)) :]
+    falling = levels[len(levels) - 1 - math.ceil(depth * (len(levels) - 1)) :]
     mixed = torch.stack([(1 - weight) * x_0 + weight * y_0 for weight in weights])
-    x = down[0].a * mixed + down[0].s * noise(0)
-    return _last(SAMPLERS[sampler].step(denoiser, x, down, lambda k: noise(k + 1).expand_as(x), **options), x)
+    x = falling[0].a * mixed + falling[0].s * noise(0)
+    return _last(SAMPLERS[sampler].step(denoiser, x, falling, lambda k: noise(k + 1).expand_as(x), **options), x)
 
 
-def pixel_error(x_0: Tensor, again: Tensor) -> Tensor:
+def pixel_error(x_0: Tensor, decoded: Tensor) -> Tensor:
     """Returns the mean squared error [B] of images in [-1, 1], on the [0, 1] scale of table 2 of Song et al. 2020."""
-    return ((again.clamp(-1, 1) - x_0) / 2).square().flatten(1).mean(1)
+    return ((decoded.clamp(-1, 1) - x_0) / 2).square().flatten(1).mean(1)

@@ -1,7 +1,14 @@
 """Samples images from noise, along any falling sequence of network times.
 
-A sampler gets the denoiser (x_t, t) -> x0_hat and the noise levels to visit. It yields (x, x0_hat) after each step.
-With a = sqrt(alpha_bar) and s = sqrt(1 - alpha_bar), x_t = a_t x_0 + s_t eps, and every sampler ends at alpha_bar = 1.
+A sampler is a function of these arguments, which yields (x, x0_hat) after each step:
+
+- denoise: the denoiser (x_t, t) -> x0_hat, which counts its evaluations (`Counted`).
+- x: the images at the first level, [B, ...]; standard normal noise to draw new images.
+- levels: the noise levels to visit, from noise to the clean image, where alpha_bar = 1.
+- noise: noise(k) -> standard normal tensor like x, for step k.
+- the sampler's own options, as keyword-only arguments.
+
+With a = sqrt(alpha_bar) and s = sqrt(1 - alpha_bar), x_t = a_t x_0 + s_t eps.
 """
 
 from __future__ import annotations
@@ -44,8 +51,8 @@ class State:
     """The state of a chain after a step.
 
     Args:
-        k: number of the step, 0 ... S-1.
-        x: the images at the level reached, [B, ...].
+        k: the index of the step, 0 ... S-1.
+        x: the images at the noise level that the step reached, [B, ...].
         x0_hat: the estimate of the clean images that the step used, like x.
         evaluations: network evaluations per image so far.
     """
@@ -59,10 +66,12 @@ class State:
 def ddpm(denoise: Counted, x: Tensor, levels: list[Level], noise: Noise, *, variance: str = "fixed_large") -> Steps:
     """Samples by algorithm 2 of Ho et al. 2020 on the respaced chain, with the posterior mean of eq. 7.
 
-    With beta = 1 - alpha_bar_t / alpha_bar_prev, the variance is beta for fixed_large. For fixed_small it is
-    beta (1 - alpha_bar_prev) / (1 - alpha_bar_t). For learned, the network interpolates between the two: eq. 15 of
-    Nichol & Dhariwal 2021. The last step adds no noise. Raises ValueError for an unknown variance, and for learned if the
-    network has learned no variance.
+    With beta = 1 - alpha_bar_t / alpha_bar_prev, the variance is beta for fixed_large, and
+    beta (1 - alpha_bar_prev) / (1 - alpha_bar_t) for fixed_small. For learned, the network interpolates between the two:
+    eq. 15 of Nichol & Dhariwal 2021. The last step adds no noise.
+
+    Raises:
+        ValueError: the variance is unknown, or `learned` while the network has learned no variance.
     """
     fixed = {"fixed_large": 1.0, "fixed_small": 0.0}
     if variance not in (*fixed, "learned"):
@@ -84,13 +93,17 @@ def ddpm(denoise: Counted, x: Tensor, levels: list[Level], noise: Noise, *, vari
 
 
 def ddim(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise, *, eta: float = 0.0) -> Steps:
-    """Samples by eq. 12 and 16 of Song et al. 2020 (DDIM). eta = 0 is deterministic; eta = 1 has DDPM's fixed_small variance."""
+    """Samples by eq. 12 and 16 of Song et al. 2020 (DDIM).
+
+    With eta = 0, sampling is deterministic. With eta = 1, the variance is DDPM's fixed_small. Raises ValueError unless eta
+    lies in [0, 1].
+    """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta = {eta} must lie in [0, 1]")
     for k, (now, to) in enumerate(pairwise(levels)):
         x0_hat = denoise(x, now.t)
         sigma2 = eta**2 * (1 - to.alpha_bar) / (1 - now.alpha_bar) * (1 - now.alpha_bar / to.alpha_bar)
-        # The factor of eps = (x - a x0_hat) / s, derived from the clipped x0_hat.
+        # The factor of eps = (x - a x0_hat) / s, where x0_hat may be clipped.
         direction = math.sqrt(max(1 - to.alpha_bar - sigma2, 0)) / now.s
         x = (to.a - direction * now.a) * x0_hat + direction * x
         if sigma2 > 0:
@@ -103,9 +116,9 @@ class Sampler:
     """A row of SAMPLERS: everything that the rest of the project knows about a sampler.
 
     Args:
-        step: step(denoise, x, levels, noise, **options) yields (x, x0_hat) after each step. Its keyword-only arguments
-            are the sampler's options.
-        deterministic: a function of the sampler's options that returns whether its steps add no noise. Then each image
+        step: step(denoise, x, levels, noise, **options) yields (x, x0_hat) after each step (see the module). The
+            keyword-only arguments are the sampler's options.
+        deterministic: a function of the sampler's options that returns whether the steps add no noise. Then each image
             comes from one x_T, and can be encoded as that x_T.
         evaluations: a function of the levels that returns the number of network evaluations per image, without guidance.
     """
@@ -118,7 +131,7 @@ class Sampler:
     def options(self) -> dict[str, Any]:
         """The sampler's own options and their defaults."""
         parameters = inspect.signature(self.step).parameters.values()
-        return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+        return {option.name: option.default for option in parameters if option.kind is option.KEYWORD_ONLY}
 
     def draws_noise(self, **options: Any) -> bool:
         """Returns whether the sampler draws noise with these options."""
@@ -168,7 +181,15 @@ def evaluations(
     times: Times | None = None,
     **options: Any,
 ) -> int:
-    """Returns the network evaluations per image of `sample` with these settings. Each guided step counts twice."""
+    """Returns the network evaluations per image of `sample` with the same settings. A guided step takes twice as many.
+
+    Args:
+        schedule: the schedule that the network was trained on.
+        sampler, steps, spacing, along, times, options: see `sample`.
+
+    Raises:
+        ValueError: a setting is wrong.
+    """
     check_options(sampler, spacing, **options)
     return SAMPLERS[sampler].evaluations(noise_levels(schedule, steps, spacing, along, times))
 
@@ -186,7 +207,7 @@ def trajectory(
 ) -> Iterator[State]:
     """Yields the State after each step of `sample`, which has the same arguments.
 
-    Unlike `sample`, it does not disable gradients.
+    Unlike `sample`, this function does not disable gradients.
     """
     check_options(sampler, spacing, **options)
     levels = noise_levels(denoiser.schedule, steps, spacing, along, times)
@@ -216,10 +237,10 @@ def sample(
         sampler: a key of SAMPLERS.
         steps: S, the number of network times to visit.
         spacing: which times, a key of SPACINGS.
-        noise: noise(k) -> standard normal tensor like x_T for step k, for samplers that draw noise; by default
+        noise: noise(k) -> standard normal tensor like x_T for step k, for samplers that draw noise. The default is
             torch.randn_like.
         along: a schedule whose noise levels are visited instead of the network's own (see `noise_levels`).
-        times: {S: S falling network times} to visit instead of a spacing (see `ddpm fit-times`).
+        times: {S: S falling network times} to visit instead of the times of a spacing (see `ddpm fit-times`).
         options: the sampler's own options: `variance` of ddpm, `eta` of ddim, `order` of unipc.
 
     Returns:

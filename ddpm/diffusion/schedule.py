@@ -18,34 +18,34 @@ from torch import Tensor
 
 
 def _linear(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
-    """Section 4 of Ho et al. 2020."""
+    """Returns betas that rise linearly: section 4 of Ho et al. 2020."""
     return torch.linspace(start, end, steps, dtype=torch.float64)
 
 
 def _scaled_linear(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
-    """Linear in sqrt(beta): latent diffusion's `linear`, and `quad` in Ho et al.'s code."""
+    """Returns betas whose square roots rise linearly: latent diffusion's `linear`, and `quad` in Ho et al.'s code."""
     return torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
 
 
 def _sqrt(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
-    """Latent diffusion's `sqrt`."""
+    """Returns the square roots of linear betas: latent diffusion's `sqrt`."""
     return torch.linspace(start, end, steps, dtype=torch.float64).sqrt()
 
 
 def _cosine(steps: int, s: float = 0.008) -> Tensor:
-    """Eq. 17 of Nichol & Dhariwal 2021, with beta clipped at 0.999."""
+    """Returns betas whose alpha_bar follows a squared cosine, clipped at 0.999: eq. 17 of Nichol & Dhariwal 2021."""
     t = torch.arange(steps + 1, dtype=torch.float64) / steps
     f = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
 def _sigmoid(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
-    """A logistic curve from -6 to 6, scaled to lie between the end points: GeoDiff (Xu et al. 2022) and diffusers."""
+    """Returns betas on a logistic curve from -6 to 6, scaled to the end points: GeoDiff (Xu et al. 2022) and diffusers."""
     return torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
 
 
 def _rectified(steps: int) -> Tensor:
-    """The straight paths (1 - t/T) x_0 + t/T eps of rectified flow (Liu et al. 2023), scaled to unit variance.
+    """Returns the betas of rectified flow (Liu et al. 2023): straight paths (1 - t/T) x_0 + t/T eps, at unit variance.
 
     alpha_bar_t = (1 - t/T)^2 / ((1 - t/T)^2 + (t/T)^2), so alpha_bar_T = 0.
     """
@@ -54,7 +54,7 @@ def _rectified(steps: int) -> Tensor:
     return 1 - alpha_bar[1:] / alpha_bar[:-1]
 
 
-# Maps a name to a function of T and further numbers (`shape` of NoiseSchedule.named) that returns the betas, float64 [T].
+# name -> function that returns the betas, float64 [T], from T and optional numbers (`shape` of NoiseSchedule.named).
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "linear": _linear,
     "scaled_linear": _scaled_linear,
@@ -64,7 +64,7 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "rectified": _rectified,
 }
 
-# Names in other projects. Latent diffusion's `linear` is no alias: it is `scaled_linear` here.
+# Names that other projects use. Latent diffusion's `linear` is `scaled_linear` here, where `linear` means another schedule.
 ALIASES = {"quad": "scaled_linear", "sqrt_linear": "linear", "squaredcos_cap_v2": "cosine"}
 
 
@@ -72,15 +72,15 @@ ALIASES = {"quad": "scaled_linear", "sqrt_linear": "linear", "squaredcos_cap_v2"
 class NoiseSchedule:
     """A table of beta_1 ... beta_T, with the quantities that follow from the betas.
 
-    Network time t in 0 ... T-1 pairs with alpha_bar[t + 1]; t = -1 is the clean image.
+    Network time t in 0 ... T-1 has the noise level alpha_bar[t + 1]. t = -1 is the clean image.
 
     Args:
-        betas: variances of the forward steps, float64 [T], each in (0, 1). The last may be 1: then alpha_bar_T = 0 (see
-            `zero_terminal_snr`).
+        betas: variances of the forward steps, float64 [T], each in (0, 1). The last beta may be 1: then alpha_bar_T = 0
+            (see `zero_terminal_snr`).
         name: the schedule's name in files and messages.
 
     Raises:
-        ValueError: `betas` is not such a vector.
+        ValueError: `betas` has another shape or values out of range.
     """
 
     betas: Tensor
@@ -106,8 +106,8 @@ class NoiseSchedule:
             name: a key of SCHEDULES or ALIASES.
             steps: T.
             zero_terminal_snr: whether to rescale the schedule with the method `zero_terminal_snr`.
-            shape: `s` of cosine; `start` and `end` of the others except rectified. These are beta_1 and beta_T of linear and
-                scaled_linear, their squares for sqrt, and close to them for sigmoid.
+            shape: `s` for cosine; `start` and `end` for the other schedules, except rectified, which takes none. `start` and
+                `end` are beta_1 and beta_T for linear and scaled_linear, about these for sigmoid, and their squares for sqrt.
 
         Raises:
             ValueError: the name is unknown, the schedule does not take one of the numbers, or a number is out of range.
@@ -117,18 +117,18 @@ class NoiseSchedule:
             raise ValueError(f"no schedule '{name}'; there are {', '.join(SCHEDULES)}")
         if steps < 1:
             raise ValueError(f"schedule '{name}': steps = {steps} must be at least 1")
-        takes = list(inspect.signature(SCHEDULES[kind]).parameters)[1:]
+        options = list(inspect.signature(SCHEDULES[kind]).parameters)[1:]
         for option in shape:
-            if option not in takes:
-                raise ValueError(f"schedule '{name}' takes no {option}; it takes {', '.join(takes)}")
-        made = cls(SCHEDULES[kind](steps, **shape), name)
-        return made.zero_terminal_snr() if zero_terminal_snr else made
+            if option not in options:
+                raise ValueError(f"schedule '{name}' takes no {option}; it takes {', '.join(options) or 'no options'}")
+        schedule = cls(SCHEDULES[kind](steps, **shape), name)
+        return schedule.zero_terminal_snr() if zero_terminal_snr else schedule
 
     def zero_terminal_snr(self) -> NoiseSchedule:
         """Returns the schedule shifted and scaled so that nothing of x_0 is left at T: algorithm 1 of Lin et al. 2024.
 
-        sqrt(alpha_bar_1) keeps its value and sqrt(alpha_bar_T) becomes 0. So target eps cannot be trained at time T.
-        Raises ValueError if T < 2, because alpha_bar_1 and alpha_bar_T are then the same number.
+        sqrt(alpha_bar_1) keeps its value and sqrt(alpha_bar_T) becomes 0. So a network with target eps cannot be trained on
+        the schedule. Raises ValueError if T < 2, because alpha_bar_1 and alpha_bar_T are then the same number.
         """
         if self.T < 2:
             raise ValueError(f"schedule '{self.name}': zero_terminal_snr takes two steps or more, not {self.T}")
@@ -144,17 +144,17 @@ class NoiseSchedule:
 
     @cached_property
     def log_alpha_bar(self) -> Tensor:
-        """float64 [T+1]: log alpha_bar_0 = 0, ..., log alpha_bar_T."""
+        """log alpha_bar_0 = 0, ..., log alpha_bar_T: float64 [T+1]."""
         return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-self.betas).cumsum(0)])
 
     @cached_property
     def alpha_bar(self) -> Tensor:
-        """float64 [T+1]: alpha_bar_0 = 1, ..., alpha_bar_T (the paper's indexing)."""
+        """alpha_bar_0 = 1, ..., alpha_bar_T, indexed as in the paper: float64 [T+1]."""
         return self.log_alpha_bar.exp()
 
     @cached_property
     def snr(self) -> Tensor:
-        """float64 [T+1]: alpha_bar / (1 - alpha_bar); infinite at 0."""
+        """The signal-to-noise ratio alpha_bar / (1 - alpha_bar), infinite at 0: float64 [T+1]."""
         return self.alpha_bar / -torch.expm1(self.log_alpha_bar)
 
     def log_alpha_bar_at(self, t: Tensor | float) -> Tensor:
@@ -187,7 +187,7 @@ class NoiseSchedule:
         return on_x0, on_x_t, beta.log() + (noise_before / noise).log(), beta.log()
 
     def time_at(self, log_alpha_bar: Tensor) -> Tensor:
-        """Inverts `log_alpha_bar_at`: returns float64 times. Levels outside the table get the time at its nearest end."""
+        """Inverts `log_alpha_bar_at`: returns float64 times. A level outside the table gets the table's first or last time."""
         levels = np.asarray(log_alpha_bar.detach().cpu(), dtype=np.float64)
         entries, table = self._finite
         times = np.interp(-levels, -table, entries)

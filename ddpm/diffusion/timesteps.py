@@ -1,8 +1,9 @@
-"""Spacings: choose the S network times that a sampler visits, from noise to image, and their noise levels.
+"""Chooses the S network times that a sampler visits, from noise to image, and their noise levels. The spacings:
 
-`leading`, `trailing` and `linspace` are Table 2 of Lin et al. 2024; `quadratic` is appendix D.2 of Song et al. 2020
-(DDIM); `karras` is eq. 5 of Karras et al. 2022 with rho = 7; `logsnr` is the uniform grid of Lu et al. 2022
-(DPM-Solver).
+- `leading`, `trailing` and `linspace`: table 2 of Lin et al. 2024.
+- `quadratic`: appendix D.2 of Song et al. 2020 (DDIM).
+- `karras`: eq. 5 of Karras et al. 2022 with rho = 7.
+- `logsnr`: the uniform grid in log SNR of Lu et al. 2022 (DPM-Solver).
 """
 
 from __future__ import annotations
@@ -53,16 +54,16 @@ def _between_ends(
     If no signal is left at T-1, the first time is T-1 and the even spacing starts at T-2.
 
     Args:
-        schedule: gives the signal-to-noise ratios.
-        steps: 2 or more.
+        schedule: the noise schedule.
+        steps: the number of times, 2 or more.
         measure: signal-to-noise ratio -> measure.
         log_alpha_bar: measure -> log alpha_bar, the inverse.
     """
-    silent = int(schedule.snr[-1] == 0)
-    first, last = measure(schedule.snr[[-1 - silent, 1]]).tolist()
-    grid = torch.linspace(first, last, steps - silent, dtype=torch.float64)
+    without_signal = int(schedule.snr[-1] == 0)  # the number of times without signal
+    first, last = measure(schedule.snr[[-1 - without_signal, 1]]).tolist()
+    grid = torch.linspace(first, last, steps - without_signal, dtype=torch.float64)
     times = schedule.time_at(log_alpha_bar(grid)).clamp(0, schedule.T - 1)
-    return torch.cat([torch.full((silent,), schedule.T - 1.0, dtype=torch.float64), times])
+    return torch.cat([torch.full((without_signal,), schedule.T - 1.0, dtype=torch.float64), times])
 
 
 # name -> function of (schedule, S) that returns S network times, float64 [S], from noise to image.
@@ -132,12 +133,12 @@ def noise_levels(
 
     Args:
         schedule: the schedule that the network was trained on.
-        steps: S.
+        steps: S, the number of levels besides the clean image.
         spacing: a key of SPACINGS.
         along: another schedule, whose noise levels the sampler visits. The network is evaluated at the times, possibly
             fractional, at which `schedule` has the same signal-to-noise ratios. Levels outside the network's training
             become the first or last level of `schedule`. Equal levels are visited once, so there may be fewer than `steps`.
-        times: the times to visit for each S, instead of a spacing.
+        times: the times to visit for each S, instead of the times of a spacing.
 
     Returns:
         S levels or fewer, and the clean image.
@@ -149,10 +150,10 @@ def noise_levels(
     if along is None or times is not None:
         visited = network_times(schedule, steps, spacing) if times is None else _given(schedule, steps, times)
         log_alpha_bar = schedule.log_alpha_bar_at(visited)
-        # If a schedule ends without signal, there is no signal at fractional times after T-2 either.
+        # A schedule without signal at T-1 has no signal at fractional times after T-2 either.
         if int((log_alpha_bar == -math.inf).sum()) > 1:
-            made = f"spacing '{spacing}' cannot make" if times is None else "times: do not make"
-            raise ValueError(f"{made} {steps} different noise levels of T = {schedule.T}")
+            cause = f"spacing '{spacing}' cannot make" if times is None else "times: do not make"
+            raise ValueError(f"{cause} {steps} different noise levels of T = {schedule.T}")
     else:
         wanted = along.log_alpha_bar_at(network_times(along, steps, spacing))
         log_alpha_bar = wanted.clamp(schedule.log_alpha_bar[-1], schedule.log_alpha_bar[1]).unique().sort().values
@@ -163,12 +164,13 @@ def noise_levels(
 
 def check_times(times: Times) -> None:
     """Raises ValueError unless `times` holds S falling times, all at least 0, for each S."""
-    for steps, each in times.items():
-        if len(each) != steps or any(not now > to for now, to in pairwise(each)) or not each or not each[-1] >= 0:
+    for steps, row in times.items():
+        if len(row) != steps or any(not now > to for now, to in pairwise(row)) or not row or not row[-1] >= 0:
             raise ValueError(f"times: expected {steps} falling network times, all at least 0, for {steps} steps")
 
 
 def _given(schedule: NoiseSchedule, steps: int, times: Times) -> Tensor:
+    """Returns the times that are given for this number of steps, float64 [S]. Raises ValueError."""
     check_times(times)
     if steps not in times:
         raise ValueError(f"times: no entry for {steps} steps; there are entries for {', '.join(map(str, times))}")

@@ -1,4 +1,4 @@
 """Reads and writes files: paths, atomic writes, records, checkpoints, samples, params.yaml.
 
-No other package knows the format of a file, except for the files of DVC and MLflow.
+No other package knows a file format, except the formats of DVC and MLflow.
 """

@@ -17,7 +17,7 @@ from ddpm.files import atomic, paths, records
 Images = NDArray[np.uint8]  # N,C,H,W
 
 
-# Datasets.
+# Parts that several modules of this package share.
 
 
 def _unreadable(error: Exception) -> str:
@@ -51,12 +51,15 @@ def write_arrays(path: Path, key: str, **arrays: Any) -> None:
 
 
 def read_arrays(path: Path, key: str) -> dict[str, NDArray[Any]]:
-    """Reads a file that write_arrays wrote. Raises InputError if it is missing, damaged, or was written with another key."""
+    """Reads a file that write_arrays wrote.
+
+    Raises InputError if the file is missing or damaged, or was written with another key.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
         if str(arrays.pop("sha256")) != _arrays_digest(key, arrays):
-            raise ValueError("its arrays are not those of its checksum")
+            raise ValueError("its checksum does not match its arrays")
     except Exception as error:  # noqa: BLE001 - numpy and zipfile raise a dozen types on a damaged archive
         raise InputError(f"{path}: not readable: {_unreadable(error)}") from None
     return arrays
@@ -71,7 +74,7 @@ def _arrays_digest(key: str, arrays: Mapping[str, Any]) -> str:
 
 
 def grid(images: Images, columns: int | None = None) -> Images:
-    """Arranges images, uint8 N,C,H,W, in rows of a picture, uint8 C,H',W', with white lines between. Enlarges small images."""
+    """Arranges images, uint8 N,C,H,W, in rows of a picture, uint8 C,H',W', with white lines in between. Enlarges small images."""
     count, channels, height, width = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from ddpm.errors import InputError
 
-# Atomic writing.
-
 MASK = os.umask(0o077)  # Python has no call that only reads the umask
 os.umask(MASK)
 
@@ -23,7 +21,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def disk_full_is_one_line(path: Path) -> Iterator[None]:
-    """Turns a disk-full error in the block, which writes `path`, into InputError."""
+    """Converts a disk-full error of the block into InputError. path: the file or folder that the block writes."""
     try:
         yield
     except OSError as error:
@@ -36,9 +34,9 @@ def disk_full_is_one_line(path: Path) -> Iterator[None]:
 
 
 def _temporary_beside(path: Path) -> str:
-    """Returns a prefix for temporary names beside `path`, which .dvcignore lists.
+    """Returns a prefix for the names of temporary files beside `path`. .dvcignore excludes names with this prefix.
 
-    Removes the temporary files that killed processes left there.
+    Creates the parent folder. Removes temporary files that killed processes left beside `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
@@ -67,14 +65,14 @@ def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
                 # protects: tests/stages/test_faults.py::test_a_file_is_on_the_disk_before_it_has_its_name
                 os.fsync(file.fileno())
             temporary.chmod(0o666 & ~MASK)
-            if not (keep and _linked(temporary, path)):
+            if not (keep and _link_unless_exists(temporary, path)):
                 temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _linked(file: Path, path: Path) -> bool:
-    """Links `file` to `path` unless `path` exists. Returns whether `path` exists now: False only without hard links."""
+def _link_unless_exists(file: Path, path: Path) -> bool:
+    """Links `file` to `path` unless `path` exists. Returns whether `path` now exists: False only without hard links."""
     try:
         path.hardlink_to(file)
     except FileExistsError:
@@ -119,7 +117,7 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    """Waits until the bytes of a file, or the names in a folder, are on the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

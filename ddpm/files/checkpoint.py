@@ -85,7 +85,7 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
     weights = models.check_weights(path, record)
     try:
         models.check_data(record)
-        net = _filled(record.network, load_file(weights))
+        net = _network_with_weights(record.network, load_file(weights))
         denoiser = Denoiser(net, noise_schedule(record.schedule), record.target, clip)
     except (
         InputError,
@@ -105,8 +105,8 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
     return denoiser, record
 
 
-class _Unfilled(TorchFunctionMode):
-    """Skips the initialisation of layers. On the meta device, one of torch.nn.init's functions imports a thousand modules."""
+class _NoInitialisation(TorchFunctionMode):
+    """Skips the initialisation of layers, because a function of torch.nn.init imports a thousand modules on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", "") == "torch.nn.init":
@@ -114,9 +114,9 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _filled(entry: NetworkEntry, state: dict[str, Tensor]) -> nn.Module:
-    """Builds the network of model.json with these weights. Takes no memory before the shapes are checked. Raises ValueError."""
-    with torch.device("meta"), _Unfilled():
+def _network_with_weights(entry: NetworkEntry, state: dict[str, Tensor]) -> nn.Module:
+    """Builds the network of model.json with these weights. Checks the shapes before allocating memory. Raises ValueError."""
+    with torch.device("meta"), _NoInitialisation():
         net = network(entry)
     expected = {name: list(x.shape) for name, x in net.state_dict().items()}
     for name in sorted({*expected, *state}, key=lambda name: (name in expected and name in state, name)):
@@ -138,7 +138,11 @@ def _filled(entry: NetworkEntry, state: dict[str, Tensor]) -> nn.Module:
 class ResumeState:
     """The state of a training after `step` steps.
 
-    tensors: from TrainingState.tensors(). rows: the training history. losses: the loss of each step after the last row.
+    Args:
+        step: the number of finished steps.
+        tensors: the result of TrainingState.tensors().
+        rows: the training history.
+        losses: the loss of each step after the last row.
     """
 
     step: int
@@ -148,10 +152,10 @@ class ResumeState:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Calls safetensors' save_file and raises its disk errors as OSError.
+    """Calls safetensors' save_file and raises the disk errors of save_file as OSError.
 
-    save_file first writes a temporary file, which a kill leaves behind. So the file is put into a folder whose name starts like
-    `path`, by which a later run finds and removes it.
+    save_file first writes a temporary file, and a kill leaves that file behind. So this function calls save_file in a temporary
+    folder whose name starts with the name of `path`. A later run finds and removes such a folder.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=f"{path.name}-", dir=path.parent) as folder:
@@ -163,7 +167,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
         raise OSError(int(number[1]), str(error)) from None
 
 
-STATES = "[0-9]" * 9 + ".safetensors"  # matches resume states; sorted names are in the order of the steps
+STATES = "[0-9]" * 9 + ".safetensors"  # matches resume states; sorted by name, they are in the order of the steps
 KEPT = 2  # the number of resume states kept for one training length
 
 
@@ -176,7 +180,7 @@ def write_resume(folder: Path, state: ResumeState) -> None:
     path = resume_file(folder, state.step)
     with atomic.replacing(path) as temporary:
         history = {"training": folder.name, "step": state.step, "rows": state.rows, "losses": state.losses}
-        # A single entry of metadata, since safetensors writes several in any order.
+        # One metadata entry only: safetensors writes several entries in any order, so the bytes would vary.
         _write_tensors(temporary, state.tensors, {"history": json.dumps(history)})
         digest = records.sha256(temporary)
     records.write_json(path.with_suffix(".json"), {"step": state.step, "sha256": digest})
@@ -191,7 +195,7 @@ def _prune(folder: Path, path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a state after its checksum. If a kill leaves a state without checksum, read_resume removes the state."""
+    """Removes the checksum of a state, then the state. read_resume removes a state whose checksum is missing after a kill."""
     for file in (path.with_suffix(".json"), path):
         file.unlink(missing_ok=True)
 

@@ -64,7 +64,10 @@ class DatasetRecord:
 class Dataset:
     """A prepared dataset.
 
-    train, test: uint8 N,C,H,W, memory-mapped. train_labels, test_labels: int64 N, or None.
+    Args:
+        train, test: uint8 N,C,H,W, memory-mapped.
+        train_labels, test_labels: int64 N, or None.
+        record: the content of dataset.json.
     """
 
     train: Images
@@ -76,10 +79,14 @@ class Dataset:
 
 @dataclass
 class NewDataset:
-    """A dataset that is being written. Its image arrays are on disk and hold zeros until they are filled.
+    """A dataset that is being written.
 
-    description: the entries of dataset.json, except `files`. picture: uint8 C,H,W, for preview.png. unusable: path and reason
-    of each file that was left out, for unusable.csv.
+    Args:
+        train, test: uint8 N,C,H,W, on disk. The arrays hold zeros until they are filled.
+        train_labels, test_labels: int64 N, or None.
+        description: the entries of dataset.json, except `files`.
+        picture: uint8 C,H,W, for preview.png.
+        unusable: path and reason of each file that was left out, for unusable.csv.
     """
 
     train: Images
@@ -143,7 +150,7 @@ def _check_split(record: DatasetRecord, split: str, images: Any, labels: Any) ->
         raise ValueError(f"{split}.npy has shape {images.shape}, dataset.json says {expected}")
     if (labels is None) != (record.classes is None):
         raise ValueError(
-            f"{split}-labels.npy is {'missing' if labels is None else 'there, and dataset.json has no classes'}"
+            f"{split}-labels.npy is {'missing' if labels is None else 'there, but dataset.json has no classes'}"
         )
     if labels is None or record.classes is None:
         return
@@ -160,9 +167,9 @@ def writing_dataset(
     counts: tuple[int, int],
     labels: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
 ) -> Iterator[NewDataset]:
-    """Writes a dataset. The block fills in its arrays, description and picture.
+    """Yields a new dataset, in which the block fills in arrays, description and picture. Then writes the dataset.
 
-    The new dataset replaces the old one when the block succeeds; otherwise the old one stays.
+    The new dataset replaces the old dataset if the block succeeds. Otherwise the old dataset stays.
 
     Args:
         root: the top of the checkout.
@@ -198,9 +205,12 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> Images:
     try:
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
         if hasattr(os, "posix_fallocate"):
-            with path.open("rb+") as file:  # otherwise a full disk kills the process when it writes to the mapping
+            # Takes the space now: later, a write to the mapping of a full disk would kill the process.
+            with path.open("rb+") as file:
                 # protects: tests/stages/test_faults.py::test_room_is_taken_before_it_is_written_to
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
-        raise InputError(f"{path.name}: no room for {math.prod(shape):,} bytes: {error.strerror}") from None
+        raise InputError(
+            f"{path.name}: no room for {math.prod(shape):,} bytes: {error.strerror}; free some space and run this again"
+        ) from None
     return array

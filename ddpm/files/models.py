@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from ddpm.errors import InputError
 from ddpm.files import paths, records
 
-MODEL_FORMAT = 2  # formats of model.json; format 1 has no checksum
-MOST_IMAGES = 2**40  # of one class
-MOST_TIMES = 100_000  # the limit of params.yaml; larger tables would fill the memory
+MODEL_FORMAT = 2  # the format of model.json; format 1 has no checksum
+MOST_IMAGES = 2**40  # the most images of a class
+MOST_TIMES = 100_000  # the largest T, as in params.yaml; larger tables would fill the memory
 
 R = TypeVar("R", "TrainingRecord", "BoundRecord")
 
@@ -21,7 +21,11 @@ R = TypeVar("R", "TrainingRecord", "BoundRecord")
 class ScheduleEntry:
     """The noise schedule of a model.
 
-    name: the name of its row in params.yaml. timesteps: T. schedule: a key of ddpm.SCHEDULES. options: the row's other entries.
+    Args:
+        name: the name of the schedule's row in params.yaml.
+        timesteps: T.
+        schedule: a key of ddpm.SCHEDULES.
+        options: the remaining entries of the row.
     """
 
     name: str
@@ -32,7 +36,7 @@ class ScheduleEntry:
     @classmethod
     def from_json(cls, value: Any, place: str) -> ScheduleEntry:
         known = ("name", "timesteps", "schedule")
-        if isinstance(value, dict):  # in the file, the options stand beside the other entries
+        if isinstance(value, dict):  # in the file, the options stand beside the known entries
             value = {key: value[key] for key in known if key in value} | {
                 "options": {key: item for key, item in value.items() if key not in known}
             }
@@ -55,7 +59,7 @@ class NetworkEntry:
         kind: a key of ddpm.networks.NETWORKS.
         image_channels: channels of the network's input.
         image_size: side of the network's input, or [height, width] if these differ.
-        out_channels: channels of the network's output; None if it has image_channels.
+        out_channels: channels of the network's output; None means image_channels.
         classes: 0 for an unconditional network.
         null_class: whether a conditional network can predict without a label.
         content: the whole entry, with the settings that have no field here.
@@ -101,8 +105,8 @@ class DataEntry:
 
     Args:
         shape: C, H, W of an image.
-        name: name of the dataset; "" for a model trained elsewhere.
-        sha256: version of the dataset; "" for a model trained elsewhere.
+        name: name of the dataset; "" for a model from diffusers.
+        sha256: version of the dataset; "" for a model from diffusers.
         classes: names of the classes; None without labels.
         class_counts: number of training images of each class.
         content: the whole entry.
@@ -118,9 +122,13 @@ class DataEntry:
 
 @dataclass(frozen=True)
 class TrainingEntry:
-    """The training of a model. steps: optimiser steps. batch: images per step. content: all entries, as in params.yaml.
+    """The training of a model. A number that model.json lacks is 0, for example for a model from diffusers.
 
-    A number that model.json lacks is 0, for example for a model trained elsewhere.
+    Args:
+        seed: the seed of the training.
+        steps: optimiser steps.
+        batch: images per step.
+        content: all entries, as in params.yaml.
     """
 
     seed: int = 0
@@ -133,8 +141,11 @@ class TrainingEntry:
 class ModelRecord:
     """The content of model.json.
 
-    weights_sha256: hash of model.safetensors. target: a key of ddpm.TARGETS. variance: "fixed" or "learned".
-    content: all entries of model.json.
+    Args:
+        weights_sha256: hash of model.safetensors.
+        target: a key of ddpm.TARGETS.
+        variance: "fixed" or "learned".
+        content: all entries of model.json.
     """
 
     weights_sha256: str
@@ -156,7 +167,11 @@ class ModelRecord:
 class TrainingRecord:
     """The content of metrics/train/SCHEDULE.json: the result of a training.
 
-    timesteps: T of an imported model, which may differ from params.yaml. files: sha256 of the curves' files, by name.
+    Args:
+        parameters: the number of the network's parameters.
+        loss, validation_loss: the last values of the curves.
+        timesteps: T of an imported model, which may differ from params.yaml.
+        files: sha256 of the curves' files, by name.
     """
 
     schedule: str
@@ -191,8 +206,12 @@ class BoundOfSplit:
 class BoundRecord:
     """The content of metrics/likelihood/SCHEDULE.json: the variational bound of a model.
 
-    model: sha256 of its weights. dataset: sha256 of the data. seed, variance, clip, times: how the bound was estimated.
-    files: sha256 of the curve's file, by name.
+    Args:
+        model: sha256 of the weights.
+        dataset: sha256 of the dataset.
+        seed, variance, clip, times: the settings of the estimate.
+        train, test: the bound on each split; None if the split was not measured.
+        files: sha256 of the curve's file, by name.
     """
 
     schedule: str
@@ -214,15 +233,16 @@ class BoundRecord:
 
 def read_training(root: Path, schedule: str) -> TrainingRecord:
     """Reads metrics/train/SCHEDULE.json. Raises InputError if the file is unusable or names another schedule."""
-    return _of_schedule(root / paths.training_metrics_file(schedule), schedule, TrainingRecord)
+    return _read_of_schedule(root / paths.training_metrics_file(schedule), schedule, TrainingRecord)
 
 
 def read_bound(root: Path, schedule: str) -> BoundRecord:
     """Reads metrics/likelihood/SCHEDULE.json. Raises InputError if the file is unusable or names another schedule."""
-    return _of_schedule(root / paths.likelihood_file(schedule), schedule, BoundRecord)
+    return _read_of_schedule(root / paths.likelihood_file(schedule), schedule, BoundRecord)
 
 
-def _of_schedule(path: Path, schedule: str, kind: type[R]) -> R:
+def _read_of_schedule(path: Path, schedule: str, kind: type[R]) -> R:
+    """Reads a record. Raises InputError if the file is unusable or names another schedule."""
     record = records.read_typed(path, kind)
     if record.schedule != schedule:
         raise InputError(f"{path}: belongs to schedule '{record.schedule}'; {records.REMEDY}")
@@ -237,7 +257,8 @@ def read_model_record(folder: Path) -> ModelRecord:
         content = records._checked(path, content)
         if content.get("format") != MODEL_FORMAT:
             raise InputError(
-                f"{folder}: checkpoint format {content.get('format')} is not {MODEL_FORMAT}; it was made by another version"
+                f"{folder}: checkpoint format {content.get('format')} is not {MODEL_FORMAT}; another version of ddpm made it:"
+                " train again"
             )
     try:
         return records.build(ModelRecord, content)
@@ -246,7 +267,7 @@ def read_model_record(folder: Path) -> ModelRecord:
 
 
 def unusable(folder: Path, why: str) -> InputError:
-    """Returns the error that refuses a checkpoint."""
+    """Returns the error for a checkpoint that cannot be used."""
     return InputError(f"{folder}: not a usable checkpoint: {why}; train again or restore it")
 
 
@@ -268,10 +289,10 @@ def check_data(record: ModelRecord) -> None:
         raise ValueError(f"its data are {data.shape}, its network takes {network.shape}")
     classes = len(data.classes or ())
     if network.classes and network.classes != classes:
-        raise ValueError(f"its network knows {network.classes} classes, its data have another number")
+        raise ValueError(f"its network has {network.classes} classes, its data have {classes}")
     counts = data.class_counts
     if counts is not None and (len(counts) != classes or not all(0 <= count < MOST_IMAGES for count in counts)):
-        raise ValueError("its class_counts are not a number of images for each class")
+        raise ValueError("its class_counts do not hold one number of images for each class")
 
 
 def read_trained(root: Path, schedule: str) -> ModelRecord:

@@ -57,10 +57,11 @@ from ddpm.parameters import (
 )
 from ddpm.scores.extractors import EXTRACTORS, judges
 
-FAULTS, SHOWN = 5, 60  # at most: faults in one line, characters of a wrong value
+FAULTS, SHOWN = 5, 60  # the most faults in a message, and the most characters that it shows of a wrong value
 Name = Annotated[str, Field(**NAME)]
 S = TypeVar("S")
-OWN = {"diffusion", "schedules", "samplers", "sweep"}  # sections that a params.yaml of another project lacks
+# A params.yaml without any of these sections belongs to another project.
+OWN_SECTIONS = {"diffusion", "schedules", "samplers", "sweep"}
 
 
 class Section(BaseModel):
@@ -105,13 +106,14 @@ def section(kind: type[S], value: Any) -> S:
 
 
 def _data(value: Any) -> Data:
-    """Replaces dashes in the source's name by underscores. Older files have dashes, but a source is named after its module."""
+    """Builds the section `data`. Older files write the source's name with dashes, which become the underscores of its module."""
     if isinstance(value, dict) and isinstance(value.get("source"), str):
         value = {**value, "source": value["source"].replace("-", "_")}
     return _build(Data, value)
 
 
 def _network(value: Any) -> Network | OtherNetwork:
+    """Builds the section `network`: a Network for the U-Net, else an OtherNetwork."""
     if isinstance(value, Network | OtherNetwork):
         return value
     if not isinstance(value, dict) or (kind := value.get("kind", USUAL_NETWORK)) == USUAL_NETWORK:
@@ -120,7 +122,7 @@ def _network(value: Any) -> Network | OtherNetwork:
 
 
 def _evaluation(value: Any) -> Evaluation:
-    """Fills in the extractor's default layer, and checks the extractor, the layer and the judges."""
+    """Builds the section `evaluation`. Fills in the extractor's default layer. Checks extractor, layer and judges."""
     name = value.get("extractor", USUAL_EXTRACTOR) if isinstance(value, dict) else None
     if isinstance(name, str) and is_name(name):
         if name in EXTRACTORS:
@@ -189,7 +191,7 @@ class Params(Section):
         for name in self.sweep.samplers:
             if self.samplers[name].guidance is not None and not self.diffusion.conditional:
                 raise ValueError(
-                    f"samplers.{name}: guidance takes a class-conditional model: diffusion.conditional: true"
+                    f"samplers.{name}: guidance takes a class-conditional model; set diffusion.conditional: true"
                 )
             if self.samplers[name].variance == "learned" and self.diffusion.variance != "learned":
                 raise ValueError(f"samplers.{name}.variance: learned needs diffusion.variance = learned")
@@ -217,7 +219,7 @@ class Params(Section):
     def _judges_have_scored(self) -> Params:
         if absent := set(self.promotion.judges) - set(self.evaluation.judges):
             raise ValueError(
-                f"promotion.judges: {min(absent)} is not among evaluation.judges, so no point is scored by it"
+                f"promotion.judges: {min(absent)} is not among evaluation.judges, so no point has this score; add it there"
             )
         return self
 
@@ -225,7 +227,10 @@ class Params(Section):
     def _shares_are_equal(self) -> Params:
         part, processes = self.training.batch // self.training.accumulate, self.compute.processes
         if part % processes:
-            raise ValueError(f"compute.processes: {part} images at once do not divide among {processes} processes")
+            raise ValueError(
+                f"compute.processes: {part} images at once do not divide among {processes} processes; choose a number of"
+                f" processes that divides {part}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -261,7 +266,7 @@ class Params(Section):
         if not path.exists():
             return None
         raw = yaml_file.read_yaml(path)
-        return None if isinstance(raw, dict) and OWN.isdisjoint(raw) else cls.load(path)
+        return None if isinstance(raw, dict) and OWN_SECTIONS.isdisjoint(raw) else cls.load(path)
 
     @classmethod
     def check(cls, raw: dict[str, Any], where: str) -> Params:
@@ -272,7 +277,7 @@ class Params(Section):
             raise InputError(f"{where}: {one_line(error)}") from None
 
     def resolved(self, root: Path = Path()) -> Params:
-        """Returns the parameters with the values of auto.json in place of `auto`, which all points of a sweep share.
+        """Returns the parameters with the values of auto.json in place of `auto`. All points of a sweep share these values.
 
         root: the top of the checkout. Raises InputError if a value is needed that the stage `probe` has not written.
         """
@@ -284,11 +289,11 @@ class Params(Section):
 
     @property
     def dataset_name(self) -> str:
-        """The dataset's name for users: tracking.name if set, or else the name of the source with dashes."""
+        """The dataset's name for users: tracking.name if set, or else the source's name with dashes for underscores."""
         return self.tracking.name or self.data.source.replace("_", "-")
 
     def training_seed(self, schedule: str) -> int:
-        """Returns the seed of a schedule's training: the row's `seed` if set, or else the file's."""
+        """Returns the seed of a schedule's training: the row's `seed` if set, or else the `seed` of the file."""
         own = self.schedules[schedule].seed
         return self.seed if own is None else own
 
@@ -312,14 +317,14 @@ class Params(Section):
 
 
 def one_line(error: ValidationError) -> str:
-    """Returns the first few faults in one line, each with its place and the value found there."""
+    """Returns the first few faults in one line, each with its place and the wrong value."""
     found, faults = error.errors(include_url=False), []
     for fault in found[:FAULTS]:
         place, message = (
             ".".join(str(part) for part in fault["loc"] if part != REST),
             fault["msg"].removeprefix("Value error, "),
         )
-        if place and fault["type"] == "value_error":  # the message of a section's own check begins with the entry
+        if place and fault["type"] == "value_error":  # here the message itself begins with the entry's name
             faults.append(f"{place}.{message}")
             continue
         given = fault["input"]

@@ -16,7 +16,7 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
     schedules/                    table.csv, snr.png, strip.png (not tracked)
 
 Writing is atomic: a file or folder is complete or absent. Reading is verified: each JSON record holds the hash of its own
-content and of the files that it describes, and the code that reads those files compares the hashes.
+content and of the files that it describes. The code that reads those files compares the hashes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ddpm.parameters import Point
 
 CACHE = Path(".cache")  # files kept across runs, outside DVC: resume states, converted weights, reference features
 PREVIEW = 64  # the number of images in the grid of a sample set
-REPORT_SCRIPT = Path("report") / "run.js"  # times and comparisons, which the page loads; DVC does not track it
-SPEED_PLOT = CACHE / "speed.json"  # the last drawing of scores against seconds, which the page of each report shows
+REPORT_SCRIPT = Path("report") / "run.js"  # times and comparisons for the report's page; DVC does not track this file
+SPEED_PLOT = CACHE / "speed.json"  # the latest plot of scores against seconds, for the report's page
 CHART = CACHE / "mlflow-chart"  # holds the end of the address of MLflow's chart of scores against steps
 
 
@@ -96,5 +96,5 @@ def report_dir() -> Path:
 
 
 def run_file(output: Path) -> Path:
-    """Returns the untracked file beside an output that records when, where and how fast it was made."""
+    """Returns the untracked file beside an output that records when, where and how fast the output was made."""
     return output.with_name(output.name.removesuffix(output.suffix) + ".run.json")

@@ -48,8 +48,8 @@ def _no_constant(name: str) -> None:
 # Records: JSON files that hold the hash of their own content, and of the files that they describe.
 
 CHECKSUM = "record_sha256"
-LARGE = 1 << 26  # bytes; the hashes of larger files are remembered between processes
-SETTLED = 2.0  # seconds after which any further change surely changes the modification time of a file
+LARGE = 1 << 26  # bytes; the hashes of larger files are kept in a file between processes
+SETTLED = 2.0  # seconds; a change this long after the last change surely gives a file another modification time
 
 
 def record_digest(value: Mapping[str, Any]) -> str:
@@ -59,7 +59,7 @@ def record_digest(value: Mapping[str, Any]) -> str:
 
 
 def write_record(path: Path, value: Mapping[str, Any], files: Sequence[Path] = ()) -> dict[str, Any]:
-    """Writes a JSON record with its checksum. Returns what `read_record` would read.
+    """Writes a JSON record with its checksum. Returns the content as `read_record` would read it.
 
     Args:
         path: the path of the record.
@@ -72,7 +72,7 @@ def write_record(path: Path, value: Mapping[str, Any], files: Sequence[Path] = (
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Reads a record, verifies its checksum, and returns the content without it. Raises InputError."""
+    """Reads a record, verifies its checksum, and returns the content without the checksum. Raises InputError."""
     return _checked(path, read_json(path))
 
 
@@ -196,7 +196,7 @@ def _remembered_sha256(path: Path, memory: Path) -> str:
         return sha256(path)
     key, version = str(path.resolve()), [about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
     known: dict[str, Any] = {}
-    with suppress(InputError):  # `memory` only saves time, so it may be absent or damaged
+    with suppress(InputError):  # `memory` only saves time, so that file may be absent or damaged
         known = read_record(memory)
     entry = known.get(key)
     if isinstance(entry, list) and entry[:-1] == version:

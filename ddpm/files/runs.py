@@ -19,9 +19,10 @@ class RunRecord:
         stage: the DVC stage.
         started, ended: milliseconds since the epoch.
         seconds: wall time.
-        count, unit: the work done, such as 1000 "steps"; a resumed run counts only the work since it resumed.
+        count, unit: the work done, such as 1000 "steps". A resumed run counts only the work since the resume.
         per_second: `unit`s per second; None for a run that took no time.
-        peak_memory_bytes, gpu_peak_memory_bytes: the most memory in use; gpu_peak_memory_bytes is None on a CPU.
+        peak_memory_bytes: the most memory in use.
+        gpu_peak_memory_bytes: the most GPU memory in use; None on a CPU.
         device: "cpu" or "cuda".
         hardware: names and sizes, such as "cpu", "cores", "gpu".
         versions: the versions of Python and of packages.
@@ -50,7 +51,7 @@ def write_run(output: Path, record: RunRecord) -> None:
 
 
 def read_run(root: Path, output: Path) -> RunRecord | None:
-    """Reads the run file of an output. Returns None if the file is missing. Raises InputError if it is damaged."""
+    """Reads the run file of an output. Returns None if the file is missing. Raises InputError if the file is damaged."""
     path = root / paths.run_file(output)
     if not path.exists():
         return None

@@ -53,7 +53,8 @@ def write_samples(
         text = json.dumps({**about, records.CHECKSUM: records.record_digest(about)}, indent=2)
         archive.writestr(zipfile.ZipInfo(RECORD), text, zipfile.ZIP_DEFLATED)
         for name, array in arrays.items():
-            # numpy's savez asks for 64-bit sizes, whose header differs between Python 3.11.2 and 3.11.7.
+            # numpy's savez would not give the same bytes: it asks for 64-bit sizes, whose header differs between Python 3.11.2
+            # and 3.11.7.
             member = zipfile.ZipInfo(f"{name}.npy")
             member.compress_type = zipfile.ZIP_DEFLATED
             member.file_size = array.nbytes
@@ -61,7 +62,7 @@ def write_samples(
                 _write_array(file, array)
 
 
-RECORD = "record.json"  # the name inside a sample set
+RECORD = "record.json"  # the name of the record inside a sample set
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ class Samples:
 
 
 def read_samples(path: Path, dataset: Dataset | None = None) -> Samples:
-    """Reads and verifies a sample set. Raises InputError if it is damaged, or if the dataset's images have another shape."""
+    """Reads and verifies a sample set. Raises InputError if the set is damaged, or if the dataset's images have another shape."""
     with _sample_set(path) as (archive, record):
-        shape = _declared(archive.zip)
+        shape = _declared_shape(archive.zip)
         if dataset is not None and shape[1:] != dataset.train.shape[1:]:
             raise InputError(
                 f"{path}: images of shape {list(shape[1:])}, the dataset's are {list(dataset.train.shape[1:])};"
@@ -135,6 +136,7 @@ class SamplesRecord:
 
 @contextmanager
 def _sample_set(path: Path) -> Iterator[tuple[Any, SamplesRecord]]:
+    """Yields the open archive of a sample set, and its record. Converts every error of the block into InputError."""
     try:
         archive = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
@@ -164,8 +166,8 @@ def _samples_record(path: Path, archive: Any) -> SamplesRecord:
     return record
 
 
-def _declared(archive: Any) -> tuple[int, ...]:
-    """Returns the shape of images.npy from its header, before memory is allocated. Raises ValueError, KeyError."""
+def _declared_shape(archive: Any) -> tuple[int, ...]:
+    """Reads the shape of images.npy from the header, before memory is allocated. Raises ValueError, KeyError."""
     with archive.open("images.npy") as file:
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, _, kind = readers[np.lib.format.read_magic(file)](file)
@@ -189,8 +191,8 @@ class KeptImages:
         shape: N, C, H, W.
 
     Attributes:
-        batches: the network evaluations per image of each finished batch, by the index of its first image. Holds batches
-            of earlier runs whose checksums are correct.
+        batches: the network evaluations per image of each finished batch, by the index of the batch's first image.
+            Includes batches of earlier runs whose checksums are correct.
 
     Raises:
         InputError: the disk is full.
@@ -203,7 +205,7 @@ class KeptImages:
         try:
             # protects: tests/stages/test_faults.py::test_what_another_sampling_made_is_not_taken[change0]
             if records.read_json(about) != content:
-                raise ValueError("of another sampling")
+                raise ValueError("the kept images belong to another sampling")
             self._images: Images = np.lib.format.open_memmap(array, mode="r+")
         except (InputError, ValueError, OSError):
             shutil.rmtree(folder, ignore_errors=True)

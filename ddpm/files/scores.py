@@ -26,15 +26,15 @@ COUNTS = ("evaluations", "images", "reference_images", "layer")
 HASHES = ("reference", "extractor_sha256", "samples", "model")
 OBJECTS = ("evaluation", "files", "judges")
 PROTOCOL = (*HASHES[:2], "layer", "images", "reference_images")
-MOST = 2**31 - 1  # of a count
-CONFIDENCES = (0.01, 0.9999)
+MOST = 2**31 - 1  # the largest count
+CONFIDENCES = (0.01, 0.9999)  # the lowest and the highest confidence
 # The entries that a comparison of two scores needs.
 COMPARED = (HEADLINE, f"{HEADLINE}_high", "confidence", "evaluations", *PROTOCOL)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The content of metrics/POINT.json: the scores of a point, and what they were computed from.
+    """The content of metrics/POINT.json: the scores of a point, with hashes of the inputs.
 
     Args:
         point: the name of the point.
@@ -42,7 +42,7 @@ class Scores:
         images, reference_images: the number of images compared.
         layer: the layer of the extractor.
         reference: sha256 of the dataset.
-        extractor_sha256: hash of what decides the features, such as a weights file.
+        extractor_sha256: hash of everything that decides the features, such as a weights file.
         confidence: the confidence of all intervals.
         values: the entries of the metrics by name, without entries for which this protocol has no values.
         samples: sha256 of the sample set.
@@ -51,7 +51,7 @@ class Scores:
         evaluation: the section `evaluation` of params.yaml.
         files: sha256 of the influence values, by the name of the file.
         judges: the scores of evaluation.judges by name, each with the extractor, the layer and the hash of its weights.
-            Their influence values stand in the file in the same order.
+            The file of influence values has the judges in the same order.
     """
 
     point: str
@@ -76,7 +76,7 @@ class Scores:
 
         Args:
             found: the content.
-            needed: entries that must be present; if empty, all entries that every evaluation writes.
+            needed: entries that must be present. If empty, the entries that every evaluation writes must be present.
 
         Raises:
             ValueError: an entry is missing or has an impossible value.
@@ -98,7 +98,7 @@ class Scores:
             raise ValueError(f"no sound value of {', '.join(wrong)}")
         own = {name: found[name] for name in (*COUNTS, *HASHES, *OBJECTS, "confidence") if name in found}
         values = {name: found[name] for name in known if name in found}
-        if absent := [name for judge in own.get("judges", {}) for name in _names(judge) if name not in values]:
+        if absent := [name for judge in own.get("judges", {}) for name in _entry_names(judge) if name not in values]:
             raise ValueError(f"{', '.join(absent)}: missing")
         return cls(point=str(found.get("point", "")), features=str(found.get("extractor", "")), values=values, **own)
 
@@ -119,8 +119,8 @@ class Scores:
         return Estimate(value, (self.values[f"{name}_high"] - value) / quantile(self.confidence), influence)
 
 
-def _names(judge: str) -> tuple[str, ...]:
-    """Returns the entries of a judge. An unknown judge has a single entry, which no scores contain."""
+def _entry_names(judge: str) -> tuple[str, ...]:
+    """Returns the names of a judge's entries. An unknown judge gets its own name, which no scores contain."""
     return METRICS[judge].names if judge in METRICS else (judge,)
 
 
@@ -144,7 +144,7 @@ def read_scores(root: Path, point: Point) -> Scores:
 
 
 def write_scores(root: Path, point: Point, scores: Scores, influence: NDArray[np.floating]) -> Scores:
-    """Writes metrics/POINT.json and POINT.influence.npy. Returns what `read_scores` would read."""
+    """Writes metrics/POINT.json and POINT.influence.npy. Returns the scores as `read_scores` would read them."""
     values = root / paths.influence_file(point)
     write_influence(values, influence)
     content = {name: value for name, value in scores.to_json().items() if name != "files"}
@@ -192,7 +192,7 @@ class Row:
         confidence: the confidence of all intervals.
         values: the entries of the metrics that the point has, by name.
         extractor: a key of EXTRACTORS.
-        seconds: the time to draw one image, or None; points.csv does not contain it.
+        seconds: the time to draw one image, or None; points.csv has no such column.
     """
 
     point: str
@@ -272,8 +272,8 @@ class Best:
     Args:
         row: the row of the best point.
         points: the number of points.
-        lowest: the point whose score is the best number. Its lead may be chance.
-        tied: the number of points that cannot be told apart from the best one.
+        lowest: the point with the best score. The lead of this point may be chance.
+        tied: the number of points that cannot be told apart from the best point.
         trainings: the scores of all trainings of the best point's schedule, sampled with its sampler and its number of
             steps; None in files from before 0.4.0.
     """
@@ -326,7 +326,12 @@ class Standing:
 
 @dataclass(frozen=True)
 class Answer(Standing):
-    """The best point within a budget. lowest: the point with the best score. may_be_best: names of the tied points."""
+    """The best point within a budget of network evaluations.
+
+    Args:
+        lowest: the name of the point with the best score.
+        may_be_best: the names of the points that cannot be told apart from the best point.
+    """
 
     lowest: str
     may_be_best: tuple[str, ...]
@@ -337,7 +342,13 @@ class Answer(Standing):
 
 @dataclass(frozen=True)
 class Gap:
-    """The score of a point minus the score of the point before it on the front. paired: whether images were compared in pairs."""
+    """The score of a point minus the score of the previous point on the front.
+
+    Args:
+        difference, difference_low, difference_high: the difference and its interval.
+        significant: whether the interval excludes zero.
+        paired: whether the images were compared in pairs.
+    """
 
     difference: float
     difference_low: float
@@ -348,7 +359,11 @@ class Gap:
 
 @dataclass(frozen=True)
 class FrontStep(Standing):
-    """A point of the front, which no point with as few evaluations or fewer beats. gap: None for the first point of the front."""
+    """A point of the front: no point with at most as many evaluations has a better score.
+
+    Args:
+        gap: the difference from the previous point; None for the first point of the front.
+    """
 
     gap: Gap | None
 
@@ -362,8 +377,8 @@ class Front:
     """The content of front.json.
 
     Args:
-        confidence: the confidence of all its intervals.
-        margin: how much worse than the best a cheaper point may be, as a share of the best score.
+        confidence: the confidence of all intervals.
+        margin: how much worse than the best point a cheaper point may be, as a share of the best score.
         budgets: the best point for each limit on evaluations.
         steps: the front, by evaluations.
     """
@@ -426,9 +441,8 @@ def read_point_influence(root: Path, point: Point, scores: Scores, name: str = H
 def read_all_influence(root: Path, point: Point, scores: Scores) -> NDArray[np.float32]:
     """Reads the influence values [1 + J, N] of a point's headline score and its J judges.
 
-    Verifies that they belong to `scores`. Raises InputError.
+    Verifies that the values belong to `scores`. Raises InputError.
     """
-    path = root / paths.influence_file(point)
     path = root / paths.influence_file(point)
     return read_influence(path, str(scores.files.get(path.name)), 1 + len(scores.judges))
 
@@ -466,6 +480,6 @@ def read_influence(path: Path, digest: str, rows: int = 1) -> NDArray[np.float32
         raise InputError(f"{path}: no such file; `ddpm evaluate` writes it beside the scores") from None
     except Exception as error:  # noqa: BLE001 - numpy raises half a dozen types on a damaged file
         raise InputError(
-            f"{path}: not the influence values of a point: {arrays._unreadable(error)}; evaluate it again"
+            f"{path}: not the influence values of a point: {arrays._unreadable(error)}; evaluate the point again"
         ) from None
     return influence

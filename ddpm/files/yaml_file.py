@@ -18,7 +18,7 @@ def read_yaml(path: Path) -> Any:
         return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise InputError(
-            f"{path}: no such file; run this in a checkout or a project (`ddpm init` makes one), or copy one from recipes/"
+            f"{path}: no such file; run this in a checkout or a project (`ddpm init` makes a project), or copy a recipe"
         ) from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
@@ -67,7 +67,7 @@ def rewritten(text: str, change: Callable[[Any], None]) -> str:
     yaml = YAML()
     yaml.Representer = Representer
     yaml.preserve_quotes = True
-    yaml.width = 1_000_000  # never folds a line
+    yaml.width = 1_000_000  # so that no line is folded
     document = yaml.load(text)
     change(document)
     written = io.StringIO()

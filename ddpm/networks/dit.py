@@ -10,20 +10,21 @@ from torch.nn import functional as F
 
 from ddpm.networks.layers import attention, time_embedding
 
-EPS = 1e-6  # of every normalisation
-FREQUENCIES = 256  # width of the sinusoids of time
-WIDER = 4  # width of the layer between the two of a perceptron, as a multiple of the tokens' width
+EPS = 1e-6  # epsilon of every layer normalisation
+FREQUENCIES = 256  # width of the sinusoidal embedding of time
+WIDER = 4  # width of a perceptron's hidden layer, as a multiple of the tokens' width
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalises each token of x [B, positions, width], then scales and shifts all tokens of an image by its row [B, width]."""
+    """Normalises each token of x [B, positions, width], then scales and shifts it by the image's row of [B, width]."""
     return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
 
 
 def positions(height: int, width: int, channels: int) -> Tensor:
-    """Returns the sinusoids of each patch's column and row, [height * width, channels], half of the channels each.
+    """Returns the sinusoids of each patch's column and row, [height * width, channels]. Each takes half of the channels.
 
-    Always on the CPU, since they are no part of a checkpoint: a network is first built without memory, on torch's meta device.
+    The sinusoids are computed on the CPU even under torch's meta device, on which networks are built before their weights
+    are loaded. Checkpoints do not contain the sinusoids, so nothing would fill them in later.
     """
     sides = torch.arange(height, device="cpu"), torch.arange(width, device="cpu")
     rows, columns = torch.meshgrid(*sides, indexing="ij")
@@ -32,11 +33,14 @@ def positions(height: int, width: int, channels: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention, then a perceptron, each with adaLN-zero: scale and shift before, a gate after that starts at zero.
+    """A transformer block with adaLN-zero: attention, then a perceptron.
+
+    The condition scales and shifts the input of both parts, and gates their outputs. The gates start at zero, so the block
+    starts as the identity.
 
     Args:
         width: channels of a token.
-        heads: heads of the attention.
+        heads: number of attention heads.
         dropout: probability of dropout in the perceptron.
     """
 
@@ -65,16 +69,16 @@ class DiT(nn.Module):
 
     x is float [B, image_channels, height, width], nominally in [-1, 1]. t is [B] in 0 ... T-1, fractions allowed. labels
     are int64 [B] in 0 ... classes - 1. A negative label, or no labels at all, means an unconditional prediction. Every
-    block starts as the identity, and the first prediction is zero.
+    block starts as the identity, and an untrained network predicts zero.
 
     Args:
         image_channels: channels of x.
-        image_size: side of x in pixels, or its height and width.
+        image_size: side of x in pixels, or [height, width].
         width: channels of a token, a multiple of 4 and of `heads`.
         depth: number of blocks.
-        heads: heads of each attention.
-        patch: side in pixels of the squares that are one token each. The cost grows with 1 / patch^2, and that of
-            attention with 1 / patch^4.
+        heads: number of attention heads in each block.
+        patch: side in pixels of the squares that are one token each. The cost of attention grows with 1 / patch^4, and
+            the other cost with 1 / patch^2.
         dropout: probability of dropout in each block.
         out_channels: channels of the prediction, by default as many as x has. A learned variance takes twice as many.
         classes: number of classes; 0 for an unconditional network.
@@ -97,25 +101,25 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         _check(width, depth, heads, dropout, classes)
-        height, across = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if type(patch) is not int or not 1 <= patch <= min(height, across) or height % patch or across % patch:
+        rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size  # in pixels
+        if type(patch) is not int or not 1 <= patch <= min(rows, columns) or rows % patch or columns % patch:
             raise ValueError(
                 f"image_size {image_size} cannot be divided into patches of patch = {patch} pixels: take a patch that"
                 " divides both sides"
             )
         self.patch, self.classes = patch, classes
         self.first = nn.Linear(image_channels * patch**2, width)
-        self.register_buffer("positions", positions(height // patch, across // patch, width), persistent=False)
+        self.register_buffer("positions", positions(rows // patch, columns // patch, width), persistent=False)
         self.time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.last = nn.Linear(width, (out_channels or image_channels) * patch**2)
-        # Initialised last, so that the other weights start the same with and without classes.
+        # Initialised last, so that all other weights start the same with and without classes.
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self._initialise()
 
     def _initialise(self) -> None:
-        """Draws the weights as section 3.2 of the paper and its code do: gates and the last layer are zero."""
+        """Draws the weights as in section 3.2 of the paper and in the authors' code: gates and the last layer are zero."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -140,7 +144,11 @@ class DiT(nn.Module):
         return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, (height, width)), self.patch)
 
     def _label(self, t: Tensor, labels: Tensor | None) -> Tensor | float:
-        """Embeds the classes, [B, width]. The last row belongs to no class, and a label past the last class fails."""
+        """Embeds the classes, [B, width].
+
+        Negative labels select the last row of the table, which means "no class". A label past the last class is raised by
+        one, so that it fails instead of selecting that row.
+        """
         if self.label is None:
             if labels is not None:
                 raise ValueError("labels for an unconditional network: it was made with classes = 0")
@@ -151,11 +159,12 @@ class DiT(nn.Module):
 
 
 def _check(width: int, depth: int, heads: int, dropout: float, classes: int) -> None:
+    """Raises ValueError if an argument of DiT is out of range."""
     for name, number in (("width", width), ("depth", depth), ("heads", heads)):
         if type(number) is not int:
             raise ValueError(f"{name} = {number!r:.60} must be a whole number")
     if width < 4 or width % 4:
-        raise ValueError(f"width = {width} must be a multiple of 4: sines and cosines of rows and of columns")
+        raise ValueError(f"width = {width} must be a multiple of 4, for sines and cosines of rows and of columns")
     if not 1 <= depth <= 256 or not 1 <= heads <= width or width % heads:
         raise ValueError(f"depth = {depth} must lie in 1 ... 256, and heads = {heads} must divide width = {width}")
     if not 0 <= dropout < 1 or classes < 0:

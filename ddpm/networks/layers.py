@@ -11,28 +11,29 @@ from torch.nn import functional as F
 
 
 class NormSwish(nn.GroupNorm):
-    """Adds shift [B, C], if it is given, to every pixel of x [B, C, H, W]. Then group normalisation and swish."""
+    """Applies group normalisation, then swish, to x [B, C, H, W]. A shift [B, C] is added to every pixel first, if given."""
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         return F.silu(super().forward(x if shift is None else x + shift[:, :, None, None]))
 
 
 class AddingConvolution(nn.Conv2d):
-    """Convolves x and adds the result to `onto`, a tensor of its shape."""
+    """Convolves x and adds the result to `onto`, a tensor of the result's shape."""
 
     def forward(self, x: Tensor, onto: Tensor) -> Tensor:  # type: ignore[override]
         return onto + super().forward(x)
 
 
 class SharedDropout(nn.Dropout):
-    """Dropout with one process's rows of the mask that a single process would draw for the whole batch.
+    """Dropout for one of several processes that share each batch.
 
-    Every process draws the whole mask, so that the number of processes changes no bit of it.
+    Every process draws the mask of the whole batch and uses its own rows. So the number of processes does not change the
+    mask.
 
     Args:
         p: the probability of a zero.
-        rank: number of this process, from 0. It has an equal share of the rows, in the order of the ranks.
-        size: how many processes there are.
+        rank: the index of this process, from 0. Each process has an equal share of the rows, in the order of the ranks.
+        size: the number of processes.
     """
 
     def __init__(self, p: float, rank: int, size: int) -> None:
@@ -49,21 +50,21 @@ class SharedDropout(nn.Dropout):
 
 @cache
 def _has_amx() -> bool:
-    query = getattr(torch.cpu, "get_capabilities", None)  # not in every torch that we allow
+    query = getattr(torch.cpu, "get_capabilities", None)  # older versions of torch lack this function
     return query is not None and bool(query().get("amx_bf16", False))
 
 
-FEW = 1024  # positions of an image whose weights of attention may be kept in memory: positions squared
+FEW = 1024  # most positions for which `attention` may store its weights, a matrix of positions x positions
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Computes scaled dot-product attention of q, k, v [B, heads, positions, channels]: Vaswani et al. 2017, eq. 1.
 
-    In bfloat16 on a CPU, plain products are faster than torch's fused function for few positions: in training by a quarter, and
-    by half where the processor has no AMX. With AMX, the fused function takes half the time in sampling.
+    For few positions in bfloat16 on a CPU, plain matrix products may be faster than torch's fused function. They are faster by
+    a quarter in training, and by half on a processor without AMX. With AMX, the fused function takes half the time in sampling.
     """
-    trained = torch.is_grad_enabled() and q.requires_grad
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= FEW and (trained or not _has_amx()):
+    training = torch.is_grad_enabled() and q.requires_grad
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= FEW and (training or not _has_amx()):
         return torch.softmax(q * q.shape[3] ** -0.5 @ k.transpose(2, 3), dim=3, dtype=q.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -71,7 +72,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def time_embedding(t: Tensor, channels: int, shift: float = 1) -> Tensor:
     """Embeds t [B] in [B, channels]: sinusoids of Vaswani et al. 2017, sines first as in Ho et al.'s code.
 
-    The frequencies fall from 1 to 1 / 10,000. With shift = 0, as in Vaswani et al., the lowest is slightly above 1 / 10,000.
+    The frequencies fall from 1 to 1 / 10,000. With shift = 0, as in Vaswani et al., they end slightly above 1 / 10,000.
     """
     half = channels // 2
     step = -math.log(10_000) / (half - shift)

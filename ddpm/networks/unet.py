@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from ddpm.networks.layers import AddingConvolution, NormSwish, attention, time_embedding
 
-MOST_BLOCKS = 64  # blocks per resolution: more than any known network has, and few enough to build
+MOST_BLOCKS = 64  # most blocks per resolution: more than any known network has, and few enough to build
 
 
 def groups(channels: int) -> int:
-    """Returns the number of groups of normalisations in a network of this base width: 32 at 128 as in the paper, fewer below."""
+    """Returns the groups per normalisation for a base width of `channels`: 32 at 128 as in the paper, fewer at lower widths."""
     return math.gcd(32, channels // 4)
 
 
@@ -37,12 +37,12 @@ class ResidualBlock(nn.Module):
         channels_in: channels of the input.
         channels_out: channels of the output.
         embedding: width of the time embedding.
-        groups: groups of both normalisations.
+        groups: number of groups of both normalisations.
         dropout: probability of dropout.
         eps: epsilon of both normalisations.
         scale_shift: whether the time embedding scales and shifts the second norm's output, as in Dhariwal & Nichol
             2021, instead of being added before it.
-        resize: halves or doubles the sides after the first swish. The input is resized in the same way.
+        resize: a layer that halves or doubles the sides, after the first swish and on the skip connection.
     """
 
     def __init__(
@@ -79,7 +79,14 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the positions of an image, added to the input. With groups = 0, the input is not normalised."""
+    """Self-attention over the positions of an image, added to the input.
+
+    Args:
+        channels: channels of the input.
+        groups: number of groups of the normalisation; 0 for no normalisation.
+        heads: number of attention heads.
+        eps: epsilon of the normalisation.
+    """
 
     def __init__(self, channels: int, groups: int, heads: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -109,7 +116,12 @@ class Stage(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the sides by a strided convolution. Pads on all sides, or right and bottom as TensorFlow's SAME does."""
+    """Halves the sides by a strided convolution.
+
+    Args:
+        channels: channels of the input.
+        symmetric: whether to pad on all sides, or only right and bottom as TensorFlow's SAME does.
+    """
 
     def __init__(self, channels: int, symmetric: bool = False) -> None:
         super().__init__()
@@ -132,6 +144,7 @@ class Upsample(nn.Module):
 
 
 def _widths(channels: int, multipliers: Sequence[float]) -> list[int]:
+    """Returns the width of each resolution. Raises ValueError unless all are whole numbers."""
     widths = [round(channels * multiplier) for multiplier in multipliers]
     if any(abs(channels * multiplier - width) > 1e-6 for multiplier, width in zip(multipliers, widths, strict=True)):
         raise ValueError(f"{channels} channels times {', '.join(map(str, multipliers))} are not whole numbers")
@@ -153,7 +166,14 @@ def _check_counts(blocks: int, heads: int, classes: int) -> None:
 def _heights(image_size: int | Sequence[int], patch: int, levels: int, named: Sequence[int]) -> list[int]:
     """Returns the height of each resolution, counted in patches.
 
-    Raises ValueError if one of the heights that the user `named`, for attention or residual blocks, is not among them.
+    Args:
+        image_size: side of the image in pixels, or [height, width].
+        patch: side of a patch in pixels.
+        levels: number of resolutions.
+        named: heights at which the arguments of UNet ask for attention or for residual blocks that resize.
+
+    Raises:
+        ValueError: the image cannot be divided into patches or halved so often, or there is no resolution of a named height.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if patch < 1 or height % patch or width % patch:
@@ -169,15 +189,16 @@ def _heights(image_size: int | Sequence[int], patch: int, levels: int, named: Se
     heights = [height // 2**level for level in range(levels)]
     for side in named:
         if side not in heights:
-            there = [f"{side}x{width // 2**level}" for level, side in enumerate(heights)]
+            sizes = [f"{side}x{width // 2**level}" for level, side in enumerate(heights)]
             unit = f", in patches of {patch}x{patch} pixels" if patch > 1 else ""
             raise ValueError(
-                f"attention at height {side} never occurs: the resolutions (height x width{unit}) are {', '.join(there)}"
+                f"attention at height {side} never occurs: the resolutions (height x width{unit}) are {', '.join(sizes)}"
             )
     return heights
 
 
 def _heads(channels: int, heads: int, head_channels: int | None) -> int:
+    """Returns the number of heads of an attention layer: `heads`, or as many as `head_channels` gives. Raises ValueError."""
     if head_channels is None:
         return heads
     if channels % head_channels:
@@ -187,14 +208,25 @@ def _heads(channels: int, heads: int, head_channels: int | None) -> int:
 
 MakeStage = Callable[[int, int, bool], Stage]
 MakeResize = Callable[[int, bool], nn.Module]
-# One entry for each resolution: its width, whether it has attention, and whether a residual block resizes to the next one.
+# For each resolution: its width, whether it has attention, and whether a residual block resizes to the next resolution.
 Levels = Sequence[tuple[int, bool, bool]]
 
 
 def _down(
     stage: MakeStage, halve: MakeResize, channels: int, levels: Levels, blocks: int
 ) -> tuple[nn.ModuleList, list[int]]:
-    """Builds the layers of the way down. Returns the layers and the widths of the skip connections."""
+    """Builds the layers of the way down.
+
+    Args:
+        stage: makes a stage from its widths in and out, and whether it has attention.
+        halve: makes the layer that halves the sides, from its width and whether it is a residual block.
+        channels: width of the input.
+        levels: the resolutions, from high to low.
+        blocks: stages per resolution.
+
+    Returns:
+        The layers, and the widths of the skip connections.
+    """
     down, skips, width = nn.ModuleList(), [channels], channels
     for level, (to, attend, residual) in enumerate(levels):
         for _ in range(blocks):
@@ -208,6 +240,7 @@ def _down(
 
 
 def _up(stage: MakeStage, double: MakeResize, skips: list[int], levels: Levels, blocks: int) -> nn.ModuleList:
+    """Builds the layers of the way up, which has one more stage per resolution. See `_down`, which returns `skips`."""
     up, width = nn.ModuleList(), levels[-1][0]
     for level, (to, attend, residual) in reversed(list(enumerate(levels))):
         for _ in range(blocks + 1):
@@ -223,37 +256,38 @@ class UNet(nn.Module):
 
     x is float [B, image_channels, height, width], nominally in [-1, 1]. t is [B] in 0 ... T-1, fractions
     allowed. labels are int64 [B] in 0 ... classes - 1. A negative label, or no labels at all, means an unconditional
-    prediction. The embedding of a label is added to that of the time, as in Dhariwal & Nichol 2021.
+    prediction. The embedding of a label is added to the embedding of the time, as in Dhariwal & Nichol 2021.
 
-    The arguments from norm_groups on are for checkpoints of other projects.
+    The arguments norm_groups to null_class are for checkpoints of other projects.
 
     Args:
         image_channels: channels of x.
-        image_size: side of x in pixels, or its height and width.
-        channels: base width, a multiple of 8 (with norm_groups of 2), at least 8.
-        multipliers: width of each resolution as a multiple of `channels`, from image_size down by halves. A fraction
-            must give a whole width.
+        image_size: side of x in pixels, or [height, width].
+        channels: base width, at least 8: a multiple of 8, or of 2 if norm_groups is given.
+        multipliers: width of each resolution as a multiple of `channels`, from the highest resolution to the lowest. A
+            fraction must give a whole width.
         blocks: residual blocks per resolution on the way down; the way up has one more.
-        attention: the resolutions that have self-attention, each named by its height in pixels (in patches where
+        attention: the resolutions that have self-attention, each named by its height in pixels (in patches if
             patch > 1).
-        heads: heads of each attention.
+        heads: number of heads of each attention layer.
         dropout: probability of dropout in each residual block.
         out_channels: channels of the prediction, by default as many as x has. A learned variance takes twice as many.
         classes: number of classes; 0 for an unconditional network.
-        norm_groups: groups of every normalisation, instead of groups(channels).
+        norm_groups: number of groups of every normalisation, instead of groups(channels).
         head_channels: width of a head, instead of `heads`.
         symmetric_padding: whether the convolutions that halve the sides pad on all sides (see `Downsample`).
         norm_eps: epsilon of every normalisation.
         freq_shift: `shift` of `time_embedding`.
         scale_shift: see `ResidualBlock`.
-        attention_up: `attention` of the way up, if it differs.
+        attention_up: like `attention`, for the way up. By default the same resolutions.
         middle_attention: whether there is attention between the way down and the way up.
-        middle_groups: groups of that attention's normalisation, instead of norm_groups; 0 for none.
+        middle_groups: number of groups in the normalisation of this attention, instead of norm_groups; 0 for no
+            normalisation.
         residual_down: the resolutions, named by their heights, that a residual block halves instead of a convolution.
         residual_up: the resolutions that a residual block doubles instead of a convolution.
         null_class: whether a conditional network can predict without a label.
-        patch: side in pixels of the squares that the first convolution sees as one position with channels * patch^2
-            channels (space-to-depth, Shi et al. 2016). The layers then cost 1 / patch^2 as much.
+        patch: side in pixels of the squares that become one position each, with image_channels * patch^2 channels
+            (space-to-depth, Shi et al. 2016). The layers then cost 1 / patch^2 as much.
 
     Raises:
         ValueError: the arguments do not fit together.
@@ -310,8 +344,8 @@ class UNet(nn.Module):
             residual = block(channels_in, channels_out)
             if not attend:
                 return Stage(residual, nn.Identity())
-            heads_here = _heads(channels_out, heads, head_channels)
-            return Stage(residual, Attention(channels_out, groups, heads_here, norm_eps))
+            count = _heads(channels_out, heads, head_channels)
+            return Stage(residual, Attention(channels_out, groups, count, norm_eps))
 
         def halve(width: int, residual: bool) -> nn.Module:
             return block(width, width, nn.AvgPool2d(2)) if residual else Downsample(width, symmetric_padding)
@@ -331,8 +365,9 @@ class UNet(nn.Module):
         self.up = _up(stage, double, skips, way_up, blocks)
         self.last_norm = NormSwish(norm_groups, widths[0], eps=norm_eps)
         self.last = _zero(nn.Conv2d(widths[0], (out_channels or image_channels) * patch**2, 3, padding=1))
-        # Initialised last, so that the other weights start the same with and without classes. The rows start at random,
-        # since from zero they diverge slowly (digits, 300 steps: a classifier recognises 14% of the classes, not 84%).
+        # Initialised last, so that all other weights start the same with and without classes. The rows start at random,
+        # because rows that start at zero become different only slowly: on the digits after 300 steps, a classifier then
+        # recognises 14% of the classes instead of 84%.
         self.label = nn.Embedding(classes + null_class, embedding) if classes else None
 
     def _embedding(self, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -346,8 +381,8 @@ class UNet(nn.Module):
             if not self.null_class:
                 raise ValueError("this network predicts only with labels: it has no null class")
             labels = torch.full(t.shape, -1, device=t.device)
-        # Row `classes` belongs to no label, so labels past the last class get an index past the last row, which fails.
-        # Without a null class, row `classes` does not exist, and a negative label fails too.
+        # Negative labels select row `classes`, which means "no class". A label past the last class is raised by one, so that it
+        # fails instead of selecting that row. Without a null class the row does not exist, and a negative label fails too.
         too_large = labels >= self.classes
         label = self.label(torch.where(labels < 0, self.classes, labels + too_large))
         return self.time[-1](self.time[:-1](time) + label)

@@ -1,13 +1,15 @@
 // Functions that winograd.py calls: 3x3 convolutions by Winograd's method, group normalisation with swish, and dropout.
-// Images are N,H,W,C with C a multiple of 8, in float32 or, if BFLOAT16 is defined, in bfloat16. Sums are float32.
+// Images are N,H,W,C with C a multiple of 8. They are float32, or bfloat16 if BFLOAT16 is defined. Sums are float32.
 //
-// A tile has SIDE x SIDE pixels, of which the inner OUT x OUT belong to it alone: F(4x4, 3x3) for float32, and for bfloat16
-// F(2x2, 3x3), whose transforms amplify rounding less. A plane holds one of the PLANES = SIDE x SIDE places of all tiles.
-// A convolution is one matrix product per plane. Operands are arrays of 32-bit elements: a float, or two bfloat16 that follow
-// each other along the summed dimension, as the processor's dot product takes them.
+// A tile has SIDE x SIDE pixels. Neighbouring tiles overlap, and the inner OUT x OUT pixels of a tile belong to no other tile.
+// float32 uses F(4x4, 3x3). bfloat16 uses F(2x2, 3x3), whose transforms amplify rounding less. A plane holds one of the
+// PLANES = SIDE x SIDE places of all transformed tiles. A convolution is one matrix product per plane.
 //
-// With AMX, matrix instructions for bfloat16, convolutions are direct: nothing is transformed, and a plane holds one of the
-// side x side weights of all kernels. `side` is 3, or 1 for products.
+// The operands of products are arrays of 32-bit elements. An element is a float, or two bfloat16 numbers that follow each other
+// along the summed dimension, as the processor's dot product expects them.
+//
+// With AMX (matrix instructions for bfloat16), convolutions are direct. Nothing is transformed, and a plane holds one of the
+// side x side weights of all kernels. `side` is 3, or 1 for 1x1 convolutions and linear layers.
 
 #include <string.h>
 #ifdef BFLOAT16
@@ -27,7 +29,7 @@ enum { LANES = 16, ROWS = 12 };
 #else
 enum { LANES = 8, ROWS = 6 };
 #endif
-enum { PANEL = 2 * LANES }; // columns of a panel: the second operand of a product is stored panel by panel
+enum { PANEL = 2 * LANES }; // columns of a panel. The second operand of a product is stored panel by panel.
 typedef float wide __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float element __attribute__((may_alias));
 
@@ -50,7 +52,7 @@ ALWAYS void store(number *p, vec value)
   _mm_storeu_si128((__m128i *)p, rounded(value));
 }
 
-// Stores 8 elements, each from one number of `first` and one of `second`.
+// Stores 8 elements. Each element pairs a number of `first` with a number of `second`. (In float32, `first` alone is stored.)
 ALWAYS void store_pairs(element *p, vec first, vec second)
 {
   __m256i low = _mm256_cvtepu16_epi32(rounded(first)), high = _mm256_cvtepu16_epi32(rounded(second));
@@ -63,7 +65,8 @@ ALWAYS wide multiply_add(const element *a, const element *b, wide sum)
   return (wide)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)_mm512_loadu_ps(b));
 }
 
-// B^T, G, A^T, A and G^T of F(2x2, 3x3), at the points 0, 1, -1 and infinity: Lavin & Gray 2016, section 4.
+// The transforms of F(2x2, 3x3), at the points 0, 1, -1 and infinity (Lavin & Gray 2016, section 4), in this order:
+// B^T for inputs, G for kernels, A^T for outputs, A for gradients of outputs, G^T for gradients of kernels.
 ALWAYS void transform_input(const vec *d, vec *o)
 {
   o[0] = d[0] - d[2];
@@ -125,7 +128,8 @@ ALWAYS wide multiply_add(const element *a, const element *b, wide sum)
   return sum + *a * *(const wide *)b;
 }
 
-// B^T, G, A^T, A and G^T of F(4x4, 3x3), at the points 0, 1, -1, 2, -2 and infinity: Lavin & Gray 2016, section 4.
+// The transforms of F(4x4, 3x3), at the points 0, 1, -1, 2, -2 and infinity (Lavin & Gray 2016, section 4), in this order:
+// B^T for inputs, G for kernels, A^T for outputs, A for gradients of outputs, G^T for gradients of kernels.
 ALWAYS void transform_input(const vec *d, vec *o)
 {
   vec p = d[4] - 4 * d[2], q = d[3] - 4 * d[1], r = d[4] - d[2], s = 2 * (d[3] - d[1]);
@@ -186,7 +190,7 @@ ALWAYS long panels(long columns) { return (columns + PANEL - 1) / PANEL; }
 #ifndef AMX
 enum { PLANES = SIDE * SIDE };
 
-// The images of a convolution and their tiles.
+// The size of a convolution's images, and how many tiles each image has down and across.
 typedef struct {
   long height, width, channels, down, across;
 } shape;
@@ -196,7 +200,8 @@ ALWAYS shape shape_of(long height, long width, long channels)
   return (shape){height, width, channels, (height + OUT - 1) / OUT, (width + OUT - 1) / OUT};
 }
 
-// Finds the pixels of a tile with a border around it, `side` each way; those outside the image are null.
+// Finds the addresses of the side x side pixels of a tile, which starts `border` pixels above and to the left of its own
+// OUT x OUT pixels. Pixels outside the image get a null pointer.
 ALWAYS void find_pixels(const number *images, shape s, long tile, int side, int border, const number *pixels[SIDE][SIDE])
 {
   long left = OUT * (tile % s.across) - border, top = OUT * (tile / s.across % s.down) - border;
@@ -209,7 +214,7 @@ ALWAYS void find_pixels(const number *images, shape s, long tile, int side, int 
     }
 }
 
-// Transforms 8 channels, from c on, of the pixels of a tile: columns, then rows, each to SIDE places.
+// Transforms 8 channels, from channel c on, of the side x side pixels of a tile to SIDE x SIDE places: columns, then rows.
 ALWAYS void transformed_tile(const number *pixels[SIDE][SIDE], long c, int side, void (*transform)(const vec *, vec *),
                              vec places[PLANES])
 {
@@ -225,8 +230,8 @@ ALWAYS void transformed_tile(const number *pixels[SIDE][SIDE], long c, int side,
     transform(half[i], places + SIDE * i);
 }
 
-// Sets m to a product of `rows` rows and of 1 or 2 vectors of columns, or adds the product to m:
-// m[i][j] = sum over p of a[i * row + p * step] * b[p][j]. A row of b is PANEL wide.
+// Sets m to the product of `rows` rows of a and 1 or 2 vectors of columns of b, or adds the product to m if `add`:
+// m[i][j] = sum over p < length of a[i * row + p * step] * b[p][j]. A row of b has PANEL columns, a row of m has m_row.
 ALWAYS void product(const int rows, const int vectors, const element *a, long row, long step, const element *b, long length,
                     float *m, long m_row, int add)
 {
@@ -258,7 +263,7 @@ ALWAYS void rows_of_products(const int vectors, const element *a, long row, long
     product(1, vectors, a, row, step, b, length, m, m_row, add);
 }
 
-// The same for any number of rows, and for one panel, of which only the first `columns` are needed.
+// Computes `product` for any number of rows and for one panel of b, of which only the first `columns` columns are needed.
 static void products(const element *a, long row, long step, const element *b, long length, float *m, long m_row, long rows,
                      long columns, int add)
 {
@@ -272,7 +277,7 @@ static void products(const element *a, long row, long step, const element *b, lo
 
 ALWAYS float total_of(vec v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
 
-// Transposes 8 vectors in place.
+// Transposes an 8 x 8 matrix, given as 8 vectors, in place.
 ALWAYS void transpose(vec r[8])
 {
   vec s[8];
@@ -297,15 +302,15 @@ ALWAYS void transpose(vec r[8])
 long by_matrices(void) { return 1; }
 
 #ifndef POSITIONS
-#define POSITIONS 256 // whose pixels are copied at a time: a multiple of STEP
+#define POSITIONS 256 // positions in a block, whose pixels are copied together: a multiple of STEP
 #endif
-enum { TILE = 16, STEP = 32 }; // rows of a tile, and numbers in each
+enum { TILE = 16, STEP = 32 }; // rows of an AMX tile, and bfloat16 numbers in each row
 
-// Rounds up to what tiles hold. The operands have zeros beyond the channels.
+// Rounds a number of channels or positions up to a multiple of STEP. The operands have zeros beyond the channels.
 ALWAYS long stepped(long summed) { return (summed + STEP - 1) / STEP * STEP; }
 
-// The positions of all pixels in a row. If kernels have a side of 3, a zero follows each line of an image, and a line of zeros
-// each image (`gap` = 1), so that the pixel at (dy, dx) from another one is always dy * (width + 1) + dx positions away.
+// The positions of all pixels, counted through. For 3x3 kernels (`gap` = 1), a zero follows each line of an image, and a line of
+// zeros follows each image. So the neighbour of a pixel at (dy, dx) is always dy * (width + 1) + dx positions away.
 typedef struct {
   long images, height, width, gap;
 } shape;
@@ -314,7 +319,7 @@ ALWAYS long positions(shape s) { return s.images * (s.height + s.gap) * (s.width
 ALWAYS long halo(long width, long side) { return side == 1 ? 0 : width + 2; }
 ALWAYS long distance(int plane, shape s) { return s.gap ? (plane / 3 - 1) * (s.width + 1) + plane % 3 - 1 : 0; }
 
-// Returns the number of a position's pixel, or -1 where there is none.
+// Returns the index of the pixel at a position, or -1 for the zeros between pixels and outside the images.
 ALWAYS long pixel(shape s, long position)
 {
   if (!s.gap)
@@ -323,7 +328,7 @@ ALWAYS long pixel(shape s, long position)
   return position < 0 || x == s.width || y == s.height || image >= s.images ? -1 : (image * s.height + y) * s.width + x;
 }
 
-// Lets this thread use its eight tiles, of 16 rows of 64 bytes each, until _tile_release.
+// Configures this thread's eight tiles, with 16 rows of 64 bytes each. The thread must call _tile_release at the end.
 ALWAYS void configure(void)
 {
   struct {
@@ -335,10 +340,11 @@ ALWAYS void configure(void)
     tiles.bytes[i] = 64;
     tiles.rows[i] = TILE;
   }
-  __asm__ volatile("ldtilecfg %0" ::"m"(tiles)); // GCC 12's own function names only a part of what it reads
+  __asm__ volatile("ldtilecfg %0" ::"m"(tiles)); // GCC 12's own function declares only a part of the memory that it reads
 }
 
-// Adds a product to tiles 0 ... 3, which hold 32 x 32 sums: of STEP numbers in rows of a, `row` numbers apart, and columns of b.
+// Adds a product to tiles 0 ... 3, which hold 32 x 32 sums: 32 rows of a times 32 columns of b, summed over STEP numbers. The
+// rows of a are `row` numbers apart.
 ALWAYS void multiply_tiles(const number *a, long row, const element *b)
 {
   _tile_loadd(4, a, row * sizeof(number));
@@ -368,7 +374,8 @@ ALWAYS void load_tiles(const float *sums)
   _tile_loadd(3, sums + TILE * PANEL + TILE, PANEL * sizeof(float));
 }
 
-// Sets tiles 0 ... 3. The compiler may move no store to memory beyond this: it does not know what loads of tiles read.
+// Sets tiles 0 ... 3 to zero. The barrier keeps the compiler from moving stores past later loads of tiles, since the compiler
+// does not know which memory these loads read.
 ALWAYS void zero_tiles(void)
 {
   __asm__ volatile("" ::: "memory");
@@ -378,7 +385,7 @@ ALWAYS void zero_tiles(void)
   _tile_zero(3);
 }
 
-// Elements in which a thread copies a block of positions, and their pixels' numbers: whole cache lines.
+// Returns the elements that a thread needs to copy a block of positions and the indices of their pixels, in whole cache lines.
 ALWAYS long space_of_block(long width, long c, long side)
 {
   return ((POSITIONS + 2 * halo(width, side) + 2 * TILE) * ((stepped(c) + STEP) / PER + 1) + 15) / 16 * 16;
@@ -392,9 +399,9 @@ long kernel_elements(long summed, long columns, long side)
   return side * side * panels(columns) * stepped(summed) / PER * PANEL;
 }
 
-// Copies kernels w, [k][side][side][c], to planes of panels, [side * side][panels][stepped(c) / PER][PANEL] elements, summed over
-// c. If `turned`, the kernels are turned by 180 degrees and summed over k instead, which convolves gradients of y to gradients
-// of x.
+// Copies kernels w, [k][side][side][c], to planes of panels, [side * side][panels][stepped(c) / PER][PANEL] elements. Products
+// with the planes sum over c. If `turned`, the kernels are turned by 180 degrees and products sum over k. Turned kernels convolve
+// gradients of y to gradients of x.
 void kernel_planes(const float *w, element *planes, long c, long k, long side, long turned)
 {
   long count = side * side, sums = stepped(turned ? k : c), parts = panels(turned ? c : k);
@@ -471,9 +478,10 @@ long space_for_gradients(long width, long c, long k, long side)
          2 * pairs_in_block(width, side) * panels(c) * PANEL;
 }
 
-// Computes the gradients of kernels, [k][side][side][c], and of the bias from x and the gradients of y: for each plane, the sum
-// over all pixels of the product of the gradient and of x at that distance. x is kept as pairs of pixels twice, from even and from odd positions on.
-// `space` holds space_for_gradients elements.
+// Computes the gradients of kernels, [k][side][side][c], and of the bias from x and the gradients of y. For each plane, the
+// gradient of y at each pixel is multiplied by x at the plane's distance, and summed over all pixels. Elements hold pairs of
+// pixels, so x is stored twice: in pairs that start at even positions, and in pairs that start at odd positions. `space` holds
+// space_for_gradients elements.
 void kernel_gradients(const number *x, const number *gradient, float *of_kernels, float *of_bias, float *space, long images,
                       long height, long width, long c, long k, long side)
 {
@@ -555,8 +563,8 @@ void kernel_gradients(const number *x, const number *gradient, float *of_kernels
 long by_matrices(void) { return 0; }
 
 #ifndef BLOCK
-#define BLOCK 48   // tiles that each thread transforms at a time, to stay in its cache
-#define SUMMED 512 // tiles that gradients of kernels are summed over at a time: an even number
+#define BLOCK 48   // tiles that each thread transforms at a time, so that they stay in its cache
+#define SUMMED 512 // tiles over which gradients of kernels are summed at a time: an even number
 #endif
 
 // Returns the elements of the result of kernel_planes.
@@ -572,9 +580,9 @@ long space_for_gradients(long width, long c, long k, long side)
   return PLANES * (c * panels(k) * PANEL + SUMMED / PER * (c + 16 + panels(k) * PANEL));
 }
 
-// Transforms kernels w, [k][3][3][c], to planes of panels, G w G^T: [PLANES][panels][c / PER][PANEL] elements, summed
-// over c. If `turned`, the kernels are turned by 180 degrees and summed over k instead: [PLANES][panels][k / PER][PANEL],
-// which convolves gradients of y to gradients of x.
+// Transforms kernels w, [k][3][3][c], to planes of panels, G w G^T: [PLANES][panels][c / PER][PANEL] elements. Products with
+// the planes sum over c. If `turned`, the kernels are turned by 180 degrees and products sum over k. The result then has
+// [PLANES][panels][k / PER][PANEL] elements. Turned kernels convolve gradients of y to gradients of x.
 void kernel_planes(const float *w, element *planes, long c, long k, long side, long turned)
 {
   long sums = turned ? k : c, columns = turned ? c : k, size = sums / PER * PANEL;
@@ -668,8 +676,8 @@ void convolve(const number *x, const element *kernels, const float *bias, const 
   }
 }
 
-// Returns the gradients of kernels, [k][3][3][c], from those of their planes: G^T total G. A row of a plane is a channel of x.
-// Called by all threads.
+// Computes the gradients of kernels, [k][3][3][c], from the gradients of their planes: G^T total G. A row of a plane belongs to a
+// channel of x. All threads must call this function.
 ALWAYS void return_kernels(const float *total, float *of_kernels, long c, long k)
 {
   long columns = panels(k) * PANEL;
@@ -700,8 +708,8 @@ ALWAYS void return_kernels(const float *total, float *of_kernels, long c, long k
     }
 }
 
-// Computes the gradients of kernels, [k][3][3][c], and of the bias from x and the gradients g of y: G^T u G, where u is the sum over all tiles
-// of the products of the transformed x and A g A^T. `space` holds space_for_gradients elements.
+// Computes the gradients of kernels, [k][3][3][c], and of the bias from x and the gradients g of y. The gradient of kernels is
+// G^T u G. Here u is the sum, over all tiles, of the transformed x times A g A^T. `space` holds space_for_gradients elements.
 void kernel_gradients(const number *x, const number *gradient, float *of_kernels, float *of_bias, float *space, long images,
                       long height, long width, long c, long k, long side)
 {
@@ -759,7 +767,7 @@ void kernel_gradients(const number *x, const number *gradient, float *of_kernels
 #endif
 
 #ifdef BFLOAT16
-// 1 / (1 + exp(-x)) with relative error 1e-4. The exponential is 2^n 2^r, the latter by a polynomial in r.
+// Returns 1 / (1 + exp(-x)) with relative error 1e-4. The exponential is 2^n 2^r, with 2^r from a polynomial in r.
 ALWAYS vec sigmoid(vec x)
 {
   vec power = x * -1.44269504f, n = (vec)_mm256_roundscale_ps((__m256)power, 0), r = power - n;
@@ -767,8 +775,8 @@ ALWAYS vec sigmoid(vec x)
   return (vec)_mm256_rcp14_ps((__m256)(1 + (vec)_mm256_scalef_ps((__m256)p, (__m256)n)));
 }
 #else
-// 1 / (1 + exp(-x)) with relative error 3e-7; x is clamped to -88 ... 87. The exponential is 2^n exp(r), r = -x - n ln 2, the
-// latter by a polynomial in r.
+// Returns 1 / (1 + exp(-x)) with relative error 3e-7; x is clamped to -88 ... 87. The exponential is 2^n exp(r) with
+// r = -x - n ln 2, and exp(r) comes from a polynomial in r.
 ALWAYS vec sigmoid(vec x)
 {
   vec low = (vec){0} - 87, high = (vec){0} + 88;
@@ -786,13 +794,13 @@ ALWAYS vec sigmoid(vec x)
 }
 #endif
 
-enum { RUN = 16 }; // pixels that are summed in single precision; longer sums are in double precision
+enum { RUN = 16 }; // pixels that are summed in single precision. Sums of these sums are in double precision.
 
-// Returns 8 values of a shift, which is zero where it is null.
+// Returns 8 values of a shift, or zeros if the shift is null.
 ALWAYS vec shift_of(const float *shift, long c) { return shift ? *(const vec *)(shift + c) : (vec){0}; }
 
-// Computes y, like x of shape N,P,C: x plus a shift, [N][C] or null, group-normalised, and unless `linear` its swish. Keeps the mean and the inverse of
-// the deviation of each group in `moments`, [N][groups][2].
+// Computes y from x, both [N][P][C]: adds a shift, [N][C] or null, then applies group normalisation and, unless `linear`, swish.
+// Stores the mean and the inverse deviation of each group in `moments`, [N][groups][2].
 void normalised(const number *x, const float *shift, const float *weight, const float *bias, number *y, float *moments,
                 long images, long pixels, long channels, long groups, double eps, long linear)
 {
@@ -844,7 +852,7 @@ void normalised(const number *x, const float *shift, const float *weight, const 
   }
 }
 
-// The derivative of swish at z, times g; or g itself if `linear`.
+// Returns the derivative of swish at z, times g. If `linear`, returns g itself.
 ALWAYS vec swish_gradient(vec z, vec g, long linear)
 {
   if (linear)
@@ -853,8 +861,8 @@ ALWAYS vec swish_gradient(vec z, vec g, long linear)
   return g * part * (1 + z * (1 - part));
 }
 
-// Computes the gradients of x, and for each image of the weights, biases and shift, [N][3][C], from `gradient`, that of y. With xhat
-// for the normalised x and d for the gradient of weight * xhat + bias, the gradient of x is the inverse deviation times
+// Computes gradients from `gradient`, the gradient of y: of x, and for each image of the weights, biases and shift, [N][3][C].
+// Let xhat be the normalised x, and d the gradient of weight * xhat + bias. The gradient of x is the inverse deviation times
 // weight * d - mean(weight * d) - xhat * mean(weight * d * xhat), where means are over the group.
 void normalised_gradients(const number *x, const float *shift, const number *gradient, const float *weight, const float *bias,
                           const float *moments, number *of_x, float *of_parameters, long images, long pixels, long channels, long groups, long linear)
@@ -917,7 +925,7 @@ void normalised_gradients(const number *x, const float *shift, const number *gra
   }
 }
 
-// Mixes the bits of 8 numbers, so that those of consecutive numbers look random.
+// Mixes the bits of 8 numbers, so that the results for consecutive numbers look random.
 ALWAYS uvec mixed(uvec x)
 {
   x = (x ^ (x >> 16)) * 0x7feb352du;
@@ -925,8 +933,8 @@ ALWAYS uvec mixed(uvec x)
   return x ^ (x >> 16);
 }
 
-// Sets y to x, of which each number is replaced by 0 with probability `rate`, and divided by 1 - rate otherwise. Whether number i
-// is kept is a function of first + i and the seed alone, so a second call does the same to gradients.
+// Applies dropout: each number of y is 0 with probability `rate`, and otherwise the number of x divided by 1 - rate. Whether
+// number i is kept depends only on first + i and the seed. So a second call applies the same mask to gradients.
 void dropped(const number *x, number *y, long count, long first, long seed, double rate)
 {
   unsigned least = (unsigned)(rate * 4294967296.0), low = (unsigned)seed, high = (unsigned)(seed >> 32);

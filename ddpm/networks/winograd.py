@@ -1,13 +1,15 @@
-"""Compiles a network for its device: torch.compile on a GPU, and C code of our own on a CPU.
+"""Compiles a network for its device: with torch.compile on a GPU, and with this project's C code on a CPU.
 
-The C code (winograd.c) holds convolutions, group normalisation with swish, and dropout, with their gradients. This machine's C
-compiler compiles it once for float32, and once for bfloat16 if the processor multiplies bfloat16 numbers (AVX512_BF16).
+The C code (winograd.c) has convolutions, group normalisation with swish, and dropout, each with gradients. This machine's C
+compiler compiles the code once for float32, and once for bfloat16 if the processor multiplies bfloat16 numbers (AVX512_BF16).
 
-In float32, F(4x4, 3x3) takes 36 multiplications per pair of channels for 4x4 outputs instead of 144 (Lavin & Gray 2016,
-section 4). Its outputs differ from those of a direct convolution by about 3e-6 of their size. In bfloat16, which torch's
-autocast chooses, F(2x2, 3x3) takes 16 instead of 36: its transforms keep the rounding near that of a direct convolution.
-On processors with AMX (matrix instructions for bfloat16), convolutions in bfloat16 are direct, without Winograd's method, and
-linear layers use the same products of matrices.
+Convolutions use Winograd's method (Lavin & Gray 2016, section 4). In float32, F(4x4, 3x3) takes 36 multiplications per pair of
+channels for 4x4 outputs, instead of 144. The outputs differ from those of a direct convolution by about 3e-6 of their size.
+In bfloat16, under torch's autocast, F(2x2, 3x3) takes 16 multiplications for 2x2 outputs, instead of 36. The transforms of
+F(2x2, 3x3) round hardly more than a direct convolution does.
+
+On processors with AMX (matrix instructions for bfloat16), convolutions in bfloat16 are direct, without Winograd's method. Linear
+layers then use the same matrix products.
 """
 
 from __future__ import annotations
@@ -36,42 +38,43 @@ from ddpm.networks.layers import AddingConvolution, NormSwish, SharedDropout
 SOURCE = Path(__file__).with_name("winograd.c")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-Wno-psabi")
 WIDE = 8  # channels in a vector of the C code
-# Convolutions of fewer pixels are left to torch: too little work for reading the transformed kernel, or for transforming it anew
-# at each step of a training.
+# Convolutions of fewer pixels are left to torch: to read the transformed kernel would cost more than it saves (FEW). Each step of
+# a training must also transform the kernel again (FEW_TRAINED).
 FEW, FEW_TRAINED = 128, 256
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 class NoCompiler(RuntimeError):
-    """There is no C compiler, or it failed, or its library cannot be kept or loaded."""
+    """There is no C compiler, or the compiler failed, or the compiled library cannot be kept or loaded."""
 
 
 def compiled(net: Network, dynamic: bool | None = None) -> Network:
     """Returns a faster form of the network: on a GPU from torch.compile, on a CPU the network itself, changed in place.
 
     Parameters, gradients and state_dict stay the same. On a CPU, inputs in channels_last are faster, and the
-    first call compiles the C code in about 2 s. torch.compile gets `dynamic`. Raises NoCompiler.
+    first call compiles the C code in about 2 s. `dynamic` is passed to torch.compile. Raises NoCompiler.
     """
     device = next(net.parameters()).device
     if device.type == "cuda":
-        _compiler(("gcc", "clang"))  # Triton needs one; torch.compile would fail only when the network is first called
+        # Triton needs a compiler. Without this check, torch.compile would fail only when the network is first called.
+        _compiler(("gcc", "clang"))
     if device.type != "cpu":
         return torch.compile(net, dynamic=dynamic)  # type: ignore[return-value]
     _library(torch.float32)
     if multiplies_bfloat16():
         _library(torch.bfloat16)
     for module in net.modules():
-        module.__class__ = _faster(module)
+        module.__class__ = _faster_class(module)
     return net
 
 
-def _faster(module: nn.Module) -> type[nn.Module]:
-    """Returns the class below that computes what `module` does, or its own class."""
+def _faster_class(module: nn.Module) -> type[nn.Module]:
+    """Returns the class of this file that computes the same as the module, or the module's own class if there is none."""
     faster: dict[type[nn.Module], type[nn.Module]] = {nn.Dropout: Dropout, SharedDropout: DropoutOfRows}
-    if isinstance(module, nn.Conv2d) and _suits(module, 3):
+    if isinstance(module, nn.Conv2d) and _is_plain(module, 3):
         faster |= {nn.Conv2d: Convolution, AddingConvolution: ConvolutionOnto}
-    elif isinstance(module, nn.Conv2d) and _suits(module, 1):
+    elif isinstance(module, nn.Conv2d) and _is_plain(module, 1):
         faster |= {nn.Conv2d: Pointwise}
     elif isinstance(module, nn.GroupNorm) and module.num_channels % WIDE == 0:
         faster |= {nn.GroupNorm: Normalisation, NormSwish: NormalisedSwish}
@@ -82,19 +85,19 @@ def _faster(module: nn.Module) -> type[nn.Module]:
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Returns whether the C code computes in bfloat16 here: the processor has AVX512_BF16."""
-    return "avx512_bf16" in _processor().split() and not _narrow()
+    """Returns whether the C code computes in bfloat16 on this machine, which needs AVX512_BF16."""
+    return "avx512_bf16" in _processor().split() and not _avx512_disabled()
 
 
-def _narrow() -> bool:
-    """Returns whether ATEN_CPU_CAPABILITY keeps torch, and so the C code, from the processor's AVX-512."""
+def _avx512_disabled() -> bool:
+    """Returns whether the processor has AVX-512, but ATEN_CPU_CAPABILITY tells torch not to use it. The C code follows."""
     return "avx512f" in _processor().split() and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 @cache
 def _may_use_amx() -> bool:
-    """Asks Linux for AMX, the processor's matrix instructions, which every process must do before it uses them."""
-    if "amx_bf16" not in _processor().split() or _narrow():
+    """Asks Linux for permission to use AMX, the processor's matrix instructions. Every process must ask before using them."""
+    if "amx_bf16" not in _processor().split() or _avx512_disabled():
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
@@ -102,23 +105,23 @@ def _may_use_amx() -> bool:
 
 def uses_amx() -> bool:
     """Returns whether the C code computes with AMX in bfloat16."""
-    return _by_matrices(torch.bfloat16)
+    return _computes_with_amx(torch.bfloat16)
 
 
-def _by_matrices(dtype: torch.dtype | None) -> bool:
-    """Returns whether the C code computes with AMX in this type. It then computes 1x1 convolutions and linear layers too."""
+def _computes_with_amx(dtype: torch.dtype | None) -> bool:
+    """Returns whether the C code computes with AMX in this type. If so, it also does 1x1 convolutions and linear layers."""
     return dtype == torch.bfloat16 and multiplies_bfloat16() and bool(_library(dtype).by_matrices())
 
 
-def _suits(layer: nn.Conv2d, size: int) -> bool:
-    """Returns whether a layer is a plain convolution with a kernel of that size that keeps the image's size."""
+def _is_plain(layer: nn.Conv2d, side: int) -> bool:
+    """Returns whether a layer is a plain side x side convolution that keeps the image's size and suits the C code."""
     shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
-    wide = size == 1 or (layer.in_channels % WIDE == 0 and layer.out_channels % WIDE == 0)
-    return shape == ((size, size), (1, 1), (size // 2, size // 2), (1, 1), 1, "zeros") and wide
+    whole_vectors = side == 1 or (layer.in_channels % WIDE == 0 and layer.out_channels % WIDE == 0)
+    return shape == ((side, side), (1, 1), (side // 2, side // 2), (1, 1), 1, "zeros") and whole_vectors
 
 
-def _number(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """Returns the type in which the C code computes on x; None if it cannot: autocast decides, else x."""
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """Returns the type in which the C code computes on x: autocast's type, or else the type of x. None if it cannot."""
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     if weight.dtype != torch.float32 or x.dtype not in (torch.float32, dtype):
@@ -130,59 +133,67 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-class _Kept(nn.Module):
-    """Keeps its transformed kernel between calls that need no gradients."""
+class _CachesKernel(nn.Module):
+    """A layer that keeps its transformed kernel between calls that need no gradients."""
 
-    # The key of a transformed kernel (type, version and address of the weight), the kernel, and the weight. Keeping the weight
-    # keeps its address from being used by another one.
-    _known: tuple[Any, Tensor, Tensor] | None = None
+    # A key (type, version and address of the weight), the kernel transformed from this weight, and the weight. The reference
+    # to the weight prevents another tensor from getting the same address.
+    _cached: tuple[Any, Tensor, Tensor] | None = None
 
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None) -> Tensor:
-        """Convolves x [N, C, H, W] with weight [K, C, side, side], and adds the bias and `onto`."""
+        """Convolves x [N, C, H, W] with a weight, and adds a bias and a tensor.
+
+        Args:
+            x: the images, in the type of the computation.
+            weight: [K, C, side, side].
+            bias: [K], or None.
+            onto: a tensor like the result, [N, K, H, W], or None.
+        """
         if _needs_gradient(x, weight, bias, onto):
             return _Convolved.apply(x, weight, bias, onto)
-        state = (x.dtype, None if weight.is_inference() else weight._version, weight.data_ptr())
-        if self._known is None or self._known[0] != state:
-            self._known = (state, _kernel(weight, x.dtype, keep=True), weight.detach())
-        return _convolve(x, self._known[1], bias, onto, *weight.shape[::2])
+        key = (x.dtype, None if weight.is_inference() else weight._version, weight.data_ptr())
+        if self._cached is None or self._cached[0] != key:
+            self._cached = (key, _transformed_kernel(weight, x.dtype, keep=True), weight.detach())
+        return _convolve(x, self._cached[1], bias, onto, *weight.shape[::2])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_known"}
+        """Leaves the transformed kernel out of copies and pickles."""
+        return {name: value for name, value in self.__dict__.items() if name != "_cached"}
 
 
-class Convolution(_Kept, nn.Conv2d):
+class Convolution(_CachesKernel, nn.Conv2d):
     """A 3x3 convolution, padded by one."""
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        dtype = _number(x, self.weight)
-        few = 1 if _by_matrices(dtype) else FEW_TRAINED if _needs_gradient(x, self.weight) else FEW
+        dtype = _compute_dtype(x, self.weight)
+        fewest = 1 if _computes_with_amx(dtype) else FEW_TRAINED if _needs_gradient(x, self.weight) else FEW
         fits = onto is None or onto.shape == (len(x), self.out_channels, *x.shape[2:])
-        if dtype is None or x[:, 0].numel() < few or not fits:
+        if dtype is None or x[:, 0].numel() < fewest or not fits:
             y = nn.Conv2d.forward(self, x)
             return y if onto is None else onto + y
         return self._convolved(x.to(dtype), self.weight, self.bias, None if onto is None else onto.to(dtype))
 
 
 class ConvolutionOnto(Convolution, AddingConvolution):
-    """The same, added to a tensor."""
+    """A 3x3 convolution, padded by one, whose result is added to a tensor."""
 
 
-class Pointwise(_Kept, nn.Conv2d):
-    """A 1x1 convolution as one matrix product, which is faster than oneDNN's convolution, above all for gradients."""
+class Pointwise(_CachesKernel, nn.Conv2d):
+    """A 1x1 convolution as one matrix product. This is faster than oneDNN's convolution, above all for gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = _number(x, self.weight)
-        if _by_matrices(dtype) and self.in_channels % WIDE == self.out_channels % WIDE == 0 and x.numel():
+        dtype = _compute_dtype(x, self.weight)
+        if _computes_with_amx(dtype) and self.in_channels % WIDE == self.out_channels % WIDE == 0 and x.numel():
             return self._convolved(x.to(dtype), self.weight, self.bias)
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-class Linear(_Kept, nn.Linear):
-    """A linear layer, as a 1x1 convolution of an image one pixel high."""
+class Linear(_CachesKernel, nn.Linear):
+    """A linear layer, computed as a 1x1 convolution of an image one pixel high."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = _number(x, self.weight)
-        if not _by_matrices(dtype) or not x.numel():
+        dtype = _compute_dtype(x, self.weight)
+        if not _computes_with_amx(dtype) or not x.numel():
             return super().forward(x)
         rows = x.to(dtype).reshape(1, 1, -1, self.in_features).permute(0, 3, 1, 2)
         y = self._convolved(rows, self.weight[:, :, None, None], self.bias)
@@ -190,22 +201,22 @@ class Linear(_Kept, nn.Linear):
 
 
 class Normalisation(nn.GroupNorm):
-    """Group normalisation in two passes over the images, and two for its gradients."""
+    """Group normalisation in two passes over the images, and two passes for the gradients."""
 
     linear = True
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = _number(x, self.weight)
+        dtype = _compute_dtype(x, self.weight)
         return super().forward(x) if dtype is None else _normalised(self, x.to(dtype), None)
 
 
 class NormalisedSwish(NormSwish):
-    """The same, preceded by a shift and followed by swish in the same passes."""
+    """Group normalisation after a shift and before swish, all in the passes of `Normalisation`."""
 
     linear = False
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        dtype = _number(x, self.weight)
+        dtype = _compute_dtype(x, self.weight)
         if dtype is None:
             return super().forward(x, shift)
         if shift is not None:
@@ -214,7 +225,7 @@ class NormalisedSwish(NormSwish):
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose random numbers are made where they are used. torch's global generator draws the seed of each call."""
+    """Dropout that computes its random numbers in the same pass. torch's global generator draws the seed of each call."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype if x.dtype == torch.bfloat16 and multiplies_bfloat16() else torch.float32
@@ -225,7 +236,7 @@ class Dropout(nn.Dropout):
 
 
 class DropoutOfRows(Dropout, SharedDropout):
-    """The same for one of several processes."""
+    """`Dropout` for one of several processes that share each batch (see `SharedDropout`)."""
 
 
 class _Convolved(torch.autograd.Function):
@@ -233,25 +244,26 @@ class _Convolved(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None) -> Tensor:
         x = _channels_last(x)
         ctx.save_for_backward(x, weight)
-        return _convolve(x, _kernel(weight, x.dtype), bias, onto, *weight.shape[::2])
+        return _convolve(x, _transformed_kernel(weight, x.dtype), bias, onto, *weight.shape[::2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gradient = _channels_last(gradients[0].to(x.dtype))
-        of_x, of_weight, of_bias, of_onto = ctx.needs_input_grad
-        turned = _kernel(weight, x.dtype, turned=True) if of_x else None
-        found = _kernel_gradients(x, gradient, weight.shape[2]) if of_weight or of_bias else (None, None)
+        x_wanted, weight_wanted, bias_wanted, onto_wanted = ctx.needs_input_grad
+        turned = _transformed_kernel(weight, x.dtype, turned=True) if x_wanted else None
+        sums = _kernel_gradients(x, gradient, weight.shape[2]) if weight_wanted or bias_wanted else (None, None)
         return (
             None if turned is None else _convolve(gradient, turned, None, None, *weight.shape[1:3]),
-            found[0],
-            found[1] if of_bias else None,
-            gradient if of_onto else None,
+            sums[0],
+            sums[1] if bias_wanted else None,
+            gradient if onto_wanted else None,
         )
 
 
 def _normalised(layer: Normalisation | NormalisedSwish, x: Tensor, shift: Tensor | None) -> Tensor:
+    """Applies a layer to x [N, C, H, W] and its shift [N, C], with gradients if any are needed."""
     arguments = x, shift, layer.weight, layer.bias, layer.num_groups, layer.eps, layer.linear
     return (
         _Normalised.apply(*arguments)
@@ -263,7 +275,17 @@ def _normalised(layer: Normalisation | NormalisedSwish, x: Tensor, shift: Tensor
 def _normalise(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, linear: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns the normalised x, and the mean and inverse deviation of each group, [N, groups, 2]."""
+    """Returns the normalised x, and the mean and inverse deviation of each group, [N, groups, 2].
+
+    Args:
+        x: [N, C, H, W].
+        shift: added to x before the normalisation, [N, C], or None.
+        weight: factors after the normalisation, [C].
+        bias: added after these factors, [C].
+        groups: the number of groups.
+        eps: added to the variances.
+        linear: False to apply swish at the end.
+    """
     x = _channels_last(x)
     y, moments = torch.empty_like(x), torch.empty(len(x), groups, 2)
     n, c, h, w = x.shape
@@ -286,12 +308,14 @@ class _Normalised(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, shift, weight, bias, moments = ctx.saved_tensors
         x, gradient = _channels_last(x), _channels_last(gradients[0].to(x.dtype))
-        of_x, of_others = torch.empty_like(x), torch.empty(len(x), 3, x.shape[1])
+        x_gradient, parameter_gradients = torch.empty_like(x), torch.empty(len(x), 3, x.shape[1])
         n, c, h, w = x.shape
-        arguments = (x, shift, gradient, weight, bias, moments, of_x, of_others, n, h * w, c, moments.shape[1])
+        results = (x_gradient, parameter_gradients)
+        arguments = (x, shift, gradient, weight, bias, moments, *results, n, h * w, c, moments.shape[1])
         _call(x.dtype, "normalised_gradients", *arguments, int(ctx.linear))
-        of_weight, of_bias = of_others[:, :2].sum(0)
-        return of_x, of_others[:, 2] if ctx.needs_input_grad[1] else None, of_weight, of_bias, None, None, None
+        weight_gradient, bias_gradient = parameter_gradients[:, :2].sum(0)
+        shift_gradient = parameter_gradients[:, 2] if ctx.needs_input_grad[1] else None
+        return x_gradient, shift_gradient, weight_gradient, bias_gradient, None, None, None
 
 
 class _Dropped(torch.autograd.Function):
@@ -307,6 +331,14 @@ class _Dropped(torch.autograd.Function):
 
 
 def _dropped(x: Tensor, first: int, seed: int, rate: float) -> Tensor:
+    """Applies dropout to x. A gradient goes through the same function, with the same mask.
+
+    Args:
+        x: any shape, in float32 or bfloat16.
+        first: index of the first element of x in the batch that all processes share.
+        seed: the seed of the mask.
+        rate: the probability of a zero.
+    """
     y = torch.empty_like(x)
     _call(x.dtype, "dropped", x, y, x.numel(), first, seed, rate)
     return y
@@ -320,18 +352,22 @@ _space = threading.local()
 
 
 def _buffer(name: str, elements: int) -> Tensor:
-    """Returns a buffer that later calls reuse: allocating costs more than what is computed in it."""
+    """Returns a float32 buffer that later calls reuse, since an allocation takes longer than the computation in the buffer."""
     buffers: dict[str, Tensor] = _space.__dict__
     if name not in buffers or buffers[name].numel() < elements:
-        with torch.inference_mode(False):  # a tensor of inference mode could not be used in training later
+        with torch.inference_mode(False):  # otherwise training could not use a buffer that sampling allocated
             buffers[name] = torch.empty(elements)
     return buffers[name]
 
 
-def _kernel(weight: Tensor, dtype: torch.dtype, turned: bool = False, keep: bool = False) -> Tensor:
-    """Transforms a kernel [K, C, side, side] for _convolve; `turned` for convolving gradients of y to gradients of x.
+def _transformed_kernel(weight: Tensor, dtype: torch.dtype, turned: bool = False, keep: bool = False) -> Tensor:
+    """Transforms a kernel for `_convolve`.
 
-    The next call overwrites the result, unless it is to be kept.
+    Args:
+        weight: [K, C, side, side].
+        dtype: the type in which the convolution computes.
+        turned: whether to turn the kernel, so that it convolves gradients of y to gradients of x.
+        keep: whether the result is kept. Otherwise the next call overwrites it.
     """
     library, (k, c, side, _) = _library(dtype), weight.shape
     elements = library.kernel_elements(*((k, c) if turned else (c, k)), side)
@@ -341,7 +377,19 @@ def _kernel(weight: Tensor, dtype: torch.dtype, turned: bool = False, keep: bool
 
 
 def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, onto: Tensor | None, channels: int, side: int) -> Tensor:
-    """Convolves x [N, C, H, W] with a transformed kernel: returns [N, channels, H, W] in channels_last."""
+    """Convolves x with a transformed kernel, and adds a bias and a tensor.
+
+    Args:
+        x: [N, C, H, W].
+        kernel: made by `_transformed_kernel`.
+        bias: [channels], or None.
+        onto: a tensor like the result, or None.
+        channels: channels of the result.
+        side: side of the kernel, 3 or 1.
+
+    Returns:
+        [N, channels, H, W] in channels_last.
+    """
     x, library = _channels_last(x), _library(x.dtype)
     n, c, h, w = x.shape
     y = torch.empty((n, channels, h, w), dtype=x.dtype, memory_format=torch.channels_last)
@@ -353,16 +401,26 @@ def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, onto: Tensor | Non
 
 
 def _kernel_gradients(x: Tensor, gradient: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of the weights [K, C, side, side], in channels_last, and bias, from `gradient`, that of y."""
+    """Returns the gradients of a convolution's weights and bias.
+
+    Args:
+        x: the input of the convolution, [N, C, H, W].
+        gradient: the gradient of the output, [N, K, H, W].
+        side: side of the kernel, 3 or 1.
+
+    Returns:
+        The gradients of the weights, [K, C, side, side] in channels_last, and of the bias, [K].
+    """
     library, (n, c, h, w), k = _library(x.dtype), x.shape, gradient.shape[1]
-    found, of_bias = torch.empty((k, c, side, side), memory_format=torch.channels_last), torch.empty(k)
+    weight_gradient = torch.empty((k, c, side, side), memory_format=torch.channels_last)
+    bias_gradient = torch.empty(k)
     space = _buffer("space", library.space_for_gradients(w, c, k, side))
-    _call(x.dtype, "kernel_gradients", x, gradient, found, of_bias, space, n, h, w, c, k, side)
-    return found, of_bias
+    _call(x.dtype, "kernel_gradients", x, gradient, weight_gradient, bias_gradient, space, n, h, w, c, k, side)
+    return weight_gradient, bias_gradient
 
 
 def _call(dtype: torch.dtype, name: str, *arguments: Any) -> None:
-    """Calls a C function for numbers of a type: passes tensors as addresses, ints as long and other numbers as double."""
+    """Calls a C function of the library for a type. Passes tensors as addresses, ints as long, other numbers as double."""
     converted: list[Any] = []
     for argument in arguments:
         if argument is None or isinstance(argument, Tensor):
@@ -376,11 +434,11 @@ def _call(dtype: torch.dtype, name: str, *arguments: Any) -> None:
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
     """Loads winograd.c, compiled for this processor and for float32 or bfloat16. Raises NoCompiler.
 
-    The library is kept beside torch.hub's folder and compiled again if it is damaged.
+    The compiled library is saved beside torch.hub's folder, and compiled again if the file is damaged.
     """
     flags = (
         *FLAGS,
-        *(("-mno-avx512f",) if _narrow() else ()),
+        *(("-mno-avx512f",) if _avx512_disabled() else ()),
         *(("-DBFLOAT16",) if dtype == torch.bfloat16 else ()),
         *(("-DMATRICES",) if _may_use_amx() else ()),
     )
@@ -390,27 +448,41 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     folder = Path(torch.hub.get_dir()).parent / "ddpm"
     name = f"native-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}"
     try:
-        found = _find_library(folder, name) or _compile_library(folder, name, [*compiler, *flags], threads)
-        library = ctypes.CDLL(str(found))
+        file = _find_library(folder, name) or _compile_library(folder, name, [*compiler, *flags], threads)
+        library = ctypes.CDLL(str(file))
         for function in (library.kernel_elements, library.space_to_convolve, library.space_for_gradients):
             function.restype = ctypes.c_long
         return library
-    except OSError as error:  # a full disk, or a folder that cannot be written to or run from
+    except OSError as error:  # a full disk, or a folder that cannot be written to or has no execute permission
         raise NoCompiler(f"the compiled library cannot be kept or loaded: {error}") from None
 
 
 def _find_library(folder: Path, name: str) -> Path | None:
-    """Returns the library of an earlier process, if its bytes have the hash in its file name."""
+    """Returns a library that an earlier process compiled, if the bytes of the file have the hash in the file's name."""
     return next((path for path in folder.glob(f"{name}-*.so") if path.name == f"{name}-{_digest(path)}.so"), None)
 
 
 def _compile_library(folder: Path, name: str, compiler: list[str], threads: str) -> Path:
-    """Compiles winograd.c. Returns the library's file. Raises NoCompiler or OSError."""
+    """Compiles winograd.c to a library.
+
+    Args:
+        folder: the folder of the library, created if it is missing.
+        name: the beginning of the file's name. A hash of the file's bytes follows.
+        compiler: the command of the C compiler, with flags.
+        threads: the OpenMP library to link, or "".
+
+    Returns:
+        The file of the library.
+
+    Raises:
+        NoCompiler: the compiler failed.
+        OSError: the file could not be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        compiled_file, library = Path(temporary) / "native.o", Path(temporary) / "native.so"
-        _run([*compiler, *(["-fopenmp"] if threads else []), "-c", str(SOURCE), "-o", str(compiled_file)])
-        _run([*compiler, "-shared", str(compiled_file), *([threads] if threads else []), "-o", str(library)])
+        object_file, library = Path(temporary) / "native.o", Path(temporary) / "native.so"
+        _run([*compiler, *(["-fopenmp"] if threads else []), "-c", str(SOURCE), "-o", str(object_file)])
+        _run([*compiler, "-shared", str(object_file), *([threads] if threads else []), "-o", str(library)])
         with library.open("rb") as file:
             os.fsync(file.fileno())
         return library.replace(folder / f"{name}-{_digest(library)}.so")
@@ -421,11 +493,11 @@ def _digest(path: Path) -> str:
 
 
 def _compiler(names: Sequence[str] = ("cc", "gcc")) -> list[str]:
-    """Returns the command that CC names, or else the first of `names` that is installed. Raises NoCompiler."""
-    named = shlex.split(os.environ.get("CC", ""))
-    command = named or [name for name in names if shutil.which(name)][:1]
+    """Returns the command in the variable CC, or else the first of `names` that is installed. Raises NoCompiler."""
+    from_variable = shlex.split(os.environ.get("CC", ""))
+    command = from_variable or [name for name in names if shutil.which(name)][:1]
     if not command or shutil.which(command[0]) is None:
-        raise NoCompiler(f"no C compiler found ({' '.join(named) or ', '.join([*names, 'or what CC names'])})")
+        raise NoCompiler(f"no C compiler found ({' '.join(from_variable) or ', '.join([*names, 'or what CC names'])})")
     return command
 
 
@@ -434,13 +506,13 @@ def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it printed no message"]
-        said = next((line for line in lines if "error" in line), lines[0])
-        raise NoCompiler(f"the C compiler failed: {said}")
+        message = next((line for line in lines if "error" in line), lines[0])
+        raise NoCompiler(f"the C compiler failed: {message}")
     return done.stdout
 
 
 def _openmp() -> str:
-    """Returns the OpenMP library that torch has loaded, or "". The C code is linked to it to share torch's threads."""
+    """Returns the OpenMP library that torch has loaded, or "". The C code links to the same library to share torch's threads."""
     maps = Path("/proc/self/maps")
     if maps.exists():
         for line in maps.read_text(encoding="utf-8").splitlines():
@@ -451,8 +523,8 @@ def _openmp() -> str:
 
 
 def _processor() -> str:
-    """Describes the processor and its features, which the compiled code depends on."""
+    """Returns a description of the processor and its features, on which the compiled code depends."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").partition("\n\n")[0].splitlines() if cpuinfo.exists() else []
-    named = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")  # on x86 and ARM
-    return "\n".join([platform.machine(), *(line for line in lines if line.startswith(named))])
+    fields = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")  # on x86 and ARM
+    return "\n".join([platform.machine(), *(line for line in lines if line.startswith(fields))])

@@ -1,6 +1,6 @@
-"""Determines the code, parameters and commit of a run, and lets DVC record only these.
+"""Determines the code, the parameters and the commit of a run, and lets DVC record nothing else.
 
-The computation of a stage does not belong here.
+Code that computes a stage's outputs does not belong here.
 """
 
 from ddpm.provenance import code as code  # imported first: hashes the files before other modules are imported

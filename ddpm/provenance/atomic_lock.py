@@ -1,10 +1,12 @@
-"""Replaces dvc.lock atomically: a kill leaves the old file or the new one, never half of it. The installed `dvc` uses this.
+"""Replaces dvc.lock atomically: a kill leaves the old file or the new one, never half of it.
 
-DVC itself empties the file and then writes all stages again (https://github.com/treeverse/dvc/issues/10629) with a parser that
-keeps comments. That takes half a second for 60 stages and a quarter of a minute for 300. DVC also parses and checks all stages
-three times in order to run one of them. This module reads the file without comments, since DVC writes none, parses only the
-stages that DVC looks at, and writes only the changed ones; the bytes are the same. Without this module, a kill during the
-write leaves a truncated file. The next command would mend that file, but DVC reads it before any verb runs, and may refuse it.
+The installed `dvc` command runs this module. DVC itself empties dvc.lock and then writes all stages again
+(https://github.com/treeverse/dvc/issues/10629), so a kill during the write leaves a truncated file. The next command would mend
+that file, but DVC reads the file before any verb runs, and may refuse it.
+
+This module is also faster. DVC writes with a parser that keeps comments, which takes half a second for 60 stages and a quarter of
+a minute for 300. To run one stage, DVC parses and checks all stages three times. This module parses only the stages that DVC
+looks at, without comments, since DVC writes none. It writes only the changed stages. The written bytes are the same.
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ Dump = Callable[[Any, Any], Any]
 def main() -> int:
     """Runs the DVC command in sys.argv.
 
-    Mends a dvc.lock that another DVC truncated, before DVC reads the file. Checks params.yaml before a pipeline runs, since
-    DVC removes the outputs of a stage, whose names come from params.yaml, before the stage's command could find the fault.
+    Mends a dvc.lock that another DVC truncated, before DVC reads the file. Checks params.yaml before a pipeline runs: params.yaml
+    names the outputs of a stage, and DVC removes these outputs before the stage's own command could find a fault.
     """
     from dvc.cli import main as dvc_main
 
     root = _root()
     try:
-        if (root / paths.CACHE).is_dir():  # a project of this package, where a command has run
+        if (root / paths.CACHE).is_dir():  # a project of this package in which a command has run
             lock_mending.check(root, partial(print, file=sys.stderr))
         if {"repro", "exp", "queue"} & set(sys.argv[1:]):
             _check_parameters(root)
@@ -51,14 +53,14 @@ def main() -> int:
 
 
 def _root() -> Path:
-    """Returns the top folder of the DVC repository that the command line selects; outside of a repository, the working folder."""
+    """Returns the top folder of the DVC repository that the command line selects, or the working folder if there is none."""
     given = sys.argv[sys.argv.index("--cd") + 1 :][:1] if "--cd" in sys.argv else []
     here = Path.cwd().joinpath(*given)
     return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
 
 
 def pipeline() -> Path | None:
-    """Returns the folder of the pipeline that the command line selects, or None if it is not a pipeline of this package."""
+    """Returns the folder of the pipeline that the command line selects, or None unless the pipeline belongs to this package."""
     root = _root()
     return root if _is_own(root) else None
 
@@ -108,7 +110,7 @@ def patch() -> None:
     from dvc.exceptions import DvcException
 
     original, load = serialize._modify_data, Lockfile._load_yaml
-    parsed: dict[str, Any] = {}  # by the text of the stage, since `dvc repro` loads the file twice
+    parsed: dict[str, Any] = {}  # stages by their text, since `dvc repro` loads the file twice
 
     @contextmanager
     def modified(path: Any, parser: Callable[[str, Any], Any], dump: Dump, fs: Any = None) -> Iterator[Any]:
@@ -131,23 +133,21 @@ def patch() -> None:
                 try:
                     found = serialize.parse_yaml(stage, lockfile.path)
                     lockfile.validate({"schema": "2.0", "stages": found})
-                except DvcException:
-                    return load(lockfile)[0][
-                        "stages"
-                    ]  # raises the error that DVC shows, with its place in the whole file
+                except DvcException:  # `load` raises the same error with its place in the whole file, for DVC to show
+                    return load(lockfile)[0]["stages"]
                 parsed[stage] = found
             return parsed[stage]
 
         return {"schema": "2.0", "stages": Stages(texts, parse)}, text
 
     # protects: tests/flows/test_atomic_lock.py::test_the_dvc_of_this_environment_mends_and_writes_the_file_at_once
-    serialize._modify_data = modified  # DVC's modify_yaml calls it by this name
+    serialize._modify_data = modified  # DVC's modify_yaml looks the function up by this name
     Lockfile._load_yaml = loaded
 
 
 @contextmanager
 def changed(path: Path, parse: Callable[[str, Path], Any], dump: Dump) -> Iterator[dict[str, Any]]:
-    """Yields the content of dvc.lock, then writes the content with the changes of the block."""
+    """Yields the content of dvc.lock. Then writes the content with the changes of the block."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     texts = dvc_lock.split(text)
     stages = None if texts is None else Stages(texts, lambda stage: parse(stage, path))

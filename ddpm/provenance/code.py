@@ -1,9 +1,9 @@
 """Finds the files that a module of this package runs, by reading the import statements of the sources.
 
 The keys of saved states and caches hash these files, and registered models contain them. A test checks that the code dependencies
-in dvc.yaml are these files. So a change of code is noticed in all of these places.
+in dvc.yaml are these files. So all of these places notice a change of code.
 
-An `__init__.py` counts too: it runs when a module below it is imported.
+An `__init__.py` counts too, because Python runs the file when a module below it is imported.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Source(ast.NodeVisitor):
     Attributes:
         package: the package of the module, from which relative imports start.
         imported: full names of imported modules and of the names imported from modules, which may be modules too.
-        at_once: those of `imported` that are imported outside of functions.
-        literals: all string literals; some name files beside the module.
+        at_once: the names in `imported` that are imported outside of functions.
+        literals: all string literals. Some of these name files beside the module.
         rooms: the arguments of each call `Room(...)`.
     """
 
@@ -107,7 +107,7 @@ def modules(names: Iterable[str]) -> dict[str, Path]:
 
 
 def rooms(*names: str) -> list[Room[Any]]:
-    """Returns the rooms that these modules, or any that they import, use."""
+    """Returns the rooms that these modules, or modules that they import, use."""
     return [Room(*arguments) for path in modules(names).values() for arguments in source(path).rooms]
 
 
@@ -136,16 +136,17 @@ def hashes() -> dict[Path, str]:
     return found
 
 
-# The package of the stages imports this module first, so Python imports the other modules from these very files.
+# The package ddpm.stages imports this module first. So these are the hashes of the files that Python then imports.
 AT_IMPORT = hashes()
 
 
 @cache
 def digest(*names: str) -> str:
-    """Returns a hash of the paths and contents of files(*names), the code that the named modules run; computed once per process.
+    """Returns a hash of the code that the named modules run: the paths and contents of files(*names).
 
-    Imports the modules before it hashes, so that later edits cannot affect this process. Raises InputError if a file was
-    edited since the process started: results of the old code would be recorded under the hash of the new code.
+    The hash is computed once per process. The modules are imported first, so that later edits cannot affect this process. Raises
+    InputError if a file was edited since the process started: results of the old code would be recorded under the hash of the
+    new code.
     """
     graph = files(*names)
     for name in modules(names):

@@ -1,7 +1,7 @@
 """Reads dvc.lock, where DVC records the hashes of stages' dependencies and outputs.
 
-The YAML parser takes 0.4 s for 60 stages and 5 s for 400. So the text is split into stages first, and each stage is parsed
-when it is needed.
+The YAML parser takes 0.4 s for 60 stages and 5 s for 400. So this module splits the text into stages, and parses a stage only
+when the stage is needed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ NAME = "dvc.lock"
 HEAD = "schema: '2.0'\nstages:\n"
 STAGE = re.compile(r"^(?=  \S)", re.MULTILINE)  # matches where the text of a stage begins
 _STAGE_NAME = re.compile(r"  (?!(?:null|true|false):)([a-z_][\w@.-]*):\n", re.IGNORECASE)  # other names are quoted
-_OUTSIDE = re.compile(r"^\S", re.MULTILINE)  # a line outside of the stages
+_OUTSIDE = re.compile(r"^\S", re.MULTILINE)  # matches a line outside of the stages
 
 
 class Stages(MutableMapping[str, Any]):
-    """The stages of a dvc.lock by name. Each is parsed when it is first read.
+    """The stages of a dvc.lock by name. A stage is parsed when it is first read.
 
     Attributes:
         texts: the text of each stage that was not replaced.
@@ -72,7 +72,7 @@ def split(text: str) -> dict[str, str] | None:
 def read(root: Path) -> Mapping[str, Any]:
     """Returns the stages of dvc.lock, or {} without that file. The result is cached, so the caller must not change it.
 
-    Raises InputError if the file is damaged. A stage is parsed when it is first looked up, which raises InputError if that
+    Raises InputError if the file is damaged. A stage is parsed when it is first looked up. That look-up raises InputError if the
     stage is damaged.
     """
     path = root / NAME
@@ -83,7 +83,7 @@ def read(root: Path) -> Mapping[str, Any]:
 
 
 def versions(root: Path) -> Mapping[str, Any]:
-    """Returns a value for each stage in dvc.lock, which changes with the stage's entry. Parses no stage. Raises InputError."""
+    """Maps each stage in dvc.lock to a value that changes with the stage's entry. Parses no stage. Raises InputError."""
     stages = read(root)
     return stages.texts if isinstance(stages, Stages) else stages
 
@@ -100,13 +100,20 @@ def _read_stages(path: Path, *version: int) -> Mapping[str, Any]:
 
 
 def locked_md5(stages: Mapping[str, Any], stage: str, kind: str, path: Path) -> str | None:
-    """Returns the hash that dvc.lock holds for an output (kind "outs") or dependency ("deps") of a stage, or None."""
+    """Returns the hash that dvc.lock holds for a file of a stage, or None.
+
+    Args:
+        stages: the stages of dvc.lock.
+        stage: the name of the stage.
+        kind: "outs" for an output, "deps" for a dependency.
+        path: the path of the output or dependency.
+    """
     entries = stages.get(stage, {}).get(kind, [])
     return next((entry.get("md5") for entry in entries if entry.get("path") == path.as_posix()), None)
 
 
 def is_locked(stages: Mapping[str, Any], stage: str, root: Path, path: Path) -> bool:
-    """Returns whether a file has the hash that dvc.lock records for this output of the stage. If so, DVC's cache has a copy."""
+    """Returns whether a file has the hash that dvc.lock records for this output. DVC's cache then has a copy of the file."""
     recorded = locked_md5(stages, stage, "outs", path)
     if recorded is None or not (root / path).is_file():
         return False

@@ -1,4 +1,4 @@
-"""Calls git. No other module of ddpm or flows does."""
+"""Calls git. No other module of ddpm or flows calls git."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PATIENCE = 10.0  # the seconds that git may take to describe a run
 
 
 def ask(folder: Path, *arguments: str, patience: float | None = None) -> bytes | None:
-    """Returns the output of git in `folder`; None if git is missing, fails, or takes more than `patience` seconds."""
+    """Returns the output of git in `folder`, or None if git is missing, fails, or takes more than `patience` seconds."""
     try:
         done = subprocess.run(
             ["git", "--no-optional-locks", *arguments], cwd=folder, capture_output=True, timeout=patience, check=False

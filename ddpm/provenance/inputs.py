@@ -19,8 +19,8 @@ from ddpm.provenance import code, project
 def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
     """Raises InputError if a parameter or module on which the stage depends changed while the block ran.
 
-    The stage then fails, and DVC does not record in dvc.lock that the edited version made these outputs. Outside DVC (no
-    DVC_STAGE), nothing is checked.
+    The stage then fails, so DVC does not record in dvc.lock that the edited version made these outputs. Checks nothing outside
+    DVC, where DVC_STAGE is not set.
     """
     if "DVC_STAGE" not in os.environ:
         yield
@@ -64,7 +64,7 @@ def _read(stage: str, root: Path) -> dict[str, Any]:
     params, found = read_yaml(root / "params.yaml"), dict[str, Any]()
     for key in about.get("params", ()):
         if isinstance(key, dict):
-            found |= _of_other_files(key, root)
+            found |= _read_other_files(key, root)
         else:
             key = re.sub(r"\$\{item\.(\w+)\}", lambda match: item[match[1]], key)  # noqa: PLW2901
             found[key] = _value(params, key)
@@ -74,8 +74,8 @@ def _read(stage: str, root: Path) -> dict[str, Any]:
     return found | {str(path.relative_to(root)): records.sha256(path) if path.exists() else None for path in sources}
 
 
-def _of_other_files(keys: Mapping[str, Sequence[str]], root: Path) -> dict[str, Any]:
-    """Reads parameters of other files than params.yaml: auto.json and, in a project, ddpm.json. keys: by the file's name."""
+def _read_other_files(keys: Mapping[str, Sequence[str]], root: Path) -> dict[str, Any]:
+    """Reads parameters that dvc.yaml takes from auto.json and, in a project, from ddpm.json. keys: by the name of the file."""
     files = {name: records.read_json(root / name) if (root / name).exists() else {} for name in keys}
     return {f"{key} of {name}": _value(files[name], key) for name in keys for key in keys[name]}
 

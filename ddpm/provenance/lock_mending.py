@@ -1,9 +1,9 @@
 """Detects and mends a truncated dvc.lock.
 
-DVC empties dvc.lock and then writes all of it again (https://github.com/treeverse/dvc/issues/10629). A kill during the
-write leaves the beginning of the new text. That is often valid YAML, so DVC accepts the file and continues with fewer stages, or
-with a stage that has lost outputs. So each command and each flow compares dvc.lock with a copy of the last whole file in
-`.cache`.
+DVC empties dvc.lock and then writes the whole file again (https://github.com/treeverse/dvc/issues/10629). A kill during the
+write leaves the beginning of the new text. The beginning is often valid YAML. DVC then accepts the file and continues with fewer
+stages, or with a stage that has lost outputs. So each command and each flow compares dvc.lock with the last whole file, of which
+`.cache` holds a copy.
 """
 
 from __future__ import annotations
@@ -22,20 +22,25 @@ from ddpm.provenance.dvc_lock import HEAD, NAME, STAGE
 COPY = paths.CACHE / NAME
 _DELETED = "deleted\n"  # the content of the copy if there was no dvc.lock
 _HASH = re.compile(r"^      md5: '?[0-9a-f]{32}(\.dir)?'?$", re.MULTILINE)
-_OTHER_HASH = re.compile(r"^      (etag|checksum|cloud|files):", re.MULTILINE)  # of outputs outside the checkout
+_OTHER_HASH = re.compile(r"^      (etag|checksum|cloud|files):", re.MULTILINE)  # hashes of outputs outside the checkout
+# Matches lines of a merge conflict, and the start of a section that this module does not mend.
 _FOREIGN = re.compile(r"^(<<<<<<<|=======|>>>>>>>|datasets:)", re.MULTILINE)
 
 Entries = dict[str, str]  # the text of each stage, by its name
 
 
 def check(root: Path, say: Callable[[str], None]) -> None:
-    """Mends dvc.lock if it is truncated, and reports that in one line. Copies an untruncated file to `.cache`.
+    """Mends a truncated dvc.lock, and reports that in one line. Copies a whole dvc.lock to `.cache`.
 
-    A file is truncated if its last entry is incomplete, or if it holds only the first stages of the last whole file. These
-    count as whole: a file that git has (after a checkout, `dvc exp apply` or a stash); a file that lacks only stages that
-    dvc.yaml lacks too; a deleted file; and a file that DVC did not write, such as a file with a merge conflict.
+    A file is truncated if its last entry is incomplete, or if it holds only the first stages of the last whole file. These files
+    count as whole:
 
-    Raises InputError if neither `.cache` nor git has a whole file from which to mend it.
+    - a file that git has, after a checkout, `dvc exp apply` or a stash;
+    - a file that lacks only stages that dvc.yaml lacks too;
+    - a deleted file;
+    - a file that DVC did not write, such as a file with a merge conflict.
+
+    Raises InputError if the file is truncated, and neither `.cache` nor git has a whole file.
     """
     path = root / NAME
     if not (root / ".dvc").is_dir():
@@ -47,7 +52,7 @@ def check(root: Path, say: Callable[[str], None]) -> None:
     if text is not None and _mended(root, text, copy) != text:
         from dvc.lock import make_lock
 
-        # Another DVC holds this lock while it writes the file.
+        # Waits for a running DVC, which holds this lock while it writes the file.
         folder = root / ".dvc" / "tmp"
         folder.mkdir(exist_ok=True)
         with make_lock(str(folder / "lock"), tmp_dir=str(folder), friendly=True, wait=True):
@@ -99,7 +104,7 @@ def entries(text: str) -> Entries | None:
 
 
 def _mended(root: Path, text: str, copy: str | None) -> str | None:
-    """Returns `text` if it is whole. Otherwise takes complete entries from `text`, and the others from the last whole file.
+    """Returns `text` if it is whole. Otherwise joins its complete entries with the missing entries of the last whole file.
 
     Returns None if no entry is left.
     """

@@ -1,8 +1,8 @@
 """Notices that the installed package has changed since `ddpm init` made or updated a project.
 
-In a checkout, DVC hashes the code itself. A project depends on ddpm.json instead, which holds a hash of the package, a hash of
-the code of each stage, and a hash of each module that params.yaml selects. The files' own paths would differ between
-machines.
+In a checkout, DVC hashes the code itself. In a project, DVC hashes ddpm.json instead, because the paths of an installed package
+differ between machines. ddpm.json holds a hash of the package, of the code of each stage, and of each module that params.yaml
+selects.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ddpm.files import records
 from ddpm.provenance import code
 
 NAME = "ddpm.json"
-FILES = Path(code.PACKAGE) / "template"  # what `ddpm init` copies; no stage runs it
+FILES = Path(code.PACKAGE) / "template"  # the files that `ddpm init` copies; no stage runs code in this folder
 
 
 def mlflow_command(root: Path) -> str:
@@ -39,9 +39,10 @@ def digest(files: Mapping[Path, str], paths: Iterable[Path]) -> str:
 
 
 def require_current(root: Path, *versions: Mapping[Path, str]) -> None:
-    """Raises InputError if `root` is a project with other code than the installed one: DVC would record code that did not run.
+    """Raises InputError if `root` is a project made with other code than the installed code.
 
-    versions: the package's files and their hashes, as code.hashes() returns them; by default those that were imported.
+    Without this check, DVC would record code that did not run. versions: the package's files and their hashes, as code.hashes()
+    returns them. The default is the imported version.
     """
     if not (root / NAME).exists():
         return

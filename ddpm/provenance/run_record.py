@@ -51,7 +51,8 @@ def versions() -> str:
     device = f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu"
     line = f"ddpm {version('ddpm')}, Python {platform.python_version()}, torch {torch.__version__}, device {device}"
     folder = Path(__file__).parent
-    if git.line(folder, "ls-files", Path(__file__).name):  # else the checkout around belongs to another project
+    # If git does not track this file, the surrounding checkout belongs to another project.
+    if git.line(folder, "ls-files", Path(__file__).name):
         line += f", commit {git.line(folder, 'describe', '--always', '--dirty', '--exclude', '*')}"
     return line
 

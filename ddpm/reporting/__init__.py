@@ -1,4 +1,4 @@
-"""Shows results to a reader: the report page, plots, the model card, MLflow's description.
+"""Presents results: the report page, plots, the model card, and the last lines of a run.
 
-Scores are computed in ddpm.scores and read in ddpm.files.
+Scores are computed in ddpm.scores and read from files in ddpm.files.
 """

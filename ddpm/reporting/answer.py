@@ -1,4 +1,4 @@
-"""Words the end of a run: the report's best point, the place of its page, and the commands that help next."""
+"""Writes the last lines of a run: the report's best point, the path of the report page, and useful next commands."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ddpm.files.params import Params
 from ddpm.files.scores import read_best
 from ddpm.provenance.project import mlflow_command
 
-MOST = 4  # next steps
+MOST_STEPS = 4  # the largest number of next commands
 
 
 def answer(root: Path = Path(), *, promoted: bool = False, mlflow: str = "") -> list[str]:
-    """Returns the last lines of a run's output; [] if there is no report.
+    """Returns the last lines of a run's output; [] without a report.
 
     Args:
-        root: the checkout or project.
+        root: the top of the checkout or project.
         promoted: whether `ddpm promote` has just decided about the best point.
         mlflow: the address of the MLflow server that runs beside the flow; "" without a server.
 
@@ -37,24 +37,29 @@ def answer(root: Path = Path(), *, promoted: bool = False, mlflow: str = "") -> 
 
 
 def _next_steps(root: Path, promoted: bool, mlflow: str) -> list[tuple[str, str]]:
-    """Returns the commands that help next, with their purposes, the most useful first."""
+    """Returns useful next commands with their purposes, the most useful command first."""
     steps = []
-    own = root / ".venv"
-    if not mlflow and own.exists() and own.samefile(sys.prefix) and os.environ.get("VIRTUAL_ENV") != sys.prefix:
-        steps.append((". .venv/bin/activate", "then, in this shell:"))
+    environment = root / ".venv"
+    if (
+        not mlflow
+        and environment.exists()
+        and environment.samefile(sys.prefix)
+        and os.environ.get("VIRTUAL_ENV") != sys.prefix
+    ):
+        steps.append((". .venv/bin/activate", "makes the commands below available in this shell"))
     images = (
-        "images from the champion"
+        "draws images with the champion"
         if promoted
-        else "images from the champion, or without a champion from the best point"
+        else "draws images with the champion, or with the best point if there is no champion"
     )
     steps.append(("ddpm generate -n 64 --out grid.png", images))
     if not promoted:
-        steps.append(("ddpm promote", "registers the best point, which becomes the champion if it wins"))
+        steps.append(("ddpm promote", "compares the best point with the champion, and makes the winner the champion"))
     if look := mlflow or mlflow_command(root):
-        steps.append((look, "the runs, charts and models in MLflow"))
+        steps.append((look, "shows the runs, charts and models in MLflow"))
     if params := Params.find(root / "params.yaml"):
-        twice = 2 * params.training.steps  # a smaller number would start a new training
+        twice = 2 * params.training.steps  # a smaller number of steps would start a new training
         steps.append(
-            (f"ddpm run training.steps={twice}", "continues the training, and runs only the stages that depend on it")
+            (f"ddpm run training.steps={twice}", "continues the training, and reruns only the stages that depend on it")
         )
-    return steps[:MOST]
+    return steps[:MOST_STEPS]

@@ -1,4 +1,4 @@
-"""The model card: intended use, scores with intervals, how to load the model, data, recipe, licence and limits."""
+"""Writes the model card: intended use, scores with intervals, how to load the model, data, recipe, licence and limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ddpm.reporting.page import render
 from ddpm.scores.metrics import METRICS, Metric
 from ddpm.sources.source import SOURCES, Source
 
-LONGEST = 5000  # characters of a description in a registry
+LONGEST = 5000  # the largest number of characters of a description in MLflow's registry
 
 
 def card(
@@ -30,10 +30,10 @@ def card(
     Args:
         name: the name of the registered model.
         point: the name of the point, such as linear-ddim-50.
-        settings: the sampler row's options, `steps` and `clip`.
+        settings: the options of the sampler row, `steps` and `clip`.
         scores: the scores of the point.
-        model: the record of the model.
-        likelihood: the record of the model's bound, if there is one.
+        model: the content of model.json.
+        likelihood: the likelihood bound of the model, if it was measured.
     """
     source = _source(model.data.name)
     text = render(
@@ -47,7 +47,7 @@ def card(
         model=model,
         training=model.training.content,
         data=model.data,
-        licence=source.licence if source else "the licence is not known here",
+        licence=source.licence if source else "the licence is unknown",
         shareable=source is not None and source.shareable,
         conditional=model.network.classes > 0,
     )
@@ -55,17 +55,24 @@ def card(
 
 
 def _source(name: str) -> Source | None:
-    """Returns the row of the source that a model names, or None if that module is gone. Older models have dashes in the name."""
+    """Returns the source that a model names, or None if the source does not exist. Older models write dashes in the name."""
     return SOURCES.get(name.replace("-", "_"))
 
 
 def _shown(scores: Scores) -> list[Metric]:
-    """Returns the metrics of these scores that rank models."""
+    """Returns the metrics of these scores for which lower or higher is better."""
     return [metric for metric in METRICS.values() if metric.direction and metric.name in scores.values]
 
 
 def with_front_matter(body: str, name: str, scores: Scores, model: ModelRecord) -> str:
-    """Returns the card as a file, which begins with the YAML for model hubs: licence, tags, datasets, metrics."""
+    """Returns the model card with front matter, the YAML header that model hubs read: licence, tags, datasets, metrics.
+
+    Args:
+        body: the card as Markdown.
+        name: the name of the registered model.
+        scores: the scores of the point.
+        model: the content of model.json.
+    """
     data, source = model.data.name, _source(model.data.name)
     hub = {metric.hub or metric.name: metric for metric in _shown(scores)}
     entry = {

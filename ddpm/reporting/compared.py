@@ -1,7 +1,7 @@
-"""Compares a report with an earlier result: the changes of parameters and data, and the differences of the scores.
+"""Compares a report with an earlier result: which parameters and data changed, and how much each score changed.
 
-Two points are compared in pairs of images if both start from the noise of the same seed. No DVC stage imports this module,
-because no stage depends on an earlier result.
+Two scores are compared in pairs of images if both points start from the noise of the same seed. No DVC stage imports this
+module, because the output of a stage must not depend on earlier results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A point's headline score. seed: the seed of the noise from which its images start; None if unknown."""
+    """The headline score of a point. seed: the seed of the noise from which the images start; None if unknown."""
 
     point: str
     estimate: Estimate
@@ -36,7 +36,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Gap:
-    """A score now and a score before. low, high: the interval of the difference now - before."""
+    """The difference between a present score and an earlier score.
+
+    Args:
+        now: the present score.
+        before: the earlier score.
+        difference: now - before.
+        low, high: the interval of the difference.
+        paired: whether the scores were compared in pairs of images.
+    """
 
     now: Measured
     before: Measured
@@ -47,13 +55,14 @@ class Gap:
 
     @classmethod
     def of(cls, now: Measured, before: Measured, reach: float) -> Gap:
-        """Compares two scores. reach: half the width of the interval, in standard errors."""
+        """Computes the difference of two scores. reach: half the width of the interval, in standard errors."""
         gap = _difference(now, before)
         half = reach * gap.error
         return cls(now, before, gap.value, gap.value - half, gap.value + half, gap.paired)
 
     @property
     def words(self) -> str:
+        """Says whether the present score is better, worse, the same, or different by chance."""
         if self.low == self.high == 0:
             return "the same"
         sure = self.low > 0 or self.high < 0
@@ -62,14 +71,14 @@ class Gap:
 
 @dataclass(frozen=True)
 class Compared:
-    """A comparison, for the page.
+    """A comparison with an earlier result, for the page.
 
     Args:
-        title: what the report is compared with, such as "The previous run".
-        about: sentences about that result.
-        changes: name, value before and value now of each parameter that differs, and of the data.
-        gaps: the scores that were compared.
-        confidence: of all intervals together.
+        title: the name of the earlier result, such as "The previous run".
+        about: sentences about the earlier result.
+        changes: the name, earlier value and present value of each parameter or property of the data that changed.
+        gaps: the differences of the scores.
+        confidence: the confidence of all intervals together.
     """
 
     title: str
@@ -80,19 +89,19 @@ class Compared:
 
 
 def html(found: Sequence[Compared]) -> str:
-    """Returns the comparisons as HTML."""
+    """Returns comparisons as HTML."""
     return render("compared.html.jinja", found=found, metric=RANKING)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Returns the dotted name, the old and the new value of each setting that differs. A missing value is ""."""
+    """Returns the dotted name, the old value and the new value of each setting that changed. A missing value is ""."""
     old, new = leaves(before), leaves(now)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return [(name, _plain(old, name), _plain(new, name)) for name in names]
 
 
 def gaps(pairs: Sequence[tuple[Measured, Measured]]) -> list[Gap]:
-    """Compares pairs (now, before). The confidence covers all differences together."""
+    """Computes the difference of each pair (now, before). The intervals hold for all pairs together."""
     if not pairs:
         return []
     reach = against_one(Estimate(0.0, 0.0), [_difference(now, before) for now, before in pairs])
@@ -100,7 +109,7 @@ def gaps(pairs: Sequence[tuple[Measured, Measured]]) -> list[Gap]:
 
 
 def differences(now: Scores, before: Scores) -> list[str]:
-    """Says in words what makes two scores incomparable; [] for scores under the same protocol."""
+    """Returns, in words, the parts of the protocol in which two scores differ; [] if the scores can be compared."""
     return [WORDS.get(name, f"the {name}") for name in PROTOCOL if getattr(now, name) != getattr(before, name)]
 
 

@@ -1,4 +1,4 @@
-"""Builds the schedules of params.yaml, and measures the prepared data to which they add noise."""
+"""Builds the schedules of params.yaml, and computes E[x_0^2] of the prepared data."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 def schedule_of(params: Params, name: str, timesteps: int) -> NoiseSchedule:
-    """Returns the schedule of a row of params.schedules at T = timesteps. Raises InputError."""
-    from ddpm.diffusion.schedule import NoiseSchedule  # here, because it imports torch, and publishing needs no torch
+    """Builds the schedule of a row of params.schedules, with T = timesteps. Raises InputError."""
+    from ddpm.diffusion.schedule import (
+        NoiseSchedule,
+    )  # imported here, since this imports torch, which publishing does not need
 
     row = params.schedules[name].options()
     try:
@@ -26,6 +28,6 @@ def schedule_of(params: Params, name: str, timesteps: int) -> NoiseSchedule:
 
 
 def data_mean_square(record: DatasetRecord) -> float:
-    """Returns E[x_0^2] of images in [-1, 1], from dataset.json's mean and deviation per channel in [0, 1]."""
+    """Returns E[x_0^2] of images in [-1, 1], computed from the mean and deviation of each channel in dataset.json."""
     squares = [(2 * mean - 1) ** 2 + 4 * std**2 for mean, std in zip(record.mean, record.std, strict=True)]
     return float(np.mean(squares))

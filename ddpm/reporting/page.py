@@ -1,4 +1,4 @@
-"""Renders report/index.html: the whole sweep on one page. It needs no network connection and depends on outputs alone."""
+"""Renders report/index.html: the whole sweep on one page, which needs no network connection and depends only on outputs."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from ddpm.scores.conclusions import Trainings, from_the_best
 from ddpm.scores.copying import Copying, Suspects, affordable, copying, nearest, suspect
 from ddpm.scores.metrics import COPYING, RANKING, entries
 
-# The sections of params.yaml that the page shows and on which the stage depends.
+# The sections of params.yaml that the page shows, and on which the stage `report` depends.
 SECTIONS: tuple[str, ...] = ("seed", "data", "diffusion", "network", "training", "sampling", "evaluation", "likelihood")
 SECTIONS += ("schedules", "samplers", "sweep", "report")
 TITLES = {"reference_images": "reference images"}  # titles of columns other than scores
-ASKED = (10, 50)  # the budgets whose answers the page highlights
-SHOWN = 10  # the number of images shown of each point, and of samples shown with their neighbours
-NAMED = 6  # the most points that an answer lists by name
-LARGEST = 64  # pixels; larger images are scaled down
-CLASSES = 20  # the most classes whose samples are shown
-SURE = 3.0  # samples count as nearer to training images from this many standard errors on
+HIGHLIGHTED = (10, 50)  # the budgets whose answers the page highlights
+SHOWN = 10  # the number of images of each point, and the number of samples beside their nearest training images
+MOST_NAMES = 6  # the largest number of points that an answer lists by name
+LARGEST = 64  # the largest side of an image in pixels; larger images are scaled down
+MOST_CLASSES = 20  # the largest number of classes whose samples are shown
+SIGNIFICANT_Z = 3.0  # from this many standard errors on, samples count as nearer to training images
 
-# The parts of the page that DVC does not track. An untracked file beside the page fills them in; publishing replaces them.
+# The parts of the page that DVC does not track. report/run.js fills them in; the copy in MLflow contains them.
 PARTS = ("compared", "published", "local")
-NARROW = (420, 460)  # size of the figures for a phone, in hundredths of an inch
+NARROW = (420, 460)  # width and height of the figures for a phone, in hundredths of an inch
 
 Section = dict[str, Any]  # the values of one section, for the template
 
@@ -54,17 +54,17 @@ def page(
     samples: Mapping[str, arrays.Images],
     plot: bytes,
 ) -> str:
-    """Returns report/index.html.
+    """Returns the text of report/index.html.
 
     Args:
         params: the parameters of the sweep.
         root: the folder that holds metrics/ and samples/.
         rows: the rows of points.csv.
         best, front: the contents of best.json and front.json.
-        trained: the trainings of each schedule at the best point's sampler and steps; the best point's schedule comes first.
+        trained: the trainings of each schedule, at the best point's sampler and steps. The best point's schedule is first.
         dataset: the prepared dataset.
         samples: the first images of each point by its name, uint8 N,C,H,W, in the order of the rows.
-        plot: the picture of all scores, PNG.
+        plot: the plot of all scores, PNG.
 
     Raises:
         InputError: a record or table of a training, a likelihood or a sample set cannot be read.
@@ -108,7 +108,7 @@ def page(
 
 
 def render(template: str, **content: Any) -> str:
-    """Renders a template of this folder. Templates of HTML escape the content, so that it cannot add markup."""
+    """Renders a template of this folder. HTML templates escape the content, so the content cannot add markup."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -126,14 +126,14 @@ def render(template: str, **content: Any) -> str:
 
 
 def key(params: Params, rows: Sequence[Row], data: DatasetRecord) -> str:
-    """Returns the key of a report: a hash of its parameters, its dataset and its scores."""
+    """Returns the key of a report: a hash of the parameters, the dataset and the scores."""
     points = [[row.point, {name: float(value) for name, value in row.values.items()}] for row in rows]
     about = {"parameters": parameters(params), "dataset": data.sha256, "points": points}
     return records.record_digest(about)
 
 
 def key_of(page: str) -> str:
-    """Returns the key in a page, or "" for the page of an older version, which has no key."""
+    """Returns the key in a page, or "" if an older version of ddpm wrote the page, without a key."""
     found = re.search(r'<html lang="en" data-report="([0-9a-f]{64})">', page)
     return found[1] if found else ""
 
@@ -143,14 +143,14 @@ def _marks(name: str) -> tuple[str, str]:
 
 
 def publish_with(page: str, parts: Mapping[str, str]) -> str:
-    """Replaces the named parts of a page. Raises ValueError for a page without a lineage section."""
+    """Replaces the named parts of a page. Raises ValueError if the page has no section for the lineage."""
     for name, content in parts.items():
         begin, end = _marks(name)
         head, begun, rest = page.partition(begin)
         _, ended, tail = rest.partition(end)
         if begun and ended:
             page = f"{head}{begin}\n{content}\n{end}{tail}"
-        elif name == "published":  # older pages have only this part
+        elif name == "published":  # pages of all versions have this part
             raise ValueError("this page has no section for lineage")
     return page
 
@@ -158,21 +158,21 @@ def publish_with(page: str, parts: Mapping[str, str]) -> str:
 def _columns(rows: Sequence[Row]) -> list[str]:
     """Returns the columns of the table of all points.
 
-    Omits the steps, which are in the point's name, the intervals, which stand beside their scores, and settings that are the
-    same for all points.
+    Omits the steps, since they are part of the point's name; the ends of the intervals, since they are shown beside the scores;
+    and settings that are the same for all points.
     """
     known, protocol = entries(), ("images", "reference_images", "layer", "extractor")
-    beside = {name for name, entry in known.items() if name != entry.name}
-    beside |= {"steps", "confidence", *(name for name, entry in known.items() if not entry.title)}
-    beside |= {name for name in protocol if len({getattr(row, name) for row in rows}) == 1}
-    return [name for name in columns(rows) if name not in beside]
+    omitted = {name for name, entry in known.items() if name != entry.name}
+    omitted |= {"steps", "confidence", *(name for name, entry in known.items() if not entry.title)}
+    omitted |= {name for name in protocol if len({getattr(row, name) for row in rows}) == 1}
+    return [name for name in columns(rows) if name not in omitted]
 
 
 # The answer.
 
 
 def _answers(front: Front, rows: Sequence[Row]) -> list[Section]:
-    """Returns the answers by budget. Budgets with the same answer share an entry; `asked` marks a budget of ASKED."""
+    """Returns the best point of each budget, for the template. Budgets with the same answer share an entry."""
     answers: list[Section] = []
     for budget, entry in front.budgets.items():
         within = sum(row.evaluations <= budget for row in rows)
@@ -182,72 +182,72 @@ def _answers(front: Front, rows: Sequence[Row]) -> list[Section]:
             answers.append({"budgets": [budget], "entry": entry, "within": within})
     for answer in answers:
         answer["sure"] = how_sure(answer["entry"], answer["within"], front.confidence, front.margin)
-        answer["asked"] = any(budget in ASKED for budget in answer["budgets"])
+        answer["highlighted"] = any(budget in HIGHLIGHTED for budget in answer["budgets"])
     return answers
 
 
 def how_sure(entry: Answer, points: int, confidence: float, margin: float) -> str:
-    """Says in words how sure the choice of the best point is.
+    """Returns sentences that say how sure the choice of the best point is.
 
     Args:
         entry: the best point within a budget.
         points: the number of points within that budget.
-        confidence: the confidence, such as 0.95, that one of `entry.may_be_best` is truly the best.
-        margin: how much worse than the best a cheaper point may be, as a share of the best score.
+        confidence: the confidence, such as 0.95, that the truly best point is one of `entry.may_be_best`.
+        margin: how much worse than the truly best point a cheaper point may be, as a share of the best score.
     """
     if points == 1:
-        return "It is the only point within this budget."
+        return f"{entry.point} is the only point within this budget."
     names, sure = entry.may_be_best, f"{confidence:.0%}"
     better = "higher" if RANKING.direction > 0 else "lower"
     if len(names) == 1 and names[0] != entry.point:
         return _nearly(entry, better, sure, margin)
     if len(names) == 1:
-        return f"With {sure} confidence, it is the best of the {points} points."
-    among = f"With {sure} confidence, the best of the {points} points is one of these {len(names)}"
-    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        return f"With {sure} confidence, {entry.point} is the best of the {points} points."
+    among = f"With {sure} confidence, the truly best of the {points} points is one of these {len(names)}"
+    more = len(names) - MOST_NAMES
+    listed = ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
     if entry.point == entry.lowest:
         title = f"{better.replace('er', 'est')} {RANKING.title}"
-        return f"It has the {title}. {among}: {listed}."
+        return f"{entry.point} has the {title}. {among}: {listed}."
     return f"{_nearly(entry, better, sure, margin)} {among}: {listed}."
 
 
 def _nearly(entry: Answer, better: str, sure: str, margin: float) -> str:
-    """Says why a point is best although another point has a better score."""
+    """Returns a sentence that says why a point is best although another point has a better score."""
     return (
-        f"{entry.lowest} has a {better} {RANKING.title}, but {entry.point} takes fewer evaluations and is worse than the best by"
-        f" {100 * margin:g}% at most, with {sure} confidence."
+        f"{entry.lowest} has a {better} {RANKING.title}, but {entry.point} takes fewer evaluations and, with {sure} confidence,"
+        f" is at most {100 * margin:g}% worse than the truly best point."
     )
 
 
 def how_sure_of_schedules(trained: Sequence[Trainings]) -> str:
-    """Says in words how much a comparison of schedules depends on the seeds of their trainings.
+    """Returns sentences that say how much a comparison of schedules depends on the seeds of the trainings.
 
-    Args:
-        trained: the trainings of each schedule; the best point's schedule comes first.
+    trained: the trainings of each schedule; the best point's schedule is first.
     """
     first = trained[0]
     if all(each.spread is None for each in trained):
         schedules = "Each schedule was" if len(trained) > 1 else "The schedule was"
         return (
-            f"{schedules} trained once, so the scores compare models, and another seed of the training may change their order."
-            " To measure that, add schedules that differ in their seed alone."
+            f"{schedules} trained once, so the scores compare models. Another seed of the training may change their order. To"
+            " measure this effect, add rows of schedules that differ only in their seed."
         )
-    said = [
-        f"{each.count} trainings of {each.schedule} differ by a standard deviation of {each.spread.value:.3g}"
-        f" ({each.spread.low:.3g} to {each.spread.high:.3g}); the standard error by sampling is {each.spread.sampling:.3g}."
+    sentences = [
+        f"The scores of the {each.count} trainings of {each.schedule} have a standard deviation of {each.spread.value:.3g}"
+        f" ({each.spread.low:.3g} to {each.spread.high:.3g}). The standard error from sampling is {each.spread.sampling:.3g}."
         for each in trained
         if each.spread is not None
     ]
     if first.spread is None:
-        said.append(f"{first.schedule} was trained once, so its score holds for this model only.")
-    return " ".join(said)
+        sentences.append(f"The schedule {first.schedule} was trained once, so its score describes only this model.")
+    return " ".join(sentences)
 
 
 # Pictures.
 
 
 def _two(draw: Any) -> dict[str, str]:
-    """Draws two panels twice: side by side, and one above the other for a phone. Returns both pictures."""
+    """Draws a figure of two panels twice: side by side, and stacked for a phone. Returns both pictures."""
     return pictures(draw, 1000, 400, (NARROW[0], 2 * NARROW[1] - 100))
 
 
@@ -272,7 +272,7 @@ def _small(images: arrays.Images) -> bool:
 
 
 def _strip(images: arrays.Images) -> str:
-    """Returns the images side by side, each at most LARGEST pixels wide and high, as a data URI."""
+    """Draws images side by side, each at most LARGEST pixels wide and high. Returns a data URI."""
     from PIL import Image
 
     if not _small(images):
@@ -290,7 +290,7 @@ Table = list[dict[str, float | None]]
 
 
 def _table(root: Path, record: Path, files: Mapping[str, str], table: Path) -> Table:
-    """Reads a CSV file, described by a record, of numbers and empty cells. Raises InputError."""
+    """Reads a CSV file of numbers and empty cells, and checks the hash of the file in its record. Raises InputError."""
     rows = records.read_csv(records.read_described(record, files, root / table))
     return [{key: float(cell) if cell else None for key, cell in row.items()} for row in rows]
 
@@ -300,7 +300,7 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _lines(axes: Any, tables: Mapping[str, list[dict[str, float | None]]], x: str, y: str, **style: Any) -> bool:
-    """Draws a line for each schedule. Returns whether there was anything to draw."""
+    """Draws a line for each schedule. Returns whether anything was drawn."""
     drawn = False
     for index, (name, table) in enumerate(tables.items()):
         known = [(row[x], row[y]) for row in table if row.get(x) is not None and row.get(y) is not None]
@@ -311,14 +311,17 @@ def _lines(axes: Any, tables: Mapping[str, list[dict[str, float | None]]], x: st
 
 
 def check_records(params: Params, root: Path) -> None:
-    """Raises InputError if a record of a training or a likelihood cannot be read. Called before anything is drawn."""
+    """Raises InputError if the record of a training or a likelihood bound cannot be read. Called before anything is drawn."""
     for name in params.sweep.schedules:
         _trained(root, name)
         _bound(root, name)
 
 
 def _trained(root: Path, schedule: str) -> tuple[TrainingRecord | None, Table, Table]:
-    """Reads the record of a training, its history and its losses by network time, if the record exists. Raises InputError."""
+    """Reads the record of a training, the loss history and the losses by network time. Raises InputError.
+
+    Returns (None, [], []) if the record does not exist.
+    """
     path = paths.training_metrics_file(schedule)
     if not (root / path).exists():
         return None, [], []
@@ -328,7 +331,7 @@ def _trained(root: Path, schedule: str) -> tuple[TrainingRecord | None, Table, T
 
 
 def _bound(root: Path, schedule: str) -> tuple[BoundRecord | None, Table]:
-    """Reads the record of a bound and its curve, if the record exists. Raises InputError."""
+    """Reads the record and the curve of a likelihood bound. Returns (None, []) without a record. Raises InputError."""
     path = paths.likelihood_file(schedule)
     if not (root / path).exists():
         return None, []
@@ -337,7 +340,7 @@ def _bound(root: Path, schedule: str) -> tuple[BoundRecord | None, Table]:
 
 
 def _training(params: Params, root: Path) -> Section:
-    """Returns the loss curves of each schedule, over the steps and over network time, and the training records."""
+    """Returns the plot of the losses, over steps and over network time, and the record of each training."""
     found = {name: _trained(root, name) for name in params.sweep.schedules}
     last = {name: record for name, (record, _, _) in found.items() if record is not None}
     curves = {name: history for name, (_, history, _) in found.items()}
@@ -365,7 +368,7 @@ def _training(params: Params, root: Path) -> Section:
 
 
 def _likelihood(params: Params, root: Path) -> Section:
-    """Returns the bits per dimension of each schedule, and the rate-distortion curves."""
+    """Returns the likelihood bound of each schedule, and the plot of the rate-distortion curves."""
     found = {name: _bound(root, name) for name in params.sweep.schedules}
     scores = {name: record for name, (record, _) in found.items() if record is not None}
     curves = {name: curve for name, (record, curve) in found.items() if record is not None}
@@ -393,7 +396,7 @@ def _finish(figure: Any) -> None:
 def _schedules(params: Params, trained: Mapping[str, TrainingRecord], data: DatasetRecord) -> Section:
     """Summarises the effect of each noise schedule of the sweep on this data.
 
-    An imported network has its own T, which its training record states. Without that record the schedule gets no row.
+    An imported network has its own T, which is in the training record. Without that record, the schedule gets no row.
     """
     from ddpm.diffusion.forward import summary
 
@@ -410,21 +413,30 @@ def _schedules(params: Params, trained: Mapping[str, TrainingRecord], data: Data
 
 
 def _row(images: arrays.Images) -> tuple[str, int]:
-    """Returns a picture of the images side by side, and their number."""
+    """Returns a picture of the images side by side, and the number of images."""
     return _strip(images), len(images)
 
 
 def _by_class(drawn: Samples, data: DatasetRecord) -> dict[str, tuple[str, int]]:
-    """Maps each class name to a picture of its first samples and their number; {} without labels."""
+    """Returns a picture of the first samples of each class and the number of images in it, by class; {} without labels."""
     found: dict[str, tuple[str, int]] = {}
-    for label, name in enumerate((data.classes or ())[:CLASSES] if drawn.labels is not None else ()):
+    for label, name in enumerate((data.classes or ())[:MOST_CLASSES] if drawn.labels is not None else ()):
         if len(chosen := np.flatnonzero(drawn.labels == label)[:SHOWN]):
             found[name] = _row(np.asarray(drawn.images[chosen]))
     return found
 
 
 def _neighbours(samples: arrays.Images, best: Best, dataset: Dataset, mirrored: bool) -> Section:
-    """Compares samples of the best point, as many as time allows, with their nearest training images. Shows the nearest pairs."""
+    """Compares samples of the best point with their nearest training images. Returns the numbers, and the nearest pairs.
+
+    Compares as many samples as `affordable` allows.
+
+    Args:
+        samples: the samples of the best point, uint8 N,C,H,W.
+        best: the content of best.json.
+        dataset: the prepared dataset.
+        mirrored: whether mirror images of training images count as training images.
+    """
     samples = np.asarray(samples[: affordable(len(samples), dataset.train)])
     index, distance = nearest(samples, dataset.train, mirrored)
     compared = affordable(len(dataset.test), dataset.train) if len(dataset.test) else 0
@@ -462,34 +474,32 @@ def _neighbours(samples: arrays.Images, best: Best, dataset: Dataset, mirrored: 
 
 
 def verdict(in_pixels: Copying | None, in_features: Copying | None, suspects: Suspects | None = None) -> str:
-    """Says in words whether the model memorises training images.
+    """Returns a sentence that says whether the model memorises training images.
 
     Args:
-        in_pixels: the comparison with images of the test split; None without such a split.
-        in_features: the comparison in feature space; None if the scores lack it.
+        in_pixels: the comparison by pixels with unseen images; None without a test split.
+        in_features: the comparison by features with unseen images; None if the scores do not contain it.
         suspects: the suspected copies; None without a test split.
     """
     if suspects is not None and suspects.beyond_chance:
-        copies = (
-            f"{len(suspects.samples)} samples are suspected copies, more than chance explains (up to {suspects.most})."
-        )
-        return f"{copies} {verdict(in_pixels, in_features).replace('No sign of memorising: in', 'Most samples look new: in')}"
+        copies = f"{len(suspects.samples)} samples are suspected copies, but chance explains at most {suspects.most}."
+        return f"{copies} {verdict(in_pixels, in_features).replace('No sign of memorising: by', 'Most samples look new: by')}"
     spaces = {"pixels": in_pixels, "features": in_features}
     z = {space: found.z for space, found in spaces.items() if found is not None}
     if not z:
-        return "Not known: there is nothing to compare the samples with."
-    near, compared = [space for space in z if z[space] > SURE], " and ".join(z)
+        return "Unknown: there are no unseen images to compare the samples with."
+    near, compared = [space for space in z if z[space] > SIGNIFICANT_Z], " and ".join(z)
     if not near:
-        return f"No sign of memorising: in {compared}, samples lie no nearer to training images than unseen images do."
+        return f"No sign of memorising: by {compared}, samples lie no nearer to training images than unseen images do."
     nearer = "samples lie nearer to training images than unseen images do"
     if len(near) == 2:
-        return f"A strong sign of memorising: in {compared}, {nearer}."
-    other = "".join(f", though not in {space}" for space in z if space not in near)
-    return f"A sign of memorising, or of smooth images: in {near[0]}, {nearer}{other}."
+        return f"A strong sign of memorising: by {compared}, {nearer}."
+    other = "".join(f", but not by {space}" for space in z if space not in near)
+    return f"A sign of memorising, or of smooth images: by {near[0]}, {nearer}{other}."
 
 
 def parameters(params: Params) -> dict[str, dict[str, Any]]:
-    """Returns section -> name -> value, for the sections that decide the outputs and the rows that the sweep uses."""
+    """Returns the parameters that decide the outputs: section -> name -> value. Omits rows that the sweep does not use."""
     raw = params.to_json(*SECTIONS)
     shown: dict[str, dict[str, Any]] = {"": {"seed": raw["seed"]}}
     shown |= {name: raw[name] for name in SECTIONS if name not in ("seed", "schedules", "samplers")}

@@ -1,4 +1,4 @@
-"""Draws pictures that are reproducible to the byte, and readable for colour-blind readers and in grey print."""
+"""Draws plots. They are reproducible to the byte, and readable for colour-blind readers and in greyscale print."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddpm.files import atomic
 from ddpm.files.scores import Row, extractor
 from ddpm.scores.metrics import RANKING
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart. Markers and dashes distinguish lines in grey print.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Markers and dashes distinguish lines in greyscale print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
@@ -24,7 +24,7 @@ NARROW = 5.0  # inches; a figure of at most this width has no room for a title
 
 @contextmanager
 def _blank(width: int, height: int, dpi: int) -> Iterator[Any]:
-    """Yields a matplotlib figure of width x height pixels. While the block runs, matplotlib ignores the user's matplotlibrc."""
+    """Yields a matplotlib figure of width x height pixels. Inside the block, matplotlib ignores the user's matplotlibrc."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,9 +39,14 @@ def _blank(width: int, height: int, dpi: int) -> Iterator[Any]:
 
 @contextmanager
 def drawing(path: Path, width: int, height: int, dpi: int) -> Iterator[Any]:
-    """Yields a matplotlib figure of width x height pixels, and writes it to `path` as PNG if the block succeeds.
+    """Yields a matplotlib figure, and writes the figure to a PNG file if the block succeeds.
 
-    The file holds no date or version, so the same content gives the same bytes.
+    The file contains no date and no version, so the same content gives the same bytes.
+
+    Args:
+        path: the file to write.
+        width, height: the size in pixels.
+        dpi: pixels per inch, which decides the size of text.
     """
     with _blank(width, height, dpi) as figure:
         yield figure
@@ -50,7 +55,7 @@ def drawing(path: Path, width: int, height: int, dpi: int) -> Iterator[Any]:
 
 
 def svg(width: int, height: int, draw: Callable[[Any], None]) -> bytes:
-    """Draws a figure with `draw` and returns it as SVG, with text as text. The size is in hundredths of an inch."""
+    """Draws a figure with `draw` and returns SVG in which text stays text. The size is in hundredths of an inch."""
     written = io.BytesIO()
     with _blank(width, height, dpi=100) as figure:
         draw(figure)
@@ -59,12 +64,13 @@ def svg(width: int, height: int, draw: Callable[[Any], None]) -> bytes:
 
 
 def pictures(draw: Callable[[Any], None], width: int, height: int, narrow: tuple[int, int]) -> dict[str, str]:
-    """Draws a figure twice and returns both pictures as data URIs of SVG: "wide" for a desktop, and "narrow" for a phone.
+    """Draws a figure twice. Returns both pictures as data URIs of SVG: "wide" for a desktop and "narrow" for a phone.
 
     Args:
         draw: draws on a figure of any size.
         width, height: the size of the wide picture, in hundredths of an inch.
-        narrow: width and height of the narrow picture. A phone shows it at nearly that size, so that its text can be read.
+        narrow: the width and height of the narrow picture, in the same unit. A phone shows this picture at nearly that size, so
+            its text is readable.
     """
     sizes = {"wide": (width, height), "narrow": narrow}
     return {
@@ -85,14 +91,14 @@ def draw_scores(
     label: str = "network evaluations per image",
     front: Collection[str] = (),
 ) -> None:
-    """Draws the headline score against `x`. Each schedule (colour) and sampler (dashes) has a line with its own marker.
+    """Draws the headline score against `x`, with a line for each schedule (colour) and sampler (dashes).
 
     Args:
         figure: the matplotlib figure to draw on.
         rows: the points; one or more.
         x: the field of Row on the horizontal axis.
         label: the title of the horizontal axis.
-        front: names of the points on the front, which a grey staircase joins.
+        front: the names of the points on the front, which a grey staircase joins.
     """
     schedules = list(dict.fromkeys(row.schedule for row in rows))
     samplers = list(dict.fromkeys(row.sampler for row in rows))
@@ -103,7 +109,9 @@ def draw_scores(
             line.sort(key=lambda row: getattr(row, x))
             values = np.array([row.value for row in line])
             shift = 1.0
-            if x == "evaluations":  # draw points with the same evaluations side by side: their bars would overlap
+            if (
+                x == "evaluations"
+            ):  # points with the same evaluations are drawn side by side, so that their bars do not overlap
                 shift = 1.015 ** (i * len(samplers) + j - (len(schedules) * len(samplers) - 1) / 2)
             axes.errorbar(
                 [getattr(row, x) * shift for row in line],
@@ -152,7 +160,7 @@ def _draw_front(axes: Any, points: Sequence[tuple[float, float]]) -> None:
 
 
 def _tick(axes: Any, rows: Sequence[Row], x: str) -> None:
-    """Sets ticks at the numbers of evaluations that occur, or else the usual ticks of a logarithmic axis."""
+    """Sets ticks at the numbers of evaluations that occur. For another `x`, sets the usual ticks of a logarithmic axis."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     if x == "evaluations":
@@ -169,7 +177,7 @@ def _tick(axes: Any, rows: Sequence[Row], x: str) -> None:
 
 
 def protocol(rows: Sequence[Row]) -> str:
-    """Describes in words how the points were scored, if all rows agree."""
+    """Describes how the points were scored, such as "Inception layer 64, 500 samples against 1,437 images"."""
     if len({(row.extractor, row.layer, row.images, row.reference_images) for row in rows}) > 1:
         return "scored under different protocols"
     first = rows[0]

@@ -1,8 +1,8 @@
-"""Keeps the report before the present one, so that the two can be compared.
+"""Compares the present report with the previous one, of which this module keeps a copy.
 
-DVC removes the outputs of a stage before it runs. git has only the dvc.lock of the last commit, which may be many runs ago, and a
-project may be without git. So this module copies the small files that a comparison needs to `.cache/reports`, at most two sets of
-them. The outputs and DVC's hashes do not depend on that folder.
+DVC removes the outputs of a stage before the stage runs, so the previous report is gone. git has only the dvc.lock of the last
+commit, which may be many runs old. So this module copies the small files that a comparison needs to `.cache/reports`: those of
+the present report and those of the previous report. No output and no hash of DVC depends on that folder.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ RECORD = Path("kept.json")
 
 @dataclass(frozen=True)
 class Kept:
-    """The record of a kept report, stored beside the copied files.
+    """The record of a report whose files were copied.
 
     Args:
-        key: identifies the report; its page has the same key.
+        key: identifies the report; the page contains the same key.
         parameters: the parameters that the page shows.
-        seeds: the seed of the noise from which the images of each point start, or None.
-        dataset: the version, shape and classes of the dataset, and its numbers of images.
+        seeds: the seed of the noise from which the images of each point start, by point; None if unknown.
+        dataset: the version, shape, classes and numbers of images of the dataset.
     """
 
     key: str = ""
@@ -46,9 +46,10 @@ class Kept:
 
 
 def keep(params: Params, root: Path = Path()) -> None:
-    """Copies the files of the present report that a comparison needs. The last kept report becomes the previous report.
+    """Copies the files of the present report that a comparison needs. The last copied report becomes the previous report.
 
-    Does nothing if the present report is kept already, or if params.yaml was edited after the report was made. Raises InputError.
+    Does nothing if the present report was copied before, or if params.yaml was edited after the report was written. Raises
+    InputError.
     """
     rows, data = read_report(root)[1], dataset.read_dataset_record(root)
     key, folder = page.key(params, rows, data), root / paths.CACHE / "reports"
@@ -68,17 +69,17 @@ def keep(params: Params, root: Path = Path()) -> None:
 
 
 def compare(root: Path = Path()) -> Compared | None:
-    """Compares the present report with the previous one.
+    """Compares the present report with the previous report.
 
-    Returns None without a previous report, or if the present report was not kept. If a copy is damaged or of a version that this
-    code cannot read, removes the copies, since no stage could make them again, and raises InputError.
+    Returns None without a previous report, or if the present report was not copied. If a copy is damaged or of an unknown
+    version, removes all copies and raises InputError: no stage could write these files again.
     """
     try:
         return _compare(root)
     except InputError as error:
         shutil.rmtree(root / paths.CACHE / "reports", ignore_errors=True)
         raise InputError(
-            f"{error}. The copies in {paths.CACHE / 'reports'} were removed; the next run compares again"
+            f"{error}; the copies in {paths.CACHE / 'reports'} were removed, and later runs are compared again"
         ) from None
 
 
@@ -91,28 +92,35 @@ def _compare(root: Path) -> Compared | None:
     new, old = _measured(present, now), _measured(previous, before)
     both = [name for name in new if name in old]
     alike = [name for name in both if not differences(new[name][0], old[name][0])]
-    said = _when(previous)
+    about = _when(previous)
     if not changed:
-        said.append("Parameters and data are the same.")
+        about.append("Parameters and data are the same.")
     if both and not alike:
         why = " and ".join(differences(new[both[0]][0], old[both[0]][0]))
-        said.append(f"Scores do not compare: {why} changed.")
-    said += [
-        f"Points that are {words}: {', '.join(names)}."
+        about.append(f"The scores cannot be compared, since {why} changed.")
+    about += [
+        f"{words}: {', '.join(names)}."
         for words, names in (
-            ("new", [name for name in new if name not in old]),
-            ("gone", [name for name in old if name not in new]),
+            ("New points", [name for name in new if name not in old]),
+            ("Removed points", [name for name in old if name not in new]),
         )
         if names
     ]
     found = gaps([(new[name][1], old[name][1]) for name in alike])
-    return Compared("The previous run", " ".join(said), changed, [*_best(present, previous, new, old), *found])
+    return Compared("The previous run", " ".join(about), changed, [*_best(present, previous, new, old), *found])
 
 
 def _best(
     present: Path, previous: Path, new: dict[str, tuple[Scores, Measured]], old: dict[str, tuple[Scores, Measured]]
 ) -> list[Gap]:
-    """Compares the best points, if their scores are comparable. The interval takes into account that both were picked as best."""
+    """Compares the best points of both reports, if the scores can be compared.
+
+    The interval accounts for the fact that both points were picked as best. Returns [] if both are the same point.
+
+    Args:
+        present, previous: the folders with the copies.
+        new, old: the scores of both reports by point.
+    """
     now, before = (read_report(folder)[0].row.point for folder in (present, previous))
     if now == before or differences(new[now][0], old[before][0]):
         return []
@@ -126,7 +134,7 @@ def _key_of_page(root: Path) -> str:
 
 
 def _kept(folder: Path) -> Kept:
-    """Reads the record of a kept report; an empty record without a report. Removes a damaged record and raises InputError."""
+    """Reads the record of a copied report; returns an empty record without one. Removes a damaged copy and raises InputError."""
     if not (folder / RECORD).exists():
         return Kept()
     try:
@@ -154,7 +162,7 @@ def _files(rows: list[Row]) -> list[Path]:
 
 
 def _measured(folder: Path, about: Kept) -> dict[str, tuple[Scores, Measured]]:
-    """Reads the scores of a kept report by the names of its points. Raises InputError."""
+    """Reads the scores of a copied report, by the name of the point. Raises InputError."""
     found = {}
     for row in read_report(folder)[1]:
         point = Point.parse(row.point)
@@ -165,9 +173,9 @@ def _measured(folder: Path, about: Kept) -> dict[str, tuple[Scores, Measured]]:
 
 
 def _when(folder: Path) -> list[str]:
-    """Describes when and from which commit a kept report was made; [] if that is unknown."""
+    """Returns a sentence that says when and from which commit a copied report was made; [] if that is unknown."""
     run = runs.read_run(folder, paths.report_dir())
     if run is None:
         return []
     commit = f", commit {run.git_commit[:10]}{' with edits' if run.git_dirty else ''}" if run.git_commit else ""
-    return [f"It ended at {datetime.fromtimestamp(run.ended / 1000, UTC):%Y-%m-%d %H:%M} UTC{commit}."]
+    return [f"That run ended at {datetime.fromtimestamp(run.ended / 1000, UTC):%Y-%m-%d %H:%M} UTC{commit}."]

@@ -1,8 +1,8 @@
-"""The parts of the report that DVC does not track: commit, machine and speed of each run, and comparisons.
+"""Makes the parts of the report page that DVC does not track: commit, machine and speed of each stage, and comparisons.
 
-The page in MLflow contains them. The page in report/ loads them from `report/run.js`. DVC does not hash that file, since outputs
-hold no times. The file names its report, so the page ignores the file of another report. No DVC stage imports this
-module.
+These parts differ between runs with the same parameters, so report/index.html must not contain them. The page loads them from
+`report/run.js`, which DVC does not hash. That file names its report, so the page ignores the file of another report. The copy of
+the page in MLflow contains these parts. No DVC stage imports this module.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from ddpm.scores.metrics import RANKING
 
 
 def write_local(params: Params, root: Path = Path(), say: Callable[[str], None] = print) -> None:
-    """Writes report/run.js without MLflow: times, machines, and the comparison with the previous report.
+    """Writes report/run.js without asking MLflow: times, machines, and the comparison with the previous report.
 
-    An unreadable file, or a folder that cannot be written, becomes a warning, since the report is already on disk.
+    An error becomes a warning, since the report is already on disk.
     """
     try:
         rows = read_report(root)[1]
         lineage = published(rows, run_records(root, rows), {}, root=root)
         write_script(root, {"published": lineage, "compared": compared.html(with_previous(params, root, say))})
     except (InputError, OSError) as error:
-        say(f"warning: {paths.REPORT_SCRIPT} is not written: {error}")
+        say(f"warning: cannot write {paths.REPORT_SCRIPT}: {error}")
 
 
 def with_previous(params: Params, root: Path, say: Callable[[str], None]) -> list[Compared]:
-    """Keeps the present report for the next comparison, and compares it with the previous one.
+    """Copies the present report for later comparisons, and compares the report with the previous one.
 
-    An unreadable report, or a cache that cannot be written, becomes a warning.
+    An error becomes a warning.
     """
     try:
         previous.keep(params, root)
@@ -58,14 +58,14 @@ def with_previous(params: Params, root: Path, say: Callable[[str], None]) -> lis
 
 
 def write_script(root: Path, parts: Mapping[str, str]) -> None:
-    """Writes report/run.js, which fills in parts of the page. Writes nothing if an older version wrote the page."""
+    """Writes report/run.js, which fills in parts of the page. Does nothing if an older version of ddpm wrote the page."""
     page = root / paths.report_dir() / "index.html"
     if key := key_of(page.read_text(encoding="utf-8")) if page.exists() else "":
         atomic.write_text(root / paths.REPORT_SCRIPT, f"run({json.dumps(key)}, {json.dumps(parts, indent=1)});\n")
 
 
 def run_records(root: Path, rows: Sequence[Row]) -> dict[str, RunRecord]:
-    """Reads the run files of the stages that made a report, by stage. Raises InputError."""
+    """Reads the run files of all stages behind a report, by stage, such as sample@linear-ddim-50. Raises InputError."""
     schedules = list(dict.fromkeys(row.schedule for row in rows))
     outputs = {"prepare": paths.dataset_dir()}
     outputs |= {f"train@{name}": paths.model_dir(name) for name in schedules}
@@ -92,11 +92,11 @@ def published(
 
     Args:
         rows: the rows of points.csv.
-        records: run files by stage, such as sample@linear-ddim-50.
-        runs: the name and the address of each stage's MLflow run, by stage; "" where there is no address.
-        place: the address of MLflow, for the reader; "" if that is unknown.
-        chart: the address of MLflow's chart of all points; "" for none.
-        root: the checkout whose cache keeps the plot; None keeps none.
+        records: the run files by stage, such as sample@linear-ddim-50.
+        runs: the name and the address of the MLflow run of each stage, by stage. The address is "" if there is no server.
+        place: the address of MLflow, as shown to the reader; "" without MLflow.
+        chart: the address of MLflow's chart of all points; "" without a server.
+        root: the checkout whose cache stores the plot; None to store no plot.
     """
     sampled = {row.point: record for row in rows if (record := records.get(f"sample@{row.point}"))}
     timed = [
@@ -107,7 +107,7 @@ def published(
     machines = list(dict.fromkeys(_machine(sampled[row.point]) for row in timed))
     plot = None
     if timed and len(machines) == 1:
-        plot = _kept_plot(timed, root) if root else _plot(timed)
+        plot = _cached_plot(timed, root) if root else _plot(timed)
     return render(
         "published.html.jinja",
         place=place,
@@ -125,15 +125,15 @@ def _plot(timed: Sequence[Row]) -> dict[str, str]:
     return pictures(lambda figure: draw_scores(figure, timed, "seconds", "seconds per image", front), 900, 560, NARROW)
 
 
-def _kept_plot(timed: Sequence[Row], root: Path) -> dict[str, str]:
-    """Returns the plot that an earlier process drew of the same rows, or a new one, which is kept for the next process.
+def _cached_plot(timed: Sequence[Row], root: Path) -> dict[str, str]:
+    """Returns the plot of these rows from the cache. If the cache does not hold the plot, draws and stores it.
 
-    The stage `report`, the publisher and `ddpm promote` show the same plot, and drawing takes two seconds with the import of
-    matplotlib.
+    The stage `report`, the publisher and `ddpm promote` show the same plot. Drawing the plot takes two seconds, including the
+    import of matplotlib.
     """
     drawn_by = [project.package_digest(code.AT_IMPORT), version("matplotlib")]
     key = records.record_digest({"rows": [asdict(row) for row in timed], "drawn by": drawn_by})
-    with suppress(InputError):  # there is none, or it is damaged
+    with suppress(InputError):  # the cache holds no plot, or a damaged one
         kept = records.read_record(root / paths.SPEED_PLOT)
         if kept.get("key") == key:
             return dict(kept["plot"])
@@ -144,12 +144,12 @@ def _kept_plot(timed: Sequence[Row], root: Path) -> dict[str, str]:
 
 
 def fastest(rows: Sequence[Row]) -> list[str]:
-    """Returns the points that no point of the same or higher speed beats, the fastest first."""
-    kept: list[Row] = []
+    """Returns the names of the points that no equally fast or faster point beats, the fastest first."""
+    front: list[Row] = []
     for row in sorted(rows, key=lambda row: (row.seconds, RANKING.rank(row.value))):
-        if not kept or RANKING.rank(row.value) < RANKING.rank(kept[-1].value):
-            kept.append(row)
-    return [row.point for row in kept]
+        if not front or RANKING.rank(row.value) < RANKING.rank(front[-1].value):
+            front.append(row)
+    return [row.point for row in front]
 
 
 def _machine(record: RunRecord) -> str:

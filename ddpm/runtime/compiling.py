@@ -1,4 +1,4 @@
-"""Compiles a network if `compile: true` stands in a section of params.yaml, and finds out what `auto` means on this machine."""
+"""Compiles networks for the stages, and resolves the value `auto` of `precision` and `compile` for this machine."""
 
 from __future__ import annotations
 
@@ -15,60 +15,73 @@ from ddpm.networks.winograd import multiplies_bfloat16
 from ddpm.parameters import AUTO, Auto
 from ddpm.runtime.progress import Progress, Report
 
-AGAIN = "dvc repro --force --single-item probe"  # resolves `auto` again
+RESOLVE_AGAIN = "dvc repro --force --single-item probe"  # the command that resolves `auto` again
 
 
 def compiled(net: Any, section: str) -> Any:
-    """Returns winograd.compiled(net). Without a working C compiler, raises an InputError that names the section."""
+    """Compiles a network with winograd.compiled. Without a working C compiler, raises an InputError that names the section."""
     try:
         return winograd.compiled(net)
     except winograd.NoCompiler as error:
         raise InputError(
-            f"{section}.compile: {error}; repair that (install gcc if no C compiler is found), or set it to false; if it is"
-            f" {AUTO}, `{AGAIN}` resolves it for this machine"
+            f"{section}.compile: {error}; repair that (install gcc if no C compiler is found), or set compile to false; if it"
+            f" is {AUTO}, `{RESOLVE_AGAIN}` resolves it for this machine"
         ) from None
 
 
 @cache
 def probe(device: torch.device) -> tuple[Auto, str]:
-    """Returns what `auto` means on this machine, and the reason in a few words.
+    """Returns the values that `auto` gets on this machine, and the reason in a few words.
 
-    A network is compiled if that works. bfloat16 is used where it is faster than float32: on a GPU with units for it, and on
-    a CPU in the compiled kernels.
+    Networks are compiled if compilation works. The precision is bfloat16 if this is faster than float32: on a GPU with
+    bfloat16 units, and on a CPU in the compiled kernels.
     """
     problem = _obstacle(device)
     if device.type == "cuda":
-        kind, units, there = "GPU", "bfloat16 units", torch.cuda.is_bf16_supported(including_emulation=False)
+        kind, units, has_units = "GPU", "bfloat16 units", torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        kind, units, there = "CPU", "AVX512-BF16", multiplies_bfloat16()
-    faster = there and (device.type == "cuda" or not problem)
-    reason = f"this {kind} has {units}" if there else f"this {kind} has no {units}"
+        kind, units, has_units = "CPU", "AVX512-BF16", multiplies_bfloat16()
+    faster = has_units and (device.type == "cuda" or not problem)
+    reason = f"this {kind} has {units}" if has_units else f"this {kind} has no {units}"
     if problem:
-        reason = f"nothing can be compiled here ({problem}); install gcc, then run `{AGAIN}`"
+        reason = f"nothing can be compiled here ({problem}); install gcc, then run `{RESOLVE_AGAIN}`"
     return Auto(precision="bfloat16" if faster else "float32", compile=not problem), reason
 
 
 def resolved(params: Params, section: str, device: torch.device, root: Path, report: Report) -> Params:
-    """Returns `params` with the values of auto.json in place of `auto`. Raises InputError.
+    """Replaces `auto` by the values in auto.json, which the machine that ran `ddpm probe` wrote.
 
-    Reports a line if `auto` would mean something else on this machine, which then follows the one that ran `ddpm probe`.
-    section: "training" or "sampling".
+    Reports a line if `auto` would get other values on this machine.
+
+    Args:
+        params: the parameters.
+        section: "training" or "sampling".
+        device: the device of this stage.
+        root: the project's folder, with auto.json.
+        report: gets the line.
+
+    Returns:
+        The parameters without `auto`.
+
+    Raises:
+        InputError: auto.json is needed, and missing or wrong.
     """
-    found = params.resolved(root)
-    asked, used = getattr(params, section), getattr(found, section)
-    if asked != used and (here := probe(device)[0].within(asked)) != used:
-        values = [f"precision: {each.precision}, compile: {str(each.compile).lower()}" for each in (used, here)]
+    result = params.resolved(root)
+    given, used = getattr(params, section), getattr(result, section)
+    if given != used and (local := probe(device)[0].within(given)) != used:
+        values = [f"precision: {auto.precision}, compile: {str(auto.compile).lower()}" for auto in (used, local)]
         line = (
-            f"{values[0]}, as {AUTO} was resolved for this sweep; on this machine it would be {values[1]} (`{AGAIN}`)"
+            f"{values[0]}, as {AUTO} was resolved for this sweep; on this machine it would be {values[1]}"
+            f" (`{RESOLVE_AGAIN}` resolves it again)"
         )
         report(Progress(0, 0, "", message=line))
-    return found
+    return result
 
 
 def _obstacle(device: torch.device) -> str:
-    """Compiles a small network and runs it. Returns why that fails, or "" if it works.
+    """Compiles and runs a small network. Returns the error message, or "" if both work.
 
-    A compiler that is installed may lack headers, and torch.compile says so only when the network first runs.
+    The network must run, because torch.compile reports a compiler without headers only when the network first runs.
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():

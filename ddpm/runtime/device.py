@@ -12,12 +12,12 @@ import torch
 
 from ddpm.errors import InputError
 
-# Messages of out-of-memory errors other than torch.OutOfMemoryError: from the CPU's allocator; from oneDNN, which hides the
-# reason; from a GPU without room for its context or pinned memory; from cuBLAS and similar libraries.
+# Messages of out-of-memory errors other than torch.OutOfMemoryError. They come from the CPU's allocator, from oneDNN (which hides
+# the cause), from a GPU without room for its context or pinned memory, and from cuBLAS and similar libraries.
 NO_MEMORY = re.compile(
     r"allocate memory|could not (create|execute) a primitive(?! descriptor)|CUDA error: out of memory|_STATUS_ALLOC_FAILED"
 )
-PROBE = 2**26  # bytes; a process that cannot allocate this much more is out of memory
+PROBE = 2**26  # bytes; a process that cannot allocate so much is out of memory
 
 
 def find_device(name: str) -> torch.device:
@@ -31,18 +31,21 @@ def find_device(name: str) -> torch.device:
 def memory_errors(stage: str, remedy: str) -> Iterator[None]:
     """Turns an out-of-memory error in the block, on the GPU or the CPU, into InputError.
 
-    stage: the start of the message. remedy: what to change, such as "lower sampling.batch".
+    The message starts with `stage`. `remedy` is the change that helps, such as "lower sampling.batch".
     """
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:  # OutOfMemoryError is a RuntimeError
-        if not _is_of_memory(error):
+        if not _is_out_of_memory(error):
             raise
         raise InputError(f"{stage}: out of memory: {remedy} ({' '.join(str(error).split())})") from None
 
 
-def _is_of_memory(error: Exception) -> bool:
-    """Returns whether memory ran out. Call this while the error is handled, since its frames still hold their memory then."""
+def _is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error means that memory ran out.
+
+    Must be called while the error is handled. Only then do the error's frames still hold the memory that they allocated.
+    """
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY.search(str(error)):

@@ -1,4 +1,4 @@
-"""Shows the progress of a stage: a bar on a terminal, plain lines elsewhere, or lines of JSON for a program."""
+"""Shows the progress of a stage: a bar on a terminal, plain lines without a terminal, or lines of JSON for a program."""
 
 from __future__ import annotations
 
@@ -11,43 +11,45 @@ from contextlib import contextmanager
 
 from ddpm.runtime.progress import Progress, Report
 
-PREFIX = "@progress "  # starts each progress line under DDPM_PROGRESS=lines
-SAID_LATER = "DDPM_ANSWER_FOLLOWS"  # set for stages if the program that started them prints the best point at its end
+PREFIX = "@progress "  # starts each progress line if DDPM_PROGRESS=lines
+# Set in a stage's environment if the program that started the stage prints the best point at its own end.
+SAID_LATER = "DDPM_ANSWER_FOLLOWS"
 
 
 @contextmanager
 def display(stage: str) -> Iterator[Report]:
     """Yields a Report that shows the progress of `stage` on standard output."""
     if os.environ.get("DDPM_PROGRESS") == "lines":
-        yield _lines(stage)
+        yield _json_lines(stage)
     elif sys.stdout.isatty():
         with _bar(stage) as report:
             yield report
     else:
-        yield _tenths(stage)
+        yield _line_per_tenth(stage)
 
 
 def say(message: str) -> None:
-    """Prints a line in one write. print() would write the line break separately, so the lines of threads could mix."""
+    """Prints a line in one write. print() writes the line break separately, so lines from several threads could mix."""
     sys.stdout.write(message + "\n")
     sys.stdout.flush()
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table. The first column is left-aligned, the others are right-aligned."""
+    """Prints a table. The first column is left-aligned, and the others are right-aligned."""
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(box=None, pad_edge=False)
+    formatted = Table(box=None, pad_edge=False)
     for index, head in enumerate(heads):
-        shown.add_column(head, justify="right" if index else "left", overflow="fold")
+        formatted.add_column(head, justify="right" if index else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(shown, markup=False, highlight=False)
+        formatted.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(formatted, markup=False, highlight=False)
 
 
-def _lines(stage: str) -> Report:
-    shown = 0.0
+def _json_lines(stage: str) -> Report:
+    """Returns a Report that prints JSON after PREFIX, at most four times a second, and messages as plain lines."""
+    shown = 0.0  # when the last line was printed
 
     def report(progress: Progress) -> None:
         nonlocal shown
@@ -63,8 +65,9 @@ def _lines(stage: str) -> Report:
     return report
 
 
-def _tenths(stage: str) -> Report:
-    shown = 0  # tenths
+def _line_per_tenth(stage: str) -> Report:
+    """Returns a Report that prints a line after each tenth of the work."""
+    shown = 0  # tenths of the work
 
     def report(progress: Progress) -> None:
         nonlocal shown
@@ -81,6 +84,7 @@ def _tenths(stage: str) -> Report:
 
 @contextmanager
 def _bar(stage: str) -> Iterator[Report]:
+    """Yields a Report that draws a progress bar during the block."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 

@@ -1,4 +1,4 @@
-"""Draws images from a checkpoint: loads the denoiser, chooses the classes, and samples batches of uint8 images."""
+"""Draws images from a model: loads the denoiser from a checkpoint, chooses the classes, and samples batches of uint8 images."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ddpm.files.params import Params
 from ddpm.parameters import Point, Sampler
 from ddpm.runtime import compiling
 
-GUIDANCE = ("guidance", "guidance_interval", "guidance_rescale")  # the denoiser's fields in a sampler row
-ALIKE = 1.25  # class counts that differ by at most this factor count as equal
+GUIDANCE = ("guidance", "guidance_interval", "guidance_rescale")  # fields of Denoiser that a sampler row may set
+EQUAL_WITHIN = 1.25  # class counts that differ by at most this factor count as equal
 UNGUIDED = "takes a class-conditional model (diffusion.conditional: true) that predicts without labels too"
 
 
@@ -34,9 +34,9 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def arguments(settings: Mapping[str, Any], T: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the options of a sampler row as arguments of `ddpm.sample`, and as the denoiser's fields for guidance.
+    """Splits the options of a sampler row into arguments of `ddpm.sample` and guidance fields of Denoiser.
 
-    T: the length of the network's schedule.
+    T is the length of the network's schedule.
     """
     guidance = {key: settings[key] for key in GUIDANCE if key in settings}
     if interval := guidance.get("guidance_interval"):
@@ -45,14 +45,14 @@ def arguments(settings: Mapping[str, Any], T: int) -> tuple[dict[str, Any], dict
     if along := plain.get("along"):
         plain["along"] = NoiseSchedule.named(along, T)
     if times := plain.get("times"):
-        plain["times"] = {int(steps): each for steps, each in times.items()}  # the keys of JSON objects are text
+        plain["times"] = {int(steps): row for steps, row in times.items()}  # JSON turned the keys into text
     return plain, guidance
 
 
 def with_sampler(settings: Mapping[str, Any], sampler: str) -> dict[str, Any]:
-    """Returns a model's settings with another sampler, by its key in SAMPLERS.
+    """Returns a model's settings with another sampler, a key of SAMPLERS.
 
-    Keeps the spacing, the guidance and the number of steps. Drops other options, which belong to the model's own sampler.
+    Keeps the spacing, the guidance and the number of steps. Drops the other options, which belong to the model's own sampler.
     """
     if sampler == settings["sampler"]:
         return dict(settings)
@@ -65,13 +65,13 @@ def check_fitted(settings: Mapping[str, Any], model: ModelRecord) -> None:
     fitted = settings.get("fitted_to", model.weights_sha256)
     if fitted != model.weights_sha256:
         raise ValueError(
-            f"fitted_to: the times were fitted to weights {fitted[:12]}, but these are {model.weights_sha256[:12]};"
-            " fit them again with `ddpm fit-times`"
+            f"fitted_to: the times were fitted to weights {fitted[:12]}, but this model has weights"
+            f" {model.weights_sha256[:12]}; fit the times again with `ddpm fit-times`"
         )
 
 
 def check_row(name: str, row: Sampler) -> None:
-    """Raises InputError for a sampler row that `ddpm.sample` would refuse."""
+    """Raises InputError if `ddpm.sample` would reject a sampler row."""
     try:
         options = row.options()
         if (along := options.get("along")) is not None and along not in SCHEDULES:
@@ -89,7 +89,7 @@ def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: 
 
     Args:
         params: the parameters, with the sampler rows.
-        point: the point.
+        point: the point to check.
         schedule: the network's noise schedule.
         learned: whether the network has a learned variance.
         guidable: whether the network predicts with and without a label.
@@ -110,11 +110,21 @@ def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: 
 
 
 def class_labels(model: ModelRecord, count: int, label: str | int | None = None) -> np.ndarray | None:
-    """Returns the class of each of `count` images, int64 [count]; None for an unconditional model.
+    """Chooses the class of each image to draw.
 
-    label: the name or number of one class for all images. Without a label, classes are as frequent as among the training
-    images, since scores compare with these. If all classes are about equally frequent, image i has class i mod classes. Raises
-    ValueError.
+    Without a label, classes are as frequent as among the training images, because scores compare the drawn images with
+    these. If all classes are about equally frequent, image i has class i mod classes.
+
+    Args:
+        model: the record of the model.
+        count: the number of images.
+        label: the name or number of one class for all images, or None.
+
+    Returns:
+        int64 [count], or None for an unconditional model.
+
+    Raises:
+        ValueError: the model has no such class.
     """
     classes = model.network.classes
     if not classes:
@@ -122,7 +132,7 @@ def class_labels(model: ModelRecord, count: int, label: str | int | None = None)
             raise ValueError("this model is unconditional: it takes no label")
         return None
     if label is None:
-        return _as_frequent(model.data.class_counts or [1] * classes, count)
+        return _proportional_labels(model.data.class_counts or [1] * classes, count)
     names = model.data.classes or []
     if str(label) in names:
         return np.full(count, names.index(str(label)))
@@ -131,18 +141,19 @@ def class_labels(model: ModelRecord, count: int, label: str | int | None = None)
     raise ValueError(f"no class '{label}'; there are {', '.join(names)}, numbered from 0")
 
 
-def _as_frequent(counts: list[int], total: int) -> np.ndarray:
+def _proportional_labels(counts: list[int], total: int) -> np.ndarray:
     """Returns the class of each of `total` images, int64 [total]: in proportion to `counts`, or in turn if these are similar.
 
-    Every image gets the class that is furthest behind its share, so a smaller set is the beginning of a larger set.
+    Each image gets the class that is furthest behind its share. So the labels of a smaller set are the beginning of the
+    labels of a larger set.
     """
-    if max(counts) <= ALIKE * min(counts):
+    if max(counts) <= EQUAL_WITHIN * min(counts):
         counts = [1] * len(counts)
-    behind, labels = np.zeros(len(counts), np.int64), np.empty(total, np.int64)
-    for i in range(total):  # integers in units of 1 / sum(counts), so exact
-        behind += counts
-        labels[i] = behind.argmax()
-        behind[labels[i]] -= sum(counts)
+    deficits, labels = np.zeros(len(counts), np.int64), np.empty(total, np.int64)
+    for i in range(total):  # exact, because deficits are integers, in units of 1 / sum(counts) images
+        deficits += counts
+        labels[i] = deficits.argmax()
+        deficits[labels[i]] -= sum(counts)
     return labels
 
 
@@ -161,20 +172,20 @@ def draw(
     done: Callable[[int, int], None] = lambda images, evaluations: None,
     into: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
-    """Draws the images with these indices. The noise of an image depends on seed and index alone, never on `batch`.
+    """Draws the images with these indices. The noise of an image depends only on seed and index, not on `batch`.
 
     Args:
-        denoiser: the model; its network is on `device`.
+        denoiser: the model, with its network on `device`.
         shape: C, H, W of an image.
         indices: the indices of the images.
         seed: the seed of the noise.
         batch: the number of images drawn at once.
-        steps: number of sampling steps.
+        steps: the number of sampling steps.
         settings: the options of a sampler row.
         device: the device of the noise.
         labels: int64 [len(indices)], the class of each image, for a conditional network.
         done: called as done(images, evaluations) after each step and each batch.
-        into: an array to fill instead of a new one.
+        into: an array to fill, uint8 [len(indices), *shape]. By default a new array.
 
     Returns:
         The images, uint8 [len(indices), *shape], and the network evaluations per image.
@@ -208,9 +219,20 @@ def draw(
 def prepared_denoiser(
     path: Path, device: torch.device, clip: bool | float, precision: str, compiled: bool
 ) -> tuple[Denoiser, ModelRecord]:
-    """Loads a checkpoint's denoiser for sampling. Raises InputError.
+    """Loads a checkpoint's denoiser for sampling.
 
-    clip, precision and compiled are the entries of the section `sampling`.
+    Args:
+        path: the folder of the checkpoint.
+        device: the device of the network.
+        clip: see `Denoiser`.
+        precision: "float32", or "bfloat16" for autocast.
+        compiled: whether to compile the network.
+
+    Returns:
+        The denoiser, and the record of the model.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or the network cannot be compiled.
     """
     denoiser, model = checkpoint.load(path, device, clip)
     net = compiling.compiled(denoiser.net, "sampling") if compiled else denoiser.net

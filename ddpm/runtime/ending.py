@@ -1,6 +1,7 @@
-"""Ends processes: sends SIGTERM, waits for a grace time in which they save, then sends SIGKILL. Holds all grace times.
+"""Ends processes: sends SIGTERM, waits for a grace time in which the processes save, then sends SIGKILL.
 
-A process that ends other processes has a longer grace time than those. Otherwise it would be killed before they have ended.
+The constants here are all grace times of the project. A process that ends other processes gets a longer grace time than these.
+Otherwise it would be killed before they have ended.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-STAGE = 6.0  # seconds in which a stage saves; with the 4 until Prefect notices a cancellation, at most ten
+# Seconds from SIGTERM to SIGKILL.
+STAGE = 6.0  # for a stage. Prefect takes up to 4 s to notice a cancellation, so a cancelled stage ends within 10 s.
 SERVER = 10.0  # for the Prefect server of a single flow, which writes the last task states
-ORPHAN = 15.0  # for a process whose parent is gone; a flow run ends its stages first
+ORPHAN = 15.0  # for a process whose parent is gone. A flow run must end its stages in this time.
 FLOW_RUNS = 20.0  # for the flow runs of a worker of `make up`, which become orphans when the worker ends
 
 INTERVAL = 0.5  # seconds between two checks that the parent still runs
@@ -22,7 +24,7 @@ T = TypeVar("T")
 
 
 class Leader(Protocol):
-    """A process that leads a process group of its own, such as a subprocess.Popen with start_new_session."""
+    """A process that leads its own process group, such as a subprocess.Popen with start_new_session."""
 
     @property
     def pid(self) -> int: ...
@@ -32,15 +34,15 @@ class Leader(Protocol):
 
 
 def end_groups(leaders: Sequence[Leader], grace: float) -> None:
-    """Ends process groups: sends SIGTERM, and SIGKILL to each group with a process left after `grace` seconds."""
+    """Ends process groups: sends SIGTERM, and after `grace` seconds SIGKILL to each group that still has a process."""
     for leader in leaders:
         _signal(leader, signal.SIGTERM)
-    for leader in left_after(grace, lambda: [each for each in leaders if _signal(each, 0)]):
+    for leader in left_after(grace, lambda: [running for running in leaders if _signal(running, 0)]):
         _signal(leader, signal.SIGKILL)
 
 
 def left_after(grace: float, running: Callable[[], Sequence[T]]) -> Sequence[T]:
-    """Waits until `running` returns nothing, at most `grace` seconds. Returns its last result."""
+    """Waits until running() returns an empty sequence, but at most `grace` seconds. Returns the last result of running()."""
     end = time.monotonic() + grace
     while (left := running()) and time.monotonic() < end:
         time.sleep(0.1)

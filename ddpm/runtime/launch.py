@@ -20,8 +20,8 @@ LOOPBACK = {"linux": "lo", "darwin": "lo0"}.get(sys.platform, "")
 def launch(processes: int, arguments: list[str]) -> None:
     """Runs `ddpm ARGUMENTS` in several processes and waits for them. Forwards SIGTERM and Ctrl-C.
 
-    The output of process 0 is shown; the output of another process only if it fails. The processes find each other through a file
-    and communicate over loopback.
+    The output of process 0 is shown. If another process fails, its last line of output is shown. The processes find each other
+    through a file and communicate over loopback.
 
     Raises:
         SystemExit: process 0 failed and has printed why.
@@ -32,8 +32,8 @@ def launch(processes: int, arguments: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.CRITICAL)  # the processes report their own errors
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the launcher's own store would listen on all addresses
+    logging.disable(logging.CRITICAL)  # the processes report their errors themselves
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # otherwise the launcher's store listens on all addresses
     os.environ[watchdog.VARIABLE] = str(os.getpid())  # the processes watch this process and exit with it
     for backend in ("GLOO", "NCCL") if LOOPBACK else ():
         os.environ.setdefault(f"{backend}_SOCKET_IFNAME", LOOPBACK)
@@ -60,22 +60,23 @@ def launch(processes: int, arguments: list[str]) -> None:
 
 
 def _fail(codes: dict[int, int], folder: Path) -> NoReturn:
-    """Raises the error of the process that failed first.
+    """Raises the error of the process that most likely failed first.
 
-    codes: exit codes by rank, negative for signals. The launcher ends the other processes with SIGTERM, so a process that
-    ended by SIGTERM is the least likely cause.
+    `codes` has exit codes by rank, negative for signals. The launcher ends the other processes with SIGTERM, so a process
+    that ended by SIGTERM is the least likely cause.
     """
 
-    def weight(code: int) -> int:
+    def order(code: int) -> int:
+        """Returns a key to sort exit codes by, with the likeliest cause first: a signal, a user error, another error, SIGTERM."""
         if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
             return 3
         return 0 if code < 0 else 1 if code == 2 else 2
 
-    rank, code = min(codes.items(), key=lambda item: (weight(item[1]), item[0]))
-    if weight(code) == 0:
+    rank, code = min(codes.items(), key=lambda item: (order(item[1]), item[0]))
+    if order(code) == 0:
         cause = f"process {rank} of the training was killed by signal {-code}"
-        raise Stopped(f"{cause}; the next run goes on after the last saved state", -code)
-    if rank == 0 or weight(code) == 3:
+        raise Stopped(f"{cause}; the next run resumes from the last saved state", -code)
+    if rank == 0 or order(code) == 3:
         sys.exit(code if code > 0 else 128 - code)
     log = next(folder.glob(f"*/*/{rank}/stderr.log"), None)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log else []

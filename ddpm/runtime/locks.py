@@ -1,4 +1,4 @@
-"""Holds lock files. One process at a time can hold a lock; the system frees it when the process ends."""
+"""Holds lock files. Only one process at a time can hold a lock file. The operating system frees it when the process ends."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-INTERVAL = 0.5  # seconds between two attempts in a long wait
+INTERVAL = 0.5  # seconds between two attempts to get a lock that another process holds
 
 
 @contextmanager
 def held(path: Path, patience: float = 0, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Holds the lock file `path` during the block. Creates its folder.
+    """Holds the lock file `path` during the block. Creates the folder of the file.
 
-    waiting: called if the lock is not free within `patience` seconds. Reports the wait, or raises an error to give up.
+    If the lock is not free within `patience` seconds, calls `waiting` once and then waits without limit. `waiting` may report
+    the wait, or raise an error to give up.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)

@@ -9,7 +9,7 @@ import psutil
 
 PROC = Path("/proc")
 BOOT = PROC / "sys/kernel/random/boot_id"  # changes at each boot of the host
-FIRST = "pid:[4026531836]"  # the pid namespace of the host itself, the same on any Linux
+FIRST = "pid:[4026531836]"  # the pid namespace of the host itself, which has the same number on any Linux
 
 
 def this_process() -> str:
@@ -19,12 +19,12 @@ def this_process() -> str:
 
 
 def is_here(name: str) -> bool:
-    """Returns whether the named process belongs to this host or container. Only then can `is_alive` tell whether it runs."""
+    """Returns whether the named process belongs to this host or container. Only for such processes is `is_alive` valid."""
     return name.split(" ", maxsplit=1)[0] == _host()
 
 
 def is_alive(name: str) -> bool:
-    """Returns whether a process of this host, named by this_process(), still runs. A zombie does not."""
+    """Returns whether a process of this host, named by this_process(), still runs. Returns False for a zombie."""
     _, pid, start = name.split(" ")
     try:
         process = psutil.Process(int(pid))
@@ -34,14 +34,14 @@ def is_alive(name: str) -> bool:
 
 
 def _host() -> str:
-    """Returns the host's name; in a container also boot id and pid namespace, since containers may share a name."""
-    space = PROC / "self/ns/pid"
-    ids = str(space.readlink()) if space.is_symlink() else FIRST
-    return platform.node() if ids == FIRST else f"{platform.node()}/{BOOT.read_text(encoding='utf-8').strip()}/{ids}"
+    """Returns the host's name. In a container, adds boot id and pid namespace, because containers may share a name."""
+    link = PROC / "self/ns/pid"
+    space, host = str(link.readlink()) if link.is_symlink() else FIRST, platform.node()
+    return host if space == FIRST else f"{host}/{BOOT.read_text(encoding='utf-8').strip()}/{space}"
 
 
 def _start(process: psutil.Process) -> str:
-    """Returns the boot id and the process's start time since boot. Neither changes when the clock is set."""
+    """Returns the boot id and the process's start time since boot. Setting the clock changes neither of the two."""
     if not BOOT.exists():
         return f"{process.create_time():.2f}"
     fields = (PROC / str(process.pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""Progress reports: a stage calls a function, so it runs unchanged in a test, a notebook, DVC or Prefect."""
+"""Progress reports. A stage reports by calling a function, so it runs unchanged in a test, a notebook, DVC or Prefect."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Progress:
-    """One report from a running stage.
+    """A report from a running stage.
 
-    done, total: the finished work and all work, in `unit`s ("steps", "images", ...).
-    values: numbers to watch, by name (loss, learning_rate, ...); empty for most reports.
-    message: a line for the log, or "".
-    model: during a training, a callable that returns the current EMA denoiser, to draw previews; else None.
+    Args:
+        done: the finished work, in `unit`s.
+        total: all work, in `unit`s.
+        unit: "steps", "images", ...
+        values: numbers to watch, by name (loss, learning_rate, ...). Most reports have none.
+        message: a line for the log, or "".
+        model: during a training, a callable that returns the current EMA denoiser, to draw previews. Otherwise None.
     """
 
     done: int

@@ -1,4 +1,4 @@
-"""Joins the processes of one training. Each process gets its number from torchrun's environment variables."""
+"""Joins the processes of one training. Each process reads its rank from torchrun's environment variables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddpm.errors import InputError
 from ddpm.training import parallel
 from ddpm.training.parallel import ALONE, World
 
-MEETING = "DDPM_RANKS_MEET"  # a file through which processes of one machine meet; without it, MASTER_ADDR is used
+MEETING = "DDPM_RANKS_MEET"  # names a file through which processes of one machine meet; without it, MASTER_ADDR is used
 
 
 def number() -> int:
@@ -21,20 +21,20 @@ def number() -> int:
 
 
 def started() -> bool:
-    """Returns whether the environment has torchrun's variables."""
+    """Returns whether torchrun started this process: whether its variables are set."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
-    """Yields the World and this process's device. Each of several processes has its own GPU. Raises InputError."""
+    """Yields the World and this process's device. Each process has its own GPU. Raises InputError if there are too few GPUs."""
     if not started() or os.environ["WORLD_SIZE"] == "1":
         yield ALONE, device
         return
     if device.type == "cuda":
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= count:
-            raise InputError(f"more processes than the {count} GPUs here; lower compute.processes")
+            raise InputError(f"more processes than this machine's {count} GPUs; lower compute.processes")
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
     meeting = f"file://{os.environ[MEETING]}" if MEETING in os.environ else "env://"

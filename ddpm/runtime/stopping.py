@@ -1,4 +1,4 @@
-"""Handles SIGTERM (from a spot instance going away, a cancelled flow) and Ctrl-C so that a stage can save first."""
+"""Handles SIGTERM and Ctrl-C so that a stage can save first. SIGTERM comes from a cancelled flow or an ending spot instance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Stopped(BaseException):
-    """The process was asked to end. Like KeyboardInterrupt, it is not an Exception, so no handler takes it for a failure."""
+    """The process was asked to end. Not an Exception, like KeyboardInterrupt, so that no handler takes it for a failure."""
 
     def __init__(self, message: str = "stopped", number: int = signal.SIGTERM) -> None:
         super().__init__(message)
@@ -18,7 +18,7 @@ class Stopped(BaseException):
 
 
 def on_sigterm() -> None:
-    """Makes SIGTERM raise Stopped in the main thread, so that temporary files are removed."""
+    """Makes SIGTERM raise Stopped in the main thread, so that `finally` blocks remove temporary files."""
 
     def stop(number: int, _: Any) -> None:
         raise Stopped(number=number)
@@ -28,30 +28,30 @@ def on_sigterm() -> None:
 
 @contextmanager
 def deferred() -> Iterator[Callable[[], int]]:
-    """Holds back the first SIGTERM or SIGINT during the block. A second one acts at once.
+    """Holds back the first SIGTERM or SIGINT during the block. A second signal acts at once.
 
     Yields a callable that returns the number of the signal held back, or 0. If the block ends without an exception, the
-    signal acts then. Does nothing outside the main thread, since only that thread gets signals.
+    signal acts at the end. Does nothing outside the main thread, since only the main thread gets signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return
-    came: list[int] = []
+    received: list[int] = []
 
-    def note(number: int, _: Any) -> None:
-        came.append(number)
+    def hold_back(number: int, _: Any) -> None:
+        received.append(number)
         restore()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, hold_back) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def restore() -> None:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
     try:
-        yield lambda: came[0] if came else 0
+        yield lambda: received[0] if received else 0
     finally:
         restore()
     # protects: tests/stages/test_faults.py::test_a_second_signal_acts_at_once_and_an_unanswered_one_afterwards
-    if came:
-        signal.raise_signal(came[0])
+    if received:
+        signal.raise_signal(received[0])

@@ -1,4 +1,4 @@
-"""The extractor CLIP, whose features CMMD compares (Jayasumana et al. 2024, arXiv:2401.09603). towers.py has the network."""
+"""The extractor CLIP. CMMD compares its features (Jayasumana et al. 2024, arXiv:2401.09603). towers.py has the network."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ WEIGHTS_VARIABLE = "DDPM_CLIP_WEIGHTS"
 
 
 def load(layer: int, cache: Path, device: torch.device | str = "cpu") -> towers.Tower:
-    """Loads the network. The only layer is its embedding. Raises WeightsError."""
+    """Loads the network. The only layer is the image embedding. Raises WeightsError."""
     return towers.clip(WEIGHTS_VARIABLE, device)

@@ -1,15 +1,18 @@
-"""Draws conclusions from the scores of many points: the best point, the front, and how schedules differ beyond their seeds.
+"""Draws conclusions from the scores of many points: the best point, the front, and differences of schedules beyond the seed.
 
-The best point is the cheapest point whose score is nearly as good as the best score. "Nearly" is a margin, a share of that score.
-A point with a worse score must prove that it lies within the margin. So with few images, the point with the best score is chosen.
+The best point is the cheapest point whose score is nearly as good as the best score. "Nearly" means within a margin, a share of
+the best score. A point with a worse score must prove that it lies within the margin. With few images this proof fails, and the
+point with the best score is chosen.
 
 The interval of a score describes one model. Trainings of one schedule with other seeds give models whose true scores scatter
 with a standard deviation b, the spread. The scores s_r of R trainings have the variance b^2 + e^2. Here e is the sampling error:
-2 e^2 is the mean square of the standard errors of all differences s_r - s_q, so neither b nor e contains luck that
-all trainings share. With normal scores, (R - 1) S^2 / (b^2 + e^2) has a chi-squared distribution with R - 1 degrees of freedom,
-where S^2 is the variance of the s_r. That gives the interval of b. The mean over trainings has Student's t distribution, apart
-from the shared luck, which is normal. The difference of the means of two schedules approximately has Student's t distribution
-(Welch 1947, The generalization of Student's problem), since the shared luck cancels.
+2 e^2 is the mean square of the standard errors of all differences s_r - s_q. A sampling error that all trainings share cancels
+in these differences, so b and e do not contain it.
+
+With normal scores, (R - 1) S^2 / (b^2 + e^2) has a chi-squared distribution with R - 1 degrees of freedom, where S^2 is the
+variance of the s_r. The interval of b follows from this distribution. The mean over trainings has Student's t distribution,
+apart from the shared sampling error, which is normal. The difference of two schedules' means approximately has Student's t
+distribution, since the shared error cancels (Welch 1947, The generalization of Student's problem).
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ class Candidate:
 
     @property
     def order(self) -> tuple[float, int, str]:
-        """A key to sort by: best score first, then fewest evaluations."""
+        """The key to sort by: best score first, then fewest evaluations."""
         return RANKING.rank(self.estimate.value), self.evaluations, self.name
 
 
@@ -50,9 +53,9 @@ class Choice:
     """The result of `choose`.
 
     Args:
-        best: the point with the fewest evaluations among those that are at most `margin` worse than the truly best point.
+        best: the chosen point: the fewest evaluations among the points that are surely within the margin.
         leader: the point with the best score.
-        tied: names of the points that cannot be told apart from the truly best point (see `may_be_best`).
+        tied: the names of the points that cannot be told apart from the truly best point (see `may_be_best`).
     """
 
     best: Candidate
@@ -61,7 +64,7 @@ class Choice:
 
 
 def choose(candidates: Sequence[Candidate], margin: float) -> Choice:
-    """Chooses the best point.
+    """Chooses the best point: the fewest evaluations among the points that are surely within the margin.
 
     Args:
         candidates: the points, at least one.
@@ -72,17 +75,18 @@ def choose(candidates: Sequence[Candidate], margin: float) -> Choice:
     """
     leader = min(candidates, key=lambda point: point.order)
     estimates = [point.estimate for point in candidates]
-    kept, behind = compared_with_best(estimates, RANKING.direction)
+    may_be_best, gaps = compared_with_best(estimates, RANKING.direction)
     allowed = margin * abs(leader.estimate.value)
-    near = [point for point, most in zip(candidates, behind, strict=True) if most <= allowed]
+    near = [point for point, gap in zip(candidates, gaps, strict=True) if gap <= allowed]
     best = min([leader, *near], key=lambda point: (point.evaluations, *point.order))
-    return Choice(best, leader, tuple(point.name for point, may_be in zip(candidates, kept, strict=True) if may_be))
+    tied = tuple(point.name for point, possible in zip(candidates, may_be_best, strict=True) if possible)
+    return Choice(best, leader, tied)
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Returns the Pareto front, sorted by evaluations.
 
-    A point is on the front if its score is better than the score of every other point with as few or fewer evaluations.
+    A point is on the front if its score is better than the score of all other points with as few or fewer evaluations.
     """
     kept: list[Candidate] = []
     for point in sorted(candidates, key=lambda point: (point.evaluations, *point.order)):
@@ -98,7 +102,7 @@ class Spread:
     Args:
         value: the standard deviation of the models' true scores; 0 if sampling alone explains the differences.
         low, high: the interval of `value`.
-        sampling: the standard error of a score by sampling, without the luck that all trainings share.
+        sampling: the standard error of a score by sampling, without the error that all trainings share.
     """
 
     value: float
@@ -112,10 +116,10 @@ class Trainings:
     """The trainings of one schedule at one sampler and number of steps.
 
     Args:
-        schedule: the name of the first of the rows.
+        schedule: the name of the first row of params.yaml that has this schedule.
         count: the number of trainings.
-        mean: the mean of their scores.
-        variance: the variance of their scores; 0 with one training.
+        mean: the mean of the trainings' scores.
+        variance: the variance of the trainings' scores; 0 with one training.
         low, high: the interval of the mean over all possible trainings; None with one training.
         spread: the spread between the trainings; None with one training.
     """
@@ -130,10 +134,10 @@ class Trainings:
 
 
 def trainings(schedule: str, scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> Trainings:
-    """Summarises the scores of trainings of one schedule that differ in the seed alone.
+    """Summarises the scores of trainings of one schedule that differ only in the seed.
 
     Args:
-        schedule: the name of the first of the rows.
+        schedule: the name of the first row of params.yaml that has this schedule.
         scores: one score for each training.
         confidence: the confidence of the intervals.
     """
@@ -141,7 +145,7 @@ def trainings(schedule: str, scores: Sequence[Estimate], confidence: float = CON
     mean, count = float(values.mean()), len(values)
     if count == 1:
         return Trainings(schedule, count, mean)
-    from scipy.stats import chi2, t  # the import takes a second, and one training needs no quantile
+    from scipy.stats import chi2, t  # imported late: the import takes a second, and one training needs no quantile
 
     variance, tail = float(values.var(ddof=1)), (1 - confidence) / 2
     sampling = float(np.mean([difference(a, b).error ** 2 for a, b in combinations(scores, 2)])) / 2
@@ -157,7 +161,7 @@ def trainings(schedule: str, scores: Sequence[Estimate], confidence: float = CON
 
 
 def between_schedules(a: Trainings, b: Trainings, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """Returns the interval of the difference a - b of two schedules' means, or None if one of them has one training."""
+    """Returns the interval of the difference a - b of two schedules' means, or None if a schedule has only one training."""
     shares = [each.variance / each.count for each in (a, b)]
     if min(a.count, b.count) < 2:
         return None
@@ -171,10 +175,11 @@ def between_schedules(a: Trainings, b: Trainings, confidence: float = CONFIDENCE
 
 
 def from_the_best(trained: Sequence[Trainings]) -> list[tuple[float, float] | None]:
-    """Returns the intervals of the differences between each schedule's mean and the first one's (see `between_schedules`).
+    """Returns the interval of the difference between each schedule's mean and the first schedule's mean.
 
-    The first schedule was picked as the best, so the intervals hold for all pairs of schedules together (Bonferroni).
+    The first schedule was picked as the best. So the confidence covers all pairs of schedules together (Bonferroni). See
+    `between_schedules`.
     """
-    pairs = math.comb(sum(each.count > 1 for each in trained), 2)
+    pairs = math.comb(sum(schedule.count > 1 for schedule in trained), 2)
     confidence = 1 - (1 - CONFIDENCE) / max(1, pairs)
-    return [between_schedules(each, trained[0], confidence) for each in trained]
+    return [between_schedules(schedule, trained[0], confidence) for schedule in trained]

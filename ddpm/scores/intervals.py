@@ -1,29 +1,31 @@
 """Estimates how certain a score is: intervals of scores and of differences, from one influence value per image.
 
-The influence of image i on a score s of N images is l_i = (N - 1) (mean_j s_(-j) - s_(-i)), with s_(-i) the score
-without image i (Efron 1982, The Jackknife, the Bootstrap and Other Resampling Plans, chapter 3). The variance of s is then
-about sum_i l_i^2 / (N (N - 1)). Images of two scores may be paired, as for two samplers that start from the same noise.
-The influence values of the difference are then the differences of the influence values, and errors that both scores
-share cancel.
+The influence of image i on a score s of N images is l_i = (N - 1) (mean_j s_(-j) - s_(-i)). Here s_(-i) is the score without
+image i (Efron 1982, The Jackknife, the Bootstrap and Other Resampling Plans, chapter 3). The variance of s is then about
+sum_i l_i^2 / (N (N - 1)). Images of two scores may be paired, for example if two samplers start from the same noise. Then the
+influence values of the difference are the differences of the influence values, and errors that both scores share cancel.
 
-Among many scores, the best looks good partly by chance. Four functions account for that. All use the joint normal
+Among many scores, the best looks good partly by chance. Three functions account for that. All use the joint normal
 distribution of the scores' errors, whose covariance follows from the influence values. The quantiles come from DRAWS
-random errors e:
+random errors e.
 
-- `may_be_best`: multiple comparisons with the best (Hsu 1981, Simultaneous confidence intervals for all distances from
-  the "best"), with a critical value for each score (Edwards and Hsu 1983). Score i may be the best if no other score j is
-  better by more than d_i sigma_ij. Here sigma_ij is the standard error of the difference of scores i and j, and d_i the
-  quantile of max_j (e_i - e_j)/sigma_ij. At a confidence of 0.95 the truly best score is excluded at most one time in
-  20, however many scores there are.
-- `most_behind`: bounds, which hold together, on how much worse each score is than the truly best score (the other half of
-  the same method). Score i is worse by at most max_j (s_i - s_j + d_j sigma_ij).
-- `simultaneous`: intervals that hold for all differences together (Tukey 1953). They reach to each side as many
-  standard errors as the quantile of max_ij |e_i - e_j|/sigma_ij. So they also hold for differences that were picked
-  for their size.
-- `against_one`: the same for the differences of all scores from one other score (Dunnett 1955, A multiple comparison
-  procedure for comparing several treatments with a control). So the intervals also hold if that score was picked as the best.
+`compared_with_best` makes multiple comparisons with the best score (Hsu 1981, Simultaneous confidence intervals for all
+distances from the "best"). Each score has its own critical value (Edwards and Hsu 1983). Let sigma_ij be the standard error
+of the difference of scores i and j. The critical value d_i is the quantile of max_j (e_i - e_j)/sigma_ij. The function returns:
 
-This module needs no torch, so comparing scores does not import it.
+- Whether each score may be the best (also from `may_be_best`): if no other score j is better by more than d_i sigma_ij. At a
+  confidence of 0.95, the truly best score is excluded at most one time in 20, however many scores there are.
+- How much worse each score is than the truly best score, at most: max_j (s_i - s_j + d_j sigma_ij) for score i. The 95% covers
+  all scores together.
+
+`simultaneous` gives intervals that hold for all differences together (Tukey 1953). The half width in standard errors is the
+quantile of max_ij |e_i - e_j|/sigma_ij. So the intervals also hold for differences that were picked for their size.
+
+`against_one` gives intervals that hold together for the differences of all scores from one reference (Dunnett 1955, A multiple
+comparison procedure for comparing several treatments with a control). So the intervals also hold if one of the scores was
+picked as the best.
+
+This module does not import torch, so processes that only compare scores need no torch.
 """
 
 from __future__ import annotations
@@ -36,12 +38,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
-DRAWS = 10_000  # a quantile is then known to 0.02 standard errors
-BLOCK = 128  # draws at a time, which fit into a processor's cache
+DRAWS = 10_000  # random errors from which quantiles are estimated, to about 0.02 standard errors
+BLOCK = 128  # draws that are processed at a time, so that they fit into a processor's cache
 
 
 def quantile(confidence: float = CONFIDENCE) -> float:
-    """Returns the half width of an interval in standard errors: 1.96 for 0.95. Raises ValueError outside (0, 1)."""
+    """Returns the half width of an interval in standard errors: 1.96 for 0.95. Raises ValueError for values outside (0, 1)."""
     if not 0 < confidence < 1:
         raise ValueError(f"a confidence of {confidence} must lie between 0 and 1")
     return NormalDist().inv_cdf(0.5 + confidence / 2)
@@ -56,27 +58,27 @@ def standard_error(influence: NDArray[np.floating]) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score, its standard error, and the influence values [N] of its images if they are known."""
+    """A score, its standard error, and the influence values [N] of its images, or None if they are unknown."""
 
     value: float
     error: float
     influence: NDArray[np.floating] | None = field(default=None, compare=False, repr=False)
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
-        """Returns (low, high)."""
+        """Returns the ends (low, high) of the confidence interval."""
         reach = quantile(confidence) * self.error
         return self.value - reach, self.value + reach
 
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """The difference a - b of two scores. paired: whether the error was computed from paired images."""
+    """The difference a - b of two scores. `paired` says whether the error was computed from paired images."""
 
     paired: bool = False
 
 
 def difference(a: Estimate, b: Estimate) -> Difference:
-    """Returns a - b. The error is paired if both scores have equally many influence values. Else they count as independent."""
+    """Returns a - b. If both scores have equally many influence values, images are paired. Otherwise, errors are independent."""
     value = a.value - b.value
     if a.influence is None or b.influence is None or len(a.influence) != len(b.influence):
         return Difference(value, float(np.hypot(a.error, b.error)))
@@ -85,9 +87,9 @@ def difference(a: Estimate, b: Estimate) -> Difference:
 
 
 def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE) -> list[bool]:
-    """Returns for each score whether it may be the best. With the given confidence, this is true of the truly best score.
+    """Returns for each score whether it may be the best. With the given confidence, the truly best score is among these.
 
-    The arguments are those of `compared_with_best`.
+    See `compared_with_best`, which has the same arguments.
     """
     return compared_with_best(scores, direction, confidence)[0]
 
@@ -95,15 +97,15 @@ def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = 
 def compared_with_best(
     scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE
 ) -> tuple[list[bool], list[float]]:
-    """Compares each score with the truly best one. All statements hold together with the given confidence.
+    """Compares each score with the truly best score. The confidence covers all statements together.
 
     Args:
-        scores: scores under the same metric.
-        direction: -1 if lower is better, 1 if higher is.
+        scores: scores of the same metric.
+        direction: -1 if lower is better, 1 if higher is better.
         confidence: in (0, 1).
 
     Returns:
-        Whether each score may be the best, and how much worse it is at most than the truly best one, 0 or more.
+        Whether each score may be the best. And the most by which each score is worse than the truly best score, 0 or more.
 
     Raises:
         ValueError: the confidence is outside (0, 1).
@@ -117,12 +119,14 @@ def compared_with_best(
 
 
 def _largest(draws: NDArray[np.float64], errors: NDArray[np.float64], absolute: bool = False) -> NDArray[np.float64]:
-    """Returns how far score i is above any other score at most, in standard errors, in each draw, [K, DRAWS].
+    """Returns the largest difference between the error of score i and another score's error, in each draw: [K, DRAWS].
+
+    Differences are in units of their standard errors.
 
     Args:
         draws: random errors, [DRAWS, K].
         errors: standard errors of all differences, [K, K]; 0 for scores that are not compared.
-        absolute: how far score i is from any other score, above or below.
+        absolute: whether to take the absolute values of the differences.
     """
     largest = np.zeros(draws.shape[::-1])
     for start in range(0, len(draws), BLOCK):
@@ -141,13 +145,13 @@ def against_one(reference: Estimate, scores: Sequence[Estimate], confidence: flo
 
     Raises ValueError for a confidence outside (0, 1).
     """
-    alone = quantile(confidence)
+    single = quantile(confidence)  # the half width for one difference
     errors, draws = _joint([reference, *scores])
     known = errors[0] > 0
     if not known.any():
-        return alone
+        return single
     largest = (abs(draws[:, [0]] - draws[:, known]) / errors[0][known]).max(1)
-    return max(alone, float(np.quantile(largest, confidence)))
+    return max(single, float(np.quantile(largest, confidence)))
 
 
 def simultaneous(scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> float:
@@ -155,14 +159,17 @@ def simultaneous(scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> 
 
     Raises ValueError for a confidence outside (0, 1).
     """
-    alone = quantile(confidence)
+    single = quantile(confidence)  # the half width for one difference
     errors, draws = _joint(scores)
     largest = _largest(draws, errors, absolute=True).max(0)
-    return max(alone, float(np.quantile(largest, confidence)))
+    return max(single, float(np.quantile(largest, confidence)))
 
 
 def _joint(scores: Sequence[Estimate]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Returns the standard errors of all differences, [K, K], 0 for scores with equal errors; and random errors, [DRAWS, K]."""
+    """Returns the standard errors of all differences, [K, K], and random errors of all scores, [DRAWS, K].
+
+    The standard error is 0 for scores whose errors are always equal.
+    """
     covariance = np.diag([score.error**2 for score in scores])
     groups: dict[int, list[int]] = {}
     for index, score in enumerate(scores):
@@ -171,9 +178,9 @@ def _joint(scores: Sequence[Estimate]) -> tuple[NDArray[np.float64], NDArray[np.
     for count, group in groups.items():
         rows = np.array([scores[index].influence for index in group], np.float64)
         covariance[np.ix_(group, group)] = np.cov(rows) / count
-    alone = np.diag(covariance)
-    variance = np.add.outer(alone, alone) - 2 * covariance
-    errors = np.sqrt(np.where(variance > 1e-12 * np.add.outer(alone, alone), variance, 0))
+    variances = np.diag(covariance)
+    variance = np.add.outer(variances, variances) - 2 * covariance
+    errors = np.sqrt(np.where(variance > 1e-12 * np.add.outer(variances, variances), variance, 0))
     values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     standard = np.random.RandomState(0).standard_normal((DRAWS, len(scores)))  # numpy guarantees this stream

@@ -1,6 +1,6 @@
-"""Defines the rows of METRICS: the names, direction, possible values and computation of a metric.
+"""Defines the classes of the rows of METRICS: the names, direction, possible values and computation of a metric.
 
-The classes are in a module without the table, so that a metric with a module of its own can import them.
+The table itself is in another module, so that a metric with its own module can import these classes.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from ddpm.scores.intervals import Estimate
 if TYPE_CHECKING:
     from ddpm.scores.fidelity import Sets
 
-LARGEST = 1e9  # the default of the largest value, whose square is far from overflow
+LARGEST = 1e9  # the default for a metric's largest value; its square is far from overflow
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One number in metrics/POINT.json, and the column of the same name in points.csv.
+    """A number in metrics/POINT.json, and the column of the same name in points.csv.
 
     Args:
-        name: the key and the column.
-        title: the heading of its column on the report's page; without a title, the page has no such column.
-        measure: computes the number, or returns None if the sets of images do not allow that.
-        low: the least possible value.
+        name: the key in metrics/POINT.json and the name of the column.
+        title: the heading of the column on the report's page. Without a title, the page has no such column.
+        measure: computes the number, or returns None if the sets of images do not allow it.
+        low: the smallest possible value.
         high: the largest possible value.
         optional: whether scores are complete without this entry.
-        interval: whether `measure` returns an Estimate. Its interval becomes the entries NAME_low and NAME_high.
+        interval: whether `measure` returns an Estimate. The interval then becomes the entries NAME_low and NAME_high.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the number and, if it has an interval, of the interval's ends, lowest value first."""
+        """The names of all numbers of this entry, lowest value first: the number and, with an interval, its ends."""
         return (f"{self.name}_low", self.name, f"{self.name}_high") if self.interval else (self.name,)
 
 
@@ -50,12 +50,12 @@ class Metric(Entry):
     """A row of METRICS.
 
     Args:
-        direction: -1 if lower is better, 1 if higher is; 0 for a diagnosis, which MLflow and the model card omit.
-        judge: whether the metric uses the extractor that lists it in JUDGES, instead of evaluation.extractor. Such a metric
-            is computed if evaluation.judges names it.
-        more: further entries. By convention NAME_std is the spread between parts of the images.
+        direction: -1 if lower is better, 1 if higher is better. 0 for a diagnosis, which MLflow and the model card omit.
+        judge: whether the metric uses the extractor whose JUDGES names it, instead of evaluation.extractor. Such a metric is
+            computed only if evaluation.judges names it.
+        more: further entries. By convention, NAME_std is the spread between parts of the images.
         digits: significant digits in tables and sentences.
-        hub: the metric's name on model hubs, if different.
+        hub: the metric's name on model hubs, if it differs from `name`.
     """
 
     direction: int = 0
@@ -66,7 +66,7 @@ class Metric(Entry):
 
     @property
     def words(self) -> str:
-        """Says whether lower or higher is better."""
+        """The words that say whether lower or higher is better."""
         return "higher is better" if self.direction > 0 else "lower is better"
 
     @property
@@ -82,15 +82,15 @@ class Metric(Entry):
         """Computes the entries. Leaves out entries that the sets do not allow."""
         values: dict[str, float] = {}
         for entry in (self, *self.more):
-            found = entry.measure(sets)
-            if isinstance(found, Estimate):
-                low, high = found.interval()
+            value = entry.measure(sets)
+            if isinstance(value, Estimate):
+                low, high = value.interval()
                 values |= {f"{entry.name}_low": max(entry.low, low), f"{entry.name}_high": min(entry.high, high)}
-                found = found.value
-            if found is not None:
-                values[entry.name] = found
+                value = value.value
+            if value is not None:
+                values[entry.name] = value
         return values
 
     def rank(self, value: float) -> float:
-        """Returns a key to sort by, lowest for the best value."""
+        """Returns a key to sort by. The best value has the lowest key."""
         return -self.direction * value

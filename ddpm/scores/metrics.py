@@ -1,7 +1,7 @@
 """METRICS: a row for each metric that judges samples.
 
 Files, tables, plots, the report, MLflow and the registry follow the rows.
-A row computes its metric from a `fidelity.Sets`. Rows import no torch, since processes that only show scores read them too.
+A row computes its metric from a `fidelity.Sets`. This module imports no torch, since processes that only show scores use it too.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def _fid(sets: Sets) -> Estimate:
-    influence = sets.jackknife.influence.astype(
-        np.float32
-    )  # rounded as in the file, so that the interval can be computed from the file
+    """Returns the FID of the features. Influence values are rounded as in their file, so that it gives the same interval."""
+    influence = sets.jackknife.influence.astype(np.float32)
     return Estimate(sets.jackknife.fid, standard_error(influence), influence)
 
 
 def _cmmd(sets: Sets) -> Estimate:
+    """Returns CMMD. Influence values are rounded as in their file, so that it gives the same interval."""
     influence = sets.cmmd[1].astype(np.float32)
     return Estimate(sets.cmmd[0], standard_error(influence), influence)
 
@@ -87,7 +87,7 @@ ROWS = (
         more=(Entry("copying_z", "", lambda sets: sets.copying.z, optional=True),),
     ),
 )
-# The judges, computed if evaluation.judges names them, each with its own extractor.
+# The judges: metrics with their own extractors, which are computed if evaluation.judges names them.
 JUDGES = tuple(
     Metric(name, title, measure, low=low, direction=-1, interval=True, digits=digits, optional=True, judge=True)
     for name, title, measure, low, digits in (
@@ -97,7 +97,7 @@ JUDGES = tuple(
     )
 )
 METRICS = {row.name: row for row in (*ROWS, *JUDGES)}
-HEADLINE = "fid"  # the metric that ranks and promotes points, with an interval and influence values
+HEADLINE = "fid"  # the metric that ranks and promotes points; it must have an interval and influence values
 RANKING = METRICS[HEADLINE]
 COPYING = METRICS["copying"]  # the metric in the report's section on memorising
 

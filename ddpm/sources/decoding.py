@@ -1,13 +1,13 @@
 """Finds, checks and decodes image files, in folders and inside zip files, straight into an array.
 
 Reading is strict: an image that does not fit, even after the requested conversion, is an error that names the file. EXIF
-orientation is always applied. There are three levels of conversion:
+orientation is always applied. A source chooses one of three levels of conversion:
 
-- none: PNG and JPEG files, all of 8-bit grey or all of RGB.
-- channels: bilevel, palette and opaque RGBA images are accepted too, and all become grey or RGB.
-- everything (`data.convert`): all images with one usual meaning are accepted. Transparent pixels are laid on a background, 16
-  bits become the upper 8, CMYK goes through its embedded profile, and an animation gives its first frame. GIF, WebP, BMP and
-  TIFF files are read too. Other colour profiles are ignored.
+- none: PNG and JPEG files, all in 8-bit grey or all in RGB.
+- channels: also bilevel, palette and opaque RGBA images. All images become grey or RGB.
+- everything (`data.convert`): also GIF, WebP, BMP and TIFF files, and every mode that has an unambiguous meaning as RGB.
+  Transparent pixels are laid on a background. The upper 8 of 16 bits are kept. CMYK is converted by the embedded profile. The
+  first frame of an animation is used. Other colour profiles are ignored.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Read = Callable[[], bytes]  # returns an encoded image
-Fault = tuple[str, str]  # the name of a file, and what is wrong with it
+Fault = tuple[str, str]  # the name of a file, and the reason why the file cannot be used
 Colour = tuple[int, int, int]  # R, G, B in 0 ... 255
 
-MAX_PIXELS = 2**26  # the most pixels of one image; the header is checked before anything is decoded
-MAX_BYTES = 2**28  # the most bytes of one encoded image
+MAX_PIXELS = 2**26  # the most pixels of an image; the header is checked before the image is decoded
+MAX_BYTES = 2**28  # the most bytes of an encoded image
 MAX_TEXT = 2**26  # the most bytes of decompressed text in a PNG; Pillow's own limit refuses usable photos
 MODES = {1: "L", 3: "RGB"}
 PLAIN = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg")}  # the formats that are always read, with their suffixes
 OTHERS = {"GIF": (".gif",), "WEBP": (".webp",), "BMP": (".bmp",), "TIFF": (".tif", ".tiff")}  # read with data.convert
-# The modes of Pillow that have one usual meaning as RGB.
+# The modes of Pillow that have an unambiguous meaning as RGB.
 CONVERTED = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L"}
 ORIENTATION = 0x0112  # the EXIF tag
 BLOCK = 64  # images that a worker process decodes between two progress reports
@@ -64,7 +64,7 @@ _HELD = {signal.SIGINT, signal.SIGTERM}  # signals held back while processes are
 
 # Messages.
 
-# The remedies of a fault: two settings, or only another file.
+# The remedies for a fault: a setting, or else a repair of the file.
 CONVERT = "data.convert: true converts {}"
 FIT = "data.size and data.fit give {} one size"
 BROKEN = "repair or remove {}"
@@ -74,8 +74,8 @@ def advice(remedies: Sequence[str], some_left: bool, end: str = "") -> str:
     """Returns advice about faulty files.
 
     Args:
-        remedies: CONVERT, FIT or BROKEN for each file.
-        some_left: whether other files can be used, so that leaving out the faulty files helps.
+        remedies: CONVERT, FIT or BROKEN for each faulty file.
+        some_left: whether there are usable files too, so that leaving out the faulty files helps.
         end: further advice.
     """
     found = [remedy for remedy in (CONVERT, FIT, BROKEN) if remedy in remedies]
@@ -94,7 +94,7 @@ def shown(name: str) -> str:
 
 
 def offenders(where: str, what: str, faults: Sequence[Fault], advice: str) -> InputError:
-    """Returns an error that names the first three faulty files and counts the others.
+    """Returns an error that names the first three faulty files and counts the rest.
 
     Args:
         where: the folder or zip file, for messages.
@@ -111,7 +111,7 @@ def offenders(where: str, what: str, faults: Sequence[Fault], advice: str) -> In
 
 
 class _Mapped(mmap.mmap):
-    """A mapped file for ZipFile. Forked processes can read it in parallel, since each process has its own position."""
+    """A mapped file for ZipFile. Forked processes can read the file in parallel, since each process has its own position."""
 
     def seekable(self) -> bool:
         return True
@@ -121,8 +121,10 @@ class _Mapped(mmap.mmap):
 class Found:
     """The files of a folder or zip file. All paths are relative to this folder or zip file.
 
-    images: the function that reads each image, by path. left_out: the paths of files that are not images. faults: files that
-    cannot be used.
+    Args:
+        images: the function that reads each image, by path.
+        left_out: the paths of files that are not images.
+        faults: the files that cannot be used.
     """
 
     images: dict[str, Read]
@@ -184,7 +186,7 @@ def _either(formats: Iterable[str]) -> str:
 
 
 def convertible(names: Sequence[str]) -> str:
-    """Returns the advice to set data.convert if that helps with one of these files; else ""."""
+    """Returns the advice to set data.convert if that helps with any of these files, else ""."""
     suffixes = [suffix for each in OTHERS.values() for suffix in each]
     there = [suffix for suffix in suffixes if any(is_image(name, (suffix,)) for name in names)]
     return f"data.convert: true reads {', '.join(there)} too" if there else ""
@@ -238,8 +240,8 @@ def _zip_listing(path: Path, prefix: str, faults: list[Fault]) -> Iterator[tuple
             yield posixpath.normpath(prefix + name), _Member(members, index)
 
 
-# There may be millions of files, and every worker process copies the objects that it uses. So the objects are small: a file takes
-# 0.3 KB of memory, with its name and its place in a dict, instead of 0.9 KB with zipfile's entries.
+# There may be millions of files, and every worker process copies the objects that the worker uses. So the objects are small. With
+# its name and its place in a dict, a file takes 0.3 KB of memory. With zipfile's entries, a file would take 0.9 KB.
 
 
 class _File:
@@ -255,7 +257,7 @@ class _File:
 
 
 def read_file(path: Path) -> bytes:
-    """Reads an image file. Raises an error unless it is a regular file, since a pipe, for example, may never end."""
+    """Reads an image file. Raises an error for anything but a regular file, since a pipe, for example, may never end."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise _Refused("not a regular file")
@@ -265,10 +267,10 @@ def read_file(path: Path) -> bytes:
 
 
 class _Members:
-    """The members of an archive, which stays open. Keeps in arrays the part of their entries that reading needs.
+    """The members of an archive that stays open. Keeps in arrays the part of the members' entries that reading needs.
 
-    Empties the archive's own list at once. The system then gets the list's memory back, since no lasting object lies between its
-    entries.
+    Empties the archive's own list of entries at once. The system then gets the memory of that list back, because no lasting
+    object lies between the entries.
     """
 
     FIELDS = ("header_offset", "compress_size", "file_size", "CRC", "compress_type", "flag_bits", "external_attr")
@@ -326,7 +328,7 @@ class _Refused(Exception):
 
 
 class _Mismatch(_Refused):
-    """A valid image has another layout than expected. actual: the layout of the image."""
+    """A valid image has an unexpected layout. actual: the layout of the image."""
 
     def __init__(self, reason: str, remedy: str, actual: Layout) -> None:
         super().__init__(reason, remedy)
@@ -346,11 +348,13 @@ class Layout:
     Args:
         channels: 1 for grey, 3 for RGB.
         sides: height and width in pixels.
-        fit: what to do with images of another size: "error", "crop" (scale to cover the rectangle, cut off the rest),
-            "pad" (scale to fit into the rectangle, fill up with the border) or "resize" (stretch).
+        fit: the treatment of images of another size. "error" refuses the image. "crop" scales the image to cover the rectangle
+            and cuts off the rest. "pad" scales the image to fit into the rectangle and fills up with the border. "resize"
+            stretches the image.
         convert: whether to convert images of other modes.
-        given: whether the user has chosen the sides. If not, the first image has decided them.
-        background: R, G, B behind transparent pixels. If not None, everything is converted (see the top of this module).
+        given: whether the user has chosen the sides. Otherwise the first image has decided the sides.
+        background: R, G, B behind transparent pixels. With a background, the level of conversion is "everything" (see the top of
+            this module).
     """
 
     channels: int
@@ -362,7 +366,7 @@ class Layout:
 
     @property
     def border(self) -> tuple[int, ...]:
-        """The colour of padding, a value per channel: the background, or black without a background."""
+        """The colour of padding, one value per channel: the background, or black without a background."""
         from PIL import Image
 
         pixel = Image.new("RGB", (1, 1), self.background or (0, 0, 0)).convert(MODES[self.channels])
@@ -383,14 +387,14 @@ class Layout:
         return np.asarray(picture).reshape(*self.sides, self.channels).transpose(2, 0, 1)
 
 
-# The index of an image, its fault, the remedy, and its layout if the layout is the fault.
+# The index of an image, the fault, the remedy, and the layout of the image if the layout is the fault.
 _ImageFault = tuple[int, str, str, Layout | None]
 
 
 def first_shape(
     files: Mapping[str, Read], channels: int | None, where: str, background: Colour | None = None
 ) -> tuple[str, int, tuple[int, int]]:
-    """Returns name, number of channels and (width, height) of the first valid image.
+    """Returns the name, the number of channels and (width, height) of the first valid image.
 
     Args:
         files: functions that read the images, by name.
@@ -447,12 +451,12 @@ def usable(
 
     Args:
         files: functions that read the images, by name.
-        layout: the layout of the first image. If another layout is more frequent, that one is used.
+        layout: the layout of the first image. If another layout is more frequent, the more frequent layout is used.
         where: the folder or zip file, for messages.
         done: called with the number of finished images.
 
     Returns:
-        The usable images; their layout; and the unusable images, each with the reason.
+        The usable images, the layout of these images, and the unusable images with their reasons.
 
     Raises:
         InputError: no image can be used.
@@ -471,7 +475,14 @@ def _faults(
     done: Callable[[int], None],
     places: Sequence[Images] | None = None,
 ) -> tuple[Layout, list[_ImageFault]]:
-    """Decodes every image, into `places` if given. Returns the most frequent layout, and the faults judged by that layout."""
+    """Decodes every image. Returns the most frequent layout, and the faults of the images judged by that layout.
+
+    Args:
+        files: functions that read the images, by name.
+        layout: the layout to try first.
+        done: called with the number of finished images.
+        places: where to put the decoded images; None to decode without keeping the images.
+    """
     names = list(files)
 
     def read(block: range, tried: Layout) -> list[_ImageFault]:
@@ -510,9 +521,9 @@ def _usual(layout: Layout, count: int, others: Sequence[Layout]) -> Layout:
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Turns Pillow's warnings of huge images into errors. Ignores its other warnings, such as those of odd metadata.
+    """Converts Pillow's warnings of huge images into errors. Ignores all other warnings of Pillow, such as those of odd metadata.
 
-    A PNG may hold MAX_TEXT bytes of text, where Pillow by default refuses more than 1 MB of a text.
+    Allows MAX_TEXT bytes of text in a PNG. By default, Pillow refuses a text of more than 1 MB.
     """
     from PIL import Image, PngImagePlugin
 
@@ -572,11 +583,11 @@ def _opened(content: bytes, formats: Mapping[str, Any]) -> Image.Image:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """Returns the transposition that sets an image upright.
 
-    ImageOps.exif_transpose would also rewrite all other tags, and fails at tags that it cannot write.
+    ImageOps.exif_transpose would also rewrite all other tags, and would fail at tags that Pillow cannot write.
     """
     from PIL import Image
 
-    if "exif" not in image.info or image.format == "TIFF":  # Pillow turns a TIFF when it loads
+    if "exif" not in image.info or image.format == "TIFF":  # Pillow turns a TIFF upright when it loads the file
         return None
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -591,7 +602,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _eight_bit(image: Image.Image, sixteen: bool) -> Image.Image:
-    """Keeps the upper 8 of 16 bits per channel. Pillow does so for colours, but not for the transparent colour."""
+    """Keeps the upper 8 of 16 bits per channel. Pillow does this for pixels, but not for the colour marked as transparent."""
     from PIL import Image
 
     if not sixteen:
@@ -629,7 +640,7 @@ def _from_cmyk(image: Image.Image) -> Image.Image:
 
 
 def _check(image: Any, content: bytes, channels: int | None, convert: bool) -> None:
-    """Checks the header before anything is decoded, and the checksums of a PNG, which Pillow skips when it decodes."""
+    """Checks the header of an image before decoding. Also checks the checksums of a PNG, which Pillow skips."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise _Refused(f"{width}x{height} pixels are too many")
@@ -642,7 +653,7 @@ def _check(image: Any, content: bytes, channels: int | None, convert: bool) -> N
 
 
 def _is_sixteen_bit(image: Any, content: bytes) -> bool:
-    """Reads the bit depth of a PNG from its header: Pillow silently converts some of these to 8 bit."""
+    """Returns whether an image has 16 bits per channel. Reads a PNG's header, since Pillow converts some PNGs to 8 bit."""
     return content[24] == 16 if image.format == "PNG" else image.mode.startswith("I;16")
 
 
@@ -661,7 +672,7 @@ def _remedy(mode: str) -> str:
 
 
 def _check_sums(png: bytes) -> None:
-    """Checks the CRC of each chunk: length, type, data, CRC of type and data. Pillow's verify() takes 4 times as long."""
+    """Checks the CRC of each chunk: length, type, data, CRC of type and data. Pillow's verify() would take 4 times as long."""
     start, kind, data = 8, b"", []
     while kind != b"IEND":
         end = start + 8 + int.from_bytes(png[start : start + 4])
@@ -682,7 +693,7 @@ SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # values per pixel, by colour type
 
 
 def _check_rows(png: bytes, data: bytes) -> None:
-    """Checks that no rows are missing: Pillow would leave them black. A row is one filter byte and packed pixels."""
+    """Checks that no rows are missing: Pillow would leave missing rows black. A row is one filter byte and packed pixels."""
     width, height = int.from_bytes(png[16:20]), int.from_bytes(png[20:24])
     bits = png[24] * SAMPLES[png[25]]
     expected = 0
@@ -697,7 +708,7 @@ def _check_rows(png: bytes, data: bytes) -> None:
 
 
 def _fitted(picture: Image.Image, sides: tuple[int, int], fit: str, border: tuple[int, ...]) -> Image.Image:
-    """Fits a picture to this height and width; see Layout.fit and Layout.border. Raises _Refused."""
+    """Fits a picture to this height and width. See Layout.fit and Layout.border. Raises _Refused."""
     from PIL import Image, ImageOps
 
     width, height = picture.size
@@ -716,7 +727,7 @@ def _fitted(picture: Image.Image, sides: tuple[int, int], fit: str, border: tupl
 
 
 def _other_size(picture: Image.Image, sides: tuple[int, int]) -> str:
-    """Describes the width and height of a picture, and the expected ones."""
+    """Describes the size of a picture and the expected size."""
     (width, height), (high, wide) = picture.size, sides
     return f"{width}x{height} instead of {wide}x{high}"
 
@@ -744,11 +755,12 @@ def _forked(read: _ReadBlock, blocks: list[range], workers: int) -> Iterator[tup
 
     Raises InputError if a worker process was killed.
     """
-    context = multiprocessing.get_context("fork")  # processes inherit `read` with its files and arrays: no pickling
+    # Forked processes inherit `read` with its files and arrays, without pickling.
+    context = multiprocessing.get_context("fork")
     before = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, context, _begin, (read, os.getpid()))
     try:
-        # A signal between a fork and _begin would run this process's handler in the copy, which would then act as this process.
+        # Without the mask, a signal between a fork and _begin would run this process's handler in the new process.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
         try:
             waiting = {pool.submit(_run, block): block for block in blocks}
@@ -757,7 +769,9 @@ def _forked(read: _ReadBlock, blocks: list[range], workers: int) -> Iterator[tup
         for future in as_completed(waiting):
             yield waiting[future], future.result()
     except BrokenProcessPool:
-        raise InputError("a process that reads images was killed; out of memory?") from None
+        raise InputError(
+            "a process that reads images was killed, probably because the memory was full; free some memory and run this again"
+        ) from None
     except BaseException:
         for process in set(multiprocessing.active_children()) - set(before):
             process.terminate()  # otherwise shutdown() waits for the blocks in progress

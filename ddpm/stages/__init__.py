@@ -1,6 +1,7 @@
-"""The stages of dvc.yaml, one module each. A stage reads and writes files, and does not depend on the program that shows it.
+"""The stages of dvc.yaml, one module each.
 
-A command that DVC does not run belongs to ddpm.tools.
+A stage only reads and writes files. It never imports ddpm.tracking, which shows its outputs in MLflow. Commands that DVC does
+not run are in ddpm.tools.
 """
 
 import ddpm.provenance as _provenance  # noqa: F401 - imported first, since it hashes the files before other modules are imported

@@ -1,9 +1,13 @@
 """`evaluate POINT`: scores the samples of a point against training images, with confidence intervals.
 
-Every point is scored by the same protocol: the first `evaluation.images` samples, as saved, against as many images of the train
-split. The training images are chosen in a fixed random order, independent of `params.seed`. One pass of the extractor serves all
-metrics other than judges. Each judge in `evaluation.judges` takes a pass of its own extractor over the same images. An interval
-NAME_low ... NAME_high covers the mean score over sample sets of the same model and size, against the same reference images.
+All points are scored by the same protocol: the first `evaluation.images` saved samples are compared with as many training
+images, the reference images. They are chosen in a fixed random order, independent of `params.seed`.
+
+One pass of `evaluation.extractor` over these images computes the features of all metrics except the judges. A judge is a metric
+with an extractor of its own. Each judge in `evaluation.judges` takes one more pass over the same images.
+
+The interval NAME_low ... NAME_high covers the mean score over sample sets of the same model and size, against the same reference
+images.
 """
 
 from __future__ import annotations
@@ -38,55 +42,73 @@ FEWEST = fidelity.NEIGHBOURS + 1  # the fewest images that can be scored
 
 
 def evaluate(params: Params, point: Point, root: Path = Path(), report: Report = silent) -> Scores:
-    """Writes metrics/POINT.json and POINT.influence.npy. Returns the scores. Raises InputError."""
-    with memory_errors(f"evaluate {point.name}", "lower evaluation.batch, or evaluation.images"):
+    """Scores a point. Writes metrics/POINT.json and metrics/POINT.influence.npy.
+
+    Args:
+        params: the parameters of the run.
+        point: the point to score; samples/POINT.npz must exist.
+        root: the top of the checkout.
+        report: called with the progress.
+
+    Returns:
+        The scores, as in metrics/POINT.json.
+
+    Raises:
+        InputError: an input is missing, damaged or too small.
+    """
+    with memory_errors(f"evaluate {point.name}", "lower evaluation.batch or evaluation.images"):
         scores, influence = _evaluate(params, point, root, report)
     return write_scores(root, point, scores, influence)
 
 
 def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple[Scores, NDArray[np.floating]]:
-    """Computes the scores and the influence values: [N] for the headline score, or [1 + J, N] with J judges."""
+    """Computes the scores of a point, and the influence values: [N] of the headline score, or [1 + J, N] with J judges."""
     protocol = params.evaluation
     torch.set_num_threads(protocol.threads)
     path = root / paths.samples_file(point)
     dataset = read_dataset(root)
-    found = read_samples(path, dataset)
-    samples, real = found.images[: protocol.images], reference_images(dataset.train, protocol.images)
+    sample_set = read_samples(path, dataset)
+    samples, real = sample_set.images[: protocol.images], reference_images(dataset.train, protocol.images)
     if min(len(samples), len(real)) < FEWEST:
-        raise InputError(f"{path}: {len(samples)} samples and {len(real)} reference images; a score takes four or more")
-    few = len(samples) < protocol.images
-    message = f"{len(samples)} samples, not {protocol.images}: there are no more" if few else ""
-    each = len(real) + len(samples)
+        raise InputError(
+            f"{path}: {len(samples)} samples and {len(real)} reference images, but a score needs at least {FEWEST} of each;"
+            " raise sampling.images or add training images"
+        )
+    message = ""
+    if len(samples) < protocol.images:
+        message = f"scoring all {len(samples)} samples, fewer than evaluation.images = {protocol.images}"
+    images_per_pass = len(real) + len(samples)
 
-    def compared(row: Extractor, layer: int, before: int) -> tuple[Features, fidelity.Sets]:
-        """Loads an extractor and computes all features. before: the number of images that other extractors have done."""
+    def feature_sets(row: Extractor, layer: int, before: int) -> tuple[Features, fidelity.Sets]:
+        """Loads an extractor and computes all features. before: the number of images that earlier passes have done."""
 
         def done(count: int, message: str = "") -> None:
-            report(Progress(before + count, each * (1 + len(protocol.judges)), "images", message=message))
+            total = images_per_pass * (1 + len(protocol.judges))
+            report(Progress(before + count, total, "images", message=message))
 
         cache = root / paths.CACHE / row.name
         with atomic.disk_full_is_one_line(cache):
             loaded = load(row.name, layer, cache, find_device(params.compute.device))
-        kept = root / paths.CACHE / "features"
-        reference = _reference(loaded, real, protocol.batch, kept, code.digest(__name__, row.module), done)
+        folder = root / paths.CACHE / "features"
+        reference = _reference(loaded, real, protocol.batch, folder, code.digest(__name__, row.module), done)
         done(len(real), message)
         fake = extract(loaded, samples, protocol.batch, lambda count: done(len(real) + count))
         return loaded, fidelity.Sets(fake, *reference, loaded.logits(fake), loaded.device)
 
-    loaded, sets = compared(extractor(protocol.extractor), protocol.layer, 0)
+    loaded, sets = feature_sets(extractor(protocol.extractor), protocol.layer, 0)
     values: dict[str, float] = {}
     for metric in METRICS.values():
         values |= {} if metric.judge else metric.values(sets)
     influence, judged = [_influence(RANKING, sets)], {}
     for index, name in enumerate(protocol.judges, 1):
         row, metric = judges()[name], METRICS[name]
-        judge, sets = compared(row, row.judges[name], index * each)
+        judge, sets = feature_sets(row, row.judges[name], index * images_per_pass)
         values |= metric.values(sets)
         influence.append(_influence(metric, sets))
         judged[name] = {"extractor": judge.name, "layer": judge.layer, "extractor_sha256": judge.sha256}
     scores = Scores(
         point=point.name,
-        evaluations=found.evaluations,
+        evaluations=sample_set.evaluations,
         images=len(samples),
         reference_images=len(real),
         layer=protocol.layer,
@@ -94,8 +116,8 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
         extractor_sha256=loaded.sha256,
         confidence=CONFIDENCE,
         values={name: _rounded(value) for name, value in values.items()},
-        samples=found.sha256,
-        model=found.model,
+        samples=sample_set.sha256,
+        model=sample_set.model,
         features=loaded.name,
         evaluation=protocol.recorded(),
         judges=judged,
@@ -111,7 +133,7 @@ def _influence(metric: Metric, sets: fidelity.Sets) -> NDArray[np.floating]:
 
 
 def reference_images(train: arrays.Images, count: int) -> arrays.Images:
-    """Returns `count` images of a split, or all if it has fewer. The choice is fixed; a smaller count gives a subset."""
+    """Returns `count` images of the train split, or all if there are fewer. A smaller count gives a subset."""
     if count >= len(train):
         return train
     chosen = np.random.RandomState(0).permutation(len(train))[:count]
@@ -121,15 +143,15 @@ def reference_images(train: arrays.Images, count: int) -> arrays.Images:
 def _reference(
     extractor: Features, images: arrays.Images, batch: int, folder: Path, version: str, done: Callable[..., None]
 ) -> tuple[fidelity.Features, fidelity.Statistics]:
-    """Returns features and statistics of the reference images. Reads them from `folder` if they were computed before.
+    """Returns the features and statistics of the reference images. Reads them from the cache if an earlier run stored them.
 
     Args:
         extractor: the loaded extractor.
         images: the reference images, uint8 N,C,H,W.
-        batch: images per pass of the extractor.
-        folder: the folder that keeps results, by a key of images, layer, weights, device and code.
+        batch: images per call of the extractor.
+        folder: the cache folder. A file's name contains a hash of the images, weights, device and code.
         version: the digest of the code.
-        done: called with the number of images done and a message.
+        done: called with the number of finished images and a message.
     """
     decisive = (extractor.sha256, extractor.device.type, images.shape, version)
     content = hashlib.sha256(" ".join(map(str, decisive)).encode())
@@ -138,14 +160,14 @@ def _reference(
     folder.mkdir(parents=True, exist_ok=True)
 
     def waiting() -> None:
-        done(0, "another process computes the reference features: waiting for it")
+        done(0, "waiting for another process that is computing the reference features")
 
     with locks.held(path.with_suffix(".lock"), waiting=waiting):
         try:
             kept = arrays.read_arrays(path, path.stem)
             return kept["features"], fidelity.Statistics(kept["mean"], kept["covariance"])
         except (InputError, KeyError):
-            done(0, f"reference features: {len(images)} images, once for this dataset")
+            done(0, f"computing the features of {len(images)} reference images; later points reuse them")
         extracted = extract(extractor, images, batch, done)
         statistics = fidelity.statistics(extracted, extractor.device)
         found = {"features": extracted, "mean": statistics.mean, "covariance": statistics.covariance}
@@ -154,5 +176,5 @@ def _reference(
 
 
 def _rounded(value: float) -> float:
-    """Rounds to 8 digits: the last bits depend on the processor."""
+    """Rounds to 8 digits, since the last bits depend on the processor."""
     return float(f"{value:.8g}")

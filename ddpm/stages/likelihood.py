@@ -19,10 +19,23 @@ from ddpm.runtime.progress import Progress, Report, silent
 
 
 def likelihood(params: Params, schedule: str, root: Path = Path(), report: Report = silent) -> dict[str, Any]:
-    """Writes metrics/likelihood/SCHEDULE.json and .csv. Returns the content of the JSON file. Raises InputError.
+    """Measures the variational bound of a model. Writes metrics/likelihood/SCHEDULE.json and SCHEDULE.csv.
 
-    The JSON file has a section for each split of two or more images. There, `bits_per_dim` = `prior` (L_T) + `kl` (the sum of the
-    other terms) + `decoder` (L_0), each with a standard error. The CSV file holds the curve of the test split, or else of train.
+    The JSON file has a section for each split of two or more images: `bits_per_dim` and its three parts, each with a standard
+    error. The parts are `prior` (L_T), `decoder` (L_0) and `kl` (the sum of the other terms). The CSV file holds the
+    rate-distortion curve of the test split, or of the train split if there are no test images.
+
+    Args:
+        params: the parameters of the run.
+        schedule: a row of `schedules` with a trained model.
+        root: the top of the checkout.
+        report: called with the progress.
+
+    Returns:
+        The content of the JSON file.
+
+    Raises:
+        InputError: an input is missing or does not fit the model, or the bound is not finite.
     """
     settings = params.likelihood
     torch.set_num_threads(settings.threads)
@@ -34,14 +47,14 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
     dataset = read_dataset(root)
     if list(dataset.train.shape[1:]) != model.data.shape:
         raise InputError(
-            f"models/{schedule} takes images of shape {model.data.shape}, the dataset's are "
-            f"{list(dataset.train.shape[1:])}; train again"
+            f"models/{schedule} takes images of shape {model.data.shape}, but the dataset holds images of shape "
+            f"{list(dataset.train.shape[1:])}; train {schedule} again"
         )
     labels = {"train": dataset.train_labels, "test": dataset.test_labels} if model.network.classes else {}
     splits = {"train": chosen(dataset.train, settings.images), "test": chosen(dataset.test, settings.images)}
     splits = {name: images for name, images in splits.items() if len(images) > 1}
     if not splits:
-        raise InputError("dataset: neither train nor test has two images, which a standard error needs; add images")
+        raise InputError("dataset: neither train nor test has the two images that a standard error needs; add images")
     times = settings.times or denoiser.schedule.T
     total, done = sum(len(images) for images in splits.values()) * times, 0
 
@@ -54,7 +67,7 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
     for name, images in splits.items():
         known = labels.get(name)
         if len(images) < settings.images:
-            message = f"{len(images)} {name} images, not {settings.images}: there are no more"
+            message = f"measuring all {len(images)} {name} images, fewer than likelihood.images = {settings.images}"
             report(Progress(done, total, "evaluations", message=message))
         try:
             with memory_errors(f"likelihood {schedule}", "lower likelihood.batch"):
@@ -87,13 +100,13 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
 
 
 def chosen(images: np.ndarray, count: int) -> np.ndarray:
-    """Returns `count` images or labels, evenly spread over a split, or all if the split has fewer."""
+    """Returns `count` images or labels, evenly spread over the split, or all if the split has fewer."""
     count = min(count, len(images))
     return np.ascontiguousarray(images[np.arange(count) * len(images) // max(count, 1)])
 
 
 def split_scores(bound: Bound) -> dict[str, Any]:
-    """Returns the means over the images, in bits/dim, with their standard errors."""
+    """Returns the mean of each part of the bound over the images, in bits/dim, with its standard error."""
     parts = {"bits_per_dim": bound.total, "prior": bound.prior, "kl": bound.kl, "decoder": bound.decoder}
     scores: dict[str, Any] = {}
     for name, values in parts.items():
@@ -102,10 +115,15 @@ def split_scores(bound: Bound) -> dict[str, Any]:
 
 
 def curve(bound: Bound) -> list[dict[str, Any]]:
-    """Returns a row for each stratum of network times, from noise to image.
+    """Returns the rate-distortion curve: a row for each stratum of network times, from noise to image.
 
-    time: the middle of the stratum. times: the number of times in the stratum. rate: bits/dim spent up to `time`. distortion:
-    RMSE of x0_hat on the scale 0 ... 255. term: bits/dim of the stratum.
+    The columns:
+
+    - time: the middle of the stratum.
+    - times: the number of network times in the stratum.
+    - rate: bits/dim spent up to `time`.
+    - distortion: RMSE of x0_hat on the scale 0 ... 255.
+    - term: bits/dim of the stratum.
     """
     terms, rates, distortions = bound.terms.mean(0).tolist(), bound.rate.tolist(), bound.distortion.tolist()
     rows = [
@@ -122,9 +140,10 @@ def curve(bound: Bound) -> list[dict[str, Any]]:
 
 
 def _rounded(value: float) -> float:
-    """Rounds to 6 digits: the last bits depend on the processor. Raises InputError for a value that is not finite."""
+    """Rounds to 6 digits, since the last bits depend on the processor. Raises InputError if the value is not finite."""
     if not math.isfinite(value):
         raise InputError(
-            f"likelihood: the bound is {value}; the network's output is not finite or very large: set likelihood.clip"
+            f"likelihood: the bound is {value}, because the network predicts values that are very large or not finite; set"
+            " likelihood.clip, or train the model again"
         )
     return float(f"{value:.6g}")

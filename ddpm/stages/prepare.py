@@ -1,4 +1,4 @@
-"""`prepare`: reads a source of images and writes dataset/: a uint8 array per split, labels, statistics and a preview."""
+"""`prepare`: reads the images of `data.source` and writes dataset/: a uint8 array per split, labels, statistics and a preview."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.sources.source import SOURCES, Contents
 
-COLUMNS, ROWS = 10, 20  # columns and the most rows of the preview
-PREVIEW_SIDE = 64  # pixels; larger images are subsampled
+COLUMNS, ROWS = 10, 20  # number of columns and maximum number of rows of the preview
+PREVIEW_SIDE = 64  # maximum side of an image in the preview, in pixels; larger images are subsampled
 
 
 def prepare(
@@ -35,15 +35,15 @@ def prepare(
         params: the parameters of the run.
         root: the top of the checkout.
         report: called with the progress.
-        check: called with the opened source, before the images are read. Returns warnings, or raises InputError.
+        check: called with the opened source before the images are read. Returns warnings, or raises InputError.
 
     Raises:
-        InputError: the images cannot be used. In this case, an earlier dataset stays unchanged.
+        InputError: the images cannot be used. An earlier dataset then stays unchanged.
     """
     source = SOURCES.select(params.data.source)
     contents = source.open(params.data, params.seed, root, report)
     if contents.counts[0] == 0:
-        raise InputError(f"{params.data.place}: no training images: add some, or lower data.test_fraction")
+        raise InputError(f"{params.data.place}: no training images; add images or lower data.test_fraction")
     total = sum(contents.counts)
     for warning in check(contents):
         report(Progress(0, total, "images", message=warning))
@@ -58,9 +58,17 @@ def prepare(
 
 
 def preview(train: Images, labels: NDArray[np.int64] | None, classes: int) -> Images:
-    """Returns a picture, uint8 C,H,W, of COLUMNS by at most ROWS training images, with a row for each class.
+    """Draws a picture of the first training images, with COLUMNS columns and at most ROWS rows.
 
-    train: uint8 N,C,H,W. labels: int64 N, or None. If a class has fewer than COLUMNS images, the rest of its row is white.
+    With labels, each row shows one class. If a class has fewer than COLUMNS images, the rest of the row is white.
+
+    Args:
+        train: the training images, uint8 N,C,H,W.
+        labels: the class number of each image, int64 N; None without classes.
+        classes: the number of classes.
+
+    Returns:
+        The picture, uint8 C,H,W.
     """
     step = math.ceil(max(train.shape[2:]) / PREVIEW_SIDE)
     if labels is None:
@@ -94,7 +102,10 @@ def _class_counts(dataset: NewDataset, classes: tuple[str, ...] | None) -> list[
 
 
 def mean_and_deviation(images: Images) -> tuple[list[float], list[float]]:
-    """Returns mean and standard deviation of uint8 N,C,H,W images per channel, on the scale 0 ... 1, rounded to 6 digits."""
+    """Computes the mean and standard deviation of each channel, on the scale 0 ... 1, rounded to 6 digits.
+
+    Counts grey levels in integers, so the result is exact and does not depend on the order of the images. images: uint8 N,C,H,W.
+    """
     counts = np.zeros((images.shape[1], 256), np.int64)
     block = max(1, 2**22 // math.prod(images.shape[1:]))
     for start in range(0, len(images), block):
@@ -121,9 +132,10 @@ def _summary(contents: Contents) -> str:
     size = "x".join(str(number) for number in contents.shape)
     number = len(contents.classes or ())
     classes = f"{number} class{'es' if number != 1 else ''}" if contents.classes is not None else "no classes"
+    unusable = len(contents.unusable)
     left_out = (
-        f"; left out {len(contents.unusable):,} unusable, see {paths.dataset_dir()}/unusable.csv"
-        if contents.unusable
+        f"; left out {unusable:,} unusable file{'s' if unusable != 1 else ''}, listed in {paths.dataset_dir()}/unusable.csv"
+        if unusable
         else ""
     )
     return f"{train:,} train and {test:,} test images of {size}, {classes}{left_out}"

@@ -1,7 +1,7 @@
-"""`probe`: finds out what `auto` means on this machine, and writes it to auto.json for all trainings and samplings of the sweep.
+"""`probe`: measures which values of `precision` and `compile` are fastest on this machine, and writes them to auto.json.
 
-`train` and `sample` depend on the values in auto.json, not on the machine. So the points of a sweep never mix values, and
-another host that gets auto.json from DVC uses the same values. DVC runs this stage once, and again with `--force`.
+`train` and `sample` replace the value `auto` by the values in auto.json. So all points of a sweep use the same values, and so
+does another host that gets auto.json from DVC. DVC runs this stage once; `dvc repro --force probe` measures again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ddpm.runtime.progress import Progress, Report, silent
 
 
 def probe(params: Params, root: Path = Path(), report: Report = silent) -> Auto:
-    """Writes auto.json and returns its content: the fastest values for `compute.device`. Raises InputError."""
+    """Writes auto.json and returns its content: the fastest values on `compute.device`. Raises InputError."""
     found, reason = compiling.probe(find_device(params.compute.device))
     report(Progress(0, 0, "", message=f"{AUTO} means {found}: {reason}"))
     records.write_record(root / paths.auto_file(), as_json(found))

@@ -1,10 +1,11 @@
-"""`report`: collects the scores of the sweep: a table, the best point, the best point for each budget, plots, and a page.
+"""`report`: collects the scores of the sweep in a table, plots and a page, and chooses the best point, overall and per budget.
 
-Among many points, the best score is partly chance. So the page lists the points that cannot be told apart from the best score:
-with 95% confidence, the truly best point is among them (intervals.may_be_best). The report calls best the point with the fewest
-network evaluations that, again with 95% confidence, is worse than the truly best point by at most the share `report.margin`
-(intervals.most_behind). Points are compared image by image, since all points start from the same noise. The best point
-within a budget is chosen in the same way.
+Among many points, the best score looks good partly by chance. So the page lists all points that cannot be told apart from the
+best one. With 95% confidence, the truly best point is among them (intervals.compared_with_best).
+
+"Best" is the cheapest point that is nearly as good as the truly best point. "Nearly" means worse by at most the share
+`report.margin`, with 95% confidence. The best point within a budget is chosen in the same way. Scores are compared in pairs of
+images, since image i of every point starts from the same noise.
 """
 
 from __future__ import annotations
@@ -47,21 +48,21 @@ from ddpm.scores.metrics import RANKING
 
 BUDGETS = (10, 20, 50, 100, 1000)  # limits on the network evaluations per image
 
-FILES = ("best.json", PICTURE, "index.html", "points.csv", "samples.png")  # described by front.json
+FILES = ("best.json", PICTURE, "index.html", "points.csv", "samples.png")  # files whose hashes front.json holds
 
 
 def report(params: Params, root: Path = Path(), report: Report = silent) -> Best:
     """Writes report/ and returns the content of best.json.
 
     Removes the files in samples/ and metrics/ of points that have left the sweep, if DVC can restore them. Raises InputError
-    when a point of the sweep has no scores.
+    if a point of the sweep has no scores.
     """
     params = params.resolved(root)
     points, lock = params.points(), dvc_lock.read(root)
     rows, candidates, protocols = _read_rows(points, root)
     check_records(params, root)
     if protocols > 1:
-        message = "points were scored under different protocols, so their scores don't compare; evaluate them again (dvc repro)"
+        message = "the points were scored under different protocols, so their scores do not compare; run `dvc repro`"
         report(Progress(0, len(points), "points", message=message))
     dataset, samples = read_dataset(root), {}
     for count, point in enumerate(points):
@@ -81,9 +82,10 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> Best
     text = page(params, root, rows, best, frontier, trained, dataset, samples, plot)
     removed, kept = _prune(params, root, lock)  # after all files have been read
     if removed:
-        report(Progress(0, len(points), "points", message=f"removed outputs outside the sweep: {_few(removed)}"))
+        message = f"removed outputs outside the sweep: {_shortened(removed)}"
+        report(Progress(0, len(points), "points", message=message))
     if kept:
-        message = f"kept outputs outside the sweep, because DVC has no copy: {_few(kept)}"
+        message = f"kept outputs outside the sweep, because DVC has no copy: {_shortened(kept)}"
         report(Progress(0, len(points), "points", message=message))
     folder = root / paths.report_dir()
     write_table(folder / "points.csv", rows)
@@ -98,7 +100,7 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> Best
 
 
 def _trainings(params: Params, candidates: Sequence[Candidate], best: Row) -> list[Trainings]:
-    """Summarises each schedule's trainings at the best point's sampler and steps, the best point's schedule first."""
+    """Summarises the trainings of each schedule, at the sampler and steps of the best point, whose schedule is first."""
     scores = {point.name: point.estimate for point in candidates}
     groups = sorted(params.replicates(), key=lambda group: best.schedule not in group)
     return [trainings(group[0], [scores[f"{name}-{best.sampler}-{best.steps}"] for name in group]) for group in groups]
@@ -107,8 +109,12 @@ def _trainings(params: Params, candidates: Sequence[Candidate], best: Row) -> li
 def _front(candidates: Sequence[Candidate], margin: float, chosen: Choice) -> Front:
     """Chooses the best point for each budget, and the front: the points that no point with as few evaluations beats.
 
-    The intervals of the differences hold for all pairs of points together, so they also hold for pairs chosen by their scores.
-    chosen: the choice among all candidates.
+    The intervals of the differences hold for all pairs of points together, so they also hold for pairs picked by their scores.
+
+    Args:
+        candidates: all points of the sweep.
+        margin: report.margin.
+        chosen: the choice among all candidates.
     """
     budgets, choices = {}, {len(candidates): chosen}
     for budget in BUDGETS:
@@ -124,7 +130,7 @@ def _front(candidates: Sequence[Candidate], margin: float, chosen: Choice) -> Fr
 
 
 def _gap(point: Candidate, before: Candidate, reach: float) -> Gap:
-    """Compares two points. reach: half the width of the interval, in standard errors."""
+    """Compares a point of the front with the one before. reach: half the width of the interval, in standard errors."""
     gap = difference(point.estimate, before.estimate)
     low, high = gap.value - reach * gap.error, gap.value + reach * gap.error
     return Gap(_rounded(gap.value), _rounded(low), _rounded(high), low > 0 or high < 0, gap.paired)
@@ -140,7 +146,9 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
     """Returns the rows of points.csv, the same points as candidates, and the number of different protocols."""
     missing = [point.name for point in points if not (root / paths.metrics_file(point)).exists()]
     if missing:
-        raise InputError(f"{root / 'metrics'}: no scores of {_few(missing)}; run `dvc repro` or `ddpm evaluate POINT`")
+        raise InputError(
+            f"{root / 'metrics'}: no scores of {_shortened(missing)}; run `dvc repro` or `ddpm evaluate POINT`"
+        )
     rows, candidates, protocols = [], [], set()
     for point in points:
         scores = read_scores(root, point)
@@ -150,7 +158,7 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
         if len(influence) != scores.images:
             path = root / paths.metrics_file(point)
             raise InputError(
-                f"{path}: another run wrote the influence values of this file; evaluate {point.name} again"
+                f"{path}: the influence values beside this file are from another run; evaluate {point.name} again"
             )
         candidates.append(Candidate(point.name, scores.evaluations, scores.estimate(influence)))
         rows.append(Row.of(point, scores))
@@ -160,19 +168,19 @@ def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Can
 def _prune(params: Params, root: Path, stages: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Removes the outputs of points and schedules that have left the sweep, if DVC's cache has copies.
 
-    The report depends on the whole folders samples/ and metrics/, so they should hold only the sweep.
+    In dvc.yaml, the report depends on the whole folders samples/ and metrics/, so they should hold only the sweep.
 
     Returns:
-        Two lists of names of points and schedules: those whose files were removed, and those whose files were kept.
+        The names of the points and schedules whose files were removed, and the names of those whose files were kept.
     """
     points, schedules = {point.name for point in params.points()}, set(params.sweep.schedules)
     point, schedule = r"[a-z0-9_]+-[a-z0-9_]+-[1-9][0-9]*", r"[a-z0-9_]+"
-    some, first = params.points()[0], params.sweep.schedules[0]
+    first_point, first_schedule = params.points()[0], params.sweep.schedules[0]
     kinds = (
-        ("sample", paths.samples_file(some).parent, point, r"\.npz|\.png", points),
-        ("evaluate", paths.metrics_file(some).parent, point, r"\.json|\.influence\.npy", points),
-        ("train", paths.history_file(first).parent, schedule, r"\.json|(\.by_time)?\.csv", schedules),
-        ("likelihood", paths.likelihood_file(first).parent, schedule, r"\.json|\.csv", schedules),
+        ("sample", paths.samples_file(first_point).parent, point, r"\.npz|\.png", points),
+        ("evaluate", paths.metrics_file(first_point).parent, point, r"\.json|\.influence\.npy", points),
+        ("train", paths.history_file(first_schedule).parent, schedule, r"\.json|(\.by_time)?\.csv", schedules),
+        ("likelihood", paths.likelihood_file(first_schedule).parent, schedule, r"\.json|\.csv", schedules),
     )
     removed, kept = set(), set()
     for stage, folder, name, suffixes, wanted in kinds:
@@ -189,12 +197,13 @@ def _prune(params: Params, root: Path, stages: Mapping[str, Any]) -> tuple[list[
     return sorted(removed), sorted(kept)
 
 
-def _few(names: Sequence[str]) -> str:
+def _shortened(names: Sequence[str]) -> str:
+    """Joins the first five names, and says how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _plot_samples(path: Path, rows: Sequence[Row], samples: Mapping[str, arrays.Images]) -> None:
-    """Draws the first images of each point in a row. Images in a column start from the same noise."""
+    """Draws the first images of each point in a row. All images in a column start from the same noise."""
     strips = [arrays.grid(samples[row.point][:SHOWN], columns=SHOWN).transpose(1, 2, 0) for row in rows]
     label, gap = 250, 4  # pixels
     height, width = strips[0].shape[:2]
@@ -208,5 +217,5 @@ def _plot_samples(path: Path, rows: Sequence[Row], samples: Mapping[str, arrays.
 
 
 def _rounded(value: float) -> float:
-    """Rounds to 8 digits, as evaluate does."""
+    """Rounds to 8 digits, as `evaluate` does."""
     return float(f"{value:.8g}")

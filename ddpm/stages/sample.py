@@ -1,4 +1,4 @@
-"""`sample POINT`: draws images from a trained network with a sampler row and a number of steps."""
+"""`sample POINT`: draws images from a trained network, with the sampler and the number of steps that the point names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ddpm.runtime.stopping import Stopped, deferred
 
 
 def sampling_key(params: Params, point: Point, model: ModelRecord, device: torch.device) -> str:
-    """Hashes everything that decides the images of a point, including the code."""
+    """Hashes everything that decides the images of a point, including the code. A cached batch with another key is not reused."""
     settings = [params.seed, params.samplers[point.sampler].options(), as_json(params.sampling)]
     decisive = [
         model.content,
@@ -35,10 +35,22 @@ def sampling_key(params: Params, point: Point, model: ModelRecord, device: torch
 
 
 def sample_point(params: Params, point: Point, root: Path = Path(), report: Report = silent) -> int:
-    """Writes samples/POINT.npz and samples/POINT.png. Returns the network evaluations per image.
+    """Draws the images of a point. Writes samples/POINT.npz and samples/POINT.png.
 
-    Finished batches are kept in the cache until both files are written, so the next run resumes a stopped run.
-    Raises InputError, and Stopped after a signal.
+    Finished batches stay in the cache until both files are written, so the next run resumes a stopped run.
+
+    Args:
+        params: the parameters of the run.
+        point: the schedule, sampler and number of steps.
+        root: the top of the checkout.
+        report: called with the progress.
+
+    Returns:
+        The number of network evaluations per image.
+
+    Raises:
+        InputError: the model is missing or damaged, or the sampler does not fit the model.
+        Stopped: a signal came.
     """
     device = find_device(params.compute.device)
     params = compiling.resolved(params, "sampling", device, root, report)
@@ -66,12 +78,13 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
     with kept as images, deferred() as signalled, memory_errors(point.name, "lower sampling.batch"):
         made = sum(len(batch) for batch in batches if batch.start in kept.batches)
         if made:
-            report(Progress(made, total, "images", message=f"going on after {made:,} images"))
+            report(Progress(made, total, "images", message=f"resuming after {made:,} images"))
 
         def done(count: int, _: int) -> None:
             if signalled():
                 raise Stopped(
-                    f"{point.name}: stopped; the next run goes on after {made:,} of {total:,} images", signalled()
+                    f"{point.name}: stopped by a signal; the next run resumes after {made:,} of {total:,} images",
+                    signalled(),
                 )
             report(Progress(made + count, total, "images"))
 

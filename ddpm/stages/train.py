@@ -1,10 +1,13 @@
 """`train SCHEDULE`: trains the network on the prepared dataset and writes models/SCHEDULE and the loss curves.
 
-The stage saves its state in the cache every `compute.checkpoint_every` steps and after SIGTERM or Ctrl-C. The key of a state is
-a hash of everything that decides the result except the number of steps and the descent of the learning rate. A later run
-resumes from the newest state and ends with the weights of an uninterrupted training. The states of a descent lie in a folder
-of their own, since they depend on the number of steps. A longer training resumes from the state before the descent. If several
-processes share a training (ddpm/training/parallel.py), process 0 saves, writes and reports.
+The stage saves its state in the cache every `compute.checkpoint_every` steps, and after SIGTERM or Ctrl-C. A later run resumes
+from the newest state and ends with the same weights as an uninterrupted training.
+
+The key of a saved state hashes everything that decides it, except the number of steps and the decay of the learning rate. So a
+longer training resumes from the last state before the decay. The states during the decay depend on the number of steps, so they
+are in a subfolder.
+
+If several processes share a training (ddpm/training/parallel.py), only process 0 saves, writes and reports.
 """
 
 from __future__ import annotations
@@ -43,15 +46,16 @@ from ddpm.training.parallel import World
 from ddpm.training.times import TIMES, Times
 from ddpm.training.validation import Validation
 
-DIVERGED, ROWS = 10.0, 10  # diverged: the loss stayed above 10x the loss of a zero prediction for 10 logged rows
-BASE_IMAGES = 256  # the number of images on which the loss of a zero prediction is measured
-ROOM = 0.5  # share of the GPU's free memory that the images may take
+# Diverged: the loss stayed above 10x the loss of a zero prediction for 10 logged rows.
+DIVERGED_LOSS, DIVERGED_ROWS = 10.0, 10
+ZERO_LOSS_IMAGES = 256  # the number of images on which the loss of a zero prediction is measured
+IMAGE_MEMORY = 0.5  # the largest share of the GPU's free memory that the images may take
 
 
 def noise_schedule(params: Params, name: str) -> NoiseSchedule:
-    """Builds the noise schedule that params.yaml defines under `schedules`. Raises InputError."""
+    """Builds the noise schedule of a row of `schedules` in params.yaml. Raises InputError."""
     if name not in params.schedules:
-        raise InputError(f"no row '{name}' in schedules; there are {', '.join(params.schedules)}")
+        raise InputError(f"params.yaml: no row '{name}' in schedules; the rows are {', '.join(params.schedules)}")
     try:
         return checkpoint.noise_schedule(schedule_entry(params, name))
     except ValueError as error:
@@ -59,19 +63,28 @@ def noise_schedule(params: Params, name: str) -> NoiseSchedule:
 
 
 def schedule_entry(params: Params, name: str) -> ScheduleEntry:
-    """Returns the `schedule` entry of model.json."""
+    """Returns the entry `schedule` of model.json."""
     row = params.schedules[name].options()
     return ScheduleEntry(name, params.diffusion.timesteps, row.pop("schedule"), row)
 
 
 def network_entry(params: Params, shape: tuple[int, int, int], classes: int = 0) -> NetworkEntry:
-    """Returns the `network` entry of model.json. shape: C, H, W of the data. classes: 0 if unconditional. Raises InputError."""
+    """Returns the entry `network` of model.json.
+
+    Args:
+        params: the parameters of the run.
+        shape: C, H, W of the images.
+        classes: the number of classes; 0 for an unconditional network.
+
+    Raises:
+        InputError: an entry of `network` is not allowed or not finite.
+    """
     channels, height, width = shape
     section = as_json(params.network)
     if known := {"image_channels", "image_size", "out_channels", "classes"} & section.keys():
-        raise InputError(f"network.{min(known)}: follows from the data and from diffusion; leave it out")
+        raise InputError(f"network.{min(known)}: is determined by the data and by diffusion; remove this entry")
     if unsound := [key for key, value in section.items() if isinstance(value, float) and not math.isfinite(value)]:
-        raise InputError(f"network.{unsound[0]}: not a finite number")
+        raise InputError(f"network.{unsound[0]}: {section[unsound[0]]} is not a finite number")
     size = height if height == width else [height, width]
     settings = {"image_channels": channels, "image_size": size, **section}
     settings |= {"out_channels": 2 * channels} if params.diffusion.variance == "learned" else {}
@@ -82,22 +95,28 @@ def network_entry(params: Params, shape: tuple[int, int, int], classes: int = 0)
 def class_count(params: Params, dataset: str, classes: Collection[str] | None) -> int:
     """Returns the number of classes of the network, which is 0 unless diffusion.conditional is true.
 
-    dataset: the name of the dataset. classes: the names of its classes, or None. Raises InputError if there are none.
+    Args:
+        params: the parameters of the run.
+        dataset: the name of the dataset.
+        classes: the names of the classes; None for a dataset without classes.
+
+    Raises:
+        InputError: diffusion.conditional is true, and the dataset has no classes.
     """
     if not params.diffusion.conditional:
         return 0
     if classes is None:
         raise InputError(
-            f"diffusion.conditional is true, but the dataset {dataset} has no classes; set conditional to false,"
-            " or add classes: a folder for each class for image_folder, a column of the type ClassLabel for huggingface"
+            f"diffusion.conditional is true, but the dataset {dataset} has no classes; set it to false or add classes"
+            " (image_folder: a folder for each class; huggingface: a column of type ClassLabel)"
         )
     return len(classes)
 
 
 def training_key(params: Params, schedule: str, dataset: str) -> str:
-    """Hashes everything that decides the weights before the learning rate comes down, with the code.
+    """Hashes everything that decides the weights before the learning rate decays, including the code.
 
-    The number of steps and the descent may be changed later.
+    The number of steps and the decay are not hashed, so a training with another number of steps finds the same states.
     """
     settings = {"seed": params.training_seed(schedule), **params.to_json("diffusion", "network")}
     settings["training"] = params.training.before_descent()
@@ -114,16 +133,16 @@ def training_key(params: Params, schedule: str, dataset: str) -> str:
 def train(
     params: Params, schedule: str, root: Path = Path(), report: Report = silent, fresh: bool = False
 ) -> dict[str, Any]:
-    """Trains the network on one schedule; writes models/SCHEDULE and metrics/train/SCHEDULE.csv, .by_time.csv and .json.
+    """Trains the network on one schedule. Writes models/SCHEDULE and metrics/train/SCHEDULE.csv, .by_time.csv and .json.
 
-    For an imported schedule, checks and copies the imported network instead.
+    If the schedule's row is an import, checks and copies the imported network instead.
 
     Args:
         params: the parameters of the run.
         schedule: a row of `schedules`.
         root: the top of the checkout.
         report: called with the progress.
-        fresh: discard the saved states of this training first.
+        fresh: whether to delete the saved states of this training first.
 
     Returns:
         The content of the JSON file; {} in processes other than process 0.
@@ -148,14 +167,14 @@ def train(
 
 
 def _read_dataset(root: Path, world: World) -> Dataset:
-    """Reads the dataset. If one process cannot read it, raises InputError in all processes, so that none waits for the others."""
+    """Reads the dataset. If a process cannot read the dataset, raises InputError in all processes, so that no process hangs."""
     dataset, refusal = None, None
     try:
         dataset = read_dataset(root)
     except InputError as error:
         refusal = error
     if world.largest(int(refusal is not None)):
-        raise refusal or InputError("train: another process refuses its dataset; the output of that process says why")
+        raise refusal or InputError("train: another process cannot read its dataset; see the output of that process")
     assert dataset is not None
     return dataset
 
@@ -164,8 +183,20 @@ def _read_dataset(root: Path, world: World) -> Dataset:
 class Training:
     """A training in progress.
 
-    folder: the folder of the saved states. rows: the rows of the history. losses: the losses since the last row. bar: a row
-    with a higher loss is bad. saved: the step of the newest saved state.
+    Args:
+        params: the parameters of the run.
+        schedule: the row of `schedules` that is trained.
+        network: the entry `network` of model.json.
+        state: the weights and the state of the optimiser.
+        denoiser: the averaged network, for previews.
+        validation: computes the loss on test images.
+        world: the processes that share the training.
+        report: called with the progress.
+        folder: the folder of the saved states.
+        rows: the rows of the loss history.
+        losses: the losses since the last row.
+        loss_limit: the training diverges if the loss stays above this limit.
+        saved: the step of the newest saved state.
     """
 
     params: Params
@@ -179,15 +210,15 @@ class Training:
     folder: Path
     rows: list[dict[str, Any]]
     losses: list[torch.Tensor]
-    bar: float
+    loss_limit: float
     saved: int
 
-    def failure(self, what: str, step: Step) -> InputError:
-        """Returns the error that ends a diverged training."""
-        folder = _folder_at(self.folder, self.params.training, self.saved)
+    def failure(self, problem: str, step: Step) -> InputError:
+        """Returns the error that ends a diverged training. problem: such as "the loss is nan"."""
+        folder = _folder_of_step(self.folder, self.params.training, self.saved)
         file = f" ({checkpoint.resume_file(folder, self.saved)})" if self.saved else ", the start"
         return InputError(
-            f"train {self.schedule}: {what} at step {step.step} (learning rate {step.learning_rate:g}); the last good state is"
+            f"train {self.schedule}: {problem} at step {step.step} (learning rate {step.learning_rate:g}); the last good state is"
             f" at step {self.saved}{file}; lower training.learning_rate"
         )
 
@@ -198,17 +229,18 @@ def _run(training: Training, steps: Iterator[Step]) -> None:
     with deferred() as signalled:
         while training.state.step < total:
             step = next(steps)
-            _observe(training, step)
+            _log_loss(training, step)
             last = step.step == total
-            signal = world.largest(signalled())  # a signal to one process stops all of them after the same step
-            # No state is saved after a bad row, so the newest saved state is a good one.
-            sound = not training.rows or training.rows[-1]["loss"] <= training.bar
+            signal = world.largest(signalled())  # a signal to one process stops all processes after the same step
+            # While the loss is above the limit, no state is saved. So the newest saved state is good.
+            good = not training.rows or training.rows[-1]["loss"] <= training.loss_limit
             due = step.step == params.training.whole or step.step - training.saved >= params.compute.checkpoint_every
-            if last or (sound and (signal or due)):
+            if last or (good and (signal or due)):
                 _save(training, step)
             if signal and not last:
                 raise Stopped(
-                    f"train {training.schedule}: stopped; the next run goes on after step {training.saved}, of {total}",
+                    f"train {training.schedule}: stopped by a signal; the next run resumes after step {training.saved} of"
+                    f" {total}",
                     signal,
                 )
 
@@ -223,7 +255,24 @@ def _set_up(
     world: World,
     device: torch.device,
 ) -> tuple[Training, Iterator[Step]]:
-    """Builds the network, loads the newest saved state, and returns the training and its remaining steps. Raises InputError."""
+    """Builds the network and loads the newest saved state.
+
+    Args:
+        params: the parameters of the run.
+        schedule: a row of `schedules`.
+        dataset: the prepared dataset.
+        root: the top of the checkout.
+        report: called with the progress.
+        fresh: whether to delete the saved states first.
+        world: the processes that share the training.
+        device: the device of this process.
+
+    Returns:
+        The training, and an iterator that runs one step at a time.
+
+    Raises:
+        InputError: the parameters do not fit each other or the dataset.
+    """
     settings = params.training
     noise = noise_schedule(params, schedule)
     objective = _objective(params, schedule, device)
@@ -231,7 +280,7 @@ def _set_up(
         params, dataset.train.shape[1:], class_count(params, dataset.record.name, dataset.record.classes)
     )
     if settings.flip and not dataset.record.flip:
-        message = f"training.flip: mirrored images of {dataset.record.name} may not be valid"
+        message = f"training.flip is true, but a mirrored image of {dataset.record.name} may mean something else"
         report(Progress(0, settings.steps, "steps", message=message))
     torch.set_num_threads(settings.threads)
     with torch.random.fork_rng(devices=[]):
@@ -245,12 +294,12 @@ def _set_up(
     if fresh and world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     rows, losses = _resume(folder, settings, state, report, world)
-    images = _placed(dataset.train, device)
+    images = _on_device_if_they_fit(dataset.train, device)
     labels = torch.from_numpy(np.array(dataset.train_labels)).to(device) if params.diffusion.conditional else None
     validation = _validation(params, dataset, objective, device, params.diffusion.conditional)
     denoiser = Denoiser(state.ema, noise, params.diffusion.target, clip=True)
-    base = images[:BASE_IMAGES].to(device)
-    bar = DIVERGED * _loss_of_nothing(base, objective, network.out_channels or images.shape[1])
+    channels = network.out_channels or images.shape[1]
+    loss_limit = DIVERGED_LOSS * _zero_prediction_loss(images[:ZERO_LOSS_IMAGES].to(device), objective, channels)
     steps = fit(
         state,
         images,
@@ -274,13 +323,25 @@ def _set_up(
         pair=PAIRINGS[settings.pairing],
     )
     training = Training(
-        params, schedule, network, state, denoiser, validation, world, report, folder, rows, losses, bar, state.step
+        params,
+        schedule,
+        network,
+        state,
+        denoiser,
+        validation,
+        world,
+        report,
+        folder,
+        rows,
+        losses,
+        loss_limit,
+        saved=state.step,
     )
     return training, steps
 
 
 def _times(params: Params, schedule: str, device: torch.device) -> Times | None:
-    """Returns how network times are drawn; None if uniformly. Raises InputError."""
+    """Returns the distribution of the network times; None if they are uniform. Raises InputError."""
     if params.training.times == "uniform":
         return None
     unbiased = params.training.loss in ("vlb", "hybrid")
@@ -293,7 +354,10 @@ def _times(params: Params, schedule: str, device: torch.device) -> Times | None:
 def _start_from_base(
     net: torch.nn.Module, params: Params, schedule: str, network: NetworkEntry, root: Path, world: World
 ) -> None:
-    """Loads the weights of the row's `base` in process 0, which later sends them to the others. Raises InputError in all."""
+    """Loads the weights that the row's `base` names into the network of process 0, which later sends them to all processes.
+
+    If that fails, raises InputError in all processes.
+    """
     refusal = ""
     if world.rank == 0:
         try:
@@ -305,71 +369,78 @@ def _start_from_base(
 
 
 def _base_weights(params: Params, schedule: str, network: NetworkEntry, root: Path) -> dict[str, torch.Tensor]:
-    """Returns the weights of the model that `base` names in the schedule's row, from which the training starts.
+    """Returns the weights from which the training starts: those of the model that `base` names in the schedule's row.
 
-    Raises InputError if imported/NAME holds other weights, or another network than this training's. Schedule, target and data
-    may differ.
+    That model may have another schedule, target and dataset. Raises InputError if imported/NAME holds other weights than `base`
+    names, or another network than the one that is trained.
     """
     name, _, checksum = str(params.schedules[schedule].base).partition("@")
     folder = paths.imported_dir(name)
     if not (root / folder).is_dir():
         raise InputError(
-            f"schedules.{schedule}.base: {folder} is not here; copy a model's folder there, such as models/{name}"
+            f"schedules.{schedule}.base: no folder {folder}; copy the folder of a model there, such as models/{name}"
         )
     denoiser, model = checkpoint.load(root / folder)
     if model.weights_sha256 != checksum:
-        raise InputError(f"schedules.{schedule}.base: {folder} holds other weights: {name}@{model.weights_sha256}")
+        raise InputError(
+            f"schedules.{schedule}.base: {folder} holds other weights; restore the folder, or set base to"
+            f" {name}@{model.weights_sha256}"
+        )
     theirs, ours = model.network.content, network.content
     other = next((key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)), None)
     if other is not None:
         raise InputError(
-            f"schedules.{schedule}.base: {folder} holds another network: {other} is {theirs.get(other)} there,"
-            f" and {ours.get(other)} here"
+            f"schedules.{schedule}.base: the network in {folder} has {other} {theirs.get(other)}, but this training's"
+            f" network has {ours.get(other)}; change the section network, or choose another base"
         )
     assert isinstance(denoiser.net, torch.nn.Module)
     return denoiser.net.state_dict()
 
 
 def _state_folder(params: Params, schedule: str, dataset: Dataset, root: Path, world: World) -> Path:
-    """Returns the folder of this training's states. Raises InputError if the processes have different inputs."""
+    """Returns the folder of this training's saved states. Raises InputError if the processes have different inputs."""
     key = training_key(params, schedule, dataset.record.sha256)
-    whole = [key, as_json(params.training)]
-    if world.largest(int(world.broadcast(whole) != whole)):
+    inputs = [key, as_json(params.training)]
+    if world.largest(int(world.broadcast(inputs) != inputs)):
         raise InputError(
-            f"train {schedule}: the processes of this training have different data, parameters or code; give all of them the same"
+            f"train {schedule}: the processes of this training have different data, parameters or code; start all of them with"
+            " the same"
         )
     return root / paths.CACHE / "training" / f"{schedule}-{key[:16]}"
 
 
-def _folder_at(folder: Path, settings: TrainingSettings, step: int) -> Path:
-    """Returns the folder for the state after `step`: another one than `folder` if the learning rate comes down by then."""
+def _folder_of_step(folder: Path, settings: TrainingSettings, step: int) -> Path:
+    """Returns the folder of the state after `step`: `folder` itself, or its subfolder once the learning rate decays."""
     if step <= settings.whole:
         return folder
     return descent_folder(folder, settings)
 
 
 def descent_folder(folder: Path, settings: TrainingSettings) -> Path:
-    """Returns the folder of the states during the decay of the learning rate, which depend on the number of steps."""
+    """Returns the subfolder of the states during the decay of the learning rate. Its name hashes the settings of the decay."""
     descent = [settings.steps, settings.decay, settings.decay_share, settings.decay_to]
     return folder / f"{folder.name}-{hashlib.sha256(json.dumps(descent).encode()).hexdigest()[:16]}"
 
 
 def _immiscible(x_0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    """Returns which noise each image gets, so that the sum of the distances is least: Li et al. 2024, algorithm 1."""
-    from scipy.optimize import linear_sum_assignment  # imported here: half a second that other trainings do without
+    """Assigns a noise to each image so that the sum of the distances is least (Li et al. 2024, algorithm 1).
+
+    x_0 and eps: [N, C, H, W]. Returns the index of the noise for each image, [N].
+    """
+    from scipy.optimize import linear_sum_assignment  # imported here, since the import takes half a second
 
     distances = torch.cdist(x_0.flatten(1).float(), eps.flatten(1).float())
     return torch.from_numpy(linear_sum_assignment(distances.cpu().numpy())[1]).to(eps.device)
 
 
-# training.pairing -> the argument `pair` of fit
+# The argument `pair` of `fit` for each value of training.pairing.
 PAIRINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None] = {
     "random": None,
     "immiscible": _immiscible,
 }
 
 
-def _observe(training: Training, step: Step) -> None:
+def _log_loss(training: Training, step: Step) -> None:
     """Records and reports the loss of a step. Raises InputError once the training has diverged."""
     settings, rows, losses = training.params.training, training.rows, training.losses
     losses.append(step.loss)
@@ -386,37 +457,37 @@ def _observe(training: Training, step: Step) -> None:
             row["validation_loss"] = values["validation_loss"] = training.validation.loss(training.state.ema)
         rows.append(row)
         # protects: tests/stages/test_faults.py::test_a_loss_far_above_that_of_predicting_nothing_stops_it
-        if len(rows) >= ROWS and all(row["loss"] > training.bar for row in rows[-ROWS:]):
-            what = f"the loss is {values['loss']:g}, and has been above {training.bar:g} for {ROWS} rows,"
-            raise training.failure(what, step)
+        if len(rows) >= DIVERGED_ROWS and all(row["loss"] > training.loss_limit for row in rows[-DIVERGED_ROWS:]):
+            problem = f"the loss is {values['loss']:g}, and was above {training.loss_limit:g} in the last {DIVERGED_ROWS} rows,"
+            raise training.failure(problem, step)
     training.report(Progress(step.step, settings.steps, "steps", values, model=lambda: training.denoiser))
 
 
 def _save(training: Training, step: Step) -> None:
-    """Saves the state after this step. Raises InputError if it is not finite."""
+    """Saves the state after this step. Raises InputError if a weight is not finite."""
     tensors = training.state.tensors()
     # protects: tests/stages/test_faults.py::test_no_state_that_is_not_finite_is_saved
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise training.failure("the weights are not finite", step)
     if training.world.rank == 0:
         losses = [float(loss) for loss in training.losses]
-        folder = _folder_at(training.folder, training.params.training, step.step)
+        folder = _folder_of_step(training.folder, training.params.training, step.step)
         checkpoint.write_resume(folder, ResumeState(step.step, tensors, training.rows, losses))
     training.saved = step.step
 
 
-def _placed(images: arrays.Images, device: torch.device) -> torch.Tensor:
-    """Copies the images to the GPU if they take at most ROOM of its free memory; otherwise leaves them in the mapped file."""
+def _on_device_if_they_fit(images: arrays.Images, device: torch.device) -> torch.Tensor:
+    """Copies the images to the GPU if they take at most IMAGE_MEMORY of its free memory. Else leaves them in the mapped file."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to the array
         mapped = torch.from_numpy(images)
-    if device.type == "cuda" and mapped.nbytes <= ROOM * torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and mapped.nbytes <= IMAGE_MEMORY * torch.cuda.mem_get_info(device)[0]:
         return mapped.to(device)
     return mapped
 
 
-def _loss_of_nothing(images: torch.Tensor, objective: Objective, channels: int) -> float:
-    """Returns the loss of a zero prediction, averaged over evenly spread times."""
+def _zero_prediction_loss(images: torch.Tensor, objective: Objective, channels: int) -> float:
+    """Returns the loss of a network that always predicts 0, averaged over evenly spread times. channels: of its output."""
     return Validation(images, objective, batch=64).loss(lambda x, t: x.new_zeros(len(x), channels, *x.shape[2:]))
 
 
@@ -442,23 +513,33 @@ def _objective(params: Params, schedule: str, device: torch.device) -> Objective
 def _resume(
     folder: Path, settings: TrainingSettings, state: TrainingState, report: Report, world: World
 ) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
-    """Loads the newest saved state into `state`. Returns the rows of the history and the losses since the last row.
+    """Loads the newest saved state into `state`. Without a saved state, leaves `state` as it is.
 
     Process 0 reads the files and sends the state to the other processes, which may be unable to read its disk.
+
+    Args:
+        folder: the folder of the saved states.
+        settings: the section `training`.
+        state: the state to overwrite.
+        report: called with messages about the saved states.
+        world: the processes that share the training.
+
+    Returns:
+        The rows of the loss history, and the losses since the last row.
     """
     rows: list[dict[str, Any]] = []
     losses: list[float] = []
     steps = settings.steps
     if world.rank == 0:
-        resumed, complaints = checkpoint.read_resume(_folder_at(folder, settings, steps), at_most=steps)
+        resumed, complaints = checkpoint.read_resume(_folder_of_step(folder, settings, steps), at_most=steps)
         if resumed is None and settings.whole < steps:
             resumed, more = checkpoint.read_resume(folder, at_most=settings.whole)
             complaints += more
         if resumed is None and any(folder.glob(checkpoint.STATES)):
             complaints.append(
-                f"no saved state is from before step {settings.whole}, after which the learning rate decays: starting anew"
+                f"starting from step 0, since the learning rate decays after step {settings.whole} and no state was saved before"
                 if settings.whole < steps
-                else f"all saved states are from after step {steps}: starting anew"
+                else f"starting from step 0, since all saved states are from after step {steps}"
             )
         for complaint in complaints:
             report(Progress(0, steps, "steps", message=complaint))
@@ -480,7 +561,7 @@ def _write(training: Training, dataset: Dataset, root: Path) -> dict[str, Any]:
         "target": params.diffusion.target,
         "variance": params.diffusion.variance,
         "network": training.network.content,
-        "data": _about_data(dataset),
+        "data": _data_entry(dataset),
         "training": {
             "seed": params.training_seed(schedule),
             **params.schedules[schedule].origin,
@@ -503,7 +584,7 @@ def _write(training: Training, dataset: Dataset, root: Path) -> dict[str, Any]:
 def _write_metrics(
     root: Path, schedule: str, metrics: dict[str, Any], rows: list[dict[str, Any]], by_time: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Writes both curves, then the record that describes the curves. Returns the record."""
+    """Writes the loss history and the losses by network time, then the record with their hashes. Returns the record."""
     history, losses = root / paths.history_file(schedule), root / paths.losses_by_time_file(schedule)
     records.write_csv(history, rows)
     records.write_csv(losses, by_time)
@@ -511,36 +592,40 @@ def _write_metrics(
     return records.write_record(root / paths.training_metrics_file(schedule), about, (history, losses))
 
 
-def _about_data(dataset: Dataset) -> dict[str, Any]:
+def _data_entry(dataset: Dataset) -> dict[str, Any]:
+    """Returns the entry `data` of model.json."""
     known = ("name", "sha256", "shape", "classes", "class_counts")
     return {**{key: getattr(dataset.record, key) for key in known}, "range": [-1, 1]}
 
 
 def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, report: Report) -> dict[str, Any]:
-    """Copies imported/SCHEDULE to models/SCHEDULE if it matches the schedules row and the shape of the dataset's images.
+    """Copies imported/SCHEDULE to models/SCHEDULE, and measures the validation loss.
 
-    The model keeps its own T and target, which may differ from `diffusion`. Raises InputError.
+    The model keeps its own T and target, which may differ from the section `diffusion`. Returns the training record. Raises
+    InputError if the model does not match the schedule's row or the dataset.
     """
     folder, row, device = paths.imported_dir(schedule), params.schedules[schedule], find_device(params.compute.device)
     remedy = f"run `ddpm import-diffusers FOLDER {schedule}` again"
     if not (root / folder).is_dir():
-        raise InputError(f"schedules.{schedule}: {folder} is not here; {remedy}")
+        raise InputError(f"schedules.{schedule}: no folder {folder}; {remedy}")
     denoiser, model = checkpoint.load(root / folder, device)
     assert isinstance(denoiser.net, torch.nn.Module)
     if model.weights_sha256 != row.imported or model.schedule.row != row.options():
-        raise InputError(f"{folder}: holds another model than the row schedules.{schedule} describes; {remedy}")
+        raise InputError(f"{folder}: the model is not the one that schedules.{schedule} describes; {remedy}")
     if model.network.kind != params.network.kind:
         raise InputError(
-            f"{folder}: holds a network of kind {model.network.kind}, but DVC tracks only the code of network.kind ="
-            f" {params.network.kind}; take the schedule out of the sweep, or change network.kind"
+            f"{folder}: the network is of kind {model.network.kind}, but network.kind is {params.network.kind}, and DVC tracks"
+            f" only the code of that kind; remove {schedule} from sweep.schedules, or change network.kind"
         )
     if model.data.shape != dataset.record.shape:
         raise InputError(
-            f"{folder}: makes images of shape {model.data.shape}, the dataset's are {dataset.record.shape}"
+            f"{folder}: the model makes images of shape {model.data.shape}, but the dataset holds images of shape"
+            f" {dataset.record.shape}; remove {schedule} from sweep.schedules, or prepare the model's dataset"
         )
     if model.network.classes not in (0, len(dataset.record.classes or ())):
         raise InputError(
-            f"{folder}: knows {model.network.classes} classes, the dataset has {len(dataset.record.classes or ())}"
+            f"{folder}: the model has {model.network.classes} classes, but the dataset has"
+            f" {len(dataset.record.classes or ())}; remove {schedule} from sweep.schedules, or prepare the model's dataset"
         )
     torch.set_num_threads(params.training.threads)
     report(Progress(0, 1, "models", message=f"imported, with target {denoiser.target} at T = {denoiser.schedule.T}"))
@@ -548,10 +633,10 @@ def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, 
     validation = _validation(params, dataset, objective, device, model.network.classes > 0)
     loss = validation.loss(denoiser.net) if len(validation.images) else None
     training = {"seed": params.seed, "steps": 0, "imported": row.imported}
-    description = model.described_by(data=_about_data(dataset), training=training)
+    description = model.described_by(data=_data_entry(dataset), training=training)
     parameters = sum(parameter.numel() for parameter in denoiser.net.parameters())
     metrics = {"steps": 0, "parameters": parameters, "loss": None, "validation_loss": loss}
-    metrics["timesteps"] = denoiser.schedule.T  # the report needs it, and params.yaml does not hold it
+    metrics["timesteps"] = denoiser.schedule.T  # the report needs T, and params.yaml does not hold the T of an import
     checkpoint.save(root / paths.model_dir(schedule), denoiser.net, description)
     curve = {"step": 0, "loss": "", "learning_rate": "", "gradient_norm": "", "validation_loss": loss}
     written = _write_metrics(root, schedule, metrics, [curve], validation.by_time(denoiser.net))

@@ -1,4 +1,4 @@
-"""Verbs of `ddpm` that are not DVC stages: drawing images, exchange with diffusers, cleaning.
+"""Commands of `ddpm` that are not DVC stages, such as `ddpm generate`, `ddpm import-diffusers` and `ddpm gc`.
 
-A command that DVC runs belongs to ddpm.stages.
+Commands that DVC runs are in ddpm.stages.
 """

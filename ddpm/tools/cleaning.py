@@ -1,7 +1,7 @@
-"""Finds and removes old files that this project keeps in .cache, for `ddpm gc`.
+"""Finds and removes old files in .cache, for `ddpm gc`.
 
-These are two steps, so that files can be listed without removing them. DVC and MLflow have commands of their own that
-clean their stores (docs/storage.md).
+Finding and removing are separate functions, so that `ddpm gc` can first list the files. The stores of DVC and MLflow have
+cleaning commands of their own (docs/storage.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ddpm.files.params import Params
 from ddpm.files.paths import CACHE
 from ddpm.scores.extractors import EXTRACTORS
 
-# What each folder below .cache holds. The folder of downloads is not listed, since users may put files there.
+# The folders below .cache, and what they hold. The folder of downloads is not listed, since users may put files there.
 KINDS = {
     "training": "training states",
     "sampling": "kept images",
@@ -30,13 +30,13 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Leftover:
-    """Files or folders below .cache that are removed together.
+    """An entry of .cache that no run needs: files and folders that are removed together.
 
     Args:
         kind: a value of KINDS.
-        paths: a file or folder, with its lock and temporary files.
+        paths: a file or folder, and the lock file and temporary files of the same name.
         used: the time of the last use, in seconds since 1970.
-        size: bytes of all files together.
+        size: the size of all files together, in bytes.
     """
 
     kind: str
@@ -54,17 +54,22 @@ class Leftover:
 
 
 def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
-    """Finds old files in .cache that no run with these parameters would resume from.
+    """Finds old files in .cache from which no run with these parameters would resume.
 
-    Skips the training states of the schedules in `params`, since a longer training would resume from them, but not those of
-    another decay of the learning rate. Skips the kept images of the sweep's points, since sampling resumes from them or
-    replaces them. If dataset.json or auto.json cannot be read, skips all training states, since it is unknown which of them
-    `params` need. A run that needs one of the other files computes it again.
+    Skips these files, whatever their age:
+
+    - The training states of the schedules in `params`: a longer training would resume from them. States of another decay of
+      the learning rate are not skipped.
+    - The kept images of the sweep's points: sampling resumes from them or replaces them.
+    - All training states if dataset.json or auto.json cannot be read: without these files it is unknown which states `params`
+      need.
+
+    A run that needs a removed file computes the content again.
 
     Args:
         params: the present parameters.
         root: the top of the project.
-        before: the limit of the last use, in seconds since 1970. Files used later are skipped.
+        before: files that were used at or after this time are skipped, in seconds since 1970.
     """
     keep = {"sampling": {point.name for point in params.points()}, "training": _trainings(params, root)}
     for folder, kind in KINDS.items():
@@ -88,18 +93,18 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
 
 
 def _trainings(params: Params, root: Path) -> set[str] | None:
-    """Returns the folders of training states that `params` need, by name; None if dataset.json or auto.json is unknown."""
+    """Returns the names of the folders of training states that `params` need; None if dataset.json or auto.json is unreadable."""
     from ddpm.stages.train import training_key
 
     try:
         data, params = dataset.read_dataset_record(root).sha256, params.resolved(root)
-    except InputError:  # missing, damaged, or of version 0.1.0: `prepare` and `probe` may make the same files again
+    except InputError:  # missing, damaged, or of version 0.1.0; `prepare` and `probe` may make the same files again
         return None
     return {f"{schedule}-{training_key(params, schedule, data)[:16]}" for schedule in params.schedules}
 
 
 def _other_descents(folder: Path, params: Params) -> Iterator[Path]:
-    """Yields the folders of states from decays of the learning rate other than that of `params`."""
+    """Yields the folders of training states of other decays of the learning rate than that of `params`."""
     from ddpm.stages.train import descent_folder
 
     present = descent_folder(folder, params.training)
@@ -107,12 +112,12 @@ def _other_descents(folder: Path, params: Params) -> Iterator[Path]:
 
 
 def _leftover(kind: str, paths: tuple[Path, ...]) -> Leftover:
-    """Measures last use and size. Reading or writing a file counts as a use; listing a folder does not."""
+    """Measures the last use and the size of files. Reading or writing a file counts as a use, but listing a folder does not."""
     inside = [(path, path.stat()) for top in paths for path in (top, *top.rglob("*"))]
     used = max(status.st_mtime if path.is_dir() else max(status.st_atime, status.st_mtime) for path, status in inside)
     return Leftover(kind, paths, used, sum(status.st_size for path, status in inside if path.is_file()))
 
 
 def _name(path: Path) -> str:
-    """Returns the name that a file shares with its lock and temporary files: `a` for a.npz, a.lock and .a.npz.tmp-1-x."""
+    """Returns the name that a file shares with its lock file and temporary files: `a` for a.npz, a.lock and .a.npz.tmp-1-x."""
     return path.name.lstrip(".").partition(".")[0]

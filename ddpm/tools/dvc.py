@@ -1,6 +1,7 @@
-"""Runs DVC, and prints the best point at the end of `dvc repro`, even when nothing had to run.
+"""Runs DVC, and prints the best point at the end of `dvc repro`, even if no stage had to run.
 
-The environment's `dvc` calls this module."""
+The command `dvc` of the environment calls this module.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from ddpm.runtime.display import SAID_LATER
 
 
 def main() -> int:
-    """Runs the DVC command in sys.argv. The Makefile and the Dockerfile point DVC's console script at this function."""
+    """Runs the DVC command in sys.argv. The Makefile and the Dockerfile make DVC's console script call this function."""
     if not _makes_the_report(sys.argv[1:]):
         return atomic_lock.main()
     os.environ[SAID_LATER] = "1"
@@ -25,14 +26,14 @@ def main() -> int:
 
         try:
             lines = answer(root)
-        except InputError as error:  # DVC has succeeded, so keep its exit code
+        except InputError as error:  # DVC has succeeded, so its exit code stays 0
             lines = [str(error)]
         print("\n".join(lines), flush=True)
     return code
 
 
 def _makes_the_report(arguments: Sequence[str]) -> bool:
-    """Returns whether the command is `dvc repro` of all stages or of the report, and neither silent nor a dry run."""
+    """Returns whether the command is `dvc repro` of all stages or of the report. Silent runs and dry runs do not count."""
     if "repro" not in arguments or {"-q", "--quiet", "--dry", "-h", "--help"} & set(arguments):
         return False
     targets = [name for name in arguments[arguments.index("repro") + 1 :] if not name.startswith("-")]

@@ -1,4 +1,4 @@
-"""`fit-times`: finds the network times that a sampler should visit with a model, and prints a row of samplers."""
+"""`fit-times`: finds the network times at which a sampler works best with a model, and prints them as a row of `samplers`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ddpm.runtime.drawing import UNGUIDED, arguments, check_row, class_labels, p
 from ddpm.runtime.progress import Progress, Report, silent
 
 DEFAULT: dict[str, Any] = {"sampler": "unipc"}
-SEARCHED = 400  # the approximate number of sampler runs in a search, for the progress
-PLACED = ("spacing", "along", "times", "fitted_to")  # the fields of a row that the fitted times replace
+SEARCH_RUNS = 400  # the approximate number of sampler runs in a search, for the progress
+REPLACED_OPTIONS = ("spacing", "along", "times", "fitted_to")  # the options of a row that the fitted times replace
 
 
 def fit_row(
@@ -35,19 +35,19 @@ def fit_row(
     seed: int = 0,
     report: Report = silent,
 ) -> tuple[str, dict[int, float]]:
-    """Fits times to a model.
+    """Fits the network times of a sampler to a model.
 
     Args:
         params: the parameters, with the sampler rows.
         folder: the checkpoint folder.
-        steps: the numbers of steps, S.
-        sampler: a row of params.samplers whose solver and guidance are used; "" for UniPC.
-        images: the number of images in the trajectory to which the times are fitted.
-        seed: the seed of their noise.
-        report: receives the progress, in network evaluations per image.
+        steps: the numbers of steps S for which to fit times.
+        sampler: a row of params.samplers, whose solver and guidance are used; "" for UniPC.
+        images: the number of images whose reference trajectories the times are fitted to.
+        seed: the seed of the noise of these images.
+        report: called with the progress, in network evaluations per image.
 
     Returns:
-        The row in YAML, on one line, and the RMS distance to the trajectory's images for each S.
+        The row in YAML, on one line, and for each S the RMS distance to the images of the reference trajectories.
 
     Raises:
         InputError: an argument is invalid, or the model cannot be read.
@@ -59,9 +59,9 @@ def fit_row(
     row = DEFAULT
     if sampler:
         check_row(sampler, params.samplers[sampler])
-        row = {key: value for key, value in params.samplers[sampler].options().items() if key not in PLACED}
+        row = {key: value for key, value in params.samplers[sampler].options().items() if key not in REPLACED_OPTIONS}
     options, guidance = arguments(row, denoiser.schedule.T)
-    done, total = 0, REFERENCE + SEARCHED * sum(steps)
+    done, total = 0, REFERENCE + SEARCH_RUNS * sum(steps)
 
     def count(evaluations: int) -> None:
         nonlocal done
@@ -89,9 +89,9 @@ def fit_row(
 
 
 def _check(params: Params, steps: Sequence[int], sampler: str) -> None:
-    """Raises InputError for steps that are out of range or an unknown row. Called before the model runs."""
+    """Raises InputError if a number of steps is out of range or the row is unknown. Called before the model runs."""
     if sampler and sampler not in params.samplers:
-        raise InputError(f"no row '{sampler}' in samplers of params.yaml; there are {', '.join(params.samplers)}")
+        raise InputError(f"params.yaml: no row '{sampler}' in samplers; the rows are {', '.join(params.samplers)}")
     if wrong := [each for each in steps if not 1 <= each <= GRID]:
         raise InputError(f"fit-times: steps = {wrong[0]} must lie in 1 ... {GRID}")
 

@@ -1,4 +1,4 @@
-"""Checks before the training whether the dataset fits params.yaml, so that no later stage fails because of the dataset."""
+"""Checks whether the dataset fits params.yaml before the training starts, so that no later stage fails because of the dataset."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ddpm.stages.train import class_count, network_entry
 
 
 def check_contents(params: Params, contents: Contents) -> list[str]:
-    """Checks a source before its images are read. Returns and raises as `check` does."""
+    """Checks an opened source before its images are read. Returns and raises as `check` does."""
     counts = None
     if contents.classes is not None and contents.labels is not None:
         numbers = np.bincount(contents.labels[0], minlength=len(contents.classes)).tolist()
@@ -37,13 +37,13 @@ def check_record(params: Params, record: DatasetRecord) -> list[str]:
 def check(
     params: Params, shape: tuple[int, int, int], counts: tuple[int, int], classes: Mapping[str, int] | None
 ) -> list[str]:
-    """Raises InputError if a stage will fail on a dataset. Returns warnings, a line each.
+    """Raises InputError if a stage would fail on this dataset. Returns warnings, each on one line.
 
     Args:
         params: the parameters of the run.
         shape: C, H, W of an image.
-        counts: number of train and test images.
-        classes: number of training images of each class; None without classes.
+        counts: the number of train and test images.
+        classes: the number of training images of each class; None without classes.
     """
     check_counts(params, counts)
     check_classes(params, classes)
@@ -56,30 +56,32 @@ def check_counts(params: Params, counts: tuple[int, int]) -> None:
     """Raises InputError if there are fewer images than a score needs."""
     train, test = counts
     if train < FEWEST:
-        enough = ", or hold out fewer of them for test" if train + test >= FEWEST else ""
+        enough = ", or move some from test to train" if train + test >= FEWEST else ""
         raise InputError(
-            f"{params.data.place}: {train} train and {test} test images; a score takes {FEWEST} or more of train: add"
+            f"{params.data.place}: {train} train and {test} test images, but a score needs at least {FEWEST} train images; add"
             f" images{enough}"
         )
     if params.sampling.images < FEWEST:
-        raise InputError(f"sampling.images: {params.sampling.images}; a score takes {FEWEST} or more")
+        raise InputError(
+            f"sampling.images: {params.sampling.images} is too few; a score needs at least {FEWEST} samples"
+        )
 
 
 def check_classes(params: Params, classes: Mapping[str, int] | None) -> None:
-    """Raises InputError if a conditional network cannot learn every class."""
+    """Raises InputError if a class has no training images, since a conditional network could not learn that class."""
     if not class_count(params, params.data.source, classes):
         return
     if absent := _without_images(classes):
         raise InputError(
-            f"{params.data.place}: no training images of {absent}, so a conditional network cannot learn them; add some,"
-            " remove the test images of these classes, or set diffusion.conditional to false"
+            f"{params.data.place}: no training images of {absent}, so a conditional network cannot learn these classes; add"
+            " training images, remove the test images of these classes, or set diffusion.conditional to false"
         )
 
 
 def check_network(params: Params, shape: tuple[int, int, int], classes: int) -> None:
-    """Raises InputError if the section `network` gives no U-Net for these images. Other networks are checked at their training.
+    """Raises InputError if the section `network` describes no U-Net for these images. Other networks are checked when trained.
 
-    On the meta device, the network has no weights and takes no memory.
+    The network is built on torch's meta device, so its weights take no memory.
     """
     if params.network.kind != USUAL_NETWORK:
         return
@@ -89,14 +91,16 @@ def check_network(params: Params, shape: tuple[int, int, int], classes: int) -> 
 
 
 def warnings(params: Params, train: int, classes: Mapping[str, int] | None) -> list[str]:
-    """Returns a line for each setting that works, but probably not as intended."""
+    """Returns a line for each setting that works, but probably not as the user intended."""
     lines = []
     samples, scored = params.sampling.images, params.evaluation.images
     if samples > scored:
-        lines.append(f"sampling.images: {samples:,} for each point, but a score takes evaluation.images = {scored:,}")
+        lines.append(
+            f"sampling.images: {samples:,} images are drawn for each point, but a score uses only evaluation.images = {scored:,}"
+        )
     if scored > min(samples, train):
-        there = f"{min(scored, samples):,} samples and {min(scored, train):,} training images"
-        lines.append(f"evaluation.images: {scored:,}, but scores will compare {there}: there are no more")
+        compared = f"{min(scored, samples):,} samples and {min(scored, train):,} training images"
+        lines.append(f"evaluation.images: {scored:,}, but there are fewer images, so scores will compare {compared}")
     if absent := _without_images(classes):
         lines.append(f"no training images of {absent}")
     return lines

@@ -41,21 +41,30 @@ from ddpm.training.fit import scaled
 
 DEFAULT: dict[str, Any] = {"sampler": "ddim", "steps": 50}
 SAMPLING = Sampling(images=64, batch=64)  # used without a params.yaml
-MOMENTS = 10  # the number of states of a chain that a row shows
-DEPTHS = (1.0, 0.75, 0.5, 0.25)  # noise levels of a blend, as a share of the chain; 1 is pure noise
-PAIRS = 40  # the most pairs that the picture of a reconstruction shows; the errors cover all pairs
+SNAPSHOTS = 10  # the number of states of a chain that a row shows
+DEPTHS = (1.0, 0.75, 0.5, 0.25)  # noise levels at which a blend mixes, as a share of the chain; 1 is pure noise
+MOST_PAIRS = 40  # the largest number of pairs in the picture of a reconstruction; the errors cover all pairs
 
 
 @dataclass(frozen=True)
 class Model:
-    """A denoiser, its sampler settings and device, and the model's record."""
+    """An opened model.
+
+    Args:
+        denoiser: the network with its schedule and target.
+        settings: the options of a sampler row, and `steps`.
+        record: the content of model.json.
+        device: the device of the network.
+        label: the class of all images; None if the classes take turns.
+        origin: where the model is from; "" for the champion and for a model that the user named.
+    """
 
     denoiser: Denoiser
-    settings: dict[str, Any]  # a sampler row's options, and `steps`
+    settings: dict[str, Any]
     record: ModelRecord
     device: torch.device
-    label: str | None = None  # the class of all images; None: the classes take turns
-    origin: str = ""  # the model's origin, if it is neither the champion nor a named model
+    label: str | None = None
+    origin: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,7 +77,7 @@ class Model:
         return arguments(self.settings, self.denoiser.schedule.T)[0]
 
     def labelled(self, count: int) -> dict[str, Any]:
-        """Returns labels and guidance for `count` images of a conditional model, or else {}. Raises ValueError."""
+        """Returns the arguments `labels` and guidance for `count` images; {} for an unconditional model. Raises ValueError."""
         labels, guidance = class_labels(self.record, count, self.label), arguments(self.settings, 1)[1]
         if labels is not None:
             return {"labels": torch.from_numpy(labels), **guidance}
@@ -79,10 +88,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Request:
-    """The contents of a picture to make."""
+    """What a picture shall show.
 
-    of: tuple[int, ...]  # indices of test images, or their number
-    count: int  # the number of images or rows; 0: the default of the kind
+    Args:
+        of: indices of test images, or the number of test images, depending on the kind of picture.
+        count: the number of images or rows; 0 for the default of the kind.
+        seed: the seed of the noise.
+        batch: images per call of the network.
+        report: called with the progress.
+    """
+
+    of: tuple[int, ...]
+    count: int
     seed: int
     batch: int
     report: Report
@@ -90,7 +107,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Picture:
-    """Images, uint8 N,C,H,W, in rows of `columns` (None: a square), a message about them, and figures for a JSON file."""
+    """The result of a kind of picture.
+
+    Args:
+        images: uint8 N,C,H,W, row by row.
+        columns: images per row; None for about as many columns as rows.
+        message: a line about the images, for the user.
+        figures: numbers for a JSON file beside the picture; None for no such file.
+    """
 
     images: arrays.Images
     columns: int | None
@@ -113,23 +137,26 @@ def generate(
     guidance: float | None = None,
     report: Report = silent,
 ) -> str:
-    """Writes a picture to `out` (PNG), and its figures, if any, to a JSON file beside it. Returns a line about the picture.
+    """Writes a picture to `out`. Some kinds also write a JSON file with figures beside the picture.
 
     Args:
-        params: the parameters of the sweep; None without a params.yaml, in which case `model` is needed.
-        out: the file of the picture; its name ends in .png.
+        params: the parameters of the sweep; None without a params.yaml, and then `model` is required.
+        out: the PNG file to write.
         kind: a key of KINDS.
-        of: indices of test images, or their number, depending on the kind.
+        of: indices of test images, or the number of test images, depending on the kind.
         count: the number of images or rows; 0 for the default of the kind.
-        model: models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder; "" for the champion
-            of the dataset, or without a champion, for the best point of the report.
-        seed: seed of the noise.
-        sampler: a row of params.samplers or else a key of SAMPLERS; "" for the sampler that the model was registered with, or
-            DDIM for a folder.
-        steps: S; 0 for the steps that the model was registered with, or 50 for a folder.
-        label: the class of all images of a conditional model, by name or number; None: the classes take turns.
+        model: models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder. "" means the champion of the dataset, or the
+            best point of the report if there is no champion.
+        seed: the seed of the noise.
+        sampler: a row of params.samplers, or else a key of SAMPLERS. "" means the sampler of a registered model, and DDIM for
+            a folder.
+        steps: the number of steps S. 0 means the number of a registered model, and 50 for a folder.
+        label: the class of all images of a conditional model, by name or number; None if the classes take turns.
         guidance: the guidance scale; None for the scale in the settings.
-        report: receives the progress.
+        report: called with the progress.
+
+    Returns:
+        A line about the picture.
 
     Raises:
         InputError: an argument is invalid, or the model or the test images cannot be read.
@@ -137,7 +164,7 @@ def generate(
     if out.suffix.lower() != ".png":
         raise InputError(f"{out}: the picture is a PNG; give --out a name that ends in .png")
     if kind in OF_TEST_IMAGES and (label is not None or guidance is not None):
-        raise InputError(f"generate: --{kind} starts from images of the test split; leave --label and --guidance out")
+        raise InputError(f"generate: --{kind} starts from test images; leave --label and --guidance out")
     opened = _open(params, model, sampler, steps, label, guidance)
     try:
         with memory_errors("generate", "lower -n, or sampling.batch"):
@@ -179,13 +206,15 @@ def _open(
 
 @contextmanager
 def _found(params: Params | None, model: str) -> Iterator[tuple[Path, Mapping[str, Any], str]]:
-    """Gives the checkpoint folder, its sampler settings, and where the model is from ("" if `model` itself says so)."""
+    """Yields the checkpoint folder, the sampler settings, and the origin of the model ("" for the champion or a named model)."""
     if model:
         with located(model) as (folder, promoted):
             yield folder, promoted, ""
         return
     if params is None:
-        raise InputError("generate: no params.yaml here says which champion is meant; name a model with --model")
+        raise InputError(
+            "generate: without a params.yaml here, the dataset of the champion is unknown; name a model with --model"
+        )
     from ddpm import tracking
 
     with TemporaryDirectory(prefix="ddpm-generate-") as temporary:
@@ -193,18 +222,23 @@ def _found(params: Params | None, model: str) -> Iterator[tuple[Path, Mapping[st
 
 
 def _other_sampler(rows: Mapping[str, Sampler], name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a row of params.yaml or, if no row has that name, of a sampler of SAMPLERS. Raises InputError."""
+    """Returns the settings with another sampler: a row of params.yaml or, if no row has that name, a key of SAMPLERS.
+
+    Raises InputError.
+    """
     if name in rows:
         check_row(name, rows[name])
         return {**rows[name].options(), "steps": settings["steps"]}
     if name not in SAMPLERS:
-        there = ", ".join(sorted({*rows, *SAMPLERS}))
-        raise InputError(f"--sampler {name}: neither a row of samplers in params.yaml nor a sampler; there are {there}")
+        known = ", ".join(sorted({*rows, *SAMPLERS}))
+        raise InputError(
+            f"--sampler {name}: neither a row of samplers in params.yaml nor a sampler; choose one of {known}"
+        )
     return with_sampler(settings, name)
 
 
 def _grid(model: Model, request: Request) -> Picture:
-    """Draws `count` images."""
+    """Draws `count` images, or 64."""
     settings, count = dict(model.settings), request.count or 64
     images, _ = draw(
         model.denoiser,
@@ -222,15 +256,15 @@ def _grid(model: Model, request: Request) -> Picture:
 
 
 def _progressive(model: Model, request: Request) -> Picture:
-    """Draws `count` rows: the predicted clean image, from the first step of the chain to the last."""
+    """Draws `count` rows, or 8. Each shows the predicted clean image from the first step of the chain to the last."""
     states = _states(model, request)
     return _rows(
-        [state.x0_hat for state in states], f"{len(states[0].x)} images: the predicted clean image, step by step"
+        [state.x0_hat for state in states], f"the predicted clean image of {len(states[0].x)} samples, step by step"
     )
 
 
 def _strip(model: Model, request: Request) -> Picture:
-    """Draws `count` rows: x_t from noise to image."""
+    """Draws `count` rows, or 8. Each shows x_t from noise to image."""
     states = _states(model, request)
     x_T = gaussian(request.seed, range(len(states[0].x)), 0, model.shape, model.device)
     return _rows([x_T, *(state.x for state in states)], f"{len(x_T)} images on their way from noise")
@@ -242,8 +276,8 @@ def _states(model: Model, request: Request) -> list[Any]:
     def noise(k: int) -> Tensor:
         return gaussian(request.seed, rows, k, model.shape, model.device)
 
-    denoiser = replace(_watched(model, 1, request), **model.labelled(len(rows)))
-    return snapshots(denoiser, noise(0), MOMENTS, **model.call, noise=lambda k: noise(k + 1))
+    denoiser = replace(_with_progress(model, 1, request), **model.labelled(len(rows)))
+    return snapshots(denoiser, noise(0), SNAPSHOTS, **model.call, noise=lambda k: noise(k + 1))
 
 
 def _rows(columns: list[Tensor], message: str) -> Picture:
@@ -252,18 +286,20 @@ def _rows(columns: list[Tensor], message: str) -> Picture:
 
 
 def _interpolate(model: Model, request: Request) -> Picture:
-    """Draws a row: a test image at either end, and `count` images between, decoded from codes between their codes."""
+    """Draws one row with a test image at either end. The `count` images between are decoded from interpolated codes."""
     x_0, y_0 = _test_images(model, request.of)
-    images = interpolate(_watched(model, 2, request), x_0, y_0, _weights(request), **model.call)
+    images = interpolate(_with_progress(model, 2, request), x_0, y_0, _weights(request), **model.call)
     row = torch.stack([x_0, *images, y_0])
-    message = f"test images {request.of[0]} and {request.of[1]}, and {len(images)} images from codes between theirs"
+    message = (
+        f"test images {request.of[0]} and {request.of[1]}, and {len(images)} images decoded from interpolated codes"
+    )
     return Picture(to_uint8(row).cpu().numpy(), len(row), message)
 
 
 def _blend(model: Model, request: Request) -> Picture:
-    """Draws rows with a test image at either end and `count` mixtures between them. Each row mixes at a lower noise level."""
+    """Draws rows with a test image at either end and `count` mixtures between. Each row mixes at a lower noise level."""
     x_0, y_0 = _test_images(model, request.of)
-    denoiser = _watched(model, len(DEPTHS), request)
+    denoiser = _with_progress(model, len(DEPTHS), request)
     images: list[Tensor] = []
     for depth in DEPTHS:
         mixed = blend(
@@ -278,9 +314,7 @@ def _blend(model: Model, request: Request) -> Picture:
         images += [x_0, *mixed, y_0]
     columns = len(images) // len(DEPTHS)
     depths = ", ".join(f"{depth:g}" for depth in DEPTHS)
-    message = (
-        f"test images {request.of[0]} and {request.of[1]}, mixed under noise and denoised from {depths} of the chain"
-    )
+    message = f"test images {request.of[0]} and {request.of[1]}: each row mixes them under less noise, at {depths} of the chain"
     return Picture(to_uint8(torch.stack(images)).cpu().numpy(), columns, message)
 
 
@@ -290,25 +324,25 @@ def _weights(request: Request) -> list[float]:
 
 
 def _encode_decode(model: Model, request: Request) -> Picture:
-    """Draws rows of test images, each above its reconstruction from the codes, and measures the errors."""
+    """Encodes and decodes test images, and measures the errors. Draws each test image above its reconstruction."""
     if request.count:
         raise InputError("generate: --encode-decode already gives the number of images; leave -n out")
     (count,) = request.of
-    if count > (there := len(read_dataset().test)):
-        raise InputError(f"--encode-decode {count}: the test split has {there} images")
+    if count > (available := len(read_dataset().test)):
+        raise InputError(f"--encode-decode {count}: the test split has only {available} images; give a smaller number")
     x_0 = _test_images(model, range(count))
-    denoiser = _watched(model, 2 * -(-count // request.batch), request)
-    again = torch.cat(
+    denoiser = _with_progress(model, 2 * -(-count // request.batch), request)
+    decoded = torch.cat(
         [sample(denoiser, encode(denoiser, part, **model.call), **model.call) for part in x_0.split(request.batch)]
     )
-    error = pixel_error(x_0, again).double()
-    before, after = (to_uint8(images).cpu().numpy() for images in (x_0, again))
-    apart = np.abs(before.astype(int) - after).reshape(count, -1).max(1)
+    error = pixel_error(x_0, decoded).double()
+    before, after = (to_uint8(images).cpu().numpy() for images in (x_0, decoded))
+    largest_error = int(np.abs(before.astype(int) - after).max())
     figures = {
         "images": count,
-        "mean_squared_error": float(error.mean()),  # error per value, on the [0, 1] scale
+        "mean_squared_error": float(error.mean()),  # of values in [0, 1]
         "worst_image": int(error.argmax()),
-        "grey_levels_apart": int(apart.max()),
+        "grey_levels_apart": largest_error,
         **model.settings,
         "clip": model.denoiser.clip,
         "dataset_sha256": model.record.data.sha256,
@@ -317,13 +351,13 @@ def _encode_decode(model: Model, request: Request) -> Picture:
     columns = min(count, 10)
     message = (
         f"{count} test images, each above its reconstruction after {model.settings['steps']} steps each way: mean"
-        f" squared error {figures['mean_squared_error']:.3g} (values in 0 ... 1), at most {apart.max()} grey levels apart"
+        f" squared error {figures['mean_squared_error']:.3g} (values in 0 ... 1), largest error {largest_error} grey levels"
     )
-    return Picture(_alternating(before[:PAIRS], after[:PAIRS], columns), columns, message, figures)
+    return Picture(_alternating(before[:MOST_PAIRS], after[:MOST_PAIRS], columns), columns, message, figures)
 
 
 def _alternating(above: arrays.Images, below: arrays.Images, columns: int) -> arrays.Images:
-    """Returns rows of `columns` images, taken in turn from `above` and `below`. White images fill up the last rows."""
+    """Returns rows of `columns` images, taken in turn from `above` and `below`. White images complete the last two rows."""
     padding = np.full((-len(above) % columns, *above.shape[1:]), 255, np.uint8)
     pair = [np.concatenate([images, padding]).reshape(-1, columns, *images.shape[1:]) for images in (above, below)]
     return np.stack(pair, axis=1).reshape(-1, *above.shape[1:])
@@ -343,12 +377,12 @@ OF_TEST_IMAGES = ("interpolate", "blend", "encode-decode")
 
 
 def _test_images(model: Model, indices: Iterable[int]) -> Tensor:
-    """Returns images of the prepared test split, scaled for the model: [N, C, H, W] in [-1, 1]. Raises InputError."""
+    """Returns images of the test split, scaled for the model: [N, C, H, W] in [-1, 1]. Raises InputError."""
     dataset, chosen = read_dataset(), list(indices)
     if dataset.test.shape[1:] != model.shape:
         raise InputError(
-            f"{paths.dataset_dir()}: its images are {dataset.test.shape[1:]}, the model's are {model.shape} (channels,"
-            " height, width); prepare the dataset that the model was trained on"
+            f"{paths.dataset_dir()}: the dataset's images are {dataset.test.shape[1:]}, but the model's are {model.shape}"
+            " (channels, height, width); prepare the dataset that the model was trained on"
         )
     if wrong := [index for index in chosen if not 0 <= index < len(dataset.test)]:
         last = len(dataset.test) - 1
@@ -356,8 +390,8 @@ def _test_images(model: Model, indices: Iterable[int]) -> Tensor:
     return scaled(torch.from_numpy(np.array(dataset.test[chosen])).to(model.device))
 
 
-def _watched(model: Model, passes: int, request: Request) -> Denoiser:
-    """Returns the denoiser with a network that reports each evaluation. passes: the number of runs through the chain."""
+def _with_progress(model: Model, passes: int, request: Request) -> Denoiser:
+    """Returns a denoiser that reports each network evaluation. passes: how often the caller runs through the chain."""
     net, done, total = model.denoiser.net, 0, passes * evaluations(model.denoiser.schedule, **model.call)
 
     def counted(*inputs: Any) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ddpm.diffusion.denoiser import Denoiser
 
-REGISTERED = "models:"  # the beginning of a registered model's name
+REGISTERED = "models:"  # the prefix of a registered model's name
 
 
 def load(
@@ -29,20 +29,20 @@ def load(
     >>> denoiser = load("models/cosine")
     >>> images = sample(denoiser, torch.randn(16, 1, 8, 8), sampler="ddim", steps=50)
 
-    The network has the averaged weights (EMA), whose hash is checked, and is in eval mode and channels-last format. A conditional
-    network takes classes as `dataclasses.replace(denoiser, labels=...)`.
+    The network has the averaged weights (EMA), whose hash is checked. The network is in eval mode and channels-last format. To
+    choose the classes of a conditional network, use `dataclasses.replace(denoiser, labels=...)`.
 
     Args:
         model: a folder that `ddpm train` or `ddpm import-diffusers` wrote, models:/NAME@ALIAS or models:/NAME/VERSION.
         device: the device of the network.
-        clip: `clip` of Denoiser. None means the setting of a registered model, and True for a folder.
+        clip: the argument `clip` of Denoiser. None means the setting of a registered model, and True for a folder.
 
     Returns:
         The denoiser: the network with its schedule and target.
 
     Raises:
-        InputError: the model is missing, damaged or inconsistent; or it is registered, and MLflow is not installed or does not
-            answer.
+        InputError: the model is missing, damaged or inconsistent. For a registered model, also if MLflow is not installed or
+            does not answer.
     """
     with located(model) as (folder, settings):
         denoiser, _ = checkpoint.load(folder, device, settings.get("clip", True) if clip is None else clip)
@@ -51,9 +51,9 @@ def load(
 
 @contextmanager
 def located(model: str | os.PathLike[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yields the checkpoint folder of a model, and the settings with which it was promoted ({} for a folder). Raises InputError.
+    """Yields the checkpoint folder of a model, and the sampler settings of a registered model ({} for a folder).
 
-    The folder of a registered model exists only within the context.
+    The folder of a registered model is temporary: it exists only inside the `with` block. Raises InputError.
     """
     name = os.fspath(model)
     if not name.startswith(REGISTERED):
@@ -70,12 +70,14 @@ def located(model: str | os.PathLike[str]) -> Iterator[tuple[Path, dict[str, Any
 
 
 def _folder(name: str) -> Path:
-    """Returns the folder of a checkpoint. Raises InputError, which lists the models here, if there is no such folder."""
+    """Returns the folder of a checkpoint. If there is no such folder, raises an InputError that lists the models here."""
     folder = Path(name)
     if not folder.is_dir():
-        here = [str(path.parent) for top in ("models", "imported") for path in sorted(Path(top).glob("*/model.json"))]
-        there = (
-            f"there are {', '.join(here)}" if here else "`ddpm train` and `ddpm import-diffusers` write such folders"
+        known = [str(path.parent) for top in ("models", "imported") for path in sorted(Path(top).glob("*/model.json"))]
+        advice = (
+            f"choose one of {', '.join(known)}"
+            if known
+            else "`ddpm train` and `ddpm import-diffusers` write such folders"
         )
-        raise InputError(f"{name}: no such folder; {there}")
+        raise InputError(f"{name}: no such folder; {advice}")
     return folder

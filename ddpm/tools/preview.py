@@ -1,4 +1,4 @@
-"""Draws images while a network trains: a grid to look at, and a cheap FID. DVC tracks neither, so no training depends on them."""
+"""Draws images while a network trains: a grid to look at, and an approximate FID. DVC does not track these previews."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress, Report
 from ddpm.scores.extractors import EXTRACTORS
 
-IMAGES, STEPS = 36, 25
-MOST = 10_000  # training images that the FID compares with
+IMAGES, STEPS = 36, 25  # images of a grid, and DDIM steps to draw them
+MOST_REFERENCE_IMAGES = 10_000  # the largest number of training images that the FID compares with
 
 
 def preview_file(schedule: str, step: int) -> Path:
@@ -28,16 +28,16 @@ def previews(
     log: Callable[[int, arrays.Images], None],
     log_fid: Callable[[int, float], None] = lambda step, fid: None,
 ) -> Report:
-    """Returns a Report that draws images every `compute.preview_every` steps, from the same noise with 25 DDIM steps.
+    """Returns a Report that draws images every `compute.preview_every` steps, each time from the same noise.
 
     Args:
         params: the parameters of the run.
         root: the top of the checkout.
         schedule: a row of `schedules`.
-        log: called with the step and a grid of 36 images, uint8 C,H,W, which is also written to
+        log: called with the step and a grid of 36 images, uint8 C,H,W. The grid is also written to
             .cache/previews/SCHEDULE/STEP.png.
-        log_fid: called with the step and the FID of `compute.preview_fid` images at the extractor's lowest layer. It falls
-            with the FID of the report, but is another number.
+        log_fid: called with the step and the FID of `compute.preview_fid` images, at the lowest layer of the extractor. The
+            value falls when the FID of the report falls, but the two cannot be compared.
     """
     scored = params.compute.preview_fid
 
@@ -76,7 +76,7 @@ def previews(
 
 
 def _fid_to_train(params: Params, root: Path) -> Callable[[arrays.Images], float]:
-    """Returns a function of images: their FID to the training images, at the lowest layer of `evaluation.extractor`."""
+    """Returns a function that computes the FID of images, at the lowest layer of `evaluation.extractor`."""
     from ddpm.scores import features, fidelity
 
     extractor = features.load(
@@ -84,7 +84,7 @@ def _fid_to_train(params: Params, root: Path) -> Callable[[arrays.Images], float
         min(EXTRACTORS[params.evaluation.extractor].layers),
         root / paths.CACHE / params.evaluation.extractor,
     )
-    train = dataset.read_dataset(root).train[:MOST]
+    train = dataset.read_dataset(root).train[:MOST_REFERENCE_IMAGES]
     reference = fidelity.statistics(features.extract(extractor, train, params.evaluation.batch))
 
     def fid(images: arrays.Images) -> float:

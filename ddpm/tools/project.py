@@ -1,7 +1,8 @@
-"""`init`: makes a project, a folder outside of a checkout in which `dvc repro` runs the stages of the installed package.
+"""`init`: creates a project, a folder outside of a checkout in which `dvc repro` runs the stages of the installed package.
 
-The project's dvc.yaml is the package's, with one change. A stage does not depend on code files, but on entries of ddpm.json,
-which hold the hashes of those files. So an upgrade of the package reruns only the stages whose code it changes.
+The project's dvc.yaml is the package's, with one change. In a checkout, a stage depends on code files. In a project, a stage
+depends on entries of ddpm.json, which hold the hashes of these files. So after an upgrade of the package, only the stages whose
+code changed run again.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from ddpm.files.yaml_file import parse_yaml, rewritten
 from ddpm.provenance import code, git
 from ddpm.provenance.project import FILES, NAME, digest, package_digest
 
-PREFIX = f"{code.PACKAGE}/"  # the beginning of the dependencies that are code
-# Files that are copied unchanged, with their names in the project.
+PREFIX = f"{code.PACKAGE}/"  # the prefix of dependencies that are code
+# Files of the package that are copied unchanged, and their names in the project.
 COPIED = {
     ".dvcignore": ".dvcignore",
     "gitignore": ".gitignore",
@@ -33,49 +34,52 @@ COPIED = {
     "prefect.toml": "prefect.toml",
     "Procfile": "Procfile",
 }
-# Replaced in prefect.yaml, since a checkout names its own files.
+# Text of prefect.yaml and its replacement: the package's file names files of a checkout.
 REPLACED = {"flows/train_eval.py:train_eval": "flows.train_eval.train_eval", "make up": "python -m flows.servers.up"}
 HEAD = """\
-# The stages, as ddpm {version} runs them. `ddpm init --update` writes this file and {name} again after an upgrade.
-# {name} holds hashes of the package's code. A stage depends on those of its own code and of the modules that params.yaml selects.
+# The stages, as ddpm {version} runs them. After an upgrade, `ddpm init --update` writes this file and {name} again.
+# {name} holds hashes of the package's code. A stage depends on the hashes of its own code and of the modules that
+# params.yaml selects.
 """
 
 
 def init(folder: Path, recipe: str) -> list[str]:
-    """Makes a project in `folder`, with the recipe as its params.yaml. Returns lines about it and the next commands.
+    """Creates a project in `folder`, with a recipe as its params.yaml. Returns lines for the user, with the next commands.
 
-    Raises InputError, and writes nothing, if the folder has one of these files, if there is no such recipe, or if git fails.
+    Writes nothing and raises InputError if the folder already has one of the files, the recipe does not exist, or git fails.
     """
-    importlib.import_module("dvc")  # fails here, in one line, without the extra `pipeline`
+    importlib.import_module("dvc")  # without the extra `pipeline`, this fails here with a one-line message
     files = _files(recipe)
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: not a folder; name a new or an existing folder")
+        raise InputError(f"{folder}: is a file, not a folder; name a new or an existing folder")
     if present := [name for name in files if (folder / name).exists()]:
-        advice = "`ddpm init --update` renews a project" if NAME in present else "choose an empty folder"
-        raise InputError(f"{folder}: has {', '.join(present)} already; {advice}")
+        advice = "to update the project, run `ddpm init --update`" if NAME in present else "choose an empty folder"
+        raise InputError(f"{folder}: already has {', '.join(present)}; {advice}")
     folder.mkdir(parents=True, exist_ok=True)
     _repositories(folder)
     for name, text in files.items():
         atomic.write_text(folder / name, text)
     return [
-        f"{folder}: a project with the recipe {recipe}",
+        f"{folder}: created a project with the recipe {recipe}",
         "next:",
         *([] if folder.resolve() == Path.cwd() else [f"  cd {folder}"]),
-        "  dvc repro   runs the pipeline of params.yaml, and writes report/index.html",
-        "  ddpm run    does the same, publishes to MLflow and promotes the best point",
+        "  dvc repro   runs the pipeline and writes report/index.html",
+        "  ddpm run    does the same, publishes the results to MLflow and promotes the best point",
     ]
 
 
 def update(folder: Path) -> list[str]:
-    """Writes dvc.yaml and ddpm.json again for the installed package. Returns lines about what changed.
+    """Writes dvc.yaml and ddpm.json again for the installed package. Returns a line that names the changed stages.
 
-    Raises InputError, and writes nothing, if `folder` is not a project, or if dvc.yaml was edited.
+    Writes nothing and raises InputError if `folder` is not a project, or if dvc.yaml was edited.
     """
     if not (folder / NAME).exists():
-        raise InputError(f"{folder}: no project, since it has no {NAME}; `ddpm init FOLDER` makes one")
+        raise InputError(f"{folder}: not a project, since it has no {NAME}; `ddpm init FOLDER` creates a project")
     before, wiring = records.read_json(folder / NAME), folder / "dvc.yaml"
     if wiring.exists() and _sha256(wiring.read_text(encoding="utf-8")) != before.get("dvc.yaml"):
-        raise InputError(f"{wiring}: was edited; move it away, run this again, and make the same edits in the new file")
+        raise InputError(
+            f"{wiring}: was edited, so it is not replaced; move it away, run `ddpm init --update` again, and repeat the edits"
+        )
     made = _generated()
     for name, text in made.items():
         atomic.write_text(folder / name, text)
@@ -86,7 +90,7 @@ def update(folder: Path) -> list[str]:
 
 
 def wiring(text: str) -> str:
-    """Returns dvc.yaml for a project: replaces dependencies on code by dependencies on entries of ddpm.json."""
+    """Returns dvc.yaml for a project: replaces dependencies on code files by dependencies on entries of ddpm.json."""
 
     def change(document: Any) -> None:
         for name, stage in document["stages"].items():
@@ -101,7 +105,10 @@ def wiring(text: str) -> str:
 
 
 def hashes(text: str) -> dict[str, Any]:
-    """Returns the content of ddpm.json for the package's dvc.yaml: hashes of the package, of each stage, and of each row."""
+    """Returns the content of ddpm.json for the package's dvc.yaml, whose text is `text`.
+
+    The entries are hashes: of the package, of the code of each stage, and of each module that params.yaml may select.
+    """
     files, stages, rows = code.hashes(), dict[str, str](), dict[str, str]()
     for name, stage in parse_yaml(text, "dvc.yaml")["stages"].items():
         paths = [Path(path) for path in stage["deps"] if path.startswith(PREFIX)]
@@ -117,7 +124,7 @@ def _files(recipe: str) -> dict[str, str]:
     """Returns the text of each file of a new project, by its path."""
     recipes = {path.stem: path for path in sorted((code.ROOT / FILES / "recipes").glob("*.yaml"))}
     if recipe not in recipes:
-        raise InputError(f"--recipe {recipe}: there are {', '.join(recipes)}")
+        raise InputError(f"--recipe {recipe}: no such recipe; choose one of {', '.join(recipes)}")
     Params.load(recipes[recipe])
     scripts = sorted((code.ROOT / FILES / "recipes").glob("*.py"))  # scripts that make the data of a recipe
     deployment = _template("prefect.yaml")
@@ -150,10 +157,10 @@ def _sha256(text: str) -> str:
 
 
 def _repositories(folder: Path) -> None:
-    """Makes the folder a git and a DVC repository, as far as it is not one yet or inside a git repository."""
+    """Creates a git repository, unless the folder is in one, and a DVC repository, unless the folder is one."""
     if git.line(folder, "rev-parse", "--show-toplevel") is None and git.ask(folder, "init", "--quiet") is None:
         raise InputError(
-            f"{folder}: `git init` failed; DVC needs git: install git, or run `git init` there to see the error"
+            f"{folder}: `git init` failed, and DVC needs git; install git, or run `git init` there to see the error"
         )
     if (folder / ".dvc").is_dir():
         return

@@ -1,4 +1,4 @@
-"""Scores a checkpoint from outside this checkout, such as an earlier champion, with the present data and protocol."""
+"""Scores a registered model, such as an earlier champion, with the present dataset and protocol."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def rescore(
     """Samples and evaluates a checkpoint in a temporary folder, which shares the dataset and the caches with `root`.
 
     Args:
-        params: the parameters, whose evaluation protocol applies.
+        params: the parameters, which contain the evaluation protocol.
         checkpoint: the folder of the model.
-        settings: the options of a sampler row, `steps`, and `clip` (default: sampling.clip of params).
-        root: the checkout.
-        report: receives the progress.
+        settings: the options of a sampler row, `steps`, and `clip` (default: sampling.clip).
+        root: the top of the checkout.
+        report: called with the progress.
 
     Returns:
-        The scores and their influence values, float32 [1 + judges, images].
+        The scores, and their influence values, float32 [1 + judges, images].
 
     Raises:
         InputError: the model makes images of another shape, or a setting is invalid.
@@ -43,7 +43,10 @@ def rescore(
     model = models.read_model_record(checkpoint)
     dataset = read_dataset_record(root)
     if model.data.shape != dataset.shape:
-        raise InputError(f"{checkpoint}: makes images of shape {model.data.shape}, the dataset's are {dataset.shape}")
+        raise InputError(
+            f"{checkpoint}: the model makes images of shape {model.data.shape}, but the dataset holds images of shape"
+            f" {dataset.shape}, so they cannot be compared"
+        )
     row = section(
         Sampler, Sampler.arrange({key: value for key, value in settings.items() if key not in ("steps", "clip")})
     )

@@ -1,4 +1,4 @@
-"""`schedules`: writes a table of the rows of `schedules`, their signal-to-noise curves, and a real image noised by each row."""
+"""`schedules`: compares the rows of `schedules` in a table, a plot of signal-to-noise ratios, and a strip of noised images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ddpm.tools.load import located
 BAND_NAMES = ("< 1e-4", "1e-4 - 0.01", "0.01 - 1", "1 - 100", "> 100")
 BAND_COLOURS = ("#08306b", "#2171b5", "#6baed6", "#bdd7e7", "#f7f7f7")  # one hue, from noise to image
 SHOWN = (-8.0, 4.0)  # log10 of the lowest and highest signal-to-noise ratio in the plot
-COLUMNS = 11  # of the strip
+COLUMNS = 11  # the number of columns of the strip
 
 
 def schedules(
@@ -37,14 +37,14 @@ def schedules(
     """Writes table.csv, snr.png and, if there is a prepared dataset, strip.png.
 
     Args:
-        params: the parameters, with the rows of `schedules`; None for every schedule of SCHEDULES.
-        root: the checkout.
+        params: the parameters with the rows of `schedules`; None for every schedule of SCHEDULES.
+        root: the top of the checkout.
         out: the folder to write to; None for schedules/.
         timesteps: T; None for the T of the parameters or of the model.
-        model: a folder or the name of a registered model, whose own schedule is shown instead.
+        model: a checkpoint folder or the name of a registered model; its schedule is shown instead of the rows.
 
     Returns:
-        A summary for each schedule, and a line about T and the data.
+        A summary of each schedule, and a line about T and the data.
 
     Raises:
         InputError: a row is invalid, or `out` is a file.
@@ -53,14 +53,15 @@ def schedules(
     T, seed = next(iter(built.values())).T, params.seed if params else 0
     folder = paths.schedules_dir() if out is None else out
     if (root / folder).exists() and not (root / folder).is_dir():
-        raise InputError(f"{folder}: is a file; name a folder with --out")
+        raise InputError(f"{folder}: is a file, not a folder; name a folder with --out")
     dataset = None
     if (root / paths.dataset_dir() / "dataset.json").exists():
         dataset = read_dataset(root)
         mean_square = data_mean_square(dataset.record)
         line = f"T = {T:,}, E[x_0^2] = {mean_square:.3g} of {dataset.record.name}"
     else:
-        mean_square, line = 0.25, f"T = {T:,}, E[x_0^2] = 0.25 and no strip, as `ddpm prepare` has not run here"
+        mean_square = 0.25
+        line = f"T = {T:,}, E[x_0^2] assumed to be 0.25; for the true value and strip.png, run `ddpm prepare` first"
     rows = {name: summary(schedule, mean_square) for name, schedule in built.items()}
     records.write_csv(root / folder / "table.csv", [_cells(name, row) for name, row in rows.items()])
     _plot(root / folder / "snr.png", built, rows)
@@ -96,7 +97,7 @@ def _cells(name: str, row: Summary) -> dict[str, Any]:
 
 
 def _plot(path: Path, built: dict[str, NoiseSchedule], rows: dict[str, Summary]) -> None:
-    """Plots the signal-to-noise ratio over the forward process, and beside it the share of the steps in each band."""
+    """Plots the signal-to-noise ratio over the forward process, and beside that the share of the steps in each band."""
     with drawing(path, 1350, 240 + 60 * max(len(built), 5), dpi=120) as page:
         curves, bars = page.subplots(1, 2, width_ratios=(3, 4))
         for i, (name, schedule) in enumerate(built.items()):
@@ -136,7 +137,14 @@ def _plot(path: Path, built: dict[str, NoiseSchedule], rows: dict[str, Summary])
 
 
 def _plot_strip(path: Path, built: dict[str, NoiseSchedule], image: arrays.Images, seed: int) -> None:
-    """Draws x_0, ..., x_T of one image, one row per schedule. All rows use the same noise, so that columns can be compared."""
+    """Draws x_0, ..., x_T of one image, a row per schedule. All rows use the same noise, so that columns can be compared.
+
+    Args:
+        path: the PNG file to write.
+        built: the schedules by name.
+        image: the image x_0, uint8 C,H,W.
+        seed: the seed of the noise.
+    """
     x_0 = torch.from_numpy(np.array(image)).double() / 127.5 - 1
     eps = gaussian(seed, [0], 0, x_0.shape)[0].double()
     strips = []

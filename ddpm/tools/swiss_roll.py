@@ -1,6 +1,6 @@
 """`swiss-roll`: trains and samples a model of points in the plane, as in figure 1 of Sohl-Dickstein et al. 2015.
 
-The picture shows the roll as it is diffused to noise, the reverse process of a small network, and the drift of that process.
+The picture has three rows: the forward process from data to noise, the reverse process of a small network, and its drift.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ from ddpm.training.objective import Objective
 
 POINTS, STEPS, T = 10_000, 3_000, 200
 SHOWN = (0, 25, 60, 110, 200)  # t of each column: 0 is data, T is noise
-DRAWN = 1_500  # the number of points in a panel
+DRAWN = 1_500  # points per panel
 
 
 class PointNet(nn.Module):
-    """net(x, t) -> a prediction like x [B, 2], by residual layers. Each layer adds an embedding of t to its input."""
+    """A network of residual layers for points: net(x, t) -> a prediction of the shape of x, [B, 2].
+
+    Each layer adds an embedding of t to its input.
+    """
 
     def __init__(self, width: int = 64, layers: int = 4) -> None:
         super().__init__()
@@ -49,7 +52,11 @@ class PointNet(nn.Module):
 
 
 def roll(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Returns points of a Swiss roll, float32 [count, 2], about within [-2, 2], and their positions along it [count], 0 ... 1."""
+    """Draws points of a Swiss roll.
+
+    Returns:
+        The points, float32 [count, 2], roughly within [-2, 2], and their positions along the roll, [count], 0 ... 1.
+    """
     from sklearn.datasets import make_swiss_roll
 
     points, angle = make_swiss_roll(count, noise=0.3, random_state=seed)
@@ -59,7 +66,7 @@ def roll(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def train_on_roll(steps: int = STEPS, seed: int = 0, report: Report = silent) -> Denoiser:
     """Trains a small network on the cosine schedule by Algorithm 1 of Ho et al. 2020.
 
-    The target is v, since no signal is left at T.
+    The target is v: x_T holds no signal, so at T a prediction of eps would not determine x_0.
     """
     schedule = NoiseSchedule.named("cosine", T)
     with torch.random.fork_rng(devices=[]):
@@ -76,7 +83,7 @@ def train_on_roll(steps: int = STEPS, seed: int = 0, report: Report = silent) ->
 
 @torch.no_grad()
 def reverse(denoiser: Denoiser, count: int, seed: int = 0) -> dict[int, Tensor]:
-    """Samples by Algorithm 2 of Ho et al. 2020. Returns points [count, 2] for every t = T ... 0."""
+    """Samples by Algorithm 2 of Ho et al. 2020. Returns the points [count, 2] at each t = T ... 0, by t."""
     points = {denoiser.schedule.T: gaussian(seed, range(count), 0, (2,))}
     states = trajectory(
         denoiser,
@@ -91,7 +98,7 @@ def reverse(denoiser: Denoiser, count: int, seed: int = 0) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def drift(denoiser: Denoiser, x_t: Tensor, t: int) -> Tensor:
-    """Returns mu(x_t, t) - x_t, the mean move of the reverse step at t = 1 ... T (eq. 7 of Ho et al. 2020), shaped like x_t."""
+    """Returns mu(x_t, t) - x_t, the mean change in the reverse step at t = 1 ... T (eq. 7 of Ho et al. 2020), shaped like x_t."""
     a_bar, a_bar_before = (float(value) for value in denoiser.schedule.alpha_bar[[t, t - 1]])
     beta = 1 - a_bar / a_bar_before
     x0_hat = denoiser(x_t, t - 1)
@@ -100,10 +107,15 @@ def drift(denoiser: Denoiser, x_t: Tensor, t: int) -> Tensor:
 
 
 def swiss_roll(out: Path, seed: int = 0, report: Report = silent) -> None:
-    """Trains, samples, and writes the picture to `out` (PNG). The same seed gives the same picture. Raises InputError."""
+    """Trains and samples the model, and writes the picture to `out` (PNG). The same seed gives the same picture.
+
+    Raises InputError if the name of `out` does not end in .png.
+    """
     if out.suffix.lower() != ".png":
         raise InputError(f"{out}: the picture is a PNG; give --out a name that ends in .png")
-    torch.set_num_threads(1)  # as fast as several threads for so small a network, and gives the same picture everywhere
+    torch.set_num_threads(
+        1
+    )  # gives the same picture everywhere, and is as fast as several threads for so small a network
     denoiser = train_on_roll(seed=seed, report=report)
     data, along = roll(DRAWN, seed + 1)
     schedule = denoiser.schedule
@@ -112,7 +124,7 @@ def swiss_roll(out: Path, seed: int = 0, report: Report = silent) -> None:
         t: (schedule.alpha_bar[t].sqrt() * data + (1 - schedule.alpha_bar[t]).sqrt() * eps).float() for t in SHOWN
     }
     back = reverse(denoiser, DRAWN, seed)
-    # A generated point gets the colour of the data point nearest to its end.
+    # A generated point has the colour of the data point that is nearest to its position at t = 0.
     ends = along[torch.cdist(back[0], data).argmin(1)]
     rows = (
         ("forward: $q(x_t)$", forward, along),
@@ -137,7 +149,7 @@ def swiss_roll(out: Path, seed: int = 0, report: Report = silent) -> None:
 
 
 def _fewer_colours(path: Path) -> None:
-    """Reduces the picture to 256 colours, which takes a third of the bytes."""
+    """Reduces the picture to 256 colours, so that the file takes a third of the bytes."""
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -147,7 +159,7 @@ def _fewer_colours(path: Path) -> None:
 
 
 def _draw_drift(panel: Any, denoiser: Denoiser, t: int) -> None:
-    """Draws arrows of equal length. Their colour shows the size of the drift, relative to the largest in the panel."""
+    """Draws the drift as arrows of equal length. The colour of an arrow shows the size of the drift, relative to the largest."""
     ticks = torch.linspace(-2.7, 2.7, 19)
     x, y = torch.meshgrid(ticks, ticks, indexing="xy")
     field = drift(denoiser, torch.stack([x.flatten(), y.flatten()], 1), t)

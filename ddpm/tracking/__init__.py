@@ -1,22 +1,22 @@
-"""Shows outputs in MLflow and keeps its model registry.
+"""Publishes outputs to MLflow and maintains the model registry in MLflow.
 
-No other package imports mlflow, and no stage imports this package.
+No other package imports mlflow, and no stage imports this package. mlflow is imported where it is needed, because the
+import takes 2 s.
 
 Each dataset has one MLflow experiment, `ddpm-DATASET`, with these runs:
 
-- `linear`, for each schedule: loss curves and the checkpoint. This run has the next two as child runs.
+- `linear`, for each schedule: loss curves and the checkpoint. The next two are child runs of this run.
 - `linear-ddim`, for each schedule and sampler: scores and sample grids. MLflow's step is the number of network
   evaluations.
-- `linear-likelihood`: the bound in bits/dim.
+- `linear-likelihood`, for each schedule: the bound in bits/dim.
 - `report` and `schedules`.
 
-Outputs hold no run ids. Tags of a run say which outputs it shows: `ddpm.key` hashes the configuration,
-`ddpm.model_sha256` names the weights, and `ddpm.samples.STEPS` and `ddpm.scores.STEPS` name the files of a point. If
-edited code gives other outputs for the same configuration, the outputs go to a new run, and the old run is tagged
-`ddpm.superseded`. So each step of a metric has one value. Times come from the run files beside the outputs;
-2000-01-01 means that there is no such file.
+Outputs hold no run ids. Instead, the tags of a run say which outputs the run shows: `ddpm.key` hashes the
+configuration, `ddpm.model_sha256` identifies the weights, and `ddpm.samples.STEPS` and `ddpm.scores.STEPS` identify the
+files of a point. If edited code gives other outputs for the same configuration, these outputs go to a new run, and the
+old run is tagged `ddpm.superseded`. So each step of a metric has one value.
 
-mlflow is imported late, because the import takes 2 s.
+The times of a run come from the run files beside the outputs. The date 2000-01-01 means that an output has no run file.
 """
 
 from ddpm.tracking.outputs import follow, publish, publish_or_warn

@@ -1,4 +1,4 @@
-"""Reads the parameters that made a training or a point from the outputs themselves."""
+"""Reads from the outputs with which parameters a model was trained, and a point was sampled and scored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from ddpm.parameters import USUAL_NETWORK, Point
 
 @dataclass(frozen=True)
 class PointSettings:
-    """The parameters of a point: the seed, the row of its sampler, and the sections on which its stages depend."""
+    """The parameters with which a point was sampled and scored.
+
+    Args:
+        seed: the seed of the noise.
+        row: the options of the sampler row.
+        sampling: the section `sampling`.
+        evaluation: the section `evaluation`.
+    """
 
     seed: int
     row: dict[str, Any]
@@ -27,9 +34,10 @@ class PointSettings:
 
     @classmethod
     def read(cls, params: Params, point: Point, root: Path) -> PointSettings | None:
-        """Reads the parameters of a point from its files. Takes `evaluation` from `params` if the point has no scores.
+        """Reads the parameters of a point from its files. If the point has no scores, takes `evaluation` from `params`.
 
-        Returns None if another model drew the samples, or if the scores belong to other samples. Raises InputError.
+        Returns None if the files do not fit together: another model drew the samples, or the scores belong to other samples.
+        Raises InputError if a file is damaged.
         """
         record = samples.read_samples_record(root / paths.samples_file(point))
         fits, evaluation = True, params.evaluation.recorded()
@@ -42,7 +50,7 @@ class PointSettings:
 
 
 def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, Any]:
-    """Returns all parameters that decide the result of a training. dataset: sha256 of the dataset."""
+    """Returns all parameters that decide the result of a training. dataset: the sha256 of the dataset."""
     sections = {"seed": params.training_seed(schedule), **params.to_json("diffusion", "network", "training")}
     row = params.schedules[schedule]
     sections["network"] = _recorded(sections["network"])
@@ -50,19 +58,19 @@ def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, 
 
 
 def _recorded(network: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves out the default kind of network, so that runs of versions without `network.kind` are found again."""
+    """Leaves out the default kind of network, so that `find_or_create` finds the runs of versions without `network.kind`."""
     return {key: value for key, value in network.items() if (key, value) != ("kind", USUAL_NETWORK)}
 
 
 def identity_of_model(model: ModelRecord) -> dict[str, Any]:
-    """Returns the same as training_identity, but from model.json."""
+    """Returns the same parameters as training_identity, but reads them from model.json."""
     training, network = dict(model.training.content), model.network
     derived = (
         "image_channels",
         "image_size",
         "out_channels",
         "classes",
-    )  # entries that follow from data and diffusion
+    )  # entries that the data and `diffusion` determine
     return {
         "schedule": model.schedule.name,
         "schedules": model.schedule.row,

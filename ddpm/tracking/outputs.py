@@ -1,6 +1,7 @@
-"""Publishes outputs, with the comparison of the report and the champion.
+"""Publishes outputs, and compares the report with the champion.
 
-This module joins them, since ddpm.tracking.publish cannot import the registry: the registry imports it to publish runs.
+ddpm.tracking.publish cannot import the registry, because the registry imports ddpm.tracking.publish. So this module passes
+the registry's comparison to the publisher.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds and opens the MLflow store: its address, lock and experiment, and the messages for a store that cannot be reached."""
+"""Finds, locks and opens the MLflow store, and turns MLflow's errors into one-line messages."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 CHAMPION = "champion"
-CONNECT_SECONDS = 3.0
-LOCK_SECONDS = 120.0
-SILENT_SECONDS = 1.0  # seconds of waiting for a promotion before a message says so
+CONNECT_SECONDS = 3.0  # how long to wait for a server to answer
+LOCK_SECONDS = 120.0  # how long to wait for the lock of the store
+SILENT_SECONDS = 1.0  # how long to wait for another promotion before a message says so
 
-# Settings that limit MLflow's waiting and its output. The user's own values take precedence.
+# Environment variables that limit how long MLflow waits and how much it prints. Values that the user has set take precedence.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -51,23 +51,30 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Place:
-    """The address of a tracking store. artifacts: the URI below which new experiments keep files; None if a server decides it."""
+    """A tracking store.
+
+    Args:
+        uri: the address of the store.
+        lock: the lock file of the store.
+        artifacts: the URI below which new experiments keep their files; None if a server decides.
+        database: the SQLite file of the store; None for a server or another database.
+    """
 
     uri: str
     lock: Path
     artifacts: str | None
-    database: Path | None = None  # the SQLite file of the store, if it has one
+    database: Path | None = None
 
     @property
     def shown(self) -> str:
-        """The URI for messages: without a password, and with the plain path of a database file."""
+        """The URI for messages: without the password, and with the plain path of a database file."""
         if self.database:
             return f"sqlite:///{self.database}"
         return without_password(self.uri)
 
 
 def repo_root(root: Path = Path()) -> Path:
-    """Returns the checkout to which `root` belongs. DVC runs temporary experiments in .dvc/tmp/exps of the checkout."""
+    """Returns the checkout of `root`. If `root` is a temporary folder of a DVC experiment, returns the checkout around it."""
     path = root.resolve()
     parts = path.parts
     for index in range(len(parts) - 2):
@@ -77,13 +84,13 @@ def repo_root(root: Path = Path()) -> Path:
 
 
 def tracking_uri(root: Path = Path()) -> str:
-    """Returns MLFLOW_TRACKING_URI if it is set, else MLFLOW_BACKEND_STORE_URI, else the address of mlflow.db in the checkout."""
+    """Returns the address of the store: MLFLOW_TRACKING_URI, else MLFLOW_BACKEND_STORE_URI, else mlflow.db in the checkout."""
     named = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI")
     return with_driver(named) if named else sqlite.address_of(repo_root(root) / "mlflow.db")
 
 
 def find_place(root: Path = Path()) -> Place:
-    """Returns the store that `tracking_uri` names. MLFLOW_DEFAULT_ARTIFACT_ROOT, if set, decides where its artifacts go."""
+    """Returns the store that `tracking_uri` names. If MLFLOW_DEFAULT_ARTIFACT_ROOT is set, artifacts go there."""
     uri, home = tracking_uri(root), repo_root(root)
     lock, artifacts = home / paths.CACHE / "mlflow.lock", home / ARTIFACTS
     scheme = uri.partition(":///")[0]
@@ -96,7 +103,10 @@ def find_place(root: Path = Path()) -> Place:
 
 
 def model_name(params: Params) -> str:
-    """Returns the name of the experiment and the registered model: ddpm-DATASET. Raises InputError if another source owns it."""
+    """Returns the name of the experiment and of the registered model: ddpm-DATASET.
+
+    Raises InputError if tracking.name is the name of another source.
+    """
     SOURCES.require(params.data.source)
     check_name(params)
     return f"ddpm-{params.dataset_name}"
@@ -108,7 +118,7 @@ def champion_uri(params: Params) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """An open store and the experiment in it."""
+    """An open store, and the id of the experiment of this dataset."""
 
     client: MlflowClient
     experiment: str
@@ -116,15 +126,15 @@ class Target:
 
 
 def prepare_store(params: Params, root: Path = Path()) -> str:
-    """Creates the store and the experiment if they are missing, and returns the experiment's id.
+    """Creates the store and the experiment if they do not exist. Returns the id of the experiment.
 
-    The store's lock lets only one process create them. Raises InputError.
+    A lock ensures that only one process creates them. Raises InputError.
     """
     return open_target(params, root).experiment
 
 
 def import_mlflow() -> None:
-    """Imports mlflow after setting ENVIRONMENT, which the first import reads."""
+    """Sets the variables of ENVIRONMENT, then imports mlflow, which reads them when it is imported."""
     # protects: tests/tracking/test_secrets.py::test_no_secret_reaches_mlflow_the_outputs_or_the_log
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -132,9 +142,9 @@ def import_mlflow() -> None:
 
 
 def client_of(where: Place) -> MlflowClient:
-    """Checks the database file and opens it. Call this under the lock, since the first client creates or migrates the file.
+    """Checks the database file, and opens the store. Raises InputError.
 
-    Raises InputError.
+    The caller must hold the lock, since the first client creates or migrates the file.
     """
     import_mlflow()
     known = where.database is None or mlflow_file.check(where.database)
@@ -143,9 +153,9 @@ def client_of(where: Place) -> MlflowClient:
     from mlflow.tracking import MlflowClient
     from mlflow.tracking._tracking_service.utils import _get_store
 
-    if (
-        not known
-    ):  # else MLflow puts experiment 0 below the working folder, and fails if that path holds both kinds of quotes
+    if not known:
+        # This sets the folder of experiment 0. Otherwise MLflow chooses a folder below the working folder, and fails if its
+        # path has both kinds of quotes.
         _get_store(where.uri, where.artifacts)
     return MlflowClient(where.uri, registry_uri=where.uri)
 
@@ -168,13 +178,15 @@ def _experiment(client: MlflowClient, where: Place, name: str, dataset: str) -> 
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # another host created the experiment meanwhile
+            found = client.get_experiment_by_name(name)  # another host has just created the experiment
     if found is None or found.lifecycle_stage != "active":
-        raise InputError(f"MLflow at {where.shown}: experiment {name} was deleted; restore it, or delete it for good")
+        raise InputError(
+            f"MLflow at {where.shown}: experiment {name} was deleted; restore it, or delete it permanently"
+        )
     if where.artifacts and found.artifact_location.startswith("mlflow-artifacts:"):
         raise InputError(
-            f"MLflow at {where.shown}: experiment {name} keeps its artifacts behind a server;"
-            " set MLFLOW_TRACKING_URI to that server"
+            f"MLflow at {where.shown}: the artifacts of experiment {name} can be reached only through an MLflow server;"
+            " set MLFLOW_TRACKING_URI to the address of that server"
         )
     if where.database:
         mlflow_file.require_in_place(where.database, found.artifact_location)
@@ -187,7 +199,7 @@ def _new_experiment(client: MlflowClient, where: Place, name: str, dataset: str)
         mlflow_file.require_new(where.database, name)
     location = f"{where.artifacts.rstrip('/')}/{name}" if where.artifacts else None
     if location and "MLFLOW_DEFAULT_ARTIFACT_ROOT" in os.environ:
-        location += f"-{secrets.token_hex(4)}"  # other databases may have experiments of this name below the same root
+        location += f"-{secrets.token_hex(4)}"  # the folder may hold an experiment of this name from another database
     tags = {"ddpm.dataset": dataset, "mlflow.experimentKind": "custom_model_development"}
     created = str(client.create_experiment(name, artifact_location=location, tags=tags))
     client.set_experiment_tag(created, "mlflow.note.content", _note(created, dataset))
@@ -195,13 +207,13 @@ def _new_experiment(client: MlflowClient, where: Place, name: str, dataset: str)
 
 
 def _note(experiment: str, dataset: str) -> str:
-    """Returns the description of the experiment. MLflow's page shows the first line, and the rest on request."""
+    """Returns the description of the experiment. MLflow's page shows only the first line until the reader unfolds the rest."""
     return (
         f"**[{RANKING.title} against steps]({chart(experiment)})** of denoising diffusion on {dataset}: a line per"
-        " schedule and sampler, with the images beside it.\n\n"
-        "Step = network evaluations per image. The images at step 0 are real; move the slider to see the samples."
-        " Each schedule has a run (`linear`: the training) with a child run per sampler"
-        " (`linear-ddim`: the scores and images). Filters: ``tags.`ddpm.schedule` = 'cosine'``,"
+        " schedule and sampler, and the images at each step.\n\n"
+        "A step is the number of network evaluations per image. The images at step 0 are real; move the slider to see the"
+        " samples. Each schedule has a run (`linear`: the training) with a child run per sampler"
+        " (`linear-ddim`: the scores and images). Examples of filters: ``tags.`ddpm.schedule` = 'cosine'``,"
         " ``tags.`ddpm.sampler` = 'ddim'``, ``tags.`ddpm.dataset_sha256` LIKE 'c8c4%'``,"
         f" ``tags.`mlflow.source.git.commit` LIKE '0123%'``, ``metrics.{HEADLINE} < 20``."
     )
@@ -209,7 +221,7 @@ def _note(experiment: str, dataset: str) -> str:
 
 @contextmanager
 def as_default(where: Place) -> Iterator[None]:
-    """Makes `where` the process's tracking store while the block runs, since MLflow's registry looks up logged models there."""
+    """Makes `where` the default store of this process while the block runs: MLflow's registry looks up logged models there."""
     import mlflow
 
     before = os.environ.get("MLFLOW_TRACKING_URI")
@@ -225,14 +237,14 @@ def as_default(where: Place) -> Iterator[None]:
 def locked(where: Place, name: str = "") -> AbstractContextManager[None]:
     """Holds a lock of the store while the block runs.
 
-    Without a name, holds the store's own lock, which every process holds only briefly; waiting too long raises InputError. A lock
-    with a name, such as ".promote", may be held for any time, so waiting for it never ends.
+    Without a name, this is the lock for reading and writing. Every process holds it only briefly, so a long wait raises
+    InputError. A lock with a name, such as ".promote", may be held for hours, so this function waits without a limit.
     """
 
     def waiting() -> None:
         if not name:
             raise InputError(
-                f"MLflow at {where.shown} is in use by another process: waited {LOCK_SECONDS:.0f} s; try again later"
+                f"MLflow at {where.shown} is in use by another process, already for {LOCK_SECONDS:.0f} s; try again later"
             ) from None
         print(
             f"MLflow at {where.shown}: waiting for another process that promotes a model there",
@@ -244,14 +256,14 @@ def locked(where: Place, name: str = "") -> AbstractContextManager[None]:
     return locks.held(where.lock.with_name(where.lock.name + name), patience, waiting)
 
 
-# An unreachable server.
+# Errors.
 
 
 PUBLISH_LATER = "publish later with `ddpm publish`"
 
 
 def require_reachable(where: Place, advice: str = PUBLISH_LATER) -> None:
-    """Raises InputError, ending with `advice`, if the server does not answer. MLflow itself would retry for far longer."""
+    """Raises InputError if the server does not answer, so that MLflow does not retry for minutes. advice: ends the message."""
     host, port = (None, None) if where.database else _address(where.uri)
     if not host or not port:
         return
@@ -262,7 +274,7 @@ def require_reachable(where: Place, advice: str = PUBLISH_LATER) -> None:
 
 
 def _address(uri: str) -> tuple[str | None, int | None]:
-    """Returns the host and port of a server. Returns None for a file, a proxied server or another kind of store."""
+    """Returns the host and port of a server. Returns (None, None) for a file, a server behind a proxy, or an unknown store."""
     if uri.startswith(("http://", "https://")):
         parts = urlsplit(uri)
         if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname or ""):
@@ -274,7 +286,7 @@ def _address(uri: str) -> tuple[str | None, int | None]:
     try:
         url = make_url(uri)
     except (ArgumentError, ValueError):
-        return None, None  # MLflow itself reports the fault
+        return None, None  # MLflow will report the error
     return url.host, url.port or {"postgresql": 5432, "mysql": 3306}.get(url.get_backend_name())
 
 
@@ -284,7 +296,7 @@ def _unreachable(where: Place, advice: str, why: str = "") -> str:
 
 @contextmanager
 def plain_errors(where: Place, advice: str = PUBLISH_LATER) -> Iterator[None]:
-    """Turns errors of MLflow, its server, S3 or the disk into a one-line InputError.
+    """Turns errors of MLflow, the server, the database, S3 or the disk into a one-line InputError.
 
     advice: the end of the message if the store cannot be reached.
     """
@@ -300,21 +312,21 @@ def plain_errors(where: Place, advice: str = PUBLISH_LATER) -> Iterator[None]:
         raise InputError(f"MLflow at {where.shown}: {text[:300]}") from error
     except Exception as error:
         text = " ".join(str(error).split())
-        if _is_of_a_database(error) and where.database is None:
+        if _is_database_error(error) and where.database is None:
             raise InputError(_unreachable(where, advice, text.partition(" (Background")[0][:300])) from error
         if not isinstance(error, _s3_errors()):
             raise
-        raise InputError(f"S3, where MLflow keeps its files: {text[:300]}; {advice}") from error
+        raise InputError(f"MLflow cannot use its files in S3: {text[:300]}; {advice}") from error
 
 
-def _is_of_a_database(error: Exception) -> bool:
+def _is_database_error(error: Exception) -> bool:
     from sqlalchemy.exc import OperationalError
 
     return isinstance(error, OperationalError)
 
 
 def _s3_errors() -> tuple[type[Exception], ...]:
-    """Returns S3's error types. Called only after an error, because the imports are slow."""
+    """Returns the error types of the S3 client. Called only after an error, because the imports are slow."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -332,11 +344,10 @@ def warn(line: str, say: Say) -> None:
 
 
 def make_empty() -> None:
-    """Creates the empty database that `ddpm.databases.empty` copies. The installation calls this."""
+    """Creates the empty database that `ddpm.databases.empty` copies. The installation calls this function."""
     with atomic.replacing(empty.EMPTY) as file:
         client_of(Place(f"sqlite:///{file}", empty.EMPTY, None)).search_experiments()
         with closing(sqlite3.connect(file)) as database:
-            database.execute(
-                "DELETE FROM experiments"
-            )  # MLflow creates the default experiment again, with its new address
+            # MLflow then creates the default experiment again in each copy, with the address of that copy.
+            database.execute("DELETE FROM experiments")
             database.commit()

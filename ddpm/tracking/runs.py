@@ -1,4 +1,4 @@
-"""Finds MLflow runs by their contents, and adds the parts that a run lacks."""
+"""Finds the MLflow run of an output by its tags, and logs values, images and tags that the run lacks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from ddpm.tracking.place import Target
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
-CURVES = ("loss", "learning_rate", "gradient_norm", "validation_loss")  # columns of a training's CSV file
+CURVES = (
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "validation_loss",
+)  # columns of a training's history that are metrics
 KEY, MODEL, CURVES_SHA = "ddpm.key", "ddpm.model_sha256", "ddpm.curves_sha256"
-MODEL_RECORD = "ddpm.model_record_sha256"  # hash of model.json's content
-COMPRESSED = "+compressed.webp"  # the end of the name of the thumbnail that MLflow's slider shows
+MODEL_RECORD = "ddpm.model_record_sha256"  # tag with the hash of the content of model.json
+COMPRESSED = "+compressed.webp"  # the end of the file name of the thumbnail that MLflow's slider shows
 SUPERSEDED, PROCESS, SETTINGS = "ddpm.superseded", "ddpm.process", "ddpm.settings"
-PUBLISHER = "ddpm.publisher"  # the process that fills the run in; removed once the run is FINISHED
+PUBLISHER = "ddpm.publisher"  # tag with the process that is publishing the run; removed once the run is FINISHED
 
 
 def log(
@@ -49,7 +54,7 @@ def history(target: Target, run: Run, key: str) -> dict[int, float]:
 
 
 def log_metrics(target: Target, run: Run, metrics: Sequence[Metric], added: Counter[str]) -> None:
-    """Logs those metrics that have no value at their step yet in the run. Adds their number to added["metrics"]."""
+    """Logs the metrics that have no value at their step in the run. Adds the number of new values to added["metrics"]."""
     known = {key: history(target, run, key) for key in {metric.key for metric in metrics}}
     missing = [metric for metric in metrics if metric.step not in known[metric.key]]
     for chunk in chunks(missing, 1000):
@@ -59,7 +64,16 @@ def log_metrics(target: Target, run: Run, metrics: Sequence[Metric], added: Coun
 
 
 def log_image(target: Target, run: Run, picture: Any, step: int, timestamp: int, added: Counter[str]) -> None:
-    """Logs a PIL image or an array H,W(,3) under the key `samples`, unless that step has one."""
+    """Logs an image under the key `samples`, unless the run has an image at this step.
+
+    Args:
+        target: the store and experiment.
+        run: the run.
+        picture: a PIL image or an array, H,W or H,W,3.
+        step: MLflow's step.
+        timestamp: in milliseconds since the epoch.
+        added: counts what was logged.
+    """
     known = [Path(file.path).name for file in target.client.list_artifacts(run.info.run_id, "images")]
     here = [name for name in known if name.startswith(f"samples+step+{step}+")]
     if not here:
@@ -71,7 +85,7 @@ def log_image(target: Target, run: Run, picture: Any, step: int, timestamp: int,
 
 
 def _log_thumbnail(target: Target, run: Run, picture: Any, name: str) -> None:
-    """Completes an interrupted `log_image`: sends the thumbnail and the tag that MLflow sends after the picture."""
+    """Completes an interrupted `log_image`: logs the thumbnail and the tag that MLflow sends after the picture."""
     from mlflow import Image
     from mlflow.tracking.multimedia import compress_image_size
     from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
@@ -96,16 +110,18 @@ def find_or_create(
     tags: Mapping[str, str],
     added: Counter[str],
 ) -> Run:
-    """Returns the run with this key whose content agrees with the outputs, or a new run. Tags other runs as superseded.
+    """Returns the run with this key whose content agrees with the outputs. Creates the run if there is none.
+
+    Tags the other runs with this key as superseded, except those to which a training is still streaming.
 
     Args:
         target: the store and experiment.
         key: the value of the tag KEY.
         name: the name of a new run.
-        agrees: whether the content of a run agrees with the outputs.
+        agrees: returns whether the content of a run agrees with the outputs.
         start: the start time of a new run, in milliseconds since the epoch.
         tags: further tags of a new run.
-        added: counts the created things.
+        added: counts what was created.
     """
     runs = [run for run in search(target, f"tags.`{KEY}` = '{key}'") if not is_live(run)]
     runs.sort(key=lambda run: (SUPERSEDED in run.data.tags, is_unfinished(run), -run.info.start_time))
@@ -124,7 +140,7 @@ def find_or_create(
         if run.info.run_id == chosen.info.run_id:
             continue
         if is_unfinished(run) and run in agreeing:
-            target.client.delete_run(run.info.run_id)  # a streamed run whose outputs equal those of an earlier run
+            target.client.delete_run(run.info.run_id)  # a streamed run with the same outputs as the chosen run
         elif SUPERSEDED not in run.data.tags:
             _supersede(target, run, name, chosen.info.run_id)
     if SUPERSEDED in chosen.data.tags:
@@ -159,9 +175,9 @@ def finish(target: Target, run: Run, end: int) -> None:
 
 
 def is_live(run: Run) -> bool:
-    """Returns whether the process that the run names may still be logging to it.
+    """Returns whether the training that streams to this run may still be running.
 
-    A process of another host cannot be asked, so it counts as alive.
+    A process on another host cannot be checked, so it counts as running.
     """
     if run.info.status != "RUNNING" or PROCESS not in run.data.tags:
         return False
@@ -170,12 +186,12 @@ def is_live(run: Run) -> bool:
 
 
 def is_unfinished(run: Run) -> bool:
-    """Returns whether the run was streamed by a training whose outputs are not published yet."""
+    """Returns whether a training streamed to this run, and its outputs are not published yet."""
     return PROCESS in run.data.tags and MODEL not in run.data.tags
 
 
 def end_orphans(target: Target) -> None:
-    """Ends the runs whose process died before it could end them."""
+    """Ends each run whose process died before the run ended."""
     for run in search(target, "attributes.status = 'RUNNING'"):
         process = run.data.tags.get(PROCESS) or run.data.tags.get(PUBLISHER)
         if process and is_here(process) and not is_alive(process):

@@ -1,4 +1,4 @@
-"""Streams the loss curves and previews of a running training to MLflow."""
+"""Streams the loss curves and previews of a training to MLflow while the training runs."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from ddpm.tracking.runs import (
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-FLUSH_SECONDS = 10.0
+FLUSH_SECONDS = 10.0  # the interval between two batches
 
 
 class TrainingWatch:
-    """A Report that streams the loss curves of one training to its MLflow run, in batches, from a thread of its own."""
+    """A Report that streams the loss curves of one training to an MLflow run. A separate thread sends them in batches."""
 
     def __init__(self, params: Params, schedule: str, root: Path, say: Say) -> None:
         self._params, self._schedule, self._root, self._say = params, schedule, root, say
@@ -53,7 +53,7 @@ class TrainingWatch:
         self._run: Run | None = None
         self._known: set[tuple[str, int]] = set()
         self._thread = threading.Thread(target=self._stream, name="tracking", daemon=True)
-        psutil.cpu_percent()  # the first call only starts the clock
+        psutil.cpu_percent()  # later calls return the load since this call
         self._thread.start()
 
     def __call__(self, progress: Progress) -> None:
@@ -67,12 +67,12 @@ class TrainingWatch:
             self._started.set()
 
     def log_preview(self, step: int, picture: arrays.Images) -> None:
-        """Streams a sample grid that was drawn at this step: uint8 C,H,W."""
+        """Streams a sample grid, uint8 C,H,W, that was drawn after this training step."""
         with self._mutex:
             self._pictures.append((step, picture, _now()))
 
     def log_preview_fid(self, step: int, fid: float) -> None:
-        """Streams the FID of the images that were drawn at this step, as the metric `preview_fid`."""
+        """Streams the FID of images that were drawn after this training step, as the metric `preview_fid`."""
         with self._mutex:
             self._values.append(("preview_fid", fid, _now(), step))
 
@@ -119,7 +119,7 @@ class TrainingWatch:
                 }
             load = _system_load()
             with self._mutex:
-                # Kept with the other values, so that a batch has the same time stamps if it is sent again.
+                # Stored with the other values, so that a batch that is sent again has the same time stamps.
                 self._values += [(key, value, _now(), self._step) for key, value in load.items()]
                 values, pictures = list(self._values), list(self._pictures)
             new = {(value[0], value[3]): Metric(*value) for value in values}
@@ -139,7 +139,7 @@ def _now() -> int:
 
 
 def _system_load() -> dict[str, float]:
-    """Returns the load of the machine under the names that MLflow's System metrics tab shows."""
+    """Returns the load of the machine, under the names that MLflow's tab "System metrics" shows."""
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 
     memory = psutil.virtual_memory()
@@ -159,17 +159,17 @@ def _system_load() -> dict[str, float]:
 
 
 def _open_training(target: Target, params: Params, schedule: str, root: Path) -> Run:
-    """Returns the run to which to stream: the run of an interrupted training of this configuration, or a new run."""
+    """Opens the run to stream to: the run of an interrupted training with the same parameters, or else a new run."""
     data = dataset.read_dataset_record(root)
     identity = training_identity(params, schedule, data.sha256)
     tags = {**training_tags(schedule, data.name, identity), PROCESS: this_process()}
-    left = [
+    interrupted = [
         run
         for run in search(target, f"tags.`{KEY}` = '{digest(identity)}'")
         if is_unfinished(run) and SUPERSEDED not in run.data.tags and not is_live(run)
     ]
-    if left:
-        run = max(left, key=lambda run: run.info.start_time)
+    if interrupted:
+        run = max(interrupted, key=lambda run: run.info.start_time)
         target.client.update_run(run.info.run_id, status="RUNNING")
         log(target, run, tags=tags)
     else:
@@ -185,10 +185,16 @@ def _open_training(target: Target, params: Params, schedule: str, root: Path) ->
 
 @contextmanager
 def watch_training(params: Params, schedule: str, root: Path = Path(), say: Say = print) -> Iterator[TrainingWatch]:
-    """Streams a training while the block runs: call the result with each Progress, and its `log_preview` with sample grids.
+    """Streams a training to MLflow while the block runs. Call the result with each Progress, and `log_preview` with grids.
 
-    The run ends as FINISHED, as FAILED on an error, or as KILLED on an interrupt. If MLflow cannot be reached, one warning says
-    so and the training goes on.
+    The run ends as FINISHED, FAILED after an error, or KILLED after a signal. If MLflow cannot be reached, the training
+    continues after one warning.
+
+    Args:
+        params: the parameters of the run.
+        schedule: the row of `schedules` that is trained.
+        root: the top of the checkout.
+        say: prints a line for the user.
     """
     watch = TrainingWatch(params, schedule, root, say)
     try:

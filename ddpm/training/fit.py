@@ -1,4 +1,4 @@
-"""Trains a network by algorithm 1 of Ho et al. 2020, as a generator of one small record per optimiser step.
+"""Trains a network by algorithm 1 of Ho et al. 2020. A generator yields one small record per optimiser step.
 
 The caller logs and saves. The randomness of a step is a function of (seed, step) alone, and nothing depends on the number
 of later steps. So a training that stops after any step and resumes has the weights of an uninterrupted training.
@@ -27,14 +27,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Returns a context for mixed precision if `precision` is "bfloat16", or an empty context if it is "float32"."""
+    """Returns a context for mixed precision if `precision` is "bfloat16", or an empty context for "float32"."""
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
 
 
 def derived_seed(*parts: object) -> int:
-    """Returns a seed that depends on every argument. It has 32 bits, since torch's CPU generator uses no more."""
+    """Returns a seed of 32 bits that depends on every argument. torch's CPU generator uses no more bits."""
     text = ":".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
 
@@ -44,7 +44,7 @@ class Step:
     """The record of one optimiser step.
 
     Args:
-        step: number of the step, from 1.
+        step: the number of the step, counted from 1.
         loss: mean loss of the batch, a scalar on the network's device.
         gradient_norm: norm of the gradient before clipping, a scalar on the network's device.
         learning_rate: learning rate of this step.
@@ -58,13 +58,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Descent:
-    """How the learning rate comes down at the end of a training.
+    """How the learning rate falls at the end of a training.
 
     Args:
         first: the last step with the whole rate.
-        last: the last step of the training. Its rate is the last one before the part `to`.
+        last: the last step of the training. One more step would have the part `to` of the rate.
         shape: "linear" or "cosine".
-        to: the part of the rate that one more step would have.
+        to: the part of the rate at which the descent ends.
     """
 
     first: int
@@ -73,10 +73,10 @@ class Descent:
     to: float = 0.0
 
     def part(self, step: int) -> float:
-        """Returns the part of the learning rate that a step, counted from 1, has."""
+        """Returns the factor of the learning rate at a step, counted from 1."""
         done = min(max((step - self.first) / (self.last + 1 - self.first), 0.0), 1.0)
-        left = (1 + math.cos(math.pi * done)) / 2 if self.shape == "cosine" else 1 - done
-        return self.to + (1 - self.to) * left
+        remaining = (1 + math.cos(math.pi * done)) / 2 if self.shape == "cosine" else 1 - done
+        return self.to + (1 - self.to) * remaining
 
 
 class TrainingState:
@@ -85,12 +85,12 @@ class TrainingState:
     Args:
         net: the network to train, on its device.
         optimizer: a key of OPTIMIZERS.
-        weight_decay: of the optimiser.
-        times: how network times are drawn, if it remembers losses.
+        weight_decay: weight decay of the optimiser.
+        times: how network times are drawn. None draws them uniformly.
 
     Attributes:
-        ema: a copy of `net` that holds the moving average.
-        step: the number of steps that are done.
+        ema: a copy of `net` with the moving average of the weights.
+        step: the number of steps done.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class TrainingState:
     def live(self) -> dict[str, Tensor]:
         """Returns the tensors that training changes, by name, without copying them.
 
-        Uses detach() instead of `.data`, so that a write to a tensor raises the version of its parameter. From that version,
-        ddpm.networks.winograd notices a changed weight.
+        Uses detach() instead of `.data`, so that a write to a tensor raises the version of its parameter.
+        ddpm.networks.winograd notices a changed weight by this version.
         """
         tensors = {f"net.{name}": parameter.detach() for name, parameter in self.net.named_parameters()}
         tensors |= {f"ema.{name}": parameter.detach() for name, parameter in self.ema.named_parameters()}
@@ -118,7 +118,7 @@ class TrainingState:
         return tensors | {f"times.{name}": tensor for name, tensor in times.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns a copy of the state on the CPU. load() needs only these tensors and `step` to resume the training."""
+        """Returns a copy of the state on the CPU. These tensors and `step` are all that load() needs to resume the training."""
         return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.live().items()}
 
     def load(self, step: int, tensors: dict[str, Tensor]) -> None:
@@ -127,12 +127,20 @@ class TrainingState:
         if live.keys() != tensors.keys() or any(live[name].shape != tensors[name].shape for name in live):
             raise ValueError("the saved training state belongs to another network")
         for name, tensor in tensors.items():
-            live[name].copy_(tensor)  # in place, keeping the memory layout, so that results stay bit for bit the same
+            # In place, which keeps the memory layout, so that results stay bit for bit the same.
+            live[name].copy_(tensor)
         self.step = step
 
 
 def _indices(count: int, batch: int, step: int, seed: int) -> Tensor:
-    """Returns the indices [batch] of the images of step `step`, counted from 0. Each epoch is a new permutation of all images."""
+    """Returns the indices of the images of a step, int64 [batch]. Each epoch is a new permutation of all images.
+
+    Args:
+        count: the number of images.
+        batch: images per step.
+        step: the number of the step, counted from 0.
+        seed: the seed of the permutations.
+    """
     start, parts = step * batch, []
     while start < (step + 1) * batch:
         epoch, offset = divmod(start, count)
@@ -144,11 +152,12 @@ def _indices(count: int, batch: int, step: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
 def _epoch(count: int, epoch: int, seed: int) -> Tensor:
+    """Returns the permutation of `count` images in an epoch, counted from 0."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch)))
 
 
 def _gather(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-    """Returns images[rows] on the device. Copies from the CPU without blocking."""
+    """Returns images[rows] on the device. A copy from the CPU does not block."""
     if images.device == device:
         return images[rows.to(device, non_blocking=device.type == "cuda")]
     return images[rows].pin_memory().to(device, non_blocking=True)
@@ -166,10 +175,15 @@ def conditioned(net: Callable[..., Tensor], labels: Tensor | None) -> Callable[.
 
 @dataclass
 class _Batch:
-    """The random choices of one training step, each with an entry per image of the batch, on the network's device.
+    """The random choices of one training step, with an entry for each of the B images, on the network's device.
 
-    rows: which images, on the CPU. mirrored: whether each is flipped. t: network times. weights: factors of the losses. eps: the
-    noise. classes: the labels that the network gets.
+    Args:
+        rows: the indices of the images, int64 [B], on the CPU.
+        mirrored: whether each image is flipped, bool [B, 1, 1, 1], or None for no flips.
+        t: network times, int64 [B].
+        weights: factors of the losses, [B], or None if all are 1.
+        eps: standard normal noise, [B, ...].
+        classes: the labels that the network gets, int64 [B], or None.
     """
 
     rows: Tensor
@@ -190,6 +204,16 @@ class _Batch:
 
 
 def _draw(times: Times | None, images: Tensor, rows: Tensor, T: int, flip: bool, generator: torch.Generator) -> _Batch:
+    """Draws the random choices of a step, except the classes.
+
+    Args:
+        times: how network times are drawn, or None for uniform times.
+        images: all images, [N, ...].
+        rows: the indices of the step's images, int64 [B], on the CPU.
+        T: the number of network times.
+        flip: whether to mirror images.
+        generator: the generator, on the device of the batch.
+    """
     device, batch = generator.device, len(rows)
     if device.type == "cuda":
         rows = rows.pin_memory()  # so that the copy to the device does not block
@@ -204,6 +228,7 @@ def _draw(times: Times | None, images: Tensor, rows: Tensor, T: int, flip: bool,
 
 
 def _check_parts(batch: int, accumulate: int, world: World) -> None:
+    """Raises ValueError unless a batch divides into `accumulate` equal parts, and each part among the processes."""
     if batch % accumulate:
         raise ValueError(f"a batch of {batch} does not divide into {accumulate} equal parts")
     if batch // accumulate % world.size:
@@ -211,7 +236,14 @@ def _check_parts(batch: int, accumulate: int, world: World) -> None:
 
 
 def _classes(labels: Tensor | None, rows: Tensor, dropout: float, generator: torch.Generator) -> Tensor | None:
-    """Returns the labels of a batch, each replaced by NO_LABEL with probability `dropout`; None without labels."""
+    """Returns the labels of a batch, each replaced by NO_LABEL with a probability. Returns None without labels.
+
+    Args:
+        labels: the labels of all images, int64 [N], or None.
+        rows: the indices of the batch's images, int64 [B], on the CPU.
+        dropout: the probability of NO_LABEL.
+        generator: the generator, on the device of the result.
+    """
     if labels is None:
         return None
     withheld = torch.rand(len(rows), device=generator.device, generator=generator) < dropout
@@ -239,21 +271,21 @@ def fit(
     descent: Descent | None = None,
     pair: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Iterator[Step]:
-    """Trains by algorithm 1 of Ho et al. 2020: takes a step each time the caller asks for one.
+    """Trains by algorithm 1 of Ho et al. 2020: takes one step for each record that the caller takes from the generator.
 
     If the network has dropout, each step sets torch's global seed.
 
     Args:
         state: the network and the other tensors of the training, which change in place. Training continues after
             `state.step`.
-        images: uint8 [N, C, H, W], or float [N, ...] for other data. On the network's device, or on the CPU, from which
-            each batch is copied.
+        images: uint8 [N, C, H, W], or float [N, ...] for other data. The images are on the network's device, or on the CPU,
+            from which each batch is copied.
         objective: the loss, for a schedule and a target.
         batch: images per step.
-        learning_rate: the learning rate after a linear warm-up, and before the descent.
-        seed: the seed of everything that is drawn.
+        learning_rate: the learning rate between the linear warm-up and the descent.
+        seed: the seed of all random numbers.
         warmup: the number of steps of the warm-up.
-        clip: the largest norm of the gradient.
+        clip: the largest norm of the gradient. Larger gradients are scaled down to it.
         ema: decay of the weights' moving average. After k steps the decay is min(ema, (1 + k) / (10 + k)).
         flip: whether to mirror each image left to right with probability 1/2.
         precision: "float32" or "bfloat16" (autocast).
@@ -262,12 +294,12 @@ def fit(
         labels: int64 [N], for a conditional network, on the network's device or on the CPU.
         label_dropout: probability of withholding a label, so that the network also learns to predict without a label:
             algorithm 1 of Ho & Salimans 2022.
-        accumulate: number of equal parts in which the batch goes through the network, to save memory. The gradient's
-            mean is the same.
+        accumulate: number of equal parts in which the batch goes through the network, to save memory. The mean gradient
+            stays the same.
         world: the processes that share this training. All have the same arguments, and each takes an equal share of every
-            part. Their number changes results by rounding only, since everything is drawn for the whole batch.
-        descent: how the learning rate comes down.
-        pair: a function of a batch, x_0 and eps [B, ...], that returns which eps each image gets, int64 [B].
+            part. The number of processes changes results only by rounding, since random numbers are drawn for the whole batch.
+        descent: how the learning rate falls at the end. None keeps the rate.
+        pair: a function of x_0 and eps [B, ...] that returns the index of the eps for each image, int64 [B].
 
     Yields:
         The record of each step.
@@ -289,11 +321,11 @@ def fit(
         if has_dropout:
             torch.manual_seed(derived_seed(seed, "dropout", k))
         drawn = _draw(state.times, images, _indices(len(images), batch, k, seed), len(objective.a), flip, generator)
-        # Drawn last, so that the other draws are the same as without labels.
+        # Drawn last, so that all other draws are the same as without labels.
         drawn.classes = _classes(labels, drawn.rows, label_dropout, generator)
         if pair is not None:
             order = pair(drawn.clean(images, slice(None)), drawn.eps)
-            world.copy([order])  # one process decides, since a last bit may decide a pairing
+            world.copy([order])  # process 0 decides for all, since different rounding could give different pairs
             drawn.eps = drawn.eps[order]
         for parameter in parameters:
             parameter.grad = None
@@ -304,11 +336,11 @@ def fit(
             x_0 = drawn.clean(images, part)
             with world.averaging(net, last=start + batch // accumulate == batch):
                 with autocast(device, precision):
-                    found = objective.losses(drawn.conditioned(net, part), x_0, drawn.t[part], drawn.eps[part])
-                    mean = (found if drawn.weights is None else found * drawn.weights[part]).mean()
+                    part_losses = objective.losses(drawn.conditioned(net, part), x_0, drawn.t[part], drawn.eps[part])
+                    mean = (part_losses if drawn.weights is None else part_losses * drawn.weights[part]).mean()
                 (mean / accumulate).backward()
             loss = loss + mean.detach() / accumulate
-            losses[part] = found.detach()
+            losses[part] = part_losses.detach()
         loss = world.mean(loss)
         if state.times is not None:
             state.times.observe(drawn.t, world.mean(losses) * world.size)

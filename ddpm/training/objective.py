@@ -2,10 +2,10 @@
 
 The bound of eq. 5 of Ho et al. 2020 is L_T + L_{T-1} + ... + L_0. The terms L_{T-1} ... L_1, at network times t > 0, are
 KLs between two Gaussians, the posterior q(x_{t-1} | x_t, x_0) and the network's p(x_{t-1} | x_t). L_0, at t = 0, is the
-negative log-likelihood of the 8-bit image under a discretised Gaussian (eq. 13). With a fixed variance the terms t > 0
+negative log-likelihood of the 8-bit image under a discretised Gaussian (eq. 13). With a fixed variance, the terms at t > 0
 are the weighted squared errors of eq. 12.
 
-Here the bound is in nats per dimension. An image contributes T times the bound's term at the image's time. So the mean
+Here the bound is in nats per dimension. The loss of an image is T times the bound's term at the image's time. So the mean
 over uniform times is the whole bound without the constant L_T.
 """
 
@@ -27,13 +27,13 @@ GAMMA = 5.0  # gamma of Hang et al. 2023
 
 @dataclass(frozen=True)
 class Prediction:
-    """A prediction of the network, with its target.
+    """A prediction of the network, and the target that it should match.
 
     Args:
         x_0: clean images, [B, C, ...].
         t: network times, int64 [B].
-        target: what the network should predict, like x_0.
-        prediction: what the network predicts, like x_0.
+        target: the tensor that the network should predict, like x_0.
+        prediction: the tensor that the network predicted, like x_0.
         v: the network's learned variance (see `split_variance`), like x_0; None without a learned variance.
     """
 
@@ -48,8 +48,8 @@ class Prediction:
 class Objective:
     """A loss for a schedule and a target, as tables over network times 0 ... T-1: float32 [T] on one device.
 
-    x_t = a x_0 + s eps, and the network's target is from_x0 x_0 + from_eps eps. That is the inverse of the target's row
-    in ddpm.diffusion.denoiser.TARGETS, in a form without cancellation.
+    x_t = a x_0 + s eps, and the network's target is from_x0 x_0 + from_eps eps. This formula inverts the target's row
+    in ddpm.diffusion.denoiser.TARGETS, without cancellation.
 
     Args:
         a: factor of x_0 in x_t.
@@ -57,10 +57,10 @@ class Objective:
         from_x0: factor of x_0 in the target.
         from_eps: factor of eps in the target.
         min_snr: min-SNR weight of the squared error of the prediction.
-        to_mean: factor of an error of the prediction in the mean of p(x_{t-1} | x_t).
-        log_small: log beta_tilde, the smaller variance of p. At t = 0, where that is -inf, the entry of t = 1 is used.
+        to_mean: the factor by which an error of the prediction enters the mean of p(x_{t-1} | x_t).
+        log_small: log beta_tilde, the smaller variance of p. At t = 0, where beta_tilde is 0, the entry of t = 1 is used.
         log_large: log beta, the larger variance of p.
-        log_fixed: log_large, but log_small at t = 0, as in Ho et al.'s code.
+        log_fixed: log_small at t = 0, as in Ho et al.'s code, and log_large at other times.
         loss: a key of LOSSES.
     """
 
@@ -79,7 +79,17 @@ class Objective:
     def of(
         cls, schedule: NoiseSchedule, target: str, device: torch.device | str = "cpu", loss: str = "simple"
     ) -> Objective:
-        """Builds the tables. Raises ValueError for an unknown loss or target, or for a target that the schedule cannot train."""
+        """Builds the tables.
+
+        Args:
+            schedule: the noise schedule.
+            target: a key of ddpm.diffusion.denoiser.TARGETS.
+            device: the device of the tables.
+            loss: a key of LOSSES.
+
+        Raises:
+            ValueError: the loss or target is unknown, or a network with this target cannot be trained on the schedule.
+        """
         if loss not in LOSSES:
             raise ValueError(f"no loss '{loss}'; there are {', '.join(LOSSES)}")
         t = torch.arange(schedule.T)
@@ -87,8 +97,8 @@ class Objective:
         on_x0, _, log_small, log_large = schedule.posterior_at(t)
         log_small[0] = log_small[1] if schedule.T > 1 else log_large[0]
         log_fixed = torch.cat([log_small[:1], log_large[1:]])
-        # The squared error of x0_hat has the weight min(SNR, gamma); x0_hat's error is c_out times the prediction's.
-        # Not computed as SNR times c_out^2, since SNR underflows and c_out^2 overflows if a is very small.
+        # The squared error of x0_hat has the weight min(SNR, gamma), and x0_hat's error is c_out times the prediction's error.
+        # SNR times c_out^2 is computed as (a / s * c_out)^2: if a is very small, SNR underflows and c_out^2 overflows.
         min_snr = torch.minimum((a / s * c_out).square(), GAMMA * c_out.square())
         tables = {
             "a": a,
@@ -109,7 +119,7 @@ class Objective:
         return a * x_0 + s * eps, from_x0 * x_0 + from_eps * eps
 
     def outcome(self, net: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, t: Tensor, eps: Tensor) -> Prediction:
-        """Evaluates the network once at (x_t, t) and returns its prediction in float32 with the target."""
+        """Evaluates the network once at (x_t, t). Returns the prediction in float32, with the target. See `losses`."""
         x_t, target = self.pair(x_0, t, eps)
         return Prediction(x_0, t, target, *split_variance(net(x_t, t.float()).float(), x_0))
 
@@ -144,7 +154,7 @@ def min_snr(objective: Objective, outcome: Prediction) -> Tensor:
 
 
 def vlb(objective: Objective, outcome: Prediction) -> Tensor:
-    """Returns each image's part of the bound in nats per dimension (see the module), with the learned variance if any."""
+    """Returns each image's part of the bound in nats per dimension (see the module), with a learned variance if there is one."""
     x_0, t = outcome.x_0, outcome.t
     small, large, log_variance, to_mean = (
         _gather(table, t, x_0)
@@ -152,7 +162,7 @@ def vlb(objective: Objective, outcome: Prediction) -> Tensor:
     )
     if outcome.v is not None:
         log_variance = outcome.v * large + (1 - outcome.v) * small
-    # Both means contain the same multiple of x_t, which cancels.
+    # Both means contain the same multiple of x_t. That part cancels and is left out.
     target, prediction = to_mean * outcome.target, to_mean * outcome.prediction
     kl = gaussian.gaussian_kl(target, small, prediction, log_variance)
     decoder = -gaussian.discretised_log_likelihood(x_0, x_0 + (prediction - target), log_variance)
@@ -163,7 +173,7 @@ def vlb(objective: Objective, outcome: Prediction) -> Tensor:
 def hybrid(objective: Objective, outcome: Prediction) -> Tensor:
     """Returns L_simple, which trains the mean, plus 0.001 times the bound, which trains only the variance.
 
-    See eq. 16 of Nichol & Dhariwal 2021.
+    See eq. 16 of Nichol & Dhariwal 2021. Raises ValueError if the network has no learned variance.
     """
     if outcome.v is None:
         raise ValueError("loss hybrid trains a learned variance, and this network has none")

@@ -1,7 +1,7 @@
 """Shares one training among several processes. Each process takes its rows of every batch, and gradients are averaged.
 
-Averaging runs during backward (DistributedDataParallel: Li et al. 2020, "PyTorch Distributed"). A single process does
-not use torch.distributed.
+Gradients are averaged during backward (DistributedDataParallel: Li et al. 2020, "PyTorch Distributed"). A single process
+does not use torch.distributed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class World:
     in the same order.
 
     Args:
-        rank: number of this process, from 0. Process 0 writes and reports.
-        size: how many processes there are.
+        rank: the index of this process, from 0. Process 0 writes and reports.
+        size: the number of processes.
     """
 
     rank: int = 0
@@ -38,7 +38,7 @@ class World:
         return slice(part.start + self.rank * share, part.start + (self.rank + 1) * share)
 
     def module(self, net: nn.Module) -> nn.Module:
-        """Wraps the network to average its gradients. Changes its dropout layers to draw for the whole batch."""
+        """Wraps the network so that gradients are averaged. Replaces dropout layers by SharedDropout, in place."""
         if self.size == 1:
             return net
         for module in list(net.modules()):
@@ -48,37 +48,37 @@ class World:
         return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
     def averaging(self, net: Callable[..., Tensor], last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Returns a context for forward and backward of a part. Gradients are summed over parts and averaged in the last one."""
+        """Returns a context for forward and backward of a part. Gradients add up over the parts and are averaged in the last."""
         if self.size == 1 or last:
             return contextlib.nullcontext()
         context: contextlib.AbstractContextManager[Any] = net.no_sync()  # type: ignore[attr-defined]
         return context
 
     def mean(self, value: Tensor) -> Tensor:
-        """Returns the mean over the processes, on `value`'s device."""
+        """Returns the mean over the processes, on the value's device."""
         if self.size > 1:
             torch.distributed.all_reduce(value)  # the backend gloo cannot average
             value = value / self.size
         return value
 
     def largest(self, number: int) -> int:
-        """Returns the largest of the processes' numbers. Exchanges them between CPUs, without synchronising a GPU."""
+        """Returns the largest of the processes' numbers. The CPUs exchange the numbers, so no GPU is synchronised."""
         if self.size == 1:
             return number
-        agreed = torch.tensor(number)
-        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
-        return int(agreed)
+        maximum = torch.tensor(number)
+        torch.distributed.all_reduce(maximum, torch.distributed.ReduceOp.MAX)
+        return int(maximum)
 
-    def broadcast(self, thing: Any) -> Any:
-        """Returns process 0's argument, any plain data, in every process."""
+    def broadcast(self, value: Any) -> Any:
+        """Returns the argument of process 0, any plain data, in every process."""
         if self.size == 1:
-            return thing
-        things = [thing]
-        torch.distributed.broadcast_object_list(things, device=torch.device("cpu"))
-        return things[0]
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
 
     def copy(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrites the tensors with those of process 0."""
+        """Overwrites the tensors with the tensors of process 0."""
         for tensor in tensors if self.size > 1 else ():
             torch.distributed.broadcast(tensor, 0)
 
@@ -88,11 +88,11 @@ ALONE = World()
 
 @contextlib.contextmanager
 def joined(rank: int, size: int, device: torch.device, meeting: str = "env://") -> Iterator[World]:
-    """Joins the processes of a training during the block. Waits until all have joined.
+    """Joins the processes of a training during the block. Waits until all processes have joined.
 
     Args:
-        rank: number of this process, from 0.
-        size: how many processes there are.
+        rank: the index of this process, from 0.
+        size: the number of processes.
         device: the device of this process.
         meeting: torch.distributed's init_method; by default the environment variables that torchrun sets.
     """
@@ -102,4 +102,4 @@ def joined(rank: int, size: int, device: torch.device, meeting: str = "env://") 
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", meeting, rank=rank, world_size=size
     )
     yield World(rank, size)
-    distributed.destroy_process_group()  # skipped after an error, since it would wait for the other processes
+    distributed.destroy_process_group()  # skipped after an error, because the call would wait for the other processes

@@ -1,4 +1,4 @@
-"""TIMES: how a training draws the network times of its images."""
+"""TIMES: the distributions from which a training draws the network times of images."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torch import Tensor
 
 from ddpm.diffusion.schedule import NoiseSchedule
 
-KEPT = 10  # the losses of each time that `LossAware` remembers
-UNIFORM = 0.001  # the share of times drawn uniformly, so that none is left out: Nichol & Dhariwal 2021, in their code
-# Of log SNR, which is -2 ln sigma: EDM draws ln sigma with mean -1.2 and deviation 1.2.
+KEPT = 10  # number of losses that `LossAware` remembers for each time
+UNIFORM = 0.001  # share of the times drawn uniformly, so that every time occurs: the code of Nichol & Dhariwal 2021
+# Mean and standard deviation of log SNR = -2 ln sigma. EDM draws ln sigma with mean -1.2 and standard deviation 1.2.
 MEAN, DEVIATION = 2.4, 2.4
 
 
 class Times:
-    """Uniform network times 0 ... T-1, as in algorithm 1 of Ho et al. 2020.
+    """Draws network times 0 ... T-1 uniformly, as in algorithm 1 of Ho et al. 2020.
 
     Args:
         schedule: the noise schedule.
         device: the device of the times.
-        unbiased: whether the expectation of the loss must be its mean over uniform times, as the bound's.
+        unbiased: whether the expectation of the loss must equal the mean loss over uniform times. The bound needs this.
     """
 
     def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu", unbiased: bool = False) -> None:
         self.T, self.device, self.unbiased = schedule.T, torch.device(device), unbiased
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns what is remembered, by name, for saved states."""
+        """Returns the tensors that a saved state must contain, by name."""
         return {}
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
@@ -36,17 +36,17 @@ class Times:
         return torch.randint(self.T, (count,), device=generator.device, generator=generator)
 
     def weights(self, t: Tensor) -> Tensor | None:
-        """Returns the factors by which the losses at drawn times t [B] are multiplied, or None if all are 1."""
+        """Returns the factors [B] of the losses at drawn times t [B], or None if all are 1."""
         return None
 
     def observe(self, t: Tensor, losses: Tensor) -> None:
-        """Takes note of the losses [B] at times t [B], before they are weighted."""
+        """Records the unweighted losses [B] at times t [B]."""
 
 
 class LossAware(Times):
-    """Draws a time in proportion to the root of its mean squared loss: Nichol & Dhariwal 2021, section 3.3.
+    """Draws a time in proportion to the root of the mean squared loss there: Nichol & Dhariwal 2021, section 3.3.
 
-    Uniform until every time has 10 losses. The weights keep the expectation of the loss.
+    Times are drawn uniformly until every time has KEPT losses. The weights keep the expectation of the loss.
     """
 
     def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu", unbiased: bool = True) -> None:
@@ -61,9 +61,9 @@ class LossAware(Times):
         """Returns the probability of each time, float32 [T]."""
         size = self.losses.square().mean(1).sqrt()
         uniform = torch.full_like(size, 1 / self.T)
-        found = (1 - UNIFORM) * size / size.sum().clamp(min=torch.finfo(size.dtype).tiny) + UNIFORM * uniform
+        by_loss = (1 - UNIFORM) * size / size.sum().clamp(min=torch.finfo(size.dtype).tiny) + UNIFORM * uniform
         known = (self.counts >= KEPT).all() & (size.sum() > 0) & size.sum().isfinite()
-        return torch.where(known, found, uniform)
+        return torch.where(known, by_loss, uniform)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.multinomial(self.probabilities(), count, replacement=True, generator=generator)
@@ -74,9 +74,9 @@ class LossAware(Times):
     def observe(self, t: Tensor, losses: Tensor) -> None:
         order = t.argsort(stable=True)
         total = torch.bincount(t, minlength=self.T)
-        before = torch.empty_like(t)  # how many earlier images have the same time
+        before = torch.empty_like(t)  # how many earlier images of the batch have the same time
         before[order] = torch.arange(len(t), device=t.device) - (total.cumsum(0) - total)[t[order]]
-        newest = before >= total[t] - KEPT  # of more losses at one time, the last ones are kept
+        newest = before >= total[t] - KEPT  # of more than KEPT losses at one time, the last KEPT are recorded
         self.losses[t[newest], (self.counts[t] + before)[newest] % KEPT] = losses[newest].to(self.losses.dtype)
         self.counts += total
 
@@ -84,8 +84,8 @@ class LossAware(Times):
 class LogNormal(Times):
     """Draws times whose log SNR is normal: the distribution of Karras et al. 2022, table 1, on any schedule.
 
-    It takes the place of a weight of the loss, so the losses are not weighted, unless they must stay `unbiased`. Raises
-    ValueError for a schedule with less than two times of finite log SNR.
+    The distribution replaces a weight of the loss. So the losses are not weighted, unless `unbiased` asks for that. Raises
+    ValueError for a schedule with fewer than two times of finite log SNR.
     """
 
     def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu", unbiased: bool = False) -> None:
@@ -108,6 +108,7 @@ class LogNormal(Times):
         return 1 / (self.T * self.table[t]) if self.unbiased else None
 
 
+# name -> (schedule, device, unbiased) -> times
 TIMES: dict[str, Callable[[NoiseSchedule, torch.device, bool], Times]] = {
     "uniform": Times,
     "loss_aware": LossAware,

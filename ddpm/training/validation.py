@@ -1,4 +1,4 @@
-"""Computes losses on held-out images, at fixed times and noise so that training steps can be compared."""
+"""Computes losses on held-out images. Times and noise are fixed, so that the losses of training steps can be compared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm.training.fit import autocast, conditioned, scaled
 from ddpm.training.objective import LOSSES, Objective
 
-BINS, BIN_IMAGES = 10, 256  # the number of ranges of network time in `by_time`, and the most images of each range
+BINS, BIN_IMAGES = 10, 256  # `by_time`: the number of ranges of network time, and the most images per range
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Validation:
     """Images to validate a network on.
 
     Args:
-        images: uint8 [N, C, H, W] on the network's device.
+        images: uint8 [N, C, H, W], on the network's device.
         objective: the loss.
-        batch: number of images in a batch.
+        batch: the number of images in a batch.
         precision: "float32" or "bfloat16" (autocast).
         labels: int64 [N] on the network's device, for a conditional network.
     """
@@ -44,12 +44,15 @@ class Validation:
     def by_time(self, net: Callable[..., Tensor]) -> list[dict[str, Any]]:
         """Returns the losses by network time: a row for each of BINS even ranges of 0 ... T-1.
 
-        A row has t, the middle of the range; loss_simple, L_simple; and loss_vlb, the bound's terms times T in nats per
-        dimension. Without images the losses are "".
+        A row has these entries. Without images, the losses are "".
 
-        Each image has one time, and the times are spread evenly over the range. If they contain all times of the range
-        equally often, the mean of loss_vlb over equal ranges is the bound without L_T. With few images, loss_vlb only
-        shows roughly at which times the bound arises: t = 0, the time of L_0, occurs only with more than T / (2 BINS)
+        - t: the middle of the range.
+        - loss_simple: L_simple.
+        - loss_vlb: the bound's terms times T, in nats per dimension.
+
+        Each image has one time, and the times are spread evenly over the range. If every time of the range occurs equally
+        often, the mean of loss_vlb over equal ranges is the bound without L_T. With few images, loss_vlb shows only roughly
+        which times contribute to the bound. For example, t = 0 (the time of L_0) occurs only with more than T / (2 BINS)
         images. `ddpm.diffusion.bound` computes the bound itself.
         """
         generator = torch.Generator(self.images.device).manual_seed(0)
@@ -70,7 +73,14 @@ class Validation:
     def _means(
         self, net: Callable[..., Tensor], times: Tensor, generator: torch.Generator, names: tuple[str, ...]
     ) -> list[float]:
-        """Returns the mean of each named loss over the first N images, at times int64 [N]."""
+        """Returns the mean of each loss over the first N images.
+
+        Args:
+            net: the network.
+            times: the network time of each image, int64 [N].
+            generator: the generator of the noise.
+            names: keys of LOSSES.
+        """
         total = torch.zeros(len(names), dtype=torch.float64, device=times.device)
         for start in range(0, len(times), self.batch):
             rows = slice(start, min(start + self.batch, len(times)))

@@ -1,10 +1,11 @@
 """Runs a stage on another host.
 
-The host fetches the stage's inputs from the DVC remote, and pushes the outputs and their entry in DVC's run-cache to the remote.
-From that entry, DVC recognises the outputs in the clone that runs the flow, and writes dvc.lock as if the stage had run there.
+The host fetches the inputs of the stage from the DVC remote. Afterwards it pushes the outputs, and their entry in DVC's
+run-cache. From this entry, DVC in the clone that runs the flow recognises the outputs, and writes dvc.lock as if the stage
+had run there.
 
-A host is a worker of the pool `hosts` (`python -m flows.servers.worker hosts`) or of a Dask cluster (engines.py), in a
-clone of its own.
+A host is a worker of the pool `hosts` (`python -m flows.servers.worker hosts`) or of a Dask cluster (engines.py). Each host
+works in its own clone.
 """
 
 from __future__ import annotations
@@ -51,24 +52,24 @@ def run_stage(stage: str, commit: str, params: str, asked_by: str) -> State:
     """
     children.end_with_the_worker()
     crashed_runs.claim()
-    return _stage(stage, commit, params, asked_by)
+    return _run_on_this_host(stage, commit, params, asked_by)
 
 
 @task(name="stage-on-a-host", task_run_name="{stage} on a host", cache_policy=NO_CACHE)
 def on_a_host(stage: str, commit: str, params: str, asked_by: str) -> State:
-    """Does the same as run_stage, but as a task on a cluster's worker.
+    """Runs one stage as run_stage does, but as a task on a cluster's worker.
 
-    The worker outlives the flow run that needs the stage, so this task watches that flow run and ends with it.
+    The worker outlives the flow run that needs the stage. So this task watches that flow run, and ends with it.
     """
-    return _wanted_stage(stage, commit, params, asked_by)
+    return _stage_on_cluster(stage, commit, params, asked_by)
 
 
-def _wanted_stage(stage: str, commit: str, params: str, asked_by: str) -> State:
-    """Runs the stage with the host's own code. on_a_host itself runs with the code that Dask sends."""
-    return _stage(stage, commit, params, asked_by, UUID(asked_by))
+def _stage_on_cluster(stage: str, commit: str, params: str, asked_by: str) -> State:
+    """Runs the stage with the host's own code, while on_a_host itself runs with the code that Dask sends."""
+    return _run_on_this_host(stage, commit, params, asked_by, UUID(asked_by))
 
 
-def _stage(stage: str, commit: str, params: str, asked_by: str, wanted_by: UUID | None = None) -> State:
+def _run_on_this_host(stage: str, commit: str, params: str, asked_by: str, wanted_by: UUID | None = None) -> State:
     root = Path.cwd()
     token = watcher.set(watcher.get(Log()))
     try:
@@ -77,7 +78,7 @@ def _stage(stage: str, commit: str, params: str, asked_by: str, wanted_by: UUID 
             raise InputError(
                 f"this host's clone is at {here[:10]}, but the run needs {commit[:10]}: check out that commit here"
             )
-        with checkout_lock.alone(root, flow_run.id, asked_by), _running(wanted_by):
+        with checkout_lock.alone(root, flow_run.id, asked_by), _children_allowed(wanted_by):
             with atomic.replacing(root / "params.yaml") as temporary:
                 temporary.write_text(params, encoding="utf-8")
             commands.exchange("fetch", stage, root, watcher.get())
@@ -96,15 +97,15 @@ def _stage(stage: str, commit: str, params: str, asked_by: str, wanted_by: UUID 
 
 
 @contextmanager
-def _running(wanted_by: UUID | None) -> Iterator[None]:
-    """Allows children during the block. Stops them at its end, or once the flow run `wanted_by` is not Running."""
+def _children_allowed(wanted_by: UUID | None) -> Iterator[None]:
+    """Allows child processes during the block. Stops them at its end, or once the flow run `wanted_by` is not Running."""
     children.start()
     over = threading.Event()
 
     def watch(run: UUID) -> None:
         with get_client(sync_client=True) as client:
             while not over.is_set():
-                with contextlib.suppress(httpx.HTTPError):  # the API is unreachable or busy; the stage keeps running
+                with contextlib.suppress(httpx.HTTPError):  # the API is unreachable or busy, and the stage continues
                     state = client.read_flow_run(run).state
                     if state is None or not state.is_running():
                         return children.stop()
@@ -130,9 +131,10 @@ def reproduce(stage: str, root: Path, watching: Watcher) -> Outcome:
     params = (root / "params.yaml").read_text(encoding="utf-8")
     asked = {"stage": stage, "commit": head(root), "params": params, "asked_by": str(flow_run.id)}
     watching.started(stage)
-    state = _on_the_cluster(asked, watching) if engines.cluster.get(None) else _in_the_pool(asked, watching)
+    state = _run_on_cluster(asked, watching) if engines.cluster.get(None) else _run_in_pool(asked, watching)
     if state is None or state.is_crashed():
-        return Outcome("Killed", (state and state.message) or "its host is gone")  # a retry may find another host
+        # A retry may find another host.
+        return Outcome("Killed", (state and state.message) or "the host of this stage is gone")
     if not state.is_completed():
         retried: dict[str | None, Kind] = {
             "Busy": "Busy",
@@ -145,16 +147,19 @@ def reproduce(stage: str, root: Path, watching: Watcher) -> Outcome:
     return commands.reproduce(stage, root, watching, "--pull", "--single-item")
 
 
-def _in_the_pool(asked: dict[str, str], watching: Watcher) -> State | None:
+def _run_in_pool(asked: dict[str, str], watching: Watcher) -> State | None:
     with get_client(sync_client=True) as client:
-        # On Kubernetes, the host is a container that is made for this stage and clones this commit (deploy/kubernetes).
+        # On Kubernetes, the host is a container that is created for this stage and clones this commit (deploy/kubernetes).
         run: Any = run_deployment(DEPLOYMENT, parameters=asked, job_variables={"commit": asked["commit"]}, timeout=0)
         watching.line(asked["stage"], f"{asked['stage']}: asked the pool for a host")
-        return _followed(client, run.id)
+        return _wait_for_end(client, run.id)
 
 
-def _on_the_cluster(asked: dict[str, str], watching: Watcher) -> State | None:
-    """Runs a stage on the Dask cluster. Does not cancel it when the flow is ending, since the host notices that itself."""
+def _run_on_cluster(asked: dict[str, str], watching: Watcher) -> State | None:
+    """Runs a stage on the Dask cluster.
+
+    When the flow ends, nothing is cancelled here, because the host watches the flow run itself.
+    """
     future = engines.submit(on_a_host, asked)
     watching.line(asked["stage"], f"{asked['stage']}: asked the cluster for a host")
     while True:
@@ -164,15 +169,15 @@ def _on_the_cluster(asked: dict[str, str], watching: Watcher) -> State | None:
             future.result(timeout=POLL, raise_on_failure=False)
         except TimeoutError:
             continue
-        except Exception as error:  # noqa: BLE001 - Dask raises many types when a worker or scheduler is gone
+        except Exception as error:  # noqa: BLE001 - Dask raises many types of errors when a worker or the scheduler is gone
             return Crashed(message=f"lost on its cluster ({type(error).__name__}: {error})")
         return future.state
 
 
-def _followed(client: SyncPrefectClient, run: UUID) -> State | None:
-    """Waits until a flow run has ended, and returns its state. Cancels it if this flow is ending."""
+def _wait_for_end(client: SyncPrefectClient, run: UUID) -> State | None:
+    """Waits until a flow run has ended, and returns its state. Cancels the flow run if this flow is ending."""
     while True:
-        with contextlib.suppress(httpx.HTTPError):  # the API is unreachable or busy; the host keeps working
+        with contextlib.suppress(httpx.HTTPError):  # the API is unreachable or busy, and the host continues to work
             state: State | None = client.read_flow_run(run).state
             if state is None or state.is_final():
                 return state

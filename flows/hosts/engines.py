@@ -29,7 +29,7 @@ cluster: ContextVar[Runner] = ContextVar("cluster")
 def connected(hosts: bool | str) -> Iterator[None]:
     """Connects `cluster` to a Dask scheduler while the block runs. Does nothing if `hosts` is a bool.
 
-    Raises InputError if `hosts` is no address, nothing answers there, or the extra `dask` is not installed.
+    Raises InputError if `hosts` is not an address, if no scheduler answers there, or if the extra `dask` is not installed.
     """
     if isinstance(hosts, bool):
         yield
@@ -68,8 +68,8 @@ def _runner(hosts: str) -> Runner:
 def submit(task: Task[..., Any], parameters: dict[str, Any]) -> PrefectFuture[Any]:
     """Starts a task on a worker of the cluster, as part of the current flow run.
 
-    The context of the task contains neither this process's settings nor the flow. Prefect would send both by default. The
-    settings, passwords included, would override the host's own, and the host cannot import the module of the flow.
+    Leaves this process's settings and the flow out of the task's context, although Prefect sends both by default. The
+    settings, with their passwords, would override the host's own settings. The host cannot import the module of the flow.
     """
     runner, here = cluster.get(), FlowRunContext.get()
     assert here is not None
@@ -84,7 +84,7 @@ def submit(task: Task[..., Any], parameters: dict[str, Any]) -> PrefectFuture[An
 
 
 class _NoSettings(SettingsContext):
-    """Settings that are sent empty, so that the host uses its own settings."""
+    """Settings that are serialised as empty, so that the host uses its own settings."""
 
     def serialize(self, include_secrets: bool = True) -> dict[str, Any]:
         return {}
@@ -92,4 +92,4 @@ class _NoSettings(SettingsContext):
 
 @flow(name="train-eval")
 def _placeholder() -> None:
-    """Replaces the flow in the context that is sent to hosts."""
+    """Stands in for the flow in the context that is sent to hosts."""

@@ -1,4 +1,4 @@
-"""Runs child processes, each in a process group of its own, and ends them with the flow."""
+"""Runs child processes, each in its own process group, and ends them with the flow."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from flows.processes import fork_server
 Child = subprocess.Popen[str] | fork_server.Child
 
 _running: set[Child] = set()
-_server: list[fork_server.ForkServer] = []  # the fork server, once it is needed
-_lock, _starting = threading.Lock(), threading.Lock()  # of _running and of _server
+_server: list[fork_server.ForkServer] = []  # the fork server, once there is one
+_lock, _starting = threading.Lock(), threading.Lock()  # for _running, and for _server
 _stopped = threading.Event()
 
 
 class FlowStopped(Exception):
-    """The flow is ending: its children were stopped, and no new child starts."""
+    """The flow is ending: its child processes were stopped, and no new one may start."""
 
 
 def start() -> None:
-    """Allows children to run. Called when a flow begins; also works after stop()."""
+    """Allows child processes. Called when a flow begins, even after stop()."""
     _stopped.clear()
 
 
 def import_ahead(root: Path) -> None:
-    """Starts the fork server, so that it imports while the caller waits for a Prefect server or its answers."""
+    """Starts the fork server early, so that it imports modules while the caller waits for a Prefect server."""
     if sys.platform == "linux":
         _fork_server(root)
 
 
 def stopping() -> bool:
-    """Returns whether the flow is ending, so that no child may start."""
+    """Returns whether the flow is ending, in which case no child process may start."""
     return _stopped.is_set()
 
 
@@ -47,29 +47,29 @@ def run(
 ) -> int:
     """Runs a command and returns its exit code.
 
-    Returns once every process that holds the output pipe has exited. So if DVC was killed, this waits for the stage.
+    Returns once every process that holds the output pipe has exited. So if DVC was killed, this function waits for the stage.
 
     Args:
         command: the program and its arguments.
         root: the folder in which the command runs.
         on_line: called with each line of standard output and error as it arrives.
-        standard_input: a file descriptor, which the caller closes. By default there is nothing to read.
+        standard_input: a file descriptor, which the caller closes. By default, standard input is empty.
 
     Raises:
-        FlowStopped: stop() was called before the command started, or stop() was called during the command and the command failed.
+        FlowStopped: stop() was called before the command started, or it was called later and the command failed.
     """
     child = _spawn(command, root, standard_input)
     with _lock:
         _running.add(child)
         stopped = _stopped.is_set()
     try:
-        if stopped:  # while the child started
+        if stopped:  # stop() was called while the child started
             raise FlowStopped
         assert child.stdout is not None
         for line in child.stdout:
             on_line(line.rstrip())
         code = child.wait()
-    except BaseException:  # after an error in on_line, nothing else would end the child
+    except BaseException:  # an error in on_line must end the child
         ending.end_groups([child], ending.STAGE)
         raise
     finally:
@@ -89,7 +89,7 @@ def _spawn(command: Sequence[str], root: Path, standard_input: int) -> Child:
         try:
             return server.spawn(command, root, environment, standard_input)
         except OSError as error:
-            if error.errno != errno.E2BIG:  # the fork server has just been killed: the next command starts another
+            if error.errno != errno.E2BIG:  # the fork server has just been killed, so the next command starts a new one
                 _close(server)
         if _stopped.is_set():
             raise FlowStopped
@@ -108,7 +108,7 @@ def _spawn(command: Sequence[str], root: Path, standard_input: int) -> Child:
 
 
 def stop() -> None:
-    """Ends the process groups of all children: SIGTERM, then SIGKILL after the grace time. Ends the fork server too."""
+    """Ends the process groups of all children with SIGTERM, and with SIGKILL after the grace time. Also ends the fork server."""
     with _lock:
         _stopped.set()
         children = list(_running)
@@ -133,7 +133,7 @@ def _close(server: fork_server.ForkServer) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """Returns the environment of a child, with the settings that make it end with this process and print its progress."""
+    """Returns the environment of a child, with settings that make it end with this process and print progress lines."""
     return {
         **os.environ,
         "PATH": path(),
@@ -146,7 +146,7 @@ def _environment() -> dict[str, str]:
 
 
 def path() -> str:
-    """Returns PATH, with this interpreter's folder first if it was missing, so that the environment need not be activated."""
+    """Returns PATH, with this interpreter's folder first unless PATH contains it. So users need not activate the environment."""
     own, given = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
     return given if own in given.split(os.pathsep) else os.pathsep.join((own, given))
 

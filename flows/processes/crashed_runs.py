@@ -1,7 +1,7 @@
-"""Sets Prefect runs that `kill -9` left Running to Crashed, when the next flow run starts and when `make up` starts.
+"""Sets Prefect runs of killed processes to Crashed. Runs when the next flow run starts and when `make up` starts.
 
-Each flow run names its process in a label. This host cannot see a process on another host, so a Prefect automation sets
-the flow run of such a process to Crashed when its heartbeats stop.
+After `kill -9`, Prefect still shows a run as Running. Each flow run has the name of its process in a label. A process on
+another host cannot be seen from here, so a Prefect automation sets its flow run to Crashed when the heartbeats stop.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FLOWS = ["train-eval", "run-stage"]
 FLOW = FlowFilter(name=FlowFilterName(any_=FLOWS))
 LABEL = "ddpm.process"
 AUTOMATION = "crash runs of ours without a heartbeat"
-SILENCE = timedelta(seconds=150)  # heartbeats come every 30 s (prefect.toml), and an API that is down misses some
+SILENCE = timedelta(seconds=150)  # heartbeats come every 30 s (prefect.toml), and some are lost while the API is down
 OPEN = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
 PAGE = 200  # runs per request
 GONE = "its process was killed; the next run continues from its results"
@@ -67,7 +67,7 @@ def reap() -> int:
 def skip_missed() -> int:
     """Skips scheduled runs that are already due and would do the same as the current flow run.
 
-    Such runs pile up while there is no worker, or while a run takes longer than the schedule's interval. Runs that a
+    Such runs pile up while there is no worker, or while a run takes longer than the interval of the schedule. Runs that a
     user started, and runs with other parameters, are kept.
 
     Returns:
@@ -86,12 +86,14 @@ def skip_missed() -> int:
         found = _all(client.read_flow_runs, flow_run_filter=due)
         missed = [run.id for run in found if run.auto_scheduled and run.parameters == mine.parameters]
         for run in missed:
-            client.set_flow_run_state(run, Cancelled(name="Skipped", message=f"missed; {mine.name} does its work"))
+            client.set_flow_run_state(
+                run, Cancelled(name="Skipped", message=f"missed; the run {mine.name} does the same")
+            )
     return len(missed)
 
 
 def _all(read: Callable[..., list[Any]], **filters: Any) -> list[Any]:
-    """Reads a whole list page by page: Prefect returns at most PAGE entries at a time."""
+    """Reads a whole list page by page, because Prefect returns at most PAGE entries at a time."""
     found: list[Any] = []
     while page := read(limit=PAGE, offset=len(found), **filters):
         found += page
@@ -110,15 +112,20 @@ def _end_tasks(client: Any, alive: set[UUID]) -> None:
     for run in _all(client.read_task_runs, flow_filter=FLOW, task_run_filter=TaskRunFilter(state=state)):
         if run.flow_run_id not in alive:
             flow_run = client.read_flow_run(run.flow_run_id)
-            if flow_run.state is None or not flow_run.state.is_final():  # it started after `alive` was read
+            if flow_run.state is None or not flow_run.state.is_final():  # this flow run started after `alive` was read
                 continue
             unheard = flow_run.state.is_completed()
-            end: State[Any] = Completed(message="ended while the API was away") if unheard else Crashed(message=GONE)
+            end: State[Any] = (
+                Completed(message="ended while the API was unreachable") if unheard else Crashed(message=GONE)
+            )
             client.set_task_run_state(run.id, end, force=True)
 
 
 def watch_heartbeats() -> None:
-    """Creates the Prefect automation that sets flow runs without heartbeats to Crashed. Does nothing if it exists."""
+    """Creates the Prefect automation that sets flow runs without heartbeats to Crashed.
+
+    Does nothing if the automation exists.
+    """
     from prefect.events import EventTrigger, Posture, ResourceSpecification
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore

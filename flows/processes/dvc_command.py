@@ -1,7 +1,8 @@
-"""Runs one DVC command in this process and prints its result as one JSON line: `python -m flows.processes.dvc_command repro ...`.
+"""Runs one DVC command in this process and prints its result as a JSON line: `python -m flows.processes.dvc_command repro
+...`.
 
-DVC's own command line prints its result only as text. Here the JSON line at the end replaces DVC's log. The output of stages
-stays unchanged.
+DVC's own command line prints its result only as text. Here the JSON line at the end replaces DVC's log, while the output of
+stages stays unchanged.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from ddpm.runtime import display
 COMMAND = (sys.executable, "-B", "-m", "flows.processes.dvc_command")  # DVC's arguments follow
 KEY = "dvc"  # in the JSON line
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # the exit codes of a killed process, and of its shell
+# the exit codes of a killed process, and of a shell whose command was killed
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 LOGGERS = ("dvc", "dvc_data", "dvc_objects")
 Run = Callable[..., None]  # (executable, command, **options of subprocess.Popen)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a DVC command ended.
+    """The result of a DVC command.
 
     Args:
         code: 0 for success, 1 for failure.
@@ -93,7 +95,7 @@ def main(arguments: list[str], runs: Callable[[Run], Run] = lambda run: run) -> 
 
     Args:
         arguments: DVC's arguments, such as ["repro", "train@linear"].
-        runs: wraps DVC's function that runs the command of a stage. By default the function stays as it is.
+        runs: wraps DVC's function that runs the command of a stage. By default, the function is not wrapped.
     """
     import dvc.stage.run
     from dvc.cli import parse_args
@@ -121,7 +123,7 @@ def main(arguments: list[str], runs: Callable[[Run], Run] = lambda run: run) -> 
     dvc.stage.run._run, dvc.stage.run.StageCmdFailedError, Repo.reproduce = run, StageFailed, reproduced
     for name in LOGGERS:
         logging.getLogger(name).handlers[:] = [errors]
-    sys.argv[:] = ["dvc", *arguments]  # DVC writes this into its lock file, to show the owner
+    sys.argv[:] = ["dvc", *arguments]  # DVC writes these words into its lock file, to show the owner
     code = 0
     try:
         parsed = parse_args(arguments)
@@ -143,7 +145,8 @@ def main(arguments: list[str], runs: Callable[[Run], Run] = lambda run: run) -> 
         untransferred=errors.untransferred,
         errors=errors.lines,
     )
-    print(f"\n{display.PREFIX}{json.dumps({KEY: asdict(ended)})}", flush=True)  # a stage may end without a line break
+    # the output of a stage may end without a line break
+    print(f"\n{display.PREFIX}{json.dumps({KEY: asdict(ended)})}", flush=True)
     return ended.code
 
 

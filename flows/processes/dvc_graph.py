@@ -1,6 +1,6 @@
 """Reads the stages of dvc.yaml from DVC and prints them as one JSON line: `python -m flows.processes.dvc_graph`.
 
-A process of its own reads them, so that the flow does not import DVC: a fork of the fork server has imported it already.
+This runs in a process of its own, so that the flow need not import DVC. A fork of the fork server has imported DVC already.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KEY = "dag"  # in the JSON line
 
 
 def main() -> int:
-    """Prints the JSON line for the repository in the working folder: the stages, or an error message. Returns the exit code."""
+    """Prints the stages of the repository in the working folder, or an error message, as a JSON line. Returns the exit code."""
     from dvc.exceptions import DvcException
 
     try:
@@ -30,7 +30,12 @@ def main() -> int:
 
 
 def _read(root: Path) -> dict[str, Any]:
-    """Returns `waits_for`: the stages that each stage depends on, in the order of dvc.yaml; and `changed`: those to run."""
+    """Reads the stages and their dependencies.
+
+    Returns:
+        waits_for: for each stage, in the order of dvc.yaml, the stages on which it depends.
+        changed: the stages that `dvc repro` would run.
+    """
     from dvc.repo import Repo, lock_repo
 
     atomic_lock.patch()

@@ -1,11 +1,13 @@
 """Fork server: saves each stage the imports of torch, Inception and MLflow, which take 9 s together.
 
-With it the smoke recipe took 60 to 68 s, and 95 to 99 s without it (two pairs of runs on two cores, one of them busy). The
-standard library's fork server would import everything before the first stage starts, keep its own environment, and pass on no
-output. So a flow starts one process that only imports, `python -m flows.processes.fork_server`, while its Prefect server
-starts. A request waits until what it needs is imported. The fork server forks for every `dvc repro`. DVC in that fork forks
-once more for a stage whose command is `python -B -m ddpm ...`, instead of starting an interpreter. Otherwise a fork is like a
-new process: it has its own arguments, environment, output and exit code, and the same signals end it.
+With the fork server the smoke recipe took 60 to 68 s, and 95 to 99 s without it (two pairs of runs on two cores, one of them
+busy). The standard library's fork server does not fit: it would import everything before the first stage starts, keep its own
+environment, and pass on no output.
+
+A flow starts one process that only imports modules, `python -m flows.processes.fork_server`, while its Prefect server starts.
+A request waits until the modules that it needs are imported. The fork server forks for every `dvc repro`. For a stage whose
+command is `python -B -m ddpm ...`, DVC in that fork forks once more instead of starting an interpreter. Otherwise a fork is
+like a new process: it has its own arguments, environment, output and exit code, and the same signals end it.
 
 A stage starts an interpreter if the ddpm/ in its folder is not the imported package, or was edited since the import. The fork
 server runs on Linux only, since system libraries of other systems do not allow a fork after an import.
@@ -40,10 +42,10 @@ from flows.processes import dvc_command, dvc_graph
 
 DVC, GRAPH, DDPM = dvc_command.COMMAND, dvc_graph.COMMAND, ("python", "-B", "-m", "ddpm")
 FORKED = (DVC, GRAPH, DDPM)  # a command that begins with one of these can be a fork
-PLAIN = re.compile(r"[\w./@=-]+( [\w./@=-]+)*")  # a command that needs no shell
+PLAIN = re.compile(r"[\w./@=-]+( [\w./@=-]+)*")  # matches commands that need no shell
 
-# In the order in which a run needs them; after a colon, a function to call. Those after OF_PUBLISHING wait for the first stage
-# that has to run.
+# Modules in the order in which a run needs them. After a colon follows a function to call. The modules after OF_PUBLISHING
+# are not imported before a stage has to run.
 IMPORTS = (
     "dvc.repo.reproduce",
     "dvc.repo.stage",
@@ -77,7 +79,7 @@ IMPORTS = (
 )
 OF_DVC = "dvc.cli.parser:get_main_parser"
 OF_PUBLISHING = "mlflow.store.model_registry.sqlalchemy_store"
-# The last import that a stage or command needs. Every other command needs only what DVC needs.
+# The last import that a stage or command needs. All other commands need only DVC's imports.
 NEEDED = {
     "publish": OF_PUBLISHING,
     "promote": OF_PUBLISHING,
@@ -89,8 +91,8 @@ NEEDED = {
     "evaluate": "torch_fidelity.feature_extractor_inceptionv3",
     "report": IMPORTS[-1],
 }
-TITLE_SPACE = 100 * "."  # an argument that a fork overwrites with its title, which `ps` and `top` show
-MAX_REQUEST = 1 << 17  # bytes of arguments and environment
+TITLE_SPACE = 100 * "."  # an argument that a fork overwrites with its title, so that `ps` and `top` show the title
+MAX_REQUEST = 1 << 17  # the largest size in bytes of a request, with its arguments and environment
 _LOST = -signal.SIGKILL  # the exit code of a child whose fork server was killed
 
 
@@ -99,7 +101,7 @@ def can_run(command: Sequence[str], environment: Mapping[str, str]) -> bool:
     if sys.platform != "linux" or not _begins(command, DDPM):
         return sys.platform == "linux" and any(_begins(command, words) for words in FORKED)
     found, own = shutil.which(command[0], path=environment.get("PATH")), Path(sys.executable).with_name(command[0])
-    # Compares the folders too: the `python` of several environments may be links to the same interpreter.
+    # Compares the folders too, because the `python` of several environments may link to the same interpreter.
     return found is not None and own.exists() and own.samefile(found) and own.parent.samefile(Path(found).parent)
 
 
@@ -108,7 +110,7 @@ def _begins(command: Sequence[str], words: tuple[str, ...]) -> bool:
 
 
 def _imports_needed(command: Sequence[str]) -> int:
-    """Returns how many of IMPORTS a command needs: those of its subcommand, or of the stage that it reproduces."""
+    """Returns the number of IMPORTS that a command needs. That depends on its subcommand, or on the stage that it reproduces."""
     word = command[-1] if "repro" in command else command[len(DDPM)] if len(command) > len(DDPM) else ""
     return _count(NEEDED.get(word.partition("@")[0], OF_DVC))
 
@@ -118,21 +120,22 @@ def _count(last: str) -> int:
 
 
 class Child:
-    """A forked process, with the used part of the interface of subprocess.Popen. `pid` leads a process group of its own."""
+    """A forked process, with the part of subprocess.Popen's interface that is used here. `pid` leads its own process group."""
 
     def __init__(self, reply: socket.socket, output: int) -> None:
         self._reply = reply.makefile("r", encoding="ascii")
         reply.close()
         self.stdout = open(output, encoding="utf-8", errors="replace")  # noqa: SIM115 - a file descriptor
         line = self._reply.readline()
-        if not line or line.startswith("-"):  # this is an exit code: the fork was killed before it sent its pid
+        # a negative number is an exit code: the fork was killed before it sent its pid
+        if not line or line.startswith("-"):
             self.stdout.close()
             raise ConnectionError("the fork server has ended")
         self.pid = int(line)
         self._code: int | None = None
 
     def poll(self) -> None:
-        """Does nothing, since the fork server reaps the process."""
+        """Does nothing, because the fork server reaps the process."""
 
     def wait(self) -> int:
         """Waits until the process has ended. Returns its exit code, or minus the signal that ended it."""
@@ -143,7 +146,7 @@ class Child:
 
 
 class ForkServer:
-    """Starts the fork server. It runs until close(), or until this process has ended.
+    """Starts the fork server, which runs until close(), or until this process has ended.
 
     Args:
         root: the checkout whose code the fork server imports.
@@ -158,7 +161,7 @@ class ForkServer:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 cwd=root,
-                # Other processes read this environment, which setproctitle would overwrite without SPT_NOENV.
+                # Other processes read this environment. setproctitle would overwrite it without SPT_NOENV.
                 env={**environment, "SPT_NOENV": "1"},
                 pass_fds=(server_end.fileno(),),
                 start_new_session=True,
@@ -209,7 +212,7 @@ class ForkServer:
 
 
 def serve(control: socket.socket) -> None:
-    """Imports, and forks for every request, until the other end of `control` is closed."""
+    """Imports modules and forks for every request, until the other end of `control` is closed."""
     setproctitle.setproctitle("flows.processes.fork_server: stages are forks of this")
     wake, woken = socket.socketpair()
     for end in (wake, woken):
@@ -240,7 +243,7 @@ def serve(control: socket.socket) -> None:
 
 
 def _fork(request: bytes, files: list[int], replies: dict[int, socket.socket]) -> None:
-    """Forks a process that runs the request. Adds the socket on which its exit code is awaited to `replies`."""
+    """Forks a process that runs the request. Adds the socket that receives its exit code to `replies`."""
     pid = os.fork()
     if not pid:
         _run_forked(partial(_begin, request, *files))
@@ -256,9 +259,9 @@ def _import(name: str) -> None:
         if function:
             getattr(imported, function)()
         if module.startswith("ddpm.stages."):
-            code.files(module)  # parses the sources once; the stage hashes them into the keys of what it keeps
+            code.files(module)  # parses the sources once, because the stage hashes them into its cache keys
     except Exception:
-        # A stage that needs this module meets the same error and reports it.
+        # A stage that needs this module gets the same error and reports it.
         logging.getLogger(__name__).debug("could not import %s ahead", name, exc_info=True)
 
 
@@ -292,7 +295,7 @@ def _begin(request: bytes, standard_input: int, output: int, reply: int) -> None
 def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable[[], Any]:
     """Sets up the arguments and environment of a command. Returns the function that runs it in the working folder."""
     is_ddpm, is_graph = _begins(command, DDPM), _begins(command, GRAPH)
-    # DVC records the files in this folder. If they are not those that were imported, an interpreter has to run them.
+    # DVC records the files in this folder as the source. If other files were imported, a new interpreter must run them.
     if is_ddpm and (not checkout.is_own(Path.cwd()) or code.hashes() != code.AT_IMPORT):
         return partial(os.execve, Path(sys.executable).with_name(command[0]), list(command), dict(environment))
     os.environ.clear()
@@ -301,25 +304,26 @@ def _program(command: Sequence[str], environment: Mapping[str, str]) -> Callable
     setproctitle.setproctitle(" ".join(sys.argv))
     if not is_ddpm:
         return dvc_graph.main if is_graph else _dvc
-    main: Callable[[], Any] = importlib.import_module("ddpm.__main__").main  # by name: flows itself never imports torch
+    # imported by name, since flows itself never imports torch
+    main: Callable[[], Any] = importlib.import_module("ddpm.__main__").main
     return main
 
 
 def _dvc() -> NoReturn:
-    """Runs the DVC command in sys.argv, so that its stages are forks."""
+    """Runs the DVC command in sys.argv, with its stages as forks."""
     import tqdm
 
-    tqdm.tqdm.monitor_interval = 0  # tqdm starts no thread, since _forking forks only without other threads
+    tqdm.tqdm.monitor_interval = 0  # tqdm must start no thread, because _forking forks only without other threads
     sys.exit(dvc_command.main(sys.argv[1:], _forking))
 
 
 def _forking(start: dvc_command.Run) -> dvc_command.Run:
-    """Returns a function that runs the command of a stage: in a fork if possible, otherwise by calling `start`."""
+    """Returns a function that runs the command of a stage in a fork if possible, and otherwise by calling `start`."""
     import dvc.stage.run
 
     def run(executable: str | None, command: str, **options: Any) -> None:
         words = command.split() if PLAIN.fullmatch(command) else [""]
-        # A fork copies only the calling thread. A lock that another thread holds would stay locked in it for ever.
+        # A fork copies only the calling thread. A lock that another thread holds would stay locked in the fork for ever.
         if not can_run(words, options["env"]) or threading.active_count() > 1:
             return start(executable, command, **options)
         pid = os.fork()

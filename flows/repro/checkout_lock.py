@@ -1,4 +1,4 @@
-"""Lets one flow run at a time work in a checkout."""
+"""Allows only one flow run at a time to work in a checkout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flows.watch import watcher
 
 @contextmanager
 def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterator[None]:
-    """Holds the checkout's lock while the block runs. A second run waits, and reports for which process.
+    """Holds the lock of the checkout while the block runs. A second run waits, and reports the process that holds the lock.
 
     Args:
         root: the checkout.
@@ -25,14 +25,14 @@ def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterat
         asked_by: on a host, the id of the flow run that asked for the stage.
 
     Raises:
-        InputError: `asked_by` itself holds the checkout, so both would wait for ever.
+        InputError: `asked_by` itself holds the lock, so both flow runs would wait for ever.
     """
     path = root / paths.CACHE / "train-eval.lock"
     holder = path.with_suffix(".json")
 
     def waiting() -> None:
         record: dict[str, Any] = {}
-        with suppress(InputError):  # absent or damaged; only these messages need the record
+        with suppress(InputError):  # the record may be missing or damaged, but only these messages need it
             record = records.read_json(holder)
         if asked_by and record.get("flow_run") == asked_by:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Runs a DVC or other command in a child process, passes its output on, and returns how it ended."""
+"""Runs DVC and other commands in child processes, passes their output on, and returns how they ended."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _uncommitted: set[tuple[Path, str]] = set()  # the stages whose outputs DVC coul
 
 
 def reproduce(stage: str, root: Path, watcher: Watcher, *how: str) -> Outcome:
-    """Runs `dvc repro` for one stage. DVC decides whether there is anything to do.
+    """Runs `dvc repro` for one stage. DVC decides whether the stage must run.
 
-    If a copy into DVC's cache fails, DVC may still exit with 0. In that case, this function fails the stage. The
-    retry copies the outputs with `dvc commit`, so that the stage does not run twice.
+    If a copy into DVC's cache fails, DVC may still exit with 0. This function fails the stage in that case. On the retry,
+    `dvc commit` copies the outputs, so that the stage does not run twice.
 
     Args:
         stage: the stage's name in DVC.
@@ -37,39 +37,39 @@ def reproduce(stage: str, root: Path, watcher: Watcher, *how: str) -> Outcome:
     """
     if (root, stage) in _uncommitted and (outcome := _commit(stage, root, watcher)):
         return outcome
-    said, ended = _dvc(stage, root, watcher, "repro", *(how or ("--single-item",)), stage)
+    last_lines, ended = _dvc(stage, root, watcher, "repro", *(how or ("--single-item",)), stage)
     if ended.untransferred:
         _uncommitted.add((root, stage))
-    return _failure(said, ended) if ended.code or ended.untransferred else _success(stage, said, ended)
+    return _failure(last_lines, ended) if ended.code or ended.untransferred else _success(stage, last_lines, ended)
 
 
 def _commit(stage: str, root: Path, watcher: Watcher) -> Outcome | None:
-    """Copies the outputs of a stage into DVC's cache, after the first copy failed. Returns None if the stage must run again."""
-    said, ended = _dvc(stage, root, watcher, "commit", stage)
+    """Copies the outputs of a stage into DVC's cache after a failed copy. Returns None if the stage must run again."""
+    last_lines, ended = _dvc(stage, root, watcher, "commit", stage)
     if ended.killed or ended.full:
-        return _failure(said, ended)
+        return _failure(last_lines, ended)
     _uncommitted.discard((root, stage))
     return None if ended.code or ended.errors else Outcome("Completed", "done; its outputs are in DVC's cache now")
 
 
-def _success(stage: str, said: list[str], ended: Ended) -> Outcome:
+def _success(stage: str, last_lines: list[str], ended: Ended) -> Outcome:
     if stage not in ended.changed:
         return Outcome("Unchanged", "unchanged")
     if stage not in ended.ran:
         return Outcome("Restored", "restored from DVC's cache")
-    return Outcome("Completed", said[-1].removeprefix(f"{stage}: ") if said else "done")
+    return Outcome("Completed", last_lines[-1].removeprefix(f"{stage}: ") if last_lines else "done")
 
 
-def _failure(said: list[str], ended: Ended) -> Outcome:
+def _failure(last_lines: list[str], ended: Ended) -> Outcome:
     if ended.killed:
-        return Outcome("Killed", "killed; out of memory?")
+        return Outcome("Killed", "the stage was killed, perhaps because memory ran out")
     if ended.busy:
         return Outcome("Busy", f"{ended.errors[-1]}; {_HELD}")
     if ended.full:
         text = f"DVC found no room on the disk ({ended.full}): free some space and run this again"
         return Outcome("Full", text)
     left_out = [f"not in DVC's cache: {line}" for line in ended.errors if ended.untransferred]
-    return Outcome("Failed", (left_out or said or ended.errors or ["dvc failed"])[-1])
+    return Outcome("Failed", (left_out or last_lines or ended.errors or ["dvc failed"])[-1])
 
 
 class RemoteAway(InputError):
@@ -80,7 +80,7 @@ def exchange(verb: str, name: str, root: Path, watcher: Watcher, *stages: str) -
     """Pushes or fetches the run-cache and the outputs of stages to or from the DVC remote.
 
     A fetch does not fail if the remote lacks outputs that dvc.lock names. Such a stage has changed, and DVC finds its new
-    outputs by the run-cache.
+    outputs through the run-cache.
 
     Args:
         verb: "push" or "fetch".
@@ -93,9 +93,9 @@ def exchange(verb: str, name: str, root: Path, watcher: Watcher, *stages: str) -
         RemoteAway: the transfer failed.
         children.FlowStopped: the flow is ending.
     """
-    said, ended = _dvc(name, root, watcher, verb, "--run-cache", *(stages or (name,)))
+    last_lines, ended = _dvc(name, root, watcher, verb, "--run-cache", *(stages or (name,)))
     if ended.code:
-        raise RemoteAway(f"{name}: dvc {verb}: {(ended.errors or said or ['killed'])[-1]}")
+        raise RemoteAway(f"{name}: dvc {verb}: {(ended.errors or last_lines or ['killed'])[-1]}")
 
 
 def run(
@@ -108,33 +108,33 @@ def run(
         command: the program and its arguments.
         root: the folder in which the command runs.
         watcher: receives output and progress.
-        standard_input: a file descriptor. By default there is nothing to read.
+        standard_input: a file descriptor. By default, standard input is empty.
 
     Raises:
         children.FlowStopped: the flow is ending.
     """
-    code, said, _ = _run(name, command, root, watcher, standard_input)
+    code, last_lines, _ = _run(name, command, root, watcher, standard_input)
     if code == 0:
-        return Outcome("Completed", said[-1] if said else "done")
-    text = said[-1] if said else f"'{' '.join(command)}' ended with exit code {code}"
+        return Outcome("Completed", last_lines[-1] if last_lines else "done")
+    text = last_lines[-1] if last_lines else f"'{' '.join(command)}' ended with exit code {code}"
     return Outcome("Unreachable" if _UNREACHABLE.search(text) else "Failed", text)
 
 
 def _dvc(name: str, root: Path, watcher: Watcher, *arguments: str) -> tuple[list[str], Ended]:
-    """Runs a DVC command. Returns the last lines that the stage printed, and how the command ended."""
-    code, said, ended = _run(name, (*dvc_command.COMMAND, "--wait-for-lock", *arguments), root, watcher)
+    """Runs a DVC command. Returns the last lines that were printed, and DVC's report on how the command ended."""
+    code, last_lines, ended = _run(name, (*dvc_command.COMMAND, "--wait-for-lock", *arguments), root, watcher)
     if ended is None:  # the process that runs DVC was killed before it could report
         ended = Ended(code or 1, killed=code in dvc_command.KILLED)
     for line in ended.errors:
         watcher.line(name, f"ERROR: {line}")
-    return said, ended
+    return last_lines, ended
 
 
 def _run(
     name: str, command: tuple[str, ...], root: Path, watcher: Watcher, standard_input: int = subprocess.DEVNULL
 ) -> tuple[int, list[str], Ended | None]:
-    """Runs a command. Returns the exit code, the last printed lines, and DVC's report on how it ended, if any."""
-    said: list[str] = []
+    """Runs a command. Returns the exit code, the last printed lines, and DVC's report on how the command ended, if any."""
+    last_lines: list[str] = []
     ended: Ended | None = None
 
     def on_line(line: str) -> None:
@@ -142,7 +142,7 @@ def _run(
         if not line:
             return
         if not (report := _report(line)):
-            said[:] = [*said[-1:], line]
+            last_lines[:] = [*last_lines[-1:], line]
             watcher.line(name, line)
         elif found := Ended.read(report):
             ended = found
@@ -150,11 +150,11 @@ def _run(
             watcher.progress(name, report)
 
     watcher.started(name)
-    return children.run(command, root, on_line, standard_input), said, ended
+    return children.run(command, root, on_line, standard_input), last_lines, ended
 
 
 def _report(line: str) -> dict[str, Any]:
-    """Parses a line of JSON. Returns {} for any other line, and for JSON that is mixed with other text."""
+    """Parses a JSON line. Returns {} for any other line, and for JSON that is mixed with other text."""
     if not line.startswith(display.PREFIX):
         return {}
     try:

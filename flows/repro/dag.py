@@ -1,4 +1,4 @@
-"""Reads the stages of dvc.yaml from DVC: their dependencies, and which stages are unchanged."""
+"""Reads from DVC how the stages of dvc.yaml depend on each other, and which stages are unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Dag:
     """The stages of dvc.yaml and their dependencies.
 
     Args:
-        waits_for: for each stage, the stages on which it depends, by name, in the order of dvc.yaml.
+        waits_for: for each stage, in the order of dvc.yaml, the names of the stages on which it depends.
         unchanged: the stages that need not run, since neither they nor the stages before them have changed.
     """
 
@@ -26,24 +26,28 @@ class Dag:
 
 
 def read(root: Path) -> Dag:
-    """Reads all stages at once: 30 stages in about a second. 30 calls of `dvc repro --single-item` would take 30 seconds.
+    """Reads all stages in one call.
+
+    This takes about a second for 30 stages. 30 calls of `dvc repro --single-item` would take 30 seconds.
 
     Raises:
-        InputError: `root` is no DVC repository, or dvc.yaml or params.yaml is invalid.
+        InputError: `root` is not a DVC repository, or dvc.yaml or params.yaml is invalid.
         children.FlowStopped: the flow is ending.
     """
     found: dict[str, Any] = {}
-    said: list[str] = []
+    lines: list[str] = []
 
     def on_line(line: str) -> None:
         if line.startswith(display.PREFIX):
             found.update(json.loads(line.removeprefix(display.PREFIX))[dvc_graph.KEY])
         else:
-            said.append(line)
+            lines.append(line)
 
     code = children.run(dvc_graph.COMMAND, root, on_line)
     if "waits_for" not in found:
-        reason = found.get("error") or next(filter(None, reversed(said)), f"reading it ended with exit code {code}")
+        reason = found.get("error") or next(
+            filter(None, reversed(lines)), f"DVC could not read this file (exit code {code})"
+        )
         raise InputError(f"{root / 'dvc.yaml'}: {reason}")
     waits_for, changed = {name: tuple(before) for name, before in found["waits_for"].items()}, set(found["changed"])
     if not waits_for:

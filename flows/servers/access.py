@@ -1,7 +1,7 @@
-"""Restricts the servers of `make up` to this machine, or, with HOST set, to those who know the passwords.
+"""Restricts access to the servers of `make up`: to this machine, or with HOST set, to users who know the passwords.
 
 The passwords are in variables that the clients of Prefect and MLflow also read: PREFECT_API_AUTH_STRING,
-MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. So a user of the servers exports the same variables.
+MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. So users of the servers export the same variables.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOOPBACK = "127.0.0.1"
 LOCAL = (LOOPBACK, "localhost", "::1")
 MIN_PASSWORD = 12  # characters; MLflow has the same limit
 
-# The settings of MLflow's basic-auth app. They share a folder with its accounts. The folder is new at each start, so the
+# The settings of MLflow's basic-auth app. They lie in one folder with its accounts. Each start creates a new folder, so the
 # password in the environment is always valid.
 _MLFLOW = """\
 [mlflow]
@@ -39,7 +39,7 @@ def is_loopback(host: str) -> bool:
 
 
 def in_url(host: str) -> str:
-    """Returns a host as URLs contain it: an IPv6 address in brackets."""
+    """Returns a host in the form that URLs need, which puts IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
 
 

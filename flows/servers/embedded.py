@@ -1,6 +1,6 @@
-"""Runs a Prefect server for the time of one `python -m flows`, so that users need not start a server first.
+"""Runs a Prefect server for one `python -m flows`, so that users need not start a server first.
 
-If a server of this checkout runs already, such as that of `make up`, the flow uses that server, which saves several seconds.
+If a server of this checkout already runs, such as that of `make up`, the flow uses that server and saves several seconds.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from flows.servers import access
 
 # If one of these variables is set, the user has chosen another database.
 DATABASE = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")
-HOME = Path(".prefect")  # Prefect's database and logs; prefect.toml names the same folder
+HOME = Path(".prefect")  # the folder of Prefect's database and logs, which prefect.toml names too
 TIMEOUT = 120.0  # seconds
-RESTARTS = 5  # in one run, of a server that was killed
-SETTLE = 2.0  # seconds at the end of a run in which the server may still receive and write task states
-GONE = 2.0  # seconds between two checks whether the server of `make up` still runs
-PATIENCE = 10.0  # seconds that a server that is busy may take to name its folder
-# A database without runs, made when the project is installed: Prefect computes for ten seconds to create its tables.
+RESTARTS = 5  # the most restarts of a killed server in one run
+SETTLE_SECONDS = 2.0  # seconds at the end of a run in which the server may still receive and write task states
+CHECK_SECONDS = 2.0  # seconds between two checks whether the server of `make up` still runs
+ANSWER_SECONDS = 10.0  # seconds that a busy server may take to name its folder
+# A database without runs, created at installation, because Prefect needs ten seconds to create its tables.
 EMPTY = Path(sys.prefix) / "share" / "prefect" / "prefect.db"
 # Prefect's services for schedules, workers and automations, which a single run does not use.
 IDLE_SERVICES = (
@@ -50,9 +50,9 @@ IDLE_SERVICES = (
 
 
 def create_database(home: Path) -> None:
-    """Copies a database with all tables and no runs into Prefect's folder, unless the folder has a database already.
+    """Copies a database with all tables and no runs into Prefect's folder, unless the folder already has a database.
 
-    `make` created it (EMPTY). A server that starts without a database creates the tables itself, which takes longer.
+    `make` creates the copied file (EMPTY). Without it, the server creates the tables itself, which takes longer.
     """
     home.mkdir(parents=True, exist_ok=True)
     if not EMPTY.exists() or any(name in os.environ for name in DATABASE):
@@ -71,7 +71,7 @@ def create_database(home: Path) -> None:
 
 
 def database(home: Path) -> dict[str, str]:
-    """Returns a variable with the path of the database if it contains %, ? or #, which Prefect would misread."""
+    """Returns a variable with the path of the database if the path contains %, ? or #, which Prefect would misread."""
     file = home.resolve() / "prefect.db"
     if not set("%?#") & set(str(file)) or any(name in os.environ for name in DATABASE):
         return {}
@@ -79,15 +79,15 @@ def database(home: Path) -> dict[str, str]:
 
 
 def running(home: Path) -> str | None:
-    """Returns the address of the API of a Prefect server on this machine that keeps its runs in `home`, or None.
+    """Returns the API address of a Prefect server on this machine that keeps its runs in `home`, or None.
 
-    Asks the server that PREFECT_API_URL names, and the server of prefect.toml.
+    Asks the server that PREFECT_API_URL names, and then the server that prefect.toml names.
     """
     for address in _addresses():
         if access.is_loopback(urlsplit(address).hostname or ""):
             with (
                 suppress(OSError, ValueError, KeyError, TypeError),
-                urlopen(access.request(f"{address}/admin/settings"), timeout=PATIENCE) as found,
+                urlopen(access.request(f"{address}/admin/settings"), timeout=ANSWER_SECONDS) as found,
             ):
                 if json.load(found)["home"] == str(home.resolve()):
                     return address
@@ -102,14 +102,14 @@ def _addresses() -> Iterator[str]:
 
 
 class Api:
-    """The Prefect server of this flow, which answers after wait(): one that runs already, or a new process.
+    """The Prefect server of this flow, which is a running server or a new process. It answers after wait().
 
-    Create it before `prefect` is imported, since it sets PREFECT_API_URL. A server that was started here is stopped when the
-    interpreter exits. It also ends if this process is killed.
+    Create this object before `prefect` is imported, since it sets PREFECT_API_URL. A server that was started here stops when
+    the interpreter exits, and also if this process is killed.
 
     Attributes:
-        address: of the API.
-        server: the process; None for a server that somebody else started.
+        address: the address of the API.
+        server: the process; None for a server that was running already.
     """
 
     def __init__(self, root: Path) -> None:
@@ -118,7 +118,7 @@ class Api:
         self.log, self._home = home / "server.log", home
         self._ending, self._changing, self._settled = False, threading.Lock(), False
         self.server: subprocess.Popen[bytes] | None = None
-        atexit.register(self._stop)  # before Prefect's own functions are registered, so that these run first
+        atexit.register(self._stop)  # registered before Prefect's own functions, so that those run first
         if found := running(home):
             self.address = os.environ["PREFECT_API_URL"] = found
             return
@@ -153,12 +153,12 @@ class Api:
         end = time.monotonic() + TIMEOUT
         while not self._healthy():
             if (self.server and self.server.poll() is not None) or time.monotonic() > end:
-                raise InputError(f"the embedded Prefect API did not start: see {self.log}")
+                raise InputError(f"the Prefect server for this run did not start; its log is {self.log}")
             time.sleep(0.1)
         threading.Thread(target=self._replace, name="embedded", daemon=True).start()
 
     def settle(self, run: str, tasks: int) -> None:
-        """Waits until the server has written the last states of a flow run's tasks, at most SETTLE seconds.
+        """Waits at most SETTLE_SECONDS seconds until the server has written the last states of a flow run's tasks.
 
         Args:
             run: the id of the flow run.
@@ -168,21 +168,24 @@ class Api:
         asked = access.request(f"{self.address}/task_runs/count")
         asked.data = json.dumps({"flow_runs": {"id": {"any_": [run]}}, "task_runs": ended}).encode()
         asked.add_header("Content-Type", "application/json")
-        end = time.monotonic() + SETTLE
+        end = time.monotonic() + SETTLE_SECONDS
         while time.monotonic() < end:
-            with suppress(OSError, ValueError), urlopen(asked, timeout=SETTLE) as answer:
+            with suppress(OSError, ValueError), urlopen(asked, timeout=SETTLE_SECONDS) as answer:
                 if json.load(answer) >= tasks:
                     break
             time.sleep(0.05)
         self._settled = True
 
     def _replace(self) -> None:
-        """Starts a server when one has ended, RESTARTS times. Prefect repeats its requests, but gives up after minutes."""
+        """Starts a new server when one has ended, at most RESTARTS times.
+
+        Prefect retries its requests, but gives up after minutes.
+        """
         for _ in range(RESTARTS):
             if self.server:
                 self.server.wait()
-            while self._healthy():  # a server that was not started here
-                time.sleep(GONE)
+            while self._healthy():  # waits for the end of a server that was not started here
+                time.sleep(CHECK_SECONDS)
             with self._changing:
                 if self._ending:
                     return
@@ -193,7 +196,7 @@ class Api:
 
     def _stop(self) -> None:
         if self.server and not self._settled:  # the run was interrupted
-            time.sleep(SETTLE)
+            time.sleep(SETTLE_SECONDS)
         with self._changing:
             self._ending = True
         if self.server:

@@ -35,8 +35,8 @@ from flows.servers import access, embedded
 
 MARK = "DDPM_UP"  # a variable in the environment of every process that one `make up` started
 INTERRUPTED = 130  # the exit code after Ctrl-C, which is the normal end
-DEFAULT_API = f"http://{access.LOOPBACK}:4200/api"  # as prefect.toml has it
-_STARTED = "started!"  # ends the line that `prefect worker start` prints once it polls
+DEFAULT_API = f"http://{access.LOOPBACK}:4200/api"  # the same address as in prefect.toml
+_STARTED = "started!"  # the end of the line that `prefect worker start` prints once it polls for runs
 
 
 def main(chosen: list[str]) -> None:
@@ -52,8 +52,8 @@ def main(chosen: list[str]) -> None:
     named = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_BACKEND_STORE_URI")
     store = with_driver(named or "sqlite:///mlflow.db")
     if store.startswith("http"):
-        del processes["mlflow"]  # MLflow is a server elsewhere
-    # Variables, since every user of this machine can read command lines, and there may be a password.
+        del processes["mlflow"]  # MLflow's server runs elsewhere
+    # Uses variables, because all users of this machine can read command lines, and the values may contain a password.
     artifacts = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or Path("mlartifacts").resolve().as_uri()
     mlflow = {
         "MLFLOW_BACKEND_STORE_URI": store,
@@ -75,7 +75,7 @@ def main(chosen: list[str]) -> None:
         manager = Manager(lines)
         for name in names:
             manager.add_process(name, processes[name], env={**environment, **(mlflow if name == "mlflow" else {})})
-        # Ends when the terminal is closed, unless `nohup` makes this process ignore that.
+        # Stops when the terminal is closed, unless `nohup` makes this process ignore that signal.
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         threading.Thread(target=_say_when_ready, args=(names, environment, lines.worker), daemon=True).start()
@@ -103,7 +103,7 @@ def _check_records(store: str) -> None:
 
 
 class _Lines(Printer):
-    """Prints the output of the processes. Stops `make up` once nobody reads that output.
+    """Prints the output of the processes. Stops `make up` once the reader of this output is gone.
 
     Attributes:
         worker: an event that is set once Prefect's worker polls its pool.
@@ -127,7 +127,7 @@ class _Lines(Printer):
 def _say_when_ready(names: list[str], environment: Mapping[str, str], worker: threading.Event) -> None:
     """Prints one line once every server answers and the worker waits for runs."""
     if "worker" in names:
-        worker.wait()  # it starts after Prefect has answered and the deployment is made
+        worker.wait()  # the worker starts after Prefect has answered and the deployment exists
     health: list[str | Request] = []
     if "prefect" in names:
         health.append(access.request(f"{environment['PREFECT_API_URL']}/health"))
@@ -136,7 +136,7 @@ def _say_when_ready(names: list[str], environment: Mapping[str, str], worker: th
     for address in health:
         while not access.answers(address):
             time.sleep(0.2)
-    with suppress(OSError):  # _Lines notices that nobody reads
+    with suppress(OSError):  # _Lines notices that the reader is gone
         print(f"ready{_how_to_run(environment) if 'worker' in names else ''}", flush=True)
 
 
@@ -151,7 +151,11 @@ def _how_to_run(environment: Mapping[str, str]) -> str:
 def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[str, str]:
     """Returns the environment of all processes, and prints the addresses of the servers. Raises InputError.
 
-    folder: a private folder for MLflow's accounts.
+    Args:
+        names: the processes to start.
+        host: the address at which the servers listen.
+        store: the address of MLflow's database.
+        folder: a private folder for MLflow's accounts.
     """
     environment = {
         **os.environ,
@@ -167,13 +171,14 @@ def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[
     environment["MLFLOW_PORT"] = _port("MLFLOW_PORT", "5000", host if "mlflow" in names else None)
     environment |= access.guard(host, environment["PREFECT_PORT"], names, environment, folder)
     if "prefect" in names:
-        # Absolute, so that `python -m flows` recognises the server of its checkout.
+        # The path is absolute, so that `python -m flows` recognises the server of its checkout.
         home = Path(environment.get("PREFECT_HOME") or embedded.HOME).resolve()
         environment["PREFECT_HOME"] = str(home)
         environment |= embedded.database(home)
         address = f"http://{here}:{environment['PREFECT_PORT']}"
         environment["PREFECT_API_URL"] = f"{address}/api"
-        # Prefect's page then calls the address it was loaded from: loopback would mean the browser's own machine.
+        # With this setting, Prefect's page calls the address from which it was loaded. Loopback would mean the browser's own
+        # machine.
         environment["PREFECT_UI_API_URL"] = f"{address}/api" if access.is_loopback(host) else "/api"
         print(f"Prefect: {address}", flush=True)
     elif "worker" in names:
@@ -185,7 +190,7 @@ def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[
 
 
 def _port(variable: str, default: str, host: str | None) -> str:
-    """Returns the port in `variable`. Raises InputError if a server cannot listen there; host None skips this check."""
+    """Returns the port in `variable`. Raises InputError if a server cannot listen there. host None skips this check."""
     port = os.environ.get(variable, default)
     if host is None:
         return port
@@ -207,7 +212,7 @@ def _port(variable: str, default: str, host: str | None) -> str:
 def _left() -> str:
     """Returns the ids of the processes in this folder that outlived their `make up`.
 
-    Above a process of a living `make up` stand two processes of this module: the supervisor, and honcho's fork of it.
+    A process of a living `make up` has two ancestors that run this module: the supervisor, and honcho's fork of it.
     """
     mine = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     found = []
@@ -220,16 +225,19 @@ def _left() -> str:
 
 
 def _end_what_is_left(mark: str) -> None:
-    """Waits until the flow runs have ended, then kills every process of `mark` that is left.
+    """Waits until the flow runs have ended, then kills all remaining processes with this mark.
 
-    A flow run outlives its worker: it ends once its stages have stopped.
+    A flow run outlives its worker, because it ends only once its stages have stopped.
     """
     for process in ending.left_after(ending.FLOW_RUNS, lambda: _marked(mark)):
         process.kill()
 
 
 def _marked(mark: str | None = None) -> list[psutil.Process]:
-    """Returns the living processes of the `make up` with this mark. Without a mark, those of every `make up` in this folder."""
+    """Returns the living processes of the `make up` with this mark.
+
+    Without a mark, returns those of every `make up` in this folder.
+    """
     found = []
     for process in psutil.process_iter():
         try:

@@ -1,7 +1,7 @@
 """Waits for the Prefect API, creates pool and deployments, and becomes the worker: `python -m flows.servers.worker`.
 
-`python -m flows.servers.worker hosts` makes this clone a host. It runs stages for other clones (hosts/dispatch.py), one
-at a time.
+`python -m flows.servers.worker hosts` makes this clone a host. It runs stages for other clones (hosts/dispatch.py), one at a
+time.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from flows.servers import access
 
 # The work pools, with the options of `prefect deploy` that select their deployments.
 POOLS = {"local": (), "hosts": ("--prefect-file", "deploy/hosts.yaml")}
-TIMEOUT = 300.0  # seconds; a new database takes 10 to 20, and minutes on a busy machine
+TIMEOUT = 300.0  # seconds; a new database takes 10 to 20 s, and minutes on a busy machine
 
 
 def main(pool: str) -> None:
-    """Becomes the worker of a pool of POOLS. Exits with a message if that fails."""
+    """Becomes the worker of a pool of POOLS. Exits with a message on failure."""
     try:
         checkout.require_own(Path(), "ddpm", "flows")
     except InputError as error:
@@ -33,9 +33,11 @@ def main(pool: str) -> None:
     end = time.monotonic() + TIMEOUT
     while not access.answers(access.request(f"{api}/health")):
         if time.monotonic() > end:
-            sys.exit(f"worker: no Prefect API at {api} after {TIMEOUT:.0f} s")
+            sys.exit(
+                f"worker: no Prefect API at {api} after {TIMEOUT:.0f} s; start its server, or correct PREFECT_API_URL"
+            )
         time.sleep(0.2)
-    # If two workers start together, both find no pool, but only one can create it. The other worker looks again.
+    # If two workers start together, both find no pool, but only one can create it. The other worker then looks again.
     exists = _has_pool(api, pool) or _prefect("work-pool", "create", pool, "--type", "process")
     if not exists and not _has_pool(api, pool):
         sys.exit(f"worker: could not create the work pool {pool}; Prefect's message is above")
@@ -46,11 +48,11 @@ def main(pool: str) -> None:
     crashed_runs.watch_heartbeats()
     if count := crashed_runs.reap():
         print(f"worker: {count} flow runs were killed earlier and are now marked Crashed", flush=True)
-    os.environ[watchdog.VARIABLE] = str(os.getpid())  # exec keeps this id, so flow runs end with this worker
+    os.environ[watchdog.VARIABLE] = str(os.getpid())  # exec keeps this process id, so flow runs end with this worker
     if pool == "hosts":
         os.environ["DDPM_CHECKOUT"] = str(Path.cwd())
         os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
-    # Only if a port is set, since several workers on one machine would otherwise use the same port.
+    # Starts the health check only if a port is set, since several workers on one machine would otherwise use the same port.
     options = ["--with-healthcheck"] if "PREFECT_WORKER_WEBSERVER_PORT" in os.environ else []
     # A checkout runs one flow at a time. With this limit, further runs wait at Prefect instead of as processes here.
     options += ["--limit", "1"]

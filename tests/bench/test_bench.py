@@ -1,4 +1,4 @@
-"""The page of measurements shows exactly the recorded results."""
+"""Checks that docs/speed.md and the other tables show exactly the recorded results."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ def test_the_page_equals_its_results() -> None:
 
 
 def test_the_usual_settings_are_measured_on_every_device() -> None:
-    """What the table of phases says is of the point where nothing differs from them."""
+    """The table of phases describes the base settings, so growth.VALUES must contain them on every device."""
     for device, base in growth.BASE.items():
         for name, values in growth.VALUES[device].items():
             assert base[name] in values, (device, name)

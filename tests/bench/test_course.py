@@ -1,4 +1,4 @@
-"""Trainings measured at scale: a stop and a resume change no result, and images arrive as they were sent."""
+"""Checks long measured trainings: stopping and resuming changes no result, and packed images arrive unchanged."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_a_course_in_parts_is_the_course_in_one_go(tmp_path: Path) -> None:
     assert json.dumps(parts.losses) == json.dumps(whole.losses)
     ours, theirs = parts.training.tensors(), whole.training.tensors()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    # The rate's way down is part of the course: without it the first half is the same, and the second is not.
+    # The decay is part of the recipe: without it, the first half of the losses is the same and the second half differs.
     level = went(tmp_path / "level", replace(TINY, decay=()), 9)
     assert level.losses[:2] == whole.losses[:2] and level.losses[3] != whole.losses[3]
     with pytest.raises(SystemExit, match="another recipe"):
@@ -81,7 +81,7 @@ def test_images_and_weights_travel_in_parts(tmp_path: Path, monkeypatch: pytest.
     assert len(parts) > 2 and max(path.stat().st_size for path in parts) <= 200_000
     state = tmp_path / "state"
     for path in parts[1:]:
-        assert not cifar10.unpack(path.parent, state)  # one at a time
+        assert not cifar10.unpack(path.parent, state)  # unpacks one part at a time, as they arrive
     assert cifar10.unpack(parts[0].parent, state)
     assert np.array_equal(np.load(state / "train.npy"), train) and np.array_equal(np.load(state / "test.npy"), test)
     assert torch.equal(torch.load(state / "inception.pt", weights_only=True)["conv"], weights["conv"])
@@ -151,11 +151,11 @@ def test_a_curve_goes_on_and_is_drawn(tmp_path: Path) -> None:
     assert minutes == sorted(minutes) and all(row["low"] <= row["fid"] <= row["high"] for row in about["curve"])
     before = (tmp_path / "curve-smoke.png").read_bytes()
     curves.main(["draw", *places])
-    assert (tmp_path / "curve-smoke.png").read_bytes() == before  # same content, same bytes
+    assert (tmp_path / "curve-smoke.png").read_bytes() == before  # the same content gives the same bytes
 
 
 def test_the_error_of_trials_is_that_of_the_best_guess() -> None:
-    """A denoiser that says 0 errs by x_0 itself, whatever the noise: the mean weight times the mean square."""
+    """A denoiser that returns 0 has an error of x_0 itself, whatever the noise: the mean weight times the mean square."""
     schedule = NoiseSchedule.named("cosine", 100)
     denoiser = Denoiser(lambda x, t: torch.zeros_like(x), schedule, "x0")
     grey = torch.full((100, 1, 8, 8), 191, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Which settings of the peers are tried, and which of them ours is compared with."""
+"""Checks which settings of the peers are tried, and which of these settings our code is compared with."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 from bench import network
 from bench.network import Setting, Side
 
-# Seconds of a call, by the setting's name.
+# Seconds of a call, by the name of the setting.
 PLAIN = {"float32": 4.0, "bfloat16": 5.0, "channels_last": 3.0, "channels_last, bfloat16": 2.0}
 COMPILED = {"channels_last, torch.compile": 2.5, "channels_last, bfloat16, torch.compile": 1.0}
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """machine(seconds, bfloat16_cost): calls take these seconds, whatever they do."""
+    """machine(seconds, bfloat16_cost): pretends that calls take these seconds, whatever they compute."""
 
     def become(seconds: dict[str, float], cost: float = 1.0) -> None:
         def tried(peer: str, make: Any, setting: Setting, device: str) -> Side:
@@ -57,7 +57,7 @@ def test_bfloat16_is_left_out_where_the_processor_lacks_it(machine: Callable[...
 
 
 def test_ours_is_compared_with_the_docs_and_with_the_fastest_of_all(machine: Callable[..., None]) -> None:
-    """At the same number of operations: the other peer has half of them."""
+    """Ratios compare equal numbers of operations: the second peer does half as many, so its times are doubled."""
     machine({**PLAIN, **COMPILED})
     peers = {
         name: (lambda setting: lambda: None, Setting(), share) for name, share in {"one": 1.0, "another": 0.5}.items()

@@ -1,4 +1,4 @@
-"""The bound against closed forms, direct integration, a joint Gaussian, and the entropy of data whose entropy is known."""
+"""Checks the bound against closed forms, direct integration, a joint Gaussian, and the entropy of data with known entropy."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def double(value: float) -> Tensor:
 
 
 def gauss_hermite(count: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights for E f(z), z ~ N(0, 1)."""
+    """Returns nodes and weights for E f(z), z ~ N(0, 1)."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(count)
     return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
 
 
-# The pieces.
+# The terms of the bound.
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def gauss_hermite(count: int) -> tuple[Tensor, Tensor]:
     ],
 )
 def test_prior_of_the_schedules(name: str, bits: float) -> None:
-    """Values computed with 60 digits."""
+    """The expected values were computed with 60 digits."""
     assert float(prior(NoiseSchedule.named(name, 1000), 0.25)) == pytest.approx(
         bits, rel=2e-3 if bits < 1e-40 else 1e-9
     )
@@ -71,29 +71,29 @@ def test_kl_of_gaussians(mean1: float, logvar1: float, mean2: float, logvar2: fl
 
 @given(st.floats(-4, 4), st.floats(-25, 6))
 def test_the_decoder_is_a_distribution(mean: float, log_variance: float) -> None:
-    """However narrow or far away: its 256 bins sum to one, and agree with scipy's normal distribution."""
+    """However narrow or far away the distribution is, its 256 bins sum to one and agree with scipy's normal distribution."""
     ours = discretised_log_likelihood(GRID, double(mean), double(log_variance))
     assert bool(torch.isfinite(ours).all())
     assert float(ours.logsumexp(0)) == pytest.approx(0, abs=1e-9)
     edges = (torch.arange(257, dtype=torch.float64) - 0.5) / 127.5 - 1
     edges[0], edges[-1] = -math.inf, math.inf
     theirs = np.diff(norm.cdf(edges.numpy(), mean, math.exp(log_variance / 2)))
-    seen = theirs > 1e-6  # below, scipy's difference has few digits
+    seen = theirs > 1e-6  # scipy's difference has too few digits for smaller values
     np.testing.assert_allclose(ours.exp().numpy()[seen], theirs[seen], rtol=1e-7)
 
 
 def test_the_decoder_far_from_the_image() -> None:
-    """Where a cumulative distribution rounds to 1: against the density times the width of the bin, on both sides."""
+    """Compares with the density times the bin width on both sides, where a cumulative distribution would round to 1."""
     for side in (1, -1):
         ours = discretised_log_likelihood(double(side * 101 / 127.5), double(-side * 0.9), double(2 * math.log(0.05)))
         z = (101 / 127.5 + 0.9) / 0.05  # 34 deviations
-        h = z / 0.05 / 127.5 / 2  # the density's fall over half a bin
+        h = z / 0.05 / 127.5 / 2  # how far the density falls over half a bin
         expected = norm.logpdf(z) - math.log(0.05) + math.log(math.sinh(h) / h / 127.5)
         assert float(ours) == pytest.approx(expected, rel=1e-4)
 
 
 def test_variances() -> None:
-    """Ho et al.'s, their first entry, and the learned one between them."""
+    """Checks the two variances of Ho et al., their first entry, and the learned variance between them."""
     schedule = NoiseSchedule.named("linear", 20)
     t, alpha_bar, betas = torch.arange(20), schedule.alpha_bar, schedule.betas
     small = betas[1:] * (1 - alpha_bar[1:-1]) / (1 - alpha_bar[2:])
@@ -110,7 +110,7 @@ def test_variances() -> None:
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("t", [1, 4, 9])
 def test_a_term_against_integration(variance: str, t: int) -> None:
-    """q(x_{t-1} | x_t, x_0) by Bayes' rule on a grid, against p(x_{t-1} | x_t) written down from algorithm 2."""
+    """Compares q(x_{t-1} | x_t, x_0), by Bayes' rule on a grid, with p(x_{t-1} | x_t), written down from algorithm 2."""
     schedule = NoiseSchedule.named("cosine", 10)
     alpha_bar, beta = schedule.alpha_bar.tolist(), float(schedule.betas[t])
     x_0, x_t, x0_hat = 0.3, 0.4, -0.2
@@ -127,11 +127,11 @@ def test_a_term_against_integration(variance: str, t: int) -> None:
     assert float(ours) == pytest.approx(expected, rel=1e-7)
 
 
-# Gaussian data, x_0 ~ N(0, v), and its exact denoiser.
+# Gaussian data, x_0 ~ N(0, v), and the exact denoiser for these data.
 
 
 def gaussian_terms(schedule: NoiseSchedule, v: float, variance: str) -> Tensor:
-    """E of the terms 1 ... T-1 in bits, by Gauss-Hermite quadrature, which is exact for quadratic functions."""
+    """Returns the expected terms 1 ... T-1 in bits, by Gauss-Hermite quadrature, which is exact for quadratic functions."""
     nodes, weights = gauss_hermite(4)
     x_0, eps = (grid.reshape(-1, 1) for grid in torch.meshgrid(math.sqrt(v) * nodes, nodes, indexing="ij"))
     weight = torch.outer(weights, weights).flatten()
@@ -147,7 +147,10 @@ def gaussian_terms(schedule: NoiseSchedule, v: float, variance: str) -> Tensor:
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("v", [0.25, 1.0])
 def test_terms_of_gaussian_data_in_closed_form(variance: str, v: float) -> None:
-    """Half of (w^2 Var[x_0 | x_t] + beta_tilde) / sigma^2 - 1 - log(beta_tilde / sigma^2), w the weight of x_0 in eq. 7."""
+    """Each term is half of (w^2 Var[x_0 | x_t] + beta_tilde) / sigma^2 - 1 - log(beta_tilde / sigma^2).
+
+    w is the weight of x_0 in eq. 7.
+    """
     schedule = NoiseSchedule.named("linear", 1000)
     alpha_bar, betas = schedule.alpha_bar, schedule.betas[1:]
     before, after = alpha_bar[1:-1], alpha_bar[2:]
@@ -161,13 +164,16 @@ def test_terms_of_gaussian_data_in_closed_form(variance: str, v: float) -> None:
 
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_the_sum_is_the_divergence_of_the_whole_chains(variance: str) -> None:
-    """L_T + L_{T-1} + ... + L_1 = E KL(q(x_1, ..., x_T | x_0) || p(x_1, ..., x_T)), two Gaussians in T dimensions."""
+    """The sum L_T + ... + L_1 is E KL(q(x_1, ..., x_T | x_0) || p(x_1, ..., x_T)).
+
+    Here q and p are Gaussians in T dimensions.
+    """
     schedule, T, v = NoiseSchedule.named("linear", 6, start=0.05, end=0.6), 6, 0.4
     alpha_bar, betas = schedule.alpha_bar.numpy(), schedule.betas.numpy()
-    # q: x_t = sqrt(alpha_bar_t) x_0 + noise, with covariance, for t <= u, (1 - alpha_bar_t) sqrt(alpha_bar_u / alpha_bar_t).
+    # q: x_t = sqrt(alpha_bar_t) x_0 + noise. For t <= u the covariance is (1 - alpha_bar_t) sqrt(alpha_bar_u / alpha_bar_t).
     first, later = (pick.outer(np.arange(1, T + 1), np.arange(1, T + 1)) for pick in (np.minimum, np.maximum))
     q = (1 - alpha_bar[first]) * np.sqrt(alpha_bar[later] / alpha_bar[first])
-    # p: x_T = z_T, x_{t-1} = gain x_t + sigma z_{t-1}, as a matrix that makes all of x from all of z.
+    # p: x_T = z_T, x_{t-1} = gain x_t + sigma z_{t-1}, as a matrix that computes all of x from all of z.
     make = np.zeros((T, T))
     make[T - 1, T - 1] = 1
     for t in range(T, 1, -1):
@@ -177,7 +183,7 @@ def test_the_sum_is_the_divergence_of_the_whole_chains(variance: str) -> None:
         make[t - 2, t - 2] = math.sqrt(beta if variance == "fixed_large" else beta * left_before / left)
     p = make @ make.T
     inverse = np.linalg.inv(p)
-    mean = np.sqrt(alpha_bar[1:])  # times x_0
+    mean = np.sqrt(alpha_bar[1:])  # to be multiplied by x_0
     divergence = (
         np.trace(inverse @ q) - T + np.linalg.slogdet(p)[1] - np.linalg.slogdet(q)[1] + v * mean @ inverse @ mean
     )
@@ -186,7 +192,7 @@ def test_the_sum_is_the_divergence_of_the_whole_chains(variance: str) -> None:
 
 
 def test_each_variance_is_best_for_the_data_it_is_meant_for() -> None:
-    """Section 3.2 of Ho et al. 2020: beta for unit Gaussian data, beta_tilde for a single image."""
+    """beta suits unit Gaussian data, and beta_tilde suits a single image (Ho et al. 2020, section 3.2)."""
     schedule = NoiseSchedule.named("linear", 100)
     large, small = (gaussian_terms(schedule, 1.0, variance) for variance in VARIANCES)
     assert bool((large < small).all())
@@ -194,7 +200,7 @@ def test_each_variance_is_best_for_the_data_it_is_meant_for() -> None:
     assert bool((large > 0).all()) and float(small.abs().max()) < 1e-15
 
 
-# Pixels of two values, one bit each.
+# Images whose pixels take two values with equal probability. Their entropy is one bit per pixel.
 
 LOW, HIGH = 60, 180
 
@@ -205,7 +211,7 @@ def coins(count: int, seed: int = 0) -> Tensor:
 
 
 def coin_x0(schedule: NoiseSchedule, x_t: Tensor, t: Tensor) -> Tensor:
-    """E[x_0 | x_t] for x_0 = middle +- half, each with probability 1/2."""
+    """Returns E[x_0 | x_t] for x_0 = middle +- half, each with probability 1/2."""
     middle, half = (LOW + HIGH) / 255 - 1, (HIGH - LOW) / 255
     alpha_bar = schedule.log_alpha_bar_at(t).exp().view(-1, *[1] * (x_t.ndim - 1))
     a = alpha_bar.sqrt()
@@ -217,8 +223,8 @@ def coin_denoiser(schedule: NoiseSchedule) -> Denoiser:
 
 
 def coin_bound(schedule: NoiseSchedule, variance: str) -> tuple[Tensor, Tensor]:
-    """What the bound's terms 0 ... T-1 are in bits, and the denoiser's squared errors, by quadrature."""
-    grid = np.linspace(-10, 10, 4001)  # the trapezoidal rule, of smooth functions that vanish at both ends
+    """Returns the bound's terms 0 ... T-1 in bits, and the denoiser's squared errors, both by quadrature."""
+    grid = np.linspace(-10, 10, 4001)  # the trapezoidal rule, accurate for smooth functions that vanish at both ends
     eps, weight = torch.from_numpy(grid)[:, None], torch.from_numpy(norm.pdf(grid) * (grid[1] - grid[0]))
     bits, errors = [], []
     for t in range(schedule.T):
@@ -236,9 +242,10 @@ def coin_bound(schedule: NoiseSchedule, variance: str) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_bound_of_coins(variance: str) -> None:
-    """Every part of the estimate agrees with quadrature, and the bound lies above the entropy of one bit a pixel.
+    """Every part of the estimate agrees with quadrature, and the bound lies above the entropy of one bit per pixel.
 
-    Under a fresh seed this fails in about 1 of 4,000 runs (5 standard errors at each of 28 times, 4 for the sum).
+    With another seed, the test would fail by chance in about 1 of 4,000 runs (5 standard errors at each of 28 times, 4 for
+    the sum).
     """
     schedule = NoiseSchedule.named("cosine", 30)
     bits, errors = coin_bound(schedule, variance)
@@ -251,15 +258,15 @@ def test_bound_of_coins(variance: str) -> None:
         assert bool((gap[2:] < 5 * error[2:]).all())
         assert (
             float(gap[:2].max()) < rare
-        )  # less than one wrong pixel of 25,600 on average: no standard error to speak of
+        )  # on average less than one wrong pixel of 25,600, so the standard error means nothing
     assert torch.allclose(bound.distortion, bound.squared_error.mean(0).sqrt() * 127.5)
     assert float(bits.sum()) + float(prior(schedule, ((coins(400) / 127.5 - 1) ** 2).double().mean())) > 1
 
 
 def test_more_steps_come_closer_to_the_entropy() -> None:
-    """x_1 tells which value a pixel had, so the code for it, L_T + ... + L_1, costs a bit at least, and no more as T grows.
+    """L_T + ... + L_1 encodes x_1, which reveals a pixel's value, so the sum approaches one bit from above as T grows.
 
-    (The decoder's own bits stay: its variance is fixed, whatever x_1 tells.)
+    The decoder's own bits stay, because its variance is fixed whatever x_1 reveals.
     """
     excess = []
     for steps in (10, 40, 160):
@@ -272,9 +279,10 @@ def test_more_steps_come_closer_to_the_entropy() -> None:
 
 @pytest.mark.parametrize("times", [2, 5, 17])
 def test_a_few_times_estimate_the_whole_sum(times: int) -> None:
-    """Unbiased, with a standard error that is the estimate's spread over seeds.
+    """The estimate is unbiased, and its standard error equals its spread over seeds.
 
-    Under fresh seeds this fails in about 1 of 2,000 runs (the spread of 40 estimates; 4 standard errors of their mean).
+    With other seeds, the test would fail by chance in about 1 of 2,000 runs (the spread of 40 estimates; 4 standard errors of
+    their mean).
     """
     schedule = NoiseSchedule.named("cosine", 50)
     denoiser, images = coin_denoiser(schedule), coins(120)
@@ -284,7 +292,8 @@ def test_a_few_times_estimate_the_whole_sum(times: int) -> None:
     found = torch.tensor([mean_and_error(run.total) for run in runs], dtype=torch.float64)
     bits, _ = coin_bound(schedule, "fixed_small")
     expected = float(bits.sum() + prior(schedule, (images / 127.5 - 1).square().double().mean()))
-    assert bool((abs(found[:, 0] - expected) < 6 * found[:, 1]).all())  # skewed: 2 times reach 4 once in 800 runs
+    # the distribution is skewed: with 2 times, 4 standard errors are exceeded once in 800 runs
+    assert bool((abs(found[:, 0] - expected) < 6 * found[:, 1]).all())
     assert float(found[:, 0].mean()) == pytest.approx(expected, abs=4 * float(found[:, 1].mean()) / math.sqrt(40))
     assert 0.6 < float(found[:, 0].std() / found[:, 1].mean()) < 1.5
     assert all(len(run.strata) == times for run in runs)
@@ -300,9 +309,9 @@ def test_strata_are_all_times_once(T: int, data: st.DataObject) -> None:
 
 
 def test_rate_grows_and_distortion_falls() -> None:
-    """Figure 5 of Ho et al. 2020. More of the bits, a better picture: for an exact denoiser at every step.
+    """For an exact denoiser, every step adds bits and improves the image (Ho et al. 2020, figure 5).
 
-    Under a fresh seed this fails in fewer than 1 of 1,000 runs: none of 50 seeds came near a bound.
+    With another seed, the test would fail by chance in fewer than 1 of 1,000 runs: none of 50 seeds came near a bound.
     """
     schedule = NoiseSchedule.named("cosine", 100)
     bound = variational_bound(coin_denoiser(schedule), coins(300))
@@ -331,7 +340,7 @@ def test_nothing_depends_on_the_batch_and_all_on_the_seed() -> None:
 
 
 def test_clipping_lowers_the_bound_of_a_wild_network() -> None:
-    """x_0 lies in [-1, 1], so clamping x0_hat brings every mean closer."""
+    """Clamping x0_hat brings every mean closer, because x_0 lies in [-1, 1]."""
     schedule = NoiseSchedule.named("linear", 30)
     plain, clipped = (
         variational_bound(Denoiser(lambda x, t: 3 * x, schedule, "x0", clip=clip), coins(10)) for clip in (False, True)
@@ -357,7 +366,7 @@ def test_refused(make, message: str) -> None:
 
 
 def test_the_network_computes_in_float32_on_a_gpu_too() -> None:
-    """Not in TF32, and what was set before is set again."""
+    """The network does not run in TF32, and the earlier settings of torch are restored."""
     schedule = NoiseSchedule.named("linear", 30)
     seen: set[tuple[bool, str]] = set()
     cudnn = torch.backends.cudnn

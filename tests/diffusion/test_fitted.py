@@ -1,4 +1,4 @@
-"""Times fitted to a model: the cheapest path by brute force, and fewer errors than the best spacing on mixtures."""
+"""Checks fitted times: the cheapest path against brute force, and the errors on mixtures against those of the spacings."""
 
 import itertools
 
@@ -17,7 +17,7 @@ THREE = torch.tensor([[-0.8, -0.4], [0.7, 0.5], [0.1, -0.7]], dtype=torch.float6
 
 
 def exact(means: torch.Tensor, deviation: float, name: str) -> Denoiser:
-    """E[x_0 | x_t] of equally likely clusters."""
+    """Returns a denoiser that computes E[x_0 | x_t] of equally likely clusters."""
     schedule = NoiseSchedule.named(name, 1000)
 
     def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -37,9 +37,9 @@ def noise(seed: int, count: int, dimensions: int = 2) -> torch.Tensor:
 def fitted_and_spaced(
     means: torch.Tensor, deviation: float, name: str, count: int, fresh: int
 ) -> tuple[float, dict[str, float]]:
-    """RMS distances to the ends of trajectories, at 5 evaluations of unipc: with times fitted to `count` points, and by spacing.
+    """Returns the RMS distance to the ends of trajectories with fitted times, and the same with each spacing.
 
-    They are measured from noise of `fresh` other points.
+    unipc makes 5 evaluations. The times are fitted to `count` points, and the distances are measured on `fresh` other points.
     """
     denoiser, dimensions = exact(means, deviation, name), means.shape[1]
     times, _ = fit_times(denoiser, Path.of(denoiser, noise(0, count, dimensions)), 5)
@@ -70,7 +70,7 @@ def test_the_cheapest_path_is_that_of_all_paths() -> None:
 def test_five_fitted_steps_end_nearer_to_the_trajectory_than_on_the_best_spacing(
     means: torch.Tensor, deviation: float, name: str
 ) -> None:
-    """By 40% or more, measured from noise that the times were not fitted to."""
+    """Fitted times end at least 40% nearer, measured on noise that they were not fitted to."""
     fitted, spaced = fitted_and_spaced(means, deviation, name, 64, 128)
     assert fitted < 0.6 * min(spaced.values()), (fitted, spaced)
 
@@ -91,7 +91,7 @@ def test_times_are_visited_as_given() -> None:
         assert told == pytest.approx(each) and len(states) == steps == evaluations(
             denoiser.schedule, "unipc", steps, times=times
         )
-    # The times of a spacing are that spacing.
+    # Fitted times that equal a spacing give the same samples as that spacing.
     x_T, leading = noise(0, 4), [float(t) for t in range(900, -1, -100)]
     assert torch.equal(sample(denoiser, x_T, "unipc", 10, times={10: leading}), sample(denoiser, x_T, "unipc", 10))
 
@@ -112,7 +112,7 @@ def test_wrong_times_are_refused(times: dict, message: str) -> None:
 
 
 def test_times_do_not_visit_pure_noise_twice() -> None:
-    """With zero terminal SNR there is no signal at any time after T - 2, so a step between two such times is undefined."""
+    """With zero terminal SNR there is no signal at any time after T - 2. So a step between two such times is undefined."""
     schedule = NoiseSchedule.named("cosine", steps=1000, zero_terminal_snr=True)
     denoiser = Denoiser(lambda x, t: 0.3 * x, schedule, target="v")
     with pytest.raises(ValueError, match="times: do not make 3 different noise levels of T = 1000"):

@@ -1,4 +1,4 @@
-"""The effect of schedules on an image, against numbers computed by hand."""
+"""Checks the effect of schedules on an image against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddpm.diffusion.forward import noised, shares, summary
 
 
 def test_two_steps_by_hand() -> None:
-    """alpha_bar = 0.5, 0.01: ratios 1 and 1/99; a ratio on an edge belongs to the band above."""
+    """alpha_bar = 0.5, 0.01 gives the ratios 1 and 1/99. A ratio on an edge belongs to the band above the edge."""
     row = summary(NoiseSchedule(torch.tensor([0.5, 0.98], dtype=torch.float64)), mean_square=1.0)
     assert row.alpha_bar == pytest.approx(0.01) and row.snr == pytest.approx(1 / 99)
     assert row.shares == (0, 0, 0.5, 0.5, 0)
@@ -48,7 +48,7 @@ def test_nothing_is_left_with_zero_terminal_snr(name: str) -> None:
 
 
 def test_an_image_along_the_way() -> None:
-    """x_0 first, the two in the right proportion on the way."""
+    """x_0 comes first, and the later images mix x_0 and noise in the right proportion."""
     schedule, x_0, eps = NoiseSchedule.named("cosine", 20), torch.ones(3, 2), torch.full((3, 2), -2.0)
     x = noised(schedule, x_0, torch.tensor([0, 10, 20]), eps)
     assert torch.equal(x[0], x_0)

@@ -1,4 +1,4 @@
-"""Class-conditional networks and guidance: a mixture whose scores are known, the identities at w = 0 and 1, label dropout."""
+"""Checks class-conditional networks and guidance: a mixture with known scores, guidance 0 and 1, and label dropout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddpm.diffusion.noise import gaussian
 from ddpm.training.fit import TrainingState
 from ddpm.training.objective import Objective
 
-# Two classes of numbers, x_0 | y ~ N(MEANS[y], VARIANCES[y]), as often as SHARES says.
+# Two classes of numbers, x_0 | y ~ N(MEANS[y], VARIANCES[y]), with the probabilities SHARES.
 MEANS, VARIANCES, SHARES = (
     torch.tensor(values, dtype=torch.float64) for values in ((-0.7, 0.5), (0.04, 0.25), (0.3, 0.7))
 )
@@ -24,13 +24,16 @@ SCHEDULE = NoiseSchedule.named("cosine", 1000)
 
 
 def log_densities(x: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """log p_t(x, y) of x [B]: [B, 2]."""
+    """Returns log p_t(x, y) of x [B]: [B, 2]."""
     normal = torch.distributions.Normal(a[:, None] * MEANS, (a[:, None] ** 2 * VARIANCES + s[:, None] ** 2).sqrt())
     return normal.log_prob(x[:, None]) + SHARES.log()
 
 
 def exact_net(target: str) -> Callable[..., torch.Tensor]:
-    """E[x_0 | x_t, y], or E[x_0 | x_t] for label -1, by Bayes' rule, as a network for `target`; x is float64 [B, 1]."""
+    """Returns a network that computes E[x_0 | x_t, y] by Bayes' rule, or E[x_0 | x_t] for label -1.
+
+    The network predicts `target`, and its input x is float64 [B, 1].
+    """
 
     def net(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         a, s, c_skip, c_out = coefficients(SCHEDULE, target, t.double())
@@ -51,7 +54,7 @@ def exact(target: str, label: int, guidance: float, count: int) -> Denoiser:
 @pytest.mark.parametrize("guidance", [-1.0, 0.0, 0.4, 1.0, 3.0])
 @pytest.mark.parametrize("target", sorted(TARGETS))
 def test_it_follows_the_score_of_p_times_p_label_to_the_w(target: str, guidance: float) -> None:
-    """x0_hat = (x_t + s^2 score) / a with the score of p(x) p(y | x)^w, differentiated from its logarithm."""
+    """x0_hat = (x_t + s^2 score) / a, with the score of p(x) p(y | x)^w differentiated from its logarithm."""
     x = torch.linspace(-2, 2, 41, dtype=torch.float64).requires_grad_()
     for label, t in itertools.product((0, 1), (20.0, 400.5, 900.0)):
         log_alpha_bar = SCHEDULE.log_alpha_bar_at(torch.full((41,), t))
@@ -66,7 +69,8 @@ def test_it_follows_the_score_of_p_times_p_label_to_the_w(target: str, guidance:
 
 def test_samples_are_of_the_class_the_mixture_or_further_out() -> None:
     count = 400
-    x_T = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None]  # evenly likely noises
+    # evenly likely noise values
+    x_T = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None]
 
     def moments(label: int, guidance: float) -> tuple[float, float]:
         x_0 = sample(exact("v", label, guidance, count), x_T, "dpmpp_2m", 50, "logsnr")
@@ -83,7 +87,7 @@ def test_samples_are_of_the_class_the_mixture_or_further_out() -> None:
 
 
 def conditional(classes: int = 3) -> UNet:
-    """With random weights everywhere, also where training starts from zero."""
+    """Returns a network with random weights everywhere, even where training starts from zero."""
     net, generator = UNet(1, 8, 16, (1, 2), 1, (4,), classes=classes), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -105,7 +109,7 @@ def test_w_1_is_the_labelled_network_w_0_the_unlabelled_and_each_costs_one_evalu
     assert torch.equal(net(x, t), net(x, t, torch.full((4,), NO_LABEL)))
     assert torch.equal(at[1.0], Denoiser(net, SCHEDULE, "x0", labels=labels)(x, 300.0))
     assert torch.allclose(at[2.5], at[0.0] + 2.5 * (at[1.0] - at[0.0]), atol=1e-5)
-    assert float((at[1.0] - at[0.0]).abs().amax((1, 2, 3)).min()) > 1e-3  # each label says something
+    assert float((at[1.0] - at[0.0]).abs().amax((1, 2, 3)).min()) > 1e-3  # each label changes the output
 
 
 def test_the_row_for_no_label_is_no_class() -> None:
@@ -144,7 +148,7 @@ def test_other_weights_start_the_same_with_and_without_classes() -> None:
 
 
 class Recorder(nn.Module):
-    """Keeps what it is shown and told."""
+    """Records the inputs that it receives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +161,7 @@ class Recorder(nn.Module):
 
 
 def shown(steps: int, batch: int, **options: object) -> list[tuple[torch.Tensor, ...]]:
-    """What training shows a network, on images that are all of the grey of their number, 0 ... 49."""
+    """Returns the inputs that training gives a network, for images of a uniform grey: image i has the grey level i, 0 ... 49."""
     images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(50, 1, 4, 4).contiguous()
     tables = {"a": 1.0, "s": 0.0, "from_x0": 0.0, "from_eps": 1.0}  # x_t = x_0
     objective = Objective.of(NoiseSchedule.named("linear", 1), "eps")
@@ -169,7 +173,7 @@ def shown(steps: int, batch: int, **options: object) -> list[tuple[torch.Tensor,
 
 
 def test_each_image_keeps_its_label_or_loses_it_as_often_as_asked() -> None:
-    """Under a fresh seed this fails in about 1 of 750,000 runs (5 standard errors, twice)."""
+    """With another seed, the test would fail by chance in about 1 of 750,000 runs (5 standard errors, twice)."""
     labels = torch.arange(50) % 7
     for dropout in (0.0, 0.1, 0.5):
         seen = shown(4, 1000, labels=labels, label_dropout=dropout)
@@ -177,7 +181,7 @@ def test_each_image_keeps_its_label_or_loses_it_as_often_as_asked() -> None:
         number = torch.cat([((x[:, 0, 0, 0] + 1) * 127.5).round().long() for x, _, _ in seen])
         kept = told != NO_LABEL
         assert torch.equal(told[kept], labels[number[kept]])
-        # 4,000 draws: five standard deviations of their share.
+        # 4,000 draws: allows five standard deviations of the share of dropped labels.
         assert float((~kept).double().mean()) == pytest.approx(dropout, abs=5 * (dropout * (1 - dropout) / 4000) ** 0.5)
 
 
@@ -211,12 +215,12 @@ def sigma_at(t: float) -> float:
 @pytest.mark.parametrize("target", sorted(TARGETS))
 def test_guidance_acts_inside_its_interval_and_the_plain_network_outside(target: str) -> None:
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    interval = (sigma_at(300), sigma_at(600))  # from above sigma(300) to sigma(600)
+    interval = (sigma_at(300), sigma_at(600))  # from just above sigma(300) to sigma(600)
     limited = replace(exact(target, 1, 3.0, 9), guidance_interval=interval)
     for t, w, evaluations in ((100.0, 1.0, 1), (300.0, 1.0, 1), (301.0, 3.0, 2), (600.0, 3.0, 2), (601.5, 1.0, 1)):
         assert torch.equal(limited(x, t), exact(target, 1, w, 9)(x, t)), t
         assert limited.evaluations(t) == evaluations, t
-    times = torch.linspace(100, 900, 9)  # each image at its own level
+    times = torch.linspace(100, 900, 9)  # each image has its own noise level
     apart = torch.cat([limited(x, t.item())[i : i + 1] for i, t in enumerate(times)])
     assert torch.allclose(limited(x, times), apart, atol=1e-12) and limited.evaluations(times) == 2
 
@@ -236,12 +240,13 @@ def test_steps_outside_the_interval_take_one_evaluation() -> None:
     for sampler in ("ddim", "unipc", "heun"):
         seen = 0
         (*_, last) = trajectory(limited, torch.zeros(3, 1, dtype=torch.float64), sampler, 10, "leading")
-        # Times 900, 800 ... 0; Heun evaluates those between the ends twice. 600, 500, 400 and 300 are inside.
+        # The times are 900, 800 ... 0, and Heun evaluates all but the first and the last twice. 600, 500, 400 and 300 lie
+        # inside.
         assert last.evaluations == seen / 3 == ((18 + 1) + 2 * 4 if sampler == "heun" else 10 + 4)
 
 
 def test_the_rescaled_prediction_has_the_labelled_ones_deviation() -> None:
-    """By eq. 15 and 16 of Lin et al. 2024, on the network's prediction."""
+    """The network's prediction is rescaled by eq. 15 and 16 of Lin et al. 2024."""
     net = conditional()
     x, labels, t = gaussian(0, range(4), 0, (1, 8, 8)), torch.tensor([0, 2, 1, 2]), torch.full((4,), 300.0)
     labelled, free = net(x, t, labels), net(x, t)

@@ -1,4 +1,4 @@
-"""Noise: the published vectors of Philox, the quantile function, and independence of everything but (seed, image, draw)."""
+"""Checks the noise: Philox's published vectors, the quantile function, and dependence on nothing but (seed, image, draw)."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def words(*values: int) -> list[torch.Tensor]:
 
 
 def test_philox_known_answers() -> None:
-    """The vectors that come with Random123 (Salmon et al. 2011) for philox4x32 with 10 rounds."""
+    """Compares with the vectors that come with Random123 (Salmon et al. 2011) for philox4x32 with 10 rounds."""
     full = 0xFFFFFFFF
     cases = [
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -43,7 +43,10 @@ def test_inverse_normal_is_the_quantile_function() -> None:
 
 
 def test_distribution() -> None:
-    """Under a fresh seed this fails in about 1 of 900 runs (p-value 1e-3, and 4 standard errors of the correlation)."""
+    """With another seed, the test would fail by chance in about 1 of 900 runs.
+
+    The limits are a p-value of 1e-3, and 4 standard errors of the correlation.
+    """
     z = gaussian(3, range(500), 1, (3, 16, 16))
     assert stats.kstest(z.flatten().numpy(), "norm").pvalue > 1e-3
     flat = z.flatten(1)
@@ -73,7 +76,7 @@ def test_a_range_is_what_its_numbers_are(images: range) -> None:
 
 
 class Copies(TorchFunctionMode):
-    """Counts what takes values from the CPU elsewhere: on a GPU each waits for all that was asked before."""
+    """Counts copies from the CPU to the device. On a GPU, each copy waits for all work that was requested before."""
 
     count = 0
 
@@ -87,7 +90,7 @@ class Copies(TorchFunctionMode):
 
 
 def test_sampling_copies_nothing_to_the_device() -> None:
-    """With tensors that have no values in the place of a GPU's."""
+    """Uses tensors on the meta device, which have no values, in place of a GPU's tensors."""
     x = torch.zeros(4, 3, 8, 8, device="meta")
     denoiser = Denoiser(lambda x, t: x * t.view(-1, 1, 1, 1), NoiseSchedule.named("cosine", 20), "v", clip=True)
     with Copies() as copies:
@@ -108,7 +111,7 @@ def test_threads_change_nothing() -> None:
 
 
 def test_seed_image_and_draw_all_matter() -> None:
-    """Under fresh seeds this fails in about 1 of 1,600 runs: one of 192 pairs of values is alike to 1e-5 by chance."""
+    """With other seeds, the test would fail in about 1 of 1,600 runs: one of 192 pairs of values agrees to 1e-5 by chance."""
     base = gaussian(1, [5], 9, (1, 8, 8))
     for other in (gaussian(2, [5], 9, (1, 8, 8)), gaussian(1, [6], 9, (1, 8, 8)), gaussian(1, [5], 10, (1, 8, 8))):
         assert not torch.isclose(base, other).any()
@@ -116,7 +119,7 @@ def test_seed_image_and_draw_all_matter() -> None:
 
 
 def test_the_counter_holds_place_draw_and_image_and_the_key_holds_the_seed() -> None:
-    """Both halves of a 64-bit image number and of a 64-bit seed count, bit for bit."""
+    """Checks both halves of a 64-bit image number and of a 64-bit seed, bit for bit."""
     seed, image, draw = 0xFEDC_BA98_7654_3210, 0x0123_4567_89AB_CDEF, 7
     key = (seed & 0xFFFF_FFFF, seed >> 32)
     blocks = [philox(words(place, draw, image & 0xFFFF_FFFF, image >> 32), key) for place in range(2)]

@@ -1,4 +1,4 @@
-"""Codes, interpolations and snapshots, for data whose perfect denoiser is known."""
+"""Checks codes, interpolations and snapshots on data whose perfect denoiser is known."""
 
 import math
 from itertools import pairwise
@@ -17,7 +17,7 @@ VARIANCE = 0.25
 
 
 def perfect(schedule: NoiseSchedule, clip: bool | float = False) -> Denoiser:
-    """E[x_0 | x_t] for x_0 ~ N(0, VARIANCE)."""
+    """Returns a denoiser that computes E[x_0 | x_t] for x_0 ~ N(0, VARIANCE)."""
 
     def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         alpha_bar = schedule.log_alpha_bar_at(t.double()).exp().view(-1, *[1] * (x.ndim - 1))
@@ -29,12 +29,12 @@ def perfect(schedule: NoiseSchedule, clip: bool | float = False) -> Denoiser:
 @pytest.mark.parametrize("spacing", sorted(SPACINGS))
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_the_code_of_gaussian_data_in_closed_form(name: str, spacing: str) -> None:
-    """In xi = x / a and sigma = s / a an encoding step of Euler's method multiplies xi by 1 + dsigma sigma / (v + sigma^2)."""
+    """An Euler step of encoding multiplies xi by 1 + dsigma sigma / (v + sigma^2), where xi = x / a and sigma = s / a."""
     schedule = NoiseSchedule.named(name, 1000)
     for steps in (1, 2, 7, 50):
         alpha_bar = schedule.log_alpha_bar_at(network_times(schedule, steps, spacing)).exp().flip(0).tolist()
         sigmas = [math.sqrt(1 / level - 1) for level in alpha_bar]
-        # The first step takes eps of the clean image at the network's first time.
+        # The first step computes eps of the clean image at the network's first time.
         first = float(schedule.alpha_bar[1])
         gain = 1 + sigmas[0] * math.sqrt(1 - first) / (first * VARIANCE + 1 - first)
         for now, to in pairwise(sigmas):
@@ -44,7 +44,7 @@ def test_the_code_of_gaussian_data_in_closed_form(name: str, spacing: str) -> No
         found = encode(perfect(schedule), x_0, steps=steps, spacing=spacing) / x_0
         assert found.flatten().tolist() == pytest.approx([gain, gain], rel=1e-5), (
             steps
-        )  # times reach the network as float32
+        )  # the network receives times as float32
 
 
 def test_codes_of_gaussian_data_are_standard_normal_in_the_limit() -> None:
@@ -56,7 +56,7 @@ def test_codes_of_gaussian_data_are_standard_normal_in_the_limit() -> None:
 
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("heun", 3)])
 def test_encode_then_decode_comes_back(sampler: str, order: int) -> None:
-    """At first order for DDIM. Heun's leading error is odd in the step, so what it adds going up it takes off going down."""
+    """DDIM's error is of first order. Heun's leading error is odd in the step, so decoding cancels the error of encoding."""
     denoiser = perfect(NoiseSchedule.named("linear", 1000))
     x_0 = torch.tensor([[0.9], [-0.4]], dtype=torch.float64)
     counts, errors = [25, 50, 100, 200], []
@@ -70,7 +70,7 @@ def test_encode_then_decode_comes_back(sampler: str, order: int) -> None:
 
 @pytest.mark.parametrize("sampler", FLOWS)
 def test_every_flow_encodes(sampler: str) -> None:
-    """Many steps of any of them reach the code that keeps an image's place in its distribution: x / sqrt(v)."""
+    """With many steps, every flow reaches the code that keeps an image's place in its distribution: x / sqrt(v)."""
     denoiser = perfect(NoiseSchedule.named("cosine", 1000))
     x_0 = torch.tensor([[0.9], [-0.4]], dtype=torch.float64)
     settings = {"sampler": sampler, "steps": 400, "spacing": "logsnr"}
@@ -82,7 +82,7 @@ def test_every_flow_encodes(sampler: str) -> None:
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "logsnr", "karras"])
 @pytest.mark.parametrize("sampler", FLOWS)
 def test_encoding_up_to_pure_noise(sampler: str, spacing: str) -> None:
-    """Where the chain ends without signal, the code is what the steps before it lead to, and comes back."""
+    """If the chain ends without signal, the code is the limit of the steps before the end, and decodes to the image."""
     denoiser = perfect(NoiseSchedule.named("linear", 1000).zero_terminal_snr())
     x_0 = torch.tensor([[0.9], [-0.4]], dtype=torch.float64)
     settings = {"sampler": sampler, "steps": 400, "spacing": spacing}
@@ -113,7 +113,7 @@ def test_slerp_keeps_the_length_and_turns_evenly() -> None:
         of_x, of_y = ((1 - weight) * angle).sin() / angle.sin(), (weight * angle).sin() / angle.sin()
         square = (of_x * length) ** 2 + (of_y * other) ** 2 + 2 * of_x * of_y * length * other * cosine
         assert torch.allclose(between.flatten(1).norm(dim=1), square.sqrt(), rtol=1e-12)
-        # Between vectors of one length: that length, at its share of the angle.
+        # Between vectors of equal length, the result has that length, and its angle is the given share of the whole angle.
         even = slerp(x, y * (length / other).view(-1, 1, 1, 1), weight)
         assert torch.allclose(even.flatten(1).norm(dim=1), length, rtol=1e-12)
         turned = ((x * even).flatten(1).sum(1) / length**2).clamp(-1, 1).acos()
@@ -130,12 +130,12 @@ def test_interpolation_ends_at_the_decoded_originals() -> None:
     pair = torch.stack([x_0, y_0])
     again = sample(denoiser, encode(denoiser, pair, **settings), **settings)
     assert torch.allclose(torch.stack([first, last]), again, atol=1e-12)
-    # Every step of a Gaussian's flow is a multiplication, so the middle is that of the ends, on the sphere.
+    # Every step of a Gaussian's flow is a multiplication, so the middle image is the slerp of the two decoded images.
     assert torch.allclose(middle, slerp(*again.split(1), 0.5)[0], atol=1e-9)
 
 
 def test_a_blend_in_closed_form() -> None:
-    """For Gaussian data: the mixture, noised to the level it starts from, times the gains of the steps down from there."""
+    """For Gaussian data the result is the mixture, noised to the starting level, times the gains of the remaining steps."""
     schedule, v = NoiseSchedule.named("linear", 1000), VARIANCE
     x_0, y_0 = gaussian(3, range(2), 0, (1, 2, 2)).double()
     noise = gaussian(4, range(1), 0, (1, 2, 2)).double()[0]
@@ -153,7 +153,7 @@ def test_a_blend_in_closed_form() -> None:
     assert torch.allclose(unchanged, torch.stack([x_0, (x_0 + y_0) / 2, y_0]))
     draws: list[int] = []
     blend(perfect(schedule), x_0, y_0, [0.3], 1.0, lambda k: (draws.append(k), noise)[1], "ddpm", 4)
-    assert draws == [0, 1, 2, 3]  # one for the start, and one for each step but the last
+    assert draws == [0, 1, 2, 3]  # one draw for the start, and one for each step except the last
     with pytest.raises(ValueError, match="depth"):
         blend(perfect(schedule), x_0, y_0, [0.5], 1.5, lambda k: noise)
 
@@ -179,5 +179,5 @@ def test_the_last_snapshot_is_the_sample(sampler: str) -> None:
 def test_pixel_error_is_on_the_unit_scale() -> None:
     black, white = torch.full((2, 1, 2, 2), -1.0), torch.full((2, 1, 2, 2), 1.0)
     assert pixel_error(black, white).tolist() == [1.0, 1.0]
-    assert pixel_error(white, white + 3).tolist() == [0.0, 0.0]  # shown as white
+    assert pixel_error(white, white + 3).tolist() == [0.0, 0.0]  # both are shown as white
     assert pixel_error(black, black + 2 / 255).tolist() == pytest.approx([1 / 255**2] * 2, rel=1e-4)

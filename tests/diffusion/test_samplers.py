@@ -1,7 +1,7 @@
-"""Samplers with a perfect network, whose mean and variance are known exactly for every step count.
+"""Checks samplers with a perfect network, for which mean and variance are known exactly at every number of steps.
 
-For x_0 ~ N(m, v) the perfect denoiser is linear in x_t, so each step of a sampler maps a Gaussian to a Gaussian by numbers
-that are computed here from the papers' equations, apart from the code under test.
+For x_0 ~ N(m, v) the perfect denoiser is linear in x_t, so each step of a sampler maps a Gaussian to a Gaussian. The factors
+are computed here from the papers' equations, independently of the code under test.
 """
 
 import itertools
@@ -23,7 +23,7 @@ MEAN, VARIANCE = 0.4, 0.25
 
 
 def perfect(schedule: NoiseSchedule, target: str = "eps", clip: bool = False) -> Denoiser:
-    """E[x_0 | x_t] for x_0 ~ N(MEAN, VARIANCE), wrapped as a network for `target`."""
+    """Returns E[x_0 | x_t] for x_0 ~ N(MEAN, VARIANCE), wrapped as a network for `target`."""
 
     def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         times = t.double().view(-1, *[1] * (x.ndim - 1))
@@ -38,7 +38,7 @@ def perfect(schedule: NoiseSchedule, target: str = "eps", clip: bool = False) ->
 def propagate(
     schedule: NoiseSchedule, times: list[float], kind: str, variance: str = "", eta: float = 0.0
 ) -> tuple[float, float]:
-    """Mean and variance after all steps, from the textbook form of each update."""
+    """Returns mean and variance after all steps, from the textbook form of each update."""
     alpha_bar = [*schedule.log_alpha_bar_at(torch.tensor(times)).exp().tolist(), 1.0]
     mean, var = 0.0, 1.0
     for now, to in itertools.pairwise(alpha_bar):
@@ -69,9 +69,9 @@ ROWS = [
 
 
 def exact_moments(denoiser: Denoiser, spacing: str, steps: int, sampler: str, options: dict) -> tuple[float, float]:
-    """The sampler's own mean and variance, without Monte Carlo: its response to each noise it draws is linear."""
+    """Returns the sampler's own mean and variance without Monte Carlo: the sampler's response to each noise is linear."""
     draws = steps + 1
-    # Row 0: no noise at all (the mean); row 1: a unit x_T; row 2 + k: a unit k-th draw.
+    # Row 0 has no noise (the mean), row 1 a unit x_T, and row 2 + k a unit k-th draw.
     x_T = torch.zeros(draws + 1, 1, dtype=torch.float64)
     x_T[1] = 1
 
@@ -92,7 +92,7 @@ def test_moments_for_gaussian_data(sampler: str, options: dict, name: str, spaci
     for steps in (1, 2, 7, 50):
         times = network_times(schedule, steps, spacing).tolist()
         expected = propagate(schedule, times, sampler, **options)
-        # x0 avoids eps' division by a vanishing a; float64 through and through.
+        # Target x0 avoids eps' division by a vanishing a. All computation is in float64.
         assert exact_moments(perfect(schedule, "x0"), spacing, steps, sampler, options) == pytest.approx(
             expected, rel=1e-6
         ), steps
@@ -107,7 +107,7 @@ def test_every_target_gives_the_same_images(target: str) -> None:
 
 
 def test_the_bias_of_ddim_at_full_length() -> None:
-    """The last step to alpha_bar = 1 and a start that is not quite noise leave 0.6% of the variance behind."""
+    """The last step to alpha_bar = 1, and a start that is not quite pure noise, lose 0.6% of the variance."""
     schedule = NoiseSchedule.named("linear", 1000)
     _, var = exact_moments(perfect(schedule, "x0"), "leading", 1000, "ddim", {"eta": 0.0})
     _, truth = propagate(schedule, network_times(schedule, 1000, "leading").tolist(), "ddim")
@@ -116,7 +116,7 @@ def test_the_bias_of_ddim_at_full_length() -> None:
 
 
 def test_full_ancestral_chain_reaches_the_data() -> None:
-    """With both the lower and the upper variance bound of Ho et al. the data's variance lies between the results."""
+    """The data's variance lies between the results of the lower and the upper variance bound of Ho et al."""
     schedule = NoiseSchedule.named("linear", 1000)
     small = exact_moments(perfect(schedule, "x0"), "leading", 1000, "ddpm", {"variance": "fixed_small"})
     large = exact_moments(perfect(schedule, "x0"), "leading", 1000, "ddpm", {"variance": "fixed_large"})
@@ -128,7 +128,7 @@ def test_full_ancestral_chain_reaches_the_data() -> None:
 @settings(max_examples=30)
 @given(st.sets(st.integers(0, 999), min_size=1, max_size=30), st.sampled_from(sorted(SCHEDULES)), st.integers(0, 1000))
 def test_ddim_with_eta_one_is_ddpm_with_fixed_small(times: set[int], name: str, seed: int) -> None:
-    """On any sub-sequence of the chain, from any of its levels."""
+    """Holds on any sub-sequence of the chain, starting from any of its levels."""
     schedule = NoiseSchedule.named(name, 1000)
     denoiser = perfect(schedule, "x0")
     levels = [Level(t, float(schedule.alpha_bar[t + 1])) for t in sorted(times, reverse=True)] + [Level(-1.0, 1.0)]
@@ -144,7 +144,7 @@ def test_ddim_with_eta_one_is_ddpm_with_fixed_small(times: set[int], name: str, 
 
 
 def test_diffusers_agrees() -> None:
-    """diffusers' DDPM and DDIM schedulers, where they are right: leading spacing with S dividing T, eps, no clipping."""
+    """Compares with diffusers' DDPM and DDIM schedulers where they are right: leading spacing, S divides T, eps, no clipping."""
     diffusers = pytest.importorskip("diffusers")
     schedule = NoiseSchedule.named("linear", 1000)
     denoiser = perfect(schedule, "eps")
@@ -191,7 +191,7 @@ def test_clipping_acts_on_x0_and_eps_is_derived_again() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_time_is_that_time_for_every_image(target: str, dtype: torch.dtype) -> None:
-    """To the bit, and the network is told it for each."""
+    """The results are bit-identical, and the network receives one time per image."""
     x_t = torch.randn(5, 3, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(0)).to(
         memory_format=torch.channels_last
     )
@@ -213,7 +213,7 @@ def test_one_time_is_that_time_for_every_image(target: str, dtype: torch.dtype) 
 
 
 def test_dynamic_thresholding() -> None:
-    """By hand: of |x0_hat| = 0, 1, 2, 3, 4 the quantile 0.75 is 3, and 0.6 is 0.4 of the way from 2 to 3."""
+    """Checked by hand: of |x0_hat| = 0, 1, 2, 3, 4 the quantile 0.75 is 3. The quantile 0.6 is 0.4 of the way from 2 to 3."""
     schedule = NoiseSchedule.named("linear", 10)
     x0_hat = torch.tensor([[[0.0, -1, 2, -3, 4]], [[0.0, 0.1, -0.9, 1, 0.5]]])
 
@@ -222,7 +222,8 @@ def test_dynamic_thresholding() -> None:
 
     assert torch.allclose(thresholded(x0_hat, 0.75)[0], torch.tensor([[0, -1 / 3, 2 / 3, -1, 1]]))
     assert torch.allclose(thresholded(x0_hat, 0.6)[0], torch.tensor([[0, -1 / 2.4, 2 / 2.4, -1, 1]]))
-    assert torch.equal(thresholded(x0_hat, 0.75)[1], x0_hat[1])  # each image by itself; within [-1, 1] nothing moves
+    # each image has its own threshold, and nothing changes within [-1, 1]
+    assert torch.equal(thresholded(x0_hat, 0.75)[1], x0_hat[1])
     for wrong in (0, 1, 1.5, -0.1, math.nan):
         with pytest.raises(ValueError, match="clip"):
             Denoiser(lambda x, t: x, schedule, "x0", clip=wrong)
@@ -242,7 +243,7 @@ def test_thresholding_is_idempotent_and_keeps_the_order_of_pixels(seed: int, cli
 @pytest.mark.parametrize("pure", [False, True])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_takes_the_evaluations_that_its_samplers_row_says(sampler: str, pure: bool) -> None:
-    """pure: the chain starts without signal, where Heun's first step is not corrected."""
+    """pure: the chain starts without signal. In that case Heun's first step is not corrected."""
     schedule = NoiseSchedule.named("linear", 1000)
     schedule = schedule.zero_terminal_snr() if pure else schedule
     other = NoiseSchedule.named("cosine", 1000)
@@ -308,11 +309,11 @@ def test_x0_to_x_t_to_target_to_x0(target: str, name: str, seed: int) -> None:
     eps = torch.randn(4, 1, 2, 2, generator=generator)
     t = torch.randint(100, (4,), generator=generator)
     if float(schedule.alpha_bar[-1]) == 0 and target == "eps":
-        return  # refused: see the next test
+        return  # this case is refused: see the next test
     x_t, wanted = Objective.of(schedule, target).pair(x_0, t, eps)
     _, _, _, c_out = coefficients(schedule, target, t)
     back = Denoiser(lambda x, times: wanted, schedule, target)(x_t, t)
-    assert float((back - x_0).abs().max() / c_out.abs().clamp(min=1).max()) < 1e-5  # the target is known to 1e-7
+    assert float((back - x_0).abs().max() / c_out.abs().clamp(min=1).max()) < 1e-5  # the target is accurate to 1e-7
 
 
 def test_eps_is_refused_where_nothing_of_the_image_is_left() -> None:
@@ -322,11 +323,11 @@ def test_eps_is_refused_where_nothing_of_the_image_is_left() -> None:
 
 
 def test_a_learned_variance_is_the_second_half_from_0_to_1() -> None:
-    """-1 is fixed_small and 1 is fixed_large: eq. 15 of Nichol & Dhariwal 2021, with v = (output + 1) / 2."""
+    """v = -1 is fixed_small and v = 1 is fixed_large: eq. 15 of Nichol & Dhariwal 2021, with v = (output + 1) / 2."""
     x = torch.zeros(2, 3, 4, 4)
     outputs = torch.stack([torch.full((4, 4), value) for value in (-1.0, 0.0, 3.0)]).expand(2, 3, 4, 4)
     prediction, v = split_variance(torch.cat([x + 5, outputs], dim=1), x)
     assert v is not None and torch.equal(prediction, x + 5)
-    assert v[0, :, 0, 0].tolist() == [0.0, 0.5, 2.0]  # not clamped
+    assert v[0, :, 0, 0].tolist() == [0.0, 0.5, 2.0]  # values are not clamped
     for channels in (3, 9):
         assert split_variance(torch.zeros(2, channels, 4, 4), x)[1] is None

@@ -1,4 +1,4 @@
-"""Schedules against the closed forms and against values computed with 60 digits."""
+"""Checks schedules against closed forms and against values computed with 60 digits."""
 
 import math
 
@@ -15,7 +15,7 @@ from ddpm.diffusion.schedule import ALIASES
 from ddpm.diffusion.timesteps import network_times
 from ddpm.training.objective import Objective
 
-# 60-digit arithmetic at T = 1000, rounded.
+# Computed with 60 digits at T = 1000, then rounded.
 TABLE = {
     "scaled_linear": {
         "first": 1e-4, "last": 0.02, "sum": 7.174285997747,
@@ -77,7 +77,10 @@ def test_diffusers_agrees() -> None:
 
 
 def test_rectified_flow() -> None:
-    """x_t is the straight path (1 - t/T) x_0 + t/T eps, divided by its deviation; the target is the path's velocity eps - x_0."""
+    """x_t is the straight path (1 - t/T) x_0 + t/T eps, divided by its deviation.
+
+    The target is the path's velocity eps - x_0.
+    """
     schedule = NoiseSchedule.named("rectified", 10)
     x_0, eps = torch.tensor([0.3, -2.0], dtype=torch.float64), torch.tensor([1.5, 0.4], dtype=torch.float64)
     times = torch.arange(10)
@@ -94,7 +97,7 @@ def test_rectified_flow() -> None:
 
 
 def test_rectified_flow_of_one_image_is_straight() -> None:
-    """With the exact velocity towards one image, one DDIM step from x_T reaches the image, as Euler's method does on a line."""
+    """With the exact velocity towards one image, one DDIM step from x_T reaches the image, since the path is a line."""
     schedule, x_0 = NoiseSchedule.named("rectified", 1000), torch.tensor([[0.3, -0.7]], dtype=torch.float64)
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -115,7 +118,7 @@ def test_zero_terminal_snr(name: str) -> None:
     assert float(rescaled.alpha_bar[-1]) == 0 and float(rescaled.snr[-1]) == 0
     assert float(rescaled.alpha_bar[1]) == pytest.approx(float(schedule.alpha_bar[1]), rel=1e-12)
     ratio = rescaled.alpha_bar[1:].sqrt().diff() / schedule.alpha_bar[1:].sqrt().diff()
-    assert torch.allclose(ratio, ratio[0].expand(999), rtol=1e-6)  # shifted and scaled, nothing else
+    assert torch.allclose(ratio, ratio[0].expand(999), rtol=1e-6)  # alpha_bar's root is only shifted and scaled
     assert float(rescaled.log_alpha_bar_at(998.0)) == pytest.approx(float(rescaled.log_alpha_bar[999]))
     assert float(rescaled.log_alpha_bar_at(999.0)) == -math.inf
     assert float(rescaled.time_at(torch.tensor(-math.inf))) == 999
@@ -174,7 +177,7 @@ def test_spacings_by_hand() -> None:
     assert times["linspace"] == [999, 666, 333, 0]
     root = math.sqrt(800)
     assert times["quadratic"] == pytest.approx([800, (2 * root / 3) ** 2, (root / 3) ** 2, 0])
-    # S that doesn't divide T: still S times; half to even in trailing.
+    # If S does not divide T, there are still S times. Trailing rounds half to even.
     assert network_times(schedule, 3, "leading").tolist() == [666, 333, 0]
     assert network_times(NoiseSchedule.named("linear", 5), 2, "trailing").tolist() == [4, 1]  # round(2.5) = 2
 
@@ -212,7 +215,7 @@ def test_times_of_short_chains_fall_within_range(spacing: str) -> None:
 def test_too_many_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="times repeat"):
         network_times(NoiseSchedule.named("linear", 10), 11, "leading")
-    # Fractional times may be more than T, but between the last two of this schedule nothing is left of the image.
+    # There may be more fractional times than T. But this schedule has no signal between its last two times.
     noise_levels(NoiseSchedule.named("linear", 10), 40, "linspace")
     with pytest.raises(ValueError, match="40 different noise levels"):
         noise_levels(NoiseSchedule.named("linear", 10).zero_terminal_snr(), 40, "linspace")
@@ -225,14 +228,14 @@ def test_an_alias_is_the_same_table(alias: str, name: str) -> None:
 
 
 def test_latent_diffusions_linear_is_no_alias() -> None:
-    """There `linear` is what is scaled_linear here; taking their name would give another schedule than they meant."""
+    """There, `linear` is our scaled_linear. An alias would give users another schedule than they meant."""
     assert "linear" not in ALIASES and "sqrt" not in ALIASES
     assert float(NoiseSchedule.named("linear", 1000).betas[499]) == pytest.approx(1e-4 + 499 / 999 * (2e-2 - 1e-4))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_zero_terminal_snr_by_name(name: str) -> None:
-    """The last level is pure noise, the first is as it was; the rest keeps its order."""
+    """The last level becomes pure noise, the first level stays, and the order of the levels is kept."""
     plain, rescaled = NoiseSchedule.named(name, 100), NoiseSchedule.named(name, 100, zero_terminal_snr=True)
     assert float(rescaled.alpha_bar[-1]) == 0
     assert float(rescaled.alpha_bar[1]) == pytest.approx(float(plain.alpha_bar[1]), rel=1e-12)

@@ -1,4 +1,4 @@
-"""The deterministic solvers: order of convergence on a mixture of Gaussians, and closed forms for a Gaussian at every S."""
+"""Checks deterministic solvers: order of convergence on a mixture of Gaussians, and closed forms for a Gaussian at every S."""
 
 import math
 from itertools import pairwise
@@ -24,7 +24,7 @@ def level(lam: float) -> Level:
 
 
 def mixture(x: torch.Tensor, lam: float) -> torch.Tensor:
-    """E[x_0 | x_t] of the mixture at half log-SNR lam."""
+    """Returns E[x_0 | x_t] of the mixture at half log-SNR lam."""
     a, s2 = level(lam).a, 1 - level(lam).alpha_bar
     variance = a**2 * VARIANCES + s2
     log_weight = WEIGHTS.log() - variance.log() / 2 - (x - a * MEANS) ** 2 / (2 * variance)
@@ -33,7 +33,10 @@ def mixture(x: torch.Tensor, lam: float) -> torch.Tensor:
 
 
 def solve(sampler: str, steps: int, gentle: bool = False, **options: int) -> torch.Tensor:
-    """From lambda = -2 to 1, evenly; gentle: with first steps so small that a multistep solver's low-order start is free."""
+    """Solves from lambda = -2 to 1 in even steps.
+
+    gentle: the first steps are so small that a multistep solver's low-order start adds no error.
+    """
     start, end = -2.0, 1.0
     grid = [start + (end - start) * i / steps for i in range(steps + 1)]
     if gentle:
@@ -74,7 +77,7 @@ def test_order_of_convergence(sampler: str, options: dict, order: int, truth: to
 
 @pytest.mark.parametrize("gentle", [False, True])
 def test_the_published_weight_of_the_curvature_is_of_second_order(gentle: bool, truth: torch.Tensor) -> None:
-    """Lu et al.'s code gives the curvature half the weight of the exact integral, which `dpmpp_3m` has."""
+    """Lu et al.'s code gives the curvature half the weight of the exact integral. `dpmpp_3m` gives it the full weight."""
 
     def published(steps: int) -> torch.Tensor:
         h = 3.0 / steps
@@ -84,7 +87,7 @@ def test_the_published_weight_of_the_curvature_is_of_second_order(gentle: bool, 
             d, h = mixture(x, now), to - now
             phi_1 = math.expm1(-h)
             phi_2 = phi_1 / h + 1
-            phi_3 = phi_2 / h - 0.5  # the exact integral has twice this
+            phi_3 = phi_2 / h - 0.5  # the exact integral is twice this value
             value = -phi_1 * d
             if len(past) > 1:
                 (t0, d0), (t1, d1) = past[:2]
@@ -104,7 +107,7 @@ def test_the_published_weight_of_the_curvature_is_of_second_order(gentle: bool, 
 
 
 def test_ipndm_integrates_a_cubic_exactly_over_equal_steps_of_sigma() -> None:
-    """That is what fourth order means; the first three steps have a lower order."""
+    """A cubic is integrated exactly at fourth order. The first three steps have a lower order."""
     sigmas = np.linspace(2.0, 1.0, 11)
     cubic = np.polynomial.Polynomial([0.3, -1.0, 0.7, 0.4])
     levels = [level(-math.log(sigma)) for sigma in sigmas]
@@ -124,7 +127,7 @@ REACH = 0.7
 
 
 def behind(h: float, t: float, old: list[tuple[float, np.ndarray]]) -> list[tuple[float, np.ndarray]]:
-    """The rule at every step: of the past estimates (lambda, value), newest last, those that enter it, newest first."""
+    """Returns the past estimates (lambda, value) that enter a step, newest first. `old` has the newest last."""
     kept = old[::-1]
     if not kept or (h > REACH and h > 2 * (t - kept[0][0])):
         return []
@@ -135,9 +138,9 @@ def behind(h: float, t: float, old: list[tuple[float, np.ndarray]]) -> list[tupl
 
 
 def affine(sampler: str, levels: list[Level]) -> np.ndarray:
-    """Each solver in the variance-exploding form of k-diffusion, for x0_hat = g x + h: [constant, x_T, z_0, z_1, ...].
+    """Solves in the variance-exploding form of k-diffusion, for x0_hat = g x + h. Returns [constant, x_T, z_0, z_1, ...].
 
-    Written with xi = x / a and sigma = s / a, unlike the code under test.
+    The formulas use xi = x / a and sigma = s / a, unlike the code under test.
     """
     count = len(levels) - 1
     x = np.zeros(2 + count)
@@ -175,7 +178,7 @@ def affine(sampler: str, levels: list[Level]) -> np.ndarray:
             x = to.a * (xi + sigma_to * math.sqrt(-math.expm1(-2 * h)) * z)
         elif sampler == "dpmpp_3m":
             if len(used) >= 2:
-                # The quadratic through the last three x0_hats, integrated against the exponential.
+                # Integrates the quadratic through the last three x0_hats against the exponential.
                 nodes = [(0.0, d), *((there - t, value) for there, value in used[:2])]
                 x = to.a * (sigma_to / sigma * xi + integral(h, nodes))
             else:
@@ -185,7 +188,7 @@ def affine(sampler: str, levels: list[Level]) -> np.ndarray:
 
 
 def integral(h: float, nodes: list[tuple[float, np.ndarray]]) -> np.ndarray:
-    """Of e^(u - h) times the polynomial through the nodes (u, value), from u = 0 to h, by quadrature."""
+    """Integrates e^(u - h) times the polynomial through the nodes (u, value), from u = 0 to h, by quadrature."""
     points, weights = np.polynomial.legendre.leggauss(40)
     u = (points + 1) / 2 * h
     total = np.zeros_like(nodes[0][1])
@@ -197,11 +200,12 @@ def integral(h: float, nodes: list[tuple[float, np.ndarray]]) -> np.ndarray:
 
 
 def affine_unipc(order: int, levels: list[Level]) -> np.ndarray:
-    """UniPC as exponential integration of an interpolated x0_hat: past ones for the predictor, and the new one to correct.
+    """Solves with UniPC, written as exponential integration of an interpolated x0_hat.
 
-    Where there is but one node beside the start, the paper takes (1 - e^-h) / 2 of the difference in place of its integral.
+    The predictor interpolates past values, and the corrector adds the new value. With only one node beside the start, the
+    paper replaces the integral of the difference by (1 - e^-h) / 2 of the difference.
     """
-    x = kept = np.array([0.0, 1.0])  # as constant + gain x_T; kept: where the last step began
+    x = kept = np.array([0.0, 1.0])  # constant + gain x_T; `kept` is where the last step began
     one = np.array([1.0, 0.0])
 
     def denoised(x: np.ndarray, at: Level) -> np.ndarray:
@@ -234,8 +238,8 @@ def affine_unipc(order: int, levels: list[Level]) -> np.ndarray:
     raise AssertionError("the last level is the clean image")
 
 
-# sqrt starts at sigma = 1e22, where differences in sigma, all that Euler and Heun know, say nothing in float64. rectified starts
-# at an infinite sigma, as schedules with zero_terminal_snr do.
+# sqrt starts at sigma = 1e22. Euler and Heun use only differences in sigma, which are meaningless in float64 at that size.
+# rectified starts at an infinite sigma, as schedules with zero_terminal_snr do.
 CASES = [
     (sampler, options, name)
     for name in sorted(SCHEDULES)
@@ -268,12 +272,15 @@ def test_moments_for_gaussian_data(sampler: str, options: dict, name: str, spaci
 
         out = sample(Denoiser(net, schedule, "x0"), x_T, sampler, steps, spacing, noise, **options)[:, 0].numpy()
         found = np.concatenate([out[:1], out[1:] - out[0]])
-        # float32 times reach the network: fractional times are rounded at 1e-7.
+        # The network receives float32 times, so fractional times are rounded at 1e-7.
         assert found[: len(expected)] == pytest.approx(expected, abs=2e-4, rel=1e-3), steps
 
 
 def spread(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str) -> float:
-    """Of samples of Gaussian data with the perfect denoiser, over the data's own: 1 is right."""
+    """Returns the deviation of samples of Gaussian data with the perfect denoiser, divided by the data's.
+
+    The correct value is 1.
+    """
 
     def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         alpha_bar = schedule.log_alpha_bar_at(t.double()).exp().view(-1, 1)
@@ -286,10 +293,10 @@ def spread(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str) -> f
 @pytest.mark.parametrize("silent", [False, True])
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_no_step_is_too_long_for_a_higher_order(name: str, silent: bool) -> None:
-    """Where the steps' lengths jump, a high order is no worse than DDIM; nowhere does Heun's second slope blow the image up.
+    """Where step lengths jump, a high order is no worse than DDIM, and Heun's second slope never enlarges the image.
 
-    Extrapolated over leading's last noisy step, 5 steps of dpmpp_3m gave 2.8 (linear); with Karras' unbounded weight 3 steps of
-    Heun on cosine, trailing, gave 304.
+    Without limits, 5 steps of dpmpp_3m gave a spread of 2.8 (linear), extrapolated over leading's last noisy step. With
+    Karras' unbounded weight, 3 steps of Heun gave 304 (cosine, trailing).
     """
     schedule = NoiseSchedule.named(name, 1000, zero_terminal_snr=silent)
     for steps in (3, 5, 10, 20):
@@ -302,7 +309,7 @@ def test_no_step_is_too_long_for_a_higher_order(name: str, silent: bool) -> None
 
 
 def test_unipc_agrees_with_its_authors_in_diffusers() -> None:
-    """With steps within the solvers' reach, and without the lower order that diffusers gives its last steps."""
+    """The steps are within the solvers' reach, and diffusers' lower order in the last steps is switched off."""
     diffusers = pytest.importorskip("diffusers")
     for order in (1, 2, 3):
         scheduler = diffusers.UniPCMultistepScheduler(
@@ -313,7 +320,7 @@ def test_unipc_agrees_with_its_authors_in_diffusers() -> None:
 
 
 def agrees(sampler: str, scheduler: Any, options: dict[str, int]) -> None:
-    """On 20 levels that are even in lambda, 0.5 apart."""
+    """Compares both on 20 levels that are even in lambda, 0.5 apart."""
     scheduler.set_timesteps(20)
     lams = [-math.log(sigma) for sigma in scheduler.sigmas.double().tolist()]
     lams = lams[: 1 + next((k for k, (now, to) in enumerate(pairwise(lams)) if to <= now), len(lams))]
@@ -335,7 +342,7 @@ def test_deis_agrees_with_its_authors_in_diffusers() -> None:
 
 
 def test_ipndm_agrees_with_diffusers_where_that_starts_with_a_signal() -> None:
-    """diffusers' first level has none, so the comparison starts at the ninth of 80."""
+    """diffusers' first level has no signal, so the comparison starts at the ninth of 80 levels."""
     scheduler = pytest.importorskip("diffusers").IPNDMScheduler()
     scheduler.set_timesteps(80)
     first, last = 8, 74
@@ -348,7 +355,8 @@ def test_ipndm_agrees_with_diffusers_where_that_starts_with_a_signal() -> None:
     for now, t in zip(levels[:-1], scheduler.timesteps[first:], strict=False):
         x0_hat = mixture(theirs, now.t)
         eps = (theirs - now.a * x0_hat) / now.s
-        theirs = scheduler.step(now.a * eps - now.s * x0_hat, t, theirs).prev_sample  # its network predicts v
+        # the network of this scheduler predicts v
+        theirs = scheduler.step(now.a * eps - now.s * x0_hat, t, theirs).prev_sample
     for y, _ in SAMPLERS["ipndm"].step(mixture, x, levels, torch.randn):
         ours = y
     assert max(to.lam - now.lam for now, to in pairwise(levels)) < REACH
@@ -356,7 +364,7 @@ def test_ipndm_agrees_with_diffusers_where_that_starts_with_a_signal() -> None:
 
 
 def distribution(x: np.ndarray, lam: float) -> np.ndarray:
-    """The mixture's cumulative distribution of x_t at half log-SNR lam."""
+    """Returns the mixture's cumulative distribution of x_t at half log-SNR lam."""
     a, s2 = level(lam).a, 1 - level(lam).alpha_bar
     return sum(
         float(w) * norm.cdf(x, a * float(m), math.sqrt(a**2 * float(v) + s2))
@@ -365,16 +373,16 @@ def distribution(x: np.ndarray, lam: float) -> np.ndarray:
 
 
 def test_the_flow_keeps_every_point_at_its_quantile(truth: torch.Tensor) -> None:
-    """In one dimension that is what the exact flow does, so the truth above owes nothing to the code under test."""
+    """The exact flow does this in one dimension. So `truth` does not depend on the code under test."""
     start = distribution(np.linspace(-2, 2, 9), -2.0)
     assert distribution(truth[:, 0].numpy(), 1.0) == pytest.approx(start, abs=1e-9)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m_sde"])
 def test_samples_of_a_mixture_are_distributed_as_the_mixture(sampler: str) -> None:
-    """Compares by Kolmogorov's distance, with steps so many that the samplers' own bias is at most 0.008.
+    """Compares by Kolmogorov's distance, with enough steps that the samplers' own bias is at most 0.008.
 
-    Under a fresh seed each sampler fails in about 1 of 300 runs; exact samples would in 1 of 700.
+    With another seed, each sampler would fail by chance in about 1 of 300 runs. Exact samples would fail in 1 of 700.
     """
     schedule = NoiseSchedule.named("cosine", 1000)
 
@@ -389,12 +397,12 @@ def test_samples_of_a_mixture_are_distributed_as_the_mixture(sampler: str) -> No
     x = sample(Denoiser(net, schedule, "x0"), noise(0), sampler, 400, "logsnr", lambda k: noise(k + 1), **options)
     apart = kstest(x[:, 0].numpy(), lambda x: distribution(x, 20.0)).statistic
     assert apart < 0.03
-    # The normal distribution of the same mean and variance is much further away.
+    # A normal distribution with the same mean and variance is much further away.
     assert kstest(x[:, 0].numpy(), norm(x.mean().item(), x.std().item()).cdf).statistic > 0.09
 
 
 def test_every_deterministic_solver_reaches_the_same_image() -> None:
-    """With many steps all of them follow the same probability flow from the same noise."""
+    """With many steps, all solvers follow the same probability flow from the same noise."""
     schedule = NoiseSchedule.named("cosine", 1000)
 
     def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -414,7 +422,7 @@ def test_every_deterministic_solver_reaches_the_same_image() -> None:
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_the_last_step_gives_x0_hat(name: str) -> None:
-    """Every sampler ends at alpha_bar = 1, where x is the last x0_hat and nothing else."""
+    """Every sampler ends at alpha_bar = 1, where x equals the last x0_hat."""
     schedule = NoiseSchedule.named(name, 1000)
     target = torch.tensor([[0.3, -0.7]], dtype=torch.float64)
     denoiser = Denoiser(lambda x, t: target.expand_as(x), schedule, "x0")
@@ -427,7 +435,7 @@ def test_the_last_step_gives_x0_hat(name: str) -> None:
     "schedule", [NoiseSchedule.named("linear", 1000).zero_terminal_snr(), NoiseSchedule.named("rectified", 1000)]
 )
 def test_from_pure_noise_where_nothing_of_the_signal_is_left(schedule: NoiseSchedule) -> None:
-    """alpha_bar_T = 0: every sampler starts at infinite noise-to-signal, stays finite, and keeps the data's moments."""
+    """With alpha_bar_T = 0, every sampler starts at infinite noise-to-signal, stays finite, and keeps the data's moments."""
 
     def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         alpha_bar = schedule.log_alpha_bar_at(t.double()).exp().view(-1, 1)
@@ -442,7 +450,7 @@ def test_from_pure_noise_where_nothing_of_the_signal_is_left(schedule: NoiseSche
 
 
 def test_along_another_schedule() -> None:
-    """The network is asked at its own time of the same noise level; levels it never saw become its last one."""
+    """The network receives its own time at the same noise level. Levels that it never saw become its last level."""
     trained, other = NoiseSchedule.named("linear", 1000), NoiseSchedule.named("cosine", 1000)
     levels = noise_levels(trained, 50, "trailing", along=other)
     wanted = other.log_alpha_bar_at(network_times(other, 50, "trailing")).exp()
@@ -451,7 +459,7 @@ def test_along_another_schedule() -> None:
     assert levels[0].t == 999 and levels[0].alpha_bar == pytest.approx(float(trained.alpha_bar[-1]))
     for visited in levels[:-1]:
         assert float(trained.log_alpha_bar_at(visited.t).exp()) == pytest.approx(visited.alpha_bar, rel=1e-9)
-    # Along itself nothing changes.
+    # Sampling along its own schedule changes nothing.
     own = noise_levels(trained, 50, "trailing")
     again = noise_levels(trained, 50, "trailing", along=trained)
     assert [level.t for level in again] == pytest.approx([level.t for level in own])

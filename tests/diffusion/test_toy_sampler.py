@@ -1,4 +1,4 @@
-"""A new sampler is one function and one row of ddpm/diffusion/samplers.py: nothing else needs to know its name."""
+"""Checks that a new sampler takes one function and one row of ddpm/diffusion/samplers.py, and no other change."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def with_the_toy(
     tmp_path_factory: pytest.TempPathFactory,
     write_scores: Callable[..., None],
 ) -> Path:
-    """A checkout whose code has the toy sampler, and whose params.yaml has two rows of it."""
+    """Creates a checkout whose code has the toy sampler, and whose params.yaml has two rows for it."""
     root = tmp_path_factory.mktemp("toy") / "checkout"
     shutil.copytree(made, root, symlinks=True, ignore=shutil.ignore_patterns("training"))
     shutil.copytree(ROOT / "ddpm", root / "ddpm", ignore=shutil.ignore_patterns("__pycache__"))
@@ -64,7 +64,7 @@ def test_it_draws_the_points_of_a_sweep(with_the_toy: Path) -> None:
     assert [each.evaluations for each in found.values()] == [2, 5, 2, 5]
     ddim = samples.read_samples(with_the_toy / paths.samples_file(Point.parse("cosine-ddim-5"))).images
     apart = {name: abs(ddim.astype(int) - each.images).max() for name, each in found.items()}
-    assert apart["cosine-straight-5"] <= 1 < apart["cosine-fresh-5"]  # without fresh noise it is DDIM
+    assert apart["cosine-straight-5"] <= 1 < apart["cosine-fresh-5"]  # without fresh noise, the toy sampler is DDIM
 
 
 @pytest.mark.proof

@@ -1,4 +1,4 @@
-"""A sampler as it is added to ddpm/diffusion/samplers.py: one function there, and one row of SAMPLERS."""
+"""Shows how to add a sampler to ddpm/diffusion/samplers.py: one function and one row of SAMPLERS."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -11,7 +11,7 @@ from ddpm.diffusion.samplers import SAMPLERS, Denoise, Level, Noise, Sampler
 def renoised(
     denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise, *, share: float = 0.5
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Euler's method on the probability-flow ODE; of the noise that stays, `share` is drawn anew at each step."""
+    """Euler's method on the probability-flow ODE. At each step, `share` of the remaining noise is drawn anew."""
     for k, (now, to) in enumerate(pairwise(levels)):
         x0_hat = denoise(x, now.t)
         eps = (x - now.a * x0_hat) / now.s

@@ -1,7 +1,7 @@
-"""Bad input to the commands: one line that says what is wrong and where, exit code 2, no file changed, little memory.
+"""Checks that bad input to a command gives one clear line, exit code 2, no changed file, and little memory use.
 
-Here the commands get each kind of file that a stage reads. The tests of single readers are in the files of their modules, such as
-test_decoding.py and test_params.py.
+These tests give the commands each kind of file that a stage reads. Tests of single readers are in the files of their modules,
+such as test_decoding.py and test_params.py.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
 VALID = json.dumps(YAML(typ="safe").load(RECIPE.read_text(encoding="utf-8")))
 POINT = Point.parse("cosine-ddim-5")
 MODEL, SAMPLES, METRICS = Path("models/cosine"), paths.samples_file(POINT), paths.metrics_file(POINT)
-PIPELINE = Path("pipeline")  # of diffusers
+PIPELINE = Path("pipeline")  # a folder of diffusers
 CONFIG, SCHEDULER = str(PIPELINE / "unet" / "config.json"), str(PIPELINE / "scheduler" / "scheduler_config.json")
-ROOM = 2**30  # bytes that a refusal may take, at most
+ROOM = 2**30  # the largest number of bytes that a refused command may use
 
 pytestmark = pytest.mark.timeout(60)
 
 
-# A checkout, and what the program says in it.
+# A checkout, and the messages of the program in this checkout.
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def checkout(
     bound_of: Callable[[str], dict[str, Any]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Every kind of file that a stage reads, of the smoke recipe: made up where that is quicker."""
+    """Creates every kind of file that a stage reads, for the smoke recipe. Files are made up where that is quicker."""
     root, params = tmp_path_factory.mktemp("bad"), smoke()
     shutil.copyfile(RECIPE, root / "params.yaml")
     shutil.copytree(digits / "dataset", root / "dataset")
@@ -107,7 +107,7 @@ TRAINED = {"schedule": "cosine", "steps": 60, "parameters": 5000, "loss": 0.5, "
 
 @pytest.fixture(scope="module")
 def copy(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A copy of it that tests spoil in turn, and its tree as it should be."""
+    """Returns a copy of `checkout` that tests damage in turn, and the tree of the undamaged copy."""
     root = tmp_path_factory.mktemp("copy") / "root"
     shutil.copytree(checkout, root)
     return root, tree(root)
@@ -115,17 +115,17 @@ def copy(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 @pytest.fixture
 def here(checkout: Path, copy: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """That copy as the working folder, mended afterwards."""
+    """Makes the copy the working folder, and repairs it after the test."""
     root, good = copy
     monkeypatch.chdir(root)
     for variable in ("MLFLOW_TRACKING_URI", "DVC_STAGE", "DDPM_WATCH_PID"):
         monkeypatch.delenv(variable, raising=False)
     yield root
-    for name in sorted(changes(good, tree(root)), reverse=True):  # what lies in a folder before the folder
+    for name in sorted(changes(good, tree(root)), reverse=True):  # the content of a folder comes before the folder
         path = root / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif os.path.lexists(path):  # or what was its folder is none any more
+        elif os.path.lexists(path):  # this also removes a file in the place of a folder
             path.unlink()
     for name in sorted(changes(good, tree(root))):
         (root / name).mkdir() if (checkout / name).is_dir() else shutil.copyfile(checkout / name, root / name)
@@ -133,7 +133,7 @@ def here(checkout: Path, copy: tuple[Path, dict[str, Any]], monkeypatch: pytest.
 
 
 def tree(root: Path) -> dict[str, Any]:
-    """Every file and folder below root, and what changes when a file is written to or replaced."""
+    """Returns every file and folder below root, with values that change when a file is written or replaced."""
     found = {path.relative_to(root).as_posix(): path.lstat() for path in root.rglob("*")}
     return {
         name: None if stat.S_ISDIR(about.st_mode) else (about.st_ino, about.st_size, about.st_mtime_ns)
@@ -147,7 +147,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """No more than ROOM bytes of memory beyond what this process has."""
+    """Limits this process to ROOM bytes more than its present memory."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + ROOM, before[1]))
     try:
@@ -159,10 +159,10 @@ def bounded() -> Iterator[None]:
 def one_line(text: str) -> str:
     assert text.endswith("\n"), text
     line = text.removesuffix("\n")
-    assert line.isprintable(), text  # so it is one line
+    assert line.isprintable(), text  # so the message is a single line
     assert line.startswith("ddpm: "), text
     assert "Traceback" not in line
-    assert "pickle" not in line  # numpy would advise to read what it refuses
+    assert "pickle" not in line  # numpy would recommend loading the refused file with pickle
     assert len(line) < 1000, line
     return line.removeprefix("ddpm: ")
 
@@ -172,7 +172,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Refused]:
-    """refused("train", "cosine") -> the one line that the program refuses with."""
+    """Returns refused("train", "cosine"), which runs the program and returns the one line with which it refuses."""
     handler = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: str) -> str:
@@ -190,7 +190,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
 
 def set_params(*places: tuple[str, Any]) -> None:
-    """Dotted places in params.yaml -> other values; ... removes the key."""
+    """Sets values in params.yaml. A place is a dotted key. The value ... removes the key."""
     values = json.loads(VALID)
     for place, value in places:
         *path, last = place.split(".")
@@ -201,18 +201,18 @@ def set_params(*places: tuple[str, Any]) -> None:
             del section[last]
         else:
             section[last] = value
-    text = json.dumps(values)  # which is YAML, but for what is no number
+    text = json.dumps(values)  # JSON is valid YAML, except for infinities and NaN
     Path("params.yaml").write_text(
         text.replace("-Infinity", "-.inf").replace("Infinity", ".inf").replace("NaN", ".nan")
     )
 
 
-# params.yaml: values.
+# params.yaml: single values.
 
 NAN, INFINITY = float("nan"), float("inf")
 HUGE = 10**30
 VALUES: list[tuple[str, Any, str]] = [
-    # unknown, missing, of another kind
+    # unknown keys, missing keys, values of another type
     ("trainning", {"steps": 3}, "trainning: Extra inputs"),
     ("data.sourse", "digits", "data.sourse: Extra"),
     ("samplers.ddim.etta", 0.5, "samplers.ddim.etta"),
@@ -247,7 +247,7 @@ VALUES: list[tuple[str, Any, str]] = [
     ("diffusion.conditional", 0, "diffusion.conditional: "),
     ("sampling.clip", 1, "sampling.clip: "),
     ("sampling.clip", None, "sampling.clip: "),
-    # no finite numbers
+    # infinities and NaN
     ("training.ema", NAN, "training.ema: "),
     ("training.clip", NAN, "training.clip: "),
     ("training.clip", INFINITY, "training.clip: "),
@@ -309,7 +309,7 @@ VALUES: list[tuple[str, Any, str]] = [
     ("likelihood.batch", HUGE, "likelihood.batch: "),
     ("sweep.steps", [HUGE], "sweep.steps.0: "),
     ("compute.checkpoint_every", HUGE, "compute.checkpoint_every: "),
-    # lists and names
+    # lists of names
     ("sweep.steps", [], "sweep.steps: "),
     ("sweep.steps", 5, "sweep.steps: "),
     ("sweep.steps", [0], "sweep.steps.0: "),
@@ -338,7 +338,7 @@ def test_a_value(refused: Refused, place: str, value: Any, message: str) -> None
     assert message in line
 
 
-# params.yaml: what no single value shows, found before anything is computed.
+# params.yaml: faults that only a combination of values shows. They are found before anything is computed.
 
 COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "attention where there is no such resolution": ({"network.attention": [5]}, "attention at height 5 never occurs"),
@@ -458,14 +458,14 @@ def unlabelled(root: Path) -> None:
 
 
 def test_a_learned_variance_is_missed_before_the_first_evaluation(refused: Refused) -> None:
-    """Of a row outside the sweep, which params.yaml may hold."""
+    """The row is outside the sweep, which params.yaml allows."""
     set_params(("samplers.learned", {"sampler": "ddpm", "variance": "learned"}))
     assert "cosine-learned-5: variance learned: this network has learned no variance" in refused(
         "sample", "cosine-learned-5"
     )
 
 
-# params.yaml: as a text.
+# params.yaml: the file as text.
 
 GOOD = RECIPE.read_bytes()
 TEXTS: dict[str, tuple[bytes, str]] = {
@@ -573,7 +573,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "days that are none": (["gc", "--older-than", "soon"], "--older-than"),
     "a model that is none": (["export-diffusers", "images", "out"], "images/model.json: no such file"),
     "an import of nothing": (["import-diffusers", "nowhere", "hub"], "nowhere: no such folder"),
-    "an import of a name that is none": (["import-diffusers", "images", "Hub!"], "made of a-z, 0-9 and _"),
+    "an import of a name that is none": (["import-diffusers", "images", "Hub!"], "use only a-z, 0-9 and _"),
     "a card of no report": (["card"], "report/best.json: no such file"),
     "two wishes": (["promote", "--replace", "--rollback"], "exclude each other"),
 }
@@ -589,7 +589,7 @@ def test_a_command_line(refused: Refused, case: str) -> None:
 
 
 def png(width: int, height: int, rows: bytes, depth: int = 8, colour: int = 0) -> bytes:
-    """A PNG with right checksums around whatever `rows` is."""
+    """Returns a PNG with correct checksums around any `rows`."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -609,7 +609,7 @@ def palette(path: Path) -> None:
 
 
 def turned(path: Path) -> None:
-    """The first image of a folder of 8x8, 8 high and 12 wide once the camera's tag is heeded."""
+    """Writes the first image of a folder of 8x8 images. The image is 12x8 once the camera's orientation tag is applied."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("L", (8, 12)).save(path, "PNG", exif=exif)
@@ -659,7 +659,10 @@ def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP
 
 
 def patched(path: Path, members: dict[str, bytes], *changes: tuple[bytes, int, bytes]) -> None:
-    """A zip whose bytes at a distance from a signature are others."""
+    """Writes a zip with some bytes replaced.
+
+    Each change names a signature, a distance from that signature, and the new bytes.
+    """
     zipped(path, members)
     content = bytearray(path.read_bytes())
     for signature, distance, new in changes:
@@ -719,7 +722,7 @@ ZIPS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-# What helps with a sound image. Nothing but a repair helps with the others.
+# Advice for images that are sound. All other images need a repair.
 HELP = {
     "data.convert: true converts them": (
         *("a GIF", "a TIFF", "a WebP", "16 bit", "CMYK", "colour among grey", "grey with alpha", "a palette"),
@@ -750,7 +753,7 @@ def test_an_image_or_an_archive(refused: Refused, here: Path, case: str) -> None
 
 
 def sign(path: Path, value: Any) -> None:
-    """Writes a record with the checksum of its content, as somebody would who edits both."""
+    """Writes a record with the checksum of its content, as a user would who edits both."""
     if isinstance(value, dict):
         value = {**value, records.CHECKSUM: records.record_digest(value)}
     path.write_text(json.dumps(value))
@@ -770,12 +773,12 @@ def of_dataset(change: Callable[[dict[str, Any]], Any]) -> Callable[[], Any]:
 
 
 def array(name: str, make: Callable[[np.ndarray], Any]) -> Callable[[], Any]:
-    """dataset/NAME, changed."""
+    """Returns a function that changes dataset/NAME."""
     return lambda: np.save(f"dataset/{name}", make(np.load(f"dataset/{name}")))
 
 
 def content(path: str, make: Callable[[bytes], bytes]) -> Callable[[], Any]:
-    """A file, changed."""
+    """Returns a function that changes a file."""
     return lambda: Path(path).write_bytes(make(Path(path).read_bytes()))
 
 
@@ -867,7 +870,7 @@ def of_network(**changes: Any) -> Callable[[], Any]:
 
 
 def signed(change: Callable[[], Any]) -> Callable[[], Any]:
-    """With the checksum of the new weights, as somebody would who edits both."""
+    """Returns a function that changes the weights, and then updates their checksum as a user would who edits both."""
 
     def write() -> None:
         change()
@@ -987,14 +990,16 @@ def test_a_checkpoint(refused: Refused, case: str) -> None:
 def test_a_checkpoint_of_another_dataset(refused: Refused) -> None:
     of_network(image_size=16, attention=[8])()
     of_model(lambda about: about["data"].update(shape=[1, 16, 16]))()
-    assert "takes images of shape [1, 16, 16], the dataset's are [1, 8, 8]" in refused("likelihood", "cosine")
+    assert "takes images of shape [1, 16, 16], but the dataset holds images of shape [1, 8, 8]" in refused(
+        "likelihood", "cosine"
+    )
 
 
 # Sample sets.
 
 
 def record(**changes: Any) -> bytes:
-    """A record of sample sets, with the checksum of its content."""
+    """Returns a record of a sample set, with the checksum of its content."""
     about: dict[str, Any] = {
         "point": POINT.name,
         "model": "m",
@@ -1007,7 +1012,7 @@ def record(**changes: Any) -> bytes:
 
 
 def drawn(about: bytes | None = None, **arrays: Any) -> Callable[[], Any]:
-    """A set that describes its arrays, unless it gets another record."""
+    """Returns a function that writes a sample set. Its record describes the arrays, unless `about` replaces the record."""
     full = {"images": np.zeros((8, 1, 8, 8), np.uint8), **arrays}
     kept = {name: value for name, value in full.items() if value is not None}
     right = record(arrays={name: arrays_file._array_digest(value) for name, value in kept.items()})
@@ -1021,7 +1026,7 @@ def drawn(about: bytes | None = None, **arrays: Any) -> Callable[[], Any]:
 
 
 def npy_with_shape(shape: str) -> Callable[[], Any]:
-    """A set whose images.npy declares more than it holds."""
+    """Returns a function that writes a sample set whose images.npy declares more data than it holds."""
     head = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
     images = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + bytes(64)
     return lambda: zipped(SAMPLES, {"images.npy": images, samples.RECORD: record()})
@@ -1057,7 +1062,7 @@ SETS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "three dimensions": (drawn(images=np.zeros((8, 8, 8), np.uint8)), "found uint8 (8, 8, 8)"),
     "none": (drawn(images=np.zeros((0, 1, 8, 8), np.uint8)), "found uint8 (0, 1, 8, 8)"),
-    "three": (drawn(images=np.zeros((3, 1, 8, 8), np.uint8)), "a score takes four or more"),
+    "three": (drawn(images=np.zeros((3, 1, 8, 8), np.uint8)), "a score needs at least 4 of each"),
     "objects": (drawn(images=np.array([{}])), "not a sample set"),
     "of another size": (drawn(images=np.zeros((8, 1, 16, 16), np.uint8)), "[1, 16, 16], the dataset's are [1, 8, 8]"),
     "in colour": (drawn(images=np.zeros((8, 3, 8, 8), np.uint8)), "[3, 8, 8], the dataset's are [1, 8, 8]"),
@@ -1079,10 +1084,10 @@ def test_a_sample_set(refused: Refused, case: str) -> None:
     line = refused("evaluate", POINT.name)
     assert line.startswith(str(SAMPLES))
     assert message in line
-    assert "again" in line or "`ddpm sample" in line or "a score takes" in line
+    assert "again" in line or "`ddpm sample" in line or "a score needs" in line
 
 
-# Scores, and what else the report reads.
+# Scores, and the other files that the report reads.
 
 
 def of_scores(**changes: Any) -> Callable[[], Any]:
@@ -1097,7 +1102,7 @@ INFLUENCE, LOSSES = str(paths.influence_file(POINT)), str(paths.history_file("co
 
 
 def influence(values: np.ndarray) -> Callable[[], Any]:
-    """Other influence values, recorded with the scores."""
+    """Returns a function that writes other influence values and records them with the scores."""
 
     def write() -> None:
         np.save(INFLUENCE, values)
@@ -1107,7 +1112,7 @@ def influence(values: np.ndarray) -> Callable[[], Any]:
     return write
 
 
-OTHER = "not the file that"  # the record describes
+OTHER = "not the file that"  # the rest of the message: "the record describes"
 TRAINING, BOUND = str(paths.training_metrics_file("cosine")), str(paths.likelihood_file("cosine"))
 REPORTS: dict[str, tuple[Callable[[], Any], str]] = {
     "no scores": (without(str(METRICS)), "metrics: no scores of cosine-ddim-5"),
@@ -1149,7 +1154,7 @@ REPORTS: dict[str, tuple[Callable[[], Any], str]] = {
     "images in a list": (of_scores(images=[64]), "no sound value of images"),
     "a protocol in a list": (of_scores(reference=[]), "no sound value of reference"),
     "copying in words": (of_scores(copying="a lot"), "no sound value of copying"),
-    "another run's influence": (of_scores(images=63), "another run wrote the influence values of this file"),
+    "another run's influence": (of_scores(images=63), "the influence values beside this file are from another run"),
     "no influence": (without(INFLUENCE), "`ddpm evaluate` writes it beside the scores"),
     "influence of no bytes": (content(INFLUENCE, lambda old: b""), "not the influence values"),
     "influence cut off": (content(INFLUENCE, lambda old: old[:-1]), "not the influence values"),
@@ -1261,7 +1266,7 @@ def test_a_model_of_diffusers(refused: Refused, case: str) -> None:
     assert message in refused("import-diffusers", str(PIPELINE), "hub")
 
 
-# By real processes: what main() does around the rest of the program.
+# Real processes, which also run the parts of main() around the program.
 
 
 @pytest.mark.parametrize(
@@ -1284,7 +1289,7 @@ def test_by_a_process(here: Path, arguments: list[str], text: str | None) -> Non
     assert tree(here) == before
 
 
-# By chance: a valid file, damaged anywhere. Whatever comes of it is a success or one line.
+# Random damage anywhere in a valid file. The result must be a success or one line.
 
 CHANCE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FEW, MANY = settings(CHANCE, max_examples=40), settings(CHANCE, max_examples=5000)
@@ -1301,7 +1306,7 @@ def taken_or_refused(read: Callable[[], Any]) -> None:
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """Cut, doubled, or with a stretch replaced."""
+    """Returns the content cut, with a part repeated, or with a part replaced."""
     start, length = draw(st.integers(0, len(content) - 1)), draw(st.integers(0, 16))
     return draw(
         st.sampled_from(
@@ -1316,7 +1321,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def anywhere(values: Any) -> list[tuple[Any, Any]]:
-    """(container, key) of every entry of nested mappings and lists."""
+    """Returns (container, key) of every entry of nested mappings and lists."""
     entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     return [pair for key, value in entries for pair in ((values, key), *anywhere(value))]
 
@@ -1329,7 +1334,7 @@ JUNK = st.recursive(
 
 
 def spoilt(draw: Callable[..., Any], values: Any) -> Any:
-    """A copy with one to three entries replaced, removed or renamed."""
+    """Returns a copy with one to three entries replaced, removed or renamed."""
     values = json.loads(json.dumps(values))
     for _ in range(draw(st.integers(1, 3))):
         if not (places := anywhere(values)):
@@ -1351,7 +1356,7 @@ def params_as_bytes(data: st.DataObject, path: Path) -> None:
 
 
 def params_as_values(data: st.DataObject, path: Path) -> None:
-    """And what follows from them before a training."""
+    """Also runs the checks that come before a training."""
     values = spoilt(data.draw, json.loads(VALID))
 
     def read() -> None:
@@ -1363,14 +1368,14 @@ def params_as_values(data: st.DataObject, path: Path) -> None:
 
 
 def weights_as_bytes(data: st.DataObject, path: Path) -> None:
-    """With the right checksum, so that it is safetensors that has to notice."""
+    """The recorded checksum is updated to the damaged weights, so safetensors itself must notice the damage."""
     Path(WEIGHTS).write_bytes(data.draw(damaged(path.read_bytes())))
     of_model(lambda about: about.update(weights_sha256=records.sha256(Path(WEIGHTS))))()
     taken_or_refused(lambda: checkpoint.load(MODEL))
 
 
 def model_as_values(data: st.DataObject, path: Path) -> None:
-    """And, where they are taken, the sampling."""
+    """If the record is accepted, samples from the model too."""
     sign(Path(DESCRIPTION), spoilt(data.draw, json.loads(path.read_text())))
     params = Params.load()
     few = params.model_copy(update={"sampling": replace(params.sampling, images=2)})
@@ -1383,7 +1388,7 @@ def dataset_as_values(data: st.DataObject, path: Path) -> None:
 
 
 def dataset_as_bytes(data: st.DataObject, path: Path) -> None:
-    """The first bytes, where the header of an array is."""
+    """Damages the first bytes, which are the header of the array."""
     content = path.read_bytes()
     Path("dataset/test-labels.npy").write_bytes(data.draw(damaged(content[:160])) + content[160:])
     taken_or_refused(dataset.read_dataset)

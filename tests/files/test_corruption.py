@@ -1,6 +1,6 @@
-"""Damages every file that the pipeline reads: the verb that reads it refuses in one line, or writes what it should.
+"""Damages every file that the pipeline reads. The verb that reads the file refuses in one line, or writes the correct result.
 
-A file is flipped in one bit at three places, cut off, emptied, or replaced by a valid file of the same kind.
+A file has one bit flipped at one of three places, is cut off, is emptied, or is replaced by a valid file of the same kind.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ddpm.stages.train import train
 RECIPE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
 LOCK = (RECIPE.parents[1] / "dvc.lock").read_text(encoding="utf-8")
 POINT, OTHER = Point.parse("cosine-ddim-5"), Point.parse("cosine-ddim-2")
-NOWHERE = "http://127.0.0.1:9"  # a server that nobody runs: what a stage would publish is not what is tested
+NOWHERE = "http://127.0.0.1:9"  # no server listens here: these tests do not check what a stage publishes
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -64,7 +64,7 @@ def run_stages(params: Params, root: Path) -> None:
 
 
 def stop_sampling(params: Params, point: Point, root: Path) -> None:
-    """Leaves a sampling with one batch of two finished."""
+    """Interrupts a sampling after one of two batches."""
 
     def stop(progress: Progress) -> None:
         if progress.done > 32:
@@ -76,14 +76,14 @@ def stop_sampling(params: Params, point: Point, root: Path) -> None:
 
 @dataclass(frozen=True)
 class Whole:
-    """A checkout in which nothing is damaged (`pristine`), where tests damage a copy of it (`root`), and another one."""
+    """A checkout for tests to damage (`root`), an undamaged copy of that checkout (`pristine`), and another one (`other`)."""
 
     root: Path
     pristine: Path
     other: Path
 
     def mend(self) -> None:
-        """Makes `root` whole again. mlflow.db stays: this process has it open."""
+        """Restores `root` from `pristine`. mlflow.db stays, because this process has it open."""
         for path in self.root.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -97,7 +97,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(inception_cache: Path, empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it for the process
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets this variable for the whole process
         return make_whole(inception_cache, empty_database, tmp_path_factory.mktemp("whole"))
 
 
@@ -130,7 +130,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> Run:
-    """run("train", "cosine") -> exit code, standard output and error. `publish` finds a store where nothing was published."""
+    """Returns run("train", "cosine"), which gives exit code, standard output and error. `publish` gets an empty store."""
     whole.mend()
     monkeypatch.chdir(whole.root)
     for variable in ("DVC_STAGE", "DDPM_WATCH_PID"):
@@ -157,8 +157,13 @@ def run(
 
 @dataclass(frozen=True)
 class Case:
-    """path: of the file. verb: what reads it. outputs: what the verb writes. swap: a valid file of the same kind, below the root,
-    or below the other checkout if it begins with "other/".
+    """A file to damage, and the verb that reads this file.
+
+    Args:
+        path: a pattern for the file.
+        verb: the verb that reads the file, with its arguments.
+        outputs: the files that the verb writes.
+        swap: a valid file of the same kind, below `root`, or below the other checkout if the path begins with "other/".
     """
 
     path: str
@@ -256,7 +261,7 @@ def damage(whole: Whole, case: Case, how: str) -> None:
 
 @pytest.fixture(scope="module")
 def good() -> dict[tuple[str, ...], Any]:
-    """What each verb writes where nothing is damaged, once it was asked for: its outputs, or what it says that it published."""
+    """Caches what each verb writes in an undamaged checkout: its outputs, or its message about what it published."""
     return {}
 
 
@@ -276,8 +281,8 @@ def test_damage_is_refused_or_mended(
         whole.mend()
     damage(whole, case, how)
     code, published, said = run(*case.verb)
-    if "left out: made with another model, or" in published:
-        assert how == "swapped"  # with what belongs to another model: it is not published
+    if "is not published, since its model or samples have changed" in published:
+        assert how == "swapped"  # the file belongs to another model, so it is not published
     elif code == 0:
         assert written(whole, case, published) == good[case.verb]
     else:

@@ -1,7 +1,7 @@
-"""Files of version 0.1.0 in a checkout: each command works with them, or refuses them in one line that says what to do.
+"""Runs each command in a checkout with files of version 0.1.0. It works, or refuses in one line that says what to do.
 
-data/old-0.1.0.tar.xz holds params.yaml, dvc.lock, the outputs of a small sweep, a saved state of its training, and mlflow.db with
-its champion in mlartifacts. It was made in /tmp/old, so mlflow.db looks for its artifacts there.
+data/old-0.1.0.tar.xz holds params.yaml, dvc.lock, the outputs of a small sweep, a saved training state, and mlflow.db with
+its champion in mlartifacts. It was made in /tmp/old, so mlflow.db names the artifacts there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The old checkout as the working folder."""
+    """Makes the old checkout the working folder."""
     with tarfile.open(OLD) as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)

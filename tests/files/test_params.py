@@ -1,4 +1,4 @@
-"""params.yaml: the recipes are sound, and every fault is one line that names its place."""
+"""Checks that the recipes are valid, and that every fault in params.yaml gives one line that names its place."""
 
 import json
 from pathlib import Path
@@ -164,7 +164,8 @@ def test_rows_that_differ_in_the_seed_alone_are_trainings_of_one_schedule() -> N
         "cosine": {"schedule": "cosine"},
         "wide": {"schedule": "cosine", "s": 0.02, "seed": 1},
         "again": {"schedule": "cosine", "seed": 1},
-        "same": {"schedule": "cosine", "seed": 0},  # the file's seed: the same training as the first row
+        # this is the seed of the file, so it is the same training as the first row
+        "same": {"schedule": "cosine", "seed": 0},
     }
     raw["sweep"]["schedules"] = list(raw["schedules"])
     found = Params.check(raw, "params")
@@ -195,6 +196,6 @@ def test_names_that_are_no_points(name: str) -> None:
 
 
 def test_fields_at_their_default_do_not_enter_the_record_of_a_row() -> None:
-    """In this order: keys of kept images and runs are hashes of these options."""
+    """The order of the options also matters, because the keys of cached images and runs are hashes of these options."""
     row = Params.load(ROOT / "recipes" / "digits.yaml").samplers["ddim"]
     assert json.dumps(row.options()) == '{"sampler": "ddim", "spacing": "leading", "eta": 0.0}'

@@ -1,4 +1,4 @@
-"""Fixtures of a small repository with a real DVC and stages that take no time, and of the servers that run in it."""
+"""Provides a small repository with a real DVC and instant stages, and the servers that run in this repository."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ stages:
     deps: [sampled-linear, sampled-cosine]
     outs: [report/points.csv, report/best.json, report/front.json]
 """
-# Stands in for `python -B -m ddpm VERB`. Each call removes a line of the file `away`, and fails while there is one.
+# Replaces `python -B -m ddpm VERB`. Each call removes a line of the file `away`, and fails if there was a line to remove.
 STAND_IN = f"""\
 #!/bin/sh
 [ "$1 $2 $3" = "-B -m ddpm" ] || exec '{sys.executable}' "$@"
@@ -135,7 +135,10 @@ def free_port() -> int:
 class Scratch:
     """A repository, and the processes that run in it.
 
-    root: the repository. environment: that of all its processes. mark: SCRATCH in it, by which `processes` finds them.
+    Args:
+        root: the repository.
+        environment: the environment of all its processes.
+        mark: the value of SCRATCH in that environment, by which `processes` finds these processes.
     """
 
     root: Path
@@ -147,7 +150,7 @@ class Scratch:
     free_port = staticmethod(free_port)
 
     def control(self, **stages: dict[str, Any]) -> None:
-        """Writes control.json. The keys are stage names with `_` for `@`."""
+        """Writes control.json. The keys are stage names with `_` in place of `@`."""
         (self.root / "control.json").write_text(
             json.dumps({name.replace("_", "@"): how for name, how in stages.items()})
         )
@@ -185,7 +188,7 @@ class Scratch:
         return done.stdout
 
     def processes(self) -> list[psutil.Process]:
-        """Returns all processes that were started here and are alive."""
+        """Returns all living processes that were started here."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -198,17 +201,17 @@ class Scratch:
     def running(self) -> list[str]:
         found = []
         for process in self.processes():
-            with contextlib.suppress(psutil.Error):  # the process has ended meanwhile
+            with contextlib.suppress(psutil.Error):  # the process has ended in the meantime
                 found.append(f"{process.pid} {' '.join(process.cmdline())}")
         return found
 
     def pid(self, stage: str, seconds: float = 60) -> int:
-        """Waits until a stage runs, and returns its process id."""
+        """Waits until a stage runs. Returns the id of its process."""
         path = self.root / f"{stage}.pid"
         return int(wait(lambda: path.exists() and path.read_text(), seconds, f"{stage} runs"))
 
     def forget(self, *stages: str) -> None:
-        """Makes pid() wait for the next run of these stages."""
+        """Deletes the recorded process ids of these stages, so that pid() waits for their next run."""
         for stage in stages:
             (self.root / f"{stage}.pid").unlink(missing_ok=True)
 
@@ -239,7 +242,10 @@ def make_scratch(root: Path, template: Path) -> Scratch:
 
 @pytest.fixture(autouse=True)
 def running() -> Iterator[None]:
-    """As while a flow runs: an earlier test's flow has stopped its processes, and none may start."""
+    """Allows child processes, as a running flow does.
+
+    An earlier test's flow has stopped its processes and forbidden new ones.
+    """
     children.start()
     yield
     children.stop()
@@ -279,7 +285,7 @@ def scratch(tmp_path: Path, template: Path) -> Iterator[Scratch]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """disk(n): the mount point of a small file system, resized to n MiB."""
+    """Returns disk(n), which resizes a small file system to n MiB and returns its mount point."""
     path = tmp_path / "disk"
     path.mkdir()
 
@@ -300,7 +306,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 @pytest.fixture(scope="session")
 def clone_maker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Scratch]:
-    """Makes clones of this repository that include the changes that are not committed yet."""
+    """Returns a function that clones this repository, with its uncommitted changes."""
     source = tmp_path_factory.mktemp("source")
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
@@ -313,7 +319,7 @@ def clone_maker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Sc
 
     def make(root: Path) -> Scratch:
         made = make_scratch(root, source)
-        made.environment["PYTHONPATH"] = os.fspath(root)  # run the code of the clone instead of the installed code
+        made.environment["PYTHONPATH"] = os.fspath(root)  # runs the code of the clone instead of the installed code
         return made
 
     return make
@@ -330,7 +336,9 @@ FLOW = (
 class Up(SimpleNamespace):
     """The servers and the worker of `make up`, in a scratch repository.
 
-    api: Prefect's address. injected: texts of errors that a test causes on purpose; any other error in the log fails the test.
+    Args:
+        api: the address of Prefect's API.
+        injected: texts of errors that a test causes on purpose. Any other error in the log fails the test.
     """
 
     FLOW = FLOW
@@ -347,13 +355,13 @@ class Up(SimpleNamespace):
             return json.load(answer)
 
     def open_runs(self) -> list[str]:
-        """Names of the flow runs and task runs that have not ended."""
+        """Returns the names of the flow runs and task runs that have not ended."""
         state = {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING", "PAUSED"]}}
         flows = self.post("/flow_runs/filter", flow_runs={"state": state})
         return [run["name"] for run in flows + self.post("/task_runs/filter", task_runs={"state": state})]
 
     def start(self, **parameters: Any) -> str:
-        """Starts a flow run as `prefect deployment run` does, and returns its id. Retries while Prefect on SQLite answers 503."""
+        """Starts a flow run as `prefect deployment run` does, and returns its id. Retries when Prefect on SQLite answers 503."""
 
         def start() -> str:
             try:
@@ -371,7 +379,7 @@ class Up(SimpleNamespace):
         return dict(self.post("/flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0])
 
     def tasks(self, flow_run: str) -> dict[str, dict[str, Any]]:
-        """Returns the task runs of a flow run by name."""
+        """Returns the task runs of a flow run, by name."""
         return {run["name"]: run for run in self.post("/task_runs/filter", flow_runs={"id": {"any_": [flow_run]}})}
 
     def states(self, flow_run: str) -> dict[str, str]:
@@ -390,9 +398,9 @@ def up(tmp_path_factory: pytest.TempPathFactory, template: Path, check_log: Call
 
 def start_up(scratch: Scratch) -> Up:
     ports = {"PREFECT_PORT": str(scratch.free_port()), "MLFLOW_PORT": str(scratch.free_port())}
-    toml = scratch.root / "prefect.toml"  # `prefect` reads this file if nothing is exported
+    toml = scratch.root / "prefect.toml"  # `prefect` reads this file if no environment variable is set
     toml.write_text(re.sub(r":\d+/api", f":{ports['PREFECT_PORT']}/api", toml.read_text()))
-    name = f"up-{ports['PREFECT_PORT']}.log"  # a new log for each start
+    name = f"up-{ports['PREFECT_PORT']}.log"  # each start gets a new log
     process = scratch.start(sys.executable, "-m", "flows.servers.up", log=name, **ports)
     log = scratch.root / name
     wait(lambda: "\nready; " in log.read_text() or process.poll() is not None, 300, "`make up` is ready")
@@ -403,7 +411,7 @@ def start_up(scratch: Scratch) -> Up:
 
 @pytest.fixture
 def up_starter(check_log: Callable[..., list[str]]) -> Iterator[Callable[[Scratch], Up]]:
-    """Starts `make up` in any repository."""
+    """Returns a function that starts `make up` in any repository."""
     made: list[Up] = []
 
     def start(scratch: Scratch) -> Up:

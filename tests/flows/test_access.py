@@ -1,4 +1,4 @@
-"""Access to the servers of `make up`: by password if HOST is set, and only from this machine if not."""
+"""Checks access to the servers of `make up`: by password if HOST is set, otherwise only from this machine."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_make_up_refuses_to_open_without_passwords(scratch: Any) -> None:
 
 
 def ask(url: str, user: str = "", password: str = "", body: Any = None, **headers: str) -> tuple[int, dict[str, str]]:
-    """-> status and headers of the answer."""
+    """Sends a request. Returns the status and the headers of the answer."""
     if user:
         headers["Authorization"] = f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
     data = None if body is None else json.dumps(body).encode()
@@ -126,7 +126,7 @@ def ask(url: str, user: str = "", password: str = "", body: Any = None, **header
 
 
 def addresses(scratch: Any, ports: set[int]) -> set[str]:
-    """Where what was started here listens on those ports."""
+    """Returns the addresses at which the processes of `scratch` listen on `ports`."""
     return {
         connection.laddr.ip
         for process in scratch.processes()
@@ -138,7 +138,7 @@ def addresses(scratch: Any, ports: set[int]) -> set[str]:
 @pytest.mark.proof
 @pytest.mark.timeout(600)
 def test_with_host_the_servers_ask_everybody_for_a_password(scratch: Any, check_log: Callable[..., list[str]]) -> None:
-    """The real servers and the worker of `make up HOST=0.0.0.0`."""
+    """Runs the real servers and the worker of `make up HOST=0.0.0.0`."""
     ports = {"PREFECT_PORT": scratch.free_port(), "MLFLOW_PORT": scratch.free_port()}
     variables = {name: str(port) for name, port in ports.items()}
     process = scratch.start(
@@ -146,7 +146,7 @@ def test_with_host_the_servers_ask_everybody_for_a_password(scratch: Any, check_
     )
     log = scratch.root / "up.log"
     prefect, mlflow = (f"http://127.0.0.1:{port}" for port in ports.values())
-    # Ours get in: the worker has made its pool and its deployment, and waits for work.
+    # Our own processes have access: the worker has created its pool and deployment, and waits for work.
     scratch.wait(lambda: "\nready; " in log.read_text() or process.poll() is not None, 400, "`make up` is ready")
     assert process.poll() is None, log.read_text()[-3000:]
     assert addresses(scratch, set(ports.values())) == {"0.0.0.0"}
@@ -161,7 +161,7 @@ def test_with_host_the_servers_ask_everybody_for_a_password(scratch: Any, check_
     assert ask(f"{mlflow}/")[0] == 401
     assert ask(f"{mlflow}/api/2.0/mlflow-artifacts/artifacts?path=.")[0] == 401
 
-    # A page of another site, in the browser of somebody who has been let in, reads nothing and starts nothing.
+    # A page of another site, in the browser of a user who is logged in, can neither read nor start anything.
     elsewhere = {"Origin": "http://elsewhere.example"}
     assert "access-control-allow-origin" not in ask(runs, NAME, PREFECT_PASSWORD, {}, **elsewhere)[1]
     assert ask(found, NAME, MLFLOW_PASSWORD, {"max_results": 5}, **elsewhere)[0] == 403
@@ -169,7 +169,7 @@ def test_with_host_the_servers_ask_everybody_for_a_password(scratch: Any, check_
 
     assert not check_log(log)
 
-    # No password among the arguments, which everybody on the machine can list, or in what the servers say and keep.
+    # No password appears in command lines, which all users of the machine can list, or in the servers' output and files.
     for running in scratch.processes():
         assert not any(secret in item for item in running.cmdline() for secret in (PREFECT_PASSWORD, MLFLOW_PASSWORD))
     for path in scratch.root.rglob("*"):
@@ -182,7 +182,7 @@ def test_with_host_the_servers_ask_everybody_for_a_password(scratch: Any, check_
 @pytest.mark.proof
 @pytest.mark.timeout(600)
 def test_without_host_nothing_listens_beyond_loopback(scratch: Any) -> None:
-    """Both servers, told to listen where they do by nothing; Prefect answers pages of its own address only."""
+    """Both servers listen on loopback without any setting. Prefect answers only pages from its own address."""
     ports = {"PREFECT_PORT": scratch.free_port(), "MLFLOW_PORT": scratch.free_port()}
     variables = {name: str(port) for name, port in ports.items()}
     scratch.start(sys.executable, "-m", "flows.servers.up", "mlflow", "prefect", **variables)

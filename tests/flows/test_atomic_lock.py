@@ -1,4 +1,4 @@
-"""dvc.lock is replaced atomically, with the bytes that DVC itself would write."""
+"""Checks that dvc.lock is replaced atomically, with the bytes that DVC itself would write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flows.repro import dag
 
 LOCK = Path(__file__).parents[2] / "dvc.lock"
 DEPENDENCY = OrderedDict(path="a", hash="md5", md5="0" * 32, size=1)
-# What parameters may hold, and YAML writes in many ways.
+# Values that parameters may have and that YAML writes in many ways.
 VALUES = (
     None,
     True,
@@ -48,7 +48,7 @@ STAGE = OrderedDict(cmd="x", deps=[DEPENDENCY, dict(DEPENDENCY)], params={"param
 
 
 def into(text: str, name: str, stage: Any, tmp_path: Path) -> tuple[bytes, bytes, int]:
-    """What DVC makes of a dvc.lock with that stage, what is made of it here, and how many stages were written for that."""
+    """Adds a stage to a dvc.lock. Returns DVC's result, our result, and the number of stages that our code serialised."""
     theirs, ours = tmp_path / "theirs" / atomic_lock.NAME, tmp_path / "ours" / atomic_lock.NAME
     dumped: list[str] = []
 
@@ -71,7 +71,7 @@ def test_it_is_what_dvc_writes(tmp_path: Path) -> None:
     assert ours == theirs != LOCK.read_bytes()
     assert written == 1
     text = f"{LOCK.read_text().partition('  sample@')[0]}"
-    for name in ("a new one", "'", "prepare"):  # the second name is one that YAML writes in quotes
+    for name in ("a new one", "'", "prepare"):  # YAML writes the second name in quotes
         theirs, ours, _ = into(text, name, STAGE, tmp_path)
         assert ours == theirs != text.encode(), name
         text = ours.decode()
@@ -87,7 +87,7 @@ def test_what_dvc_did_not_write_is_written_anew(tmp_path: Path) -> None:
 
 
 def test_the_dvc_of_this_environment_mends_and_writes_the_file_at_once(tmp_path: Path) -> None:
-    """`make` and the Dockerfile name ddpm.tools.dvc.main() in DVC's console script."""
+    """`make` and the Dockerfile put ddpm.tools.dvc.main() into DVC's console script."""
     own = str(Path(sys.executable).with_name("dvc"))
     (tmp_path / "dvc.yaml").write_text(
         "stages:\n  a: {cmd: echo 1 > a, outs: [a]}\n  b: {cmd: echo 1 > b, outs: [b]}\n"
@@ -99,7 +99,7 @@ def test_the_dvc_of_this_environment_mends_and_writes_the_file_at_once(tmp_path:
     whole, before = lock.read_text(), tmp_path / "before"
     before.hardlink_to(lock)
     subprocess.run([own, "repro", "--force"], cwd=tmp_path, check=True, capture_output=True)
-    assert not before.samefile(lock)  # replaced: nobody saw it empty
+    assert not before.samefile(lock)  # the file was replaced, so no reader saw it empty
     lock.write_text(whole[:-40])
     done = subprocess.run([own, "repro"], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert lock.read_text() == whole and "dvc.lock: mended" in done.stderr
@@ -107,13 +107,13 @@ def test_the_dvc_of_this_environment_mends_and_writes_the_file_at_once(tmp_path:
 
 
 def test_a_name_that_leads_out_of_the_checkout_deletes_nothing(copied: Any) -> None:
-    """DVC removes the outputs of a stage before the stage can refuse."""
+    """DVC removes the outputs of a stage before the stage itself can refuse. So the name must be refused earlier."""
     own = str(Path(sys.executable).with_name("dvc"))
     victim = copied.root.parent / "victim-2.npz"
     copied.edit("  samplers: [ddpm, ddim]", "  samplers: [y/../../../victim]")
     copied.edit("samplers:\n", "samplers:\n  y/../../../victim: {sampler: ddim}\n")
     (copied.root / ".cache" / "inception").unlink()
-    (copied.root / ".cache").rmdir()  # as in a new clone
+    (copied.root / ".cache").rmdir()  # a new clone has no .cache
     hostile = "sample@cosine-y/../../../victim-2"
     for command in (["repro"], ["repro", "-s", hostile], ["--cd", ".", "repro", "-s", hostile], ["-q", "exp", "run"]):
         victim.write_text("needed")
@@ -131,7 +131,7 @@ def test_a_name_that_dvc_takes_from_an_old_params_file_is_asked_for_in_one_line(
 
 
 def test_a_kill_leaves_the_old_one(tmp_path: Path) -> None:
-    """In the middle of the writing: the kernel kills who writes more than a limit."""
+    """The kernel kills the writing process in the middle, because its files may not exceed a size limit."""
     shutil.copy(LOCK, tmp_path)
     pid = os.fork()
     if not pid:
@@ -146,7 +146,7 @@ def test_a_kill_leaves_the_old_one(tmp_path: Path) -> None:
 
 
 def test_a_flow_goes_on_from_one_that_is_whole(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`dvc repro` by hand writes as DVC does; a kill meanwhile leaves the beginning of the file."""
+    """`dvc repro` of plain DVC does not write atomically, so a kill leaves only the beginning of dvc.lock."""
     monkeypatch.setenv("PREFECT_HOME", str(scratch.root / ".prefect"))
     from flows.repro.checkout_lock import alone
 

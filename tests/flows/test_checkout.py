@@ -1,4 +1,4 @@
-"""One environment and several checkouts: the code in the working directory runs, or one line says why not."""
+"""Checks one environment with several checkouts: the code of the working directory runs, or one line says why it does not."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from flows.hosts import dispatch
 from flows.processes import crashed_runs
 
 ROOT = Path(__file__).parents[2]
-FOREIGN = {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(ROOT)}  # the working directory is not looked into for modules
-WIDE, NARROW = 651, 196  # pixels of a preview with ten columns of digits, and with three
+FOREIGN = {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(ROOT)}  # Python does not look for modules in the working directory
+WIDE, NARROW = 651, 196  # width in pixels of a preview with ten columns of digits, and with three columns
 
 
 CODE, DATA = (
@@ -31,7 +31,7 @@ CODE, DATA = (
 
 @pytest.fixture
 def clone(scratch_maker: Callable[[Path, Path], Any], tmp_path: Path) -> Iterator[Any]:
-    """A second clone, in the environment of this checkout."""
+    """Creates a second clone that uses the environment of this checkout."""
     source = tmp_path / "source"
     for name in CODE:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -49,7 +49,7 @@ def clone(scratch_maker: Callable[[Path, Path], Any], tmp_path: Path) -> Iterato
 
 
 def narrow(root: Path, now: bool = True) -> None:
-    """The edit of a user: three columns, or ten again."""
+    """Edits the code as a user would: to three columns, or back to ten."""
     source, lines = root / "ddpm" / "stages" / "prepare.py", ("COLUMNS, ROWS = 10", "COLUMNS, ROWS = 3")
     before, after = lines if now else reversed(lines)
     assert before in source.read_text()
@@ -83,7 +83,7 @@ def test_a_stage_runs_the_code_of_its_own_checkout(kind: str, clone: Any, tmp_pa
     assert (clone.root / "dvc.lock").read_bytes() == before and not (clone.root / "grid.png").exists()
     assert clone.run(sys.executable, "-B", "-m", "ddpm", "prepare").returncode == 0
     assert clone.run("ddpm", "--version").returncode == 0
-    assert not list(clone.root.rglob("*.pyc"))  # no stage leaves any
+    assert not list(clone.root.rglob("*.pyc"))  # stages write no bytecode
 
 
 @pytest.mark.proof
@@ -125,7 +125,7 @@ def test_neither_a_run_of_the_flow_nor_a_host_does(tmp_path: Path, monkeypatch: 
     (tmp_path / "flows").mkdir()
     (tmp_path / "flows" / "__init__.py").touch()
     monkeypatch.chdir(tmp_path)
-    for state in (train_eval.train_eval.fn(), dispatch._stage("prepare", "0" * 40, "", "")):
+    for state in (train_eval.train_eval.fn(), dispatch._run_on_this_host("prepare", "0" * 40, "", "")):
         assert state.name == "InputError" and f"would run here, not {tmp_path / 'flows'};" in str(state.message)
     assert [path.name for path in tmp_path.iterdir()] == ["flows"]
 
@@ -143,7 +143,7 @@ def test_a_folder_without_code_or_with_a_link_to_it_is_no_other_checkout(tmp_pat
 
 
 def test_an_interpreter_without_the_packages_is_named(scratch: Any) -> None:
-    """`python` on the PATH of somebody who has not activated the environment."""
+    """Runs with the `python` that is on the PATH of a user who has not activated the environment."""
     done = scratch.run(sys.executable, "-S", "-B", "-m", "ddpm", "prepare", PYTHONPATH=str(ROOT))
     assert done.returncode == 2
     assert done.stderr.startswith(f"ddpm: {sys.executable} has no package ") and done.stderr.count("\n") == 1

@@ -52,7 +52,7 @@ def test_stop_ends_the_deaf_grandchildren_too(tmp_path: Path, monkeypatch: pytes
     children.stop()
     thread.join(10)
     assert ends == ["stopped"]
-    end = time.monotonic() + 10  # a killed process takes a moment to go; on its own it would stay for a minute
+    end = time.monotonic() + 10  # a killed process needs a moment to end; otherwise it would stay for a minute
     while _alive(pids[0]) and time.monotonic() < end:
         time.sleep(0.05)
     assert not _alive(pids[0])
@@ -107,7 +107,7 @@ def test_a_line_in_a_report_of_the_progress_costs_the_report_alone(tmp_path: Pat
     assert said == ['@progress {"stage": "x", "done": 1}warning: MLflow', {"done": 2}, "@progress 3"]
 
 
-# A flow run, and the process that watches for it: what a worker starts, and the flow run's own.
+# A flow run that watches its parent, and the worker process that starts this flow run.
 FLOW_RUN = """\
 import os, time
 from flows.processes.children import end_with_the_worker
@@ -119,7 +119,7 @@ WORKER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv
 
 
 def test_a_flow_run_ends_with_its_worker(tmp_path: Path) -> None:
-    """Nobody is there who could kill what the worker has left, as `make up` would."""
+    """No supervisor such as `make up` is there to kill the flow run, so it must end by itself."""
     home = {**os.environ, "PREFECT_HOME": str(tmp_path), "PREFECT__FLOW_RUN_ID": "x"}
     home.pop(watchdog.VARIABLE, None)
     command = [sys.executable, "-c", WORKER, FLOW_RUN]
@@ -137,7 +137,7 @@ def test_a_flow_run_ends_with_its_worker(tmp_path: Path) -> None:
     assert not left
 
 
-# Ends at once, and leaves something in a session of its own.
+# Ends at once, and leaves a process in a session of its own.
 JOB = """\
 import subprocess, sys
 away = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)  # or whoever reads what we print would wait for it
@@ -160,7 +160,7 @@ def test_make_up_leaves_nothing_of_what_it_started(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", ["SIGHUP", "SIGTERM", "nobody reads"])
 def test_make_up_leaves_nothing_however_it_ends(end: str, tmp_path: Path) -> None:
-    """A closed terminal, a polite end, a pipe to `head`."""
+    """The terminal is closed, the process gets SIGTERM, or the reader of a pipe such as `head` exits."""
     (tmp_path / "Procfile").write_text(
         f"job: exec {sys.executable} -c 'import time; time.sleep(1); print(1); time.sleep(60)'\n"
     )
@@ -186,7 +186,7 @@ def test_make_up_leaves_nothing_however_it_ends(end: str, tmp_path: Path) -> Non
 
 
 def test_what_a_killed_make_up_left_is_named(tmp_path: Path) -> None:
-    """`kill -9` leaves the servers. The next `make up` says which processes hold its port."""
+    """`kill -9` leaves the servers running. The next `make up` names the processes that hold its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The demo: `python -m flows` on params.yaml in a fresh clone makes digits that an independent classifier recognises."""
+"""Checks that the demo, `python -m flows` in a fresh clone, makes digits that an independent classifier recognises."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def scaled(images: np.ndarray) -> torch.Tensor:
 
 
 def shifted(x: torch.Tensor) -> torch.Tensor:
-    """Moves each image by up to two pixels."""
+    """Shifts each image by up to two pixels."""
     padded = nn.functional.pad(x, (2, 2, 2, 2), value=-1.0)
     rows, columns = (torch.randint(0, 5, (len(x), 1)) + torch.arange(28) for _ in range(2))
     return padded[torch.arange(len(x))[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
@@ -34,7 +34,10 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def classifier() -> Callable[[Path], Callable[[np.ndarray], torch.Tensor]]:
-    """classifier(root) trains on the real train images of a checkout: images -> probabilities [N, 10]."""
+    """Returns classifier(root).
+
+    It trains on a checkout's real images, and returns a function images -> probabilities [N, 10].
+    """
 
     def train(root: Path) -> Callable[[np.ndarray], torch.Tensor]:
         dataset = read_dataset(root)
@@ -80,6 +83,6 @@ def test_the_demos_champion_makes_all_ten_digits(
         assert found.argmax(1).unique().numel() == 10
         assert float(found.amax(1).mean()) > 0.9
         noise = np.random.default_rng(0).integers(0, 256, (400, 1, 28, 28), np.uint8)
-        assert judge(noise).argmax(1).unique().numel() < 10  # noise is no ten digits to this classifier
+        assert judge(noise).argmax(1).unique().numel() < 10  # the classifier does not see ten different digits in noise
     finally:
         clone.end()

@@ -1,4 +1,4 @@
-"""How the flow uses DVC: it reads the order and the unchanged stages, and runs one stage."""
+"""Checks how the flow uses DVC: it reads the order and the unchanged stages, and runs single stages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOSTILE = "x; touch it_ran; true"
 
 
 def with_names(root: Path, name: str) -> None:
-    """Writes params.yaml with that name wherever params.yaml takes a name that dvc.yaml repeats."""
+    """Writes params.yaml with this name wherever params.yaml contains a name that dvc.yaml repeats."""
     yaml = YAML()
     values = yaml.load((ROOT / "recipes" / "smoke.yaml").read_text())
     values["data"]["path"] = name
@@ -41,7 +41,7 @@ def with_names(root: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", [HOSTILE, "$(touch it_ran)", "'", "a b", "\n", "`touch it_ran`"])
 def test_no_name_of_params_yaml_is_in_a_command(name: str, scratch: Any) -> None:
-    """A shell reads the commands."""
+    """A shell runs the commands, so a name from params.yaml could run code."""
     shutil.copy(ROOT / "dvc.yaml", scratch.root)
 
     def commands(name: str) -> list[str]:
@@ -60,7 +60,7 @@ def test_a_hostile_name_runs_nothing(tmp_path: Path, clone_maker: Callable[[Path
     (clone.root / "auto.json").write_text('{"precision": "float32", "compile": false}')
     done = clone.run(sys.executable, "-m", "dvc", "repro", "--single-item", f"train@{HOSTILE}")
     assert done.returncode != 0
-    assert "String should match pattern" in done.stderr  # so the verb ran
+    assert "String should match pattern" in done.stderr  # so the verb did run
     assert not (clone.root / "it_ran").exists()
 
 
@@ -120,7 +120,8 @@ def test_unchanged_is_what_dvc_repro_leaves_alone(scratch: Any) -> None:
     assert dag.read(scratch.root).unchanged == everything
     assert ran() == set()
 
-    (scratch.root / "trained-linear").unlink()  # DVC's cache has it: one stage to look at, and those after it
+    # DVC's cache has this output, so only this stage and the stages after it need a check
+    (scratch.root / "trained-linear").unlink()
     after = {"train@linear", "sample@linear", "report"}
     assert dag.read(scratch.root).unchanged == everything - after
     assert ran() <= after
@@ -178,7 +179,7 @@ def test_what_another_dvc_holds_is_busy(scratch: Any) -> None:
     assert "prepared" in outcome.text
     began = time.monotonic()
     assert "prepare" not in dag.read(scratch.root).unchanged
-    assert time.monotonic() - began < 20  # it doesn't wait for the other to end
+    assert time.monotonic() - began < 20  # the call does not wait until the other DVC has ended
 
 
 @pytest.mark.usefixtures("path")
@@ -197,7 +198,7 @@ def test_several_stages_are_pushed_at_once(scratch: Any, tmp_path: Path) -> None
 def test_outputs_that_find_no_room_in_the_cache_fail_the_stage_and_go_there_later(
     scratch: Any, disk: Callable[[int], Path]
 ) -> None:
-    """Plain DVC exits with 0 where a folder finds no room. The stage itself runs once."""
+    """Plain DVC exits with 0 when a folder does not fit into the cache. The stage itself must run only once."""
     (scratch.root / "dvc.yaml").write_text(
         "stages: {prepare: {outs: [prepared], cmd: echo ran >> runs;"
         " mkdir prepared && head -c 3000000 /dev/zero > prepared/large && echo 1 > prepared/small}}"
@@ -231,7 +232,7 @@ def test_a_commit_counts_only_where_dvc_ended_well(
 
 @pytest.mark.usefixtures("path")
 def test_what_a_killed_dvc_held_is_named(scratch: Any) -> None:
-    """In a container, a killed DVC had an id that some process has there again."""
+    """In a container, the id of a killed DVC may belong to another process later."""
     path = scratch.root / ".dvc" / "tmp" / "rwlock"
     held = {"pid": 1, "cmd": "/usr/bin/dvc repro"}
     path.write_text(json.dumps({"write": {str(scratch.root / "prepared"): held}, "read": {}}))
@@ -242,7 +243,7 @@ def test_what_a_killed_dvc_held_is_named(scratch: Any) -> None:
 
 
 def test_what_is_edited_while_a_stage_runs_is_not_recorded_as_its_own(scratch: Any) -> None:
-    """DVC reads parameters and code when a stage has ended, so the stage itself has to say no."""
+    """DVC reads parameters and code after a stage has ended. So the stage itself must fail if they changed."""
     params, code = scratch.root / "params.yaml", scratch.root / "stage.py"
     prepare = (sys.executable, "-m", "dvc", "repro", "--single-item", "prepare")
     train = (*prepare[:-1], "train@linear")

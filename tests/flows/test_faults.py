@@ -1,4 +1,4 @@
-"""Real kills of real servers and trainings: what is left behind, and how the next run continues (docs/faults.md)."""
+"""Kills real servers and trainings, and checks what is left and how the next run continues (docs/faults.md)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def clone(tmp_path: Path, clone_maker: Callable[[Path], Any]) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, clone_maker: Callable[[Path], Any]) -> Iterator[bytes]:
-    """dvc.lock, which holds the hash of the weights and of everything else."""
+    """Returns the dvc.lock of an undisturbed run. It holds the hashes of all outputs, such as the weights."""
     made = clone_maker(tmp_path_factory.mktemp("undisturbed"))
     done = made.run(*MAIN)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
@@ -40,16 +40,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, clone_maker: Callable[
 
 
 def words(process: psutil.Process) -> list[str]:
-    """Of its command line; a fork of the flow's shows what it does, and then empty words up to the old length."""
+    """Returns the words of a process's command line. A fork shows its task, padded with empty words to the old length."""
     return " ".join(process.cmdline()).split()
 
 
 def training(clone: Any, pid: int | None = None) -> psutil.Process:
-    """The process that trains, once it has saved a state of its own; another one than `pid`."""
+    """Returns the training process, once it has saved a state. Ignores the process `pid`."""
 
     def found() -> psutil.Process | None:
         for process in clone.processes():
-            with suppress(psutil.Error, FileNotFoundError):  # it has ended meanwhile
+            with suppress(psutil.Error, FileNotFoundError):  # the process has ended in the meantime
                 if words(process)[-2:] == ["ddpm", "train"] and process.pid != pid:
                     files = [path for path in (clone.root / ".cache" / "training").rglob("*") if path.is_file()]
                     if max((path.stat().st_mtime for path in files), default=0.0) > process.create_time() + 1:
@@ -84,7 +84,7 @@ def test_kills_of_stage_dvc_and_flow_change_no_bit(clone: Any, undisturbed: byte
     for name in ("a stage", "DVC"):
         began = time.monotonic()
         (stage if name == "a stage" else dvc_of(stage)).kill()
-        stage = training(clone, stage.pid)  # the flow runs it again by itself
+        stage = training(clone, stage.pid)  # the flow runs the stage again by itself
         print(f"kill -9 of {name}: it trains again, and has saved a state, after {time.monotonic() - began:.1f} s")
     clone.wait(lambda: open_in_mlflow(clone) == ["cosine"], 100, "MLflow shows the training")
     flow.kill()
@@ -92,7 +92,7 @@ def test_kills_of_stage_dvc_and_flow_change_no_bit(clone: Any, undisturbed: byte
     began = time.monotonic()
     clone.wait(lambda: not clone.running(), 20, "all that the flow started ends")
     print(f"kill -9 of the flow: nothing left after {time.monotonic() - began:.1f} s")
-    assert open_in_prefect(clone)  # which is why the next run ends them
+    assert open_in_prefect(clone)  # the next run must end these runs
     done = clone.run(*MAIN)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert (clone.root / "dvc.lock").read_bytes() == undisturbed
@@ -102,7 +102,7 @@ def test_kills_of_stage_dvc_and_flow_change_no_bit(clone: Any, undisturbed: byte
 
 
 def test_a_kill_of_the_worker_changes_no_bit(clone: Any, undisturbed: bytes, up_starter: Callable[[Any], Any]) -> None:
-    """`make up` ends with its worker; when it is started again, and the deployment run, the work goes on."""
+    """`make up` ends with its worker. After a new `make up`, another run of the deployment continues the work."""
     parameters = {"recipe": "smoke", "overrides": list(SET)}
     up = up_starter(clone)
     run = up.start(**parameters)
@@ -130,7 +130,7 @@ def test_a_kill_of_the_worker_changes_no_bit(clone: Any, undisturbed: bytes, up_
 
 
 def test_mlflow_dies_while_it_trains(clone: Any, undisturbed: bytes) -> None:
-    """The flow says so and keeps the work; when the server is back, the next run brings it up to date."""
+    """The flow reports the dead server and keeps the work. Once the server is back, the next run publishes everything."""
     port = clone.free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     off = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -162,7 +162,7 @@ def test_mlflow_dies_while_it_trains(clone: Any, undisturbed: bytes) -> None:
 
 
 def test_prefect_is_away_for_a_minute(scratch: Any) -> None:
-    """Its API dies while a stage runs and comes back: the flow goes on to its end, and the API knows of it."""
+    """The API dies while a stage runs, and comes back later. The flow completes, and the API records that."""
     port = scratch.free_port()
     api = f"http://127.0.0.1:{port}/api"
     toml = scratch.root / "prefect.toml"
@@ -179,7 +179,7 @@ def test_prefect_is_away_for_a_minute(scratch: Any) -> None:
     scratch.pid("train@linear", 200)
     os.killpg(server.pid, signal.SIGKILL)
     time.sleep(5)
-    (scratch.root / "go").touch()  # stages end and begin while there is no API
+    (scratch.root / "go").touch()  # stages end and begin while the API is down
     time.sleep(55)
     assert flow.poll() is None or (scratch.root / "flow.log").read_text().splitlines()[-1].startswith("Completed")
     scratch.start(*command, log="server.log")
@@ -190,7 +190,7 @@ def test_prefect_is_away_for_a_minute(scratch: Any) -> None:
     assert scratch.run(sys.executable, "-c", code).returncode == 0
     with closing(sqlite3.connect(scratch.root / ".prefect" / "prefect.db")) as database:
         assert database.execute("select state_name from flow_run").fetchall() == [("Completed",), ("Completed",)]
-    scratch.wait(lambda: not open_in_prefect(scratch), 30, "task runs that ended unheard are ended by the next run")
+    scratch.wait(lambda: not open_in_prefect(scratch), 30, "the next run ends the task runs whose end Prefect missed")
 
 
 def _answers(url: str) -> bool:

@@ -1,4 +1,4 @@
-"""A stage that the fork server runs does the same as in an interpreter of its own."""
+"""Checks that a stage that the fork server runs does the same as in an interpreter of its own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 
 
 @pytest.fixture
 def root(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The scratch repository with the real stages, the dvc.lock of the real sweep, and the real `ddpm`."""
+    """Creates a scratch repository with the real stages, the dvc.lock of the real sweep, and the real `ddpm`."""
     for name in ("dvc.yaml", "dvc.lock"):
         shutil.copy(ROOT / name, scratch.root)
     for name in ("ddpm", "images"):
@@ -41,11 +41,11 @@ def root(scratch: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SCRATCH", scratch.mark)
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     yield scratch.root
-    children.stop()  # before scratch looks for what is left
+    children.stop()  # `scratch` checks for remaining processes after this
 
 
 def forked(scratch: Any) -> list[int]:
-    """The pids of the process that imports, and of the forks, which `ps` shows as what they do."""
+    """Returns the process ids of the fork server and of its forks, which `ps` shows under the title of their task."""
     return [
         int(line.split()[0])
         for line in scratch.running()
@@ -74,9 +74,10 @@ def test_it_leaves_the_outputs_and_the_lock_that_dvc_alone_leaves(root: Path, sc
     assert children.run(COMMAND, root, line) == 0
     done.set()
     looking.join()
-    assert sizes == {(ROOT / "dvc.lock").stat().st_size, (root / "dvc.lock").stat().st_size}  # never half of it
+    # the file was never seen half written
+    assert sizes == {(ROOT / "dvc.lock").stat().st_size, (root / "dvc.lock").stat().st_size}
     assert any(text.startswith("prepare: digits: 1,438 train") for text in said)
-    assert 3 in seen  # the one that imports, DVC, and the stage: all forks
+    assert 3 in seen  # the fork server, and two forks: DVC and the stage
     scratch.root = alone
     assert scratch.run(sys.executable, "-m", "dvc", *REPRO).returncode == 0
     assert (root / "dvc.lock").read_text() != (ROOT / "dvc.lock").read_text()
@@ -85,7 +86,7 @@ def test_it_leaves_the_outputs_and_the_lock_that_dvc_alone_leaves(root: Path, sc
 
 
 def test_code_that_is_edited_meanwhile_is_the_code_that_runs(root: Path, scratch: Any) -> None:
-    """DVC would record the new code beside what the old one, imported before, has made."""
+    """Otherwise DVC would record the new code as the source of outputs of the old, imported code."""
     source = root / "ddpm" / "stages" / "prepare.py"
     said: list[str] = []
     assert children.run(COMMAND, root, said.append) == 0
@@ -97,7 +98,7 @@ def test_code_that_is_edited_meanwhile_is_the_code_that_runs(root: Path, scratch
 
 
 def test_a_stage_elsewhere_runs_the_code_that_lies_there(root: Path, scratch: Any, tmp_path: Path) -> None:
-    """In another checkout than the one whose code was imported."""
+    """Runs a stage in another checkout than the one whose code was imported."""
     other = tmp_path / "other"
     shutil.copytree(root, other, symlinks=True)
     source = other / "ddpm" / "stages" / "prepare.py"
@@ -109,8 +110,8 @@ def test_a_stage_elsewhere_runs_the_code_that_lies_there(root: Path, scratch: An
         said.append(text)
         seen.append(len(forked(scratch)))
 
-    # The process that imports, DVC, and the stage where it is a fork. Elsewhere the stage is one for the moment in which it
-    # finds out where it is.
+    # In `root` there are the fork server and two forks, DVC and the stage. In `other` the stage is a fork only for the moment
+    # in which it finds out that its folder is not `root`.
     for where, forks in ((root, lambda: 3 in seen), (other, lambda: mode(seen) == 2)):
         seen.clear()
         assert children.run(COMMAND, where, line) == 0
@@ -119,7 +120,7 @@ def test_a_stage_elsewhere_runs_the_code_that_lies_there(root: Path, scratch: An
 
 
 def test_only_this_environment_s_own_programs_are_forked(tmp_path: Path) -> None:
-    """Another environment of the same interpreter has other packages."""
+    """Another environment with the same interpreter has other packages."""
     own = str(Path(sys.executable).parent)
     (tmp_path / "python").symlink_to(sys.executable)
     for command, path, forks in (
@@ -147,7 +148,7 @@ def test_it_ends_with_the_exit_code_and_the_line_of_the_stage(root: Path) -> Non
 
 
 def test_every_stage_waits_for_what_it_imports() -> None:
-    """Otherwise its fork would import the same once more."""
+    """Otherwise its fork would import the same modules once more."""
     stages = yaml_file.read_yaml(ROOT / "dvc.yaml")["stages"]
     assert stages.keys() <= fork_server.NEEDED.keys()
     for stage in stages:
@@ -161,19 +162,19 @@ def test_a_kill_of_all_forks_is_one_of_the_work_and_the_next_goes_on(root: Path,
     killed: list[int] = []
 
     def kill(text: str) -> None:
-        if text.startswith(display.PREFIX) and not killed:  # the stage is at work
+        if text.startswith(display.PREFIX) and not killed:  # the stage is running
             (importer,) = (pid for pid in forked(scratch) if psutil.Process(pid).ppid() == os.getpid())
             os.kill(importer, signal.SIGKILL)
             killed.append(importer)
 
     assert children.run(COMMAND, root, kill) == -signal.SIGKILL
-    scratch.wait(lambda: not forked(scratch), 20, "nobody is left of the killed one's forks")
+    scratch.wait(lambda: not forked(scratch), 20, "no fork of the killed fork server is left")
     assert children.run(COMMAND, root, print) == 0
 
 
 @pytest.mark.proof
 def test_without_the_process_that_forks_stages_run_all_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kill is seen only when it is spoken to; and an environment may be too large for what it is told."""
+    """A killed fork server is noticed only at the next request. An environment may also be too large for a request."""
     said: list[str] = []
     assert children.run((*fork_server.DDPM, "--version"), root, said.append) == 0
     killed = children._server[0]

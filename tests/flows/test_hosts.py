@@ -1,4 +1,4 @@
-"""A sweep on two hosts: clones that share nothing but git, one S3 server and the Prefect API."""
+"""Runs a sweep on two hosts: clones that share only git, an S3 server and the Prefect API."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ddpm.errors import InputError
 from ddpm.provenance import dvc_lock
 from flows.hosts import dispatch, engines
 from flows.repro.checkout_lock import alone
-from flows.train_eval import _artifacts, _shown, train_eval
+from flows.train_eval import _show_artifacts, _show_on_page, train_eval
 from flows.watch import watcher
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.timeout(900)
 def clones(
     scratch: Any, s3: Any, tmp_path: Path, scratch_maker: Callable[[Path, Path], Any]
 ) -> Iterator[Callable[[str, str], Any]]:
-    """clones(bucket, name): a clone of `scratch`, whose results lie in that bucket."""
+    """Returns clones(bucket, name), which clones `scratch` with that bucket as its DVC remote."""
     for name in ("Makefile", "deploy/hosts.yaml"):
         (scratch.root / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, scratch.root / name)
@@ -74,7 +74,7 @@ def pool(scratch: Any, hosts: list[Any], api: str) -> bool:
 
 
 def dask(scratch: Any, hosts: list[Any], api: str) -> str:
-    """A scheduler, of which the hosts are workers."""
+    """Starts a Dask scheduler with the hosts as its workers. Returns its address."""
     pytest.importorskip("prefect_dask", reason="the extra dask is not installed; `make chaos` does that")
     port, mine = scratch.free_port(), ("--host", "127.0.0.1", "--no-dashboard")
     address = f"tcp://127.0.0.1:{port}"
@@ -88,7 +88,8 @@ def dask(scratch: Any, hosts: list[Any], api: str) -> str:
     return address
 
 
-JOINED = {"pool": pool, "dask": dask}  # how hosts offer themselves -> what `hosts` is then
+# how hosts offer themselves -> a function that returns the value of the flow's parameter `hosts`
+JOINED = {"pool": pool, "dask": dask}
 
 
 @pytest.mark.parametrize("hosts", [False, True])
@@ -143,7 +144,7 @@ def test_a_cluster_that_does_not_answer_is_one_line_with_the_reason(
 def test_a_task_takes_neither_passwords_nor_the_flows_code_along() -> None:
     class Recorder:
         def submit(self, task: Any, parameters: dict[str, Any]) -> dict[str, Any]:
-            return serialize_context()  # what the task runner sends
+            return serialize_context()  # the context that the task runner sends
 
     asking = FlowRunContext.model_construct(
         flow=train_eval, flow_run=FlowRun(id=uuid4(), flow_id=uuid4()), result_store=None
@@ -151,18 +152,19 @@ def test_a_task_takes_neither_passwords_nor_the_flows_code_along() -> None:
     here = {PREFECT_API_URL: "http://here/api", PREFECT_API_AUTH_STRING: "name:planted-password"}
     token = engines.cluster.set(Recorder())  # type: ignore[arg-type]
     with temporary_settings(here), asking:
-        assert b"planted-password" in cloudpickle.dumps(serialize_context()["settings_context"])  # as Prefect would
+        # Prefect sends the password by default
+        assert b"planted-password" in cloudpickle.dumps(serialize_context()["settings_context"])
         sent: Any = engines.submit(dispatch.on_a_host, {})
     engines.cluster.reset(token)
     packed = cloudpickle.dumps(sent)
     assert not any(text in packed for text in (b"planted-password", b"http://here", b"flows.train_eval"))
-    assert not sent["settings_context"]  # so Prefect leaves the host's in place
+    assert not sent["settings_context"]  # without settings from here, Prefect keeps the host's own
     assert sent["flow_run_context"]["flow_run"]["id"] == asking.flow_run.id
 
 
 @pytest.fixture
 def repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """With one commit of nothing, and worked in."""
+    """Creates a repository with one empty commit, and makes it the working folder."""
     monkeypatch.chdir(tmp_path)
     author = ("-c", "user.name=test", "-c", "user.email=test@example.org")
     for command in (("init", "--quiet"), (*author, "commit", "--quiet", "--allow-empty", "--message", "all")):
@@ -171,7 +173,7 @@ def repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_a_clone_at_another_commit_refuses_in_one_line(repository: Path) -> None:
-    state = dispatch._stage("train@cosine", 40 * "0", "changed: true", str(uuid4()))
+    state = dispatch._run_on_this_host("train@cosine", 40 * "0", "changed: true", str(uuid4()))
     assert (state.name, state.type.value) == ("InputError", "FAILED")
     here = dispatch.head(Path())[:10]
     assert state.message == f"this host's clone is at {here}, but the run needs 0000000000: check out that commit here"
@@ -179,13 +181,13 @@ def test_a_clone_at_another_commit_refuses_in_one_line(repository: Path) -> None
 
 
 def test_a_worker_in_the_clone_that_asks_refuses_in_one_line(repository: Path) -> None:
-    """It would wait for the run, and the run for it."""
+    """The worker would wait for the flow run, and the flow run for the worker."""
     asks = str(uuid4())
     said: list[State] = []
     with alone(repository, asks):
         host = threading.Thread(
             target=lambda: said.append(
-                dispatch._stage("train@cosine", dispatch.head(repository), "changed: true", asks)
+                dispatch._run_on_this_host("train@cosine", dispatch.head(repository), "changed: true", asks)
             ),
             daemon=True,
         )
@@ -200,7 +202,7 @@ def test_a_worker_in_the_clone_that_asks_refuses_in_one_line(repository: Path) -
 
 
 def test_an_api_that_is_busy_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Prefect's client raises once its own tries are over."""
+    """These are the errors of Prefect's client after its own retries."""
     monkeypatch.setattr(dispatch, "POLL", 0.01)
     request = httpx.Request("GET", "http://127.0.0.1/api")
     busy = httpx.HTTPStatusError("busy", request=request, response=httpx.Response(503, request=request))
@@ -213,7 +215,7 @@ def test_an_api_that_is_busy_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> 
                 raise answer
             return SimpleNamespace(state=answer)
 
-    state = dispatch._followed(Client(), uuid4())  # type: ignore[arg-type]
+    state = dispatch._wait_for_end(Client(), uuid4())  # type: ignore[arg-type]
     assert state is not None and state.is_completed()
 
 
@@ -226,7 +228,7 @@ def test_a_page_that_cannot_be_shown_fails_no_run(tmp_path: Path) -> None:
 
     (tmp_path / "report" / "front.json").mkdir(parents=True)
     token = watcher.set(Watcher())  # type: ignore[arg-type]
-    _shown(_artifacts, tmp_path)
+    _show_on_page(_show_artifacts, tmp_path)
     watcher.reset(token)
     assert len(said) == 1 and said[0].startswith("the page of this run is incomplete (")
 
@@ -249,27 +251,28 @@ def test_a_sweep_on_two_hosts_of_which_one_dies_ends_as_a_serial_one(
     for host in hosts:
         host.wait(lambda root=host.root: list(root.glob("train@*.pid")), 120, "each host trains")
     for process in hosts[0].processes():
-        with contextlib.suppress(psutil.NoSuchProcess):  # ended with the one before it
+        with contextlib.suppress(psutil.NoSuchProcess):  # the process ended together with one killed before
             process.kill()
     (hosts[1].root / "go").touch()
 
     def ended() -> Any:
-        with contextlib.suppress(OSError):  # a busy server
+        with contextlib.suppress(OSError):  # the server may be busy
             return up.get(f"/flow_runs/{run}")["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
-    scratch.wait(ended, 400, "the sweep ends")  # the silence alone takes 150 s
+    scratch.wait(ended, 400, "the sweep ends")  # a missing heartbeat is noticed only after 150 s
     about = up.get(f"/flow_runs/{run}")["state"]
     assert about["name"] == "Completed", (
         about,
         up.log.read_text()[-3000:],
         (hosts[1].root / "log").read_text()[-3000:],
     )
-    assert dvc_lock.read(scratch.root) == lock  # DVC writes its stages in the order in which they ended
+    # DVC writes stages in the order in which they ended, so the files themselves may differ
+    assert dvc_lock.read(scratch.root) == lock
     assert "Running stage" not in scratch.repro()
     assert sorted(path.stem for path in scratch.root.glob("*.pid")) == ["prepare", "report"]
     assert sorted(path.stem for path in hosts[1].root.glob("*.pid")) == sorted(MANY)
     states = up.states(run)
-    assert {states[name] for name in MANY} == {"Restored"}, states  # here
+    assert {states[name] for name in MANY} == {"Restored"}, states  # restored in this checkout
 
 
 @pytest.mark.chaos

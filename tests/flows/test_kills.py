@@ -1,7 +1,7 @@
-"""Many kills of `dvc repro` and of the flow, at seeded moments of the whole pipeline (docs/faults.md).
+"""Kills `dvc repro` and the flow many times, at seeded random moments of the whole pipeline (docs/faults.md).
 
-After each kill the same command is started again, as a user would. In the end the outputs, dvc.lock and MLflow must be those of
-an undisturbed run. KILLS=16 in the environment makes the campaign shorter; KILLS_SEED=1 draws other moments.
+After each kill the same command starts again, as a user would start it. In the end the outputs, dvc.lock and MLflow must
+equal those of an undisturbed run. KILLS=16 in the environment shortens the campaign, and KILLS_SEED=1 draws other moments.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import pytest
 
 from flows import parameters
 
-KILLS = int(os.environ.get("KILLS", "64"))  # of both commands together
+KILLS = int(os.environ.get("KILLS", "64"))  # for both commands together
 SEED = int(os.environ.get("KILLS_SEED", "0"))
-MOST = 5  # kills of one checkout
-RUNS = 3  # that may fail by themselves after the last kill, such as one that meets a process that is about to end
+MOST = 5  # the most kills in one checkout
+# runs that may fail by themselves after the last kill, for instance if they meet a process that is about to end
+RUNS = 3
 SET = ["training.steps=120", "compute.checkpoint_every=10", "sweep.samplers=[ddim]", "sweep.steps=[2]"]
 COMMANDS = {
     "dvc repro": (str(Path(sys.executable).with_name("dvc")), "repro"),
@@ -45,7 +46,14 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(4 * 3600)]
 
 @dataclass
 class Result:
-    """What a run leaves: dvc.lock, each output by its checksum, MLflow's metrics (run, key, step), and the number of models."""
+    """The results of a run.
+
+    Args:
+        lock: dvc.lock.
+        outputs: the checksum of each output.
+        metrics: MLflow's metrics (run, key, step).
+        models: the number of registered versions.
+    """
 
     lock: bytes
     outputs: dict[str, str]
@@ -65,14 +73,15 @@ class Result:
             found = Counter(tuple(map(str, row)) for row in database.execute(rows))
             (models,) = database.execute("select count(*) from model_versions").fetchone()
         assert set(found.values()) == {1}, found.most_common(3)
-        # Those are sampled by the clock, and this says how fast a process was: one that only ends a training has none.
+        # System metrics are sampled by the clock. images_per_second says how fast a process was, so a process that runs only
+        # the end of a training has none.
         metrics = {row for row in found if not row[1].startswith("system/") and row[1] != "images_per_second"}
         return cls((root / "dvc.lock").read_bytes(), outputs, metrics, models)
 
 
 @dataclass
 class Kill:
-    """kind: as asked for. victim: what was hit. moment: as a part of an undisturbed run."""
+    """A kill. kind: the wanted kind. victim: the process that was hit. moment: as a fraction of an undisturbed run."""
 
     kind: str
     victim: str
@@ -80,13 +89,13 @@ class Kill:
 
 
 def words(process: psutil.Process) -> list[str]:
-    with suppress(psutil.Error, FileNotFoundError):  # it has ended meanwhile
+    with suppress(psutil.Error, FileNotFoundError):  # the process has ended in the meantime
         return " ".join(process.cmdline()).split()
     return []
 
 
 def named(clone: Any, kind: str, command: psutil.Process) -> list[psutil.Process]:
-    """The processes of that kind that run now: stages, DVC's, the embedded server, or the command itself."""
+    """Returns the running processes of one kind: stages, DVC, the embedded server, or the command itself."""
     tests: dict[str, Callable[[list[str]], bool]] = {
         "stage": lambda said: len(said) > 1 and said[-1] in VERBS and "ddpm" in said[-2],
         "dvc": lambda said: "repro" in said,
@@ -104,12 +113,12 @@ def send(processes: list[psutil.Process], number: int) -> None:
 
 
 def strike(clone: Any, kind: str, command: subprocess.Popen[str], chance: random.Random) -> str:
-    """Does what `kind` says to a process, and returns its name.
+    """Applies `kind` to a process, and returns the name of the victim.
 
-    A process of that kind may be about to start. Where none does within five seconds, the command is killed.
+    A process of that kind may be about to start. If none starts within five seconds, the command is killed.
     """
     top = psutil.Process(command.pid)
-    if kind == "SIGINT":  # Ctrl-C goes to the group
+    if kind == "SIGINT":  # Ctrl-C goes to the whole process group
         os.killpg(command.pid, signal.SIGINT)
         return "the command's group"
     if kind == "SIGTERM":
@@ -143,7 +152,7 @@ def logs(clone: Any) -> str:
 
 
 class Campaign:
-    """The kills of one command, spread over as many checkouts as they take."""
+    """The kills of one command, spread over several checkouts."""
 
     def __init__(self, command: str, make: Callable[[], Any], kills: int) -> None:
         self.command, self.make, self.kills = command, make, kills
@@ -166,11 +175,11 @@ class Campaign:
 
     def settled(self, clone: Any) -> Result:
         clone.wait(lambda: not clone.running(), 60, "nothing is left running")
-        assert "Running stage" not in clone.repro()  # so the outputs are what dvc.lock names
+        assert "Running stage" not in clone.repro()  # so the outputs are those that dvc.lock names
         return Result.of(clone.root)
 
     def life(self) -> None:
-        """Kills one checkout's runs up to MOST times, lets the last run end, and compares what is left."""
+        """Kills the runs in one checkout up to MOST times, lets the last run end, and compares the results."""
         clone, before, failed = self.make(), len(self.hits), 0
         self.lives += 1
         try:
@@ -196,19 +205,19 @@ class Campaign:
             clone.end()
 
     def killed(self, clone: Any, command: subprocess.Popen[str], before: int) -> bool:
-        """Waits for the next moment, and kills; whether the command has to be started again for that."""
+        """Waits for the next moment and kills. Returns whether the command must be started again."""
         while len(self.hits) < min(self.kills, before + MOST):
-            left = self.seconds / (1 + 0.5 * (len(self.hits) - before))  # what is done is not done again
+            left = self.seconds / (1 + 0.5 * (len(self.hits) - before))  # a repeated run skips finished work
             moment = self.chance.uniform(0, left)
             with suppress(subprocess.TimeoutExpired):
                 command.wait(moment)
-                return False  # it ended before
+                return False  # the command ended before the kill
             kind = KINDS[self.command][len(self.hits) % len(KINDS[self.command])]
             self.hits.append(Kill(kind, strike(clone, kind, command, self.chance), moment / self.seconds))
             if kind in ("flow", "SIGTERM", "SIGINT"):
                 command.wait(300)
                 return True
-            with suppress(subprocess.TimeoutExpired):  # a flow goes on by itself
+            with suppress(subprocess.TimeoutExpired):  # the flow continues by itself after the kill of a stage
                 return command.wait(5) != 0
         return False
 

@@ -1,4 +1,4 @@
-"""`python -m flows`, which is what `make demo` runs."""
+"""Checks `python -m flows`, the command that `make demo` runs."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ HEAVY = {"torch", "torchvision", "torch_fidelity", "sklearn", "safetensors", "ma
 def here(
     tmp_path_factory: pytest.TempPathFactory, template: Path, scratch_maker: Callable[[Path, Path], Any]
 ) -> Iterator[Any]:
-    """One repository for all of these: a new database costs Prefect ten seconds."""
-    # What an address would take for more than a part of a path.
+    """Creates one repository for all these tests, because a new database costs Prefect ten seconds."""
+    # The path contains characters that have a special meaning in a URL.
     made = scratch_maker(tmp_path_factory.mktemp("main") / "a%41b?c#d", template)
     yield made
     made.end()
@@ -57,7 +57,7 @@ def test_wrong_input_is_one_line_at_once(here: Any) -> None:
     done = here.run(*MAIN, "-S", "training.stops=1")
     assert done.returncode == 2
     assert done.stderr == "train-eval: override 'training.stops=1': params.yaml has no 'training.stops'\n"
-    assert not (here.root / ".prefect" / "server.log").exists()  # nothing was started for it
+    assert not (here.root / ".prefect" / "server.log").exists()  # no server was started
 
 
 def test_the_help_has_a_short_name(here: Any) -> None:
@@ -68,7 +68,7 @@ def test_the_help_has_a_short_name(here: Any) -> None:
 @pytest.mark.proof
 @pytest.mark.timeout(300)
 def test_everything_runs_without_a_server_and_leaves_none(here: Any) -> None:
-    """prefect.toml names an API where nobody listens, and so does the environment a proxy."""
+    """prefect.toml names an API where no server listens, and the environment names a proxy."""
     toml = here.root / "prefect.toml"
     toml.write_text(toml.read_text().replace(":4200/", f":{here.free_port()}/"))
     nobody = f"http://127.0.0.1:{here.free_port()}"
@@ -133,7 +133,7 @@ def test_a_killed_api_is_started_again_and_the_flow_goes_on(here: Any) -> None:
 
 @pytest.mark.timeout(240)
 def test_a_server_of_this_checkout_is_used(here: Any) -> None:
-    """`python -m flows` beside `make up`: its run is in the UI at once, and no second server starts."""
+    """`python -m flows` beside `make up` uses that server, so its run is in the UI at once and no second server starts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -189,10 +189,10 @@ def test_the_server_of_another_checkout_is_left_alone(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/api"
         monkeypatch.delenv("PREFECT_API_URL", raising=False)
-        assert embedded.running(tmp_path) is None  # nothing names it
+        assert embedded.running(tmp_path) is None  # neither prefect.toml nor a variable names the server
         (tmp_path / "prefect.toml").write_text(f'[api]\nurl = "{address}"\n')
         assert embedded.running(tmp_path) == (address if used else None)
-        monkeypatch.setenv("PREFECT_API_URL", "http://192.0.2.1/api")  # another machine is not asked
+        monkeypatch.setenv("PREFECT_API_URL", "http://192.0.2.1/api")  # servers on other machines are ignored
         assert embedded.running(tmp_path) == (address if used else None)
         server.shutdown()
     assert embedded.running(tmp_path) is None
@@ -222,7 +222,7 @@ def test_what_the_terminal_shows() -> None:
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_new_database_takes_nobodys_place(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a file system without hard links; nothing else is left there."""
+    """Holds on a file system without hard links too. No other file is left in the folder."""
     (tmp_path / "empty.db").write_bytes(b"empty")
     monkeypatch.setattr(embedded, "EMPTY", tmp_path / "empty.db")
     for name in embedded.DATABASE:

@@ -59,14 +59,14 @@ def test_what_a_recipe_takes_the_place_of_is_not_lost(checkout: Path) -> None:
         path.write_text(f"# Mine, {number}\n{path.read_text()}")
         mine = path.read_bytes()
         parameters.write(checkout, "seven", say=said.append)
-        assert said.pop() == f"params.yaml: now recipes/seven.yaml (before: {name})"
+        assert said.pop() == f"params.yaml: now recipes/seven.yaml (the old file is {name})"
         assert (checkout / name).read_bytes() == mine
     kept = (checkout / "params.yaml.before").read_bytes()
     path.write_bytes(kept)
-    parameters.write(checkout, "seven", say=said.append)  # the same once more
-    assert said.pop() == "params.yaml: now recipes/seven.yaml (before: params.yaml.before)"
+    parameters.write(checkout, "seven", say=said.append)  # replaces the same file once more
+    assert said.pop() == "params.yaml: now recipes/seven.yaml (the old file is params.yaml.before)"
 
-    for overrides in (["seed=8"], ["seed=9"], []):  # what recipes and overrides made is not kept
+    for overrides in (["seed=8"], ["seed=9"], []):  # files that a recipe or overrides wrote are not kept
         parameters.write(checkout, "seven", overrides, said.append)
         assert said.pop() == f"params.yaml: now recipes/seven.yaml{', with overrides' * bool(overrides)}"
     parameters.write(checkout, "seven", say=said.append)
@@ -87,12 +87,12 @@ def test_what_overrides_change_is_not_lost(checkout: Path) -> None:
     mine = path.read_bytes()
     for number in (7, 8, 9):
         parameters.write(checkout, overrides=[f"seed={number}", "training.steps=5"], say=said.append)
-    assert said[0] == "params.yaml: now with seed=7, training.steps=5 (before: params.yaml.before)"
+    assert said[0] == "params.yaml: now with seed=7, training.steps=5 (the old file is params.yaml.before)"
     assert said[1:] == [f"params.yaml: now with seed={number}, training.steps=5" for number in (8, 9)]
     assert (checkout / "params.yaml.before").read_bytes() == mine
     path.write_text(path.read_text().replace("# Mine\n", "# Still mine\n"))
     parameters.write(checkout, overrides=["seed=1"], say=said.append)
-    assert said[-1].endswith("(before: params.yaml.before-2)")
+    assert said[-1].endswith("(the old file is params.yaml.before-2)")
 
 
 def test_what_git_has_is_not_kept_beside_it(checkout: Path) -> None:
@@ -120,7 +120,7 @@ def test_the_name_of_another_source_is_refused_before_anything_runs(checkout: Pa
 
 @pytest.mark.parametrize("overrides", [[], ["data.source=image-folder"]])
 def test_an_old_name_of_a_source_is_rewritten(checkout: Path, overrides: list[str]) -> None:
-    """dvc.yaml names the source's module by params.yaml, so the file itself must hold the module's name."""
+    """dvc.yaml takes the module of the source from params.yaml. So the file itself must contain the module's name."""
     path, said = checkout / "params.yaml", list[str]()
     shutil.copy(ROOT / "dvc.yaml", checkout)
     text = path.read_text()
@@ -129,7 +129,7 @@ def test_an_old_name_of_a_source_is_rewritten(checkout: Path, overrides: list[st
     assert parameters.write(checkout, None, overrides, said.append).data.source == "image_folder"
     assert path.read_text() == text.replace("source: digits", "source: image_folder")
     words = "with data.source=image-folder" if overrides else "with the entries that dvc.yaml takes from it"
-    assert said == [f"params.yaml: now {words} (before: params.yaml.before)"]
+    assert said == [f"params.yaml: now {words} (the old file is params.yaml.before)"]
     parameters.write(checkout, say=said.append)
     assert len(said) == 1
 

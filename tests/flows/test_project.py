@@ -1,4 +1,4 @@
-"""A project made by `ddpm init` with the wheel: DVC, `ddpm run` and the deployment run the installed package."""
+"""Checks a project made by `ddpm init` from the wheel: DVC, `ddpm run` and the deployment run the installed package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(1200)]
-# One point, whose network has seen nothing.
+# One point, with a network that is hardly trained.
 TINY = {
     "steps: 60": "steps: 4",
     "validate_every: 30": "validate_every: 4",
@@ -28,9 +28,9 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel of this checkout, and with the other packages of this environment."""
+    """Creates an environment with the wheel of this checkout, and with the other packages of this environment."""
     folder = tmp_path_factory.mktemp("installed")
-    source = folder / "source"  # a build leaves files behind
+    source = folder / "source"  # a build leaves files in its folder
     for name in ("ddpm", "flows", "recipes", "images/README.md", ".dvcignore", ".gitignore", "Procfile", "dvc.yaml"):
         path, copy = ROOT / name, source / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(install, check=True, capture_output=True)
     (site,) = (folder / "venv").glob("lib/python*/site-packages")
     own = next(path for path in map(Path, sys.path) if path.name == "site-packages")
-    (site / "others.pth").write_text(f"{own}\n")  # after the folder of the wheel, so the wheel's packages are found
+    # this folder comes after the folder of the wheel, so Python finds the wheel's packages first
+    (site / "others.pth").write_text(f"{own}\n")
     return folder / "venv"
 
 
@@ -57,7 +58,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(
     installed: Path, inception_cache: Path, tmp_path_factory: pytest.TempPathFactory, scratch_maker: Callable[..., Any]
 ) -> Iterator[Any]:
-    """An empty folder in that environment, in which nothing knows of the checkout."""
+    """Creates a project in a new folder in that environment, independent of the checkout."""
     home = tmp_path_factory.mktemp("home")
     (home / "empty").mkdir()
     made = scratch_maker(home / "project", home / "empty")
@@ -101,7 +102,7 @@ def test_ddpm_run_sets_runs_and_answers(project: Any) -> None:
     done = project.run("ddpm", "run", "likelihood.times=3")
     assert done.returncode == 0 and answered(done.stdout), done.stdout + done.stderr
     assert "times: 3" in (project.root / "params.yaml").read_text()
-    assert "5 stages unchanged" in done.stdout  # all but the likelihood and the report
+    assert "5 stages unchanged" in done.stdout  # all stages except the likelihood and the report
     assert "is the first champion" in done.stdout
     assert "Running stage" not in project.run("python", "-m", "dvc", "repro").stdout
 

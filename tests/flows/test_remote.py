@@ -1,4 +1,4 @@
-"""A result goes from one clone to another through a real S3 server."""
+"""Checks that results go from one clone to another through a real S3 server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def clones(
     scratch: Any, s3: Any, tmp_path: Path, scratch_maker: Callable[[Path, Path], Any]
 ) -> Iterator[Callable[..., Any]]:
-    """clones(): another clone of `scratch`, as git has it, in an environment with the credentials of `s3`."""
+    """Returns clones(), which commits and clones `scratch`, and gives the clone the credentials of `s3`."""
     scratch.environment.update(s3.environment)
     shutil.copy(ROOT / "Makefile", scratch.root)
     author = ("-c", "user.name=test", "-c", "user.email=test@example.org")
@@ -62,7 +62,7 @@ def test_a_clone_pulls_a_result_and_has_nothing_to_do(scratch: Any, s3: Any, clo
     assert all(key.startswith("a/folder/") for key in s3.keys(bucket))
 
     other = clones()
-    del other.environment["AWS_ENDPOINT_URL"]  # .dvc/config names it
+    del other.environment["AWS_ENDPOINT_URL"]  # .dvc/config names the address
     dvc(other, "pull", "--run-cache")
     assert "Running stage" not in other.repro()
     assert (other.root / "trained-linear").read_bytes() == (scratch.root / "trained-linear").read_bytes()
@@ -115,7 +115,7 @@ def test_no_bucket_is_one_line(scratch: Any) -> None:
 
 @pytest.mark.chaos
 def test_a_push_that_is_cut_off_goes_on(scratch: Any, s3: Any, bad_line: Any, clones: Callable[..., Any]) -> None:
-    """Every connection drops in the middle of a file of 40 MB; then the line is good again, and only what is missing goes up."""
+    """Every connection drops in the middle of a file of 40 MB. On a good line, a second push uploads only the missing files."""
     bucket = s3.bucket("cut-off")
     assert make_remote(scratch, f"URL=s3://{bucket}", f"ENDPOINT={bad_line.url}").returncode == 0
     scratch.repro()
@@ -129,9 +129,9 @@ def test_a_push_that_is_cut_off_goes_on(scratch: Any, s3: Any, bad_line: Any, cl
     assert done.returncode != 0 and "Traceback" not in done.stderr and bad_line.dropped
     sent = {key: s3.client().head_object(Bucket=bucket, Key=key)["LastModified"] for key in s3.keys(bucket)}
     digest = hashlib.md5(large.read_bytes()).hexdigest()
-    assert f"files/md5/{digest[:2]}/{digest[2:]}" not in sent  # no half object
+    assert f"files/md5/{digest[:2]}/{digest[2:]}" not in sent  # no partial object is left
 
-    bad_line.cuts = bad_line.dropped + 2  # drops twice more, and is mended by trying again
+    bad_line.cuts = bad_line.dropped + 2  # the connection drops twice more, and retries succeed
     dvc(scratch, "push", "--run-cache")
     now = {key: s3.client().head_object(Bucket=bucket, Key=key)["LastModified"] for key in s3.keys(bucket)}
     assert {key: now[key] for key in sent if key.startswith("files/")} == {

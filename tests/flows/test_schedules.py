@@ -1,4 +1,4 @@
-"""The life of a deployment under `make up`: schedules, queued and late runs, the buttons of Prefect's page."""
+"""Checks a deployment under `make up`: schedules, queued and late runs, and the buttons of Prefect's page."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def schedules(up: Any) -> list[dict[str, Any]]:
 
 
 def runs(up: Any, *states: str) -> list[dict[str, Any]]:
-    """The flow runs in those states, oldest first."""
+    """Returns the flow runs in these states, oldest first."""
     state = {"state": {"name": {"any_": list(states)}}}
     return list(up.post("/flow_runs/filter", flow_runs=state, sort="EXPECTED_START_TIME_ASC"))
 
 
 def ended(up: Any, run: str, state: str = "Completed", seconds: float = 120) -> dict[str, Any]:
-    """Waits until the flow run is in that state."""
+    """Waits until the flow run is in this state."""
     up.scratch.wait(lambda: up.get(f"/flow_runs/{run}")["state"]["name"] == state, seconds, f"{run} is {state}")
     return dict(up.get(f"/flow_runs/{run}"))
 
 
 def scheduled_run(up: Any, known: set[str], seconds: float = 120) -> dict[str, Any]:
-    """Waits for a run that a schedule made, and that is not among `known`, to be Completed."""
+    """Waits until a scheduled run that is not in `known` is Completed."""
 
     def found() -> list[dict[str, Any]]:
         return [run for run in runs(up, "Completed") if run["auto_scheduled"] and run["id"] not in known]
@@ -52,7 +52,7 @@ def scheduled_run(up: Any, known: set[str], seconds: float = 120) -> dict[str, A
 
 
 def idle(up: Any) -> None:
-    """Waits until no flow run is due or under way; Prefect keeps what was due when a schedule is paused."""
+    """Waits until no flow run is due or running. A paused schedule keeps the runs that were due already."""
     up.scratch.wait(lambda: not runs(up, *OPEN), 120, "no run is due or under way")
 
 
@@ -128,7 +128,7 @@ def test_retry_and_cancel_from_the_page(up: Any, page: Any, shoot: Any) -> None:
 
 @pytest.fixture
 def own(scratch: Any, up_starter: Callable[[Any], Any]) -> Iterator[Any]:
-    """`make up` in a repository of this test's own."""
+    """Runs `make up` in a repository for this test alone."""
     yield up_starter(scratch)
 
 
@@ -140,7 +140,7 @@ def test_a_schedule_outlives_a_restart_and_of_the_runs_missed_meanwhile_one_is_m
     scheduled_run(own, set())
     own.injected.append(
         "Service 'EventsWorker' failed"
-    )  # Ctrl-C stops the server that the worker would tell of its end
+    )  # Ctrl-C also stops the server to which the worker reports its end
     own.process.send_signal(signal.SIGINT)
     assert own.process.wait(60) == 0
     own.scratch.wait(lambda: not own.scratch.running(), 30, "nothing is left running")

@@ -1,4 +1,4 @@
-"""The whole pipeline on real digits: the smoke recipe in a clone, run by the flow, then by DVC and by the flow again."""
+"""Runs the whole pipeline on real digits: the smoke recipe in a clone, by the flow, then by DVC and by the flow again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from flows import links
 
 pytestmark = pytest.mark.timeout(600)
-# In the environment of all that runs here, and nowhere else.
+# These values are in the environment of all processes here, and must appear nowhere else.
 SECRETS = {
     "AWS_ACCESS_KEY_ID": "planted-key-30c1",
     "AWS_SECRET_ACCESS_KEY": "planted-secret-5d27",
@@ -63,12 +63,12 @@ def test_then_neither_dvc_nor_the_flow_has_anything_to_do(clone: Any) -> None:
     assert (
         "13 stages unchanged" in done.stdout
     )  # prepare, probe, train, likelihood, four samples, four evaluations, report
-    assert "is champion already" in done.stdout and len(answered(done.stdout)) == 3
+    assert "is already the champion" in done.stdout and len(answered(done.stdout)) == 3
     assert (clone.root / "dvc.lock").read_bytes() == lock
 
 
 def answered(said: str) -> list[str]:
-    """The end of a run, before its next steps. Nothing else says the best point."""
+    """Returns the last lines of a run before its next steps. No other line names the best point."""
     lines = said.splitlines()
     (first,) = (number for number, line in enumerate(lines) if line.startswith("best: "))
     assert 1 <= len(lines) - first - 3 <= 4
@@ -76,7 +76,7 @@ def answered(said: str) -> list[str]:
 
 
 def would_run(clone: Any) -> list[str]:
-    """The stages that `dvc repro` would run, and those that depend on them."""
+    """Returns the stages that `dvc repro` would run, with the stages that depend on them."""
     done = clone.run("dvc", "status", "--json")
     assert done.returncode == 0, done.stderr
     return sorted(json.loads(done.stdout))
@@ -100,7 +100,7 @@ def test_a_change_touches_what_depends_on_it_and_nothing_else(clone: Any) -> Non
     new = ["evaluate@cosine-ddim-3", "evaluate@cosine-ddpm-3", "sample@cosine-ddim-3", "sample@cosine-ddpm-3"]
     assert edit("params.yaml", "steps: [2, 5]", "steps: [2, 5, 3]") == sorted(["report", *new])
     row = edit("params.yaml", "ddim: {sampler: ddim, eta: 0.0", "ddim: {sampler: ddim, eta: 0.5")
-    assert row == ["report", "sample@cosine-ddim-2", "sample@cosine-ddim-5"]  # the report shows the row
+    assert row == ["report", "sample@cosine-ddim-2", "sample@cosine-ddim-5"]  # the report shows the row of the sampler
     assert edit("ddpm/scores/fidelity.py", '"""', '"""Edited. ') == evaluations
     assert edit("ddpm/diffusion/bound.py", '"""', '"""Edited. ') == ["likelihood@cosine"]
     assert edit("ddpm/diffusion/samplers.py", '"""', '"""Edited. ') == samples
@@ -118,7 +118,7 @@ def test_dvc_shows_metrics_plots_and_parameters(clone: Any) -> None:
     )
     page = clone.run("dvc", "plots", "show")
     assert page.returncode == 0 and "index.html" in page.stdout, page.stderr
-    assert "training.steps" in clone.run("dvc", "params", "diff").stdout  # smoke against the recipe that is committed
+    assert "training.steps" in clone.run("dvc", "params", "diff").stdout  # compares smoke with the committed recipe
 
 
 def test_the_champion_makes_images(clone: Any) -> None:
@@ -132,7 +132,7 @@ def test_the_champion_makes_images(clone: Any) -> None:
 
 
 def test_no_secret_is_left_anywhere(clone: Any) -> None:
-    """In outputs, DVC's files and cache, the databases and logs of Prefect and MLflow."""
+    """Searches outputs, DVC's files and cache, and the databases and logs of Prefect and MLflow."""
     files = [path for path in clone.root.rglob("*") if path.is_file() and path.suffix != ".py"]
     for kind in ("dvc.lock", "mlflow.db", "prefect.db", "server.log"):
         assert any(path.name == kind for path in files), kind

@@ -1,4 +1,4 @@
-"""The flow `train-eval` on the servers of `make up`, through its deployment, and in a process of its own."""
+"""Checks the flow `train-eval`: on the servers of `make up`, through its deployment, and in a process of its own."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_a_deployment_run_does_it_all(up: Any) -> None:
     assert "steps: 7" in params
     assert "seed: 3" in params
 
-    # What depends on what is on the run's page.
+    # The page of the run shows the dependencies between stages.
     tasks = up.tasks(run["id"])
     before = [item["id"] for item in tasks["sample@linear"]["task_inputs"]["wait_for"]]
     assert before == [tasks["train@linear"]["id"]]
 
-    # A stage's own lines are the log of its task run.
+    # The lines of a stage are in the log of its task run.
     logs = up.scratch.wait(
         lambda: [
             line["message"]
@@ -62,7 +62,7 @@ def test_a_deployment_run_does_it_all(up: Any) -> None:
     assert f"http://127.0.0.1:{up.ports['MLFLOW_PORT']}" in artifacts["mlflow"]["data"]
 
     assert "Running stage" not in up.scratch.repro()
-    again = up.scratch.run(*RUN, "--watch")  # nothing has to run
+    again = up.scratch.run(*RUN, "--watch")  # no stage has to run
     assert "best: linear-ddim-10, FID 1.5" in again.stdout + again.stderr
 
 
@@ -144,7 +144,7 @@ def test_an_mlflow_that_comes_back_gets_it_all(up: Any) -> None:
     assert up.tasks(up.flow_run()["id"])["publish"]["run_count"] == 2
 
 
-@pytest.mark.chaos  # it waits for more than a minute until it gives up
+@pytest.mark.chaos  # the flow retries for more than a minute before it gives up
 def test_an_mlflow_that_stays_away_costs_no_work(up: Any) -> None:
     (up.scratch.root / "away").write_text("away\n" * 4)
     done = up.scratch.run(*up.FLOW, json.dumps({"overrides": ["training.steps=17"]}))
@@ -206,15 +206,15 @@ def test_kill_9_leaves_no_process(up: Any, victim: str) -> None:
     else:
         up.scratch.forget("train@linear")
         dvc.kill()
-        assert up.scratch.pid("train@linear") != stage  # the flow tries again,
-        assert not psutil.pid_exists(stage)  # and only once the stage of the killed DVC is gone
+        assert up.scratch.pid("train@linear") != stage  # the flow tries again
+        assert not psutil.pid_exists(stage)  # but only after the stage of the killed DVC has ended
         flow.terminate()
     flow.wait(30)
     up.scratch.wait(lambda: set(up.scratch.running()) <= servers, 20, "all that the flow started ends")
     up.scratch.control()
     killed = up.flow_run()["id"]
     assert bool(up.open_runs()) == (victim == "flow")
-    assert up.scratch.run(*up.FLOW, json.dumps({"promote": False})).returncode == 0  # no stuck lock
+    assert up.scratch.run(*up.FLOW, json.dumps({"promote": False})).returncode == 0  # so no lock is stuck
     up.scratch.wait(lambda: not up.open_runs(), 10, "neither a flow run nor a task run is left Running")
     if victim == "flow":
         assert up.get(f"/flow_runs/{killed}")["state"]["name"] == "Crashed"
@@ -236,14 +236,15 @@ with get_client(sync_client=True) as client:
 
 @pytest.mark.chaos
 def test_a_task_run_whose_end_prefect_did_not_hear_is_ended_by_the_next_run(up: Any) -> None:
-    """As it is left where the API was away at that moment: Running, in a flow run that is Completed."""
+    """The API may be unreachable when a task run ends. The task run then stays Running in a flow run that is Completed."""
     assert up.scratch.run(*up.FLOW, json.dumps({"promote": False})).returncode == 0
     run = up.flow_run()["id"]
     task = up.tasks(run)["publish"]["id"]
     up.post(f"/task_runs/{task}/set_state", state={"type": "RUNNING", "name": "Running"}, force=True)
     assert up.states(run)["publish"] == "Running"
     up.post(f"/flow_runs/{run}/set_state", state={"type": "RUNNING", "name": "Running"}, force=True)
-    done = up.scratch.run(sys.executable, "-c", REAP)  # which saw no flow run: this one began after it had looked
+    # REAP passes no living flow runs, as if this run began after `reap` had read them
+    done = up.scratch.run(sys.executable, "-c", REAP)
     assert done.returncode == 0, done.stderr
     assert up.states(run)["publish"] == "Running"
     up.post(f"/flow_runs/{run}/set_state", state={"type": "COMPLETED", "name": "Completed"}, force=True)
@@ -252,7 +253,7 @@ def test_a_task_run_whose_end_prefect_did_not_hear_is_ended_by_the_next_run(up: 
 
 
 def test_cancelling_ends_the_stages_within_ten_seconds(up: Any) -> None:
-    """SIGTERM first, so that a training can save its state; SIGKILL for what doesn't listen."""
+    """SIGTERM comes first, so that a training can save its state. SIGKILL ends a process that ignores SIGTERM."""
     up.scratch.control(train_linear={"until": "never", "saves": True}, train_cosine={"until": "never", "deaf": True})
     servers = set(up.scratch.running())
     up.scratch.forget("train@linear", "train@cosine")
@@ -269,7 +270,7 @@ def test_cancelling_ends_the_stages_within_ten_seconds(up: Any) -> None:
 
 @pytest.mark.chaos
 def test_params_changed_meanwhile_are_never_what_dvc_recorded(up: Any) -> None:
-    """DVC reads params.yaml when a stage has ended. The stage says no, and what an edit doesn't touch is kept."""
+    """DVC reads params.yaml after a stage has ended, so the stage fails. Stages that the edit does not concern are kept."""
     up.scratch.control(train_linear={"until": "edited"}, train_cosine={"until": "edited"})
     up.scratch.forget("train@linear", "train@cosine")
     flow = up.scratch.start(
@@ -293,7 +294,7 @@ def test_params_changed_meanwhile_are_never_what_dvc_recorded(up: Any) -> None:
 
 @pytest.mark.chaos
 def test_kill_9_of_the_worker_ends_everything(up: Any) -> None:
-    """The last one: its flow run and stages end with it, and so do the servers beside it."""
+    """This test comes last: the flow run, its stages and the servers end with the worker."""
     up.scratch.control(**NEVER)
     up.scratch.forget("train@linear", "train@cosine")
     up.start(overrides=["training.steps=16"])
@@ -328,7 +329,7 @@ def test_a_busy_port_is_one_line(scratch: Any) -> None:
 
 
 def test_ctrl_c_stops_what_was_started(scratch: Any) -> None:
-    """With MLflow alone, as `make ui` starts it, in a folder whose name has a space."""
+    """Starts MLflow alone, as `make ui` does, in a folder with a space in its name."""
     port = scratch.free_port()
     process = scratch.start(sys.executable, "-m", "flows.servers.up", "mlflow", MLFLOW_PORT=str(port))
 

@@ -1,4 +1,4 @@
-"""The walk of a new user: README's commands for own pictures, in a fresh clone, on a messy folder, with the page in a browser."""
+"""Follows a new user: README's commands for own pictures, in a fresh clone, on a messy folder, with the page in a browser."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.proof, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
 SIDE = 64
-# Smaller values for the recipe, so that the walk takes a minute.
+# Smaller values for the recipe, so that this test takes a minute.
 SMALL: dict[str, dict[str, Any]] = {
     "network": {"channels": 8},
     "training": {"steps": 6, "batch": 4, "validate_every": 6, "validation_images": 4},
@@ -35,13 +35,13 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def commands() -> list[list[str]]:
-    """README's commands below "Your own images"."""
+    """Returns README's commands below "Your own images"."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your own images")[2]
     return [shlex.split(line, comments=True) for line in section.split("```")[1].strip().splitlines()]
 
 
 def messy_folder(folder: Path) -> list[str]:
-    """Fills a folder with pictures as people have them. Returns the names of those that are broken."""
+    """Fills a folder with typical pictures of a user. Returns the names of the broken files."""
     random = np.random.default_rng(0)
     for sub in ("holiday/2019", "holiday/2020", "Scans"):
         (folder / sub).mkdir(parents=True)
@@ -75,7 +75,7 @@ def messy_folder(folder: Path) -> list[str]:
     return ["holiday/2020/empty.png", "holiday/2020/half.jpg"]
 
 
-# The advice in each successive refusal of the messy folder, and the setting that follows it.
+# The advice of each refusal of the messy folder, in order, and the setting that follows the advice.
 ADVICE: list[tuple[str, dict[str, object]]] = [
     ("data.convert: true converts some of them", {"convert": True}),
     ("data.size and data.fit give some of them one size", {"size": 32}),
@@ -105,7 +105,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, clone_maker: Callable[[Path]
 
 
 def walk(clone: Any, command: list[str]) -> str:
-    """Runs a command of README. The environment of the tests is active already, and stands in for that of `make`."""
+    """Runs a command of README in the environment of the tests, which replaces that of `make`."""
     if command[:2] == ["make", "demo"]:
         command = [sys.executable, "-m", "flows", "--recipe", command[2].removeprefix("RECIPE=")]
     if command[0] == ".":
@@ -133,7 +133,7 @@ def test_from_a_folder_of_pictures_to_a_report_and_a_grid(clone: Any, page: Any)
     for command in others:
         walk(clone, command)
     with Image.open(clone.root / "grid.png") as grid:
-        assert grid.mode == "RGB" and min(grid.size) > 8 * SIDE  # 64 images
+        assert grid.mode == "RGB" and min(grid.size) > 8 * SIDE  # a grid of 64 images
 
     address = (clone.root / "report" / "index.html").as_uri()
     page.goto(address)

@@ -1,4 +1,4 @@
-"""A network is added by adding its file: no other file changes, and existing models stay as they are."""
+"""Checks that a network is added by adding its file: no other file changes, and existing models stay as they are."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_one_file_is_a_network_up_to_its_promotion(copied: Any) -> None:
     assert carried.read_bytes() == toy.read_bytes()
     assert not carried.with_name("unet.py").exists()
 
-    # An edit of the toy trains anew, and the earlier models come back from DVC's cache.
+    # An edit of the toy network requires a new training. DVC's cache still has the earlier models.
     toy.write_text(toy.read_text(encoding="utf-8") + "# and so on\n", encoding="utf-8")
     assert copied.changed("train@cosine") != []
     params.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The transformer against diffusers' DiT, and its own symmetries."""
+"""Compares the transformer with diffusers' DiT, and checks its own symmetries."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from ddpm.networks.dit import DiT, positions
 
 
 def lively(net: DiT) -> DiT:
-    """Random weights everywhere, also where training starts from zero."""
+    """Sets random weights everywhere, even where training starts from zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -55,7 +55,7 @@ def test_it_is_the_transformer_of_diffusers() -> None:
         linear(other.ff.net[0].proj, block.wide.weight, block.wide.bias)
         linear(other.ff.net[2], block.narrow.weight, block.narrow.bias)
     linear(theirs.proj_out_1, net.modulation.weight, net.modulation.bias)
-    channels_last = torch.arange(24).view(6, 4).T.flatten()  # of a patch's numbers
+    channels_last = torch.arange(24).view(6, 4).T.flatten()  # the order of a patch's numbers
     linear(theirs.proj_out_2, net.last.weight[channels_last], net.last.bias[channels_last])
     x, t, labels = random(3, 3, 8, 8), torch.tensor([0.0, 7.0, 999.0]), torch.tensor([0, 4, -1])
     expected = theirs(x, t, torch.where(labels < 0, 5, labels)).sample
@@ -80,7 +80,7 @@ def test_images_of_a_batch_do_not_mix() -> None:
     for i in range(3):
         one = slice(i, i + 1)
         torch.testing.assert_close(net(x[one], t[one], labels[one]), together[one], rtol=0, atol=1e-5)
-    assert torch.equal(net(x[1:2], t[1:2]), net(x[1:2], t[1:2], labels[1:2]))  # no label is a negative label
+    assert torch.equal(net(x[1:2], t[1:2]), net(x[1:2], t[1:2], labels[1:2]))  # a missing label equals a negative label
     for other in ((x[2:], t[2:], labels[:1]), (x[2:], t[:1], labels[2:])):
         assert not torch.allclose(net(*other), together[2:], atol=1e-4)
 
@@ -99,7 +99,7 @@ def test_without_positions_the_order_of_patches_means_nothing() -> None:
 
 
 def test_positions_tell_patches_apart() -> None:
-    """By hand: rows and columns have half of the channels each, sines first, with frequencies 1 and 1/100."""
+    """By hand: rows and columns use half of the channels each, sines first, with frequencies 1 and 1/100."""
     found = positions(2, 3, 8)
     angles = torch.tensor([1.0, 0.01])
     last = [torch.cat([(place * angles).sin(), (place * angles).cos()]) for place in (2, 1)]

@@ -1,4 +1,4 @@
-"""The network against the paper's parameter count, diffusers' layer by layer count, and its own symmetries."""
+"""Compares the network with the paper's number of parameters and with diffusers', layer by layer, and checks its symmetries."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def parameters(net: torch.nn.Module) -> int:
 
 
 def lively(net: torch.nn.Module) -> torch.nn.Module:
-    """Random weights everywhere, also where training starts from zero."""
+    """Sets random weights everywhere, even where training starts from zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -73,7 +73,7 @@ def test_images_of_a_batch_do_not_mix_and_memory_format_changes_nothing() -> Non
 
 @torch.no_grad()
 def test_a_network_on_patches_is_the_network_on_images_of_the_patches() -> None:
-    """Space-to-depth by hand: the channel c * 4 + 2i + j holds the pixels at rows 2r + i and columns 2s + j of channel c."""
+    """Space-to-depth by hand: channel c * 4 + 2i + j holds the pixels in rows 2r + i and columns 2s + j of channel c."""
     net = lively(UNet(3, 16, 32, (1, 2), 1, (8,), patch=2, out_channels=6))
     other = UNet(12, 8, 32, (1, 2), 1, (8,), out_channels=24)
     other.load_state_dict(net.state_dict())
@@ -98,7 +98,7 @@ def test_time_and_position_matter() -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_transposed_network_predicts_the_transposed_image(symmetric: bool, residual: bool) -> None:
-    """Kernels with rows and columns swapped. `attention` names heights, so the same resolutions have other numbers there."""
+    """Swaps rows and columns of the kernels. `attention` names heights, so the same resolutions have other numbers there."""
     wide, high = (
         lively(
             UNet(
@@ -126,7 +126,7 @@ def test_a_transposed_network_predicts_the_transposed_image(symmetric: bool, res
 
 
 def test_the_sides_decide_nothing_but_where_attention_is() -> None:
-    """Weights start with the same bits as those of a square network, whose image_size may be written as a pair too."""
+    """Weights start with the same bits as those of a square network. A square image_size may be a pair too."""
     nets = []
     for size in (16, (16, 16), [16, 24]):
         torch.manual_seed(0)

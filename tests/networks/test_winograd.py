@@ -1,4 +1,4 @@
-"""Winograd's convolutions, compiled on this machine: against torch's own in double precision."""
+"""Compares Winograd's convolutions, compiled on this machine, with torch's own in double precision."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ BFLOAT16 = pytest.param(
     torch.bfloat16,
     marks=pytest.mark.skipif(not winograd.multiplies_bfloat16(), reason="this processor has no AVX512_BF16"),
 )
-# The largest error as a share of the largest value: of float32, and of numbers that are rounded to 8 bits several times.
+# The largest error as a share of the largest value. The bfloat16 numbers are rounded to 8 bits several times.
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
@@ -57,13 +57,13 @@ def autocast(dtype: torch.dtype) -> torch.autocast:
 
 
 def spread(found: Tensor, expected: Tensor) -> float:
-    """Returns the deviation of the errors, as a share of that of the values."""
+    """Returns the deviation of the errors, as a share of the deviation of the values."""
     return float((found.detach().double() - expected.detach()).std() / expected.detach().std())
 
 
 @pytest.fixture(scope="module", params=["AMX", "no AMX"])
 def small_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The C code compiled for few tiles at a time, so that little work has several parts, and for either kind of processor."""
+    """Compiles the C code for few tiles at a time, so that little work has several parts, and for both kinds of processor."""
     if request.param == "AMX" and not winograd.uses_amx():
         pytest.skip("this processor has no AMX, or Linux does not allow it")
     with pytest.MonkeyPatch.context() as patch:
@@ -81,7 +81,7 @@ def small_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
 def same_with_gradients(
     layer: nn.Module, inputs: list[Tensor], dtype: torch.dtype, part: float, kinds: tuple[type, ...]
 ) -> None:
-    """Compares a layer's fast form with the layer in double precision: outputs, gradients of inputs and of parameters."""
+    """Compares a layer's fast form with the layer in double precision: outputs, and gradients of inputs and parameters."""
     fast, layer = winograd.compiled(copy.deepcopy(layer)), copy.deepcopy(layer).double()
     assert type(fast) in kinds
     mine = [x.clone().requires_grad_() for x in inputs]
@@ -108,7 +108,7 @@ def same_with_gradients(
 def test_a_convolution_and_its_gradients(
     size: tuple[int, int], channels: tuple[int, int], dtype: torch.dtype, small_blocks: None
 ) -> None:
-    """Also of sizes that tiles do not divide, and in several parts."""
+    """Includes sizes that tiles do not divide, and work in several parts."""
     x = random(9, channels[0], *size).to(dtype)
     same_with_gradients(nn.Conv2d(*channels, 3, padding=1), [x], dtype, ROUNDING[dtype], (winograd.Convolution,))
     onto = random(9, channels[1], *size, seed=2).to(dtype)
@@ -119,7 +119,7 @@ def test_a_convolution_and_its_gradients(
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_shifts_and_images_that_are_not_whole(dtype: torch.dtype) -> None:
-    """One shift for all images, a part of a wider one, and one image to which all are added."""
+    """Covers one shift for all images, a slice of a wider shift, and one image that is added to all."""
     norm, layer = winograd.compiled(NormSwish(4, 16)), winograd.compiled(AddingConvolution(16, 16, 3, padding=1))
     x, wide = random(3, 16, 16, 16).to(dtype), random(3, 32, seed=1)
     with torch.no_grad(), autocast(dtype):
@@ -150,7 +150,7 @@ def test_layers_that_are_products(channels: tuple[int, int], dtype: torch.dtype,
 
 @pytest.mark.skipif(not winograd.multiplies_bfloat16(), reason="this processor has no AVX512_BF16")
 def test_bfloat16_costs_little_more_than_in_a_direct_convolution() -> None:
-    """At most three times the error of torch's own bfloat16 convolution, in the output and in both gradients."""
+    """The error is at most three times that of torch's own bfloat16 convolution, in the output and in both gradients."""
     layer = nn.Conv2d(64, 64, 3, padding=1)
     x, gradient = random(8, 64, 16, 16).bfloat16(), random(8, 64, 16, 16, seed=1).bfloat16()
     errors = []
@@ -170,7 +170,7 @@ def test_bfloat16_costs_little_more_than_in_a_direct_convolution() -> None:
 
 
 def test_the_gradients_are_the_adjoint() -> None:
-    """<g, conv(x)> is linear in x and in w: its gradients give it back."""
+    """<g, conv(x)> is linear in x and in w, so its gradients reproduce it."""
     layer = winograd.compiled(nn.Conv2d(16, 8, 3, padding=1, bias=False))
     x = random(2, 16, 12, 20, seed=2).requires_grad_()
     gradient = random(2, 8, 12, 20, seed=3)
@@ -185,7 +185,7 @@ def test_the_gradients_are_the_adjoint() -> None:
 @pytest.mark.parametrize("kind", [NormSwish, nn.GroupNorm])
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_normalisation_and_swish(kind: type[nn.GroupNorm], scale: float, dtype: torch.dtype) -> None:
-    """And the gradients of both; swish also after a shift."""
+    """Also checks the gradients of both layers, and swish after a shift."""
     layer = kind(4, 16, eps=1e-6)
     with torch.no_grad():
         layer.weight.copy_(scale * random(16))
@@ -200,7 +200,7 @@ def test_normalisation_and_swish(kind: type[nn.GroupNorm], scale: float, dtype: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_dropout(dtype: torch.dtype) -> None:
-    """It drops the asked share, independently of neighbours, and gradients where it dropped numbers; the seed decides all."""
+    """Dropout drops the requested share, independently of neighbours, with the gradients there. The seed decides everything."""
     layer, rate = winograd.compiled(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Dropout(0.3)))[1], 0.3
     x = torch.ones(8, 64, 32, 32, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
     torch.manual_seed(1)
@@ -212,7 +212,7 @@ def test_dropout(dtype: torch.dtype) -> None:
     deviation = (rate * (1 - rate) / kept.numel()) ** 0.5
     assert abs(float(kept.float().mean()) - (1 - rate)) < 5 * deviation
     flat = kept.permute(0, 2, 3, 1).flatten().float() - (1 - rate)
-    for apart in (1, 2, 8, 64, 4096):  # correlations of distant numbers
+    for apart in (1, 2, 8, 64, 4096):  # checks correlations between distant numbers
         assert abs(float((flat[apart:] * flat[:-apart]).mean()) / (rate * (1 - rate))) < 5 / kept.numel() ** 0.5
     again = layer(x)
     assert abs(float(((again != 0) == kept).float().mean()) - (rate**2 + (1 - rate) ** 2)) < 5 / kept.numel() ** 0.5
@@ -247,14 +247,14 @@ def test_a_network_and_its_training_stay_what_they_are() -> None:
         before, expected = fast(x, t), plain(x, t)
         torch.testing.assert_close(before, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
         for parameter in fast.parameters():
-            parameter.mul_(0.9)  # what is kept of the weights is made anew
+            parameter.mul_(0.9)  # the cached form of the weights must be computed again
         again = copy.deepcopy(fast)
         assert not torch.allclose(fast(x, t), before)
         assert torch.equal(fast(x, t), again(x, t))
 
 
 def test_a_kept_kernel_is_made_anew_when_the_weights_have_changed() -> None:
-    """By a step of training, by its average, and by a saved state that is taken over."""
+    """The weights change by a training step, by averaging, or by loading a saved state."""
     plain = network()
     state = TrainingState(winograd.compiled(copy.deepcopy(plain)))
     images = torch.randint(0, 256, (8, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -277,7 +277,7 @@ def test_a_kept_kernel_is_made_anew_when_the_weights_have_changed() -> None:
 
 
 def test_it_trains_after_it_has_sampled() -> None:
-    """What inference mode makes stays an inference tensor: the room that is kept must not."""
+    """Tensors created in inference mode stay inference tensors, so the cached workspace must be an ordinary tensor."""
     layer = winograd.compiled(nn.Conv2d(16, 16, 3, padding=1))
     x = random(2, 16, 16, 16)
     winograd._space.__dict__.clear()
@@ -289,7 +289,7 @@ def test_it_trains_after_it_has_sampled() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_it_learns_as_torch_does(dtype: torch.dtype) -> None:
-    """In bfloat16 the losses of ten steps stay as close to those of float32 as with torch's own kernels."""
+    """In bfloat16, the losses of ten steps stay as close to those of float32 as with torch's own kernels."""
     images = torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     losses = []
     for net, precision in (
@@ -323,7 +323,7 @@ def test_other_types_are_left_to_torch() -> None:
 
 
 def test_without_avx512_the_results_are_the_same() -> None:
-    """ATEN_CPU_CAPABILITY holds torch to AVX2, and the C code too. On processors without AVX-512 nothing changes."""
+    """ATEN_CPU_CAPABILITY limits torch to AVX2, and the C code follows. Processors without AVX-512 give the same results."""
     code = (
         "import torch; from ddpm.networks import winograd\n"
         "print(winograd.multiplies_bfloat16(), winograd._library(torch.float32).lanes())\n"
@@ -356,14 +356,14 @@ def test_without_a_compiler_it_says_so(compiler: str, line: str, tmp_path: Path)
 
 
 class Elsewhere(nn.Module):
-    """As if its parameters lay on a GPU."""
+    """Pretends that its parameters are on a GPU."""
 
     def parameters(self, recurse: bool = True) -> Iterator[Any]:
         return iter([SimpleNamespace(device=torch.device("cuda"))])
 
 
 def test_without_a_compiler_it_says_so_on_a_gpu_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile would not say it before the network is first called."""
+    """torch.compile would fail only when the network is first called."""
     net, given = Elsewhere(), object()
     monkeypatch.setattr(torch, "compile", lambda module, dynamic: given if module is net else None)
     monkeypatch.delenv("CC", raising=False)
@@ -388,7 +388,7 @@ def test_a_damaged_library_is_compiled_anew(how: str, tmp_path: Path, monkeypatc
     make(torch.float32)
     (file,) = tmp_path.rglob("*.so")
     whole = file.read_bytes()
-    file.unlink()  # this process has the old file mapped
+    file.unlink()  # this process has the old file mapped into its memory
     file.write_bytes(DAMAGE[how](whole))
     library = make(torch.float32)
     assert file.read_bytes() == whole

@@ -1,4 +1,4 @@
-"""Two convolutions: an example of a network. Copied to ddpm/networks/toy.py, it is selected by `network.kind: toy`."""
+"""An example network of two convolutions. Copied to ddpm/networks/toy.py, it is selected by `network.kind: toy`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Toy(nn.Module):
-    """Predicts from x_t and t. width: the channels in between, an entry of `network` in params.yaml."""
+    """Predicts from x_t and t. width: the number of inner channels, an entry of `network` in params.yaml."""
 
     def __init__(self, image_channels: int, image_size: int, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Finds the code that a module runs. No run continues from states that other code has left."""
+"""Checks how the code of a module is found, and that no run continues from states that other code wrote."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ddpm.provenance import code
 
 ROOT = Path(__file__).parents[2]
 
-# One run of a user: a training, a sampling that is stopped, and scores. Prints what they say of what an earlier run left.
+# Runs a training, an interrupted sampling and an evaluation. Prints their messages about states that an earlier run left.
 PROGRAM = """
 import signal
 from ddpm.files import paths, records
@@ -45,8 +45,8 @@ try:
 except Stopped:
     print("stopped")
 """
-KEPT = ("resuming after step", "going on after 16 images")
-EDITS = {  # which change no weight, so that only the code tells the samplings apart
+KEPT = ("resuming after step", "resuming after 16 images")
+EDITS = {  # edits that change no weight, so that the samplings differ only in their code
     "stages/train.py": (
         "manual_seed(params.training_seed(schedule))",
         "manual_seed(params.training_seed(schedule) + 0)",
@@ -58,7 +58,7 @@ EDITS = {  # which change no weight, so that only the code tells the samplings a
 
 @pytest.fixture
 def checkout(digits: Path, inception_cache: Path, tmp_path: Path) -> Path:
-    """A copy of the code, whose recipe trains for a moment."""
+    """Creates a copy of the code with a recipe that trains for a moment."""
     shutil.copytree(ROOT / "ddpm", tmp_path / "ddpm", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "dataset").symlink_to(digits / "dataset")
     (tmp_path / ".cache").mkdir()
@@ -84,14 +84,14 @@ def run(root: Path, program: str = PROGRAM) -> str:
 @pytest.mark.proof
 def test_what_other_code_left_is_not_gone_on_from(checkout: Path) -> None:
     first, second = run(checkout), run(checkout)
-    assert not any(line in first for line in KEPT) and "once for this dataset" in first
-    assert all(line in second for line in KEPT) and "once for this dataset" not in second
+    assert not any(line in first for line in KEPT) and "later points reuse them" in first
+    assert all(line in second for line in KEPT) and "later points reuse them" not in second
     for name, (before, after) in EDITS.items():
         path = checkout / "ddpm" / name
         assert before in path.read_text()
         path.write_text(path.read_text().replace(before, after, 1))
     third = run(checkout)
-    assert not any(line in third for line in KEPT) and "once for this dataset" in third
+    assert not any(line in third for line in KEPT) and "later points reuse them" in third
     weights = [line for said in (first, second, third) for line in said.splitlines() if line.startswith("weights")]
     assert len(weights) == 3 and len(set(weights)) == 1
 
@@ -114,7 +114,8 @@ for name in ("networks/unet.py", "files/dataset.py"):
 def test_code_that_was_edited_after_its_import_trains_nothing(checkout: Path) -> None:
     said = run(checkout, EDITED).splitlines()
     edited = "InputError ddpm/{}.py was edited after this process had imported it; run again"
-    assert said == [edited.format("networks/unet"), edited.format("files/dataset")]  # it names the first one
+    # the message names the first edited file
+    assert said == [edited.format("networks/unet"), edited.format("files/dataset")]
     assert not list((checkout / ".cache").glob("training/*"))
 
 

@@ -1,4 +1,4 @@
-"""dvc.lock is read stage by stage, and means what DVC's own parser says."""
+"""Checks that dvc.lock is read stage by stage, with the same meaning as in DVC's own parser."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_committed_file_is_read_as_dvc_reads_it() -> None:
 
 @given(st.dictionaries(NAMES, st.fixed_dictionaries({"cmd": st.text(max_size=300), "params": VALUES}), min_size=1))
 def test_whatever_dvc_writes_is_read_as_dvc_reads_it_or_left_to_dvc(content: dict[str, Any]) -> None:
-    """Names that YAML writes in quotes are left to DVC."""
+    """Names that YAML writes in quotes are left to DVC's parser."""
     text = serialize.dumps_yaml(OrderedDict(schema="2.0", stages=content))
     if dvc_lock.split(text) is not None:
         assert stages(text) == serialize.loads_yaml(text)["stages"]

@@ -1,4 +1,4 @@
-"""Questions to git, in a repository and in a folder that is none."""
+"""Checks questions to git in a repository and outside of a repository."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_it_answers_for_the_folder_that_is_asked_about(repository: Path) -> None
     assert commit is not None and len(commit) == 40 and git.head(inner) == commit
     assert git.line(inner, "status", "--porcelain") == ""
     (inner / "file").write_bytes(b"second")
-    assert git.ask(inner, "show", "HEAD:./file") == b"\xff first"  # bytes, whatever they are
+    assert git.ask(inner, "show", "HEAD:./file") == b"\xff first"  # the answer is bytes in any encoding
     assert git.line(inner, "status", "--porcelain") == "M inner/file"
     assert git.ask(inner, "show", "HEAD:./other") is None
 

@@ -1,4 +1,4 @@
-"""The inputs that a stage watches while it runs: the code that dvc.yaml names for it, and git."""
+"""Checks the inputs that a stage watches while it runs: the code that dvc.yaml names for the stage, and git."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_values_of_another_file_that_change_while_a_stage_runs_are_noticed(
 
 
 def test_looking_at_git_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a `git add` at that moment would fail. `git status` by itself writes what it found of the files into the index."""
+    """Plain `git status` writes to the index, so a `git add` at that moment would fail."""
     monkeypatch.chdir(tmp_path)
     for command in (["init"], ["add", "file"]):
         (tmp_path / "file").write_text("the same")

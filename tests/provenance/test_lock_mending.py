@@ -1,4 +1,4 @@
-"""A truncated dvc.lock is mended or refused in one line. A dvc.lock that is shorter for a good reason stays as it is."""
+"""Checks that a truncated dvc.lock is repaired or refused in one line, and that an intended shorter dvc.lock is kept."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def checkout(template: Path, tmp_path: Path) -> Path:
 
 
 def checked(root: Path, lock: str | None) -> tuple[str | None, list[str]]:
-    """What a verb makes of this dvc.lock, and what it says."""
+    """Runs the check of a verb on this dvc.lock. Returns the file afterwards, and the messages."""
     said: list[str] = []
     (root / "dvc.lock").unlink(missing_ok=True)
     if lock is not None:
@@ -56,7 +56,7 @@ def checked(root: Path, lock: str | None) -> tuple[str | None, list[str]]:
 
 
 def with_another(name: str) -> str:
-    """The committed file after that stage ran again: all its outputs have other hashes and sizes."""
+    """Returns the committed file as if stage `name` had run again: all outputs of this stage have other hashes and sizes."""
     stages = lock_mending.entries(LOCK) or {}
     head, _, outs = stages[name].partition("\n    outs:\n")
     changed = re.sub(r"md5: \w{8}", "md5: 01234567", re.sub(r"size: \d+", "size: 123456", outs))
@@ -64,7 +64,7 @@ def with_another(name: str) -> str:
 
 
 def places(text: str) -> list[int]:
-    """50 random ones, the sizes of a file system's blocks, the ends of entries, and those of the last lines."""
+    """Returns places to cut: 50 random ones, multiples of a file system's block, ends of entries, and ends of the last lines."""
     chance = random.Random(0)
     ends = [match.start() for match in lock_mending.STAGE.finditer(text)]
     lines = [match.end() for match in re.finditer("\n", text)][-12:-1]
@@ -79,7 +79,7 @@ def places(text: str) -> list[int]:
 
 
 def mended(text: str, cut: int, last: str) -> str:
-    """What a cut is to become: entries that it holds whole, and those of the last whole file."""
+    """Returns the expected repair of a cut: the whole entries of the cut file, and the other entries of the last whole file."""
     new, old, begun = lock_mending.entries(text) or {}, lock_mending.entries(last) or {}, text[:cut]
     pieces = [new[name] if lock_mending.HEAD in begun and new[name] in begun else old[name] for name in new]
     return lock_mending.HEAD + "".join(pieces)
@@ -89,7 +89,7 @@ def mended(text: str, cut: int, last: str) -> str:
     ("seen", "ran"), [(True, ""), (True, "train@linear"), (True, "likelihood@cosine"), (False, ""), (False, "report")]
 )
 def test_every_cut_is_mended(seen: bool, ran: str, checkout: Path) -> None:
-    """DVC was killed while it wrote the file, unchanged or after a stage that ran again."""
+    """A kill cuts off the file while DVC writes it. The text is unchanged, or has the new entry of a stage that ran again."""
     text = with_another(ran) if ran else LOCK
     for cut in places(text):
         if seen:
@@ -103,7 +103,10 @@ def test_every_cut_is_mended(seen: bool, ran: str, checkout: Path) -> None:
 
 
 def test_what_dvc_made_of_a_cut_file_is_mended(checkout: Path) -> None:
-    """It read one that was cut in a valid place, and wrote it again with the next stage's entry: the half is in the middle."""
+    """DVC read a file that was cut at a valid place, and wrote it again with the next stage's entry.
+
+    So half an entry is in the middle.
+    """
     stages = lock_mending.entries(LOCK) or {}
     names = list(stages)
     half = stages[names[4]].rpartition("    - path: ")[0]
@@ -129,12 +132,12 @@ def test_shorter_ones_that_somebody_wanted_are_left_alone(checkout: Path) -> Non
     stages = lock_mending.entries(LOCK) or {}
     older = lock_mending.HEAD + "".join(list(stages.values())[:7])
     assert checked(checkout, LOCK) == (LOCK, [])
-    # `git checkout` of another commit, whose file is the beginning of this one.
+    # After `git checkout` of an older commit, dvc.lock is the beginning of the newer file.
     run(checkout, "git", "checkout", "--quiet", "-b", "older")
     commit(checkout, older)
     checked(checkout, LOCK)
     assert checked(checkout, older) == (older, [])
-    # `dvc exp apply` and `git stash`: git has the file in a commit that no branch leads to.
+    # After `dvc exp apply` or `git stash`, git has the file in a commit that is on no branch.
     run(checkout, "git", "checkout", "--quiet", "-")
     shorter = lock_mending.HEAD + "".join(list(stages.values())[:5])
     (checkout / "dvc.lock").write_text(shorter)
@@ -142,13 +145,13 @@ def test_shorter_ones_that_somebody_wanted_are_left_alone(checkout: Path) -> Non
     assert checked(checkout, LOCK) == (LOCK, [])
     run(checkout, "git", "stash", "apply")
     assert checked(checkout, shorter) == (shorter, [])
-    # A file that was deleted, and what DVC then writes stage by stage.
+    # The user deleted the file, and DVC writes a new file stage by stage.
     checked(checkout, LOCK)
     assert checked(checkout, None) == (None, [])
     for count in (1, 2, 20):
         begun = lock_mending.HEAD + "".join(list(stages.values())[:count])
         assert checked(checkout, begun) == (begun, [])
-    # Somebody took entries out of the middle.
+    # The user removed entries from the middle.
     without = lock_mending.HEAD + "".join(
         entry for name, entry in stages.items() if name not in ("train@cosine", "report")
     )
@@ -159,7 +162,7 @@ def test_shorter_ones_that_somebody_wanted_are_left_alone(checkout: Path) -> Non
     assert outside != LOCK
     checked(checkout, LOCK)
     assert checked(checkout, outside) == (outside, [])
-    # What DVC did not write.
+    # A user or another program wrote the file.
     for text in ("stages:\n    a: {cmd: x}\n", LOCK.replace("  report:\n", "<<<<<<< HEAD\n  report:\n")):
         checked(checkout, LOCK)
         assert checked(checkout, text) == (text, [])

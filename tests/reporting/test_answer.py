@@ -1,4 +1,4 @@
-"""The end of a run says the best point, where the report is, and what helps next; never more than was asked."""
+"""Checks the end of a run: the best point, the report's path, and a few commands that help next, but no more."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DVC = str(Path(sys.executable).with_name("dvc"))
 
 
 def steps(lines: list[str]) -> list[str]:
-    """The commands of the next steps, which all end in the same column."""
+    """Returns the commands of the next steps. The commands all end in the same column."""
     assert lines[2] == "next:" and len(lines) <= 3 + MOST
     return [line.strip().split("   ")[0] for line in lines[3:]]
 
@@ -44,13 +44,13 @@ def test_the_answer_is_the_best_point_the_page_and_what_helps_then(
         f"ddpm run training.steps={2 * Params.load(Path('params.yaml')).training.steps}",
     )
     assert look == "make ui"
-    (checkout / project.NAME).touch()  # a project, which may lie in a folder with a Makefile of its own
+    (checkout / project.NAME).touch()  # a project may lie in a folder with a Makefile of its own
     assert steps(answer())[2] == "python -m flows.servers.up mlflow"
     (checkout / project.NAME).unlink()
     assert "ddpm promote" not in steps(answer(promoted=True))
     served = answer(promoted=True, mlflow="http://127.0.0.1:5000/#/chart")
-    assert steps(served)[1] == "http://127.0.0.1:5000/#/chart" and "from the champion" in served[3]
-    # The shell lacks `ddpm` until the environment is activated.
+    assert steps(served)[1] == "http://127.0.0.1:5000/#/chart" and "with the champion" in served[3]
+    # The shell cannot find `ddpm` until the environment is activated.
     (checkout / ".venv").symlink_to(sys.prefix)
     monkeypatch.delenv("VIRTUAL_ENV", raising=False)
     assert steps(answer()) == [". .venv/bin/activate", generate, promote, "make ui"]

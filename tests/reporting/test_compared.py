@@ -1,4 +1,4 @@
-"""report/run.js adds times and the comparison with the previous report to the page. Chromium shows the page at three widths."""
+"""Checks that report/run.js adds times and the comparison with the previous report to the page, in Chromium at three widths."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ALL_COLUMNS = {
 
 @pytest.fixture
 def make(root: Path, write_scores: Callable[..., None]) -> Report:
-    """make(params, fid, error, **entries): made-up samples and scores, and their report with its run.js."""
+    """Returns make(params, fid, error, **entries), which writes made-up samples and scores, and their report with its run.js."""
 
     def make_report(params: Params, fid: float, error: float = 0.1, **entries: Any) -> Path:
         random = np.random.default_rng(0)
@@ -62,7 +62,7 @@ def make(root: Path, write_scores: Callable[..., None]) -> Report:
 
 
 def parts(root: Path) -> dict[str, str]:
-    """The parts of the page that run.js holds."""
+    """Returns the parts of the page that run.js holds."""
     text = (root / paths.REPORT_SCRIPT).read_text(encoding="utf-8")
     found: dict[str, str] = json.loads(text[text.index("{") : text.rindex("}") + 1])
     return found
@@ -90,7 +90,7 @@ def test_the_second_report_tells_what_changed_and_what_that_did(make: Report, sm
     assert "2023-11-14 22:15" in found and "not paired" not in found
     for gap in gaps([(measured(second, point, 0), before[point]) for point in more.points()]):
         error = difference(gap.now.estimate, gap.before.estimate).error
-        assert error == pytest.approx(0.2, rel=1e-4)  # images in pairs: the errors of both are proportional
+        assert error == pytest.approx(0.2, rel=1e-4)  # the errors of paired images are proportional
         assert gap.difference == pytest.approx(-0.5) and 1.96 * error <= gap.high - gap.difference <= 4 * error
         assert f"{gap.difference:.3g} " in found and f"({gap.low:.3g} to {gap.high:.3g})" in found
         assert gap.words == ("better" if gap.high < 0 else "may be chance") and f">{gap.words}<" in found
@@ -123,7 +123,8 @@ def test_the_same_report_again_is_no_new_run(make: Report, smoke: Smoke) -> None
     report(smoke(training={"steps": 7}), root)
     write_local(smoke(training={"steps": 7}), root)
     assert parts(root) == once
-    write_local(smoke(training={"steps": 8}), root)  # edited after the report: still the report of 7 steps
+    # params.yaml was edited after the report, which is still that of 7 steps
+    write_local(smoke(training={"steps": 8}), root)
     assert parts(root) == once
     assert sorted(path.name for path in (root / ".cache" / "reports").iterdir()) == ["present", "previous"]
 
@@ -137,10 +138,10 @@ def test_a_damaged_earlier_report_is_a_warning(make: Report, smoke: Smoke) -> No
     assert line.startswith("warning: the report is not compared with the previous one: ") and "\n" not in line
     assert "22:13" in parts(root)["published"]
     said.clear()
-    write_local(smoke(), root, said.append)  # said once, since no stage makes the copy again
+    write_local(smoke(), root, said.append)  # the warning comes once, since no stage makes the copy again
     assert not said and (root / ".cache" / "reports" / "present").is_dir()
-    (root / ".cache" / "reports" / "present" / "kept.json").write_text("{}")  # as another version may write it
-    for expected in (1, 0):  # said once, and then the report is kept anew
+    (root / ".cache" / "reports" / "present" / "kept.json").write_text("{}")  # another version may write such a file
+    for expected in (1, 0):  # the warning comes once, and then the report is kept again
         said.clear()
         write_local(smoke(), root, said.append)
         assert len(said) == expected
@@ -187,7 +188,7 @@ def test_names_are_text_and_no_markup() -> None:
     assert "<b>" not in html and "<i>" not in html and "&amp;amp;" in html and ">a.b<" in html and ">[1]<" in html
 
 
-# In a browser.
+# Tests in a browser.
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ def test_everything_can_be_seen_at_every_width(opened: Any, shoot: Callable[[Any
         columns = opened.locator("#points thead th")
         assert columns.count() >= 12
         last = columns.last
-        if width < 600:  # a phone scrolls the table, and keeps the names of the points in sight
+        if width < 600:  # on a narrow screen the table scrolls, and the names of the points stay visible
             last.scroll_into_view_if_needed()
             assert edges(opened.locator("#points tbody td").first)[0] >= 0
         for column in (columns.first, last):

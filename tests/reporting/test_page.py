@@ -1,4 +1,4 @@
-"""The page of the report: it shows what the files contain, and loads nothing from outside."""
+"""Checks the page of the report: it shows the content of the files, and loads nothing from outside."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HOSTILE = '<script>alert("x")</script>&amp;'
 
 
 class Reader(HTMLParser):
-    """Collects tags, texts and tables; fails on a tag that is not closed in order."""
+    """Collects tags, texts and tables. Fails if tags are not closed in order."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Reader(HTMLParser):
 def made_report(
     smoke: Callable[..., Params], bound_of: Callable[[str], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A root with made-up outputs of every stage of the smoke recipe, its report, and classes of hostile names."""
+    """Creates a root with made-up outputs of every stage of the smoke recipe, class names that contain HTML, and the report."""
     root, random = tmp_path_factory.mktemp("report"), np.random.default_rng(0)
     about = {"name": "digits", "sha256": "c" * 64, "shape": [1, 8, 8], "counts": {"train": 60, "test": 30}}
     about |= {"classes": [HOSTILE, "1"], "mean": [0.3], "std": [0.4], "flip": False}
@@ -165,7 +165,7 @@ def test_every_number_is_the_files(page: str, made_report: Path) -> None:
 
 
 def pictures_of(page: str) -> dict[str, str]:
-    """The address of each picture by its text."""
+    """Returns the address of each picture, by its alternative text."""
     return {str(attrs["alt"]): str(attrs["src"]) for tag, attrs in Reader(page).tags if tag == "img"}
 
 
@@ -190,7 +190,7 @@ def test_every_point_shows_its_first_images_pixel_for_pixel(
 def test_names_are_text_and_no_markup(page: str) -> None:
     reader = Reader(page)
     assert HOSTILE in reader.text
-    assert [tag for tag, _ in reader.tags].count("script") == 2  # its own, and that of run.js
+    assert [tag for tag, _ in reader.tags].count("script") == 2  # the page's own script, and run.js
 
 
 def test_same_inputs_same_bytes(page: str, made_report: Path, smoke: Callable[..., Params]) -> None:
@@ -219,18 +219,18 @@ def test_dvcs_plot_shows_the_score_that_ranks_points() -> None:
 
 def test_how_sure() -> None:
     entry = Answer("a", 10, 1.0, 0.9, 1.1, lowest="a", may_be_best=("a",))
-    assert how_sure(entry, 1, 0.95, 0.05) == "It is the only point within this budget."
-    assert how_sure(entry, 4, 0.95, 0.05) == "With 95% confidence, it is the best of the 4 points."
-    among = "With 95% confidence, the best of the 9 points is one of these"
+    assert how_sure(entry, 1, 0.95, 0.05) == "a is the only point within this budget."
+    assert how_sure(entry, 4, 0.95, 0.05) == "With 95% confidence, a is the best of the 4 points."
+    among = "With 95% confidence, the truly best of the 9 points is one of these"
     tied = how_sure(replace(entry, may_be_best=("a", "b", "c")), 9, 0.95, 0.05)
-    assert tied.startswith("It has the lowest FID") and tied.endswith(f"{among} 3: a, b, c.")
+    assert tied.startswith("a has the lowest FID") and tied.endswith(f"{among} 3: a, b, c.")
     luck = how_sure(replace(entry, point="b", may_be_best=tuple("abcdefgh")), 9, 0.95, 0.05)
-    nearly = "a has a lower FID, but b takes fewer evaluations and is worse than the best by 5% at most, with 95% confidence."
+    nearly = "a has a lower FID, but b takes fewer evaluations and, with 95% confidence, is at most 5% worse than the truly best point."
     assert luck == f"{nearly} {among} 8: a, b, c, d, e, f and 2 more."
     assert how_sure(replace(entry, point="b"), 9, 0.95, 0.05) == nearly
 
 
-# Neighbours.
+# Nearest neighbours.
 
 
 def test_the_nearest_neighbour_of_a_training_image_is_itself(made_report: Path) -> None:
@@ -242,7 +242,7 @@ def test_the_nearest_neighbour_of_a_training_image_is_itself(made_report: Path) 
 def test_neighbours_are_those_of_a_plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     train, images = (random.integers(0, 256, (count, 3, 4, 4), dtype=np.uint8) for count in (57, 9))
-    monkeypatch.setattr("ddpm.scores.copying.CHUNK", 8 * 48 * 10)  # ten at a time
+    monkeypatch.setattr("ddpm.scores.copying.CHUNK", 8 * 48 * 10)  # ten training images at a time
     far = np.sqrt(((images[:, None].astype(float) - train) ** 2).mean((2, 3, 4)))
     index, distance = nearest(images, train)
     np.testing.assert_array_equal(index, far.argmin(1))
@@ -273,16 +273,14 @@ def test_copies_are_told_from_new_images() -> None:
 def test_the_verdict_follows_from_both_comparisons() -> None:
     far, near = Copying(0.4, -4.0, 0), Copying(0.7, 4.0, 0)
     said = {(a, b): verdict(a, b) for a in (None, far, near) for b in (None, far, near)}
-    assert said[None, None].startswith("Not known")
+    assert said[None, None].startswith("Unknown")
     assert all(said[pair].startswith("No sign") for pair in ((far, far), (far, None), (None, far)))
-    assert said[near, near].startswith("A strong sign of memorising: in pixels and features")
-    assert said[near, far].startswith("A sign") and said[near, far].endswith("though not in features.")
-    assert said[far, near].endswith("though not in pixels.") and "though" not in said[None, near]
+    assert said[near, near].startswith("A strong sign of memorising: by pixels and features")
+    assert said[near, far].startswith("A sign") and said[near, far].endswith("but not by features.")
+    assert said[far, near].endswith("but not by pixels.") and "but" not in said[None, near]
     chance, copies = (Suspects(tuple(range(count)), 9.0, 0.01, 0.0, 0.02, 1.0, 4) for count in (4, 5))
     assert verdict(far, far, chance) == verdict(far, far)
-    assert verdict(far, far, copies).startswith(
-        "5 samples are suspected copies, more than chance explains (up to 4). Most"
-    )
+    assert verdict(far, far, copies).startswith("5 samples are suspected copies, but chance explains at most 4. Most")
     assert verdict(near, near, copies).endswith(verdict(near, near))
 
 
@@ -305,7 +303,7 @@ def test_the_number_of_suspected_copies_that_chance_explains_is_beta_binomial() 
 
 
 def test_copies_with_a_little_noise_are_suspected_one_by_one(digits: Path) -> None:
-    """A model of 20 images: 5 of its 100 samples are copies with noise, the others new. Then all 20 are copies."""
+    """Of 100 samples, 5 are noisy copies of the 20 training images. In a second set, all 20 samples are noisy copies."""
     images, random = digits_from(digits), np.random.default_rng(0)
     train, unseen, new = images[:20], images[20:380], images[400:495]
     noisy = (train.astype(int) + random.integers(-12, 13, train.shape)).clip(0, 255).astype(np.uint8)
@@ -319,9 +317,9 @@ def test_copies_with_a_little_noise_are_suspected_one_by_one(digits: Path) -> No
 
 
 def test_new_images_are_suspected_as_often_as_promised(digits: Path) -> None:
-    """Other digits as samples, 300 and 300 of the 1,397 that are not for training, drawn 2,000 times.
+    """The samples are other digits: 300 samples and 300 unseen images, of 1,397 that are not for training, drawn 2,000 times.
 
-    Under a fresh seed this fails in about 1 of 300 runs.
+    With another seed, the test would fail by chance in about 1 of 300 runs.
     """
     images, random = digits_from(digits), np.random.default_rng(0)
     distance, counts, warned = nearest(images[400:], images[:400])[1], [], 0
@@ -337,7 +335,7 @@ def test_new_images_are_suspected_as_often_as_promised(digits: Path) -> None:
 def test_a_model_that_copies_is_caught_and_its_data_is_not(
     made_report: Path, smoke: Callable[..., Params], tmp_path: Path
 ) -> None:
-    """The page of a sweep whose samples are the training images."""
+    """The page belongs to a sweep whose samples are the training images."""
     root = tmp_path / "copies"
     shutil.copytree(made_report, root)
     train = read_dataset(root).train
@@ -348,12 +346,12 @@ def test_a_model_that_copies_is_caught_and_its_data_is_not(
     report(smoke(), root)
     text = Reader((root / "report" / "index.html").read_text(encoding="utf-8")).text
     assert (
-        "12 samples are suspected copies, more than chance explains" in text and "A strong sign of memorising" in text
+        "12 samples are suspected copies, but chance explains at most" in text and "A strong sign of memorising" in text
     )
-    assert "suspected copy?" in text and "12 samples lie nearer to a training image than any of the 30 unseen" in text
+    assert "suspected copy?" in text and "12 samples are nearer to a training image than any of the 30 unseen" in text
     assert "12: median distance 0.0, smallest 0.0; exact copies: 12" in text
     assert "30 of the test split" in text and "In 100% of these pairs" in text and "In 99% of these pairs" in text
-    assert "No sign of memorising: in pixels" in Reader((made_report / "report" / "index.html").read_text()).text
+    assert "No sign of memorising: by pixels" in Reader((made_report / "report" / "index.html").read_text()).text
 
 
 @pytest.mark.proof
@@ -361,7 +359,7 @@ def test_a_model_that_copies_is_caught_and_its_data_is_not(
 def test_a_network_trained_on_20_images_copies_them_and_one_trained_on_1000_does_not(
     digits: Path, smoke: Callable[..., Params], tmp_path: Path
 ) -> None:
-    """64 samples each, after 2,000 training steps."""
+    """Draws 64 samples from each network, after 2,000 training steps."""
     images, rarely = digits_from(digits), {"log_every": 2000, "validate_every": 2000}
     compute = {"checkpoint_every": 2000, "preview_every": 2000}
     params = smoke(training={"steps": 2000, "ema": 0.99, **rarely}, sweep={"steps": [50]}, compute=compute)
@@ -397,7 +395,7 @@ def _normal(z: float) -> float:
     return NormalDist().cdf(z)
 
 
-# The published copy.
+# The page as it is published.
 
 
 def _sampled(rows: Sequence[Row]) -> dict[str, RunRecord]:
@@ -422,7 +420,7 @@ def _sampled(rows: Sequence[Row]) -> dict[str, RunRecord]:
 def test_the_plot_of_the_published_copy_is_drawn_once(
     made_report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`ddpm report`, the publisher and `ddpm promote` show the same one."""
+    """`ddpm report`, the publisher and `ddpm promote` show the same picture."""
     rows = read_report(made_report)[1]
     records, slower = _sampled(rows), _sampled(rows[::-1])
     drawn: list[int] = []
@@ -435,7 +433,7 @@ def test_the_plot_of_the_published_copy_is_drawn_once(
     monkeypatch.setattr(published_module, "pictures", pictures)
     for given, expected in ((records, 1), (records, 1), (slower, 2)):
         assert published(rows, given, {}, root=tmp_path) == published(rows, given, {}, root=None)
-        drawn.pop()  # by the second call
+        drawn.pop()  # drawn by the second call
         assert len(drawn) == expected
     (tmp_path / paths.SPEED_PLOT).write_text("{")
     published(rows, slower, {}, root=tmp_path)

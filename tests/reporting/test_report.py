@@ -1,4 +1,4 @@
-"""`report`: the rows, the best point, the pictures, and the removal of points that left the sweep."""
+"""Checks `report`: the rows, the best point, the pictures, and the removal of points that left the sweep."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def params(sweep: Sweep = SWEEP) -> Params:
 
 
 def influence_of(point: Point, error: float) -> np.ndarray:
-    """Of 12 images, half of whose luck all points share, with that standard error exactly."""
+    """Returns influence values of 12 images with exactly this standard error. All points share half of their variance."""
     shared = np.random.default_rng(0).normal(size=12)
     own = np.random.default_rng(list(point.name.encode())).normal(size=12)
     values = shared + own - (shared + own).mean()
@@ -97,7 +97,7 @@ def test_a_tie_goes_to_fewer_evaluations(root: Path) -> None:
 
 
 def test_fewer_evaluations_must_be_nearly_as_good_for_sure(root: Path) -> None:
-    """20 evaluations give 1.0 and 5 give 1.02. The margin is 5 %, and the bound with two points is one-sided."""
+    """20 evaluations give 1.0 and 5 give 1.02. The margin is 5 %, and the bound for two points is one-sided."""
     cheaper, good = (Point.parse(name) for name in ("cosine-ddim-5", "cosine-ddim-20"))
     gap = influence_of(cheaper, 1.0).astype(float) - influence_of(good, 1.0)
     scale = (0.05 - 0.02) / (1.644854 * standard_error(gap))
@@ -107,7 +107,7 @@ def test_fewer_evaluations_must_be_nearly_as_good_for_sure(root: Path) -> None:
         best = report(params(Sweep(schedules=("cosine",), samplers=("ddim",), steps=(5, 20))), root)
         assert (best.row.point, best.lowest) == (chosen, "cosine-ddim-20")
         assert best.row.value == (1.02 if factor < 1 else 1.0)
-        assert "worse than the best by 5% at most" in (root / "report/index.html").read_text() or factor > 1
+        assert "at most 5% worse than the truly best point" in (root / "report/index.html").read_text() or factor > 1
 
 
 def test_the_front_and_the_best_for_each_budget(root: Path) -> None:
@@ -124,7 +124,7 @@ def test_the_front_and_the_best_for_each_budget(root: Path) -> None:
     tie = (
         "linear-ddim-20",
         "linear-ddim-20",
-    )  # 2.99 with 20 evaluations may be as good as 2.9 with 50, and 5 % worse as well
+    )  # 2.99 with 20 evaluations may equal 2.9 with 50, but may also be 5 % worse
     assert best == {
         "10": ("cosine-ddim-5", "cosine-ddim-5", 1),
         "20": ("cosine-ddpm-20", "cosine-ddpm-20", 1),
@@ -203,11 +203,11 @@ def test_samples_lie_side_by_side_pixel_for_pixel(root: Path) -> None:
         strip = arrays.grid(images[:SHOWN], columns=SHOWN)[0]
         row = picture[index * height : (index + 1) * height]
         np.testing.assert_array_equal(row[-strip.shape[0] :, -strip.shape[1] :, 0], strip)
-        assert row[:, : -strip.shape[1]].min() < 100  # a label
+        assert row[:, : -strip.shape[1]].min() < 100  # the row has a label
 
 
 def lock_outputs(root: Path, without: str) -> None:
-    """A dvc.lock, as DVC writes it, that knows every output but those of one point."""
+    """Writes a dvc.lock as DVC does, with every output except those of one point."""
     stages = {}
     for folder, stage in (
         ("samples", "sample"),
@@ -245,7 +245,7 @@ def test_what_has_left_the_sweep_goes_and_nothing_else(root: Path, bound_of: Cal
     for other in others:
         (root / other).parent.mkdir(parents=True, exist_ok=True)
         (root / other).write_text("keep")
-    alone = Point.parse("linear-unipc-9")  # made by hand: DVC has no copy
+    alone = Point.parse("linear-unipc-9")  # the user made this point by hand, so DVC has no copy
     write_point(root, alone)
     files = (paths.samples_file(alone), paths.metrics_file(alone), paths.influence_file(alone))
     others += [file.as_posix() for file in files]
@@ -301,7 +301,7 @@ def test_scores_under_two_protocols_are_pointed_out(root: Path) -> None:
 
 
 def test_scores_by_a_judge_with_other_weights_are_pointed_out(root: Path) -> None:
-    """The weights come from a file that DVC does not know, so replacing it reruns nothing."""
+    """DVC does not track the file of the weights, so replacing that file reruns nothing."""
     for index, point in enumerate(params().points()):
         judge = {"extractor": "clip", "layer": 768, "extractor_sha256": "old" if index else "new"}
         values = root / paths.influence_file(point)

@@ -1,4 +1,4 @@
-"""The device of a stage: which errors mean that its memory ran out, and how it is recorded."""
+"""Checks which errors mean that a device is out of memory, and how the device is recorded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_other_errors_stay_what_they_are(text: str) -> None:
 
 
 def test_the_record_names_a_gpu_only_where_it_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not where torch merely finds one: there `compute.device: cpu` and what computes nothing run too."""
+    """A GPU is recorded only if it was used. `compute.device: cpu`, and stages that compute nothing, may run beside a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5)

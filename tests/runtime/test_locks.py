@@ -1,4 +1,4 @@
-"""One process at a time holds a lock file."""
+"""Checks that only one process at a time holds a lock file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ with locks.held(Path(sys.argv[1])):
 
 @contextmanager
 def elsewhere(path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Another process that holds the lock until its standard input is closed."""
+    """Runs another process that holds the lock until its standard input is closed."""
     command = [sys.executable, "-c", HOLDER, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None

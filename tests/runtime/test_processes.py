@@ -1,4 +1,4 @@
-"""Tells living processes from dead ones, and processes of this host from those of others."""
+"""Checks that living processes are told from dead ones, and processes of this host from those of other hosts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_process_lives_until_it_ends() -> None:
     name = child.stdout.readline().strip()
     assert is_here(name) and is_alive(name)
     host, pid, start = name.split(" ")
-    assert not is_alive(f"{host} {os.getpid()} {start}")  # its id is another's now
+    assert not is_alive(f"{host} {os.getpid()} {start}")  # another process has this id now
     child.kill()
     end = psutil.Process(child.pid)
     while end.status() != psutil.STATUS_ZOMBIE:
@@ -40,7 +40,7 @@ def test_a_clock_that_is_set_ends_no_process(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_another_container_of_the_same_name_is_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a start of the host its own processes are known to be dead; of a container's nothing is known."""
+    """After a restart of the host, its earlier processes are known to be dead. Nothing is known about those of a container."""
     names = {}
     for ids, boot in (
         (processes.FIRST, "a"),

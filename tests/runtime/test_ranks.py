@@ -1,7 +1,8 @@
-"""`ddpm train` on two processes of this machine, and on two hosts by torchrun: the same training, resumed by either number.
+"""Checks `ddpm train` on two processes of one machine, and on two hosts by torchrun: the same training as on one process.
 
-float32: the two orders of summation differ by 1e-7 of a gradient. Adam may turn that into 1e-6 of a weight (measured after
-60 steps: 7e-7 of the weights' norm, 2e-7 of the losses); another batch, mask or noise moves the losses by 1e-2 or more.
+In float32, the two orders of summation differ by 1e-7 of a gradient, which Adam may turn into 1e-6 of a weight. After 60
+steps the measured difference was 7e-7 of the weights' norm and 2e-7 of the losses. Another batch, mask or noise moves the
+losses by 1e-2 or more. A training may also resume with the other number of processes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ def write(root: Path, params: Params, processes: int) -> None:
 
 @pytest.fixture
 def start(root: Path, empty_database: Path) -> Iterator[Start]:
-    """Starts a program in a root, `ddpm train cosine` by default; at the end nothing of it may be left."""
+    """Returns a function that starts a program in a root, by default `ddpm train cosine`.
+
+    Fails if a process is left at the end.
+    """
     started = []
 
     def begin(*command: str, at: Path = root, **variables: str) -> subprocess.Popen[str]:
@@ -61,7 +65,7 @@ def start(root: Path, empty_database: Path) -> Iterator[Start]:
 
 
 def living(root: Path) -> list[psutil.Process]:
-    """Every process that was started for this root, in whatever session it is."""
+    """Returns every living process that was started for this root, in any session."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -83,7 +87,7 @@ def states(root: Path) -> list[int]:
 
 
 def after(root: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Waits until a state of that step or a later one is saved."""
+    """Waits until the state of this step or of a later one is saved."""
     end = time.monotonic() + 120
     while max(states(root), default=0) < step:
         assert process.poll() is None and time.monotonic() < end
@@ -91,7 +95,7 @@ def after(root: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 
 def results(root: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The curve, and all weights."""
+    """Returns the loss curve, and all weights."""
     with (root / "metrics/train/cosine.csv").open() as file:
         rows = [[float(row["loss"]), float(row["validation_loss"] or 0)] for row in csv.DictReader(file)]
     weights = load_file(root / "models/cosine/model.safetensors")
@@ -122,7 +126,7 @@ def params(smoke: Callable[..., Params]) -> Params:
 
 @pytest.fixture(scope="module")
 def alone(digits: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root of one process's training, undisturbed."""
+    """Creates a root with an undisturbed training on one process."""
     root = tmp_path_factory.mktemp("alone")
     (root / "dataset").symlink_to(digits / "dataset")
     train(params, "cosine", root)
@@ -136,7 +140,9 @@ def test_two_processes_then_one_then_two(root: Path, params: Params, start: Star
         after(root, step, process)
         process.send_signal(number)
         said = ended(process, 128 + number)
-        assert said.splitlines()[-1].startswith("ddpm: train cosine: stopped; the next run goes on after step "), said
+        assert said.splitlines()[-1].startswith(
+            "ddpm: train cosine: stopped by a signal; the next run resumes after step "
+        ), said
         assert said.count("stopped") == 1 and str(states(root)[-1]) in said.splitlines()[-1]
         assert not (root / "models").exists() and not living(root)
     assert "resuming after step" in ended(start())
@@ -159,18 +165,18 @@ def test_a_killed_process_ends_all_and_the_next_run_goes_on(
     after(root, states(root)[-1] + 10, process)
     sockets = [socket for item in living(root) for socket in item.net_connections("inet")]
     assert sockets and {socket.laddr.ip for socket in sockets} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    process.kill()  # the launcher, which can hand nothing on: its processes see to themselves
+    process.kill()  # this kills the launcher, so the processes must notice that by themselves
     ended(process, -9)
     end = time.monotonic() + 20
     while living(root) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not living(root) and not (root / "models").exists()  # they ended, before they were done
+    assert not living(root) and not (root / "models").exists()  # the processes ended before the training was complete
     ended(start())
     assert_same(root, alone)
 
 
 def test_two_hosts_that_share_no_disk(root: Path, params: Params, start: Start, alone: Path) -> None:
-    """Two folders with a dataset each, which meet by MASTER_ADDR; only the first one gets states and outputs."""
+    """Two folders with a dataset each are connected by MASTER_ADDR. Only the first folder gets states and outputs."""
     second = root / "second"
     second.mkdir()
     (second / "dataset").symlink_to((root / "dataset").resolve())
@@ -196,11 +202,11 @@ def test_two_hosts_that_share_no_disk(root: Path, params: Params, start: Start, 
 
     processes = both()
     after(root, 40, processes[0])
-    processes[1].terminate()  # a spot host goes: all of them save, at the first one
+    processes[1].terminate()  # one host is taken away: all processes stop, and the first one saves the state
     said = [process.communicate(timeout=60)[0] for process in processes]
     assert all(process.returncode for process in processes)
     assert states(root) and not states(second)
-    assert f"stopped; the next run goes on after step {states(root)[-1]}, of 200" in said[0], said[0]
+    assert f"stopped by a signal; the next run resumes after step {states(root)[-1]} of 200" in said[0], said[0]
     for process in both():
         ended(process)
     assert_same(root, alone)
@@ -225,7 +231,7 @@ def test_what_cannot_be_is_one_line(root: Path, params: Params, start: Start, sm
 
 
 def test_hosts_whose_images_differ_are_told_apart_by_bytes(root: Path, params: Params, start: Start) -> None:
-    """Both dataset.json say the same."""
+    """Both dataset.json files are the same."""
     other = root / "other"
     other.mkdir()
     shutil.copytree(root / "dataset", other / "dataset")
@@ -236,5 +242,5 @@ def test_hosts_whose_images_differ_are_told_apart_by_bytes(root: Path, params: P
         write(where, params, 1)
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     first, second = start(RANK="0", **world), start(RANK="1", at=other, **world)
-    assert "another process refuses its dataset" in ended(first, 2)
+    assert "another process cannot read its dataset" in ended(first, 2)
     assert "train.npy: its bytes are not those that dataset.json describes" in ended(second, 2)

@@ -1,4 +1,4 @@
-"""A stage ends after a kill -9 of the process that started it, and for no other reason."""
+"""Checks that a stage ends if the process that started it is killed with SIGKILL, and for no other reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ watchdog.start()
 pathlib.Path("pid").write_text(str(os.getpid()))
 time.sleep(60)
 """
-# Starts a stage through two shells, as a flow does through DVC, and says its own pid.
+# Starts a stage through two shells, as a flow does through DVC.
 STARTER = """\
 import os, subprocess, sys
 command = f"{sys.executable} stage.py {' '.join(sys.argv[2:])}; true"
@@ -58,7 +58,7 @@ def test_a_stage_ends_with_what_started_it(tmp_path: Path, kind: str, ends: bool
     try:
         time.sleep(3 * ending.INTERVAL)
         assert alive(pid)
-        starter.kill()  # and not waited for: a zombie is as dead
+        starter.kill()  # there is no wait() for it, so it becomes a zombie, which must count as dead
         if ends:
             wait(lambda: not alive(pid))
         else:

@@ -1,4 +1,4 @@
-"""The recipe "add an extractor": this file as ddpm/scores/pixels.py, and `evaluation.extractor: pixels` in params.yaml.
+"""Shows the recipe "add an extractor": this file as ddpm/scores/pixels.py, and `evaluation.extractor: pixels` in params.yaml.
 
 The features of an image are its pixels.
 """
@@ -20,7 +20,7 @@ DEFAULT = 1
 
 class Pixels:
     name, layer = "pixels", 1
-    sha256 = hashlib.sha256(b"pixels").hexdigest()  # there is no weights file
+    sha256 = hashlib.sha256(b"pixels").hexdigest()  # there is no file of weights
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)

@@ -1,4 +1,4 @@
-"""Adding an extractor is one file, and adding a metric is one row: no other file of the pipeline names them."""
+"""Checks that an extractor is added by one file, and a metric by one row. No other file of the pipeline names either of them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(root: Path, program: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def added(made: Path, empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout with an extractor and a metric of its own, whose samples were scored, reported, published and promoted."""
+    """Creates a checkout with an added extractor and metric, and runs it from scores to promotion."""
     root = tmp_path_factory.mktemp("added") / "checkout"
     shutil.copytree(made, root, symlinks=True, ignore=shutil.ignore_patterns("training", "metrics", "report"))
     shutil.copytree(made / "metrics" / "train", root / "metrics" / "train")
@@ -66,10 +66,10 @@ def added(made: Path, empty_database: Path, tmp_path_factory: pytest.TempPathFac
     shutil.copyfile(ROOT / "recipes" / "smoke.yaml", root / "params.yaml")
     replaced(root / "params.yaml", "steps: 60", "steps: 24")
     room = root / "ddpm" / "scores"
-    # The extractor.
+    # Adds the extractor.
     shutil.copyfile(HERE / "pixel_extractor.py", room / "pixels.py")
     replaced(root / "params.yaml", "  extractor: inception\n  layer: 64\n", "  extractor: pixels\n")
-    # The metric.
+    # Adds the metric.
     shutil.copyfile(HERE / "toy_metric.py", room / "mean_distance.py")
     row = "from ddpm.scores.mean_distance import MEAN_DISTANCE\n"
     replaced(room / "metrics.py", "from ddpm.scores.metric import", f"{row}from ddpm.scores.metric import")
@@ -82,7 +82,7 @@ def added(made: Path, empty_database: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def features(added: Path) -> tuple[Any, Any]:
-    """The pixels of the samples and of the reference images, in 0 ... 1."""
+    """Returns the pixels of the samples and of the reference images, in 0 ... 1."""
     samples, train = read_samples(added / paths.samples_file(POINT)).images[:64], read_dataset(added).train
     fake, real = (
         np.asarray(images).reshape(64, -1) / np.float32(255) for images in (samples, reference_images(train, 64))
@@ -160,7 +160,7 @@ evaluate(Params.load(), Point.parse("cosine-ddim-5"), report=lambda progress: pr
 
 
 def test_an_edited_extractor_computes_the_reference_features_again(added: Path) -> None:
-    assert "once for this dataset" not in run(added, SAYING).stdout
+    assert "later points reuse them" not in run(added, SAYING).stdout
     with (added / "ddpm" / "scores" / "pixels.py").open("a") as file:
         file.write("# and so on\n")
-    assert "once for this dataset" in run(added, SAYING).stdout
+    assert "later points reuse them" in run(added, SAYING).stdout

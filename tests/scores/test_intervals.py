@@ -1,4 +1,4 @@
-"""Do the intervals cover what they claim? Gaussian features, whose FID and KID are known, many times over.
+"""Checks the coverage of the intervals, on many sets of Gaussian features whose FID and KID are known.
 
 `PYTHONPATH=. python tests/scores/test_intervals.py` prints the table of docs/statistics.md.
 """
@@ -24,7 +24,7 @@ from ddpm.scores.intervals import Estimate, difference, may_be_best, quantile, s
 class Case:
     """Two models, N(shift_1, scale_1^2 D) and N(shift_2, scale_2^2 D), whose images share a part of their noise.
 
-    D: variances falling from 1 to 0.1. The reference is N(0, D). shared: the correlation of the noise of the two.
+    D is diagonal, with variances falling from 1 to 0.1. The reference is N(0, D). shared: the correlation of the two noises.
     """
 
     images: int
@@ -37,14 +37,15 @@ class Case:
         return np.geomspace(1.0, 0.1, self.dimensions)
 
     def fid(self, model: int) -> float:
-        """Of infinitely many images: commuting covariances, so |shift|^2 + (scale - 1)^2 tr D."""
+        """Returns FID of infinitely many images. The covariances commute, so it is |shift|^2 + (scale - 1)^2 tr D."""
         shift, scale = self.models[model]
         return self.dimensions * shift**2 + (scale - 1) ** 2 * float(self.variances.sum())
 
     def kid(self, real: np.ndarray) -> float:
-        """Of the first model against these real images [M, D]: what KID is on average.
+        """Returns the expected KID of the first model against these real images [M, D].
 
-        E (u^3) = m^3 + 3 m v for a normal u, which x.y/D + 1 is for fixed y; for two of the model's images, on average over y.
+        x.y/D + 1 is a normal u for fixed y, with E (u^3) = m^3 + 3 m v. For two of the model's images, this is averaged over
+        y.
         """
         d, (shift, scale) = self.dimensions, self.models[0]
         mean, spread = np.full(d, shift), scale**2 * self.variances
@@ -59,7 +60,7 @@ class Case:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Such small matrices only lose by more, and badly so on a busy machine."""
+    """Uses one thread, because more threads slow down such small matrices, above all on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -71,7 +72,7 @@ CASES = [
     Case(300, 1, NARROW, 0.9),
     Case(300, 4, NARROW, 0.9),
     Case(300, 4, NARROW, 0.0),
-    Case(300, 4, ((0.3, 1.2), (0.3, 1.2)), 0.5),  # no difference at all
+    Case(300, 4, ((0.3, 1.2), (0.3, 1.2)), 0.5),  # both models are the same
     Case(300, 16, NARROW, 0.9),
     Case(12, 32, NARROW, 0.9),  # fewer images than features
 ]
@@ -79,14 +80,14 @@ CASES = [
 
 @dataclass(frozen=True)
 class Coverage:
-    """How often, of `repetitions`, an interval held the truth."""
+    """Counts how many of `repetitions` intervals contain the truth."""
 
     repetitions: int
-    at_this_size: int  # FID's interval, and the mean of FID over all repetitions
-    infinity: int  # fid_infinity's interval, and the FID of infinitely many images
-    paired: int  # the difference of two models, and its mean over all repetitions
-    independent: int  # the same, as if the images had nothing in common
-    narrower: float  # the mean width of the paired interval, in widths of the other
+    at_this_size: int  # FID's interval contains the mean of FID over all repetitions
+    infinity: int  # fid_infinity's interval contains the FID of infinitely many images
+    paired: int  # the interval of a difference of two models contains its mean over all repetitions
+    independent: int  # the same, treating the images as independent
+    narrower: float  # the mean width of the paired interval, relative to the independent interval
 
 
 def cover(case: Case, repetitions: int, confidence: float = 0.95, seed: int = 0) -> Coverage:
@@ -121,7 +122,7 @@ def cover(case: Case, repetitions: int, confidence: float = 0.95, seed: int = 0)
 
 
 def cover_kid(case: Case, repetitions: int, confidence: float = 0.95, subsets: int = 5, seed: int = 0) -> int:
-    """How often, of `repetitions`, the interval of KID held what KID is on average against the same real images."""
+    """Returns how many of `repetitions` intervals of KID contain the expected KID against the same real images."""
     generator, hits = np.random.default_rng(seed), 0
     shift, scale = case.models[0]
     for _ in range(repetitions):
@@ -135,7 +136,7 @@ def cover_kid(case: Case, repetitions: int, confidence: float = 0.95, subsets: i
 
 
 def plausible(hits: int, repetitions: int, confidence: float, slack: float = 0.015) -> bool:
-    """Whether so many hits go with a coverage of `confidence`, give or take `slack`: FID of few images is skewed."""
+    """Returns whether this number of hits is plausible for `confidence`, within `slack`, since FID of few images is skewed."""
     return bool(
         binom.ppf(0.001, repetitions, confidence - slack) <= hits <= binom.ppf(0.999, repetitions, confidence + slack)
     )
@@ -143,9 +144,9 @@ def plausible(hits: int, repetitions: int, confidence: float, slack: float = 0.0
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.images}x{case.dimensions}-{case.shared}")
 def test_intervals_cover_what_they_claim(case: Case) -> None:
-    """Under a fresh seed a case fails in about 1 of 300 runs: some count leaves its range of 99.8 %.
+    """With another seed, a case would fail by chance in about 1 of 300 runs: some count leaves its range of 99.8 %.
 
-    With one feature it fails in 1 to 2 of 100: there the interval of a single FID covers 92 % (docs/statistics.md).
+    With one feature, 1 to 2 of 100 would fail, since the interval of a single FID covers 92 % there (docs/statistics.md).
     """
     found = cover(case, 300)
     assert plausible(found.at_this_size, 300, 0.95)
@@ -154,7 +155,7 @@ def test_intervals_cover_what_they_claim(case: Case) -> None:
         assert plausible(found.infinity, 300, 0.95)
     if case.shared == 0.9:
         assert found.narrower < 0.6
-        assert found.independent >= 298  # needlessly wide
+        assert found.independent >= 298  # these intervals are needlessly wide
     if case.shared == 0:
         assert found.narrower == pytest.approx(1, abs=0.02)
 
@@ -164,9 +165,9 @@ def test_intervals_cover_what_they_claim(case: Case) -> None:
 def test_fid_at_infinity_holds_the_truth_at_five_images_per_feature(
     model: tuple[float, float], dimensions: int, repetitions: int
 ) -> None:
-    """Also where FID's own error is too small: with 256 features it misses half the time.
+    """Holds even where FID's own error is too small: with 256 features, its interval misses half the time.
 
-    Under a fresh seed a case fails in fewer than 1 of 1,000 runs.
+    With another seed, a case would fail by chance in fewer than 1 of 1,000 runs.
     """
     case, generator = Case(ENOUGH * dimensions, dimensions, (model, model), 0.0), np.random.default_rng(0)
     reference, (shift, scale) = Statistics(np.zeros(dimensions), np.diag(case.variances)), model
@@ -186,7 +187,7 @@ def test_fid_at_infinity_holds_the_truth_at_five_images_per_feature(
 
 
 def test_fid_is_not_extrapolated_from_few_images_per_feature() -> None:
-    """At D = 64 and N = 66 the correction would give less than -1, where 0.64 is true; at N = 320 it is right."""
+    """At D = 64 and N = 66 the correction would give less than -1, where the truth is 0.64. At N = 320 the result is right."""
     reference, generator = Statistics(np.zeros(64), np.eye(64)), np.random.default_rng(0)
     few, many = (jackknife(generator.normal(0.1, 1, size=(count, 64)), reference) for count in (66, 320))
     assert few.fid - few.bias < -1 and few.infinity(64) is None
@@ -197,16 +198,16 @@ def test_fid_is_not_extrapolated_from_few_images_per_feature() -> None:
 @pytest.mark.parametrize("model", [NARROW[0], (0.0, 1.0)], ids=["another model", "the data's own distribution"])
 @pytest.mark.parametrize("confidence", [0.6, 0.95])
 def test_the_interval_of_kid_covers_what_it_claims(model: tuple[float, float], confidence: float) -> None:
-    """Under a fresh seed a case fails in at most about 1 of 500 runs, that of another model at 60 %."""
+    """With another seed, a case would fail by chance in at most about 1 of 500 runs (the other model at 60 %)."""
     case = Case(60, 16, (model, model), 0.0)
     assert plausible(cover_kid(case, 100, confidence), 100, confidence, slack=0.03)
 
 
 @pytest.mark.parametrize("shift", [0.3, 0.0], ids=["another model", "the data's own distribution"])
 def test_the_interval_of_cmmd_covers_what_it_claims(shift: float) -> None:
-    """Embeddings of unit length against the same real ones; the truth is the mean of 400 repetitions.
+    """The embeddings have unit length, and the real embeddings stay the same. The truth is the mean of 400 repetitions.
 
-    Under a fresh seed a case fails in about 1 of 300 runs.
+    With another seed, a case would fail by chance in about 1 of 300 runs.
     """
     generator = np.random.default_rng(0)
 
@@ -227,15 +228,15 @@ def test_the_interval_of_cmmd_covers_what_it_claims(shift: float) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
 def test_the_interval_of_kid_covers_what_it_claims_with_many_images(case: Case) -> None:
-    """With one feature it is 88 %: the cube of a normal is far from normal.
+    """With one feature, the coverage is only 88 %, since the cube of a normal variable is far from normal.
 
-    Under a fresh seed this fails in about 1 of 100,000 runs.
+    With another seed, the test would fail by chance in about 1 of 100,000 runs.
     """
     assert plausible(cover_kid(case, 500), 500, 0.95, slack=0.03)
 
 
 def test_intervals_cover_at_another_confidence() -> None:
-    """Under a fresh seed this fails in about 1 of 1,500 runs."""
+    """With another seed, the test would fail by chance in about 1 of 1,500 runs."""
     case = CASES[1]
     found = cover(case, 300, confidence=0.6)
     assert plausible(found.at_this_size, 300, 0.6, slack=0.03)
@@ -253,8 +254,8 @@ def independent(count: int) -> list[Estimate]:
 def test_intervals_of_all_differences_reach_as_far_as_tukeys(count: int, confidence: float) -> None:
     """For independent scores with equal errors, the factor is the studentised range over the root of 2.
 
-    With other random errors in the code, 2 scores would fail in about 1 of 1,300 runs (3.2 standard errors), more scores
-    less often.
+    With other random errors in the code, 2 scores would fail by chance in about 1 of 1,300 runs (3.2 standard errors), and
+    more scores less often.
     """
     expected = max(quantile(confidence), studentized_range.ppf(confidence, count, np.inf) / np.sqrt(2))
     assert simultaneous(independent(count), confidence) == pytest.approx(expected, abs=0.06)
@@ -264,8 +265,8 @@ def test_intervals_of_all_differences_reach_as_far_as_tukeys(count: int, confide
 def test_what_may_be_the_best_ends_where_dunnetts_quantile_says(count: int, confidence: float) -> None:
     """For independent scores with equal errors, the factor d solves P(all other e_j >= e_i - d sqrt(2)) = confidence.
 
-    With other random errors in the code, 2 scores would fail in about 1 of 300 runs (2.9 standard errors), more scores
-    less often.
+    With other random errors in the code, 2 scores would fail by chance in about 1 of 300 runs (2.9 standard errors), and more
+    scores less often.
     """
     z, weights = np.polynomial.hermite_e.hermegauss(60)
 
@@ -280,7 +281,7 @@ def test_what_may_be_the_best_ends_where_dunnetts_quantile_says(count: int, conf
 
 
 def means(count: int, images: int, shifts: np.ndarray, generator: np.random.Generator) -> list[Estimate]:
-    """Scores that are means of images, most of whose luck is shared: their influence values are exact."""
+    """Returns scores that are means of images, with most of the variance shared. Their influence values are exact."""
     luck = generator.normal(size=(images, 1)) * 2 + generator.normal(size=(images, count)) * np.linspace(0.5, 2, count)
     return [
         Estimate(float(x.mean()), standard_error(x - x.mean()), (x - x.mean()).astype(np.float32))
@@ -289,8 +290,13 @@ def means(count: int, images: int, shifts: np.ndarray, generator: np.random.Gene
 
 
 def best_lost(count: int, shifts: np.ndarray, repetitions: int, images: int = 200) -> tuple[int, int, int]:
-    """How often the first of `count` scores, which is best in truth, was lost: as one that may be the best, as one that is not
-    significantly worse than the lowest in a pair; and how often one of all simultaneous intervals missed."""
+    """Counts errors over the repetitions, for `count` scores of which the first is truly the best.
+
+    Returns:
+        How often the first score was not among those that may be the best.
+        How often a paired test found the first score significantly worse than the lowest one.
+        How often one of all simultaneous intervals missed.
+    """
     generator, lost, lost_in_pairs, missed = np.random.default_rng(0), 0, 0, 0
     for _ in range(repetitions):
         scores = means(count, images, shifts, generator)
@@ -305,9 +311,9 @@ def best_lost(count: int, shifts: np.ndarray, repetitions: int, images: int = 20
 
 
 def test_the_best_of_many_is_lost_no_more_often_than_claimed() -> None:
-    """The worst case: all are as good. Looked at in pairs, one-sided at the same 95 %, the best is lost far more often.
+    """In the worst case all scores are equal. One-sided paired tests at the same 95 % lose the best score far more often.
 
-    Under a fresh seed this fails in about 1 of 70 runs.
+    With another seed, the test would fail by chance in about 1 of 70 runs.
     """
     lost, lost_in_pairs, missed = best_lost(6, np.zeros(6), 200)
     assert plausible(lost, 200, 0.05, slack=0.01)
@@ -321,7 +327,7 @@ def test_the_best_of_many_is_lost_no_more_often_than_claimed() -> None:
     "shifts", [np.zeros(12), np.linspace(0, 1, 12), np.array([0, *[5.0] * 11])], ids=["all", "some", "one"]
 )
 def test_the_best_of_twelve_is_lost_no_more_often_than_claimed(shifts: np.ndarray) -> None:
-    """Under a fresh seed a case fails in 1 of 100 to 500 runs: in 150 repetitions, 3 to 4 % missed."""
+    """With another seed, a case would fail by chance in 1 of 100 to 500 runs. In 150 repetitions, 3 to 4 % missed."""
     lost, lost_in_pairs, missed = best_lost(12, shifts, 500)
     assert lost <= binom.ppf(0.999, 500, 0.055)
     assert plausible(missed, 500, 0.05, slack=0.007)
@@ -330,8 +336,12 @@ def test_the_best_of_twelve_is_lost_no_more_often_than_claimed(shifts: np.ndarra
 
 
 def fids_of_many(repetitions: int, models: int = 8, images: int = 300) -> tuple[int, int]:
-    """Gaussian models of one FID to the data, that share 80 % of their noise: how often the first was lost as one that may be the
-    best, and how often a pair of them was told apart."""
+    """Counts errors on Gaussian models with the same FID to the data, which share 80 % of their noise.
+
+    Returns:
+        How often the first model was not among those that may be the best.
+        How often two of the models were told apart.
+    """
     case, generator = Case(images, 4, NARROW, 0.0), np.random.default_rng(0)
     reference = Statistics(np.zeros(4), np.diag(case.variances))
     lost = told = 0
@@ -352,7 +362,10 @@ def fids_of_many(repetitions: int, models: int = 8, images: int = 300) -> tuple[
 @pytest.mark.proof
 @pytest.mark.timeout(900)
 def test_fids_of_models_that_are_as_good_are_told_apart_no_more_often_than_claimed() -> None:
-    """Both counts are about 3 % of the runs; under a fresh seed this fails in about 1 of 30 runs, on the low side."""
+    """Both counts are about 3 % of the runs.
+
+    With another seed, the test would fail by chance in about 1 of 30 runs, on the low side.
+    """
     lost, told = fids_of_many(400)
     assert plausible(lost, 400, 0.05, slack=0.01)
     assert plausible(told, 400, 0.05, slack=0.01)
@@ -366,7 +379,7 @@ def test_scores_of_the_same_luck_are_told_apart_by_any_difference() -> None:
     assert may_be_best(same, 1) == [False, False, True]
     assert may_be_best(same[:1], -1) == [True]
     assert simultaneous(same) == simultaneous(same[:1]) == pytest.approx(1.959964)
-    other = Estimate(1.0 + error, error, luck[:30])  # of other images: as if independent
+    other = Estimate(1.0 + error, error, luck[:30])  # other images, so the errors count as independent
     assert may_be_best([same[0], other], -1) == [True, True]
     with pytest.raises(ValueError, match="confidence"):
         may_be_best(same, -1, 95.0)
@@ -386,7 +399,7 @@ def test_the_difference_in_pairs_is_that_of_the_influence_values() -> None:
 
 
 def test_the_error_of_a_mean_is_the_textbooks() -> None:
-    """The influence of an image on a mean is its distance from it."""
+    """The influence of an image on a mean is the image's distance from the mean."""
     x = np.random.default_rng(0).normal(size=30)
     without = (x.sum() - x) / 29
     influence = 29 * (without.mean() - without)
@@ -414,7 +427,7 @@ def test_one_value_has_no_error() -> None:
 
 
 def table(repetitions: int = 1000) -> str:
-    """The coverage of 95 % intervals as Markdown."""
+    """Returns the coverage of 95 % intervals as Markdown."""
     lines = [
         "| images | features | noise in common | FID at N | FID at infinity | in pairs | as if independent | width | KID |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -432,7 +445,7 @@ def table(repetitions: int = 1000) -> str:
 
 
 def too_wide(case: Case, repetitions: int) -> tuple[float, float]:
-    """How large the estimated standard errors are in true ones: of the first model's FID, and of the difference in pairs."""
+    """Returns the estimated standard errors divided by the true ones: of the first model's FID, and of the paired difference."""
     generator = np.random.default_rng(case.images)
     reference = Statistics(np.zeros(case.dimensions), np.diag(case.variances))
     fids, errors = [], []
@@ -454,9 +467,9 @@ THE_DATA = ((0.0, 1.0), (0.0, 1.0))
 
 @pytest.mark.parametrize("models", [NARROW, THE_DATA], ids=["other models", "the data's own distribution"])
 def test_errors_near_as_many_images_as_features_are_not_too_small(models: Any) -> None:
-    """At 64 features and 100 images they are 1.1 to 1.2 times too large, and 1.4 to 1.5 times for the data itself.
+    """At 64 features and 100 images the errors are 1.1 to 1.2 times too large, and 1.4 to 1.5 times for the data themselves.
 
-    The ratios of 100 repetitions vary by 7 %, so under a fresh seed a case fails in about 1 of 1,000 runs.
+    The ratios of 100 repetitions vary by 7 %. With another seed, a case would fail by chance in about 1 of 1,000 runs.
     """
     low, high = (0.85, 1.4) if models == NARROW else (1.1, 1.8)
     assert all(low < ratio < high for ratio in too_wide(Case(100, 64, models, 0.8), 100))

@@ -1,4 +1,4 @@
-"""DINOv2 and CLIP against timm's and open_clip's own forward, at random weights, and where the weights come from."""
+"""Compares DINOv2 and CLIP with timm's and open_clip's own forward, at random weights, and checks where weights come from."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def one_thread() -> Iterator[None]:
 
 
 def small_dinov2(side: int) -> Any:
-    """timm's DINOv2 network with few and narrow blocks, for images of that side."""
+    """Returns timm's DINOv2 network with few and narrow blocks, for images of side x side pixels."""
     size = {"patch_size": 14, "embed_dim": 64, "depth": 2, "num_heads": 2, "init_values": 1e-5, "num_classes": 0}
     return timm.models.vision_transformer.VisionTransformer(side, **size)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def architectures(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The small networks under names of timm and open_clip."""
+    """Registers the small networks under names of timm and open_clip."""
 
     def vit_tiny_patch14_dinov2(img_size: int, **_: Any) -> Any:
         return small_dinov2(img_size)
@@ -65,21 +65,27 @@ def architectures(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def random_weights(network: Any, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights as large as trained ones, so that no term is lost in rounding: layer scales too, which start at 1e-5."""
+    """Returns weights as large as trained ones, so that rounding hides no term.
+
+    This includes layer scales, which start at 1e-5.
+    """
     generator = torch.Generator().manual_seed(seed)
     state = network.state_dict()
     return {name: 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
 
 
 def keys(x: np.ndarray, a: float) -> np.ndarray:
-    """The cubic kernel of Keys 1981."""
+    """Computes the cubic kernel of Keys 1981."""
     x = abs(x)
     near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
 def dinov2_positions(positions: torch.Tensor, side: int) -> torch.Tensor:
-    """DINOv2's interpolation as a matrix: a = -0.75, sample points (i + 1/2) old/(side + 0.1) - 1/2, edges repeated."""
+    """Returns DINOv2's interpolation as a matrix.
+
+    a = -0.75, sample points (i + 1/2) old/(side + 0.1) - 1/2, edges repeated.
+    """
     old = int((positions.shape[1] - 1) ** 0.5)
     at = (np.arange(side) + 0.5) * old / (side + 0.1) - 0.5
     weights = np.zeros((side, old))
@@ -92,7 +98,10 @@ def dinov2_positions(positions: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def jax_resized(images: np.ndarray, side: int) -> np.ndarray:
-    """jax.image.resize(..., method="bicubic"), which CMMD's code calls: a = -0.5, antialiased, weights that add up to 1."""
+    """Does the same as jax.image.resize(..., method="bicubic"), which CMMD's code calls.
+
+    a = -0.5, antialiased, weights that add up to 1.
+    """
     for axis in (2, 3):
         old = images.shape[axis]
         at = (np.arange(side) + 0.5) * old / side - 0.5
@@ -103,7 +112,7 @@ def jax_resized(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def cropped(images: np.ndarray) -> np.ndarray:
-    """The box that CMMD's `_center_crop_and_resize` takes from an image before anything else."""
+    """Crops images to the box that CMMD's `_center_crop_and_resize` takes from an image first."""
     height, width = images.shape[2:]
     side = min(height, width)
     left, upper = (width - side) // 2, (height - side) // 2
@@ -112,7 +121,7 @@ def cropped(images: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def dinov2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in Meta's format: for 518 pixels, and with the mask token."""
+    """Writes random weights in Meta's format, for 518 pixels and with the mask token."""
     state = random_weights(small_dinov2(518))
     path = tmp_path_factory.mktemp("dinov2") / "weights.pth"
     torch.save(state | {"mask_token": torch.zeros(1, 64)}, path)

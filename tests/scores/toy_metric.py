@@ -1,4 +1,4 @@
-"""The recipe "add a metric": this file as ddpm/scores/mean_distance.py, and its row in ROWS of ddpm/scores/metrics.py."""
+"""Shows the recipe "add a metric": this file as ddpm/scores/mean_distance.py, and its row in ROWS of ddpm/scores/metrics.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def _measure(sets: Sets) -> float:
-    """How far the mean features of the samples lie from those of the reference images."""
+    """Returns the distance between the mean features of the samples and those of the reference images."""
     return float(np.linalg.norm(sets.fake.mean(0) - sets.real.mean(0)))
 
 

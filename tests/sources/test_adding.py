@@ -1,4 +1,4 @@
-"""A source is added by adding its file: no other file changes, and existing datasets stay as they are."""
+"""Checks that a source is added by adding its file: no other file changes, and existing datasets stay as they are."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def test_one_file_is_a_source_and_changes_no_existing_dataset(copied: Any) -> No
     about = copied.dataset()
     assert (about["name"], about["classes"], about["counts"]) == ("toy", ["full", "hollow"], {"train": 96, "test": 24})
 
-    # An edit of the toy runs the toy's prepare again. The digits come back from DVC's cache: nothing of their stage changed.
+    # An edit of the toy source reruns its prepare. The digits come back from DVC's cache, since nothing in their stage
+    # changed.
     toy.write_text(toy.read_text(encoding="utf-8") + "# and so on\n", encoding="utf-8")
     assert copied.changed("prepare") != []
     copied.edit("source: toy\n", "source: digits\n")
@@ -64,7 +65,7 @@ def test_an_unknown_source_is_one_line_that_names_those_there_are(copied: Any) -
 
 
 def test_dvc_names_the_missing_module_of_an_old_name(copied: Any) -> None:
-    """DVC reads params.yaml itself. The verbs and the flow read the old name."""
+    """DVC reads params.yaml by itself, so it does not know the old name. The verbs and the flow do."""
     copied.edit("source: digits\n", "source: image-folder\n")
     done = copied.run(sys.executable, "-m", "dvc", "repro", "prepare")
     assert done.returncode != 0 and "ddpm/sources/image-folder.py" in done.stderr

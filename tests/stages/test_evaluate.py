@@ -1,4 +1,4 @@
-"""`evaluate` on real digits: the scores, what they record, and the cache of reference features."""
+"""Checks `evaluate` on real digits: the scores, their record, and the cache of reference features."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ddpm.scores.metrics import METRICS
 from ddpm.stages.evaluate import evaluate, reference_images
 
 POINT = Point(schedule="linear", sampler="ddim", steps=5)
-COMPUTING = "once for this dataset"
+COMPUTING = "later points reuse them"
 
 
 def protocol(images: int = 12, device: Any = "cpu", seed: int = 0) -> Params:
@@ -58,7 +58,7 @@ def write_dataset(root: Path, train: np.ndarray) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, inception_cache: Path) -> Path:
-    """A dataset of 30 digits and a sample set of 20 others."""
+    """Creates a dataset of 30 digits and a sample set of 20 others."""
     write_dataset(tmp_path, digits()[:30])
     write_samples(tmp_path / paths.samples_file(POINT), digits()[30:50], evaluations=5, model="m")
     (tmp_path / paths.CACHE).mkdir()
@@ -103,7 +103,7 @@ def test_the_record_is_what_the_features_say(root: Path, inception_cache: Path) 
     assert scores.pop("kid_std") == pytest.approx(kid_std, rel=1e-4)
     reach = 1.959964 * np.hypot(standard_error(fidelity.kid_influence(fake, real)), kid_std / np.sqrt(100))
     assert [scores.pop("kid_low"), scores.pop("kid_high")] == pytest.approx([kid - reach, kid + reach], rel=1e-4)
-    assert scores == {  # with 12 images at 64 features, none of fid_infinity; without a classifier no Inception Score
+    assert scores == {  # no fid_infinity with 12 images and 64 features, and no Inception Score without a classifier
         "confidence": 0.95,
         "point": POINT.name,
         "evaluation": {"layer": 64, "images": 12, "batch": 5, "threads": 1},
@@ -141,7 +141,7 @@ def load(layer, cache, device="cpu"):
 
 @pytest.fixture
 def halves(monkeypatch: Any) -> None:
-    """In place of DINOv2 and CLIP, the first pixels of an image."""
+    """Replaces DINOv2 and CLIP by extractors of an image's first pixels."""
     module = types.ModuleType("halves")
     exec(PIXELS, module.__dict__)
     row = Extractor("dinov2", "halves", (32,), 32, {"fd_dinov2": 32, "cmmd": 16})
@@ -209,7 +209,7 @@ def test_same_input_same_bytes_with_or_without_the_cache_and_whatever_the_seed(r
     kept, seen = run(root, protocol(seed=99))
     assert path.read_bytes() == first
     assert not computed(seen)
-    assert seen[0].done == 12  # so that what is counted is what was done
+    assert seen[0].done == 12  # so the count includes only finished images
     shutil.rmtree(root / paths.CACHE / "features")
     assert computed(run(root)[1])
     assert path.read_bytes() == first
@@ -219,7 +219,7 @@ def test_same_input_same_bytes_with_or_without_the_cache_and_whatever_the_seed(r
 def test_reference_features_are_found_by_content(root: Path, inception_weights: Path, monkeypatch: Any) -> None:
     before, _ = run(root)
     changed = digits()[:30]
-    changed[:, 0, 4, 4] ^= 1  # one grey level; dataset.json says nothing of it
+    changed[:, 0, 4, 4] ^= 1  # changes one grey level, which dataset.json does not record
     write_dataset(root, changed)
     after, seen = run(root)
     assert computed(seen)
@@ -243,7 +243,7 @@ def test_a_damaged_cache_file_is_computed_again(root: Path, damage: str) -> None
         kept = arrays.read_arrays(path, path.stem)
         arrays.write_arrays(path, "another key", **{name: array + 1 for name, array in kept.items()})
     else:
-        middle = 1000  # within the features
+        middle = 1000  # a byte within the features
         flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
         path.write_bytes(good[:middle] if damage == "truncated" else flipped)
     after, seen = run(root)
@@ -272,11 +272,11 @@ evaluate(protocol(30), POINT, Path(sys.argv[1]), lambda progress: print(progress
 def test_fewer_samples_than_asked_for_are_counted(root: Path) -> None:
     scores, seen = run(root, protocol(images=500))
     assert (scores["images"], scores["reference_images"]) == (20, 30)
-    assert "20 samples, not 500: there are no more" in [progress.message for progress in seen]
+    assert "scoring all 20 samples, fewer than evaluation.images = 500" in [progress.message for progress in seen]
 
 
 def test_reference_images_are_drawn_from_everywhere_and_grow() -> None:
-    """With another seed in the code this would fail in about 1 of 840 runs: all 10 images lie in the same half."""
+    """With another seed in the code, the test would fail in about 1 of 840 runs: all 10 images lie in the same half."""
     train = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
     few, more = (set(reference_images(train, count).ravel()) for count in (10, 40))
     assert len(few) == 10 and len(more) == 40
@@ -299,7 +299,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(root: Path, monkeypatch: Any
     monkeypatch.delenv(inception.WEIGHTS_VARIABLE)
     samples = root / paths.samples_file(POINT)
     write_samples(samples, digits()[:3], evaluations=5, model="m")
-    refused("four or more")
+    refused("at least 4 of each")
     write_samples(samples, np.zeros((4, 3, 8, 8), np.uint8), evaluations=5, model="m")
     refused(r"\[3, 8, 8\].*\[1, 8, 8\]")
     samples.write_bytes(samples.read_bytes()[:100])

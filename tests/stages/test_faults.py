@@ -1,4 +1,4 @@
-"""Faults, injected for real: kill -9, signals, damaged and full disks, divergence, no memory. docs/faults.md has the table.
+"""Injects real faults: kill -9, signals, damaged and full disks, divergence, out of memory (docs/faults.md).
 
 Slow tests are marked `chaos` and run with `make chaos`.
 """
@@ -56,13 +56,13 @@ SETTINGS: dict[str, Any] = {
 
 
 def files(root: Path) -> dict[str, bytes]:
-    """All that lies below root, hidden or not, but for the prepared dataset."""
+    """Returns the content of all files below root, including hidden files, except the prepared dataset."""
     found = (path for path in root.rglob("*") if path.is_file() and "dataset" not in path.parts)
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
 
 
 def at(step: int, act: Callable[[], Any]) -> Callable[[Progress], None]:
-    """A report that acts once, when so much is done."""
+    """Returns a report function that calls `act` once, when `step` is reached."""
     acted = []
 
     def watch(progress: Progress) -> None:
@@ -73,7 +73,7 @@ def at(step: int, act: Callable[[], Any]) -> Callable[[Progress], None]:
 
 
 def beside(root: Path, name: str) -> Path:
-    """A new root with the same dataset, and the same models if there are any."""
+    """Creates a new root with the same dataset, and with the same models if there are any."""
     other = root / name
     other.mkdir()
     for shared in ("dataset", "models"):
@@ -84,7 +84,7 @@ def beside(root: Path, name: str) -> Path:
 
 # kill -9.
 
-# Forks a training, which so has nothing to import, kills it after a random while, and does so again.
+# Forks a training, so that it needs no imports, kills it after a random time, and repeats this.
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -125,14 +125,17 @@ def plain(params: Params) -> str:
 
 
 def kill_and_compare(root: Path, params: Params, kills: int, part: float) -> list[int]:
-    """Kills a training again and again, within that part of what a whole one takes; gives the steps it went on after."""
+    """Kills a training repeatedly, each time within the fraction `part` of a whole training.
+
+    Returns the steps it resumed from.
+    """
     straight, killed = beside(root, "straight"), beside(root, "killed")
     command = [sys.executable, "-c", KILLER, plain(params), str(straight), str(killed), str(kills), str(part)]
     subprocess.run(command, check=True, timeout=500, env={**os.environ, "PYTHONPATH": str(ROOT)})
     log = (killed / "log").read_text()
     (killed / "log").unlink()
     (straight / "log").unlink()
-    assert files(killed) == files(straight)  # and so no temporary file is left, and two resume states
+    assert files(killed) == files(straight)  # so exactly two resume states and no temporary files are left
     return [int(line.split()[-1]) for line in log.splitlines() if line.startswith("resuming")]
 
 
@@ -150,14 +153,17 @@ def test_a_training_killed_fifty_times_ends_with_the_same_bytes(root: Path, smok
         (root / str(attempt) / "dataset").symlink_to((root / "dataset").resolve())
         steps = kill_and_compare(root / str(attempt), params, 50 - kills, 0.125)
         resumed += steps
-        kills += len(steps)  # the kills that hit a training with something saved; its first life doesn't count
+        kills += len(steps)  # counts kills after a saved state, so the first process does not count
         if kills >= 50:
             break
     assert kills >= 50 and max(step for step in resumed if step < 150) > 100
 
 
 def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody(tmp_path: Path) -> None:
-    """Killed after half of a file: the one before is whole, and so is the next; of a writer that lives nothing is touched."""
+    """The writer is killed after half of a file. The earlier file stays whole, and the next write removes the half file.
+
+    The temporary file of a living writer is not touched.
+    """
     path, living = tmp_path / "scores.json", tmp_path / f".scores.json.tmp-{os.getppid()}-x"
     write_json(path, {"fid": 1.0})
     living.touch()
@@ -177,7 +183,7 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_hashed_by_nobody
     assert set(tmp_path.iterdir()) == {path, living} and "2.0" in path.read_text()
 
 
-# Writes a state until it is killed.
+# Writes a state repeatedly until the process is killed.
 WRITER = """
 import sys; from pathlib import Path; import torch; from ddpm.files.checkpoint import ResumeState, write_resume
 state = ResumeState(8, {"net.weight": torch.ones(2**24)}, [], [])
@@ -187,12 +193,12 @@ while True:
 
 
 def test_what_a_killed_writer_of_a_state_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
-    """safetensors has a temporary file of its own, `.tmp` and some letters: killed as soon as that is seen."""
+    """The writer is killed while safetensors' own temporary file exists. Its name is `.tmp` and some letters."""
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     end = time.monotonic() + 60
-    while not any(name.startswith(".tmp") for _, _, names in os.walk(tmp_path) for name in names):  # some 50 ms
+    while not any(name.startswith(".tmp") for _, _, names in os.walk(tmp_path) for name in names):  # takes about 50 ms
         assert time.monotonic() < end
     writer.kill()
     writer.wait()
@@ -201,7 +207,10 @@ def test_what_a_killed_writer_of_a_state_leaves_is_removed_by_the_next(tmp_path:
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a host that loses its power may come back with the new name and none of the bytes. What can be seen is the order."""
+    """Otherwise a host could come back from a power loss with the new name and without the bytes.
+
+    The test observes the order.
+    """
     path, seen = tmp_path / "state", []
     sync = os.fsync
 
@@ -229,7 +238,7 @@ def test_files_have_the_modes_that_the_umask_gives(mask: int, tmp_path: Path) ->
 
 
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file of it, also what was written to a mapping."""
+    """Every file in the folder must be synchronised, even one that was written through a memory mapping."""
     path, seen = tmp_path / "dataset", {}
     sync = os.fsync
 
@@ -249,7 +258,10 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypa
 def test_a_folder_that_is_replaced_goes_when_the_new_one_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its removal may take long, and a kill then must not leave half of it under its name. No new one: the old one stays."""
+    """Removing a folder may take long, and a kill must not leave half of it under its name.
+
+    If renaming fails, the old folder stays.
+    """
     path, seen = tmp_path / "model", []
 
     def write(text: str) -> None:
@@ -278,7 +290,7 @@ def test_a_folder_that_is_replaced_goes_when_the_new_one_is_there(
     assert (path / "about").read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-# What DVC is told about the stages, without the code they depend on.
+# A dvc.yaml whose stages have no code dependencies.
 DVC = """\
 stages:
   prepare:
@@ -386,13 +398,13 @@ def test_dvc_and_its_stages_killed_leave_the_same_lock_and_no_orphan(
             os.kill(pid, signal.SIGKILL)
         outputs.append(dvc.communicate(timeout=60)[0])
         wait(lambda: not working_in(killed), 20)
-    # What a writer killed in the middle leaves beside an output enters no hash.
+    # Temporary files of a killed writer do not enter the hash of the folder.
     (killed / "samples").mkdir(exist_ok=True)
     (killed / "samples" / ".other.npz.tmp-1-abc").write_bytes(b"half")
     last = repro(killed)
     outputs.append(last.communicate(timeout=300)[0])
     assert last.returncode == 0, outputs
-    assert "resuming after step" in outputs[1] and "going on after" in outputs[-1], outputs
+    assert "resuming after step" in outputs[1] and "resuming after" in outputs[-1], outputs
     assert (killed / "dvc.lock").read_bytes() == (roots["straight"] / "dvc.lock").read_bytes()
 
 
@@ -401,10 +413,13 @@ def test_dvc_and_its_stages_killed_leave_the_same_lock_and_no_orphan(
 
 @pytest.fixture
 def unanswered() -> Iterator[Callable[..., None]]:
-    """What SIGTERM and SIGINT do where nobody answers them: they would end these tests, not fail them."""
+    """Handles SIGTERM and SIGINT if the code under test does not.
+
+    Otherwise the signals would end the tests instead of failing them.
+    """
 
     def fail(number: int, frame: Any) -> None:
-        raise AssertionError(f"nobody answered signal {number}")
+        raise AssertionError(f"the code under test did not handle signal {number}")
 
     before = {number: signal.signal(number, fail) for number in (signal.SIGTERM, signal.SIGINT)}
     yield fail
@@ -418,10 +433,10 @@ def test_a_signal_makes_training_save_that_very_step(
 ) -> None:
     params, straight, stopped = smoke(**SETTINGS), beside(root, "straight"), beside(root, "stopped")
     train(params, "cosine", straight)
-    with pytest.raises(Stopped, match="the next run goes on after step 7, of 12") as caught:
+    with pytest.raises(Stopped, match="the next run resumes after step 7 of 12") as caught:
         train(params, "cosine", stopped, at(7, lambda: signal.raise_signal(number)))
     assert caught.value.number == number
-    assert signal.getsignal(signal.SIGTERM) is unanswered  # as before
+    assert signal.getsignal(signal.SIGTERM) is unanswered  # the earlier handler is installed again
     messages: list[str] = []
     train(params, "cosine", stopped, lambda progress: messages.append(progress.message))
     assert "resuming after step 7" in messages
@@ -436,7 +451,7 @@ def test_a_second_signal_acts_at_once_and_an_unanswered_one_afterwards() -> None
         signal.raise_signal(signal.SIGINT)
         assert signalled() == signal.SIGINT
         signal.raise_signal(signal.SIGINT)
-        raise AssertionError("it came too late")
+        raise AssertionError("the second signal did not interrupt the block at once")
     reached = []
     with pytest.raises(KeyboardInterrupt), deferred():
         signal.raise_signal(signal.SIGINT)
@@ -445,7 +460,7 @@ def test_a_second_signal_acts_at_once_and_an_unanswered_one_afterwards() -> None
 
 
 def test_sigterm_is_one_line_and_143_whatever_runs(tmp_path: Path) -> None:
-    """In the middle of `ddpm prepare`: what it has half-written is cleared away."""
+    """The signal arrives in the middle of `ddpm prepare`, which removes its half-written output."""
     (tmp_path / "params.yaml").write_bytes((ROOT / "recipes/smoke.yaml").read_bytes())
     code = (
         "import signal, sys; from pathlib import Path; from ddpm import cli; from ddpm.files import atomic\n"
@@ -473,7 +488,7 @@ def test_sigterm_is_one_line_and_143_whatever_runs(tmp_path: Path) -> None:
 def test_what_is_edited_under_the_program_is_recorded_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`ddpm prepare`, run by DVC, whose parameters change before it ends."""
+    """`ddpm prepare` runs under DVC, and its parameters change before it ends."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_STAGE", "prepare")
     shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
@@ -509,7 +524,7 @@ def test_sigterm_to_the_program_is_one_line_and_quick(
     _, errors = process.communicate(timeout=30)
     print(f"{verb}: SIGTERM to the end in {time.monotonic() - began:.1f} s")
     assert process.returncode == 128 + signal.SIGTERM
-    assert errors.splitlines()[-1].startswith("ddpm: ") and "the next run goes on after" in errors.splitlines()[-1]
+    assert errors.splitlines()[-1].startswith("ddpm: ") and "the next run resumes after" in errors.splitlines()[-1]
     assert not list(root.rglob(".*.tmp-*"))
 
 
@@ -531,7 +546,10 @@ def flip(path: Path) -> None:
 
 
 def swap(path: Path) -> None:
-    """With the state before, weights and checksum both: each is sound, and not what its name says."""
+    """Swaps the weights and checksums of two states.
+
+    Both states are then intact, but belong to other steps than their names say.
+    """
     for suffix in (".safetensors", ".json"):
         one, other = path.with_suffix(suffix), (path.parent / "000000008").with_suffix(suffix)
         contents = one.read_bytes(), other.read_bytes()
@@ -573,7 +591,7 @@ def test_a_damaged_state_is_passed_over_in_one_line_and_gone(damage: str, tmp_pa
     assert "000000012.safetensors: damaged, passed over" in complaints[0]
     assert damage != "no checksum" or "(its checksum is missing)" in complaints[0]
     assert len(complaints) == (1 if found else 2) and not any("\n" in line for line in complaints)
-    # It takes no place from a sound one: of the next two, one is the state gone on from.
+    # A damaged state takes no place: after the next two states, the intact state is still there.
     write_resume(folder, state_of(10))
     left = [int(path.stem) for path in sorted(folder.glob("*.safetensors"))]
     assert left == ([8, 10] if found else [10])
@@ -583,7 +601,7 @@ def test_a_damaged_state_is_passed_over_in_one_line_and_gone(damage: str, tmp_pa
 def test_a_kill_while_an_old_state_is_removed_leaves_nothing_of_it(
     of: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has two files. Whichever goes first, the one that is left goes when the training goes on, or the next is written."""
+    """A state has two files. If a kill leaves one of them, the next training or the next state removes that file."""
     folder = tmp_path / "cosine-0123"
     for step in (4, 8):
         write_resume(folder, state_of(step))
@@ -626,17 +644,17 @@ def trained(root: Path, smoke: Callable[..., Params]) -> Path:
 def test_sampling_goes_on_where_it_was(trained: Path, smoke: Callable[..., Params]) -> None:
     params, straight, stopped = smoke(**SETTINGS), beside(trained, "straight"), beside(trained, "stopped")
     assert sample_point(params, POINT, straight) == 5
-    with pytest.raises(Stopped, match="goes on after 16 of 30 images"):
+    with pytest.raises(Stopped, match="resumes after 16 of 30 images"):
         sample_point(params, POINT, stopped, at(20, lambda: signal.raise_signal(signal.SIGTERM)))
     (folder,) = (stopped / ".cache/sampling").iterdir()
     images = np.lib.format.open_memmap(folder / "images.npy", mode="r+")
-    images[3] ^= 1  # the first batch is damaged
+    images[3] ^= 1  # damages the first batch
     images.flush()
     with (folder / "batches.jsonl").open("a") as log:
-        log.write('{"batch": [16, 24], "eval')  # and a kill cut the log off
+        log.write('{"batch": [16, 24], "eval')  # a kill has cut off the log
     reports: list[Progress] = []
     assert sample_point(params, POINT, stopped, reports.append) == 5
-    assert reports[0].message == "going on after 8 images" and reports[-1].done == 30
+    assert reports[0].message == "resuming after 8 images" and reports[-1].done == 30
     assert files(stopped) == files(straight)
     assert not list((stopped / ".cache/sampling").iterdir())
 
@@ -659,7 +677,7 @@ def test_what_another_sampling_made_is_not_taken(
     assert files(stopped) == files(straight)
 
 
-# Samples, as often as it is told, and says how much memory that took at most.
+# Draws the requested number of samples, and prints the peak memory.
 SAMPLER = """
 import json, resource, sys
 from pathlib import Path
@@ -701,7 +719,7 @@ def test_fifty_thousand_images_killed_half_way(trained: Path, smoke: Callable[..
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 16 MiB."""
+    """Mounts a file system of 16 MiB."""
     path = tmp_path / "disk"
     path.mkdir()
     done = subprocess.run(
@@ -760,12 +778,12 @@ def test_a_full_disk_is_one_line_and_harms_nothing(
     refused(lambda: sample_point(params, POINT, small_disk, at(12, lambda: fill(small_disk))), "samples|batches")
     empty(small_disk)
     sample_point(params, POINT, small_disk, lambda progress: messages.append(progress.message))
-    assert any(message.startswith("going on after") for message in messages)
+    assert any(message.startswith("resuming after") for message in messages)
     made, straight = files(small_disk), files(root)
     assert {name: made[name] for name in straight} == straight
 
     write_scores(small_disk, POINT, 30.0)
-    (small_disk / "report/points.csv").unlink()  # replacing it would free its block for the next file
+    (small_disk / "report/points.csv").unlink()  # otherwise, replacing this file would free a block for the next file
     fill(small_disk)
     refused(lambda: report(params, small_disk), "")
     empty(small_disk)
@@ -783,7 +801,7 @@ def write_labels(disk: Path) -> None:
 
 
 def evaluate_on(disk: Path) -> None:
-    """As in a checkout where the weights of Inception were not converted yet."""
+    """Converts the Inception weights, as the first evaluation in a checkout does."""
     with disk_full_is_one_line(disk / "inception"):
         inception._from_wheel(disk / "inception")
 
@@ -803,7 +821,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 def test_every_writer_that_finds_no_room_says_so(
     name: str, small_disk: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room for the file's head, and not for the rest: numpy and safetensors have words of their own for that."""
+    """There is room for the header of a file, but not for the rest. numpy and safetensors raise errors of their own for that."""
     monkeypatch.setattr(inception, "_convert", lambda path: {"weight": torch.zeros(10**6)})
     shutil.copytree(trained / "models", small_disk / "models")
     fill(small_disk, spare=700_000)
@@ -823,7 +841,10 @@ prepare(Params.check(json.loads(sys.argv[1]), "smoke"), Path(sys.argv[2]))
 
 
 def test_room_is_taken_before_it_is_written_to(small_disk: Path, smoke: Callable[..., Params]) -> None:
-    """An array's head finds room, and its rows would not: the kernel ends a process that writes them to a mapping."""
+    """There is room for the header of an array, but not for its rows.
+
+    The kernel would kill a process that writes them to a mapping.
+    """
     fill(small_disk, spare=2**15)
     command = [sys.executable, "-c", PREPARER, plain(smoke()), str(small_disk)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -836,7 +857,7 @@ def test_room_is_taken_before_it_is_written_to(small_disk: Path, smoke: Callable
 
 
 def test_no_state_that_is_not_finite_is_saved(root: Path, smoke: Callable[..., Params]) -> None:
-    """Rows are far apart here, and states close together: the states would be bad long before a row says so."""
+    """Rows of losses are far apart and states are close together, so states would become bad long before a row shows it."""
     params = smoke(
         training={"steps": 60, "learning_rate": 1e30, "log_every": 50, "validate_every": 50, "warmup": 0},
         compute={"checkpoint_every": 1},
@@ -854,20 +875,25 @@ def test_no_state_that_is_not_finite_is_saved(root: Path, smoke: Callable[..., P
 def test_a_loss_far_above_that_of_predicting_nothing_stops_it(
     root: Path, smoke: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Finite, and no use: after some such rows it ends, and the state from before it went wrong is the newest."""
-    monkeypatch.setattr("ddpm.stages.train.ROWS", 3)  # this network collapses to predicting nothing before ten
+    """The loss is finite but useless.
+
+    Training stops after DIVERGED_ROWS such rows, and the newest state is from before the divergence.
+    """
+    monkeypatch.setattr(
+        "ddpm.stages.train.DIVERGED_ROWS", 3
+    )  # before ten rows, this network would collapse to predicting zero
     params = smoke(
         training={"steps": 30, "learning_rate": 1.0, "log_every": 1, "warmup": 0, "clip": 1e9},
         compute={"checkpoint_every": 1},
     )
-    with pytest.raises(InputError, match=r"the loss is .* been above .*the last good state is at step 1 \(") as caught:
+    with pytest.raises(InputError, match=r"the loss is .* was above .*the last good state is at step 1 \(") as caught:
         train(params, "cosine", root)
     (folder,) = (root / ".cache/training").iterdir()
     found, _ = read_resume(folder, at_most=30)
     assert found is not None and found.step == 1 and str(folder) in str(caught.value)
 
 
-# The memory that a process may take is bounded after it has loaded what it needs.
+# Limits memory after the process has loaded what it needs.
 BOUNDED = """
 import json, resource, sys
 from pathlib import Path
@@ -908,7 +934,7 @@ print("trained")
     "processor", [{}, {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"}], ids=["this", "an old one"]
 )
 def test_out_of_memory_says_what_to_lower(processor: dict[str, str], root: Path, smoke: Callable[..., Params]) -> None:
-    """Which layer finds no memory, and so what it says, depends on the processor."""
+    """The layer that runs out of memory, and so the error message, depends on the processor."""
     params = smoke(training={"steps": 2, "validation_images": 0})
     done = subprocess.run(
         [sys.executable, "-c", BOUNDED, plain(params), str(root)],
@@ -953,7 +979,7 @@ def test_an_unknown_error_is_one_of_memory_where_there_is_none_left(
         raise RuntimeError("could not create a primitive descriptor")
 
 
-# Beyond what the process has, a quarter of what the images take.
+# Limits memory to that of the process plus a quarter of what the images take.
 LARGE = """
 import json, re, resource, sys
 from pathlib import Path

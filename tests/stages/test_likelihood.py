@@ -1,4 +1,4 @@
-"""`likelihood` and `schedules`: files in, files out."""
+"""Checks the files that `likelihood` and `schedules` read and write."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(trained: Path, smoke: Smoke)
     assert not (trained / "metrics").exists()
 
 
-# schedules
+# The verb `schedules`.
 
 
 def test_schedules_writes_a_table_and_pictures(root: Path, smoke: Smoke) -> None:
@@ -109,7 +109,7 @@ def test_schedules_writes_a_table_and_pictures(root: Path, smoke: Smoke) -> None
 
 
 def test_schedules_without_a_dataset(tmp_path: Path, smoke: Smoke) -> None:
-    """The KL of facts for E[x_0^2] = 1/4, no strip, and T from the command line."""
+    """Without a dataset there are no pictures: the KL assumes E[x_0^2] = 1/4. T comes from the command line."""
     (tmp_path / "schedules").mkdir()
     (tmp_path / "schedules" / "strip.png").write_bytes(b"of a dataset that is gone")
     rows, about = schedules(smoke(), tmp_path, timesteps=1000)

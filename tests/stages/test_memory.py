@@ -1,6 +1,6 @@
-"""The memory that `prepare` and `train` take must not grow with the images: those lie in memory-mapped files.
+"""Checks that the memory of `prepare` and `train` does not grow with the images, which are memory-mapped files.
 
-Anonymous memory of all processes of a stage, without the page cache (Pss_Anon of /proc/PID/smaps_rollup).
+Measures the anonymous memory of all processes of a stage, without the page cache (Pss_Anon of /proc/PID/smaps_rollup).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def anonymous(process: psutil.Process) -> int:
     for each in (process, *process.children(recursive=True)):
         try:
             text = Path(f"/proc/{each.pid}/smaps_rollup").read_text()
-        except (FileNotFoundError, ProcessLookupError):  # it has ended
+        except (FileNotFoundError, ProcessLookupError):  # the process has ended
             continue
         total += sum(map(int, re.findall(r"^Pss_Anon: +(\d+) kB$", text, re.MULTILINE)))
     return total

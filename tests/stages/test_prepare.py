@@ -1,4 +1,4 @@
-"""The prepare stage: the contents of dataset/, equal bytes in each run, and nothing left after a failure."""
+"""Checks the prepare stage: the contents of dataset/, equal bytes in each run, and no remains after a failure."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def files_of(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (root / "dataset").iterdir()}
 
 
-# What it writes.
+# The written files.
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -57,7 +57,7 @@ def test_a_changed_array_is_refused_though_its_times_say_nothing(
 ) -> None:
     shutil.copytree(digits / "dataset", tmp_path / "dataset")
     path = tmp_path / "dataset" / "train.npy"
-    monkeypatch.setattr(records, "SETTLED", 0.0)  # what was written just now counts as old
+    monkeypatch.setattr(records, "SETTLED", 0.0)  # files written just now count as old
     if large:
         monkeypatch.setattr(records, "LARGE", 1)
     assert len(dataset_file.read_dataset(tmp_path).train) == 1438
@@ -163,7 +163,7 @@ def test_digits(smoke: Smoke, tmp_path: Path) -> None:
 
 
 def test_digits_can_be_told_apart(digits: Path) -> None:
-    """Labels belong to their images: the nearest training image nearly always has the test image's label."""
+    """Labels belong to their images: the nearest training image nearly always has the label of the test image."""
     dataset = read_dataset(digits)
     assert dataset.train_labels is not None
     assert dataset.test_labels is not None
@@ -178,7 +178,7 @@ def test_statistics_are_exact() -> None:
     mean, deviation = mean_and_deviation(pixels)
     assert mean == [0.0, 0.4]
     assert deviation == [0.0, round(float(np.std([1, 0.2, 0])), 6)]
-    many = np.random.default_rng(0).integers(0, 256, (70_000, 1, 8, 8), np.uint8)  # more than one block
+    many = np.random.default_rng(0).integers(0, 256, (70_000, 1, 8, 8), np.uint8)  # more than one block of images
     assert mean_and_deviation(many)[0] == [round(many.mean() / 255, 6)]
 
 
@@ -187,14 +187,14 @@ def test_preview_has_a_row_per_class(smoke: Smoke, tmp_path: Path) -> None:
     prepare(folder_params(smoke, test_fraction=0.0), tmp_path)
     dataset = read_dataset(tmp_path)
     picture = np.asarray(Image.open(tmp_path / "dataset" / "preview.png"))
-    scale, cell_side = 8, 8 * 8 + 1  # 8x8 images shown at 64 pixels, with one between
+    scale, cell_side = 8, 8 * 8 + 1  # 8x8 images are shown at 64 pixels, with one pixel between them
     assert picture.shape == (3 * cell_side + 1, 10 * cell_side + 1, 3)
     assert dataset.train_labels is not None
     for label in range(3):
         member = dataset.train[dataset.train_labels == label][1].transpose(1, 2, 0)
         cell = picture[1 + cell_side * label :, 1 + cell_side :][: 8 * scale : scale, : 8 * scale : scale]
         assert np.array_equal(cell, member)
-    assert (picture[:, 1 + 4 * cell_side :] == 255).all()  # four images to a class
+    assert (picture[:, 1 + 4 * cell_side :] == 255).all()  # there are four images per class
 
 
 def test_preview_stays_small() -> None:
@@ -225,11 +225,11 @@ def test_unlabelled(smoke: Smoke, tmp_path: Path) -> None:
     assert sorted(files_of(tmp_path)) == ["dataset.json", "preview.png", "test.npy", "train.npy"]
 
 
-# That it repeats.
+# Repeated runs.
 
 
 def test_the_same_bytes_again(smoke: Smoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the order of the files on the disk, their times, and the number of processes."""
+    """The bytes do not depend on the order of files on the disk, on their times, or on the number of processes."""
     results = []
     for run, processes in enumerate((1, 3, 3)):
         root = tmp_path / str(run)
@@ -296,7 +296,7 @@ def test_a_label_is_part_of_the_version(smoke: Smoke, tmp_path: Path) -> None:
     assert prepare(folder_params(smoke, test_fraction=0.0), tmp_path).sha256 != before
 
 
-# That nothing is left of what fails.
+# Failures, which leave nothing behind.
 
 
 def damaged_png(folder: Path) -> None:
@@ -383,7 +383,7 @@ def test_an_interruption_leaves_the_earlier_dataset(smoke: Smoke, tmp_path: Path
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    """Room is reserved before anything is written. No disk here holds 800 TB."""
+    """Room is reserved before anything is written. No disk here has room for 800 TB."""
     with (
         pytest.raises(InputError, match=r"train\.npy: no room for"),
         writing_dataset(tmp_path, (3, 4096, 4096), (2**24, 0), None),
@@ -404,13 +404,13 @@ def solid(path: Path, colour: Any, mode: str = "RGB", size: tuple[int, int] = (4
 
 
 def draw_messy_folder(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Draws one-coloured images and returns their colours, in the order of their names. A file beside them is broken."""
+    """Draws one-coloured images and a broken file. Returns the colours in the order of the names."""
     solid(folder / "a grey.PNG", 77, "L")
     solid(folder / "b/cmyk.jpg", (0, 255, 255, 0), "CMYK", quality=98)
     Image.fromarray(np.full((50, 40), 40_000, np.uint16)).save(folder / "c 16 bit.png")
     sideways, tags = Image.new("RGB", (64, 64), TEAL), Image.Exif()
     sideways.paste(RED, (0, 0, 64, 16))
-    tags[0x0112] = 6  # the first row is the right side
+    tags[0x0112] = 6  # orientation 6: the first row is the right side
     (folder / "d/deep/er").mkdir(parents=True)
     sideways.save(folder / "d/deep/er/exif.JPEG", exif=tags, quality=98)
     palette = Image.new("P", (32, 32), 1)
@@ -429,7 +429,7 @@ def draw_messy_folder(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def test_a_messy_folder(smoke: Smoke, tmp_path: Path) -> None:
-    """Every colour is right: within 3 of 255 after JPEG, within 1 after 16 bits, and otherwise exactly."""
+    """Colours must be exact, except for 3 of 255 after JPEG and 1 after 16 bits."""
     colours = draw_messy_folder(tmp_path / "images")
     said: list[Progress] = []
     prepare(folder_params(smoke, **MESSY), tmp_path, said.append)
@@ -442,7 +442,7 @@ def test_a_messy_folder(smoke: Smoke, tmp_path: Path) -> None:
     assert np.abs(train[3, :, :, 28:].astype(int) - np.reshape(RED, (3, 1, 1))).max() <= 3  # the photo is upright
     assert (tmp_path / "dataset/unusable.csv").read_text().startswith("path,reason\ni broken.jpg,")
     assert said[-1].message == (
-        "image_folder: 8 train and 0 test images of 3x32x32, no classes; left out 1 unusable, see dataset/unusable.csv"
+        "image_folder: 8 train and 0 test images of 3x32x32, no classes; left out 1 unusable file, listed in dataset/unusable.csv"
     )
 
 
@@ -461,7 +461,7 @@ def test_transparent_pixels_lie_on_the_background(smoke: Smoke, tmp_path: Path) 
 def test_padding_has_the_colour_below_transparent_pixels(
     smoke: Smoke, tmp_path: Path, options: dict[str, Any], border: int, size: int | None, inside: tuple[int, int]
 ) -> None:
-    """A picture with a clear margin has no bars of another colour. Without data.convert, padding is black."""
+    """A picture with a transparent margin gets no bars of another colour. Without data.convert, padding is black."""
     solid(tmp_path / "images" / "opaque.png", RED, size=(40, 20))
     if options:
         solid(tmp_path / "images" / "clear.png", (0, 0, 0, 0), "RGBA", (40, 20))
@@ -487,7 +487,7 @@ def test_grey_if_one_channel_is_wanted(smoke: Smoke, tmp_path: Path) -> None:
 
 
 def draw_broken(folder: Path) -> None:
-    """Twelve images, and beside them four files that cannot be used."""
+    """Draws twelve images and four unusable files."""
     draw_folder(folder)
     (folder / "class 0" / "99, cut.png").write_bytes((folder / "class 0" / "00.png").read_bytes()[:60])
     (folder / "class 1" / "x.jpg").touch()
@@ -498,7 +498,7 @@ def draw_broken(folder: Path) -> None:
 
 
 def test_broken_files_are_left_out_and_listed(smoke: Smoke, tmp_path: Path) -> None:
-    """The dataset equals one that never had the broken files: the same images, split, classes and hash."""
+    """The dataset equals one without the broken files: the same images, split, classes and hash."""
     draw_folder(tmp_path / "sound" / "images")
     draw_broken(tmp_path / "broken" / "images")
     for root in ("sound", "broken"):
@@ -561,12 +561,12 @@ def test_all_of_another_size_than_wanted(smoke: Smoke, tmp_path: Path) -> None:
         prepare(folder_params(smoke, unusable="skip", size=16), tmp_path)
 
 
-# CIFAR-10, all of it.
+# All of CIFAR-10.
 
 
 @pytest.mark.skipif(not CIFAR.is_dir(), reason="../shared/data with the CIFAR-10 zips is not there")
 def test_cifar10_from_the_zips(smoke: Smoke, tmp_path: Path) -> None:
-    """The published mean and deviation of the training images, and some images decoded by hand."""
+    """Checks the published mean and deviation of the training images, and some images decoded by hand."""
     said: list[Progress] = []
     about = prepare(folder_params(smoke, path=str(CIFAR)), tmp_path, said.append)
     dataset = read_dataset(tmp_path)
@@ -589,7 +589,7 @@ def test_cifar10_from_the_zips(smoke: Smoke, tmp_path: Path) -> None:
 
 
 def unpacked_png(png: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """8-bit RGB, not interlaced -> uint8 3,H,W, by the PNG specification, section 9."""
+    """Decodes an 8-bit RGB PNG that is not interlaced to uint8 3,H,W, by the PNG specification, section 9."""
     width, height = struct.unpack(">II", png[16:24])
     packed, start = b"", 8
     while start < len(png):
@@ -597,7 +597,7 @@ def unpacked_png(png: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
         packed += png[start + 8 : start + 8 + length] if png[start + 4 : start + 8] == b"IDAT" else b""
         start += 12 + length
     rows = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, 1 + 3 * width).astype(int)
-    image = np.zeros((height + 1, width + 1, 3), int)  # a row of zeros above, a column to the left
+    image = np.zeros((height + 1, width + 1, 3), int)  # a row of zeros above, and a column of zeros on the left
     for y, row in enumerate(rows, 1):
         for x, value in enumerate(row[1:].reshape(width, 3), 1):
             left, above, corner = image[y, x - 1], image[y - 1, x], image[y - 1, x - 1]

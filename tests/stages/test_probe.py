@@ -1,4 +1,4 @@
-"""`auto`: resolved once for a sweep, which never mixes its values; another host uses the same values, or refuses."""
+"""Checks `auto`: it is resolved once per sweep. Another host uses the same values, or refuses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ AUTO: dict[str, Any] = {"training": {**BOTH, "steps": 3}, "sampling": {**BOTH, "
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool, str], None]]:
-    """machine(bfloat16, obstacle): a machine with or without bfloat16 units; `obstacle` says why nothing can be compiled."""
+    """Returns machine(bfloat16, obstacle), which pretends to be a machine with or without bfloat16 units.
+
+    `obstacle` is the reason why nothing can be compiled, or "".
+    """
 
     def become(bfloat16: bool, obstacle: str) -> None:
         compiling.probe.cache_clear()
@@ -73,7 +76,7 @@ def test_auto_is_what_the_machine_does_fastest(
 
 
 def test_a_compiler_that_cannot_compile_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It is installed, and lacks headers or libraries: that shows only when it compiles."""
+    """An installed compiler may lack headers or libraries, which shows only when it compiles."""
     for name in ("cc", "gcc"):
         (tmp_path / name).write_text("#!/bin/sh\necho 'stdio.h: No such file' >&2\n[ \"$1\" = --version ]\n")
         (tmp_path / name).chmod(0o755)
@@ -113,12 +116,12 @@ def test_a_training_resumes_with_the_values_that_it_began_with(
 ) -> None:
     resolve(root, PLAIN)
     train(smoke(**AUTO), "cosine", root)
-    machine(True, "")  # another machine, to which .cache and auto.json came
+    machine(True, "")  # another machine, to which .cache and auto.json were copied
     longer = smoke(**AUTO | {"training": {**AUTO["training"], "steps": 6}})
     said = messages(lambda report: train(longer, "cosine", root, report))
     assert "resuming after step 3" in said and "precision: float32, compile: false, as auto was resolved" in said
     assert models.read_trained(root, "cosine").training.content["precision"] == "float32"
-    resolve(root, Auto(precision="bfloat16", compile=False))  # resolved again: a state of other values is not taken
+    resolve(root, Auto(precision="bfloat16", compile=False))  # resolved again: the state of other values is not used
     assert "resuming" not in messages(lambda report: train(longer, "cosine", root, report))
     assert models.read_trained(root, "cosine").training.content["precision"] == "bfloat16"
 
@@ -175,7 +178,10 @@ def test_values_that_probe_did_not_write_are_refused(
 
 
 def test_a_sweep_never_mixes_values(copied: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By DVC: a compiler that goes changes nothing; resolved again, every training, sampling and report is out of date."""
+    """Under DVC, a missing compiler changes nothing.
+
+    If `auto` is resolved again, every training, sampling and report must rerun.
+    """
     copied.edit("  threads: 1\n  log_every", "  threads: 1\n  precision: auto\n  compile: auto\n  log_every")
     first, second = "sample@cosine-ddim-2", "sample@cosine-ddim-5"
     copied.dvc("repro", "--quiet", first)

@@ -1,4 +1,4 @@
-"""The sample stage: the same images whatever the batch, deterministic bytes, and how it fails."""
+"""Checks the sample stage: the same images with any batch size, deterministic bytes, and how it fails."""
 
 import struct
 import zipfile
@@ -60,7 +60,7 @@ def test_a_sample_file_has_no_header_that_pythons_patch_versions_write_different
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             version, extra = (struct.unpack_from("<H", content, member.header_offset + at)[0] for at in (4, 28))
-            assert (version, extra) == (20, 0)  # APPNOTE 4.3.7: deflate, and no field for 64 bit sizes
+            assert (version, extra) == (20, 0)  # APPNOTE 4.3.7: deflate, and no field for 64-bit sizes
     with np.load(path, allow_pickle=False) as arrays:
         assert (arrays["images"] == images).all() and arrays["evaluations"] == 7 and arrays["labels"].tolist() == [4, 2]
 
@@ -77,7 +77,7 @@ def test_batch_size_moves_no_image_by_more_than_one_grey_level(trained: Path, sm
 def test_points_share_their_noise_and_seeds_differ(trained: Path, smoke: Callable[..., Params]) -> None:
     params = smoke(sampling={"images": 8})
     assert not np.array_equal(draw(trained, params), draw(trained, smoke(seed=1, sampling={"images": 8})))
-    # DDIM with eta = 1 uses the same x_T and the same draws as DDPM with fixed_small: the same images.
+    # DDIM with eta = 1 uses the same x_T and the same draws as DDPM with fixed_small, so the images are equal.
     rows = {"ddim": {"eta": 1.0}, "ddpm": {"variance": "fixed_small"}}
     shared = smoke(sampling={"images": 8, "clip": False}, samplers=rows)
     ours, theirs = (draw(trained, shared, Point.parse(name)).astype(int) for name in ("cosine-ddim-5", "cosine-ddpm-5"))

@@ -1,4 +1,4 @@
-"""The train stage: what it writes, that it resumes to the same bytes, and how it fails."""
+"""Checks the train stage: its outputs, resuming to the same bytes, and how it fails."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -68,7 +68,7 @@ def test_it_writes_a_checkpoint_that_describes_itself(root: Path, smoke: Callabl
 
 
 def test_losses_by_time_of_a_network_that_predicts_zero(digits: Path) -> None:
-    """L_simple of eps is then one in every range of times, within noise, and that of x0 is E[x_0^2]."""
+    """L_simple of eps is one in every range of times, within noise. That of x0 is E[x_0^2]."""
     images = torch.from_numpy(np.array(dataset.read_dataset(digits).test))
     schedule = NoiseSchedule.named("cosine", 100)
     for target in ("eps", "x0"):
@@ -77,7 +77,7 @@ def test_losses_by_time_of_a_network_that_predicts_zero(digits: Path) -> None:
         square = float((images[:256].double() / 127.5 - 1).square().mean())
         expected, deviation = {"eps": (1.0, 4 * math.sqrt(2 / (256 * 64))), "x0": (square, 1e-6)}[target]
         assert [row["loss_simple"] for row in rows] == pytest.approx([expected] * 10, abs=deviation)
-    # For x0 the terms of the bound are closed forms too: those of fixed_large, each of about 26 images.
+    # For x0 the terms of the bound have closed forms too. The terms are those of fixed_large, each from about 26 images.
     beta, alpha_bar = schedule.betas, schedule.alpha_bar
     ratio = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])
     on_x0 = alpha_bar[:-1].sqrt() * beta / (1 - alpha_bar[1:])
@@ -100,7 +100,7 @@ def test_a_learned_variance_through_train_checkpoint_and_sample(root: Path, smok
     x0_hat, v = denoiser.with_variance(torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 50.0)
     assert v is not None and x0_hat.shape == v.shape == (2, 1, 8, 8) and bool((v != 0.5).any())
     assert identity_of_model(about) == training_identity(params, "cosine", about.data.sha256)
-    assert "kind" not in identity_of_model(about)["network"]  # as in runs from before there was a choice
+    assert "kind" not in identity_of_model(about)["network"]  # runs from before `kind` existed have no such entry
     other = replace(about.network, kind="toy", content={**about.network.content, "kind": "toy"})
     assert identity_of_model(replace(about, network=other))["network"]["kind"] == "toy"
     sample_point(params, Point.parse("cosine-ddpm-5"), root)
@@ -113,7 +113,7 @@ def test_a_learned_variance_through_train_checkpoint_and_sample(root: Path, smok
 def test_a_descent_resumes_and_a_longer_training_goes_on_before_it(
     root: Path, digits: Path, smoke: Callable[..., Params]
 ) -> None:
-    """With every option that keeps something of its own, so that all of it is saved."""
+    """Uses every option that has a state of its own, so that all of this state must be saved."""
     options = {
         "decay": "cosine",
         "decay_share": 0.5,
@@ -144,16 +144,19 @@ def test_a_descent_resumes_and_a_longer_training_goes_on_before_it(
     assert run(of(16), stopped) == 11 and outputs(stopped) == straight
     longer = another("longer")
     train(of(20), "cosine", longer)
-    # In `root`, the training of 16 steps left its state before the descent.
+    # In `root`, the training of 16 steps left its state from before the descent.
     assert run(of(20), root) == 8 and outputs(root) == outputs(longer)
     assert run(of(16), root) == 16 and outputs(root) == straight
-    # Another descent from the same state, and none, are other trainings that begin with the same steps.
+    # A training with another descent from the same state, or with none, is another training that begins with the same steps.
     assert run(of(20, decay="linear", decay_share=0.4), root) == 10
     assert run(of(20, decay="none", decay_share=0.3), root) == 12
 
 
 def test_a_transformer_through_train_checkpoint_and_sample(root: Path, smoke: Callable[..., Params]) -> None:
-    """With a learned variance and bfloat16. Diffusers' pipelines have no place for it, which the export says in one line."""
+    """Uses a learned variance and bfloat16.
+
+    Diffusers' pipelines cannot express this model, so the export is refused in one line.
+    """
     dit = OtherNetwork(kind="dit", rest={"width": 32, "depth": 2, "heads": 2, "patch": 2})
     params = smoke(
         diffusion={"variance": "learned"},
@@ -174,7 +177,7 @@ def test_a_transformer_through_train_checkpoint_and_sample(root: Path, smoke: Ca
 
 
 def test_a_training_starts_from_another_model(root: Path, smoke: Callable[..., Params]) -> None:
-    """With another schedule and target. What is wrong is one line, and nothing is trained."""
+    """The other model has another schedule and target. A wrong model is refused in one line, and nothing is trained."""
     base = smoke(training={"steps": 30, "validate_every": 30})
     train(base, "cosine", root)
     (root / "imported").mkdir()
@@ -188,9 +191,9 @@ def test_a_training_starts_from_another_model(root: Path, smoke: Callable[..., P
         return smoke(**{"training": training, "schedules": schedules, "diffusion": {"target": "v"}, **changes})
 
     for name, changes, line in (
-        (f"none@{weights}", {}, "base: imported/none is not here"),
-        (f"base@{'0' * 64}", {}, f"imported/base holds other weights: base@{weights}"),
-        (f"base@{weights}", {"network": {"channels": 24}}, "another network: channels is 16 there, and 24 here"),
+        (f"none@{weights}", {}, "base: no folder imported/none"),
+        (f"base@{'0' * 64}", {}, f"imported/base holds other weights; .* base@{weights}"),
+        (f"base@{weights}", {"network": {"channels": 24}}, "has channels 16, but this training's network has 24"),
     ):
         with pytest.raises(InputError, match=line):
             train(of(name, **changes), "linear", root)
@@ -210,7 +213,7 @@ def test_a_training_starts_from_another_model(root: Path, smoke: Callable[..., P
 
 
 def test_immiscible_noise_is_nearer_to_its_images() -> None:
-    """The least sum of distances of all pairings, found by trying all of them."""
+    """The pairing has the least sum of distances, found by trying all pairings."""
     generator = torch.Generator().manual_seed(0)
     x_0, eps = torch.randn(6, 1, 4, 4, generator=generator), torch.randn(6, 1, 4, 4, generator=generator)
     distances = torch.cdist(x_0.flatten(1), eps.flatten(1))
@@ -239,7 +242,7 @@ def test_stopped_at_any_step_it_ends_with_the_same_bytes(
         messages: list[str] = []
         train(params, "cosine", train_root, lambda progress, to=messages: to.append(progress.message))
         assert outputs(train_root) == straight, step
-        # A report comes before the step's checkpoint, so the last one is at or below step - 1.
+        # A report comes before the checkpoint of its step, so the last checkpoint is at or below step - 1.
         assert resumed_from(messages) == ((step - 1) // 3 * 3 or None)
 
 
@@ -279,7 +282,7 @@ def test_what_decides_the_weights_decides_the_key(smoke: Callable[..., Params]) 
 def test_the_seed_of_a_row_is_that_of_its_training_alone(
     root: Path, digits: Path, smoke: Callable[..., Params], tmp_path: Path
 ) -> None:
-    """A row's seed gives the bytes that the file's seed of the same number gives, and the same identity in MLflow."""
+    """A row's seed gives the same bytes as the file's seed of the same number, and the same identity in MLflow."""
     other = tmp_path / "other"
     other.mkdir()
     (other / "dataset").symlink_to(digits / "dataset")

@@ -1,4 +1,4 @@
-"""Folders to and from the real diffusers package, and an import as a part of the sweep."""
+"""Checks folders to and from the real diffusers package, and an import as a part of the sweep."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ RECIPES = ROOT / "recipes"
 
 @pytest.fixture(scope="module")
 def exported(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of the smoke recipe as a DDPMPipeline folder. Read-only by agreement."""
+    """Exports the model of the smoke recipe as a DDPMPipeline folder. Tests must not change this folder."""
     folder = tmp_path_factory.mktemp("exported") / "pipeline"
     export_diffusers(made / "models/cosine", folder)
     return folder
@@ -48,7 +48,7 @@ def exported(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkout(root: Path) -> Path:
-    """A root with the smoke recipe as its params.yaml."""
+    """Creates a root with the smoke recipe as its params.yaml."""
     shutil.copyfile(RECIPES / "smoke.yaml", root / "params.yaml")
     return root
 
@@ -68,7 +68,7 @@ def test_the_real_pipeline_loads_an_export_and_steps_as_we_do(made: Path, export
         eps = pipeline.unet(x, t).sample
         assert float((denoiser.net(x, torch.full((4,), float(t))) - eps).abs().max()) < 1e-5
         levels = [Level(time, float(denoiser.schedule.alpha_bar[time + 1])) for time in (t, t - 1)]
-        # Their DDIM keeps the eps of before the clipping, unless it is told.
+        # Without this option, diffusers' DDIM uses the eps from before clipping.
         for sampler, scheduler, options in (
             (ddpm, pipeline.scheduler, {"generator": torch.Generator().manual_seed(5)}),
             (ddim, implicit, {"use_clipped_model_output": True}),
@@ -91,7 +91,7 @@ def test_the_page_s_command_draws_where_T_is_not_1000(
 
 
 def test_the_program_says_how_many_steps_the_pipeline_takes(made: Path, tmp_path: Path) -> None:
-    """Their pipeline takes 1000 unless it is told, and refuses more than T."""
+    """diffusers' pipeline takes 1000 steps by default, and refuses more than T."""
     said = CliRunner().invoke(app, ["export-diffusers", str(made / "models/cosine"), str(tmp_path / "out")]).output
     assert "call it with num_inference_steps=100" in said
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
@@ -105,7 +105,8 @@ def test_exported_and_imported_it_makes_the_same_images(made: Path, exported: Pa
     after = (checkout / "params.yaml").read_text()
     weights = records.sha256(made / "models/cosine/model.safetensors")
     added = [line for line in after.splitlines() if line not in before.splitlines()]
-    assert added == [f"  hub: {{schedule: cosine, imported: {weights}}}"]  # the same bytes as the original's
+    # the weights are the same bytes as the original's
+    assert added == [f"  hub: {{schedule: cosine, imported: {weights}}}"]
     assert [line for line in after.splitlines() if line not in added] == before.splitlines()
     assert "fixed_large" in lines[0] and "T = 100" in lines[1]
 
@@ -156,7 +157,7 @@ def test_it_is_published_and_promoted_like_our_own(
 
 
 def test_the_google_repositories_layout_is_read(exported: Path, checkout: Path, tmp_path: Path) -> None:
-    """Their config.json lies beside model_index.json, with no folders."""
+    """In these repositories config.json lies beside model_index.json, without folders."""
     flat = tmp_path / "flat"
     flat.mkdir()
     for path in exported.rglob("*.*"):
@@ -191,7 +192,7 @@ def test_an_import_outside_of_a_checkout_is_the_folder_alone(exported: Path, tmp
 
 
 def test_a_target_and_length_of_its_own_stand(exported: Path, checkout: Path) -> None:
-    """Params say eps at T = 100; the import predicts v along 300 times to zero SNR, and is sampled so."""
+    """params.yaml says eps at T = 100. The import keeps its own v prediction and 300 times to zero SNR."""
     other = checkout / "other"
     shutil.copytree(exported, other)
     path = other / "scheduler/scheduler_config.json"
@@ -209,7 +210,7 @@ def test_a_target_and_length_of_its_own_stand(exported: Path, checkout: Path) ->
     assert (denoiser.target, denoiser.schedule.T, float(denoiser.schedule.alpha_bar[-1])) == ("v", 300, 0.0)
     trained = models.read_training(checkout, "hub")
     about = dataset.read_dataset_record(checkout)
-    shown = _schedules(params, {"hub": trained}, about)  # in the report, each at its own length
+    shown = _schedules(params, {"hub": trained}, about)  # the report shows each schedule at its own length
     assert {name: (row.T, row.alpha_bar) for name, row in shown["rows"].items()} == {
         "cosine": (100, pytest.approx(float(NoiseSchedule.named("cosine", 100).alpha_bar[-1]))),
         "hub": (300, 0.0),
@@ -226,7 +227,7 @@ def test_a_changed_missing_or_unfitting_import_is_one_line(exported: Path, check
     records.write_record(folder / "model.json", {**about, "schedule": {**about["schedule"], "s": 0.1}})
     with pytest.raises(InputError, match=r"imported/hub: holds another model than the row schedules\.hub describes"):
         train(params, "hub", checkout)
-    larger = {**about["network"], "image_size": 16, "attention": [8]}  # the same weights
+    larger = {**about["network"], "image_size": 16, "attention": [8]}  # has the same weights
     records.write_record(
         folder / "model.json", {**about, "network": larger, "data": {**about["data"], "shape": [1, 16, 16]}}
     )
@@ -244,7 +245,7 @@ def test_a_changed_missing_or_unfitting_import_is_one_line(exported: Path, check
     assert not (checkout / "models").exists()
 
 
-# Folders as diffusers itself writes them.
+# Folders that diffusers itself writes.
 
 TINY = {
     "sample_size": 8,
@@ -259,7 +260,7 @@ TINY = {
 
 
 def tiny(seed: int = 0, **changes: Any) -> Any:
-    """A UNet2DModel with the defaults of its options."""
+    """Returns a UNet2DModel with the default values of its options."""
     torch.manual_seed(seed)
     return diffusers.UNet2DModel(**{**TINY, **changes})
 
@@ -273,7 +274,7 @@ def edited(path: Path, **changes: Any) -> None:
 
 
 def test_of_a_checkpoint_the_averaged_weights_are_taken(checkout: Path, tmp_path: Path) -> None:
-    """As diffusers' training examples write it: unet_ema by EMAModel, whose settings stand in config.json."""
+    """The folder is as diffusers' training examples write it: EMAModel writes unet_ema, with its own settings in config.json."""
     from diffusers.training_utils import EMAModel
 
     raw, averaged = tiny(0), tiny(1)
@@ -282,7 +283,7 @@ def test_of_a_checkpoint_the_averaged_weights_are_taken(checkout: Path, tmp_path
     EMAModel(averaged.parameters(), model_cls=type(raw), model_config=raw.config).save_pretrained(folder / "unet_ema")
     assert "decay" in json.loads((folder / "unet_ema/config.json").read_text())
     lines = import_diffusers(folder, "both", checkout)
-    assert "checkpoint-500/unet_ema: took these averaged weights" in lines[0]
+    assert "checkpoint-500/unet_ema: imported the averaged weights" in lines[0]
     for name in ("unet", "unet_ema"):
         lines = import_diffusers(folder / name, name, checkout)
         assert not any("averaged" in line for line in lines)
@@ -302,15 +303,15 @@ def test_shards_are_put_together(checkout: Path, tmp_path: Path) -> None:
     index = tmp_path / "shards" / f"{WEIGHTS}.index.json"
     sound = json.loads(index.read_text())["weight_map"]
     for weight_map, message in (
-        ({**sound, "conv_in.bias": "gone.safetensors"}, "1 of .* shards are missing: gone.safetensors"),
-        ({**sound, "conv_in.bias": f"../whole/{WEIGHTS}"}, "expected a weight_map from weights to files beside it"),
+        ({**sound, "conv_in.bias": "gone.safetensors"}, "1 of .* shards are missing, such as gone.safetensors"),
+        ({**sound, "conv_in.bias": f"../whole/{WEIGHTS}"}, "expected a weight_map that names files in the same folder"),
         ([], "expected a weight_map"),
     ):
         edited(index, weight_map=weight_map)
         with pytest.raises(InputError, match=message):
             import_diffusers(tmp_path / "shards", "other", checkout)
     index.unlink()
-    with pytest.raises(InputError, match=r"for shards, .*index.json; there is .*-00001-of-"):
+    with pytest.raises(InputError, match=r"for shards, .*index.json; it has .*-00001-of-"):
         import_diffusers(tmp_path / "shards", "other", checkout)
 
 
@@ -319,15 +320,15 @@ def test_a_variant_is_taken_if_there_is_nothing_else(checkout: Path, tmp_path: P
     folder = tmp_path / "half"
     tiny().half().save_pretrained(folder, variant="fp16", max_shard_size=size)
     lines = import_diffusers(folder, "hub", checkout)
-    assert any("fp16" in line and "took this variant" in line for line in lines)
+    assert any("fp16" in line and "imported this variant" in line for line in lines)
     tiny().half().float().save_pretrained(tmp_path / "rounded")
     import_diffusers(tmp_path / "rounded", "rounded", checkout)
     assert weights_of(checkout) == weights_of(checkout, "rounded")
     tiny().save_pretrained(folder, variant="non_ema")
-    with pytest.raises(InputError, match=r"2 variants of the weights, .*non_ema.*; leave one there"):
+    with pytest.raises(InputError, match=r"2 variants of the weights, .*non_ema.*; keep only one"):
         import_diffusers(folder, "hub", checkout)
     tiny(1).save_pretrained(folder)
-    assert not any("took this variant" in line for line in import_diffusers(folder, "hub", checkout))
+    assert not any("imported this variant" in line for line in import_diffusers(folder, "hub", checkout))
     assert weights_of(checkout) != weights_of(checkout, "rounded")
 
 
@@ -349,28 +350,28 @@ def test_what_belongs_to_sampling_is_said(checkout: Path, exported: Path) -> Non
     other = checkout / "other"
     shutil.copytree(exported, other)
     path = other / "scheduler/scheduler_config.json"
-    (line,) = [line for line in import_diffusers(other, "hub", checkout) if "its pipeline" in line]
+    (line,) = [line for line in import_diffusers(other, "hub", checkout) if "the pipeline" in line]
     assert "variance_type fixed_large, clip_sample true, timestep_spacing leading" in line
     changes = {"thresholding": True, "sample_max_value": 1.5, "timestep_spacing": "trailing", "steps_offset": 1}
     edited(path, **changes, set_alpha_to_one=False)
     said = "\n".join(import_diffusers(other, "hub", checkout))
     for words in (
         "timestep_spacing trailing",
-        "dynamic thresholding (quantile 0.995, sample_max_value 1.5): the same in params.yaml is sampling.clip: 0.995",
+        "dynamic thresholding (quantile 0.995, sample_max_value 1.5); the same in params.yaml is sampling.clip: 0.995",
         "steps_offset 1",
         "set_alpha_to_one false",
     ):
         assert words in said
-    edited(path, sample_max_value=1.0)  # their quantile cannot exceed it
+    edited(path, sample_max_value=1.0)  # diffusers' quantile cannot exceed this value
     assert "sampling.clip: true" in "\n".join(import_diffusers(other, "hub", checkout))
 
 
-# Classes and a learned variance.
+# Models with classes and a learned variance.
 
 
 @pytest.fixture(scope="module")
 def conditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with ten classes and a learned variance. Read-only by agreement."""
+    """Creates a checkpoint with ten classes and a learned variance. Tests must not change this checkpoint."""
     torch.manual_seed(0)
     sizes = {"image_channels": 1, "image_size": 8, "channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": [4]}
     entry = NetworkEntry.of("unet", {**sizes, "out_channels": 2, "classes": 10})
@@ -419,10 +420,10 @@ def test_the_page_s_loop_draws_with_labels(conditional: Path, tmp_path: Path, mo
 
 
 def test_they_come_back_and_are_swept_with_guidance(conditional: Path, checkout: Path, tmp_path: Path) -> None:
-    """Although params.yaml says neither conditional nor learned: that is for the networks that are trained here."""
+    """params.yaml need not say conditional or learned, since these settings are for networks that are trained here."""
     export_diffusers(conditional, tmp_path / "out")
     lines = import_diffusers(tmp_path / "out", "hub", checkout)
-    assert "10 classes, and a null class for guidance" in lines
+    assert "the network has 10 classes, and a null class for guidance" in lines
     assert weights_of(checkout) == records.sha256(conditional / "model.safetensors")
     origin, back = (models.read_model_record(path) for path in (conditional, checkout / "imported/hub"))
     assert (back.network.classes, back.network.out_channels, back.variance) == (10, 2, "learned")
@@ -445,7 +446,7 @@ def test_they_come_back_and_are_swept_with_guidance(conditional: Path, checkout:
 def test_without_a_null_class_guidance_is_refused(checkout: Path, tmp_path: Path) -> None:
     tiny(num_class_embeds=10).save_pretrained(tmp_path / "ten")
     lines = import_diffusers(tmp_path / "ten", "hub", checkout)
-    assert "10 classes without a null class" in lines[1]
+    assert "10 classes and no null class" in lines[1]
     path = checkout / "params.yaml"
     text = path.read_text().replace("schedules: [cosine]", "schedules: [hub]")
     path.write_text(text.replace("eta: 0.0", "eta: 0.0, guidance: 2.0"))
@@ -458,10 +459,11 @@ def test_without_a_null_class_guidance_is_refused(checkout: Path, tmp_path: Path
         generate(params, model=str(checkout / "imported/hub"), out=tmp_path / "x.png", guidance=2.0)
     generate(params, model=str(checkout / "imported/hub"), out=tmp_path / "x.png", count=4, steps=2)
 
-    lines = import_diffusers(tmp_path / "ten", "null", checkout, null_class=True)  # the user knows better
-    assert "9 classes, and a null class for guidance" in lines
+    # the user declares that the last class is the null class
+    lines = import_diffusers(tmp_path / "ten", "null", checkout, null_class=True)
+    assert "the network has 9 classes, and a null class for guidance" in lines
     generate(params, model=str(checkout / "imported/null"), out=tmp_path / "x.png", count=4, steps=2, guidance=2.0)
-    with pytest.raises(InputError, match=r"imported/null: knows 9 classes, the dataset has 10"):
+    with pytest.raises(InputError, match=r"imported/null: the model has 9 classes, but the dataset has 10"):
         train(Params.load(path), "null", checkout)
     tiny().save_pretrained(tmp_path / "none")
     with pytest.raises(InputError, match="leave --null-class out"):
@@ -472,7 +474,7 @@ def test_without_a_null_class_guidance_is_refused(checkout: Path, tmp_path: Path
 def test_a_learned_variance_takes_its_scheduler(
     checkout: Path, tmp_path: Path, out_channels: int, variance: str
 ) -> None:
-    """diffusers' own scheduler would fail at the first step."""
+    """With a scheduler that does not fit, diffusers would fail at the first step."""
     scheduler = diffusers.DDPMScheduler(variance_type=variance)
     diffusers.DDPMPipeline(tiny(out_channels=out_channels), scheduler).save_pretrained(tmp_path / "mixed")
     with pytest.raises(InputError, match=rf"out_channels = {out_channels} does not fit the scheduler's variance_type"):
@@ -484,7 +486,7 @@ def test_a_learned_variance_takes_its_scheduler(
 
 
 def broken(exported: Path, to: Path, how: str) -> Path:
-    """A copy of the export with one fault."""
+    """Returns a copy of the export with one fault."""
     shutil.copytree(exported, to)
     weights, config = to / "unet" / WEIGHTS, to / "unet/config.json"
     state = load_file(weights)
@@ -519,7 +521,7 @@ def broken(exported: Path, to: Path, how: str) -> Path:
     [
         ("truncated", "not readable"),
         ("pickle", r"a pickle \(.bin\), which can run code"),
-        ("no weights", "no such file"),
+        ("no weights", "has neither diffusion_pytorch_model.safetensors nor"),
         ("missing", "1 of the weights missing: conv_in.bias"),
         ("unexpected", r"1 of the weights unexpected: class_embedding.weight"),
         ("not finite", "are not finite"),

@@ -1,4 +1,4 @@
-"""`ddpm fit-times` prints a row that the sample stage takes with the same model."""
+"""Checks that `ddpm fit-times` prints a row that the sample stage accepts with the same model."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def test_wrong_input_is_one_line(trained: Path, smoke: Callable[..., Params], mo
         with pytest.raises(InputError, match=message):
             fit_row(params, folder, [3], images=2, **settings)
     monkeypatch.setattr("ddpm.tools.fit_times.Path.of", never)
-    with pytest.raises(InputError, match=r"steps = 101 must lie in 1 ... 100"):  # before the trajectory is followed
+    # refused before the trajectory is computed
+    with pytest.raises(InputError, match=r"steps = 101 must lie in 1 ... 100"):
         fit_row(params, folder, [3, 101], images=2)
     result = CliRunner().invoke(app, ["fit-times", str(folder), "--steps", "5;8"])
     assert isinstance(result.exception, InputError) and "--steps 5;8: expected numbers" in str(result.exception)

@@ -1,4 +1,4 @@
-"""What params.yaml asks of a dataset is checked before anything is read or trained."""
+"""Checks that the dataset is compared with params.yaml before anything is read or trained."""
 
 from __future__ import annotations
 
@@ -35,33 +35,41 @@ def draw(folder: Path, *names: str) -> None:
 
 
 def prepared(params: Params, root: Path) -> list[str]:
-    """Returns the warnings of `ddpm prepare`."""
+    """Runs `ddpm prepare` and returns its warnings."""
     said: list[Progress] = []
     prepare_stage.prepare(params, root, said.append, partial(check_contents, params))
     return [progress.message for progress in said[:-1] if progress.message]
 
 
 TEN = [f"{split}/{name}" for split in ("train", "test") for name in "abcde"]
-# The images, changes of params.yaml, and the message.
+# For each case: the images, the changes of params.yaml, and the message.
 REFUSED: dict[str, tuple[list[str], dict[str, Any], str]] = {
-    "one image": (["a"], {}, "images: 1 train and 0 test images; a score takes 4 or more of train: add images$"),
-    "two images": (["a", "b"], {}, "images: 2 train and 0 test images; a score takes 4 or more of train: add images$"),
+    "one image": (
+        ["a"],
+        {},
+        "images: 1 train and 0 test images, but a score needs at least 4 train images; add images$",
+    ),
+    "two images": (
+        ["a", "b"],
+        {},
+        "images: 2 train and 0 test images, but a score needs at least 4 train images; add images$",
+    ),
     "most are held out": (
         list("abcdef"),
         {"data": {"test_fraction": 0.5}},
-        "images: 3 train and 3 test images; .*: add images, or hold out fewer of them for test$",
+        "images: 3 train and 3 test images, .*; add images, or move some from test to train$",
     ),
-    "all are held out": (["a"], {"data": {"test_fraction": 0.9}}, "images: no training images: add some, or lower"),
+    "all are held out": (["a"], {"data": {"test_fraction": 0.9}}, "images: no training images; add images or lower"),
     "no training images": ([f"test/{name}" for name in "abcde"], {}, "images: no training images: all lie in test"),
     "a class of test alone": (
         [*(f"train/cat/{name}" for name in "abcd"), "test/ape/e", "test/cat/f"],
         {"diffusion": {"conditional": True}},
-        "images: no training images of ape, so a conditional network cannot learn them; add some, remove the test images",
+        "images: no training images of ape, so a conditional network cannot learn these classes; add training images, remove",
     ),
     "no classes": (
         TEN,
         {"diffusion": {"conditional": True}},
-        "conditional is true, but the dataset image_folder has no classes; set conditional to false, or add classes: ",
+        "conditional is true, but the dataset image_folder has no classes; set it to false or add classes ",
     ),
     "attention": (
         TEN,
@@ -69,7 +77,11 @@ REFUSED: dict[str, tuple[list[str], dict[str, Any], str]] = {
         r"attention at height 5 never occurs: the resolutions \(height x width\) are 8x8, 4x4$",
     ),
     "too deep": (TEN, {"network": {"multipliers": [1] * 5, "attention": []}}, "image_size 8 cannot be halved 4 times"),
-    "two samples": (TEN, {"sampling": {"images": 2}}, "sampling.images: 2; a score takes 4 or more"),
+    "two samples": (
+        TEN,
+        {"sampling": {"images": 2}},
+        "sampling.images: 2 is too few; a score needs at least 4 samples",
+    ),
 }
 
 
@@ -101,8 +113,8 @@ def test_settings_without_the_wanted_effect_are_named(smoke: Smoke, tmp_path: Pa
     draw(tmp_path, *(f"train/cat/{name}" for name in "abcd"), "test/ape/e")
     sizes = {"sampling": {"images": 9}, "evaluation": {"images": 6}}
     assert prepared(folder_params(smoke, **sizes), tmp_path) == [
-        "sampling.images: 9 for each point, but a score takes evaluation.images = 6",
-        "evaluation.images: 6, but scores will compare 6 samples and 4 training images: there are no more",
+        "sampling.images: 9 images are drawn for each point, but a score uses only evaluation.images = 6",
+        "evaluation.images: 6, but there are fewer images, so scores will compare 6 samples and 4 training images",
         "no training images of ape",
     ]
     assert check(smoke(), (1, 8, 8), (1438, 359), None) == []

@@ -1,4 +1,4 @@
-"""`ddpm gc` removes old files of .cache. Files from which a run would continue stay, and so does all outside .cache."""
+"""Checks that `ddpm gc` removes old files of .cache, keeps those from which a run would continue, and touches nothing else."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Smoke = Callable[..., Params]
 
 
 def later() -> float:
-    """A moment that all is older than."""
+    """Returns a time after which every file counts as old."""
     return time.time() + 60
 
 
 def aged(path: Path, days: float = 30) -> Path:
-    """Dates a file, or a folder with all that is in it, so many days back."""
+    """Sets the dates of a file, or of a folder and its content, to `days` ago."""
     moment = time.time() - days * 86400
     for item in (*path.rglob("*"), path):
         os.utime(item, (moment, moment))
@@ -34,7 +34,7 @@ def aged(path: Path, days: float = 30) -> Path:
 
 
 def made(root: Path, name: str, size: int = 1_000_000) -> Path:
-    """A file below .cache."""
+    """Writes a file below .cache."""
     path = root / paths.CACHE / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(bytes(size))
@@ -46,7 +46,7 @@ def test_states_that_nobody_goes_on_from(root: Path, smoke: Smoke) -> None:
     for params in (now, before):
         train(params, "cosine", root)
     assert len(list((root / ".cache" / "training").iterdir())) == 2
-    assert list(cleaning.leftovers(now, root, time.time() - 86400)) == []  # a training may be using them
+    assert list(cleaning.leftovers(now, root, time.time() - 86400)) == []  # a training may still be using these states
     (gone,) = cleaning.leftovers(now, root, later())
     assert gone.kind == "training states" and gone.size > 1000
     gone.remove()
@@ -56,7 +56,7 @@ def test_states_that_nobody_goes_on_from(root: Path, smoke: Smoke) -> None:
 
 
 def test_states_of_another_decay(root: Path, smoke: Smoke) -> None:
-    """Those before the decay stay, and so do those of the present one."""
+    """States from before the decay stay, and so do those of the present decay."""
     for to in (0.5, 0.1):
         params = smoke(training={"steps": 8, "decay": "linear", "decay_share": 0.5, "decay_to": to})
         train(params, "cosine", root)
@@ -79,7 +79,7 @@ def test_without_a_dataset_every_state_stays(tmp_path: Path, smoke: Smoke) -> No
 def test_a_dataset_that_cannot_be_read_keeps_the_states_and_nothing_else(
     text: str, tmp_path: Path, smoke: Smoke
 ) -> None:
-    """One of version 0.1.0, which held no checksum, or a damaged one."""
+    """The record is one of version 0.1.0, which had no checksum, or a damaged one."""
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset" / "dataset.json").write_text(text)
     aged(made(tmp_path, "training/cosine-0123/000000040.safetensors"))
@@ -106,14 +106,14 @@ def test_images_of_the_sweep_stay_and_what_is_used_stays(root: Path, smoke: Smok
         for file in files or ("",):
             made(root, f"{name}/{file}".rstrip("/"))
     aged(root / paths.CACHE)
-    made(root, "features/a.lock", 0)  # taken today, by a reader of the features
+    made(root, "features/a.lock", 0)  # a reader of the features took this lock today
 
     def found() -> set[str]:
         old = cleaning.leftovers(params, root, time.time() - 86400)
         return {str(path.relative_to(root / paths.CACHE)) for item in old for path in item.paths}
 
     assert found() == {*gone}
-    os.utime(root / paths.CACHE / "features" / "b.npz", (time.time(), 1))  # read today
+    os.utime(root / paths.CACHE / "features" / "b.npz", (time.time(), 1))  # the file was read today
     assert found() == {name for name in gone if "features" not in name}
 
 
@@ -122,7 +122,7 @@ def test_the_command_shows_first_and_leaves_the_stores_alone(checkout: Path, mon
     monkeypatch.chdir(checkout)
     for outside in (".dvc/cache/files/md5/00/11", "mlartifacts/ddpm-digits/0/artifacts/file"):
         aged(made(checkout, f"../{outside}"))
-    (checkout / "dvc.lock").unlink(missing_ok=True)  # no result has a name any more
+    (checkout / "dvc.lock").unlink(missing_ok=True)  # now no result has a name
     old = made(checkout, "training/cosine-of-old/000000040.safetensors", 2_000_000).parent
     assert "nothing to remove" in CliRunner().invoke(app, ["gc"]).output
     aged(old)

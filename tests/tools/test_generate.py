@@ -1,4 +1,4 @@
-"""The pictures of `ddpm generate` show what the library computed, and wrong requests are one line."""
+"""Checks that the pictures of `ddpm generate` show the library's results, and that wrong requests give one line."""
 
 import re
 import shutil
@@ -44,7 +44,7 @@ def here(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cells(path: Path, columns: int) -> np.ndarray:
-    """The 8x8 images of a picture, row by row."""
+    """Returns the 8x8 images of a picture, row by row."""
     picture = np.asarray(Image.open(path))[1:, 1:]
     side = picture.shape[1] // columns
     rows = picture.reshape(-1, side, columns, side).transpose(0, 2, 1, 3)[:, :, :-1, :-1]
@@ -98,7 +98,7 @@ def test_the_originals_stand_at_the_ends(kind: str, params: Params, tmp_path: Pa
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_draws_with_its_own_options_where_no_row_has_its_name(sampler: str, tmp_path: Path) -> None:
-    """And without a params.yaml, as in any folder."""
+    """There is no params.yaml either, as in any folder."""
     generate(None, out=tmp_path / "grid.png", count=4, model=MODEL, sampler=sampler, steps=5)
     denoiser, record = checkpoint.load(Path(MODEL), clip=True)
     expected, _ = draw(
@@ -129,7 +129,7 @@ def test_a_row_of_params_wins_over_the_sampler_of_its_name(params: Params, smoke
 
 
 def test_the_schedule_of_a_model_is_shown_as_it_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And without a model, in a folder without params.yaml, every schedule."""
+    """In a folder without a model and params.yaml, every schedule is shown."""
     denoiser, _ = checkpoint.load(Path(MODEL))
     model = Path(MODEL).absolute()
     monkeypatch.chdir(tmp_path)
@@ -153,7 +153,7 @@ def test_refused(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     trained_model = Path(MODEL).absolute()
     refuse("draws noise of its own", kind="interpolate", of=(0, 1), sampler="ddpm")
     refuse("numbered 0 ...", kind="interpolate", of=(0, 100_000))
-    refuse("the test split has 359 images", kind="encode-decode", of=(100_000,))
+    refuse("the test split has only 359 images", kind="encode-decode", of=(100_000,))
     refuse("leave -n out", kind="encode-decode", of=(4,), count=4)
     refuse("times repeat", kind="progressive", steps=1000)
     elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
@@ -207,7 +207,7 @@ def test_a_shell_completes_verbs_and_options(words: str, found: str) -> None:
     assert said.output.split() == [found]
 
 
-@pytest.mark.parametrize(("verb", "zeros"), [("generate", 1), ("schedules", 0)])  # a seed of 0 is one
+@pytest.mark.parametrize(("verb", "zeros"), [("generate", 1), ("schedules", 0)])  # for the seed, 0 is a real value
 def test_the_help_shows_no_number_that_stands_for_none(verb: str, zeros: int) -> None:
     said = CliRunner().invoke(app, [verb, "--help"], terminal_width=200).output
     assert "--out" in said and said.count("default: 0]") == zeros

@@ -1,4 +1,4 @@
-"""`ddpm.load` gives the network, process and classes of a folder, and one line where it cannot."""
+"""Checks that `ddpm.load` returns the network, process and classes of a folder, or fails in one line."""
 
 import sys
 from dataclasses import replace
@@ -15,7 +15,7 @@ from ddpm.files.models import NetworkEntry
 
 @pytest.fixture(scope="module")
 def conditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with three classes, a learned variance and another target. Read-only by agreement."""
+    """Creates a checkpoint with three classes, a learned variance and another target. Tests must not change this checkpoint."""
     torch.manual_seed(0)
     sizes = {"image_channels": 1, "image_size": 8, "channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": [4]}
     entry = NetworkEntry.of("unet", {**sizes, "out_channels": 2, "classes": 3})
@@ -78,7 +78,7 @@ def test_a_registered_model_without_mlflow_is_one_line(monkeypatch: pytest.Monke
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(InputError, match=r"^models:/ddpm-digits@champion: MLflow at \S+ has no such model"):
         load("models:/ddpm-digits@champion")
-    assert not list(tmp_path.iterdir())  # asking creates no database
+    assert not list(tmp_path.iterdir())  # the request creates no database
     monkeypatch.setitem(sys.modules, "mlflow", None)
     monkeypatch.setitem(sys.modules, "mlflow.exceptions", None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")

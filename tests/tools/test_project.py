@@ -1,4 +1,4 @@
-"""`ddpm init` makes a project in which DVC runs the stages of the installed package, and notices that the package changed."""
+"""Checks that `ddpm init` makes a project that runs the installed package's stages, and notices a changed package."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(folder: Path, *command: str, **environment: str) -> subprocess.Completed
 
 
 def dvc(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The DVC that pip installs, which is not the one of a checkout's environment."""
+    """Runs the DVC that pip installs, not the one of a checkout's environment."""
     return run(folder, sys.executable, "-m", "dvc", *arguments, **environment)
 
 
@@ -64,7 +64,7 @@ def test_a_project_has_all_that_a_run_needs(tmp_path: Path) -> None:
     said = CliRunner().invoke(app, ["init", str(folder), "--recipe", "smoke"]).output.splitlines()
     assert said[:3] == [f"{folder}: a project with the recipe smoke", "next:", f"  cd {folder}"]
     assert (folder / "params.yaml").read_bytes() == (ROOT / "recipes" / "smoke.yaml").read_bytes()
-    recipes = {path.name for path in (ROOT / "recipes").glob("*.*")}  # scripts that make the data of a recipe, too
+    recipes = {path.name for path in (ROOT / "recipes").glob("*.*")}  # includes scripts that make the data of a recipe
     assert "emoji.py" in recipes
     assert {path.name for path in (folder / "recipes").iterdir()} == recipes
     assert read((folder / "prefect.yaml").read_text())["deployments"][0]["entrypoint"] == "flows.train_eval.train_eval"
@@ -72,10 +72,10 @@ def test_a_project_has_all_that_a_run_needs(tmp_path: Path) -> None:
     waiting = dvc(folder, "status")
     assert waiting.returncode == 0 and "report:" in waiting.stdout, waiting.stderr
     assert run(folder, "git", "check-ignore", "dataset", "models", "report", ".cache").returncode == 0
-    assert run(folder, "git", "check-ignore", NAME).returncode == 1  # it belongs to the commit
-    # Again, and elsewhere, it overwrites nothing.
+    assert run(folder, "git", "check-ignore", NAME).returncode == 1  # the file belongs into the commit
+    # A second `ddpm init`, here or in a folder with files, overwrites nothing.
     again = CliRunner().invoke(app, ["init", str(folder)]).exception
-    assert isinstance(again, InputError) and "`ddpm init --update` renews" in str(again)
+    assert isinstance(again, InputError) and "run `ddpm init --update`" in str(again)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "params.yaml").write_text("of somebody")
     for arguments in (["other"], ["new", "--recipe", "none"], ["other/params.yaml"], ["other", "--update"]):
@@ -94,7 +94,7 @@ def test_a_project_may_be_a_folder_of_a_repository(tmp_path: Path) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A folder with a copy of the packages, as pip installs them."""
+    """Creates a folder with a copy of the packages, as pip installs them."""
     for name in ("ddpm", "flows"):
         shutil.copytree(ROOT / name, tmp_path / "site" / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path / "site"
@@ -110,7 +110,10 @@ def test_a_changed_package_is_refused_until_the_project_is_updated(site: Path, t
             file.write("# edited\n")
 
     def changed() -> set[str]:
-        """The stages with other code than dvc.lock records. Stages that never ran lack everything, so only one stage ran."""
+        """Returns the stages whose code differs from dvc.lock.
+
+        Only one stage ran here, because a stage that never ran differs in everything.
+        """
         status = json.loads(dvc(folder, "status", "--json", "prepare", **installed).stdout)
         return set(status)
 
@@ -129,7 +132,7 @@ def test_a_changed_package_is_refused_until_the_project_is_updated(site: Path, t
     assert "stages whose code changed: prepare" in update.stdout, update.stderr
     assert changed() == {"prepare"}
     assert dvc(folder, "repro", "prepare", **installed).returncode == 0
-    # Code that no stage runs, and a row that params.yaml does not select, change no stage.
+    # An edit of code that no stage runs, or of a row that params.yaml does not select, changes no stage.
     for name in ("ddpm/tracking/runs.py", "ddpm/sources/cifar10.py"):
         edit(name)
     assert (
@@ -139,7 +142,7 @@ def test_a_changed_package_is_refused_until_the_project_is_updated(site: Path, t
     edit("ddpm/sources/digits.py")
     assert run(folder, *ddpm, "init", "--update", **installed).returncode == 0
     assert changed() == {"prepare"}
-    # An edited dvc.yaml is the user's.
+    # An edited dvc.yaml belongs to the user, and is not overwritten.
     with (folder / "dvc.yaml").open("a") as file:
         file.write("# mine\n")
     update = run(folder, *ddpm, "init", "--update", **installed)
@@ -157,7 +160,7 @@ def test_a_package_that_changes_while_a_stage_runs_is_noticed(tmp_path: Path, mo
     some = next(iter(installed))
     with pytest.raises(InputError, match=r"ddpm\.json: made with"), inputs.unchanged("prepare", tmp_path):
         monkeypatch.setattr(code, "hashes", lambda: {**installed, some: "0" * 64})
-    # A project that was updated meanwhile: the process still runs the old code.
+    # The project was updated in the meantime, but the process still runs the old code.
     monkeypatch.setattr(code, "hashes", lambda: installed)
     with pytest.raises(InputError, match=r"ddpm\.json: made with"), inputs.unchanged("prepare", tmp_path):
         monkeypatch.setattr(code, "hashes", lambda: {**installed, some: "0" * 64})

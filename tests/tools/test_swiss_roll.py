@@ -1,4 +1,4 @@
-"""The library on points of the plane: by a two-sample statistic, samples are distributed like the Swiss roll."""
+"""Checks the library on points of the plane: by a two-sample statistic, samples are distributed like the Swiss roll."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def made(denoiser: Denoiser) -> dict[int, Tensor]:
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of Szekely & Rizzo, unbiased: 0 on average for samples of one distribution."""
+    """Computes 2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely & Rizzo), unbiased: 0 on average for samples of one distribution."""
     n, m = len(x), len(y)
     within = torch.cdist(x, x).sum() / (n * (n - 1)) + torch.cdist(y, y).sum() / (m * (m - 1))
     return float(2 * torch.cdist(x, y).mean() - within)
 
 
 def exact_drift(denoiser: Denoiser, x_t: Tensor, t: int) -> Tensor:
-    """Of the very points it was trained on: x0_hat is their mean, weighted by how likely x_t came from each."""
+    """Computes the exact drift of the training points: x0_hat is their mean, weighted by how likely x_t came from each point."""
     data = roll(POINTS, 0)[0].double()
     a2 = denoiser.schedule.alpha_bar[t]
     weights = (-(torch.cdist(x_t.double(), a2.sqrt() * data) ** 2) / (2 * (1 - a2))).softmax(1)
@@ -50,21 +50,27 @@ def exact_drift(denoiser: Denoiser, x_t: Tensor, t: int) -> Tensor:
 
 
 def test_what_comes_out_is_distributed_like_the_data(made: dict[int, Tensor]) -> None:
-    """Under fresh seeds this fails in about 1 of 100 runs, by the noise of 16 runs of 2,000 points, scaled to 5,000."""
+    """With other seeds, the test would fail by chance in about 1 of 100 runs.
+
+    This follows from the noise of 16 runs of 2,000 points, scaled to 5,000 points.
+    """
     assert sorted(made) == list(range(T + 1))
     held_out = roll(MADE, 1)[0]
-    # A Gaussian of the data's own mean and covariance is as near as one comes without learning the shape.
+    # A Gaussian with the data's mean and covariance is as near as possible without learning the shape.
     centred = held_out - held_out.mean(0)
     gaussian = made[T] @ torch.linalg.cholesky(centred.T @ centred / MADE).T + held_out.mean(0)
     baseline = energy_distance(gaussian, held_out)
     level = max(abs(energy_distance(roll(MADE, seed)[0], held_out)) for seed in (2, 3, 4))
     distance = energy_distance(made[0], held_out)
-    assert level < baseline / 10  # the statistic can tell
+    assert level < baseline / 10  # so the statistic can detect the difference
     assert distance < baseline / 8
 
 
 def test_the_drift_is_that_of_the_perfect_network(denoiser: Denoiser) -> None:
-    """Under fresh seeds this fails in fewer than 1 of 100 runs: the nearest bound is 6 deviations from four trainings."""
+    """With other seeds, the test would fail by chance in fewer than 1 of 100 runs.
+
+    In four trainings, the nearest bound was 6 deviations away.
+    """
     data = roll(COUNT, 1)[0]
     noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(0))
     to_the_mean = Denoiser(lambda x, _: data.mean(0).expand_as(x), denoiser.schedule, "x0")

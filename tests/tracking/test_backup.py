@@ -1,4 +1,4 @@
-"""The commands of docs/storage.md bring records and files back."""
+"""Checks that the commands of docs/storage.md restore records and files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_backup_brings_the_champion_back(checkout: Path, smoke: Callable[..., 
     for name in ("mlflow.db", "mlartifacts"):
         (shutil.rmtree if name == "mlartifacts" else os.unlink)(checkout / name)
     shell(restore)
-    # In a process of its own: this one still holds the old file open.
+    # Runs in a new process, because this process still holds the old file open.
     fetch = (
         "from pathlib import Path; from ddpm import tracking; from ddpm.files import checkpoint; "
         "checkpoint.load(tracking.fetch_model('models:/ddpm-digits@champion', Path('fetched'))[0])"

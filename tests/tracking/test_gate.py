@@ -1,4 +1,4 @@
-"""How often the report's choice and the gate promote a model that is no better, and one that is: simulations.
+"""Simulates how often the report's choice and the gate promote a model that is no better, and a model that is better.
 
 Scores are means of normal values of the images, so every truth is known. `PYTHONPATH=. python tests/tracking/test_gate.py`
 prints the table of docs/statistics.md.
@@ -20,12 +20,12 @@ from ddpm.tracking.registry.decision import Judged, Protocol, Score, decide
 IMAGES, NOISE = 400, 0.3
 RULE = Promotion()
 PROTOCOL = Protocol("d" * 64, 64, IMAGES, 1000, "e" * 64)
-ERROR = NOISE * np.sqrt(2 * 0.2 / IMAGES)  # of the difference of two scores in pairs
-SHARED = 0.8  # of the variance of the images, between models that start from the same noise
+ERROR = NOISE * np.sqrt(2 * 0.2 / IMAGES)  # the standard error of a paired difference of two scores
+SHARED = 0.8  # the share of the images' variance that models with the same starting noise have in common
 
 
 def scores(truths: list[float], generator: np.random.Generator, luck: np.ndarray | None = None) -> list[Estimate]:
-    """Scores of models whose true scores are `truths`. luck: that of images of the same noise [IMAGES]."""
+    """Returns scores of models whose true scores are `truths`. luck: the shared part of images with the same noise [IMAGES]."""
     luck = generator.normal(size=IMAGES) if luck is None else luck
     own = generator.normal(size=(len(truths), IMAGES))
     values = np.array(truths)[:, None] + NOISE * (np.sqrt(SHARED) * luck + np.sqrt(1 - SHARED) * own)
@@ -33,9 +33,9 @@ def scores(truths: list[float], generator: np.random.Generator, luck: np.ndarray
 
 
 def promoted(points: int, paired: bool, gain: float, repetitions: int, alone: bool = False) -> int:
-    """How often the report's choice of `points` points wins, all of which are better than the champion by `gain`.
+    """Returns how often the report's choice among `points` points wins. All points are better than the champion by `gain`.
 
-    alone: forget how many points the choice was made from.
+    alone: ignores how many points the choice was made from.
     """
     generator, wins = np.random.default_rng(points), 0
     for _ in range(repetitions):
@@ -45,19 +45,22 @@ def promoted(points: int, paired: bool, gain: float, repetitions: int, alone: bo
         chosen = choose([Candidate(str(i), 50, each) for i, each in enumerate(found)], margin=0.05).best
         challenger = Score(chosen.estimate, 50, PROTOCOL, 0)
         champion = Score(before, 50, PROTOCOL, 0 if paired else 1)
-        wins += decide(challenger, champion, RULE, looked_at=[chosen.estimate] if alone else found).wins
+        wins += decide(challenger, champion, RULE, picked_from=[chosen.estimate] if alone else found).wins
     return wins
 
 
 @pytest.mark.parametrize(("points", "paired"), [(1, True), (4, False), (12, True)])
 def test_luck_is_promoted_no_more_often_than_promised(points: int, paired: bool) -> None:
-    """2.5 % of decisions, however many points the challenger was picked from. Under a fresh seed, 1 of 1,000 runs fails."""
+    """The limit is 2.5 % of decisions, however many points the challenger was picked from.
+
+    With another seed, the test would fail by chance in 1 of 1,000 runs.
+    """
     wins = promoted(points, paired, 0.0, 200)
     assert 0 < wins <= binom.ppf(0.9995, 200, 0.025)
 
 
 def test_a_pair_alone_promotes_luck_far_more_often() -> None:
-    """Without the number of points, 12 points promote luck in about 15 % of decisions."""
+    """If the number of points is ignored, 12 points promote luck in about 15 % of decisions."""
     assert promoted(12, True, 0.0, 150, alone=True) > binom.ppf(0.9995, 150, 0.05)
 
 
@@ -67,9 +70,9 @@ def test_what_is_better_by_four_standard_errors_is_promoted(points: int) -> None
 
 
 def halved(margin: float, step: float, repetitions: int, halvings: int = 5) -> list[int]:
-    """How often a champion of 1,000 evaluations is replaced by 0, 1, 2 ... challengers in a row.
+    """Returns how often a champion of 1,000 evaluations is replaced by 0, 1, 2 ... challengers in a row.
 
-    Each takes half the evaluations of the last champion, and its true score is worse by `step` standard errors.
+    Each challenger takes half the evaluations of the last champion, and its true score is worse by `step` standard errors.
     """
     generator, counts = np.random.default_rng(0), [0] * (halvings + 1)
     rule = replace(RULE, margin=margin)
@@ -89,22 +92,22 @@ def halved(margin: float, step: float, repetitions: int, halvings: int = 5) -> l
 
 
 def test_cheaper_challengers_cannot_lower_the_score_bit_by_bit() -> None:
-    """The margin is 2.5 standard errors, so the third halving is worse by more than that: it wins in 2.5 % of the runs at most.
+    """The margin is 2.5 standard errors. The third halving exceeds the margin, so it wins in at most 2.5 % of the runs.
 
-    Under a fresh seed 1 of 1,000 runs fails.
+    With another seed, the test would fail by chance in 1 of 1,000 runs.
     """
     counts = halved(2.5 * ERROR, 1.0, 400)
     assert sum(counts[3:]) <= binom.ppf(0.9995, 400, 0.025)
-    assert counts[1] > 40  # and the first, which is worse by less than the margin, does win sometimes
+    assert counts[1] > 40  # the first halving is worse by less than the margin, so it does win sometimes
 
 
 def test_a_cheaper_model_that_is_as_good_wins() -> None:
-    """With a margin of 5 standard errors, a model without a difference passes almost always."""
+    """With a margin of 5 standard errors, an equally good model passes almost always."""
     assert halved(5 * ERROR, 0.0, 200, halvings=1)[1] > 190
 
 
 def test_the_best_champion_is_remembered() -> None:
-    """The champion lost within the margin to the best one; a challenger within the margin of the champion alone stays out."""
+    """The champion was within the margin of the best one. A challenger that is within the margin of the champion alone loses."""
     best, champion, challenger = (
         Score(Estimate(value, 0.001), evaluations, PROTOCOL)
         for value, evaluations in ((1.0, 100), (1.04, 50), (1.07, 25))
@@ -124,7 +127,7 @@ def test_the_best_champion_is_remembered() -> None:
     ],
 )
 def test_other_judges_can_only_refuse(fd: float, wins: bool, words: str) -> None:
-    """1.959964 sqrt(2) 0.1 = 0.277 is the reach of the second judge."""
+    """The reach of the second judge is 1.959964 sqrt(2) 0.1 = 0.277."""
     rule = replace(RULE, judges=("fd_dinov2",))
     before, after = ({"fd_dinov2": Judged(Estimate(value, 0.1), "w")} for value in (100.0, fd))
     champion = Score(Estimate(1.0, 0.01), 50, PROTOCOL, judges=before)

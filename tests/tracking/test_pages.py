@@ -1,4 +1,4 @@
-"""What a newcomer sees of a sweep in a browser: MLflow's pages and the report. The pictures are in test-output/."""
+"""Checks how a newcomer sees a sweep in a browser: MLflow's pages and the report. Pictures go to test-output/."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Shoot = Callable[[Any, str], None]
 
 
 def fids(run: str) -> list[float]:
-    """At 2, 5 and 10 steps; cosine-ddim-10 is the best."""
+    """Returns a run's FIDs at 2, 5 and 10 steps. cosine-ddim-10 has the best."""
     return [60 / steps + 3 * run.endswith("ddpm") + 2 * run.startswith("linear") for steps in (2, 5, 10)]
 
 
@@ -42,7 +42,7 @@ def params(smoke: Callable[..., Params]) -> Params:
 def sweep(
     params: Params, made: Path, empty_database: Path, write_scores: Scores, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Two schedules, two samplers, three numbers of steps: published, and the best one promoted."""
+    """Creates a published sweep of two schedules, two samplers and three numbers of steps, with the best point promoted."""
     root = tmp_path_factory.mktemp("sweep")
     shutil.copytree(made, root, symlinks=True, dirs_exist_ok=True)
     shutil.copyfile(empty_database, root / "mlflow.db")
@@ -76,18 +76,18 @@ def test_the_filters_of_the_docs_find_what_they_say(mlflow: str) -> None:
         ["cosine", "cosine-ddim", "cosine-ddpm"],
         ["cosine-ddim", "linear-ddim"],
         ["cosine", *RUNS[:2], "linear", *RUNS[2:]],
-        ["cosine"],  # the others lack the run file of their first point here
+        ["cosine"],  # the other runs lack the run file of their first point here
         ["cosine-ddim", "cosine-ddpm"],
         RUNS,
     ]
 
 
 def open_experiment(page: Any, mlflow: str) -> Any:
-    """By hand: MLflow takes every newcomer for a builder of agents, and the description has the way out."""
+    """Opens the chart by clicks: MLflow first shows newcomers its view for agents, and the description links to the chart."""
     page.goto(f"{mlflow}/#/experiments", wait_until="domcontentloaded")
     page.get_by_role("link", name="ddpm-digits").click()
     page.get_by_role("button", name="Got it").click()
-    page.get_by_role("button", name="Close").click()  # the assistant
+    page.get_by_role("button", name="Close").click()  # closes the assistant
     with page.context.expect_page() as opened:
         page.get_by_role("link", name="FID against steps").click()
     return opened.value
@@ -106,7 +106,7 @@ def test_one_click_shows_fid_against_steps_and_the_images(page: Any, mlflow: str
     images = cards.filter(has_text=re.compile("^samples"))
     images.scroll_into_view_if_needed()
     shown = images.locator("img")
-    shown.nth(3).wait_for()  # real ones, for the slider stands at 0
+    shown.nth(3).wait_for()  # waits for real images, because the slider stands at 0
     real = shown.first.get_attribute("src")
     track = images.locator(".TRACK").bounding_box()
     chart.mouse.click(track["x"] + track["width"] - 2, track["y"] + track["height"] / 2)
@@ -118,7 +118,7 @@ def test_one_click_shows_fid_against_steps_and_the_images(page: Any, mlflow: str
 def test_the_runs_page_has_the_samplers_below_their_schedules(page: Any, mlflow: str, shoot: Shoot) -> None:
     page.goto(f"{mlflow}/#/experiments/1/runs?workflowType=machine_learning", wait_until="domcontentloaded")
     for name in ("linear", "cosine", *RUNS):
-        page.get_by_role("link", name=name, exact=True).first.wait_for()  # a training has a model of its name too
+        page.get_by_role("link", name=name, exact=True).first.wait_for()  # a training also has a model of this name
     shoot(page, "mlflow-runs")
     page.get_by_role("link", name="cosine-ddim", exact=True).click()
     page.get_by_text("Sampler ddim on the cosine schedule").wait_for()
@@ -132,7 +132,7 @@ def test_the_registry_shows_the_champion_and_where_it_comes_from(page: Any, mlfl
     page.get_by_role("link", name="Version 1").click()
     for text in ("95%", "ddpm.evaluations", "cosine-ddim-10 is the first champion", "ddpm.dataset_sha256"):
         page.get_by_text(text).locator("visible=true").first.wait_for()
-    assert page.get_by_role("link", name="cosine-ddim", exact=True).get_attribute("href")  # the run
+    assert page.get_by_role("link", name="cosine-ddim", exact=True).get_attribute("href")  # a link to the run
     shoot(page, "mlflow-version")
 
 
@@ -147,7 +147,7 @@ def test_the_report_opens_without_a_network(page: Any, sweep: Path, shoot: Shoot
     page.goto(html.as_uri(), wait_until="load")
     page.get_by_text("cosine-ddim-10").first.wait_for()
     shoot(page, "report")
-    page.get_by_text("There was no champion before").wait_for()  # no champion before this one, as run.js says
+    page.get_by_text("There was no earlier champion").wait_for()  # run.js says that there was no earlier champion
     for width in (1280, 390):
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -1,4 +1,4 @@
-"""MLflow and Prefect on a real PostgreSQL server."""
+"""Checks MLflow and Prefect on a real PostgreSQL server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "storage.md"
 
 
 def program(name: str) -> str:
-    """Debian keeps them off the PATH."""
+    """Returns the path of a PostgreSQL program, which Debian keeps off the PATH."""
     homes = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
     found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(str(home) for home in reversed(homes)))
     if found is None:
@@ -36,10 +36,10 @@ def program(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
-    """user@host:port of a server on loopback, with the databases mlflow and prefect."""
+    """Runs a server on loopback with the databases mlflow and prefect, and yields user@host:port."""
     initdb, server, client = (program(name) for name in ("initdb", "postgres", "psql"))
     pytest.importorskip("psycopg")
-    # It refuses root, and its user cannot enter pytest's folders.
+    # PostgreSQL refuses to run as root, and its user has no access to pytest's folders.
     other = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -63,7 +63,7 @@ def postgres() -> Iterator[str]:
             subprocess.run([*ask, "CREATE DATABASE prefect"], check=True)
             yield address
         finally:
-            process.send_signal(signal.SIGINT)  # SIGTERM would wait for whoever is connected
+            process.send_signal(signal.SIGINT)  # SIGTERM would wait for open connections
             process.wait(30)
 
 
@@ -71,7 +71,7 @@ def postgres() -> Iterator[str]:
 def test_mlflow_on_postgresql(
     checkout: Path, smoke: Callable[..., Params], postgres: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Published once, promoted, cleaned: as on SQLite."""
+    """Results are published once, promoted and cleaned up, as on SQLite."""
     (checkout / "mlflow.db").unlink()
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", f"postgresql://{postgres}/mlflow")
     params = smoke(training={"steps": 24})
@@ -111,7 +111,7 @@ def test_mlflow_on_postgresql(
 
 @pytest.mark.proof
 def test_make_up_serves_mlflow_from_postgresql(postgres: str, tmp_path: Path) -> None:
-    """Under the address that docs/storage.md names, which names no driver."""
+    """The address from docs/storage.md names no driver."""
     shutil.copy(PAGE.parents[1] / "Procfile", tmp_path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -139,7 +139,7 @@ def test_make_up_serves_mlflow_from_postgresql(postgres: str, tmp_path: Path) ->
 
 @pytest.mark.proof
 def test_prefect_on_postgresql(tmp_path: Path, postgres: str) -> None:
-    """A flow run's end is in the database, through the server that the project starts for a run of its own."""
+    """The end of a flow run is in the database. The project starts a server for this run alone."""
     import psycopg
 
     flow = "\n".join(

@@ -1,4 +1,4 @@
-"""The choice of the champion: the rule on numbers, and its records in a real registry."""
+"""Checks the choice of the champion: the rule with numbers, and its records in a real registry."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FIRST, SECOND = (Point(schedule="cosine", sampler=name, steps=5) for name in ("d
 OTHERS = [Point(schedule="cosine", sampler=name, steps=2) for name in ("ddim", "ddpm")]
 
 
-# The rule.
+# The rule of promotion.
 
 
 RULE = Promotion(confidence=0.95, fewer_evaluations=2.0, margin=0.05)
@@ -90,14 +90,15 @@ def test_force_needs_no_advantage_and_not_even_a_score() -> None:
 
 
 def test_images_of_the_same_noise_are_compared_in_pairs() -> None:
-    """What both scores share by luck says nothing about which is better.
+    """The noise that both scores share says nothing about which model is better.
 
-    Under a fresh seed this practically never fails: the gap is 10 times the reach in pairs, and 0.7 of the other reach.
+    With another seed, the test would practically never fail: the gap is 10 times the paired reach, and 0.7 of the other
+    reach.
     """
     shared, own = np.random.default_rng(0).normal(size=(2, PROTOCOL.images))
     a, b = (shared + part for part in (0.1 * own, 0.0))
     errors = [standard_error(values) for values in (a, b)]
-    gap = 2 * max(errors)  # of two independent scores not significant
+    gap = 2 * max(errors)  # not significant for two independent scores
     champion = scored(10.0, errors[1], seed=3, luck=b)
     verdict = decide(scored(10.0 - gap, errors[0], seed=3, luck=a), champion, RULE)
     assert verdict.wins and verdict.evidence["paired"]
@@ -110,9 +111,9 @@ def test_images_of_the_same_noise_are_compared_in_pairs() -> None:
 
 @pytest.mark.parametrize("quality", ["far from the data", "the data's own distribution"])
 def test_the_gate_refuses_luck_and_accepts_what_is_better(quality: str) -> None:
-    """Sample sets of one model under two seeds, many times: promoted by chance at most as often as the confidence allows.
+    """Compares sample sets of one model under two seeds. Chance promotes at most as often as the confidence allows.
 
-    Under a fresh seed the case far from the data fails in about 1 of 350 runs, the other in 1 of 25,000.
+    With another seed, the case far from the data would fail by chance in about 1 of 350 runs, and the other in 1 of 25,000.
     """
     generator, repetitions, count, dimensions = np.random.default_rng(0), 400, 200, 4
     scales = np.array([1.0, 0.7, 0.5, 0.3])
@@ -127,10 +128,10 @@ def test_the_gate_refuses_luck_and_accepts_what_is_better(quality: str) -> None:
     pairs = [(score(shift, 0), score(shift, 1)) for _ in range(repetitions)]
     verdicts = [decide(challenger, champion, RULE) for challenger, champion in pairs]
     lucky = sum(verdict.evidence["difference"] < 0 for verdict in verdicts)
-    assert lucky > 0.4 * repetitions  # so often would the lower FID alone have been promoted
+    assert lucky > 0.4 * repetitions  # the lower FID alone would have been promoted this often
     promoted = sum(verdict.wins for verdict in verdicts)
     assert promoted <= binom.ppf(0.999, repetitions, 0.025)  # one side of 95 %
-    if shift:  # and the intervals are not simply too wide
+    if shift:  # and the intervals are not too wide
         assert promoted >= binom.ppf(0.001, repetitions, 0.025)
         better = [decide(score(shift / 2, 0), champion, RULE).wins for _, champion in pairs[:50]]
         assert all(better)
@@ -170,7 +171,7 @@ def test_influence_values_of_other_images_are_refused() -> None:
         Score.from_json(scores)
 
 
-# The registry.
+# Records in the registry.
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ def never(checkpoint: Path, settings: dict[str, Any]) -> Any:
 
 
 def scores_at(root: Path, point: Point, fid: float) -> tuple[Scores, Any]:
-    """What scoring the champion again gives: a point's entries and influence values at another FID."""
+    """Returns a new scoring of the champion: the entries and influence values of a point, with another FID."""
     scores = read_scores(root, point)
     change = fid - scores.values["fid"]
     values = {name: scores.values[name] + change for name in ("fid", "fid_low", "fid_high")}
@@ -209,7 +210,7 @@ class Registry:
 def test_a_registered_model_whose_files_were_replaced_is_refused(
     checkout: Path, params: Params, tmp_path: Path, change: str
 ) -> None:
-    """Weights and model.json fit each other, and are not those that were registered."""
+    """Weights and model.json belong together, but are not those that were registered."""
     tracking.promote(params, checkout, rescore=never)
     (folder,) = checkout.glob("mlartifacts/*/models/*/artifacts/artifacts/checkpoint")
     about = read_model_record(folder)
@@ -218,8 +219,8 @@ def test_a_registered_model_whose_files_were_replaced_is_refused(
         records.write_record(folder / "model.json", {**about.content, "target": "v"})
     else:
         checkpoint.save(folder, net, about.described_by())
-    checkpoint.load(folder)  # a whole checkpoint
-    with pytest.raises(InputError, match="version 1: its files differ from those that were registered"):
+    checkpoint.load(folder)  # the checkpoint itself is valid
+    with pytest.raises(InputError, match="version 1: the files differ from those that were registered"):
         tracking.fetch_model("models:/ddpm-digits@champion", tmp_path, checkout)
 
 
@@ -281,7 +282,7 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
     assert not again.promoted and again.version == "1" and "already" in again.reason
     assert registry.count() == 1 and len(registry.decisions()) == 1
 
-    # A worse one is best of its own report, but no better than the champion: no version, a reason, told once.
+    # The best point of a worse report does not beat the champion. There is no new version, and the reason is recorded once.
     write_scores(checkout, FIRST, 90.0)
     for point in OTHERS:
         write_scores(checkout, point, 91.0)
@@ -294,7 +295,7 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
         )
     assert registry.count() == 1 and len(registry.decisions()) == 2
 
-    write_scores(checkout, SECOND, scores["fid"] - 0.05)  # lower, by less than luck gives
+    write_scores(checkout, SECOND, scores["fid"] - 0.05)  # lower, but by less than chance gives
     assert "not significantly better" in tracking.promote(params, checkout, rescore=never).reason
     assert registry.count() == 1
 
@@ -308,17 +309,18 @@ def test_the_history_of_a_championship(checkout: Path, params: Params, write_sco
     decision = registry.decisions()[-1]
     assert decision["before_fid"] == scores["fid"]
     own = [np.load(checkout / paths.influence_file(point)).astype(float) for point in (SECOND, FIRST)]
-    error = standard_error(own[0] - own[1])  # in pairs: the champion's values came from the registry
+    error = standard_error(own[0] - own[1])  # paired: the champion's values came from the registry
     gap = 8.0 - scores["fid"]
     evidence = {"difference": gap, "confidence": 0.95, "paired": True, "points": 4}
     assert {key: decision[key] for key in evidence} == pytest.approx(evidence, rel=1e-6)
     reaches = [gap - decision["low"], decision["high"] - gap]
-    # Four differences, one of them zero: wider than one interval, and narrower than three independent ones (Bonferroni).
+    # Four differences, one of them zero, give a wider interval than one difference, and a narrower one than Bonferroni for
+    # three.
     assert reaches[0] == pytest.approx(reaches[1]) and 1.96 < reaches[0] / error < 2.394
     assert json.loads(champion.tags["ddpm.evidence"]) == {key: decision[key] for key in (*evidence, "low", "high")}
     assert champion.tags["ddpm.best_champion"] == "2"
 
-    # --replace takes the place without a comparison; going back needs no new version.
+    # --replace promotes without a comparison. Promoting an earlier model needs no new version.
     write_scores(checkout, SECOND, 99.0)
     write_scores(checkout, FIRST, scores["fid"])
     forced = tracking.promote(params, checkout, replace=True, rescore=never)
@@ -342,7 +344,7 @@ def test_the_report_is_compared_with_the_champion(checkout: Path, params: Params
     assert "The champion" not in compared()
     write_scores(checkout, first, 30.0)
     tracking.promote(params, checkout, replace=True)
-    assert f"{first.name} is the champion: version 1 of ddpm-digits. There was no champion before." in compared()
+    assert f"{first.name} is the champion: version 1 of ddpm-digits. There was no earlier champion." in compared()
     write_scores(checkout, second, 20.0)
     found = compared()
     assert f"The champion is version 1 of ddpm-digits, {first.name}." in found and "not paired" not in found
@@ -359,7 +361,7 @@ def test_the_report_is_compared_with_the_champion(checkout: Path, params: Params
 
 
 def test_the_best_champion_stays_the_measure(checkout: Path, smoke: Smoke, write_scores: WriteScores) -> None:
-    """Version 2 wins by its evaluations, and version 3 over version 2 by its score: neither is better than version 1."""
+    """Version 2 wins by its evaluations, and version 3 beats version 2 by its score. Neither is better than version 1."""
     params = smoke(training={"steps": 24}, promotion={"margin": 0.5})
     tracking.promote(params, checkout, rescore=never)
     fid, registry = read_scores(checkout, FIRST).values["fid"], Registry(checkout)
@@ -375,13 +377,13 @@ def test_the_best_champion_stays_the_measure(checkout: Path, smoke: Smoke, write
     assert better.promoted and "is better than" in better.reason
     champion = registry.champion()
     assert champion.tags["ddpm.best_champion"] == "1"
-    # A registry from before this tag: the measure is found among the predecessors.
+    # An older registry lacks this tag, so the best champion is found among the predecessors.
     registry.client.delete_model_version_tag(champion.name, champion.version, "ddpm.best_champion")
     write_scores(checkout, SECOND, 10 * fid)
-    write_scores(checkout, OTHERS[0], 1.55 * fid)  # within the margin of 1.1, not of 1
+    write_scores(checkout, OTHERS[0], 1.55 * fid)  # within the margin of 1.1, but not of 1
     kept = tracking.promote(params, checkout, rescore=never)
     assert not kept.promoted and f"worse than the best champion's {fid:.4g}" in kept.reason
-    tracking.mark_best_champion(params, checkout)  # as `ddpm publish` does
+    tracking.mark_best_champion(params, checkout)  # `ddpm publish` does the same
     assert registry.champion().tags["ddpm.best_champion"] == "1"
 
 
@@ -404,7 +406,7 @@ def test_a_champion_that_a_judge_has_not_scored_is_scored_first(
     tracking.promote(smoke(training={"steps": 24}), checkout, rescore=never)
     params = smoke(training={"steps": 24}, evaluation={"judges": ["fd_dinov2"]}, promotion={"judges": ["fd_dinov2"]})
     write_scores(checkout, SECOND, 8.0)
-    with pytest.raises(InputError, match=r"fd_dinov2 \(promotion.judges\) is missing; run dvc repro"):
+    with pytest.raises(InputError, match="no score by fd_dinov2, which promotion.judges names; run dvc repro"):
         tracking.promote(params, checkout, rescore=never)
     for point in (FIRST, *OTHERS):
         judged(point, 60.0, 95.0)
@@ -413,7 +415,7 @@ def test_a_champion_that_a_judge_has_not_scored_is_scored_first(
     assert not kept.promoted and asked == ["ddim"]
     assert "FID 8 is better than 37" in kept.reason and "but FD (DINOv2) 100 is perhaps" in kept.reason
     judged(SECOND, 8.0, 91.0)
-    won = tracking.promote(params, checkout, rescore=never)  # the champion's new score was kept
+    won = tracking.promote(params, checkout, rescore=never)  # the champion's new score was stored
     assert won.promoted and "FD (DINOv2) 91 is at most" in won.reason
     decision = Registry(checkout).decisions()[-1]
     assert decision["fd_dinov2"]["difference"] == pytest.approx(1.0) and decision["fd_dinov2"]["paired"]
@@ -422,7 +424,7 @@ def test_a_champion_that_a_judge_has_not_scored_is_scored_first(
 def test_under_another_protocol_the_champion_may_be_the_best(
     checkout: Path, smoke: Smoke, write_scores: WriteScores
 ) -> None:
-    """Version 1 was best, version 2 wins by its evaluations, and with 48 images version 2 is far ahead of version 1."""
+    """Version 1 was best, and version 2 wins by its evaluations. With 48 images, version 2 is far ahead of version 1."""
     params = smoke(training={"steps": 24}, promotion={"margin": 0.5})
     tracking.promote(params, checkout, rescore=never)
     fid, registry = read_scores(checkout, FIRST).values["fid"], Registry(checkout)
@@ -445,7 +447,7 @@ def test_under_another_protocol_the_champion_may_be_the_best(
 
 
 def test_the_best_champion_needs_no_score_by_a_judge(checkout: Path, smoke: Smoke, write_scores: WriteScores) -> None:
-    """Judges compare the challenger with the champion alone."""
+    """Judges compare the challenger only with the champion."""
     changes = {"judges": {"cmmd": {"extractor": "c", "layer": 768, "extractor_sha256": "f" * 64}}}
     changes |= {"cmmd": 1.0, "cmmd_low": 0.99, "cmmd_high": 1.01}
     tracking.promote(smoke(training={"steps": 24}), checkout, rescore=never)
@@ -474,7 +476,7 @@ def test_another_protocol_scores_the_champion_again(
 
     def rescore(fid: float) -> Callable[[Path, dict[str, Any]], Any]:
         def score(folder: Path, settings: dict[str, Any]) -> Any:
-            denoiser, _ = checkpoint.load(folder)  # the champion's own checkpoint, whole
+            denoiser, _ = checkpoint.load(folder)  # the champion's own whole checkpoint
             assert not folder.is_relative_to(checkout)
             assert all((weights[name] == value).all() for name, value in denoiser.net.state_dict().items())
             asked.append(settings)
@@ -483,21 +485,22 @@ def test_another_protocol_scores_the_champion_again(
         return score
 
     with pytest.raises(InputError, match="layer 64 -> 192"):
-        tracking.promote(params, checkout)  # nobody there to score it
+        tracking.promote(params, checkout)  # there is no function to score the champion
     said: list[str] = []
     kept = tracking.promote(params, checkout, rescore=rescore(19.0), say=said.append)
     assert not kept.promoted and "FID 20 is worse than 19" in kept.reason
     assert registry.decisions()[-1]["paired"]
     assert asked == [{"sampler": "ddim", "eta": 0.0, "spacing": "leading", "steps": 5, "clip": True}]
     assert any("again" in line and "layer 64 -> 192" in line for line in said)
-    # that score stays with the version, and its influence values too
+    # The new score and its influence values stay with the version.
     assert not tracking.promote(params, checkout, rescore=never).promoted
     assert registry.decisions()[-1]["paired"]
     write_scores(checkout, SECOND, 18.0, layer=192)
     assert tracking.promote(params, checkout, rescore=never).promoted
-    assert float(registry.client.get_model_version("ddpm-digits", "1").tags["ddpm.fid"]) == 37.0  # as it was promoted
+    # the FID at its promotion
+    assert float(registry.client.get_model_version("ddpm-digits", "1").tags["ddpm.fid"]) == 37.0
 
-    # another dataset version, and a champion that cannot be scored there
+    # With another dataset version, the champion cannot be scored.
     for point in (SECOND, *OTHERS):
         write_scores(checkout, point, 60.0, reference="f" * 64)
     write_scores(checkout, FIRST, 30.0, reference="f" * 64)
@@ -508,7 +511,7 @@ def test_another_protocol_scores_the_champion_again(
     with pytest.raises(InputError, match=r"another shape \(`ddpm promote --replace` skips this scoring\)"):
         tracking.promote(params, checkout, rescore=refuse)
     assert tracking.promote(params, checkout, replace=True, rescore=never).promoted
-    assert registry.count() == 2  # that model was registered before
+    assert registry.count() == 2  # that model was already registered
 
 
 def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smoke, write_scores: WriteScores) -> None:
@@ -526,12 +529,12 @@ def test_other_images_without_a_name_take_no_champion(checkout: Path, smoke: Smo
         == registry.decisions()[-1]["reason"]
         == (
             "cosine-ddpm-5 does not replace champion version 1 (cosine-ddim-5): the champion was trained on other images"
-            f" (dataset {data[:12]}, now ffffffffffff); name the present images (tracking.name in params.yaml),"
-            " or use `ddpm promote --replace`"
+            f" (dataset {data[:12]}, now ffffffffffff); to compare them, set tracking.name in params.yaml,"
+            " or skip the comparison with `ddpm promote --replace`"
         )
     )
 
-    # Under a name it has a champion of its own, and other images are a new version of that dataset.
+    # With a name, the dataset has a champion of its own, and other images are a new version of that dataset.
     named = smoke(training={"steps": 24}, data={"source": "image_folder"}, tracking={"name": "cats"})
     assert tracking.champion_uri(named) == "models:/ddpm-cats@champion"
     first = tracking.promote(named, checkout, rescore=never)
@@ -580,7 +583,7 @@ def test_a_champion_from_before_there_were_intervals_is_scored_again(
     assert not kept.promoted and "FID 20 is worse than 19" in kept.reason
 
 
-# Going back.
+# Rollbacks.
 
 
 def test_rollback_brings_the_last_champion_back_and_the_next_promotion_respects_it(
@@ -615,7 +618,7 @@ def test_rollback_brings_the_last_champion_back_and_the_next_promotion_respects_
         tracking.rollback(params, checkout)
     assert tracking.promote(params, checkout, replace=True, rescore=never).version == "3"
     assert registry.count() == 3
-    assert tracking.rollback(params, checkout).version == "1"  # which was champion before it now, not version 2
+    assert tracking.rollback(params, checkout).version == "1"  # version 1 was champion before, and not version 2
 
 
 def cut_off(_: Any, *__: Any, **___: Any) -> None:
@@ -635,7 +638,7 @@ def test_a_promotion_or_rollback_cut_off_behind_the_alias_keeps_its_books(
     registry = Registry(checkout)
     assert "cosine-ddpm-5 replaces champion version 1" in registry.champion().tags["ddpm.decision"]
     with monkeypatch.context() as away:
-        away.setattr("ddpm.tracking.registry.registry._introduce", cut_off)
+        away.setattr("ddpm.tracking.registry.registry._describe_model", cut_off)
         with pytest.raises(InputError, match="cannot be reached"):
             tracking.rollback(params, checkout)
     assert str(registry.champion().version) == "1"
@@ -684,7 +687,7 @@ def test_a_report_older_than_its_scores_is_refused(checkout: Path, params: Param
 
 def test_promoting_into_an_empty_store_publishes_the_point(checkout: Path, params: Params) -> None:
     tracking.promote(params, checkout)
-    assert tracking.publish(params, checkout)["runs"] == 2  # the other sampler's and the report
+    assert tracking.publish(params, checkout)["runs"] == 2  # the other sampler's run and the report
     assert tracking.promote(params, checkout).version == "1"
 
 
@@ -712,7 +715,7 @@ def test_settings_that_are_damaged_draw_nothing(checkout: Path, params: Params, 
 def test_a_report_of_several_protocols_is_no_challenge(
     checkout: Path, params: Params, write_scores: WriteScores
 ) -> None:
-    """The best was picked from more points than can be counted under one protocol."""
+    """The best point was picked from more points than those under one protocol."""
     tracking.promote(params, checkout)
     write_scores(checkout, SECOND, 8.0, images=48)
     with pytest.raises(InputError, match=r"cosine-\w+-\d was scored under another protocol; run dvc repro"):
@@ -734,19 +737,19 @@ def test_a_comparison_does_without_damaged_tags_and_says_so(
             write_scores(checkout, point, 20.0 if point == SECOND else 60.0, **changes)
 
     won = tracking.promote(params, checkout, rescore=lambda *_: scores_at(checkout, SECOND, 19.0), say=said.append)
-    assert won.promoted == (tag == "ddpm.influence.")  # only there the champion's own score, 37, is compared
+    assert won.promoted == (tag == "ddpm.influence.")  # only here the champion's own score, 37, is compared
     assert sum(f"version 1: its tag {name} is damaged" in line for line in said) == 1
     assert not any("\n" in line for line in said)
 
 
-# Two at once, from two checkouts with one server: no lock is common to them.
+# Two promotions at once, from two checkouts with one server. No lock covers both.
 
 
 @pytest.fixture
 def rivals(
     checkout: Path, smoke: Smoke, write_scores: WriteScores, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
-    """A champion of an old protocol, and two checkouts: FID 20 in one, FID 10 in the other, under the new one."""
+    """Creates a champion under an old protocol, and two checkouts with FID 20 and FID 10 under the new one."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     params = smoke(training={"steps": 24}, data={"source": "image_folder"})
     for version in MlflowClient(mlflow_server).search_model_versions("name = 'ddpm-image-folder'"):
@@ -765,7 +768,7 @@ def rivals(
 def test_one_promotes_while_the_other_compares(
     rivals: Any, better_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worse one is not champion after the better one, not even for a moment."""
+    """The worse model is never champion after the better one, not even for a moment."""
     params, worse, better, registry = rivals
     champions: list[float] = []
     original = MlflowClient.set_registered_model_alias
@@ -789,7 +792,7 @@ def test_one_promotes_while_the_other_compares(
 
 
 def test_two_in_step_end_with_the_better(rivals: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both read the registry before either wrote, and the worse one sets the alias last."""
+    """Both processes read the registry before either writes, and the worse one sets the alias last."""
     params, worse, better, registry = rivals
     both, order = threading.Barrier(2, timeout=60), threading.Event()
     original = MlflowClient.set_registered_model_alias
@@ -797,9 +800,9 @@ def test_two_in_step_end_with_the_better(rivals: Any, monkeypatch: pytest.Monkey
     def in_order(self: MlflowClient, name: str, alias: str, version: str) -> None:
         fid = float(self.get_model_version(name, version).tags["ddpm.fid"])
         if not order.is_set():
-            both.wait()  # both have made their version and are about to set the alias
+            both.wait()  # both have created their version and are about to set the alias
         if fid > 10.0 and not order.wait(60):
-            raise AssertionError("the other never came")
+            raise AssertionError("the other promotion never set its alias")
         original(self, name, alias, version)
         order.set()
 
@@ -816,7 +819,7 @@ def test_two_in_step_end_with_the_better(rivals: Any, monkeypatch: pytest.Monkey
 
 
 def test_two_score_the_champion_at_once(rivals: Any) -> None:
-    """Both set the same new tags of the same version: MLflow's insert fails for one of them."""
+    """Both processes set the same new tags of the same version, and MLflow's insert fails for one of them."""
     params, worse, better, registry = rivals
     at_once = threading.Barrier(2, timeout=60)
 
@@ -832,11 +835,11 @@ def test_two_score_the_champion_at_once(rivals: Any) -> None:
     assert float(registry.champion().tags["ddpm.fid"]) == 10.0
 
 
-# The card.
+# The model card.
 
 
 def parts(text: str) -> tuple[dict[str, Any], str]:
-    """-> front matter, body."""
+    """Splits a card into front matter and body."""
     _, matter, body = text.split("---\n", 2)
     return YAML(typ="safe").load(matter), body.lstrip()
 
@@ -859,7 +862,7 @@ def test_the_cards_numbers_are_the_registrys(checkout: Path, params: Params) -> 
         'load_model("models:/ddpm-digits@champion")',
     ):
         assert text in version.description
-    assert len(version.description) < LONGEST - 1000  # room for the decision below it
+    assert len(version.description) < LONGEST - 1000  # leaves room for the decision below the description
     (model,) = [m for m in client.search_logged_models([client.get_run(version.run_id).info.experiment_id])
                 if m.model_id == version.source.rpartition("/")[2]]  # fmt: skip
     beside = (Path(model.artifact_location.removeprefix("file://")) / "model-card.md").read_text(encoding="utf-8")
@@ -894,7 +897,7 @@ def test_every_source_has_its_licence_and_odd_names_stay_in_their_place(made: Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "licence"), [("fashion-mnist", "(Xiao et al. 2017), MIT"), ("gone", "not known here")]
+    ("name", "licence"), [("fashion-mnist", "(Xiao et al. 2017), MIT"), ("gone", "the licence is unknown")]
 )
 def test_a_card_of_an_older_model_or_of_a_source_that_is_gone(made: Path, name: str, licence: str) -> None:
     about = read_model_record(made / paths.model_dir("cosine"))

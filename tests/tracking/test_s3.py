@@ -1,4 +1,7 @@
-"""MLflow's files in S3: a real server, over a connection that refuses, drops or is slow. In the end each file is there once."""
+"""Checks MLflow's files in S3, on a real server whose connection refuses, drops or is slow.
+
+In the end each file is there once.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def params(smoke: Callable[..., Params]) -> Params:
 def bucket(
     s3: Any, request: pytest.FixtureRequest, setting: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> str:
-    """A new one, where MLflow keeps its files."""
+    """Creates a new bucket in which MLflow keeps its files."""
     name = "b" + hashlib.sha256(request.node.name.encode()).hexdigest()[:20]
     for variable, value in s3.environment.items():
         setting(variable, value)
@@ -41,7 +44,7 @@ def bucket(
 
 @pytest.fixture
 def setting(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Sets a variable of the AWS chain; boto3 and MLflow keep what they once read, which a new process would not have."""
+    """Returns setting(name, value), which sets a variable of the AWS chain and clears the caches of boto3 and MLflow."""
 
     def setting(name: str, value: str) -> None:
         monkeypatch.setenv(name, value)
@@ -52,7 +55,7 @@ def setting(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
 
 
 def assert_whole(s3: Any, bucket: str, root: Path, params: Params) -> None:
-    """Every file of every run is in the bucket once, with the bytes on disk, and nothing else is."""
+    """Asserts that every file of every run is in the bucket once, with the bytes on disk, and that no other file is there."""
     client = MlflowClient(tracking.tracking_uri(root))
     experiment = client.get_experiment_by_name("ddpm-digits")
     location = experiment.artifact_location.removeprefix(f"s3://{bucket}/") + "/"
@@ -78,7 +81,10 @@ def assert_whole(s3: Any, bucket: str, root: Path, params: Params) -> None:
 def test_a_line_that_crawls_and_drops(
     checkout: Path, params: Params, s3: Any, bucket: str, bad_line: Any, setting: Callable[[str, str], None]
 ) -> None:
-    """In the middle of the weights, three times: one call to publish gets there all the same, and a second adds nothing."""
+    """The connection drops three times in the middle of the weights.
+
+    One call of publish still succeeds, and a second adds nothing.
+    """
     setting("AWS_ENDPOINT_URL", bad_line.url)
     weights = (checkout / "models/cosine/model.safetensors").stat().st_size
     bad_line.cut, bad_line.cuts, bad_line.delay = weights // 2, 3, 0.002
@@ -94,13 +100,17 @@ def test_a_line_that_crawls_and_drops(
 def test_a_dead_server_costs_a_line_and_is_made_up_for(
     checkout: Path, params: Params, s3: Any, bucket: str, bad_line: Any, setting: Callable[[str, str], None]
 ) -> None:
-    """Cut off for good at one place after another: each time one line; each publication goes on; the end is whole."""
+    """The connection is cut at one place after another.
+
+    Each time there is one error line, and the next publication continues.
+    """
     setting("AWS_ENDPOINT_URL", bad_line.url)
     setting("AWS_MAX_ATTEMPTS", "1")
     bad_line.cut, failures = 0, 0
     for allowed in range(200):
         bad_line.dropped, bad_line.cuts = 0, 10**6
-        bad_line.cut = 3000 * (allowed + 1) ** 2  # a connection is kept: ever more goes through before it drops
+        # the connection is reused, so each time more data pass before it drops
+        bad_line.cut = 3000 * (allowed + 1) ** 2
         try:
             tracking.publish(params, checkout)
             break
@@ -116,13 +126,13 @@ def test_a_refusal_is_one_line(
     checkout: Path, params: Params, s3: Any, bucket: str, setting: Callable[[str, str], None]
 ) -> None:
     setting("AWS_SECRET_ACCESS_KEY", "not-the-one")
-    with pytest.raises(InputError, match="S3, where MLflow keeps its files") as caught:
+    with pytest.raises(InputError, match="MLflow cannot use its files in S3") as caught:
         tracking.publish(params, checkout)
     assert "not-the-one" not in str(caught.value) and "\n" not in str(caught.value)
     said: list[str] = []
     tracking.publish_or_warn(
         params, checkout, only="train@cosine", say=said.append
-    )  # at the end of a stage: no more than this
+    )  # the end of a stage prints only this warning
     assert len(said) == 1 and said[0].startswith("warning: S3")
     setting("AWS_SECRET_ACCESS_KEY", s3.environment["AWS_SECRET_ACCESS_KEY"])
     tracking.publish(params, checkout)

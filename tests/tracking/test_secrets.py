@@ -1,4 +1,4 @@
-"""Secrets stay in the environment: a whole history is published with planted secrets, and everything written is searched."""
+"""Plants secrets in the environment, publishes a whole history, and searches everything that was written."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ IN_ADDRESS = "planted-in-address-c4d0"
 
 
 def holders(folder: Path) -> list[str]:
-    """The files below a folder, and the rows of databases, with a planted word in them."""
+    """Returns the files below a folder, and the rows of databases, that contain a planted word."""
     found = [str(path) for path in folder.rglob("*") if path.is_file() and b"planted-" in path.read_bytes()]
     for path in folder.rglob("*.db"):
-        database = sqlite3.connect(path)  # with what its log holds and the file doesn't yet
+        database = sqlite3.connect(path)  # reads the write-ahead log too, which may hold rows that are not in the file
         found += [str(path) for line in database.iterdump() if "planted-" in line]
         database.close()
     return found

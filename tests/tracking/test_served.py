@@ -1,4 +1,4 @@
-"""The registered model, loaded the way its users do: from the registry, far from this checkout."""
+"""Checks the registered model as its users load it: from the registry, outside of this checkout."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from ddpm.tracking.registry.registry import served_modules
 
 Smoke = Callable[..., Params]
 
-POINT = Point(schedule="cosine", sampler="ddim", steps=5)  # the champion of the outputs
+POINT = Point(schedule="cosine", sampler="ddim", steps=5)  # the point of the champion
 
-# What runs on a machine that has the model's requirements and nothing of this project.
+# Runs on a machine that has only the model's requirements.
 ELSEWHERE = """
 import importlib.util, json, sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in f"{finder!r}{getattr(finder, '__module__', '')}"]
@@ -94,16 +94,16 @@ def test_it_makes_the_samples_of_its_point_without_this_checkout(
     other = read_samples(checkout / paths.samples_file(Point(schedule="cosine", sampler="ddpm", steps=2))).images
     default, rows = np.load(elsewhere / "default.npy"), np.load(elsewhere / "rows.npy")
     assert default.dtype == np.uint8
-    assert np.abs(default.astype(int) - samples[:6]).max() <= 1  # float32 in batches of another size
+    assert np.abs(default.astype(int) - samples[:6]).max() <= 1  # float32 with another batch size
     assert np.abs(rows[:2].astype(int) - samples[:2]).max() <= 1
-    assert rows.shape == (5, 1, 8, 8) and (rows[2:] != other[:3]).any()  # another seed
+    assert rows.shape == (5, 1, 8, 8) and (rows[2:] != other[:3]).any()  # uses another seed
     assert np.load(elsewhere / "example.npy").shape == (4, 1, 8, 8)
     faults = ["n = 0", "no sampler 'none'", "steps = 100000", "missing inputs"]
     assert [fault in error for fault, error in zip(faults, told["errors"], strict=True)] == [True] * 4
 
 
 def assert_generated(images: np.ndarray, params: Params, out: Path, seed: int) -> None:
-    """Bit for bit what `ddpm generate` makes of the champion."""
+    """Asserts that the images equal those of `ddpm generate` with the champion, bit for bit."""
     generate(params, out=out, count=len(images), seed=seed)
     with Image.open(out) as picture:
         np.testing.assert_array_equal(arrays.grid(images.astype(np.uint8))[0], np.asarray(picture))
@@ -144,7 +144,7 @@ numpy.save("images.npy", model.predict(pandas.DataFrame({"n": [6], "seed": [3]})
 def test_it_needs_no_more_than_its_own_requirements(
     checkout: Path, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In an environment made of the model's requirements.txt alone, in the versions that are installed here and cached."""
+    """The environment contains only the model's requirements.txt, in the versions that are installed and cached here."""
     tracking.promote(params, checkout)
     uri, folder = tracking.tracking_uri(checkout), tmp_path / "bare"
     python, uv = folder / "bin" / "python", str(Path(sys.executable).with_name("uv"))
@@ -208,7 +208,7 @@ def test_its_folder_holds_no_pickle_and_says_what_it_needs(checkout: Path, param
 
 
 def test_its_code_is_what_python_imports_for_it(checkout: Path, params: Params) -> None:
-    """Of this package; a function of it may import more, such as the C compiler's part."""
+    """Compares modules of this package only. A function may import more, such as the part with the C compiler."""
     tracking.promote(params, checkout)
     carried = model_folder(checkout) / "code"
     modules = served_modules(read_model_record(checkout / "models/cosine"))

@@ -1,4 +1,4 @@
-"""Publishing to MLflow: everything is there once, on a database and on a real server, and work goes on without a server."""
+"""Checks publishing to MLflow: everything is there once, on a database or a real server, and work continues without a server."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Seen:
-    """All that a store holds of one experiment, as its clients see it."""
+    """All content of a store about one experiment, as clients see it."""
 
     def __init__(self, root: Path, name: str = "ddpm-digits") -> None:
         self.client = MlflowClient(tracking.tracking_uri(root))
@@ -83,7 +83,7 @@ class Seen:
         return sorted(found)
 
     def everything(self, ids: bool = True) -> Any:
-        """A value to compare. ids: with what MLflow draws at random."""
+        """Returns a value to compare. ids: includes values that MLflow draws at random."""
         names = {run.info.run_id: run.info.run_name for run in self.runs}
         found = []
         for run in self.runs:
@@ -125,7 +125,7 @@ def curves(root: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def assert_complete(seen: Seen, root: Path, params: Params) -> None:
-    """Every value on disk is there once, and nothing else."""
+    """Asserts that every value on disk is in the store once, and that nothing else is."""
     assert all(run.info.status == "FINISHED" and runs.PUBLISHER not in run.data.tags for run in seen.runs)
     training = seen.named("cosine")
     assert training.info.status == "FINISHED"
@@ -148,10 +148,10 @@ def assert_complete(seen: Seen, root: Path, params: Params) -> None:
             assert [(step, value) for step, value, _ in seen.history(run, key)] == expected
         images = [Path(name).name for name in seen.files(run, "images")]
         steps = Counter(int(name.split("+")[2]) for name in images if name.endswith(".png"))
-        assert steps == {0: 1} | {entry["evaluations"]: 1 for entry in scores}  # 0: real ones
+        assert steps == {0: 1} | {entry["evaluations"]: 1 for entry in scores}  # step 0 holds real images
 
 
-# Where the store is.
+# The place of the store.
 
 
 def test_the_store_lies_at_the_root_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ ODD = {"b#c é": "a b#c é", "quotes": 'it\'s "so"', "a percent sign": "50%20x",
 @pytest.mark.parametrize("name", ODD.values(), ids=ODD)
 @pytest.mark.parametrize("new", [False, True], ids=["a database", "no database"])
 def test_a_folder_with_odd_characters(checkout: Path, params: Params, name: str, new: bool) -> None:
-    """The database has no experiment 0 yet: making that is where both quotes were too many."""
+    """The database has no experiment 0 yet. Creating that experiment must quote the folder's name correctly."""
     root = checkout.rename(checkout.with_name(name))
     if new:
         (root / "mlflow.db").unlink()
@@ -200,7 +200,7 @@ def test_many_processes_prepare_one_store(tmp_path: Path, params: Params, monkey
     assert {item.name: item.experiment_id for item in found} == {"Default": "0", "ddpm-digits": experiment}
 
 
-# A database and its artifacts, of which one was moved, copied, lost or damaged.
+# A database and its artifacts, one of which was moved, copied, lost or damaged.
 
 
 def files_of(folder: Path) -> dict[Path, bytes]:
@@ -208,7 +208,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 
 
 def in_a_process(work: Callable[..., Any], *arguments: Any) -> None:
-    """MLflow remembers the artifact folder of each run as long as its process lives, and no process outlives a move."""
+    """Runs `work` in a new process, because MLflow caches the artifact folder of each run until its process ends."""
     process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
     process.start()
     process.join(100)
@@ -222,7 +222,7 @@ def published(checkout: Path, params: Params) -> Path:
 
 
 def refusal(params: Params, root: Path) -> str:
-    """The one line by which both publishing and reading a model are refused. Neither changes a file."""
+    """Returns the line with which both publishing and reading a model are refused. Asserts that neither changes a file."""
     before, lines = files_of(root), list[str]()
     for verb in (tracking.publish, tracking.promote):
         with pytest.raises(InputError) as caught:
@@ -285,7 +285,10 @@ def locations(root: Path) -> dict[str, str]:
 
 
 def test_experiments_of_another_place_keep_their_addresses(published: Path, params: Params, tmp_path: Path) -> None:
-    """Their disk may not be mounted. Those without runs, and deleted ones, stop nobody; one with runs is named."""
+    """The other disk may not be mounted.
+
+    Unused and deleted experiments there stop nothing, and an experiment with runs is named.
+    """
     away = tmp_path / "disk" / "mlartifacts"
 
     def record() -> None:
@@ -309,13 +312,14 @@ def test_experiments_of_another_place_keep_their_addresses(published: Path, para
     in_a_process(use)
     line = refusal(params, published)
     assert f"{away}/unused" in line and f"{published}/mlartifacts/unused" in line
-    away.mkdir(parents=True)  # mounted: this experiment has no files there yet
+    away.mkdir(parents=True)  # the disk is mounted, and this experiment has no files there yet
     tracking.publish(params, published)
     assert locations(published) == before
     away.rmdir()
     (published / "mlartifacts" / "unused").mkdir()
     tracking.publish(params, published)
-    here = {name: f"{published}/mlartifacts/{name}" for name in ("unused", "deleted")}  # its neighbour follows
+    # the other experiment moves with it
+    here = {name: f"{published}/mlartifacts/{name}" for name in ("unused", "deleted")}
     assert locations(published) == before | here
     assert not away.exists()
 
@@ -354,7 +358,7 @@ def test_one_store_that_is_mounted_twice_keeps_its_addresses(published: Path, pa
 def test_artifacts_that_are_kept_apart_stay_where_they_are(
     checkout: Path, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a folder that the user named, whatever it is called."""
+    """The user named the folder, which may have any name."""
     large = tmp_path / "large" / "mlartifacts"
     monkeypatch.setenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", str(large))
     tracking.publish(params, checkout, only="train@cosine")
@@ -367,7 +371,8 @@ def test_artifacts_that_are_kept_apart_stay_where_they_are(
 def test_artifacts_behind_a_link(checkout: Path, params: Params, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (checkout / "mlartifacts").symlink_to(tmp_path / "disk")
-    with contextlib.closing(sqlite3.connect(checkout / "mlflow.db")) as database, database:  # as `make up` records it
+    # `make up` records the path like this
+    with contextlib.closing(sqlite3.connect(checkout / "mlflow.db")) as database, database:
         location = f"{tmp_path}/disk/ddpm-digits"
         database.execute(
             "INSERT INTO experiments (name, artifact_location, lifecycle_stage) VALUES (?, ?, 'active')",
@@ -402,7 +407,8 @@ def test_a_second_database_beside_the_artifacts_of_the_first(
     assert tracking.publish(params, published, only="train@cosine")["runs"] == 1
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     (published / "mlflow.db").rename(published / "mlflow.db.backup")
-    assert tracking.publish(params, published, only="train@cosine")["runs"] == 1  # the second one has the artifacts
+    # the second database has the artifacts
+    assert tracking.publish(params, published, only="train@cosine")["runs"] == 1
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{published}/second.sqlite")
     (published / "mlflow.db").unlink()
     (published / "second.sqlite").write_bytes(b"")
@@ -439,7 +445,7 @@ def test_a_damaged_database_is_one_line(published: Path, params: Params, how: st
     assert f"{published}/mlflow.db is damaged" in refusal(params, published)
 
 
-# What is published.
+# Published content.
 
 
 def test_everything_is_there_once_and_a_second_time_adds_nothing(checkout: Path, params: Params) -> None:
@@ -468,7 +474,7 @@ def test_what_a_run_says_of_itself(checkout: Path, params: Params) -> None:
     assert training.data.tags["ddpm.model_sha256"] == about.weights_sha256
     assert training.data.tags["mlflow.source.git.commit"] == "0123456789abcdef0123456789abcdef01234567"
     shown = {"schedule": "cosine", "sampler": "ddim", "dataset": "digits", "eta": "0.0", "spacing": "leading"}
-    assert sampler.data.params == shown  # what MLflow's page Compare shows
+    assert sampler.data.params == shown  # these are shown by MLflow's page Compare
     assert sampler.data.tags["ddpm.row.eta"] == "0.0" and sampler.data.tags["ddpm.evaluation.layer"] == "64"
     # images/s: 24 steps of 32 images in 60 s
     assert seen.history(training, "images_per_second") == [(24, pytest.approx(24 * 32 / 60), 1_700_000_060_000)]
@@ -482,7 +488,7 @@ def test_what_a_run_says_of_itself(checkout: Path, params: Params) -> None:
             "ddpm.dataset_sha256": about.data.sha256,
             "ddpm.dataset_md5": md5,
         }
-    # the checkpoint, byte for byte, and from the sampler's run back to it
+    # The checkpoint is there byte for byte, and the sampler's run leads to it.
     (model,) = seen.models
     assert [output.model_id for output in training.outputs.model_outputs] == [model.model_id]
     assert [item.model_id for item in sampler.inputs.model_inputs] == [model.model_id]
@@ -509,7 +515,7 @@ def test_a_run_of_an_older_version_gets_the_options_of_its_sampler(
 def test_a_copied_database_leads_to_its_chart(
     checkout: Path, smoke: Smoke, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only mlflow.db and mlartifacts are copied to a folder that never published."""
+    """Only mlflow.db and mlartifacts are copied, to a folder that never published."""
     named = smoke(training={"steps": 24}, tracking={"name": "another"})
     tracking.publish(named, checkout)
     tracking.publish(params, checkout)
@@ -529,7 +535,7 @@ def test_a_copied_database_leads_to_its_chart(
 
 def test_two_new_stores_get_the_same_history(checkout: Path, params: Params, empty_database: Path) -> None:
     for path in [*checkout.rglob("*.run.json")][::2]:
-        path.unlink()  # restored from a cache: times are known for some outputs only
+        path.unlink()  # some outputs were restored from a cache, so their times are unknown
     tracking.publish(params, checkout)
     first = Seen(checkout).everything(ids=False)
     other = checkout.with_name("other")
@@ -561,7 +567,7 @@ def test_stage_by_stage_gives_what_all_at_once_gives(checkout: Path, params: Par
 def test_an_interrupted_publication_is_filled_in(
     checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut after every n-th call to MLflow, and asked again, it ends with everything once."""
+    """Every seventh call to MLflow fails. Repeated publishing ends with everything once."""
     calls = 0
 
     def cut(name: str) -> None:
@@ -599,7 +605,7 @@ def test_an_interrupted_publication_is_filled_in(
 
 
 def test_a_picture_whose_thumbnail_never_came_gets_it(checkout: Path, params: Params) -> None:
-    """MLflow sends a picture, then its thumbnail, and then says that there are pictures: cut off after the first."""
+    """MLflow sends a picture, then its thumbnail, and then sets a tag. Here only the picture arrived."""
     tracking.publish(params, checkout)
     thumbnails = sorted((checkout / "mlartifacts").rglob("samples+step+5+*.webp"))
     content = thumbnails[0].read_bytes()
@@ -607,7 +613,7 @@ def test_a_picture_whose_thumbnail_never_came_gets_it(checkout: Path, params: Pa
     run = thumbnails[0].parents[2].name
     client = MlflowClient(f"sqlite:///{checkout / 'mlflow.db'}")
     client.delete_tag(run, "mlflow.loggedImages")
-    client.delete_tag(run, "ddpm.samples.5")  # which a point gets when all of it was sent
+    client.delete_tag(run, "ddpm.samples.5")  # a point gets this tag once all of it was sent
     assert tracking.publish(params, checkout)["images"] == 1
     assert thumbnails[0].read_bytes() == content
     assert client.get_run(run).data.tags["mlflow.loggedImages"] == "True"
@@ -615,7 +621,10 @@ def test_a_picture_whose_thumbnail_never_came_gets_it(checkout: Path, params: Pa
 
 
 def test_the_bound_below_its_training(checkout: Path, smoke: Smoke, params: Params) -> None:
-    """Each number once; another way to estimate it is another run, other numbers of the same way supersede the old."""
+    """Each number is published once.
+
+    Another protocol gets another run, and other numbers of the same protocol supersede the old run.
+    """
 
     def measured(**changes: Any) -> dict[str, Any]:
         settings = smoke(training={"steps": 24}, likelihood={"images": 4, "times": 3, **changes})
@@ -623,7 +632,7 @@ def test_the_bound_below_its_training(checkout: Path, smoke: Smoke, params: Para
 
     scores = measured()
     added = tracking.publish(params, checkout, only="likelihood@cosine")
-    assert added["runs"] == 2  # the training's, and its child
+    assert added["runs"] == 2  # the training's run, and its child
     seen = Seen(checkout)
     run, training = seen.named("cosine-likelihood"), seen.named("cosine")
     assert run.data.tags["mlflow.parentRunId"] == training.info.run_id and run.data.params["likelihood.times"] == "3"
@@ -642,7 +651,7 @@ def test_the_bound_below_its_training(checkout: Path, smoke: Smoke, params: Para
     assert sum(run.info.run_name == "cosine-likelihood" for run in Seen(checkout).runs) == 2
     path = checkout / paths.likelihood_file("cosine")
     changed = records.read_record(path)
-    changed["test"]["bits_per_dim"] += 1  # code was edited
+    changed["test"]["bits_per_dim"] += 1  # as if code was edited
     records.write_record(path, changed)
     tracking.publish(params, checkout)
     names = Counter(run.info.run_name for run in Seen(checkout).runs)
@@ -669,7 +678,7 @@ def test_the_schedules_are_a_run(checkout: Path, params: Params) -> None:
     assert seen.named("schedules").data.params["diffusion.timesteps"] == "10"
 
 
-# When outputs change.
+# Changed outputs.
 
 
 def test_other_scores_go_to_a_run_of_their_own(checkout: Path, params: Params, write_scores: Scores) -> None:
@@ -677,7 +686,7 @@ def test_other_scores_go_to_a_run_of_their_own(checkout: Path, params: Params, w
     old = Seen(checkout).named("cosine-ddim").info.run_id
     before = records.read_record(checkout / paths.metrics_file(POINT))["fid"]
 
-    write_scores(checkout, POINT, 12.5)  # evaluation code was edited
+    write_scores(checkout, POINT, 12.5)  # as if evaluation code was edited
     tracking.publish(params, checkout, only=f"evaluate@{POINT.name}")
     tracking.publish(params, checkout)
     seen = Seen(checkout)
@@ -688,7 +697,7 @@ def test_other_scores_go_to_a_run_of_their_own(checkout: Path, params: Params, w
     assert seen.client.get_run(old).data.tags["ddpm.superseded"] == new
     assert [value for step, value, _ in seen.history(seen.client.get_run(old), "fid") if step == 5] == [before]
 
-    write_scores(checkout, POINT, before)  # and the edit was taken back
+    write_scores(checkout, POINT, before)  # as if the edit was undone
     tracking.publish(params, checkout)
     seen = Seen(checkout)
     assert seen.named("cosine-ddim").info.run_id == old
@@ -703,11 +712,14 @@ def test_another_protocol_is_another_run(checkout: Path, smoke: Smoke, params: P
     tracking.publish(deeper, checkout, only=f"evaluate@{POINT.name}")
     runs = [run for run in Seen(checkout).runs if run.info.run_name == "cosine-ddim"]
     assert sorted(run.data.tags["ddpm.evaluation.layer"] for run in runs) == ["192", "64"]
-    assert sorted(run.data.metrics["fid"] for run in runs) == [3.0, 37.0]  # the last of each
+    assert sorted(run.data.metrics["fid"] for run in runs) == [3.0, 37.0]  # the last FID of each run
 
 
 def test_outputs_tell_what_made_them(checkout: Path, smoke: Smoke, params: Params) -> None:
-    """params.yaml was edited and nothing run yet: outputs are published as what they are, those of an old model not at all."""
+    """params.yaml is edited, but no stage has run.
+
+    Outputs keep their own settings, and those of an old model are not published.
+    """
     tracking.publish(params, checkout)
     before = Seen(checkout).everything()
     edited = smoke(
@@ -716,13 +728,13 @@ def test_outputs_tell_what_made_them(checkout: Path, smoke: Smoke, params: Param
     assert tracking.publish(edited, checkout) == {}
     assert Seen(checkout).everything() == before
 
-    train(edited, "cosine", checkout)  # trained anew, samples are old
+    train(edited, "cosine", checkout)  # the model is new, and the samples are old
     said: list[str] = []
     assert "images" not in tracking.publish(edited, checkout, say=said.append)
     assert sum("left out" in line for line in said) == 4
 
 
-# While it trains.
+# Runs of trainings.
 
 
 def test_a_training_is_streamed_and_not_published_twice(
@@ -758,7 +770,7 @@ def test_a_training_is_streamed_and_not_published_twice(
     assert seen.history(after, "system/cpu_utilization_percentage")
     assert sum(name.endswith(".png") for name in seen.files(after, "images")) == 1
 
-    # trained again with the same result: no second run stays
+    # A repeated training with the same result leaves no second run.
     before = seen.everything()
     with tracking.watch_training(params, "linear", checkout) as watch:
         train(params, "linear", checkout, watch, fresh=True)
@@ -783,7 +795,7 @@ def test_a_stopped_training_goes_on_in_the_same_run(
     assert stopped.info.status == status
     assert stopped.data.metrics["loss"] > 0
     with tracking.watch_training(params, "linear", checkout) as watch:
-        train(params, "linear", checkout, watch)  # from step 12: steps 13 ... 20 are reported a second time
+        train(params, "linear", checkout, watch)  # continues from step 12, so steps 13 ... 20 are reported twice
     tracking.publish(params, checkout, only="train@linear")
     seen = Seen(checkout)
     (run,) = seen.runs
@@ -813,7 +825,7 @@ with tracking.watch_training(Params.load(Path({str(recipe)!r})), "linear", Path(
             if client.get_experiment_by_name("ddpm-digits") and any(run.data.metrics for run in Seen(checkout).runs):
                 break
         tracking.publish(params, checkout)
-        assert Seen(checkout).named("linear").info.status == "RUNNING"  # it lives: hands off
+        assert Seen(checkout).named("linear").info.status == "RUNNING"  # its process lives, so the run is not touched
         process.send_signal(signal.SIGKILL)
         process.wait(10)
         tracking.publish(params, checkout)
@@ -826,7 +838,7 @@ with tracking.watch_training(Params.load(Path({str(recipe)!r})), "linear", Path(
 def test_a_killed_publication_leaves_no_run_running(
     checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even when nothing of what it published is there any more."""
+    """Holds even if all outputs that it published are gone."""
     program = "from ddpm.runtime.processes import this_process; print(this_process())"
     dead = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
 
@@ -845,7 +857,7 @@ def test_a_killed_publication_leaves_no_run_running(
     assert [run.info.status for run in Seen(checkout).runs] == ["KILLED"]
 
 
-# Servers.
+# MLflow servers.
 
 
 @pytest.fixture
@@ -855,7 +867,7 @@ def on_server(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_through_a_server(checkout: Path, smoke: Smoke, on_server: str, mlflow_home: Path) -> None:
-    """And what one logs through the server, another sees in its database, and the other way round."""
+    """Values logged through the server are visible in its database, and the other way round."""
     params = smoke(training={"steps": 24}, data={"source": "fashion_mnist"})
     points = params.points()
     tracking.publish(params, checkout, only="train@cosine")
@@ -864,7 +876,7 @@ def test_through_a_server(checkout: Path, smoke: Smoke, on_server: str, mlflow_h
     with pytest.MonkeyPatch.context() as directly:
         directly.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_home / 'mlflow.db'}")
         added = tracking.publish(params, checkout)
-        assert added["runs"] == 2 and added["images"] == 3  # cosine-ddim and the report
+        assert added["runs"] == 2 and added["images"] == 3  # the runs cosine-ddim and report
         before = Seen(checkout, "ddpm-fashion-mnist").everything()
     seen = Seen(checkout, "ddpm-fashion-mnist")
     assert seen.everything() == before
@@ -873,7 +885,7 @@ def test_through_a_server(checkout: Path, smoke: Smoke, on_server: str, mlflow_h
 
 
 def test_artifacts_behind_a_server(checkout: Path, smoke: Smoke, on_server: str, mlflow_home: Path) -> None:
-    """As a server of several hosts keeps them: they pass through it."""
+    """A server for several hosts keeps the artifacts, and passes them through."""
     params = smoke(training={"steps": 24}, data={"source": "cifar10"})
     MlflowClient(on_server).create_experiment("ddpm-cifar10", artifact_location="mlflow-artifacts:/behind")
     tracking.publish(params, checkout)
@@ -883,7 +895,7 @@ def test_artifacts_behind_a_server(checkout: Path, smoke: Smoke, on_server: str,
     assert any((mlflow_home / "mlartifacts" / "behind").rglob("model.safetensors"))
     with pytest.MonkeyPatch.context() as directly:
         directly.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_home / 'mlflow.db'}")
-        with pytest.raises(InputError, match="keeps its artifacts behind a server"):
+        with pytest.raises(InputError, match="can be reached only through an MLflow server"):
             tracking.publish(params, checkout)
 
 
@@ -925,7 +937,7 @@ def test_a_database_that_is_away_is_one_line_at_once(
     for address in ("postgresql+psycopg://127.0.0.1", "postgresql://x:y/z@127.0.0.1"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{address}:{closed_port()}/mlflow")
         started = time.monotonic()
-        shown = re.escape("postgresql+psycopg://127.0.0.1")  # with the driver that is installed
+        shown = re.escape("postgresql+psycopg://127.0.0.1")  # the address names the installed driver
         with pytest.raises(InputError, match=f"^MLflow at {shown}:.* cannot be reached; publish later"):
             tracking.publish(params, checkout)
         assert time.monotonic() - started < 5
@@ -959,7 +971,7 @@ def test_who_waits_for_a_promotion_says_so(
 
 
 def test_a_new_database_never_takes_the_place_of_a_server_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that makes its own at that very moment holds no lock."""
+    """A server creates its own database at the same moment, and holds no lock."""
     monkeypatch.setattr(place.empty, "EMPTY", tmp_path / "empty.db")
     (tmp_path / "empty.db").write_bytes(b"empty")
     read = Path.read_bytes
@@ -984,7 +996,7 @@ def test_a_new_database_never_takes_the_place_of_a_server_s(tmp_path: Path, monk
 
 
 def test_a_database_that_goes_away_is_one_line(tmp_path: Path) -> None:
-    """After the first look, or where it refuses the password."""
+    """The database fails after the first connection, or refuses the password."""
     from sqlalchemy.exc import OperationalError
 
     error = OperationalError("SELECT 1", None, Exception("server closed the connection"))
@@ -1056,7 +1068,7 @@ def test_a_store_that_cannot_be_used_is_one_line(checkout: Path, params: Params)
 
 
 def test_the_key_of_a_model_is_the_key_of_its_parameters(checkout: Path, params: Params) -> None:
-    """Streaming knows only parameters, publishing only model.json."""
+    """Streaming knows only the parameters, and publishing only model.json. Both must give the same key."""
     from ddpm.tracking.lineage import identity_of_model, training_identity
 
     _, about = checkpoint.load(checkout / "models/cosine")
@@ -1065,7 +1077,7 @@ def test_the_key_of_a_model_is_the_key_of_its_parameters(checkout: Path, params:
 
 
 def test_following_publishes_each_stage_as_it_ends(checkout: Path, params: Params) -> None:
-    """What dvc.lock gains is in MLflow before the follower is told to end; a lock that DVC is writing is passed over."""
+    """A new entry in dvc.lock is published before the follower is told to end. A half-written dvc.lock is ignored."""
     lock, ended, said = checkout / "dvc.lock", threading.Event(), list[str]()
 
     follower = threading.Thread(target=tracking.follow, args=(params, checkout, ended, said.append))
@@ -1075,7 +1087,7 @@ def test_following_publishes_each_stage_as_it_ends(checkout: Path, params: Param
         return [key for run in Seen(checkout).runs for key in run.data.metrics if key == "fid"]
 
     try:
-        for text in ("", "stages:\n  evaluate@cosine-ddim-5: {"):  # as if read in the middle of a write
+        for text in ("", "stages:\n  evaluate@cosine-ddim-5: {"):  # as if the file was read in the middle of a write
             lock.write_text(text)
             time.sleep(2 * publishing.FOLLOW_SECONDS)
             assert follower.is_alive() and not scores()

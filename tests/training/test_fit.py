@@ -1,4 +1,4 @@
-"""Training: the loss of a perfect network, Adam and EMA by hand, epochs, and resuming bit for bit."""
+"""Checks training: the loss of a perfect network, Adam and EMA by hand, epochs, and resuming bit for bit."""
 
 import copy
 import itertools
@@ -39,7 +39,7 @@ def test_scaled() -> None:
 
 @pytest.mark.parametrize("target", ["eps", "x0", "v", "mu", "flow"])
 def test_loss_of_the_perfect_network_for_gaussian_data(target: str) -> None:
-    """For x_0 ~ N(0, v): Var[x_0 | x_t] = v s^2 / (a^2 v + s^2), which each target scales by the square of its slope."""
+    """For x_0 ~ N(0, v), Var[x_0 | x_t] = v s^2 / (a^2 v + s^2). Each target scales it by the square of its slope."""
     schedule, v, t = NoiseSchedule.named("linear", 1000), 0.25, 300
     objective = Objective.of(schedule, target)
     a, s = float(schedule.alpha_bar[t + 1].sqrt()), float((1 - schedule.alpha_bar[t + 1]).sqrt())
@@ -67,13 +67,13 @@ def test_every_epoch_is_a_permutation() -> None:
     for epoch in seen.view(3, 20):
         assert sorted(epoch.tolist()) == list(range(20))
     assert not torch.equal(seen[:20], seen[20:40])
-    assert len(_indices(4, 11, 0, seed=1)) == 11  # a batch larger than the dataset
+    assert len(_indices(4, 11, 0, seed=1)) == 11  # the batch is larger than the dataset
 
 
 def test_warm_up_and_clipping() -> None:
     done = steps(small_state(), 6)
     assert [step.learning_rate for step in done] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
-    # Adam's first step moves each weight by lr g / (|g| + eps'): clipping the norm to almost nothing must show.
+    # Adam's first step moves each weight by lr g / (|g| + eps'), so clipping the norm to almost nothing must change it.
     free, clipped = small_state(), small_state()
     start = [parameter.clone() for parameter in free.net.parameters()]
     steps(free, 1)
@@ -153,7 +153,7 @@ def test_a_state_of_another_network_is_refused() -> None:
 
 
 def test_flips_mirror_about_half_of_the_images() -> None:
-    """A network that records what it sees, on images whose left half is dark."""
+    """A network records its inputs, which are images whose left half is dark."""
     picture = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
     picture[..., 2:] = 255
     seen = []
@@ -167,7 +167,7 @@ def test_flips_mirror_about_half_of_the_images() -> None:
             seen.append(x.detach())
             return x * self.weight
 
-    clean = Objective.of(NoiseSchedule(torch.tensor([1e-12])), "x0")  # x_t is x_0, but for a millionth
+    clean = Objective.of(NoiseSchedule(torch.tensor([1e-12])), "x0")  # x_t equals x_0 up to a millionth
     next(fit(TrainingState(Recorder()), picture, clean, batch=200, learning_rate=0.0, seed=0, flip=True))
     mirrored = (seen[0][:, 0, 0, 0] > 0).float().mean()
     assert 0.35 < float(mirrored) < 0.65
@@ -182,8 +182,9 @@ def test_training_learns() -> None:
 
 @pytest.mark.parametrize("parts", [2, 3, 6])
 def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int) -> None:
-    """In float64 the losses and, since clipping and Adam forgive another scale, the gradients' norms agree to rounding, and
-    after some steps the weights; labels and flips go with their images.
+    """In float64, losses and later weights agree to rounding. Labels and flips stay with their images.
+
+    The norms of the gradients are compared too, since clipping and Adam would hide another scale.
     """
 
     def train(accumulate: int) -> tuple[list[float], TrainingState]:
@@ -218,7 +219,7 @@ def test_unequal_parts_are_refused() -> None:
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_an_optimiser_is_torchs_bit_for_bit(name: str) -> None:
-    """Also where a parameter has no gradient, which is passed over, and for kernels in both memory formats."""
+    """Includes parameters without a gradient, which are skipped, and kernels in both memory formats."""
     torch.manual_seed(0)
     decay = 0.1 if name == "adamw" else 0.01 if name == "muon" else 0.0
     net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 5, 3).to(memory_format=torch.channels_last), nn.Linear(5, 7))
@@ -249,13 +250,13 @@ def test_an_optimiser_is_torchs_bit_for_bit(name: str) -> None:
             each.step()
     for mine, its in zip(state.net.parameters(), other.parameters(), strict=True):
         expected = flat[id(its)].view(its.shape) if name == "muon" and its.ndim > 1 else its
-        # A kernel in channels_last has its columns in another order, which changes how its products round.
+        # A channels_last kernel has its columns in another order, so its products round differently.
         part = 1e-2 if name == "muon" and its.ndim > 2 else 0.0
         torch.testing.assert_close(mine, expected, rtol=0, atol=part * float(expected.detach().abs().max()))
 
 
 def test_muon_steps_in_every_direction_alike() -> None:
-    """A step changes a matrix by a nearly orthogonal one, of the size that Adam's has: Liu et al. 2025, section 2.2."""
+    """A step changes a matrix by a nearly orthogonal one, with the size of Adam's step: Liu et al. 2025, section 2.2."""
     torch.manual_seed(0)
     net = nn.Linear(48, 32, bias=False)
     before, state = net.weight.detach().clone(), TrainingState(net, "muon")
@@ -278,7 +279,7 @@ def test_the_learning_rate_comes_down_by_hand() -> None:
 
 
 def test_paired_noise_is_the_batchs_own_in_another_order() -> None:
-    """Each image meets the noise that `pair` names, and a pairing that changes nothing changes no bit."""
+    """Each image gets the noise that `pair` names. A pairing that changes nothing changes no bit."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def turned(x_0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Targets, variances and losses against direct integration, scipy, and closed forms."""
+"""Checks targets, variances and losses against direct integration, scipy, and closed forms."""
 
 import math
 
@@ -20,11 +20,11 @@ LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 
 
 def bayes(schedule: NoiseSchedule, t: float, x_t: float, x_0: float) -> tuple[float, float]:
-    """Mean and variance of q(x_{t-1} | x_t, x_0) by quadrature of the two Gaussians it is the product of."""
+    """Returns mean and variance of q(x_{t-1} | x_t, x_0), by quadrature of the product of two Gaussians."""
     now, before = (float(schedule.log_alpha_bar_at(u).exp()) for u in (t, t - 1))
     alpha = now / before
     prior = stats.norm(math.sqrt(before) * x_0, math.sqrt(1 - before))
-    # As a function of x_{t-1}, the step's likelihood is a Gaussian around x_t / sqrt(alpha).
+    # As a function of x_{t-1}, the likelihood of the step is a Gaussian around x_t / sqrt(alpha).
     likelihood = stats.norm(x_t / math.sqrt(alpha), math.sqrt((1 - alpha) / alpha))
     narrow = min(prior, likelihood, key=lambda d: d.std())
     x = np.linspace(narrow.mean() - 12 * narrow.std(), narrow.mean() + 12 * narrow.std(), 20_001)
@@ -72,7 +72,7 @@ def test_the_posterior_ends_at_the_clean_image(t: float) -> None:
 
 @given(st.sampled_from(sorted(TARGETS)), st.sampled_from(sorted(SCHEDULES)), st.floats(0, 99), st.integers(0, 2**32))
 def test_round_trips_at_fractional_times(target: str, name: str, t: float, seed: int) -> None:
-    """x_0 -> x_t -> target -> x_0 in float64, through the Denoiser."""
+    """Converts x_0 -> x_t -> target -> x_0 in float64, through the Denoiser."""
     schedule = NoiseSchedule.named(name, 100)
     generator = torch.Generator().manual_seed(seed)
     x_0, eps = (torch.randn(2, 1, 3, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -88,10 +88,10 @@ def test_targets_that_say_nothing_of_the_image_are_refused(target: str) -> None:
     schedule = NoiseSchedule(torch.full((2000,), 0.9))  # alpha_bar underflows to zero
     with pytest.raises(ValueError, match="alpha_bar = 0"):
         Objective.of(schedule, target)
-    Objective.of(NoiseSchedule.named("linear", 1000).zero_terminal_snr(), "mu")  # x_{T-1} still knows of x_0
+    Objective.of(NoiseSchedule.named("linear", 1000).zero_terminal_snr(), "mu")  # x_{T-1} still depends on x_0
 
 
-# The pieces of the bound.
+# The terms of the bound.
 
 
 @pytest.mark.parametrize("logvars", [(-3.0, -2.0), (0.5, -1.0), (-9.0, -9.0 + 1e-4)])
@@ -122,7 +122,7 @@ def test_discretised_likelihood_is_scipys_and_sums_to_one(mean: float, std: floa
 
 
 def test_discretised_likelihood_keeps_its_digits_and_its_gradient_in_the_tails() -> None:
-    """Where the mass itself underflows it is about the density at the nearer edge of the bin: log p = -z^2 / 2 - ..."""
+    """Where the mass underflows, it is about the density at the nearer edge of the bin: log p = -z^2 / 2 - ..."""
     x0 = LEVELS.float()[[0, 40, 200, 255]]
     mean = torch.tensor([1.0, 0.9, -0.7, -1.0], requires_grad=True)
     found = discretised_log_likelihood(x0, mean, torch.tensor(2 * math.log(0.0074)))
@@ -138,7 +138,7 @@ def test_discretised_likelihood_keeps_its_digits_and_its_gradient_in_the_tails()
     )
 
 
-# Losses of a linear network, elsewhere computed.
+# Losses of a linear network, computed in another way.
 
 
 def setup(name: str, target: str, loss: str, count: int = 6) -> tuple[NoiseSchedule, Objective, tuple]:
@@ -154,7 +154,7 @@ def setup(name: str, target: str, loss: str, count: int = 6) -> tuple[NoiseSched
 @pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_vlb_is_the_bound(name: str, target: str, learned: bool) -> None:
-    """Every term by way of x0_hat and the textbook's posterior, in float64, with scipy's distribution function."""
+    """Computes every term from x0_hat and the textbook's posterior, in float64, with scipy's distribution function."""
     schedule, objective, (x_0, t, eps) = setup(name, target, "vlb")
 
     def net(x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
@@ -203,14 +203,14 @@ def test_vlb_of_a_fixed_variance_is_the_weighted_error_of_equation_12(name: str)
         for error in (0.0, 0.5, -2.0)
     ]
     ratio = (1 - schedule.alpha_bar[t]) / (1 - alpha_bar)
-    constant = 50 * (ratio - 1 - ratio.log()) / 2  # what fixed_large gives away against the posterior's variance
+    constant = 50 * (ratio - 1 - ratio.log()) / 2  # the loss of fixed_large compared with the posterior's variance
     for found in gap:
         assert found.numpy() == pytest.approx(constant.numpy(), rel=1e-3, abs=1e-5 * float(weight.max()))
 
 
 @pytest.mark.parametrize("target", sorted(TARGETS))
 def test_min_snr_weights(target: str) -> None:
-    """Hang et al. 2023, section 3.4: min(SNR, 5) for x0, divided by SNR for eps and by SNR + 1 for v."""
+    """The weight is min(SNR, 5) for x0, divided by SNR for eps and by SNR + 1 for v (Hang et al. 2023, section 3.4)."""
     schedule, objective, (x_0, t, eps) = setup("linear", target, "min_snr")
     _, plain, _ = setup("linear", target, "simple")
 
@@ -228,7 +228,7 @@ def test_min_snr_weights(target: str) -> None:
 
 @pytest.mark.parametrize("target", sorted(TARGETS))
 def test_the_tables_of_a_very_long_chain_are_finite(target: str) -> None:
-    """a is 1e-300 at its end."""
+    """a is 1e-300 at the end of the chain."""
     for name in ("linear", "scaled_linear", "cosine"):
         try:
             objective = Objective.of(NoiseSchedule.named(name, 100_000), target)
@@ -242,7 +242,7 @@ def test_the_tables_of_a_very_long_chain_are_finite(target: str) -> None:
 
 
 class Affine(nn.Module):
-    """Twice the channels: a mean and a variance, each with a weight of its own."""
+    """A network with twice the channels: a mean and a variance, each with its own weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ def test_losses_refused() -> None:
 @pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_every_loss_and_gradient_is_finite_at_every_time(name: str, target: str, loss: str) -> None:
-    """Also where float32 holds nothing of alpha_bar, and for a network as wrong as an untrained one."""
+    """Includes times at which alpha_bar vanishes in float32, and a network as wrong as an untrained one."""
     schedule = NoiseSchedule.named(name, 1000)
     if float(schedule.alpha_bar[-1]) == 0 and target == "eps":
         with pytest.raises(ValueError, match="alpha_bar = 0"):
@@ -319,7 +319,7 @@ def test_the_ends_of_the_learned_variance_are_the_fixed_ones(v: float, fixed: st
 
 
 def test_a_learned_variance_between_the_ends_on_a_respaced_chain() -> None:
-    """v = 1/2 adds the geometric mean of the two variances; every other sampler does not see v."""
+    """v = 1/2 adds noise with the geometric mean of the two variances. All other samplers ignore v."""
     schedule = NoiseSchedule.named("linear", 1000)
     denoiser = Denoiser(lambda x, t: torch.cat([0 * x, 0 * x], dim=1), schedule, "x0")
     ones = torch.ones(1, 1, 1, 1, dtype=torch.float64)
@@ -328,7 +328,7 @@ def test_a_learned_variance_between_the_ends_on_a_respaced_chain() -> None:
     large = 1 - now / to
     small = large * (1 - to) / (1 - now)
     for variance, expected in {"fixed_large": large, "fixed_small": small, "learned": math.sqrt(large * small)}.items():
-        # From x_T = 0 by a draw of one: the first of two steps shows the deviation, the last gives x0_hat.
+        # Starts from x_T = 0 with a draw of one, so the first of two steps shows the deviation. The last step gives x0_hat.
         first, last = trajectory(denoiser, 0 * ones, "ddpm", 2, "leading", lambda k: ones, variance=variance)
         assert float(first.x) ** 2 == pytest.approx(expected, rel=1e-12), variance
         assert float(last.x) == 0 and last.evaluations == 2

@@ -1,9 +1,9 @@
-"""Training on two real processes (gloo, on the CPU) is training on one.
+"""Checks that training on two real processes (gloo, on the CPU) equals training on one process.
 
-The processes compute in float64, where the two orders of summation differ by some 1e-16 of a gradient. Adam divides by the
-gradient's own size, so where the true gradient is zero (the keys' bias, which softmax ignores) such noise, over Adam's 1e-8,
-moves a weight by 1e-8 of the learning rate in a step: hence 1e-9 for the weights, and 1e-12 for the losses. Masks, noise,
-times, flips or labels of other rows than one process would use move both by 1e-3 or more.
+The processes compute in float64, where the two orders of summation differ by about 1e-16 of a gradient. Adam divides by the
+size of the gradient. Where the true gradient is zero (the keys' bias, which softmax ignores), such noise over Adam's 1e-8
+moves a weight by 1e-8 of the learning rate per step. So the tolerance is 1e-9 for the weights and 1e-12 for the losses.
+Masks, noise, times, flips or labels of other rows would change both by 1e-3 or more.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ddpm.training.times import LossAware
 
 
 def trained(world: World, fast: bool = False) -> dict[str, torch.Tensor]:
-    """Everything that could depend on the row is on: dropout, flips, classes, parts of a batch, times by loss, pairing.
+    """Trains with every option that could depend on the row: dropout, flips, classes, accumulation, times by loss, pairing.
 
-    fast: with winograd.py's convolutions, which compute in float32.
+    fast: uses winograd.py's convolutions, which compute in float32.
     """
     torch.manual_seed(0)
-    schedule = NoiseSchedule.named("cosine", 2)  # of few times, each of which has ten losses after some steps
+    schedule = NoiseSchedule.named("cosine", 2)  # there are few times, so each has ten losses after some steps
     net = UNet(1, 8, 8, (1, 2), 1, (4,), dropout=0.2, classes=3).to(memory_format=torch.channels_last)
     state = TrainingState(net, times=LossAware(schedule))
     images = torch.randn(20, 1, 8, 8)
@@ -60,7 +60,7 @@ def main(rank: int, folder: Path, fast: bool) -> None:
 
 
 def one_and_two(folder: Path, fast: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The same training by one process and by two, which end with the same bits."""
+    """Runs the same training on one process and on two. Asserts that the two end with the same bits."""
     started = [
         subprocess.Popen([sys.executable, __file__, str(rank), str(folder), *["fast"] * fast]) for rank in range(2)
     ]
@@ -84,7 +84,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 
 def test_two_processes_train_as_one_with_our_convolutions(tmp_path: Path) -> None:
-    """In float32 Adam makes a step of full size of any noise (see above), so it is the losses that must agree."""
+    """In float32, Adam turns any noise into a step of full size (see above), so only the losses must agree."""
     alone, both = one_and_two(tmp_path, fast=True)
     torch.testing.assert_close(both["loss"], alone["loss"], rtol=1e-4, atol=0)
 

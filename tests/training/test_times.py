@@ -1,4 +1,4 @@
-"""How network times are drawn: the probabilities by hand, and that weights keep the expectation of the loss."""
+"""Checks how network times are drawn: the probabilities by hand, and that weights keep the expected loss."""
 
 import math
 
@@ -20,7 +20,10 @@ def observed(times: LossAware, losses: torch.Tensor, rounds: int) -> None:
 
 
 def test_times_of_high_loss_are_drawn_more_often_and_weigh_less() -> None:
-    """After ten losses each, in proportion to the root of the mean square. False alarms: under 1 of 10,000 seeds."""
+    """After ten losses per time, the probability is proportional to the root mean square loss.
+
+    Fewer than 1 of 10,000 seeds would fail by chance.
+    """
     times, losses = LossAware(NoiseSchedule.named("cosine", 4)), torch.tensor([1.0, 2.0, 3.0, 10.0])
     observed(times, losses, KEPT - 1)
     assert torch.equal(times.probabilities(), torch.full((4,), 0.25)) and torch.equal(
@@ -32,12 +35,12 @@ def test_times_of_high_loss_are_drawn_more_often_and_weigh_less() -> None:
     count = 20_000
     deviation = (expected * (1 - expected) / count).sqrt()
     assert bool(((frequencies(times, count) - expected).abs() < 4.5 * deviation).all())
-    # The expectation of the weighted loss is the mean loss over uniform times.
+    # The expected weighted loss is the mean loss over uniform times.
     assert float((expected * times.weights(torch.arange(4)) * losses).sum()) == pytest.approx(4.0)
 
 
 def test_the_newest_ten_losses_of_a_time_count() -> None:
-    """Also if a batch has more of them, and whatever lies between."""
+    """Holds if a batch has more than ten losses of a time, and with losses of other times in between."""
     times = LossAware(NoiseSchedule.named("cosine", 2))
     t = torch.tensor([0] * 13 + [1] * 10)
     times.observe(t, torch.arange(23.0))
@@ -58,7 +61,10 @@ def test_losses_that_say_nothing_leave_times_uniform(loss: float) -> None:
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "rectified"])
 def test_the_log_snr_is_normal(name: str) -> None:
-    """The distribution of log SNR up to the ends of the schedule, from its cumulated table; every time may be drawn."""
+    """Compares the distribution of log SNR, within the ends of the schedule, with its cumulated table.
+
+    Every time may be drawn.
+    """
     schedule = NoiseSchedule.named(name, 1000)
     times = LogNormal(schedule)
     assert times.weights(torch.arange(5)) is None

@@ -1,4 +1,1 @@
-"""Publishes outputs to MLflow's runs.
-
-The model registry is in ddpm.tracking.registry.
-"""
+"""Publishes outputs as MLflow runs. The model registry is in ddpm.tracking.registry."""

@@ -1,4 +1,4 @@
-"""Publishes the outputs on disk to MLflow, except those that MLflow already has."""
+"""Publishes the outputs on disk to MLflow, except the outputs that MLflow already has."""
 
 from __future__ import annotations
 
@@ -57,14 +57,12 @@ if TYPE_CHECKING:
 
 FOLLOW_SECONDS = 1.0  # seconds between two checks of dvc.lock
 REAL = 64  # the number of real images that are logged at step 0
-CONTENT, PUBLISHED = (
-    "ddpm.content_sha256",
-    "ddpm.published_sha256",
-)  # hash of a run's outputs; the second marks a complete run
+CONTENT = "ddpm.content_sha256"  # tag with the hash of the outputs that a run shows
+PUBLISHED = "ddpm.published_sha256"  # tag with the same hash, set when the run is complete
 UNKNOWN_TIME = 946_684_800_000  # 2000-01-01, for outputs without a run file
 
 
-# Compares the report with the champion in the registry; returns None without a champion. ddpm.tracking passes it in.
+# A function that compares the report with the champion, and returns None without a champion. ddpm.tracking.outputs passes it.
 WithChampion = Callable[[Target, Params, Path, Say], Compared | None]
 
 
@@ -75,21 +73,31 @@ def publish_or_warn(
     say: Say = print,
     champion: WithChampion | None = None,
 ) -> None:
-    """Publishes at the end of a stage. Any error becomes a one-line warning, since the outputs are already on disk."""
+    """Calls `publish` at the end of a stage. Turns any error into a one-line warning, since the outputs are already on disk."""
     try:
         publish(params, root, only, say, champion)
     except InputError as error:
         warn(str(error), say)
-    except Exception as error:  # noqa: BLE001 - tracking must not fail the work
+    except Exception as error:  # noqa: BLE001 - tracking must not fail the stage
         warn(f"publishing {only or ''} failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})", say)
 
 
 def follow(
     params: Params, root: Path, ended: threading.Event, say: Say = print, champion: WithChampion | None = None
 ) -> None:
-    """Publishes the outputs of each stage once dvc.lock lists them, until `ended` is set. Never raises InputError."""
+    """Publishes the outputs of each stage as soon as dvc.lock lists them. Never raises InputError.
+
+    Args:
+        params: the parameters of the sweep.
+        root: the top of the checkout.
+        ended: the function returns once this event is set.
+        say: prints a line for the user.
+        champion: compares the report with the champion.
+    """
     path, changed, seen = root / dvc_lock.NAME, -1, dvc_lock.versions(root)
-    publish_or_warn(params, root, "prepare", say)  # publishes nothing, but imports mlflow and creates the store
+    publish_or_warn(
+        params, root, "prepare", say
+    )  # imports mlflow and creates the store; `prepare` has nothing to publish
     while not ended.wait(FOLLOW_SECONDS):
         now = path.stat().st_mtime_ns if path.exists() else -1
         if now == changed:
@@ -99,7 +107,7 @@ def follow(
         except InputError:
             stages = {}
         if not stages:
-            continue  # DVC is writing it
+            continue  # DVC is writing the file
         for stage in stages:
             if stages[stage] != seen.get(stage):
                 publish_or_warn(params, root, stage, say, champion)
@@ -116,18 +124,18 @@ def publish(
     say: Say = print,
     champion: WithChampion | None = None,
 ) -> dict[str, int]:
-    """Adds the outputs below `root` that MLflow lacks. Leaves out an output that is older than its inputs.
+    """Publishes the outputs below `root` that MLflow lacks. Leaves out outputs that are older than their inputs.
 
     Args:
         params: the parameters of the sweep.
-        root: the checkout.
-        only: the output of one stage, such as "prepare", "train@linear", "sample@linear-ddim-50" or "report". Default: all
-            outputs, with a line about the additions.
+        root: the top of the checkout.
+        only: the stage whose output to publish, such as "train@linear", "sample@linear-ddim-50" or "report". None publishes
+            all outputs, and prints what was added.
         say: prints a line for the user.
         champion: compares the report with the champion.
 
     Returns:
-        Counts of added runs, metrics, images, models and files.
+        The numbers of added runs, metrics, images, models and files, by these names.
 
     Raises:
         InputError: an output is damaged, or MLflow cannot be reached.
@@ -161,14 +169,16 @@ def _publish_all(
     target: Target, params: Params, root: Path, added: Counter[str], say: Say, report: Callable[[], None]
 ) -> None:
     for name in _fill_in(target, params, root, added, report):
-        say(f"publish: {name} left out: made with another model, or scored with other samples; run dvc repro")
+        say(
+            f"publish: {name} is not published, since its model or samples have changed since it was made; run dvc repro"
+        )
     summary = ", ".join(f"{count} {kind}" for kind, count in added.items())
     atomic.write_text(root / paths.CHART, chart(target.experiment))
     say(f"MLflow at {target.place.shown}: " + (f"added {summary}" if summary else "nothing to add"))
 
 
 def _fill_in(target: Target, params: Params, root: Path, added: Counter[str], report: Callable[[], None]) -> list[str]:
-    """Publishes all outputs. Returns the names of outputs that are older than their inputs."""
+    """Publishes all outputs that are up to date. Returns the names of the outputs that are older than their inputs."""
     end_orphans(target)
     stale = list[str]()
     for folder in sorted((root / "models").glob("*/model.json")):
@@ -199,7 +209,7 @@ def _points(root: Path) -> Iterator[Point]:
 
 
 def _publish_training(target: Target, root: Path, schedule: str, added: Counter[str]) -> Run | None:
-    """Publishes a training. Returns its run, or None if there is no such model on disk."""
+    """Publishes a training. Returns the run of the training, or None if there is no such model on disk."""
     folder, record = root / paths.model_dir(schedule), root / paths.training_metrics_file(schedule)
     if not (folder / "model.json").exists() or not record.exists():
         return None
@@ -256,7 +266,7 @@ def _times(run: RunRecord | None) -> tuple[int, int]:
 
 
 def _commit(run: RunRecord | None) -> dict[str, str]:
-    """Returns tags with the machine and the commit that made an output."""
+    """Returns tags with the machine and the commit that made an output. Without a run file, a tag says that they are unknown."""
     if run is None:
         return {"ddpm.times": "unknown"}
     tags = {"ddpm.device": run.device, "ddpm.hardware": json.dumps(run.hardware)}
@@ -267,7 +277,7 @@ def _commit(run: RunRecord | None) -> dict[str, str]:
 
 
 def _curve_metrics(values: Mapping[str, Mapping[int, float]], last: int, start: int, end: int) -> list[Metric]:
-    """Returns the metrics of the loss curves, with time stamps spread evenly between start and end."""
+    """Returns the metrics of the loss curves. The steps 0 ... `last` get time stamps spread evenly between `start` and `end`."""
     from mlflow.entities import Metric
 
     return [
@@ -316,7 +326,7 @@ def _log_dataset(target: Target, run: Run, root: Path, data: DataEntry, context:
     if dataset_file.exists() and (present := read_dataset_record(root)).sha256 == data.sha256:
         counts = present.counts
     elif md5:
-        md5 = ""  # dvc.lock describes another version
+        md5 = ""  # dvc.lock describes another version of the dataset
     dataset = Dataset(
         name=data.name,
         digest=data.sha256[:16],
@@ -333,7 +343,7 @@ def _log_dataset(target: Target, run: Run, root: Path, data: DataEntry, context:
 
 
 def _checkpoint_model(target: Target, run: Run, weights: str) -> Any:
-    """Returns the training run's logged model that has these weights (sha256), or None."""
+    """Returns the logged model of the training's run that has these weights, or None. weights: sha256."""
     found = target.client.search_logged_models([target.experiment], f"tags.`{MODEL}` = '{weights}'")
     return next((model for model in found if model.source_run_id == run.info.run_id), None)
 
@@ -341,7 +351,7 @@ def _checkpoint_model(target: Target, run: Run, weights: str) -> Any:
 def _log_checkpoint(
     target: Target, run: Run, folder: Path, record: ModelRecord, step: int, added: Counter[str]
 ) -> None:
-    """Logs the checkpoint folder, safetensors and JSON, as a logged model of the training run."""
+    """Logs the checkpoint folder, which holds safetensors and JSON, as a logged model of the training's run."""
     from mlflow.entities import LoggedModelOutput
 
     model = _checkpoint_model(target, run, record.weights_sha256)
@@ -364,19 +374,30 @@ def _log_checkpoint(
         target.client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])
 
 
-# The run of a schedule and sampler.
+# The runs of samplers.
 
 
 @dataclass(frozen=True)
 class PointFiles:
-    """The files of a point on disk."""
+    """The samples and scores of a point on disk.
+
+    Args:
+        point: the point.
+        evaluations: network evaluations per image.
+        model: the sha256 of the weights that drew the samples.
+        samples: the sha256 of the sample set.
+        metrics: the scores of these samples, or None.
+        scores: the sha256 of the metrics file; "" without scores.
+        sampled: the run file of the samples, or None.
+        evaluated: the run file of the scores, or None.
+    """
 
     point: Point
     evaluations: int
-    model: str  # sha256 of the weights that drew the samples
-    samples: str  # sha256 of the sample set
-    metrics: Scores | None  # None before the evaluation, and for scores of other samples
-    scores: str  # sha256 of the metrics file
+    model: str
+    samples: str
+    metrics: Scores | None
+    scores: str
     sampled: RunRecord | None
     evaluated: RunRecord | None
 
@@ -412,9 +433,9 @@ class PointFiles:
 def publish_points(
     target: Target, root: Path, group: Sequence[tuple[Point, PointSettings]], added: Counter[str]
 ) -> Run | None:
-    """Publishes points of one schedule, sampler and settings.
+    """Publishes points that have the same schedule, sampler and settings, and differ only in the number of steps.
 
-    Returns their run, or None if no samples of the present model are on disk.
+    Returns the run of these points, or None if no samples of the present model are on disk.
     """
     first, settings = group[0]
     training = _publish_training(target, root, first.schedule, added)
@@ -442,7 +463,7 @@ def publish_points(
         **_commit(points[0].evaluated or points[0].sampled),
     }
     run = find_or_create(target, key, name, agrees, start, tags, added)
-    complete = bool(run.data.params)  # a run of an older version also lacks the options of its sampler
+    complete = bool(run.data.params)  # runs that an older version published have no parameters
     log(target, run, _point_params(first, model, settings))
     if not complete:
         _log_dataset(target, run, root, model.data, "evaluation")
@@ -461,21 +482,21 @@ def _point_tags(point: Point, model: ModelRecord, settings: PointSettings) -> di
     return {
         **flat({"ddpm": asdict(settings)}),
         "ddpm.stage": "sample",
-        "mlflow.runType": "evaluation",  # makes MLflow's pages unfold the parent run, so that the scores are visible
+        "mlflow.runType": "evaluation",  # for this type, MLflow's pages unfold the parent run, so the scores are visible
         "ddpm.schedule": point.schedule,
         "ddpm.sampler": point.sampler,
         "ddpm.dataset": model.data.name,
         "ddpm.dataset_sha256": model.data.sha256,
-        "mlflow.note.content": f"Sampler {point.sampler} on the {point.schedule} schedule. Step = network evaluations per"
-        f" image; the images at step 0 are real. {RANKING.title} ({RANKING.words}) of at most"
+        "mlflow.note.content": f"Sampler {point.sampler} on the {point.schedule} schedule. A step is the number of network"
+        f" evaluations per image; the images at step 0 are real. {RANKING.title} ({RANKING.words}) is computed from at most"
         f" {images:,} samples, at {title} layer {layer}.",
     }
 
 
 def _point_params(point: Point, model: ModelRecord, settings: PointSettings) -> dict[str, str]:
-    """Returns the parameters by which sampler runs differ, such as the options of the sampler's row.
+    """Returns the parameters of a sampler's run, such as the options of the sampler's row.
 
-    The other settings are tags, since MLflow writes all parameters above each picture, which needs the room.
+    The other settings are tags: MLflow writes all parameters above each picture, so many parameters would hide the picture.
     """
     row = {name: value for name, value in settings.row.items() if name not in ("sampler", "fitted_to")}
     about = {"schedule": point.schedule, "sampler": point.sampler, "dataset": model.data.name}
@@ -492,7 +513,7 @@ def _link_model(target: Target, run: Run, training: Run, weights: str) -> None:
 
 
 def _log_real(target: Target, run: Run, root: Path, data: DataEntry, start: int, added: Counter[str]) -> None:
-    """Logs real images at step 0 for comparison. MLflow's slider starts there and would show nothing otherwise."""
+    """Logs real images at step 0, where MLflow's slider starts, so that the reader can compare samples with real images."""
     dataset_file = root / paths.dataset_dir() / "dataset.json"
     if dataset_file.exists() and read_dataset_record(root).sha256 == data.sha256:
         picture = arrays.grid(read_dataset(root).train[:REAL])
@@ -500,7 +521,7 @@ def _log_real(target: Target, run: Run, root: Path, data: DataEntry, start: int,
 
 
 def _picture(picture: arrays.Images) -> arrays.Images:
-    """Returns a uint8 picture C,H,W as the H,W or H,W,3 that MLflow expects."""
+    """Converts a uint8 picture from C,H,W to H,W or H,W,3, as MLflow expects."""
     return picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
 
 
@@ -529,13 +550,14 @@ def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, adde
     log(target, run, tags=files.tags)
 
 
-# The run of a schedule's bound.
+# The runs of likelihood bounds.
 
 
 def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counter[str]) -> bool:
-    """Publishes a bound below its training's run: bits/dim at step = training steps, rate and distortion at step = network time.
+    """Publishes a likelihood bound as a child run of the training's run.
 
-    Returns False if the bound belongs to another model.
+    MLflow's step is the number of training steps for bits/dim, and the network time for rate and distortion. Returns False if
+    the bound belongs to another model.
     """
     from mlflow.entities import Metric
 
@@ -560,8 +582,8 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
         MODEL: bound.model,
         CONTENT: content,
         "mlflow.parentRunId": training.info.run_id,
-        "mlflow.note.content": f"The variational bound of the {schedule} model in bits/dim (lower is better): the total, and its"
-        " parts L_T (prior), the sum of all L_t (kl) and L_0 (decoder). Step of `rate` and `distortion` = network time.",
+        "mlflow.note.content": f"The variational bound of the {schedule} model in bits/dim (lower is better), and its parts L_T"
+        " (prior), the sum of all L_t (kl) and L_0 (decoder). The step of `rate` and `distortion` is the network time.",
         **_commit(times),
     }
     run = find_or_create(
@@ -599,7 +621,7 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
 def _publish_report(
     target: Target, params: Params, root: Path, added: Counter[str], say: Say, champion: WithChampion | None
 ) -> None:
-    """Publishes the present report as artifacts of one run. Fills in the page's lineage, timings and comparisons."""
+    """Publishes the present report as artifacts of one run. The published page contains the lineage, times and comparisons."""
     folder = root / paths.report_dir()
     if not (folder / "best.json").exists():
         return
@@ -647,8 +669,8 @@ def _parts_of_page(
 
 
 def _runs_of(target: Target, root: Path, rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Returns, for each stage, the name of the run that holds its output and, for a server, the address of that run."""
-    held = dict[str, dict[str, str]]()  # stage -> the tags that identify its run
+    """Returns the name and the address of the run that shows the output of each stage, by stage. The address needs a server."""
+    tags_of = dict[str, dict[str, str]]()  # stage -> the tags of the run that shows its output
     for row in rows:
         model_file, samples = (
             root / paths.model_dir(row.schedule) / "model.json",
@@ -657,16 +679,16 @@ def _runs_of(target: Target, root: Path, rows: Sequence[Row]) -> dict[str, tuple
         if model_file.exists():
             for stage in ("train", "likelihood"):
                 weights = models.read_trained(root, row.schedule).weights_sha256
-                held[f"{stage}@{row.schedule}"] = {"ddpm.stage": stage, MODEL: weights}
+                tags_of[f"{stage}@{row.schedule}"] = {"ddpm.stage": stage, MODEL: weights}
         if (root / samples).exists():
             made = read_samples_record(root / samples).record_sha256
             tag = {"ddpm.stage": "sample", f"ddpm.samples.{row.steps}": made}
-            held |= {f"{stage}@{row.point}": tag for stage in ("sample", "evaluate")}
+            tags_of |= {f"{stage}@{row.point}": tag for stage in ("sample", "evaluate")}
     uri, found = target.place.shown, dict[str, tuple[str, str]]()
     for run in search(target, ""):
         link = f"{uri}/#/experiments/{target.experiment}/runs/{run.info.run_id}" if uri.startswith("http") else ""
         if SUPERSEDED not in run.data.tags:
-            mine = [stage for stage, tags in held.items() if tags.items() <= run.data.tags.items()]
+            mine = [stage for stage, tags in tags_of.items() if tags.items() <= run.data.tags.items()]
             found |= dict.fromkeys(mine, (run.info.run_name, link))
     return found
 
@@ -675,7 +697,7 @@ def _runs_of(target: Target, root: Path, rows: Sequence[Row]) -> dict[str, tuple
 
 
 def _publish_schedules(target: Target, root: Path, folder: Path, added: Counter[str]) -> None:
-    """Publishes the table of schedules as metrics, and its pictures. A changed table or picture gets a new run."""
+    """Publishes the table of schedules as metrics, and the pictures as artifacts. A changed table or picture gets a new run."""
     from mlflow.entities import Metric
 
     if not (root / folder / "table.csv").exists():
@@ -684,11 +706,11 @@ def _publish_schedules(target: Target, root: Path, folder: Path, added: Counter[
     content = digest([sha256(path) for path in files])
     rows, times = read_csv(files[0]), read_run(root, folder)
     start, end = _times(times)
-    note = "Is x_T really noise, and how are the steps spread? `share_of_steps` has a step per band of signal-to-noise ratio,"
+    note = "How close x_T is to noise, and how the schedules spread the T steps. The steps of `share_of_steps` are bands of the"
     bands = [name for name in rows[0] if name.startswith("snr ")]
     tags = {
         "ddpm.stage": "schedules",
-        "mlflow.note.content": f"{note} lowest first: {', '.join(band.removeprefix('snr ') for band in bands)}.",
+        "mlflow.note.content": f"{note} signal-to-noise ratio: {', '.join(band.removeprefix('snr ') for band in bands)}.",
         **_commit(times),
     }
     run = find_or_create(

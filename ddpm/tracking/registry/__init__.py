@@ -1,4 +1,4 @@
-"""Promotes the best model in MLflow's registry: decides, registers the version, and rolls back.
+"""Registers the best model in MLflow's registry, decides whether the model becomes the champion, and rolls back.
 
-Runs and metrics are in ddpm.tracking.publish.
+The runs in MLflow are published by ddpm.tracking.publish.
 """

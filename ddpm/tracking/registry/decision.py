@@ -1,14 +1,20 @@
-"""Decides from scores whether a challenger replaces the champion. registry.py calls it and records the result.
+"""Decides from scores whether a challenger replaces the champion. The module `registry` calls `decide` and records the result.
 
-A challenger wins if its score is significantly better than the champion's: the interval of the difference excludes 0. A
-challenger that takes `promotion.fewer_evaluations` times fewer network evaluations than the champion also wins if it is nearly as
-good as the best champion so far: its score is at most the share `promotion.margin` worse, even at the unfavourable end of the
-interval. The comparison with the best champion prevents many cheaper challengers from lowering the score bit by bit.
+A challenger wins in two cases:
 
-A challenger nevertheless loses if, by one of `promotion.judges`, it may be worse than the champion by more than the margin.
+- The challenger is better: the interval of the difference between the two scores excludes 0.
+- The challenger is much cheaper and not inferior: it takes `promotion.fewer_evaluations` times fewer network evaluations than the
+  champion, and its score is not worse than the best champion's by more than the non-inferiority margin. The margin is the share
+  `promotion.margin` of the best champion's score, and the unfavourable end of the interval must lie within it.
 
-The challenger was picked as the best of several points, so its score is partly chance. The intervals therefore hold for all these
-points together (Dunnett 1955). The scores are paired if the images of both start from the same noise.
+The second case compares with the best champion so far. Otherwise a series of cheaper challengers could lower the score bit by
+bit.
+
+Each of `promotion.judges` can refuse a challenger that would win: the judge's score must not be worse than the champion's by more
+than the margin.
+
+The challenger was picked as the best of several points, so its score looks good partly by chance. The intervals therefore hold
+for all these points together (Dunnett 1955). Two scores are compared in pairs of images if both start from the same noise.
 """
 
 from __future__ import annotations
@@ -33,9 +39,17 @@ AGAIN = "evaluate the point again (dvc repro)"
 
 @dataclass(frozen=True)
 class Protocol:
-    """The conditions that comparable scores share: the dataset version, and how the scores were computed."""
+    """The conditions under which a score was computed. Only scores with equal protocols can be compared.
 
-    dataset: str  # sha256
+    Args:
+        dataset: the sha256 of the dataset.
+        layer: the layer of the extractor.
+        images: the number of samples.
+        reference_images: the number of training images.
+        extractor_sha256: the hash of the extractor's weights.
+    """
+
+    dataset: str
     layer: int
     images: int
     reference_images: int
@@ -47,11 +61,11 @@ class Protocol:
 
     @property
     def id(self) -> str:
-        """The name of the protocol in tags: 12 hexadecimal digits."""
+        """A short hash that names the protocol in tags: 12 hexadecimal digits."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     def differences(self, other: Protocol) -> str:
-        """Describes the changes from `other` to this protocol, such as "layer 64 -> 2048"."""
+        """Describes the differences from `other` to this protocol, such as "layer 64 -> 2048"."""
         mine, theirs = asdict(self), asdict(other)
         hashes = {"dataset": "dataset version", "extractor_sha256": "feature extractor"}
         changed = [name for name in mine if mine[name] != theirs[name]]
@@ -63,7 +77,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Judged:
-    """A judge's score. extractor_sha256: the hash of the file (or other data) that decides the judge's features."""
+    """A judge's score. extractor_sha256: the hash of the weights of the judge's extractor."""
 
     estimate: Estimate
     extractor_sha256: str
@@ -74,11 +88,11 @@ class Score:
     """A point's headline score under a protocol.
 
     Args:
-        estimate: the score.
+        estimate: the score, with its standard error and influence values.
         evaluations: network evaluations per image.
         protocol: how the score was computed.
-        seed: the seed of the noise from which the images start, if known.
-        judges: the scores of other judges by name, in the order of their influence values.
+        seed: the seed of the noise from which the images start; None if unknown.
+        judges: the scores by other judges, by name, in the order of their influence values.
     """
 
     estimate: Estimate
@@ -94,18 +108,18 @@ class Score:
         Args:
             scores: the content of metrics/POINT.json.
             influence: [N], or [1 + J, N] with J judges.
-            seed: see the class.
+            seed: the seed of the noise from which the images start.
 
         Raises:
-            InputError: there are not as many influence values as images and scores.
+            InputError: the shape of `influence` does not fit the scores.
         """
         rows: list[NDArray[np.floating] | None] = [None] * (1 + len(scores.judges))
         if influence is not None:
             found = np.atleast_2d(influence)
             if found.shape[1] != scores.images:
-                raise InputError(f"{found.shape[1]} influence values for {scores.images} images: {AGAIN}")
+                raise InputError(f"{found.shape[1]} influence values for {scores.images} images; {AGAIN}")
             if len(found) != len(rows):
-                raise InputError(f"influence values of {len(found)} scores instead of {len(rows)}: {AGAIN}")
+                raise InputError(f"influence values of {len(found)} scores instead of {len(rows)}; {AGAIN}")
             rows = list(found)
         judges = {
             name: Judged(scores.estimate(row, name), str(about["extractor_sha256"]))
@@ -115,11 +129,11 @@ class Score:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Score:
-        """Reads the entries of metrics/POINT.json that a comparison needs. Raises InputError."""
+        """Builds the score from the content of metrics/POINT.json. Raises InputError."""
         try:
             return cls.of(Scores.from_json(found, needed=COMPARED))
         except ValueError as error:
-            raise InputError(f"scores {error} cannot be compared: {AGAIN}") from None
+            raise InputError(f"the scores cannot be compared: {error}; {AGAIN}") from None
 
     @property
     def value(self) -> float:
@@ -127,13 +141,13 @@ class Score:
 
     @property
     def influence(self) -> NDArray[np.floating] | None:
-        """The influence values [1 + J, N] of the score and its J judges, or None if some are unknown."""
+        """The influence values [1 + J, N] of the score and of J judges, or None if some are unknown."""
         rows = [each.influence for each in (self.estimate, *(judged.estimate for judged in self.judges.values()))]
         known = [row for row in rows if row is not None]
         return np.stack(known) if len(known) == len(rows) else None
 
     def with_influence(self, influence: NDArray[np.floating], seed: int | None) -> Score:
-        """Returns the score with influence values [1 + J, N] of images that start from the noise of `seed`."""
+        """Returns a copy with influence values [1 + J, N], of images that start from the noise of `seed`."""
         judges = {
             name: replace(judged, estimate=replace(judged.estimate, influence=row))
             for (name, judged), row in zip(self.judges.items(), influence[1:], strict=True)
@@ -141,9 +155,9 @@ class Score:
         return replace(self, estimate=replace(self.estimate, influence=influence[0]), seed=seed, judges=judges)
 
     def lacks(self, judges: Sequence[str], other: Score) -> list[str]:
-        """Returns the names in `judges` by which this score cannot be compared with `other`.
+        """Returns those of `judges` by which this score cannot be compared with `other`, which has scores by all judges.
 
-        Such a judge has not scored this point, or used another feature extractor. `other` has scores by all judges.
+        Such a judge has not scored this point, or has scored it with other weights.
         """
         return [
             name
@@ -159,10 +173,10 @@ class Decision:
     Args:
         promoted: whether the challenger became champion.
         version: the version that is champion now; None without a champion.
-        reason: the reason in one line.
-        point: the point that was compared or restored.
-        previous: the version that was champion before.
-        champion: the point of the present champion.
+        reason: the reason, in one line.
+        point: the point that was compared with the champion, or restored by a rollback.
+        previous: the version that was champion before; None without one.
+        champion: the point of the version that is champion now.
     """
 
     promoted: bool
@@ -174,16 +188,20 @@ class Decision:
 
     @property
     def line(self) -> str:
-        """The champion and the reason, in one line."""
+        """The present champion and the reason, in one line."""
         return f"champion: version {self.version} ({self.champion}): {self.reason}" if self.version else self.reason
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the challenger replaces the champion. reason: the end of a sentence.
+    """The result of `decide`.
 
-    evidence: difference (challenger - champion), low, high, confidence, paired, points. If the evaluations could decide, also
-    behind_best and margin. Under each judge's name, the same for the judge's score. Empty if nothing was compared.
+    Args:
+        wins: whether the challenger replaces the champion.
+        reason: the reason, which completes a sentence that begins with the challenger's name.
+        evidence: the numbers behind the decision, with these keys: difference (challenger - champion), low, high, confidence,
+            paired and points. If a cheaper challenger was compared with the best champion, also behind_best and margin. Each
+            judge's name holds the same numbers of the judge. {} if nothing was compared.
     """
 
     wins: bool
@@ -196,22 +214,22 @@ def decide(
     champion: Score | None,
     rule: Promotion,
     force: bool = False,
-    looked_at: Sequence[Estimate] = (),
+    picked_from: Sequence[Estimate] = (),
     best: Score | None = None,
 ) -> Verdict:
     """Decides whether the challenger replaces the champion.
 
     Args:
         challenger: the challenger's score.
-        champion: the champion's score; None if it is unknown, which only `force` allows.
+        champion: the champion's score; None if the score is unknown, which requires `force`.
         rule: the section `promotion`.
-        force: let the challenger win whatever the scores say.
-        looked_at: the scores of all points from which the challenger was picked, under its protocol and with its seed;
-            by default the challenger's score alone.
+        force: whether the challenger wins whatever the scores say.
+        picked_from: the scores of all points from which the challenger was picked, under the same protocol and with the same
+            seed. By default, only the challenger's score.
         best: the score of the best champion so far; None if that is the present champion.
 
     Raises:
-        ValueError: without `force`, if the scores belong to different protocols.
+        ValueError: the scores belong to different protocols, and `force` is not set.
     """
     best = best or champion
     comparable = champion is not None and challenger.protocol == champion.protocol
@@ -220,12 +238,12 @@ def decide(
         raise ValueError("scores under different protocols cannot be compared")
     if champion is None or best is None or not comparable:
         return Verdict(True, "--replace was given")
-    looked_at = looked_at or [challenger.estimate]
-    gap = _gap(challenger, champion, rule, looked_at)
-    evidence = {**gap.evidence, "confidence": rule.confidence, "points": len(looked_at)}
+    picked_from = picked_from or [challenger.estimate]
+    gap = _gap(challenger, champion, rule, picked_from)
+    evidence = {**gap.evidence, "confidence": rule.confidence, "points": len(picked_from)}
     if force:
         return Verdict(True, "--replace was given", evidence)
-    points = f" of {len(looked_at)} points" if len(looked_at) > 1 else ""
+    points = f" of {len(picked_from)} points" if len(picked_from) > 1 else ""
     interval = (
         f"{100 * rule.confidence:g}% interval{points} {gap.low:.3g} to {gap.high:.3g},"
         f" {'paired' if gap.paired else 'independent'}"
@@ -237,7 +255,7 @@ def decide(
         return _judged(Verdict(True, reason, evidence), challenger, champion, rule)
     if challenger.evaluations * rule.fewer_evaluations > champion.evaluations:
         return Verdict(False, reason, evidence)
-    most, allowed = _gap(challenger, best, rule, looked_at).most_behind, rule.margin * abs(best.value)
+    most, allowed = _gap(challenger, best, rule, picked_from).most_behind, rule.margin * abs(best.value)
     evidence |= {"behind_best": most, "margin": allowed}
     whose = f"the champion's {theirs}" if best is champion else f"the best champion's {RANKING.text(best.value)}"
     behind = f"{most:.3g} worse than {whose} (the margin is {allowed:.3g})"
@@ -249,9 +267,9 @@ def decide(
 
 
 def _judged(won: Verdict, challenger: Score, champion: Score, rule: Promotion) -> Verdict:
-    """Returns a verdict with the scores of the judges added. The challenger still wins only if it passes every judge.
+    """Applies the judges to a verdict with which the challenger wins. The challenger still wins if no judge refuses it.
 
-    It passes unless the interval of the difference reaches further on the worse side than the margin.
+    A judge refuses if the unfavourable end of the interval of the difference lies beyond the margin.
     """
     wins, said, evidence = True, [won.reason], dict(won.evidence)
     for name in rule.judges:
@@ -272,7 +290,10 @@ def _judged(won: Verdict, challenger: Score, champion: Score, rule: Promotion) -
 
 @dataclass(frozen=True)
 class _Gap:
-    """The challenger's score minus another score, with an interval. direction: -1 if lower is better, 1 if higher is better."""
+    """The challenger's score minus another score, with the interval from `low` to `high`.
+
+    paired: whether the scores were compared in pairs of images. direction: -1 if lower is better, 1 if higher is better.
+    """
 
     difference: float
     low: float
@@ -282,7 +303,7 @@ class _Gap:
 
     @classmethod
     def of(cls, challenger: Estimate, other: Estimate, reach: float, direction: int) -> _Gap:
-        """Compares two scores. reach: half the width of the interval, in standard errors."""
+        """Computes the difference. reach: half the width of the interval, in standard errors."""
         gap = difference(challenger, other)
         half = reach * gap.error
         return cls(gap.value, gap.value - half, gap.value + half, gap.paired, direction)
@@ -293,7 +314,7 @@ class _Gap:
 
     @property
     def side(self) -> int:
-        """1 if the challenger is significantly better, -1 if it is significantly worse, else 0."""
+        """1 if the challenger is significantly better, -1 if significantly worse, else 0."""
         return self.direction if self.low > 0 else -self.direction if self.high < 0 else 0
 
     @property
@@ -302,7 +323,7 @@ class _Gap:
         return self.high if self.direction < 0 else -self.low
 
 
-def _gap(challenger: Score, other: Score, rule: Promotion, looked_at: Sequence[Estimate]) -> _Gap:
-    """Compares the headline scores, with an interval that holds for all points looked at."""
+def _gap(challenger: Score, other: Score, rule: Promotion, picked_from: Sequence[Estimate]) -> _Gap:
+    """Compares the headline scores, with an interval that holds for all points of `picked_from` together."""
     theirs = other.estimate if challenger.seed == other.seed else replace(other.estimate, influence=None)
-    return _Gap.of(challenger.estimate, theirs, against_one(theirs, looked_at, rule.confidence), RANKING.direction)
+    return _Gap.of(challenger.estimate, theirs, against_one(theirs, picked_from, rule.confidence), RANKING.direction)

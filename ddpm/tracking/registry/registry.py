@@ -1,4 +1,4 @@
-"""The model registry: registers models, promotes one to champion, and writes the model that MLflow serves."""
+"""The model registry: registers models, promotes a model to champion, rolls back, and writes the model that MLflow serves."""
 
 from __future__ import annotations
 
@@ -59,14 +59,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SERVED = Path(__file__).with_name("served.py")
-BEST = "ddpm.best_champion"  # tag of a champion: the version with the best score of all champions up to it
-ROLLED_BACK = "ddpm.rolled_back"  # tag of a version that `promote` does not bring back without --replace
+BEST = "ddpm.best_champion"  # tag of a champion: the version with the best score of this champion and all earlier ones
+ROLLED_BACK = "ddpm.rolled_back"  # tag of a version that was rolled back; `promote` brings it back only with --replace
 
 
-def _start(root: Path) -> str:
-    """Returns the advice for a user who wants to read a model while MLflow does not answer."""
+def _start_advice(root: Path) -> str:
+    """Returns advice for a user who wants to load a model while MLflow does not answer."""
     command = mlflow_command(root)
-    return f"start it{f' (`{command}`)' if command else ''}, or name a checkpoint folder such as models/cosine instead"
+    return (
+        f"start MLflow{f' (`{command}`)' if command else ''}, or name a checkpoint folder such as models/cosine instead"
+    )
 
 
 class NoSuchModel(InputError):
@@ -74,25 +76,30 @@ class NoSuchModel(InputError):
 
 
 def fetch_champion(params: Params, destination: Path, root: Path = Path()) -> tuple[Path, dict[str, Any], str]:
-    """Downloads the champion. Without a champion, takes the best point of the report in `root`.
+    """Downloads the champion. Without a champion, returns the best point of the report instead.
+
+    Args:
+        params: the parameters, which name the dataset.
+        destination: the folder to download into.
+        root: the checkout with the report.
 
     Returns:
-        The checkpoint folder, the sampler settings as fetch_model returns them, and a sentence about the choice ("" for the
+        The checkpoint folder, the sampler settings as fetch_model returns them, and the origin of the model ("" for the
         champion).
 
     Raises:
-        InputError: for the reasons of fetch_model, or because there is neither a champion nor a report.
+        InputError: fetch_model raised it, or there is neither a champion nor a report.
     """
     try:
         return *fetch_model(champion_uri(params), destination, root), ""
     except NoSuchModel as error:
         if not (root / paths.report_dir() / "best.json").exists():
-            raise InputError(f"{error}, once `dvc repro` has made a report") from None
+            raise InputError(f"{error}, after `dvc repro` has written a report") from None
     best = _challenger(params, root)
     return (
         best.folder,
         best.settings,
-        f"{best.point.name}, the report's best point (no champion yet; `ddpm promote` makes one)",
+        f"{best.point.name}, the report's best point (there is no champion yet; `ddpm promote` makes one)",
     )
 
 
@@ -105,28 +112,32 @@ def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path,
         root: the checkout whose MLflow store holds the model.
 
     Returns:
-        The checkpoint folder below `destination`, and the sampler settings that the model was promoted with: the options of a
+        The checkpoint folder below `destination`, and the sampler settings with which the model was promoted: the options of a
         sampler row, `steps` and `clip`.
 
     Raises:
-        InputError: the model does not exist, is damaged, was not registered by `ddpm promote`, or MLflow cannot be reached.
+        InputError: the model does not exist, is damaged or was not registered by `ddpm promote`, or MLflow cannot be reached.
     """
     where = find_place(root)
     if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/[0-9]+)", uri):
-        raise InputError(f"'{uri}' names no registered model: expected models:/NAME@ALIAS or models:/NAME/VERSION")
-    require_reachable(where, _start(root))
+        raise InputError(
+            f"'{uri}': not the name of a registered model; expected models:/NAME@ALIAS or models:/NAME/VERSION"
+        )
+    require_reachable(where, _start_advice(root))
     absent = NoSuchModel(f"{uri}: MLflow at {where.shown} has no such model; `ddpm promote` registers one")
     if where.database and not where.database.exists():
         mlflow_file.check(where.database)  # raises InputError if the database was lost
         raise absent  # the client would create an empty database
-    with plain_errors(where, _start(root)):
+    with plain_errors(where, _start_advice(root)):
         with locked(where):
             client = client_of(where)
         version = _version(client, uri)
         if version is None:
             raise absent
         if SETTINGS not in version.tags:
-            raise InputError(f"{uri} was not registered by `ddpm promote`: it has no tag {SETTINGS}")
+            raise InputError(
+                f"{uri}: has no tag {SETTINGS}, since it was not registered by `ddpm promote`; choose another version"
+            )
         settings = tags.settings(version)
         return _download(client, where, version, destination), settings
 
@@ -139,7 +150,7 @@ def _version(client: MlflowClient, uri: str) -> ModelVersion | None:
         return client.get_model_version_by_alias(name, which) if sign == "@" else client.get_model_version(name, which)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None  # the second code is MLflow's answer for an unknown alias
+            return None  # for an unknown alias, MLflow answers with the second code
         raise
 
 
@@ -156,7 +167,7 @@ def _download(client: MlflowClient, where: Place, version: ModelVersion, destina
     # protects: tests/tracking/test_promote.py::test_a_registered_model_whose_files_were_replaced_is_refused
     if MODEL not in version.tags or any(version.tags.get(tag, value) != value for tag, value in found.items()):
         raise InputError(
-            f"{version.name} version {version.version}: its files differ from those that were registered; restore them in the"
+            f"{version.name} version {version.version}: the files differ from those that were registered; restore them in the"
             f" artifacts of {where.shown}, or register the model again (ddpm promote --replace)"
         )
     return folder
@@ -164,21 +175,33 @@ def _download(client: MlflowClient, where: Place, version: ModelVersion, destina
 
 @dataclass(frozen=True)
 class Challenger:
-    """The best point of the report, with everything that its promotion needs."""
+    """The best point of the report, with everything that a promotion needs.
+
+    Args:
+        name: the name of the registered model.
+        point: the best point.
+        settings: the options of a sampler row, `steps` and `clip`.
+        seed: the seed of the noise from which the images start.
+        scores: all scores of the point.
+        score: the headline score with its influence values.
+        model: the content of model.json.
+        folder: the checkpoint folder.
+        likelihood: the likelihood bound of this very model, if it was measured.
+    """
 
     name: str
     point: Point
-    settings: dict[str, Any]  # the options of a sampler row, `steps` and `clip`
+    settings: dict[str, Any]
     seed: int
     scores: Scores
-    score: Score  # with its influence values
+    score: Score
     model: ModelRecord
     folder: Path
-    likelihood: BoundRecord | None = None  # the bound of exactly this model, if `ddpm likelihood` measured it
+    likelihood: BoundRecord | None = None
 
     @property
     def identity(self) -> dict[str, str]:
-        """Tags that determine which images the model makes."""
+        """The tags that determine which images the model makes."""
         return {MODEL: self.model.weights_sha256, SETTINGS: json.dumps(self.settings, sort_keys=True)}
 
     def is_version(self, version: ModelVersion) -> bool:
@@ -221,11 +244,11 @@ def _challenger(params: Params, root: Path) -> Challenger:
     model = models.read_trained(root, point.schedule)
     likelihood = models.read_bound(root, point.schedule) if bound.exists() else None
     if found.model != model.weights_sha256:
-        raise InputError(f"{folder}: {point.name} was scored with another model than this one; run dvc repro")
+        raise InputError(f"{folder}: the scores of {point.name} belong to another model; run dvc repro")
     score = Score.of(found, scores.read_all_influence(root, point, found), settings.seed)
     if absent := set(params.promotion.judges) - score.judges.keys():
         raise InputError(
-            f"{root / paths.metrics_file(point)}: {min(absent)} (promotion.judges) is missing; run dvc repro"
+            f"{root / paths.metrics_file(point)}: no score by {min(absent)}, which promotion.judges names; run dvc repro"
         )
     return Challenger(
         model_name(params),
@@ -240,8 +263,8 @@ def _challenger(params: Params, root: Path) -> Challenger:
     )
 
 
-def _looked_at(root: Path, protocol: Protocol) -> list[Estimate]:
-    """Reads the scores of the points from which the report picked the best. Raises InputError if their protocols differ."""
+def _report_scores(root: Path, protocol: Protocol) -> list[Estimate]:
+    """Reads the scores of all points of the report. Raises InputError if a point was scored under another protocol."""
     best, rows = read_report(root)
     if len(rows) != best.points:
         raise InputError(
@@ -255,9 +278,9 @@ def _looked_at(root: Path, protocol: Protocol) -> list[Estimate]:
 
 
 def model_card(params: Params, root: Path = Path()) -> str:
-    """Returns the model card of the report's best point as a file, from the outputs alone. Raises InputError.
+    """Returns the model card of the report's best point, as a file that a promotion would store beside the model.
 
-    A promotion would store the same card beside the model.
+    Needs no server, since the card is made from the outputs. Raises InputError.
     """
     return _challenger(params, root).card_file
 
@@ -268,21 +291,24 @@ Rescore = Callable[[Path, dict[str, Any]], tuple[Scores, "NDArray[np.float32]"]]
 def promote(
     params: Params, root: Path = Path(), replace: bool = False, rescore: Rescore | None = None, say: Say = print
 ) -> Decision:
-    """Registers the report's best point as `ddpm-DATASET` with alias `champion`, if it beats the present champion.
+    """Registers the report's best point as `ddpm-DATASET` with the alias `champion`, if it beats the present champion.
 
-    `decision.decide` holds the rule. A champion whose score belongs to another dataset version or protocol is scored again first.
-    Exception: if a user's own images changed and `tracking.name` is unset, they may be another dataset, so the champion
-    stays. The registry keeps the decision and its evidence as tags.
+    `decision.decide` contains the rule. A champion without a score under the present dataset version and protocol is scored again
+    first. Exception: if `data.source` reads a user's own images, and they changed, they may be another dataset. Then the champion
+    stays, unless `tracking.name` names the dataset. The decision and its evidence are stored as tags in the registry.
 
     Args:
         params: the parameters of the sweep.
-        root: the checkout.
-        replace: promote the point whatever the scores say.
-        rescore: (checkpoint folder, sampler settings) -> the champion's scores and their influence values.
+        root: the top of the checkout.
+        replace: whether to promote the point whatever the scores say.
+        rescore: (checkpoint folder, sampler settings) -> the scores of a champion, and their influence values.
         say: prints a line for the user.
 
+    Returns:
+        The decision.
+
     Raises:
-        InputError: an output is missing or stale, the champion cannot be scored, or MLflow cannot be reached.
+        InputError: an output is missing or older than its inputs, the champion cannot be scored, or MLflow cannot be reached.
     """
     challenger = _challenger(params, root)
     target = open_target(params, root)
@@ -292,7 +318,7 @@ def promote(
         while True:
             champion = _version(target.client, champion_uri(params))
             if champion is not None and challenger.is_version(champion):
-                return _already(target, champion, challenger)
+                return _keep_champion(target, champion, challenger)
             if (former := _rolled_back(target, challenger)) and not replace:
                 reason = f"{challenger.point.name} was rolled back as version {former}; --replace brings it back"
                 return _decided(target, challenger, champion, champion, None, Verdict(False, reason))
@@ -302,50 +328,51 @@ def promote(
             registered = registered or _register(target, params, root, challenger)
             now = _version(target.client, champion_uri(params))
             if (now and now.version) == (champion and champion.version):
-                break  # otherwise another process changed the champion: compare with the new champion
-        # Tag before moving the alias: after a kill in between, the champion still has its decision and predecessor.
+                break
+            # Another process has changed the champion, so compare with the new champion.
+        # The tags come before the alias: after a kill in between, no champion lacks its decision or predecessor.
         _tag(target.client, registered, "ddpm.decision", verdict.reason)
         _tag(target.client, registered, BEST, best or registered.version)
         if champion is not None:
             _tag(target.client, registered, "ddpm.previous", champion.version)
         target.client.set_registered_model_alias(challenger.name, CHAMPION, registered.version)
         if not replace:
-            registered = _settle(target, challenger, registered, seen, say)
+            registered = _choose_among_rivals(target, challenger, registered, seen, say)
         return _decided(target, challenger, champion, registered, score, verdict)
 
 
 def rollback(params: Params, root: Path = Path()) -> Decision:
-    """Makes the previous champion champion again, and records that in the registry.
+    """Makes the previous champion the champion again.
 
-    The version that loses the alias is tagged, so that the next `promote` of the same report doesn't bring it back. Raises
-    InputError if there is no earlier champion.
+    Tags the version that loses the alias, so that the next `promote` of the same report does not bring that version back. Returns
+    the decision, and stores it in the registry. Raises InputError if there is no earlier champion.
     """
     target = open_target(params, root)
     client, name = target.client, model_name(params)
     with plain_errors(target.place), locked(target.place, ".promote"):
         champion = _version(client, champion_uri(params))
         if champion is None:
-            raise InputError(f"{name}: there is no champion to roll back")
+            raise InputError(f"{name}: no champion to roll back; `ddpm promote` makes one")
         before = _earlier(client, champion)
         if before is None:
-            raise InputError(f"{name}: there is no champion before version {champion.version} to go back to")
+            raise InputError(f"{name}: cannot roll back, since there was no champion before version {champion.version}")
         reason = (
             f"rolled back from version {champion.version} to version {before.version} ({before.tags.get('ddpm.point')})"
         )
-        # Tag before moving the alias: after a kill in between, no `promote` brings the version back.
+        # The tags come before the alias: after a kill in between, no `promote` brings the version back.
         _tag(client, champion, ROLLED_BACK, before.version)
         _tag(client, champion, "ddpm.replaced_by", before.version)
         client.set_registered_model_alias(name, CHAMPION, before.version)
-        _introduce(client, before, reason)
+        _describe_model(client, before, reason)
         _tag(client, before, "ddpm.decision", reason)
         point = str(before.tags.get("ddpm.point"))
         to, away = str(before.version), str(champion.version)
-        _note(client, name, {"rollback": True, "point": point, "champion": to, "before": away})
+        _record_decision(client, name, {"rollback": True, "point": point, "champion": to, "before": away})
         return Decision(False, to, f"{name} {reason}", point, away, point)
 
 
 def _earlier(client: MlflowClient, champion: ModelVersion) -> ModelVersion | None:
-    """Returns the latest earlier champion that was not rolled back, or None if there is none or it was deleted."""
+    """Returns the latest earlier champion that was not rolled back; None without one, or if a version on the way was deleted."""
     seen, version = {str(champion.version)}, champion
     while (number := version.tags.get("ddpm.previous")) and number not in seen:
         seen.add(number)
@@ -359,7 +386,7 @@ def _earlier(client: MlflowClient, champion: ModelVersion) -> ModelVersion | Non
 
 
 def _rolled_back(target: Target, challenger: Challenger) -> str | None:
-    """Returns the number of the challenger's version if that version was rolled back."""
+    """Returns the number of the challenger's version if that version was rolled back, or None."""
     for version in _versions(target.client, challenger.name):
         if challenger.is_version(version) and ROLLED_BACK in version.tags:
             return str(version.version)
@@ -377,7 +404,7 @@ def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
 
 
 def _score(version: ModelVersion, protocol: Protocol, say: Say) -> Score | None:
-    """Returns a version's score under a protocol. Returns None if the tag is missing, damaged, or holds no interval."""
+    """Returns the score of a version under a protocol. Returns None if the tag is missing, damaged, or has no interval."""
     try:
         return tags.score(version, protocol)
     except InputError as error:
@@ -386,7 +413,7 @@ def _score(version: ModelVersion, protocol: Protocol, say: Say) -> Score | None:
 
 
 def _with_influence(target: Target, version: ModelVersion, score: Score, say: Say) -> Score:
-    """Returns the score with the influence of each image on it; unchanged if those values were not kept or cannot be read."""
+    """Returns the score with its influence values. Without readable values, returns the score as it is."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
@@ -402,13 +429,14 @@ def _with_influence(target: Target, version: ModelVersion, score: Score, say: Sa
             return score.with_influence(influence, kept.seed)
         except (MlflowException, OSError, InputError) as error:
             say(
-                f"promote: the influence values of version {version.version} cannot be read ({' '.join(str(error).split())})"
+                f"promote: cannot read the influence values of version {version.version}, so its score is not compared in"
+                f" pairs of images ({' '.join(str(error).split())})"
             )
             return score
 
 
-def _keep(target: Target, version: ModelVersion, score: Score, content: Scores) -> None:
-    """Keeps a score as a tag of the version, and its influence values with the version's run, for paired comparisons."""
+def _store_score(target: Target, version: ModelVersion, score: Score, content: Scores) -> None:
+    """Stores a score as a tag of the version, and the influence values as an artifact of the version's run."""
     tag, value = tags.score_tag(score.protocol), json.dumps(content.to_json())
     if version.tags.get(tag) == value and tags.influence_tag(score.protocol) in version.tags:
         return
@@ -436,24 +464,38 @@ def _compare(
     rescore: Rescore | None,
     say: Say,
 ) -> tuple[Verdict, Score | None, str | None]:
-    """Returns the verdict, the champion's score, and the version of the best champion so far (None if the challenger is)."""
+    """Compares the challenger with the champion, and scores the champion again if necessary.
+
+    Args:
+        target: the store and experiment.
+        champion: the present champion; None without one.
+        challenger: the best point of the report.
+        params: the parameters of the sweep.
+        root: the top of the checkout.
+        force: whether the challenger wins whatever the scores say.
+        rescore: see `promote`.
+        say: prints a line for the user.
+
+    Returns:
+        The verdict, the champion's score, and the version of the best champion so far (None if the challenger is the best).
+    """
     if champion is None:
         return Verdict(True, f"{challenger.point.name} is the first champion"), None, None
-    looked_at = [] if force else _looked_at(root, challenger.score.protocol)
+    picked_from = [] if force else _report_scores(root, challenger.score.protocol)
     title = f"champion version {champion.version} ({champion.tags.get('ddpm.point')})"
     does_not = f"{challenger.point.name} does not replace {title}"
     if (other := _other_images(champion, challenger, params)) and not force:
         return Verdict(False, f"{does_not}: {other}"), None, None
     judges = params.promotion.judges
-    score = _known_or_again(target, champion, title, challenger, judges, params.seed, force, rescore, say)
+    score = _score_or_rescore(target, champion, title, challenger, judges, params.seed, force, rescore, say)
     best, best_score = _best_champion(target.client, champion, challenger.score.protocol, say), score
     if best.version != champion.version and not force:
         best_title = f"best champion version {best.version} ({best.tags.get('ddpm.point')})"
-        best_score = _known_or_again(target, best, best_title, challenger, (), params.seed, force, rescore, say)
-    # Under another protocol, the present champion may be ahead of the one that was best before.
+        best_score = _score_or_rescore(target, best, best_title, challenger, (), params.seed, force, rescore, say)
+    # Under the present protocol, the champion may be better than the version that was best under another protocol.
     if score and best_score and RANKING.rank(score.value) < RANKING.rank(best_score.value):
         best, best_score = champion, score
-    verdict = decide(challenger.score, score, params.promotion, force, looked_at, best_score)
+    verdict = decide(challenger.score, score, params.promotion, force, picked_from, best_score)
     does = f"{challenger.point.name} replaces {title}" if verdict.wins else does_not
     ahead = best_score is not None and RANKING.rank(best_score.value) <= RANKING.rank(challenger.score.value)
     return (
@@ -463,7 +505,7 @@ def _compare(
     )
 
 
-def _known_or_again(
+def _score_or_rescore(
     target: Target,
     version: ModelVersion,
     title: str,
@@ -474,9 +516,18 @@ def _known_or_again(
     rescore: Rescore | None,
     say: Say,
 ) -> Score | None:
-    """Returns a version's score under the challenger's protocol and by these judges. Scores the version again if necessary.
+    """Returns the score of a version under the challenger's protocol. Scores the version again if that score is unknown.
 
-    With `force`, returns None instead of scoring again. seed: the seed of the noise for new samples.
+    Args:
+        target: the store and experiment.
+        version: the champion, or the best champion so far.
+        title: the name of the version in messages.
+        challenger: the best point of the report.
+        judges: the judges whose scores are needed too.
+        seed: the seed of the noise for new samples.
+        force: whether to return None instead of scoring again.
+        rescore: see `promote`.
+        say: prints a line for the user.
     """
     protocol = challenger.score.protocol
     score = _score(version, protocol, say)
@@ -487,16 +538,18 @@ def _known_or_again(
         return None
     changed = f"no score by {', '.join(lacking)} with the same weights" if lacking else _changed(version, protocol)
     if rescore is None:
-        raise InputError(f"{title} has no score to compare with ({changed}); score it again, or promote --replace")
+        raise InputError(
+            f"{title} has no comparable score ({changed}); use `ddpm promote`, with --replace to skip the comparison"
+        )
     say(f"promote: scoring the {title} again: {changed}")
     return _score_again(target, version, protocol, seed, rescore)
 
 
 def _best_champion(client: MlflowClient, champion: ModelVersion, protocol: Protocol, say: Say) -> ModelVersion:
-    """Returns the one with the best score of all champions so far, the present one included.
+    """Returns the version with the best score of all champions so far, including the present champion.
 
-    A registry that ddpm wrote before its version 0.4.0 does not say which one that is. Then the best score under this
-    protocol decides, among the champion and its predecessors. Champions that were rolled back or deleted do not count.
+    Champions that were rolled back or deleted do not count. Registries that ddpm wrote before its version 0.4.0 do not name the
+    best champion. Then the best score under this protocol decides, among the champion and its predecessors.
     """
     if BEST in champion.tags:
         best = _version(client, f"models:/{champion.name}/{champion.tags[BEST]}")
@@ -510,7 +563,7 @@ def _best_champion(client: MlflowClient, champion: ModelVersion, protocol: Proto
 
 
 def mark_best_champion(params: Params, root: Path = Path(), say: Say = print) -> None:
-    """Tags the champion with the best champion so far, if that tag is missing as in registries of older versions.
+    """Tags the champion with the best champion so far, if the tag is missing because an older version wrote the registry.
 
     Raises InputError if MLflow cannot be reached.
     """
@@ -525,7 +578,7 @@ def mark_best_champion(params: Params, root: Path = Path(), say: Say = print) ->
 
 
 def _changed(champion: ModelVersion, protocol: Protocol) -> str:
-    """Says in words why the champion has no score under a protocol."""
+    """Returns the reason why the champion has no score under a protocol, in words."""
     try:
         before = tags.protocol(champion)
     except InputError as error:
@@ -538,14 +591,14 @@ def _changed(champion: ModelVersion, protocol: Protocol) -> str:
 def _other_images(champion: ModelVersion, challenger: Challenger, params: Params) -> str:
     """Returns the reason why the two models cannot be compared, or "" if they can.
 
-    A folder of images may hold any dataset. Only tracking.name says that changed images are a new version of the same dataset.
+    A folder of images may hold any dataset. So changed images count as the same dataset only if tracking.name names them.
     """
     mine, theirs = challenger.score.protocol.dataset, champion.tags.get("ddpm.dataset_sha256", "")
     if not SOURCES.select(params.data.source).any_images or params.tracking.name or mine == theirs:
         return ""
     return (
-        f"the champion was trained on other images (dataset {theirs[:12]}, now {mine[:12]}); name the present images"
-        " (tracking.name in params.yaml), or use `ddpm promote --replace`"
+        f"the champion was trained on other images (dataset {theirs[:12]}, now {mine[:12]}); to compare them, set tracking.name"
+        " in params.yaml, or skip the comparison with `ddpm promote --replace`"
     )
 
 
@@ -556,19 +609,20 @@ def _score_again(target: Target, champion: ModelVersion, protocol: Protocol, see
             found, influence = rescore(folder, tags.settings(champion))
         except InputError as error:
             raise InputError(
-                f"the champion cannot be scored again: {error} (`ddpm promote --replace` skips this scoring)"
+                f"the champion cannot be scored again: {error}; `ddpm promote --replace` skips the comparison"
             ) from None
     score = Score.of(found, influence, seed)
     if score.protocol != protocol:
         raise InputError(
-            f"the champion's new score has a protocol unlike the challenger's ({protocol.differences(score.protocol)})"
+            f"the champion's new score has another protocol than the challenger's ({protocol.differences(score.protocol)});"
+            " run `dvc repro`, then `ddpm promote` again"
         )
-    _keep(target, champion, score, found)
+    _store_score(target, champion, score, found)
     return score
 
 
 def _tag(client: MlflowClient, version: ModelVersion, key: str, value: str) -> None:
-    """Sets a version's tag. If two processes create a tag at once, MLflow refuses the second insert; a second try updates it."""
+    """Sets a tag of a version. If two processes create a tag at once, MLflow refuses one of them, so this function retries."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -579,16 +633,26 @@ def _tag(client: MlflowClient, version: ModelVersion, key: str, value: str) -> N
         client.set_model_version_tag(version.name, version.version, key, value)
 
 
-def _already(target: Target, champion: ModelVersion, challenger: Challenger) -> Decision:
-    """Keeps the champion, which makes the same images as the challenger, and stores its score if the protocol is new."""
-    _keep(target, champion, challenger.score, challenger.scores)
-    reason = f"{challenger.point.name} is champion already"
+def _keep_champion(target: Target, champion: ModelVersion, challenger: Challenger) -> Decision:
+    """Decides for the champion, since the challenger is the same model. Stores the score if the protocol is new."""
+    _store_score(target, champion, challenger.score, challenger.scores)
+    reason = f"{challenger.point.name} is already the champion"
     version, point = str(champion.version), challenger.point.name
     return Decision(False, version, reason, point, version, point)
 
 
-def _settle(target: Target, challenger: Challenger, mine: ModelVersion, seen: int, say: Say) -> ModelVersion:
-    """Makes champion the best of the versions that were promoted at the same time. Returns that version."""
+def _choose_among_rivals(
+    target: Target, challenger: Challenger, mine: ModelVersion, seen: int, say: Say
+) -> ModelVersion:
+    """Makes the best of the versions that were promoted at the same time the champion. Returns that version.
+
+    Args:
+        target: the store and experiment.
+        challenger: the best point of the report.
+        mine: the version that this process has promoted.
+        seen: the number of the newest version before this process started; versions with higher numbers are rivals.
+        say: prints a line for the user.
+    """
     rivals = [version for version in _versions(target.client, mine.name) if int(version.version) > seen]
     scored = [
         (RANKING.rank(score.value), int(rival.version), rival)
@@ -609,11 +673,20 @@ def _decided(
     score: Score | None,
     verdict: Verdict,
 ) -> Decision:
-    """Writes the decision to the registry, and returns it."""
+    """Stores the decision in the registry, and returns it.
+
+    Args:
+        target: the store and experiment.
+        challenger: the best point of the report.
+        before: the champion before the decision; None without one.
+        after: the champion after the decision; None without one.
+        score: the score of the champion before the decision, if known.
+        verdict: the result of the comparison.
+    """
     reason = verdict.reason
     promoted = after is not None and challenger.is_version(after)
     if not promoted and before is not after and after is not None:
-        reason = f"{challenger.point.name} was overtaken by {after.tags.get('ddpm.point')}, promoted at the same time"
+        reason = f"{challenger.point.name} lost to {after.tags.get('ddpm.point')}, which was promoted at the same time"
     entry = {
         "promoted": promoted,
         "point": challenger.point.name,
@@ -626,9 +699,9 @@ def _decided(
         "reason": reason,
     }
     client = target.client
-    _note(client, challenger.name, entry)
+    _record_decision(client, challenger.name, entry)
     if promoted and after is not None:
-        _introduce(client, after, reason)
+        _describe_model(client, after, reason)
         _tag(client, after, "ddpm.decision", reason)
         if verdict.evidence:
             _tag(client, after, "ddpm.evidence", json.dumps(verdict.evidence))
@@ -642,8 +715,8 @@ def _decided(
     return Decision(promoted, version, reason, challenger.point.name, previous, holder)
 
 
-def _note(client: MlflowClient, name: str, entry: dict[str, Any]) -> None:
-    """Writes a decision as a tag of the registered model, unless the last decision there is the same."""
+def _record_decision(client: MlflowClient, name: str, entry: dict[str, Any]) -> None:
+    """Stores a decision as a tag of the registered model, unless the last stored decision is the same."""
     text, known = json.dumps(entry), client.get_registered_model(name).tags
     past = sorted(tag for tag in known if tag.startswith("ddpm.decision."))
     if not past or known[past[-1]] != text:
@@ -651,20 +724,20 @@ def _note(client: MlflowClient, name: str, entry: dict[str, Any]) -> None:
         client.set_registered_model_tag(name, f"ddpm.decision.{moment}", text)
 
 
-def _introduce(client: MlflowClient, champion: ModelVersion, decision: str) -> None:
-    """Describes the registered model by its champion's card and the reason for the decision."""
+def _describe_model(client: MlflowClient, champion: ModelVersion, decision: str) -> None:
+    """Sets the description of the registered model: the champion's card, and the reason for the decision."""
     text = f"{champion.description or ''}\n\n## Champion\n\nVersion {champion.version}: {decision}.\n"
     client.update_registered_model(champion.name, text[:LONGEST])
 
 
 def _register(target: Target, params: Params, root: Path, challenger: Challenger) -> ModelVersion:
-    """Returns the registered version of this point. Creates the version if it does not exist."""
+    """Returns the registered version of the challenger. Creates the version if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     client, name = target.client, challenger.name
     for version in _versions(client, name):
         if challenger.is_version(version) and version.status == "READY":
-            _keep(target, version, challenger.score, challenger.scores)
+            _store_score(target, version, challenger.score, challenger.scores)
             return client.get_model_version(name, version.version)
     settings = PointSettings.read(params, challenger.point, root)
     with locked(target.place):
@@ -692,14 +765,14 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
             model_id=model_id,
             await_creation_for=60,
         )
-    _keep(target, created, challenger.score, challenger.scores)
+    _store_score(target, created, challenger.score, challenger.scores)
     return created
 
 
 def _log_served(target: Target, run: Run, challenger: Challenger) -> str:
-    """Logs the model of served.py, with code and checkpoint, as a logged model of the sampler's run. Returns its id.
+    """Logs the served model, with code and checkpoint, as a logged model of the sampler's run. Returns the id of that model.
 
-    If an earlier call finished the logged model but was killed before it registered it, that model is used.
+    If an earlier process was killed after it had logged the same model, returns the id of the earlier model.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -728,7 +801,14 @@ def _log_served(target: Target, run: Run, challenger: Challenger) -> str:
 
 
 def save_served(folder: Path, challenger: Challenger, run_id: str | None = None, model_id: str | None = None) -> None:
-    """Writes a model folder for mlflow.pyfunc that needs no checkout and holds no pickle."""
+    """Writes a model folder for mlflow.pyfunc. The folder needs no checkout and contains no pickle.
+
+    Args:
+        folder: the folder to write.
+        challenger: the best point of the report.
+        run_id: the id of the sampler's run.
+        model_id: the id of the logged model.
+    """
     import mlflow.pyfunc
     import numpy as np
     import pandas as pd
@@ -778,12 +858,12 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
 
 
 def served_modules(model: ModelRecord) -> list[str]:
-    """Returns the modules that load a registered model; `code.files` adds the modules that they import."""
+    """Returns the modules that load a registered model. `code.files` adds the modules that these modules import."""
     return [*code.source(SERVED).imported, NETWORKS.module(model.network.kind)]
 
 
 def served_packages(modules: Sequence[str]) -> list[str]:
-    """Returns the distributions, beside MLflow, that the registered model and its modules import when they load."""
+    """Returns the packages, apart from MLflow, that the registered model and these modules import when they are loaded."""
     sources = [code.source(SERVED), *map(code.source, code.modules(modules).values())]
     imported = {name.partition(".")[0] for source in sources for name in source.at_once}
     found = packages_distributions()
@@ -792,6 +872,6 @@ def served_packages(modules: Sequence[str]) -> list[str]:
 
 
 def _requirement(package: str) -> str:
-    """Returns a requirement for at least the installed version, below the next major version."""
+    """Returns a pip requirement for the installed version or a later one, below the next major version."""
     release = installed_version(package).partition("+")[0]
     return f"{package}>={release},<{int(release.split('.')[0]) + 1}"

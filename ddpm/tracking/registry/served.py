@@ -1,12 +1,12 @@
-"""The registered model as MLflow loads it. The model's folder contains its code and checkpoint, so it needs no checkout.
+"""The registered model, as MLflow loads it. The model's folder contains the code and the checkpoint, so no checkout is needed.
 
-Each row of the input asks for images:
+Each row of the input requests images:
 
 - n: the number of images.
 - seed, steps, sampler: optional; by default the values with which the model was registered. The same seed gives the same images.
 - label: optional, for a conditional model: the name or number of a class. Without a label, the classes take turns.
 
-The output holds the images of all rows, one row after the other: uint8 [N, C, H, W].
+The output holds the images of all rows in order: uint8 [N, C, H, W].
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 BATCH = 128
-MOST = 100_000  # images per row
+MOST = 100_000  # the largest number of images per row
 
 
 class ImageModel(PythonModel):
-    """A checkpoint with the sampler settings with which it was promoted."""
+    """A checkpoint, and the sampler settings with which the model was promoted."""
 
     def load_context(self, context: Any) -> None:
         from ddpm.files import checkpoint
@@ -38,11 +38,11 @@ class ImageModel(PythonModel):
         self.denoiser, self.model = checkpoint.load(folder, self.device, self.settings.pop("clip"))
         if self.model.weights_sha256 != config.get("weights_sha256", self.model.weights_sha256):
             raise ValueError(
-                f"{folder}: differs from the checkpoint with which this model was registered; restore the model's artifacts"
+                f"{folder}: the checkpoint is not the one that was registered; restore the artifacts of the model"
             )
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
-        """Returns images, uint8 [N, C, H, W]. Raises ValueError for an invalid sampler, class, number of steps or of images."""
+        """Returns images, uint8 [N, C, H, W]. Raises ValueError if an input is invalid, such as an unknown sampler or class."""
         given = (
             {key: value for key, value in row.items() if not pd.isna(value)} for row in model_input.to_dict("records")
         )

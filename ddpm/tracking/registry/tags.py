@@ -1,7 +1,7 @@
-"""The JSON that `promote` writes into the tags of a registered version. Reading a tag checks it.
+"""Reads and checks the JSON that `promote` writes into the tags of a registered version.
 
-Anyone can edit a tag in MLflow. `promote` reports and ignores a damaged score, protocol or address of influence values. Damaged
-settings are an error, since they would draw other images.
+A user may edit tags in MLflow. `promote` reports a damaged score, protocol or influence tag, and continues without it. Damaged
+settings are an error, because the model would draw other images with them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 PROTOCOL = "ddpm.protocol"
-AGAIN = "`ddpm promote --replace` registers the report's best point without this tag"
+AGAIN = "`ddpm promote --replace` makes the report's best point the champion instead"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,19 @@ class _Settings(Sampler):
 
 @dataclass(frozen=True)
 class _Influence:
+    """The artifact that holds the influence values of a score.
+
+    Args:
+        run: the id of the run.
+        path: the path of the artifact in the run.
+        seed: the seed of the noise from which the images start; None if unknown.
+        sha256: the hash of the file. Tags that ddpm wrote before its version 0.2.0 have no hash, and their values are not used.
+    """
+
     run: str
     path: str
     seed: int | None
-    sha256: str = ""  # hash of the file; versions before 0.2.0 lack it, and their values are not used
+    sha256: str = ""
 
 
 def score_tag(protocol: Protocol) -> str:
@@ -52,7 +61,7 @@ def influence_tag(protocol: Protocol) -> str:
 
 
 def settings(version: ModelVersion) -> dict[str, Any]:
-    """Returns the sampler settings with which a version was promoted: a row's options, `steps` and `clip`. Raises InputError."""
+    """Returns the sampler settings of a version: the options of a sampler row, `steps` and `clip`. Raises InputError."""
     from ddpm.runtime.drawing import check_row
 
     found = _object(version, SETTINGS)
@@ -67,18 +76,18 @@ def settings(version: ModelVersion) -> dict[str, Any]:
 
 
 def protocol(version: ModelVersion) -> Protocol | None:
-    """Returns the protocol under which a version was promoted, or None if the tag is missing. Raises InputError."""
+    """Returns the protocol under which a version was scored at its promotion; None without the tag. Raises InputError."""
     if PROTOCOL not in version.tags:
         return None
     found = _object(version, PROTOCOL)
     kinds = {field.name: int if field.type == "int" else str for field in fields(Protocol)}
     if found.keys() != kinds.keys() or not all(type(found[name]) is kind for name, kind in kinds.items()):
-        raise _damaged(version, PROTOCOL, f"expected {', '.join(kinds)}")
+        raise _damaged(version, PROTOCOL, f"expected the entries {', '.join(kinds)}")
     return Protocol(**found)
 
 
 def score(version: ModelVersion, under: Protocol) -> Score | None:
-    """Returns a version's score under a protocol, or None if there is no score with an interval. Raises InputError."""
+    """Returns the score of a version under a protocol; None without a score that has an interval. Raises InputError."""
     tag = score_tag(under)
     if tag not in version.tags:
         return None
@@ -90,12 +99,12 @@ def score(version: ModelVersion, under: Protocol) -> Score | None:
     except (InputError, KeyError, TypeError, ValueError) as error:
         raise _damaged(version, tag, str(error)) from None
     if read.protocol != under:
-        raise _damaged(version, tag, f"it is a score under another protocol: {under.differences(read.protocol)}")
+        raise _damaged(version, tag, f"the score is under another protocol: {under.differences(read.protocol)}")
     return read
 
 
 def influence(version: ModelVersion, under: Protocol) -> _Influence | None:
-    """Returns where the influence values of a score are kept, or None if they were not kept. Raises InputError."""
+    """Returns the artifact with the influence values of a score; None if the values were not stored. Raises InputError."""
     tag = influence_tag(under)
     if tag not in version.tags:
         return None
@@ -109,13 +118,13 @@ def _object(version: ModelVersion, tag: str) -> dict[str, Any]:
     try:
         found = json.loads(version.tags[tag])
     except (ValueError, RecursionError) as error:
-        raise _damaged(version, tag, f"no JSON: {error}") from None
+        raise _damaged(version, tag, f"not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise _damaged(version, tag, "no JSON object")
+        raise _damaged(version, tag, "not a JSON object")
     return found
 
 
 def _damaged(version: ModelVersion, tag: str, why: str) -> InputError:
     return InputError(
-        f"{version.name} version {version.version}: its tag {tag} is damaged ({' '.join(why.split())}); {AGAIN}"
+        f"{version.name} version {version.version}: the tag {tag} is damaged ({' '.join(why.split())}); {AGAIN}"
     )
