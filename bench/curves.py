@@ -151,8 +151,21 @@ def measure(
     return True
 
 
-def draw(lines: Mapping[str, Line], path: Path, title: str) -> None:
-    """Draws FID against minutes. The transparent background suits light and dark pages. Equal content gives equal bytes."""
+def draw(
+    lines: Mapping[str, Line],
+    path: Path,
+    title: str,
+    x: str = "minutes of training",
+    y: str = "FID, with 95% intervals",
+) -> None:
+    """Draws FID against minutes. The transparent background suits light and dark pages. Equal content gives equal bytes.
+
+    Args:
+        lines: the scores of each line, by name.
+        path: the PNG file.
+        title: the title of the figure.
+        x, y: the titles of the axes.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -173,8 +186,8 @@ def draw(lines: Mapping[str, Line], path: Path, title: str) -> None:
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("minutes of training", color=GREY)
-        axes.set_ylabel("FID, with 95% intervals", color=GREY)
+        axes.set_xlabel(x, color=GREY)
+        axes.set_ylabel(y, color=GREY)
         axes.set_title(title, color=GREY, fontsize="medium")
         axes.tick_params(which="both", colors=GREY)
         axes.grid(which="both", color=GREY, alpha=0.3)

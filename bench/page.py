@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/speed.md, docs/cifar10.md and bench/metrics.json from bench/results/*.json.
+"""Writes the tables of README.md, docs/{speed,cifar10,ledger}.md and bench/metrics.json from bench/results/*.json.
 
 `python -m bench.page` needs only the standard library. With --check it fails if one of the files is out of date.
 """
@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "speed.md"
 README = HERE.parent / "README.md"
 CIFAR10 = HERE.parent / "docs" / "cifar10.md"
+LEDGER = HERE.parent / "docs" / "ledger.md"
 METRICS = HERE / "metrics.json"
 # the end of the name of a figure that bench.harness.ratios computes from processor seconds
 PROCESSOR = ", processor time"
@@ -237,7 +238,7 @@ def render_cifar10() -> str:
     found = {name: _read(f"cifar10-{name}") for name in sorted(names - {"throughput"}, reverse=True)}
     lines = [*_throughput(_read("cifar10-throughput")), "", "### Variants", "", *_variants(found)]
     lines += ["", "### FID during training", "", *_curves(found), "", "### Samplers and steps", "", *_swept(found)]
-    return "\n".join([*lines, "", "### Recipes on this kind of CPU", "", *_on_cpu(), "", *_trials()]) + "\n"
+    return "\n".join([*lines, "", "### Recipes on this kind of CPU", "", *_on_cpu()]) + "\n"
 
 
 def _missing(names: list[str]) -> list[str]:
@@ -325,16 +326,67 @@ def _on_cpu() -> list[str]:
     return lines + _missing(missing)
 
 
-def _trials() -> list[str]:
-    lines = ["### Trials of `cifar10-cpu`, in equal processor time", ""]
-    lines += ["| one change | parameters | steps | processor seconds | error on test images | FID |"]
-    lines += ["|---|---|---|---|---|---|"]
-    trials = _read("trials-cifar10-cpu").get("trials", {})
-    for name, row in trials.items():
-        size = f"{row['parameters']:,} | {row['steps']:,} | {row['processor_seconds']:.0f}"
-        lines.append(f"| {name} | {size} | {row['error']:.4f} | {_interval(row)} |")
-    protocols = sorted({f"{row['images']:,} samples, layer {row['layer']}" for row in trials.values()})
-    return [*lines, "", f"Protocol: {'; '.join(protocols)}."] if trials else [*lines[:2], "Not measured."]
+def render_ledger() -> str:
+    """Renders the tables of docs/ledger.md: every row of the screening, then the curves, then the scores as in papers."""
+    about = _read("ledger-cifar10-cpu")
+    if not about:
+        return "Not measured.\n"
+    protocol = f"{about['images']:,} samples, Inception layer {about['layer']}, {about['point']}"
+    lines = [
+        f"Scores: {protocol}, unless the table says otherwise.",
+        "",
+        "### Each trick alone, 300 processor seconds",
+        "",
+    ]
+    lines += _ledger_rows(about.get("screening", {}))
+    for phase, title in PHASES.items():
+        if about.get(phase):
+            lines += ["", f"### {title}", "", *_ledger_rows(about[phase])]
+    return "\n".join(lines) + "\n"
+
+
+PHASES = {
+    "curves": "The recipe, the winner and the peers",
+    "large": "Layer 2048, 5,000 samples",
+    "hour": "An hour of two cores",
+}
+
+
+def _ledger_rows(rows: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """Returns a line for each row and time. Rows of the same time are sorted by FID."""
+    lines = ["| row | processor seconds | parameters | steps | error | FID: mean (each seed) | against the recipe |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    cells: list[tuple[int, float, str]] = []
+    for name, found in rows.items():
+        times: dict[int, list[dict[str, Any]]] = {}
+        for key, row in found.items():
+            times.setdefault(int(key.partition(", ")[2].removesuffix(" s")), []).append(row)
+        for seconds, seeds in times.items():
+            fids = [row["fid"] for row in seeds]
+            mean = statistics.fmean(fids)
+            each = f" ({', '.join(f'{fid:.4g}' for fid in fids)})" if len(fids) > 1 else ""
+            steps, error = (statistics.fmean(row[key] for row in seeds) for key in ("steps", "error"))
+            text = f"| {name} | {seconds} | {seeds[0]['parameters']:,} | {steps:,.0f} | {error:.4f} | {mean:.4g}{each}"
+            cells.append((seconds, mean, f"{text} | {_against([row.get('difference') for row in seeds])} |"))
+    return lines + [text for _, _, text in sorted(cells)]
+
+
+def _against(differences: list[dict[str, float] | None]) -> str:
+    """Returns the mean difference from the recipe in percent of the recipe's FID, with its interval by sampling and, for three
+    trainings or more, by trainings."""
+    known = [found for found in differences if found]
+    if not known:
+        return ""
+    shares = [100 * found["value"] / found["of"] for found in known]
+    reach = [100 * (found["high"] - found["low"]) / 2 / found["of"] for found in known]
+    mean, count = statistics.fmean(shares), len(shares)
+    half = sum(each**2 for each in reach) ** 0.5 / count
+    if count in STUDENT:
+        half = STUDENT[count] * statistics.stdev(shares) / count**0.5
+    return f"{mean:+.1f} % ({mean - half:+.1f} ... {mean + half:+.1f})"
+
+
+STUDENT = {3: 4.3027, 4: 3.1824, 5: 2.7764}  # the 97.5% quantile of Student's t by the number of trainings
 
 
 def metrics(found: dict[tuple[str, str], dict[str, Any]]) -> str:
@@ -354,7 +406,7 @@ def _between(page: Path, text: str) -> str:
 def expected() -> dict[Path, str]:
     found = results()
     pages = {README: _between(README, render_readme(found)), PAGE: _between(PAGE, render(found))}
-    pages |= {CIFAR10: _between(CIFAR10, render_cifar10())}
+    pages |= {CIFAR10: _between(CIFAR10, render_cifar10()), LEDGER: _between(LEDGER, render_ledger())}
     return {**pages, METRICS: metrics(found)}
 
 

@@ -185,6 +185,7 @@ class Training:
         decay_to: the learning rate after the decay, as a share of the full rate.
         pairing: how the images of a batch are paired with noise.
         times: how network times are drawn.
+        snapshot_every: the number of steps between two snapshots, from which the `ema` of a sampler row is made. 0 keeps none.
     """
 
     loss: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
@@ -210,6 +211,7 @@ class Training:
     decay_to: float = later(0.0, FRACTION)
     pairing: Literal["random", "immiscible"] = later("random")
     times: Literal["uniform", "loss_aware", "log_normal"] = later("uniform")
+    snapshot_every: int = later(0, {"ge": 0, "lt": 2**31})
 
     def __post_init__(self) -> None:
         check_compile(self.compile)
@@ -346,6 +348,8 @@ class Sampler:
         times: the network times to visit, for each number of steps.
         fitted_to: sha256 of the weights to which `times` were fitted.
         own: options that have no field here. With `own`, a new sampler needs no new field.
+        ema: the length of the weights' average, as the standard deviation of a power function over the steps of the training.
+            None for the average that `training.ema` describes.
     """
 
     sampler: str
@@ -359,6 +363,7 @@ class Sampler:
     guidance_rescale: float | None = entry({"ge": 0, "le": 1, **FINITE}, None)
     times: Mapping[int, tuple[float, ...]] | None = entry({ALONE: True}, None)
     fitted_to: str | None = entry({"pattern": "^[0-9a-f]{64}$"}, None)
+    ema: float | None = later(None, {"ge": 0.01, "le": 0.2, **FINITE})
     own: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

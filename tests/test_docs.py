@@ -1,5 +1,6 @@
 """Checks that parameters, examples and pictures in the docs match the code, and that the Python in the docs runs."""
 
+import re
 import runpy
 import tomllib
 from dataclasses import fields, is_dataclass
@@ -8,10 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 
 from ddpm import LOSSES, SAMPLERS, SCHEDULES, SPACINGS, TARGETS, Denoiser, NoiseSchedule, UNet
-from ddpm.files.params import Params
-from ddpm.parameters import Network, Sampler
+from ddpm.files.params import Params, section
+from ddpm.parameters import (
+    Compute,
+    Data,
+    Diffusion,
+    Evaluation,
+    Likelihood,
+    Network,
+    Promotion,
+    Report,
+    Sampler,
+    Sampling,
+    Schedule,
+    Training,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,16 +34,74 @@ ROOT = Path(__file__).parents[1]
 def test_every_parameter_is_documented() -> None:
     text = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
     keys = {field.name for kind in (Sampler, Network) for field in fields(kind)}
-    for name, section in Params.model_fields.items():
+    for name, entry in Params.model_fields.items():
         keys |= (
-            {name, *(field.name for field in fields(section.annotation))}
-            if is_dataclass(section.annotation)
-            else {name}
+            {name, *(field.name for field in fields(entry.annotation))} if is_dataclass(entry.annotation) else {name}
         )
     missing = [key for key in keys if f"`{key}`" not in text]
     assert not missing
     values = [*SAMPLERS, *SCHEDULES, *SPACINGS, *TARGETS, *LOSSES]
     assert not [value for value in values if f"`{value}`" not in text]
+
+
+KINDS = {"data": Data, "diffusion": Diffusion, "network": Network, "training": Training, "sampling": Sampling}
+KINDS |= {"evaluation": Evaluation, "likelihood": Likelihood, "samplers": Sampler, "schedules": Schedule}
+KINDS |= {"report": Report, "promotion": Promotion, "compute": Compute}
+# What other entries must be so that a value at the end of its range is accepted.
+BESIDE: dict[str, dict[str, Any]] = {
+    "samplers": {"sampler": "ddim", "guidance": 2.0},
+    "schedules": {"schedule": "linear"},
+    "training": {"optimizer": "muon", "decay": "linear"},
+    "evaluation": {"layer": 64},
+}
+
+
+def ends(values: str) -> tuple[list[float], list[float]]:
+    """Parses a range of the docs. Returns values at its ends, and the nearest ones outside."""
+    values = values.removesuffix(", or `null`").replace(",", "")
+    if found := re.fullmatch(r"([\d.]+) \.\.\. ([\d.^]+)( - 1)?", values):
+        low, high = (2.0**32 if text == "2^32" else float(text) for text in found.group(1, 2))
+        high -= bool(found[3])
+        if "." in found[1]:
+            return [low, high], [low - 1e-9, high + 1e-9]
+        return [int(low), int(high)], [int(low) - 1, int(high) + 1]
+    if found := re.fullmatch(r"(\d+) or more", values):
+        return [int(found[1])], [int(found[1]) - 1]
+    if found := re.fullmatch(r"(>=?) (\d)", values):
+        low = float(found[2])
+        return ([low], [low - 1e-9]) if found[1] == ">=" else ([low + 1e-9], [low])
+    if found := re.fullmatch(r"([\[(])(\d) (\d)([\])])", values):
+        low, high = float(found[2]), float(found[3])
+        good, bad = [low + 1e-9, high - 1e-9], [low - 1e-9, high + 1e-9]
+        (good if found[1] == "[" else bad).append(low)
+        (good if found[4] == "]" else bad).append(high)
+        return good, bad
+    return [], []
+
+
+def test_the_ranges_in_the_docs_are_those_that_are_checked() -> None:
+    """Values at both ends of each range are accepted, and the nearest values outside are refused."""
+    text = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
+    smoke = YAML(typ="safe").load((ROOT / "recipes" / "smoke.yaml").read_text(encoding="utf-8"))
+    seen, wrong = set[tuple[str, str]](), []
+    for name, part in re.findall(r"^## `(\w+)`\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE):
+        for keys, values in re.findall(r"^\| ([^|]+) \| ([^|]+) \|", part, re.MULTILINE):
+            for key, given in zip(re.findall(r"`(\w+)`", keys), values.split("; "), strict=False):
+                good, bad = ends(given)
+                known = name in KINDS and key in {field.name for field in fields(KINDS[name])}
+                if not known or (name, key) in seen or not good:
+                    continue  # a network of another kind has a second table
+                seen.add((name, key))
+                base = {**smoke[name], **BESIDE.get(name, {})} if name in smoke else {}
+                base = BESIDE[name] if name in ("samplers", "schedules") else base
+                for value in (*good, *bad):
+                    try:
+                        section(KINDS[name], {**base, key: value})
+                        accepted = True
+                    except ValueError:
+                        accepted = False
+                    wrong += [(name, key, value)] if accepted != (value in good) else []
+    assert not wrong and len(seen) >= 35, (wrong, len(seen))
 
 
 def test_every_extra_for_users_is_documented() -> None:

@@ -133,7 +133,7 @@ def noticed(code: int, said: str) -> bool:
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", GROUPS)
 def test_enough_mutants_are_noticed(
     name: str, tmp_path: Path, fill: Callable[[Path], None], run_in: Callable[..., tuple[int, str]]

@@ -46,11 +46,11 @@ def noise_schedule(entry: ScheduleEntry) -> NoiseSchedule:
     return NoiseSchedule.named(entry.schedule, entry.timesteps, **entry.options)
 
 
-def save(path: Path, net: nn.Module, description: Mapping[str, Any]) -> None:
+def save(path: Path, net: Any, description: Mapping[str, Any]) -> None:
     """Writes a checkpoint folder: the weights, and model.json with the description, the format and the weights' sha256."""
     with atomic.replacing_dir(path) as folder:
         weights = folder / "model.safetensors"
-        _write_tensors(weights, {name: x.detach().cpu().contiguous() for name, x in net.state_dict().items()})
+        write_tensors(weights, {name: x.detach().cpu().contiguous() for name, x in net.state_dict().items()})
         known = {"format": models.MODEL_FORMAT, "weights_sha256": records.sha256(weights)}
         records.write_record(folder / "model.json", {**known, **description})
 
@@ -134,6 +134,19 @@ def _network_with_weights(entry: NetworkEntry, state: dict[str, Tensor]) -> nn.M
     return net
 
 
+def replace_weights(net: Any, weights: Mapping[str, Tensor], place: Path) -> None:
+    """Replaces all parameters of a network in place. Raises InputError if the weights belong to another network.
+
+    place: the folder of the model, for the message.
+    """
+    parameters = dict(net.named_parameters())
+    if {name: x.shape for name, x in parameters.items()} != {name: x.shape for name, x in weights.items()}:
+        raise models.unusable(place, "its snapshots belong to another network")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
 @dataclass(frozen=True)
 class ResumeState:
     """The state of a training after `step` steps.
@@ -151,8 +164,8 @@ class ResumeState:
     losses: list[float]
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Calls safetensors' save_file and raises the disk errors of save_file as OSError.
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors on the CPU by save_file of safetensors. Raises its disk errors as OSError.
 
     save_file first writes a temporary file, and a kill leaves that file behind. So this function calls save_file in a temporary
     folder whose name starts with the name of `path`. A later run finds and removes such a folder.
@@ -181,7 +194,7 @@ def write_resume(folder: Path, state: ResumeState) -> None:
     with atomic.replacing(path) as temporary:
         history = {"training": folder.name, "step": state.step, "rows": state.rows, "losses": state.losses}
         # One metadata entry only: safetensors writes several entries in any order, so the bytes would vary.
-        _write_tensors(temporary, state.tensors, {"history": json.dumps(history)})
+        write_tensors(temporary, state.tensors, {"history": json.dumps(history)})
         digest = records.sha256(temporary)
     records.write_json(path.with_suffix(".json"), {"step": state.step, "sha256": digest})
     _prune(folder, path)

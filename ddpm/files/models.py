@@ -145,6 +145,8 @@ class ModelRecord:
         weights_sha256: hash of model.safetensors.
         target: a key of ddpm.TARGETS.
         variance: "fixed" or "learned".
+        snapshots: hash of the record of snapshots/SCHEDULE; "" if the training kept no snapshots.
+        ema: the length of the average in a checkpoint that snapshots.checkpoint_of made; None for other models.
         content: all entries of model.json.
     """
 
@@ -155,6 +157,8 @@ class ModelRecord:
     data: DataEntry
     variance: str = "fixed"
     training: TrainingEntry = TrainingEntry()
+    snapshots: str = ""
+    ema: float | None = None
     content: Mapping[str, Any] = field(default_factory=dict)
 
     def described_by(self, **entries: Any) -> dict[str, Any]:

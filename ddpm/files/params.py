@@ -193,6 +193,8 @@ class Params(Section):
                 raise ValueError(
                     f"samplers.{name}: guidance takes a class-conditional model; set diffusion.conditional: true"
                 )
+            if self.samplers[name].ema is not None and not self.training.snapshot_every:
+                raise ValueError(f"samplers.{name}: ema takes snapshots of the training: set training.snapshot_every")
             if self.samplers[name].variance == "learned" and self.diffusion.variance != "learned":
                 raise ValueError(f"samplers.{name}.variance: learned needs diffusion.variance = learned")
         return self
@@ -296,6 +298,14 @@ class Params(Section):
         """Returns the seed of a schedule's training: the row's `seed` if set, or else the `seed` of the file."""
         own = self.schedules[schedule].seed
         return self.seed if own is None else own
+
+    def training_entry(self, schedule: str) -> dict[str, Any]:
+        """Returns the entry `training` of a model's record: the settings of the training as JSON values, with its seed."""
+        return {
+            "seed": self.training_seed(schedule),
+            **self.schedules[schedule].origin,
+            **as_json(self.training),
+        }
 
     def replicates(self) -> list[list[str]]:
         """Returns the schedules of the sweep in groups whose rows differ in the seed alone."""

@@ -5,6 +5,7 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
     auto.json                     the values that stand for `auto` in params.yaml, as the stage `probe` found them
     dataset/                      train.npy, test.npy (uint8 N,C,H,W), *-labels.npy (int64 N), dataset.json, preview.png
     models/SCHEDULE/              model.safetensors, model.json
+    snapshots/SCHEDULE/           averages of the weights after some steps (training.snapshot_every); snapshots.json
     imported/NAME/                the same for an imported model, which `ddpm train NAME` copies
     samples/POINT.npz, .png       images (uint8 N,C,H,W), evaluations, labels (int64 N, if conditional); a preview grid
     metrics/POINT.json            scores of a point; POINT.influence.npy (float32 N): the influence of each image on the
@@ -47,6 +48,10 @@ def model_dir(schedule: str) -> Path:
     return Path("models") / schedule
 
 
+def snapshots_dir(schedule: str) -> Path:
+    return Path("snapshots") / schedule
+
+
 def imported_dir(name: str) -> Path:
     return Path("imported") / name
 
@@ -81,6 +86,10 @@ def likelihood_file(schedule: str) -> Path:
 
 def likelihood_curve_file(schedule: str) -> Path:
     return Path("metrics") / "likelihood" / f"{schedule}.csv"
+
+
+def preview_fids_file(schedule: str) -> Path:
+    return CACHE / "previews" / schedule / "fids.json"
 
 
 def downloads_dir(source: str) -> Path:

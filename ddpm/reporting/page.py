@@ -7,6 +7,8 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ SIGNIFICANT_Z = 3.0  # from this many standard errors on, samples count as neare
 
 # The parts of the page that DVC does not track. report/run.js fills them in; the copy in MLflow contains them.
 PARTS = ("compared", "published", "local")
+WIDE = (700, 400)  # width and height of a single figure for a desktop, in hundredths of an inch
 NARROW = (420, 460)  # width and height of the figures for a phone, in hundredths of an inch
 
 Section = dict[str, Any]  # the values of one section, for the template
@@ -94,6 +97,7 @@ def page(
         classes=_by_class(drawn, dataset.record),
         all_classes=len(dataset.record.classes or ()),
         training=training,
+        lengths=_lengths(params, rows),
         trainings=list(zip(trained, from_the_best(trained), strict=True)),
         seeds=how_sure_of_schedules(trained),
         likelihood=_likelihood(params, root),
@@ -365,6 +369,33 @@ def _training(params: Params, root: Path) -> Section:
 
     drawable = any(curves.values()) or any(by_time.values())
     return {"plot": _two(draw) if drawable else None, "last": last}
+
+
+def _lengths(params: Params, rows: Sequence[Row]) -> dict[str, str] | None:
+    """Draws the scores against the length of the weights' average; None without sampler rows that differ in it alone."""
+    points, lines = {row.point: row for row in rows}, dict[str, list[tuple[float, Row]]]()
+    alike: dict[str, list[tuple[float, str]]] = {}
+    for name in params.sweep.samplers:
+        if (length := params.samplers[name].ema) is not None:
+            alike.setdefault(json.dumps(replace(params.samplers[name], ema=None).options()), []).append((length, name))
+    groups = [group for group in alike.values() if len(group) > 1]
+    for schedule, group, steps in product(params.sweep.schedules, groups, params.sweep.steps):
+        label = f"{schedule}, {steps} steps"
+        if len(groups) > 1:
+            label += f", {'/'.join(name for _, name in group)}"
+        lines[label] = [(length, points[f"{schedule}-{name}-{steps}"]) for length, name in sorted(group)]
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for index, (label, line) in enumerate(lines.items()):
+            values = np.array([row.value for _, row in line])
+            reach = [values - [row.low for _, row in line], [row.high for _, row in line] - values]
+            style = {**_style(index), "marker": MARKERS[index % len(MARKERS)], "capsize": 3}
+            axes.errorbar([length for length, _ in line], values, yerr=reach, label=label, **style)
+        axes.set(xlabel="length of the average, as a share of the training", ylabel=RANKING.title)
+        _finish(figure)
+
+    return pictures(draw, *WIDE, NARROW) if lines else None
 
 
 def _likelihood(params: Params, root: Path) -> Section:

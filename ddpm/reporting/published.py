@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import InputError
-from ddpm.files import atomic, paths, records
+from ddpm.files import atomic, models, paths, records
 from ddpm.files.params import Params
 from ddpm.files.runs import RunRecord, read_run
 from ddpm.files.scores import Row, read_report
@@ -26,7 +26,7 @@ from ddpm.provenance import code, project
 from ddpm.reporting import compared, previous
 from ddpm.reporting.compared import Compared
 from ddpm.reporting.page import NARROW, key_of, render
-from ddpm.reporting.plots import draw_scores, pictures
+from ddpm.reporting.plots import COLOURS, MARKERS, draw_scores, pictures
 from ddpm.scores.metrics import RANKING
 
 
@@ -114,10 +114,41 @@ def published(
         chart=chart,
         metric=RANKING,
         plot=plot,
+        previews=_previews_plot(preview_fids(root, rows)) if root else None,
         timed=bool(timed),
         machines=machines,
         rows=[_row(stage, record, *runs.get(stage, ("", ""))) for stage, record in records.items()],
     )
+
+
+def preview_fids(root: Path, rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """Returns the FIDs of the images that were drawn while the present models trained, by schedule and step.
+
+    Leaves out schedules whose models are from another training than the one that drew.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for schedule in dict.fromkeys(row.schedule for row in rows):
+        with suppress(InputError):  # there is no such file, or it is damaged
+            kept = records.read_record(root / paths.preview_fids_file(schedule))
+            if kept["training"] == models.read_trained(root, schedule).training.content:
+                found[schedule] = {int(step): float(fid) for step, fid in kept["fids"].items()}
+    return found
+
+
+def _previews_plot(found: Mapping[str, Mapping[int, float]]) -> dict[str, str] | None:
+    """Draws FID against optimiser steps, a line per schedule; None if there are no FIDs."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for index, (schedule, fids) in enumerate(found.items()):
+            style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+            axes.plot(list(fids), list(fids.values()), label=schedule, **style)
+        axes.set(xlabel="optimiser step", ylabel=f"{RANKING.title} of the previews")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize="small")
+        figure.set_layout_engine("tight")
+
+    return pictures(draw, 900, 400, NARROW) if found else None
 
 
 def _plot(timed: Sequence[Row]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from ddpm.diffusion.samplers import check_options, trajectory
 from ddpm.diffusion.schedule import SCHEDULES, NoiseSchedule
 from ddpm.diffusion.timesteps import noise_levels
 from ddpm.errors import InputError
-from ddpm.files import checkpoint
+from ddpm.files import checkpoint, snapshots
 from ddpm.files.models import ModelRecord
 from ddpm.files.params import Params
 from ddpm.parameters import Point, Sampler
@@ -41,7 +41,7 @@ def arguments(settings: Mapping[str, Any], T: int) -> tuple[dict[str, Any], dict
     guidance = {key: settings[key] for key in GUIDANCE if key in settings}
     if interval := guidance.get("guidance_interval"):
         guidance["guidance_interval"] = tuple(interval)
-    plain = {key: value for key, value in settings.items() if key not in (*GUIDANCE, "fitted_to")}
+    plain = {key: value for key, value in settings.items() if key not in (*GUIDANCE, "fitted_to", "ema")}
     if along := plain.get("along"):
         plain["along"] = NoiseSchedule.named(along, T)
     if times := plain.get("times"):
@@ -84,6 +84,13 @@ def check_row(name: str, row: Sampler) -> None:
         raise InputError(f"samplers.{name}: {error}") from None
 
 
+def sampler_row(params: Params, name: str) -> Sampler:
+    """Returns a row of `samplers`. Raises InputError, which lists the rows, if there is no such row."""
+    if name not in params.samplers:
+        raise InputError(f"no row '{name}' in samplers; there are {', '.join(params.samplers)}")
+    return params.samplers[name]
+
+
 def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: bool, guidable: bool) -> None:
     """Raises InputError if a point could not be sampled from a network with these properties.
 
@@ -94,9 +101,7 @@ def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: 
         learned: whether the network has a learned variance.
         guidable: whether the network predicts with and without a label.
     """
-    if point.sampler not in params.samplers:
-        raise InputError(f"no row '{point.sampler}' in samplers; there are {', '.join(params.samplers)}")
-    row = params.samplers[point.sampler]
+    row = sampler_row(params, point.sampler)
     check_row(point.sampler, row)
     try:
         along = NoiseSchedule.named(row.along, schedule.T) if row.along else None
@@ -217,7 +222,7 @@ def draw(
 
 
 def prepared_denoiser(
-    path: Path, device: torch.device, clip: bool | float, precision: str, compiled: bool
+    path: Path, device: torch.device, clip: bool | float, precision: str, compiled: bool, ema: float | None = None
 ) -> tuple[Denoiser, ModelRecord]:
     """Loads a checkpoint's denoiser for sampling.
 
@@ -227,14 +232,17 @@ def prepared_denoiser(
         clip: see `Denoiser`.
         precision: "float32", or "bfloat16" for autocast.
         compiled: whether to compile the network.
+        ema: the entry of a sampler row: the length of the weights' average. None for the weights of the checkpoint.
 
     Returns:
         The denoiser, and the record of the model.
 
     Raises:
-        InputError: the checkpoint cannot be read, or the network cannot be compiled.
+        InputError: the checkpoint cannot be read, the network cannot be compiled, or `ema` is set and the model has no snapshots.
     """
     denoiser, model = checkpoint.load(path, device, clip)
+    if ema is not None:
+        checkpoint.replace_weights(denoiser.net, snapshots.averaged(path, model, ema), path)
     net = compiling.compiled(denoiser.net, "sampling") if compiled else denoiser.net
     if precision == "bfloat16":
         plain = net

@@ -58,17 +58,23 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
     torch.set_num_threads(settings.threads)
     checkpoint.require_trained(params, point.schedule, root)
     models.read_trained(root, point.schedule)
+    row = drawing.sampler_row(params, point.sampler)
     denoiser, model = drawing.prepared_denoiser(
-        root / paths.model_dir(point.schedule), device, settings.clip, settings.precision, settings.compile is True
+        root / paths.model_dir(point.schedule),
+        device,
+        settings.clip,
+        settings.precision,
+        settings.compile is True,
+        row.ema,
     )
     drawing.check_point(
         params, point, denoiser.schedule, model.network.learned_variance, guidable=model.network.guidable
     )
     try:
-        drawing.check_fitted(params.samplers[point.sampler].options(), model)
+        drawing.check_fitted(row.options(), model)
     except ValueError as error:
         raise InputError(f"samplers.{point.sampler}.{error}") from None
-    row, path, total = params.samplers[point.sampler], root / paths.samples_file(point), settings.images
+    path, total = root / paths.samples_file(point), settings.images
     channels, height, width = model.data.shape
     labels = drawing.class_labels(model, total)
     folder = root / paths.CACHE / "sampling" / point.name

@@ -5,7 +5,7 @@ from the newest state and ends with the same weights as an uninterrupted trainin
 
 The key of a saved state hashes everything that decides it, except the number of steps and the decay of the learning rate. So a
 longer training resumes from the last state before the decay. The states during the decay depend on the number of steps, so they
-are in a subfolder.
+are in a subfolder. Snapshots of averages are kept beside the states, and copied to snapshots/SCHEDULE at the end.
 
 If several processes share a training (ddpm/training/parallel.py), only process 0 saves, writes and reports.
 """
@@ -28,7 +28,7 @@ import torch
 from ddpm.diffusion.denoiser import Denoiser
 from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
-from ddpm.files import arrays, checkpoint, paths, records
+from ddpm.files import arrays, checkpoint, paths, records, snapshots
 from ddpm.files.checkpoint import ResumeState
 from ddpm.files.dataset import Dataset, read_dataset
 from ddpm.files.models import NetworkEntry, ScheduleEntry
@@ -40,6 +40,7 @@ from ddpm.runtime import compiling, ranks
 from ddpm.runtime.device import find_device, memory_errors
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.runtime.stopping import Stopped, deferred
+from ddpm.training import averages
 from ddpm.training.fit import Descent, Step, TrainingState, fit
 from ddpm.training.objective import Objective
 from ddpm.training.parallel import World
@@ -50,6 +51,7 @@ from ddpm.training.validation import Validation
 DIVERGED_LOSS, DIVERGED_ROWS = 10.0, 10
 ZERO_LOSS_IMAGES = 256  # the number of images on which the loss of a zero prediction is measured
 IMAGE_MEMORY = 0.5  # the largest share of the GPU's free memory that the images may take
+SNAPSHOTS = "snapshots"  # the folder beside the saved states
 
 
 def noise_schedule(params: Params, name: str) -> NoiseSchedule:
@@ -133,7 +135,9 @@ def training_key(params: Params, schedule: str, dataset: str) -> str:
 def train(
     params: Params, schedule: str, root: Path = Path(), report: Report = silent, fresh: bool = False
 ) -> dict[str, Any]:
-    """Trains the network on one schedule. Writes models/SCHEDULE and metrics/train/SCHEDULE.csv, .by_time.csv and .json.
+    """Trains the network on one schedule.
+
+    Writes models/SCHEDULE, snapshots/SCHEDULE, and metrics/train/SCHEDULE.csv, .by_time.csv and .json.
 
     If the schedule's row is an import, checks and copies the imported network instead.
 
@@ -230,6 +234,8 @@ def _run(training: Training, steps: Iterator[Step]) -> None:
         while training.state.step < total:
             step = next(steps)
             _log_loss(training, step)
+            if world.rank == 0 and step.step in _snapshots(params.training, step.step):
+                snapshots.keep(_snapshot(training.folder, params.training, step.step), _averaged(training.state))
             last = step.step == total
             signal = world.largest(signalled())  # a signal to one process stops all processes after the same step
             # While the loss is above the limit, no state is saved. So the newest saved state is good.
@@ -289,7 +295,8 @@ def _set_up(
     times = _times(params, schedule, device)
     if params.schedules[schedule].base is not None:
         _start_from_base(net, params, schedule, network, root, world)
-    state = TrainingState(net, settings.optimizer, settings.weight_decay, times)
+    lengths = averages.LENGTHS if settings.snapshot_every else ()
+    state = TrainingState(net, settings.optimizer, settings.weight_decay, times, lengths)
     folder = _state_folder(params, schedule, dataset, root, world)
     if fresh and world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -422,6 +429,16 @@ def descent_folder(folder: Path, settings: TrainingSettings) -> Path:
     return folder / f"{folder.name}-{hashlib.sha256(json.dumps(descent).encode()).hexdigest()[:16]}"
 
 
+def _snapshots(settings: TrainingSettings, step: int) -> range:
+    """Returns the steps, up to `step`, after which a snapshot is kept."""
+    every = settings.snapshot_every
+    return range(every, step + 1, every) if every else range(0)
+
+
+def _snapshot(folder: Path, settings: TrainingSettings, step: int) -> Path:
+    return snapshots.file(_folder_of_step(folder, settings, step) / SNAPSHOTS, step)
+
+
 def _immiscible(x_0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
     """Assigns a noise to each image so that the sum of the distances is least (Li et al. 2024, algorithm 1).
 
@@ -461,6 +478,11 @@ def _log_loss(training: Training, step: Step) -> None:
             problem = f"the loss is {values['loss']:g}, and was above {training.loss_limit:g} in the last {DIVERGED_ROWS} rows,"
             raise training.failure(problem, step)
     training.report(Progress(step.step, settings.steps, "steps", values, model=lambda: training.denoiser))
+
+
+def _averaged(state: TrainingState) -> dict[str, torch.Tensor]:
+    """Returns the power-function averages on the CPU, as LENGTH.NAME of the parameter."""
+    return {name: tensor.cpu().contiguous() for name, tensor in state.averaged().items()}
 
 
 def _save(training: Training, step: Step) -> None:
@@ -535,7 +557,13 @@ def _resume(
         if resumed is None and settings.whole < steps:
             resumed, more = checkpoint.read_resume(folder, at_most=settings.whole)
             complaints += more
-        if resumed is None and any(folder.glob(checkpoint.STATES)):
+        while resumed is not None and (lost := _lost_snapshot(folder, settings, resumed.step)):
+            complaints.append(
+                f"{_snapshot(folder, settings, lost)}: missing or damaged: training goes back before step {lost}"
+            )
+            resumed, more = checkpoint.read_resume(_folder_of_step(folder, settings, lost - 1), at_most=lost - 1)
+            complaints += more
+        if resumed is None and not complaints and any(folder.glob(checkpoint.STATES)):
             complaints.append(
                 f"starting from step 0, since the learning rate decays after step {settings.whole} and no state was saved before"
                 if settings.whole < steps
@@ -554,19 +582,21 @@ def _resume(
     return rows, [torch.tensor(loss, device=device) for loss in losses]
 
 
+def _lost_snapshot(folder: Path, settings: TrainingSettings, step: int) -> int | None:
+    """Returns the step of the first snapshot, up to `step`, that the cache lacks; None if it has all of them."""
+    taken = _snapshots(settings, step)
+    return next((each for each in taken if not snapshots.is_kept(_snapshot(folder, settings, each))), None)
+
+
 def _write(training: Training, dataset: Dataset, root: Path) -> dict[str, Any]:
     params, schedule, state, rows = training.params, training.schedule, training.state, training.rows
-    description = {
+    description: dict[str, Any] = {
         "schedule": schedule_entry(params, schedule).to_json(),
         "target": params.diffusion.target,
         "variance": params.diffusion.variance,
         "network": training.network.content,
         "data": _data_entry(dataset),
-        "training": {
-            "seed": params.training_seed(schedule),
-            **params.schedules[schedule].origin,
-            **as_json(params.training),
-        },
+        "training": params.training_entry(schedule),
     }
     metrics = {
         "steps": state.step,
@@ -577,8 +607,19 @@ def _write(training: Training, dataset: Dataset, root: Path) -> dict[str, Any]:
         ),
     }
     by_time = training.validation.by_time(state.ema)
+    if digest := _write_snapshots(training, root):
+        description["snapshots"] = digest
     checkpoint.save(root / paths.model_dir(schedule), state.ema, description)
     return _write_metrics(root, schedule, metrics, rows, by_time)
+
+
+def _write_snapshots(training: Training, root: Path) -> str:
+    """Writes snapshots/SCHEDULE. Returns the hash of its record, or "" if the training keeps no snapshots."""
+    settings, state = training.params.training, training.state
+    kept = [_snapshot(training.folder, settings, step) for step in _snapshots(settings, state.step - 1)]
+    return snapshots.write(
+        root, training.schedule, kept, (state.step, _averaged(state)) if settings.snapshot_every else None
+    )
 
 
 def _write_metrics(
@@ -634,6 +675,8 @@ def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, 
     loss = validation.loss(denoiser.net) if len(validation.images) else None
     training = {"seed": params.seed, "steps": 0, "imported": row.imported}
     description = model.described_by(data=_data_entry(dataset), training=training)
+    description.pop("snapshots", None)  # an imported model has only its weights
+    snapshots.write(root, schedule, (), None)
     parameters = sum(parameter.numel() for parameter in denoiser.net.parameters())
     metrics = {"steps": 0, "parameters": parameters, "loss": None, "validation_loss": loss}
     metrics["timesteps"] = denoiser.schedule.T  # the report needs T, and params.yaml does not hold the T of an import

@@ -24,6 +24,7 @@ KINDS = {
     "sampling": "kept images",
     "features": "reference features",
     "previews": "previews",
+    "averages": "averaged weights",
     **dict.fromkeys(EXTRACTORS, "converted weights"),
 }
 
@@ -105,10 +106,10 @@ def _trainings(params: Params, root: Path) -> set[str] | None:
 
 def _other_descents(folder: Path, params: Params) -> Iterator[Path]:
     """Yields the folders of training states of other decays of the learning rate than that of `params`."""
-    from ddpm.stages.train import descent_folder
+    from ddpm.stages.train import SNAPSHOTS, descent_folder
 
-    present = descent_folder(folder, params.training)
-    return (path for path in sorted(folder.glob("*")) if path.is_dir() and path != present)
+    kept = (descent_folder(folder, params.training), folder / SNAPSHOTS)
+    return (path for path in sorted(folder.glob("*")) if path.is_dir() and path not in kept)
 
 
 def _leftover(kind: str, paths: tuple[Path, ...]) -> Leftover:

@@ -55,7 +55,8 @@ def fit_row(
     _check(params, steps, sampler)
     torch.set_num_threads(params.sampling.threads)
     device = find_device(params.compute.device)
-    denoiser, record = prepared_denoiser(folder, device, params.sampling.clip, precision="float32", compiled=False)
+    ema = params.samplers[sampler].ema if sampler else None
+    denoiser, record = prepared_denoiser(folder, device, params.sampling.clip, "float32", compiled=False, ema=ema)
     row = DEFAULT
     if sampler:
         check_row(sampler, params.samplers[sampler])

@@ -194,7 +194,8 @@ def _open(
             settings["steps"] = steps
         if guidance is not None:
             settings["guidance"] = guidance
-        denoiser, record = prepared_denoiser(folder, device, clip, precision="float32", compiled=False)
+        ema = settings.pop("ema", None)
+        denoiser, record = prepared_denoiser(folder, device, clip, precision="float32", compiled=False, ema=ema)
         try:
             check_fitted(settings, record)
         except ValueError as error:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from ddpm.files import arrays, dataset, paths
+from ddpm.errors import InputError
+from ddpm.files import arrays, dataset, paths, records
 from ddpm.files.params import Params
+from ddpm.parameters import as_json
 from ddpm.runtime.progress import Progress, Report
 from ddpm.scores.extractors import EXTRACTORS
 
@@ -37,9 +40,14 @@ def previews(
         log: called with the step and a grid of 36 images, uint8 C,H,W. The grid is also written to
             .cache/previews/SCHEDULE/STEP.png.
         log_fid: called with the step and the FID of `compute.preview_fid` images, at the lowest layer of the extractor. The
-            value falls when the FID of the report falls, but the two cannot be compared.
+            value falls when the FID of the report falls, but the two cannot be compared. The
+            cache keeps all values for the page of the report.
     """
     scored = params.compute.preview_fid
+
+    @cache
+    def kept() -> _Fids:
+        return _Fids(params, root, schedule)
 
     @cache
     def fid() -> Callable[[arrays.Images], float]:
@@ -70,9 +78,34 @@ def previews(
         arrays.write_png(root / preview_file(schedule, progress.done), picture)
         log(progress.done, picture)
         if scored:
-            log_fid(progress.done, fid()(images[:scored]))
+            found = fid()(images[:scored])
+            kept().add(progress.done, found)
+            log_fid(progress.done, found)
 
     return report
+
+
+class _Fids:
+    """The FIDs of a training so far, in the cache. Goes on with those of the training that is resumed, up to its step."""
+
+    def __init__(self, params: Params, root: Path, schedule: str) -> None:
+        self.path, self.training = root / paths.preview_fids_file(schedule), params.training_entry(schedule)
+        self.fids: dict[int, float] = {}
+        before = [params.seed, params.to_json("diffusion", "network"), params.training.before_descent()]
+        self.key = records.record_digest({"before": before, "schedule": as_json(params.schedules[schedule])})
+        with suppress(InputError):  # there is no such file, or it is damaged
+            found = records.read_record(self.path)
+            if found["key"] == self.key:
+                self.fids = {int(step): fid for step, fid in found["fids"].items()}
+
+    def add(self, step: int, fid: float) -> None:
+        self.fids = {earlier: value for earlier, value in self.fids.items() if earlier < step} | {step: fid}
+        about = {
+            "key": self.key,
+            "training": self.training,
+            "fids": {str(at): value for at, value in self.fids.items()},
+        }
+        records.write_record(self.path, about)
 
 
 def _fid_to_train(params: Params, root: Path) -> Callable[[arrays.Images], float]:

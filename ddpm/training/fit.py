@@ -10,7 +10,7 @@ import contextlib
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.diffusion.denoiser import NO_LABEL
+from ddpm.training.averages import PowerAverage
 from ddpm.training.objective import Objective
 from ddpm.training.optimizers import OPTIMIZERS
 from ddpm.training.parallel import ALONE, World
@@ -87,20 +88,28 @@ class TrainingState:
         optimizer: a key of OPTIMIZERS.
         weight_decay: weight decay of the optimiser.
         times: how network times are drawn. None draws them uniformly.
+        lengths: the lengths of the power-function averages to keep.
 
     Attributes:
         ema: a copy of `net` with the moving average of the weights.
+        averages: the power-function averages, by length.
         step: the number of steps done.
     """
 
     def __init__(
-        self, net: nn.Module, optimizer: str = "adam", weight_decay: float = 0.0, times: Times | None = None
+        self,
+        net: nn.Module,
+        optimizer: str = "adam",
+        weight_decay: float = 0.0,
+        times: Times | None = None,
+        lengths: Sequence[float] = (),
     ) -> None:
         self.net = net
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         self.step = 0
         self.optimizer = OPTIMIZERS[optimizer](list(net.parameters()), weight_decay)
         self.times = times
+        self.averages = {length: PowerAverage(list(net.parameters()), length) for length in lengths}
 
     def live(self) -> dict[str, Tensor]:
         """Returns the tensors that training changes, by name, without copying them.
@@ -114,8 +123,18 @@ class TrainingState:
             for key, moments in self.optimizer.moments.items():
                 if (moment := moments[index]) is not None:
                     tensors[f"{key}.{name}"] = moment
+        tensors |= {f"average.{name}": tensor for name, tensor in self.averaged().items()}
         times = {} if self.times is None else self.times.tensors()
         return tensors | {f"times.{name}": tensor for name, tensor in times.items()}
+
+    def averaged(self) -> dict[str, Tensor]:
+        """Returns the power-function averages as LENGTH.NAME of the parameter, without copying them."""
+        names = [name for name, _ in self.net.named_parameters()]
+        return {
+            f"{length}.{name}": tensor
+            for length, average in self.averages.items()
+            for name, tensor in zip(names, average.tensors, strict=True)
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns a copy of the state on the CPU. These tensors and `step` are all that load() needs to resume the training."""
@@ -349,5 +368,7 @@ def fit(
         state.optimizer.step(rate)
         with torch.no_grad():
             torch._foreach_lerp_(averages, parameters, 1 - min(ema, (1 + k) / (10 + k)))
+        for average in state.averages.values():
+            average.update(k + 1, parameters)
         state.step = k + 1
         yield Step(k + 1, loss, norm.detach(), rate)

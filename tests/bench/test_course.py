@@ -1,6 +1,7 @@
 """Checks long measured trainings: stopping and resuming changes no result, and packed images arrive unchanged."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,14 +11,16 @@ import zipfile
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from bench import cifar10, course, curves, trials
+from bench import cifar10, course, curves, ledger, page
 from bench.course import Course, Recipe
+from bench.peers import PEERS
 from ddpm import Denoiser, NoiseSchedule
 
 ROOT = Path(__file__).parents[2]
@@ -154,10 +157,44 @@ def test_a_curve_goes_on_and_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "curve-smoke.png").read_bytes() == before  # the same content gives the same bytes
 
 
-def test_the_error_of_trials_is_that_of_the_best_guess() -> None:
+def test_the_error_of_the_ledger_is_that_of_the_best_guess() -> None:
     """A denoiser that returns 0 has an error of x_0 itself, whatever the noise: the mean weight times the mean square."""
     schedule = NoiseSchedule.named("cosine", 100)
     denoiser = Denoiser(lambda x, t: torch.zeros_like(x), schedule, "x0")
     grey = torch.full((100, 1, 8, 8), 191, dtype=torch.uint8)
     weight = (schedule.alpha_bar[1:] / (1 - schedule.alpha_bar[1:])).clamp(max=5).mean()
-    assert trials.error(denoiser, grey) == pytest.approx(float(weight) * (191 / 127.5 - 1) ** 2, rel=1e-6)
+    assert ledger.error(denoiser, grey) == pytest.approx(float(weight) * (191 / 127.5 - 1) ** 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["diffusers", "denoising-diffusion-pytorch"])
+def test_a_peers_training_resumes_to_the_same_weights(tmp_path: Path, name: str) -> None:
+    pytest.importorskip(name.replace("-", "_"))
+    images = torch.randint(0, 256, (20, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+    def trained(stops: list[int], folder: Path) -> dict[str, Any]:
+        for steps in stops:
+            peer = PEERS[name](images, 3, False, wanted=10**7)
+            peer.load(folder)
+            peer.steps = steps
+            list(peer.advance())
+            peer.save(folder)
+        return {**peer.net.state_dict(), "drawn": peer.denoiser().net(images[:2] / 255, torch.tensor([10.0, 500.0]))}
+
+    straight, stopped = trained([20], tmp_path / "straight"), trained([10, 20], tmp_path / "stopped")
+    assert all(torch.equal(tensor, stopped[key]) for key, tensor in straight.items())
+    less = trained([10], tmp_path / "less")
+    assert any(not torch.equal(tensor, less[key]) for key, tensor in straight.items())
+
+
+def test_a_row_of_the_ledger_is_compared_with_the_recipe() -> None:
+    """By the mean of the shares. Two seeds: the interval by sampling; three: Student's, of the shares."""
+    rows = [
+        {"value": -1.0, "low": -2.0, "high": 0.0, "of": 10.0},
+        {"value": -3.0, "low": -4.0, "high": -2.0, "of": 20.0},
+    ]
+    half = math.hypot(10.0, 5.0) / 2
+    assert page._against(rows) == f"-12.5 % ({-12.5 - half:+.1f} ... {-12.5 + half:+.1f})"
+    half = 4.3027 * 2.5 / math.sqrt(3)  # of -10, -15 and -12.5
+    rows.append({"value": -1.25, "low": -2.0, "high": -0.5, "of": 10.0})
+    assert page._against(rows) == f"-12.5 % ({-12.5 - half:+.1f} ... {-12.5 + half:+.1f})"
+    assert page._against([None]) == ""

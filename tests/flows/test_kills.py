@@ -64,7 +64,7 @@ class Result:
     def of(cls, root: Path) -> Result:
         outputs = {
             path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for folder in ("dataset", "models", "samples", "metrics", "report")
+            for folder in ("dataset", "models", "snapshots", "samples", "metrics", "report")
             for path in (root / folder).rglob("*")
             if path.is_file() and not path.name.endswith("run.json") and not path.name.startswith(".")
         }

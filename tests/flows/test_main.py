@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -131,9 +131,9 @@ def test_a_killed_api_is_started_again_and_the_flow_goes_on(here: Any) -> None:
     assert not here.running()
 
 
-@pytest.mark.timeout(240)
-def test_a_server_of_this_checkout_is_used(here: Any) -> None:
-    """`python -m flows` beside `make up` uses that server, so its run is in the UI at once and no second server starts."""
+@contextmanager
+def up(here: Any) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Runs the Prefect server of `make up` while the block runs. Yields the address of its API, and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -143,6 +143,19 @@ def test_a_server_of_this_checkout_is_used(here: Any) -> None:
     try:
         here.wait(lambda: "ready" in (here.root / "up.log").read_text(), 120, "the server answers")
         here.environment["PREFECT_API_URL"] = api
+        yield api, server
+    finally:
+        here.environment.pop("PREFECT_API_URL", None)
+        del here.environment["PREFECT_PORT"]
+        with suppress(ProcessLookupError):
+            server.send_signal(signal.SIGINT)
+        server.wait(60)
+
+
+@pytest.mark.timeout(240)
+def test_a_server_of_this_checkout_is_used(here: Any) -> None:
+    """`python -m flows` beside `make up`: its run is in the UI at once, and no second server starts."""
+    with up(here) as (api, _):
         flow = here.start(*MAIN, "--no-promote", log="flow.log")
         seen: set[str] = set()
         while flow.poll() is None:
@@ -154,11 +167,28 @@ def test_a_server_of_this_checkout_is_used(here: Any) -> None:
         with urlopen(asked) as answer:
             states = {run["name"]: run["state"]["type"] for run in json.load(answer)}
         assert {"publish", "report"} <= states.keys() and set(states.values()) == {"COMPLETED"}
-    finally:
-        here.environment.pop("PREFECT_API_URL", None)
-        del here.environment["PREFECT_PORT"]
-        server.send_signal(signal.SIGINT)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_flow_that_loses_the_server_of_make_up_starts_its_own(here: Any, how: signal.Signals) -> None:
+    here.control(train_linear={"until": "go"})
+    here.forget("train@linear")
+    (here.root / "go").unlink(missing_ok=True)
+    with up(here) as (_, server):
+        flow = here.start(*MAIN, "-S", f"training.steps={20 + how}", log="flow.log")
+        here.pid("train@linear", 90)
+        server.send_signal(how)
         server.wait(60)
+        here.wait(
+            lambda: any("flows.servers.embedded" in _words(each) for each in here.processes()), 60, "its own server"
+        )
+        (here.root / "go").touch()
+        assert flow.wait(120) == 0, (here.root / "flow.log").read_text()
+    said = (here.root / "flow.log").read_text()
+    assert "promote: done by a stand-in" in said and "Traceback" not in said
+    here.wait(lambda: not here.running(), 30, "all that it started ends")
 
 
 def _words(process: psutil.Process) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from ddpm.files import records, scores
 from ddpm.files.params import Params
 from ddpm.provenance import project
-from ddpm.reporting.answer import MOST, answer
+from ddpm.reporting.answer import MOST_STEPS, answer
 
 ROOT = Path(__file__).parents[2]
 DVC = str(Path(sys.executable).with_name("dvc"))
@@ -20,7 +20,7 @@ DVC = str(Path(sys.executable).with_name("dvc"))
 
 def steps(lines: list[str]) -> list[str]:
     """Returns the commands of the next steps. The commands all end in the same column."""
-    assert lines[2] == "next:" and len(lines) <= 3 + MOST
+    assert lines[2] == "next:" and len(lines) <= 3 + MOST_STEPS
     return [line.strip().split("   ")[0] for line in lines[3:]]
 
 
@@ -76,7 +76,7 @@ def test_dvc_repro_says_it_when_it_ran_and_when_nothing_had_to(checkout: Path) -
     for arguments in (["repro"], ["repro"], ["repro", "--single-item", "report"]):
         done = dvc(*arguments)
         assert done.returncode == 0 and done.stdout.count(best) == 1, done.stdout + done.stderr
-        assert len(done.stdout[done.stdout.index(best) :].splitlines()) <= 3 + MOST
+        assert len(done.stdout[done.stdout.index(best) :].splitlines()) <= 3 + MOST_STEPS
     for arguments in (["repro", "other"], ["repro", "--dry"], ["repro", "--quiet"], ["status"], ["repro", "nothing"]):
         done = dvc(*arguments)
         assert best not in done.stdout + done.stderr, done.args

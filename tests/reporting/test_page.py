@@ -29,7 +29,7 @@ from ddpm.files.samples import read_samples, write_samples
 from ddpm.files.scores import PICTURE, Answer, Row, read_report, write_influence
 from ddpm.parameters import Point
 from ddpm.reporting import published as published_module
-from ddpm.reporting.page import SECTIONS, SHOWN, how_sure, publish_with, verdict
+from ddpm.reporting.page import SECTIONS, SHOWN, _lengths, how_sure, publish_with, verdict
 from ddpm.reporting.published import fastest, published
 from ddpm.scores.copying import Copying, Suspects, affordable, copying, nearest, suspect
 from ddpm.scores.metrics import HEADLINE, RANKING
@@ -225,7 +225,10 @@ def test_how_sure() -> None:
     tied = how_sure(replace(entry, may_be_best=("a", "b", "c")), 9, 0.95, 0.05)
     assert tied.startswith("a has the lowest FID") and tied.endswith(f"{among} 3: a, b, c.")
     luck = how_sure(replace(entry, point="b", may_be_best=tuple("abcdefgh")), 9, 0.95, 0.05)
-    nearly = "a has a lower FID, but b takes fewer evaluations and, with 95% confidence, is at most 5% worse than the truly best point."
+    nearly = (
+        "a has a lower FID, but b takes fewer evaluations and, with 95% confidence, is at most 5% worse than the truly"
+    )
+    nearly += " best point."
     assert luck == f"{nearly} {among} 8: a, b, c, d, e, f and 2 more."
     assert how_sure(replace(entry, point="b"), 9, 0.95, 0.05) == nearly
 
@@ -477,3 +480,31 @@ def test_the_front_against_seconds() -> None:
         for name, seconds, fid in points
     ]
     assert fastest(rows) == ["fast", "mid", "slow"]
+
+
+def test_scores_are_drawn_against_the_length_of_the_average(smoke: Callable[..., Params]) -> None:
+    """A line for rows that differ in `ema` alone. Other rows have no line, and without such rows there is no picture."""
+    samplers = {
+        "short": {"sampler": "ddim", "ema": 0.05},
+        "long": {"sampler": "ddim", "ema": 0.2},
+        "single": {"sampler": "ddpm", "ema": 0.1},
+        "usual": {"sampler": "ddim"},
+    }
+    params = smoke(
+        training={"snapshot_every": 1},
+        samplers=samplers,
+        sweep={"schedules": ["cosine"], "samplers": list(samplers), "steps": [5]},
+    )
+    about = {"evaluations": 5, "confidence": 0.95, "images": 9, "reference_images": 9, "layer": 64}
+    rows = [
+        Row(
+            f"cosine-{name}-5", "cosine", name, 5, values={"fid": fid, "fid_low": fid - 1, "fid_high": fid + 1}, **about
+        )
+        for name, fid in (("short", 3.0), ("long", 4.0), ("single", 5.0), ("usual", 6.0))
+    ]
+    pictures = _lengths(params, rows)
+    assert pictures is not None
+    drawn = base64.b64decode(pictures["wide"].partition(",")[2]).decode()
+    assert drawn.count(">cosine, 5 steps<") == 1 and "single" not in drawn and "usual" not in drawn
+    few = {"schedules": ["cosine"], "samplers": ["short", "single"], "steps": [5]}
+    assert _lengths(smoke(training={"snapshot_every": 1}, samplers=samplers, sweep=few), rows) is None

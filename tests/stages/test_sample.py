@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from ddpm import Denoiser, NoiseSchedule, sample
 from ddpm.diffusion.noise import gaussian
@@ -168,3 +169,48 @@ def test_times_of_a_row_are_visited_and_belong_to_the_model_that_they_were_fitte
     other = smoke(samplers={"fitted": {**rows["fitted"], "fitted_to": "a" * 64}})
     with pytest.raises(InputError, match=r"samplers\.fitted\.fitted_to: the times were fitted to weights aaaaaaaaaaaa"):
         sample_point(other, point, trained)
+
+
+def test_a_row_draws_with_an_average_of_its_own_length(
+    root: Path, smoke: Callable[..., Params], tmp_path: Path
+) -> None:
+    def of(ema: float | None, **training: object) -> Params:
+        about = {"steps": 30, "snapshot_every": 6, **training}
+        return smoke(training=about, sampling={"images": 6, "batch": 6}, samplers={"ddim": {"ema": ema}})
+
+    point = Point.parse("cosine-ddim-5")
+    train(of(None), "cosine", root)
+    usual, short, long = (draw(root, of(ema), point).astype(int) for ema in (None, 0.05, 0.2))
+    assert np.abs(usual - short).max() > 1 and np.abs(short - long).max() > 1
+    # 0.05 is the length of an average that the training kept, so its last snapshot holds the weights.
+    denoiser, _ = checkpoint.load(root / "models/cosine", clip=True)
+    kept = load_file(root / "snapshots/cosine/000000030.safetensors")
+    denoiser.net.load_state_dict({name[5:]: tensor for name, tensor in kept.items() if name.startswith("0.05.")})
+    x_0 = sample(denoiser, gaussian(0, range(6), 0, (1, 8, 8)), sampler="ddim", steps=5)
+    assert np.abs(to_uint8(x_0).numpy().astype(int) - short).max() <= 1
+
+    with pytest.raises(InputError, match=r"samplers\.ddim: ema takes snapshots of the training: set training\.snapsh"):
+        of(0.1, snapshot_every=0)
+    record = root / "snapshots/cosine/snapshots.json"
+    (snapshot,) = (root / "snapshots/cosine").glob("*12.safetensors")
+    held, about = snapshot.read_bytes(), record.read_bytes()
+    snapshot.write_bytes(held[:-1] + b"?")
+    with pytest.raises(InputError, match=r"000000012\.safetensors: not the file that .*snapshots\.json describes"):
+        draw(root, of(0.1), point)
+    snapshot.write_bytes(held)
+    other = tmp_path / "other"
+    (other / "dataset").parent.mkdir()
+    (other / "dataset").symlink_to(root / "dataset")
+    train(of(None, learning_rate=1e-4), "cosine", other)
+    record.write_bytes((other / "snapshots/cosine/snapshots.json").read_bytes())
+    with pytest.raises(
+        InputError, match=r"snapshots/cosine: holds the snapshots of another training than .*models/cosi"
+    ):
+        draw(root, of(0.1), point)
+    record.unlink()
+    with pytest.raises(
+        InputError, match=r"snapshots/cosine: no snapshots of .*models/cosine, which `ema` in a sampler"
+    ):
+        draw(root, of(0.1), point)
+    record.write_bytes(about)
+    assert np.array_equal(draw(root, of(0.05), point).astype(int), short)

@@ -152,6 +152,53 @@ def test_a_descent_resumes_and_a_longer_training_goes_on_before_it(
     assert run(of(20, decay="none", decay_share=0.3), root) == 12
 
 
+def test_snapshots_change_no_weights_and_resume_to_the_same_bytes(
+    root: Path, digits: Path, smoke: Callable[..., Params]
+) -> None:
+    """Also in a training that goes on to more steps, and one that has lost a snapshot."""
+
+    def of(steps: int, **changes: object) -> Params:
+        training = {"steps": steps, "log_every": 4, "validate_every": 8, "snapshot_every": 4, **changes}
+        return smoke(training=training, compute={"checkpoint_every": 3})
+
+    def files(folder: Path) -> dict[str, bytes]:
+        return outputs(folder) | {path.name: path.read_bytes() for path in (folder / "snapshots/cosine").iterdir()}
+
+    def run(params: Params, folder: Path) -> list[str]:
+        messages: list[str] = []
+        train(params, "cosine", folder, lambda progress: messages.append(progress.message))
+        return messages
+
+    def another(name: str) -> Path:
+        (root / name).mkdir()
+        (root / name / "dataset").symlink_to(digits / "dataset")
+        return root / name
+
+    train(of(18), "cosine", root)
+    straight = files(root)
+    taken = {f"{step:09d}.safetensors" for step in (4, 8, 12, 16, 18)}
+    assert straight.keys() - outputs(root).keys() == {"snapshots.json", *taken}
+    plain = another("plain")
+    train(of(18, snapshot_every=0), "cosine", plain)
+    weights = "models/cosine/model.safetensors"
+    assert (plain / weights).read_bytes() == straight[weights]
+    assert [path.name for path in (plain / "snapshots/cosine").iterdir()] == ["snapshots.json"]
+
+    stopped = another("stopped")
+    with pytest.raises(Stop):
+        train(of(18), "cosine", stopped, stop_at(14))
+    assert resumed_from(run(of(18), stopped)) == 12 and files(stopped) == straight
+    # A longer training takes the snapshots from the cache. One of them is lost, so it begins before that snapshot.
+    longer = another("longer")
+    train(of(21), "cosine", longer)
+    assert resumed_from(run(of(21), stopped)) == 18 and files(stopped) == files(longer)
+    (lost,) = (root / ".cache/training").glob("*/snapshots/000000008.safetensors")
+    lost.write_bytes(lost.read_bytes()[:-1] + b"?")
+    said = run(of(21), root)
+    assert f"{lost}: missing or damaged: training goes back before step 8" in said
+    assert resumed_from(said) is None and files(root) == files(longer)
+
+
 def test_a_transformer_through_train_checkpoint_and_sample(root: Path, smoke: Callable[..., Params]) -> None:
     """Uses a learned variance and bfloat16.
 
@@ -171,7 +218,7 @@ def test_a_transformer_through_train_checkpoint_and_sample(root: Path, smoke: Ca
     assert float(denoiser.net(x, torch.tensor([3.0, 50.0])).detach().abs().max()) > 0
     sample_point(params, Point.parse("cosine-ddpm-5"), root)
     assert samples.read_samples(root / "samples/cosine-ddpm-5.npz").images.std() > 0
-    with pytest.raises(InputError, match="holds a network of kind dit, and a DDPMPipeline runs a UNet2DModel"):
+    with pytest.raises(InputError, match="the network is of kind dit, but a DDPMPipeline runs only a UNet2DModel"):
         export_diffusers(root / "models/cosine", root / "exported")
     assert not (root / "exported").exists()
 

@@ -175,7 +175,7 @@ def test_it_may_be_imported_again_but_never_over_a_row_of_ones_own(exported: Pat
     first = (checkout / "params.yaml").read_text()
     import_diffusers(exported, "hub", checkout)
     assert (checkout / "params.yaml").read_text() == first
-    with pytest.raises(InputError, match=r"schedules\.cosine: is your own row"):
+    with pytest.raises(InputError, match=r"schedules\.cosine: params\.yaml has a row of this name that is no import"):
         import_diffusers(exported, "cosine", checkout)
     with pytest.raises(InputError, match="a-z, 0-9 and _"):
         import_diffusers(exported, "my-hub", checkout)
@@ -183,7 +183,7 @@ def test_it_may_be_imported_again_but_never_over_a_row_of_ones_own(exported: Pat
 
 def test_an_import_outside_of_a_checkout_is_the_folder_alone(exported: Path, tmp_path: Path, made: Path) -> None:
     lines = import_diffusers(exported, "hub", tmp_path)
-    assert lines[-1] == "ddpm generate --model imported/hub draws images with it"
+    assert lines[-1] == "`ddpm generate --model imported/hub` draws images with this model"
     assert [path.name for path in tmp_path.iterdir()] == ["imported"]
     ours, original = (
         load_file(root / "model.safetensors") for root in (tmp_path / "imported/hub", made / "models/cosine")
@@ -225,13 +225,13 @@ def test_a_changed_missing_or_unfitting_import_is_one_line(exported: Path, check
 
     about = models.read_model_record(folder).content
     records.write_record(folder / "model.json", {**about, "schedule": {**about["schedule"], "s": 0.1}})
-    with pytest.raises(InputError, match=r"imported/hub: holds another model than the row schedules\.hub describes"):
+    with pytest.raises(InputError, match=r"imported/hub: the model is not the one that schedules\.hub describes"):
         train(params, "hub", checkout)
     larger = {**about["network"], "image_size": 16, "attention": [8]}  # has the same weights
     records.write_record(
         folder / "model.json", {**about, "network": larger, "data": {**about["data"], "shape": [1, 16, 16]}}
     )
-    with pytest.raises(InputError, match=r"shape \[1, 16, 16\], the dataset's are \[1, 8, 8\]"):
+    with pytest.raises(InputError, match=r"shape \[1, 16, 16\], but the dataset holds images of shape \[1, 8, 8\]"):
         train(params, "hub", checkout)
     records.write_record(folder / "model.json", about)
     with (folder / "model.safetensors").open("r+b") as file:
@@ -240,7 +240,7 @@ def test_a_changed_missing_or_unfitting_import_is_one_line(exported: Path, check
     with pytest.raises(InputError, match="checksum"):
         train(params, "hub", checkout)
     shutil.rmtree(folder)
-    with pytest.raises(InputError, match=r"schedules\.hub: imported/hub is not here; run `ddpm import-diffusers"):
+    with pytest.raises(InputError, match=r"schedules\.hub: no folder imported/hub; run `ddpm import-diffusers"):
         train(params, "hub", checkout)
     assert not (checkout / "models").exists()
 

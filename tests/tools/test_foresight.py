@@ -97,7 +97,7 @@ def test_what_would_fail_later_is_refused_by_prepare(smoke: Smoke, tmp_path: Pat
 def test_a_dataset_of_the_hub_is_named_and_not_the_folder_beside_it(smoke: Smoke) -> None:
     hub = "me/pictures@" + "0" * 40
     data = {"source": "huggingface", "path": "images", "hub": hub}
-    with pytest.raises(InputError, match=f"^{hub}: 3 train and 1 test images; "):
+    with pytest.raises(InputError, match=f"^{hub}: 3 train and 1 test images, but "):
         check(smoke(data=data), (1, 8, 8), (3, 1), None)
     with pytest.raises(InputError, match=f"^{hub}: no training images of eel, "):
         check(smoke(data=data, diffusion={"conditional": True}), (1, 8, 8), (9, 1), {"cat": 9, "eel": 0})

@@ -124,7 +124,7 @@ def test_a_row_of_params_wins_over_the_sampler_of_its_name(params: Params, smoke
         "steps": 7,
     }
     assert _other_sampler({}, "heun", kept) == {"sampler": "heun", "spacing": "trailing", "steps": 7}
-    with pytest.raises(InputError, match=r"^--sampler hen: neither a row .* there are .*heun"):
+    with pytest.raises(InputError, match=r"^--sampler hen: neither a row .* choose one of .*heun"):
         _other_sampler(params.samplers, "hen", kept)
 
 
@@ -171,8 +171,8 @@ def test_without_a_champion_the_best_point_is_drawn_and_named(
     params, best = smoke(training={"steps": 24}), scores.read_best(checkout).row
     said = generate(params, out=tmp_path / "grid.png", count=4)
     assert (
-        said
-        == f"{tmp_path}/grid.png: 4 images of {best.point}, the report's best point (no champion yet; `ddpm promote` makes one)"
+        said == f"{tmp_path}/grid.png: 4 images of {best.point}, the report's best point"
+        " (there is no champion yet; `ddpm promote` makes one)"
     )
     named = {"model": f"models/{best.schedule}", "sampler": best.sampler, "steps": best.steps}
     generate(params, out=tmp_path / "named.png", count=4, **named)
@@ -180,7 +180,7 @@ def test_without_a_champion_the_best_point_is_drawn_and_named(
     tracking.promote(params, checkout)
     assert generate(params, out=tmp_path / "champion.png", count=4) == f"{tmp_path}/champion.png: 4 images"
     shutil.rmtree(checkout / "report")
-    with pytest.raises(InputError, match=r"no such model; `ddpm promote` registers one, once `dvc repro` has made"):
+    with pytest.raises(InputError, match=r"no such model; `ddpm promote` registers one, after `dvc repro` has written"):
         generate(smoke(tracking={"name": "others"}), out=tmp_path / "no.png")
 
 

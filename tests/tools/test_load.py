@@ -65,7 +65,7 @@ def test_a_folder_that_is_damaged_or_missing(
     for path in conditional.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"^models/linear: no such folder; there are models/cosine$"):
+    with pytest.raises(InputError, match=r"^models/linear: no such folder; choose one of models/cosine$"):
         load("models/linear")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")

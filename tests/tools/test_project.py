@@ -62,7 +62,7 @@ def test_the_stages_of_a_project_are_those_of_the_package_but_for_the_code() -> 
 def test_a_project_has_all_that_a_run_needs(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     said = CliRunner().invoke(app, ["init", str(folder), "--recipe", "smoke"]).output.splitlines()
-    assert said[:3] == [f"{folder}: a project with the recipe smoke", "next:", f"  cd {folder}"]
+    assert said[:3] == [f"{folder}: created a project with the recipe smoke", "next:", f"  cd {folder}"]
     assert (folder / "params.yaml").read_bytes() == (ROOT / "recipes" / "smoke.yaml").read_bytes()
     recipes = {path.name for path in (ROOT / "recipes").glob("*.*")}  # includes scripts that make the data of a recipe
     assert "emoji.py" in recipes
@@ -146,7 +146,9 @@ def test_a_changed_package_is_refused_until_the_project_is_updated(site: Path, t
     with (folder / "dvc.yaml").open("a") as file:
         file.write("# mine\n")
     update = run(folder, *ddpm, "init", "--update", **installed)
-    assert update.returncode == 2 and update.stderr.startswith("ddpm: dvc.yaml: was edited; move it away")
+    assert update.returncode == 2 and update.stderr.startswith(
+        "ddpm: dvc.yaml: was edited, so it is not replaced; move it away"
+    )
 
 
 def test_a_package_that_changes_while_a_stage_runs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,21 @@ def test_other_judges_can_only_refuse(fd: float, wins: bool, words: str) -> None
     assert decide(cheaper, replace(champion, estimate=Estimate(1.0, 0.0001)), rule).wins is wins
 
 
+def test_influence_values_are_those_of_the_score_and_then_of_its_judges() -> None:
+    rows = np.arange(12.0).reshape(3, 4)
+    judges = {name: Judged(Estimate(1.0, 0.1), "w") for name in ("fd_dinov2", "cmmd")}
+    score = Score(Estimate(2.0, 0.1), 50, PROTOCOL, judges=judges).with_influence(rows, seed=3)
+    assert score.seed == 3 and np.array_equal(score.influence, rows)
+    known = [score.estimate, score.judges["fd_dinov2"].estimate, score.judges["cmmd"].estimate]
+    assert [estimate.influence.tolist() for estimate in known if estimate.influence is not None] == rows.tolist()
+
+
+def test_a_reason_names_both_scores_and_the_interval() -> None:
+    better, worse = (Score(Estimate(value, error), 50, PROTOCOL) for value, error in ((9.0, 0.2), (10.0, 0.3)))
+    expected = "FID 9 is better than 10 (difference -1, 95% interval -1.71 to -0.293, independent)"
+    assert decide(better, worse, RULE).reason == expected
+
+
 @pytest.mark.proof
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("paired", [True, False])

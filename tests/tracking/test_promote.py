@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
+from PIL import Image
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from scipy.stats import binom
 
 from ddpm import load, tracking
 from ddpm.errors import InputError
-from ddpm.files import checkpoint, paths, records
+from ddpm.files import arrays, checkpoint, paths, records
 from ddpm.files.models import read_model_record
 from ddpm.files.params import Params
+from ddpm.files.samples import read_samples
 from ddpm.files.scores import (
     COMPARED,
     Scores,
@@ -38,6 +40,9 @@ from ddpm.scores import fidelity
 from ddpm.scores.intervals import Estimate, standard_error
 from ddpm.sources.source import SOURCES
 from ddpm.stages.report import report
+from ddpm.stages.sample import sample_point
+from ddpm.stages.train import train
+from ddpm.tools.generate import generate
 from ddpm.tracking.registry.decision import Protocol, Score, Verdict, decide
 
 Smoke = Callable[..., Params]
@@ -238,6 +243,40 @@ def test_the_champion_opens_as_a_denoiser_with_the_clip_of_its_promotion(
     assert torch.equal(opened.net(x, t), trained.net(x, t))
 
 
+def test_an_averaged_model_is_registered_with_its_weights(
+    checkout: Path, smoke: Smoke, write_scores: WriteScores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a sampler row with `ema`. The registered model needs no snapshots, and draws the images that were scored."""
+    params = smoke(
+        training={"steps": 24, "snapshot_every": 6},
+        samplers={"short": {"sampler": "ddim", "ema": 0.05}},
+        sweep={"schedules": ["cosine"], "samplers": ["short"], "steps": [5]},
+    )
+    point = Point(schedule="cosine", sampler="short", steps=5)
+    train(params, "cosine", checkout)
+    sample_point(params, point, checkout)
+    write_scores(checkout, point, 5.0)
+    report(params, checkout)
+    assert tracking.promote(params, checkout, rescore=never).promoted
+    assert not tracking.promote(params, checkout, rescore=never).promoted  # it is the champion already
+    folder, settings = tracking.fetch_model("models:/ddpm-digits@champion", tmp_path, checkout)
+    about = read_model_record(folder)
+    assert "ema" not in settings and (about.ema, about.snapshots) == (0.05, "")
+    assert "a power-function average of length 0.05" in tracking.model_card(params, checkout)
+    snapshot = load_file(checkout / "snapshots/cosine/000000024.safetensors")
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        torch.testing.assert_close(tensor, snapshot[f"0.05.{name}"], rtol=0, atol=1e-6)
+    shutil.rmtree(checkout / "snapshots")
+    monkeypatch.chdir(checkout)
+    generate(params, out=tmp_path / "grid.png", count=9, seed=params.seed)
+    scored = read_samples(checkout / paths.samples_file(point)).images[:9]
+    with Image.open(tmp_path / "grid.png") as picture:
+        apart = np.asarray(picture).astype(int) - arrays.grid(scored, None)[0]
+    assert np.abs(apart).max() <= 1
+    with pytest.raises(InputError, match=r"no snapshots of .*checkpoint, which `ema` in a sampler row needs"):
+        generate(params, out=tmp_path / "other.png", sampler="short")
+
+
 def test_influence_values_that_were_replaced_are_not_compared_in_pairs(
     checkout: Path, params: Params, write_scores: WriteScores
 ) -> None:
@@ -406,7 +445,7 @@ def test_a_champion_that_a_judge_has_not_scored_is_scored_first(
     tracking.promote(smoke(training={"steps": 24}), checkout, rescore=never)
     params = smoke(training={"steps": 24}, evaluation={"judges": ["fd_dinov2"]}, promotion={"judges": ["fd_dinov2"]})
     write_scores(checkout, SECOND, 8.0)
-    with pytest.raises(InputError, match="no score by fd_dinov2, which promotion.judges names; run dvc repro"):
+    with pytest.raises(InputError, match=r"no score by fd_dinov2, which promotion\.judges names; run dvc repro"):
         tracking.promote(params, checkout, rescore=never)
     for point in (FIRST, *OTHERS):
         judged(point, 60.0, 95.0)
@@ -508,7 +547,7 @@ def test_another_protocol_scores_the_champion_again(
     def refuse(folder: Path, settings: dict[str, Any]) -> Any:
         raise InputError("images of another shape")
 
-    with pytest.raises(InputError, match=r"another shape \(`ddpm promote --replace` skips this scoring\)"):
+    with pytest.raises(InputError, match=r"another shape; `ddpm promote --replace` skips the comparison"):
         tracking.promote(params, checkout, rescore=refuse)
     assert tracking.promote(params, checkout, replace=True, rescore=never).promoted
     assert registry.count() == 2  # that model was already registered
@@ -563,7 +602,7 @@ def test_a_champion_without_influence_values_is_compared_as_independent(
     said: list[str] = []
     assert tracking.promote(params, checkout, rescore=never, say=said.append).promoted
     assert registry.decisions()[-1]["paired"] is False
-    assert any("influence values of version 1 cannot be read" in line for line in said)
+    assert any("cannot read the influence values of version 1" in line for line in said)
 
 
 def test_a_champion_from_before_there_were_intervals_is_scored_again(
@@ -589,10 +628,10 @@ def test_a_champion_from_before_there_were_intervals_is_scored_again(
 def test_rollback_brings_the_last_champion_back_and_the_next_promotion_respects_it(
     checkout: Path, params: Params, write_scores: WriteScores
 ) -> None:
-    with pytest.raises(InputError, match="ddpm-digits: there is no champion to roll back"):
+    with pytest.raises(InputError, match="ddpm-digits: no champion to roll back"):
         tracking.rollback(params, checkout)
     tracking.promote(params, checkout)
-    with pytest.raises(InputError, match="no champion before version 1"):
+    with pytest.raises(InputError, match="there was no champion before version 1"):
         tracking.rollback(params, checkout)
     registry = Registry(checkout)
     for fid, point in ((20.0, SECOND), (10.0, OTHERS[0])):
@@ -693,7 +732,7 @@ def test_promoting_into_an_empty_store_publishes_the_point(checkout: Path, param
 
 @pytest.mark.parametrize("uri", ["models:/ddpm-digits@champion", "models:/ddpm-digits/3", "models:/ddpm-digits", "m"])
 def test_a_model_that_is_not_there(checkout: Path, uri: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no such model|names no registered model"):
+    with pytest.raises(InputError, match=r"no such model|not the name of a registered model"):
         tracking.fetch_model(uri, tmp_path / "model", checkout)
 
 
@@ -704,7 +743,7 @@ DAMAGED = ["nonsense", "[]", "{}", "null", '{"steps": 0}', '{"fid": 1.0, "fid_hi
 def test_settings_that_are_damaged_draw_nothing(checkout: Path, params: Params, tmp_path: Path, value: str) -> None:
     tracking.promote(params, checkout)
     Registry(checkout).client.set_model_version_tag("ddpm-digits", "1", "ddpm.settings", value)
-    with pytest.raises(InputError, match=r"ddpm-digits version 1: its tag ddpm\.settings is damaged") as caught:
+    with pytest.raises(InputError, match=r"ddpm-digits version 1: the tag ddpm\.settings is damaged") as caught:
         tracking.fetch_model("models:/ddpm-digits@champion", tmp_path / "model", checkout)
     assert "\n" not in str(caught.value) and "`ddpm promote --replace`" in str(caught.value)
     assert not (tmp_path / "model").exists()
@@ -738,7 +777,7 @@ def test_a_comparison_does_without_damaged_tags_and_says_so(
 
     won = tracking.promote(params, checkout, rescore=lambda *_: scores_at(checkout, SECOND, 19.0), say=said.append)
     assert won.promoted == (tag == "ddpm.influence.")  # only here the champion's own score, 37, is compared
-    assert sum(f"version 1: its tag {name} is damaged" in line for line in said) == 1
+    assert sum(f"version 1: the tag {name} is damaged" in line for line in said) == 1
     assert not any("\n" in line for line in said)
 
 
@@ -815,7 +854,7 @@ def test_two_in_step_end_with_the_better(rivals: Any, monkeypatch: pytest.Monkey
         overtaken, promoted = pool.map(promote, (worse, better))
     assert float(registry.champion().tags["ddpm.fid"]) == 10.0
     assert promoted.promoted and not overtaken.promoted
-    assert "overtaken" in overtaken.reason
+    assert "which was promoted at the same time" in overtaken.reason
 
 
 def test_two_score_the_champion_at_once(rivals: Any) -> None:
@@ -855,7 +894,7 @@ def test_the_cards_numbers_are_the_registrys(checkout: Path, params: Params) -> 
         f"# ddpm-digits: {version.tags['ddpm.point']}\n",
         f"| FID (lower is better) | {scores['fid']:.3g} | {low} to {high} |",
         f"| KID (lower is better) | {scores['kid']:.3g} | {scores['kid_low']:.3g} to {scores['kid_high']:.3g} |",
-        f"{scores['images']} samples against {scores['reference_images']} training images, at Inception layer 64",
+        f"{scores['images']} samples with {scores['reference_images']} training images, at Inception layer 64",
         f"{version.tags['ddpm.evaluations']} network evaluations",
         version.tags["ddpm.model_sha256"],
         version.tags["ddpm.dataset_sha256"],

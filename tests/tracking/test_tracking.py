@@ -731,7 +731,7 @@ def test_outputs_tell_what_made_them(checkout: Path, smoke: Smoke, params: Param
     train(edited, "cosine", checkout)  # the model is new, and the samples are old
     said: list[str] = []
     assert "images" not in tracking.publish(edited, checkout, say=said.append)
-    assert sum("left out" in line for line in said) == 4
+    assert sum("is not published, since its model or samples have changed" in line for line in said) == 4
 
 
 # Runs of trainings.
@@ -919,10 +919,10 @@ def test_without_a_server_the_work_goes_on(
     assert "cannot be reached; publish later with `ddpm publish`" in line and "secret" not in line
     with pytest.raises(InputError, match="cannot be reached"):
         tracking.publish(params, checkout)
-    with pytest.raises(InputError, match=r"cannot be reached; start it .*, or name a checkpoint folder"):
+    with pytest.raises(InputError, match=r"cannot be reached; start MLflow .*, or name a checkpoint folder"):
         tracking.fetch_model("models:/ddpm-away@champion", checkout / "fetched")
     (checkout / "ddpm.json").touch()  # a project has no `make ui`
-    with pytest.raises(InputError, match=r"start it \(`python -m flows.servers.up mlflow`\), or name"):
+    with pytest.raises(InputError, match=r"start MLflow \(`python -m flows.servers.up mlflow`\), or name"):
         tracking.fetch_model("models:/ddpm-away@champion", checkout / "fetched", checkout)
     (checkout / "ddpm.json").unlink()
 

@@ -250,10 +250,16 @@ def _challenger(params: Params, root: Path) -> Challenger:
         raise InputError(
             f"{root / paths.metrics_file(point)}: no score by {min(absent)}, which promotion.judges names; run dvc repro"
         )
+    row = dict(settings.row)
+    if (length := row.pop("ema", None)) is not None:
+        from ddpm.files import snapshots  # imported here: it imports torch
+
+        folder = snapshots.checkpoint_of(root, point.schedule, length)
+        model = models.read_model_record(folder)
     return Challenger(
         model_name(params),
         point,
-        {**settings.row, "steps": point.steps, "clip": settings.sampling.get("clip", True)},
+        {**row, "steps": point.steps, "clip": settings.sampling.get("clip", True)},
         settings.seed,
         found,
         score,

@@ -1,0 +1,391 @@
+"""The ledger: FID of CIFAR-10 against processor time, for each trick alone, the recipe, the winner and the peers.
+
+`python -m bench.ledger --images FOLDER` goes on where it stopped: it needs about eight hours on two cores. It trains
+
+- every row of CHANGES for 300 processor seconds from two seeds (`screening`);
+- the recipe, the winner and both peers of bench.peers for 300, 600 and 900 processor seconds from three seeds (`curves`);
+- the winner for an hour of two cores (`hour`), whose images are drawn as a grid.
+
+All models are sampled by the recipe's last point from the same noise, so each score is compared with the recipe's in pairs of
+images. The results are bench/results/ledger-cifar10-cpu.json; `python -m bench.page` writes docs/ledger.md from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bench import course, curves, harness
+from bench.course import Course, Images, OutOfTime, Recipe
+from bench.curves import PICTURES, ROOT, load_prepared, recipe_of_params
+from bench.peers import PEERS, operations
+from ddpm import Denoiser
+from ddpm.files import arrays
+from ddpm.scores import fidelity, inception, intervals
+from ddpm.scores.intervals import Estimate
+
+NAME = "cifar10-cpu"
+RECIPE = "as it is"  # the row of CHANGES with which the others are compared
+# Each row changes one setting of the recipe or of its network.
+CHANGES: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "eps": {"target": "eps"},
+    "min_snr": {"loss": "min_snr"},
+    "linear": {"schedule": {"name": "linear", "steps": 1000}},
+    "rate 1e-3": {"learning_rate": 1e-3},
+    "rate 4e-3": {"learning_rate": 4e-3},
+    "batch 8": {"batch": 8},
+    "batch 32": {"batch": 32},
+    "batch 64": {"batch": 64},
+    "batch 32, channels 24": {"batch": 32, "network": {"channels": 24}},
+    "ema 0.99": {"ema": 0.99},
+    "unflipped": {"flip": False},
+    "channels 48": {"network": {"channels": 48}},
+    "multipliers 1-2-4": {"network": {"multipliers": [1, 2, 4]}},
+    "no attention": {"network": {"attention": []}},
+    "decay linear 0.3": {"descent": ("linear", 0.3)},
+    "decay cosine 0.5": {"descent": ("cosine", 0.5)},
+    "adamw 0.01": {"optimizer": "adamw", "weight_decay": 0.01},
+    "muon": {"optimizer": "muon"},
+    "muon, decay linear 0.3": {"optimizer": "muon", "descent": ("linear", 0.3)},
+    "immiscible": {"pairing": "immiscible"},
+    "loss_aware": {"times": "loss_aware"},
+    "log_normal": {"times": "log_normal"},
+    "rectified flow": {"schedule": {"name": "rectified", "steps": 1000}, "target": "flow"},
+    "patch 2, channels 64": {"network": {"patch": 2, "channels": 64}},
+    "dit": {"kind": "dit", "network": {"width": 192, "depth": 6, "heads": 3, "patch": 4}},
+}
+# The changes that are best together, from the screening. Without an entry, `curves` measures the recipe and the peers only.
+WINNER: dict[str, Any] = {}
+PACED = 30  # after the first row of losses, this many steps measure the speed, which decides the number of steps
+SCREENING, SEEDS = 300, 2  # processor seconds, trainings of each row
+MARKS, REPLICATES = (300, 600, 900), 3  # the same for the curves
+HOUR = 7200  # processor seconds of an hour of two cores
+LARGE = (2048, 5000)  # layer and images of the score that papers use
+GRID = 100  # images
+
+
+def with_change(recipe: Recipe, change: dict[str, Any]) -> Recipe:
+    """Applies a row of CHANGES. Another kind of network keeps only the settings that follow from the data."""
+    derived = ("image_channels", "image_size")
+    kept = recipe.network if "kind" not in change else {key: recipe.network[key] for key in derived}
+    return replace(recipe, **{**change, "network": {**kept, **change.get("network", {})}})
+
+
+@torch.inference_mode()
+def error(denoiser: Denoiser, images: torch.Tensor, seed: int = 0) -> float:
+    """Returns the mean of min(SNR, 5) times the squared error of x0_hat, on fixed times and noise.
+
+    All trainings on one schedule are compared on the same times and noise.
+    """
+    schedule, generator = denoiser.schedule, torch.Generator().manual_seed(seed)
+    t = ((torch.arange(len(images)) + 0.5) / len(images) * schedule.T).long()
+    alpha_bar = schedule.alpha_bar[t + 1].view(-1, 1, 1, 1)
+    x_0 = images.float() / 127.5 - 1
+    eps = torch.randn(x_0.shape, generator=generator)
+    x_t = (alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps).float()
+    x0_hat = torch.cat([denoiser(x, times) for x, times in zip(x_t.split(64), t.split(64), strict=True)])
+    return float(((alpha_bar / (1 - alpha_bar)).clamp(max=5) * (x0_hat - x_0).square()).mean())
+
+
+class Training(Protocol):
+    """A training of ours or of a peer, which can stop and resume."""
+
+    steps: int | None
+
+    @property
+    def processor(self) -> float: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def parameters(self) -> int: ...
+
+    def advance(self) -> Iterator[Any]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def denoiser(self) -> Denoiser: ...
+
+
+class Ours:
+    """A training by `ddpm.fit`, with the interface of bench.peers.Peer."""
+
+    def __init__(self, recipe: Recipe, images: torch.Tensor, folder: Path) -> None:
+        self.recipe, self.images, self.course = recipe, images, Course.load(folder, recipe, "cpu")
+
+    @property
+    def steps(self) -> int | None:
+        return self.course.steps
+
+    @steps.setter
+    def steps(self, steps: int | None) -> None:
+        self.course.steps = steps
+
+    @property
+    def step(self) -> int:
+        return self.course.training.step
+
+    @property
+    def processor(self) -> float:
+        return self.course.processor
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.course.training.net.parameters())
+
+    def advance(self) -> Iterator[float]:
+        return course.advance(self.course, self.recipe, self.images, "cpu")
+
+    def save(self, folder: Path) -> None:
+        self.course.save(folder)
+
+    def denoiser(self) -> Denoiser:
+        return course.denoiser_of(self.course, self.recipe, "cpu")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all trainings share: data, protocol and time limit.
+
+    state: the folder of everything that is resumed. row: arguments of `ddpm.sample`. layer: of the extractor.
+    """
+
+    recipe: Recipe
+    images: torch.Tensor
+    test: torch.Tensor
+    row: dict[str, Any]
+    layer: int
+    count: int
+    state: Path
+    until: float
+    weights: Path = ROOT / ".cache" / "inception"
+
+    def features(self, make: Callable[[range], Images], folder: Path, layer: int, count: int) -> NDArray[np.float32]:
+        """Extracts the features [count, layer] of the images that `make` gives. Raises OutOfTime."""
+        extractor = inception.load(layer, self.weights)
+        return course.features_of(make, count, 100, extractor, folder, self.until)
+
+    def score(self, denoiser: Denoiser, folder: Path, layer: int, count: int) -> Estimate:
+        """Returns the FID of a model, with the influence of its images. Raises OutOfTime."""
+        real = self.features(
+            lambda rows: self.images[rows.start : rows.stop].numpy(), self.state / f"real-{layer}-{count}", layer, count
+        )
+        shape = tuple(self.images.shape[1:])
+        made = self.features(
+            lambda rows: course.draw_images(denoiser, shape, rows, self.row, "cpu"),
+            folder / f"made-{layer}",
+            layer,
+            count,
+        )
+        found = fidelity.jackknife(made, fidelity.statistics(real), "cpu")
+        return Estimate(found.fid, intervals.standard_error(found.influence), found.influence)
+
+
+def train(training: Training, seconds: float, folder: Path, until: float) -> None:
+    """Trains for so many processor seconds, counted from the training's start. Raises OutOfTime at `until`.
+
+    The first rows of losses give the pace, from which the number of steps follows. The first row compiles, so it does not count.
+    """
+    if training.steps is not None and training.step >= training.steps and training.processor < 0.9 * seconds:
+        training.steps = round(training.step * seconds / training.processor)  # a longer training without a descent
+    first: tuple[float, int] | None = None
+    if training.steps is None or training.step < training.steps:
+        for _ in training.advance():
+            now = (training.processor, training.step)
+            first = first or now
+            if training.steps is None and now[1] - first[1] >= PACED:
+                pace = (now[0] - first[0]) / (now[1] - first[1])
+                training.steps = now[1] + max(0, round((seconds - now[0]) / pace))
+            if time.monotonic() > until:
+                break
+        training.save(folder)
+        if training.steps is None or training.step < training.steps:
+            raise OutOfTime
+
+
+def made(bench: Bench, side: str, change: dict[str, Any], seed: int, folder: Path) -> Training:
+    """Returns the training of a peer, or of the recipe with a change, as far as it has been saved."""
+    if side not in PEERS:
+        return Ours(replace(with_change(bench.recipe, change), seed=seed), bench.images, folder)
+    channels, size = bench.images.shape[1:3]
+    wanted = operations(bench.recipe.net("cpu"), channels, size)
+    peer = PEERS[side](bench.images, seed, bench.recipe.precision == "bfloat16", wanted)
+    peer.load(folder)
+    return peer
+
+
+def descends(side: str, change: dict[str, Any]) -> bool:
+    """Returns whether the learning rate comes down at the end, so that a longer training is another one from the start."""
+    return side == "diffusers" or "descent" in change
+
+
+def measure(bench: Bench, model: Model, against: Path) -> dict[str, Any]:
+    """Trains and scores one model.
+
+    Args:
+        bench: what all trainings share.
+        model: the model.
+        against: file of the influence values of the recipe's model of the same phase, seed and time. The recipe's row writes
+            it, and the others are compared with it.
+
+    Raises:
+        OutOfTime: the time limit is reached.
+    """
+    longer = f"-{model.seconds}" if descends(model.side, model.change) else ""
+    folder = bench.state / f"{model.side}-{model.seed}{longer}".replace(" ", "-")
+    training = made(bench, model.side, model.change, model.seed, folder)
+    train(training, model.seconds, folder, bench.until)
+    denoiser, scored = training.denoiser(), folder / f"{model.phase}-{model.seconds}"
+    score = bench.score(denoiser, scored, model.layer or bench.layer, model.count or bench.count)
+    low, high = score.interval()
+    row: dict[str, Any] = {
+        "steps": training.step,
+        "processor_seconds": training.processor,
+        "parameters": training.parameters,
+        "error": error(denoiser, bench.test),
+        "fid": score.value,
+        "low": max(0.0, low),
+        "high": high,
+    }
+    if model.side == RECIPE:
+        against.parent.mkdir(parents=True, exist_ok=True)
+        temporary = against.with_suffix(".tmp.npz")
+        assert score.influence is not None
+        np.savez(temporary, value=score.value, error=score.error, influence=score.influence)
+        temporary.replace(against)
+    elif against.exists():
+        with np.load(against) as kept:
+            recipe = Estimate(float(kept["value"]), float(kept["error"]), kept["influence"])
+        found = intervals.difference(score, recipe)
+        low, high = found.interval()
+        row["difference"] = {"value": found.value, "low": low, "high": high, "of": recipe.value}
+    if model.phase == "hour":
+        shape = tuple(bench.images.shape[1:])
+        drawn = course.draw_images(denoiser, shape, range(GRID), bench.row, "cpu")
+        arrays.write_png(PICTURES / "ledger-grid.png", arrays.grid(drawn, 20))
+    shutil.rmtree(folder if model.phase == "screening" and model.side != RECIPE else scored)
+    return row
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the ledger. layer, count: of the score; 0 for the recipe's."""
+
+    phase: str
+    side: str
+    change: dict[str, Any]
+    seed: int
+    seconds: int
+    layer: int = 0
+    count: int = 0
+
+
+def work() -> Iterator[Model]:
+    """Yields the models in the order in which they are measured."""
+    for seed, side in product(range(SEEDS), CHANGES):
+        yield Model("screening", side, CHANGES[side], seed, SCREENING)
+    ours = {RECIPE: {}, **({"winner": WINNER} if WINNER else {})}
+    sides: dict[str, dict[str, Any]] = {**ours, **{peer: {} for peer in PEERS}}
+    for seed, side, seconds in product(range(REPLICATES), sides, MARKS):
+        yield Model("curves", side, sides[side], seed, seconds)
+    for side, change in ours.items():
+        yield Model("large", side, change, 0, MARKS[-1], *LARGE)
+    if WINNER:
+        yield Model("hour", "winner", WINNER, 0, HOUR)
+
+
+def draw(about: dict[str, Any], path: Path) -> None:
+    """Draws the mean FID of each side of `curves` against processor minutes, with the range over its trainings."""
+    lines = {}
+    for side, rows in about.get("curves", {}).items():
+        by_time: dict[str, list[dict[str, float]]] = {}
+        for key, row in rows.items():
+            by_time.setdefault(key.partition(", ")[2], []).append(row)
+        lines[side] = [
+            {
+                "minutes": statistics.fmean(row["processor_seconds"] for row in found) / 60,
+                "fid": statistics.fmean(row["fid"] for row in found),
+                "low": min(row["fid"] for row in found),
+                "high": max(row["fid"] for row in found),
+            }
+            for found in by_time.values()
+        ]
+    if lines:
+        title = f"Inception layer {about['layer']}, {about['images']:,} samples, {about['point']}"
+        curves.draw(lines, path, title, "processor minutes of training", "FID, with the range of trainings")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ledger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows: {', '.join(CHANGES)}; default: everything")
+    parser.add_argument("--images", type=Path, help="folder of PNG files or zips to use instead of the recipe's data")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="CPU threads; default: the recipe's. Use 1 beside other work, since two threads would wait for each other",
+    )
+    parser.add_argument("--minutes", type=float, default=60, help="time limit of this command, roughly")
+    parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "curves" / f"{NAME}-ledger")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS)
+    asked = parser.parse_args(arguments)
+    sides = {model.side for model in work()}
+    if unknown := [name for name in asked.names if name not in sides]:
+        parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(sorted(sides))}")
+    until = time.monotonic() + asked.minutes * 60
+    params, dataset = load_prepared(NAME, asked.images, asked.state)
+    threads, point = asked.threads or params.training.threads, params.points()[-1]
+    torch.set_num_threads(threads)
+    scoring = replace(params.evaluation, images=20, layer=64) if harness.TINY else params.evaluation
+    bench = Bench(
+        recipe_of_params(params, point.schedule, tuple(dataset.train.shape[1:])),
+        torch.from_numpy(np.array(dataset.train)),
+        torch.from_numpy(np.array(dataset.test[:256])),
+        {**params.samplers[point.sampler].options(), "steps": point.steps},
+        scoring.layer,
+        scoring.images,
+        asked.state,
+        until,
+    )
+    path = asked.out / f"ledger-{NAME}.json"
+    about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    about |= {"layer": bench.layer, "images": bench.count, "point": point.name, "winner": WINNER}
+    about["machine"] = harness.machine("cpu", threads)
+    try:
+        for model in work():
+            rows = about.setdefault(model.phase, {}).setdefault(model.side, {})
+            key = f"{model.seed}, {model.seconds} s"
+            if key in rows or (asked.names and model.side not in (RECIPE, *asked.names)):
+                continue
+            against = asked.state / "recipe" / f"{model.phase}-{key.replace(', ', '-').removesuffix(' s')}.npz"
+            row = rows[key] = harness._short(measure(bench, model, against))
+            course.write_json(path, about)
+            draw(about, PICTURES / "ledger.png")
+            print(
+                f"  {model.phase}, {model.side}, seed {key}: FID {row['fid']:.4g}, {row['steps']:,} steps", flush=True
+            )
+    except OutOfTime:
+        print("out of time; repeat the command to continue")
+        return 0
+    print("complete")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

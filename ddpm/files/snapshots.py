@@ -1,0 +1,119 @@
+"""Reads and writes snapshots: the power-function averages of a training's weights after some of its steps.
+
+A training keeps them in the cache, since a longer training needs them too. At its end, it writes them to snapshots/SCHEDULE.
+The hash of their record is in model.json.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ddpm.errors import InputError
+from ddpm.files import atomic, checkpoint, paths, records
+from ddpm.files.models import ModelRecord, unusable
+from ddpm.training import averages
+
+RECORD = "snapshots.json"
+
+
+@dataclass(frozen=True)
+class SnapshotsRecord:
+    """The content of snapshots/SCHEDULE/snapshots.json. lengths: of the averages. files: sha256 of the snapshots, by name."""
+
+    schedule: str
+    lengths: list[float]
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def file(folder: Path, step: int) -> Path:
+    """Returns the path of the snapshot after a step."""
+    return folder / f"{step:09d}.safetensors"
+
+
+def keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a snapshot into the cache. tensors: the averages by LENGTH.NAME of the parameter."""
+    with atomic.replacing(path) as temporary:
+        checkpoint.write_tensors(temporary, dict(tensors))
+        digest = records.sha256(temporary)
+    records.write_json(path.with_suffix(".json"), {"sha256": digest})
+
+
+def is_kept(path: Path) -> bool:
+    """Returns whether the cache holds an undamaged snapshot."""
+    about = path.with_suffix(".json")
+    return path.exists() and about.exists() and records.sha256(path) == records.read_json(about).get("sha256")
+
+
+def write(root: Path, schedule: str, kept: Iterable[Path], last: tuple[int, Mapping[str, Tensor]] | None) -> str:
+    """Writes snapshots/SCHEDULE. Returns the hash of its record, or "" if there are no snapshots.
+
+    Args:
+        root: the top of the checkout.
+        schedule: the row of the training.
+        kept: the snapshots in the cache that belong to it.
+        last: the last step of the training, and its averages; None for a training that keeps none.
+    """
+    with atomic.replacing_dir(root / paths.snapshots_dir(schedule)) as folder:
+        for path in kept:
+            shutil.copyfile(path, folder / path.name)
+        if last is not None:
+            checkpoint.write_tensors(file(folder, last[0]), dict(last[1]))
+        content = {"schedule": schedule, "lengths": list(averages.LENGTHS) if last else []}
+        written = records.write_record(folder / RECORD, content, sorted(folder.glob(checkpoint.STATES)))
+    return records.record_digest(written) if last else ""
+
+
+def averaged(folder: Path, model: ModelRecord, length: float) -> dict[str, Tensor]:
+    """Returns a model's weights with an average of another length.
+
+    Args:
+        folder: the model's folder, models/SCHEDULE. The snapshots lie in snapshots/SCHEDULE beside it.
+        model: the record of the model.
+        length: the length of the average, as the standard deviation of its weights over the training's steps.
+
+    Raises:
+        InputError: the model has no snapshots, or they are missing, damaged or of another training.
+    """
+    place = folder.parents[1] / paths.snapshots_dir(folder.name)
+    if not model.snapshots or not (place / RECORD).exists():
+        raise InputError(
+            f"{place}: no snapshots of {folder}, which `ema` in a sampler row needs; train it with training.snapshot_every, or"
+            " restore them (dvc checkout)"
+        )
+    record = records.read_typed(place / RECORD, SnapshotsRecord)
+    if records.record_digest(records.read_record(place / RECORD)) != model.snapshots:
+        raise InputError(f"{place}: holds the snapshots of another training than {folder}; {records.REMEDY}")
+    tensors, taken = [], []
+    for name in sorted(record.files):
+        path = records.read_described(place / RECORD, record.files, place / name)
+        try:
+            loaded = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise unusable(place, " ".join(str(error).split())) from None
+        for each in record.lengths:
+            tensors.append({key.removeprefix(f"{each}."): x for key, x in loaded.items() if key.startswith(f"{each}.")})
+            taken.append((int(path.stem), each))
+    found = averages.coefficients(taken, max(step for step, _ in taken), length)
+    return averages.combined(tensors, found.tolist())
+
+
+def checkpoint_of(root: Path, schedule: str, length: float) -> Path:
+    """Returns the folder of a checkpoint that has an average of another length as its weights, so that it needs no snapshots.
+
+    Makes it in the cache from models/SCHEDULE and its snapshots. Raises InputError for the reasons of averaged().
+    """
+    folder = root / paths.model_dir(schedule)
+    denoiser, model = checkpoint.load(folder)
+    checkpoint.replace_weights(denoiser.net, averaged(folder, model, length), folder)
+    description = model.described_by(ema=length)
+    del description["snapshots"]
+    made = root / paths.CACHE / "averages" / f"{schedule}-{length}"
+    checkpoint.save(made, denoiser.net, description)
+    return made

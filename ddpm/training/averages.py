@@ -1,0 +1,83 @@
+"""Power-function averages of a training's weights, and averages of any length from snapshots: Karras et al. 2024, section 3.
+
+A training keeps two such averages and takes snapshots of both. Each average is a weighted mean of the weights after all steps
+so far. So a linear combination of snapshots is such a mean too, and comes close to an average that nobody kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+LENGTHS = (0.05, 0.1)  # of the averages that a training keeps
+DIGITS = 9  # of the coefficients of snapshots, so that rounding by the linear solver changes no weights
+
+
+def exponent(length: float) -> float:
+    """Returns the exponent gamma of the power function whose standard deviation, as a share of the training, is `length`.
+
+    length: 0 < length < 12 ** -0.5. The equation is length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    """
+    roots = np.roots([1, 7, 16 - length**-2, 12 - length**-2])
+    return float(roots.real.max())
+
+
+class PowerAverage:
+    """An average in which the weights after step k of t count in proportion to k ** gamma.
+
+    Args:
+        parameters: the weights before the first step.
+        length: the length of the average.
+
+    Attributes:
+        tensors: the average of each parameter.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], length: float) -> None:
+        self.gamma = exponent(length)
+        self.tensors: list[Tensor] = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def update(self, step: int, parameters: Sequence[Tensor]) -> None:
+        """Adds the weights after a step, counted from 1."""
+        torch._foreach_lerp_(self.tensors, list(parameters), 1 - (1 - 1 / step) ** (self.gamma + 1))
+
+
+def coefficients(snapshots: Sequence[tuple[int, float]], step: int, length: float) -> NDArray[np.float64]:
+    """Returns the coefficients, float64 [snapshots], whose linear combination is closest to an average.
+
+    Closest means the least squared difference of the weights that both give to the steps.
+
+    Args:
+        snapshots: the step and the length of each snapshot.
+        step: the step of the average.
+        length: the length of the average.
+    """
+    steps = np.array([taken for taken, _ in snapshots], dtype=float)
+    gammas = np.array([exponent(each) for _, each in snapshots])
+    products = _product(steps[:, None], gammas[:, None], steps[None], gammas[None])
+    wanted = _product(steps, gammas, np.array(float(step)), np.array(exponent(length)))
+    found, *_ = np.linalg.lstsq(products, wanted, rcond=None)
+    return np.round(np.asarray(found, dtype=float), DIGITS)
+
+
+def _product(t_a: NDArray, gamma_a: NDArray, t_b: NDArray, gamma_b: NDArray) -> NDArray[np.float64]:
+    """Returns the integral of the product of two power functions, each with integral 1 up to its step."""
+    ratio, later = np.minimum(t_a, t_b) / np.maximum(t_a, t_b), np.maximum(t_a, t_b)
+    power = np.where(t_a < t_b, gamma_b, gamma_a)
+    constant = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
+    return np.asarray(constant * ratio**power / later)
+
+
+def combined(snapshots: Sequence[Mapping[str, Tensor]], factors: Sequence[float]) -> dict[str, Tensor]:
+    """Returns the linear combination of snapshots, float32. Adds up in float64, since the factors have both signs."""
+    total: dict[str, Tensor] = {}
+    for snapshot, factor in zip(snapshots, factors, strict=True):
+        for name, tensor in snapshot.items():
+            part = tensor.double() * factor
+            total[name] = total[name].add_(part) if name in total else part
+    return {name: tensor.float() for name, tensor in total.items()}
