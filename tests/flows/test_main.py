@@ -169,28 +169,6 @@ def test_a_server_of_this_checkout_is_used(here: Any) -> None:
         assert {"publish", "report"} <= states.keys() and set(states.values()) == {"COMPLETED"}
 
 
-@pytest.mark.chaos
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_flow_that_loses_the_server_of_make_up_starts_its_own(here: Any, how: signal.Signals) -> None:
-    here.control(train_linear={"until": "go"})
-    here.forget("train@linear")
-    (here.root / "go").unlink(missing_ok=True)
-    with up(here) as (_, server):
-        flow = here.start(*MAIN, "-S", f"training.steps={20 + how}", log="flow.log")
-        here.pid("train@linear", 90)
-        server.send_signal(how)
-        server.wait(60)
-        here.wait(
-            lambda: any("flows.servers.embedded" in _words(each) for each in here.processes()), 60, "its own server"
-        )
-        (here.root / "go").touch()
-        assert flow.wait(120) == 0, (here.root / "flow.log").read_text()
-    said = (here.root / "flow.log").read_text()
-    assert "promote: done by a stand-in" in said and "Traceback" not in said
-    here.wait(lambda: not here.running(), 30, "all that it started ends")
-
-
 def _words(process: psutil.Process) -> list[str]:
     with suppress(psutil.Error, FileNotFoundError):
         return process.cmdline()
