@@ -4,6 +4,7 @@
 
 - every row of CHANGES for 300 processor seconds from two seeds (`screening`);
 - the recipe, the winner and both peers of bench.peers for 300, 600 and 900 processor seconds from three seeds (`curves`);
+- the recipe and the winner once more, scored as papers do: layer 2048, 5,000 images (`large`);
 - the winner for an hour of two cores (`hour`), whose images are drawn as a grid.
 
 All models are sampled by the recipe's last point from the same noise, so each score is compared with the recipe's in pairs of
@@ -160,9 +161,18 @@ class Ours:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all trainings share: data, protocol and time limit.
+    """The data, the protocol and the time limit that all trainings share.
 
-    state: the folder of everything that is resumed. row: arguments of `ddpm.sample`. layer: of the extractor.
+    Args:
+        recipe: the recipe that rows change.
+        images: the training images, uint8 [N, C, H, W].
+        test: test images for `error`.
+        row: arguments of `ddpm.sample`.
+        layer: the layer of Inception whose features are compared.
+        count: the number of samples.
+        state: the folder that keeps unfinished work.
+        until: time.monotonic() at which to stop.
+        weights: the folder of Inception's weights.
     """
 
     recipe: Recipe
@@ -238,7 +248,7 @@ def measure(bench: Bench, model: Model, against: Path) -> dict[str, Any]:
     """Trains and scores one model.
 
     Args:
-        bench: what all trainings share.
+        bench: the data, the protocol and the time limit.
         model: the model.
         against: file of the influence values of the recipe's model of the same phase, seed and time. The recipe's row writes
             it, and the others are compared with it.
@@ -344,13 +354,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60, help="time limit of this command, roughly")
     parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "curves" / f"{NAME}-ledger")
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     sides = {model.side for model in work()}
-    if unknown := [name for name in asked.names if name not in sides]:
+    if unknown := [name for name in options.names if name not in sides]:
         parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(sorted(sides))}")
-    until = time.monotonic() + asked.minutes * 60
-    params, dataset = load_prepared(NAME, asked.images, asked.state)
-    threads, point = asked.threads or params.training.threads, params.points()[-1]
+    until = time.monotonic() + options.minutes * 60
+    params, dataset = load_prepared(NAME, options.images, options.state)
+    threads, point = options.threads or params.training.threads, params.points()[-1]
     torch.set_num_threads(threads)
     scoring = replace(params.evaluation, images=20, layer=64) if harness.TINY else params.evaluation
     bench = Bench(
@@ -360,10 +370,10 @@ def main(arguments: list[str] | None = None) -> int:
         {**params.samplers[point.sampler].options(), "steps": point.steps},
         scoring.layer,
         scoring.images,
-        asked.state,
+        options.state,
         until,
     )
-    path = asked.out / f"ledger-{NAME}.json"
+    path = options.out / f"ledger-{NAME}.json"
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     about |= {"layer": bench.layer, "images": bench.count, "point": point.name, "winner": WINNER}
     about["machine"] = harness.machine("cpu", threads)
@@ -371,9 +381,9 @@ def main(arguments: list[str] | None = None) -> int:
         for model in work():
             rows = about.setdefault(model.phase, {}).setdefault(model.side, {})
             key = f"{model.seed}, {model.seconds} s"
-            if key in rows or (asked.names and model.side not in (RECIPE, *asked.names)):
+            if key in rows or (options.names and model.side not in (RECIPE, *options.names)):
                 continue
-            against = asked.state / "recipe" / f"{model.phase}-{key.replace(', ', '-').removesuffix(' s')}.npz"
+            against = options.state / "recipe" / f"{model.phase}-{key.replace(', ', '-').removesuffix(' s')}.npz"
             row = rows[key] = harness._short(measure(bench, model, against))
             course.write_json(path, about)
             draw(about, PICTURES / "ledger.png")

@@ -178,8 +178,8 @@ class Diffusers(Peer):
         return F.mse_loss(self.net(x_t, t).sample.float(), eps)
 
     def update(self) -> None:
-        left = 1.0 if self.steps is None else max(0.0, (self.step - self.WARMUP) / max(1, self.steps - self.WARMUP))
-        part = self.step / self.WARMUP if self.step < self.WARMUP else 0.5 * (1 + math.cos(math.pi * left))
+        done = 0.0 if self.steps is None else max(0.0, (self.step - self.WARMUP) / max(1, self.steps - self.WARMUP))
+        part = self.step / self.WARMUP if self.step < self.WARMUP else 0.5 * (1 + math.cos(math.pi * done))
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-4 * part
         nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)

@@ -52,7 +52,7 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 def recognise(digits: tuple[np.ndarray, np.ndarray]) -> Recognise:
     """Returns a function that gives the share of images that are digits, and the number of different digits.
 
-    Its classifier is trained on half of the real digits.
+    The classifier that judges the images is trained on half of the real digits.
     """
     images, labels = digits
 

@@ -88,7 +88,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Request:
-    """What a picture shall show.
+    """The options of a picture that the user asked for.
 
     Args:
         of: indices of test images, or the number of test images, depending on the kind of picture.

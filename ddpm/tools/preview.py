@@ -12,7 +12,6 @@ import numpy as np
 from ddpm.errors import InputError
 from ddpm.files import arrays, dataset, paths, records
 from ddpm.files.params import Params
-from ddpm.parameters import as_json
 from ddpm.runtime.progress import Progress, Report
 from ddpm.scores.extractors import EXTRACTORS
 
@@ -89,10 +88,11 @@ class _Fids:
     """The FIDs of a training so far, in the cache. Goes on with those of the training that is resumed, up to its step."""
 
     def __init__(self, params: Params, root: Path, schedule: str) -> None:
+        from ddpm.stages.train import training_key
+
         self.path, self.training = root / paths.preview_fids_file(schedule), params.training_entry(schedule)
         self.fids: dict[int, float] = {}
-        before = [params.seed, params.to_json("diffusion", "network"), params.training.before_descent()]
-        self.key = records.record_digest({"before": before, "schedule": as_json(params.schedules[schedule])})
+        self.key = training_key(params, schedule, dataset.read_dataset_record(root).sha256)
         with suppress(InputError):  # there is no such file, or it is damaged
             found = records.read_record(self.path)
             if found["key"] == self.key:

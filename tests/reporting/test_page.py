@@ -306,7 +306,7 @@ def test_the_number_of_suspected_copies_that_chance_explains_is_beta_binomial() 
 
 
 def test_copies_with_a_little_noise_are_suspected_one_by_one(digits: Path) -> None:
-    """Of 100 samples, 5 are noisy copies of the 20 training images. In a second set, all 20 samples are noisy copies."""
+    """Finds the 5 noisy copies of training images among 100 samples, and 20 copies in a set of 20 samples."""
     images, random = digits_from(digits), np.random.default_rng(0)
     train, unseen, new = images[:20], images[20:380], images[400:495]
     noisy = (train.astype(int) + random.integers(-12, 13, train.shape)).clip(0, 255).astype(np.uint8)

@@ -246,7 +246,7 @@ def test_the_champion_opens_as_a_denoiser_with_the_clip_of_its_promotion(
 def test_an_averaged_model_is_registered_with_its_weights(
     checkout: Path, smoke: Smoke, write_scores: WriteScores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a sampler row with `ema`. The registered model needs no snapshots, and draws the images that were scored."""
+    """Promotes a point whose sampler row has `ema`. The registered model draws the scored images without any snapshots."""
     params = smoke(
         training={"steps": 24, "snapshot_every": 6},
         samplers={"short": {"sampler": "ddim", "ema": 0.05}},
