@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -25,11 +26,19 @@ RECORD = "snapshots.json"
 
 @dataclass(frozen=True)
 class SnapshotsRecord:
-    """The content of snapshots/SCHEDULE/snapshots.json. lengths: of the averages. files: sha256 of the snapshots, by name."""
+    """The content of snapshots/SCHEDULE/snapshots.json.
+
+    Args:
+        schedule: the row of the training.
+        lengths: the lengths of the averages in each snapshot.
+        files: sha256 of the snapshots, by name.
+        content: all entries of the file.
+    """
 
     schedule: str
     lengths: list[float]
     files: dict[str, str] = field(default_factory=dict)
+    content: Mapping[str, Any] = field(default_factory=dict)
 
 
 def file(folder: Path, step: int) -> Path:
@@ -47,8 +56,11 @@ def keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def is_kept(path: Path) -> bool:
     """Returns whether the cache holds an undamaged snapshot."""
-    about = path.with_suffix(".json")
-    return path.exists() and about.exists() and records.sha256(path) == records.read_json(about).get("sha256")
+    try:
+        about = records.read_json(path.with_suffix(".json"))
+    except InputError:  # the file is missing or damaged
+        return False
+    return path.exists() and records.sha256(path) == about.get("sha256")
 
 
 def write(root: Path, schedule: str, kept: Iterable[Path], last: tuple[int, Mapping[str, Tensor]] | None) -> str:
@@ -88,7 +100,7 @@ def averaged(folder: Path, model: ModelRecord, length: float) -> dict[str, Tenso
             " restore them (dvc checkout)"
         )
     record = records.read_typed(place / RECORD, SnapshotsRecord)
-    if records.record_digest(records.read_record(place / RECORD)) != model.snapshots:
+    if records.record_digest(record.content) != model.snapshots:
         raise InputError(f"{place}: holds the snapshots of another training than {folder}; {records.REMEDY}")
     tensors, taken = [], []
     for name in sorted(record.files):
