@@ -58,7 +58,7 @@ ROWS = {
     "fid_sets": Row("features and FID of several sets, one reference", "scores", BOTH),
     "statistics": Row("statistics and intervals, 50k x 2048", "scores", BOTH),
     "rounding": Row("effect of bfloat16 and compiled kernels on FID", "scores", BOTH),
-    "prepare": Row("prepare, PNG from a zip", "data"),
+    "prepare": Row("prepare, PNG from a zip", "pipeline"),
     "demo": Row("whole demo", "pipeline"),
     "sweeps": Row("sweeps of 12, 50 and 200 points", "pipeline"),
     "start": Row("start of a stage's process", "pipeline"),

@@ -61,6 +61,7 @@ class Peer:
     """
 
     batch = 16
+    accumulate = 1  # batches for each step of the optimiser
     net: Any
 
     def __init__(self, images: Tensor, seed: int, bfloat16: bool) -> None:
@@ -96,12 +97,13 @@ class Peer:
         while self.steps is None or self.step < self.steps:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, "peer", self.step))
             torch.manual_seed(derived_seed(self.seed, "global", self.step))
-            rows = torch.randint(len(self.images), (self.batch,), generator=generator)
-            x_0 = self.images[rows].float() / 255
-            flipped = torch.rand(self.batch, 1, 1, 1, generator=generator) < 0.5
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
-                loss = self.loss(torch.where(flipped, x_0.flip(-1), x_0))
-            loss.backward()
+            for _ in range(self.accumulate):
+                rows = torch.randint(len(self.images), (self.batch,), generator=generator)
+                x_0 = self.images[rows].float() / 255
+                flipped = torch.rand(self.batch, 1, 1, 1, generator=generator) < 0.5
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+                    loss = self.loss(torch.where(flipped, x_0.flip(-1), x_0))
+                (loss / self.accumulate).backward()
             self.update()
             self.step += 1
             if self.step % 10 == 0 or self.step == self.steps:
@@ -212,8 +214,7 @@ class Lucidrains(Peer):
     wanted: operations of the network to scale to, for one image.
     """
 
-    batch = 32
-    ACCUMULATE = 2  # batches a step of the optimiser
+    batch, accumulate = 32, 2
 
     def __init__(self, images: Tensor, seed: int, bfloat16: bool, wanted: int) -> None:
         from denoising_diffusion_pytorch import GaussianDiffusion, Unet
@@ -237,11 +238,9 @@ class Lucidrains(Peer):
 
     def loss(self, x_0: Tensor) -> Tensor:
         loss: Tensor = self.diffusion(x_0)
-        return loss / self.ACCUMULATE
+        return loss
 
     def update(self) -> None:
-        if (self.step + 1) % self.ACCUMULATE:
-            return
         nn.utils.clip_grad_norm_(self.diffusion.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -39,10 +39,10 @@ from ruamel.yaml import YAML
 
 from ddpm.files import dataset, paths, records
 from ddpm.files.params import Params
-from ddpm.files.runs import RunRecord, write_run
 from ddpm.files.samples import read_samples_record
 from ddpm.files.scores import Best, Row, read_scores, write_influence, write_table
 from ddpm.parameters import Point
+from ddpm.provenance.runs import RunRecord, write_run
 from ddpm.scores.intervals import CONFIDENCE, quantile, standard_error
 from ddpm.stages.prepare import prepare
 from ddpm.stages.sample import sample_point

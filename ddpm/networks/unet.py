@@ -173,8 +173,11 @@ def _heights(image_size: int | Sequence[int], patch: int, levels: int, named: Se
         named: heights at which the arguments of UNet ask for attention or for residual blocks that resize.
 
     Raises:
-        ValueError: the image cannot be divided into patches or halved so often, or there is no resolution of a named height.
+        ValueError: there are no levels, the image cannot be divided into patches or halved so often, or there is no resolution
+            of a named height.
     """
+    if levels < 1:
+        raise ValueError("multipliers must have one value or more")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if patch < 1 or height % patch or width % patch:
         raise ValueError(

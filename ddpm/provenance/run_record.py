@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 
-from ddpm.files.runs import RunRecord, write_run
 from ddpm.provenance import git
+from ddpm.provenance.runs import RunRecord, write_run
 
 
 def record(output: Path, stage: str, started: float, ended: float, count: int, unit: str) -> RunRecord:

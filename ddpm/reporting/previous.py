@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import InputError
-from ddpm.files import atomic, dataset, paths, records, runs
+from ddpm.files import atomic, dataset, paths, records
 from ddpm.files.params import Params
 from ddpm.files.samples import read_samples_record
 from ddpm.files.scores import PICTURE, Row, Scores, read_point_influence, read_report, read_scores
 from ddpm.parameters import Point
+from ddpm.provenance.runs import read_run
 from ddpm.reporting import page
 from ddpm.reporting.compared import Compared, Gap, Measured, changes, differences, gaps
 from ddpm.scores.intervals import simultaneous
@@ -174,7 +175,7 @@ def _measured(folder: Path, about: Kept) -> dict[str, tuple[Scores, Measured]]:
 
 def _when(folder: Path) -> list[str]:
     """Returns a sentence that says when and from which commit a copied report was made; [] if that is unknown."""
-    run = runs.read_run(folder, paths.report_dir())
+    run = read_run(folder, paths.report_dir())
     if run is None:
         return []
     commit = f", commit {run.git_commit[:10]}{' with edits' if run.git_dirty else ''}" if run.git_commit else ""

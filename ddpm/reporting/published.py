@@ -19,10 +19,10 @@ from typing import Any
 from ddpm.errors import InputError
 from ddpm.files import atomic, models, paths, records
 from ddpm.files.params import Params
-from ddpm.files.runs import RunRecord, read_run
 from ddpm.files.scores import Row, read_report
 from ddpm.parameters import Point
 from ddpm.provenance import code, project
+from ddpm.provenance.runs import RunRecord, read_run
 from ddpm.reporting import compared, previous
 from ddpm.reporting.compared import Compared
 from ddpm.reporting.page import NARROW, key_of, render

@@ -56,11 +56,13 @@ class Choice:
         best: the chosen point: the fewest evaluations among the points that are surely within the margin.
         leader: the point with the best score.
         tied: the names of the points that cannot be told apart from the truly best point (see `may_be_best`).
+        reach: the half width, in standard errors, with which the intervals of all differences of two points hold together.
     """
 
     best: Candidate
     leader: Candidate
     tied: tuple[str, ...]
+    reach: float
 
 
 def choose(candidates: Sequence[Candidate], margin: float) -> Choice:
@@ -75,12 +77,12 @@ def choose(candidates: Sequence[Candidate], margin: float) -> Choice:
     """
     leader = min(candidates, key=lambda point: point.order)
     estimates = [point.estimate for point in candidates]
-    may_be_best, gaps = compared_with_best(estimates, RANKING.direction)
+    may_be_best, gaps, reach = compared_with_best(estimates, RANKING.direction)
     allowed = margin * abs(leader.estimate.value)
     near = [point for point, gap in zip(candidates, gaps, strict=True) if gap <= allowed]
     best = min([leader, *near], key=lambda point: (point.evaluations, *point.order))
     tied = tuple(point.name for point, possible in zip(candidates, may_be_best, strict=True) if possible)
-    return Choice(best, leader, tied)
+    return Choice(best, leader, tied, reach)
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -96,7 +96,7 @@ def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = 
 
 def compared_with_best(
     scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE
-) -> tuple[list[bool], list[float]]:
+) -> tuple[list[bool], list[float], float]:
     """Compares each score with the truly best score. The confidence covers all statements together.
 
     Args:
@@ -105,20 +105,24 @@ def compared_with_best(
         confidence: in (0, 1).
 
     Returns:
-        Whether each score may be the best. And the most by which each score is worse than the truly best score, 0 or more.
+        Whether each score may be the best. The most by which each score is worse than the truly best score, 0 or more. And what
+        `simultaneous` returns for these scores, from the same random errors.
 
     Raises:
         ValueError: the confidence is outside (0, 1).
     """
-    quantile(confidence)
+    single = quantile(confidence)  # the half width for one difference
     values = -direction * np.array([score.value for score in scores])
     errors, draws = _joint(scores)
     behind = np.subtract.outer(values, values)  # how much worse score i is than score j
-    reach = np.quantile(_largest(draws, errors), confidence, axis=1)[:, None] * errors
-    return (behind <= reach).all(1).tolist(), np.maximum(0, (behind + reach).max(1)).tolist()
+    largest = _largest(draws, errors)
+    reach = np.quantile(largest, confidence, axis=1)[:, None] * errors
+    # the largest of all differences is the largest of all absolute differences, since i - j = -(j - i)
+    together = max(single, float(np.quantile(largest.max(0), confidence)))
+    return (behind <= reach).all(1).tolist(), np.maximum(0, (behind + reach).max(1)).tolist(), together
 
 
-def _largest(draws: NDArray[np.float64], errors: NDArray[np.float64], absolute: bool = False) -> NDArray[np.float64]:
+def _largest(draws: NDArray[np.float64], errors: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns the largest difference between the error of score i and another score's error, in each draw: [K, DRAWS].
 
     Differences are in units of their standard errors.
@@ -126,7 +130,6 @@ def _largest(draws: NDArray[np.float64], errors: NDArray[np.float64], absolute: 
     Args:
         draws: random errors, [DRAWS, K].
         errors: standard errors of all differences, [K, K]; 0 for scores that are not compared.
-        absolute: whether to take the absolute values of the differences.
     """
     largest = np.zeros(draws.shape[::-1])
     for start in range(0, len(draws), BLOCK):
@@ -134,8 +137,7 @@ def _largest(draws: NDArray[np.float64], errors: NDArray[np.float64], absolute: 
         for i, error in enumerate(errors):
             known = error > 0
             if known.any():
-                gaps = block[:, [i]] - block[:, known]
-                gaps = (abs(gaps) if absolute else gaps) / error[known]
+                gaps = (block[:, [i]] - block[:, known]) / error[known]
                 largest[i, start : start + BLOCK] = gaps.max(1)
     return largest
 
@@ -159,10 +161,7 @@ def simultaneous(scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> 
 
     Raises ValueError for a confidence outside (0, 1).
     """
-    single = quantile(confidence)  # the half width for one difference
-    errors, draws = _joint(scores)
-    largest = _largest(draws, errors, absolute=True).max(0)
-    return max(single, float(np.quantile(largest, confidence)))
+    return compared_with_best(scores, 1, confidence)[2]
 
 
 def _joint(scores: Sequence[Estimate]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

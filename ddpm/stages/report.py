@@ -43,7 +43,7 @@ from ddpm.reporting.page import SHOWN, check_records, page
 from ddpm.reporting.plots import draw_scores, drawing
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.scores.conclusions import Candidate, Choice, Trainings, choose, front, trainings
-from ddpm.scores.intervals import CONFIDENCE, difference, simultaneous
+from ddpm.scores.intervals import CONFIDENCE, difference
 from ddpm.scores.metrics import RANKING
 
 BUDGETS = (10, 20, 50, 100, 1000)  # limits on the network evaluations per image
@@ -121,10 +121,9 @@ def _front(candidates: Sequence[Candidate], margin: float, chosen: Choice) -> Fr
         if within := [point for point in candidates if point.evaluations <= budget]:
             choice = choices[len(within)] = choices.get(len(within)) or choose(within, margin)
             budgets[budget] = Answer(**vars(_standing(choice.best)), lowest=choice.leader.name, may_be_best=choice.tied)
-    reach = simultaneous([point.estimate for point in candidates])
     steps, best = [], front(candidates)
     for before, point in zip([None, *best], best, strict=False):
-        gap = None if before is None else _gap(point, before, reach)
+        gap = None if before is None else _gap(point, before, chosen.reach)
         steps.append(FrontStep(**vars(_standing(point)), gap=gap))
     return Front(CONFIDENCE, margin, budgets, steps)
 

@@ -1356,7 +1356,7 @@ def params_as_bytes(data: st.DataObject, path: Path) -> None:
 
 
 def params_as_values(data: st.DataObject, path: Path) -> None:
-    """Also runs the checks that come before a training."""
+    """Runs the checks that come before a training too."""
     values = spoilt(data.draw, json.loads(VALID))
 
     def read() -> None:

@@ -169,6 +169,34 @@ def test_a_server_of_this_checkout_is_used(here: Any) -> None:
         assert {"publish", "report"} <= states.keys() and set(states.values()) == {"COMPLETED"}
 
 
+@pytest.mark.chaos
+@pytest.mark.parametrize("stopped", [True, False])
+@pytest.mark.timeout(240)
+def test_a_flow_that_loses_the_server_of_make_up_goes_on(here: Any, stopped: bool) -> None:
+    """`make up` is stopped by Ctrl-C, or all its processes are killed, while a stage of another shell's flow runs."""
+    here.control(train_linear={"until": "go"})
+    here.forget("train@linear")
+    (here.root / "go").unlink(missing_ok=True)
+    with up(here) as (_, server):
+        flow = here.start(*MAIN, "-S", f"training.steps={20 + stopped}", log="flow.log")
+        here.pid("train@linear", 90)
+        if stopped:
+            server.send_signal(signal.SIGINT)
+            server.wait(60)
+        else:
+            whole = psutil.Process(server.pid)
+            for process in [*whole.children(recursive=True), whole]:
+                process.kill()
+        here.wait(
+            lambda: any("flows.servers.embedded" in _words(each) for each in here.processes()), 60, "its own server"
+        )
+        (here.root / "go").touch()
+        assert flow.wait(120) == 0, (here.root / "flow.log").read_text()
+    said = (here.root / "flow.log").read_text()
+    assert "promote: done by a stand-in" in said and "Traceback" not in said
+    assert not here.running()
+
+
 def _words(process: psutil.Process) -> list[str]:
     with suppress(psutil.Error, FileNotFoundError):
         return process.cmdline()

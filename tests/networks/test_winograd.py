@@ -185,7 +185,7 @@ def test_the_gradients_are_the_adjoint() -> None:
 @pytest.mark.parametrize("kind", [NormSwish, nn.GroupNorm])
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_normalisation_and_swish(kind: type[nn.GroupNorm], scale: float, dtype: torch.dtype) -> None:
-    """Also checks the gradients of both layers, and swish after a shift."""
+    """Checks the gradients of both layers too, and swish after a shift."""
     layer = kind(4, 16, eps=1e-6)
     with torch.no_grad():
         layer.weight.copy_(scale * random(16))

@@ -13,10 +13,10 @@ import pytest
 
 from ddpm.files import paths
 from ddpm.files.params import Params
-from ddpm.files.runs import RunRecord, write_run
 from ddpm.files.samples import write_samples
 from ddpm.files.scores import read_point_influence, read_scores
 from ddpm.parameters import Point
+from ddpm.provenance.runs import RunRecord, write_run
 from ddpm.reporting import compared
 from ddpm.reporting.compared import Measured, changes, gaps
 from ddpm.reporting.published import write_local

@@ -24,10 +24,10 @@ from ddpm.files.arrays import grid
 from ddpm.files.dataset import read_dataset, read_dataset_record, writing_dataset
 from ddpm.files.params import Params
 from ddpm.files.records import read_csv, read_record, write_csv, write_record
-from ddpm.files.runs import RunRecord
 from ddpm.files.samples import read_samples, write_samples
 from ddpm.files.scores import PICTURE, Answer, Row, read_report, write_influence
 from ddpm.parameters import Point
+from ddpm.provenance.runs import RunRecord
 from ddpm.reporting import published as published_module
 from ddpm.reporting.page import SECTIONS, SHOWN, _lengths, how_sure, publish_with, verdict
 from ddpm.reporting.published import fastest, published

@@ -41,6 +41,24 @@ class Stop(Exception):
     pass
 
 
+def with_snapshots(root: Path) -> dict[str, bytes]:
+    return outputs(root) | {path.name: path.read_bytes() for path in (root / "snapshots/cosine").iterdir()}
+
+
+def another(digits: Path, root: Path) -> Path:
+    """Makes a root with the prepared digits."""
+    root.mkdir()
+    (root / "dataset").symlink_to(digits / "dataset")
+    return root
+
+
+def messages_of(params: Params, root: Path) -> list[str]:
+    """Trains, and returns the messages of all progress reports."""
+    messages: list[str] = []
+    train(params, "cosine", root, lambda progress: messages.append(progress.message))
+    return messages
+
+
 def stop_at(step: int) -> Callable[[Progress], None]:
     def report(progress: Progress) -> None:
         if progress.done == step and not progress.message:
@@ -120,83 +138,61 @@ def test_a_descent_resumes_and_a_longer_training_goes_on_before_it(
         "optimizer": "muon",
         "times": "loss_aware",
         "pairing": "immiscible",
+        "snapshot_every": 3,
     }
 
     def of(steps: int, **changes: object) -> Params:
         training = {"steps": steps, "log_every": 4, "validate_every": 8, **options, **changes}
         return smoke(training=training, compute={"checkpoint_every": 3})
 
-    def run(params: Params, folder: Path) -> int | None:
-        messages: list[str] = []
-        train(params, "cosine", folder, lambda progress: messages.append(progress.message))
-        return resumed_from(messages)
-
-    def another(name: str) -> Path:
-        (root / name).mkdir()
-        (root / name / "dataset").symlink_to(digits / "dataset")
-        return root / name
-
     train(of(16), "cosine", root)
-    straight = outputs(root)
-    stopped = another("stopped")
+    straight = with_snapshots(root)
+    stopped = another(digits, root / "stopped")
     with pytest.raises(Stop):
         train(of(16), "cosine", stopped, stop_at(13))
-    assert run(of(16), stopped) == 11 and outputs(stopped) == straight
-    longer = another("longer")
+    assert resumed_from(messages_of(of(16), stopped)) == 11 and with_snapshots(stopped) == straight
+    longer = another(digits, root / "longer")
     train(of(20), "cosine", longer)
     # In `root`, the training of 16 steps left its state from before the descent.
-    assert run(of(20), root) == 8 and outputs(root) == outputs(longer)
-    assert run(of(16), root) == 16 and outputs(root) == straight
+    assert resumed_from(messages_of(of(20), root)) == 8 and with_snapshots(root) == with_snapshots(longer)
+    assert resumed_from(messages_of(of(16), root)) == 16 and with_snapshots(root) == straight
     # A training with another descent from the same state, or with none, is another training that begins with the same steps.
-    assert run(of(20, decay="linear", decay_share=0.4), root) == 10
-    assert run(of(20, decay="none", decay_share=0.3), root) == 12
+    assert resumed_from(messages_of(of(20, decay="linear", decay_share=0.4), root)) == 10
+    assert resumed_from(messages_of(of(20, decay="none", decay_share=0.3), root)) == 12
 
 
 def test_snapshots_change_no_weights_and_resume_to_the_same_bytes(
     root: Path, digits: Path, smoke: Callable[..., Params]
 ) -> None:
-    """Also in a training that goes on to more steps, and one that has lost a snapshot."""
+    """Trains to the end at once, with a stop, on to more steps, and after the loss of a snapshot."""
 
     def of(steps: int, **changes: object) -> Params:
         training = {"steps": steps, "log_every": 4, "validate_every": 8, "snapshot_every": 4, **changes}
         return smoke(training=training, compute={"checkpoint_every": 3})
 
-    def files(folder: Path) -> dict[str, bytes]:
-        return outputs(folder) | {path.name: path.read_bytes() for path in (folder / "snapshots/cosine").iterdir()}
-
-    def run(params: Params, folder: Path) -> list[str]:
-        messages: list[str] = []
-        train(params, "cosine", folder, lambda progress: messages.append(progress.message))
-        return messages
-
-    def another(name: str) -> Path:
-        (root / name).mkdir()
-        (root / name / "dataset").symlink_to(digits / "dataset")
-        return root / name
-
     train(of(18), "cosine", root)
-    straight = files(root)
+    straight = with_snapshots(root)
     taken = {f"{step:09d}.safetensors" for step in (4, 8, 12, 16, 18)}
     assert straight.keys() - outputs(root).keys() == {"snapshots.json", *taken}
-    plain = another("plain")
+    plain = another(digits, root / "plain")
     train(of(18, snapshot_every=0), "cosine", plain)
     weights = "models/cosine/model.safetensors"
     assert (plain / weights).read_bytes() == straight[weights]
     assert [path.name for path in (plain / "snapshots/cosine").iterdir()] == ["snapshots.json"]
 
-    stopped = another("stopped")
+    stopped = another(digits, root / "stopped")
     with pytest.raises(Stop):
         train(of(18), "cosine", stopped, stop_at(14))
-    assert resumed_from(run(of(18), stopped)) == 12 and files(stopped) == straight
+    assert resumed_from(messages_of(of(18), stopped)) == 12 and with_snapshots(stopped) == straight
     # A longer training takes the snapshots from the cache. One of them is lost, so it begins before that snapshot.
-    longer = another("longer")
+    longer = another(digits, root / "longer")
     train(of(21), "cosine", longer)
-    assert resumed_from(run(of(21), stopped)) == 18 and files(stopped) == files(longer)
+    assert resumed_from(messages_of(of(21), stopped)) == 18 and with_snapshots(stopped) == with_snapshots(longer)
     (lost,) = (root / ".cache/training").glob("*/snapshots/000000008.safetensors")
     lost.write_bytes(lost.read_bytes()[:-1] + b"?")
-    said = run(of(21), root)
+    said = messages_of(of(21), root)
     assert f"{lost}: missing or damaged: training goes back before step 8" in said
-    assert resumed_from(said) is None and files(root) == files(longer)
+    assert resumed_from(said) is None and with_snapshots(root) == with_snapshots(longer)
 
 
 def test_a_transformer_through_train_checkpoint_and_sample(root: Path, smoke: Callable[..., Params]) -> None:

@@ -49,7 +49,7 @@ def test_weights_count_by_the_integral_of_the_power_function(length: float) -> N
 
 
 def test_an_average_is_that_of_ema_pytorch() -> None:
-    """Which counts the weights before its first update as a step."""
+    """ema-pytorch counts the weights before the first update as a step."""
     net, weights = nn.Linear(7, 1, bias=False), walk(40)
     oracle = post_hoc_ema.KarrasEMA(net, sigma_rel=0.1, update_every=1)
     for row in weights:

@@ -18,11 +18,11 @@ from ddpm.files.dataset import read_dataset, read_dataset_record
 from ddpm.files.models import DataEntry, ModelRecord
 from ddpm.files.params import Params
 from ddpm.files.records import read_csv, read_described, sha256
-from ddpm.files.runs import RunRecord, read_run
 from ddpm.files.samples import read_samples, read_samples_record
 from ddpm.files.scores import Row, Scores, extractor, read_report, read_scores
 from ddpm.parameters import USUAL_EXTRACTOR, Point
 from ddpm.provenance import dvc_lock
+from ddpm.provenance.runs import RunRecord, read_run
 from ddpm.reporting import compared
 from ddpm.reporting.compared import Compared
 from ddpm.reporting.page import publish_with
