@@ -441,10 +441,17 @@ def run(
         str, typer.Option(help="A name in recipes/, or the path of a recipe. The recipe replaces params.yaml first.")
     ] = "",
     promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Register the best point.")] = True,
+    until_flat: Annotated[
+        bool,
+        typer.Option(
+            "--until-flat", help="Train longer and run again, until the best score is no longer surely better than before."
+        ),
+    ] = False,
 ) -> None:
     """Set values in params.yaml, run the stages that depend on them, publish, promote, and print the best point."""
     options = [*(["--recipe", recipe] if recipe else []), *(f"--set={value}" for value in values or ())]
-    flow = [sys.executable, "-B", "-m", "flows", *options, *([] if promote else ["--no-promote"])]
+    options += [*([] if promote else ["--no-promote"]), *(["--until-flat"] if until_flat else [])]
+    flow = [sys.executable, "-B", "-m", "flows", *options]
     os.execv(sys.executable, flow)  # replaces this process, because ddpm must not import flows
 
 

@@ -13,13 +13,17 @@ from rich.console import Console
 
 from ddpm.errors import InputError
 from ddpm.files import paths, scores
+from ddpm.files.params import Params
 from ddpm.provenance import checkout, project
+from ddpm.scores.metrics import RANKING
 from flows import parameters
 from flows.processes import children
 from flows.servers.embedded import Api
 
 if TYPE_CHECKING:
     from flows.terminal import Terminal
+
+GROWTH = 1.5  # with --until-flat, each run has this many times the training steps of the run before
 
 
 def main(
@@ -29,6 +33,12 @@ def main(
         typer.Option("--set", "-S", metavar="KEY=VALUE", help="Changes a parameter, such as training.steps=200."),
     ] = None,
     promote: Annotated[bool, typer.Option(help="Register the best point.")] = True,
+    until_flat: Annotated[
+        bool,
+        typer.Option(
+            "--until-flat", help="Train longer and run again, until the best score is no longer surely better than before."
+        ),
+    ] = False,
 ) -> None:
     """Train, sample, evaluate, report, publish and promote whatever is missing in this checkout."""
     began = time.monotonic()
@@ -46,10 +56,18 @@ def main(
         from flows.watch import watcher
 
         api.wait()
-        with Terminal(console) as terminal:
-            watcher.set(terminal)
-            state = train_eval(recipe=recipe, overrides=overrides, promote=promote, return_state=True)
-        api.settle(str(state.state_details.flow_run_id), len(terminal.tasks))
+        before = 0  # the training steps of the run before
+        while True:
+            with Terminal(console) as terminal:
+                watcher.set(terminal)
+                state = train_eval(recipe=recipe, overrides=overrides, promote=promote, return_state=True)
+            api.settle(str(state.state_details.flow_run_id), len(terminal.tasks))
+            if not until_flat or not state.is_completed():
+                break
+            steps = Params.load(Path("params.yaml")).training.steps
+            if before and not _better(before, steps, terminal):
+                break
+            before, recipe, overrides = steps, None, [f"training.steps={round(GROWTH * steps)}"]
     except InputError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -59,6 +77,25 @@ def main(
     if terminal.unchanged:
         terminal.say(f"{terminal.unchanged} stages unchanged")
     _summary(terminal, promoted=(state.message or "") if promote else "", seconds=time.monotonic() - began)
+
+
+def _better(before: int, now: int, terminal: Terminal) -> bool:
+    """Prints the difference of the best scores of the last two runs. Returns whether the last one is surely better.
+
+    before, now: the training steps of the last two runs.
+    """
+    from ddpm.reporting.previous import gap_of_best
+
+    gap = gap_of_best()
+    better = gap is not None and gap.words == "better"
+    if gap is not None:
+        terminal.say(
+            f"{now:,} instead of {before:,} steps: {RANKING.title} {gap.now.estimate.value:.3g} instead of"
+            f" {gap.before.estimate.value:.3g}, difference {gap.difference:.3g} ({gap.low:.3g} to {gap.high:.3g}): {gap.words}"
+        )
+    if not better:
+        terminal.say(f"no longer training is tried; `ddpm run training.steps={before}` goes back")
+    return better
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -84,6 +84,15 @@ def compare(root: Path = Path()) -> Compared | None:
         ) from None
 
 
+def gap_of_best(root: Path = Path()) -> Gap | None:
+    """Compares the best score of the present report with the best score of the previous report.
+
+    Returns None without a previous report, or if the scores cannot be compared. Raises InputError as `compare` does.
+    """
+    found, best = compare(root), read_report(root)[0].row.point
+    return next((gap for gap in found.gaps if gap.now.point == best), None) if found else None
+
+
 def _compare(root: Path) -> Compared | None:
     present, previous = (root / paths.CACHE / "reports" / name for name in (PRESENT, PREVIOUS))
     now, before = _kept(present), _kept(previous)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ import psutil
 import pytest
 from rich.console import Console
 
+from ddpm.files.params import Params
+from ddpm.tools import project
 from flows.servers import embedded
 from flows.terminal import Terminal
 from flows.watch import Outcome
@@ -195,6 +198,27 @@ def test_a_flow_that_loses_the_server_of_make_up_goes_on(here: Any, stopped: boo
     said = (here.root / "flow.log").read_text()
     assert "promote: done by a stand-in" in said and "Traceback" not in said
     assert not here.running()
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(900)
+def test_until_flat_trains_longer_while_the_best_score_is_surely_better(tmp_path: Path) -> None:
+    project.init(tmp_path, "smoke")
+    names = ("DDPM", "MLFLOW", "PREFECT", "GIT_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    command = [*MAIN, "--no-promote", "--until-flat", "-S", "training.steps=20"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"^([\d,]+) instead of ([\d,]+) steps: FID .*: ([a-z ]+)$", done.stdout, re.MULTILINE)
+    steps, words = [20], [word for *_, word in found]
+    for now, before, _ in found:
+        assert (now, before) == (f"{round(1.5 * steps[-1]):,}", f"{steps[-1]:,}")
+        steps.append(round(1.5 * steps[-1]))
+    assert words == ["better"] * (len(words) - 1) + words[-1:] and len(words) > 1 and words[-1] != "better"
+    assert Params.load(tmp_path / "params.yaml").training.steps == steps[-1]
+    assert f"`ddpm run training.steps={steps[-2]}` goes back" in done.stdout
+    assert (tmp_path / "report" / "front.json").exists()
 
 
 def _words(process: psutil.Process) -> list[str]:

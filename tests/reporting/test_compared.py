@@ -19,6 +19,7 @@ from ddpm.parameters import Point
 from ddpm.provenance.runs import RunRecord, write_run
 from ddpm.reporting import compared
 from ddpm.reporting.compared import Measured, changes, gaps
+from ddpm.reporting.previous import gap_of_best
 from ddpm.reporting.published import write_local
 from ddpm.scores.intervals import Estimate, difference
 from ddpm.stages.report import report
@@ -114,6 +115,19 @@ def test_points_that_came_and_went_and_another_best(make: Report, smoke: Smoke) 
     assert "New points: cosine-ddpm-10, cosine-ddim-10." in found
     assert "Removed points: cosine-ddpm-2, cosine-ddim-2." in found
     assert "cosine-ddpm-2 → cosine-ddpm-5" in found
+
+
+def test_the_best_scores_of_two_reports_are_compared(make: Report, smoke: Smoke) -> None:
+    root = make(smoke(sweep={"steps": [2, 5]}), 40.0)
+    assert gap_of_best(root) is None
+    for sweep, fid, before in (([5, 2], 39.5, "cosine-ddpm-2"), ([5, 10], 30.0, "cosine-ddpm-5")):
+        make(smoke(sweep={"steps": sweep}), fid)
+        gap = gap_of_best(root)
+        assert gap is not None and (gap.before.point, gap.now.point) == (before, "cosine-ddpm-5")
+        assert gap.difference == pytest.approx(fid - (40.0 if before == "cosine-ddpm-2" else 39.5))
+        assert gap.low < gap.difference < gap.high and gap.words == ("better" if gap.high < 0 else "may be chance")
+    make(smoke(sweep={"steps": [5, 10]}), 29.0, reference="f" * 64)
+    assert gap_of_best(root) is None
 
 
 def test_the_same_report_again_is_no_new_run(make: Report, smoke: Smoke) -> None:
