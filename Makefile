@@ -117,7 +117,7 @@ image: ## build the container image with buildah (docs/deploy.md)
 	@deploy/image.sh
 
 clean: ## remove outputs and caches; DVC's cache, MLflow's and Prefect's records and .venv stay
-	rm -rf auto.json dataset models samples metrics report schedules *.run.json
+	rm -rf auto.json dataset models snapshots samples metrics report schedules *.run.json
 	rm -rf .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dvc_plots test-output
 	@echo 'kept: .dvc/cache (`dvc checkout` restores the outputs), imported, mlflow.db, mlartifacts, .prefect, .venv'
 

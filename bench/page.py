@@ -95,7 +95,8 @@ def _value(figure: dict[str, Any]) -> str:
 
 
 def _goal(figure: dict[str, Any]) -> str:
-    return f"at {figure['at']} {_number(figure['goal'])}{_unit(figure)}: {'met' if figure['met'] else 'missed'}"
+    bound = {"most": "at most ", "least": "at least ", "within": "within ±"}[figure["at"]]
+    return f"{bound}{_number(figure['goal'])}{_unit(figure)}: {'met' if figure['met'] else 'missed'}"
 
 
 def render(found: dict[tuple[str, str], dict[str, Any]]) -> str:

@@ -178,17 +178,17 @@ def demo(device: str) -> dict[str, Any]:
         "checks": {"same outputs": same, "stages": stages},
         "times": {
             "flow": {"wall": flow},
-            "bare calls in one process": {"wall": bare},
+            "stages called directly, in one process": {"wall": bare},
             "dvc repro with nothing to do": {"wall": repro},
             "flow with nothing to do": {"wall": again},
-            "flow with nothing to do, beside a server": {"wall": shared},
+            "flow with nothing to do, while a Prefect server runs": {"wall": shared},
         },
         "figures": [
             figure("overhead of the flow per stage", added, "s", 1.0, most=True),
-            figure("flow / bare calls", ratio, "x", 1.5, most=True),
+            figure("flow / the same stages called directly", ratio, "x", 1.5, most=True),
             figure("dvc repro with nothing to do", repro, "s", 5.0, most=True),
             figure("flow with nothing to do", again, "s", 12.0, most=True),
-            figure("flow with nothing to do, beside a server", shared, "s", 6.0, most=True),
+            figure("flow with nothing to do, while a Prefect server runs", shared, "s", 6.0, most=True),
         ],
     }
 
@@ -225,7 +225,10 @@ def sweeps(device: str) -> dict[str, Any]:
         with _clone(points) as (root, environment), _clone(points) as (other, others):
             flow, bare = _timed(FLOW, root, environment), _timed([sys.executable, "-c", BARE], other, others)
             same, added[points] = _same_outputs(root, other), (flow - bare) / points
-            times |= {f"flow, {points} points": {"wall": [flow]}, f"bare calls, {points} points": {"wall": [bare]}}
+            times |= {
+                f"flow, {points} points": {"wall": [flow]},
+                f"stages called directly, {points} points": {"wall": [bare]},
+            }
             if points == SIZES[-1]:
                 names, plain = _stages(root, environment), other.parent / "plain"
                 plain.mkdir()
@@ -243,8 +246,8 @@ def sweeps(device: str) -> dict[str, Any]:
                 ]
     largest = SIZES[-1]
     times[f"dvc repro with nothing to do, {largest} points"] = repro["ours"]
-    times[f"the same with DVC alone, {stages} stages"] = repro["plain"]
-    nothing = f"dvc repro with nothing to do, {largest} points / DVC alone"
+    times[f"the same with plain DVC, {stages} stages"] = repro["plain"]
+    nothing = f"dvc repro with nothing to do, {largest} points: ours / plain DVC"
     clock, processor = (
         [ours / plain for ours, plain in zip(repro["ours"][kind], repro["plain"][kind], strict=True)]
         for kind in ("wall", "cpu")
@@ -260,7 +263,7 @@ def sweeps(device: str) -> dict[str, Any]:
                 for points, value in added.items()
             ),
             figure(
-                f"overhead per point, {largest} / {SIZES[0]} points",
+                f"overhead per point with {largest} points / with {SIZES[0]} points",
                 [added[largest] / added[SIZES[0]]],
                 "x",
                 1.2,

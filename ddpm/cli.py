@@ -444,7 +444,8 @@ def run(
     until_flat: Annotated[
         bool,
         typer.Option(
-            "--until-flat", help="Train longer and run again, until the best score is no longer surely better than before."
+            "--until-flat",
+            help="Train longer and run again, until the best score is no longer surely better than before.",
         ),
     ] = False,
 ) -> None:

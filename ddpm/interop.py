@@ -365,7 +365,11 @@ def _head_dim(settings: Mapping[str, Any], widths: list[int]) -> int | None:
 
 
 def _attention_groups(settings: Mapping[str, Any], groups: int) -> int | None:
-    """Returns attn_norm_num_groups. None means no normalisation with scale_shift, else the groups of the other layers."""
+    """Returns diffusers' attn_norm_num_groups.
+
+    None has two meanings in diffusers. With scale_shift, attention has no normalisation. Without scale_shift, attention has as
+    many groups as the other layers.
+    """
     own = groups if settings["middle_groups"] is None else settings["middle_groups"]
     if not settings["middle_attention"]:
         return None

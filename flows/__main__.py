@@ -36,7 +36,8 @@ def main(
     until_flat: Annotated[
         bool,
         typer.Option(
-            "--until-flat", help="Train longer and run again, until the best score is no longer surely better than before."
+            "--until-flat",
+            help="Train longer and run again, until the best score is no longer surely better than before.",
         ),
     ] = False,
 ) -> None:

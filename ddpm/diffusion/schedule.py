@@ -40,7 +40,7 @@ def _cosine(steps: int, s: float = 0.008) -> Tensor:
 
 
 def _sigmoid(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
-    """Returns betas on a logistic curve from -6 to 6, scaled to the end points: GeoDiff (Xu et al. 2022) and diffusers."""
+    """Returns betas on a logistic curve from -6 to 6, scaled to the end points, as in GeoDiff (Xu et al. 2022)."""
     return torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
 
 

@@ -246,7 +246,10 @@ ADAMS = ([-1 / 2], [-16 / 12, 5 / 12], [-59 / 24, 37 / 24, -9 / 24])
 
 
 def _adams(past_lams: list[float], h: float) -> list[float]:
-    """Returns the Adams-Bashforth weights. A single past value is extrapolated over at most REACH."""
+    """Returns the Adams-Bashforth weights of the past values.
+
+    The weight of a single past value is reduced as if the step had a length of at most REACH.
+    """
     share = cut_to_reach(h) / h if len(past_lams) == 1 else 1.0
     return [share * weight for weight in ADAMS[len(past_lams) - 1]]
 

@@ -191,8 +191,8 @@ class KeptImages:
         shape: N, C, H, W.
 
     Attributes:
-        batches: the network evaluations per image of each finished batch, by the index of the batch's first image.
-            Includes batches of earlier runs whose checksums are correct.
+        batches: an entry for each finished batch: index of its first image -> network evaluations per image. Includes
+            batches that an earlier run finished, if their checksums are correct.
 
     Raises:
         InputError: the disk is full.

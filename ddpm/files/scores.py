@@ -136,7 +136,7 @@ def read_scores(root: Path, point: Point) -> Scores:
     path = root / paths.metrics_file(point)
     content, again = records.read_record(path), f"run `ddpm evaluate {point.name}` again"
     if content.get("point") != point.name:
-        raise InputError(f"{path}: holds the scores of {content.get('point')}; {again}")
+        raise InputError(f"{path}: holds the scores of {content.get('point')}, not of {point.name}; {again}")
     try:
         return Scores.from_json(content)
     except ValueError as error:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm.networks.layers import attention, time_embedding
+from ddpm.networks.layers import attention, time_embedding, unrounded
 
 EPS = 1e-6  # epsilon of every layer normalisation
 FREQUENCIES = 256  # width of the sinusoidal embedding of time
@@ -140,7 +140,7 @@ class DiT(nn.Module):
         condition = F.silu(self.time(time_embedding(t, FREQUENCIES).to(x.dtype)) + self._label(t, labels))
         for block in self.blocks:
             h = block(h, condition)
-        h = self.last(_modulated(h, *self.modulation(condition).chunk(2, dim=1)))
+        h = unrounded(self.last, _modulated(h, *self.modulation(condition).chunk(2, dim=1)))
         return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, (height, width)), self.patch)
 
     def _label(self, t: Tensor, labels: Tensor | None) -> Tensor | float:

@@ -24,6 +24,16 @@ class AddingConvolution(nn.Conv2d):
         return onto + super().forward(x)
 
 
+def unrounded(last: nn.Module, h: Tensor) -> Tensor:
+    """Applies the last layer of a network in the type of its weights, even under autocast.
+
+    In bfloat16 the layer would round the prediction to 8 bits, which changes the FID of samples by several per cent.
+    """
+    with torch.autocast(h.device.type, enabled=False):
+        prediction: Tensor = last(h.to(next(last.parameters()).dtype))
+    return prediction
+
+
 class SharedDropout(nn.Dropout):
     """Dropout for one of several processes that share each batch.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm.networks.layers import AddingConvolution, NormSwish, attention, time_embedding
+from ddpm.networks.layers import AddingConvolution, NormSwish, attention, time_embedding, unrounded
 
 MOST_BLOCKS = 64  # most blocks per resolution: more than any known network has, and few enough to build
 
@@ -401,7 +401,7 @@ class UNet(nn.Module):
             h = layer(h, embedding)
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], dim=1) if isinstance(layer, Stage) else h, embedding)
-        h = self.last(self.last_norm(h))
+        h = unrounded(self.last, self.last_norm(h))
         return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
 
 

@@ -24,8 +24,8 @@ def compiled(net: Any, section: str) -> Any:
         return winograd.compiled(net)
     except winograd.NoCompiler as error:
         raise InputError(
-            f"{section}.compile: {error}; repair that (install gcc if no C compiler is found), or set compile to false; if it"
-            f" is {AUTO}, `{RESOLVE_AGAIN}` resolves it for this machine"
+            f"{section}.compile: {error}; install gcc or mend the compiler, or set {section}.compile to false; if the value is"
+            f" {AUTO}, `{RESOLVE_AGAIN}` chooses again for this machine"
         ) from None
 
 

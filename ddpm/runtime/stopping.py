@@ -10,7 +10,10 @@ from typing import Any
 
 
 class Stopped(BaseException):
-    """The process was asked to end. Not an Exception, like KeyboardInterrupt, so that no handler takes it for a failure."""
+    """The process was asked to end.
+
+    Like KeyboardInterrupt, this class derives from BaseException, so `except Exception` does not take it for a failure.
+    """
 
     def __init__(self, message: str = "stopped", number: int = signal.SIGTERM) -> None:
         super().__init__(message)

@@ -35,7 +35,7 @@ class Extractor:
         title: the usual name.
         layers: the allowed values of evaluation.layer.
         default: the layer of published scores.
-        judges: the scores for evaluation.judges that use features of this extractor, each with its layer.
+        judges: the names in evaluation.judges that use this extractor, each with its layer.
     """
 
     name: str

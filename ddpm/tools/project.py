@@ -105,7 +105,7 @@ def wiring(text: str) -> str:
 
 
 def hashes(text: str) -> dict[str, Any]:
-    """Returns the content of ddpm.json for the package's dvc.yaml, whose text is `text`.
+    """Returns the content of ddpm.json. text: the content of the package's dvc.yaml.
 
     The entries are hashes: of the package, of the code of each stage, and of each module that params.yaml may select.
     """

@@ -31,7 +31,7 @@ class PowerAverage:
 
     Args:
         parameters: the weights before the first step.
-        length: the length of the average.
+        length: the standard deviation of the averaged steps, as a share of the training. It decides gamma (see `exponent`).
 
     Attributes:
         tensors: the average of each parameter.

@@ -1,6 +1,7 @@
 """Reads the stages of dvc.yaml from DVC and prints them as one JSON line: `python -m flows.processes.dvc_graph`.
 
-This runs in a process of its own, so that the flow need not import DVC. A fork of the fork server has imported DVC already.
+This module runs in a process of its own, so that the flow need not import DVC. The process starts fast if it is forked from the
+fork server, which has imported DVC already.
 """
 
 from __future__ import annotations

@@ -177,9 +177,9 @@ class Api:
         self._settled = True
 
     def _replace(self) -> None:
-        """Starts a new server when one has ended, at most RESTARTS times.
+        """Restarts the Prefect server whenever it ends, at most RESTARTS times.
 
-        Prefect retries its requests, but gives up after minutes.
+        Without a server, Prefect's client retries its requests for some minutes, and then the flow fails.
         """
         for _ in range(RESTARTS):
             if self.server:

@@ -59,8 +59,8 @@ def test_what_a_network_does_not_take_is_one_line(copied: Any) -> None:
     for entries, line in (
         ("kind: toy, width: 0", "network: width = 0 must be 1 or more"),
         ("kind: toy, width: 4, depth: 3", "unexpected keyword argument 'depth'"),
-        ("kind: toy, width: 4, image_size: 16", "network.image_size: follows from the data and from diffusion"),
-        ("kind: none_such", "network.kind: no 'none_such' in ddpm/networks; there are toy, unet"),
+        ("kind: toy, width: 4, image_size: 16", "network.image_size: is determined by the data and by diffusion"),
+        ("kind: none_such", "network.kind: no 'none_such' in ddpm/networks; there are dit, toy, unet"),
     ):
         params.write_text(re.sub(r"network:\n(  .*\n)+", f"network: {{{entries}}}\n", text), encoding="utf-8")
         done = copied.run(sys.executable, "-B", "-m", "ddpm", "train", "cosine")

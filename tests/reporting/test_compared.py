@@ -120,11 +120,11 @@ def test_points_that_came_and_went_and_another_best(make: Report, smoke: Smoke) 
 def test_the_best_scores_of_two_reports_are_compared(make: Report, smoke: Smoke) -> None:
     root = make(smoke(sweep={"steps": [2, 5]}), 40.0)
     assert gap_of_best(root) is None
-    for sweep, fid, before in (([5, 2], 39.5, "cosine-ddpm-2"), ([5, 10], 30.0, "cosine-ddpm-5")):
-        make(smoke(sweep={"steps": sweep}), fid)
+    for sweep, before, now, best in (([2, 5], 40.0, 39.5, "cosine-ddpm-2"), ([5, 10], 39.5, 30.0, "cosine-ddpm-5")):
+        make(smoke(sweep={"steps": sweep}), now, error=0.1 + now / 1000)
         gap = gap_of_best(root)
-        assert gap is not None and (gap.before.point, gap.now.point) == (before, "cosine-ddpm-5")
-        assert gap.difference == pytest.approx(fid - (40.0 if before == "cosine-ddpm-2" else 39.5))
+        assert gap is not None and (gap.before.point, gap.now.point) == ("cosine-ddpm-2", best)
+        assert gap.difference == pytest.approx(now - before)
         assert gap.low < gap.difference < gap.high and gap.words == ("better" if gap.high < 0 else "may be chance")
     make(smoke(sweep={"steps": [5, 10]}), 29.0, reference="f" * 64)
     assert gap_of_best(root) is None

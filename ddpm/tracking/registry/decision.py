@@ -77,7 +77,10 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Judged:
-    """A judge's score. extractor_sha256: the hash of the weights of the judge's extractor."""
+    """The score of a point by a judge: a metric of evaluation.judges, from another extractor than the headline score.
+
+    extractor_sha256: the hash of the weights of the judge's extractor.
+    """
 
     estimate: Estimate
     extractor_sha256: str

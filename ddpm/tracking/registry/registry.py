@@ -274,7 +274,8 @@ def _report_scores(root: Path, protocol: Protocol) -> list[Estimate]:
     best, rows = read_report(root)
     if len(rows) != best.points:
         raise InputError(
-            f"{root / paths.report_dir()}: the report does not list its {best.points} points; run dvc repro"
+            f"{root / paths.report_dir()}: best.json counts {best.points} points, but points.csv lists {len(rows)};"
+            " run `dvc repro`"
         )
     points = [Point.parse(row.point) for row in rows]
     found = [(point, read_scores(root, point)) for point in points]
@@ -640,7 +641,10 @@ def _tag(client: MlflowClient, version: ModelVersion, key: str, value: str) -> N
 
 
 def _keep_champion(target: Target, champion: ModelVersion, challenger: Challenger) -> Decision:
-    """Decides for the champion, since the challenger is the same model. Stores the score if the protocol is new."""
+    """Keeps the champion, because the challenger is the same model.
+
+    Stores the challenger's score with the champion if the champion has no score under this protocol.
+    """
     _store_score(target, champion, challenger.score, challenger.scores)
     reason = f"{challenger.point.name} is already the champion"
     version, point = str(champion.version), challenger.point.name

@@ -43,7 +43,8 @@ class _Influence:
         run: the id of the run.
         path: the path of the artifact in the run.
         seed: the seed of the noise from which the images start; None if unknown.
-        sha256: the hash of the file. Tags that ddpm wrote before its version 0.2.0 have no hash, and their values are not used.
+        sha256: the hash of the file. Tags that ddpm wrote before its version 0.2.0 have no
+            hash; the influence values that they name are not used.
     """
 
     run: str
