@@ -153,7 +153,7 @@ def probe() -> None:
 
 
 def _item_from_dvc(verb: str, argument: str) -> Callable[[], str]:
-    """Returns a function that reads the default of the argument of `verb` from DVC_STAGE, such as train@linear.
+    """Returns a function that reads a missing argument of `verb` from DVC_STAGE, such as train@linear.
 
     DVC sets DVC_STAGE for each item of a matrix in dvc.yaml. The commands in dvc.yaml therefore hold no names from
     params.yaml, which a shell would interpret.

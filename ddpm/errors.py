@@ -20,9 +20,9 @@ class InputError(Exception):
 
 
 def without_password(uri: str) -> str:
-    """Removes the passwords from a URI: user and password before the host, and the values of password options.
+    """Removes the user and password before the host from a URI, and hides the values of password options.
 
-    A password may contain slashes.
+    The password before the host may contain slashes, except in an http URI.
     """
     before = r"://[^/]*@" if uri.lower().startswith("http") else r"://[^/].*@"
     return re.sub(r"(?i)([?&]\w*password=)[^&]*", r"\1***", re.sub(before, "://", uri))

@@ -26,7 +26,7 @@ from torch import Tensor
 from ddpm.diffusion.schedule import ALIASES, SCHEDULES, NoiseSchedule
 from ddpm.networks.unet import MOST_BLOCKS, UNet
 
-# Keys of UNet2DModel that are fixed in the family: (diffusers' default for a missing key, the values allowed here).
+# Keys of UNet2DModel whose values are limited in the family: (diffusers' default for a missing key, the values allowed here).
 _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "center_input_sample": (False, (False,)),
     "time_embedding_type": ("positional", ("positional",)),
@@ -224,7 +224,7 @@ def _heights(image_size: int | Sequence[int], levels: int) -> list[int]:
 
 
 def _way(layout: Mapping[str, Any], way: str, levels: int) -> list[tuple[bool, bool]]:
-    """Returns two flags for each resolution, highest first: has attention, and is resized by a residual block.
+    """Returns (has attention, is resized by a residual block) for each resolution, the highest resolution first.
 
     way: "down" or "up".
     """
@@ -270,7 +270,10 @@ def _check_numbers(layout: Mapping[str, Any], widths: list[int]) -> None:
 
 
 def _middle_groups(layout: Mapping[str, Any]) -> int | None:
-    """Returns the number of groups of the middle's attention. 0 means no normalisation, None the number of the other layers."""
+    """Returns the number of normalisation groups in the attention of the middle block.
+
+    0 means no normalisation. None means as many groups as in the other layers.
+    """
     groups = layout["attn_norm_num_groups"]
     if not layout["add_attention"] or groups == layout["norm_num_groups"]:
         return None

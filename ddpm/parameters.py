@@ -185,7 +185,8 @@ class Training:
         decay_to: the learning rate after the decay, as a share of the full rate.
         pairing: how the images of a batch are paired with noise.
         times: how network times are drawn.
-        snapshot_every: the number of steps between two snapshots, from which the `ema` of a sampler row is made. 0 keeps none.
+        snapshot_every: the number of steps between two snapshots of averaged weights. 0 keeps no snapshots. A sampler row with
+            `ema` needs them.
     """
 
     loss: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
@@ -348,8 +349,8 @@ class Sampler:
         times: the network times to visit, for each number of steps.
         fitted_to: sha256 of the weights to which `times` were fitted.
         own: options that have no field here. With `own`, a new sampler needs no new field.
-        ema: the length of the weights' average, as the standard deviation of a power function over the steps of the training.
-            None for the average that `training.ema` describes.
+        ema: the length of the weights' power-function average: the standard deviation of the averaged steps, as a share of the
+            training. None for the average that `training.ema` describes.
     """
 
     sampler: str
@@ -454,7 +455,7 @@ class Schedule:
 
     @property
     def origin(self) -> dict[str, str]:
-        """The entry `base` if it is set, else {}. Only this entry affects a training besides the noise schedule and the seed."""
+        """The entry `base` if it is set, else {}. No other entry affects a training, except the noise schedule and the seed."""
         return {} if self.base is None else {"base": self.base}
 
 
@@ -491,8 +492,8 @@ class Promotion:
     Args:
         confidence: the confidence of the intervals of differences.
         fewer_evaluations: the factor by which a challenger without a better score must save network evaluations to win.
-        margin: how much worse than the best champion such a challenger may be, as a share of that champion's score. In the
-            score of each judge, any challenger may be worse than the champion by the same share.
+        margin: how much worse than the best champion so far such a challenger may be, as a share of that champion's score. In
+            the score of each judge, any challenger may be worse than the present champion by the same share.
         judges: entries of evaluation.judges. In each of these further scores, a challenger must not be worse by more than
             `margin`.
     """

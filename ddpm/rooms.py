@@ -1,4 +1,4 @@
-"""Finds the variants in a room: a package in which each module holds one variant.
+"""Finds the variants in a room: a package in which each variant has a module of its own.
 
 The object that describes a variant is called a row. A key of params.yaml selects a row by the name of its module. To add a
 variant, add its file. There is no list to extend. A variant's module is imported when the variant is used.

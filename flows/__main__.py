@@ -81,7 +81,7 @@ def main(
 
 
 def _better(before: int, now: int, terminal: Terminal) -> bool:
-    """Prints the difference of the best scores of the last two runs. Returns whether the last one is surely better.
+    """Prints the difference of the best scores of the last two runs. Returns whether the last run's score is surely better.
 
     before, now: the training steps of the last two runs.
     """
@@ -95,7 +95,7 @@ def _better(before: int, now: int, terminal: Terminal) -> bool:
             f" {gap.before.estimate.value:.3g}, difference {gap.difference:.3g} ({gap.low:.3g} to {gap.high:.3g}): {gap.words}"
         )
     if not better:
-        terminal.say(f"no longer training is tried; `ddpm run training.steps={before}` goes back")
+        terminal.say(f"a longer training is not tried; `ddpm run training.steps={before}` goes back")
     return better
 
 

@@ -26,7 +26,7 @@ WRITTEN = paths.CACHE / "params.yaml.sha256"  # the hash of the last params.yaml
 
 
 def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[str, Params]:
-    """Returns the new text of params.yaml, with its comments, and its parameters.
+    """Returns the new text of params.yaml, comments included, and the parameters in this text.
 
     Adds names and sections that dvc.yaml takes from params.yaml, if an old file lacks them.
 

@@ -36,7 +36,7 @@ from flows.watch import Log, Outcome, watcher
 def _worth_retrying(task: Any, task_run: TaskRun, state: State) -> bool:
     """Retries after a kill, a held lock, an unreachable server or a full disk.
 
-    Errors raised by the stage itself are deterministic.
+    Errors raised by the stage itself are deterministic, so they are not retried.
     """
     return state.name in ("Busy", "Killed", "Unreachable", "Full")
 

@@ -57,7 +57,7 @@ class Log:
         self._bars: dict[str, UUID] = {}
         self._next: dict[
             str, tuple[float, str]
-        ] = {}  # the next update of each bar, while the last one is being sent to Prefect
+        ] = {}  # the update of each bar that waits to be sent to Prefect
         self._moves: dict[str, Future[None]] = {}
         self._lock = threading.Lock()
         self._mover = ThreadPoolExecutor(1, "bars")

@@ -1,4 +1,4 @@
-"""Copies an empty MLflow database. The installation creates that database once, since its tables take seconds."""
+"""Copies an empty MLflow database. The installation creates that database once, since creating its tables takes seconds."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def term(
 
     Args:
         schedule: the noise schedule, with T >= 2.
-        t: int64 [B], network times. On the CPU, the test for t = 0 does not synchronise the GPU.
+        t: int64 [B], network times. If t lies on the CPU, the test for t = 0 does not synchronise the GPU.
         x_0: the images, float64 [B, ...]. For L_0, the values must be the 256 levels of an 8-bit image, in [-1, 1].
         x0_hat: the denoiser's estimate, like x_0.
         variance: see `reverse_log_variance`.
@@ -153,7 +153,7 @@ class Bound:
     def rate(self) -> Tensor:
         """The rate of x_t in bits/dim, L_T + ... + L_{t+1}, at the middle network time t of each stratum: float64 [S].
 
-        Figure 5 of Ho et al. 2020 shows this rate. To encode x_0 itself costs L_0, the decoder's bits, in addition.
+        Figure 5 of Ho et al. 2020 shows this rate. Encoding x_0 itself takes L_0 more, the decoder's bits.
         """
         mean = self.terms.mean(0)
         before = self.prior.mean() + mean.flip(0).cumsum(0).flip(0) - mean

@@ -53,8 +53,8 @@ def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tenso
 
     Raises:
         ValueError: the target is unknown, or does not determine x_0 at one of the times. `eps` fails where alpha_bar =
-            0. `mu` fails where alpha_bar is already 0 one step earlier: at the first time with alpha_bar = 0, 1 / A
-            is large but finite.
+            0. `mu` fails only where alpha_bar is already 0 one step earlier. At the first time with alpha_bar = 0, 1 / A
+            is large but still finite.
     """
     if target not in TARGETS:
         raise ValueError(f"no target '{target}'; there are {', '.join(TARGETS)}")
@@ -62,7 +62,7 @@ def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tenso
     a, s = (log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt()
     c_skip, c_out = TARGETS[target](a, s, *schedule.posterior_at(t)[:2])
     if not bool(c_out.isfinite().all()):
-        raise ValueError(f"target {target} does not determine x_0 where alpha_bar = 0; train with target v or x0")
+        raise ValueError(f"target {target} does not determine x_0 at these times; train with target v, x0 or flow")
     return a, s, c_skip, c_out
 
 

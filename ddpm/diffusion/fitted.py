@@ -23,7 +23,7 @@ from ddpm.diffusion.timesteps import SPACINGS, Level, noise_levels
 
 REFERENCE = 1000  # number of evaluations of the target trajectory
 GRID = 100  # number of levels of the trajectory from which times are chosen
-STARTS = 2  # number of guesses that are improved: the best of those from the curvature and from the spacings
+STARTS = 2  # number of guesses that are improved, the best among the guesses from the curvature and the spacings
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def fit_times(
         path: the trajectory of the model.
         steps: S, at most GRID.
         sampler: a sampler that draws no noise with `options`.
-        done: called after each sampling of S evaluations.
+        done: called after each sampling with S steps.
         options: the sampler's own options.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Draws Gaussian noise as a function of (seed, image, draw). So batch size, thread count and sharding do not change a bit.
+"""Draws Gaussian noise as a function of (seed, image, draw). So batch size, thread count and sharding change no bit of the noise.
 
 The generator is Philox4x32-10 (Salmon et al. 2011), computed with integer tensor operations. The map to a Gaussian uses
 only additions, multiplications, divisions and square roots, which IEEE 754 rounds the same way on every device.

@@ -103,7 +103,7 @@ def ddim(denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise, *, eta:
     for k, (now, to) in enumerate(pairwise(levels)):
         x0_hat = denoise(x, now.t)
         sigma2 = eta**2 * (1 - to.alpha_bar) / (1 - now.alpha_bar) * (1 - now.alpha_bar / to.alpha_bar)
-        # The factor of eps = (x - a x0_hat) / s, where x0_hat may be clipped.
+        # The factor of s eps = x - a x0_hat, where x0_hat may be clipped.
         direction = math.sqrt(max(1 - to.alpha_bar - sigma2, 0)) / now.s
         x = (to.a - direction * now.a) * x0_hat + direction * x
         if sigma2 > 0:
@@ -181,7 +181,9 @@ def evaluations(
     times: Times | None = None,
     **options: Any,
 ) -> int:
-    """Returns the network evaluations per image of `sample` with the same settings. A guided step takes twice as many.
+    """Returns the network evaluations per image of `sample` with the same settings, without guidance.
+
+    A guided step takes twice as many evaluations.
 
     Args:
         schedule: the schedule that the network was trained on.

@@ -1,7 +1,7 @@
 """Noise schedules: q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)   (eq. 4, Ho et al. 2020).
 
 beta_1 ... beta_T are the variances of the forward steps, alpha_t = 1 - beta_t, and alpha_bar_t = alpha_1 ... alpha_t
-with alpha_bar_0 = 1. Tables are float64: alpha_bar_1000 of `sqrt` is 3e-44, which float32 cannot hold.
+with alpha_bar_0 = 1. Tables are float64: alpha_bar_1000 of `sqrt` is 3e-44, which float32 cannot hold precisely.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class NoiseSchedule:
             steps: T.
             zero_terminal_snr: whether to rescale the schedule with the method `zero_terminal_snr`.
             shape: `s` for cosine; `start` and `end` for the other schedules, except rectified, which takes none. `start` and
-                `end` are beta_1 and beta_T for linear and scaled_linear, about these for sigmoid, and their squares for sqrt.
+                `end` are beta_1 and beta_T for linear and scaled_linear, roughly so for sigmoid, and beta_1^2 and beta_T^2 for
+                sqrt.
 
         Raises:
             ValueError: the name is unknown, the schedule does not take one of the numbers, or a number is out of range.

@@ -82,7 +82,7 @@ def usable(past: Past, now: Level, to: Level) -> Past:
 
     - A step of at most REACH uses the newest estimate, and earlier estimates as long as neighbours lie at most REACH apart.
     - A longer step uses the newest estimate alone, or none if the step is more than twice as long as the step before.
-    - Steps onto the clean image and out of pure noise are infinitely long and use no estimate.
+    - Steps onto the clean image and out of pure noise are infinitely long and use no past estimate.
     """
     h = abs(to.lam - now.lam)
     known = [entry for entry in past if math.isfinite(entry[0].lam)]
@@ -139,7 +139,10 @@ def _x0_weights(used: Past, now: Level, to: Level) -> list[float]:
 
 
 def _dpmpp(denoise: Denoise, x: Tensor, levels: list[Level], order: int) -> Steps:
-    """Samples by DPM-Solver++ from up to order - 1 past x0_hats: algorithm 2 of Lu et al. 2022b, and its third-order form."""
+    """Samples by DPM-Solver++: algorithm 2 of Lu et al. 2022b, and its third-order form.
+
+    Each step uses up to `order` - 1 earlier x0_hats.
+    """
     past: Past = []
     for now, to in pairwise(levels):
         x0_hat = denoise(x, now.t)

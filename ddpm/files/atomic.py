@@ -72,7 +72,7 @@ def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
 
 
 def _link_unless_exists(file: Path, path: Path) -> bool:
-    """Links `file` to `path` unless `path` exists. Returns whether `path` now exists: False only without hard links."""
+    """Links `file` to `path` unless `path` exists. Returns whether `path` now exists: False only if the link failed."""
     try:
         path.hardlink_to(file)
     except FileExistsError:

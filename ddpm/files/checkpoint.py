@@ -73,7 +73,7 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
     Args:
         path: the folder.
         device: the device of the network.
-        clip: `clip` of the denoiser.
+        clip: how the denoiser clips x0_hat (see Denoiser).
 
     Returns:
         The denoiser, its network in eval mode and channels-last format, and the model's record.
@@ -165,7 +165,7 @@ class ResumeState:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors on the CPU by save_file of safetensors. Raises its disk errors as OSError.
+    """Writes CPU tensors with save_file of safetensors. Converts the disk errors of save_file into OSError.
 
     save_file first writes a temporary file, and a kill leaves that file behind. So this function calls save_file in a temporary
     folder whose name starts with the name of `path`. A later run finds and removes such a folder.

@@ -20,7 +20,7 @@ from ddpm.files.arrays import Images
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """The content of dataset.json: a prepared dataset.
+    """The content of dataset.json, which describes a prepared dataset.
 
     Args:
         name: the name of the source.
@@ -205,7 +205,7 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> Images:
     try:
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
         if hasattr(os, "posix_fallocate"):
-            # Takes the space now: later, a write to the mapping of a full disk would kill the process.
+            # Reserves the disk space now: on a full disk, a later write to the mapped file would kill the process.
             with path.open("rb+") as file:
                 # protects: tests/stages/test_faults.py::test_room_is_taken_before_it_is_written_to
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

@@ -162,7 +162,7 @@ class ModelRecord:
     content: Mapping[str, Any] = field(default_factory=dict)
 
     def described_by(self, **entries: Any) -> dict[str, Any]:
-        """Returns the description that save() takes, with some entries replaced."""
+        """Returns the description that checkpoint.save takes, with some entries replaced."""
         kept = {key: item for key, item in self.content.items() if key not in ("format", "weights_sha256")}
         return {**kept, **entries}
 

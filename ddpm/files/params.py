@@ -57,7 +57,7 @@ from ddpm.parameters import (
 )
 from ddpm.scores.extractors import EXTRACTORS, judges
 
-FAULTS, SHOWN = 5, 60  # the most faults in a message, and the most characters that it shows of a wrong value
+FAULTS, SHOWN = 5, 60  # the most faults in a message; the most characters shown of a wrong value
 Name = Annotated[str, Field(**NAME)]
 S = TypeVar("S")
 # A params.yaml without any of these sections belongs to another project.
@@ -98,7 +98,7 @@ def _build(kind: type[S], value: Any) -> S:
 
 
 def section(kind: type[S], value: Any) -> S:
-    """Checks a dict against a class of ddpm.parameters. Raises ValueError with every fault in one line."""
+    """Checks a dict against a class of ddpm.parameters. Raises ValueError with the first FAULTS faults in one line."""
     try:
         return _build(kind, value)
     except ValidationError as error:
@@ -106,7 +106,7 @@ def section(kind: type[S], value: Any) -> S:
 
 
 def _data(value: Any) -> Data:
-    """Builds the section `data`. Older files write the source's name with dashes, which become the underscores of its module."""
+    """Builds the section `data`. Replaces dashes in the source's name, as older files write it, by underscores."""
     if isinstance(value, dict) and isinstance(value.get("source"), str):
         value = {**value, "source": value["source"].replace("-", "_")}
     return _build(Data, value)
@@ -250,7 +250,7 @@ class Params(Section):
 
     @classmethod
     def load(cls, path: Path = Path("params.yaml")) -> Params:
-        """Reads and checks a parameter file. Raises InputError with every fault in one line."""
+        """Reads and checks a parameter file. Raises InputError with the first FAULTS faults in one line."""
         raw = yaml_file.read_yaml(path)
         if not isinstance(raw, dict):
             found = "nothing" if raw is None else f"a {type(raw).__name__}"
@@ -272,7 +272,7 @@ class Params(Section):
 
     @classmethod
     def check(cls, raw: dict[str, Any], where: str) -> Params:
-        """Checks a plain dict. Raises InputError with the faults in one line that starts with `where`."""
+        """Checks a plain dict. Raises InputError with the first FAULTS faults in one line that starts with `where`."""
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
@@ -300,7 +300,7 @@ class Params(Section):
         return self.seed if own is None else own
 
     def training_entry(self, schedule: str) -> dict[str, Any]:
-        """Returns the entry `training` of a model's record: the settings of the training as JSON values, with its seed."""
+        """Returns the entry `training` of a model's record: the seed, the row's `base` if set, and the section `training`."""
         return {
             "seed": self.training_seed(schedule),
             **self.schedules[schedule].origin,

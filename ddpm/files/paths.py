@@ -6,10 +6,10 @@ Layout, below the root of a checkout (`*.run.json` files lie beside outputs and 
     dataset/                      train.npy, test.npy (uint8 N,C,H,W), *-labels.npy (int64 N), dataset.json, preview.png
     models/SCHEDULE/              model.safetensors, model.json
     snapshots/SCHEDULE/           averages of the weights after some steps (training.snapshot_every); snapshots.json
-    imported/NAME/                the same for an imported model, which `ddpm train NAME` copies
+    imported/NAME/                model.safetensors, model.json of an imported model, which `ddpm train NAME` copies
     samples/POINT.npz, .png       images (uint8 N,C,H,W), evaluations, labels (int64 N, if conditional); a preview grid
-    metrics/POINT.json            scores of a point; POINT.influence.npy (float32 N): the influence of each image on the
-                                  score that ranks points
+    metrics/POINT.json            scores of a point; POINT.influence.npy (float32 N, or 1+J,N with J judges): the influence
+                                  of each image on the score that ranks points, and on the judges' scores
     metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves; SCHEDULE.by_time.csv the
                                   validation loss by network time
     metrics/likelihood/SCHEDULE.json  bits per dimension; SCHEDULE.csv rate and distortion

@@ -1,4 +1,4 @@
-"""Reads and writes JSON records, which hold their own hash and the hashes of the files they describe, and CSV tables."""
+"""Reads and writes CSV tables and JSON records. A record holds the hashes of its own content and of the files it describes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _no_constant(name: str) -> None:
 
 CHECKSUM = "record_sha256"
 LARGE = 1 << 26  # bytes; the hashes of larger files are kept in a file between processes
-SETTLED = 2.0  # seconds; a change this long after the last change surely gives a file another modification time
+SETTLED = 2.0  # seconds; a file that changes this long after its last change surely gets another modification time
 
 
 def record_digest(value: Mapping[str, Any]) -> str:

@@ -53,8 +53,8 @@ def write_samples(
         text = json.dumps({**about, records.CHECKSUM: records.record_digest(about)}, indent=2)
         archive.writestr(zipfile.ZipInfo(RECORD), text, zipfile.ZIP_DEFLATED)
         for name, array in arrays.items():
-            # numpy's savez would not give the same bytes: it asks for 64-bit sizes, whose header differs between Python 3.11.2
-            # and 3.11.7.
+            # numpy's savez forces zip headers with 64-bit sizes. Python 3.11.2 and 3.11.7 write such headers differently, so
+            # the bytes would vary.
             member = zipfile.ZipInfo(f"{name}.npy")
             member.compress_type = zipfile.ZIP_DEFLATED
             member.file_size = array.nbytes
@@ -73,7 +73,7 @@ class Samples:
         images: uint8 N,C,H,W.
         evaluations: network evaluations per image.
         model: sha256 of the network's weights.
-        sha256: hash of the content; compression does not change it.
+        sha256: hash of the content, independent of the compression.
         labels: int64 N, the class of each image, or None.
     """
 
@@ -191,7 +191,7 @@ class KeptImages:
         shape: N, C, H, W.
 
     Attributes:
-        batches: an entry for each finished batch: index of its first image -> network evaluations per image. Includes
+        batches: maps the index of each finished batch's first image to the network evaluations per image. Includes
             batches that an earlier run finished, if their checksums are correct.
 
     Raises:

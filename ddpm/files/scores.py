@@ -50,8 +50,8 @@ class Scores:
         features: the full name of the features.
         evaluation: the section `evaluation` of params.yaml.
         files: sha256 of the influence values, by the name of the file.
-        judges: the scores of evaluation.judges by name, each with the extractor, the layer and the hash of its weights.
-            The file of influence values has the judges in the same order.
+        judges: for each judge in evaluation.judges, by name: the extractor, its layer and its hash. The file of influence
+            values has the judges in the same order.
     """
 
     point: str
@@ -82,7 +82,7 @@ class Scores:
             ValueError: an entry is missing or has an impossible value.
         """
         known = entries()
-        # Version 0.3 wrote negative values for few images.
+        # Drops a negative value, which version 0.3 wrote for few images.
         if isinstance(old := found.get("fid_infinity"), float) and old < 0:
             found = {name: value for name, value in found.items() if name != "fid_infinity"}
         needed = needed or [
@@ -110,7 +110,7 @@ class Scores:
 
     @property
     def extractor(self) -> Extractor:
-        """The row of EXTRACTORS. Raises InputError if this version has no such row."""
+        """The row of EXTRACTORS that these scores used. Raises InputError if this version has no such row."""
         return extractor(str(self.evaluation.get("extractor", USUAL_EXTRACTOR)))
 
     def estimate(self, influence: NDArray[np.floating] | None = None, name: str = HEADLINE) -> Estimate:
@@ -270,10 +270,10 @@ class Best:
     """The content of best.json: the best point.
 
     Args:
-        row: the row of the best point.
+        row: the row of the best point, which `conclusions.choose` chose.
         points: the number of points.
         lowest: the point with the best score. The lead of this point may be chance.
-        tied: the number of points that cannot be told apart from the best point.
+        tied: the number of points that cannot be told apart from the truly best point.
         trainings: the scores of all trainings of the best point's schedule, sampled with its sampler and its number of
             steps; None in files from before 0.4.0.
     """
@@ -330,7 +330,7 @@ class Answer(Standing):
 
     Args:
         lowest: the name of the point with the best score.
-        may_be_best: the names of the points that cannot be told apart from the best point.
+        may_be_best: the names of the points that cannot be told apart from the truly best point.
     """
 
     lowest: str
@@ -359,7 +359,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class FrontStep(Standing):
-    """A point of the front: no point with at most as many evaluations has a better score.
+    """A point of the front: no point with the same number of evaluations or fewer has a better score.
 
     Args:
         gap: the difference from the previous point; None for the first point of the front.
@@ -380,7 +380,7 @@ class Front:
         confidence: the confidence of all intervals.
         margin: how much worse than the best point a cheaper point may be, as a share of the best score.
         budgets: the best point for each limit on evaluations.
-        steps: the front, by evaluations.
+        steps: the points of the front, sorted by evaluations.
     """
 
     confidence: float

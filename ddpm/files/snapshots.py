@@ -1,7 +1,7 @@
 """Reads and writes snapshots: the power-function averages of a training's weights after some of its steps.
 
-A training keeps them in the cache, since a longer training needs them too. At its end, it writes them to snapshots/SCHEDULE.
-The hash of their record is in model.json.
+A training keeps its snapshots in the cache, since a longer training needs them too. At the end, the training writes its
+snapshots to snapshots/SCHEDULE. model.json holds the hash of their record.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SnapshotsRecord:
     """The content of snapshots/SCHEDULE/snapshots.json.
 
     Args:
-        schedule: the row of the training.
+        schedule: the name of the schedule's row.
         lengths: the lengths of the averages in each snapshot.
         files: sha256 of the snapshots, by name.
         content: all entries of the file.
@@ -47,7 +47,7 @@ def file(folder: Path, step: int) -> Path:
 
 
 def keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a snapshot into the cache. tensors: the averages by LENGTH.NAME of the parameter."""
+    """Writes a snapshot into the cache. tensors: the averages; their keys are LENGTH.NAME, with the parameter's name."""
     with atomic.replacing(path) as temporary:
         checkpoint.write_tensors(temporary, dict(tensors))
         digest = records.sha256(temporary)
@@ -68,8 +68,8 @@ def write(root: Path, schedule: str, kept: Iterable[Path], last: tuple[int, Mapp
 
     Args:
         root: the top of the checkout.
-        schedule: the row of the training.
-        kept: the snapshots in the cache that belong to it.
+        schedule: the name of the schedule's row.
+        kept: the files of the training's snapshots in the cache.
         last: the last step of the training, and its averages; None for a training that keeps none.
     """
     with atomic.replacing_dir(root / paths.snapshots_dir(schedule)) as folder:
@@ -83,7 +83,7 @@ def write(root: Path, schedule: str, kept: Iterable[Path], last: tuple[int, Mapp
 
 
 def averaged(folder: Path, model: ModelRecord, length: float) -> dict[str, Tensor]:
-    """Returns a model's weights with an average of another length.
+    """Returns an average of a model's weights with another length, computed from the snapshots.
 
     Args:
         folder: the model's folder, models/SCHEDULE. The snapshots lie in snapshots/SCHEDULE beside it.
@@ -96,8 +96,8 @@ def averaged(folder: Path, model: ModelRecord, length: float) -> dict[str, Tenso
     place = folder.parents[1] / paths.snapshots_dir(folder.name)
     if not model.snapshots or not (place / RECORD).exists():
         raise InputError(
-            f"{place}: no snapshots of {folder}, which `ema` in a sampler row needs; train it with training.snapshot_every, or"
-            " restore them (dvc checkout)"
+            f"{place}: {folder} has no snapshots, which `ema` in a sampler row needs; train the model with"
+            " training.snapshot_every, or restore its snapshots (dvc checkout)"
         )
     record = records.read_typed(place / RECORD, SnapshotsRecord)
     if records.record_digest(record.content) != model.snapshots:
@@ -117,9 +117,10 @@ def averaged(folder: Path, model: ModelRecord, length: float) -> dict[str, Tenso
 
 
 def checkpoint_of(root: Path, schedule: str, length: float) -> Path:
-    """Returns the folder of a checkpoint that has an average of another length as its weights, so that it needs no snapshots.
+    """Makes a checkpoint whose weights are averaged with another length than training.ema's. Returns its folder in the cache.
 
-    Makes it in the cache from models/SCHEDULE and its snapshots. Raises InputError for the reasons of averaged().
+    The checkpoint is made from models/SCHEDULE and its snapshots, but needs no snapshots itself. Raises InputError for the
+    reasons of averaged().
     """
     folder = root / paths.model_dir(schedule)
     denoiser, model = checkpoint.load(folder)

@@ -1,7 +1,7 @@
 // Functions that winograd.py calls: 3x3 convolutions by Winograd's method, group normalisation with swish, and dropout.
 // Images are N,H,W,C with C a multiple of 8. They are float32, or bfloat16 if BFLOAT16 is defined. Sums are float32.
 //
-// A tile has SIDE x SIDE pixels. Neighbouring tiles overlap, and the inner OUT x OUT pixels of a tile belong to no other tile.
+// A tile has SIDE x SIDE pixels. Neighbouring tiles overlap, but each pixel lies in the inner OUT x OUT pixels of only one tile.
 // float32 uses F(4x4, 3x3). bfloat16 uses F(2x2, 3x3), whose transforms amplify rounding less. A plane holds one of the
 // PLANES = SIDE x SIDE places of all transformed tiles. A convolution is one matrix product per plane.
 //
@@ -309,7 +309,7 @@ enum { TILE = 16, STEP = 32 }; // rows of an AMX tile, and bfloat16 numbers in e
 // Rounds a number of channels or positions up to a multiple of STEP. The operands have zeros beyond the channels.
 ALWAYS long stepped(long summed) { return (summed + STEP - 1) / STEP * STEP; }
 
-// The positions of all pixels, counted through. For 3x3 kernels (`gap` = 1), a zero follows each line of an image, and a line of
+// Numbers the positions of all pixels. For 3x3 kernels (`gap` = 1), a zero follows each line of an image, and a line of
 // zeros follows each image. So the neighbour of a pixel at (dy, dx) is always dy * (width + 1) + dx positions away.
 typedef struct {
   long images, height, width, gap;
@@ -385,7 +385,8 @@ ALWAYS void zero_tiles(void)
   _tile_zero(3);
 }
 
-// Returns the elements that a thread needs to copy a block of positions and the indices of their pixels, in whole cache lines.
+// Returns how many elements a thread needs for a copy of a block of positions and the indices of their pixels. The elements
+// fill whole cache lines.
 ALWAYS long space_of_block(long width, long c, long side)
 {
   return ((POSITIONS + 2 * halo(width, side) + 2 * TILE) * ((stepped(c) + STEP) / PER + 1) + 15) / 16 * 16;
@@ -393,7 +394,7 @@ ALWAYS long space_of_block(long width, long c, long side)
 
 long space_to_convolve(long width, long c, long k, long side, long threads) { return threads * space_of_block(width, c, side); }
 
-// Returns the elements of the result of kernel_planes.
+// Returns the number of elements that kernel_planes writes.
 long kernel_elements(long summed, long columns, long side)
 {
   return side * side * panels(columns) * stepped(summed) / PER * PANEL;
@@ -567,7 +568,7 @@ long by_matrices(void) { return 0; }
 #define SUMMED 512 // tiles over which gradients of kernels are summed at a time: an even number
 #endif
 
-// Returns the elements of the result of kernel_planes.
+// Returns the number of elements that kernel_planes writes.
 long kernel_elements(long summed, long columns, long side) { return PLANES * summed / PER * panels(columns) * PANEL; }
 
 long space_to_convolve(long width, long c, long k, long side, long threads)
@@ -861,9 +862,9 @@ ALWAYS vec swish_gradient(vec z, vec g, long linear)
   return g * part * (1 + z * (1 - part));
 }
 
-// Computes gradients from `gradient`, the gradient of y: of x, and for each image of the weights, biases and shift, [N][3][C].
-// Let xhat be the normalised x, and d the gradient of weight * xhat + bias. The gradient of x is the inverse deviation times
-// weight * d - mean(weight * d) - xhat * mean(weight * d * xhat), where means are over the group.
+// Computes the gradient of x and, for each image, the gradients of the weights, biases and shift, [N][3][C]. `gradient` is the
+// gradient of y. Let xhat be the normalised x, and d the gradient of weight * xhat + bias. The gradient of x is the inverse
+// deviation times weight * d - mean(weight * d) - xhat * mean(weight * d * xhat), where means are over the group.
 void normalised_gradients(const number *x, const float *shift, const number *gradient, const float *weight, const float *bias,
                           const float *moments, number *of_x, float *of_parameters, long images, long pixels, long channels, long groups, long linear)
 {

@@ -38,8 +38,8 @@ from ddpm.networks.layers import AddingConvolution, NormSwish, SharedDropout
 SOURCE = Path(__file__).with_name("winograd.c")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-Wno-psabi")
 WIDE = 8  # channels in a vector of the C code
-# Convolutions of fewer pixels are left to torch: to read the transformed kernel would cost more than it saves (FEW). Each step of
-# a training must also transform the kernel again (FEW_TRAINED).
+# Convolutions of fewer pixels are left to torch, since reading the transformed kernel would take more time than Winograd's method
+# saves (FEW). Each step of a training must also transform the kernel again (FEW_TRAINED).
 FEW, FEW_TRAINED = 128, 256
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -52,8 +52,8 @@ class NoCompiler(RuntimeError):
 def compiled(net: Network, dynamic: bool | None = None) -> Network:
     """Returns a faster form of the network: on a GPU from torch.compile, on a CPU the network itself, changed in place.
 
-    Parameters, gradients and state_dict stay the same. On a CPU, inputs in channels_last are faster, and the
-    first call compiles the C code in about 2 s. `dynamic` is passed to torch.compile. Raises NoCompiler.
+    Parameters, gradients and state_dict stay the same. On a CPU, inputs in channels_last are faster. If no compiled library is
+    saved, this function compiles the C code in about 2 s. `dynamic` is passed to torch.compile. Raises NoCompiler.
     """
     device = next(net.parameters()).device
     if device.type == "cuda":
@@ -90,7 +90,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def _avx512_disabled() -> bool:
-    """Returns whether the processor has AVX-512, but ATEN_CPU_CAPABILITY tells torch not to use it. The C code follows."""
+    """Returns whether ATEN_CPU_CAPABILITY keeps torch from using the processor's AVX-512. Then the C code avoids AVX-512 too."""
     return "avx512f" in _processor().split() and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -225,7 +225,7 @@ class NormalisedSwish(NormSwish):
 
 
 class Dropout(nn.Dropout):
-    """Dropout that computes its random numbers in the same pass. torch's global generator draws the seed of each call."""
+    """Dropout that draws and applies its random numbers in one pass. torch's global generator draws the seed of each call."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype if x.dtype == torch.bfloat16 and multiplies_bfloat16() else torch.float32

@@ -1,4 +1,4 @@
-"""Determines the code, the parameters and the commit of a run, and lets DVC record nothing else.
+"""Determines the code, the parameters and the commit of a run, and stops DVC from recording any others.
 
 Code that computes a stage's outputs does not belong here.
 """

@@ -1,8 +1,8 @@
 """Replaces dvc.lock atomically: a kill leaves the old file or the new one, never half of it.
 
 The installed `dvc` command runs this module. DVC itself empties dvc.lock and then writes all stages again
-(https://github.com/treeverse/dvc/issues/10629), so a kill during the write leaves a truncated file. The next command would mend
-that file, but DVC reads the file before any verb runs, and may refuse it.
+(https://github.com/treeverse/dvc/issues/10629), so a kill during the write leaves a truncated file. The next ddpm command
+would mend that file, but DVC reads the file before it runs any ddpm command, and may refuse the file.
 
 This module is also faster. DVC writes with a parser that keeps comments, which takes half a second for 60 stages and a quarter of
 a minute for 300. To run one stage, DVC parses and checks all stages three times. This module parses only the stages that DVC
@@ -60,7 +60,7 @@ def _root() -> Path:
 
 
 def pipeline() -> Path | None:
-    """Returns the folder of the pipeline that the command line selects, or None unless the pipeline belongs to this package."""
+    """Returns the folder of the pipeline that the command line selects, or None if the pipeline is not of this package."""
     root = _root()
     return root if _is_own(root) else None
 
@@ -80,12 +80,12 @@ def _check_parameters(root: Path) -> None:
     params, given = Params.load(root / "params.yaml"), read_yaml(root / "params.yaml")
     if absent := absent_sections(text, given):
         sections = "; ".join(f"{name}: {json.dumps(value)}" for name, value in params.to_json(*absent).items())
-        raise InputError(f"params.yaml: dvc.yaml takes {', '.join(absent)} from it; add `{sections}`")
+        raise InputError(f"params.yaml: dvc.yaml needs the sections {', '.join(absent)}; add `{sections}`")
     for section, key in re.findall(TEMPLATE, text):
         name = getattr(getattr(params, section), key)
         if given[section].get(key) != name:
             raise InputError(
-                f"params.yaml: dvc.yaml takes {section}.{key} from it; write `{key}: {name}` below {section}"
+                f"params.yaml: dvc.yaml needs {section}.{key}; write `{key}: {name}` below {section}"
             )
 
 

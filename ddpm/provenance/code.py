@@ -33,7 +33,7 @@ class Source(ast.NodeVisitor):
 
     Attributes:
         package: the package of the module, from which relative imports start.
-        imported: full names of imported modules and of the names imported from modules, which may be modules too.
+        imported: full names of imported modules, and of all names imported from modules. Such a name may be a module too.
         at_once: the names in `imported` that are imported outside of functions.
         literals: all string literals. Some of these name files beside the module.
         rooms: the arguments of each call `Room(...)`.
@@ -107,14 +107,14 @@ def modules(names: Iterable[str]) -> dict[str, Path]:
 
 
 def rooms(*names: str) -> list[Room[Any]]:
-    """Returns the rooms that these modules, or modules that they import, use."""
+    """Returns the rooms (see ddpm.rooms) that these modules and their imported modules use."""
     return [Room(*arguments) for path in modules(names).values() for arguments in source(path).rooms]
 
 
 def selected(params: object, *names: str) -> tuple[str, ...]:
     """Returns the modules that `params` select in the rooms of these modules, such as ddpm.sources.digits.
 
-    No import statement names the selected modules, so the modules `names` run `files(*names, *selected(params, *names))`.
+    No import statement names the selected modules, so `files(*names, *selected(params, *names))` gives all files that run.
     """
     return tuple(f"{room.package}.{attrgetter(room.key)(params)}" for room in rooms(*names))
 

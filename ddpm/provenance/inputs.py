@@ -75,7 +75,7 @@ def _read(stage: str, root: Path) -> dict[str, Any]:
 
 
 def _read_other_files(keys: Mapping[str, Sequence[str]], root: Path) -> dict[str, Any]:
-    """Reads parameters that dvc.yaml takes from auto.json and, in a project, from ddpm.json. keys: by the name of the file."""
+    """Reads parameters that dvc.yaml takes from auto.json and, in a project, from ddpm.json. keys: the keys, by file name."""
     files = {name: records.read_json(root / name) if (root / name).exists() else {} for name in keys}
     return {f"{key} of {name}": _value(files[name], key) for name in keys for key in keys[name]}
 

@@ -58,7 +58,7 @@ def _next_steps(root: Path, promoted: bool, mlflow: str) -> list[tuple[str, str]
     if look := mlflow or mlflow_command(root):
         steps.append((look, "shows the runs, charts and models in MLflow"))
     if params := Params.find(root / "params.yaml"):
-        twice = 2 * params.training.steps  # a smaller number of steps would start a new training
+        twice = 2 * params.training.steps  # fewer steps would resume from an older saved state, or start again
         steps.append(
             (f"ddpm run training.steps={twice}", "continues the training, and reruns only the stages that depend on it")
         )

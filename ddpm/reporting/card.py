@@ -60,7 +60,7 @@ def _source(name: str) -> Source | None:
 
 
 def _shown(scores: Scores) -> list[Metric]:
-    """Returns the metrics of these scores for which lower or higher is better."""
+    """Returns the metrics of these scores, except diagnoses, whose direction is 0."""
     return [metric for metric in METRICS.values() if metric.direction and metric.name in scores.values]
 
 

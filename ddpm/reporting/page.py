@@ -372,7 +372,7 @@ def _training(params: Params, root: Path) -> Section:
 
 
 def _lengths(params: Params, rows: Sequence[Row]) -> dict[str, str] | None:
-    """Draws the scores against the length of the weights' average; None without sampler rows that differ in it alone."""
+    """Draws the scores against the length of the weights' average; None if no sampler rows differ only in this length."""
     points, lines = {row.point: row for row in rows}, dict[str, list[tuple[float, Row]]]()
     alike: dict[str, list[tuple[float, str]]] = {}
     for name in params.sweep.samplers:

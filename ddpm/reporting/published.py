@@ -124,7 +124,7 @@ def published(
 def preview_fids(root: Path, rows: Sequence[Row]) -> dict[str, dict[int, float]]:
     """Returns the FIDs of the images that were drawn while the present models trained, by schedule and step.
 
-    Leaves out schedules whose models are from another training than the one that drew.
+    Leaves out a schedule if its FIDs are from another training than its present model.
     """
     found: dict[str, dict[int, float]] = {}
     for schedule in dict.fromkeys(row.schedule for row in rows):

@@ -33,8 +33,8 @@ def compiled(net: Any, section: str) -> Any:
 def probe(device: torch.device) -> tuple[Auto, str]:
     """Returns the values that `auto` gets on this machine, and the reason in a few words.
 
-    Networks are compiled if compilation works. The precision is bfloat16 if this is faster than float32: on a GPU with
-    bfloat16 units, and on a CPU in the compiled kernels.
+    Networks are compiled if compilation works. The precision is bfloat16 if bfloat16 is faster than float32: on a GPU with
+    bfloat16 units, and on a CPU with AVX512-BF16 if networks are compiled.
     """
     problem = _obstacle(device)
     if device.type == "cuda":

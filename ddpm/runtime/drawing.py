@@ -232,7 +232,7 @@ def prepared_denoiser(
         clip: see `Denoiser`.
         precision: "float32", or "bfloat16" for autocast.
         compiled: whether to compile the network.
-        ema: the entry of a sampler row: the length of the weights' average. None for the weights of the checkpoint.
+        ema: the length of the weights' average, from the sampler row. None for the weights of the checkpoint.
 
     Returns:
         The denoiser, and the record of the model.

@@ -1,7 +1,7 @@
 """Ends processes: sends SIGTERM, waits for a grace time in which the processes save, then sends SIGKILL.
 
-The constants here are all grace times of the project. A process that ends other processes gets a longer grace time than these.
-Otherwise it would be killed before they have ended.
+The constants here are all grace times of the project. A process that ends other processes gets a longer grace time than those
+processes. Otherwise the process would be killed before the other processes have ended.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def this_process() -> str:
 
 
 def is_here(name: str) -> bool:
-    """Returns whether the named process belongs to this host or container. Only for such processes is `is_alive` valid."""
+    """Returns whether the named process belongs to this host or container. `is_alive` is valid only for such processes."""
     return name.split(" ", maxsplit=1)[0] == _host()
 
 

@@ -21,7 +21,7 @@ def number() -> int:
 
 
 def started() -> bool:
-    """Returns whether torchrun started this process: whether its variables are set."""
+    """Returns whether torchrun's variables are set, which means that torchrun started this process."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 

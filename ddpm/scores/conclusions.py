@@ -88,7 +88,7 @@ def choose(candidates: Sequence[Candidate], margin: float) -> Choice:
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Returns the Pareto front, sorted by evaluations.
 
-    A point is on the front if its score is better than the score of all other points with as few or fewer evaluations.
+    A point is on the front if its score is better than the score of every other point that takes no more evaluations.
     """
     kept: list[Candidate] = []
     for point in sorted(candidates, key=lambda point: (point.evaluations, *point.order)):

@@ -22,8 +22,8 @@ images than features, an N x N matrix is decomposed instead. Nothing is inverted
 even then. A linearised root would give half the true error with fewer images than features.
 
 FID itself is computed in float64. From MANY images per feature on, the images are rotated into M's eigenvectors in
-float32, which takes half the time. This changes an influence value by less than 1e-4 of the largest influence value. The
-bound holds even if C1 is singular, an image is an outlier or FID is near 0.
+float32, which takes half the time. This changes an influence value by less than 1e-4 of the largest influence value, even if
+C1 is singular, an image is an outlier or FID is near 0.
 
 The influence values are l_i = (N - 1) (mean_j FID_(-j) - FID_(-i)) (see intervals.py). The bias, to first order in 1/N, is
 (N - 1) (mean_j FID_(-j) - FID) (Quenouille 1956). FID minus this bias estimates the FID of infinitely many images.

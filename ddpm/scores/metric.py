@@ -66,7 +66,7 @@ class Metric(Entry):
 
     @property
     def words(self) -> str:
-        """The words that say whether lower or higher is better."""
+        """The words that say whether lower or higher is better, for a metric with a direction."""
         return "higher is better" if self.direction > 0 else "lower is better"
 
     @property

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def _fid(sets: Sets) -> Estimate:
-    """Returns the FID of the features. Influence values are rounded as in their file, so that it gives the same interval."""
+    """Returns FID. Influence values are rounded as in their file, so that the file gives the same interval."""
     influence = sets.jackknife.influence.astype(np.float32)
     return Estimate(sets.jackknife.fid, standard_error(influence), influence)
 
 
 def _cmmd(sets: Sets) -> Estimate:
-    """Returns CMMD. Influence values are rounded as in their file, so that it gives the same interval."""
+    """Returns CMMD. Influence values are rounded as in their file, so that the file gives the same interval."""
     influence = sets.cmmd[1].astype(np.float32)
     return Estimate(sets.cmmd[0], standard_error(influence), influence)
 

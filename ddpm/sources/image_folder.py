@@ -72,7 +72,9 @@ def _split(names: list[str], data: Data, seed: int) -> tuple[list[str], NDArray[
             return inner, np.array([roles[word] == "test" for word in words])
         if {"train", "test"} <= found:
             raise _mixed(roles, data)
-    return names, held_out(names, data.test_fraction, seed)
+    # A single folder of images is no wrapper, but a class.
+    inner = ["/".join(path) for path in unwrapped] if any(len(path) > 1 for path in unwrapped) else names
+    return inner, held_out(names, data.test_fraction, seed)
 
 
 def _unwrapped(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

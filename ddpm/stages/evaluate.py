@@ -1,7 +1,7 @@
 """`evaluate POINT`: scores the samples of a point against training images, with confidence intervals.
 
 All points are scored by the same protocol: the first `evaluation.images` saved samples are compared with as many training
-images, the reference images. They are chosen in a fixed random order, independent of `params.seed`.
+images, the reference images. The reference images are chosen at random with a fixed seed, independent of `params.seed`.
 
 One pass of `evaluation.extractor` over these images computes the features of all metrics except the judges. A judge is a metric
 with an extractor of its own. Each judge in `evaluation.judges` takes one more pass over the same images.
@@ -80,7 +80,10 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
     images_per_pass = len(real) + len(samples)
 
     def feature_sets(row: Extractor, layer: int, before: int) -> tuple[Features, fidelity.Sets]:
-        """Loads an extractor and computes all features. before: the number of images that earlier passes have done."""
+        """Loads an extractor and computes the features of all sets.
+
+        before: the number of images that other extractors have processed, for the progress.
+        """
 
         def done(count: int, message: str = "") -> None:
             total = images_per_pass * (1 + len(protocol.judges))

@@ -1,7 +1,7 @@
-"""`probe`: measures which values of `precision` and `compile` are fastest on this machine, and writes them to auto.json.
+"""`probe`: chooses the values of `precision` and `compile` that suit this machine, and writes them to auto.json.
 
 `train` and `sample` replace the value `auto` by the values in auto.json. So all points of a sweep use the same values, and so
-does another host that gets auto.json from DVC. DVC runs this stage once; `dvc repro --force probe` measures again.
+does another host that gets auto.json from DVC. DVC runs this stage once; `dvc repro --force --single-item probe` chooses again.
 """
 
 from __future__ import annotations

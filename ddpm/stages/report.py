@@ -100,14 +100,14 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> Best
 
 
 def _trainings(params: Params, candidates: Sequence[Candidate], best: Row) -> list[Trainings]:
-    """Summarises the trainings of each schedule, at the sampler and steps of the best point, whose schedule is first."""
+    """Summarises the trainings of each schedule, at the best point's sampler and steps. The best point's schedule is first."""
     scores = {point.name: point.estimate for point in candidates}
     groups = sorted(params.replicates(), key=lambda group: best.schedule not in group)
     return [trainings(group[0], [scores[f"{name}-{best.sampler}-{best.steps}"] for name in group]) for group in groups]
 
 
 def _front(candidates: Sequence[Candidate], margin: float, chosen: Choice) -> Front:
-    """Chooses the best point for each budget, and the front: the points that no point with as few evaluations beats.
+    """Chooses the best point for each budget, and the front: the points that no equally cheap or cheaper point beats.
 
     The intervals of the differences hold for all pairs of points together, so they also hold for pairs picked by their scores.
 

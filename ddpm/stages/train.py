@@ -3,9 +3,10 @@
 The stage saves its state in the cache every `compute.checkpoint_every` steps, and after SIGTERM or Ctrl-C. A later run resumes
 from the newest state and ends with the same weights as an uninterrupted training.
 
-The key of a saved state hashes everything that decides it, except the number of steps and the decay of the learning rate. So a
-longer training resumes from the last state before the decay. The states during the decay depend on the number of steps, so they
-are in a subfolder. Snapshots of averages are kept beside the states, and copied to snapshots/SCHEDULE at the end.
+The key of a saved state hashes everything that decides the state, except the number of steps and the decay of the learning
+rate. So a longer training resumes from the last state before the decay. The states during the decay depend on the number of
+steps, so they are in a subfolder. Snapshots of the weights' averages are kept beside the states, and copied to
+snapshots/SCHEDULE at the end.
 
 If several processes share a training (ddpm/training/parallel.py), only process 0 saves, writes and reports.
 """
@@ -481,7 +482,7 @@ def _log_loss(training: Training, step: Step) -> None:
 
 
 def _averaged(state: TrainingState) -> dict[str, torch.Tensor]:
-    """Returns the power-function averages on the CPU, as LENGTH.NAME of the parameter."""
+    """Returns the power-function averages on the CPU. Each key is LENGTH.NAME, where NAME is the parameter's."""
     return {name: tensor.cpu().contiguous() for name, tensor in state.averaged().items()}
 
 
@@ -509,7 +510,10 @@ def _on_device_if_they_fit(images: arrays.Images, device: torch.device) -> torch
 
 
 def _zero_prediction_loss(images: torch.Tensor, objective: Objective, channels: int) -> float:
-    """Returns the loss of a network that always predicts 0, averaged over evenly spread times. channels: of its output."""
+    """Returns the loss of a network that always predicts 0, averaged over evenly spread times.
+
+    channels: the number of output channels.
+    """
     return Validation(images, objective, batch=64).loss(lambda x, t: x.new_zeros(len(x), channels, *x.shape[2:]))
 
 

@@ -105,7 +105,7 @@ def _trainings(params: Params, root: Path) -> set[str] | None:
 
 
 def _other_descents(folder: Path, params: Params) -> Iterator[Path]:
-    """Yields the folders of training states of other decays of the learning rate than that of `params`."""
+    """Yields the folders of training states whose decay of the learning rate differs from the decay in `params`."""
     from ddpm.stages.train import SNAPSHOTS, descent_folder
 
     kept = (descent_folder(folder, params.training), folder / SNAPSHOTS)

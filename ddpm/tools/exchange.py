@@ -29,7 +29,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # the file that lists the shards of large weights
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 # The entries of model.json that an export can express or leave out.
-KNOWN = {"format", "weights_sha256", "schedule", "target", "variance", "network", "data", "training"}
+KNOWN = {"format", "weights_sha256", "schedule", "target", "variance", "network", "data", "training", "snapshots", "ema"}
 DIFFUSERS = "0.35.0"  # the version of diffusers whose configuration keys are written
 
 
@@ -199,7 +199,7 @@ def _check_variance(folder: Path, entry: NetworkEntry, scheduler: Mapping[str, A
 
 
 def _params_text(path: Path, name: str) -> str:
-    """Returns the text of params.yaml. Raises InputError if the file is invalid, or if a row that is no import has that name."""
+    """Returns the text of params.yaml. Raises InputError if the file is invalid, or if row `name` exists and is no import."""
     params = Params.load(path)
     if name in params.schedules and params.schedules[name].imported is None:
         raise InputError(

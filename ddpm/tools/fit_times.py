@@ -1,4 +1,7 @@
-"""`fit-times`: finds the network times at which a sampler works best with a model, and prints them as a row of `samplers`."""
+"""`fit-times`: finds the network times with which a sampler comes closest to a sampling in many small steps.
+
+Prints these times as a row of `samplers`.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def previews(
         log: called with the step and a grid of 36 images, uint8 C,H,W. The grid is also written to
             .cache/previews/SCHEDULE/STEP.png.
         log_fid: called with the step and the FID of `compute.preview_fid` images, at the lowest layer of the extractor. The
-            value falls when the FID of the report falls, but the two cannot be compared. The
+            value usually falls if the FID of the report would fall, but the two values cannot be compared. The
             cache keeps all values for the page of the report.
     """
     scored = params.compute.preview_fid
@@ -85,7 +85,7 @@ def previews(
 
 
 class _Fids:
-    """The FIDs of a training so far, in the cache. Goes on with those of the training that is resumed, up to its step."""
+    """The FIDs of a training so far, in the cache. A resumed training continues them; add() drops the FIDs of later steps."""
 
     def __init__(self, params: Params, root: Path, schedule: str) -> None:
         from ddpm.stages.train import training_key

@@ -34,7 +34,7 @@ COPIED = {
     "prefect.toml": "prefect.toml",
     "Procfile": "Procfile",
 }
-# Text of prefect.yaml and its replacement: the package's file names files of a checkout.
+# Texts of the package's prefect.yaml that hold only in a checkout, and their replacements in a project.
 REPLACED = {"flows/train_eval.py:train_eval": "flows.train_eval.train_eval", "make up": "python -m flows.servers.up"}
 HEAD = """\
 # The stages, as ddpm {version} runs them. After an upgrade, `ddpm init --update` writes this file and {name} again.

@@ -1,4 +1,4 @@
-"""Reads from the outputs with which parameters a model was trained, and a point was sampled and scored."""
+"""Collects the parameters with which a model was trained, and with which a point was sampled and scored."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 CHAMPION = "champion"
 CONNECT_SECONDS = 3.0  # how long to wait for a server to answer
 LOCK_SECONDS = 120.0  # how long to wait for the lock of the store
-SILENT_SECONDS = 1.0  # how long to wait for another promotion before a message says so
+SILENT_SECONDS = 1.0  # how long to wait for another promotion before printing a message
 
 # Environment variables that limit how long MLflow waits and how much it prints. Values that the user has set take precedence.
 ENVIRONMENT = {
@@ -74,7 +74,10 @@ class Place:
 
 
 def repo_root(root: Path = Path()) -> Path:
-    """Returns the checkout of `root`. If `root` is a temporary folder of a DVC experiment, returns the checkout around it."""
+    """Returns the absolute path of `root`.
+
+    If `root` is in a temporary folder of a DVC experiment, returns the checkout that holds this folder instead.
+    """
     path = root.resolve()
     parts = path.parts
     for index in range(len(parts) - 2):
@@ -90,7 +93,7 @@ def tracking_uri(root: Path = Path()) -> str:
 
 
 def find_place(root: Path = Path()) -> Place:
-    """Returns the store that `tracking_uri` names. If MLFLOW_DEFAULT_ARTIFACT_ROOT is set, artifacts go there."""
+    """Returns the store that `tracking_uri` names. Artifacts go to MLFLOW_DEFAULT_ARTIFACT_ROOT if set, except with a server."""
     uri, home = tracking_uri(root), repo_root(root)
     lock, artifacts = home / paths.CACHE / "mlflow.lock", home / ARTIFACTS
     scheme = uri.partition(":///")[0]
@@ -154,8 +157,8 @@ def client_of(where: Place) -> MlflowClient:
     from mlflow.tracking._tracking_service.utils import _get_store
 
     if not known:
-        # This sets the folder of experiment 0. Otherwise MLflow chooses a folder below the working folder, and fails if its
-        # path has both kinds of quotes.
+        # This sets the folder of experiment 0. Otherwise MLflow chooses a folder below the working folder, and fails if the
+        # path of that folder has both kinds of quotes.
         _get_store(where.uri, where.artifacts)
     return MlflowClient(where.uri, registry_uri=where.uri)
 
@@ -221,7 +224,10 @@ def _note(experiment: str, dataset: str) -> str:
 
 @contextmanager
 def as_default(where: Place) -> Iterator[None]:
-    """Makes `where` the default store of this process while the block runs: MLflow's registry looks up logged models there."""
+    """Makes `where` the default store of this process while the block runs.
+
+    MLflow's registry looks up logged models in the default store.
+    """
     import mlflow
 
     before = os.environ.get("MLFLOW_TRACKING_URI")

@@ -68,7 +68,7 @@ def log_image(target: Target, run: Run, picture: Any, step: int, timestamp: int,
 
     Args:
         target: the store and experiment.
-        run: the run.
+        run: the run that shows the image.
         picture: a PIL image or an array, H,W or H,W,3.
         step: MLflow's step.
         timestamp: in milliseconds since the epoch.
@@ -112,7 +112,8 @@ def find_or_create(
 ) -> Run:
     """Returns the run with this key whose content agrees with the outputs. Creates the run if there is none.
 
-    Tags the other runs with this key as superseded, except those to which a training is still streaming.
+    Tags the other runs with this key as superseded, and deletes unfinished ones with the same outputs. Leaves runs alone to which
+    a training is still streaming.
 
     Args:
         target: the store and experiment.

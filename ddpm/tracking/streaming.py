@@ -41,7 +41,7 @@ FLUSH_SECONDS = 10.0  # the interval between two batches
 
 
 class TrainingWatch:
-    """A Report that streams the loss curves of one training to an MLflow run. A separate thread sends them in batches."""
+    """A progress callback that streams a training's loss curves to an MLflow run. A separate thread sends them in batches."""
 
     def __init__(self, params: Params, schedule: str, root: Path, say: Say) -> None:
         self._params, self._schedule, self._root, self._say = params, schedule, root, say
@@ -119,7 +119,7 @@ class TrainingWatch:
                 }
             load = _system_load()
             with self._mutex:
-                # Stored with the other values, so that a batch that is sent again has the same time stamps.
+                # The load is stored with the other values, so that a batch that is sent again has the same time stamps.
                 self._values += [(key, value, _now(), self._step) for key, value in load.items()]
                 values, pictures = list(self._values), list(self._pictures)
             new = {(value[0], value[3]): Metric(*value) for value in values}
@@ -185,7 +185,9 @@ def _open_training(target: Target, params: Params, schedule: str, root: Path) ->
 
 @contextmanager
 def watch_training(params: Params, schedule: str, root: Path = Path(), say: Say = print) -> Iterator[TrainingWatch]:
-    """Streams a training to MLflow while the block runs. Call the result with each Progress, and `log_preview` with grids.
+    """Streams a training to MLflow while the block runs.
+
+    Call the yielded watch with each Progress, and its method `log_preview` with sample grids.
 
     The run ends as FINISHED, FAILED after an error, or KILLED after a signal. If MLflow cannot be reached, the training
     continues after one warning.

@@ -1,7 +1,8 @@
 """Power-function averages of a training's weights, and averages of any length from snapshots: Karras et al. 2024, section 3.
 
 A training keeps two such averages and takes snapshots of both. Each average is a weighted mean of the weights after all steps
-so far. So a linear combination of snapshots is such a mean too, and comes close to an average that nobody kept.
+so far. So a linear combination of snapshots is such a mean too. A suitable combination comes close to an average that was
+not kept.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 LENGTHS = (0.05, 0.1)  # of the averages that a training keeps
-DIGITS = 9  # of the coefficients of snapshots, so that rounding by the linear solver changes no weights
+DIGITS = 9  # decimals of the coefficients of snapshots, so that rounding errors of the linear solver change no weights
 
 
 def exponent(length: float) -> float:
@@ -50,12 +51,12 @@ class PowerAverage:
 def coefficients(snapshots: Sequence[tuple[int, float]], step: int, length: float) -> NDArray[np.float64]:
     """Returns the coefficients, float64 [snapshots], whose linear combination is closest to an average.
 
-    Closest means the least squared difference of the weights that both give to the steps.
+    An average gives each step a weight. "Closest" means the least squared difference of these weights.
 
     Args:
         snapshots: the step and the length of each snapshot.
-        step: the step of the average.
-        length: the length of the average.
+        step: the last step that the average includes.
+        length: the length of the average, as in `PowerAverage`.
     """
     steps = np.array([taken for taken, _ in snapshots], dtype=float)
     gammas = np.array([exponent(each) for _, each in snapshots])

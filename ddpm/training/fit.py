@@ -128,7 +128,7 @@ class TrainingState:
         return tensors | {f"times.{name}": tensor for name, tensor in times.items()}
 
     def averaged(self) -> dict[str, Tensor]:
-        """Returns the power-function averages as LENGTH.NAME of the parameter, without copying them."""
+        """Returns the power-function averages by name, LENGTH.PARAMETER, without copying them."""
         names = [name for name, _ in self.net.named_parameters()]
         return {
             f"{length}.{name}": tensor

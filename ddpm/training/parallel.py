@@ -21,8 +21,8 @@ from ddpm.networks.layers import SharedDropout
 class World:
     """The processes of one training.
 
-    A single process has all rows, and every method returns its argument. Several processes must all make the same calls
-    in the same order.
+    A single process has all rows, and its methods exchange nothing. Several processes must all make the same calls in the
+    same order.
 
     Args:
         rank: the index of this process, from 0. Process 0 writes and reports.

@@ -46,7 +46,8 @@ class Times:
 class LossAware(Times):
     """Draws a time in proportion to the root of the mean squared loss there: Nichol & Dhariwal 2021, section 3.3.
 
-    Times are drawn uniformly until every time has KEPT losses. The weights keep the expectation of the loss.
+    Times are drawn uniformly until every time has KEPT losses. With the weights, the loss has the same expectation as at
+    uniform times.
     """
 
     def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu", unbiased: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Sets Prefect runs of killed processes to Crashed. Runs when the next flow run starts and when `make up` starts.
+"""Sets Prefect runs of killed processes to Crashed. This happens when the next flow run starts and when `make up` starts.
 
 After `kill -9`, Prefect still shows a run as Running. Each flow run has the name of its process in a label. A process on
 another host cannot be seen from here, so a Prefect automation sets its flow run to Crashed when the heartbeats stop.

@@ -6,8 +6,8 @@ environment, and pass on no output.
 
 A flow starts one process that only imports modules, `python -m flows.processes.fork_server`, while its Prefect server starts.
 A request waits until the modules that it needs are imported. The fork server forks for every `dvc repro`. For a stage whose
-command is `python -B -m ddpm ...`, DVC in that fork forks once more instead of starting an interpreter. Otherwise a fork is
-like a new process: it has its own arguments, environment, output and exit code, and the same signals end it.
+command is `python -B -m ddpm ...`, DVC in that fork forks once more instead of starting an interpreter. Apart from its imports,
+a fork is like a new process: it has its own arguments, environment, output and exit code, and the same signals end it.
 
 A stage starts an interpreter if the ddpm/ in its folder is not the imported package, or was edited since the import. The fork
 server runs on Linux only, since system libraries of other systems do not allow a fork after an import.

@@ -79,8 +79,8 @@ class RemoteAway(InputError):
 def exchange(verb: str, name: str, root: Path, watcher: Watcher, *stages: str) -> None:
     """Pushes or fetches the run-cache and the outputs of stages to or from the DVC remote.
 
-    A fetch does not fail if the remote lacks outputs that dvc.lock names. Such a stage has changed, and DVC finds its new
-    outputs through the run-cache.
+    A fetch does not fail if the remote lacks outputs that dvc.lock names. A stage with such outputs has changed, and DVC finds
+    the stage's new outputs through the run-cache.
 
     Args:
         verb: "push" or "fetch".

@@ -96,7 +96,7 @@ def _processes() -> dict[str, str]:
 
 
 def _check_records(store: str) -> None:
-    """Checks the database file before MLflow's server opens it, as our own processes do. Raises InputError."""
+    """Checks the database file before MLflow's server opens it. `client_of` makes the same check. Raises InputError."""
     if file := sqlite.file_of(store):
         with locks.held(mlflow_file.lock_of(file)):
             mlflow_file.check(file)
@@ -177,8 +177,8 @@ def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[
         environment |= embedded.database(home)
         address = f"http://{here}:{environment['PREFECT_PORT']}"
         environment["PREFECT_API_URL"] = f"{address}/api"
-        # With this setting, Prefect's page calls the address from which it was loaded. Loopback would mean the browser's own
-        # machine.
+        # With "/api", Prefect's page calls the address from which it was loaded. On other machines, a loopback address would
+        # mean the browser's own machine.
         environment["PREFECT_UI_API_URL"] = f"{address}/api" if access.is_loopback(host) else "/api"
         print(f"Prefect: {address}", flush=True)
     elif "worker" in names:

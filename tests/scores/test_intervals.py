@@ -17,7 +17,15 @@ from scipy.optimize import brentq
 from scipy.stats import binom, norm, studentized_range
 
 from ddpm.scores.fidelity import ENOUGH, Statistics, cmmd, jackknife, kid, kid_influence
-from ddpm.scores.intervals import Estimate, difference, may_be_best, quantile, simultaneous, standard_error
+from ddpm.scores.intervals import (
+    Estimate,
+    compared_with_best,
+    difference,
+    may_be_best,
+    quantile,
+    simultaneous,
+    standard_error,
+)
 
 
 @dataclass(frozen=True)
@@ -319,6 +327,18 @@ def test_the_best_of_many_is_lost_no_more_often_than_claimed() -> None:
     assert plausible(lost, 200, 0.05, slack=0.01)
     assert plausible(missed, 200, 0.05, slack=0.01)
     assert lost_in_pairs > binom.ppf(0.999, 200, 0.07)
+
+
+def test_how_much_worse_a_score_is_at_most_takes_the_critical_value_of_the_best() -> None:
+    """The first score is the best, and its error is negligible beside the others.
+
+    Its critical value is then the quantile of the largest of 11 independent normal errors. The other scores have smaller critical
+    values, with which the bounds would hold together in only 0.95 ** (1 + 1/2 + ... + 1/11) = 86 % of all cases.
+    """
+    errors = 10.0 ** np.arange(12)
+    values = np.array([0.0, *100 * errors[1:]])
+    worse = compared_with_best([Estimate(*pair) for pair in zip(values, errors, strict=True)], -1)[1]
+    assert (worse[1:] - values[1:]) / errors[1:] == pytest.approx(norm.ppf(0.95 ** (1 / 11)), abs=0.06)
 
 
 @pytest.mark.proof

@@ -211,6 +211,24 @@ def test_classes_without_a_split(tmp_path: Path) -> None:
     assert sorted(np.concatenate(source.labels)) == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["pets/cat/1", "pets/dog/2"], ("cat", "dog")),
+        (["data/pets/cat/a/1", "data/pets/dog/2"], ("cat", "dog")),
+        (["cat/1", "cat/2"], ("cat",)),
+        (["pets/1", "pets/dog/2"], None),
+    ],
+)
+def test_a_folder_that_holds_all_images_is_no_class(
+    names: list[str], classes: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    """A zip file often holds one folder, which holds the classes. A folder without others inside is the only class."""
+    for name in names:
+        draw(tmp_path / "images" / f"{name}.png", 0)
+    assert opened(tmp_path, "image_folder", test_fraction=0.0).classes == classes
+
+
 def test_loose_images_beside_folders_give_no_classes(tmp_path: Path) -> None:
     for name in ("loose", "cat/1", "dog/1"):
         draw(tmp_path / "images" / f"{name}.png", 0)

@@ -209,7 +209,7 @@ def test_a_row_draws_with_an_average_of_its_own_length(
         draw(root, of(0.1), point)
     record.unlink()
     with pytest.raises(
-        InputError, match=r"snapshots/cosine: no snapshots of .*models/cosine, which `ema` in a sampler"
+        InputError, match=r"snapshots/cosine: .*models/cosine has no snapshots, which `ema` in a sampler"
     ):
         draw(root, of(0.1), point)
     record.write_bytes(about)

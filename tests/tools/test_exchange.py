@@ -542,6 +542,15 @@ def test_a_broken_folder_is_one_line_and_writes_nothing(
     assert not (checkout / "imported").exists()
 
 
+def test_a_model_with_snapshots_is_exported_with_the_weights_of_its_folder(made: Path, exported: Path, tmp_path: Path) -> None:
+    denoiser, model = checkpoint.load(made / "models/cosine")
+    assert isinstance(denoiser.net, torch.nn.Module)
+    checkpoint.save(tmp_path / "model", denoiser.net, model.described_by(snapshots="f" * 64, ema=0.05))
+    export_diffusers(tmp_path / "model", tmp_path / "out")
+    files = [path.relative_to(exported) for path in exported.rglob("*") if path.is_file()]
+    assert files and all((tmp_path / "out" / path).read_bytes() == (exported / path).read_bytes() for path in files)
+
+
 def test_what_cannot_be_exported_is_one_line_and_writes_nothing(made: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(made / "models/cosine", source)

@@ -273,7 +273,7 @@ def test_an_averaged_model_is_registered_with_its_weights(
     with Image.open(tmp_path / "grid.png") as picture:
         apart = np.asarray(picture).astype(int) - arrays.grid(scored, None)[0]
     assert np.abs(apart).max() <= 1
-    with pytest.raises(InputError, match=r"no snapshots of .*checkpoint, which `ema` in a sampler row needs"):
+    with pytest.raises(InputError, match=r"checkpoint has no snapshots, which `ema` in a sampler row needs"):
         generate(params, out=tmp_path / "other.png", sampler="short")
 
 

@@ -85,7 +85,7 @@ def publish_or_warn(
 def follow(
     params: Params, root: Path, ended: threading.Event, say: Say = print, champion: WithChampion | None = None
 ) -> None:
-    """Publishes the outputs of each stage as soon as dvc.lock lists them. Never raises InputError.
+    """Publishes the outputs of each stage as soon as dvc.lock lists them. Turns errors of publishing into warnings.
 
     Args:
         params: the parameters of the sweep.
@@ -94,7 +94,15 @@ def follow(
         say: prints a line for the user.
         champion: compares the report with the champion.
     """
-    path, changed, seen = root / dvc_lock.NAME, -1, dvc_lock.versions(root)
+
+
+    def locked() -> Mapping[str, Any]:
+        try:
+            return dvc_lock.versions(root)
+        except InputError:  # DVC is writing the file
+            return {}
+
+    path, changed, seen = root / dvc_lock.NAME, -1, locked()
     publish_or_warn(
         params, root, "prepare", say
     )  # imports mlflow and creates the store; `prepare` has nothing to publish
@@ -102,12 +110,8 @@ def follow(
         now = path.stat().st_mtime_ns if path.exists() else -1
         if now == changed:
             continue
-        try:
-            stages = dvc_lock.versions(root)
-        except InputError:
-            stages = {}
-        if not stages:
-            continue  # DVC is writing the file
+        if not (stages := locked()):
+            continue
         for stage in stages:
             if stages[stage] != seen.get(stage):
                 publish_or_warn(params, root, stage, say, champion)
@@ -266,7 +270,7 @@ def _times(run: RunRecord | None) -> tuple[int, int]:
 
 
 def _commit(run: RunRecord | None) -> dict[str, str]:
-    """Returns tags with the machine and the commit that made an output. Without a run file, a tag says that they are unknown."""
+    """Returns tags with the machine and the commit that made an output. Without a run file, a tag says the times are unknown."""
     if run is None:
         return {"ddpm.times": "unknown"}
     tags = {"ddpm.device": run.device, "ddpm.hardware": json.dumps(run.hardware)}
@@ -382,7 +386,7 @@ class PointFiles:
     """The samples and scores of a point on disk.
 
     Args:
-        point: the point.
+        point: the schedule, the sampler and the number of steps.
         evaluations: network evaluations per image.
         model: the sha256 of the weights that drew the samples.
         samples: the sha256 of the sample set.
@@ -463,7 +467,7 @@ def publish_points(
         **_commit(points[0].evaluated or points[0].sampled),
     }
     run = find_or_create(target, key, name, agrees, start, tags, added)
-    complete = bool(run.data.params)  # runs that an older version published have no parameters
+    complete = bool(run.data.params)  # new runs, and runs that an older version published, have no parameters
     log(target, run, _point_params(first, model, settings))
     if not complete:
         _log_dataset(target, run, root, model.data, "evaluation")
@@ -669,7 +673,7 @@ def _parts_of_page(
 
 
 def _runs_of(target: Target, root: Path, rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Returns the name and the address of the run that shows the output of each stage, by stage. The address needs a server."""
+    """Returns, for each stage, the name and address of the run that shows its output. Without a server, the address is ""."""
     tags_of = dict[str, dict[str, str]]()  # stage -> the tags of the run that shows its output
     for row in rows:
         model_file, samples = (

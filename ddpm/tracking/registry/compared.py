@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def with_champion(target: Target, params: Params, root: Path, say: Say) -> Compared | None:
     """Compares the report's best point with the champion. If the best point is the champion, uses the previous champion.
 
-    Returns None without a champion. Raises InputError if an output is missing or older than its inputs.
+    Returns None without a champion, and a comparison without scores if there is no previous champion. Raises InputError if an output is missing or older than its inputs.
     """
     champion = _version(target.client, champion_uri(params))
     if champion is None:
@@ -59,7 +59,7 @@ def _own_settings(best: Challenger) -> dict[str, Any]:
 
 
 def _settings(target: Target, version: ModelVersion) -> Mapping[str, Any]:
-    """Returns the parameters of a version: those of the training, from the run of the training, and those of the sampler."""
+    """Returns the training parameters of a version, from the run of the training, and its sampler settings, from its tag."""
     sampler = flat({"sampler": tags.settings(version)})
     run = target.client.get_run(version.run_id) if version.run_id else None
     parent = run and run.data.tags.get("mlflow.parentRunId")

@@ -7,11 +7,11 @@ A challenger wins in two cases:
   champion, and its score is not worse than the best champion's by more than the non-inferiority margin. The margin is the share
   `promotion.margin` of the best champion's score, and the unfavourable end of the interval must lie within it.
 
-The second case compares with the best champion so far. Otherwise a series of cheaper challengers could lower the score bit by
+The second case compares with the best champion so far. Otherwise a series of cheaper challengers could worsen the score bit by
 bit.
 
-Each of `promotion.judges` can refuse a challenger that would win: the judge's score must not be worse than the champion's by more
-than the margin.
+Each of `promotion.judges` can refuse a challenger that would win: by this judge, the challenger's score must not be worse than
+the champion's by more than the margin.
 
 The challenger was picked as the best of several points, so its score looks good partly by chance. The intervals therefore hold
 for all these points together (Dunnett 1955). Two scores are compared in pairs of images if both start from the same noise.
@@ -77,7 +77,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Judged:
-    """The score of a point by a judge: a metric of evaluation.judges, from another extractor than the headline score.
+    """The score of a point by a judge. A judge is a metric of evaluation.judges, with another extractor than the headline score.
 
     extractor_sha256: the hash of the weights of the judge's extractor.
     """
@@ -95,7 +95,7 @@ class Score:
         evaluations: network evaluations per image.
         protocol: how the score was computed.
         seed: the seed of the noise from which the images start; None if unknown.
-        judges: the scores by other judges, by name, in the order of their influence values.
+        judges: the judges' scores by the name of the judge, in the order of the rows of influence values.
     """
 
     estimate: Estimate
@@ -158,9 +158,9 @@ class Score:
         return replace(self, estimate=replace(self.estimate, influence=influence[0]), seed=seed, judges=judges)
 
     def lacks(self, judges: Sequence[str], other: Score) -> list[str]:
-        """Returns those of `judges` by which this score cannot be compared with `other`, which has scores by all judges.
+        """Returns the judges whose scores of this point cannot be compared with their scores of `other`.
 
-        Such a judge has not scored this point, or has scored it with other weights.
+        Such a judge has not scored this point, or has scored it with other weights. `other` must have scores by all judges.
         """
         return [
             name
@@ -201,10 +201,10 @@ class Verdict:
 
     Args:
         wins: whether the challenger replaces the champion.
-        reason: the reason, which completes a sentence that begins with the challenger's name.
+        reason: the reason, in one line.
         evidence: the numbers behind the decision, with these keys: difference (challenger - champion), low, high, confidence,
-            paired and points. If a cheaper challenger was compared with the best champion, also behind_best and margin. Each
-            judge's name holds the same numbers of the judge. {} if nothing was compared.
+            paired and points. If a cheaper challenger was compared with the best champion, also behind_best and margin. Under
+            the name of each judge: the judge's difference, low, high, paired and margin. {} if nothing was compared.
     """
 
     wins: bool

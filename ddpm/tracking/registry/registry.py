@@ -654,7 +654,7 @@ def _keep_champion(target: Target, champion: ModelVersion, challenger: Challenge
 def _choose_among_rivals(
     target: Target, challenger: Challenger, mine: ModelVersion, seen: int, say: Say
 ) -> ModelVersion:
-    """Makes the best of the versions that were promoted at the same time the champion. Returns that version.
+    """Gives the alias `champion` to the best of the versions that were promoted at the same time. Returns that version.
 
     Args:
         target: the store and experiment.
