@@ -4,7 +4,7 @@
 #   docker build --tag ddpm --build-arg TORCH_INDEX=<address of an index> . another torch, such as the CPU-only one
 #   docker build --tag ddpm --build-arg BASE_IMAGE=<image> .                a site's own Debian 12, or newer, or Ubuntu 24.04
 #
-# deploy/image.sh builds the image without a Docker engine and, if no image registry can be reached, without a base image.
+# deploy/image.sh builds the image without a Docker engine. If no image registry can be reached, it also builds the base image.
 ARG BASE_IMAGE=debian:12.12-slim
 
 # hadolint ignore=DL3006

@@ -1,9 +1,10 @@
 """Measures our code and its alternatives on the same work. Results: bench/results; page: docs/speed.md.
 
-These commands run the GPU rows on a machine without a package index. It needs torch, torchvision, scipy, safetensors and
-huggingface-hub.
+These commands run the GPU rows on a machine without a package index. The GPU machine needs torch, torchvision, scipy,
+safetensors and huggingface-hub.
 
-    make wheels FOR=3.12     # here, after `python -m bench.cifar10 pack`: the other packages, into .cifar10/wheels, 9.7 MiB
+    # here, after `python -m bench.cifar10 pack`; downloads the other packages (9.7 MiB) into .cifar10/wheels:
+    make wheels FOR=3.12
 
     # on the GPU machine, after `python -m bench.cifar10 unpack`:
     python3 -m pip install --no-index --no-deps --target /tmp/cifar10/peers .cifar10/wheels/*.whl

@@ -106,8 +106,8 @@ class Course:
         training: network, average and optimiser.
         recipe: the Recipe as JSON.
         steps: the last step; None if it is not yet known.
-        seconds: seconds of training, without other work.
-        processor: processor seconds of training, without other work.
+        seconds: seconds of training without the first step of each process and other work.
+        processor: processor seconds of training with the first steps, without other work.
         starts: seconds of each process's first step, which compiles.
         losses: rows of the step and the mean loss since the previous row.
         scores: rows of the scores during training.

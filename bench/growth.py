@@ -193,8 +193,8 @@ def _phases(device: str, found: list[dict[str, Any]], extractor: inception.Incep
         for phase in ("training", "sampling")
     )
     N, D = last["FID and interval"]["images"], DIMENSIONS
-    # Counts half a covariance, R^T C R, eigenvectors, the product of R and these, and the rotation of each image, in float32
-    # at half the cost.
+    # The terms: half a covariance C, M = R^T C R (see ddpm/scores/fidelity.py), M's eigenvectors, their product with R, and
+    # the rotation of each image. The rotation counts half, since it runs in float32.
     scores = N * D**2 + (4 * D**3) // 3 + 9 * D**3 + 2 * D**3 + N * D**2
     products = [
         ("training", 3 * evaluation, training["seconds"], precision),

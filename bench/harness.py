@@ -133,7 +133,7 @@ def limit(work: float, seconds: float, device: str, dtype: torch.dtype) -> dict[
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
-    # imported here, because bench.cifar10 runs without its dependencies
+    # imported here, because bench.cifar10 must run without the packages that this import needs
     from ddpm.provenance.run_record import _hardware
 
     about = {**_hardware(), "threads": threads, "load": os.getloadavg()[0]}

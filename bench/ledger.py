@@ -1,14 +1,16 @@
-"""The ledger: FID of CIFAR-10 against processor time, for each trick alone, the recipe, the winner and the peers.
+"""Measures the ledger: FID of CIFAR-10 against processor time, for single changes, the recipe, the winner and the peers.
 
-`python -m bench.ledger --images FOLDER` goes on where it stopped: it needs about eight hours on two cores. It trains
+The winner combines the best changes (WINNER). `python -m bench.ledger --images FOLDER` needs about eight hours on two cores in
+all, and resumes where it stopped. It trains
 
 - every row of CHANGES for 300 processor seconds from two seeds (`screening`);
 - the recipe, the winner and both peers of bench.peers for 300, 600 and 900 processor seconds from three seeds (`curves`);
 - the recipe and the winner once more, scored as papers do: layer 2048, 5,000 images (`large`);
 - the winner for an hour of two cores (`hour`), whose images are drawn as a grid.
 
-All models are sampled by the recipe's last point from the same noise, so each score is compared with the recipe's in pairs of
-images. The results are bench/results/ledger-cifar10-cpu.json; `python -m bench.page` writes docs/ledger.md from them.
+All models are sampled from the same noise, by the sampler and steps of the recipe's last point. So each score is compared with
+the recipe's image by image. The results are bench/results/ledger-cifar10-cpu.json; `python -m bench.page` writes docs/ledger.md
+from this file.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "patch 2, channels 64": {"network": {"patch": 2, "channels": 64}},
     "dit": {"kind": "dit", "network": {"width": 192, "depth": 6, "heads": 3, "patch": 4}},
 }
-# The changes that are best together, from the screening. Without an entry, `curves` measures the recipe and the peers only.
+# The best changes of the screening, combined. While WINNER is empty, the winner's trainings are left out.
 WINNER: dict[str, Any] = {}
 PACED = 30  # after the first row of losses, this many steps measure the speed, which decides the number of steps
 SCREENING, SEEDS = 300, 2  # processor seconds, trainings of each row
@@ -207,12 +209,13 @@ class Bench:
 
 
 def train(training: Training, seconds: float, folder: Path, until: float) -> None:
-    """Trains for so many processor seconds, counted from the training's start. Raises OutOfTime at `until`.
+    """Trains until the training has used `seconds` processor seconds since its start. Raises OutOfTime at `until`.
 
-    The first rows of losses give the pace, from which the number of steps follows. The first row compiles, so it does not count.
+    The first rows of losses give the pace, from which the number of steps follows. The pace leaves out the first row, which
+    compiles.
     """
     if training.steps is not None and training.step >= training.steps and training.processor < 0.9 * seconds:
-        training.steps = round(training.step * seconds / training.processor)  # a longer training without a descent
+        training.steps = round(training.step * seconds / training.processor)  # continues a shorter training
     first: tuple[float, int] | None = None
     if training.steps is None or training.step < training.steps:
         for _ in training.advance():
@@ -240,7 +243,7 @@ def made(bench: Bench, side: str, change: dict[str, Any], seed: int, folder: Pat
 
 
 def descends(side: str, change: dict[str, Any]) -> bool:
-    """Returns whether the learning rate comes down at the end, so that a longer training is another one from the start."""
+    """Returns whether the learning rate falls towards the end. If so, a longer training must start from step 0."""
     return side == "diffusers" or "descent" in change
 
 
@@ -294,7 +297,7 @@ def measure(bench: Bench, model: Model, against: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Model:
-    """A row of the ledger. layer, count: of the score; 0 for the recipe's."""
+    """A row of the ledger. layer, count: Inception layer and samples of its score; 0: as in the recipe."""
 
     phase: str
     side: str

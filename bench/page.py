@@ -373,8 +373,10 @@ def _ledger_rows(rows: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
 
 def _against(differences: list[dict[str, float] | None]) -> str:
-    """Returns the mean difference from the recipe in percent of the recipe's FID, with its interval by sampling and, for three
-    trainings or more, by trainings."""
+    """Returns the mean difference from the recipe in percent of the recipe's FID, with its interval.
+
+    The interval comes from the sampling for one or two trainings, and from Student's t over the trainings for three to five.
+    """
     known = [found for found in differences if found]
     if not known:
         return ""

@@ -1,7 +1,7 @@
-"""The trainings that people copy today, for bench.ledger: diffusers' example script and denoising-diffusion-pytorch's Trainer.
+"""Trains like other packages, for bench.ledger: diffusers' example script and denoising-diffusion-pytorch's Trainer.
 
-Each keeps its package's network, loss, optimiser, averaging and learning rate. Only the width of the network is scaled, to the
-operations of the recipe that it is compared with, and both compute in bfloat16 by autocast where that is faster.
+Each training keeps its package's network, loss, optimiser, averaging and learning rate. Only the width of its network is scaled,
+so that the network has as many operations as the recipe's. Both compute in bfloat16 by autocast where the recipe does.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def nearest_width(make: Callable[[int], nn.Module], shape: Sequence[int], wanted
 
 
 class Peer:
-    """A training by another package. Everything random in a step follows from (seed, step), so it can stop and resume.
+    """A training by another package. All randomness of a step follows from (seed, step), so the training can stop and resume.
 
     Args:
         images: uint8 [N, C, H, W].
@@ -148,9 +148,9 @@ def _diffusers_net(width: int) -> Any:
 
 
 class Diffusers(Peer):
-    """examples/unconditional_image_generation/train_unconditional.py of diffusers, with the arguments of its README.
+    """Trains like diffusers' examples/unconditional_image_generation/train_unconditional.py, with the arguments of its README.
 
-    wanted: operations of the network to scale to, for one image.
+    wanted: the operations for one image to which the network is scaled.
     """
 
     WARMUP = 500
@@ -197,7 +197,7 @@ class Diffusers(Peer):
 
 
 class _Plain(nn.Module):
-    """Makes a diffusers network a function that returns a tensor."""
+    """Wraps a diffusers network, so that it returns a tensor."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -209,9 +209,9 @@ class _Plain(nn.Module):
 
 
 class Lucidrains(Peer):
-    """GaussianDiffusion and Trainer of denoising-diffusion-pytorch, with the arguments of its README.
+    """Trains like GaussianDiffusion and Trainer of denoising-diffusion-pytorch, with the arguments of its README.
 
-    wanted: operations of the network to scale to, for one image.
+    wanted: the operations for one image to which the network is scaled.
     """
 
     batch, accumulate = 32, 2

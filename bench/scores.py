@@ -46,7 +46,7 @@ SETTINGS = {
     "bfloat16, compiled": ("bfloat16", True),
 }
 GOAL = 2.0  # per cent of FID
-# changes the network of torch-fidelity from outside
+# For this side, the benchmark itself changes the memory format of torch-fidelity's network.
 BEST, BEST_BATCH = "torch-fidelity in channels_last and small batches", 8
 
 

@@ -1,7 +1,7 @@
 """`python docs/draw_architecture.py`: draws docs/architecture.svg from the import graph and the layers of pyproject.toml.
 
-A box is a room (a folder) or a module at the top. It says what belongs there, and which rooms it imports: all of them lie below
-it. A test draws the picture again and compares.
+A box is a room (a folder) or a top-level module. Its text says what belongs there, and which rooms it imports. All imported
+rooms lie below the box. A test draws the picture again and compares.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from matplotlib.patches import Rectangle
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "architecture.svg"
-HEIGHT, WIDTH, GAP = 0.78, 11.0, 0.12  # of a layer, of the picture, between boxes
-LETTERS = 16.5  # of the small font in an inch
+HEIGHT, WIDTH, GAP = 0.78, 11.0, 0.12  # in inches: of a layer, of the picture, between boxes
+LETTERS = 16.5  # letters of the small font per inch
 COLOURS = {"flows": "#fdf1e0", "ddpm": "#e8eef7"}
 SHARED = ("ddpm.errors", "ddpm.rooms")  # which nearly every room imports
 
@@ -52,7 +52,7 @@ def purpose(room: str) -> str:
 
 
 def imported(room: str, rooms: list[str]) -> list[str]:
-    """The rooms that any module of this one imports."""
+    """The rooms that the modules of `room` import."""
     own = {room, *graph().find_descendants(room)}
     found = {name for module in own for name in graph().find_modules_directly_imported_by(module)} - own
     return [other for other in rooms if any(name == other or name.startswith(f"{other}.") for name in found)]

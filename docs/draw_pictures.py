@@ -59,7 +59,7 @@ def ddpm(*arguments: str) -> None:
 def draw_by_commands(folder: Path) -> None:
     """Runs the commands that docs/generate.md, docs/schedules.md and docs/swiss-roll.md show, and keeps the pictures.
 
-    folder: an empty one, for the files that `ddpm generate` writes beside a picture.
+    folder: an empty folder for the files that `ddpm generate` writes beside a picture.
     """
     commands = COMMAND.findall((ROOT / "docs" / "generate.md").read_text(encoding="utf-8"))
     if not commands:
@@ -75,7 +75,7 @@ def draw_by_commands(folder: Path) -> None:
 
 @contextmanager
 def mlflow_server(log: Path) -> Iterator[str]:
-    """Runs what `make ui` runs, on a free port, while the block runs, and yields its address. Raises RuntimeError."""
+    """Runs the server of `make ui` on a free port during the block, and yields its address. Raises RuntimeError if it ends."""
     with socket.create_server((access.LOOPBACK, 0)) as probe:
         port = str(probe.getsockname()[1])
     address = f"http://{access.LOOPBACK}:{port}"
@@ -106,7 +106,7 @@ def open_page(browser: Browser, address: str, width: int, height: int) -> Page:
 
 def shoot_chart(browser: Browser, server: str) -> None:
     """Shoots MLflow's chart, with the samples at the last step. Raises ValueError if its FIDs are not the report's."""
-    page = open_page(browser, links.mlflow(ROOT, server), 1280, 1430)  # all cards: others are drawn on scrolling
+    page = open_page(browser, links.mlflow(ROOT, server), 1280, 1430)  # shows all cards; others are drawn only on scrolling
     page.get_by_role("button", name="Close").click()  # the assistant
     cards = page.get_by_test_id("experiment-view-compare-runs-card")
     fid = cards.filter(has_text=re.compile("^fid"))

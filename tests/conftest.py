@@ -583,7 +583,7 @@ RUNS_OF_PYTEST = """
 import json, os, signal, sys
 import hypothesis, numpy, PIL.Image, psutil, pydantic, pytest, ruamel.yaml, safetensors.torch, scipy.linalg, sklearn.datasets
 import torch._dynamo, torchvision, typer
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell would not hear of it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
 for line in sys.stdin:
     copy, *arguments = json.loads(line)
     pid = os.fork()

@@ -54,7 +54,7 @@ def dependencies(stage: str) -> set[str]:
 
 
 def reached(module: str) -> set[str]:
-    """Returns the module and all of this package that it imports, as grimp finds it.
+    """Returns the module and all modules of ddpm that it imports, as grimp finds them.
 
     grimp leaves out the packages that contain a module, so they are added here.
     """

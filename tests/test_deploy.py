@@ -1,4 +1,4 @@
-"""Checks Dockerfile, compose.yaml and their checks. `make proof` also builds the image."""
+"""Checks Dockerfile, compose.yaml, the Kubernetes files and the audit. `make proof` also builds the image."""
 
 from __future__ import annotations
 

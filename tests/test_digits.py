@@ -32,7 +32,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def no_digits(images: np.ndarray, seed: int) -> np.ndarray:
-    """Returns as many images that are no digits.
+    """Returns images that are no digits, as many as `images`.
 
     In one half, each pixel comes from a different digit. In the other half, digits are mixed with noise, as a chain that
     stops early leaves them.
@@ -130,7 +130,7 @@ def test_a_small_transformer_makes_digits(recognise: Recognise, digits: tuple[np
 def test_every_target_and_sampler_makes_digits(
     target: str, recognise: Recognise, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    """mu uses a chain of few steps, since it depends less on x_0 with shorter steps, and trains on the bound as in the paper.
+    """The target mu depends less on x_0 if steps are shorter, so its chain has few steps. As in the paper, its loss is the bound.
 
     How often this test would fail with another seed is not measured, because each run trains a network for minutes.
     """

@@ -47,7 +47,7 @@ def test_every_parameter_is_documented() -> None:
 KINDS = {"data": Data, "diffusion": Diffusion, "network": Network, "training": Training, "sampling": Sampling}
 KINDS |= {"evaluation": Evaluation, "likelihood": Likelihood, "samplers": Sampler, "schedules": Schedule}
 KINDS |= {"report": Report, "promotion": Promotion, "compute": Compute}
-# What other entries must be so that a value at the end of its range is accepted.
+# Other entries that a section needs to accept a value at the end of its range.
 BESIDE: dict[str, dict[str, Any]] = {
     "samplers": {"sampler": "ddim", "guidance": 2.0},
     "schedules": {"schedule": "linear"},
@@ -171,8 +171,8 @@ def test_python_in_the_docs_runs(case: str, made: Path, monkeypatch: pytest.Monk
 def test_every_snippet_of_the_docs_is_run() -> None:
     """Every snippet is run by this file, except those that other tests run.
 
-    Those in docs/architecture.md are the text of tests. test_exchange.py runs docs/diffusers.md, and test_conditional.py runs
-    docs/mlflow.md.
+    The snippets in docs/architecture.md are files of tests/. test_exchange.py runs docs/diffusers.md, and test_rectangles.py
+    makes the calls of docs/mlflow.md.
     """
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     pages.remove(ROOT / "docs" / "architecture.md")

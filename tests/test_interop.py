@@ -246,7 +246,7 @@ def test_the_other_options_are_refused_by_their_name(key: str, value: Any) -> No
 @pytest.mark.parametrize("null_class", [True, False])
 @torch.no_grad()
 def test_classes_and_a_learned_variance_of_ours_are_the_same_there(null_class: bool) -> None:
-    """A UNet2DModel takes the null class as label `classes`. UNet takes it as -1, or as no label."""
+    """In a UNet2DModel, the null class has the label after the last class, 10. In UNet, it is -1 or no label."""
     settings = {"image_channels": 1, "image_size": 8, "channels": 16, "multipliers": [1, 2], "blocks": 1}
     settings |= {"attention": [4], "classes": 10, "out_channels": 2, "null_class": null_class}
     ours = UNet(**settings).eval()

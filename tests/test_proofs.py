@@ -128,8 +128,8 @@ def test_the_papers_network_on_cifar10_through_all_stages(clone: Clone) -> None:
     )
     run(root, "dvc", "repro")
     about = json.loads((root / "dataset/dataset.json").read_text())
-    assert about.counts == {"train": 50_000, "test": 10_000} and about.shape == [3, 32, 32]
-    assert about.mean == pytest.approx([0.49140, 0.48216, 0.44653], abs=1e-5)
+    assert about["counts"] == {"train": 50_000, "test": 10_000} and about["shape"] == [3, 32, 32]
+    assert about["mean"] == pytest.approx([0.49140, 0.48216, 0.44653], abs=1e-5)
     assert json.loads((root / "metrics/train/linear.json").read_text())["parameters"] == 35_746_307
     assert json.loads((root / "metrics/linear-ddim-2.json").read_text())["layer"] == 2048
     assert "first champion" in run(root, "ddpm", "promote")

@@ -158,7 +158,7 @@ def test_a_curve_goes_on_and_is_drawn(tmp_path: Path) -> None:
 
 
 def test_the_error_of_the_ledger_is_that_of_the_best_guess() -> None:
-    """A denoiser that returns 0 has an error of x_0 itself, whatever the noise: the mean weight times the mean square."""
+    """A denoiser that returns 0 is wrong by x_0, whatever the noise. Its error is the mean weight times the mean square."""
     schedule = NoiseSchedule.named("cosine", 100)
     denoiser = Denoiser(lambda x, t: torch.zeros_like(x), schedule, "x0")
     grey = torch.full((100, 1, 8, 8), 191, dtype=torch.uint8)
@@ -187,14 +187,14 @@ def test_a_peers_training_resumes_to_the_same_weights(tmp_path: Path, name: str)
 
 
 def test_a_row_of_the_ledger_is_compared_with_the_recipe() -> None:
-    """By the mean of the shares. Two seeds: the interval by sampling; three: Student's, of the shares."""
+    """The interval of the mean difference comes from sampling for two seeds, and from Student's t for three."""
     rows = [
         {"value": -1.0, "low": -2.0, "high": 0.0, "of": 10.0},
         {"value": -3.0, "low": -4.0, "high": -2.0, "of": 20.0},
     ]
     half = math.hypot(10.0, 5.0) / 2
     assert page._against(rows) == f"-12.5 % ({-12.5 - half:+.1f} ... {-12.5 + half:+.1f})"
-    half = 4.3027 * 2.5 / math.sqrt(3)  # of -10, -15 and -12.5
+    half = 4.3027 * 2.5 / math.sqrt(3)  # 2.5: the deviation of -10, -15 and -12.5
     rows.append({"value": -1.25, "low": -2.0, "high": -0.5, "of": 10.0})
     assert page._against(rows) == f"-12.5 % ({-12.5 - half:+.1f} ... {-12.5 + half:+.1f})"
     assert page._against([None]) == ""

@@ -17,7 +17,7 @@ COMPILED = {"channels_last, torch.compile": 2.5, "channels_last, bfloat16, torch
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """machine(seconds, bfloat16_cost): pretends that calls take these seconds, whatever they compute."""
+    """Returns machine(seconds, cost), which pretends that calls take these seconds and bfloat16 has this cost."""
 
     def become(seconds: dict[str, float], cost: float = 1.0) -> None:
         def tried(peer: str, make: Any, setting: Setting, device: str) -> Side:

@@ -1,4 +1,4 @@
-"""Checks the bound against closed forms, direct integration, a joint Gaussian, and the entropy of data with known entropy."""
+"""Checks the variational bound against closed forms, direct integration, a joint Gaussian, and data of known entropy."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def test_the_decoder_is_a_distribution(mean: float, log_variance: float) -> None
 
 
 def test_the_decoder_far_from_the_image() -> None:
-    """Compares with the density times the bin width on both sides, where a cumulative distribution would round to 1."""
+    """Compares both far tails with the density times the bin width. In the upper tail, a cumulative distribution rounds to 1."""
     for side in (1, -1):
         ours = discretised_log_likelihood(double(side * 101 / 127.5), double(-side * 0.9), double(2 * math.log(0.05)))
         z = (101 / 127.5 + 0.9) / 0.05  # 34 deviations
-        h = z / 0.05 / 127.5 / 2  # how far the density falls over half a bin
+        h = z / 0.05 / 127.5 / 2  # how far the log density falls over half a bin
         expected = norm.logpdf(z) - math.log(0.05) + math.log(math.sinh(h) / h / 127.5)
         assert float(ours) == pytest.approx(expected, rel=1e-4)
 
@@ -110,7 +110,7 @@ def test_variances() -> None:
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("t", [1, 4, 9])
 def test_a_term_against_integration(variance: str, t: int) -> None:
-    """Compares q(x_{t-1} | x_t, x_0), by Bayes' rule on a grid, with p(x_{t-1} | x_t), written down from algorithm 2."""
+    """Integrates KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) on a grid, with q by Bayes' rule and p from algorithm 2."""
     schedule = NoiseSchedule.named("cosine", 10)
     alpha_bar, beta = schedule.alpha_bar.tolist(), float(schedule.betas[t])
     x_0, x_t, x0_hat = 0.3, 0.4, -0.2
@@ -147,7 +147,7 @@ def gaussian_terms(schedule: NoiseSchedule, v: float, variance: str) -> Tensor:
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("v", [0.25, 1.0])
 def test_terms_of_gaussian_data_in_closed_form(variance: str, v: float) -> None:
-    """Each term is half of (w^2 Var[x_0 | x_t] + beta_tilde) / sigma^2 - 1 - log(beta_tilde / sigma^2).
+    """Each term is [(w^2 Var[x_0 | x_t] + beta_tilde) / sigma^2 - 1 - log(beta_tilde / sigma^2)] / 2.
 
     w is the weight of x_0 in eq. 7.
     """
@@ -258,7 +258,7 @@ def test_bound_of_coins(variance: str) -> None:
         assert bool((gap[2:] < 5 * error[2:]).all())
         assert (
             float(gap[:2].max()) < rare
-        )  # on average less than one wrong pixel of 25,600, so the standard error means nothing
+        )  # at t = 0 and 1, fewer than one of 25,600 pixels is wrong on average, so the standard error means nothing
     assert torch.allclose(bound.distortion, bound.squared_error.mean(0).sqrt() * 127.5)
     assert float(bits.sum()) + float(prior(schedule, ((coins(400) / 127.5 - 1) ** 2).double().mean())) > 1
 
@@ -292,7 +292,7 @@ def test_a_few_times_estimate_the_whole_sum(times: int) -> None:
     found = torch.tensor([mean_and_error(run.total) for run in runs], dtype=torch.float64)
     bits, _ = coin_bound(schedule, "fixed_small")
     expected = float(bits.sum() + prior(schedule, (images / 127.5 - 1).square().double().mean()))
-    # the distribution is skewed: with 2 times, 4 standard errors are exceeded once in 800 runs
+    # 6 standard errors, since the distribution is skewed: with 2 times, 1 of 800 runs exceeds 4 standard errors
     assert bool((abs(found[:, 0] - expected) < 6 * found[:, 1]).all())
     assert float(found[:, 0].mean()) == pytest.approx(expected, abs=4 * float(found[:, 1].mean()) / math.sqrt(40))
     assert 0.6 < float(found[:, 0].std() / found[:, 1].mean()) < 1.5
@@ -311,7 +311,7 @@ def test_strata_are_all_times_once(T: int, data: st.DataObject) -> None:
 def test_rate_grows_and_distortion_falls() -> None:
     """For an exact denoiser, every step adds bits and improves the image (Ho et al. 2020, figure 5).
 
-    With another seed, the test would fail by chance in fewer than 1 of 1,000 runs: none of 50 seeds came near a bound.
+    With another seed, the test would fail by chance in fewer than 1 of 1,000 runs: none of 50 seeds came near a limit.
     """
     schedule = NoiseSchedule.named("cosine", 100)
     bound = variational_bound(coin_denoiser(schedule), coins(300))
@@ -340,7 +340,7 @@ def test_nothing_depends_on_the_batch_and_all_on_the_seed() -> None:
 
 
 def test_clipping_lowers_the_bound_of_a_wild_network() -> None:
-    """Clamping x0_hat brings every mean closer, because x_0 lies in [-1, 1]."""
+    """Clamping x0_hat brings every step's mean closer to the true mean, because x_0 lies in [-1, 1]."""
     schedule = NoiseSchedule.named("linear", 30)
     plain, clipped = (
         variational_bound(Denoiser(lambda x, t: 3 * x, schedule, "x0", clip=clip), coins(10)) for clip in (False, True)

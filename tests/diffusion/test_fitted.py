@@ -37,7 +37,7 @@ def noise(seed: int, count: int, dimensions: int = 2) -> torch.Tensor:
 def fitted_and_spaced(
     means: torch.Tensor, deviation: float, name: str, count: int, fresh: int
 ) -> tuple[float, dict[str, float]]:
-    """Returns the RMS distance to the ends of trajectories with fitted times, and the same with each spacing.
+    """Returns the RMS distance from samples to the ends of their trajectories, with fitted times and with each spacing.
 
     unipc makes 5 evaluations. The times are fitted to `count` points, and the distances are measured on `fresh` other points.
     """
@@ -70,7 +70,7 @@ def test_the_cheapest_path_is_that_of_all_paths() -> None:
 def test_five_fitted_steps_end_nearer_to_the_trajectory_than_on_the_best_spacing(
     means: torch.Tensor, deviation: float, name: str
 ) -> None:
-    """Fitted times end at least 40% nearer, measured on noise that they were not fitted to."""
+    """Samples with fitted times end at least 40% nearer, from noise to which the times were not fitted."""
     fitted, spaced = fitted_and_spaced(means, deviation, name, 64, 128)
     assert fitted < 0.6 * min(spaced.values()), (fitted, spaced)
 

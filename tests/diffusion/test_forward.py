@@ -12,7 +12,7 @@ from ddpm.diffusion.forward import noised, shares, summary
 
 
 def test_two_steps_by_hand() -> None:
-    """alpha_bar = 0.5, 0.01 gives the ratios 1 and 1/99. A ratio on an edge belongs to the band above the edge."""
+    """alpha_bar = 0.5 and 0.01 have the SNRs 1 and 1/99. An SNR on the edge of a band belongs to the band above the edge."""
     row = summary(NoiseSchedule(torch.tensor([0.5, 0.98], dtype=torch.float64)), mean_square=1.0)
     assert row.alpha_bar == pytest.approx(0.01) and row.snr == pytest.approx(1 / 99)
     assert row.shares == (0, 0, 0.5, 0.5, 0)

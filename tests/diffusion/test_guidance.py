@@ -24,7 +24,7 @@ SCHEDULE = NoiseSchedule.named("cosine", 1000)
 
 
 def log_densities(x: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """Returns log p_t(x, y) of x [B]: [B, 2]."""
+    """Returns log p_t(x, y) of x [B] for both classes y: [B, 2]."""
     normal = torch.distributions.Normal(a[:, None] * MEANS, (a[:, None] ** 2 * VARIANCES + s[:, None] ** 2).sqrt())
     return normal.log_prob(x[:, None]) + SHARES.log()
 
@@ -54,7 +54,7 @@ def exact(target: str, label: int, guidance: float, count: int) -> Denoiser:
 @pytest.mark.parametrize("guidance", [-1.0, 0.0, 0.4, 1.0, 3.0])
 @pytest.mark.parametrize("target", sorted(TARGETS))
 def test_it_follows_the_score_of_p_times_p_label_to_the_w(target: str, guidance: float) -> None:
-    """x0_hat = (x_t + s^2 score) / a, with the score of p(x) p(y | x)^w differentiated from its logarithm."""
+    """x0_hat = (x_t + s^2 score) / a. The score is the gradient of log(p(x) p(y | x)^w), computed by autograd."""
     x = torch.linspace(-2, 2, 41, dtype=torch.float64).requires_grad_()
     for label, t in itertools.product((0, 1), (20.0, 400.5, 900.0)):
         log_alpha_bar = SCHEDULE.log_alpha_bar_at(torch.full((41,), t))
@@ -69,7 +69,7 @@ def test_it_follows_the_score_of_p_times_p_label_to_the_w(target: str, guidance:
 
 def test_samples_are_of_the_class_the_mixture_or_further_out() -> None:
     count = 400
-    # evenly likely noise values
+    # evenly spaced quantiles of N(0, 1)
     x_T = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None]
 
     def moments(label: int, guidance: float) -> tuple[float, float]:
@@ -240,8 +240,8 @@ def test_steps_outside_the_interval_take_one_evaluation() -> None:
     for sampler in ("ddim", "unipc", "heun"):
         seen = 0
         (*_, last) = trajectory(limited, torch.zeros(3, 1, dtype=torch.float64), sampler, 10, "leading")
-        # The times are 900, 800 ... 0, and Heun evaluates all but the first and the last twice. 600, 500, 400 and 300 lie
-        # inside.
+        # The times are 900, 800 ... 0. Heun evaluates each time but the first twice. 600, 500, 400 and 300 lie inside the
+        # interval.
         assert last.evaluations == seen / 3 == ((18 + 1) + 2 * 4 if sampler == "heun" else 10 + 4)
 
 

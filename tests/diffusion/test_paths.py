@@ -70,7 +70,7 @@ def test_encode_then_decode_comes_back(sampler: str, order: int) -> None:
 
 @pytest.mark.parametrize("sampler", FLOWS)
 def test_every_flow_encodes(sampler: str) -> None:
-    """With many steps, every flow reaches the code that keeps an image's place in its distribution: x / sqrt(v)."""
+    """With many steps, every deterministic sampler encodes x as x / sqrt(v), the same quantile of N(0, 1)."""
     denoiser = perfect(NoiseSchedule.named("cosine", 1000))
     x_0 = torch.tensor([[0.9], [-0.4]], dtype=torch.float64)
     settings = {"sampler": sampler, "steps": 400, "spacing": "logsnr"}
@@ -82,7 +82,7 @@ def test_every_flow_encodes(sampler: str) -> None:
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "logsnr", "karras"])
 @pytest.mark.parametrize("sampler", FLOWS)
 def test_encoding_up_to_pure_noise(sampler: str, spacing: str) -> None:
-    """If the chain ends without signal, the code is the limit of the steps before the end, and decodes to the image."""
+    """If the chain ends without signal, the code of x is still x / sqrt(v), and decodes to x."""
     denoiser = perfect(NoiseSchedule.named("linear", 1000).zero_terminal_snr())
     x_0 = torch.tensor([[0.9], [-0.4]], dtype=torch.float64)
     settings = {"sampler": sampler, "steps": 400, "spacing": spacing}
@@ -135,7 +135,7 @@ def test_interpolation_ends_at_the_decoded_originals() -> None:
 
 
 def test_a_blend_in_closed_form() -> None:
-    """For Gaussian data the result is the mixture, noised to the starting level, times the gains of the remaining steps."""
+    """For Gaussian data the result is the mixed image, noised to the starting level, times the gains of the remaining steps."""
     schedule, v = NoiseSchedule.named("linear", 1000), VARIANCE
     x_0, y_0 = gaussian(3, range(2), 0, (1, 2, 2)).double()
     noise = gaussian(4, range(1), 0, (1, 2, 2)).double()[0]

@@ -23,7 +23,7 @@ MEAN, VARIANCE = 0.4, 0.25
 
 
 def perfect(schedule: NoiseSchedule, target: str = "eps", clip: bool = False) -> Denoiser:
-    """Returns E[x_0 | x_t] for x_0 ~ N(MEAN, VARIANCE), wrapped as a network for `target`."""
+    """Returns a denoiser that computes E[x_0 | x_t] for x_0 ~ N(MEAN, VARIANCE), with a network for `target`."""
 
     def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         times = t.double().view(-1, *[1] * (x.ndim - 1))
@@ -92,7 +92,7 @@ def test_moments_for_gaussian_data(sampler: str, options: dict, name: str, spaci
     for steps in (1, 2, 7, 50):
         times = network_times(schedule, steps, spacing).tolist()
         expected = propagate(schedule, times, sampler, **options)
-        # Target x0 avoids eps' division by a vanishing a. All computation is in float64.
+        # Target eps would divide by a, which is nearly 0 at high noise. All computation is in float64.
         assert exact_moments(perfect(schedule, "x0"), spacing, steps, sampler, options) == pytest.approx(
             expected, rel=1e-6
         ), steps
@@ -323,7 +323,7 @@ def test_eps_is_refused_where_nothing_of_the_image_is_left() -> None:
 
 
 def test_a_learned_variance_is_the_second_half_from_0_to_1() -> None:
-    """v = -1 is fixed_small and v = 1 is fixed_large: eq. 15 of Nichol & Dhariwal 2021, with v = (output + 1) / 2."""
+    """Output -1 is fixed_small and output 1 is fixed_large: eq. 15 of Nichol & Dhariwal 2021, with v = (output + 1) / 2."""
     x = torch.zeros(2, 3, 4, 4)
     outputs = torch.stack([torch.full((4, 4), value) for value in (-1.0, 0.0, 3.0)]).expand(2, 3, 4, 4)
     prediction, v = split_variance(torch.cat([x + 5, outputs], dim=1), x)

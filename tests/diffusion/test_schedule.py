@@ -215,7 +215,8 @@ def test_times_of_short_chains_fall_within_range(spacing: str) -> None:
 def test_too_many_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="times repeat"):
         network_times(NoiseSchedule.named("linear", 10), 11, "leading")
-    # There may be more fractional times than T. But this schedule has no signal between its last two times.
+    # There may be more than T fractional times. But with zero terminal SNR, there is no signal between the last two of the
+    # T times.
     noise_levels(NoiseSchedule.named("linear", 10), 40, "linspace")
     with pytest.raises(ValueError, match="40 different noise levels"):
         noise_levels(NoiseSchedule.named("linear", 10).zero_terminal_snr(), 40, "linspace")
@@ -228,7 +229,7 @@ def test_an_alias_is_the_same_table(alias: str, name: str) -> None:
 
 
 def test_latent_diffusions_linear_is_no_alias() -> None:
-    """There, `linear` is our scaled_linear. An alias would give users another schedule than they meant."""
+    """Latent diffusion's `linear` is our scaled_linear. An alias would give users another schedule than they meant."""
     assert "linear" not in ALIASES and "sqrt" not in ALIASES
     assert float(NoiseSchedule.named("linear", 1000).betas[499]) == pytest.approx(1e-4 + 499 / 999 * (2e-2 - 1e-4))
 

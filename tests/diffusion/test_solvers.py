@@ -138,7 +138,7 @@ def behind(h: float, t: float, old: list[tuple[float, np.ndarray]]) -> list[tupl
 
 
 def affine(sampler: str, levels: list[Level]) -> np.ndarray:
-    """Solves in the variance-exploding form of k-diffusion, for x0_hat = g x + h. Returns [constant, x_T, z_0, z_1, ...].
+    """Solves in the variance-exploding form of k-diffusion, for x0_hat = g x + h. Returns the factors of 1, x_T, z_0, z_1, ...
 
     The formulas use xi = x / a and sigma = s / a, unlike the code under test.
     """
@@ -203,7 +203,7 @@ def affine_unipc(order: int, levels: list[Level]) -> np.ndarray:
     """Solves with UniPC, written as exponential integration of an interpolated x0_hat.
 
     The predictor interpolates past values, and the corrector adds the new value. With only one node beside the start, the
-    paper replaces the integral of the difference by (1 - e^-h) / 2 of the difference.
+    paper replaces the integral of the difference by (1 - e^-h) / 2 times the difference.
     """
     x = kept = np.array([0.0, 1.0])  # constant + gain x_T; `kept` is where the last step began
     one = np.array([1.0, 0.0])
@@ -277,7 +277,7 @@ def test_moments_for_gaussian_data(sampler: str, options: dict, name: str, spaci
 
 
 def spread(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str) -> float:
-    """Returns the deviation of samples of Gaussian data with the perfect denoiser, divided by the data's.
+    """Returns the samples' standard deviation divided by the data's, for Gaussian data and the perfect denoiser.
 
     The correct value is 1.
     """
@@ -293,10 +293,10 @@ def spread(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str) -> f
 @pytest.mark.parametrize("silent", [False, True])
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_no_step_is_too_long_for_a_higher_order(name: str, silent: bool) -> None:
-    """Where step lengths jump, a high order is no worse than DDIM, and Heun's second slope never enlarges the image.
+    """Where step lengths jump, a high order is no worse than DDIM, and Heun's second slope does not blow up the image.
 
-    Without limits, 5 steps of dpmpp_3m gave a spread of 2.8 (linear), extrapolated over leading's last noisy step. With
-    Karras' unbounded weight, 3 steps of Heun gave 304 (cosine, trailing).
+    Without limits, 5 steps of dpmpp_3m gave a spread of 2.8 (linear), since they extrapolated over leading's last noisy
+    step. With Karras' unbounded weight, 3 steps of Heun gave 304 (cosine, trailing).
     """
     schedule = NoiseSchedule.named(name, 1000, zero_terminal_snr=silent)
     for steps in (3, 5, 10, 20):
@@ -309,7 +309,7 @@ def test_no_step_is_too_long_for_a_higher_order(name: str, silent: bool) -> None
 
 
 def test_unipc_agrees_with_its_authors_in_diffusers() -> None:
-    """The steps are within the solvers' reach, and diffusers' lower order in the last steps is switched off."""
+    """The steps are shorter than REACH, and diffusers' lower order in the last steps is switched off."""
     diffusers = pytest.importorskip("diffusers")
     for order in (1, 2, 3):
         scheduler = diffusers.UniPCMultistepScheduler(
@@ -320,7 +320,7 @@ def test_unipc_agrees_with_its_authors_in_diffusers() -> None:
 
 
 def agrees(sampler: str, scheduler: Any, options: dict[str, int]) -> None:
-    """Compares both on 20 levels that are even in lambda, 0.5 apart."""
+    """Compares our sampler with diffusers' scheduler on 20 levels that are evenly spaced in lambda, 0.5 apart."""
     scheduler.set_timesteps(20)
     lams = [-math.log(sigma) for sigma in scheduler.sigmas.double().tolist()]
     lams = lams[: 1 + next((k for k, (now, to) in enumerate(pairwise(lams)) if to <= now), len(lams))]
@@ -373,7 +373,7 @@ def distribution(x: np.ndarray, lam: float) -> np.ndarray:
 
 
 def test_the_flow_keeps_every_point_at_its_quantile(truth: torch.Tensor) -> None:
-    """The exact flow does this in one dimension. So `truth` does not depend on the code under test."""
+    """In one dimension, the exact flow does this. So the test confirms `truth` without the code under test."""
     start = distribution(np.linspace(-2, 2, 9), -2.0)
     assert distribution(truth[:, 0].numpy(), 1.0) == pytest.approx(start, abs=1e-9)
 
@@ -435,7 +435,7 @@ def test_the_last_step_gives_x0_hat(name: str) -> None:
     "schedule", [NoiseSchedule.named("linear", 1000).zero_terminal_snr(), NoiseSchedule.named("rectified", 1000)]
 )
 def test_from_pure_noise_where_nothing_of_the_signal_is_left(schedule: NoiseSchedule) -> None:
-    """With alpha_bar_T = 0, every sampler starts at infinite noise-to-signal, stays finite, and keeps the data's moments."""
+    """With alpha_bar_T = 0, every deterministic sampler starts without signal, stays finite, and reaches the data's moments."""
 
     def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         alpha_bar = schedule.log_alpha_bar_at(t.double()).exp().view(-1, 1)

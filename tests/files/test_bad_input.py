@@ -609,7 +609,7 @@ def palette(path: Path) -> None:
 
 
 def turned(path: Path) -> None:
-    """Writes the first image of a folder of 8x8 images. The image is 12x8 once the camera's orientation tag is applied."""
+    """Adds an image to a folder of 8x8 images. The image is 12x8 once the camera's orientation tag is applied."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("L", (8, 12)).save(path, "PNG", exif=exif)
@@ -1356,7 +1356,7 @@ def params_as_bytes(data: st.DataObject, path: Path) -> None:
 
 
 def params_as_values(data: st.DataObject, path: Path) -> None:
-    """Runs the checks that come before a training too."""
+    """Also runs the checks that come before a training."""
     values = spoilt(data.draw, json.loads(VALID))
 
     def read() -> None:
@@ -1375,7 +1375,7 @@ def weights_as_bytes(data: st.DataObject, path: Path) -> None:
 
 
 def model_as_values(data: st.DataObject, path: Path) -> None:
-    """If the record is accepted, samples from the model too."""
+    """Also draws images from the model if the record is accepted."""
     sign(Path(DESCRIPTION), spoilt(data.draw, json.loads(path.read_text())))
     params = Params.load()
     few = params.model_copy(update={"sampling": replace(params.sampling, images=2)})

@@ -1,7 +1,7 @@
-"""Runs each command in a checkout with files of version 0.1.0. It works, or refuses in one line that says what to do.
+"""Runs each command in a checkout with files of version 0.1.0. The command works, or refuses in one line that says what to do.
 
 data/old-0.1.0.tar.xz holds params.yaml, dvc.lock, the outputs of a small sweep, a saved training state, and mlflow.db with
-its champion in mlartifacts. It was made in /tmp/old, so mlflow.db names the artifacts there.
+its champion in mlartifacts. The archive was made in /tmp/old, so mlflow.db names the artifacts there.
 """
 
 from __future__ import annotations

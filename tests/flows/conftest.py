@@ -150,7 +150,7 @@ class Scratch:
     free_port = staticmethod(free_port)
 
     def control(self, **stages: dict[str, Any]) -> None:
-        """Writes control.json. The keys are stage names with `_` in place of `@`."""
+        """Writes control.json. Each keyword is the name of a stage, with `_` in place of `@`."""
         (self.root / "control.json").write_text(
             json.dumps({name.replace("_", "@"): how for name, how in stages.items()})
         )
@@ -244,7 +244,7 @@ def make_scratch(root: Path, template: Path) -> Scratch:
 def running() -> Iterator[None]:
     """Allows child processes, as a running flow does.
 
-    An earlier test's flow has stopped its processes and forbidden new ones.
+    The end of a flow in an earlier test has forbidden new child processes.
     """
     children.start()
     yield

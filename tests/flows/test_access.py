@@ -182,7 +182,7 @@ def test_with_host_the_servers_ask_everybody_for_a_password(scratch: Any, check_
 @pytest.mark.proof
 @pytest.mark.timeout(600)
 def test_without_host_nothing_listens_beyond_loopback(scratch: Any) -> None:
-    """Both servers listen on loopback without any setting. Prefect answers only pages from its own address."""
+    """Without HOST, both servers listen on loopback only."""
     ports = {"PREFECT_PORT": scratch.free_port(), "MLFLOW_PORT": scratch.free_port()}
     variables = {name: str(port) for name, port in ports.items()}
     scratch.start(sys.executable, "-m", "flows.servers.up", "mlflow", "prefect", **variables)

@@ -49,7 +49,7 @@ def clone(scratch_maker: Callable[[Path, Path], Any], tmp_path: Path) -> Iterato
 
 
 def narrow(root: Path, now: bool = True) -> None:
-    """Edits the code as a user would: to three columns, or back to ten."""
+    """Edits the code, so that the preview has three columns, or ten again with now=False."""
     source, lines = root / "ddpm" / "stages" / "prepare.py", ("COLUMNS, ROWS = 10", "COLUMNS, ROWS = 3")
     before, after = lines if now else reversed(lines)
     assert before in source.read_text()
@@ -143,7 +143,7 @@ def test_a_folder_without_code_or_with_a_link_to_it_is_no_other_checkout(tmp_pat
 
 
 def test_an_interpreter_without_the_packages_is_named(scratch: Any) -> None:
-    """Runs with the `python` that is on the PATH of a user who has not activated the environment."""
+    """With -S, this `python` finds no packages, like the `python` of a user who has not activated the environment."""
     done = scratch.run(sys.executable, "-S", "-B", "-m", "ddpm", "prepare", PYTHONPATH=str(ROOT))
     assert done.returncode == 2
     assert done.stderr.startswith(f"ddpm: {sys.executable} has no package ") and done.stderr.count("\n") == 1

@@ -52,7 +52,7 @@ def test_stop_ends_the_deaf_grandchildren_too(tmp_path: Path, monkeypatch: pytes
     children.stop()
     thread.join(10)
     assert ends == ["stopped"]
-    end = time.monotonic() + 10  # a killed process needs a moment to end; otherwise it would stay for a minute
+    end = time.monotonic() + 10  # a killed process needs a moment to end; a process that survived would sleep for a minute
     while _alive(pids[0]) and time.monotonic() < end:
         time.sleep(0.05)
     assert not _alive(pids[0])
@@ -137,10 +137,10 @@ def test_a_flow_run_ends_with_its_worker(tmp_path: Path) -> None:
     assert not left
 
 
-# Ends at once, and leaves a process in a session of its own.
+# A job that ends at once, and leaves a process in a session of its own.
 JOB = """\
 import subprocess, sys
-away = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)  # or whoever reads what we print would wait for it
+away = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)  # else the reader of our output waits for `left`
 left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True, **away)
 open("left", "w").write(str(left.pid))
 """

@@ -34,9 +34,9 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def classifier() -> Callable[[Path], Callable[[np.ndarray], torch.Tensor]]:
-    """Returns classifier(root).
+    """Returns classifier(root), which trains a network on the real images of a checkout.
 
-    It trains on a checkout's real images, and returns a function images -> probabilities [N, 10].
+    classifier(root) returns a function images -> probabilities [N, 10].
     """
 
     def train(root: Path) -> Callable[[np.ndarray], torch.Tensor]:

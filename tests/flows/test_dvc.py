@@ -28,7 +28,7 @@ HOSTILE = "x; touch it_ran; true"
 
 
 def with_names(root: Path, name: str) -> None:
-    """Writes params.yaml with this name wherever params.yaml contains a name that dvc.yaml repeats."""
+    """Writes params.yaml with `name` as the data path, and as the only schedule, sampler and number of steps."""
     yaml = YAML()
     values = yaml.load((ROOT / "recipes" / "smoke.yaml").read_text())
     values["data"]["path"] = name
@@ -60,7 +60,7 @@ def test_a_hostile_name_runs_nothing(tmp_path: Path, clone_maker: Callable[[Path
     (clone.root / "auto.json").write_text('{"precision": "float32", "compile": false}')
     done = clone.run(sys.executable, "-m", "dvc", "repro", "--single-item", f"train@{HOSTILE}")
     assert done.returncode != 0
-    assert "String should match pattern" in done.stderr  # so the verb did run
+    assert "String should match pattern" in done.stderr  # so the stage did start
     assert not (clone.root / "it_ran").exists()
 
 

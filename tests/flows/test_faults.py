@@ -40,7 +40,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, clone_maker: Callable[
 
 
 def words(process: psutil.Process) -> list[str]:
-    """Returns the words of a process's command line. A fork shows its task, padded with empty words to the old length."""
+    """Returns the words of a process's command line. In a fork, this line is the title of its task, padded with empty words."""
     return " ".join(process.cmdline()).split()
 
 

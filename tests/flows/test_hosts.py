@@ -202,7 +202,7 @@ def test_a_worker_in_the_clone_that_asks_refuses_in_one_line(repository: Path) -
 
 
 def test_an_api_that_is_busy_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These are the errors of Prefect's client after its own retries."""
+    """The two errors below are those that Prefect's client raises after its own retries."""
     monkeypatch.setattr(dispatch, "POLL", 0.01)
     request = httpx.Request("GET", "http://127.0.0.1/api")
     busy = httpx.HTTPStatusError("busy", request=request, response=httpx.Response(503, request=request))

@@ -29,7 +29,7 @@ from flows import parameters
 KILLS = int(os.environ.get("KILLS", "64"))  # for both commands together
 SEED = int(os.environ.get("KILLS_SEED", "0"))
 MOST = 5  # the most kills in one checkout
-# runs that may fail by themselves after the last kill, for instance if they meet a process that is about to end
+# the most runs in one checkout that may fail by themselves, for instance if they meet a process that is about to end
 RUNS = 3
 SET = ["training.steps=120", "compute.checkpoint_every=10", "sweep.samplers=[ddim]", "sweep.steps=[2]"]
 COMMANDS = {
@@ -49,7 +49,7 @@ class Result:
     """The results of a run.
 
     Args:
-        lock: dvc.lock.
+        lock: the content of dvc.lock.
         outputs: the checksum of each output.
         metrics: MLflow's metrics (run, key, step).
         models: the number of registered versions.
@@ -81,7 +81,7 @@ class Result:
 
 @dataclass
 class Kill:
-    """A kill. kind: the wanted kind. victim: the process that was hit. moment: as a fraction of an undisturbed run."""
+    """A kill. kind: one of KINDS. victim: the process that was hit. moment: the wait, as a fraction of an undisturbed run."""
 
     kind: str
     victim: str
@@ -113,7 +113,7 @@ def send(processes: list[psutil.Process], number: int) -> None:
 
 
 def strike(clone: Any, kind: str, command: subprocess.Popen[str], chance: random.Random) -> str:
-    """Applies `kind` to a process, and returns the name of the victim.
+    """Kills, interrupts or pauses processes as `kind` says, and returns the name of the victim.
 
     A process of that kind may be about to start. If none starts within five seconds, the command is killed.
     """

@@ -157,7 +157,7 @@ def up(here: Any) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 @pytest.mark.timeout(240)
 def test_a_server_of_this_checkout_is_used(here: Any) -> None:
-    """`python -m flows` beside `make up`: its run is in the UI at once, and no second server starts."""
+    """Beside `make up`, `python -m flows` uses the server of `make up`, and starts no second server."""
     with up(here) as (api, _):
         flow = here.start(*MAIN, "--no-promote", log="flow.log")
         seen: set[str] = set()
@@ -282,7 +282,7 @@ def test_what_the_terminal_shows() -> None:
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_new_database_takes_nobodys_place(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds on a file system without hard links too. No other file is left in the folder."""
+    """A new database never replaces another one, even without hard links. No other file is left in the folder."""
     (tmp_path / "empty.db").write_bytes(b"empty")
     monkeypatch.setattr(embedded, "EMPTY", tmp_path / "empty.db")
     for name in embedded.DATABASE:

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(1200)]
-# One point, with a network that is hardly trained.
+# Cuts the smoke recipe to one point and a hardly trained network.
 TINY = {
     "steps: 60": "steps: 4",
     "validate_every: 30": "validate_every: 4",
@@ -58,7 +58,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(
     installed: Path, inception_cache: Path, tmp_path_factory: pytest.TempPathFactory, scratch_maker: Callable[..., Any]
 ) -> Iterator[Any]:
-    """Creates a project in a new folder in that environment, independent of the checkout."""
+    """Creates a project in a new folder. Its commands use the environment `installed`, and not the code of this checkout."""
     home = tmp_path_factory.mktemp("home")
     (home / "empty").mkdir()
     made = scratch_maker(home / "project", home / "empty")

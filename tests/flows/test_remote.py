@@ -115,7 +115,7 @@ def test_no_bucket_is_one_line(scratch: Any) -> None:
 
 @pytest.mark.chaos
 def test_a_push_that_is_cut_off_goes_on(scratch: Any, s3: Any, bad_line: Any, clones: Callable[..., Any]) -> None:
-    """Every connection drops in the middle of a file of 40 MB. On a good line, a second push uploads only the missing files."""
+    """Every connection drops in the middle of a file of 40 MB. A second push on a better line uploads only the missing files."""
     bucket = s3.bucket("cut-off")
     assert make_remote(scratch, f"URL=s3://{bucket}", f"ENDPOINT={bad_line.url}").returncode == 0
     scratch.repro()

@@ -68,7 +68,7 @@ def test_then_neither_dvc_nor_the_flow_has_anything_to_do(clone: Any) -> None:
 
 
 def answered(said: str) -> list[str]:
-    """Returns the last lines of a run before its next steps. No other line names the best point."""
+    """Returns the last lines of a run, from `best:` to `next:`. Asserts that only one line begins with `best:`."""
     lines = said.splitlines()
     (first,) = (number for number, line in enumerate(lines) if line.startswith("best: "))
     assert 1 <= len(lines) - first - 3 <= 4
@@ -76,7 +76,7 @@ def answered(said: str) -> list[str]:
 
 
 def would_run(clone: Any) -> list[str]:
-    """Returns the stages that `dvc repro` would run, with the stages that depend on them."""
+    """Returns the stages that `dvc status` lists as changed. Stages that depend only on their outputs are not listed."""
     done = clone.run("dvc", "status", "--json")
     assert done.returncode == 0, done.stderr
     return sorted(json.loads(done.stdout))
@@ -100,7 +100,7 @@ def test_a_change_touches_what_depends_on_it_and_nothing_else(clone: Any) -> Non
     new = ["evaluate@cosine-ddim-3", "evaluate@cosine-ddpm-3", "sample@cosine-ddim-3", "sample@cosine-ddpm-3"]
     assert edit("params.yaml", "steps: [2, 5]", "steps: [2, 5, 3]") == sorted(["report", *new])
     row = edit("params.yaml", "ddim: {sampler: ddim, eta: 0.0", "ddim: {sampler: ddim, eta: 0.5")
-    assert row == ["report", "sample@cosine-ddim-2", "sample@cosine-ddim-5"]  # the report shows the row of the sampler
+    assert row == ["report", "sample@cosine-ddim-2", "sample@cosine-ddim-5"]  # `samplers` is a parameter of the report
     assert edit("ddpm/scores/fidelity.py", '"""', '"""Edited. ') == evaluations
     assert edit("ddpm/diffusion/bound.py", '"""', '"""Edited. ') == ["likelihood@cosine"]
     assert edit("ddpm/diffusion/samplers.py", '"""', '"""Edited. ') == samples

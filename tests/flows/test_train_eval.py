@@ -243,7 +243,7 @@ def test_a_task_run_whose_end_prefect_did_not_hear_is_ended_by_the_next_run(up: 
     up.post(f"/task_runs/{task}/set_state", state={"type": "RUNNING", "name": "Running"}, force=True)
     assert up.states(run)["publish"] == "Running"
     up.post(f"/flow_runs/{run}/set_state", state={"type": "RUNNING", "name": "Running"}, force=True)
-    # REAP passes no living flow runs, as if this run began after `reap` had read them
+    # REAP passes an empty set of living flow runs, as if this run began after `reap` had read the set
     done = up.scratch.run(sys.executable, "-c", REAP)
     assert done.returncode == 0, done.stderr
     assert up.states(run)["publish"] == "Running"
@@ -294,7 +294,7 @@ def test_params_changed_meanwhile_are_never_what_dvc_recorded(up: Any) -> None:
 
 @pytest.mark.chaos
 def test_kill_9_of_the_worker_ends_everything(up: Any) -> None:
-    """This test comes last: the flow run, its stages and the servers end with the worker."""
+    """This is the last test that uses `up`, because the flow run, its stages and the servers end with the worker."""
     up.scratch.control(**NEVER)
     up.scratch.forget("train@linear", "train@cosine")
     up.start(overrides=["training.steps=16"])

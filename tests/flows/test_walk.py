@@ -1,4 +1,4 @@
-"""Follows a new user: README's commands for own pictures, in a fresh clone, on a messy folder, with the page in a browser."""
+"""Runs README's commands for own pictures as a new user would, on a messy folder in a fresh clone, and opens the report."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, clone_maker: Callable[[Path]
 
 
 def walk(clone: Any, command: list[str]) -> str:
-    """Runs a command of README in the environment of the tests, which replaces that of `make`."""
+    """Runs a command of README in the environment of the tests, instead of the environment that `make` creates."""
     if command[:2] == ["make", "demo"]:
         command = [sys.executable, "-m", "flows", "--recipe", command[2].removeprefix("RECIPE=")]
     if command[0] == ".":

@@ -1,4 +1,4 @@
-"""Compares the network with the paper's number of parameters and with diffusers', layer by layer, and checks its symmetries."""
+"""Compares the network's number of parameters with the paper's and with diffusers', and checks the network's symmetries."""
 
 import pytest
 import torch
@@ -98,7 +98,7 @@ def test_time_and_position_matter() -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_transposed_network_predicts_the_transposed_image(symmetric: bool, residual: bool) -> None:
-    """Swaps rows and columns of the kernels. `attention` names heights, so the same resolutions have other numbers there."""
+    """Swaps rows and columns of the kernels. `attention` names heights, so the transposed network gets other numbers."""
     wide, high = (
         lively(
             UNet(

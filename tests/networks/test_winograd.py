@@ -63,7 +63,7 @@ def spread(found: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture(scope="module", params=["AMX", "no AMX"])
 def small_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiles the C code for few tiles at a time, so that little work has several parts, and for both kinds of processor."""
+    """Compiles the C code with small blocks, so that even small inputs are split. Runs tests with and without AMX."""
     if request.param == "AMX" and not winograd.uses_amx():
         pytest.skip("this processor has no AMX, or Linux does not allow it")
     with pytest.MonkeyPatch.context() as patch:
@@ -170,7 +170,7 @@ def test_bfloat16_costs_little_more_than_in_a_direct_convolution() -> None:
 
 
 def test_the_gradients_are_the_adjoint() -> None:
-    """<g, conv(x)> is linear in x and in w, so its gradients reproduce it."""
+    """v = <g, conv(x)> is linear in x and in w, so <x, dv/dx> = <w, dv/dw> = v."""
     layer = winograd.compiled(nn.Conv2d(16, 8, 3, padding=1, bias=False))
     x = random(2, 16, 12, 20, seed=2).requires_grad_()
     gradient = random(2, 8, 12, 20, seed=3)
@@ -200,7 +200,7 @@ def test_normalisation_and_swish(kind: type[nn.GroupNorm], scale: float, dtype: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_dropout(dtype: torch.dtype) -> None:
-    """Dropout drops the requested share, independently of neighbours, with the gradients there. The seed decides everything."""
+    """Dropout drops the requested share of values and of their gradients, each independently. The seed decides everything."""
     layer, rate = winograd.compiled(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Dropout(0.3)))[1], 0.3
     x = torch.ones(8, 64, 32, 32, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
     torch.manual_seed(1)
@@ -289,7 +289,7 @@ def test_it_trains_after_it_has_sampled() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_it_learns_as_torch_does(dtype: torch.dtype) -> None:
-    """In bfloat16, the losses of ten steps stay as close to those of float32 as with torch's own kernels."""
+    """The losses of ten steps differ from torch's in float32 by at most twice the difference of torch's own kernels."""
     images = torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     losses = []
     for net, precision in (

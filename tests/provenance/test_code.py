@@ -114,7 +114,7 @@ for name in ("networks/unet.py", "files/dataset.py"):
 def test_code_that_was_edited_after_its_import_trains_nothing(checkout: Path) -> None:
     said = run(checkout, EDITED).splitlines()
     edited = "InputError ddpm/{}.py was edited after this process had imported it; run again"
-    # the message names the first edited file
+    # the message names the first edited file in alphabetical order
     assert said == [edited.format("networks/unet"), edited.format("files/dataset")]
     assert not list((checkout / ".cache").glob("training/*"))
 

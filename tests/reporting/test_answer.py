@@ -19,7 +19,7 @@ DVC = str(Path(sys.executable).with_name("dvc"))
 
 
 def steps(lines: list[str]) -> list[str]:
-    """Returns the commands of the next steps. The commands all end in the same column."""
+    """Returns the commands of the next steps. At least three spaces separate a command from its purpose."""
     assert lines[2] == "next:" and len(lines) <= 3 + MOST_STEPS
     return [line.strip().split("   ")[0] for line in lines[3:]]
 

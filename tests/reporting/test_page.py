@@ -320,7 +320,7 @@ def test_copies_with_a_little_noise_are_suspected_one_by_one(digits: Path) -> No
 
 
 def test_new_images_are_suspected_as_often_as_promised(digits: Path) -> None:
-    """The samples are other digits: 300 samples and 300 unseen images, of 1,397 that are not for training, drawn 2,000 times.
+    """Draws 300 samples and 300 unseen images 2,000 times, both from the 1,397 digits that are not for training.
 
     With another seed, the test would fail by chance in about 1 of 300 runs.
     """
@@ -483,7 +483,7 @@ def test_the_front_against_seconds() -> None:
 
 
 def test_scores_are_drawn_against_the_length_of_the_average(smoke: Callable[..., Params]) -> None:
-    """A line for rows that differ in `ema` alone. Other rows have no line, and without such rows there is no picture."""
+    """Rows that differ in `ema` alone share a line. Other rows have no line, and without any line there is no picture."""
     samplers = {
         "short": {"sampler": "ddim", "ema": 0.05},
         "long": {"sampler": "ddim", "ema": 0.2},

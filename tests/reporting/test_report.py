@@ -97,7 +97,7 @@ def test_a_tie_goes_to_fewer_evaluations(root: Path) -> None:
 
 
 def test_fewer_evaluations_must_be_nearly_as_good_for_sure(root: Path) -> None:
-    """20 evaluations give 1.0 and 5 give 1.02. The margin is 5 %, and the bound for two points is one-sided."""
+    """20 evaluations give FID 1.0, and 5 give FID 1.02. The margin is 5 %, and the bound for two points is one-sided."""
     cheaper, good = (Point.parse(name) for name in ("cosine-ddim-5", "cosine-ddim-20"))
     gap = influence_of(cheaper, 1.0).astype(float) - influence_of(good, 1.0)
     scale = (0.05 - 0.02) / (1.644854 * standard_error(gap))

@@ -40,7 +40,7 @@ def test_a_clock_that_is_set_ends_no_process(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_another_container_of_the_same_name_is_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a restart of the host, its earlier processes are known to be dead. Nothing is known about those of a container."""
+    """After a restart, the host's earlier processes are known to be dead. A container's earlier processes stay unknown."""
     names = {}
     for ids, boot in (
         (processes.FIRST, "a"),

@@ -1,4 +1,4 @@
-"""Checks `ddpm train` on two processes of one machine, and on two hosts by torchrun: the same training as on one process.
+"""Checks that `ddpm train` on two processes of one machine, or on two hosts by torchrun, trains as on one process.
 
 In float32, the two orders of summation differ by 1e-7 of a gradient, which Adam may turn into 1e-6 of a weight. After 60
 steps the measured difference was 7e-7 of the weights' norm and 2e-7 of the losses. Another batch, mask or noise moves the
@@ -176,7 +176,7 @@ def test_a_killed_process_ends_all_and_the_next_run_goes_on(
 
 
 def test_two_hosts_that_share_no_disk(root: Path, params: Params, start: Start, alone: Path) -> None:
-    """Two folders with a dataset each are connected by MASTER_ADDR. Only the first folder gets states and outputs."""
+    """Two folders with a dataset each stand for the hosts. Only the first folder gets states and outputs."""
     second = root / "second"
     second.mkdir()
     (second / "dataset").symlink_to((root / "dataset").resolve())

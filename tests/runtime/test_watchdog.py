@@ -19,15 +19,15 @@ from ddpm.runtime import ending, watchdog
 STAGE = """\
 import os, pathlib, signal, sys, time
 from ddpm.runtime import ending, watchdog
-ending.ORPHAN = 60  # whoever listens ends by the signal,
+ending.ORPHAN = 60  # SIGTERM ends this stage long before the grace time is over
 if "deaf" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ending.ORPHAN = 0.5  # and whoever doesn't without
+    ending.ORPHAN = 0.5  # a stage that ignores SIGTERM exits after the grace time
 watchdog.start()
 pathlib.Path("pid").write_text(str(os.getpid()))
 time.sleep(60)
 """
-# Starts a stage through two shells, as a flow does through DVC.
+# Starts a stage through a shell, as DVC does.
 STARTER = """\
 import os, subprocess, sys
 command = f"{sys.executable} stage.py {' '.join(sys.argv[2:])}; true"

@@ -11,7 +11,7 @@ from ddpm.scores.intervals import Estimate, standard_error
 
 
 def models(generator: np.random.Generator, count: int, spread: float, images: int = 100) -> list[Estimate]:
-    """Returns scores of `count` models around 10: means of images, with three quarters of the variance shared by all."""
+    """Returns scores of `count` models around 10. A score is a mean over images, and all share 3/4 of the images' variance."""
     shared, own = generator.normal(size=images), generator.normal(size=(count, images))
     values = 10 + spread * generator.normal(size=(count, 1)) + np.sqrt(0.75) * shared + np.sqrt(0.25) * own
     return [Estimate(float(x.mean()), standard_error(x), (x - x.mean()).astype(np.float32)) for x in values]
@@ -29,7 +29,7 @@ def test_without_sampling_error_the_spread_is_the_standard_deviation() -> None:
 
 
 def test_sampling_error_is_no_spread_and_shared_luck_is_neither() -> None:
-    """The estimates of e^2 = 0.25/100 agree within 2 %, and those of b^2 = 0 average to zero."""
+    """The sampling variance of 0.25/100 is found within 2 %. The scores' variance equals it on average, so no spread is left."""
     generator = np.random.default_rng(0)
     found = [trainings("a", models(generator, 5, 0.0)) for _ in range(400)]
     sampling = np.mean([each.spread.sampling**2 for each in found if each.spread])
@@ -51,10 +51,10 @@ def test_schedules_are_compared_by_welchs_test() -> None:
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_the_intervals_hold_the_truth_as_often_as_they_say(count: int) -> None:
-    """Trainings scatter as much as their scores are uncertain.
+    """The spread between trainings equals the sampling error of their scores.
 
-    The interval of the mean adds two reaches as if both were normal, so it is a little too wide for two trainings. With
-    another seed, a case would fail by chance in 1 of 300 runs.
+    The interval of the mean combines two half widths as if both errors were normal. So it is a little too wide for two
+    trainings. With another seed, a case would fail by chance in 1 of 300 runs.
     """
     generator, repetitions, inside = np.random.default_rng(count), 400, [0, 0]
     for _ in range(repetitions):

@@ -129,7 +129,7 @@ def hard(kind: str, count: int, dimensions: int) -> tuple[np.ndarray, np.ndarray
         "large means": lambda: (x + 1000, y + 1000.1),
         "nearly singular": lambda: (x * fall, 1.1 * y * fall),
         "singular": lambda: (x[:, : dimensions // 2] @ low, y),
-        "alike": lambda: (x[random.integers(0, dimensions, count)], y),  # few images differ
+        "alike": lambda: (x[random.integers(0, dimensions, count)], y),  # few distinct images
         "heavy tails": lambda: (x * random.standard_t(3, size=(count, 1)), y),
         "an outlier": lambda: (x * np.where(np.arange(count) == 7, 1000, 1)[:, None], y),
         "images alone in a feature": lambda: (np.eye(count, dimensions), y),
@@ -141,7 +141,7 @@ def hard(kind: str, count: int, dimensions: int) -> tuple[np.ndarray, np.ndarray
 
 @pytest.mark.parametrize("kind", HARD)
 def test_float32_changes_no_influence_by_a_ten_thousandth(kind: str) -> None:
-    """Here the rotated images are float32. FID itself, compared with leaving out in float64, has no such error."""
+    """With this many images, `jackknife` rotates them in float32. The expected influence and FID are computed in float64."""
     count, dimensions = 16 * MANY, 16
     x, y = hard(kind, count, dimensions)
     reference = statistics(y)

@@ -149,7 +149,7 @@ def test_damaged_converted_weights_are_made_again(damage: str, inception_cache: 
 
 
 def test_weights_that_are_converted_otherwise_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise weights that an earlier version of the code converted would be used here, but not in a new clone."""
+    """Without the check, weights that an earlier version of the code converted would be used here, but not in a new clone."""
     monkeypatch.setattr(torch, "ones_like", torch.zeros_like)
     with pytest.raises(inception.WeightsError, match=r"converted into other tensors than inception\.py expects"):
         inception.load(64, tmp_path)

@@ -52,8 +52,8 @@ class Case:
     def kid(self, real: np.ndarray) -> float:
         """Returns the expected KID of the first model against these real images [M, D].
 
-        x.y/D + 1 is a normal u for fixed y, with E (u^3) = m^3 + 3 m v. For two of the model's images, this is averaged over
-        y.
+        For a fixed y, u = x.y/D + 1 is normal with mean m and variance v, so E (u^3) = m^3 + 3 m v. For two of the model's
+        images, this is averaged over y.
         """
         d, (shift, scale) = self.dimensions, self.models[0]
         mean, spread = np.full(d, shift), scale**2 * self.variances
@@ -144,7 +144,10 @@ def cover_kid(case: Case, repetitions: int, confidence: float = 0.95, subsets: i
 
 
 def plausible(hits: int, repetitions: int, confidence: float, slack: float = 0.015) -> bool:
-    """Returns whether this number of hits is plausible for `confidence`, within `slack`, since FID of few images is skewed."""
+    """Returns whether this number of hits is plausible for a coverage of `confidence` +- `slack`.
+
+    The slack is needed because FID of few images is skewed.
+    """
     return bool(
         binom.ppf(0.001, repetitions, confidence - slack) <= hits <= binom.ppf(0.999, repetitions, confidence + slack)
     )
@@ -173,7 +176,7 @@ def test_intervals_cover_what_they_claim(case: Case) -> None:
 def test_fid_at_infinity_holds_the_truth_at_five_images_per_feature(
     model: tuple[float, float], dimensions: int, repetitions: int
 ) -> None:
-    """Holds even where FID's own error is too small: with 256 features, its interval misses half the time.
+    """Holds even where FID's own error is too small: with 256 features, the interval of this error misses half the time.
 
     With another seed, a case would fail by chance in fewer than 1 of 1,000 runs.
     """
@@ -236,7 +239,7 @@ def test_the_interval_of_cmmd_covers_what_it_claims(shift: float) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
 def test_the_interval_of_kid_covers_what_it_claims_with_many_images(case: Case) -> None:
-    """With one feature, the coverage is only 88 %, since the cube of a normal variable is far from normal.
+    """Cases of one feature are left out: their coverage is only 88 %, since the cube of a normal variable is far from normal.
 
     With another seed, the test would fail by chance in about 1 of 100,000 runs.
     """
@@ -262,7 +265,7 @@ def independent(count: int) -> list[Estimate]:
 def test_intervals_of_all_differences_reach_as_far_as_tukeys(count: int, confidence: float) -> None:
     """For independent scores with equal errors, the factor is the studentised range over the root of 2.
 
-    With other random errors in the code, 2 scores would fail by chance in about 1 of 1,300 runs (3.2 standard errors), and
+    With another seed in intervals.py, 2 scores would fail by chance in about 1 of 1,300 runs (3.2 standard errors), and
     more scores less often.
     """
     expected = max(quantile(confidence), studentized_range.ppf(confidence, count, np.inf) / np.sqrt(2))
@@ -273,7 +276,7 @@ def test_intervals_of_all_differences_reach_as_far_as_tukeys(count: int, confide
 def test_what_may_be_the_best_ends_where_dunnetts_quantile_says(count: int, confidence: float) -> None:
     """For independent scores with equal errors, the factor d solves P(all other e_j >= e_i - d sqrt(2)) = confidence.
 
-    With other random errors in the code, 2 scores would fail by chance in about 1 of 300 runs (2.9 standard errors), and more
+    With another seed in intervals.py, 2 scores would fail by chance in about 1 of 300 runs (2.9 standard errors), and more
     scores less often.
     """
     z, weights = np.polynomial.hermite_e.hermegauss(60)
@@ -303,7 +306,7 @@ def best_lost(count: int, shifts: np.ndarray, repetitions: int, images: int = 20
     Returns:
         How often the first score was not among those that may be the best.
         How often a paired test found the first score significantly worse than the lowest one.
-        How often one of all simultaneous intervals missed.
+        How often at least one of the simultaneous intervals missed.
     """
     generator, lost, lost_in_pairs, missed = np.random.default_rng(0), 0, 0, 0
     for _ in range(repetitions):
@@ -356,7 +359,7 @@ def test_the_best_of_twelve_is_lost_no_more_often_than_claimed(shifts: np.ndarra
 
 
 def fids_of_many(repetitions: int, models: int = 8, images: int = 300) -> tuple[int, int]:
-    """Counts errors on Gaussian models with the same FID to the data, which share 80 % of their noise.
+    """Counts errors on Gaussian models that have the same FID to the data and share 80 % of their noise.
 
     Returns:
         How often the first model was not among those that may be the best.
@@ -487,7 +490,7 @@ THE_DATA = ((0.0, 1.0), (0.0, 1.0))
 
 @pytest.mark.parametrize("models", [NARROW, THE_DATA], ids=["other models", "the data's own distribution"])
 def test_errors_near_as_many_images_as_features_are_not_too_small(models: Any) -> None:
-    """At 64 features and 100 images the errors are 1.1 to 1.2 times too large, and 1.4 to 1.5 times for the data themselves.
+    """At 64 features and 100 images the errors are 1.1 to 1.2 times too large, or 1.4 to 1.5 times for the data's distribution.
 
     The ratios of 100 repetitions vary by 7 %. With another seed, a case would fail by chance in about 1 of 1,000 runs.
     """

@@ -82,9 +82,9 @@ def keys(x: np.ndarray, a: float) -> np.ndarray:
 
 
 def dinov2_positions(positions: torch.Tensor, side: int) -> torch.Tensor:
-    """Returns DINOv2's interpolation as a matrix.
+    """Interpolates position embeddings to side x side patches as DINOv2 does, by matrix products.
 
-    a = -0.75, sample points (i + 1/2) old/(side + 0.1) - 1/2, edges repeated.
+    The kernel has a = -0.75, the sample points are (i + 1/2) old/(side + 0.1) - 1/2, and edges are repeated.
     """
     old = int((positions.shape[1] - 1) ** 0.5)
     at = (np.arange(side) + 0.5) * old / (side + 0.1) - 0.5
@@ -100,7 +100,7 @@ def dinov2_positions(positions: torch.Tensor, side: int) -> torch.Tensor:
 def jax_resized(images: np.ndarray, side: int) -> np.ndarray:
     """Does the same as jax.image.resize(..., method="bicubic"), which CMMD's code calls.
 
-    a = -0.5, antialiased, weights that add up to 1.
+    The kernel has a = -0.5 and is antialiased, and the weights add up to 1.
     """
     for axis in (2, 3):
         old = images.shape[axis]

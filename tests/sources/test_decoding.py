@@ -224,7 +224,7 @@ def test_an_unused_transparent_colour_does_no_harm() -> None:
 def colour_profile(corners: dict[tuple[int, int, int, int], tuple[int, int, int]]) -> bytes:
     """Returns a CMYK profile with the table of ICC.1:2001, 6.5.8 (lut8Type).
 
-    `corners` has Lab colours, and other corners are black.
+    corners: Lab colours by the inks, each 0 or 1; all other combinations of inks are black.
     """
     nodes = [corners.get(inks, (0, 128, 128)) for inks in product((0, 1), repeat=4)]
     identity = bytes(range(256))
@@ -433,7 +433,7 @@ def test_refused(case: str) -> None:
 
 
 def test_huge_images_are_refused_unread() -> None:
-    """Much less than their 3.6 GB is allocated."""
+    """Decoding would allocate 3.6 GB, but refusing allocates less than 256 MiB."""
     content = raw_png(60_000, 60_000, 8, 0, b"")
     before = psutil.Process().memory_info().rss
     refusal(content)
@@ -876,7 +876,7 @@ except BaseException as error:
 def test_a_worker_ended_before_it_begins_does_not_go_on_as_its_parent() -> None:
     """The forked worker must not run its parent's SIGTERM handler.
 
-    Such a worker printed an error of its own and kept running.
+    Otherwise the worker would print an error of its own and keep running.
     """
     done = subprocess.run(
         [sys.executable, "-c", ENDED_AT_THE_FORK], capture_output=True, text=True, timeout=60, check=False

@@ -72,7 +72,7 @@ def test_asking_for_help_writes_no_folder(tmp_path: Path) -> None:
 
 
 def test_pictures_of_the_font_have_an_alpha_channel_that_matters(tmp_path: Path) -> None:
-    """Without an alpha channel, the test above could not tell the white background from the colours below it."""
+    """Without transparent pixels, test_the_pictures_of_the_font_become_images_on_white would show nothing."""
     if not FONT.exists():
         pytest.skip("no emoji font: apt-get install fonts-noto-color-emoji")
     written(tmp_path)

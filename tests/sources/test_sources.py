@@ -1,4 +1,4 @@
-"""Checks the four sources: their known contents, how their layouts are read, and the messages if files are missing."""
+"""Checks all sources but huggingface: known contents, how their layouts are read, and the messages if files are missing."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_classes_without_a_split(tmp_path: Path) -> None:
 def test_a_folder_that_holds_all_images_is_no_class(
     names: list[str], classes: tuple[str, ...] | None, tmp_path: Path
 ) -> None:
-    """A zip file often holds one folder, which holds the classes. A folder without others inside is the only class."""
+    """A zip file often holds one folder, which holds the classes. If that folder has no subfolders, it is the only class."""
     for name in names:
         draw(tmp_path / "images" / f"{name}.png", 0)
     assert opened(tmp_path, "image_folder", test_fraction=0.0).classes == classes

@@ -158,7 +158,7 @@ def test_the_fid_of_previews_is_that_of_their_images(
     )
     expected = fidelity.fid(fidelity.statistics(mine), fidelity.statistics(real))
     assert scores == {3: pytest.approx(expected, rel=1e-3)}
-    # The page of the report shows them, as long as the model is the one that was previewed.
+    # The report shows the FIDs of previews as long as the previewed model is the present model.
     row: Any = SimpleNamespace(schedule="cosine")
     assert preview_fids(tmp_path, [row]) == {"cosine": scores}
     longer = params(training={"steps": 6}, compute={"preview_every": 3, "preview_fid": 50})
@@ -209,7 +209,7 @@ def test_a_sample_set_has_the_classes_of_the_data() -> None:
     counts = np.array([900, 90, 10])
     many = labels(counts.tolist(), 1000)
     assert np.bincount(many).tolist() == counts.tolist()
-    # every prefix is within one image of each share, and is the beginning of the longer list
+    # In every prefix, each class is within one image of its share. A shorter list is a prefix of a longer list.
     for count in range(1, 1000):
         assert np.abs(np.bincount(many[:count], minlength=3) - counts * count / 1000).max() < 1
     assert labels(counts.tolist(), 123) == many[:123]

@@ -209,7 +209,7 @@ def test_same_input_same_bytes_with_or_without_the_cache_and_whatever_the_seed(r
     kept, seen = run(root, protocol(seed=99))
     assert path.read_bytes() == first
     assert not computed(seen)
-    assert seen[0].done == 12  # so the count includes only finished images
+    assert seen[0].done == 12  # the cached reference images count as done
     shutil.rmtree(root / paths.CACHE / "features")
     assert computed(run(root)[1])
     assert path.read_bytes() == first
@@ -219,7 +219,7 @@ def test_same_input_same_bytes_with_or_without_the_cache_and_whatever_the_seed(r
 def test_reference_features_are_found_by_content(root: Path, inception_weights: Path, monkeypatch: Any) -> None:
     before, _ = run(root)
     changed = digits()[:30]
-    changed[:, 0, 4, 4] ^= 1  # changes one grey level, which dataset.json does not record
+    changed[:, 0, 4, 4] ^= 1  # changes one grey level, but not the version in dataset.json
     write_dataset(root, changed)
     after, seen = run(root)
     assert computed(seen)
@@ -276,7 +276,7 @@ def test_fewer_samples_than_asked_for_are_counted(root: Path) -> None:
 
 
 def test_reference_images_are_drawn_from_everywhere_and_grow() -> None:
-    """With another seed in the code, the test would fail in about 1 of 840 runs: all 10 images lie in the same half."""
+    """About 1 of 840 seeds in the code would fail this test, because all 10 images would lie in the same half."""
     train = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
     few, more = (set(reference_images(train, count).ravel()) for count in (10, 40))
     assert len(few) == 10 and len(more) == 40

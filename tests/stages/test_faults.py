@@ -84,7 +84,7 @@ def beside(root: Path, name: str) -> Path:
 
 # kill -9.
 
-# Forks a training, so that it needs no imports, kills it after a random time, and repeats this.
+# Repeatedly forks a training, which then needs no imports, and kills this training after a random time.
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -93,7 +93,7 @@ from ddpm.files.params import Params
 from ddpm.stages.train import train
 
 torch.set_num_threads(1)
-torch.optim.Adam([torch.zeros(1, requires_grad=True)]).zero_grad()  # imports what it takes, once for all
+torch.optim.Adam([torch.zeros(1, requires_grad=True)]).zero_grad()  # imports the optimiser's modules once, before the forks
 raw, straight, killed, kills = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 part = float(sys.argv[5])
 params, moments = Params.check(raw, "smoke"), random.Random(0)
@@ -125,9 +125,9 @@ def plain(params: Params) -> str:
 
 
 def kill_and_compare(root: Path, params: Params, kills: int, part: float) -> list[int]:
-    """Kills a training repeatedly, each time within the fraction `part` of a whole training.
+    """Kills a training repeatedly, each time within the fraction `part` of the time of an undisturbed training.
 
-    Returns the steps it resumed from.
+    Returns the steps from which the training resumed.
     """
     straight, killed = beside(root, "straight"), beside(root, "killed")
     command = [sys.executable, "-c", KILLER, plain(params), str(straight), str(killed), str(kills), str(part)]
@@ -153,7 +153,7 @@ def test_a_training_killed_fifty_times_ends_with_the_same_bytes(root: Path, smok
         (root / str(attempt) / "dataset").symlink_to((root / "dataset").resolve())
         steps = kill_and_compare(root / str(attempt), params, 50 - kills, 0.125)
         resumed += steps
-        kills += len(steps)  # counts kills after a saved state, so the first process does not count
+        kills += len(steps)  # counts the processes that resumed: a kill before the first state does not count
         if kills >= 50:
             break
     assert kills >= 50 and max(step for step in resumed if step < 150) > 100
@@ -198,7 +198,7 @@ def test_what_a_killed_writer_of_a_state_leaves_is_removed_by_the_next(tmp_path:
         [sys.executable, "-c", WRITER, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     end = time.monotonic() + 60
-    while not any(name.startswith(".tmp") for _, _, names in os.walk(tmp_path) for name in names):  # takes about 50 ms
+    while not any(name.startswith(".tmp") for _, _, names in os.walk(tmp_path) for name in names):  # the file exists for about 50 ms
         assert time.monotonic() < end
     writer.kill()
     writer.wait()
@@ -209,7 +209,7 @@ def test_what_a_killed_writer_of_a_state_leaves_is_removed_by_the_next(tmp_path:
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a host could come back from a power loss with the new name and without the bytes.
 
-    The test observes the order.
+    The test observes the order of fsync and rename.
     """
     path, seen = tmp_path / "state", []
     sync = os.fsync
@@ -591,7 +591,7 @@ def test_a_damaged_state_is_passed_over_in_one_line_and_gone(damage: str, tmp_pa
     assert "000000012.safetensors: damaged, passed over" in complaints[0]
     assert damage != "no checksum" or "(its checksum is missing)" in complaints[0]
     assert len(complaints) == (1 if found else 2) and not any("\n" in line for line in complaints)
-    # A damaged state takes no place: after the next two states, the intact state is still there.
+    # A damaged state is not one of the KEPT states: after the next state, the intact state is still there.
     write_resume(folder, state_of(10))
     left = [int(path.stem) for path in sorted(folder.glob("*.safetensors"))]
     assert left == ([8, 10] if found else [10])
@@ -881,7 +881,7 @@ def test_a_loss_far_above_that_of_predicting_nothing_stops_it(
     """
     monkeypatch.setattr(
         "ddpm.stages.train.DIVERGED_ROWS", 3
-    )  # before ten rows, this network would collapse to predicting zero
+    )  # within the usual ten rows, this network would collapse to predicting zero
     params = smoke(
         training={"steps": 30, "learning_rate": 1.0, "log_every": 1, "warmup": 0, "clip": 1e9},
         compute={"checkpoint_every": 1},
@@ -923,7 +923,7 @@ for room, work, what in (8, likelihood, "cosine"), (600, train, "cosine"), (100,
         print(error)
 raw["training"]["accumulate"] = 80
 raw["training"]["steps"] = 1
-bound(600)  # as for the training above: what the others have left behind counts for nothing
+bound(600)  # as for the training above, on top of the memory that is in use now
 train(Params.check(raw, "smoke"), "cosine", root)
 print("trained")
 """
@@ -989,7 +989,7 @@ from ddpm.files.params import Params
 from ddpm.stages.train import train
 raw, root, count = json.loads(sys.argv[1]), Path(sys.argv[2]), 350_000
 (root / "dataset").mkdir()
-for split, images in ("train", count), ("test", 8):  # no blocks on the disk: all of it is zero
+for split, images in ("train", count), ("test", 8):  # sparse files: all zeros, without blocks on the disk
     np.lib.format.open_memmap(root / f"dataset/{split}.npy", "w+", np.uint8, (images, 3, 64, 64))
 about = {"name": "dark", "sha256": "0", "shape": [3, 64, 64], "counts": {"train": count, "test": 8}, "classes": None,
          "mean": [0.0] * 3, "std": [0.0] * 3, "flip": True}

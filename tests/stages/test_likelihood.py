@@ -109,7 +109,7 @@ def test_schedules_writes_a_table_and_pictures(root: Path, smoke: Smoke) -> None
 
 
 def test_schedules_without_a_dataset(tmp_path: Path, smoke: Smoke) -> None:
-    """Without a dataset there are no pictures: the KL assumes E[x_0^2] = 1/4. T comes from the command line."""
+    """Without a dataset, strip.png is removed, and the KL assumes E[x_0^2] = 1/4. T comes from the command line."""
     (tmp_path / "schedules").mkdir()
     (tmp_path / "schedules" / "strip.png").write_bytes(b"of a dataset that is gone")
     rows, about = schedules(smoke(), tmp_path, timesteps=1000)

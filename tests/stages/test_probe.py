@@ -1,4 +1,4 @@
-"""Checks `auto`: it is resolved once per sweep. Another host uses the same values, or refuses."""
+"""Checks that `auto` is resolved once per sweep, and that another host uses the same values or refuses."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_training_resumes_with_the_values_that_it_began_with(
     said = messages(lambda report: train(longer, "cosine", root, report))
     assert "resuming after step 3" in said and "precision: float32, compile: false, as auto was resolved" in said
     assert models.read_trained(root, "cosine").training.content["precision"] == "float32"
-    resolve(root, Auto(precision="bfloat16", compile=False))  # resolved again: the state of other values is not used
+    resolve(root, Auto(precision="bfloat16", compile=False))  # `auto` has new values: states of the old values are not used
     assert "resuming" not in messages(lambda report: train(longer, "cosine", root, report))
     assert models.read_trained(root, "cosine").training.content["precision"] == "bfloat16"
 
@@ -178,9 +178,9 @@ def test_values_that_probe_did_not_write_are_refused(
 
 
 def test_a_sweep_never_mixes_values(copied: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under DVC, a missing compiler changes nothing.
+    """Under DVC, a compiler that goes missing later changes nothing.
 
-    If `auto` is resolved again, every training, sampling and report must rerun.
+    If `auto` is resolved again, every training and sampling must rerun.
     """
     copied.edit("  threads: 1\n  log_every", "  threads: 1\n  precision: auto\n  compile: auto\n  log_every")
     first, second = "sample@cosine-ddim-2", "sample@cosine-ddim-5"

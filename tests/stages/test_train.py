@@ -156,7 +156,7 @@ def test_a_descent_resumes_and_a_longer_training_goes_on_before_it(
     # In `root`, the training of 16 steps left its state from before the descent.
     assert resumed_from(messages_of(of(20), root)) == 8 and with_snapshots(root) == with_snapshots(longer)
     assert resumed_from(messages_of(of(16), root)) == 16 and with_snapshots(root) == straight
-    # A training with another descent from the same state, or with none, is another training that begins with the same steps.
+    # A training with another descent, or with none, shares the steps before the descent, so it resumes from their states.
     assert resumed_from(messages_of(of(20, decay="linear", decay_share=0.4), root)) == 10
     assert resumed_from(messages_of(of(20, decay="none", decay_share=0.3), root)) == 12
 
@@ -164,7 +164,7 @@ def test_a_descent_resumes_and_a_longer_training_goes_on_before_it(
 def test_snapshots_change_no_weights_and_resume_to_the_same_bytes(
     root: Path, digits: Path, smoke: Callable[..., Params]
 ) -> None:
-    """Trains to the end at once, with a stop, on to more steps, and after the loss of a snapshot."""
+    """Compares an uninterrupted training with one that stops, one that gets more steps, and one that loses a snapshot."""
 
     def of(steps: int, **changes: object) -> Params:
         training = {"steps": steps, "log_every": 4, "validate_every": 8, "snapshot_every": 4, **changes}
@@ -184,7 +184,7 @@ def test_snapshots_change_no_weights_and_resume_to_the_same_bytes(
     with pytest.raises(Stop):
         train(of(18), "cosine", stopped, stop_at(14))
     assert resumed_from(messages_of(of(18), stopped)) == 12 and with_snapshots(stopped) == straight
-    # A longer training takes the snapshots from the cache. One of them is lost, so it begins before that snapshot.
+    # A longer training takes the snapshots from the cache. If a snapshot is lost, the training goes back before its step.
     longer = another(digits, root / "longer")
     train(of(21), "cosine", longer)
     assert resumed_from(messages_of(of(21), stopped)) == 18 and with_snapshots(stopped) == with_snapshots(longer)
@@ -325,7 +325,7 @@ def test_what_decides_the_weights_decides_the_key(smoke: Callable[..., Params]) 
 def test_the_seed_of_a_row_is_that_of_its_training_alone(
     root: Path, digits: Path, smoke: Callable[..., Params], tmp_path: Path
 ) -> None:
-    """A row's seed gives the same bytes as the file's seed of the same number, and the same identity in MLflow."""
+    """A seed in a row gives the same bytes as this seed at the top of the file. Model and parameters have one identity."""
     other = tmp_path / "other"
     other.mkdir()
     (other / "dataset").symlink_to(digits / "dataset")

@@ -1,4 +1,4 @@
-"""Checks folders to and from the real diffusers package, and an import as a part of the sweep."""
+"""Checks exports to and imports from the real diffusers package, and an imported model in the sweep."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_real_pipeline_loads_an_export_and_steps_as_we_do(made: Path, export
         eps = pipeline.unet(x, t).sample
         assert float((denoiser.net(x, torch.full((4,), float(t))) - eps).abs().max()) < 1e-5
         levels = [Level(time, float(denoiser.schedule.alpha_bar[time + 1])) for time in (t, t - 1)]
-        # Without this option, diffusers' DDIM uses the eps from before clipping.
+        # Without use_clipped_model_output, diffusers' DDIM uses the eps from before clipping.
         for sampler, scheduler, options in (
             (ddpm, pipeline.scheduler, {"generator": torch.Generator().manual_seed(5)}),
             (ddim, implicit, {"use_clipped_model_output": True}),
@@ -192,7 +192,7 @@ def test_an_import_outside_of_a_checkout_is_the_folder_alone(exported: Path, tmp
 
 
 def test_a_target_and_length_of_its_own_stand(exported: Path, checkout: Path) -> None:
-    """params.yaml says eps at T = 100. The import keeps its own v prediction and 300 times to zero SNR."""
+    """params.yaml says eps at T = 100. The import keeps its own v prediction, T = 300 and zero terminal SNR."""
     other = checkout / "other"
     shutil.copytree(exported, other)
     path = other / "scheduler/scheduler_config.json"

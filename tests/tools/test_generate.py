@@ -98,7 +98,7 @@ def test_the_originals_stand_at_the_ends(kind: str, params: Params, tmp_path: Pa
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_draws_with_its_own_options_where_no_row_has_its_name(sampler: str, tmp_path: Path) -> None:
-    """There is no params.yaml either, as in any folder."""
+    """The parameters are None, as in a folder without params.yaml."""
     generate(None, out=tmp_path / "grid.png", count=4, model=MODEL, sampler=sampler, steps=5)
     denoiser, record = checkpoint.load(Path(MODEL), clip=True)
     expected, _ = draw(
@@ -129,7 +129,7 @@ def test_a_row_of_params_wins_over_the_sampler_of_its_name(params: Params, smoke
 
 
 def test_the_schedule_of_a_model_is_shown_as_it_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder without a model and params.yaml, every schedule is shown."""
+    """Without --model and without params.yaml, every schedule is shown."""
     denoiser, _ = checkpoint.load(Path(MODEL))
     model = Path(MODEL).absolute()
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,7 @@
 """Simulates how often the report's choice and the gate promote a model that is no better, and a model that is better.
 
-Scores are means of normal values of the images, so every truth is known. `PYTHONPATH=. python tests/tracking/test_gate.py`
-prints the table of docs/statistics.md.
+A score is the mean of one normally distributed value per image, so the true scores are known.
+`PYTHONPATH=. python tests/tracking/test_gate.py` prints the table of docs/statistics.md.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_what_is_better_by_four_standard_errors_is_promoted(points: int) -> None
 
 
 def halved(margin: float, step: float, repetitions: int, halvings: int = 5) -> list[int]:
-    """Returns how often a champion of 1,000 evaluations is replaced by 0, 1, 2 ... challengers in a row.
+    """Returns how often a champion of 1,024 evaluations is replaced by 0, 1, 2 ... challengers in a row.
 
     Each challenger takes half the evaluations of the last champion, and its true score is worse by `step` standard errors.
     """
@@ -107,7 +107,10 @@ def test_a_cheaper_model_that_is_as_good_wins() -> None:
 
 
 def test_the_best_champion_is_remembered() -> None:
-    """The champion was within the margin of the best one. A challenger that is within the margin of the champion alone loses."""
+    """The champion was within the margin of the best one.
+
+    A challenger within the margin of the champion, but not of the best one, loses.
+    """
     best, champion, challenger = (
         Score(Estimate(value, 0.001), evaluations, PROTOCOL)
         for value, evaluations in ((1.0, 100), (1.04, 50), (1.07, 25))
@@ -127,7 +130,7 @@ def test_the_best_champion_is_remembered() -> None:
     ],
 )
 def test_other_judges_can_only_refuse(fd: float, wins: bool, words: str) -> None:
-    """The reach of the second judge is 1.959964 sqrt(2) 0.1 = 0.277."""
+    """The half-width of the second judge's interval is 1.959964 sqrt(2) 0.1 = 0.277."""
     rule = replace(RULE, judges=("fd_dinov2",))
     before, after = ({"fd_dinov2": Judged(Estimate(value, 0.1), "w")} for value in (100.0, fd))
     champion = Score(Estimate(1.0, 0.01), 50, PROTOCOL, judges=before)

@@ -76,14 +76,14 @@ def test_the_filters_of_the_docs_find_what_they_say(mlflow: str) -> None:
         ["cosine", "cosine-ddim", "cosine-ddpm"],
         ["cosine-ddim", "linear-ddim"],
         ["cosine", *RUNS[:2], "linear", *RUNS[2:]],
-        ["cosine"],  # the other runs lack the run file of their first point here
+        ["cosine"],  # the other runs have no commit, since their first output has no run file
         ["cosine-ddim", "cosine-ddpm"],
         RUNS,
     ]
 
 
 def open_experiment(page: Any, mlflow: str) -> Any:
-    """Opens the chart by clicks: MLflow first shows newcomers its view for agents, and the description links to the chart."""
+    """Opens the chart by clicks. MLflow first shows its view for agents, and the experiment's description links to the chart."""
     page.goto(f"{mlflow}/#/experiments", wait_until="domcontentloaded")
     page.get_by_role("link", name="ddpm-digits").click()
     page.get_by_role("button", name="Got it").click()

@@ -97,8 +97,8 @@ def test_force_needs_no_advantage_and_not_even_a_score() -> None:
 def test_images_of_the_same_noise_are_compared_in_pairs() -> None:
     """The noise that both scores share says nothing about which model is better.
 
-    With another seed, the test would practically never fail: the gap is 10 times the paired reach, and 0.7 of the other
-    reach.
+    With another seed, the test would practically never fail: the gap is 10 times the half-width of the paired interval, and
+    0.7 times the half-width of the independent interval.
     """
     shared, own = np.random.default_rng(0).normal(size=(2, PROTOCOL.images))
     a, b = (shared + part for part in (0.1 * own, 0.0))

@@ -109,7 +109,7 @@ def test_a_dead_server_costs_a_line_and_is_made_up_for(
     bad_line.cut, failures = 0, 0
     for allowed in range(200):
         bad_line.dropped, bad_line.cuts = 0, 10**6
-        # the connection is reused, so each time more data pass before it drops
+        # `cut` counts all requests of a connection together, so a larger `cut` lets more requests pass
         bad_line.cut = 3000 * (allowed + 1) ** 2
         try:
             tracking.publish(params, checkout)

@@ -32,7 +32,7 @@ Smoke = Callable[..., Params]
 
 POINT = Point(schedule="cosine", sampler="ddim", steps=5)  # the point of the champion
 
-# Runs on a machine that has only the model's requirements.
+# Removes this checkout from Python's paths, and then loads the model.
 ELSEWHERE = """
 import importlib.util, json, sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in f"{finder!r}{getattr(finder, '__module__', '')}"]

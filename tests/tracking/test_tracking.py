@@ -318,7 +318,7 @@ def test_experiments_of_another_place_keep_their_addresses(published: Path, para
     away.rmdir()
     (published / "mlartifacts" / "unused").mkdir()
     tracking.publish(params, published)
-    # the other experiment moves with it
+    # the deleted experiment moves too
     here = {name: f"{published}/mlartifacts/{name}" for name in ("unused", "deleted")}
     assert locations(published) == before | here
     assert not away.exists()
@@ -407,7 +407,7 @@ def test_a_second_database_beside_the_artifacts_of_the_first(
     assert tracking.publish(params, published, only="train@cosine")["runs"] == 1
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     (published / "mlflow.db").rename(published / "mlflow.db.backup")
-    # the second database has the artifacts
+    # the second database has the artifacts' records
     assert tracking.publish(params, published, only="train@cosine")["runs"] == 1
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{published}/second.sqlite")
     (published / "mlflow.db").unlink()
@@ -718,7 +718,7 @@ def test_another_protocol_is_another_run(checkout: Path, smoke: Smoke, params: P
 def test_outputs_tell_what_made_them(checkout: Path, smoke: Smoke, params: Params) -> None:
     """params.yaml is edited, but no stage has run.
 
-    Outputs keep their own settings, and those of an old model are not published.
+    Outputs keep their own settings, and outputs of an old model are not published.
     """
     tracking.publish(params, checkout)
     before = Seen(checkout).everything()
@@ -838,7 +838,7 @@ with tracking.watch_training(Params.load(Path({str(recipe)!r})), "linear", Path(
 def test_a_killed_publication_leaves_no_run_running(
     checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds even if all outputs that it published are gone."""
+    """The next publication ends the run, even if all outputs are gone."""
     program = "from ddpm.runtime.processes import this_process; print(this_process())"
     dead = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
 

@@ -1,4 +1,4 @@
-"""Power-function averages: their definition, ema-pytorch as oracle, and averages that are rebuilt from snapshots."""
+"""Checks power-function averages of weights by their definition and against ema-pytorch, and their rebuilding from snapshots."""
 
 import itertools
 
@@ -62,7 +62,7 @@ def test_an_average_is_that_of_ema_pytorch() -> None:
 
 @pytest.mark.parametrize("length", [0.02, 0.08, 0.2])
 def test_coefficients_are_those_of_ema_pytorch(length: float) -> None:
-    """Compared by the averages that they give, since coefficients of nearly equal snapshots may differ."""
+    """Compares the resulting averages, since coefficients of nearly equal snapshots may differ."""
     taken = [(step, each) for step in (25, 50, 75, 100) for each in averages.LENGTHS]
     steps = torch.tensor([step for step, _ in taken], dtype=torch.float64)
     gammas = torch.tensor([exponent(each) for _, each in taken], dtype=torch.float64)
@@ -74,7 +74,7 @@ def test_coefficients_are_those_of_ema_pytorch(length: float) -> None:
 
 
 def test_a_rebuilt_average_is_the_tracked_one_within_a_thousandth() -> None:
-    """In a real training, with an average of each length tracked beside the two that snapshots are taken of."""
+    """Trains a network and tracks an average of each length. The averages are rebuilt from snapshots of only two of them."""
     torch.manual_seed(0)
     lengths, every, steps = (0.01, 0.03, 0.075, 0.2), 10, 400
     state = TrainingState(UNet(1, 8, 8, (1, 2), 1, (4,)), lengths=(*averages.LENGTHS, *lengths))
@@ -96,6 +96,6 @@ def test_a_rebuilt_average_is_the_tracked_one_within_a_thousandth() -> None:
         tracked = flat(state.averages[length].tensors)
         apart = float((flat(list(rebuilt.values())) - tracked).norm() / tracked.norm())
         assert apart < (1e-6 if length in averages.LENGTHS else 1e-3), length
-    # The lengths differ by more than the tolerance, so that the rebuilt averages are not simply alike.
+    # The averages of two lengths differ by more than the tolerance, so the comparison can fail.
     apart = flat(state.averages[0.01].tensors) - flat(state.averages[0.2].tensors)
     assert float(apart.norm() / flat(state.averages[0.2].tensors).norm()) > 1e-2

@@ -39,7 +39,7 @@ def test_scaled() -> None:
 
 @pytest.mark.parametrize("target", ["eps", "x0", "v", "mu", "flow"])
 def test_loss_of_the_perfect_network_for_gaussian_data(target: str) -> None:
-    """For x_0 ~ N(0, v), Var[x_0 | x_t] = v s^2 / (a^2 v + s^2). Each target scales it by the square of its slope."""
+    """The loss is Var[x_0 | x_t] = v s^2 / (a^2 v + s^2) for x_0 ~ N(0, v), times the square of the target's slope in x_0."""
     schedule, v, t = NoiseSchedule.named("linear", 1000), 0.25, 300
     objective = Objective.of(schedule, target)
     a, s = float(schedule.alpha_bar[t + 1].sqrt()), float((1 - schedule.alpha_bar[t + 1]).sqrt())
@@ -73,7 +73,7 @@ def test_every_epoch_is_a_permutation() -> None:
 def test_warm_up_and_clipping() -> None:
     done = steps(small_state(), 6)
     assert [step.learning_rate for step in done] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
-    # Adam's first step moves each weight by lr g / (|g| + eps'), so clipping the norm to almost nothing must change it.
+    # Adam's first step moves each weight by lr g / (|g| + eps'), so clipping the norm to almost nothing shrinks the step.
     free, clipped = small_state(), small_state()
     start = [parameter.clone() for parameter in free.net.parameters()]
     steps(free, 1)
@@ -184,7 +184,7 @@ def test_training_learns() -> None:
 def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int) -> None:
     """In float64, losses and later weights agree to rounding. Labels and flips stay with their images.
 
-    The norms of the gradients are compared too, since clipping and Adam would hide another scale.
+    The norms of the gradients are compared too, since clipping and Adam would hide a wrong scale of the gradients.
     """
 
     def train(accumulate: int) -> tuple[list[float], TrainingState]:
@@ -256,7 +256,7 @@ def test_an_optimiser_is_torchs_bit_for_bit(name: str) -> None:
 
 
 def test_muon_steps_in_every_direction_alike() -> None:
-    """A step changes a matrix by a nearly orthogonal one, with the size of Adam's step: Liu et al. 2025, section 2.2."""
+    """A step adds a nearly orthogonal matrix with the size of Adam's step: Liu et al. 2025, section 2.2."""
     torch.manual_seed(0)
     net = nn.Linear(48, 32, bias=False)
     before, state = net.weight.detach().clone(), TrainingState(net, "muon")
@@ -279,7 +279,7 @@ def test_the_learning_rate_comes_down_by_hand() -> None:
 
 
 def test_paired_noise_is_the_batchs_own_in_another_order() -> None:
-    """Each image gets the noise that `pair` names. A pairing that changes nothing changes no bit."""
+    """Each image gets the noise that `pair` names. Pairing in the given order changes no bit of the training."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def turned(x_0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:

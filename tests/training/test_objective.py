@@ -122,7 +122,7 @@ def test_discretised_likelihood_is_scipys_and_sums_to_one(mean: float, std: floa
 
 
 def test_discretised_likelihood_keeps_its_digits_and_its_gradient_in_the_tails() -> None:
-    """Where the mass underflows, it is about the density at the nearer edge of the bin: log p = -z^2 / 2 - ..."""
+    """Where the bin's mass underflows, it is about the tail beyond the bin's nearer edge: log p = -z^2 / 2 - ..."""
     x0 = LEVELS.float()[[0, 40, 200, 255]]
     mean = torch.tensor([1.0, 0.9, -0.7, -1.0], requires_grad=True)
     found = discretised_log_likelihood(x0, mean, torch.tensor(2 * math.log(0.0074)))
@@ -203,7 +203,7 @@ def test_vlb_of_a_fixed_variance_is_the_weighted_error_of_equation_12(name: str)
         for error in (0.0, 0.5, -2.0)
     ]
     ratio = (1 - schedule.alpha_bar[t]) / (1 - alpha_bar)
-    constant = 50 * (ratio - 1 - ratio.log()) / 2  # the loss of fixed_large compared with the posterior's variance
+    constant = 50 * (ratio - 1 - ratio.log()) / 2  # the loss from fixed_large not being the posterior's variance
     for found in gap:
         assert found.numpy() == pytest.approx(constant.numpy(), rel=1e-3, abs=1e-5 * float(weight.max()))
 
@@ -228,7 +228,7 @@ def test_min_snr_weights(target: str) -> None:
 
 @pytest.mark.parametrize("target", sorted(TARGETS))
 def test_the_tables_of_a_very_long_chain_are_finite(target: str) -> None:
-    """a is 1e-300 at the end of the chain."""
+    """At the end of the chain, a is below 1e-200 for `linear`."""
     for name in ("linear", "scaled_linear", "cosine"):
         try:
             objective = Objective.of(NoiseSchedule.named(name, 100_000), target)
@@ -279,7 +279,7 @@ def test_losses_refused() -> None:
 @pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_every_loss_and_gradient_is_finite_at_every_time(name: str, target: str, loss: str) -> None:
-    """Includes times at which alpha_bar vanishes in float32, and a network as wrong as an untrained one."""
+    """Includes times at which alpha_bar vanishes in float32. The network is untrained, so its errors are large."""
     schedule = NoiseSchedule.named(name, 1000)
     if float(schedule.alpha_bar[-1]) == 0 and target == "eps":
         with pytest.raises(ValueError, match="alpha_bar = 0"):

@@ -1,9 +1,9 @@
 """Checks that training on two real processes (gloo, on the CPU) equals training on one process.
 
 The processes compute in float64, where the two orders of summation differ by about 1e-16 of a gradient. Adam divides by the
-size of the gradient. Where the true gradient is zero (the keys' bias, which softmax ignores), such noise over Adam's 1e-8
-moves a weight by 1e-8 of the learning rate per step. So the tolerance is 1e-9 for the weights and 1e-12 for the losses.
-Masks, noise, times, flips or labels of other rows would change both by 1e-3 or more.
+size of the gradient. Where the true gradient is zero (the keys' bias, which softmax ignores), this noise divided by Adam's
+epsilon of 1e-8 moves a weight by 1e-8 of the learning rate per step. So the tolerance is 1e-9 for the weights and 1e-12 for
+the losses. Masks, noise, times, flips or labels of other rows would change both by 1e-3 or more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ddpm.training.times import LossAware
 
 
 def trained(world: World, fast: bool = False) -> dict[str, torch.Tensor]:
-    """Trains with every option that could depend on the row: dropout, flips, classes, accumulation, times by loss, pairing.
+    """Trains with options that may depend on the batch row: dropout, flips, classes, accumulation, loss-aware times, pairing.
 
     fast: uses winograd.py's convolutions, which compute in float32.
     """

@@ -61,7 +61,7 @@ def test_losses_that_say_nothing_leave_times_uniform(loss: float) -> None:
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "rectified"])
 def test_the_log_snr_is_normal(name: str) -> None:
-    """Compares the distribution of log SNR, within the ends of the schedule, with its cumulated table.
+    """Compares the cumulated table of times with the normal distribution of log SNR, cut to the range of the schedule.
 
     Every time may be drawn.
     """
