@@ -106,7 +106,9 @@ def open_page(browser: Browser, address: str, width: int, height: int) -> Page:
 
 def shoot_chart(browser: Browser, server: str) -> None:
     """Shoots MLflow's chart, with the samples at the last step. Raises ValueError if its FIDs are not the report's."""
-    page = open_page(browser, links.mlflow(ROOT, server), 1280, 1430)  # shows all cards; others are drawn only on scrolling
+    page = open_page(
+        browser, links.mlflow(ROOT, server), 1280, 1430
+    )  # shows all cards; others are drawn only on scrolling
     page.get_by_role("button", name="Close").click()  # the assistant
     cards = page.get_by_test_id("experiment-view-compare-runs-card")
     fid = cards.filter(has_text=re.compile("^fid"))

@@ -55,9 +55,7 @@ class Log:
     def __init__(self) -> None:
         self._logged: dict[str, float] = {}  # the time of the last progress line of each stage
         self._bars: dict[str, UUID] = {}
-        self._next: dict[
-            str, tuple[float, str]
-        ] = {}  # the update of each bar that waits to be sent to Prefect
+        self._next: dict[str, tuple[float, str]] = {}  # the update of each bar that waits to be sent to Prefect
         self._moves: dict[str, Future[None]] = {}
         self._lock = threading.Lock()
         self._mover = ThreadPoolExecutor(1, "bars")

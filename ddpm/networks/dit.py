@@ -168,7 +168,9 @@ def _check(width: int, depth: int, heads: int, dropout: float, classes: int) -> 
     if not 1 <= depth <= 256 or not 1 <= heads <= width or width % heads:
         raise ValueError(f"depth = {depth} must lie in 1 ... 256, and heads = {heads} must divide width = {width}")
     if not 0 <= dropout < 1 or classes < 0:
-        raise ValueError(f"dropout = {dropout} must lie in 0 ... 1 (1 excluded), and classes = {classes} must be 0 or more")
+        raise ValueError(
+            f"dropout = {dropout} must lie in 0 ... 1 (1 excluded), and classes = {classes} must be 0 or more"
+        )
 
 
 NETWORK = DiT

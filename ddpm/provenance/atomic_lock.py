@@ -84,9 +84,7 @@ def _check_parameters(root: Path) -> None:
     for section, key in re.findall(TEMPLATE, text):
         name = getattr(getattr(params, section), key)
         if given[section].get(key) != name:
-            raise InputError(
-                f"params.yaml: dvc.yaml needs {section}.{key}; write `{key}: {name}` below {section}"
-            )
+            raise InputError(f"params.yaml: dvc.yaml needs {section}.{key}; write `{key}: {name}` below {section}")
 
 
 def absent_sections(wiring: str, given: Mapping[str, Any]) -> list[str]:

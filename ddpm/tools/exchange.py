@@ -29,7 +29,18 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # the file that lists the shards of large weights
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 # The entries of model.json that an export can express or leave out.
-KNOWN = {"format", "weights_sha256", "schedule", "target", "variance", "network", "data", "training", "snapshots", "ema"}
+KNOWN = {
+    "format",
+    "weights_sha256",
+    "schedule",
+    "target",
+    "variance",
+    "network",
+    "data",
+    "training",
+    "snapshots",
+    "ema",
+}
 DIFFUSERS = "0.35.0"  # the version of diffusers whose configuration keys are written
 
 

@@ -52,7 +52,9 @@ def test_stop_ends_the_deaf_grandchildren_too(tmp_path: Path, monkeypatch: pytes
     children.stop()
     thread.join(10)
     assert ends == ["stopped"]
-    end = time.monotonic() + 10  # a killed process needs a moment to end; a process that survived would sleep for a minute
+    end = (
+        time.monotonic() + 10
+    )  # a killed process needs a moment to end; a process that survived would sleep for a minute
     while _alive(pids[0]) and time.monotonic() < end:
         time.sleep(0.05)
     assert not _alive(pids[0])

@@ -1,4 +1,4 @@
-"""Checks FID and KID against closed forms, direct sums and torch-fidelity."""
+"""Checks FID, KID and the other metrics against closed forms, direct sums and other packages."""
 
 from __future__ import annotations
 

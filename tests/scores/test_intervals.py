@@ -176,7 +176,8 @@ def test_intervals_cover_what_they_claim(case: Case) -> None:
 def test_fid_at_infinity_holds_the_truth_at_five_images_per_feature(
     model: tuple[float, float], dimensions: int, repetitions: int
 ) -> None:
-    """Holds even where FID's own error is too small: with 256 features, the interval of this error misses half the time.
+    """Holds even where FID's own error is too small: with 256 features, the interval of this error holds the truth in fewer than
+    80 % of all cases.
 
     With another seed, a case would fail by chance in fewer than 1 of 1,000 runs.
     """
@@ -350,7 +351,7 @@ def test_how_much_worse_a_score_is_at_most_takes_the_critical_value_of_the_best(
     "shifts", [np.zeros(12), np.linspace(0, 1, 12), np.array([0, *[5.0] * 11])], ids=["all", "some", "one"]
 )
 def test_the_best_of_twelve_is_lost_no_more_often_than_claimed(shifts: np.ndarray) -> None:
-    """With another seed, a case would fail by chance in 1 of 100 to 500 runs. In 150 repetitions, 3 to 4 % missed."""
+    """With another seed, a case would fail by chance in 1 of 100 to 500 runs."""
     lost, lost_in_pairs, missed = best_lost(12, shifts, 500)
     assert lost <= binom.ppf(0.999, 500, 0.055)
     assert plausible(missed, 500, 0.05, slack=0.007)

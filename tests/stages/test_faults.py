@@ -198,7 +198,9 @@ def test_what_a_killed_writer_of_a_state_leaves_is_removed_by_the_next(tmp_path:
         [sys.executable, "-c", WRITER, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     end = time.monotonic() + 60
-    while not any(name.startswith(".tmp") for _, _, names in os.walk(tmp_path) for name in names):  # the file exists for about 50 ms
+    while not any(
+        name.startswith(".tmp") for _, _, names in os.walk(tmp_path) for name in names
+    ):  # the file exists for about 50 ms
         assert time.monotonic() < end
     writer.kill()
     writer.wait()

@@ -121,7 +121,9 @@ def test_a_training_resumes_with_the_values_that_it_began_with(
     said = messages(lambda report: train(longer, "cosine", root, report))
     assert "resuming after step 3" in said and "precision: float32, compile: false, as auto was resolved" in said
     assert models.read_trained(root, "cosine").training.content["precision"] == "float32"
-    resolve(root, Auto(precision="bfloat16", compile=False))  # `auto` has new values: states of the old values are not used
+    resolve(
+        root, Auto(precision="bfloat16", compile=False)
+    )  # `auto` has new values: states of the old values are not used
     assert "resuming" not in messages(lambda report: train(longer, "cosine", root, report))
     assert models.read_trained(root, "cosine").training.content["precision"] == "bfloat16"
 

@@ -542,7 +542,9 @@ def test_a_broken_folder_is_one_line_and_writes_nothing(
     assert not (checkout / "imported").exists()
 
 
-def test_a_model_with_snapshots_is_exported_with_the_weights_of_its_folder(made: Path, exported: Path, tmp_path: Path) -> None:
+def test_a_model_with_snapshots_is_exported_with_the_weights_of_its_folder(
+    made: Path, exported: Path, tmp_path: Path
+) -> None:
     denoiser, model = checkpoint.load(made / "models/cosine")
     assert isinstance(denoiser.net, torch.nn.Module)
     checkpoint.save(tmp_path / "model", denoiser.net, model.described_by(snapshots="f" * 64, ema=0.05))

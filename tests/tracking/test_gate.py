@@ -53,7 +53,7 @@ def promoted(points: int, paired: bool, gain: float, repetitions: int, alone: bo
 def test_luck_is_promoted_no_more_often_than_promised(points: int, paired: bool) -> None:
     """The limit is 2.5 % of decisions, however many points the challenger was picked from.
 
-    With another seed, the test would fail by chance in 1 of 1,000 runs.
+    With another seed, the test would fail by chance in about 1 of 150 runs at this limit, since no win at all also fails.
     """
     wins = promoted(points, paired, 0.0, 200)
     assert 0 < wins <= binom.ppf(0.9995, 200, 0.025)
@@ -94,7 +94,7 @@ def halved(margin: float, step: float, repetitions: int, halvings: int = 5) -> l
 def test_cheaper_challengers_cannot_lower_the_score_bit_by_bit() -> None:
     """The margin is 2.5 standard errors. The third halving exceeds the margin, so it wins in at most 2.5 % of the runs.
 
-    With another seed, the test would fail by chance in 1 of 1,000 runs.
+    With another seed, the test would fail by chance in at most 1 of 2,000 runs.
     """
     counts = halved(2.5 * ERROR, 1.0, 400)
     assert sum(counts[3:]) <= binom.ppf(0.9995, 400, 0.025)

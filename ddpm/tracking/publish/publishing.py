@@ -95,7 +95,6 @@ def follow(
         champion: compares the report with the champion.
     """
 
-
     def locked() -> Mapping[str, Any]:
         try:
             return dvc_lock.versions(root)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def with_champion(target: Target, params: Params, root: Path, say: Say) -> Compared | None:
     """Compares the report's best point with the champion. If the best point is the champion, uses the previous champion.
 
-    Returns None without a champion, and a comparison without scores if there is no previous champion. Raises InputError if an output is missing or older than its inputs.
+    Returns None without a champion, and a comparison without scores if there is no previous champion. Raises InputError if an
+    output is missing or older than its inputs.
     """
     champion = _version(target.client, champion_uri(params))
     if champion is None:
