@@ -201,7 +201,7 @@ def test_a_flow_that_loses_the_server_of_make_up_goes_on(here: Any, stopped: boo
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_until_flat_trains_longer_while_the_best_score_is_surely_better(tmp_path: Path) -> None:
     project.init(tmp_path, "smoke")
     names = ("DDPM", "MLFLOW", "PREFECT", "GIT_")
