@@ -62,13 +62,13 @@ def main(
             with Terminal(console) as terminal:
                 watcher.set(terminal)
                 state = train_eval(recipe=recipe, overrides=overrides, promote=promote, return_state=True)
-            api.settle(str(state.state_details.flow_run_id), len(terminal.tasks))
             if not until_flat or not state.is_completed():
                 break
             steps = Params.load(Path("params.yaml")).training.steps
             if before and not _better(before, steps, terminal):
                 break
             before, recipe, overrides = steps, None, [f"training.steps={round(GROWTH * steps)}"]
+        api.settle(str(state.state_details.flow_run_id), len(terminal.tasks))
     except InputError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 from ddpm.files.models import BoundRecord, ModelRecord
 from ddpm.files.scores import Scores
-from ddpm.reporting.page import render
+from ddpm.reporting.templates import render
 from ddpm.scores.metrics import METRICS, Metric
 from ddpm.sources.source import SOURCES, Source
 

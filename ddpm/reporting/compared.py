@@ -13,7 +13,7 @@ from typing import Any
 
 from ddpm.files.scores import PROTOCOL, Scores
 from ddpm.provenance.inputs import leaves
-from ddpm.reporting.page import render
+from ddpm.reporting.templates import render
 from ddpm.scores.intervals import CONFIDENCE, Estimate, against_one, difference
 from ddpm.scores.metrics import RANKING
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -22,14 +21,13 @@ from ddpm.files.samples import Samples, read_samples
 from ddpm.files.scores import Answer, Best, Front, Row, columns, extractor
 from ddpm.parameters import Point
 from ddpm.reporting.diagnostics import data_mean_square, schedule_of
+from ddpm.reporting.identity import key, parameters
 from ddpm.reporting.plots import COLOURS, DASHES, MARKERS, draw_scores, panels, pictures, protocol
+from ddpm.reporting.templates import render
 from ddpm.scores.conclusions import Trainings, from_the_best
 from ddpm.scores.copying import Copying, Suspects, affordable, copying, nearest, suspect
 from ddpm.scores.metrics import COPYING, RANKING, entries
 
-# The sections of params.yaml that the page shows, and on which the stage `report` depends.
-SECTIONS: tuple[str, ...] = ("seed", "data", "diffusion", "network", "training", "sampling", "evaluation", "likelihood")
-SECTIONS += ("schedules", "samplers", "sweep", "report")
 TITLES = {"reference_images": "reference images"}  # titles of columns other than scores
 HIGHLIGHTED = (10, 50)  # the budgets whose answers the page highlights
 SHOWN = 10  # the number of images of each point, and the number of samples beside their nearest training images
@@ -109,37 +107,6 @@ def page(
         nearer=COPYING.title,
         parts={name: _marks(name) for name in PARTS},
     )
-
-
-def render(template: str, **content: Any) -> str:
-    """Renders a template of this folder. HTML templates escape the content, so the content cannot add markup."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=".html." in template,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["number"] = lambda value: f"{value:.3g}"
-    environment.filters["count"] = lambda value: f"{value:,}"
-    environment.filters["plain"] = lambda value: value if isinstance(value, str) else json.dumps(value)
-    return environment.get_template(template).render(**content)
-
-
-def key(params: Params, rows: Sequence[Row], data: DatasetRecord) -> str:
-    """Returns the key of a report: a hash of the parameters, the dataset and the scores."""
-    points = [[row.point, {name: float(value) for name, value in row.values.items()}] for row in rows]
-    about = {"parameters": parameters(params), "dataset": data.sha256, "points": points}
-    return records.record_digest(about)
-
-
-def key_of(page: str) -> str:
-    """Returns the key in a page, or "" if an older version of ddpm wrote the page, without a key."""
-    found = re.search(r'<html lang="en" data-report="([0-9a-f]{64})">', page)
-    return found[1] if found else ""
 
 
 def _marks(name: str) -> tuple[str, str]:
@@ -527,18 +494,3 @@ def verdict(in_pixels: Copying | None, in_features: Copying | None, suspects: Su
         return f"A strong sign of memorising: by {compared}, {nearer}."
     other = "".join(f", but not by {space}" for space in z if space not in near)
     return f"A sign of memorising, or of smooth images: by {near[0]}, {nearer}{other}."
-
-
-def parameters(params: Params) -> dict[str, dict[str, Any]]:
-    """Returns the parameters that decide the outputs: section -> name -> value. Omits rows that the sweep does not use."""
-    raw = params.to_json(*SECTIONS)
-    shown: dict[str, dict[str, Any]] = {"": {"seed": raw["seed"]}}
-    shown |= {name: raw[name] for name in SECTIONS if name not in ("seed", "schedules", "samplers")}
-    shown["schedules"] = {
-        name: {"schedule": params.schedules[name].schedule, **params.schedules[name].options()}
-        | ({"seed": params.schedules[name].seed} if params.schedules[name].seed is not None else {})
-        | params.schedules[name].origin
-        for name in params.sweep.schedules
-    }
-    shown["samplers"] = {name: params.samplers[name].options() for name in params.sweep.samplers}
-    return shown

@@ -21,7 +21,7 @@ from ddpm.files.samples import read_samples_record
 from ddpm.files.scores import PICTURE, Row, Scores, read_point_influence, read_report, read_scores
 from ddpm.parameters import Point
 from ddpm.provenance.runs import read_run
-from ddpm.reporting import page
+from ddpm.reporting import identity
 from ddpm.reporting.compared import Compared, Gap, Measured, changes, differences, gaps
 from ddpm.scores.intervals import simultaneous
 
@@ -53,11 +53,11 @@ def keep(params: Params, root: Path = Path()) -> None:
     InputError.
     """
     rows, data = read_report(root)[1], dataset.read_dataset_record(root)
-    key, folder = page.key(params, rows, data), root / paths.CACHE / "reports"
+    key, folder = identity.key(params, rows, data), root / paths.CACHE / "reports"
     if key != _key_of_page(root) or key == _kept(folder / PRESENT).key:
         return
     seeds = {row.point: _seed(root, row) for row in rows}
-    about = Kept(key, page.parameters(params), seeds, _about(data))
+    about = Kept(key, identity.parameters(params), seeds, _about(data))
     if (folder / PRESENT).exists():
         with atomic.replacing_dir(folder / PREVIOUS) as before:
             shutil.copytree(folder / PRESENT, before, dirs_exist_ok=True)
@@ -140,7 +140,7 @@ def _best(
 
 def _key_of_page(root: Path) -> str:
     path = root / paths.report_dir() / "index.html"
-    return page.key_of(path.read_text(encoding="utf-8")) if path.exists() else ""
+    return identity.key_of(path.read_text(encoding="utf-8")) if path.exists() else ""
 
 
 def _kept(folder: Path) -> Kept:

@@ -25,8 +25,10 @@ from ddpm.provenance import code, project
 from ddpm.provenance.runs import RunRecord, read_run
 from ddpm.reporting import compared, previous
 from ddpm.reporting.compared import Compared
-from ddpm.reporting.page import NARROW, key_of, render
+from ddpm.reporting.identity import key_of
+from ddpm.reporting.page import NARROW
 from ddpm.reporting.plots import COLOURS, MARKERS, draw_scores, pictures
+from ddpm.reporting.templates import render
 from ddpm.scores.metrics import RANKING
 
 

@@ -29,7 +29,8 @@ from ddpm.files.scores import PICTURE, Answer, Row, read_report, write_influence
 from ddpm.parameters import Point
 from ddpm.provenance.runs import RunRecord
 from ddpm.reporting import published as published_module
-from ddpm.reporting.page import SECTIONS, SHOWN, _lengths, how_sure, publish_with, verdict
+from ddpm.reporting.identity import SECTIONS
+from ddpm.reporting.page import SHOWN, _lengths, how_sure, publish_with, verdict
 from ddpm.reporting.published import fastest, published
 from ddpm.scores.copying import Copying, Suspects, affordable, copying, nearest, suspect
 from ddpm.scores.metrics import HEADLINE, RANKING

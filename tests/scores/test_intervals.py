@@ -336,8 +336,9 @@ def test_the_best_of_many_is_lost_no_more_often_than_claimed() -> None:
 def test_how_much_worse_a_score_is_at_most_takes_the_critical_value_of_the_best() -> None:
     """The first score is the best, and its error is negligible beside the others.
 
-    Its critical value is then the quantile of the largest of 11 independent normal errors. The other scores have smaller critical
-    values, with which the bounds would hold together in only 0.95 ** (1 + 1/2 + ... + 1/11) = 86 % of all cases.
+    So its critical value is the 95 % quantile of the largest of 11 independent standard normal numbers. The critical values of
+    the other scores are smaller. With those, the bounds of all scores would be right at once in only 86 % of all cases, which is
+    0.95 ** (1 + 1/2 + ... + 1/11).
     """
     errors = 10.0 ** np.arange(12)
     values = np.array([0.0, *100 * errors[1:]])
