@@ -86,7 +86,7 @@ def test_round_trips_at_fractional_times(target: str, name: str, t: float, seed:
 @pytest.mark.parametrize("target", ["eps", "mu"])
 def test_targets_that_say_nothing_of_the_image_are_refused(target: str) -> None:
     schedule = NoiseSchedule(torch.full((2000,), 0.9))  # alpha_bar underflows to zero
-    with pytest.raises(ValueError, match="alpha_bar = 0"):
+    with pytest.raises(ValueError, match="does not determine x_0"):
         Objective.of(schedule, target)
     Objective.of(NoiseSchedule.named("linear", 1000).zero_terminal_snr(), "mu")  # x_{T-1} still depends on x_0
 
@@ -233,7 +233,7 @@ def test_the_tables_of_a_very_long_chain_are_finite(target: str) -> None:
         try:
             objective = Objective.of(NoiseSchedule.named(name, 100_000), target)
         except ValueError as error:
-            assert "alpha_bar = 0" in str(error)
+            assert "does not determine x_0" in str(error)
             continue
         tables = {name: table for name, table in vars(objective).items() if isinstance(table, torch.Tensor)}
         assert all(table.isfinite().all() for table in tables.values())
@@ -282,7 +282,7 @@ def test_every_loss_and_gradient_is_finite_at_every_time(name: str, target: str,
     """Includes times at which alpha_bar vanishes in float32. The network is untrained, so its errors are large."""
     schedule = NoiseSchedule.named(name, 1000)
     if float(schedule.alpha_bar[-1]) == 0 and target == "eps":
-        with pytest.raises(ValueError, match="alpha_bar = 0"):
+        with pytest.raises(ValueError, match="does not determine x_0"):
             Objective.of(schedule, target, loss=loss)
         return
     objective = Objective.of(schedule, target, loss=loss)
