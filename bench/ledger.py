@@ -1,16 +1,18 @@
 """Measures the ledger: FID of CIFAR-10 against processor time, for single changes, the recipe, the winner and the peers.
 
-The winner combines the best changes (WINNER). `python -m bench.ledger --images FOLDER` needs about eight hours on two cores in
-all, and resumes where it stopped. It trains
+The winner combines the best changes (WINNER). `python -m bench.ledger --images FOLDER` needs about eight hours of two cores in
+all, and resumes where it stopped. It
 
-- every row of CHANGES for 300 processor seconds from two seeds (`screening`);
-- the recipe, the winner and both peers of bench.peers for 300, 600 and 900 processor seconds from three seeds (`curves`);
-- the recipe and the winner once more, scored as papers do: layer 2048, 5,000 images (`large`);
-- the winner for an hour of two cores (`hour`), whose images are drawn as a grid.
+- measures the processor time of a step of every row, in turns with the recipe (`pace`). Each row then trains for the number of
+  steps that its processor time buys. So a machine that is slower for a while, or busy, changes no comparison;
+- trains every row of CHANGES for 300 processor seconds from two seeds (`screening`);
+- trains the recipe, the winner and both peers of bench.peers for 300, 600 and 900 processor seconds from three seeds (`curves`);
+- scores the recipe and the winner once more, as papers do: layer 2048, 5,000 images (`large`);
+- trains the winner for an hour of two cores (`hour`), and draws its images as a grid.
 
-All models are sampled from the same noise, by the sampler and steps of the recipe's last point. So each score is compared with
-the recipe's image by image. The results are bench/results/ledger-cifar10-cpu.json; `python -m bench.page` writes docs/ledger.md
-from this file.
+Two trainings run side by side, each with one thread. All models are sampled from the same noise, by the sampler and steps of the
+recipe's last point. So each score is compared with the recipe's image by image. The results are
+bench/results/ledger-cifar10-cpu.json; `python -m bench.page` writes docs/ledger.md from this file.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import cache
+from itertools import groupby, product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,7 +78,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 # The best changes of the screening, combined. While WINNER is empty, the winner's trainings are left out.
 WINNER: dict[str, Any] = {}
-PACED = 30  # after the first row of losses, this many steps measure the speed, which decides the number of steps
+ROUNDS = 9  # turns of the recipe and a row that measure the processor time of a step
 SCREENING, SEEDS = 300, 2  # processor seconds, trainings of each row
 MARKS, REPLICATES = (300, 600, 900), 3  # the same for the curves
 HOUR = 7200  # processor seconds of an hour of two cores
@@ -192,11 +197,14 @@ class Bench:
         extractor = inception.load(layer, self.weights)
         return course.features_of(make, count, 100, extractor, folder, self.until)
 
-    def score(self, denoiser: Denoiser, folder: Path, layer: int, count: int) -> Estimate:
-        """Returns the FID of a model, with the influence of its images. Raises OutOfTime."""
-        real = self.features(
+    def real(self, layer: int, count: int) -> NDArray[np.float32]:
+        """Returns the features of the first training images. Raises OutOfTime."""
+        return self.features(
             lambda rows: self.images[rows.start : rows.stop].numpy(), self.state / f"real-{layer}-{count}", layer, count
         )
+
+    def score(self, denoiser: Denoiser, folder: Path, layer: int, count: int) -> Estimate:
+        """Returns the FID of a model, with the influence of its images. Raises OutOfTime."""
         shape = tuple(self.images.shape[1:])
         made = self.features(
             lambda rows: course.draw_images(denoiser, shape, rows, self.row, "cpu"),
@@ -204,31 +212,19 @@ class Bench:
             layer,
             count,
         )
-        found = fidelity.jackknife(made, fidelity.statistics(real), "cpu")
+        found = fidelity.jackknife(made, fidelity.statistics(self.real(layer, count)), "cpu")
         return Estimate(found.fid, intervals.standard_error(found.influence), found.influence)
 
 
-def train(training: Training, seconds: float, folder: Path, until: float) -> None:
-    """Trains until the training has used `seconds` processor seconds since its start. Raises OutOfTime at `until`.
-
-    The first rows of losses give the pace, from which the number of steps follows. The pace leaves out the first row, which
-    compiles.
-    """
-    if training.steps is not None and training.step >= training.steps and training.processor < 0.9 * seconds:
-        training.steps = round(training.step * seconds / training.processor)  # continues a shorter training
-    first: tuple[float, int] | None = None
-    if training.steps is None or training.step < training.steps:
-        for _ in training.advance():
-            now = (training.processor, training.step)
-            first = first or now
-            if training.steps is None and now[1] - first[1] >= PACED:
-                pace = (now[0] - first[0]) / (now[1] - first[1])
-                training.steps = now[1] + max(0, round((seconds - now[0]) / pace))
-            if time.monotonic() > until:
-                break
-        training.save(folder)
-        if training.steps is None or training.step < training.steps:
-            raise OutOfTime
+def train(training: Training, steps: int, folder: Path, until: float) -> None:
+    """Trains up to a step. Raises OutOfTime at `until`; the training is saved then."""
+    training.steps = steps
+    for _ in training.advance():
+        if time.monotonic() > until:
+            break
+    training.save(folder)
+    if training.step < steps:
+        raise OutOfTime
 
 
 def made(bench: Bench, side: str, change: dict[str, Any], seed: int, folder: Path) -> Training:
@@ -247,52 +243,77 @@ def descends(side: str, change: dict[str, Any]) -> bool:
     return side == "diffusers" or "descent" in change
 
 
-def measure(bench: Bench, model: Model, against: Path) -> dict[str, Any]:
-    """Trains and scores one model.
+def pace(bench: Bench, side: str, change: dict[str, Any]) -> dict[str, float]:
+    """Measures the processor time of a row's step, in turns with the recipe's.
 
-    Args:
-        bench: the data, the protocol and the time limit.
-        model: the model.
-        against: file of the influence values of the recipe's model of the same phase, seed and time. The recipe's row writes
-            it, and the others are compared with it.
-
-    Raises:
-        OutOfTime: the time limit is reached.
+    Returns:
+        ratio, low, high: median and range of the row's time over the recipe's of the same turn. recipe: median processor seconds
+        of the recipe's step.
     """
+    trainings = [made(bench, *row, 0, bench.state / "pace") for row in ((RECIPE, {}), (side, change))]
+    turns = [training.advance() for training in trainings]
+    seconds: list[list[float]] = [[], []]
+    for number in range(ROUNDS + 1):
+        for training, turn, found in zip(trainings, turns, seconds, strict=True):
+            before = (training.processor, training.step)
+            next(turn)
+            if number:  # the first turn compiles
+                found.append((training.processor - before[0]) / (training.step - before[1]))
+    ratios = [row / recipe for recipe, row in zip(*seconds, strict=True)]
+    about = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    return {**about, "recipe": statistics.median(seconds[0])}
+
+
+def steps_for(about: dict[str, Any], model: Model) -> int:
+    """Returns how many steps take the model's processor seconds on this machine when nothing slows it."""
+    if harness.TINY:
+        return 10
+    return max(1, round(model.seconds / (about["step_seconds"] * about["pace"][model.side]["ratio"])))
+
+
+def measure(bench: Bench, model: Model, steps: int) -> dict[str, Any]:
+    """Trains and scores one model. Keeps the score in a file of `Bench.state`, for `compared`. Raises OutOfTime."""
     longer = f"-{model.seconds}" if descends(model.side, model.change) else ""
     folder = bench.state / f"{model.side}-{model.seed}{longer}".replace(" ", "-")
     training = made(bench, model.side, model.change, model.seed, folder)
-    train(training, model.seconds, folder, bench.until)
+    train(training, steps, folder, bench.until)
     denoiser, scored = training.denoiser(), folder / f"{model.phase}-{model.seconds}"
     score = bench.score(denoiser, scored, model.layer or bench.layer, model.count or bench.count)
     low, high = score.interval()
     row: dict[str, Any] = {
-        "steps": training.step,
-        "processor_seconds": training.processor,
+        "steps": steps,
         "parameters": training.parameters,
         "error": error(denoiser, bench.test),
         "fid": score.value,
         "low": max(0.0, low),
         "high": high,
     }
-    if model.side == RECIPE:
-        against.parent.mkdir(parents=True, exist_ok=True)
-        temporary = against.with_suffix(".tmp.npz")
-        assert score.influence is not None
-        np.savez(temporary, value=score.value, error=score.error, influence=score.influence)
-        temporary.replace(against)
-    elif against.exists():
-        with np.load(against) as kept:
-            recipe = Estimate(float(kept["value"]), float(kept["error"]), kept["influence"])
-        found = intervals.difference(score, recipe)
-        low, high = found.interval()
-        row["difference"] = {"value": found.value, "low": low, "high": high, "of": recipe.value}
+    assert score.influence is not None
+    path = model.kept(bench.state)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, value=score.value, error=score.error, influence=score.influence)
+    temporary.replace(path)
     if model.phase == "hour":
         shape = tuple(bench.images.shape[1:])
         drawn = course.draw_images(denoiser, shape, range(GRID), bench.row, "cpu")
         arrays.write_png(PICTURES / "ledger-grid.png", arrays.grid(drawn, 20))
     shutil.rmtree(folder if model.phase == "screening" and model.side != RECIPE else scored)
     return row
+
+
+def compared(model: Model, state: Path) -> dict[str, float] | None:
+    """Returns the difference of a model's FID from the recipe's of the same phase, seed and time, if both are kept."""
+    paths = model.kept(state), replace(model, side=RECIPE).kept(state)
+    if model.side == RECIPE or not all(path.exists() for path in paths):
+        return None
+    scores = []
+    for path in paths:
+        with np.load(path) as kept:
+            scores.append(Estimate(float(kept["value"]), float(kept["error"]), kept["influence"]))
+    found = intervals.difference(*scores)
+    low, high = found.interval()
+    return {"value": found.value, "low": low, "high": high, "of": scores[1].value}
 
 
 @dataclass(frozen=True)
@@ -306,6 +327,14 @@ class Model:
     seconds: int
     layer: int = 0
     count: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.seed}, {self.seconds} s"
+
+    def kept(self, state: Path) -> Path:
+        """The file of the score."""
+        return state / "scores" / f"{self.phase}-{self.side}-{self.seed}-{self.seconds}.npz".replace(" ", "-")
 
 
 def work() -> Iterator[Model]:
@@ -331,16 +360,77 @@ def draw(about: dict[str, Any], path: Path) -> None:
             by_time.setdefault(key.partition(", ")[2], []).append(row)
         lines[side] = [
             {
-                "minutes": statistics.fmean(row["processor_seconds"] for row in found) / 60,
+                "minutes": float(time.removesuffix(" s")) / 60,
                 "fid": statistics.fmean(row["fid"] for row in found),
                 "low": min(row["fid"] for row in found),
                 "high": max(row["fid"] for row in found),
             }
-            for found in by_time.values()
+            for time, found in by_time.items()
         ]
     if lines:
         title = f"Inception layer {about['layer']}, {about['images']:,} samples, {about['point']}"
         curves.draw(lines, path, title, "processor minutes of training", "FID, with the range of trainings")
+
+
+@cache
+def bench_of(images: Path | None, state: Path, until: float) -> Bench:
+    """Loads the data once in each process. See `Bench` for the arguments."""
+    params, dataset = load_prepared(NAME, images, state)
+    point = params.points()[-1]
+    scoring = replace(params.evaluation, images=20, layer=64) if harness.TINY else params.evaluation
+    return Bench(
+        recipe_of_params(params, point.schedule, tuple(dataset.train.shape[1:])),
+        torch.from_numpy(np.array(dataset.train)),
+        torch.from_numpy(np.array(dataset.test[:256])),
+        {**params.samplers[point.sampler].options(), "steps": point.steps},
+        scoring.layer,
+        scoring.images,
+        state,
+        until,
+    )
+
+
+def measure_in_turn(
+    images: Path | None, state: Path, until: float, models: list[tuple[Model, int]]
+) -> list[tuple[Model, dict[str, Any]]]:
+    """Measures models one after another in this process, with one thread. Returns the rows that are done at `until`."""
+    torch.set_num_threads(1)
+    rows = []
+    for model, steps in models:
+        try:
+            if time.monotonic() > until:
+                raise OutOfTime
+            rows.append((model, measure(bench_of(images, state, until), model, steps)))
+        except OutOfTime:
+            break
+    return rows
+
+
+def measure_paces(bench: Bench, rows: dict[str, dict[str, Any]], about: dict[str, Any], path: Path) -> None:
+    """Measures the paces that `about` lacks. rows: the changes by their sides. path: the file of the results."""
+    paces = about.setdefault("pace", {})
+    for side, change in rows.items():
+        if side not in paces:
+            paces[side] = harness._short(pace(bench, side, change))
+            course.write_json(path, about)
+            print(f"  {side}: a step takes {paces[side]['ratio']:.3f} times the recipe's", flush=True)
+    about.setdefault("step_seconds", min(found["recipe"] for found in paces.values()))
+
+
+def record(about: dict[str, Any], model: Model, row: dict[str, Any]) -> None:
+    """Adds a row to the results, in the order of `work`."""
+    sides = list(dict.fromkeys(other.side for other in work()))
+    rows = about.setdefault(model.phase, {})
+    rows.setdefault(model.side, {})[model.key] = harness._short(row)
+    about[model.phase] = dict(sorted(rows.items(), key=lambda item: sides.index(item[0])))
+
+
+def add_differences(about: dict[str, Any], state: Path) -> None:
+    """Adds the differences from the recipe to the rows."""
+    for model in work():
+        row = about.get(model.phase, {}).get(model.side, {}).get(model.key)
+        if row and (difference := compared(model, state)):
+            row["difference"] = harness._short(difference)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -349,54 +439,53 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows: {', '.join(CHANGES)}; default: everything")
     parser.add_argument("--images", type=Path, help="folder of PNG files or zips to use instead of the recipe's data")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        help="CPU threads; default: the recipe's. Use 1 beside other work, since two threads would wait for each other",
-    )
+    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side; 1 leaves a core to other work")
     parser.add_argument("--minutes", type=float, default=60, help="time limit of this command, roughly")
     parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "curves" / f"{NAME}-ledger")
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     options = parser.parse_args(arguments)
-    sides = {model.side for model in work()}
-    if unknown := [name for name in options.names if name not in sides]:
-        parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(sorted(sides))}")
+    models = list(work())
+    if unknown := [name for name in options.names if name not in {model.side for model in models}]:
+        parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(sorted({m.side for m in models}))}")
     until = time.monotonic() + options.minutes * 60
-    params, dataset = load_prepared(NAME, options.images, options.state)
-    threads, point = options.threads or params.training.threads, params.points()[-1]
-    torch.set_num_threads(threads)
-    scoring = replace(params.evaluation, images=20, layer=64) if harness.TINY else params.evaluation
-    bench = Bench(
-        recipe_of_params(params, point.schedule, tuple(dataset.train.shape[1:])),
-        torch.from_numpy(np.array(dataset.train)),
-        torch.from_numpy(np.array(dataset.test[:256])),
-        {**params.samplers[point.sampler].options(), "steps": point.steps},
-        scoring.layer,
-        scoring.images,
-        options.state,
-        until,
-    )
+    where = (options.images, options.state, until)
+    bench = bench_of(*where)
     path = options.out / f"ledger-{NAME}.json"
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    about |= {"layer": bench.layer, "images": bench.count, "point": point.name, "winner": WINNER}
-    about["machine"] = harness.machine("cpu", threads)
-    try:
-        for model in work():
-            rows = about.setdefault(model.phase, {}).setdefault(model.side, {})
-            key = f"{model.seed}, {model.seconds} s"
-            if key in rows or (options.names and model.side not in (RECIPE, *options.names)):
-                continue
-            against = options.state / "recipe" / f"{model.phase}-{key.replace(', ', '-').removesuffix(' s')}.npz"
-            row = rows[key] = harness._short(measure(bench, model, against))
-            course.write_json(path, about)
-            draw(about, PICTURES / "ledger.png")
-            print(
-                f"  {model.phase}, {model.side}, seed {key}: FID {row['fid']:.4g}, {row['steps']:,} steps", flush=True
-            )
-    except OutOfTime:
-        print("out of time; repeat the command to continue")
+    params, _ = load_prepared(NAME, *where[:2])
+    about |= {"layer": bench.layer, "images": bench.count, "point": params.points()[-1].name, "winner": WINNER}
+    about["machine"] = harness.machine("cpu", params.training.threads)
+    torch.set_num_threads(params.training.threads)
+
+    wanted = [model for model in models if not options.names or model.side in (RECIPE, *options.names)]
+    measure_paces(bench, {model.side: model.change for model in wanted}, about, path)
+    left = [model for model in wanted if model.key not in about.get(model.phase, {}).get(model.side, {})]
+    for _, group in groupby(left, lambda model: model.phase):
+        found = list(group)
+        try:
+            bench.real(
+                found[0].layer or bench.layer, found[0].count or bench.count
+            )  # so that no two trainings compute them
+        except OutOfTime:
+            break
+        tasks: dict[tuple[str, int], list[tuple[Model, int]]] = {}
+        for model in found:
+            tasks.setdefault((model.side, model.seed), []).append((model, steps_for(about, model)))
+        with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+            for done in as_completed([pool.submit(measure_in_turn, *where, task) for task in tasks.values()]):
+                for model, row in done.result():
+                    record(about, model, row)
+                    said = f"FID {row['fid']:.4g}, {row['steps']:,} steps"
+                    print(f"  {model.phase}, {model.side}, {model.key}: {said}", flush=True)
+                add_differences(about, options.state)
+                course.write_json(path, about)
+                draw(about, PICTURES / "ledger.png")
+        if time.monotonic() > until:
+            break
+    else:
+        print("complete")
         return 0
-    print("complete")
+    print("out of time; repeat the command to continue")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Starts `ddpm VERB`.
 
-DVC, torchrun and the flow call `python -B -m ddpm VERB`, because that runs the code of the working folder.
+DVC, torchrun and the Prefect flow call `python -B -m ddpm VERB`, because this form runs the code of the working folder.
 """
 
 from __future__ import annotations

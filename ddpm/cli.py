@@ -1,5 +1,6 @@
-"""The command line. Each command runs a stage or a tool with its progress display, its run record and its publishing to MLflow.
+"""The command line `ddpm`. Each command runs a stage or a tool.
 
+The command of a stage shows the progress, writes the run record, and publishes the output to MLflow unless a later command does.
 Heavy packages are imported by the command that uses them.
 """
 
@@ -32,7 +33,7 @@ from ddpm.runtime.progress import Progress, Report
 
 
 class Verbs(typer.core.TyperGroup):
-    """Leaves `<bool>` out of the help of options that take no value, such as --debug."""
+    """The group of all commands. Its help shows options that take no value, such as --debug, without `<bool>`."""
 
     def get_params(self, ctx: Any) -> Any:
         return _without_type(super().get_params(ctx))
@@ -102,9 +103,9 @@ def _run(
         stage: the DVC stage, such as train@linear.
         output: the run record is written beside this file or folder.
         execute: does the work of the stage.
-        watch: returns a second receiver of the progress reports.
-        publishes: False if a later stage or `ddpm publish --follow` publishes this output. Publishing takes three seconds to
-            import MLflow.
+        watch: returns a function that also gets each progress report, for example to stream the training to MLflow.
+        publishes: False if a later stage or `ddpm publish --follow` publishes this output. This saves three seconds, the
+            import of MLflow.
     """
     started, resumed_from, last = time.time(), 0, Progress(0, 0, "")
     with unchanged(stage), ExitStack() as stack:
@@ -146,7 +147,7 @@ def prepare() -> None:
 
 @app.command()
 def probe() -> None:
-    """Choose the values of `auto` in params.yaml for this machine, and write them to auto.json for the whole sweep."""
+    """Choose what `precision: auto` and `compile: auto` mean on this machine. Write it to auto.json for the whole sweep."""
     from ddpm.stages.probe import probe
 
     _run("probe", paths.auto_file(), lambda params, report: probe(params, Path(), report), publishes=False)
@@ -155,8 +156,8 @@ def probe() -> None:
 def _item_from_dvc(verb: str, argument: str) -> Callable[[], str]:
     """Returns a function that reads a missing argument of `verb` from DVC_STAGE, such as train@linear.
 
-    DVC sets DVC_STAGE for each item of a matrix in dvc.yaml. The commands in dvc.yaml therefore hold no names from
-    params.yaml, which a shell would interpret.
+    DVC sets DVC_STAGE for each item of a matrix in dvc.yaml. So the commands in dvc.yaml need not contain names from
+    params.yaml. A shell would interpret special characters in such a name.
     """
 
     def item() -> str:
@@ -209,7 +210,7 @@ def train(
 
 
 def _train_as_worker(params: Params, schedule: str) -> None:
-    """Trains in process 1 or a later process of a distributed training. Only process 0 reports."""
+    """Trains in a process of rank 1 or higher in a distributed training. Only rank 0 reports the progress."""
     from ddpm.stages.train import train
 
     try:
@@ -220,7 +221,10 @@ def _train_as_worker(params: Params, schedule: str) -> None:
 
 
 def _check_points(params: Params, schedule: str) -> None:
-    """Raises InputError before the training if the trained network could not sample one of the schedule's points."""
+    """Raises InputError before the training if the network could not sample a point of the sweep (schedule, sampler and steps).
+
+    Checks only the points of this schedule.
+    """
     from ddpm.runtime.drawing import check_point
     from ddpm.stages.train import noise_schedule
 
@@ -240,7 +244,7 @@ def _check_dataset(params: Params, report: Report) -> None:
 
 
 def _watch_training(schedule: str, params: Params, stack: ExitStack) -> Report:
-    """Streams the training to MLflow, with previews of its samples and their FID."""
+    """Returns a function that logs each progress report to MLflow, with preview samples and their FID."""
     from ddpm import tracking
     from ddpm.tools.preview import previews
 
@@ -279,7 +283,7 @@ def sample(point: Annotated[str, _point("sample")]) -> None:
 
 @app.command()
 def evaluate(point: Annotated[str, _point("evaluate")]) -> None:
-    """Score the samples of one point against the dataset and write metrics/POINT.json."""
+    """Score the samples of one point of the sweep against the dataset and write metrics/POINT.json."""
     from ddpm.stages.evaluate import evaluate
 
     parsed = Point.parse(point)
@@ -364,10 +368,10 @@ def promote(
     ] = False,
     rollback: Annotated[bool, typer.Option("--rollback", help="Restore the previous champion instead.")] = False,
 ) -> None:
-    """Register the best point of the report as ddpm-DATASET, and make it the champion if it wins.
+    """Register the best point of the report as ddpm-DATASET, and make it the champion if it beats the present champion.
 
-    The point wins if its score is significantly better. A point that takes far fewer network evaluations also wins if its score
-    is, with the same confidence, nearly as good.
+    The point wins if its score is significantly better than the champion's. A point that takes far fewer network evaluations
+    also wins if its score is, with the same confidence, nearly as good as that of the best champion so far.
     """
     from ddpm import tracking
 
@@ -440,12 +444,14 @@ def run(
     recipe: Annotated[
         str, typer.Option(help="A name in recipes/, or the path of a recipe. The recipe replaces params.yaml first.")
     ] = "",
-    promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Register the best point.")] = True,
+    promote: Annotated[
+        bool, typer.Option("--promote/--no-promote", help="Register the model of the best point in MLflow.")
+    ] = True,
     until_flat: Annotated[
         bool,
         typer.Option(
             "--until-flat",
-            help="Train longer and run again, until the best score is no longer surely better than before.",
+            help="Raise training.steps by half and run again, until the best score no longer improves significantly.",
         ),
     ] = False,
 ) -> None:
@@ -580,12 +586,12 @@ def fit_times(
     sampler: Annotated[
         str, typer.Option(help="A row of samplers in params.yaml, for its solver and guidance; default: UniPC.")
     ] = "",
-    images: Annotated[int, typer.Option(min=1, help="Number of images in the fitted trajectory.")] = 64,
+    images: Annotated[int, typer.Option(min=1, help="Number of images that the times are fitted to.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same times.")] = 0,
 ) -> None:
-    """Find the network times with which a sampler of few steps comes nearest to the end of a trajectory of 1,000 evaluations.
+    """Find network times with which a few sampling steps come closest to the images of 1,000 network evaluations.
 
-    Prints a row for the section `samplers` of params.yaml.
+    Prints the times as a row for the section `samplers` of params.yaml.
     """
     from ddpm.tools.fit_times import fit_row
     from ddpm.tools.load import located
@@ -616,7 +622,7 @@ def schedules(
         typer.Option(
             "--model",
             "-m",
-            help="Show the schedule of this model, a folder or models:/NAME@ALIAS; default: the rows of params.yaml.",
+            help="Show the schedule of this model, a folder or models:/NAME@ALIAS; default: the schedules in params.yaml.",
         ),
     ] = "",
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = paths.schedules_dir(),  # noqa: B008

@@ -1,9 +1,9 @@
 """Converts networks and schedules to and from diffusers' UNet2DModel and DDPMScheduler, the format of google/ddpm-*.
 
-The functions are pure: they take and return dicts of tensors and the parsed config.json and scheduler_config.json. Both sides
-have the same network, layer for layer. Only the names differ, and diffusers' attention has three matrices (q, k, v) where UNet
-has a single matrix. "The family" below means the UNet2DModels that UNet can express. If a configuration key has no counterpart
-on the other side, every function raises a ValueError that names the key.
+The functions are pure: they take and return dicts of tensors and the parsed config.json and scheduler_config.json. UNet and
+UNet2DModel are the same network, layer for layer. Only the names differ, and diffusers' attention has three matrices (q, k, v)
+where UNet has a single matrix. If a configuration key has no counterpart on the other side, every function raises a ValueError
+that names the key.
 
 - Classes: UNet's label embedding is UNet2DModel's class embedding, row for row. UNet's last row is the null class of
   classifier-free guidance, so num_class_embeds = classes + 1. UNet2DModel has no key for the null class, so the
@@ -26,7 +26,7 @@ from torch import Tensor
 from ddpm.diffusion.schedule import ALIASES, SCHEDULES, NoiseSchedule
 from ddpm.networks.unet import MOST_BLOCKS, UNet
 
-# Keys of UNet2DModel whose values are limited in the family: (diffusers' default for a missing key, the values allowed here).
+# Keys of UNet2DModel that UNet can express with some values only: (diffusers' default for a missing key, the values allowed).
 _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "center_input_sample": (False, (False,)),
     "time_embedding_type": ("positional", ("positional",)),
@@ -125,7 +125,7 @@ def _check_whole(key: str, value: Any, most: int = 2**16) -> int:
 
 
 def _layout(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of _FIXED's and _LAYOUT's keys. Raises ValueError for a network outside the family."""
+    """Returns config's network entries, with diffusers' defaults. Raises ValueError for missing or unsupported entries."""
     if config.get("_class_name") != "UNet2DModel":
         raise _bad_value("_class_name", config.get("_class_name"), "expected UNet2DModel")
     defaults = {key: default for key, (default, _) in _FIXED.items()} | _LAYOUT
@@ -144,9 +144,9 @@ def _layout(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts config.json of a UNet2DModel to the arguments of UNet. Raises ValueError outside the family.
+    """Converts config.json of a UNet2DModel to the arguments of UNet. Raises ValueError if UNet cannot express the network.
 
-    Leaves out an argument that a later version of UNet added, if it has its default.
+    Arguments that later versions of UNet added are left out where they have UNet's defaults.
     """
     layout = _layout(config)
     widths = _widths(layout)
@@ -545,7 +545,10 @@ def _check_configuration(config: Mapping[str, Any], predictions: Collection[str]
 
 
 def _row_from_betas(betas: Any, steps: int) -> dict[str, Any]:
-    """Finds the row that has these betas: a schedule of SCHEDULES with default parameters, or sqrt with any end points."""
+    """Returns a row of `schedules` in params.yaml that has these betas. Raises ValueError if there is none.
+
+    Tries all schedules with default parameters, and sqrt with any end points.
+    """
     try:
         table = torch.tensor(betas, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):

@@ -41,17 +41,17 @@ EACH, ALONE, LATER = "each", "alone", "later"
 
 
 def entry(limits: Mapping[str, Any], default: Any = MISSING, each: Mapping[str, Any] | None = None) -> Any:
-    """Returns a dataclass field with limits. each: limits of every item of a sequence."""
+    """Returns a dataclass field whose metadata holds the limits of the entry. each: the limits of each item of a sequence."""
     return field(default=default, metadata={**limits, **({EACH: each} if each else {})})
 
 
 def later(default: Any, limits: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """Returns a field that was added to a section after its first release (see LATER)."""
+    """Returns a field that a later version of ddpm added. as_json omits the field at its default (see LATER)."""
     return field(default=default, metadata={**limits, LATER: True})
 
 
 def is_name(text: str) -> bool:
-    """Returns whether a text may name a row, a source, a network or an option."""
+    """Returns whether a text can be a name in params.yaml: a-z, 0-9 and _, at most LONGEST_NAME of them."""
     return re.fullmatch(r"[a-z0-9_]+", text) is not None and len(text) <= LONGEST_NAME
 
 
@@ -139,7 +139,7 @@ class Data:
 
     @property
     def sides(self) -> tuple[int, int] | None:
-        """The height and width of every image in pixels, or None if the images decide."""
+        """The height and width in pixels that `size` sets for every image, or None if `size` is not set."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
@@ -169,7 +169,7 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class OtherNetwork:
-    """A network other than the U-Net, from a module in ddpm/networks. Its class checks the entries when the network is built."""
+    """The settings of another network than the U-Net, from ddpm/networks. The network's class checks them when it is built."""
 
     kind: str = entry(NAME)
     rest: Mapping[str, Any] = field(default_factory=dict)
@@ -184,9 +184,9 @@ class Training:
         decay: the shape of the learning rate's decay over the last `decay_share` of the steps.
         decay_to: the learning rate after the decay, as a share of the full rate.
         pairing: how the images of a batch are paired with noise.
-        times: how network times are drawn.
-        snapshot_every: the number of steps between two snapshots of averaged weights. 0 keeps no snapshots. A sampler row with
-            `ema` needs them.
+        times: how the network's time input t is drawn.
+        snapshot_every: the number of steps between two snapshots of averaged weights. 0 keeps no snapshots. A row of
+            `samplers` with `ema` needs snapshots.
     """
 
     loss: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
@@ -238,7 +238,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How many images are drawn for each point, and how.
+    """How many images are drawn for each point of the sweep, and how.
 
     Args:
         clip: whether x0_hat is clipped to [-1, 1]. A number is the quantile of dynamic thresholding.
@@ -283,8 +283,8 @@ class Evaluation:
     """How samples are scored.
 
     Args:
-        layer: a layer of the extractor.
-        judges: names of further scores, which use other extractors.
+        layer: a layer of the extractor, named by its number of features, such as 2048.
+        judges: names of further scores, which use other extractors or layers.
     """
 
     extractor: str = entry(NAME, USUAL_EXTRACTOR)
@@ -299,7 +299,7 @@ class Evaluation:
             raise ValueError("judges: names something twice; remove the repetition")
 
     def recorded(self) -> dict[str, Any]:
-        """Returns the section as JSON values for records. Omits newer entries at their defaults, as old records do."""
+        """Returns the section as JSON values for records. Omits `extractor` and `judges` at their defaults, as old records do."""
         newer = {"extractor": USUAL_EXTRACTOR, "judges": []}
         return {name: value for name, value in as_json(self).items() if name not in newer or value != newer[name]}
 
@@ -328,7 +328,7 @@ def _count(steps: Any) -> int:
 
 
 def _time(t: Any) -> float:
-    """Returns a network time. Raises ValueError unless it is a finite number."""
+    """Converts the network's time input t to float. Raises ValueError unless t is a finite number."""
     if type(t) not in (int, float) or not math.isfinite(t):
         raise ValueError(t)
     return float(t)
@@ -341,7 +341,7 @@ def _are_falling(steps: int, times: tuple[float, ...]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """One row of the samplers table: the arguments of `ddpm.sample`, and the denoiser's guidance.
+    """A row of `samplers` in params.yaml: the arguments of `ddpm.sample`, and the denoiser's guidance.
 
     An argument that the sampler does not take is an error.
 
@@ -349,8 +349,8 @@ class Sampler:
         times: the network times to visit, for each number of steps.
         fitted_to: sha256 of the weights to which `times` were fitted.
         own: options that have no field here. With `own`, a new sampler needs no new field.
-        ema: the length of the weights' power-function average: the standard deviation of the averaged steps, as a share of the
-            training. None for the average that `training.ema` describes.
+        ema: the length of the weights' average: the standard deviation of the averaged steps, as a share of the training (see
+            ddpm.training.averages). None for the average that `training.ema` describes.
     """
 
     sampler: str
@@ -406,7 +406,7 @@ class Sampler:
 
     @classmethod
     def arrange(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Arranges options as a row of params.yaml. Options without a field here become entries of `own`."""
+        """Arranges options as a row of `samplers` in params.yaml. Options that have no field here become entries of `own`."""
         known = {item.name for item in fields(cls)}
         own = {key: value for key, value in options.items() if key not in known}
         return {key: value for key, value in options.items() if key in known} | ({"own": own} if own else {})
@@ -421,7 +421,7 @@ class Sampler:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """One row of the schedules table: the arguments of `NoiseSchedule.named`.
+    """A row of `schedules` in params.yaml: the arguments of `NoiseSchedule.named`.
 
     An argument that the schedule does not take is an error. Rows that differ in `seed` alone are replicates: trainings of one
     schedule.
@@ -455,7 +455,7 @@ class Schedule:
 
     @property
     def origin(self) -> dict[str, str]:
-        """The entry `base` if it is set, else {}. No other entry affects a training, except the noise schedule and the seed."""
+        """The entry `base`, or {} if it is not set. Of this row, a training depends on `base`, noise schedule and seed only."""
         return {} if self.base is None else {"base": self.base}
 
 
@@ -491,11 +491,11 @@ class Promotion:
 
     Args:
         confidence: the confidence of the intervals of differences.
-        fewer_evaluations: the factor by which a challenger without a better score must save network evaluations to win.
-        margin: how much worse than the best champion so far such a challenger may be, as a share of that champion's score. In
-            the score of each judge, any challenger may be worse than the present champion by the same share.
-        judges: entries of evaluation.judges. In each of these further scores, a challenger must not be worse by more than
-            `margin`.
+        fewer_evaluations: a challenger without a better score wins only if it takes this many times fewer network evaluations.
+        margin: how much worse than the best champion so far such a challenger may be, as a share of that champion's score.
+            For `judges`, how much worse than the present champion any challenger may be, as a share of its score.
+        judges: entries of evaluation.judges, which are further scores. In each of them, a challenger must not be worse than
+            the present champion by more than `margin`.
     """
 
     confidence: float = entry({**INSIDE, **FINITE}, 0.95)
@@ -533,7 +533,7 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One point of the sweep. The names of the DVC stage, the files, the task run and the MLflow run contain its name."""
+    """A point of the sweep: schedule, sampler and steps. Stages, files, task runs and MLflow runs are named after the point."""
 
     schedule: str
     sampler: str
@@ -543,7 +543,8 @@ class Point:
         # protects: tests/files/test_bad_input.py::test_a_command_line[a point that is a path]
         if not is_name(self.schedule) or not is_name(self.sampler):
             raise InputError(
-                f"'{self.name}' is no point of a sweep: its names are made of a-z, 0-9 and _, at most {LONGEST_NAME} of them"
+                f"'{self.name}' is no point of a sweep: the names of schedule and sampler are made of a-z, 0-9 and _, at most"
+                f" {LONGEST_NAME} characters each"
             )
         if not 1 <= self.steps < COUNT["lt"]:
             raise InputError(f"'{self.name}' is no point of a sweep: {self.steps} is no valid number of steps")

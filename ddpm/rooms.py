@@ -21,7 +21,7 @@ Row = TypeVar("Row")
 
 
 class Room(Mapping[str, Row], Generic[Row]):
-    """Maps the name of each module that holds a row to that row.
+    """Maps the name of each variant's module to the variant's row, which is the object that describes the variant.
 
     A module holds a row if it assigns the variable named by `row` at its top level. The remaining modules of the package are
     shared parts.
@@ -54,16 +54,16 @@ class Room(Mapping[str, Row], Generic[Row]):
         return row
 
     def module(self, name: str) -> str:
-        """Returns the full name of the module of a row."""
+        """Returns the full name of a variant's module."""
         return f"{self.package}.{name}"
 
     def select(self, name: str) -> Row:
-        """Returns the row of this name. Raises an InputError that lists all rows if there is no such row."""
+        """Returns the row of the variant of this name. Raises an InputError that lists all variants if there is none."""
         self.require(name)
         return self[name]
 
     def require(self, name: str) -> None:
-        """Raises an InputError that lists all rows if there is no row of this name. Imports no row."""
+        """Raises an InputError that lists all variants if there is no variant of this name. Imports no variant."""
         if name not in self:
             folder = self.package.replace(".", "/")
             raise InputError(f"{self.key}: no '{name}' in {folder}; there are {', '.join(self)}")

@@ -32,12 +32,12 @@ def main(
         list[str] | None,
         typer.Option("--set", "-S", metavar="KEY=VALUE", help="Changes a parameter, such as training.steps=200."),
     ] = None,
-    promote: Annotated[bool, typer.Option(help="Register the best point.")] = True,
+    promote: Annotated[bool, typer.Option(help="Register the model of the best point in MLflow.")] = True,
     until_flat: Annotated[
         bool,
         typer.Option(
             "--until-flat",
-            help="Train longer and run again, until the best score is no longer surely better than before.",
+            help="Raise training.steps by half and run again, until the best score no longer improves significantly.",
         ),
     ] = False,
 ) -> None:
@@ -81,9 +81,9 @@ def main(
 
 
 def _better(before: int, now: int, terminal: Terminal) -> bool:
-    """Prints the difference of the best scores of the last two runs. Returns whether the last run's score is surely better.
+    """Prints how the best score changed since the previous run. Returns whether the score is significantly better.
 
-    before, now: the training steps of the last two runs.
+    before, now: the number of training steps in the previous run and in this run, for the printed text.
     """
     from ddpm.reporting.previous import gap_of_best
 

@@ -19,8 +19,8 @@ def mlflow(root: Path, server: str, store: str = "") -> str:
     Args:
         root: the checkout.
         server: the address of MLflow's server.
-        store: the address of the server's database. In a SQLite file, the experiment is looked up, because the file may be a
-            copy from another checkout with other experiments.
+        store: the address of the server's database, if known. If the database is a SQLite file, the experiment's id is read
+            from the file, since a file copied from another checkout has other ids than this checkout recorded.
     """
     if not server.startswith("http"):
         return server

@@ -28,7 +28,7 @@ WRITTEN = paths.CACHE / "params.yaml.sha256"  # the hash of the last params.yaml
 def read(root: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[str, Params]:
     """Returns the new text of params.yaml, comments included, and the parameters in this text.
 
-    Adds names and sections that dvc.yaml takes from params.yaml, if an old file lacks them.
+    Adds the entries and sections of params.yaml that dvc.yaml uses, such as data.source, if an old file lacks them.
 
     Args:
         root: the checkout.
@@ -58,7 +58,8 @@ def write(
 ) -> Params:
     """Writes the result of read() to params.yaml, if that changes the file.
 
-    First copies the old params.yaml to params.yaml.before, unless git, a recipe or an earlier copy has the same text.
+    First copies the old params.yaml to params.yaml.before, unless the last commit, a recipe or an earlier copy has the same
+    text, or an earlier call of this function wrote the text.
 
     Args:
         root: the checkout.
@@ -83,7 +84,7 @@ def write(
 
 
 def _with_names(text: str, params: Params, root: Path) -> str:
-    """Adds names and sections that dvc.yaml takes from params.yaml. An old file may lack them or spell them differently."""
+    """Adds entries and sections that dvc.yaml uses, such as data.source. An old file may lack them or spell them otherwise."""
     wiring = root / "dvc.yaml"
     if not wiring.exists():
         return text
@@ -113,8 +114,8 @@ def _described(root: Path, recipe: str | None, overrides: Sequence[str]) -> str:
 def _keep(root: Path, old: bytes) -> Path | None:
     """Copies the old params.yaml to params.yaml.before, or to the next free name.
 
-    Returns the path of the copy. Returns None without a copy if git or a recipe has the same text, or if a recipe or
-    overrides wrote this text.
+    Returns the path of the copy. Makes no copy and returns None if the last commit or a recipe has the same text, or if write()
+    wrote the text and nobody has edited it since.
     """
     recipes = (root / "recipes").glob("*.yaml")
     if any(path.read_bytes() == old for path in recipes) or old == git.ask(root, "show", "HEAD:./params.yaml"):
@@ -133,9 +134,10 @@ def _keep(root: Path, old: bytes) -> Path | None:
 
 
 def edits(root: Path, params: Params) -> Callable[[], str]:
-    """Returns a function that lists the keys of params.yaml that were edited after this call.
+    """Returns a function that lists the keys in which params.yaml differs from `params`.
 
-    The function returns "" if nothing was edited, and "all of it" if the file cannot be read.
+    The function returns "" if no key differs, or if the file has not changed since the last call. It returns "all of it" if
+    the file cannot be read.
     """
     path, seen = root / "params.yaml", [0]
 

@@ -1,4 +1,4 @@
-"""The flow `train-eval`: runs every stage of dvc.yaml in order, publishes to MLflow, and promotes the best point."""
+"""The flow `train-eval`: runs the outdated stages of dvc.yaml, publishes to MLflow, and promotes the report's best model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from flows.watch import Log, Outcome, watcher
 
 
 def _worth_retrying(task: Any, task_run: TaskRun, state: State) -> bool:
-    """Retries after a kill, a held lock, an unreachable server or a full disk.
+    """Returns whether to retry a task: after a kill, a held lock, an unreachable server or a full disk.
 
     Errors raised by the stage itself are deterministic, so they are not retried.
     """
@@ -56,7 +56,8 @@ def run_stage(stage: str, root: str, unchanged: bool, hosts: bool = False) -> St
         stage: the stage's name in DVC, such as sample@linear-ddim-50.
         root: the checkout.
         unchanged: DVC has already reported that the stage need not run.
-        hosts: run the stages of a matrix on other hosts.
+        hosts: the flow uses other hosts. A stage of a matrix (with @ in its name) runs there. The outputs of any other stage are
+            pushed to the DVC remote.
     """
     if unchanged:
         return _state(stage, Outcome("Unchanged", "unchanged"))
@@ -133,7 +134,8 @@ def train_eval(
     Args:
         recipe: a name in recipes/ or a path. The recipe first replaces params.yaml.
         overrides: KEY=VALUE each, such as training.steps=200. They are written into params.yaml.
-        promote: register the best point. It becomes champion if it beats the present champion.
+        promote: register the model of the best point of the sweep in MLflow. The point becomes champion if it wins by the rules
+            of `promotion` in params.yaml.
         hosts: where the stages of a matrix run, compute.slots at a time. With false they run in this checkout, with true on the
             workers of the pool `hosts`, and with an address such as tcp://scheduler:8786 on a Dask cluster.
     """
@@ -308,7 +310,7 @@ def _show_artifacts(root: Path) -> None:
 
 
 def _report_location(page: Path) -> str:
-    """Returns a sentence with the path of the report, because browsers follow no link from a server's page to a local file."""
+    """Returns a text with the report's path, because browsers do not open links from a server's page to a local file."""
     server = os.environ.get("MLFLOW_UI")
     mlflow = f"[MLflow]({server})" if server else "MLflow"
     return (

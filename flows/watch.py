@@ -34,7 +34,7 @@ class Outcome:
 
 
 class Watcher(Protocol):
-    """Receives the output of stages. `stage` is always the stage's name in DVC, such as sample@linear-ddim-50."""
+    """Receives the output of tasks. `stage` is a stage's name in DVC, such as train@linear, or another name such as publish."""
 
     def started(self, stage: str) -> None: ...
 
@@ -46,7 +46,7 @@ class Watcher(Protocol):
     def ended(self, stage: str, outcome: Outcome) -> None: ...
 
     def concluded(self, lines: list[str]) -> None:
-        """Receives the last lines of the whole run (ddpm.reporting.answer)."""
+        """Receives the closing lines of the flow run, such as its best point (ddpm.reporting.answer)."""
 
 
 class Log:

@@ -1,4 +1,4 @@
-"""Checks the database files and addresses of servers before a server opens them.
+"""Checks and creates the database file of MLflow, and builds addresses for MLflow and Prefect.
 
 Neither mlflow nor prefect is imported here.
 """

@@ -39,20 +39,21 @@ NEWEST = """
 """
 SUFFIXES = (".db", ".sqlite", ".sqlite3")  # suffixes of databases in use; a backup may have any other suffix
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-RESTORE = "restore it from a backup (docs/storage.md)"
+RESTORE = "restore the database from a backup (docs/storage.md)"
 REBUILD = "run `ddpm publish`, which records the outputs anew, without earlier champions and their history"
 
 
 def lock_of(file: Path) -> Path:
-    """Returns the lock file of the store. A process holds this lock while it opens the database."""
+    """Returns the lock file of the MLflow database `file`. A process holds this lock while it opens the database."""
     return file.with_name(f"{file.name}.lock")
 
 
 def check(file: Path) -> bool:
-    """Checks that a database file is undamaged, and that its artifacts lie beside the file or in the folder that the user chose.
+    """Checks that a database file is undamaged, and that its artifacts were not lost or left with another database.
 
-    A moved or copied store still records its old addresses. If an address names another `mlartifacts`, but the experiment's
-    folder lies beside the file, this function corrects the address. The caller holds the store's lock.
+    A moved or copied database still names its old `mlartifacts` folder. If an experiment's folder lies in the `mlartifacts`
+    beside the file, this function corrects the experiment's addresses. Artifacts below other folders are not checked. The
+    caller holds the lock of the MLflow store.
 
     Returns whether the file holds experiments. Raises InputError if the file is damaged, or if records or artifacts are missing.
     """
@@ -85,7 +86,7 @@ def require_new(file: Path, experiment: str) -> None:
 
 
 def require_in_place(file: Path, location: str) -> None:
-    """Raises InputError if an experiment's artifact folder was not copied along, or is not mounted."""
+    """Raises InputError if the database was copied without an experiment's artifact folder, or the folder cannot be found."""
     _new_addresses(file, {location: True})
 
 
@@ -131,7 +132,8 @@ def _damaged(file: Path, why: str) -> str:
 def _new_addresses(file: Path, experiments: dict[str, bool]) -> dict[str, str]:
     """Maps each artifact address that must change in the database to its new address.
 
-    experiments: maps the address of each experiment to whether the experiment has runs. Raises InputError.
+    experiments: maps the artifact address of each experiment to whether the experiment has runs. Raises InputError if artifacts
+    are missing.
     """
     home = file.parent / ARTIFACTS
     foreign = {location: path for location in experiments if (path := _foreign_folder(location, home))}
@@ -155,10 +157,10 @@ def _foreign_folder(location: str, home: Path) -> Path | None:
 
 
 def _moves_without_files(file: Path, recorded: Path, used: bool, moved_from: set[Path]) -> bool:
-    """Returns whether the database must name its own `mlartifacts` for an experiment that has no folder there yet.
+    """Returns whether an experiment's address must change although its folder does not lie in the `mlartifacts` beside the file.
 
-    True if the database is a copy whose original still exists, so that the copy does not write to the original's folder.
-    Also true if the recorded `mlartifacts` is gone, the experiment has no runs, and further experiments were moved from there.
+    True if the database is a copy and its original still exists: the copy must not write to the original's `mlartifacts`. Also
+    true if the recorded `mlartifacts` is gone, the experiment has no runs, and folders of other experiments were moved from it.
 
     Args:
         file: the database.
@@ -215,14 +217,17 @@ def _rewrite(database: sqlite3.Connection, tables: set[str], old: str, new: str)
 
 
 def _are_lost(file: Path, folders: Iterable[Path]) -> bool:
-    """Returns whether any of these experiment folders holds files, although no other database beside `file` names the folder."""
+    """Returns whether one of these artifact folders has lost its records.
+
+    The records are lost if the folder holds files and no other database beside `file` names it.
+    """
     others = [other for other in file.parent.iterdir() if other.suffix in SUFFIXES and other != file]
     named = {name for other in others for name in _recorded_folders(other)}
     return any(folder.name not in named and any(path.is_file() for path in folder.rglob("*")) for folder in folders)
 
 
 def _recorded_folders(file: Path) -> set[str]:
-    """Returns the names of the artifact folders of a database's experiments. The set is empty for a file of another kind."""
+    """Returns the names of the artifact folders of a database's experiments. Empty if the file is no readable MLflow database."""
     try:
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
             return {Path(location).name for _, location, _ in database.execute(EXPERIMENTS)}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 
 def chart(experiment: str) -> str:
-    """Returns the end of the address of the chart of all points, from `#` on.
+    """Returns the part of the address from `#` on. The chart shows all points of the sweep.
 
-    The address selects MLflow's pages for models (workflowType), since MLflow 3.17 has no experiment tag for that.
+    The parameter `workflowType` selects MLflow's pages for model training. MLflow 3.17 has no experiment tag that does this.
+
+    Args:
+        experiment: the id of the experiment.
     """
     return (
         f"#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"

@@ -153,7 +153,7 @@ class Bound:
     def rate(self) -> Tensor:
         """The rate of x_t in bits/dim, L_T + ... + L_{t+1}, at the middle network time t of each stratum: float64 [S].
 
-        Figure 5 of Ho et al. 2020 shows this rate. Encoding x_0 itself takes L_0 more, the decoder's bits.
+        Figure 5 of Ho et al. 2020 shows this rate. It does not include L_0, the decoder's bits, which encode x_0 itself.
         """
         mean = self.terms.mean(0)
         before = self.prior.mean() + mean.flip(0).cumsum(0).flip(0) - mean
@@ -162,7 +162,7 @@ class Bound:
 
     @property
     def distortion(self) -> Tensor:
-        """The root mean squared error of x0_hat on the scale 0 ... 255, for each stratum: float64 [S]."""
+        """The root mean squared error of x0_hat in each stratum of network times, on the scale 0 ... 255: float64 [S]."""
         return self.squared_error.mean(0).sqrt() * 127.5
 
 

@@ -149,16 +149,19 @@ class Denoiser:
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance = {self.guidance} must be a finite number")
         if self.labels is None and self.guidance != 1:
-            raise ValueError(f"guidance = {self.guidance:g} takes labels, and a network that was trained with labels")
+            raise ValueError(f"guidance = {self.guidance:g} needs labels, and a network that was trained with labels")
         check_guidance(self.guidance_interval, self.guidance_rescale)
 
     def evaluations(self, t: Tensor | float) -> int:
-        """Returns how often a call at t evaluates the network per image: once if w is 0 or 1, else twice."""
+        """Returns how often a call at network times t evaluates the network per image.
+
+        Once if the guidance strength w is 0 at all times or 1 at all times, else twice.
+        """
         w = self._strength(torch.as_tensor(t, dtype=torch.float64).cpu())
         return 1 if bool((w == 1).all() or (w == 0).all()) else 2
 
     def _strength(self, times: Tensor) -> Tensor:
-        """Returns w at network times: float64, shaped like `times`, on the CPU."""
+        """Returns the guidance strength w at network times: float64, shaped like `times`, on the CPU."""
         w = torch.full_like(times, self.guidance)
         if self.guidance_interval is None:
             return w

@@ -91,14 +91,14 @@ def fit_times(
     done: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> tuple[list[float], float]:
-    """Fits the times of `steps` steps to a trajectory of the model.
+    """Finds the network times with which S steps of a sampler end closest to the end of the model's trajectory.
 
     Args:
         denoiser: the model.
         path: the trajectory of the model.
         steps: S, at most GRID.
-        sampler: a sampler that draws no noise with `options`.
-        done: called after each sampling with S steps.
+        sampler: the sampler. With these `options`, it must not draw noise.
+        done: called each time that the search has run the sampler.
         options: the sampler's own options.
 
     Returns:

@@ -1,6 +1,6 @@
 """Follows images to noise and back: states of a chain, codes of images, and interpolations between two images.
 
-Settings are the arguments of `ddpm.sample`: sampler, steps, spacing, along, and the sampler's own options. The code of an
+Settings are the arguments of `ddpm.sample`: sampler, steps, spacing, along, times, and the sampler's own options. The code of an
 image is the x_T that leads to it along the probability flow. So samplers that draw noise cannot encode.
 """
 
@@ -72,7 +72,7 @@ def encode(
     Args:
         denoiser: the model.
         x_0: images, [B, ...] in [-1, 1].
-        sampler: a sampler that draws no noise with `options`.
+        sampler: the sampler. With these `options`, it must not draw noise.
         steps, spacing, along, times, options: see `ddpm.sample`.
 
     Returns:
@@ -104,8 +104,8 @@ def _last(steps: Steps, x: Tensor) -> Tensor:
 def slerp(x: Tensor, y: Tensor, weight: float) -> Tensor:
     """Interpolates spherically from x (weight 0) to y (weight 1), both [B, ...]: section 5.3 of Song et al. 2020.
 
-    Vectors between two vectors of the same length keep that length, as codes must. Parallel vectors are interpolated
-    linearly.
+    If x and y have the same length, the result has that length, too. A linear interpolation would be shorter than typical noise.
+    Parallel vectors are interpolated linearly.
     """
     u, v = x.flatten(1).double(), y.flatten(1).double()
     # The half-angle formula on unit vectors, which is stable at small angles, unlike the cosine.
@@ -120,7 +120,9 @@ def slerp(x: Tensor, y: Tensor, weight: float) -> Tensor:
 
 
 def interpolate(denoiser: Denoiser, x_0: Tensor, y_0: Tensor, weights: Sequence[float], **settings: Any) -> Tensor:
-    """Interpolates between two images: decodes codes between their codes. See section 5.3 of Song et al. 2020 (DDIM).
+    """Interpolates between two images: encodes both, interpolates between the codes with `slerp`, and decodes the results.
+
+    See section 5.3 of Song et al. 2020 (DDIM).
 
     Args:
         denoiser: the model.

@@ -116,8 +116,8 @@ class Sampler:
     """A row of SAMPLERS: everything that the rest of the project knows about a sampler.
 
     Args:
-        step: step(denoise, x, levels, noise, **options) yields (x, x0_hat) after each step (see the module). The
-            keyword-only arguments are the sampler's options.
+        step: step(denoise, x, levels, noise, **options) yields (x, x0_hat) after each step. The docstring of
+            this module explains the arguments. The keyword-only arguments are the sampler's options.
         deterministic: a function of the sampler's options that returns whether the steps add no noise. Then each image
             comes from one x_T, and can be encoded as that x_T.
         evaluations: a function of the levels that returns the number of network evaluations per image, without guidance.

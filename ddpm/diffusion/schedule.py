@@ -159,9 +159,10 @@ class NoiseSchedule:
         return self.alpha_bar / -torch.expm1(self.log_alpha_bar)
 
     def log_alpha_bar_at(self, t: Tensor | float) -> Tensor:
-        """Returns log alpha_bar at network times t, linear between entries: float64, shaped like t, on the CPU.
+        """Returns log alpha_bar at network times t: float64, shaped like t, on the CPU.
 
-        If alpha_bar_T = 0, all times after T-2 have log alpha_bar = -inf. Raises ValueError for times outside [-1, T-1].
+        Values at fractional times are interpolated linearly. If alpha_bar_T = 0, all times after T-2 have log alpha_bar = -inf.
+        Raises ValueError for times outside [-1, T-1].
         """
         times = np.asarray(t.detach().cpu() if isinstance(t, Tensor) else t, dtype=np.float64)
         if times.size and not (times.min() >= -1 and times.max() <= self.T - 1):

@@ -78,9 +78,10 @@ def corrected(now: Level, to: Level) -> bool:
 
 
 def usable(past: Past, now: Level, to: Level) -> Past:
-    """Returns the past estimates from which a step may extrapolate, newest first.
+    """Returns the past estimates from which a step may extrapolate, newest first. Lengths are differences of lambda.
 
-    - A step of at most REACH uses the newest estimate, and earlier estimates as long as neighbours lie at most REACH apart.
+    - A step of at most REACH uses the newest estimate. It also uses earlier estimates, up to the first gap longer than REACH
+      between two estimates.
     - A longer step uses the newest estimate alone, or none if the step is more than twice as long as the step before.
     - Steps onto the clean image and out of pure noise are infinitely long and use no past estimate.
     """
@@ -128,9 +129,10 @@ def extrapolated(value: Tensor, past: Past, weights: Sequence[float]) -> Tensor:
 
 
 def _x0_weights(used: Past, now: Level, to: Level) -> list[float]:
-    """Returns the weights with which past x0_hats enter a step. The flow averages their polynomial in u with e^u.
+    """Returns the weight of each past x0_hat in a step, for `extrapolated`.
 
-    With one past x0_hat, the step is that of DPM-Solver++ 2M.
+    The weights average the polynomial through all x0_hats over the step with the density e^u, where u = lambda - now.lam.
+    With one past x0_hat, a step of at most REACH is that of DPM-Solver++ 2M.
     """
     h, past_lams = to.lam - now.lam, [level.lam - now.lam for level, _ in used]
     if len(past_lams) == 1:
@@ -229,7 +231,8 @@ def _from_eps(
         x: see ddpm.diffusion.samplers.
         levels: see ddpm.diffusion.samplers.
         order: up to order - 1 past values are used.
-        weigh: weigh(past lambdas - lambda, h) -> the weight of each difference past eps - eps, for a step of h nats.
+        weigh: weigh(past_lams, h) returns the weight of each difference past eps - eps. past_lams: the lambdas of the past
+            values, minus the present lambda. h: the length of the step in lambda.
     """
     past: Past = []
     for now, to in pairwise(levels):

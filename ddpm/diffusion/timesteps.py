@@ -138,7 +138,7 @@ def noise_levels(
         along: another schedule, whose noise levels the sampler visits. The network is evaluated at the times, possibly
             fractional, at which `schedule` has the same signal-to-noise ratios. Levels outside the network's training
             become the first or last level of `schedule`. Equal levels are visited once, so there may be fewer than `steps`.
-        times: the times to visit for each S, instead of the times of a spacing.
+        times: the times to visit for each S, instead of the times of a spacing. `along` has no effect then.
 
     Returns:
         S levels or fewer, and the clean image.
@@ -170,7 +170,7 @@ def check_times(times: Times) -> None:
 
 
 def _given(schedule: NoiseSchedule, steps: int, times: Times) -> Tensor:
-    """Returns the times that are given for this number of steps, float64 [S]. Raises ValueError."""
+    """Returns `times[steps]`, float64 [S]. Raises ValueError if that entry is missing, or if `times` is invalid."""
     check_times(times)
     if steps not in times:
         raise ValueError(f"times: no entry for {steps} steps; there are entries for {', '.join(map(str, times))}")

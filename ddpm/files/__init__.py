@@ -1,4 +1,4 @@
 """Reads and writes files: paths, atomic writes, records, checkpoints, samples, params.yaml.
 
-No other package knows a file format, except the formats of DVC and MLflow.
+Other packages handle the formats of DVC, MLflow, diffusers and the image sources, and the report's page.
 """

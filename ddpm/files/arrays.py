@@ -30,7 +30,7 @@ def _unreadable(error: Exception) -> str:
 
 
 def _write_array(file: IO[bytes], array: NDArray[Any]) -> None:
-    """Writes the same bytes as np.save. np.save itself raises an error without an errno when the disk is full."""
+    """Writes the same bytes as np.save. On a full disk, the error has an errno, unlike the error that np.save raises."""
     np.lib.format.write_array(cast(IO[bytes], SimpleNamespace(write=file.write)), array, allow_pickle=False)
 
 
@@ -45,7 +45,10 @@ def _array_digest(array: NDArray[Any]) -> str:
 
 
 def write_arrays(path: Path, key: str, **arrays: Any) -> None:
-    """Writes named arrays to one file, with a checksum of the arrays and of `key`, which identifies their inputs."""
+    """Writes named arrays to one file, with a checksum of the arrays and of `key`.
+
+    key: a text that identifies what the arrays were computed from.
+    """
     with atomic.replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays, sha256=np.asarray(_arrays_digest(key, arrays)))
 
@@ -53,7 +56,7 @@ def write_arrays(path: Path, key: str, **arrays: Any) -> None:
 def read_arrays(path: Path, key: str) -> dict[str, NDArray[Any]]:
     """Reads a file that write_arrays wrote.
 
-    Raises InputError if the file is missing or damaged, or was written with another key.
+    Raises InputError if the file is missing or damaged, or if `key` is not the text that write_arrays was given.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:

@@ -21,7 +21,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def disk_full_is_one_line(path: Path) -> Iterator[None]:
-    """Converts a disk-full error of the block into InputError. path: the file or folder that the block writes."""
+    """Converts a disk-full error in the `with` block into InputError. path: the file or folder that the block writes."""
     try:
         yield
     except OSError as error:
@@ -72,7 +72,7 @@ def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
 
 
 def _link_unless_exists(file: Path, path: Path) -> bool:
-    """Links `file` to `path` unless `path` exists. Returns whether `path` now exists: False only if the link failed."""
+    """Makes `path` a hard link to `file`, unless `path` exists. Returns False if the link failed and `path` is still missing."""
     try:
         path.hardlink_to(file)
     except FileExistsError:

@@ -61,7 +61,7 @@ def require_trained(params: Params, schedule: str, root: Path) -> None:
     if (root / record).exists() or schedule in params.sweep.schedules:
         return
     if schedule not in params.schedules:
-        raise InputError(f"no row '{schedule}' in schedules; there are {', '.join(params.schedules)}")
+        raise InputError(f"params.yaml: no row '{schedule}' in schedules; the rows are {', '.join(params.schedules)}")
     raise InputError(
         f"{record}: no such file; make it with `ddpm train {schedule}`, since {schedule} is not in sweep.schedules"
     )
@@ -106,7 +106,10 @@ def load(path: Path, device: torch.device | str = "cpu", clip: bool | float = Fa
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Skips the initialisation of layers, because a function of torch.nn.init imports a thousand modules on the meta device."""
+    """Skips the functions of torch.nn.init, which initialise layers.
+
+    On the meta device, such a function would import a thousand modules, although no tensor there has values.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", "") == "torch.nn.init":
@@ -154,8 +157,8 @@ class ResumeState:
     Args:
         step: the number of finished steps.
         tensors: the result of TrainingState.tensors().
-        rows: the training history.
-        losses: the loss of each step after the last row.
+        rows: the loss history so far, the rows of metrics/train/SCHEDULE.csv.
+        losses: the loss of each step after the last of these rows.
     """
 
     step: int
@@ -189,7 +192,10 @@ def resume_file(folder: Path, step: int) -> Path:
 
 
 def write_resume(folder: Path, state: ResumeState) -> None:
-    """Adds a state to `folder`. Keeps the newest KEPT states up to this step, and the newest KEPT beyond it."""
+    """Writes a state to `folder`, then removes old states.
+
+    Keeps the newest KEPT states up to this step, and the newest KEPT states of later steps.
+    """
     path = resume_file(folder, state.step)
     with atomic.replacing(path) as temporary:
         history = {"training": folder.name, "step": state.step, "rows": state.rows, "losses": state.losses}
@@ -214,7 +220,10 @@ def _remove(path: Path) -> None:
 
 
 def read_resume(folder: Path, at_most: int) -> tuple[ResumeState | None, list[str]]:
-    """Returns the newest undamaged state of at most `at_most` steps. Removes damaged states and returns a message for each."""
+    """Returns the newest undamaged state up to step `at_most`, or None, and a message for each damaged state.
+
+    Removes the damaged states.
+    """
     from safetensors import safe_open
 
     complaints: list[str] = []

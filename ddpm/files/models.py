@@ -75,7 +75,7 @@ class NetworkEntry:
 
     @classmethod
     def of(cls, kind: str, settings: Mapping[str, Any]) -> NetworkEntry:
-        """Returns the entry of a network of this kind, built with these arguments. Raises ValueError."""
+        """Builds the entry from the value of network.kind and the arguments of the network's class. Raises ValueError."""
         return records.build(cls, {"kind": kind, **settings}, "network")
 
     @property
@@ -145,8 +145,8 @@ class ModelRecord:
         weights_sha256: hash of model.safetensors.
         target: a key of ddpm.TARGETS.
         variance: "fixed" or "learned".
-        snapshots: hash of the record of snapshots/SCHEDULE; "" if the training kept no snapshots.
-        ema: the length of the average in a checkpoint that snapshots.checkpoint_of made; None for other models.
+        snapshots: hash of the content of snapshots/SCHEDULE/snapshots.json; "" without snapshots.
+        ema: the length of the weights' average (see PowerAverage) if snapshots.checkpoint_of made it; None otherwise.
         content: all entries of model.json.
     """
 
@@ -162,7 +162,7 @@ class ModelRecord:
     content: Mapping[str, Any] = field(default_factory=dict)
 
     def described_by(self, **entries: Any) -> dict[str, Any]:
-        """Returns the description that checkpoint.save takes, with some entries replaced."""
+        """Returns this model's `description` for checkpoint.save. `entries` replace or add to the recorded entries."""
         kept = {key: item for key, item in self.content.items() if key not in ("format", "weights_sha256")}
         return {**kept, **entries}
 
@@ -174,7 +174,7 @@ class TrainingRecord:
     Args:
         parameters: the number of the network's parameters.
         loss, validation_loss: the last values of the curves.
-        timesteps: T of an imported model, which may differ from params.yaml.
+        timesteps: T of an imported model, which may differ from params.yaml; None for a model that was trained here.
         files: sha256 of the curves' files, by name.
     """
 
@@ -193,7 +193,10 @@ class TrainingRecord:
 
 @dataclass(frozen=True)
 class BoundOfSplit:
-    """The variational bound on a split in bits/dim: its total and parts with standard errors, and the number of images."""
+    """The variational bound on the train or test images in bits/dim, and the number of these images.
+
+    The bound is given in total and in three parts, each with its standard error.
+    """
 
     bits_per_dim: float
     bits_per_dim_error: float

@@ -185,16 +185,16 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _samplers_fit_the_networks(self) -> Params:
-        """Compares the samplers with the networks that are trained here. The stage `sample` checks imported networks."""
+        """Raises ValueError if a sampler does not fit the networks trained here. The stage `sample` checks imported networks."""
         if all(self.schedules[name].imported for name in self.sweep.schedules):
             return self
         for name in self.sweep.samplers:
             if self.samplers[name].guidance is not None and not self.diffusion.conditional:
                 raise ValueError(
-                    f"samplers.{name}: guidance takes a class-conditional model; set diffusion.conditional: true"
+                    f"samplers.{name}: guidance needs a class-conditional model; set diffusion.conditional: true"
                 )
             if self.samplers[name].ema is not None and not self.training.snapshot_every:
-                raise ValueError(f"samplers.{name}: ema takes snapshots of the training: set training.snapshot_every")
+                raise ValueError(f"samplers.{name}: ema needs snapshots of the training; set training.snapshot_every")
             if self.samplers[name].variance == "learned" and self.diffusion.variance != "learned":
                 raise ValueError(f"samplers.{name}.variance: learned needs diffusion.variance = learned")
         return self
@@ -300,7 +300,7 @@ class Params(Section):
         return self.seed if own is None else own
 
     def training_entry(self, schedule: str) -> dict[str, Any]:
-        """Returns the entry `training` of a model's record: the seed, the row's `base` if set, and the section `training`."""
+        """Returns the entry `training` of model.json: the seed, the schedule's `base` if set, and the section `training`."""
         return {
             "seed": self.training_seed(schedule),
             **self.schedules[schedule].origin,
@@ -308,7 +308,7 @@ class Params(Section):
         }
 
     def replicates(self) -> list[list[str]]:
-        """Returns the schedules of the sweep in groups whose rows differ in the seed alone."""
+        """Groups the schedules of the sweep whose rows differ only in `seed`. Leaves out repetitions with an equal seed."""
         groups: dict[Schedule, dict[int, str]] = {}
         for name in self.sweep.schedules:
             alike = replace(self.schedules[name], seed=None)
@@ -327,7 +327,7 @@ class Params(Section):
 
 
 def one_line(error: ValidationError) -> str:
-    """Returns the first few faults in one line, each with its place and the wrong value."""
+    """Returns the first FAULTS faults in one line, each with the name of the entry and the wrong value."""
     found, faults = error.errors(include_url=False), []
     for fault in found[:FAULTS]:
         place, message = (

@@ -1,18 +1,19 @@
 """Names every file that the pipeline reads or writes.
 
-Layout, below the root of a checkout (`*.run.json` files lie beside outputs and are not tracked):
+Layout, below the root of a checkout. POINT is SCHEDULE-SAMPLER-STEPS, the name of a point of the sweep. `*.run.json` files lie
+beside outputs and are not tracked.
 
-    auto.json                     the values that stand for `auto` in params.yaml, as the stage `probe` found them
+    auto.json                     the values that `auto` in params.yaml stands for, found by the stage `probe`
     dataset/                      train.npy, test.npy (uint8 N,C,H,W), *-labels.npy (int64 N), dataset.json, preview.png
     models/SCHEDULE/              model.safetensors, model.json
     snapshots/SCHEDULE/           averages of the weights after some steps (training.snapshot_every); snapshots.json
     imported/NAME/                model.safetensors, model.json of an imported model, which `ddpm train NAME` copies
     samples/POINT.npz, .png       images (uint8 N,C,H,W), evaluations, labels (int64 N, if conditional); a preview grid
     metrics/POINT.json            scores of a point; POINT.influence.npy (float32 N, or 1+J,N with J judges): the influence
-                                  of each image on the score that ranks points, and on the judges' scores
+                                  of each image on the FID, which ranks points, and on the J scores in evaluation.judges
     metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves; SCHEDULE.by_time.csv the
-                                  validation loss by network time
-    metrics/likelihood/SCHEDULE.json  bits per dimension; SCHEDULE.csv rate and distortion
+                                  validation loss in each range of the time t
+    metrics/likelihood/SCHEDULE.json  bits per dimension; SCHEDULE.csv the rate-distortion curve
     report/                       index.html, points.csv, best.json, front.json, samples.png, fid.png; run.js (not tracked)
     schedules/                    table.csv, snr.png, strip.png (not tracked)
 

@@ -1,4 +1,4 @@
-"""Reads, checks and writes scores: metrics/POINT.json, influence values, and the files of the report."""
+"""Reads, checks and writes scores: metrics/POINT.json, influence values (see scores.intervals), and the report's files."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Scores:
         reference: sha256 of the dataset.
         extractor_sha256: hash of everything that decides the features, such as a weights file.
         confidence: the confidence of all intervals.
-        values: the entries of the metrics by name, without entries for which this protocol has no values.
+        values: the numbers of all metrics that were computed, by name, such as fid and fid_low.
         samples: sha256 of the sample set.
         model: sha256 of the weights that drew the samples.
-        features: the full name of the features.
+        features: the name of the loaded extractor (see Features.name).
         evaluation: the section `evaluation` of params.yaml.
         files: sha256 of the influence values, by the name of the file.
         judges: for each judge in evaluation.judges, by name: the extractor, its layer and its hash. The file of influence
@@ -110,22 +110,25 @@ class Scores:
 
     @property
     def extractor(self) -> Extractor:
-        """The row of EXTRACTORS that these scores used. Raises InputError if this version has no such row."""
+        """The extractor that computed these scores. Raises InputError if this version of ddpm lacks the extractor."""
         return extractor(str(self.evaluation.get("extractor", USUAL_EXTRACTOR)))
 
     def estimate(self, influence: NDArray[np.floating] | None = None, name: str = HEADLINE) -> Estimate:
-        """Returns the headline score, or the score of a judge, with its standard error."""
+        """Returns the score `name`, which is HEADLINE or a key of `judges`, with its standard error and `influence`."""
         value = self.values[name]
         return Estimate(value, (self.values[f"{name}_high"] - value) / quantile(self.confidence), influence)
 
 
 def _entry_names(judge: str) -> tuple[str, ...]:
-    """Returns the names of a judge's entries. An unknown judge gets its own name, which no scores contain."""
+    """Returns the names of a judge's numbers in metrics/POINT.json.
+
+    For an unknown judge, returns the judge's own name, so that `from_json` reports this name as missing.
+    """
     return METRICS[judge].names if judge in METRICS else (judge,)
 
 
 def extractor(name: str) -> Extractor:
-    """Returns a row of EXTRACTORS. Raises InputError for an unknown name."""
+    """Returns the extractor with this name. Raises InputError for an unknown name."""
     if name not in EXTRACTORS:
         raise InputError(f"no extractor '{name}'; there are {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name]
@@ -190,7 +193,7 @@ class Row:
         point: the name of the point.
         evaluations: network evaluations per image.
         confidence: the confidence of all intervals.
-        values: the entries of the metrics that the point has, by name.
+        values: the numbers of the point's metrics, by name, such as fid and fid_low.
         extractor: a key of EXTRACTORS.
         seconds: the time to draw one image, or None; points.csv has no such column.
     """
@@ -267,12 +270,12 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
 @dataclass(frozen=True)
 class Best:
-    """The content of best.json: the best point.
+    """The content of best.json: the best point, which is the cheapest point surely within report.margin of the best score.
 
     Args:
-        row: the row of the best point, which `conclusions.choose` chose.
+        row: the best point and its scores, as in points.csv (see `conclusions.choose`).
         points: the number of points.
-        lowest: the point with the best score. The lead of this point may be chance.
+        lowest: the name of the point with the best score. It may lead by chance, and it may differ from the best point.
         tied: the number of points that cannot be told apart from the truly best point.
         trainings: the scores of all trainings of the best point's schedule, sampled with its sampler and its number of
             steps; None in files from before 0.4.0.
@@ -326,10 +329,10 @@ class Standing:
 
 @dataclass(frozen=True)
 class Answer(Standing):
-    """The best point within a budget of network evaluations.
+    """The best point within a budget of network evaluations (see `conclusions.choose`).
 
     Args:
-        lowest: the name of the point with the best score.
+        lowest: the name of the point with the best score. It may differ from the best point.
         may_be_best: the names of the points that cannot be told apart from the truly best point.
     """
 
@@ -433,13 +436,13 @@ def read_best(root: Path) -> Best:
 
 
 def read_point_influence(root: Path, point: Point, scores: Scores, name: str = HEADLINE) -> NDArray[np.float32]:
-    """Reads the influence values [N] of a point's headline score, or of a judge in `scores.judges`. Raises InputError."""
+    """Reads the influence values [N] of the score `name`: HEADLINE, or a key of `scores.judges`. Raises InputError."""
     influence: NDArray[np.float32] = read_all_influence(root, point, scores)[[HEADLINE, *scores.judges].index(name)]
     return influence
 
 
 def read_all_influence(root: Path, point: Point, scores: Scores) -> NDArray[np.float32]:
-    """Reads the influence values [1 + J, N] of a point's headline score and its J judges.
+    """Reads the influence values [1 + J, N] of a point: first of the score HEADLINE, then of the J scores in `scores.judges`.
 
     Verifies that the values belong to `scores`. Raises InputError.
     """

@@ -29,8 +29,8 @@ class SnapshotsRecord:
     """The content of snapshots/SCHEDULE/snapshots.json.
 
     Args:
-        schedule: the name of the schedule's row.
-        lengths: the lengths of the averages in each snapshot.
+        schedule: the name of the trained row of `schedules` in params.yaml.
+        lengths: the lengths of the weight averages in each snapshot (see averages.PowerAverage).
         files: sha256 of the snapshots, by name.
         content: all entries of the file.
     """
@@ -69,8 +69,8 @@ def write(root: Path, schedule: str, kept: Iterable[Path], last: tuple[int, Mapp
     Args:
         root: the top of the checkout.
         schedule: the name of the schedule's row.
-        kept: the files of the training's snapshots in the cache.
-        last: the last step of the training, and its averages; None for a training that keeps none.
+        kept: the files of the training's earlier snapshots in the cache.
+        last: the last step of the training, and the averages after it; None if the training keeps no snapshots.
     """
     with atomic.replacing_dir(root / paths.snapshots_dir(schedule)) as folder:
         for path in kept:
@@ -88,7 +88,7 @@ def averaged(folder: Path, model: ModelRecord, length: float) -> dict[str, Tenso
     Args:
         folder: the model's folder, models/SCHEDULE. The snapshots lie in snapshots/SCHEDULE beside it.
         model: the record of the model.
-        length: the length of the average, as the standard deviation of its weights over the training's steps.
+        length: the length of the average: the standard deviation of the averaged steps, as a share of the training.
 
     Raises:
         InputError: the model has no snapshots, or they are missing, damaged or of another training.
@@ -117,10 +117,10 @@ def averaged(folder: Path, model: ModelRecord, length: float) -> dict[str, Tenso
 
 
 def checkpoint_of(root: Path, schedule: str, length: float) -> Path:
-    """Makes a checkpoint whose weights are averaged with another length than training.ema's. Returns its folder in the cache.
+    """Makes a checkpoint from models/SCHEDULE and its snapshots. Returns the checkpoint's folder in the cache.
 
-    The checkpoint is made from models/SCHEDULE and its snapshots, but needs no snapshots itself. Raises InputError for the
-    reasons of averaged().
+    The weights are a power-function average of this length (see averages.PowerAverage). The new checkpoint needs no snapshots
+    itself. Raises InputError in the same cases as averaged(), or if models/SCHEDULE is unusable.
     """
     folder = root / paths.model_dir(schedule)
     denoiser, model = checkpoint.load(folder)

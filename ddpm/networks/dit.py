@@ -16,7 +16,7 @@ WIDER = 4  # width of a perceptron's hidden layer, as a multiple of the tokens' 
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalises each token of x [B, positions, width], then scales and shifts it by the image's row of [B, width]."""
+    """Normalises each token of x [B, positions, width]. Then scales by 1 + `scale` and shifts by `shift`, both [B, width]."""
     return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
 
 

@@ -70,8 +70,8 @@ FEW = 1024  # most positions for which `attention` may store its weights, a matr
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Computes scaled dot-product attention of q, k, v [B, heads, positions, channels]: Vaswani et al. 2017, eq. 1.
 
-    For few positions in bfloat16 on a CPU, plain matrix products may be faster than torch's fused function. They are faster by
-    a quarter in training, and by half on a processor without AMX. With AMX, the fused function takes half the time in sampling.
+    On a CPU, for few positions in bfloat16, plain matrix products replace torch's fused function where they are faster: by a
+    quarter in training, and by half on a processor without AMX. In sampling with AMX, the fused function takes half the time.
     """
     training = torch.is_grad_enabled() and q.requires_grad
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= FEW and (training or not _has_amx()):

@@ -7,7 +7,7 @@ parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -163,14 +163,14 @@ def _check_counts(blocks: int, heads: int, classes: int) -> None:
         raise ValueError(f"classes = {classes} must be 0 (unconditional) or more")
 
 
-def _heights(image_size: int | Sequence[int], patch: int, levels: int, named: Sequence[int]) -> list[int]:
+def _heights(image_size: int | Sequence[int], patch: int, levels: int, named: Mapping[str, Sequence[int]]) -> list[int]:
     """Returns the height of each resolution, counted in patches.
 
     Args:
         image_size: side of the image in pixels, or [height, width].
         patch: side of a patch in pixels.
         levels: number of resolutions.
-        named: heights at which the arguments of UNet ask for attention or for residual blocks that resize.
+        named: arguments of UNet, each with the heights that it names.
 
     Raises:
         ValueError: there are no levels, the image cannot be divided into patches or halved so often, or there is no resolution
@@ -190,18 +190,18 @@ def _heights(image_size: int | Sequence[int], patch: int, levels: int, named: Se
         multiple = f"take sides that are multiples of {patch * 2 ** (levels - 1)}, or fewer multipliers"
         raise ValueError(f"image_size {image_size}{of} cannot be halved {levels - 1} times: {multiple}")
     heights = [height // 2**level for level in range(levels)]
-    for side in named:
-        if side not in heights:
+    for argument, sides in named.items():
+        if missing := [side for side in sides if side not in heights]:
             sizes = [f"{side}x{width // 2**level}" for level, side in enumerate(heights)]
             unit = f", in patches of {patch}x{patch} pixels" if patch > 1 else ""
             raise ValueError(
-                f"attention at height {side} never occurs: the resolutions (height x width{unit}) are {', '.join(sizes)}"
+                f"{argument} at height {missing[0]} never occurs: the resolutions (height x width{unit}) are {', '.join(sizes)}"
             )
     return heights
 
 
 def _heads(channels: int, heads: int, head_channels: int | None) -> int:
-    """Returns the number of heads of an attention layer: `heads`, or as many as `head_channels` gives. Raises ValueError."""
+    """Returns the number of attention heads: `heads`, or channels / head_channels if that is given. Raises ValueError."""
     if head_channels is None:
         return heads
     if channels % head_channels:
@@ -327,7 +327,15 @@ class UNet(nn.Module):
         _check_counts(blocks, heads, classes)
         attention_up = attention if attention_up is None else attention_up
         heights = _heights(
-            image_size, patch, len(multipliers), [*attention, *attention_up, *residual_down, *residual_up]
+            image_size,
+            patch,
+            len(multipliers),
+            {
+                "attention": attention,
+                "attention_up": attention_up,
+                "residual_down": residual_down,
+                "residual_up": residual_up,
+            },
         )
         widths = _widths(channels, multipliers)
         if any(width % heads for width in widths):

@@ -5,8 +5,8 @@ compiler compiles the code once for float32, and once for bfloat16 if the proces
 
 Convolutions use Winograd's method (Lavin & Gray 2016, section 4). In float32, F(4x4, 3x3) takes 36 multiplications per pair of
 channels for 4x4 outputs, instead of 144. The outputs differ from those of a direct convolution by about 3e-6 of their size.
-In bfloat16, under torch's autocast, F(2x2, 3x3) takes 16 multiplications for 2x2 outputs, instead of 36. The transforms of
-F(2x2, 3x3) round hardly more than a direct convolution does.
+In bfloat16, under torch's autocast, F(2x2, 3x3) takes 16 multiplications for 2x2 outputs, instead of 36. Its transforms
+amplify rounding errors less than those of F(4x4, 3x3).
 
 On processors with AMX (matrix instructions for bfloat16), convolutions in bfloat16 are direct, without Winograd's method. Linear
 layers then use the same matrix products.
@@ -46,7 +46,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class NoCompiler(RuntimeError):
-    """There is no C compiler, or the compiler failed, or the compiled library cannot be kept or loaded."""
+    """Raised if there is no C compiler, if the compiler fails, or if the compiled library cannot be saved or loaded."""
 
 
 def compiled(net: Network, dynamic: bool | None = None) -> Network:
@@ -70,7 +70,7 @@ def compiled(net: Network, dynamic: bool | None = None) -> Network:
 
 
 def _faster_class(module: nn.Module) -> type[nn.Module]:
-    """Returns the class of this file that computes the same as the module, or the module's own class if there is none."""
+    """Returns this file's class that computes the same as a layer, or the layer's own class if this file has none."""
     faster: dict[type[nn.Module], type[nn.Module]] = {nn.Dropout: Dropout, SharedDropout: DropoutOfRows}
     if isinstance(module, nn.Conv2d) and _is_plain(module, 3):
         faster |= {nn.Conv2d: Convolution, AddingConvolution: ConvolutionOnto}
@@ -96,7 +96,7 @@ def _avx512_disabled() -> bool:
 
 @cache
 def _may_use_amx() -> bool:
-    """Asks Linux for permission to use AMX, the processor's matrix instructions. Every process must ask before using them."""
+    """Asks Linux to let this process use AMX, the matrix instructions. Returns False if AMX is absent, disabled or refused."""
     if "amx_bf16" not in _processor().split() or _avx512_disabled():
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
@@ -109,12 +109,12 @@ def uses_amx() -> bool:
 
 
 def _computes_with_amx(dtype: torch.dtype | None) -> bool:
-    """Returns whether the C code computes with AMX in this type. If so, it also does 1x1 convolutions and linear layers."""
+    """Returns whether the C code computes with AMX in this dtype. It then also computes 1x1 convolutions and linear layers."""
     return dtype == torch.bfloat16 and multiplies_bfloat16() and bool(_library(dtype).by_matrices())
 
 
 def _is_plain(layer: nn.Conv2d, side: int) -> bool:
-    """Returns whether a layer is a plain side x side convolution that keeps the image's size and suits the C code."""
+    """Returns whether a layer is a side x side convolution of stride 1 with zero padding that this file's classes support."""
     shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
     whole_vectors = side == 1 or (layer.in_channels % WIDE == 0 and layer.out_channels % WIDE == 0)
     return shape == ((side, side), (1, 1), (side // 2, side // 2), (1, 1), 1, "zeros") and whole_vectors
@@ -141,13 +141,13 @@ class _CachesKernel(nn.Module):
     _cached: tuple[Any, Tensor, Tensor] | None = None
 
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None) -> Tensor:
-        """Convolves x [N, C, H, W] with a weight, and adds a bias and a tensor.
+        """Returns the convolution of x [N, C, H, W] with `weight`, plus `bias` and `onto` if they are given.
 
         Args:
             x: the images, in the type of the computation.
             weight: [K, C, side, side].
             bias: [K], or None.
-            onto: a tensor like the result, [N, K, H, W], or None.
+            onto: added to the convolution, [N, K, H, W], or None.
         """
         if _needs_gradient(x, weight, bias, onto):
             return _Convolved.apply(x, weight, bias, onto)
@@ -175,7 +175,7 @@ class Convolution(_CachesKernel, nn.Conv2d):
 
 
 class ConvolutionOnto(Convolution, AddingConvolution):
-    """A 3x3 convolution, padded by one, whose result is added to a tensor."""
+    """A 3x3 convolution, padded by one, that adds its result to the tensor `onto`."""
 
 
 class Pointwise(_CachesKernel, nn.Conv2d):
@@ -211,7 +211,7 @@ class Normalisation(nn.GroupNorm):
 
 
 class NormalisedSwish(NormSwish):
-    """Group normalisation after a shift and before swish, all in the passes of `Normalisation`."""
+    """Adds a shift, normalises in groups and applies swish, in the same passes over the images as `Normalisation`."""
 
     linear = False
 
@@ -263,7 +263,7 @@ class _Convolved(torch.autograd.Function):
 
 
 def _normalised(layer: Normalisation | NormalisedSwish, x: Tensor, shift: Tensor | None) -> Tensor:
-    """Applies a layer to x [N, C, H, W] and its shift [N, C], with gradients if any are needed."""
+    """Applies a layer to x [N, C, H, W], with a shift [N, C] or None added to x first. Supports gradients."""
     arguments = x, shift, layer.weight, layer.bias, layer.num_groups, layer.eps, layer.linear
     return (
         _Normalised.apply(*arguments)
@@ -352,7 +352,7 @@ _space = threading.local()
 
 
 def _buffer(name: str, elements: int) -> Tensor:
-    """Returns a float32 buffer that later calls reuse, since an allocation takes longer than the computation in the buffer."""
+    """Returns a float32 buffer of at least `elements` numbers. Later calls with this name reuse it, since allocation is slow."""
     buffers: dict[str, Tensor] = _space.__dict__
     if name not in buffers or buffers[name].numel() < elements:
         with torch.inference_mode(False):  # otherwise training could not use a buffer that sampling allocated
@@ -366,8 +366,8 @@ def _transformed_kernel(weight: Tensor, dtype: torch.dtype, turned: bool = False
     Args:
         weight: [K, C, side, side].
         dtype: the type in which the convolution computes.
-        turned: whether to turn the kernel, so that it convolves gradients of y to gradients of x.
-        keep: whether the result is kept. Otherwise the next call overwrites it.
+        turned: whether to turn the kernel by 180 degrees and swap its channels, which gives the kernel for the gradient of x.
+        keep: whether the result gets memory of its own. Otherwise the next call overwrites it.
     """
     library, (k, c, side, _) = _library(dtype), weight.shape
     elements = library.kernel_elements(*((k, c) if turned else (c, k)), side)
@@ -377,13 +377,13 @@ def _transformed_kernel(weight: Tensor, dtype: torch.dtype, turned: bool = False
 
 
 def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, onto: Tensor | None, channels: int, side: int) -> Tensor:
-    """Convolves x with a transformed kernel, and adds a bias and a tensor.
+    """Convolves x with a transformed kernel, and adds `bias` and `onto` if they are given.
 
     Args:
         x: [N, C, H, W].
         kernel: made by `_transformed_kernel`.
         bias: [channels], or None.
-        onto: a tensor like the result, or None.
+        onto: added to the convolution, [N, channels, H, W], or None.
         channels: channels of the result.
         side: side of the kernel, 3 or 1.
 
@@ -420,7 +420,7 @@ def _kernel_gradients(x: Tensor, gradient: Tensor, side: int) -> tuple[Tensor, T
 
 
 def _call(dtype: torch.dtype, name: str, *arguments: Any) -> None:
-    """Calls a C function of the library for a type. Passes tensors as addresses, ints as long, other numbers as double."""
+    """Calls the C function `name`, compiled for `dtype`. Passes tensors as addresses, ints as long, other numbers as double."""
     converted: list[Any] = []
     for argument in arguments:
         if argument is None or isinstance(argument, Tensor):
@@ -454,11 +454,11 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
             function.restype = ctypes.c_long
         return library
     except OSError as error:  # a full disk, or a folder that cannot be written to or has no execute permission
-        raise NoCompiler(f"the compiled library cannot be kept or loaded: {error}") from None
+        raise NoCompiler(f"the compiled library cannot be saved or loaded: {error}") from None
 
 
 def _find_library(folder: Path, name: str) -> Path | None:
-    """Returns a library that an earlier process compiled, if the bytes of the file have the hash in the file's name."""
+    """Returns the library that an earlier process compiled, or None if it is missing or its bytes lack the hash in its name."""
     return next((path for path in folder.glob(f"{name}-*.so") if path.name == f"{name}-{_digest(path)}.so"), None)
 
 
@@ -497,7 +497,9 @@ def _compiler(names: Sequence[str] = ("cc", "gcc")) -> list[str]:
     from_variable = shlex.split(os.environ.get("CC", ""))
     command = from_variable or [name for name in names if shutil.which(name)][:1]
     if not command or shutil.which(command[0]) is None:
-        raise NoCompiler(f"no C compiler found ({' '.join(from_variable) or ', '.join([*names, 'or what CC names'])})")
+        raise NoCompiler(
+            f"no C compiler found ({' '.join(from_variable) or ', '.join([*names, 'or the command in $CC'])})"
+        )
     return command
 
 

@@ -1,4 +1,4 @@
-"""Determines the code, the parameters and the commit of a run, and stops DVC from recording any others.
+"""Determines the code, parameters and commit of a run, and prevents DVC from recording code or parameters that did not run.
 
 Code that computes a stage's outputs does not belong here.
 """

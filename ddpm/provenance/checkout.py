@@ -1,4 +1,4 @@
-"""Refuses to work in a checkout with the code of another checkout: DVC would record this checkout's code, which did not run."""
+"""Refuses to run another checkout's code in a checkout, because DVC would record the local code, which did not run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddpm.errors import InputError
 
 
 def is_own(root: Path, package: str = "ddpm") -> bool:
-    """Returns False if `root` holds a package of this name other than the imported one."""
+    """Returns whether the imported package is the one in `root`. Also True if `root` holds no package of this name."""
     there = root / package
     return not (there / "__init__.py").exists() or there.samefile(_imported(package).parent)
 

@@ -33,10 +33,11 @@ class Source(ast.NodeVisitor):
 
     Attributes:
         package: the package of the module, from which relative imports start.
-        imported: full names of imported modules, and of all names imported from modules. Such a name may be a module too.
+        imported: the full names of imported modules, also by `import_module(...)`, and `module.name` for each name imported from
+            a module, since that name may be a module too.
         at_once: the names in `imported` that are imported outside of functions.
         literals: all string literals. Some of these name files beside the module.
-        rooms: the arguments of each call `Room(...)`.
+        rooms: the arguments of each call `Room(...)`, which names a package of interchangeable modules (see ddpm.rooms).
     """
 
     package: str
@@ -112,9 +113,9 @@ def rooms(*names: str) -> list[Room[Any]]:
 
 
 def selected(params: object, *names: str) -> tuple[str, ...]:
-    """Returns the modules that `params` select in the rooms of these modules, such as ddpm.sources.digits.
+    """Returns the variants that `params` select for the modules `names`, such as ddpm.sources.digits (see ddpm.rooms).
 
-    No import statement names the selected modules, so `files(*names, *selected(params, *names))` gives all files that run.
+    No import statement names the modules of variants, so `files(*names, *selected(params, *names))` gives all files that run.
     """
     return tuple(f"{room.package}.{attrgetter(room.key)(params)}" for room in rooms(*names))
 

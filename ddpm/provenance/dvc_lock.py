@@ -27,7 +27,7 @@ class Stages(MutableMapping[str, Any]):
     """The stages of a dvc.lock by name. A stage is parsed when it is first read.
 
     Attributes:
-        texts: the text of each stage that was not replaced.
+        texts: the original text of each stage, except stages that were assigned or deleted.
     """
 
     def __init__(self, texts: Mapping[str, str], parse: Callable[[str], Any]) -> None:

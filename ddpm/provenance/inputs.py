@@ -34,7 +34,9 @@ def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
     changed = changes(before, _read(stage, root))
     # protects: tests/provenance/test_inputs.py::test_code_that_changes_while_a_stage_runs_is_noticed[report.py]
     if changed:
-        raise InputError(f"{stage}: {changed} changed while it ran, so its outputs belong to neither; run again")
+        raise InputError(
+            f"{stage}: {changed} changed while it ran, so its outputs belong to neither version; run again"
+        )
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

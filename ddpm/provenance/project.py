@@ -28,7 +28,7 @@ def mlflow_command(root: Path) -> str:
 
 
 def package_digest(files: Mapping[Path, str]) -> str:
-    """Hashes the code of the package. files: as code.hashes() returns them."""
+    """Hashes the package's code, without the files that `ddpm init` copies. files: the result of code.hashes()."""
     return digest(files, (path for path in files if not path.is_relative_to(FILES)))
 
 

@@ -1,4 +1,4 @@
-"""Records when, where, how fast and from which commit a stage ran. No result depends on this."""
+"""Records when, where, how fast and from which commit a stage ran. No result depends on these records."""
 
 from __future__ import annotations
 

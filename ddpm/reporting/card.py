@@ -30,7 +30,7 @@ def card(
     Args:
         name: the name of the registered model.
         point: the name of the point, such as linear-ddim-50.
-        settings: the options of the sampler row, `steps` and `clip`.
+        settings: the options of the point's sampler, `steps` and `clip`.
         scores: the scores of the point.
         model: the content of model.json.
         likelihood: the likelihood bound of the model, if it was measured.
@@ -55,12 +55,12 @@ def card(
 
 
 def _source(name: str) -> Source | None:
-    """Returns the source that a model names, or None if the source does not exist. Older models write dashes in the name."""
+    """Returns the data source of this name, or None if there is none. In records of older models, the name has dashes."""
     return SOURCES.get(name.replace("-", "_"))
 
 
 def _shown(scores: Scores) -> list[Metric]:
-    """Returns the metrics of these scores, except diagnoses, whose direction is 0."""
+    """Returns the metrics of these scores, except metrics of which neither high nor low values are better."""
     return [metric for metric in METRICS.values() if metric.direction and metric.name in scores.values]
 
 

@@ -1,6 +1,6 @@
 """Compares a report with an earlier result: which parameters and data changed, and how much each score changed.
 
-Two scores are compared in pairs of images if both points start from the noise of the same seed. No DVC stage imports this
+Two scores are compared in pairs of images if the samples of both start from noise of the same seed. No DVC stage imports this
 module, because the output of a stage must not depend on earlier results.
 """
 
@@ -109,7 +109,7 @@ def gaps(pairs: Sequence[tuple[Measured, Measured]]) -> list[Gap]:
 
 
 def differences(now: Scores, before: Scores) -> list[str]:
-    """Returns, in words, the parts of the protocol in which two scores differ; [] if the scores can be compared."""
+    """Returns what was different when two scores were measured, such as "the dataset"; [] if the scores can be compared."""
     return [WORDS.get(name, f"the {name}") for name in PROTOCOL if getattr(now, name) != getattr(before, name)]
 
 

@@ -30,7 +30,7 @@ def key_of(page: str) -> str:
 
 
 def parameters(params: Params) -> dict[str, dict[str, Any]]:
-    """Returns the parameters that decide the outputs: section -> name -> value. Omits rows that the sweep does not use."""
+    """Returns the parameters that decide the outputs, by section and name. Omits schedules and samplers outside the sweep."""
     raw = params.to_json(*SECTIONS)
     shown: dict[str, dict[str, Any]] = {"": {"seed": raw["seed"]}}
     shown |= {name: raw[name] for name in SECTIONS if name not in ("seed", "schedules", "samplers")}

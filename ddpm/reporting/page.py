@@ -1,4 +1,7 @@
-"""Renders report/index.html: the whole sweep on one page, which needs no network connection and depends only on outputs."""
+"""Renders report/index.html: the whole sweep on one page, which needs no network connection.
+
+The page depends only on parameters and outputs of stages.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,8 @@ def page(
         root: the folder that holds metrics/ and samples/.
         rows: the rows of points.csv.
         best, front: the contents of best.json and front.json.
-        trained: the trainings of each schedule, at the best point's sampler and steps. The best point's schedule is first.
+        trained: the scores of each schedule's trainings, with the best point's sampler and steps. The best point's schedule is
+            first.
         dataset: the prepared dataset.
         samples: the first images of each point by its name, uint8 N,C,H,W, in the order of the rows.
         plot: the plot of all scores, PNG.
@@ -114,7 +118,7 @@ def _marks(name: str) -> tuple[str, str]:
 
 
 def publish_with(page: str, parts: Mapping[str, str]) -> str:
-    """Replaces the named parts of a page. Raises ValueError if the page has no section for the lineage."""
+    """Replaces parts of a page, by their names in PARTS. Raises ValueError if the page has no section for the lineage."""
     for name, content in parts.items():
         begin, end = _marks(name)
         head, begun, rest = page.partition(begin)
@@ -143,7 +147,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 
 
 def _answers(front: Front, rows: Sequence[Row]) -> list[Section]:
-    """Returns the best point of each budget, for the template. Budgets with the same answer share an entry."""
+    """Returns the best point within each budget of network evaluations. Merges adjacent budgets with the same points."""
     answers: list[Section] = []
     for budget, entry in front.budgets.items():
         within = sum(row.evaluations <= budget for row in rows)
@@ -261,7 +265,7 @@ Table = list[dict[str, float | None]]
 
 
 def _table(root: Path, record: Path, files: Mapping[str, str], table: Path) -> Table:
-    """Reads a CSV file of numbers and empty cells, and checks the hash of the file in its record. Raises InputError."""
+    """Reads a CSV file of numbers and empty cells. Raises InputError if the hash of the file is not the one in `files`."""
     rows = records.read_csv(records.read_described(record, files, root / table))
     return [{key: float(cell) if cell else None for key, cell in row.items()} for row in rows]
 
@@ -339,7 +343,7 @@ def _training(params: Params, root: Path) -> Section:
 
 
 def _lengths(params: Params, rows: Sequence[Row]) -> dict[str, str] | None:
-    """Draws the scores against the length of the weights' average; None if no sampler rows differ only in this length."""
+    """Draws the scores against the length of the weights' average; None if no two samplers differ only in this length."""
     points, lines = {row.point: row for row in rows}, dict[str, list[tuple[float, Row]]]()
     alike: dict[str, list[tuple[float, str]]] = {}
     for name in params.sweep.samplers:
@@ -394,7 +398,7 @@ def _finish(figure: Any) -> None:
 def _schedules(params: Params, trained: Mapping[str, TrainingRecord], data: DatasetRecord) -> Section:
     """Summarises the effect of each noise schedule of the sweep on this data.
 
-    An imported network has its own T, which is in the training record. Without that record, the schedule gets no row.
+    An imported network has its own T, which is in the training record. Without that record, `unknown` lists the schedule.
     """
     from ddpm.diffusion.forward import summary
 
@@ -427,7 +431,7 @@ def _by_class(drawn: Samples, data: DatasetRecord) -> dict[str, tuple[str, int]]
 def _neighbours(samples: arrays.Images, best: Best, dataset: Dataset, mirrored: bool) -> Section:
     """Compares samples of the best point with their nearest training images. Returns the numbers, and the nearest pairs.
 
-    Compares as many samples as `affordable` allows.
+    Compares only the first samples if all of them would take too long (see `affordable`).
 
     Args:
         samples: the samples of the best point, uint8 N,C,H,W.

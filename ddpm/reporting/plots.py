@@ -95,10 +95,10 @@ def draw_scores(
 
     Args:
         figure: the matplotlib figure to draw on.
-        rows: the points; one or more.
+        rows: the points to draw; one or more.
         x: the field of Row on the horizontal axis.
         label: the title of the horizontal axis.
-        front: the names of the points on the front, which a grey staircase joins.
+        front: the names of the Pareto-optimal points. A grey staircase joins them.
     """
     schedules = list(dict.fromkeys(row.schedule for row in rows))
     samplers = list(dict.fromkeys(row.sampler for row in rows))

@@ -1,8 +1,8 @@
-"""Makes the parts of the report page that DVC does not track: commit, machine and speed of each stage, and comparisons.
+"""Makes the report page's untracked parts: commit, machine and speed of each stage, and the comparison with the previous report.
 
 These parts differ between runs with the same parameters, so report/index.html must not contain them. The page loads them from
-`report/run.js`, which DVC does not hash. That file names its report, so the page ignores the file of another report. The copy of
-the page in MLflow contains these parts. No DVC stage imports this module.
+`report/run.js`, which DVC does not hash. run.js holds the key of its report, and the page ignores a run.js with another key. The
+copy of the page in MLflow contains these parts. No DVC stage imports this module.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _cached_plot(timed: Sequence[Row], root: Path) -> dict[str, str]:
 
 
 def fastest(rows: Sequence[Row]) -> list[str]:
-    """Returns the names of the points that no equally fast or faster point beats, the fastest first."""
+    """Returns the names of the points with a better score than all equally fast or faster points, the fastest first."""
     front: list[Row] = []
     for row in sorted(rows, key=lambda row: (row.seconds, RANKING.rank(row.value))):
         if not front or RANKING.rank(row.value) < RANKING.rank(front[-1].value):

@@ -19,13 +19,16 @@ RESOLVE_AGAIN = "dvc repro --force --single-item probe"  # the command that reso
 
 
 def compiled(net: Any, section: str) -> Any:
-    """Compiles a network with winograd.compiled. Without a working C compiler, raises an InputError that names the section."""
+    """Compiles a network with winograd.compiled. Raises InputError if no C compiler works.
+
+    section: "training" or "sampling", the section of params.yaml that the error names.
+    """
     try:
         return winograd.compiled(net)
     except winograd.NoCompiler as error:
         raise InputError(
-            f"{section}.compile: {error}; install gcc or mend the compiler, or set {section}.compile to false; if the value is"
-            f" {AUTO}, `{RESOLVE_AGAIN}` chooses again for this machine"
+            f"{section}.compile: {error}; repair that (install gcc if no C compiler is found), or set {section}.compile to false;"
+            f" if the value is {AUTO}, `{RESOLVE_AGAIN}` chooses again for this machine"
         ) from None
 
 

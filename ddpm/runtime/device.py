@@ -44,7 +44,8 @@ def memory_errors(stage: str, remedy: str) -> Iterator[None]:
 def _is_out_of_memory(error: Exception) -> bool:
     """Returns whether an error means that memory ran out.
 
-    Must be called while the error is handled. Only then do the error's frames still hold the memory that they allocated.
+    If the error's text does not tell, allocates PROBE bytes on trial. So call this function in the `except` block, where the
+    error's frames still hold their memory.
     """
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM

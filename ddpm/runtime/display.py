@@ -18,7 +18,7 @@ SAID_LATER = "DDPM_ANSWER_FOLLOWS"
 
 @contextmanager
 def display(stage: str) -> Iterator[Report]:
-    """Yields a Report that shows the progress of `stage` on standard output."""
+    """Yields a function that takes the Progress reports of `stage` and shows them on standard output."""
     if os.environ.get("DDPM_PROGRESS") == "lines":
         yield _json_lines(stage)
     elif sys.stdout.isatty():
@@ -48,7 +48,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _json_lines(stage: str) -> Report:
-    """Returns a Report that prints JSON after PREFIX, at most four times a second, and messages as plain lines."""
+    """Returns a function that prints messages as plain lines, and progress as PREFIX and JSON, at most four times a second."""
     shown = 0.0  # when the last line was printed
 
     def report(progress: Progress) -> None:

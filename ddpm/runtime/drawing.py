@@ -25,7 +25,7 @@ from ddpm.runtime import compiling
 
 GUIDANCE = ("guidance", "guidance_interval", "guidance_rescale")  # fields of Denoiser that a sampler row may set
 EQUAL_WITHIN = 1.25  # class counts that differ by at most this factor count as equal
-UNGUIDED = "takes a class-conditional model (diffusion.conditional: true) that predicts without labels too"
+UNGUIDED = "needs a class-conditional model (diffusion.conditional: true) that predicts without labels too"
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -34,9 +34,9 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def arguments(settings: Mapping[str, Any], T: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits the options of a sampler row into arguments of `ddpm.sample` and guidance fields of Denoiser.
+    """Splits the options of a row of `samplers` in params.yaml into arguments of `ddpm.sample` and guidance fields of Denoiser.
 
-    T is the length of the network's schedule.
+    T: the number of timesteps of the network's schedule.
     """
     guidance = {key: settings[key] for key in GUIDANCE if key in settings}
     if interval := guidance.get("guidance_interval"):
@@ -50,7 +50,7 @@ def arguments(settings: Mapping[str, Any], T: int) -> tuple[dict[str, Any], dict
 
 
 def with_sampler(settings: Mapping[str, Any], sampler: str) -> dict[str, Any]:
-    """Returns a model's settings with another sampler, a key of SAMPLERS.
+    """Returns a model's sampling settings with another `sampler`, a key of SAMPLERS in ddpm.diffusion.samplers.
 
     Keeps the spacing, the guidance and the number of steps. Drops the other options, which belong to the model's own sampler.
     """
@@ -61,7 +61,7 @@ def with_sampler(settings: Mapping[str, Any], sampler: str) -> dict[str, Any]:
 
 
 def check_fitted(settings: Mapping[str, Any], model: ModelRecord) -> None:
-    """Raises ValueError if the times of a sampler row were fitted to the weights of another model."""
+    """Raises ValueError if the `times` of a row of `samplers` in params.yaml were fitted to the weights of another model."""
     fitted = settings.get("fitted_to", model.weights_sha256)
     if fitted != model.weights_sha256:
         raise ValueError(
@@ -71,11 +71,11 @@ def check_fitted(settings: Mapping[str, Any], model: ModelRecord) -> None:
 
 
 def check_row(name: str, row: Sampler) -> None:
-    """Raises InputError if `ddpm.sample` would reject a sampler row."""
+    """Raises InputError if a sampler, spacing, schedule or option in a row of `samplers` is unknown."""
     try:
         options = row.options()
         if (along := options.get("along")) is not None and along not in SCHEDULES:
-            raise ValueError(f"no schedule '{along}' to go along; there are {', '.join(SCHEDULES)}")
+            raise ValueError(f"along: no schedule '{along}'; there are {', '.join(SCHEDULES)}")
         options, _ = arguments(options, T=1)
         for key in ("along", "times"):
             options.pop(key, None)
@@ -85,17 +85,17 @@ def check_row(name: str, row: Sampler) -> None:
 
 
 def sampler_row(params: Params, name: str) -> Sampler:
-    """Returns a row of `samplers`. Raises InputError, which lists the rows, if there is no such row."""
+    """Returns the row `name` of `samplers` in params.yaml. Raises InputError, which lists the rows, if there is no such row."""
     if name not in params.samplers:
-        raise InputError(f"no row '{name}' in samplers; there are {', '.join(params.samplers)}")
+        raise InputError(f"params.yaml: no row '{name}' in samplers; the rows are {', '.join(params.samplers)}")
     return params.samplers[name]
 
 
 def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: bool, guidable: bool) -> None:
-    """Raises InputError if a point could not be sampled from a network with these properties.
+    """Raises InputError if a point (schedule, sampler and steps) could not be sampled from a network with these properties.
 
     Args:
-        params: the parameters, with the sampler rows.
+        params: the parameters, with the rows of `samplers`.
         point: the point to check.
         schedule: the network's noise schedule.
         learned: whether the network has a learned variance.
@@ -117,8 +117,8 @@ def check_point(params: Params, point: Point, schedule: NoiseSchedule, learned: 
 def class_labels(model: ModelRecord, count: int, label: str | int | None = None) -> np.ndarray | None:
     """Chooses the class of each image to draw.
 
-    Without a label, classes are as frequent as among the training images, because scores compare the drawn images with
-    these. If all classes are about equally frequent, image i has class i mod classes.
+    Without a label, classes are as frequent as among the training images, because scores compare the drawn images with the
+    training images. If all classes are about equally frequent, image i has class i mod classes.
 
     Args:
         model: the record of the model.
@@ -186,10 +186,11 @@ def draw(
         seed: the seed of the noise.
         batch: the number of images drawn at once.
         steps: the number of sampling steps.
-        settings: the options of a sampler row.
+        settings: the options of a row of `samplers` in params.yaml.
         device: the device of the noise.
         labels: int64 [len(indices)], the class of each image, for a conditional network.
-        done: called as done(images, evaluations) after each step and each batch.
+        done: called as done(images, evaluations) after each step and each batch, with the images drawn so far (a batch counts
+            in proportion to its steps) and the evaluations per image so far.
         into: an array to fill, uint8 [len(indices), *shape]. By default a new array.
 
     Returns:
@@ -232,7 +233,7 @@ def prepared_denoiser(
         clip: see `Denoiser`.
         precision: "float32", or "bfloat16" for autocast.
         compiled: whether to compile the network.
-        ema: the length of the weights' average, from the sampler row. None for the weights of the checkpoint.
+        ema: the length of the weights' average to load from the snapshots (see `Sampler`). None for the checkpoint's weights.
 
     Returns:
         The denoiser, and the record of the model.

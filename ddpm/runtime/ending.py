@@ -1,7 +1,7 @@
 """Ends processes: sends SIGTERM, waits for a grace time in which the processes save, then sends SIGKILL.
 
-The constants here are all grace times of the project. A process that ends other processes gets a longer grace time than those
-processes. Otherwise the process would be killed before the other processes have ended.
+STAGE, SERVER, ORPHAN and FLOW_RUNS are all grace times of the project. A process that ends other processes has a longer grace
+time than those processes, so that it is not killed before they have ended.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def launch(processes: int, arguments: list[str]) -> None:
     through a file and communicate over loopback.
 
     Raises:
-        SystemExit: process 0 failed and has printed why.
+        SystemExit: process 0 failed and has printed why, or SIGTERM or Ctrl-C ended the processes.
         Stopped: a signal killed one of the processes.
         InputError: another process failed.
     """

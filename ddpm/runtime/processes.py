@@ -1,4 +1,4 @@
-"""Names processes so that other processes can tell whether they still run, even if their ids have been reused."""
+"""Names a process so that other processes can tell whether the named process still runs, even if its id has been reused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _host() -> str:
 
 
 def _start(process: psutil.Process) -> str:
-    """Returns the boot id and the process's start time since boot. Setting the clock changes neither of the two."""
+    """Returns boot id and start time since boot, which ignore changes of the clock. On macOS, returns the start time."""
     if not BOOT.exists():
         return f"{process.create_time():.2f}"
     fields = (PROC / str(process.pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

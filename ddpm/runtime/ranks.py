@@ -27,14 +27,17 @@ def started() -> bool:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
-    """Yields the World and this process's device. Each process has its own GPU. Raises InputError if there are too few GPUs."""
+    """Joins the processes of a training. Yields the World, which describes them, and the device of this process.
+
+    If `device` is a GPU, each process has its own GPU. Raises InputError if there are too few GPUs.
+    """
     if not started() or os.environ["WORLD_SIZE"] == "1":
         yield ALONE, device
         return
     if device.type == "cuda":
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= count:
-            raise InputError(f"more processes than this machine's {count} GPUs; lower compute.processes")
+            raise InputError(f"more processes than GPUs on this machine ({count}); lower compute.processes")
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
     meeting = f"file://{os.environ[MEETING]}" if MEETING in os.environ else "env://"

@@ -19,9 +19,9 @@ SHELLS = {"ash", "bash", "dash", "fish", "ksh", "sh", "zsh"}  # DVC runs a stage
 
 
 def start() -> None:
-    """Watches the ancestors of this process, up to the one that VARIABLE names, in a daemon thread.
+    """Watches the ancestors of this process, up to the process whose id is in DDPM_WATCH_PID, in a daemon thread.
 
-    Without VARIABLE, a process that DVC started (DVC_STAGE is set) watches its ancestors up to that DVC process.
+    Without this variable, a process that DVC started (DVC_STAGE is set) watches its ancestors up to that DVC process.
     Any other process watches nothing. When an ancestor is gone, this process gets SIGTERM. If it still runs after the
     grace time, it exits.
     """
@@ -32,7 +32,7 @@ def start() -> None:
 
 
 def _watched_ancestors() -> list[psutil.Process]:
-    """Returns the ancestors to watch, the parent first. Exits if the process that VARIABLE names is not among them."""
+    """Returns the ancestors to watch, the parent first. Exits if the id in DDPM_WATCH_PID is not the id of an ancestor."""
     ancestors = psutil.Process().parents()
     watched_pid = os.environ.get(VARIABLE)
     if watched_pid:

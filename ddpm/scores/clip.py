@@ -1,4 +1,4 @@
-"""The extractor CLIP. CMMD compares its features (Jayasumana et al. 2024, arXiv:2401.09603). towers.py has the network."""
+"""The extractor CLIP. CMMD compares features of CLIP (Jayasumana et al. 2024, arXiv:2401.09603). The network is in towers.py."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ WEIGHTS_VARIABLE = "DDPM_CLIP_WEIGHTS"
 
 
 def load(layer: int, cache: Path, device: torch.device | str = "cpu") -> towers.Tower:
-    """Loads the network. The only layer is the image embedding. Raises WeightsError."""
+    """Loads CLIP. The only layer is the image embedding. Raises WeightsError if the weights are missing or wrong."""
     return towers.clip(WEIGHTS_VARIABLE, device)

@@ -1,13 +1,13 @@
-"""Draws conclusions from the scores of many points: the best point, the front, and differences of schedules beyond the seed.
+"""Draws conclusions from a sweep's scores: the best point, the Pareto front, and differences of schedules over several seeds.
 
-The best point is the cheapest point whose score is nearly as good as the best score. "Nearly" means within a margin, a share of
-the best score. A point with a worse score must prove that it lies within the margin. With few images this proof fails, and the
-point with the best score is chosen.
+The best point takes the fewest evaluations of all points whose score is nearly as good as the best score. "Nearly" means within
+a margin, a share of the best score. A point with a worse score must prove that it lies within the margin. If this proof fails,
+for example with few images, the point with the best score is chosen.
 
 The interval of a score describes one model. Trainings of one schedule with other seeds give models whose true scores scatter
-with a standard deviation b, the spread. The scores s_r of R trainings have the variance b^2 + e^2. Here e is the sampling error:
-2 e^2 is the mean square of the standard errors of all differences s_r - s_q. A sampling error that all trainings share cancels
-in these differences, so b and e do not contain it.
+with a standard deviation b, the spread. The scores s_r of R trainings have the variance b^2 + e^2. The sampling error e follows
+from the standard errors of all differences s_r - s_q: their mean square is 2 e^2. A sampling error that all trainings share
+cancels in these differences. So neither b nor e contains the shared error.
 
 With normal scores, (R - 1) S^2 / (b^2 + e^2) has a chi-squared distribution with R - 1 degrees of freedom, where S^2 is the
 variance of the s_r. The interval of b follows from this distribution. The mean over trainings has Student's t distribution,
@@ -30,7 +30,7 @@ from ddpm.scores.metrics import RANKING
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point that `choose` may name as the best.
+    """A point (schedule, sampler and steps) that `choose` may name as the best.
 
     Args:
         name: the name of the point.
@@ -53,10 +53,10 @@ class Choice:
     """The result of `choose`.
 
     Args:
-        best: the chosen point: the fewest evaluations among the points that are surely within the margin.
+        best: the point with the fewest evaluations, of `leader` and all points that are surely within the margin.
         leader: the point with the best score.
         tied: the names of the points that cannot be told apart from the truly best point (see `may_be_best`).
-        reach: the half width, in standard errors, with which the intervals of all differences of two points hold together.
+        reach: the half width, in standard errors, of intervals that hold for the differences of all pairs of points at once.
     """
 
     best: Candidate
@@ -67,6 +67,8 @@ class Choice:
 
 def choose(candidates: Sequence[Candidate], margin: float) -> Choice:
     """Chooses the best point: the fewest evaluations among the points that are surely within the margin.
+
+    The point with the best score always counts as within the margin.
 
     Args:
         candidates: the points, at least one.
@@ -104,7 +106,7 @@ class Spread:
     Args:
         value: the standard deviation of the models' true scores; 0 if sampling alone explains the differences.
         low, high: the interval of `value`.
-        sampling: the standard error of a score by sampling, without the error that all trainings share.
+        sampling: the standard error of one score from sampling alone, without the part that all trainings share.
     """
 
     value: float
@@ -115,10 +117,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Trainings:
-    """The trainings of one schedule at one sampler and number of steps.
+    """A summary of the scores of one schedule's trainings, with one sampler and number of steps.
 
     Args:
-        schedule: the name of the first row of params.yaml that has this schedule.
+        schedule: the name of the first row of `schedules` in params.yaml that has this schedule.
         count: the number of trainings.
         mean: the mean of the trainings' scores.
         variance: the variance of the trainings' scores; 0 with one training.
@@ -139,7 +141,7 @@ def trainings(schedule: str, scores: Sequence[Estimate], confidence: float = CON
     """Summarises the scores of trainings of one schedule that differ only in the seed.
 
     Args:
-        schedule: the name of the first row of params.yaml that has this schedule.
+        schedule: the name of the first row of `schedules` in params.yaml that has this schedule.
         scores: one score for each training.
         confidence: the confidence of the intervals.
     """

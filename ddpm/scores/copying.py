@@ -71,7 +71,7 @@ def nearest(images: Images, train: Images, mirrored: bool = False) -> tuple[NDAr
 
 
 def affordable(images: int, train: Images) -> int:
-    """Returns the number of images, at most `images`, for which AFFORDED allows a search for neighbours."""
+    """Returns how many of `images` images can be compared with all training images in AFFORDED operations, at least 1."""
     return min(images, max(1, int(AFFORDED / train.size)))
 
 
@@ -83,7 +83,7 @@ def copying(samples: NDArray[np.float64], unseen: NDArray[np.float64]) -> Copyin
     """
     m, n = len(samples), len(unseen)
     if not m or not n:
-        raise ValueError("the comparison needs at least one sample and one unseen image")
+        raise ValueError("the test for copies needs at least one sample and one image to compare with")
     ordered = np.sort(unseen)
     wins = (n - np.searchsorted(ordered, samples, "right") + (n - np.searchsorted(ordered, samples, "left"))).sum() / 2
     closer = float(wins / (m * n))
@@ -119,7 +119,7 @@ class Suspects:
 
     @property
     def beyond_chance(self) -> bool:
-        """Whether chance does not explain the number of suspected samples."""
+        """Whether more samples are suspected than chance explains."""
         return len(self.samples) > self.most
 
 
@@ -130,7 +130,7 @@ def suspect(samples: NDArray[np.float64], unseen: NDArray[np.float64], confidenc
     """
     m, n = len(samples), len(unseen)
     if not m or not n:
-        raise ValueError("the comparison needs at least one sample and one unseen image")
+        raise ValueError("the test for copies needs at least one sample and one image to compare with")
     order = np.argsort(samples, kind="stable")
     threshold = float(unseen.min())
     most, chance = 0, m / (m + n)  # `chance` is the probability that more than `most` samples are suspected

@@ -1,4 +1,4 @@
-"""The extractor DINOv2. FD (DINOv2) compares its features (Stein et al. 2023, arXiv:2306.04675). towers.py has the network."""
+"""The extractor DINOv2. FD (DINOv2) compares its features (Stein et al. 2023, arXiv:2306.04675). The network is in towers.py."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ WEIGHTS_VARIABLE = "DDPM_DINOV2_WEIGHTS"
 
 
 def load(layer: int, cache: Path, device: torch.device | str = "cpu") -> towers.Tower:
-    """Loads the network. The only layer is the class token. Raises WeightsError."""
+    """Loads DINOv2. The only layer is the class token. Raises WeightsError if the weights are missing or wrong."""
     return towers.dinov2(WEIGHTS_VARIABLE, device)

@@ -9,8 +9,8 @@ Each extractor is a module of this folder, with literals that describe the extra
 
     def load(layer: int, cache: Path, device: torch.device | str = "cpu") -> Features: ...
 
-The literals are read from the source, without an import. To import the module would import torch, and processes that never
-import torch check params.yaml too. To add an extractor, add its file.
+The literals are read from the module's source. Importing the module would import torch, but processes without torch check
+params.yaml too. To add an extractor, add its file.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Extractor:
-    """A row of EXTRACTORS.
+    """An extractor, as the literals in its module describe it.
 
     Args:
         name: the value of evaluation.extractor.
         title: the usual name.
         layers: the allowed values of evaluation.layer.
-        default: the layer of published scores.
+        default: the layer if evaluation.layer is not set: the layer of published scores.
         judges: the names in evaluation.judges that use this extractor, each with its layer.
     """
 
@@ -51,7 +51,7 @@ class Extractor:
 
 
 class _Extractors(Mapping[str, Extractor]):
-    """Maps the name of an extractor to its row. Reads the modules of this folder at each access."""
+    """Maps the name of an extractor to an Extractor. Reads each module of this folder once per process."""
 
     def __getitem__(self, name: str) -> Extractor:
         literals = _literals(FOLDER / f"{name}.py") if name.isidentifier() else {}
@@ -87,5 +87,5 @@ EXTRACTORS: Mapping[str, Extractor] = _Extractors()
 
 
 def judges() -> dict[str, Extractor]:
-    """Returns the values of evaluation.judges, each with the extractor whose features it uses."""
+    """Maps each metric that evaluation.judges may name to the extractor that computes the features of that metric."""
     return {name: row for row in EXTRACTORS.values() for name in row.judges}

@@ -52,16 +52,16 @@ class Features(Protocol):
 
 
 def load(extractor: str, layer: int, cache: Path, device: torch.device | str = "cpu") -> Features:
-    """Loads a row of EXTRACTORS.
+    """Loads an extractor.
 
     Args:
-        extractor: the name of the row.
-        layer: one of its layers.
-        cache: a folder for downloaded or converted weights.
+        extractor: the extractor's name, a key of EXTRACTORS.
+        layer: one of the extractor's LAYERS, or a layer of its JUDGES.
+        cache: the folder where an extractor may store converted weights.
         device: the device of the extractor.
 
     Raises:
-        InputError: the weights can be neither loaded nor downloaded.
+        InputError: the weights are missing or wrong.
     """
     loaded: Features = import_module(ROWS.module(extractor)).load(layer, cache, device)
     return loaded
@@ -73,7 +73,7 @@ def extract(
     batch: int = 50,
     progress: Callable[[int], None] = lambda done: None,
 ) -> NDArray[np.float32]:
-    """Computes the features of images: float32 [N, D]. Inception sees a grey image as three equal channels.
+    """Computes the features of images: float32 [N, D]. Extractors repeat a grey image as three equal channels.
 
     Args:
         extractor: the extractor, from `load`.

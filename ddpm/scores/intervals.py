@@ -16,13 +16,13 @@ of the difference of scores i and j. The critical value d_i is the quantile of m
 - Whether each score may be the best (also from `may_be_best`). Score i may be the best if no other score j is better by more
   than d_i sigma_ij. At a confidence of 0.95, the truly best score is excluded at most one time in 20, however many scores
   there are.
-- How much worse each score is than the truly best score, at most: max_j (s_i - s_j + d_j sigma_ij) for score i. The 95% covers
-  all scores together.
+- An upper limit of how much worse each score is than the truly best score: max_j (s_i - s_j + d_j sigma_ij) for score i, if lower
+  scores are better. The 95% covers all scores together.
 
 `simultaneous` gives intervals that hold for all differences together (Tukey 1953). The half width in standard errors is the
 quantile of max_ij |e_i - e_j|/sigma_ij. So the intervals also hold for differences that were picked for their size.
 
-`against_one` gives intervals that hold together for the differences of all scores from one reference (Dunnett 1955, A multiple
+`against_one` gives intervals that hold at once for the differences of all scores from one reference (Dunnett 1955, A multiple
 comparison procedure for comparing several treatments with a control). So the intervals also hold if one of the scores was
 picked as the best.
 
@@ -79,7 +79,7 @@ class Difference(Estimate):
 
 
 def difference(a: Estimate, b: Estimate) -> Difference:
-    """Returns a - b. If both scores have equally many influence values, images are paired. Otherwise, errors are independent."""
+    """Returns a - b. Images are paired if both scores have the same number of influence values. Else, errors are independent."""
     value = a.value - b.value
     if a.influence is None or b.influence is None or len(a.influence) != len(b.influence):
         return Difference(value, float(np.hypot(a.error, b.error)))
@@ -88,7 +88,7 @@ def difference(a: Estimate, b: Estimate) -> Difference:
 
 
 def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE) -> list[bool]:
-    """Returns for each score whether it may be the best. With the given confidence, the truly best score is not excluded.
+    """Returns for each score whether it may be the best. For the truly best score this is True with probability `confidence`.
 
     See `compared_with_best`, which has the same arguments.
     """
@@ -106,8 +106,8 @@ def compared_with_best(
         confidence: in (0, 1).
 
     Returns:
-        Whether each score may be the best. The most by which each score is worse than the truly best score, 0 or more. And what
-        `simultaneous` returns for these scores, from the same random errors.
+        For each score, whether it may be the best. For each score, an upper limit of how much worse it is than the truly best
+        score, 0 or more. The half width that `simultaneous` returns for these scores.
 
     Raises:
         ValueError: the confidence is outside (0, 1).
@@ -144,7 +144,7 @@ def _largest(draws: NDArray[np.float64], errors: NDArray[np.float64]) -> NDArray
 
 
 def against_one(reference: Estimate, scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> float:
-    """Returns the half width, in standard errors, with which the intervals of all differences from `reference` hold together.
+    """Returns the half width, in standard errors, of intervals that hold at once for all differences from `reference`.
 
     Raises ValueError for a confidence outside (0, 1).
     """
@@ -158,7 +158,7 @@ def against_one(reference: Estimate, scores: Sequence[Estimate], confidence: flo
 
 
 def simultaneous(scores: Sequence[Estimate], confidence: float = CONFIDENCE) -> float:
-    """Returns the half width, in standard errors, with which the intervals of all differences of two scores hold together.
+    """Returns the half width, in standard errors, of intervals that hold at once for the differences of all pairs of scores.
 
     Raises ValueError for a confidence outside (0, 1).
     """

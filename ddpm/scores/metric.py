@@ -1,6 +1,6 @@
-"""Defines the classes of the rows of METRICS: the names, direction, possible values and computation of a metric.
+"""Defines Metric, a row of the table METRICS: the names, direction, possible values and computation of a metric.
 
-The table itself is in another module, so that a metric with its own module can import these classes.
+The table is in metrics.py, so that a metric with its own module can import the classes from here.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ class Entry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all numbers of this entry, lowest value first: the number and, with an interval, its ends."""
+        """The names of this entry's numbers: NAME, or NAME_low, NAME and NAME_high if the entry has an interval."""
         return (f"{self.name}_low", self.name, f"{self.name}_high") if self.interval else (self.name,)
 
 
 @dataclass(frozen=True)
 class Metric(Entry):
-    """A row of METRICS.
+    """A metric, which is a row of METRICS.
 
     Args:
         direction: -1 if lower is better, 1 if higher is better. 0 for a diagnosis, which MLflow and the model card omit.
-        judge: whether the metric uses the extractor whose JUDGES names it, instead of evaluation.extractor. Such a metric is
-            computed only if evaluation.judges names it.
+        judge: whether the metric uses the extractor module whose JUDGES contains the metric's name. Such a metric is computed
+            only if evaluation.judges contains its name. Other metrics use evaluation.extractor.
         more: further entries. By convention, NAME_std is the spread between parts of the images.
         digits: significant digits in tables and sentences.
         hub: the metric's name on model hubs, if it differs from `name`.
@@ -79,7 +79,7 @@ class Metric(Entry):
         return f"{value:.{self.digits}g}"
 
     def values(self, sets: Sets) -> dict[str, float]:
-        """Computes the entries. Leaves out entries that the sets do not allow."""
+        """Computes the entries. Leaves out an entry that cannot be computed from these sets of images."""
         values: dict[str, float] = {}
         for entry in (self, *self.more):
             value = entry.measure(sets)

@@ -1,7 +1,8 @@
 """METRICS: a row for each metric that judges samples.
 
-Files, tables, plots, the report, MLflow and the registry follow the rows.
-A row computes its metric from a `fidelity.Sets`. This module imports no torch, since processes that only show scores use it too.
+Score files, tables, plots, the report, MLflow and the registry take their metrics from this table.
+A row computes its metric from the features of two sets of images (`fidelity.Sets`). This module imports no torch, since processes
+that only show scores use it too.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def _fid(sets: Sets) -> Estimate:
-    """Returns FID. Influence values are rounded as in their file, so that the file gives the same interval."""
+    """Returns FID. Rounds influence values to float32, as metrics/POINT.influence.npy does, so both give the same interval."""
     influence = sets.jackknife.influence.astype(np.float32)
     return Estimate(sets.jackknife.fid, standard_error(influence), influence)
 
 
 def _cmmd(sets: Sets) -> Estimate:
-    """Returns CMMD. Influence values are rounded as in their file, so that the file gives the same interval."""
+    """Returns CMMD. Rounds influence values to float32, as metrics/POINT.influence.npy does, so both give the same interval."""
     influence = sets.cmmd[1].astype(np.float32)
     return Estimate(sets.cmmd[0], standard_error(influence), influence)
 

@@ -201,4 +201,4 @@ def _load(network: Any, state: State, variable: str) -> None:
     try:
         network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     except (RuntimeError, AttributeError) as error:
-        raise WeightsError(f"{os.environ[variable]}: not the weights of this network: {one_line(error)}") from None
+        raise WeightsError(f"{os.environ[variable]}: wrong weights for {variable}: {one_line(error)}") from None

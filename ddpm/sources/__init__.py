@@ -1,4 +1,4 @@
 """Reads images from their sources, one module per source, and decodes image files.
 
-ddpm.files writes and reads the prepared dataset.
+`data.source` selects a source. ddpm.files writes and reads the prepared dataset.
 """

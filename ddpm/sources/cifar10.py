@@ -14,7 +14,7 @@ from ddpm.sources.source import Contents, Source, downloading, in_memory
 
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
-    """Reads the folder cifar-10-batches-py, which is data.path or lies in data.path. Otherwise downloads CIFAR-10."""
+    """Reads the folder cifar-10-batches-py, which is data.path or lies in data.path. Without this folder, downloads CIFAR-10."""
     from torchvision.datasets import CIFAR10
 
     path = root / data.path

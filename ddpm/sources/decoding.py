@@ -1,10 +1,10 @@
 """Finds, checks and decodes image files, in folders and inside zip files, straight into an array.
 
 Reading is strict: an image that does not fit, even after the requested conversion, is an error that names the file. EXIF
-orientation is always applied. A source chooses one of three levels of conversion:
+orientation is always applied. The section `data` of params.yaml chooses one of three levels of conversion:
 
 - none: PNG and JPEG files, all in 8-bit grey or all in RGB.
-- channels: also bilevel, palette and opaque RGBA images. All images become grey or RGB.
+- channels (`data.channels`): also bilevel, palette, LA and RGBA images without transparent pixels. All become grey or RGB.
 - everything (`data.convert`): also GIF, WebP, BMP and TIFF files, and every mode that has an unambiguous meaning as RGB.
   Transparent pixels are laid on a background. The upper 8 of 16 bits are kept. CMYK is converted by the embedded profile. The
   first frame of an animation is used. Other colour profiles are ignored.
@@ -70,17 +70,16 @@ FIT = "data.size and data.fit give {} one size"
 BROKEN = "repair or remove {}"
 
 
-def advice(remedies: Sequence[str], some_left: bool, end: str = "") -> str:
+def advice(remedies: Sequence[str], some_left: bool) -> str:
     """Returns advice about faulty files.
 
     Args:
-        remedies: CONVERT, FIT or BROKEN for each faulty file.
+        remedies: the remedy for each faulty file: CONVERT, FIT or BROKEN.
         some_left: whether there are usable files too, so that leaving out the faulty files helps.
-        end: further advice.
     """
     found = [remedy for remedy in (CONVERT, FIT, BROKEN) if remedy in remedies]
     steps = [remedy.format("them" if len(found) == 1 else "some of them") for remedy in found]
-    return "; ".join(steps) + (", or leave them out with data.unusable: skip" if some_left else "") + end
+    return "; ".join(steps) + (", or leave them out with data.unusable: skip" if some_left else "")
 
 
 def counted(number: int, noun: str) -> str:
@@ -100,7 +99,7 @@ def offenders(where: str, what: str, faults: Sequence[Fault], advice: str) -> In
         where: the folder or zip file, for messages.
         what: the problem, such as "3 files cannot be used".
         faults: all faulty files.
-        advice: advice for the user.
+        advice: what the user can do, as the end of the message.
     """
     named = ", ".join(f"{shown(name)} ({reason})" for name, reason in sorted(faults)[:3])
     more = f" and {len(faults) - 3:,} more" if len(faults) > 3 else ""
@@ -111,7 +110,7 @@ def offenders(where: str, what: str, faults: Sequence[Fault], advice: str) -> In
 
 
 class _Mapped(mmap.mmap):
-    """A mapped file for ZipFile. Forked processes can read the file in parallel, since each process has its own position."""
+    """A memory-mapped file for ZipFile. Forked processes can read the file in parallel, each from its own position."""
 
     def seekable(self) -> bool:
         return True
@@ -217,7 +216,7 @@ def _folder_listing(top: Path, faults: list[Fault]) -> Iterator[tuple[str, Read]
 
 
 def _zip_listing(path: Path, prefix: str, faults: list[Fault]) -> Iterator[tuple[str, Read]]:
-    """Lists the files in an archive. The archive stays open for the functions that read them."""
+    """Yields each path in a zip file with a function that reads the file. The zip file stays open for these functions."""
     try:
         if not path.is_file():
             raise OSError("not a regular file")
@@ -267,10 +266,10 @@ def read_file(path: Path) -> bytes:
 
 
 class _Members:
-    """The members of an archive that stays open. Keeps only the fields of the entries that reading needs, in arrays.
+    """The members of an open zip file. Stores in arrays only the fields that are needed to read a member.
 
-    Empties the archive's own list of entries at once. This returns the memory of the list to the system, because no lasting
-    object lies between the entries.
+    Then empties the list of entries that ZipFile has made. No lasting object was allocated between these entries, so their memory
+    goes back to the system.
     """
 
     FIELDS = ("header_offset", "compress_size", "file_size", "CRC", "compress_type", "flag_bits", "external_attr")
@@ -349,10 +348,10 @@ class Layout:
         channels: 1 for grey, 3 for RGB.
         sides: height and width in pixels.
         fit: the treatment of images of another size. "error" refuses the image. "crop" scales the image to cover the rectangle
-            and cuts off the rest. "pad" scales the image to fit into the rectangle and fills up with the border. "resize"
+            and cuts off the rest. "pad" scales the image to fit into the rectangle and fills the rest with `border`. "resize"
             stretches the image.
         convert: whether to convert images of other modes.
-        given: whether the user has chosen the sides. Otherwise the first image has decided the sides.
+        given: whether the user has chosen the sides. Otherwise the images have decided the sides.
         background: R, G, B behind transparent pixels. With a background, the level of conversion is "everything" (see the top of
             this module).
     """
@@ -427,17 +426,17 @@ def read_all(
     where: str,
     done: Callable[[int], None],
 ) -> None:
-    """Decodes every image into its place in an array, in several processes.
+    """Decodes every image into its view of an array, in several processes.
 
     Args:
-        files: functions that read the images, by name.
-        layout: the layout of all images.
+        files: for each image name, a function that returns the encoded image.
+        layout: the layout that the decoded images must have.
         places: for each image a view [channels, height, width] of a memory-mapped array, which the processes share.
         where: the folder or zip file, for messages.
         done: called with the number of finished images.
 
     Raises:
-        InputError: images cannot be used. The message names the first three.
+        InputError: some images cannot be used. The message names the first three of them.
     """
     layout, found = _faults(files, layout, done, places)
     if found:
@@ -475,7 +474,7 @@ def _faults(
     done: Callable[[int], None],
     places: Sequence[Images] | None = None,
 ) -> tuple[Layout, list[_ImageFault]]:
-    """Decodes every image. Returns the most frequent layout, and the faults of the images judged by that layout.
+    """Decodes every image. Returns the most frequent layout, and the images that cannot be used with this layout.
 
     Args:
         files: functions that read the images, by name.
@@ -514,7 +513,7 @@ def _unusable(files: Mapping[str, Read], found: Sequence[_ImageFault], where: st
 
 
 def _usual(layout: Layout, count: int, others: Sequence[Layout]) -> Layout:
-    """Returns the most frequent layout. `layout` counts `count` times, and each entry of `others` once."""
+    """Returns the most frequent layout. `count` images have `layout`, and `others` holds the layouts of further images."""
     ((best, most),) = Counter(others).most_common(1) or [(layout, count)]
     return best if most > count else layout
 
@@ -616,7 +615,7 @@ def _eight_bit(image: Image.Image, sixteen: bool) -> Image.Image:
 
 
 def _flat(image: Image.Image, background: Colour) -> Image.Image:
-    """Returns an opaque image in mode L or RGB: transparent pixels on the background, CMYK through its profile."""
+    """Returns an opaque image in mode L or RGB. Lays transparent pixels on the background. Converts CMYK by its profile."""
     from PIL import Image
 
     if image.mode == "CMYK":

@@ -84,7 +84,10 @@ def contents(
 
 
 def _layout(files: Mapping[str, decoding.Read], data: Data, where: str) -> decoding.Layout:
-    """Chooses channels and sides from the parameters, or else with decoding.first_shape. Raises InputError."""
+    """Takes channels and size from `data`, or else from the first valid image.
+
+    Raises InputError if no image is valid or the size is too large.
+    """
     wanted = data.channels or (3 if data.convert else None)
     background = _colour(data.background) if data.convert else None
     name, channels, (width, height) = decoding.first_shape(files, wanted, where, background)
@@ -95,7 +98,10 @@ def _layout(files: Mapping[str, decoding.Read], data: Data, where: str) -> decod
 
 
 def _check_size(layout: decoding.Layout, where: str, subject: str) -> None:
-    """Raises InputError if the user chose no size, and the images are too large to train on. subject: begins the message."""
+    """Raises InputError if the user chose no size, and the images are too large to train on.
+
+    subject: the start of the message, such as "most images are".
+    """
     height, width = layout.sides
     if layout.given or width * height <= LARGEST:
         return
@@ -113,12 +119,14 @@ def _colour(text: str) -> decoding.Colour:
 
 
 class _Places(Sequence[Images]):
-    """The place of each image in the arrays of its split. Makes each view on request: a million views take 200 MB.
+    """Maps the index of an image to its view in the train or test array, into which the image is decoded.
+
+    Each view is made on request, because a million stored views would take 200 MB.
 
     Args:
         train, test: uint8 N,C,H,W.
         is_test: mask of the test split, bool [N].
-        inner: the index of an image in the padded rectangle.
+        inner: the index of the unpadded image in its padded rectangle, from `centre`.
     """
 
     def __init__(self, train: Images, test: Images, is_test: NDArray[np.bool_], inner: tuple[Any, ...]) -> None:

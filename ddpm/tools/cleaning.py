@@ -34,7 +34,7 @@ class Leftover:
     """An entry of .cache that no run needs: files and folders that are removed together.
 
     Args:
-        kind: a value of KINDS.
+        kind: what the files hold, a value of KINDS such as "training states".
         paths: a file or folder, and the lock file and temporary files of the same name.
         used: the time of the last use, in seconds since 1970.
         size: the size of all files together, in bytes.

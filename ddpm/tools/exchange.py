@@ -210,11 +210,14 @@ def _check_variance(folder: Path, entry: NetworkEntry, scheduler: Mapping[str, A
 
 
 def _params_text(path: Path, name: str) -> str:
-    """Returns the text of params.yaml. Raises InputError if the file is invalid, or if row `name` exists and is no import."""
+    """Returns the text of params.yaml.
+
+    Raises InputError if the file is invalid, or if the row schedules.NAME exists and was not imported.
+    """
     params = Params.load(path)
     if name in params.schedules and params.schedules[name].imported is None:
         raise InputError(
-            f"schedules.{name}: {path.name} has a row of this name that is no import; import under another name"
+            f"schedules.{name}: {path.name} already has this row, which was not imported; import under another name"
         )
     return path.read_text(encoding="utf-8")
 
@@ -231,9 +234,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _network_folder(folder: Path) -> tuple[Path, list[str]]:
-    """Returns the folder with config.json: unet_ema/ of a training's checkpoint, unet/ of a pipeline, or `folder` itself.
+    """Returns the folder with config.json: unet_ema/ of a diffusers training, unet/ of a pipeline, or `folder` itself.
 
-    Also returns lines for the user, which say if that folder was chosen among several. Raises InputError.
+    If unet_ema/ and unet/ both exist, also returns a line for the user which says so. Raises InputError.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; download the model first")
@@ -255,7 +258,10 @@ def _network_folder(folder: Path) -> tuple[Path, list[str]]:
 
 
 def _process(folder: Path) -> tuple[tuple[dict[str, Any], int, str], dict[str, Any] | None]:
-    """Returns (schedule row, T, target), and the content of scheduler_config.json; None without that file. Raises InputError."""
+    """Returns (schedule row, T, target), and the content of scheduler_config.json.
+
+    Without that file, returns the settings of Ho et al. 2020 and None. Raises InputError.
+    """
     for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
         if path.is_file():
             config = _read_json(path)
@@ -267,7 +273,7 @@ def _process(folder: Path) -> tuple[tuple[dict[str, Any], int, str], dict[str, A
 
 
 def _sampling_notes(folder: Path, scheduler: Mapping[str, Any] | None) -> list[str]:
-    """Returns lines on the pipeline's sampling settings, which are not imported, and on the same settings in params.yaml."""
+    """Returns lines on the pipeline's sampling settings, which are not imported, and on the matching entries of params.yaml."""
     if scheduler is None:
         return [
             f"{folder}: no scheduler_config.json, so the import assumes the settings of Ho et al.: linear schedule, T = 1000,"
@@ -294,7 +300,7 @@ def _sampling_notes(folder: Path, scheduler: Mapping[str, Any] | None) -> list[s
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Reads the safetensors weights of a network folder. Returns them, and lines for the user. Raises InputError."""
+    """Reads the safetensors weights of a network folder. Returns the weights, and lines for the user. Raises InputError."""
     path, lines = _weights_file(folder)
     weights: dict[str, Tensor] = {}
     for file in [path] if path.suffix == ".safetensors" else _shards(path):

@@ -1,6 +1,6 @@
-"""`fit-times`: finds the network times with which a sampler comes closest to a sampling in many small steps.
+"""`fit-times`: finds the times t for a sampler of few steps, so that its images come closest to those of 1000 steps.
 
-Prints these times as a row of `samplers`.
+Prints these times in a row for the section `samplers` of params.yaml.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ def fit_row(
     seed: int = 0,
     report: Report = silent,
 ) -> tuple[str, dict[int, float]]:
-    """Fits the network times of a sampler to a model.
+    """Finds the best times t for the steps of a sampler with one model. Returns them in a row of `samplers`.
 
     Args:
-        params: the parameters, with the sampler rows.
+        params: the content of params.yaml.
         folder: the checkpoint folder.
         steps: the numbers of steps S for which to fit times.
-        sampler: a row of params.samplers, whose solver and guidance are used; "" for UniPC.
-        images: the number of images whose reference trajectories the times are fitted to.
-        seed: the seed of the noise of these images.
+        sampler: a row of `samplers` in params.yaml, which gives all options but the times; "" for UniPC.
+        images: the number of reference images, each drawn in 1000 steps, to which the times are fitted.
+        seed: the seed of the noise from which these images start.
         report: called with the progress, in network evaluations per image.
 
     Returns:
-        The row in YAML, on one line, and for each S the RMS distance to the images of the reference trajectories.
+        The fitted row in YAML, on one line, and for each S the RMS distance of the sampler's images from the reference images.
 
     Raises:
         InputError: an argument is invalid, or the model cannot be read.
@@ -93,7 +93,7 @@ def fit_row(
 
 
 def _check(params: Params, steps: Sequence[int], sampler: str) -> None:
-    """Raises InputError if a number of steps is out of range or the row is unknown. Called before the model runs."""
+    """Raises InputError if a number of steps is out of range, or if `samplers` in params.yaml has no row `sampler`."""
     if sampler and sampler not in params.samplers:
         raise InputError(f"params.yaml: no row '{sampler}' in samplers; the rows are {', '.join(params.samplers)}")
     if wrong := [each for each in steps if not 1 <= each <= GRID]:

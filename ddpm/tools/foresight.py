@@ -18,7 +18,7 @@ from ddpm.stages.train import class_count, network_entry
 
 
 def check_contents(params: Params, contents: Contents) -> list[str]:
-    """Checks an opened source before its images are read. Returns and raises as `check` does."""
+    """Checks a data source before its images are read. Returns warnings or raises InputError, as `check` does."""
     counts = None
     if contents.classes is not None and contents.labels is not None:
         numbers = np.bincount(contents.labels[0], minlength=len(contents.classes)).tolist()
@@ -27,7 +27,7 @@ def check_contents(params: Params, contents: Contents) -> list[str]:
 
 
 def check_record(params: Params, record: DatasetRecord) -> list[str]:
-    """Checks a prepared dataset. Returns and raises as `check` does."""
+    """Checks a prepared dataset. Returns warnings or raises InputError, as `check` does."""
     channels, height, width = record.shape
     counts = record.counts.get("train", 0), record.counts.get("test", 0)
     classes = None if record.classes is None else dict(zip(record.classes, record.class_counts or (), strict=False))
@@ -53,7 +53,7 @@ def check(
 
 
 def check_counts(params: Params, counts: tuple[int, int]) -> None:
-    """Raises InputError if there are fewer images than a score needs."""
+    """Raises InputError if a score such as FID would have too few training images or samples."""
     train, test = counts
     if train < FEWEST:
         enough = ", or move some from test to train" if train + test >= FEWEST else ""
@@ -68,7 +68,7 @@ def check_counts(params: Params, counts: tuple[int, int]) -> None:
 
 
 def check_classes(params: Params, classes: Mapping[str, int] | None) -> None:
-    """Raises InputError if a class has no training images, since a conditional network could not learn that class."""
+    """Raises InputError if the network is conditional, but there are no classes or a class has no training images."""
     if not class_count(params, params.data.source, classes):
         return
     if absent := _without_images(classes):
@@ -79,9 +79,9 @@ def check_classes(params: Params, classes: Mapping[str, int] | None) -> None:
 
 
 def check_network(params: Params, shape: tuple[int, int, int], classes: int) -> None:
-    """Raises InputError if the section `network` describes no U-Net for these images. Other networks are checked when trained.
+    """Raises InputError if the section `network` does not give a valid U-Net for images of this shape.
 
-    The network is built on torch's meta device, so its weights take no memory.
+    The U-Net is built on torch's meta device, so its weights take no memory. Other kinds of network are checked when trained.
     """
     if params.network.kind != USUAL_NETWORK:
         return

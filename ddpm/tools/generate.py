@@ -52,11 +52,11 @@ class Model:
 
     Args:
         denoiser: the network with its schedule and target.
-        settings: the options of a sampler row, and `steps`.
+        settings: the sampler's options, as in a row of `samplers` in params.yaml, and the number of steps (`steps`).
         record: the content of model.json.
         device: the device of the network.
-        label: the class of all images; None if the classes take turns.
-        origin: where the model is from; "" for the champion and for a model that the user named.
+        label: the class of all images; None mixes the classes.
+        origin: words that say which model this is, for messages; "" for the champion and for a model that the user named.
     """
 
     denoiser: Denoiser
@@ -77,7 +77,10 @@ class Model:
         return arguments(self.settings, self.denoiser.schedule.T)[0]
 
     def labelled(self, count: int) -> dict[str, Any]:
-        """Returns the arguments `labels` and guidance for `count` images; {} for an unconditional model. Raises ValueError."""
+        """Returns Denoiser's `labels` and guidance settings for `count` images; {} for an unconditional model.
+
+        Raises ValueError if there is no such class, or if the model is unconditional and guidance is set.
+        """
         labels, guidance = class_labels(self.record, count, self.label), arguments(self.settings, 1)[1]
         if labels is not None:
             return {"labels": torch.from_numpy(labels), **guidance}
@@ -88,11 +91,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Request:
-    """The options of a picture that the user asked for.
+    """The user's options for a picture.
 
     Args:
         of: indices of test images, or the number of test images, depending on the kind of picture.
-        count: the number of images or rows; 0 for the default of the kind.
+        count: the number of images or rows; 0 for the default of this kind of picture.
         seed: the seed of the noise.
         batch: images per call of the network.
         report: called with the progress.
@@ -107,13 +110,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Picture:
-    """The result of a kind of picture.
+    """The images of a picture, and how to arrange and describe them.
 
     Args:
         images: uint8 N,C,H,W, row by row.
         columns: images per row; None for about as many columns as rows.
         message: a line about the images, for the user.
-        figures: numbers for a JSON file beside the picture; None for no such file.
+        figures: numbers to write to a JSON file beside the picture; None to write no such file.
     """
 
     images: arrays.Images
@@ -142,17 +145,17 @@ def generate(
     Args:
         params: the parameters of the sweep; None without a params.yaml, and then `model` is required.
         out: the PNG file to write.
-        kind: a key of KINDS.
-        of: indices of test images, or the number of test images, depending on the kind.
-        count: the number of images or rows; 0 for the default of the kind.
+        kind: the kind of picture, a key of KINDS such as "grid".
+        of: indices of test images, or the number of test images, depending on the kind of picture.
+        count: the number of images or rows; 0 for the default of this kind of picture.
         model: models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder. "" means the champion of the dataset, or the
-            best point of the report if there is no champion.
+            best point of the report (schedule, sampler and steps) if there is no champion.
         seed: the seed of the noise.
-        sampler: a row of params.samplers, or else a key of SAMPLERS. "" means the sampler of a registered model, and DDIM for
-            a folder.
-        steps: the number of steps S. 0 means the number of a registered model, and 50 for a folder.
-        label: the class of all images of a conditional model, by name or number; None if the classes take turns.
-        guidance: the guidance scale; None for the scale in the settings.
+        sampler: a row of `samplers` in params.yaml, or else a key of SAMPLERS. "" means the sampler with which a registered
+            model was promoted, or DDIM for a folder.
+        steps: the number of steps S. 0 means the number with which a registered model was promoted, or 50 for a folder.
+        label: the class of all images of a conditional model, by name or number; None mixes the classes.
+        guidance: the guidance scale; None for the scale in the sampler's options.
         report: called with the progress.
 
     Returns:
@@ -207,7 +210,7 @@ def _open(
 
 @contextmanager
 def _found(params: Params | None, model: str) -> Iterator[tuple[Path, Mapping[str, Any], str]]:
-    """Yields the checkpoint folder, the sampler settings, and the origin of the model ("" for the champion or a named model)."""
+    """Yields the checkpoint folder of the model, its sampler settings, and the words for `Model.origin`."""
     if model:
         with located(model) as (folder, promoted):
             yield folder, promoted, ""
@@ -223,7 +226,7 @@ def _found(params: Params | None, model: str) -> Iterator[tuple[Path, Mapping[st
 
 
 def _other_sampler(rows: Mapping[str, Sampler], name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings with another sampler: a row of params.yaml or, if no row has that name, a key of SAMPLERS.
+    """Returns the settings for another sampler: a row `name` of `samplers` in params.yaml or, without one, a key of SAMPLERS.
 
     Raises InputError.
     """
@@ -239,7 +242,7 @@ def _other_sampler(rows: Mapping[str, Sampler], name: str, settings: Mapping[str
 
 
 def _grid(model: Model, request: Request) -> Picture:
-    """Draws `count` images, or 64."""
+    """Draws `count` images (64 by default)."""
     settings, count = dict(model.settings), request.count or 64
     images, _ = draw(
         model.denoiser,
@@ -257,7 +260,7 @@ def _grid(model: Model, request: Request) -> Picture:
 
 
 def _progressive(model: Model, request: Request) -> Picture:
-    """Draws `count` rows, or 8. Each shows the predicted clean image from the first step of the chain to the last."""
+    """Draws `count` samples (8 by default), one per row. A row shows the predicted clean image, step by step."""
     states = _states(model, request)
     return _rows(
         [state.x0_hat for state in states], f"the predicted clean image of {len(states[0].x)} samples, step by step"
@@ -265,7 +268,7 @@ def _progressive(model: Model, request: Request) -> Picture:
 
 
 def _strip(model: Model, request: Request) -> Picture:
-    """Draws `count` rows, or 8. Each shows x_t from noise to image."""
+    """Draws `count` samples (8 by default), one per row. A row shows x_t from noise to image."""
     states = _states(model, request)
     x_T = gaussian(request.seed, range(len(states[0].x)), 0, model.shape, model.device)
     return _rows([x_T, *(state.x for state in states)], f"{len(x_T)} images on their way from noise")
@@ -287,7 +290,7 @@ def _rows(columns: list[Tensor], message: str) -> Picture:
 
 
 def _interpolate(model: Model, request: Request) -> Picture:
-    """Draws one row with a test image at either end. The `count` images between are decoded from interpolated codes."""
+    """Draws a row of two test images with `count` images (9 by default) between them, decoded from interpolated codes x_T."""
     x_0, y_0 = _test_images(model, request.of)
     images = interpolate(_with_progress(model, 2, request), x_0, y_0, _weights(request), **model.call)
     row = torch.stack([x_0, *images, y_0])
@@ -298,7 +301,7 @@ def _interpolate(model: Model, request: Request) -> Picture:
 
 
 def _blend(model: Model, request: Request) -> Picture:
-    """Draws rows with a test image at either end and `count` mixtures between. Each row mixes at a lower noise level."""
+    """Draws rows of two test images with `count` mixtures (9 by default) between. The rows mix at ever lower noise levels."""
     x_0, y_0 = _test_images(model, request.of)
     denoiser = _with_progress(model, len(DEPTHS), request)
     images: list[Tensor] = []
@@ -358,7 +361,7 @@ def _encode_decode(model: Model, request: Request) -> Picture:
 
 
 def _alternating(above: arrays.Images, below: arrays.Images, columns: int) -> arrays.Images:
-    """Returns rows of `columns` images, taken in turn from `above` and `below`. White images complete the last two rows."""
+    """Returns rows of `columns` images, in turn a row of `above` and a row of `below`. White images fill the last two rows."""
     padding = np.full((-len(above) % columns, *above.shape[1:]), 255, np.uint8)
     pair = [np.concatenate([images, padding]).reshape(-1, columns, *images.shape[1:]) for images in (above, below)]
     return np.stack(pair, axis=1).reshape(-1, *above.shape[1:])

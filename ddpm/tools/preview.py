@@ -30,17 +30,17 @@ def previews(
     log: Callable[[int, arrays.Images], None],
     log_fid: Callable[[int, float], None] = lambda step, fid: None,
 ) -> Report:
-    """Returns a Report that draws images every `compute.preview_every` steps, each time from the same noise.
+    """Returns a progress callback that draws images every `compute.preview_every` training steps, always from the same noise.
 
     Args:
         params: the parameters of the run.
         root: the top of the checkout.
-        schedule: a row of `schedules`.
+        schedule: the name of a row of `schedules` in params.yaml.
         log: called with the step and a grid of 36 images, uint8 C,H,W. The grid is also written to
             .cache/previews/SCHEDULE/STEP.png.
-        log_fid: called with the step and the FID of `compute.preview_fid` images, at the lowest layer of the extractor. The
-            value usually falls if the FID of the report would fall, but the two values cannot be compared. The
-            cache keeps all values for the page of the report.
+        log_fid: called with the step and the FID of `compute.preview_fid` images, from the extractor's lowest layer. Only the
+            trend of this FID is useful: the value cannot be compared with the FID in the report. A file in .cache
+            keeps all values for the page of the report.
     """
     scored = params.compute.preview_fid
 
@@ -85,7 +85,10 @@ def previews(
 
 
 class _Fids:
-    """The FIDs of a training so far, in the cache. A resumed training continues them; add() drops the FIDs of later steps."""
+    """Stores the preview FIDs of a training in the cache, where a resumed training finds them.
+
+    `add` first drops the FIDs of this step and of later steps, which a resumed training computes again.
+    """
 
     def __init__(self, params: Params, root: Path, schedule: str) -> None:
         from ddpm.stages.train import training_key
@@ -109,7 +112,7 @@ class _Fids:
 
 
 def _fid_to_train(params: Params, root: Path) -> Callable[[arrays.Images], float]:
-    """Returns a function that computes the FID of images, at the lowest layer of `evaluation.extractor`."""
+    """Returns a function that computes the FID of images to training images, at the lowest layer of `evaluation.extractor`."""
     from ddpm.scores import features, fidelity
 
     extractor = features.load(

@@ -1,8 +1,8 @@
-"""`init`: creates a project, a folder outside of a checkout in which `dvc repro` runs the stages of the installed package.
+"""`init`: creates a project: a folder outside of any checkout. There, `dvc repro` runs the stages of the installed package.
 
-The project's dvc.yaml is the package's, with one change. In a checkout, a stage depends on code files. In a project, a stage
-depends on entries of ddpm.json, which hold the hashes of these files. So after an upgrade of the package, only the stages whose
-code changed run again.
+In a project, dvc.yaml differs from the checkout's dvc.yaml in one respect. In a checkout, a stage depends on code files. In a
+project, a stage depends on entries of ddpm.json, which hold the hashes of these files. So after an upgrade of the package, only
+the stages whose code changed run again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ HEAD = """\
 def init(folder: Path, recipe: str) -> list[str]:
     """Creates a project in `folder`, with a recipe as its params.yaml. Returns lines for the user, with the next commands.
 
-    Writes nothing and raises InputError if the folder already has one of the files, the recipe does not exist, or git fails.
+    Raises InputError if the folder already has one of the project's files, if there is no such recipe, or if `git init` or
+    `dvc init` fails. Then no project file is written.
     """
     importlib.import_module("dvc")  # without the extra `pipeline`, this fails here with a one-line message
     files = _files(recipe)
@@ -141,7 +142,7 @@ def _files(recipe: str) -> dict[str, str]:
 
 
 def _generated() -> dict[str, str]:
-    """Returns the text of the files that depend on the installed package, by their paths."""
+    """Returns the texts of dvc.yaml and ddpm.json, which depend on the installed package, by file name."""
     text = _template("stages.yaml")  # dvc.yaml, under a name that DVC does not read in a checkout
     made = wiring(text)
     content = {**hashes(text), "dvc.yaml": _sha256(made)}
@@ -157,7 +158,7 @@ def _sha256(text: str) -> str:
 
 
 def _repositories(folder: Path) -> None:
-    """Creates a git repository, unless the folder is in one, and a DVC repository, unless the folder is one."""
+    """Runs `git init` unless the folder is in a git repository, and `dvc init` unless the folder contains .dvc."""
     if git.line(folder, "rev-parse", "--show-toplevel") is None and git.ask(folder, "init", "--quiet") is None:
         raise InputError(
             f"{folder}: `git init` failed, and DVC needs git; install git, or run `git init` there to see the error"

@@ -1,4 +1,4 @@
-"""Scores a registered model, such as an earlier champion, with the present dataset and protocol."""
+"""Scores a registered model, such as an earlier champion, with the present dataset and evaluation settings."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def rescore(
     """Samples and evaluates a checkpoint in a temporary folder, which shares the dataset and the caches with `root`.
 
     Args:
-        params: the parameters, which contain the evaluation protocol.
+        params: the parameters, whose sections `sampling` and `evaluation` are used.
         checkpoint: the folder of the model.
-        settings: the options of a sampler row, `steps`, and `clip` (default: sampling.clip).
+        settings: the options of a row of `samplers`, the number of steps, and `clip` (default: sampling.clip).
         root: the top of the checkout.
         report: called with the progress.
 
     Returns:
-        The scores, and their influence values, float32 [1 + judges, images].
+        The scores, and the influence of each image on each score, float32 [1 + judges, images].
 
     Raises:
-        InputError: the model makes images of another shape, or a setting is invalid.
+        InputError: the model's images have another shape than the dataset's, or a setting is invalid.
     """
     params = params.resolved(root)
     model = models.read_model_record(checkpoint)

@@ -1,4 +1,4 @@
-"""`schedules`: compares the rows of `schedules` in a table, a plot of signal-to-noise ratios, and a strip of noised images."""
+"""`schedules`: compares the noise schedules of params.yaml: a table, a plot of signal-to-noise ratios, and noised images."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def schedules(
     """Writes table.csv, snr.png and, if there is a prepared dataset, strip.png.
 
     Args:
-        params: the parameters with the rows of `schedules`; None for every schedule of SCHEDULES.
+        params: the content of params.yaml, whose section `schedules` is shown; None for every schedule of SCHEDULES.
         root: the top of the checkout.
         out: the folder to write to; None for schedules/.
         timesteps: T; None for the T of the parameters or of the model.
-        model: a checkpoint folder or the name of a registered model; its schedule is shown instead of the rows.
+        model: a checkpoint folder or the name of a registered model. Then only the schedule of this model is shown.
 
     Returns:
         A summary of each schedule, and a line about T and the data.
 
     Raises:
-        InputError: a row is invalid, or `out` is a file.
+        InputError: a row of `schedules` is invalid, the model cannot be read, or `out` is a file.
     """
     built = _of_model(model, timesteps) if model else _of_rows(params, timesteps)
     T, seed = next(iter(built.values())).T, params.seed if params else 0
@@ -97,7 +97,7 @@ def _cells(name: str, row: Summary) -> dict[str, Any]:
 
 
 def _plot(path: Path, built: dict[str, NoiseSchedule], rows: dict[str, Summary]) -> None:
-    """Plots the signal-to-noise ratio over the forward process, and beside that the share of the steps in each band."""
+    """Plots the signal-to-noise ratio over t, and beside this plot the share of the steps in each band of the ratio."""
     with drawing(path, 1350, 240 + 60 * max(len(built), 5), dpi=120) as page:
         curves, bars = page.subplots(1, 2, width_ratios=(3, 4))
         for i, (name, schedule) in enumerate(built.items()):

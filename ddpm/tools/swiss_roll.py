@@ -1,6 +1,7 @@
 """`swiss-roll`: trains and samples a model of points in the plane, as in figure 1 of Sohl-Dickstein et al. 2015.
 
-The picture has three rows: the forward process from data to noise, the reverse process of a small network, and its drift.
+The picture has three rows: the forward process from data to noise, the reverse process of a small network, and the drift of the
+reverse process.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DRAWN = 1_500  # points per panel
 
 
 class PointNet(nn.Module):
-    """A network of residual layers for points: net(x, t) -> a prediction of the shape of x, [B, 2].
+    """A network of residual layers for points in the plane: net(x, t) returns a prediction, [B, 2] like x.
 
     Each layer adds an embedding of t to its input.
     """
@@ -83,7 +84,7 @@ def train_on_roll(steps: int = STEPS, seed: int = 0, report: Report = silent) ->
 
 @torch.no_grad()
 def reverse(denoiser: Denoiser, count: int, seed: int = 0) -> dict[int, Tensor]:
-    """Samples by Algorithm 2 of Ho et al. 2020. Returns the points [count, 2] at each t = T ... 0, by t."""
+    """Samples by Algorithm 2 of Ho et al. 2020. Returns a dict from each t = T ... 0 to the points x_t, [count, 2]."""
     points = {denoiser.schedule.T: gaussian(seed, range(count), 0, (2,))}
     states = trajectory(
         denoiser,

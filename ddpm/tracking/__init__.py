@@ -12,11 +12,12 @@ Each dataset has one MLflow experiment, `ddpm-DATASET`, with these runs:
 - `report` and `schedules`.
 
 Outputs hold no run ids. Instead, the tags of a run say which outputs the run shows: `ddpm.key` hashes the
-configuration, `ddpm.model_sha256` identifies the weights, and `ddpm.samples.STEPS` and `ddpm.scores.STEPS` identify the
-files of a point. If edited code gives other outputs for the same configuration, these outputs go to a new run, and the
+configuration, `ddpm.model_sha256` identifies the weights, and `ddpm.samples.STEPS` and `ddpm.scores.STEPS` identify the samples
+and scores with STEPS steps. If edited code gives other outputs for the same configuration, these outputs go to a new run, and the
 old run is tagged `ddpm.superseded`. So each step of a metric has one value.
 
-The times of a run come from the run files beside the outputs. The date 2000-01-01 means that an output has no run file.
+The start and end of a run come from the *.run.json files beside the outputs. A run dated 2000-01-01 means that such a file is
+missing.
 """
 
 from ddpm.tracking.outputs import follow, publish, publish_or_warn

@@ -1,4 +1,4 @@
-"""Collects the parameters with which a model was trained, and with which a point was sampled and scored."""
+"""Collects the parameters of a model's training, and those of the samples and scores of a point (schedule, sampler, steps)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ddpm.parameters import USUAL_NETWORK, Point
 
 @dataclass(frozen=True)
 class PointSettings:
-    """The parameters with which a point was sampled and scored.
+    """The parameters with which a point (schedule, sampler and steps) was sampled and scored.
 
     Args:
         seed: the seed of the noise.
-        row: the options of the sampler row.
-        sampling: the section `sampling`.
-        evaluation: the section `evaluation`.
+        row: the sampler's options, from its row of `samplers` in params.yaml.
+        sampling: the section `sampling` of params.yaml.
+        evaluation: the section `evaluation` of params.yaml.
     """
 
     seed: int
@@ -34,9 +34,9 @@ class PointSettings:
 
     @classmethod
     def read(cls, params: Params, point: Point, root: Path) -> PointSettings | None:
-        """Reads the parameters of a point from its files. If the point has no scores, takes `evaluation` from `params`.
+        """Reads the parameters from the files of a point. If the point has no scores, takes `evaluation` from `params`.
 
-        Returns None if the files do not fit together: another model drew the samples, or the scores belong to other samples.
+        Returns None if the samples were drawn by another model than the present one, or if the scores belong to other samples.
         Raises InputError if a file is damaged.
         """
         record = samples.read_samples_record(root / paths.samples_file(point))
@@ -58,7 +58,7 @@ def training_identity(params: Params, schedule: str, dataset: str) -> dict[str, 
 
 
 def _recorded(network: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves out the default kind of network, so that `find_or_create` finds the runs of versions without `network.kind`."""
+    """Returns the section `network` without a default `kind`, so that runs of ddpm versions without `kind` are found too."""
     return {key: value for key, value in network.items() if (key, value) != ("kind", USUAL_NETWORK)}
 
 

@@ -51,7 +51,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Place:
-    """A tracking store.
+    """An MLflow tracking store.
 
     Args:
         uri: the address of the store.
@@ -108,7 +108,7 @@ def find_place(root: Path = Path()) -> Place:
 def model_name(params: Params) -> str:
     """Returns the name of the experiment and of the registered model: ddpm-DATASET.
 
-    Raises InputError if tracking.name is the name of another source.
+    Raises InputError if tracking.name is the name of another data source than data.source.
     """
     SOURCES.require(params.data.source)
     check_name(params)
@@ -269,7 +269,10 @@ PUBLISH_LATER = "publish later with `ddpm publish`"
 
 
 def require_reachable(where: Place, advice: str = PUBLISH_LATER) -> None:
-    """Raises InputError if the server does not answer, so that MLflow does not retry for minutes. advice: ends the message."""
+    """Raises InputError if the server does not answer. Without this check, MLflow would retry for minutes.
+
+    advice: the end of the message, which tells the user what to do.
+    """
     host, port = (None, None) if where.database else _address(where.uri)
     if not host or not port:
         return
@@ -304,7 +307,7 @@ def _unreachable(where: Place, advice: str, why: str = "") -> str:
 def plain_errors(where: Place, advice: str = PUBLISH_LATER) -> Iterator[None]:
     """Turns errors of MLflow, the server, the database, S3 or the disk into a one-line InputError.
 
-    advice: the end of the message if the store cannot be reached.
+    advice: the end of the message if the store or S3 fails, which tells the user what to do.
     """
     import_mlflow()
     from mlflow.exceptions import MlflowException

@@ -1,4 +1,4 @@
-"""Finds the MLflow run of an output by its tags, and logs values, images and tags that the run lacks."""
+"""Finds the MLflow run that shows an output, by the tags of the run. Logs values, images and tags that the run lacks."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def log_image(target: Target, run: Run, picture: Any, step: int, timestamp: int,
         target: the store and experiment.
         run: the run that shows the image.
         picture: a PIL image or an array, H,W or H,W,3.
-        step: MLflow's step.
-        timestamp: in milliseconds since the epoch.
-        added: counts what was logged.
+        step: the step at which MLflow shows the image.
+        timestamp: the time of the image, in milliseconds since the epoch.
+        added: the counters of added items; a logged image adds 1 to added["images"].
     """
     known = [Path(file.path).name for file in target.client.list_artifacts(run.info.run_id, "images")]
     here = [name for name in known if name.startswith(f"samples+step+{step}+")]
@@ -112,8 +112,8 @@ def find_or_create(
 ) -> Run:
     """Returns the run with this key whose content agrees with the outputs. Creates the run if there is none.
 
-    Tags the other runs with this key as superseded, and deletes unfinished ones with the same outputs. Leaves runs alone to which
-    a training is still streaming.
+    Other runs with this key are tagged as superseded. Unfinished runs with the same outputs are deleted instead. A run to which a
+    training is still streaming is left unchanged.
 
     Args:
         target: the store and experiment.
@@ -122,7 +122,7 @@ def find_or_create(
         agrees: returns whether the content of a run agrees with the outputs.
         start: the start time of a new run, in milliseconds since the epoch.
         tags: further tags of a new run.
-        added: counts what was created.
+        added: the counters of added items; a new run adds 1 to added["runs"].
     """
     runs = [run for run in search(target, f"tags.`{KEY}` = '{key}'") if not is_live(run)]
     runs.sort(key=lambda run: (SUPERSEDED in run.data.tags, is_unfinished(run), -run.info.start_time))

@@ -159,7 +159,7 @@ def _system_load() -> dict[str, float]:
 
 
 def _open_training(target: Target, params: Params, schedule: str, root: Path) -> Run:
-    """Opens the run to stream to: the run of an interrupted training with the same parameters, or else a new run."""
+    """Returns the MLflow run of an interrupted training with the same parameters, schedule and data, or else a new run."""
     data = dataset.read_dataset_record(root)
     identity = training_identity(params, schedule, data.sha256)
     tags = {**training_tags(schedule, data.name, identity), PROCESS: this_process()}
@@ -187,14 +187,14 @@ def _open_training(target: Target, params: Params, schedule: str, root: Path) ->
 def watch_training(params: Params, schedule: str, root: Path = Path(), say: Say = print) -> Iterator[TrainingWatch]:
     """Streams a training to MLflow while the block runs.
 
-    Call the yielded watch with each Progress, and its method `log_preview` with sample grids.
+    Call the yielded TrainingWatch with each Progress, and its method `log_preview` with sample grids.
 
-    The run ends as FINISHED, FAILED after an error, or KILLED after a signal. If MLflow cannot be reached, the training
-    continues after one warning.
+    The MLflow run ends as FINISHED, FAILED after an error, or KILLED after a signal. If MLflow cannot be reached, the
+    training continues after one warning.
 
     Args:
-        params: the parameters of the run.
-        schedule: the row of `schedules` that is trained.
+        params: the content of params.yaml.
+        schedule: the name of the trained schedule, which is a row of `schedules` in params.yaml.
         root: the top of the checkout.
         say: prints a line for the user.
     """

@@ -1,8 +1,8 @@
-"""Power-function averages of a training's weights, and averages of any length from snapshots: Karras et al. 2024, section 3.
+"""Power-function averages of a training's weights: Karras et al. 2024, section 3.
 
-A training keeps two such averages and takes snapshots of both. Each average is a weighted mean of the weights after all steps
-so far. So a linear combination of snapshots is such a mean too. A suitable combination comes close to an average that was
-not kept.
+The length of an average is the standard deviation of the averaged steps, as a share of the training. A training keeps averages
+of two lengths and takes snapshots of both. Each average is a weighted sum of the weights after all steps so far. So a linear
+combination of snapshots is such a sum too. A suitable combination comes close to an average of another length.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class PowerAverage:
 
 
 def coefficients(snapshots: Sequence[tuple[int, float]], step: int, length: float) -> NDArray[np.float64]:
-    """Returns the coefficients, float64 [snapshots], whose linear combination is closest to an average.
+    """Returns coefficients, float64 [snapshots], that combine the snapshots to the closest approximation of an average.
 
-    An average gives each step a weight. "Closest" means the least squared difference of these weights.
+    An average multiplies the weights after each step by a factor. "Closest" means the least squared difference of these factors.
 
     Args:
         snapshots: the step and the length of each snapshot.
@@ -67,7 +67,7 @@ def coefficients(snapshots: Sequence[tuple[int, float]], step: int, length: floa
 
 
 def _product(t_a: NDArray, gamma_a: NDArray, t_b: NDArray, gamma_b: NDArray) -> NDArray[np.float64]:
-    """Returns the integral of the product of two power functions, each with integral 1 up to its step."""
+    """Returns the integral over x of f_a(x) f_b(x), with f(x) = (gamma + 1) x^gamma / t^(gamma + 1) for 0 <= x <= t, else 0."""
     ratio, later = np.minimum(t_a, t_b) / np.maximum(t_a, t_b), np.maximum(t_a, t_b)
     power = np.where(t_a < t_b, gamma_b, gamma_a)
     constant = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)

@@ -62,10 +62,10 @@ class Descent:
     """How the learning rate falls at the end of a training.
 
     Args:
-        first: the last step with the whole rate.
-        last: the last step of the training. One more step would have the part `to` of the rate.
+        first: the last step with the full learning rate, after which the rate falls.
+        last: the last step of the training. The rate would reach its end value one step later.
         shape: "linear" or "cosine".
-        to: the part of the rate at which the descent ends.
+        to: the end value of the rate, as a share of the full rate.
     """
 
     first: int
@@ -81,17 +81,17 @@ class Descent:
 
 
 class TrainingState:
-    """Everything that training changes: the network, its exponential moving average, and the optimiser's moments.
+    """Everything that training changes: the weights, their averages, the optimiser's moments, and the state of `times`.
 
     Args:
         net: the network to train, on its device.
         optimizer: a key of OPTIMIZERS.
         weight_decay: weight decay of the optimiser.
         times: how network times are drawn. None draws them uniformly.
-        lengths: the lengths of the power-function averages to keep.
+        lengths: the power-function averages to keep, each given by its length (see `PowerAverage`).
 
     Attributes:
-        ema: a copy of `net` with the moving average of the weights.
+        ema: a copy of `net` with the exponential moving average of the weights.
         averages: the power-function averages, by length.
         step: the number of steps done.
     """
@@ -114,8 +114,8 @@ class TrainingState:
     def live(self) -> dict[str, Tensor]:
         """Returns the tensors that training changes, by name, without copying them.
 
-        Uses detach() instead of `.data`, so that a write to a tensor raises the version of its parameter.
-        ddpm.networks.winograd notices a changed weight by this version.
+        Uses detach() instead of `.data`, so that a write to a tensor increments the version counter of its parameter.
+        ddpm.networks.winograd notices a changed weight by this counter.
         """
         tensors = {f"net.{name}": parameter.detach() for name, parameter in self.net.named_parameters()}
         tensors |= {f"ema.{name}": parameter.detach() for name, parameter in self.ema.named_parameters()}

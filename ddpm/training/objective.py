@@ -48,8 +48,8 @@ class Prediction:
 class Objective:
     """A loss for a schedule and a target, as tables over network times 0 ... T-1: float32 [T] on one device.
 
-    x_t = a x_0 + s eps, and the network's target is from_x0 x_0 + from_eps eps. This formula inverts the target's row
-    in ddpm.diffusion.denoiser.TARGETS, without cancellation.
+    x_t = a x_0 + s eps, and the network's target is from_x0 x_0 + from_eps eps. This equals (x_0 - c_skip x_t) / c_out in
+    ddpm.diffusion.denoiser, but has no cancellation of large terms.
 
     Args:
         a: factor of x_0 in x_t.

@@ -1,7 +1,7 @@
-"""Shares one training among several processes. Each process takes its rows of every batch, and gradients are averaged.
+"""Shares one training among several processes. Each process computes the gradient on an equal share of every batch.
 
-Gradients are averaged during backward (DistributedDataParallel: Li et al. 2020, "PyTorch Distributed"). A single process
-does not use torch.distributed.
+The gradients are averaged during backward (DistributedDataParallel: Li et al. 2020, "PyTorch Distributed"). A training with a
+single process does not use torch.distributed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ddpm.networks.layers import SharedDropout
 class World:
     """The processes of one training.
 
-    A single process has all rows, and its methods exchange nothing. Several processes must all make the same calls in the
-    same order.
+    A single process takes the whole batch, and the methods exchange nothing. Several processes must all call the same methods
+    in the same order.
 
     Args:
         rank: the index of this process, from 0. Process 0 writes and reports.
@@ -48,7 +48,10 @@ class World:
         return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
     def averaging(self, net: Callable[..., Tensor], last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Returns a context for forward and backward of a part. Gradients add up over the parts and are averaged in the last."""
+        """Returns a context for forward and backward of one micro-batch.
+
+        Gradients add up over the micro-batches. In the last micro-batch, they are averaged over the processes.
+        """
         if self.size == 1 or last:
             return contextlib.nullcontext()
         context: contextlib.AbstractContextManager[Any] = net.no_sync()  # type: ignore[attr-defined]
@@ -70,7 +73,7 @@ class World:
         return int(maximum)
 
     def broadcast(self, value: Any) -> Any:
-        """Returns the argument of process 0, any plain data, in every process."""
+        """Returns, in every process, the value that process 0 passes. The value must be picklable."""
         if self.size == 1:
             return value
         values = [value]

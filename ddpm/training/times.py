@@ -21,7 +21,8 @@ class Times:
     Args:
         schedule: the noise schedule.
         device: the device of the times.
-        unbiased: whether the expectation of the loss must equal the mean loss over uniform times. The bound needs this.
+        unbiased: whether the expectation of the loss must equal the mean loss over uniform times. The losses vlb and hybrid
+            need this.
     """
 
     def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu", unbiased: bool = False) -> None:
@@ -44,10 +45,10 @@ class Times:
 
 
 class LossAware(Times):
-    """Draws a time in proportion to the root of the mean squared loss there: Nichol & Dhariwal 2021, section 3.3.
+    """Draws each time with a probability proportional to the RMS of its recent losses: Nichol & Dhariwal 2021, section 3.3.
 
-    Times are drawn uniformly until every time has KEPT losses. With the weights, the loss has the same expectation as at
-    uniform times.
+    Times are drawn uniformly until every time has KEPT losses. Multiplied by weights(t), the loss has the same expectation as
+    with uniform times.
     """
 
     def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu", unbiased: bool = True) -> None:
@@ -85,8 +86,8 @@ class LossAware(Times):
 class LogNormal(Times):
     """Draws times whose log SNR is normal: the distribution of Karras et al. 2022, table 1, on any schedule.
 
-    The distribution replaces a weight of the loss. So the losses are not weighted, unless `unbiased` asks for that. Raises
-    ValueError for a schedule with fewer than two times of finite log SNR.
+    A time that is drawn more often has more influence on the loss, which is intended. With `unbiased`, weights(t) cancels this
+    effect. Raises ValueError for a schedule with fewer than two times of finite log SNR.
     """
 
     def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu", unbiased: bool = False) -> None:

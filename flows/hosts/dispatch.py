@@ -1,8 +1,8 @@
 """Runs a stage on another host.
 
-The host fetches the inputs of the stage from the DVC remote. Afterwards it pushes the outputs, and their entry in DVC's
-run-cache. From this entry, DVC in the clone that runs the flow recognises the outputs, and writes dvc.lock as if the stage
-had run there.
+The host fetches the inputs of the stage from the DVC remote. After the stage, the host pushes the outputs, and their entry in
+DVC's run-cache. The clone that runs the flow fetches both. From the entry, DVC writes dvc.lock as if the stage had run in that
+clone.
 
 A host is a worker of the pool `hosts` (`python -m flows.servers.worker hosts`) or of a Dask cluster (engines.py). Each host
 works in its own clone.

@@ -27,7 +27,7 @@ class FlowStopped(Exception):
 
 
 def start() -> None:
-    """Allows child processes. Called when a flow begins, even after stop()."""
+    """Allows child processes to start, also after an earlier stop(). A flow calls this function at its start."""
     _stopped.clear()
 
 

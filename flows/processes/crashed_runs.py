@@ -1,7 +1,7 @@
 """Sets Prefect runs of killed processes to Crashed. This happens when the next flow run starts and when `make up` starts.
 
-After `kill -9`, Prefect still shows a run as Running. Each flow run has the name of its process in a label. A process on
-another host cannot be seen from here, so a Prefect automation sets its flow run to Crashed when the heartbeats stop.
+After `kill -9`, Prefect still shows a run as Running. A label of each flow run names its process: host, id and start time. This
+host cannot see the processes of other hosts. So a Prefect automation sets flow runs to Crashed when their heartbeats stop.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Runs one DVC command in this process and prints its result as a JSON line: `python -m flows.processes.dvc_command repro
-...`.
+"""Runs one DVC command in this process and prints the result as a JSON line.
 
-DVC's own command line prints its result only as text. Here the JSON line at the end replaces DVC's log, while the output of
-stages stays unchanged.
+For example: `python -m flows.processes.dvc_command repro train@linear`. DVC's own command line prints its result only as text.
+Here a JSON line at the end replaces DVC's log. The output of stages stays unchanged.
 """
 
 from __future__ import annotations

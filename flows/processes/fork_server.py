@@ -110,7 +110,10 @@ def _begins(command: Sequence[str], words: tuple[str, ...]) -> bool:
 
 
 def _imports_needed(command: Sequence[str]) -> int:
-    """Returns the number of IMPORTS that a command needs. That depends on its subcommand, or on the stage that it reproduces."""
+    """Returns the number n of imports that a command needs: the first n of IMPORTS.
+
+    The number depends on the subcommand, or on the stage that `dvc repro` runs.
+    """
     word = command[-1] if "repro" in command else command[len(DDPM)] if len(command) > len(DDPM) else ""
     return _count(NEEDED.get(word.partition("@")[0], OF_DVC))
 

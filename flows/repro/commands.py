@@ -79,8 +79,8 @@ class RemoteAway(InputError):
 def exchange(verb: str, name: str, root: Path, watcher: Watcher, *stages: str) -> None:
     """Pushes or fetches the run-cache and the outputs of stages to or from the DVC remote.
 
-    A fetch does not fail if the remote lacks outputs that dvc.lock names. A stage with such outputs has changed, and DVC finds
-    the stage's new outputs through the run-cache.
+    A fetch does not fail if the remote lacks outputs that dvc.lock names. If a stage has changed, dvc.lock still names its old
+    outputs, and DVC finds the new outputs through the run-cache.
 
     Args:
         verb: "push" or "fetch".

@@ -71,7 +71,10 @@ def create_database(home: Path) -> None:
 
 
 def database(home: Path) -> dict[str, str]:
-    """Returns a variable with the path of the database if the path contains %, ? or #, which Prefect would misread."""
+    """Returns an environment variable that names the database, or {} if Prefect finds the database without it.
+
+    Prefect would misread a path that contains %, ? or #.
+    """
     file = home.resolve() / "prefect.db"
     if not set("%?#") & set(str(file)) or any(name in os.environ for name in DATABASE):
         return {}
@@ -146,7 +149,7 @@ class Api:
             )
 
     def wait(self) -> None:
-        """Waits until the server answers. From then on, replaces a server that has ended.
+        """Waits until the server answers. Then starts a thread that restarts the server whenever it ends.
 
         Raises InputError if the server fails to start.
         """

@@ -96,7 +96,7 @@ def _processes() -> dict[str, str]:
 
 
 def _check_records(store: str) -> None:
-    """Checks the database file before MLflow's server opens it. `client_of` makes the same check. Raises InputError."""
+    """Checks the database file for damage and lost records before MLflow's server opens the file. Raises InputError."""
     if file := sqlite.file_of(store):
         with locks.held(mlflow_file.lock_of(file)):
             mlflow_file.check(file)
@@ -190,7 +190,10 @@ def _environment(names: list[str], host: str, store: str, folder: Path) -> dict[
 
 
 def _port(variable: str, default: str, host: str | None) -> str:
-    """Returns the port in `variable`. Raises InputError if a server cannot listen there. host None skips this check."""
+    """Returns the port in the environment variable `variable`, or else `default`.
+
+    Raises InputError if a server cannot listen at this port of `host`. host None skips this check.
+    """
     port = os.environ.get(variable, default)
     if host is None:
         return port
@@ -200,12 +203,14 @@ def _port(variable: str, default: str, host: str | None) -> str:
         try:
             probe.bind((host, int(port)))
         except (OSError, ValueError, OverflowError) as error:
-            left = _left() if getattr(error, "errno", None) == errno.EADDRINUSE else ""
+            number = getattr(error, "errno", None)
+            left = _left() if number == errno.EADDRINUSE else ""
             advice = f"; `kill {left}` ends the servers that a killed `make up` left running" if left else ""
-            raise InputError(
-                f"port {port} of {host} can't be used ({error}); free it, or choose another with"
-                f" {variable}=<port>{advice}"
-            ) from error
+            if number == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+                remedy = "set HOST to an address of this machine"
+            else:
+                remedy = f"choose another port with {variable}=<port>{advice}"
+            raise InputError(f"port {port} of {host} can't be used ({error}); {remedy}") from error
     return port
 
 
@@ -225,7 +230,7 @@ def _left() -> str:
 
 
 def _end_what_is_left(mark: str) -> None:
-    """Waits until the flow runs have ended, then kills all remaining processes with this mark.
+    """Waits at most FLOW_RUNS seconds for the end of all processes whose variable MARK has this value, then kills the rest.
 
     A flow run outlives its worker, because it ends only once its stages have stopped.
     """
@@ -234,9 +239,9 @@ def _end_what_is_left(mark: str) -> None:
 
 
 def _marked(mark: str | None = None) -> list[psutil.Process]:
-    """Returns the living processes of the `make up` with this mark.
+    """Returns the living processes of the `make up` that set the variable MARK to this value.
 
-    Without a mark, returns those of every `make up` in this folder.
+    Without a mark, returns the processes of every `make up` in this folder.
     """
     found = []
     for process in psutil.process_iter():

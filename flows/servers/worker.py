@@ -23,7 +23,7 @@ TIMEOUT = 300.0  # seconds; a new database takes 10 to 20 s, and minutes on a bu
 
 
 def main(pool: str) -> None:
-    """Becomes the worker of a pool of POOLS. Exits with a message on failure."""
+    """Replaces this process by the Prefect worker of `pool`, a key of POOLS. Exits with a message on failure."""
     try:
         checkout.require_own(Path(), "ddpm", "flows")
     except InputError as error:

@@ -194,7 +194,7 @@ def test_labels_change_nothing_else_of_what_training_draws() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance": 2.0}, "takes labels"),
+        ({"guidance": 2.0}, "needs labels"),
         ({"guidance": float("nan"), "labels": torch.zeros(2, dtype=torch.int64)}, "finite"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "3 labels for 2 images"),
     ],

@@ -74,6 +74,24 @@ def test_an_address_of_ipv6_stands_in_brackets(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
+    ("host", "port", "remedy"),
+    [
+        ("192.0.2.1", "0", "set HOST to an address of this machine"),  # an address that no machine has (RFC 5737)
+        ("nowhere.invalid", "0", "set HOST to an address of this machine"),
+        ("127.0.0.1", "99999", "choose another port with MLFLOW_PORT=<port>"),
+        ("127.0.0.1", "http", "choose another port with MLFLOW_PORT=<port>"),
+    ],
+)
+def test_advice_about_a_port_names_the_setting_at_fault(
+    monkeypatch: pytest.MonkeyPatch, host: str, port: str, remedy: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_PORT", port)
+    with pytest.raises(InputError) as refused:
+        up._port("MLFLOW_PORT", "5000", host)
+    assert str(refused.value).endswith(remedy)
+
+
+@pytest.mark.parametrize(
     ("given", "then"),
     [
         ({}, "127.0.0.1,localhost,::1"),

@@ -260,7 +260,10 @@ def test_what_is_edited_while_a_stage_runs_is_not_recorded_as_its_own(scratch: A
         (scratch.root / f"edited-{number}").touch()
         assert running.wait(60) != 0
         said = (scratch.root / "log").read_text()
-        assert f"ddpm: train@linear: {named} changed while it ran, so its outputs belong to neither; run again" in said
+        assert (
+            f"ddpm: train@linear: {named} changed while it ran, so its outputs belong to neither version; run again"
+            in said
+        )
         assert (scratch.root / "dvc.lock").read_text() == lock
     scratch.control()
     assert scratch.run(*train).returncode == 0

@@ -114,7 +114,7 @@ def test_the_same_parameters_are_not_written_again(checkout: Path) -> None:
 def test_the_name_of_another_source_is_refused_before_anything_runs(checkout: Path) -> None:
     recipe = checkout / "recipes" / "seven.yaml"
     recipe.write_text(recipe.read_text() + "tracking: {name: cifar10}\n")
-    with pytest.raises(InputError, match=r"cifar10 is the name of another data\.source, and this one is digits"):
+    with pytest.raises(InputError, match=r"cifar10 is the name of another source, but data\.source is digits"):
         parameters.write(checkout, "seven")
 
 

@@ -141,6 +141,7 @@ def test_the_sides_decide_nothing_but_where_attention_is() -> None:
     ("arguments", "message"),
     [
         ({"attention": (7,)}, "attention at height 7 never occurs"),
+        ({"residual_up": (7,)}, "residual_up at height 7 never occurs"),
         ({"image_size": 30}, "cannot be halved"),
         ({"image_size": (32, 30)}, r"image_size \(32, 30\) cannot be halved 3 times"),
         ({"image_size": (64, 96), "attention": (24,)}, "64x96, 32x48, 16x24, 8x12$"),

@@ -341,7 +341,7 @@ def test_without_avx512_the_results_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("compiler", "line"),
     [
-        ("", r"no C compiler found \(cc, gcc, or what CC names\)"),
+        ("", r"no C compiler found \(cc, gcc, or the command in \$CC\)"),
         ("nothing-of-this-name -O2", r"no C compiler found \(nothing-of-this-name -O2\)"),
         (str(shutil.which("false")), "the C compiler failed: it printed no message"),
     ],
@@ -368,7 +368,7 @@ def test_without_a_compiler_it_says_so_on_a_gpu_too(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(torch, "compile", lambda module, dynamic: given if module is net else None)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(winograd.NoCompiler, match=r"no C compiler found \(gcc, clang, or what CC names\)"):
+    with pytest.raises(winograd.NoCompiler, match=r"no C compiler found \(gcc, clang, or the command in \$CC\)"):
         winograd.compiled(net)
     (tmp_path / "clang").touch(0o755)
     assert winograd.compiled(net) is given
@@ -406,5 +406,6 @@ def test_without_a_place_to_keep_it_says_so(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCH_HOME": str(tmp_path / "file")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert (
-        done.stdout.startswith("the compiled library cannot be kept or loaded: ") and len(done.stdout.splitlines()) == 1
+        done.stdout.startswith("the compiled library cannot be saved or loaded: ")
+        and len(done.stdout.splitlines()) == 1
     )

@@ -215,7 +215,7 @@ def test_missing_or_wrong_weights_are_one_line(module: Any, tmp_path: Path, monk
     (tmp_path / "weights.pth").write_text("no weights")
     refused("not a weights file")
     torch.save({"visual.conv1.weight": torch.zeros(1), "cls_token": torch.zeros(1)}, tmp_path / "weights.pth")
-    refused("not the weights of this network")
+    refused(f"wrong weights for {module.WEIGHTS_VARIABLE}")
     monkeypatch.setattr(towers.importlib.util, "find_spec", lambda name: None)
     refused("is not installed: pip install 'ddpm")
 

@@ -252,7 +252,7 @@ def test_a_file_that_is_cut_off_and_a_folder_of_something_else(tmp_path: Path, s
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy/notes.txt").write_text("nothing")
     assert refused(tmp_path, smoke).startswith(
-        "copy: no folder with parquet files or of save_to_disk; set data.path to "
+        "copy: no parquet files there, and no dataset that save_to_disk wrote; set data.path to "
     )
     rows(0, 4).to_parquet(str(tmp_path / "copy/train.parquet"))
     content = (tmp_path / "copy/train.parquet").read_bytes()

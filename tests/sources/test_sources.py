@@ -93,7 +93,7 @@ def test_without_the_file_of_mnist_a_line_says_how_to_install_it(
 
 @pytest.mark.parametrize("name", ["cifar10", "fashion-mnist", "image_folder"])
 def test_the_name_of_another_source_is_no_name_of_a_dataset(smoke: Callable[..., Params], name: str) -> None:
-    with pytest.raises(InputError, match=rf"{name} is the name of another data\.source, and this one is digits"):
+    with pytest.raises(InputError, match=rf"{name} is the name of another source, but data\.source is digits"):
         check_name(smoke(tracking={"name": name}))
     check_name(smoke(tracking={"name": name}, data={"source": name}))
     check_name(smoke(tracking={"name": "decoding"}))
@@ -296,7 +296,7 @@ AMBIGUOUS = {
         ["train/x", "Train/y"],
         "images: Train, train are all names of folders with training images",
     ),
-    "test alone": (["test/x"], "images: no training images: all lie in test; put others into a folder train"),
+    "test alone": (["test/x"], "images: no training images: all lie in test; put training images into a folder train"),
 }
 
 

@@ -242,7 +242,7 @@ def test_an_unconditional_model_refuses_labels_and_guidance(unconditional: Path,
     with pytest.raises(InputError, match="class-conditional"):
         sample_point(smoke(samplers=rows), GUIDED, unconditional)
     assert not out.exists() and not (unconditional / paths.samples_file(GUIDED)).exists()
-    with pytest.raises(InputError, match=r"samplers\.guided: guidance takes a class-conditional model"):
+    with pytest.raises(InputError, match=r"samplers\.guided: guidance needs a class-conditional model"):
         smoke(samplers=rows, sweep={"samplers": ["guided"]})
 
 

@@ -147,7 +147,7 @@ def test_a_host_that_cannot_compile_refuses_in_one_line(
     root: Path, smoke: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(net: object) -> None:
-        raise winograd.NoCompiler("no C compiler found (cc, gcc, or what CC names)")
+        raise winograd.NoCompiler("no C compiler found (cc, gcc, or the command in $CC)")
 
     monkeypatch.setattr(winograd, "compiled", missing)
     compiling.probe.cache_clear()
@@ -156,7 +156,7 @@ def test_a_host_that_cannot_compile_refuses_in_one_line(
         train(smoke(**AUTO), "cosine", root)
     line = str(refused.value)
     assert line.startswith("training.compile: no C compiler found") and "install gcc" in line and "\n" not in line
-    assert line.endswith("if it is auto, `dvc repro --force --single-item probe` resolves it for this machine")
+    assert line.endswith("if the value is auto, `dvc repro --force --single-item probe` chooses again for this machine")
     compiling.probe.cache_clear()
 
 

@@ -189,7 +189,7 @@ def test_a_row_draws_with_an_average_of_its_own_length(
     x_0 = sample(denoiser, gaussian(0, range(6), 0, (1, 8, 8)), sampler="ddim", steps=5)
     assert np.abs(to_uint8(x_0).numpy().astype(int) - short).max() <= 1
 
-    with pytest.raises(InputError, match=r"samplers\.ddim: ema takes snapshots of the training: set training\.snapsh"):
+    with pytest.raises(InputError, match=r"samplers\.ddim: ema needs snapshots of the training; set training\.snapsh"):
         of(0.1, snapshot_every=0)
     record = root / "snapshots/cosine/snapshots.json"
     (snapshot,) = (root / "snapshots/cosine").glob("*12.safetensors")

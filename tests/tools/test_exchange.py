@@ -175,7 +175,9 @@ def test_it_may_be_imported_again_but_never_over_a_row_of_ones_own(exported: Pat
     first = (checkout / "params.yaml").read_text()
     import_diffusers(exported, "hub", checkout)
     assert (checkout / "params.yaml").read_text() == first
-    with pytest.raises(InputError, match=r"schedules\.cosine: params\.yaml has a row of this name that is no import"):
+    with pytest.raises(
+        InputError, match=r"schedules\.cosine: params\.yaml already has this row, which was not imported"
+    ):
         import_diffusers(exported, "cosine", checkout)
     with pytest.raises(InputError, match="a-z, 0-9 and _"):
         import_diffusers(exported, "my-hub", checkout)
@@ -453,9 +455,9 @@ def test_without_a_null_class_guidance_is_refused(checkout: Path, tmp_path: Path
     params = Params.load(path)
     train(params, "hub", checkout)
     assert sample_point(params, Point.parse("hub-ddpm-2"), checkout) == 2
-    with pytest.raises(InputError, match="hub-ddim-5: guidance takes a class-conditional model"):
+    with pytest.raises(InputError, match="hub-ddim-5: guidance needs a class-conditional model"):
         sample_point(params, Point.parse("hub-ddim-5"), checkout)
-    with pytest.raises(InputError, match="generate: guidance takes a class-conditional model"):
+    with pytest.raises(InputError, match="generate: guidance needs a class-conditional model"):
         generate(params, model=str(checkout / "imported/hub"), out=tmp_path / "x.png", guidance=2.0)
     generate(params, model=str(checkout / "imported/hub"), out=tmp_path / "x.png", count=4, steps=2)
 

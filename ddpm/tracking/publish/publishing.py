@@ -92,7 +92,7 @@ def follow(
         root: the top of the checkout.
         ended: the function returns once this event is set.
         say: prints a line for the user.
-        champion: compares the report with the champion.
+        champion: the function that compares the report with the champion; None to leave this comparison out.
     """
 
     def locked() -> Mapping[str, Any]:
@@ -135,7 +135,7 @@ def publish(
         only: the stage whose output to publish, such as "train@linear", "sample@linear-ddim-50" or "report". None publishes
             all outputs, and prints what was added.
         say: prints a line for the user.
-        champion: compares the report with the champion.
+        champion: the function that compares the report with the champion; None to leave this comparison out.
 
     Returns:
         The numbers of added runs, metrics, images, models and files, by these names.
@@ -205,14 +205,14 @@ def _fill_in(target: Target, params: Params, root: Path, added: Counter[str], re
 
 
 def _points(root: Path) -> Iterator[Point]:
-    """Yields the points that have samples on disk. Skips other files."""
+    """Yields the point (schedule, sampler and steps) of each file samples/POINT.npz. Skips files with other names."""
     for path in sorted((root / "samples").glob("*.npz")):
         with contextlib.suppress(InputError):
             yield Point.parse(path.stem)
 
 
 def _publish_training(target: Target, root: Path, schedule: str, added: Counter[str]) -> Run | None:
-    """Publishes a training. Returns the run of the training, or None if there is no such model on disk."""
+    """Publishes the training of a schedule. Returns its MLflow run, or None if the model or its loss curves are not on disk."""
     folder, record = root / paths.model_dir(schedule), root / paths.training_metrics_file(schedule)
     if not (folder / "model.json").exists() or not record.exists():
         return None
@@ -264,12 +264,12 @@ def training_tags(schedule: str, dataset: str, identity: Mapping[str, Any]) -> d
 
 
 def _times(run: RunRecord | None) -> tuple[int, int]:
-    """Returns the start and the end of a run, in milliseconds since the epoch."""
+    """Returns the start and the end in a run file, in milliseconds since the epoch. Without a run file, both are 2000-01-01."""
     return (UNKNOWN_TIME, UNKNOWN_TIME) if run is None else (run.started, run.ended)
 
 
 def _commit(run: RunRecord | None) -> dict[str, str]:
-    """Returns tags with the machine and the commit that made an output. Without a run file, a tag says the times are unknown."""
+    """Returns MLflow tags with the machine and the commit in a run file, or a tag for unknown times if `run` is None."""
     if run is None:
         return {"ddpm.times": "unknown"}
     tags = {"ddpm.device": run.device, "ddpm.hardware": json.dumps(run.hardware)}
@@ -291,7 +291,7 @@ def _curve_metrics(values: Mapping[str, Mapping[int, float]], last: int, start: 
 
 
 def _by_time_metrics(table: Path, end: int) -> list[Metric]:
-    """Returns the losses by network time as metrics whose step is the network time."""
+    """Returns the losses at each network time t as MLflow metrics, whose step is t."""
     from mlflow.entities import Metric
 
     return [
@@ -389,10 +389,10 @@ class PointFiles:
         evaluations: network evaluations per image.
         model: the sha256 of the weights that drew the samples.
         samples: the sha256 of the sample set.
-        metrics: the scores of these samples, or None.
+        metrics: the scores of these samples; None if they have no scores.
         scores: the sha256 of the metrics file; "" without scores.
-        sampled: the run file of the samples, or None.
-        evaluated: the run file of the scores, or None.
+        sampled: the content of the samples' run file (times and machine), or None.
+        evaluated: the content of the scores' run file, or None.
     """
 
     point: Point
@@ -497,7 +497,7 @@ def _point_tags(point: Point, model: ModelRecord, settings: PointSettings) -> di
 
 
 def _point_params(point: Point, model: ModelRecord, settings: PointSettings) -> dict[str, str]:
-    """Returns the parameters of a sampler's run, such as the options of the sampler's row.
+    """Returns the MLflow parameters of a sampler's run: schedule, sampler, dataset, and the sampler's options in params.yaml.
 
     The other settings are tags: MLflow writes all parameters above each picture, so many parameters would hide the picture.
     """
@@ -656,7 +656,7 @@ def _publish_report(
 def _parts_of_page(
     target: Target, params: Params, root: Path, rows: Sequence[Row], say: Say, champion: WithChampion | None
 ) -> dict[str, str]:
-    """Returns the parts of the page that DVC does not track, as HTML."""
+    """Returns the HTML of the report sections `published` and `compared`, which DVC does not track."""
     place = target.place.shown
     link = f"{place}/{chart(target.experiment)}" if place.startswith("http") else ""
     found = with_previous(params, root, say)

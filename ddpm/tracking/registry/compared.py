@@ -1,4 +1,4 @@
-"""Compares the report's best point with the champion, for the report page."""
+"""Compares the best point of the report (schedule, sampler and steps) with the champion, for the report page."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def with_champion(target: Target, params: Params, root: Path, say: Say) -> Compared | None:
     """Compares the report's best point with the champion. If the best point is the champion, uses the previous champion.
 
-    Returns None without a champion, and a comparison without scores if there is no previous champion. Raises InputError if an
-    output is missing or older than its inputs.
+    Returns None if there is no champion. The comparison has no scores if there is no previous champion, or if the score under the
+    present protocol is unknown. Raises InputError if an output is missing or older than its inputs.
     """
     champion = _version(target.client, champion_uri(params))
     if champion is None:
@@ -60,7 +60,7 @@ def _own_settings(best: Challenger) -> dict[str, Any]:
 
 
 def _settings(target: Target, version: ModelVersion) -> Mapping[str, Any]:
-    """Returns the training parameters of a version, from the run of the training, and its sampler settings, from its tag."""
+    """Returns the parameters of a registered version: the training parameters from a run, the sampler settings from a tag."""
     sampler = flat({"sampler": tags.settings(version)})
     run = target.client.get_run(version.run_id) if version.run_id else None
     parent = run and run.data.tags.get("mlflow.parentRunId")

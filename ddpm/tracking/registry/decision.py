@@ -2,19 +2,20 @@
 
 A challenger wins in two cases:
 
-- The challenger is better: the interval of the difference between the two scores excludes 0.
-- The challenger is much cheaper and not inferior: it takes `promotion.fewer_evaluations` times fewer network evaluations than the
-  champion, and its score is not worse than the best champion's by more than the non-inferiority margin. The margin is the share
-  `promotion.margin` of the best champion's score, and the unfavourable end of the interval must lie within it.
+- The challenger is better: the interval of the difference between the two scores excludes 0, in favour of the challenger.
+- The challenger is much cheaper, and not inferior to the best champion so far. Much cheaper: the champion takes at least
+  `promotion.fewer_evaluations` times as many network evaluations. Not inferior: even at the unfavourable end of the interval, the
+  challenger is worse by at most the non-inferiority margin, the share `promotion.margin` of the best champion's score.
 
-The second case compares with the best champion so far. Otherwise a series of cheaper challengers could worsen the score bit by
-bit.
+The second case does not compare with the present champion, because a series of cheaper challengers could then worsen the score
+bit by bit.
 
-Each of `promotion.judges` can refuse a challenger that would win: by this judge, the challenger's score must not be worse than
-the champion's by more than the margin.
+Each judge, a further score named in `promotion.judges`, can refuse a challenger that would win. In this score, the challenger
+must not be worse than the champion by more than the margin.
 
-The challenger was picked as the best of several points, so its score looks good partly by chance. The intervals therefore hold
-for all these points together (Dunnett 1955). Two scores are compared in pairs of images if both start from the same noise.
+The challenger was picked as the best of several points, so its score looks good partly by chance. The intervals of this score
+therefore hold for all these points together (Dunnett 1955). If the images of both models start from the same noise, two scores
+are compared in pairs of images.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Judged:
-    """The score of a point by a judge. A judge is a metric of evaluation.judges, with another extractor than the headline score.
+    """A point's score by a judge: a metric named in evaluation.judges, with another extractor than the headline score.
 
     extractor_sha256: the hash of the weights of the judge's extractor.
     """
@@ -95,7 +96,7 @@ class Score:
         evaluations: network evaluations per image.
         protocol: how the score was computed.
         seed: the seed of the noise from which the images start; None if unknown.
-        judges: the judges' scores by the name of the judge, in the order of the rows of influence values.
+        judges: the score by each judge, under the judge's name. Row 1 + j of the influence values belongs to judge j.
     """
 
     estimate: Estimate
@@ -110,7 +111,7 @@ class Score:
 
         Args:
             scores: the content of metrics/POINT.json.
-            influence: [N], or [1 + J, N] with J judges.
+            influence: the influence values of N images on the headline score, [N], or on it and J judges' scores, [1 + J, N].
             seed: the seed of the noise from which the images start.
 
         Raises:
@@ -122,7 +123,9 @@ class Score:
             if found.shape[1] != scores.images:
                 raise InputError(f"{found.shape[1]} influence values for {scores.images} images; {AGAIN}")
             if len(found) != len(rows):
-                raise InputError(f"influence values of {len(found)} scores instead of {len(rows)}; {AGAIN}")
+                raise InputError(
+                    f"influence values of {len(found)} scores, but the point has {len(rows)} scores; {AGAIN}"
+                )
             rows = list(found)
         judges = {
             name: Judged(scores.estimate(row, name), str(about["extractor_sha256"]))
@@ -150,7 +153,7 @@ class Score:
         return np.stack(known) if len(known) == len(rows) else None
 
     def with_influence(self, influence: NDArray[np.floating], seed: int | None) -> Score:
-        """Returns a copy with influence values [1 + J, N], of images that start from the noise of `seed`."""
+        """Returns a copy with these influence values, [1 + J, N]. seed: the seed of the noise from which the images start."""
         judges = {
             name: replace(judged, estimate=replace(judged.estimate, influence=row))
             for (name, judged), row in zip(self.judges.items(), influence[1:], strict=True)
@@ -158,9 +161,9 @@ class Score:
         return replace(self, estimate=replace(self.estimate, influence=influence[0]), seed=seed, judges=judges)
 
     def lacks(self, judges: Sequence[str], other: Score) -> list[str]:
-        """Returns the judges whose scores of this point cannot be compared with their scores of `other`.
+        """Returns the judges by whose scores this point cannot be compared with `other`.
 
-        Such a judge has not scored this point, or has scored it with other weights. `other` must have scores by all judges.
+        Such a judge has not scored this point, or used other extractor weights than for `other`. All judges have scored `other`.
         """
         return [
             name
@@ -202,9 +205,13 @@ class Verdict:
     Args:
         wins: whether the challenger replaces the champion.
         reason: the reason, in one line.
-        evidence: the numbers behind the decision, with these keys: difference (challenger - champion), low, high, confidence,
-            paired and points. If a cheaper challenger was compared with the best champion, also behind_best and margin. Under
-            the name of each judge: the judge's difference, low, high, paired and margin. {} if nothing was compared.
+        evidence: the numbers behind the decision; {} if nothing was compared. The keys:
+            difference, low, high: challenger - champion, and the ends of the interval.
+            confidence, paired: the interval's confidence, and whether the scores were compared in pairs of images.
+            points: the number of points from which the challenger was picked.
+            behind_best: for a much cheaper challenger, how much worse than the best champion it may be (upper bound).
+            margin: the largest value of behind_best with which such a challenger wins.
+            the name of each judge: the difference, low, high, paired and margin of the judge's scores.
     """
 
     wins: bool
@@ -225,10 +232,10 @@ def decide(
     Args:
         challenger: the challenger's score.
         champion: the champion's score; None if the score is unknown, which requires `force`.
-        rule: the section `promotion`.
+        rule: the section `promotion` of params.yaml.
         force: whether the challenger wins whatever the scores say.
-        picked_from: the scores of all points from which the challenger was picked, under the same protocol and with the same
-            seed. By default, only the challenger's score.
+        picked_from: the scores of all points from which the challenger was picked. They have the same protocol and the same
+            seed as the challenger's. By default, only the challenger's score.
         best: the score of the best champion so far; None if that is the present champion.
 
     Raises:
@@ -270,9 +277,9 @@ def decide(
 
 
 def _judged(won: Verdict, challenger: Score, champion: Score, rule: Promotion) -> Verdict:
-    """Applies the judges to a verdict with which the challenger wins. The challenger still wins if no judge refuses it.
+    """Returns the verdict after the judges, who may refuse a challenger that wins by the headline score.
 
-    A judge refuses if the unfavourable end of the interval of the difference lies beyond the margin.
+    A judge refuses if the challenger is worse than the champion by more than the margin at the unfavourable end of the interval.
     """
     wins, said, evidence = True, [won.reason], dict(won.evidence)
     for name in rule.judges:

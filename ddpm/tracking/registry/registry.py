@@ -84,11 +84,11 @@ def fetch_champion(params: Params, destination: Path, root: Path = Path()) -> tu
         root: the checkout with the report.
 
     Returns:
-        The checkpoint folder, the sampler settings as fetch_model returns them, and the origin of the model ("" for the
-        champion).
+        The checkpoint folder, the sampler settings as fetch_model returns them, and words for messages that say which model
+        this is ("" for the champion).
 
     Raises:
-        InputError: fetch_model raised it, or there is neither a champion nor a report.
+        InputError: the champion cannot be downloaded; or there is no champion, and the report is missing or out of date.
     """
     try:
         return *fetch_model(champion_uri(params), destination, root), ""
@@ -113,7 +113,7 @@ def fetch_model(uri: str, destination: Path, root: Path = Path()) -> tuple[Path,
 
     Returns:
         The checkpoint folder below `destination`, and the sampler settings with which the model was promoted: the options of a
-        sampler row, `steps` and `clip`.
+        row of `samplers` in params.yaml, `steps` and `clip`.
 
     Raises:
         InputError: the model does not exist, is damaged or was not registered by `ddpm promote`, or MLflow cannot be reached.
@@ -175,18 +175,18 @@ def _download(client: MlflowClient, where: Place, version: ModelVersion, destina
 
 @dataclass(frozen=True)
 class Challenger:
-    """The best point of the report, with everything that a promotion needs.
+    """The best point of the report, and everything needed to promote its model.
 
     Args:
         name: the name of the registered model.
-        point: the best point.
-        settings: the options of a sampler row, `steps` and `clip`.
+        point: the best point: a schedule, a sampler and a number of steps.
+        settings: the options of the sampler, `steps` and `clip`.
         seed: the seed of the noise from which the images start.
         scores: all scores of the point.
         score: the headline score with its influence values.
         model: the content of model.json.
-        folder: the checkpoint folder.
-        likelihood: the likelihood bound of this very model, if it was measured.
+        folder: the checkpoint folder of the model.
+        likelihood: the likelihood bound; None if it was not measured for exactly these weights.
     """
 
     name: str
@@ -300,15 +300,16 @@ def promote(
 ) -> Decision:
     """Registers the report's best point as `ddpm-DATASET` with the alias `champion`, if it beats the present champion.
 
-    `decision.decide` contains the rule. A champion without a score under the present dataset version and protocol is scored again
-    first. Exception: if `data.source` reads a user's own images, and they changed, they may be another dataset. Then the champion
-    stays, unless `tracking.name` names the dataset. The decision and its evidence are stored as tags in the registry.
+    `decision.decide` compares the two scores. If the champion has no score on the present dataset with the present evaluation
+    settings, it is first scored again. Exception: if `data.source` reads a user's own images, and these have changed, they may be
+    another dataset. Then the champion stays, unless `tracking.name` names the dataset. The decision is stored in tags.
 
     Args:
         params: the parameters of the sweep.
         root: the top of the checkout.
         replace: whether to promote the point whatever the scores say.
-        rescore: (checkpoint folder, sampler settings) -> the scores of a champion, and their influence values.
+        rescore: scores a champion again: (checkpoint folder, sampler settings) -> scores and influence values. Without this
+            function, a champion that must be scored again raises InputError.
         say: prints a line for the user.
 
     Returns:
@@ -379,7 +380,10 @@ def rollback(params: Params, root: Path = Path()) -> Decision:
 
 
 def _earlier(client: MlflowClient, champion: ModelVersion) -> ModelVersion | None:
-    """Returns the latest earlier champion that was not rolled back; None without one, or if a version on the way was deleted."""
+    """Returns the latest earlier champion that was not rolled back.
+
+    Returns None if there is no such champion, or if a version between that champion and `champion` was deleted.
+    """
     seen, version = {str(champion.version)}, champion
     while (number := version.tags.get("ddpm.previous")) and number not in seen:
         seen.add(number)
@@ -484,7 +488,7 @@ def _compare(
         say: prints a line for the user.
 
     Returns:
-        The verdict, the champion's score, and the version of the best champion so far (None if the challenger is the best).
+        The verdict, the champion's score, and the version of the best champion so far (None if that is the challenger).
     """
     if champion is None:
         return Verdict(True, f"{challenger.point.name} is the first champion"), None, None
@@ -570,7 +574,7 @@ def _best_champion(client: MlflowClient, champion: ModelVersion, protocol: Proto
 
 
 def mark_best_champion(params: Params, root: Path = Path(), say: Say = print) -> None:
-    """Tags the champion with the best champion so far, if the tag is missing because an older version wrote the registry.
+    """Tags the champion with the version of the best champion so far, if an older version of ddpm has not written this tag.
 
     Raises InputError if MLflow cannot be reached.
     """
@@ -598,7 +602,7 @@ def _changed(champion: ModelVersion, protocol: Protocol) -> str:
 def _other_images(champion: ModelVersion, challenger: Challenger, params: Params) -> str:
     """Returns the reason why the two models cannot be compared, or "" if they can.
 
-    A folder of images may hold any dataset. So changed images count as the same dataset only if tracking.name names them.
+    A folder of images may hold any dataset. So changed images count as the same dataset only if tracking.name names the dataset.
     """
     mine, theirs = challenger.score.protocol.dataset, champion.tags.get("ddpm.dataset_sha256", "")
     if not SOURCES.select(params.data.source).any_images or params.tracking.name or mine == theirs:
@@ -780,9 +784,9 @@ def _register(target: Target, params: Params, root: Path, challenger: Challenger
 
 
 def _log_served(target: Target, run: Run, challenger: Challenger) -> str:
-    """Logs the served model, with code and checkpoint, as a logged model of the sampler's run. Returns the id of that model.
+    """Logs the model that MLflow serves (code and checkpoint) as a logged model of the sampler's run. Returns the model's id.
 
-    If an earlier process was killed after it had logged the same model, returns the id of the earlier model.
+    If an earlier process has already logged the same model, returns the id of that model.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -868,7 +872,7 @@ def save_served(folder: Path, challenger: Challenger, run_id: str | None = None,
 
 
 def served_modules(model: ModelRecord) -> list[str]:
-    """Returns the modules that load a registered model. `code.files` adds the modules that these modules import."""
+    """Returns the modules that served.py imports, and the module of the network. `code.files` adds the modules these import."""
     return [*code.source(SERVED).imported, NETWORKS.module(model.network.kind)]
 
 

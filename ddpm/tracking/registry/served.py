@@ -4,7 +4,7 @@ Each row of the input requests images:
 
 - n: the number of images.
 - seed, steps, sampler: optional; by default the values with which the model was registered. The same seed gives the same images.
-- label: optional, for a conditional model: the name or number of a class. Without a label, the classes take turns.
+- label: optional, for a conditional model: the name or number of a class. Without a label, the classes are mixed.
 
 The output holds the images of all rows in order: uint8 [N, C, H, W].
 """

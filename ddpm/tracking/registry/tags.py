@@ -1,7 +1,7 @@
 """Reads and checks the JSON that `promote` writes into the tags of a registered version.
 
-A user may edit tags in MLflow. `promote` reports a damaged score, protocol or influence tag, and continues without it. Damaged
-settings are an error, because the model would draw other images with them.
+A user may edit tags in MLflow. `promote` reports a damaged score, protocol or influence tag, and continues without it. A damaged
+settings tag is an error, because the model would draw other images with these settings.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def influence_tag(protocol: Protocol) -> str:
 
 
 def settings(version: ModelVersion) -> dict[str, Any]:
-    """Returns the sampler settings of a version: the options of a sampler row, `steps` and `clip`. Raises InputError."""
+    """Returns the sampler settings of a version: the options of a `samplers` row, `steps` and `clip`. Raises InputError."""
     from ddpm.runtime.drawing import check_row
 
     found = _object(version, SETTINGS)
@@ -77,7 +77,7 @@ def settings(version: ModelVersion) -> dict[str, Any]:
 
 
 def protocol(version: ModelVersion) -> Protocol | None:
-    """Returns the protocol under which a version was scored at its promotion; None without the tag. Raises InputError."""
+    """Returns the protocol under which a version was scored at its promotion; None if it has no such tag. Raises InputError."""
     if PROTOCOL not in version.tags:
         return None
     found = _object(version, PROTOCOL)
@@ -88,7 +88,7 @@ def protocol(version: ModelVersion) -> Protocol | None:
 
 
 def score(version: ModelVersion, under: Protocol) -> Score | None:
-    """Returns the score of a version under a protocol; None without a score that has an interval. Raises InputError."""
+    """Returns the score of a version under a protocol; None if there is no score, or one without interval. Raises InputError."""
     tag = score_tag(under)
     if tag not in version.tags:
         return None
