@@ -475,7 +475,9 @@ def read_influence(path: Path, digest: str, rows: int = 1) -> NDArray[np.float32
         if not isinstance(influence, np.ndarray) or influence.dtype != np.float32:
             raise ValueError("expected float32 values")
         if influence.ndim != min(rows, 2) or (rows > 1 and len(influence) != rows):
-            raise ValueError(f"expected float32 values, one per image, of {rows} scores; found {influence.shape}")
+            raise ValueError(
+                f"expected float32 values, one per image for each of {rows} score(s); found shape {influence.shape}"
+            )
         influence = np.array(np.atleast_2d(influence))
         if not np.isfinite(influence).all():
             raise ValueError("not all values are finite")

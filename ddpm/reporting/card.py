@@ -30,7 +30,7 @@ def card(
     Args:
         name: the name of the registered model.
         point: the name of the point, such as linear-ddim-50.
-        settings: the options of the point's sampler, `steps` and `clip`.
+        settings: the options of the point's sampler, plus `steps` and `clip`.
         scores: the scores of the point.
         model: the content of model.json.
         likelihood: the likelihood bound of the model, if it was measured.

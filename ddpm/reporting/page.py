@@ -147,7 +147,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 
 
 def _answers(front: Front, rows: Sequence[Row]) -> list[Section]:
-    """Returns the best point within each budget of network evaluations. Merges adjacent budgets with the same points."""
+    """Returns the best point within each budget of network evaluations. Merges adjacent budgets that allow the same points."""
     answers: list[Section] = []
     for budget, entry in front.budgets.items():
         within = sum(row.evaluations <= budget for row in rows)

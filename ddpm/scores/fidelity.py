@@ -293,7 +293,10 @@ def precision_recall(
 
 
 def _share_within(points: Tensor, centres: Tensor, neighbours: int) -> float:
-    """Returns the share of the points [N, D] within reach of at least one of the centres [M, D]."""
+    """Returns the share of points [N, D] within reach of a centre [M, D].
+
+    A centre reaches as far as its `neighbours`-th nearest centre.
+    """
     reach = torch.cat([torch.cdist(part, centres).kthvalue(neighbours + 1)[0] for part in centres.split(_ROWS)])
     return sum(int((torch.cdist(part, centres) <= reach).any(1).sum()) for part in points.split(_ROWS)) / len(points)
 

@@ -91,8 +91,8 @@ def _check_roles(roles: Mapping[str, str | None], data: Data) -> None:
         if len(folders := [word for word in roles if roles[word] == role]) > 1:
             kind = "training images" if role == "train" else "held-out images"
             raise InputError(
-                f"{data.path}: {', '.join(folders)} are all names of folders with {kind}; keep one of them, and move or merge"
-                " the others"
+                f"{data.path}: several folders hold {kind}: {', '.join(folders)}; keep one, and merge the others into it or"
+                " move them out"
             )
     if "train" not in roles.values():
         raise InputError(

@@ -425,7 +425,7 @@ def _folder_of_step(folder: Path, settings: TrainingSettings, step: int) -> Path
 
 
 def descent_folder(folder: Path, settings: TrainingSettings) -> Path:
-    """Returns the subfolder of the states during the decay of the learning rate. Its name hashes the settings of the decay."""
+    """Returns the subfolder for states saved while the learning rate decays. Its name contains a hash of the decay settings."""
     descent = [settings.steps, settings.decay, settings.decay_share, settings.decay_to]
     return folder / f"{folder.name}-{hashlib.sha256(json.dumps(descent).encode()).hexdigest()[:16]}"
 

@@ -226,9 +226,9 @@ def _found(params: Params | None, model: str) -> Iterator[tuple[Path, Mapping[st
 
 
 def _other_sampler(rows: Mapping[str, Sampler], name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings for another sampler: a row `name` of `samplers` in params.yaml or, without one, a key of SAMPLERS.
+    """Returns the settings of the sampler `name`: a row of `samplers` in params.yaml or, without such a row, a key of SAMPLERS.
 
-    Raises InputError.
+    Takes the number of steps from `settings`. Raises InputError.
     """
     if name in rows:
         check_row(name, rows[name])

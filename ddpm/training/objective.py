@@ -3,7 +3,7 @@
 The bound of eq. 5 of Ho et al. 2020 is L_T + L_{T-1} + ... + L_0. The terms L_{T-1} ... L_1, at network times t > 0, are
 KLs between two Gaussians, the posterior q(x_{t-1} | x_t, x_0) and the network's p(x_{t-1} | x_t). L_0, at t = 0, is the
 negative log-likelihood of the 8-bit image under a discretised Gaussian (eq. 13). With a fixed variance, the terms at t > 0
-are the weighted squared errors of eq. 12.
+are the weighted squared errors of eq. 12, up to a constant.
 
 Here the bound is in nats per dimension. The loss of an image is T times the bound's term at the image's time. So the mean
 over uniform times is the whole bound without the constant L_T.
@@ -154,7 +154,7 @@ def min_snr(objective: Objective, outcome: Prediction) -> Tensor:
 
 
 def vlb(objective: Objective, outcome: Prediction) -> Tensor:
-    """Returns each image's part of the bound in nats per dimension (see the module), with a learned variance if there is one."""
+    """Returns T times the bound's term at each image's time, in nats per dimension. Uses a learned variance if there is one."""
     x_0, t = outcome.x_0, outcome.t
     small, large, log_variance, to_mean = (
         _gather(table, t, x_0)

@@ -158,7 +158,7 @@ def _run_in_pool(asked: dict[str, str], watching: Watcher) -> State | None:
 def _run_on_cluster(asked: dict[str, str], watching: Watcher) -> State | None:
     """Runs a stage on the Dask cluster.
 
-    When the flow ends, nothing is cancelled here, because the host watches the flow run itself.
+    Does not cancel the task when the flow ends, because the task on the host watches the flow run and ends with it.
     """
     future = engines.submit(on_a_host, asked)
     watching.line(asked["stage"], f"{asked['stage']}: asked the cluster for a host")

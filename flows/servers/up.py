@@ -217,7 +217,8 @@ def _port(variable: str, default: str, host: str | None) -> str:
 def _left() -> str:
     """Returns the ids of the processes in this folder that outlived their `make up`.
 
-    A process of a living `make up` has two ancestors that run this module: the supervisor, and honcho's fork of it.
+    A process has outlived its `make up` if fewer than two of its ancestors run this module. While `make up` lives, these two
+    are the supervisor and its fork by honcho.
     """
     mine = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     found = []

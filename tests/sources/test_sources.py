@@ -290,11 +290,11 @@ AMBIGUOUS = {
     ),
     "two held-out splits": (
         ["train/x", "val/y", "test/z"],
-        "images: test, val are all names of folders with held-out images; keep one of them, and move or merge the others",
+        "images: several folders hold held-out images: test, val; keep one, and merge the others into it or move them out",
     ),
     "two training splits": (
         ["train/x", "Train/y"],
-        "images: Train, train are all names of folders with training images",
+        "images: several folders hold training images: Train, train; keep one",
     ),
     "test alone": (["test/x"], "images: no training images: all lie in test; put training images into a folder train"),
 }

@@ -4,18 +4,19 @@ A challenger wins in two cases:
 
 - The challenger is better: the interval of the difference between the two scores excludes 0, in favour of the challenger.
 - The challenger is much cheaper, and not inferior to the best champion so far. Much cheaper: the champion takes at least
-  `promotion.fewer_evaluations` times as many network evaluations. Not inferior: even at the unfavourable end of the interval, the
-  challenger is worse by at most the non-inferiority margin, the share `promotion.margin` of the best champion's score.
+  `promotion.fewer_evaluations` times as many network evaluations. Not inferior: even at the unfavourable end of the interval,
+  the challenger is worse by at most the non-inferiority margin, the share `promotion.margin` of the best champion's score.
 
-The second case does not compare with the present champion, because a series of cheaper challengers could then worsen the score
-bit by bit.
+The second case takes the score of the best champion, not of the present one. Otherwise, a series of cheaper challengers could
+worsen the score bit by bit.
 
-Each judge, a further score named in `promotion.judges`, can refuse a challenger that would win. In this score, the challenger
-must not be worse than the champion by more than the margin.
+Each judge, a further score named in `promotion.judges`, can refuse a challenger that would win. The judge refuses if the
+challenger, at the unfavourable end of the interval, is worse than the present champion by more than the margin. Here the margin
+is a share of that champion's score by the judge.
 
-The challenger was picked as the best of several points, so its score looks good partly by chance. The intervals of this score
-therefore hold for all these points together (Dunnett 1955). If the images of both models start from the same noise, two scores
-are compared in pairs of images.
+The challenger was picked from several points by the headline score, so this score looks good partly by chance. The
+intervals of the headline score's differences therefore hold for all these points together (Dunnett 1955). If both models start
+their images from the same noise, the comparison is paired, image by image.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Judged:
-    """A point's score by a judge: a metric named in evaluation.judges, with another extractor than the headline score.
+    """A point's score by a judge: a metric named in evaluation.judges, with another extractor or layer than the headline score.
 
     extractor_sha256: the hash of the weights of the judge's extractor.
     """

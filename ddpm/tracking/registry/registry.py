@@ -180,7 +180,7 @@ class Challenger:
     Args:
         name: the name of the registered model.
         point: the best point: a schedule, a sampler and a number of steps.
-        settings: the options of the sampler, `steps` and `clip`.
+        settings: the options of the sampler, plus `steps` and `clip`.
         seed: the seed of the noise from which the images start.
         scores: all scores of the point.
         score: the headline score with its influence values.
@@ -270,7 +270,9 @@ def _challenger(params: Params, root: Path) -> Challenger:
 
 
 def _report_scores(root: Path, protocol: Protocol) -> list[Estimate]:
-    """Reads the scores of all points of the report. Raises InputError if a point was scored under another protocol."""
+    """Reads the scores of all points of the report.
+    Raises InputError if the report is incomplete, or if a point was scored under another protocol.
+    """
     best, rows = read_report(root)
     if len(rows) != best.points:
         raise InputError(
@@ -550,7 +552,8 @@ def _score_or_rescore(
     changed = f"no score by {', '.join(lacking)} with the same weights" if lacking else _changed(version, protocol)
     if rescore is None:
         raise InputError(
-            f"{title} has no comparable score ({changed}); use `ddpm promote`, with --replace to skip the comparison"
+            f"{title} has no comparable score ({changed}); `ddpm promote` scores the version again,"
+            " `ddpm promote --replace` skips the comparison"
         )
     say(f"promote: scoring the {title} again: {changed}")
     return _score_again(target, version, protocol, seed, rescore)
