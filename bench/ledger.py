@@ -443,6 +443,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60, help="time limit of this command, roughly")
     parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "curves" / f"{NAME}-ledger")
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
+    parser.add_argument("--pictures", type=Path, default=PICTURES)
     options = parser.parse_args(arguments)
     models = list(work())
     if unknown := [name for name in options.names if name not in {model.side for model in models}]:
@@ -454,8 +455,8 @@ def main(arguments: list[str] | None = None) -> int:
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     params, _ = load_prepared(NAME, *where[:2])
     about |= {"layer": bench.layer, "images": bench.count, "point": params.points()[-1].name, "winner": WINNER}
-    about["machine"] = harness.machine("cpu", params.training.threads)
-    torch.set_num_threads(params.training.threads)
+    about["machine"] = harness.machine("cpu", threads=1)
+    torch.set_num_threads(1)
 
     wanted = [model for model in models if not options.names or model.side in (RECIPE, *options.names)]
     measure_paces(bench, {model.side: model.change for model in wanted}, about, path)
@@ -479,7 +480,7 @@ def main(arguments: list[str] | None = None) -> int:
                     print(f"  {model.phase}, {model.side}, {model.key}: {said}", flush=True)
                 add_differences(about, options.state)
                 course.write_json(path, about)
-                draw(about, PICTURES / "ledger.png")
+                draw(about, options.pictures / "ledger.png")
         if time.monotonic() > until:
             break
     else:
