@@ -368,10 +368,11 @@ def promote(
     ] = False,
     rollback: Annotated[bool, typer.Option("--rollback", help="Restore the previous champion instead.")] = False,
 ) -> None:
-    """Register the best point of the report as ddpm-DATASET, and make it the champion if it beats the present champion.
+    """Register the best point of the report as ddpm-DATASET and make it the champion, if it beats the present champion.
 
     The point wins if its score is significantly better than the champion's. A point that takes far fewer network evaluations
-    also wins if its score is, with the same confidence, nearly as good as that of the best champion so far.
+    also wins if its score is, with the same confidence, nearly as good as that of the best champion so far. Without a champion,
+    the point wins.
     """
     from ddpm import tracking
 
@@ -445,7 +446,8 @@ def run(
         str, typer.Option(help="A name in recipes/, or the path of a recipe. The recipe replaces params.yaml first.")
     ] = "",
     promote: Annotated[
-        bool, typer.Option("--promote/--no-promote", help="Register the model of the best point in MLflow.")
+        bool,
+        typer.Option("--promote/--no-promote", help="Make the best point the champion if it beats the present one."),
     ] = True,
     until_flat: Annotated[
         bool,

@@ -455,7 +455,7 @@ class Schedule:
 
     @property
     def origin(self) -> dict[str, str]:
-        """The entry `base`, or {} if it is not set. Of this row, a training depends on `base`, noise schedule and seed only."""
+        """The entry `base`, or {} if it is not set. A training depends only on this row's `base`, noise schedule and seed."""
         return {} if self.base is None else {"base": self.base}
 
 
@@ -493,7 +493,7 @@ class Promotion:
         confidence: the confidence of the intervals of differences.
         fewer_evaluations: a challenger without a better score wins only if it takes this many times fewer network evaluations.
         margin: how much worse than the best champion so far such a challenger may be, as a share of that champion's score.
-            For `judges`, how much worse than the present champion any challenger may be, as a share of its score.
+            For `judges`, how much worse than the present champion any challenger may be, as a share of the champion's score.
         judges: entries of evaluation.judges, which are further scores. In each of them, a challenger must not be worse than
             the present champion by more than `margin`.
     """
@@ -533,7 +533,7 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A point of the sweep: schedule, sampler and steps. Stages, files, task runs and MLflow runs are named after the point."""
+    """A point of the sweep: schedule, sampler and steps. DVC stages, files and task runs are named after the point."""
 
     schedule: str
     sampler: str

@@ -32,7 +32,7 @@ def main(
         list[str] | None,
         typer.Option("--set", "-S", metavar="KEY=VALUE", help="Changes a parameter, such as training.steps=200."),
     ] = None,
-    promote: Annotated[bool, typer.Option(help="Register the model of the best point in MLflow.")] = True,
+    promote: Annotated[bool, typer.Option(help="Make the best point the champion if it beats the present one.")] = True,
     until_flat: Annotated[
         bool,
         typer.Option(

@@ -134,8 +134,8 @@ def train_eval(
     Args:
         recipe: a name in recipes/ or a path. The recipe first replaces params.yaml.
         overrides: KEY=VALUE each, such as training.steps=200. They are written into params.yaml.
-        promote: register the model of the best point of the sweep in MLflow. The point becomes champion if it wins by the rules
-            of `promotion` in params.yaml.
+        promote: compare the best point of the sweep with the champion. If the point wins by the rules of `promotion` in
+            params.yaml, its model is registered in MLflow and becomes champion.
         hosts: where the stages of a matrix run, compute.slots at a time. With false they run in this checkout, with true on the
             workers of the pool `hosts`, and with an address such as tcp://scheduler:8786 on a Dask cluster.
     """

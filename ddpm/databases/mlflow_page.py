@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def chart(experiment: str) -> str:
-    """Returns the part of the address from `#` on. The chart shows all points of the sweep.
+    """Returns the address of MLflow's chart of all points of an experiment, from `#` on.
 
     The parameter `workflowType` selects MLflow's pages for model training. MLflow 3.17 has no experiment tag that does this.
 

@@ -132,7 +132,7 @@ def _x0_weights(used: Past, now: Level, to: Level) -> list[float]:
     """Returns the weight of each past x0_hat in a step, for `extrapolated`.
 
     The weights average the polynomial through all x0_hats over the step with the density e^u, where u = lambda - now.lam.
-    With one past x0_hat, a step of at most REACH is that of DPM-Solver++ 2M.
+    With one past x0_hat, a step of at most REACH is that of DPM-Solver++ 2M instead.
     """
     h, past_lams = to.lam - now.lam, [level.lam - now.lam for level, _ in used]
     if len(past_lams) == 1:

@@ -88,9 +88,10 @@ def difference(a: Estimate, b: Estimate) -> Difference:
 
 
 def may_be_best(scores: Sequence[Estimate], direction: int, confidence: float = CONFIDENCE) -> list[bool]:
-    """Returns for each score whether it may be the best. For the truly best score this is True with probability `confidence`.
+    """Returns for each score whether it may be the best.
 
-    See `compared_with_best`, which has the same arguments.
+    For the truly best score, this is True with a probability of `confidence` or more. See `compared_with_best`,
+    which has the same arguments.
     """
     return compared_with_best(scores, direction, confidence)[0]
 

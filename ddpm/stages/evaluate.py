@@ -5,7 +5,7 @@ samples are compared with the same number of training images, the reference imag
 all of them are used. The reference images are chosen at random with a fixed seed, independent of `params.seed`.
 
 One pass of `evaluation.extractor` over these images computes the features of all metrics except the judges. A judge is a metric
-with an extractor of its own. Each judge in `evaluation.judges` takes one more pass over the same images.
+with an extractor or a layer of its own. Each judge in `evaluation.judges` takes one more pass over the same images.
 
 NAME_low and NAME_high are the ends of the confidence interval of the score NAME. The interval covers the mean score over sample
 sets of the same model and size, against the same reference images.

@@ -307,7 +307,7 @@ def _unreachable(where: Place, advice: str, why: str = "") -> str:
 def plain_errors(where: Place, advice: str = PUBLISH_LATER) -> Iterator[None]:
     """Turns errors of MLflow, the server, the database, S3 or the disk into a one-line InputError.
 
-    advice: the end of the message if the store or S3 fails, which tells the user what to do.
+    advice: the end of the message if the store cannot be reached or S3 fails. It tells the user what to do.
     """
     import_mlflow()
     from mlflow.exceptions import MlflowException

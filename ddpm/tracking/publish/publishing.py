@@ -291,7 +291,7 @@ def _curve_metrics(values: Mapping[str, Mapping[int, float]], last: int, start: 
 
 
 def _by_time_metrics(table: Path, end: int) -> list[Metric]:
-    """Returns the losses at each network time t as MLflow metrics, whose step is t."""
+    """Returns the losses in each range of network times as MLflow metrics. Their step is the middle of the range."""
     from mlflow.entities import Metric
 
     return [

@@ -271,6 +271,7 @@ def _challenger(params: Params, root: Path) -> Challenger:
 
 def _report_scores(root: Path, protocol: Protocol) -> list[Estimate]:
     """Reads the scores of all points of the report.
+
     Raises InputError if the report is incomplete, or if a point was scored under another protocol.
     """
     best, rows = read_report(root)
