@@ -10,14 +10,15 @@ all, and resumes where it stopped. It
 - scores the recipe and the winner once more, as papers do: layer 2048, 5,000 images (`large`);
 - trains the winner for an hour of two cores (`hour`), and draws its images as a grid.
 
-Two trainings run side by side, each with one thread. All models are sampled from the same noise, by the sampler and steps of the
-recipe's last point. So each score is compared with the recipe's image by image. The results are
+Two trainings run side by side, each with one thread; `hour` has both cores. All models are sampled from the same noise, by the
+sampler and steps of the recipe's last point. So each score is compared with the recipe's image by image. The results are
 bench/results/ledger-cifar10-cpu.json; `python -m bench.page` writes docs/ledger.md from this file.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import statistics
@@ -25,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby, product
@@ -46,6 +48,7 @@ from ddpm.scores import fidelity, inception, intervals
 from ddpm.scores.intervals import Estimate
 
 NAME = "cifar10-cpu"
+RESULT = f"ledger-{NAME}.json"
 RECIPE = "as it is"  # the row of CHANGES with which the others are compared
 # Each row changes one setting of the recipe or of its network.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -174,7 +177,8 @@ class Bench:
         recipe: the recipe that rows change.
         images: the training images, uint8 [N, C, H, W].
         test: test images for `error`.
-        row: arguments of `ddpm.sample`.
+        point: the name of the recipe's last point.
+        row: arguments of `ddpm.sample` for this point.
         layer: the layer of Inception whose features are compared.
         count: the number of samples.
         state: the folder that keeps unfinished work.
@@ -185,6 +189,7 @@ class Bench:
     recipe: Recipe
     images: torch.Tensor
     test: torch.Tensor
+    point: str
     row: dict[str, Any]
     layer: int
     count: int
@@ -218,6 +223,8 @@ class Bench:
 
 def train(training: Training, steps: int, folder: Path, until: float) -> None:
     """Trains up to a step. Raises OutOfTime at `until`; the training is saved then."""
+    if training.step > steps:
+        raise SystemExit(f"{folder}: trained for {training.step} steps already, beyond {steps}; remove this folder")
     training.steps = steps
     for _ in training.advance():
         if time.monotonic() > until:
@@ -250,7 +257,11 @@ def pace(bench: Bench, side: str, change: dict[str, Any]) -> dict[str, float]:
         ratio, low, high: median and range of the row's time over the recipe's of the same turn. recipe: median processor seconds
         of the recipe's step.
     """
-    trainings = [made(bench, *row, 0, bench.state / "pace") for row in ((RECIPE, {}), (side, change))]
+    rows = (
+        (RECIPE, {"learning_rate": 0.0}),
+        (side, {**change, "learning_rate": 0.0}),
+    )  # without learning, no loss diverges
+    trainings = [made(bench, *row, 0, bench.state / "pace") for row in rows]
     turns = [training.advance() for training in trainings]
     seconds: list[list[float]] = [[], []]
     for number in range(ROUNDS + 1):
@@ -267,21 +278,30 @@ def pace(bench: Bench, side: str, change: dict[str, Any]) -> dict[str, float]:
 def steps_for(about: dict[str, Any], model: Model) -> int:
     """Returns how many steps take the model's processor seconds on this machine when nothing slows it."""
     if harness.TINY:
-        return 10
-    return max(1, round(model.seconds / (about["step_seconds"] * about["pace"][model.side]["ratio"])))
+        return model.seconds // 30
+    ratio = 1.0 if model.side == RECIPE else about["pace"][model.side]["ratio"]
+    return max(1, round(model.seconds / (about["step_seconds"] * ratio)))
 
 
 def measure(bench: Bench, model: Model, steps: int) -> dict[str, Any]:
-    """Trains and scores one model. Keeps the score in a file of `Bench.state`, for `compared`. Raises OutOfTime."""
+    """Trains and scores one model. Raises OutOfTime.
+
+    Keeps the row and the score in files of `Bench.state`, for repeated calls and for `compared`.
+    """
+    path = model.kept(bench.state)
+    done = path.with_suffix(".json")
+    if done.exists() and (row := json.loads(done.read_text(encoding="utf-8")))["steps"] == steps:
+        return dict(row)
     longer = f"-{model.seconds}" if descends(model.side, model.change) else ""
-    folder = bench.state / f"{model.side}-{model.seed}{longer}".replace(" ", "-")
+    folder = bench.state / f"{model.name}-{model.seed}{longer}"
     training = made(bench, model.side, model.change, model.seed, folder)
     train(training, steps, folder, bench.until)
     denoiser, scored = training.denoiser(), folder / f"{model.phase}-{model.seconds}"
     score = bench.score(denoiser, scored, model.layer or bench.layer, model.count or bench.count)
     low, high = score.interval()
-    row: dict[str, Any] = {
+    row = {
         "steps": steps,
+        "processor_seconds": training.processor,
         "parameters": training.parameters,
         "error": error(denoiser, bench.test),
         "fid": score.value,
@@ -289,7 +309,6 @@ def measure(bench: Bench, model: Model, steps: int) -> dict[str, Any]:
         "high": high,
     }
     assert score.influence is not None
-    path = model.kept(bench.state)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.npz")
     np.savez(temporary, value=score.value, error=score.error, influence=score.influence)
@@ -298,13 +317,14 @@ def measure(bench: Bench, model: Model, steps: int) -> dict[str, Any]:
         shape = tuple(bench.images.shape[1:])
         drawn = course.draw_images(denoiser, shape, range(GRID), bench.row, "cpu")
         arrays.write_png(PICTURES / "ledger-grid.png", arrays.grid(drawn, 20))
+    course.write_json(done, row)
     shutil.rmtree(folder if model.phase == "screening" and model.side != RECIPE else scored)
     return row
 
 
 def compared(model: Model, state: Path) -> dict[str, float] | None:
     """Returns the difference of a model's FID from the recipe's of the same phase, seed and time, if both are kept."""
-    paths = model.kept(state), replace(model, side=RECIPE).kept(state)
+    paths = model.kept(state), replace(model, side=RECIPE, change={}).kept(state)
     if model.side == RECIPE or not all(path.exists() for path in paths):
         return None
     scores = []
@@ -332,9 +352,15 @@ class Model:
     def key(self) -> str:
         return f"{self.seed}, {self.seconds} s"
 
+    @property
+    def name(self) -> str:
+        """The name of the model's files: the side, and a hash of the change."""
+        digest = hashlib.sha256(json.dumps(self.change, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.side.replace(' ', '-')}-{digest}"
+
     def kept(self, state: Path) -> Path:
         """The file of the score."""
-        return state / "scores" / f"{self.phase}-{self.side}-{self.seed}-{self.seconds}.npz".replace(" ", "-")
+        return state / "scores" / f"{self.phase}-{self.name}-{self.seed}-{self.seconds}.npz"
 
 
 def work() -> Iterator[Model]:
@@ -357,7 +383,8 @@ def draw(about: dict[str, Any], path: Path) -> None:
     for side, rows in about.get("curves", {}).items():
         by_time: dict[str, list[dict[str, float]]] = {}
         for key, row in rows.items():
-            by_time.setdefault(key.partition(", ")[2], []).append(row)
+            if "failed" not in row:
+                by_time.setdefault(key.partition(", ")[2], []).append(row)
         lines[side] = [
             {
                 "minutes": float(time.removesuffix(" s")) / 60,
@@ -382,6 +409,7 @@ def bench_of(images: Path | None, state: Path, until: float) -> Bench:
         recipe_of_params(params, point.schedule, tuple(dataset.train.shape[1:])),
         torch.from_numpy(np.array(dataset.train)),
         torch.from_numpy(np.array(dataset.test[:256])),
+        point.name,
         {**params.samplers[point.sampler].options(), "steps": point.steps},
         scoring.layer,
         scoring.images,
@@ -393,44 +421,112 @@ def bench_of(images: Path | None, state: Path, until: float) -> Bench:
 def measure_in_turn(
     images: Path | None, state: Path, until: float, models: list[tuple[Model, int]]
 ) -> list[tuple[Model, dict[str, Any]]]:
-    """Measures models one after another in this process, with one thread. Returns the rows that are done at `until`."""
-    torch.set_num_threads(1)
-    rows = []
+    """Measures models one after another in this process. Returns the rows that are done at `until`.
+
+    A training whose loss is not finite gives the row {"failed": MESSAGE}.
+    """
+    rows: list[tuple[Model, dict[str, Any]]] = []
     for model, steps in models:
+        torch.set_num_threads(2 if model.phase == "hour" else 1)
         try:
             if time.monotonic() > until:
                 raise OutOfTime
             rows.append((model, measure(bench_of(images, state, until), model, steps)))
         except OutOfTime:
             break
+        except SystemExit as error:
+            rows.append((model, {"failed": str(error)}))
     return rows
 
 
-def measure_paces(bench: Bench, rows: dict[str, dict[str, Any]], about: dict[str, Any], path: Path) -> None:
-    """Measures the paces that `about` lacks. rows: the changes by their sides. path: the file of the results."""
+def forget(about: dict[str, Any]) -> None:
+    """Removes the rows and paces of changes that are not those of `work`."""
+    known = about.setdefault("changes", {})
+    current = json.loads(json.dumps({model.side: model.change for model in work()}))  # tuples become lists
+    for side in [side for side, change in known.items() if current.get(side) != change]:
+        for phase in ("pace", "screening", "curves", "large", "hour"):
+            about.get(phase, {}).pop(side, None)
+    about["changes"] = current
+
+
+def measure_paces(bench: Bench, about: dict[str, Any], path: Path) -> None:
+    """Measures the paces that `about` lacks. path: the file of the results."""
     paces = about.setdefault("pace", {})
-    for side, change in rows.items():
-        if side not in paces:
+    for side, change in {model.side: model.change for model in work()}.items():
+        if side != RECIPE and side not in paces:
             paces[side] = harness._short(pace(bench, side, change))
             course.write_json(path, about)
             print(f"  {side}: a step takes {paces[side]['ratio']:.3f} times the recipe's", flush=True)
     about.setdefault("step_seconds", min(found["recipe"] for found in paces.values()))
+    course.write_json(path, about)
 
 
 def record(about: dict[str, Any], model: Model, row: dict[str, Any]) -> None:
-    """Adds a row to the results, in the order of `work`."""
-    sides = list(dict.fromkeys(other.side for other in work()))
+    """Adds a row to the results. Rows are sorted as in `work`."""
     rows = about.setdefault(model.phase, {})
     rows.setdefault(model.side, {})[model.key] = harness._short(row)
-    about[model.phase] = dict(sorted(rows.items(), key=lambda item: sides.index(item[0])))
+    order = [(other.side, other.key) for other in work() if other.phase == model.phase]
+    about[model.phase] = {
+        side: {key: rows[side][key] for other, key in order if other == side and key in rows[side]}
+        for side in dict.fromkeys(side for side, _ in order)
+        if side in rows
+    }
 
 
 def add_differences(about: dict[str, Any], state: Path) -> None:
     """Adds the differences from the recipe to the rows."""
     for model in work():
         row = about.get(model.phase, {}).get(model.side, {}).get(model.key)
-        if row and (difference := compared(model, state)):
+        if row and "failed" not in row and (difference := compared(model, state)):
             row["difference"] = harness._short(difference)
+
+
+def missing(about: dict[str, Any], names: list[str]) -> list[Model]:
+    """Returns the models without a row. names: the sides to measure besides the recipe; [] for all."""
+    return [
+        model
+        for model in work()
+        if (not names or model.side in (RECIPE, *names))
+        and model.key not in about.get(model.phase, {}).get(model.side, {})
+    ]
+
+
+def measure_phase(
+    where: tuple[Path | None, Path, float], models: list[Model], about: dict[str, Any], options: argparse.Namespace
+) -> None:
+    """Measures models of one phase, options.jobs at a time, and writes each row to the results.
+
+    If a process fails, the others go on, and the first error is raised at the end.
+
+    Args:
+        where: arguments of `bench_of`.
+        models: the models to measure.
+        about: the results, changed in place.
+        options: the options of the command.
+    """
+    bench = bench_of(*where)
+    with suppress(OutOfTime):
+        bench.real(
+            models[0].layer or bench.layer, models[0].count or bench.count
+        )  # so that no two trainings compute them
+    tasks: dict[tuple[str, int], list[tuple[Model, int]]] = {}
+    for model in models:
+        tasks.setdefault((model.side, model.seed), []).append((model, steps_for(about, model)))
+    errors: list[BaseException] = []
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(measure_in_turn, *where, task) for task in tasks.values()]):
+            if error := done.exception():
+                errors.append(error)
+                continue
+            for model, row in done.result():
+                record(about, model, row)
+                said = row.get("failed") or f"FID {row['fid']:.4g}, {row['steps']:,} steps"
+                print(f"  {model.side}, {model.key}: {said}", flush=True)
+            add_differences(about, options.state)
+            course.write_json(options.out / RESULT, about)
+            draw(about, options.pictures / "ledger.png")
+    if errors:
+        raise errors[0]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -445,48 +541,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     parser.add_argument("--pictures", type=Path, default=PICTURES)
     options = parser.parse_args(arguments)
-    models = list(work())
-    if unknown := [name for name in options.names if name not in {model.side for model in models}]:
-        parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(sorted({m.side for m in models}))}")
+    sides = {model.side for model in work()}
+    if unknown := [name for name in options.names if name not in sides]:
+        parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(sorted(sides))}")
     until = time.monotonic() + options.minutes * 60
     where = (options.images, options.state, until)
     bench = bench_of(*where)
-    path = options.out / f"ledger-{NAME}.json"
+    path = options.out / RESULT
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    params, _ = load_prepared(NAME, *where[:2])
-    about |= {"layer": bench.layer, "images": bench.count, "point": params.points()[-1].name, "winner": WINNER}
-    about["machine"] = harness.machine("cpu", threads=1)
+    here = harness.machine("cpu", threads=1)
+    if about and about["machine"]["hardware"] != here["hardware"]:
+        parser.error(f"{path} holds the rows of another machine, whose paces differ; name another folder with --out")
+    about |= {"layer": bench.layer, "images": bench.count, "point": bench.point, "machine": here}
     torch.set_num_threads(1)
+    forget(about)
+    measure_paces(bench, about, path)
 
-    wanted = [model for model in models if not options.names or model.side in (RECIPE, *options.names)]
-    measure_paces(bench, {model.side: model.change for model in wanted}, about, path)
-    left = [model for model in wanted if model.key not in about.get(model.phase, {}).get(model.side, {})]
-    for _, group in groupby(left, lambda model: model.phase):
-        found = list(group)
-        try:
-            bench.real(
-                found[0].layer or bench.layer, found[0].count or bench.count
-            )  # so that no two trainings compute them
-        except OutOfTime:
-            break
-        tasks: dict[tuple[str, int], list[tuple[Model, int]]] = {}
-        for model in found:
-            tasks.setdefault((model.side, model.seed), []).append((model, steps_for(about, model)))
-        with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
-            for done in as_completed([pool.submit(measure_in_turn, *where, task) for task in tasks.values()]):
-                for model, row in done.result():
-                    record(about, model, row)
-                    said = f"FID {row['fid']:.4g}, {row['steps']:,} steps"
-                    print(f"  {model.phase}, {model.side}, {model.key}: {said}", flush=True)
-                add_differences(about, options.state)
-                course.write_json(path, about)
-                draw(about, options.pictures / "ledger.png")
-        if time.monotonic() > until:
-            break
-    else:
-        print("complete")
-        return 0
-    print("out of time; repeat the command to continue")
+    for phase, group in groupby(missing(about, options.names), lambda model: model.phase):
+        if time.monotonic() < until:
+            print(f"{phase}:", flush=True)
+            measure_phase(where, list(group), about, options)
+    print("out of time; repeat the command to continue" if missing(about, options.names) else "complete")
     return 0
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Mapping
@@ -361,7 +362,11 @@ def _ledger_rows(rows: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     for name, found in rows.items():
         times: dict[int, list[dict[str, Any]]] = {}
         for key, row in found.items():
-            times.setdefault(int(key.partition(", ")[2].removesuffix(" s")), []).append(row)
+            seconds = int(key.partition(", ")[2].removesuffix(" s"))
+            if "failed" in row:
+                cells.append((seconds, math.inf, f"| {name} | {seconds} |  |  |  | failed: {row['failed']} |  |"))
+            else:
+                times.setdefault(seconds, []).append(row)
         for seconds, seeds in times.items():
             fids = [row["fid"] for row in seeds]
             mean = statistics.fmean(fids)

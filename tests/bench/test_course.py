@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import cifar10, course, curves, ledger, page
+from bench import cifar10, course, curves, harness, ledger, page
 from bench.course import Course, Recipe
 from bench.peers import PEERS
 from ddpm import Denoiser, NoiseSchedule
@@ -155,6 +155,48 @@ def test_a_curve_goes_on_and_is_drawn(tmp_path: Path) -> None:
     before = (tmp_path / "curve-smoke.png").read_bytes()
     curves.main(["draw", *places])
     assert (tmp_path / "curve-smoke.png").read_bytes() == before  # the same content gives the same bytes
+
+
+@pytest.mark.proof
+def test_the_ledger_resumes_and_measures_changed_rows_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row that diverges fails alone. A new state gives the same rows, and a changed row leaves the others as they are."""
+    monkeypatch.setenv("BENCH_TINY", "1")  # for the trainings' processes
+    monkeypatch.setattr(harness, "TINY", True)
+    monkeypatch.setattr(ledger, "PEERS", {})
+    for name, value in (("ROUNDS", 1), ("SEEDS", 1), ("REPLICATES", 1), ("LARGE", (64, 20))):
+        monkeypatch.setattr(ledger, name, value)
+    rows = {ledger.RECIPE: {}, "eps": {"target": "eps"}, "broken": {"learning_rate": 1e30}}
+    monkeypatch.setattr(ledger, "CHANGES", rows)
+    (tmp_path / "data").mkdir()
+    write_zip(tmp_path / "data/train.zip", "train", noise(40, 32))
+    write_zip(tmp_path / "data/test.zip", "test", noise(8, 32))
+
+    def run(state: str, minutes: float = 10, *names: str) -> dict[str, Any]:
+        places = ["--images", str(tmp_path / "data"), "--state", str(tmp_path / state), "--out", str(tmp_path / state)]
+        ledger.main([*names, "--minutes", str(minutes), *places, "--pictures", str(tmp_path)])
+        return dict(json.loads((tmp_path / state / ledger.RESULT).read_text()))
+
+    assert "screening" not in run("stopped", 0)
+    assert capsys.readouterr().out.endswith("out of time; repeat the command to continue\n")
+    run("stopped", 10, ledger.RECIPE)
+    stopped, whole = run("stopped"), run("whole")
+    assert capsys.readouterr().out.endswith("complete\n")
+    assert "the loss is nan" in whole["screening"]["broken"]["0, 300 s"]["failed"]
+    assert set(whole["curves"][ledger.RECIPE]) == {"0, 300 s", "0, 600 s", "0, 900 s"}
+    for about in (stopped, whole):
+        for phase in ("screening", "curves", "large"):
+            for found in about[phase].values():
+                for row in found.values():
+                    row.pop("processor_seconds", None)
+    assert all(stopped[phase] == whole[phase] for phase in ("screening", "curves", "large"))
+    monkeypatch.setattr(ledger, "CHANGES", {**rows, "eps": {"target": "x0"}})
+    changed = run("whole")
+    assert changed["screening"]["eps"]["0, 300 s"]["fid"] != whole["screening"]["eps"]["0, 300 s"]["fid"]
+    assert (
+        changed["screening"][ledger.RECIPE]["0, 300 s"]["fid"] == whole["screening"][ledger.RECIPE]["0, 300 s"]["fid"]
+    )
 
 
 def test_the_error_of_the_ledger_is_that_of_the_best_guess() -> None:
