@@ -257,11 +257,9 @@ def pace(bench: Bench, side: str, change: dict[str, Any]) -> dict[str, float]:
         ratio, low, high: median and range of the row's time over the recipe's of the same turn. recipe: median processor seconds
         of the recipe's step.
     """
-    rows = (
-        (RECIPE, {"learning_rate": 0.0}),
-        (side, {**change, "learning_rate": 0.0}),
-    )  # without learning, no loss diverges
-    trainings = [made(bench, *row, 0, bench.state / "pace") for row in rows]
+    still = {"learning_rate": 0.0}  # so that no loss diverges
+    rows: list[tuple[str, dict[str, Any]]] = [(RECIPE, still), (side, {**change, **still})]
+    trainings = [made(bench, name, changed, 0, bench.state / "pace") for name, changed in rows]
     turns = [training.advance() for training in trainings]
     seconds: list[list[float]] = [[], []]
     for number in range(ROUNDS + 1):
