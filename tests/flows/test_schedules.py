@@ -64,7 +64,7 @@ def all_runs(up: Any) -> set[str]:
 def test_a_schedule_starts_runs_is_paused_kept_by_deploy_and_resumed(up: Any) -> None:
     assert "Created" in schedule(up, "create", "--interval", "20")
     run = scheduled_run(up, set())
-    assert run["name"] == "digits" and run["run_count"] == 1
+    assert run["name"] == "mnist" and run["run_count"] == 1
 
     (made,) = schedules(up)
     schedule(up, "pause", made["id"])
@@ -93,7 +93,7 @@ def test_of_two_runs_queued_at_once_the_second_waits_at_prefect(up: Any) -> None
     (up.scratch.root / "go").touch()
     one, two = (ended(up, run) for run in (first, second))
     assert one["end_time"] <= two["start_time"]
-    assert (one["name"], two["name"]) == ("digits training.steps=31", "digits training.steps=32")
+    assert (one["name"], two["name"]) == ("mnist training.steps=31", "mnist training.steps=32")
     assert "steps: 32" in (up.scratch.root / "params.yaml").read_text()
     up.scratch.control()
 

@@ -45,10 +45,11 @@ def start(root: Path, empty_database: Path) -> Iterator[Start]:
     Fails if a process is left at the end.
     """
     started = []
+    store = shutil.copyfile(empty_database, root / "mlflow.db")
 
     def begin(*command: str, at: Path = root, **variables: str) -> subprocess.Popen[str]:
         command = command or (sys.executable, "-m", "ddpm", "train", "cosine")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{empty_database}"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{store}"}
         environment |= {"OMP_NUM_THREADS": "1", "RANKS_OF": str(root), **variables}
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen(command, cwd=at, env=environment, **pipes))

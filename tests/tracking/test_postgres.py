@@ -82,13 +82,15 @@ def test_mlflow_on_postgresql(
     client = MlflowClient(tracking.tracking_uri())
     experiment = client.get_experiment_by_name("ddpm-digits")
     champion = client.get_model_version_by_alias("ddpm-digits", "champion")
-    runs = client.search_runs([experiment.experiment_id])
-    assert champion.run_id in {run.info.run_id for run in runs}
-    for run in runs:
-        client.delete_run(run.info.run_id)
-    for item in tracking.unreferenced(time.time() + 60, checkout):
-        item.remove()
+    runs = {run.info.run_id for run in client.search_runs([experiment.experiment_id])}
+    assert champion.run_id in runs
+    for run in runs - {champion.run_id}:
+        client.delete_run(run)
+    uri = f"postgresql+psycopg://{postgres}/mlflow"
+    gc = ["gc", "--backend-store-uri", uri, "--tracking-uri", uri, "--run-ids", ",".join(runs - {champion.run_id})]
+    subprocess.run([sys.executable, "-m", "mlflow", *gc], check=True)
     kept = client.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)
+    assert [run.info.run_id for run in kept] == [champion.run_id]
     folder, _ = tracking.fetch_model("models:/ddpm-digits@champion", checkout / "fetched", checkout)
     assert (folder / "model.safetensors").read_bytes() == (checkout / "models/cosine/model.safetensors").read_bytes()
     assert not (checkout / "mlflow.db").exists()
