@@ -270,7 +270,7 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
 @dataclass(frozen=True)
 class Best:
-    """The content of best.json: the best point, which is the cheapest point surely within report.margin of the best score.
+    """The content of best.json: the best point of the sweep, chosen by `conclusions.choose`.
 
     Args:
         row: the best point and its scores, as in points.csv (see `conclusions.choose`).

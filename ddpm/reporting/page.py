@@ -204,8 +204,8 @@ def how_sure_of_schedules(trained: Sequence[Trainings]) -> str:
     if all(each.spread is None for each in trained):
         schedules = "Each schedule was" if len(trained) > 1 else "The schedule was"
         return (
-            f"{schedules} trained once, so the scores compare models. Another seed of the training may change their order. To"
-            " measure this effect, add rows of schedules that differ only in their seed."
+            f"{schedules} trained once, so a score describes one model, not its schedule. Another seed may change the order. To"
+            " measure this effect, add rows to `schedules` in params.yaml that differ only in `seed`."
         )
     sentences = [
         f"The scores of the {each.count} trainings of {each.schedule} have a standard deviation of {each.spread.value:.3g}"
@@ -334,7 +334,10 @@ def _training(params: Params, root: Path) -> Section:
         left.set(xlabel="optimiser step", ylabel="loss", title="training", yscale="log")
         _lines(right, by_time, "t", "loss_simple")
         right.set(
-            xlabel="network time t", ylabel="mean square error of eps", title="loss by network time", yscale="log"
+            xlabel="network time t",
+            ylabel="mean squared error of the prediction",
+            title="loss by network time",
+            yscale="log",
         )
         _finish(figure)
 
@@ -378,9 +381,9 @@ def _likelihood(params: Params, root: Path) -> Section:
     def draw(figure: Any) -> None:
         left, right = panels(figure)
         _lines(left, curves, "rate", "distortion")
-        left.set(xlabel="rate (bits/dim)", ylabel="distortion (RMSE of 0 ... 255)", title="rate and distortion")
+        left.set(xlabel="rate (bits/dim)", ylabel="distortion (RMSE in grey levels)", title="rate and distortion")
         _lines(right, curves, "time", "rate")
-        right.set(xlabel="network time t (right: noise, left: image)", ylabel="bits/dim spent so far")
+        right.set(xlabel="network time t (right: noise, left: image)", ylabel="rate (bits/dim)")
         right.set_title("rate by network time")
         _finish(figure)
 
@@ -492,7 +495,8 @@ def verdict(in_pixels: Copying | None, in_features: Copying | None, suspects: Su
         return "Unknown: there are no unseen images to compare the samples with."
     near, compared = [space for space in z if z[space] > SIGNIFICANT_Z], " and ".join(z)
     if not near:
-        return f"No sign of memorising: by {compared}, samples lie no nearer to training images than unseen images do."
+        nearer = "samples lie not significantly nearer to training images than unseen images do"
+        return f"No sign of memorising: by {compared}, {nearer}."
     nearer = "samples lie nearer to training images than unseen images do"
     if len(near) == 2:
         return f"A strong sign of memorising: by {compared}, {nearer}."

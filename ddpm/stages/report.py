@@ -7,7 +7,8 @@ Among many points, the best score looks good partly by chance. So the page lists
 best one. With 95% confidence, the truly best point is among them (intervals.compared_with_best).
 
 "Best" is the cheapest point that is nearly as good as the truly best point. "Nearly" means with 95% confidence that its score is
-worse by at most `report.margin`, a share of the best score. The best point within a budget is chosen in the same way. The scores
+worse by at most `report.margin`, a share of the best score. If no point is proven to be that good, "best" is the point with the
+best score. The best point within a budget is chosen in the same way. The scores
 of two points are compared image by image, since image i of every point starts from the same noise.
 """
 
