@@ -205,7 +205,7 @@ def how_sure_of_schedules(trained: Sequence[Trainings]) -> str:
         schedules = "Each schedule was" if len(trained) > 1 else "The schedule was"
         return (
             f"{schedules} trained once, so a score describes one model, not its schedule. Another seed may change the order. To"
-            " measure this effect, add rows to `schedules` in params.yaml that differ only in `seed`."
+            " measure this effect, add rows to the section schedules of params.yaml that differ only in their seed."
         )
     sentences = [
         f"The scores of the {each.count} trainings of {each.schedule} have a standard deviation of {each.spread.value:.3g}"

@@ -168,7 +168,8 @@ def test_make_up_leaves_nothing_however_it_ends(end: str, tmp_path: Path) -> Non
     )
     (tmp_path / "folder").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "folder")}
-    command = [sys.executable, "-m", "flows.servers.up"]
+    # Under nohup, SIGHUP is ignored, by pytest's children too.
+    command = ["env", "--default-signal=HUP", sys.executable, "-m", "flows.servers.up"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = next(line for line in process.stdout if "started (pid=" in line)

@@ -132,7 +132,7 @@ def test_what_is_no_image_is_refused(images: np.ndarray, inception_cache: Path) 
 
 
 def test_an_unknown_layer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="64, 192, 768, 2048"):
+    with pytest.raises(ValueError, match="64, 192, 768, 2023, 2048"):
         inception.load(100, tmp_path)
 
 
