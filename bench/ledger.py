@@ -548,7 +548,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out / RESULT
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     here = harness.machine("cpu", threads=1)
-    if about and about["machine"]["hardware"] != here["hardware"]:
+    if about and any(about["machine"]["hardware"][key] != here["hardware"][key] for key in ("cpu", "cores")):
         parser.error(f"{path} holds the rows of another machine, whose paces differ; name another folder with --out")
     about |= {"layer": bench.layer, "images": bench.count, "point": bench.point, "machine": here}
     torch.set_num_threads(1)
