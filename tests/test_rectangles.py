@@ -123,7 +123,7 @@ def test_samples_are_upright_in_every_picture(walked: Path, params: Params) -> N
     assert min(slopes(images)) > 0.8
     np.testing.assert_array_equal(cells(walked / f"samples/{point.name}.png", 4), images)
     report_page = (walked / "report/index.html").read_text(encoding="utf-8")
-    assert page._strip(images[: page.SHOWN]) in report_page and "3×16×24" in report_page
+    assert page._strip(images[: page.SHOWN]) in report_page and "3 × 16 × 24" in report_page
     model = records.read_record(walked / "models/cosine/model.json")
     assert model["network"]["image_size"] == [HEIGHT, WIDTH] and model["data"]["shape"] == [3, HEIGHT, WIDTH]
 
