@@ -176,8 +176,8 @@ def _moves_without_files(file: Path, recorded: Path, used: bool, moved_from: set
         copied = _exists(recorded.parents[1] / file.name)  # otherwise the user may keep the artifacts in another place
         if copied and _exists(recorded):
             raise InputError(
-                f"{file} is a copy whose artifacts lie in {recorded.parent}; copy that folder to {here.parent} too, so that the"
-                " original's artifacts stay as they are"
+                f"{file} is a copy of a database whose artifacts lie in {recorded.parent}; copy this folder of artifacts to"
+                f" {here.parent} too"
             )
         return copied
     if used:

@@ -252,7 +252,7 @@ def _read_of_schedule(path: Path, schedule: str, kind: type[R]) -> R:
     """Reads a record. Raises InputError if the file is unusable or names another schedule."""
     record = records.read_typed(path, kind)
     if record.schedule != schedule:
-        raise InputError(f"{path}: belongs to schedule '{record.schedule}'; {records.REMEDY}")
+        raise InputError(f"{path}: belongs to schedule '{record.schedule}', not '{schedule}'; {records.REMEDY}")
     return record
 
 

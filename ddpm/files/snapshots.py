@@ -83,10 +83,11 @@ def write(root: Path, schedule: str, kept: Iterable[Path], last: tuple[int, Mapp
 
 
 def averaged(folder: Path, model: ModelRecord, length: float) -> dict[str, Tensor]:
-    """Returns an average of a model's weights with another length, computed from the snapshots.
+    """Returns the average of a model's weights with a given length, computed from the snapshots of the training.
 
     Args:
-        folder: the model's folder, models/SCHEDULE. The snapshots lie in snapshots/SCHEDULE beside it.
+        folder: the model's folder, models/SCHEDULE. The snapshots lie in snapshots/SCHEDULE, where snapshots/ is
+            the folder beside models/.
         model: the record of the model.
         length: the length of the average: the standard deviation of the averaged steps, as a share of the training.
 

@@ -243,7 +243,7 @@ def _down(
 
 
 def _up(stage: MakeStage, double: MakeResize, skips: list[int], levels: Levels, blocks: int) -> nn.ModuleList:
-    """Builds the layers of the way up, which has one more stage per resolution. See `_down`, which returns `skips`."""
+    """Builds the layers of the way up, with `blocks` + 1 stages per resolution. See `_down`, which also returns `skips`."""
     up, width = nn.ModuleList(), levels[-1][0]
     for level, (to, attend, residual) in reversed(list(enumerate(levels))):
         for _ in range(blocks + 1):

@@ -335,7 +335,7 @@ def _dropped(x: Tensor, first: int, seed: int, rate: float) -> Tensor:
 
     Args:
         x: any shape, in float32 or bfloat16.
-        first: index of the first element of x in the batch that all processes share.
+        first: offset of x's first element in the flattened batch of all processes together.
         seed: the seed of the mask.
         rate: the probability of a zero.
     """

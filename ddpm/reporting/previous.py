@@ -125,10 +125,11 @@ def _best(
 ) -> list[Gap]:
     """Compares the best points of both reports, if the scores can be compared.
 
-    The interval accounts for the fact that both points were picked as best. Returns [] if both are the same point.
+    Returns a list of one difference with its interval, or [] if both reports have the same best point. Each best point was
+    picked for its score, which may be good by chance. The interval is wide enough to allow for that.
 
     Args:
-        present, previous: the folders with the copies.
+        present, previous: the folders that hold copies of the new and the old report.
         new, old: the scores of both reports by point.
     """
     now, before = (read_report(folder)[0].row.point for folder in (present, previous))

@@ -67,7 +67,10 @@ def write_script(root: Path, parts: Mapping[str, str]) -> None:
 
 
 def run_records(root: Path, rows: Sequence[Row]) -> dict[str, RunRecord]:
-    """Reads the run files of all stages behind a report, by stage, such as sample@linear-ddim-50. Raises InputError."""
+    """Returns the run records of all stages behind a report, by the name of the stage, for example sample@linear-ddim-50.
+
+    Raises InputError if a run file is unusable.
+    """
     schedules = list(dict.fromkeys(row.schedule for row in rows))
     outputs = {"prepare": paths.dataset_dir()}
     outputs |= {f"train@{name}": paths.model_dir(name) for name in schedules}

@@ -67,7 +67,10 @@ def _fail(codes: dict[int, int], folder: Path) -> NoReturn:
     """
 
     def order(code: int) -> int:
-        """Returns a key to sort exit codes by, with the likeliest cause first: a signal, a user error, another error, SIGTERM."""
+        """Returns a sort key of an exit code: the lower the key, the more likely this process failed before the others.
+
+        The keys are 0 for any signal but SIGTERM, 1 for a user error, 2 for another error, and 3 for SIGTERM.
+        """
         if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
             return 3
         return 0 if code < 0 else 1 if code == 2 else 2

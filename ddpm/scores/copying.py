@@ -24,8 +24,9 @@ class Copying:
     """Tells how near samples are to the training images, compared with unseen images.
 
     Args:
-        closer: share of all pairs of a sample and an unseen image in which the sample is nearer to the training images:
-            0.5 if samples are as new as unseen images, 1 if all samples are copies.
+        closer: each sample and each unseen image has a distance to its nearest training image. This is the share of pairs of
+            a sample and an unseen image in which the sample's distance is smaller: 0.5 if samples are as new as unseen
+            images, 1 if all samples are copies.
         z: distance of `closer` from 0.5 in standard errors (the Mann-Whitney test).
         copies: number of samples at distance 0 from a training image.
     """

@@ -64,20 +64,20 @@ _HELD = {signal.SIGINT, signal.SIGTERM}  # signals held back while processes are
 
 # Messages.
 
-# The remedies for a fault: a setting, or else a repair of the file.
+# The remedies for a faulty file. {} stands for the files.
 CONVERT = "data.convert: true converts {}"
 FIT = "data.size and data.fit give {} one size"
-BROKEN = "repair or remove {}"
+REPAIR = "repair or remove {}"
 
 
 def advice(remedies: Sequence[str], some_left: bool) -> str:
     """Returns advice about faulty files.
 
     Args:
-        remedies: the remedy for each faulty file: CONVERT, FIT or BROKEN.
+        remedies: the remedy for each faulty file: CONVERT, FIT or REPAIR.
         some_left: whether there are usable files too, so that leaving out the faulty files helps.
     """
-    found = [remedy for remedy in (CONVERT, FIT, BROKEN) if remedy in remedies]
+    found = [remedy for remedy in (CONVERT, FIT, REPAIR) if remedy in remedies]
     steps = [remedy.format("them" if len(found) == 1 else "some of them") for remedy in found]
     return "; ".join(steps) + (", or leave them out with data.unusable: skip" if some_left else "")
 
@@ -165,7 +165,7 @@ def find(path: Path, where: str, convert: bool = False, skip: bool = False) -> F
             where,
             f"{counted(len(found.faults), 'file')} cannot be used",
             found.faults,
-            advice([BROKEN], some_left=bool(found.images)),
+            advice([REPAIR], some_left=bool(found.images)),
         )
     if not found.images:
         raise _no_images(found, where, convert)
@@ -319,9 +319,9 @@ class _Member:
 
 
 class _Refused(Exception):
-    """An image cannot be used. The message is the reason. remedy: CONVERT, FIT or BROKEN."""
+    """An image cannot be used. The message is the reason. The remedy is CONVERT, FIT or REPAIR."""
 
-    def __init__(self, reason: str, remedy: str = BROKEN) -> None:
+    def __init__(self, reason: str, remedy: str = REPAIR) -> None:
         super().__init__(reason)
         self.remedy = remedy
 
@@ -513,7 +513,7 @@ def _unusable(files: Mapping[str, Read], found: Sequence[_ImageFault], where: st
 
 
 def _usual(layout: Layout, count: int, others: Sequence[Layout]) -> Layout:
-    """Returns the most frequent layout. `count` images have `layout`, and `others` holds the layouts of further images."""
+    """Returns the most frequent layout. `count` images have `layout`. The layout of each other image is an entry of `others`."""
     ((best, most),) = Counter(others).most_common(1) or [(layout, count)]
     return best if most > count else layout
 
@@ -667,7 +667,7 @@ def _check_plain(image: Any, content: bytes, channels: int | None) -> None:
 
 
 def _remedy(mode: str) -> str:
-    return CONVERT if mode in CONVERTED else BROKEN
+    return CONVERT if mode in CONVERTED else REPAIR
 
 
 def _check_sums(png: bytes) -> None:
@@ -710,7 +710,7 @@ def _check_rows(png: bytes, data: bytes) -> None:
 
 
 def _fitted(picture: Image.Image, sides: tuple[int, int], fit: str, border: tuple[int, ...]) -> Image.Image:
-    """Fits a picture to this height and width. See Layout.fit and Layout.border. Raises _Refused."""
+    """Fits a picture to a height and width, `sides`. See Layout.fit and Layout.border. Raises _Refused."""
     from PIL import Image, ImageOps
 
     width, height = picture.size

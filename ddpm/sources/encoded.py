@@ -126,7 +126,7 @@ class _Places(Sequence[Images]):
     Args:
         train, test: uint8 N,C,H,W.
         is_test: mask of the test split, bool [N].
-        inner: the index of the unpadded image in its padded rectangle, from `centre`.
+        inner: the slices that cut the unpadded image out of its padded rectangle; see `centre`.
     """
 
     def __init__(self, train: Images, test: Images, is_test: NDArray[np.bool_], inner: tuple[Any, ...]) -> None:

@@ -377,10 +377,10 @@ def _start_from_base(
 
 
 def _base_weights(params: Params, schedule: str, network: NetworkEntry, root: Path) -> dict[str, torch.Tensor]:
-    """Returns the weights of the model that schedules.SCHEDULE.base names. The training starts from these weights.
+    """Returns the weights from which the training starts: those of the model that schedules.SCHEDULE.base names.
 
-    That model may have another schedule, target and dataset. Raises InputError if imported/NAME is missing, if its weights do not
-    have the checksum in `base`, or if its network differs from the network to train.
+    That model lies in imported/, and may have another schedule, target and dataset. Raises InputError if it is missing, if its
+    weights do not have the checksum in `base`, or if its network differs from the network to train.
     """
     name, _, checksum = str(params.schedules[schedule].base).partition("@")
     folder = paths.imported_dir(name)
@@ -647,7 +647,8 @@ def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, 
     """Copies imported/SCHEDULE to models/SCHEDULE, and measures the validation loss.
 
     The model keeps its own T and target, which may differ from the section `diffusion`. Returns the content of
-    metrics/train/SCHEDULE.json. Raises InputError if the model does not match the schedule's row or the dataset.
+    metrics/train/SCHEDULE.json. Raises InputError if the model does not fit the dataset, or does not fit schedules.SCHEDULE
+    in params.yaml.
     """
     folder, row, device = paths.imported_dir(schedule), params.schedules[schedule], find_device(params.compute.device)
     remedy = f"run `ddpm import-diffusers FOLDER {schedule}` again"

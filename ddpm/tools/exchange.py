@@ -212,7 +212,8 @@ def _check_variance(folder: Path, entry: NetworkEntry, scheduler: Mapping[str, A
 def _params_text(path: Path, name: str) -> str:
     """Returns the text of params.yaml.
 
-    Raises InputError if the file is invalid, or if the row schedules.NAME exists and was not imported.
+    Raises InputError if the file is invalid, or if its row schedules.NAME belongs to a model that is trained here, since the
+    import would overwrite this row.
     """
     params = Params.load(path)
     if name in params.schedules and params.schedules[name].imported is None:

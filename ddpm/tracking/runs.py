@@ -1,4 +1,4 @@
-"""Finds the MLflow run that shows an output, by the tags of the run. Logs values, images and tags that the run lacks."""
+"""Finds the MLflow run of a stage's output by its tags, and adds the values, images and tags that are missing in the run."""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ def run(
 ) -> int:
     """Runs a command and returns its exit code.
 
-    Returns once every process that holds the output pipe has exited. So if DVC was killed, this function waits for the stage.
+    Returns once every process that holds the output pipe has exited. If the command is DVC and DVC is killed, this function
+    still waits for the stage that DVC started.
 
     Args:
         command: the program and its arguments.

@@ -268,7 +268,7 @@ def test_records_whose_artifacts_lie_elsewhere(published: Path, params: Params, 
     alone = tmp_path / "alone"
     shutil.copytree(published, alone, symlinks=True, ignore=shutil.ignore_patterns("mlartifacts"))
     line = refusal(params, alone)
-    assert f"{alone}/mlflow.db is a copy whose artifacts lie in {published}/mlartifacts; copy that folder" in line
+    assert f"{alone}/mlflow.db is a copy of a database whose artifacts lie in {published}/mlartifacts; copy" in line
     published.rename(tmp_path / "away")
     line = refusal(params, alone)
     here = alone / "mlartifacts" / "ddpm-digits"

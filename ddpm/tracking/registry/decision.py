@@ -125,7 +125,7 @@ class Score:
                 raise InputError(f"{found.shape[1]} influence values for {scores.images} images; {AGAIN}")
             if len(found) != len(rows):
                 raise InputError(
-                    f"influence values of {len(found)} scores, but the point has {len(rows)} scores; {AGAIN}"
+                    f"the metrics file has {len(rows)} scores, but the influence values cover {len(found)} scores; {AGAIN}"
                 )
             rows = list(found)
         judges = {
@@ -162,9 +162,9 @@ class Score:
         return replace(self, estimate=replace(self.estimate, influence=influence[0]), seed=seed, judges=judges)
 
     def lacks(self, judges: Sequence[str], other: Score) -> list[str]:
-        """Returns the judges by whose scores this point cannot be compared with `other`.
+        """Returns the judges that have not scored this point, or scored it with other extractor weights than `other`.
 
-        Such a judge has not scored this point, or used other extractor weights than for `other`. All judges have scored `other`.
+        All judges must have scored `other`.
         """
         return [
             name
