@@ -103,7 +103,6 @@ class Suspects:
     Args:
         samples: the indices of the suspected samples, nearest first.
         threshold: the smallest distance of an unseen image. Samples at smaller distances are suspected.
-        rate: the probability that a new image is suspected, 1/(N + 1).
         rate_low, rate_high: the interval of p, the share of new images below this threshold.
         expected: the mean number of suspected samples if all samples are new: M/(N + 1).
         most: the largest count that chance explains. If all samples are new, a larger count has a probability of at most
@@ -112,7 +111,6 @@ class Suspects:
 
     samples: tuple[int, ...]
     threshold: float
-    rate: float
     rate_low: float
     rate_high: float
     expected: float
@@ -140,4 +138,4 @@ def suspect(samples: NDArray[np.float64], unseen: NDArray[np.float64], confidenc
         chance *= (m - most) / (m + n - most)
     low, high = (1 - (0.5 + side * confidence / 2) ** (1 / n) for side in (1, -1))
     suspected = tuple(int(i) for i in order[samples[order] < threshold])
-    return Suspects(suspected, threshold, 1 / (n + 1), low, high, m / (n + 1), most)
+    return Suspects(suspected, threshold, low, high, m / (n + 1), most)
