@@ -282,7 +282,7 @@ def test_the_verdict_follows_from_both_comparisons() -> None:
     assert said[near, near].startswith("A strong sign of memorising: by pixels and features")
     assert said[near, far].startswith("A sign") and said[near, far].endswith("but not by features.")
     assert said[far, near].endswith("but not by pixels.") and "but" not in said[None, near]
-    chance, copies = (Suspects(tuple(range(count)), 9.0, 0.01, 0.0, 0.02, 1.0, 4) for count in (4, 5))
+    chance, copies = (Suspects(tuple(range(count)), 9.0, 0.0, 0.02, 1.0, 4) for count in (4, 5))
     assert verdict(far, far, chance) == verdict(far, far)
     assert verdict(far, far, copies).startswith("5 samples are suspected copies, but chance explains at most 4. Most")
     assert verdict(near, near, copies).endswith(verdict(near, near))
