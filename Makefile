@@ -69,7 +69,7 @@ chaos: $(EMPTY) ## inject real faults: kills, full disks, dead servers
 	@$(EXTRAS) dask kubernetes)
 	@$(RUN) pytest -m chaos
 
-bench: $(INSTALLED) ## measure speed against other packages and write docs/speed.md (ONLY=train: one row)
+bench: $(EMPTY) ## measure speed against other packages and write docs/speed.md (ONLY=train: one row)
 	@$(PIP) --quiet $(PEERS)
 	@$(RUN) python -m bench $(ONLY)
 
