@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from bench.harness import TINY, alternate, figure, ratios
+from ddpm.databases import empty
 from ddpm.files import dataset
 from ddpm.files.params import Params
 from ddpm.files.yaml_file import rewritten
@@ -29,6 +30,7 @@ from ddpm.parameters import Data
 from ddpm.provenance import dvc_lock
 from ddpm.runtime.display import PREFIX
 from ddpm.stages.prepare import prepare as run_prepare
+from flows.servers import embedded
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "smoke"
@@ -75,6 +77,8 @@ def _clone(points: int = 0) -> Iterator[tuple[Path, dict[str, str]]]:
 
     points: the size of the sweep, with LEAST work for each point; 0 for the recipe as it is.
     """
+    if not (embedded.EMPTY.exists() and empty.EMPTY.exists()):
+        raise SystemExit("the empty databases are missing, which make flows start faster; call `make bench`")
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "clone"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(root)], check=True)

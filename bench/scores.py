@@ -110,7 +110,7 @@ def fid_sets(device: str) -> dict[str, Any]:
         extraction = _extraction(extractor, weights, sets[0], device)
     # On a GPU, the peer's convolutions use TF32 by default, which changes FID by 1e-3. Ours use float32.
     np.testing.assert_allclose(given["ours"], given["torch-fidelity"], rtol=5e-3 if device == "cuda" else 1e-4)
-    over = [100 * (whole / part - 1) for whole, part in zip(times["ours"]["wall"], seconds, strict=True)]
+    over = [100 * (1 - part / whole) for whole, part in zip(times["ours"]["wall"], seconds, strict=True)]
     return {
         "work": f"FID and its interval, {SETS} sets of {images} images against one reference of as many, layer 2048",
         "per_call": f"all {SETS} sets; ours starts with the reference's statistics (a stage caches them)",

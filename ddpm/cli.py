@@ -427,7 +427,7 @@ def gc(
 def card(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("MODEL_CARD.md"),
 ) -> None:
-    """Write the model card of the best model in the report: its purpose, training data, scores, and how to load it."""
+    """Write the model card of the report's best point: the model's purpose, training data and scores, and how to load it."""
     from ddpm import tracking
 
     if out.is_dir():

@@ -131,9 +131,10 @@ def test_every_target_and_sampler_makes_digits(
     target: str, recognise: Recognise, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
     """The target mu depends less on x_0 if steps are shorter, so its chain has few steps. As in the paper, its loss is the bound.
-    It learns slowly: with three seeds, the share of digits is 0.74 to 0.86 after 2,500 steps, and 0.47 to 0.63 after 1,500.
+    A network with this target learns slowly: with three seeds, the share of digits is 0.74 to 0.86 after 2,500 steps. After 1,500
+    steps, with one seed, it is 0.47 to 0.63, depending on the sampler.
 
-    How often this test would fail with another seed is not measured, because each run trains a network for minutes.
+    How often this test would fail with other seeds is not measured, because each run trains a network for minutes.
     """
     how: dict[str, object] = {"steps": 600} if target != "mu" else {"steps": 2500, "timesteps": STEPS, "loss": "vlb"}
     denoiser = trained(digits[0], target, batch=64, channels=32, attention=(4,), **how)

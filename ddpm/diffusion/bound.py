@@ -186,8 +186,8 @@ def variational_bound(
 ) -> Bound:
     """Estimates the variational bound on -log2 p(x_0) of each image: eq. 5 of Ho et al. 2020.
 
-    If `times` is less than T, the T timesteps are split into `times` ranges (see `strata`). For each image, one timestep is
-    drawn from each range. The estimate of each image stays unbiased, and the standard error over images includes the
+    If `times` is less than T, the T network times are split into `times` ranges (see `strata`). For each image, one network
+    time is drawn from each range. The estimate of each image stays unbiased, and the standard error over images includes the
     randomness of the draws.
 
     Args:

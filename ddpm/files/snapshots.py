@@ -83,7 +83,7 @@ def write(root: Path, schedule: str, kept: Iterable[Path], last: tuple[int, Mapp
 
 
 def averaged(folder: Path, model: ModelRecord, length: float) -> dict[str, Tensor]:
-    """Returns the average of a model's weights with a given length, computed from the snapshots of the training.
+    """Returns an average of a model's weights with a given length, approximated from the snapshots of the training.
 
     Args:
         folder: the model's folder, models/SCHEDULE. The snapshots lie in snapshots/SCHEDULE, where snapshots/ is

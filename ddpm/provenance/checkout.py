@@ -23,8 +23,7 @@ def require_own(root: Path, *packages: str) -> None:
         if not is_own(root, package):
             raise InputError(
                 f"the code of {_imported(package).parent} would run here, not {root.resolve() / package};"
-                f" call"
-                f" `python -m {package}` in {root.resolve()}, or activate the .venv of that folder (`make demo` makes it)"
+                f" call `python -m {package}` in {root.resolve()}, or activate the .venv of that folder (`make demo` makes it)"
             )
 
 

@@ -125,8 +125,9 @@ def _best(
 ) -> list[Gap]:
     """Compares the best points of both reports, if the scores can be compared.
 
-    Returns a list of one difference with its interval, or [] if both reports have the same best point. Each best point was
-    picked for its score, which may be good by chance. The interval is wide enough to allow for that.
+    Returns a list of one difference with its interval, or [] if both reports have the same best point or their scores
+    cannot be compared. Each best point was picked for its score, which may be good by chance. The interval is wide enough to
+    allow for that.
 
     Args:
         present, previous: the folders that hold copies of the new and the old report.

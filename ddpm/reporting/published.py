@@ -67,7 +67,7 @@ def write_script(root: Path, parts: Mapping[str, str]) -> None:
 
 
 def run_records(root: Path, rows: Sequence[Row]) -> dict[str, RunRecord]:
-    """Returns the run records of all stages behind a report, by the name of the stage, for example sample@linear-ddim-50.
+    """Returns the run records of the stages behind a report, by the name of the stage, for example sample@linear-ddim-50.
 
     Raises InputError if a run file is unusable.
     """

@@ -67,7 +67,7 @@ def _fail(codes: dict[int, int], folder: Path) -> NoReturn:
     """
 
     def order(code: int) -> int:
-        """Returns a sort key of an exit code: the lower the key, the more likely this process failed before the others.
+        """Returns a sort key of an exit code: the lower the key, the more likely the process with this code failed first.
 
         The keys are 0 for any signal but SIGTERM, 1 for a user error, 2 for another error, and 3 for SIGTERM.
         """

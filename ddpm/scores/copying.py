@@ -25,8 +25,8 @@ class Copying:
 
     Args:
         closer: each sample and each unseen image has a distance to its nearest training image. This is the share of pairs of
-            a sample and an unseen image in which the sample's distance is smaller: 0.5 if samples are as new as unseen
-            images, 1 if all samples are copies.
+            a sample and an unseen image in which the sample's distance is smaller, with ties counted by half: 0.5 if
+            samples are as new as unseen images, 1 if all samples are copies.
         z: distance of `closer` from 0.5 in standard errors (the Mann-Whitney test).
         copies: number of samples at distance 0 from a training image.
     """

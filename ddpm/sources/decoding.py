@@ -513,7 +513,7 @@ def _unusable(files: Mapping[str, Read], found: Sequence[_ImageFault], where: st
 
 
 def _usual(layout: Layout, count: int, others: Sequence[Layout]) -> Layout:
-    """Returns the most frequent layout. `count` images have `layout`. The layout of each other image is an entry of `others`."""
+    """Returns the most frequent layout. `count` images have `layout`. `others` holds the layouts of the other readable images."""
     ((best, most),) = Counter(others).most_common(1) or [(layout, count)]
     return best if most > count else layout
 

@@ -647,8 +647,8 @@ def _copy_imported(params: Params, schedule: str, dataset: Dataset, root: Path, 
     """Copies imported/SCHEDULE to models/SCHEDULE, and measures the validation loss.
 
     The model keeps its own T and target, which may differ from the section `diffusion`. Returns the content of
-    metrics/train/SCHEDULE.json. Raises InputError if the model does not fit the dataset, or does not fit schedules.SCHEDULE
-    in params.yaml.
+    metrics/train/SCHEDULE.json. Raises InputError if the model is missing, or does not fit the dataset,
+    schedules.SCHEDULE or network.kind.
     """
     folder, row, device = paths.imported_dir(schedule), params.schedules[schedule], find_device(params.compute.device)
     remedy = f"run `ddpm import-diffusers FOLDER {schedule}` again"

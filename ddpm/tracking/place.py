@@ -353,7 +353,7 @@ def warn(line: str, say: Say) -> None:
 
 
 def make_empty() -> None:
-    """Creates the empty database that `ddpm.databases.empty` copies. The installation calls this function."""
+    """Creates the empty database that `ddpm.databases.empty` copies. `make` calls this function."""
     with atomic.replacing(empty.EMPTY) as file:
         client_of(Place(f"sqlite:///{file}", empty.EMPTY, None)).search_experiments()
         with closing(sqlite3.connect(file)) as database:

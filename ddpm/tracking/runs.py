@@ -1,4 +1,4 @@
-"""Finds the MLflow run of a stage's output by its tags, and adds the values, images and tags that are missing in the run."""
+"""Finds the MLflow run of a stage's output by the run's tags, and adds the values, images and tags that the run lacks."""
 
 from __future__ import annotations
 

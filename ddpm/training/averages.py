@@ -1,9 +1,9 @@
 """Power-function averages of a training's weights: Karras et al. 2024, section 3.
 
-An average combines the network's weights after every step, with a coefficient for each step. The length of the average is the
-standard deviation of the step number under these coefficients, as a fraction of the training. A training keeps averages of two
-lengths, and takes snapshots of both. A linear combination of snapshots combines the weights after every step too. With suitable
-factors, it comes close to an average of any other length.
+An average combines the network's weights after every step, with a factor for each step. The length of the average is the
+standard deviation of the step number under these factors, as a fraction of the training. A training keeps averages of two
+lengths, and takes snapshots of both. A linear combination of snapshots combines the weights after every step too. With enough
+snapshots and suitable coefficients, it comes close to an average of another length.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Fork server: saves each stage the imports of torch, Inception and MLflow, which take 9 s together.
+"""Fork server: saves each stage the imports of torch, Inception and MLflow.
 
-With the fork server the smoke recipe took 60 to 68 s, and 95 to 99 s without it (two pairs of runs on two cores, one of them
-busy). The standard library's fork server does not fit: it would import everything before the first stage starts, keep its own
-environment, and pass on no output.
+On a slow machine, where these imports take 9 s together, the smoke recipe took 60 to 68 s with the fork server, and 95 to 99 s
+without it (two pairs of runs). The standard library's fork server does not fit: it would import everything before the first
+stage starts, keep its own environment, and pass on no output.
 
 A flow starts one process that only imports modules, `python -m flows.processes.fork_server`, while its Prefect server starts.
 A request waits until the modules that it needs are imported. The fork server forks for every `dvc repro`. For a stage whose

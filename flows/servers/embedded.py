@@ -35,7 +35,7 @@ RESTARTS = 5  # the most restarts of a killed server in one run
 SETTLE_SECONDS = 2.0  # seconds at the end of a run in which the server may still receive and write task states
 CHECK_SECONDS = 2.0  # seconds between two checks whether the server of `make up` still runs
 ANSWER_SECONDS = 10.0  # seconds that a busy server may take to name its folder
-# A database without runs, created at installation, because Prefect needs ten seconds to create its tables.
+# A database without runs, created by `make`, because Prefect needs ten seconds to create its tables.
 EMPTY = Path(sys.prefix) / "share" / "prefect" / "prefect.db"
 # Prefect's services for schedules, workers and automations, which a single run does not use.
 IDLE_SERVICES = (

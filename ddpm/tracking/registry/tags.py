@@ -1,7 +1,7 @@
 """Reads and checks the JSON that `promote` writes into the tags of a registered version.
 
 A user may edit tags in MLflow. `promote` reports a damaged score, protocol or influence tag, and continues without it. A damaged
-settings tag is an error, because with wrong settings the model would draw different images than those that were scored.
+settings tag is an error, because with wrong settings the model would draw images other than those that were scored.
 """
 
 from __future__ import annotations
