@@ -283,6 +283,7 @@ def test_a_cancelled_run_ends_on_its_host(
     bucket = s3.bucket(f"cancelled-{how}")
     host = clones(bucket, "host")
     up = up_starter(scratch)
+    up.injected += ["stopped with the flow", "Task run cancelled by the task runner"]
     host.control(train_linear={"until": "go", "saves": True}, train_cosine={"until": "go", "saves": True})
     run = up.start(hosts=JOINED[how](scratch, [host], up.api))
     host.wait(lambda: list(host.root.glob("train@*.pid")), 200, "the host trains")

@@ -44,6 +44,9 @@ VERBS = {"prepare", "probe", "train", "likelihood", "sample", "evaluate", "repor
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(4 * 3600)]
 
 
+LOCAL = ("run.json", "run.js")  # records of this folder and its MLflow, which are no outputs of DVC
+
+
 @dataclass
 class Result:
     """The results of a run.
@@ -66,7 +69,7 @@ class Result:
             path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for folder in ("dataset", "models", "snapshots", "samples", "metrics", "report")
             for path in (root / folder).rglob("*")
-            if path.is_file() and not path.name.endswith("run.json") and not path.name.startswith(".")
+            if path.is_file() and not path.name.endswith(LOCAL) and not path.name.startswith(".")
         }
         with closing(sqlite3.connect(root / "mlflow.db")) as database:
             rows = "select name, key, step from metrics join runs using (run_uuid) where lifecycle_stage = 'active'"

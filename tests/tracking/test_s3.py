@@ -133,7 +133,7 @@ def test_a_refusal_is_one_line(
     tracking.publish_or_warn(
         params, checkout, only="train@cosine", say=said.append
     )  # the end of a stage prints only this warning
-    assert len(said) == 1 and said[0].startswith("warning: S3")
+    assert len(said) == 1 and said[0].startswith("warning: MLflow cannot use its files in S3")
     setting("AWS_SECRET_ACCESS_KEY", s3.environment["AWS_SECRET_ACCESS_KEY"])
     tracking.publish(params, checkout)
     assert_whole(s3, bucket, checkout, params)
