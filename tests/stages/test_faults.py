@@ -917,7 +917,7 @@ raw["likelihood"] = {**raw["likelihood"], "images": 2000, "batch": 2000, "times"
 def bound(room):
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room * 2**20, -1))
-for room, work, what in (8, likelihood, "cosine"), (600, train, "cosine"), (100, evaluate, point), (100, sample_point, point):
+for room, work, what in (8, likelihood, "cosine"), (600, train, "cosine"), (20, evaluate, point), (100, sample_point, point):
     bound(room)
     try:
         work(Params.check(raw, "smoke"), what, root)
