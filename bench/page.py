@@ -53,11 +53,13 @@ ROWS = {
     "train": Row("training step, paper UNet", "network", BOTH),
     "ddim": Row("sampling, DDIM 50, same weights", "network", BOTH),
     "ancestral": Row("ancestral sampling, 1000 steps, same weights", "network", BOTH),
-    "train_avx2": Row("training step, limited to AVX2", "network", function="train", environment=AVX2),
-    "ddim_avx2": Row("sampling, DDIM 50, limited to AVX2", "network", function="ddim", environment=AVX2),
-    "ancestral_avx2": Row("ancestral sampling, limited to AVX2", "network", function="ancestral", environment=AVX2),
-    "fid_sets": Row("features and FID of several sets, one reference", "scores", BOTH),
-    "statistics": Row("statistics and intervals, 50k x 2048", "scores", BOTH),
+    "train_avx2": Row("training step, AVX2 alone, without AMX", "network", function="train", environment=AVX2),
+    "ddim_avx2": Row("sampling, DDIM 50, AVX2 alone, without AMX", "network", function="ddim", environment=AVX2),
+    "ancestral_avx2": Row(
+        "ancestral sampling, AVX2 alone, without AMX", "network", function="ancestral", environment=AVX2
+    ),
+    "fid_sets": Row("FID of several sets against one reference", "scores", BOTH),
+    "statistics": Row("FID and its interval from given features, 50k x 2048", "scores", BOTH),
     "rounding": Row("effect of bfloat16 and compiled kernels on FID", "scores", BOTH),
     "prepare": Row("prepare, PNG from a zip", "pipeline"),
     "demo": Row("whole demo", "pipeline"),
@@ -188,7 +190,7 @@ def render_readme(found: dict[tuple[str, str], dict[str, Any]]) -> str:
         cells = []
         for device in ("cpu", "cuda"):
             goals = [shown(figure) for figure in found.get((name, device), {}).get("figures", ()) if "goal" in figure]
-            cells.append("<br>".join(goals) or (NONE if device in row.devices else ""))
+            cells.append("<br>".join(goals) or (NONE if device in row.devices else "CPU only"))
         lines.append(f"| {row.work} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines) + "\n"
 

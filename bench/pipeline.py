@@ -267,7 +267,7 @@ def sweeps(device: str) -> dict[str, Any]:
                 for points, value in added.items()
             ),
             figure(
-                f"overhead per point with {largest} points / with {SIZES[0]} points",
+                f"overhead of the flow per point, {largest} points / {SIZES[0]} points",
                 [added[largest] / added[SIZES[0]]],
                 "x",
                 1.2,
@@ -354,5 +354,5 @@ def prepare(device: str) -> dict[str, Any]:
         "per_call": f"all {PICTURES:,} images",
         "checks": {"same pixels and labels": True},
         "times": times,
-        "figures": ratios(times, "ImageFolder", 3.0),
+        "figures": ratios(times, "ImageFolder", 3.0, name="torchvision's ImageFolder / ours"),
     }

@@ -591,7 +591,7 @@ def fit_times(
     images: Annotated[int, typer.Option(min=1, help="Number of images that the times are fitted to.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same times.")] = 0,
 ) -> None:
-    """Find network times with which a few sampling steps come closest to the images of 1,000 network evaluations.
+    """Find timesteps with which a few sampling steps come closest to the images of 1,000 network evaluations.
 
     Prints the times as a row for the section `samplers` of params.yaml.
     """

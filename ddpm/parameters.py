@@ -335,7 +335,7 @@ def _time(t: Any) -> float:
 
 
 def _are_falling(steps: int, times: tuple[float, ...]) -> bool:
-    """Returns whether `times` are `steps` network times of 0 or more, in falling order."""
+    """Returns whether `times` are `steps` timesteps of 0 or more, in falling order."""
     return len(times) == steps > 0 and times[-1] >= 0 and all(now > to for now, to in pairwise(times))
 
 
@@ -346,7 +346,7 @@ class Sampler:
     An argument that the sampler does not take is an error.
 
     Args:
-        times: the network times to visit, for each number of steps.
+        times: the timesteps to visit, for each number of steps.
         fitted_to: sha256 of the weights to which `times` were fitted.
         own: options that have no field here. With `own`, a new sampler needs no new field.
         ema: the length of the weights' average: the standard deviation of the averaged steps, as a share of the training (see
@@ -392,7 +392,7 @@ class Sampler:
         except (AttributeError, OverflowError, TypeError, ValueError):
             times = {}
         if not times or not all(_are_falling(steps, each) for steps, each in times.items()):
-            raise ValueError("times: expected S falling network times for each S, such as {3: [900, 400, 0]}")
+            raise ValueError("times: expected S falling timesteps for each S, such as {3: [900, 400, 0]}")
         object.__setattr__(self, "times", times)
 
     def _check_guidance(self) -> None:

@@ -29,7 +29,7 @@ VARIANCES = ("fixed_large", "fixed_small")
 def reverse_log_variance(
     schedule: NoiseSchedule, t: Tensor, variance: str = "fixed_large", v: Tensor | None = None
 ) -> Tensor:
-    """Returns the log variance of p(x_{t-1}|x_t) at network times t: float64, shaped like t, or like v if v is given.
+    """Returns the log variance of p(x_{t-1}|x_t) at timesteps t: float64, shaped like t, or like v if v is given.
 
     At t = 0 the posterior variance beta_tilde is 0, and the decoder would have no width. So at t = 0, both fixed variances
     are beta_tilde of t = 1, as in Ho et al.'s code.
@@ -75,7 +75,7 @@ def term(
 
     Args:
         schedule: the noise schedule, with T >= 2.
-        t: int64 [B], network times. If t lies on the CPU, the test for t = 0 does not synchronise the GPU.
+        t: int64 [B], timesteps. If t lies on the CPU, the test for t = 0 does not synchronise the GPU.
         x_0: the images, float64 [B, ...]. For L_0, the values must be the 256 levels of an 8-bit image, in [-1, 1].
         x0_hat: the denoiser's estimate, like x_0.
         variance: see `reverse_log_variance`.
@@ -105,7 +105,7 @@ def _broadcast(values: Tensor, images: Tensor) -> Tensor:
 
 
 def strata(T: int, times: int | None = None) -> list[range]:
-    """Splits the network times 0 ... T-1 into `times` consecutive ranges. None means one range per time.
+    """Splits the timesteps 0 ... T-1 into `times` consecutive ranges. None means one range per time.
 
     The first range contains only 0. The edges of the other ranges grow quadratically, since most bits are spent near the
     image, at small t. Raises ValueError unless 2 <= times <= T.
@@ -126,7 +126,7 @@ class Bound:
         terms: [N, S], the estimated sum of the terms in each stratum. The first stratum holds L_0.
         squared_error: [N, S], the mean of (x0_hat - x_0)^2 over an image with values in [-1, 1], at the time drawn from
             each stratum.
-        strata: S ranges of network times, from the function `strata`.
+        strata: S ranges of timesteps, from the function `strata`.
     """
 
     prior: Tensor
@@ -151,7 +151,7 @@ class Bound:
 
     @property
     def rate(self) -> Tensor:
-        """The rate of x_t in bits/dim, L_T + ... + L_{t+1}, at the middle network time t of each stratum: float64 [S].
+        """The rate of x_t in bits/dim, L_T + ... + L_{t+1}, at the middle timestep t of each stratum: float64 [S].
 
         Figure 5 of Ho et al. 2020 shows this rate. It does not include L_0, the decoder's bits, which encode x_0 itself.
         """
@@ -162,7 +162,7 @@ class Bound:
 
     @property
     def distortion(self) -> Tensor:
-        """The root mean squared error of x0_hat in each stratum of network times, on the scale 0 ... 255: float64 [S]."""
+        """The root mean squared error of x0_hat in each stratum of timesteps, on the scale 0 ... 255: float64 [S]."""
         return self.squared_error.mean(0).sqrt() * 127.5
 
 
@@ -186,7 +186,7 @@ def variational_bound(
 ) -> Bound:
     """Estimates the variational bound on -log2 p(x_0) of each image: eq. 5 of Ho et al. 2020.
 
-    If `times` is less than T, the T network times are split into `times` ranges (see `strata`). For each image, one network
+    If `times` is less than T, the T timesteps are split into `times` ranges (see `strata`). For each image, one network
     time is drawn from each range. The estimate of each image stays unbiased, and the standard error over images includes the
     randomness of the draws.
 

@@ -49,7 +49,7 @@ NO_LABEL = -1  # the label for which a conditional network predicts without a cl
 
 
 def coefficients(schedule: NoiseSchedule, target: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns a, s, c_skip and c_out at network times t: float64, t's shape.
+    """Returns a, s, c_skip and c_out at timesteps t: float64, t's shape.
 
     Raises:
         ValueError: the target is unknown, or does not determine x_0 at one of the times. `eps` fails where alpha_bar =
@@ -153,7 +153,7 @@ class Denoiser:
         check_guidance(self.guidance_interval, self.guidance_rescale)
 
     def evaluations(self, t: Tensor | float) -> int:
-        """Returns how often a call at network times t evaluates the network per image.
+        """Returns how often a call at timesteps t evaluates the network per image.
 
         Once if the guidance strength w is 0 at all times or 1 at all times, else twice.
         """
@@ -161,7 +161,7 @@ class Denoiser:
         return 1 if bool((w == 1).all() or (w == 0).all()) else 2
 
     def _strength(self, times: Tensor) -> Tensor:
-        """Returns the guidance strength w at network times: float64, shaped like `times`, on the CPU."""
+        """Returns the guidance strength w at timesteps: float64, shaped like `times`, on the CPU."""
         w = torch.full_like(times, self.guidance)
         if self.guidance_interval is None:
             return w
@@ -189,13 +189,13 @@ class Denoiser:
         return _rescaled(free + share * (labelled - free), labelled, self.guidance_rescale), v
 
     def __call__(self, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """Returns x0_hat, like x_t [B, ...]. t is a network time in 0 ... T-1, a number or [B]."""
+        """Returns x0_hat, like x_t [B, ...]. t is a timestep in 0 ... T-1, a number or [B]."""
         return self.with_variance(x_t, t)[0]
 
     def with_variance(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor | None]:
         """Returns x0_hat and v, both like x_t [B, ...]. v is None without a learned variance (see `split_variance`).
 
-        t is a network time in 0 ... T-1, a number or [B].
+        t is a timestep in 0 ... T-1, a number or [B].
         """
         times = torch.as_tensor(t, dtype=torch.float64).cpu()
         _, _, c_skip, c_out = (c.to(x_t.dtype) for c in coefficients(self.schedule, self.target, times))

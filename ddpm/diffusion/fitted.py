@@ -1,4 +1,4 @@
-"""Fits the S network times of a sampler to one model, as "GITS" (Chen et al. 2024) and "Align your steps" do.
+"""Fits the S timesteps of a sampler to one model, as "GITS" (Chen et al. 2024) and "Align your steps" do.
 
 The target is the end of the model's own trajectory of REFERENCE evaluations. The curvature of this trajectory gives the
 first guess, as in GITS. The cost of a step between two levels is the error of a DDIM step there. Dynamic programming finds
@@ -91,7 +91,7 @@ def fit_times(
     done: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> tuple[list[float], float]:
-    """Finds the network times with which S steps of a sampler end closest to the end of the model's trajectory.
+    """Finds the timesteps with which S steps of a sampler end closest to the end of the model's trajectory.
 
     Args:
         denoiser: the model.
@@ -102,7 +102,7 @@ def fit_times(
         options: the sampler's own options.
 
     Returns:
-        S falling network times, and the RMS distance between the sampler's images and the end of the trajectory.
+        S falling timesteps, and the RMS distance between the sampler's images and the end of the trajectory.
 
     Raises:
         ValueError: an option is wrong, or S is larger than the number of levels to choose from.

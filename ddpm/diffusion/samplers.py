@@ -1,4 +1,4 @@
-"""Samples images from noise, along any falling sequence of network times.
+"""Samples images from noise, along any falling sequence of timesteps.
 
 A sampler is a function of these arguments, which yields (x, x0_hat) after each step:
 
@@ -237,12 +237,12 @@ def sample(
         denoiser: the model.
         x_T: standard normal noise, [B, ...].
         sampler: a key of SAMPLERS.
-        steps: S, the number of network times to visit.
+        steps: S, the number of timesteps to visit.
         spacing: which times, a key of SPACINGS.
         noise: noise(k) -> standard normal tensor like x_T for step k, for samplers that draw noise. The default is
             torch.randn_like.
         along: a schedule whose noise levels are visited instead of the network's own (see `noise_levels`).
-        times: {S: S falling network times} to visit instead of the times of a spacing (see `ddpm fit-times`).
+        times: {S: S falling timesteps} to visit instead of the times of a spacing (see `ddpm fit-times`).
         options: the sampler's own options: `variance` of ddpm, `eta` of ddim, `order` of unipc.
 
     Returns:

@@ -159,14 +159,14 @@ class NoiseSchedule:
         return self.alpha_bar / -torch.expm1(self.log_alpha_bar)
 
     def log_alpha_bar_at(self, t: Tensor | float) -> Tensor:
-        """Returns log alpha_bar at network times t: float64, shaped like t, on the CPU.
+        """Returns log alpha_bar at timesteps t: float64, shaped like t, on the CPU.
 
         Values at fractional times are interpolated linearly. If alpha_bar_T = 0, all times after T-2 have log alpha_bar = -inf.
         Raises ValueError for times outside [-1, T-1].
         """
         times = np.asarray(t.detach().cpu() if isinstance(t, Tensor) else t, dtype=np.float64)
         if times.size and not (times.min() >= -1 and times.max() <= self.T - 1):
-            raise ValueError(f"network times must lie in [-1, {self.T - 1}], got {times.min():g} ... {times.max():g}")
+            raise ValueError(f"timesteps must lie in [-1, {self.T - 1}], got {times.min():g} ... {times.max():g}")
         entries, table = self._finite
         levels = np.interp(times, entries, table)
         return torch.from_numpy(np.asarray(np.where(times > entries[-1], -np.inf, levels)))
@@ -175,7 +175,7 @@ class NoiseSchedule:
         """Returns the posterior q(x_{t-1} | x_t, x_0) = N(A x_0 + B x_t, beta_tilde I): eq. 6 and 7 of Ho et al. 2020.
 
         Args:
-            t: network times in [0, T-1], fractions allowed. The step goes from t to t - 1, where -1 is the clean image.
+            t: timesteps in [0, T-1], fractions allowed. The step goes from t to t - 1, where -1 is the clean image.
 
         Returns:
             A, B, log beta_tilde and log beta: float64, shaped like t, on the CPU. At t = 0, A = 1, B = 0 and log beta_tilde
@@ -197,7 +197,7 @@ class NoiseSchedule:
 
     @cached_property
     def _finite(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns network times and their log alpha_bar, without the last entry if it is infinite."""
+        """Returns timesteps and their log alpha_bar, without the last entry if it is infinite."""
         table = self.log_alpha_bar.numpy()
         count = self.T + (1 if np.isfinite(table[-1]) else 0)
         return np.arange(-1, count - 1, dtype=np.float64), table[:count]

@@ -1,4 +1,4 @@
-"""Chooses the S network times that a sampler visits, from noise to image, and their noise levels. The spacings:
+"""Chooses the S timesteps that a sampler visits, from noise to image, and their noise levels. The spacings:
 
 - `leading`, `trailing` and `linspace`: table 2 of Lin et al. 2024.
 - `quadratic`: appendix D.2 of Song et al. 2020 (DDIM).
@@ -66,7 +66,7 @@ def _between_ends(
     return torch.cat([torch.full((without_signal,), schedule.T - 1.0, dtype=torch.float64), times])
 
 
-# name -> function of (schedule, S) that returns S network times, float64 [S], from noise to image.
+# name -> function of (schedule, S) that returns S timesteps, float64 [S], from noise to image.
 SPACINGS: dict[str, Callable[[NoiseSchedule, int], Tensor]] = {
     "leading": _leading,
     "trailing": _trailing,
@@ -78,7 +78,7 @@ SPACINGS: dict[str, Callable[[NoiseSchedule, int], Tensor]] = {
 
 
 def network_times(schedule: NoiseSchedule, steps: int, spacing: str = "leading") -> Tensor:
-    """Returns the S = `steps` network times that a sampler visits: float64 [S], falling, all between T-1 and 0.
+    """Returns the S = `steps` timesteps that a sampler visits: float64 [S], falling, all between T-1 and 0.
 
     With S = 1, the time is T-1. Raises ValueError for an unknown spacing, S < 1, or an S so large that times repeat.
     """
@@ -96,7 +96,7 @@ def network_times(schedule: NoiseSchedule, steps: int, spacing: str = "leading")
 
 @dataclass(frozen=True)
 class Level:
-    """A noise level: network time t (-1 is the clean image) and alpha_bar there."""
+    """A noise level: timestep t (-1 is the clean image) and alpha_bar there."""
 
     t: float
     alpha_bar: float
@@ -119,7 +119,7 @@ class Level:
         return (math.log(self.alpha_bar) - math.log1p(-self.alpha_bar)) / 2
 
 
-Times = Mapping[int, Sequence[float]]  # S -> S falling network times
+Times = Mapping[int, Sequence[float]]  # S -> S falling timesteps
 
 
 def noise_levels(
@@ -166,7 +166,7 @@ def check_times(times: Times) -> None:
     """Raises ValueError unless `times` holds S falling times, all at least 0, for each S."""
     for steps, row in times.items():
         if len(row) != steps or any(not now > to for now, to in pairwise(row)) or not row or not row[-1] >= 0:
-            raise ValueError(f"times: expected {steps} falling network times, all at least 0, for {steps} steps")
+            raise ValueError(f"times: expected {steps} falling timesteps, all at least 0, for {steps} steps")
 
 
 def _given(schedule: NoiseSchedule, steps: int, times: Times) -> Tensor:
@@ -175,5 +175,5 @@ def _given(schedule: NoiseSchedule, steps: int, times: Times) -> Tensor:
     if steps not in times:
         raise ValueError(f"times: no entry for {steps} steps; there are entries for {', '.join(map(str, times))}")
     if times[steps][0] > schedule.T - 1:
-        raise ValueError(f"times: {times[steps][0]:g} lies after the last network time, {schedule.T - 1}")
+        raise ValueError(f"times: {times[steps][0]:g} lies after the last timestep, {schedule.T - 1}")
     return torch.tensor(times[steps], dtype=torch.float64)

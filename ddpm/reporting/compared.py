@@ -1,7 +1,8 @@
 """Compares a report with an earlier result: which parameters and data changed, and how much each score changed.
 
-Two scores are compared in pairs of images if the samples of both start from noise of the same seed. No DVC stage imports this
-module, because the output of a stage must not depend on earlier results.
+If two sample sets start from noise of the same seed, image i of one set belongs to image i of the other. Then the interval of
+the change is that of a paired comparison. No DVC stage imports this module, because the output of a stage must not depend on
+earlier results.
 """
 
 from __future__ import annotations

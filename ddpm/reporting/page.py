@@ -293,7 +293,7 @@ def check_records(params: Params, root: Path) -> None:
 
 
 def _trained(root: Path, schedule: str) -> tuple[TrainingRecord | None, Table, Table]:
-    """Reads the record of a training, the loss history and the losses by network time. Raises InputError.
+    """Reads the record of a training, the loss history and the losses by timestep. Raises InputError.
 
     Returns (None, [], []) if the record does not exist.
     """
@@ -315,7 +315,7 @@ def _bound(root: Path, schedule: str) -> tuple[BoundRecord | None, Table]:
 
 
 def _training(params: Params, root: Path) -> Section:
-    """Returns the plot of the losses, over steps and over network time, and the record of each training."""
+    """Returns the plot of the losses, over steps and over timestep, and the record of each training."""
     found = {name: _trained(root, name) for name in params.sweep.schedules}
     last = {name: record for name, (record, _, _) in found.items() if record is not None}
     curves = {name: history for name, (_, history, _) in found.items()}
@@ -334,9 +334,9 @@ def _training(params: Params, root: Path) -> Section:
         left.set(xlabel="optimiser step", ylabel="loss", title="training", yscale="log")
         _lines(right, by_time, "t", "loss_simple")
         right.set(
-            xlabel="network time t",
+            xlabel="timestep t",
             ylabel="mean squared error of the prediction",
-            title="loss by network time",
+            title="loss by timestep",
             yscale="log",
         )
         _finish(figure)
@@ -383,8 +383,8 @@ def _likelihood(params: Params, root: Path) -> Section:
         _lines(left, curves, "rate", "distortion")
         left.set(xlabel="rate (bits/dim)", ylabel="distortion (RMSE in grey levels)", title="rate and distortion")
         _lines(right, curves, "time", "rate")
-        right.set(xlabel="network time t (right: noise, left: image)", ylabel="rate (bits/dim)")
-        right.set_title("rate by network time")
+        right.set(xlabel="timestep t (right: noise, left: image)", ylabel="rate (bits/dim)")
+        right.set_title("rate by timestep")
         _finish(figure)
 
     return {"scores": scores, "plot": _two(draw) if any(curves.values()) else None}

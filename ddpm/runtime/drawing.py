@@ -147,10 +147,11 @@ def class_labels(model: ModelRecord, count: int, label: str | int | None = None)
 
 
 def _proportional_labels(counts: list[int], total: int) -> np.ndarray:
-    """Returns the class of each of `total` images, int64 [total]: in proportion to `counts`, or in turn if these are similar.
+    """Returns the class of each of `total` images, int64 [total].
 
-    Each image gets the class that is furthest behind its share. So the labels of a smaller set are the beginning of the
-    labels of a larger set.
+    The classes appear in proportion to `counts`. If all counts are similar, the classes take turns: 0, 1, 2, 0, 1, 2. Each
+    image gets the class that is furthest behind its share. So the labels of a smaller set are the beginning of the labels of
+    a larger set.
     """
     if max(counts) <= EQUAL_WITHIN * min(counts):
         counts = [1] * len(counts)

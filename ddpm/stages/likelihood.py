@@ -115,12 +115,12 @@ def split_scores(bound: Bound) -> dict[str, Any]:
 
 
 def curve(bound: Bound) -> list[dict[str, Any]]:
-    """Returns the rate-distortion curve: a row for each stratum of network times, from noise to image.
+    """Returns the rate-distortion curve: a row for each stratum of timesteps, from noise to image.
 
     The columns:
 
     - time: the middle of the stratum.
-    - times: the number of network times in the stratum.
+    - times: the number of timesteps in the stratum.
     - rate: bits/dim spent up to `time`.
     - distortion: RMSE of x0_hat on the scale 0 ... 255.
     - term: bits/dim of the stratum.

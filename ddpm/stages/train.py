@@ -349,7 +349,7 @@ def _set_up(
 
 
 def _times(params: Params, schedule: str, device: torch.device) -> Times | None:
-    """Returns the distribution of the network times; None if they are uniform. Raises InputError."""
+    """Returns the distribution of the timesteps; None if they are uniform. Raises InputError."""
     if params.training.times == "uniform":
         return None
     unbiased = params.training.loss in ("vlb", "hybrid")
@@ -629,7 +629,7 @@ def _write_snapshots(training: Training, root: Path) -> str:
 def _write_metrics(
     root: Path, schedule: str, metrics: dict[str, Any], rows: list[dict[str, Any]], by_time: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Writes the loss history and the losses by network time, then a JSON record with their hashes. Returns the record."""
+    """Writes the loss history and the losses by timestep, then a JSON record with their hashes. Returns the record."""
     history, losses = root / paths.history_file(schedule), root / paths.losses_by_time_file(schedule)
     records.write_csv(history, rows)
     records.write_csv(losses, by_time)

@@ -59,8 +59,8 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
 
     Skips these files, whatever their age:
 
-    - The training states of the schedules in `params`: a longer training would resume from them. States of another decay of
-      the learning rate are not skipped.
+    - The training states of the schedules in `params`: a longer training would resume from them. But states that were saved
+      with other settings of training.decay count as leftovers, because no training would resume from them.
     - The kept images of the sweep's points: sampling resumes from them or replaces them.
     - All training states if dataset.json or auto.json cannot be read: without these files it is unknown which states `params`
       need.

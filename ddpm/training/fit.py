@@ -87,7 +87,7 @@ class TrainingState:
         net: the network to train, on its device.
         optimizer: a key of OPTIMIZERS.
         weight_decay: weight decay of the optimiser.
-        times: how network times are drawn. None draws them uniformly.
+        times: how timesteps are drawn. None draws them uniformly.
         lengths: the power-function averages to keep, each given by its length (see `PowerAverage`).
 
     Attributes:
@@ -199,7 +199,7 @@ class _Batch:
     Args:
         rows: the indices of the images, int64 [B], on the CPU.
         mirrored: whether each image is flipped, bool [B, 1, 1, 1], or None for no flips.
-        t: network times, int64 [B].
+        t: timesteps, int64 [B].
         weights: factors of the losses, [B], or None if all are 1.
         eps: standard normal noise, [B, ...].
         classes: the labels that the network gets, int64 [B], or None.
@@ -226,10 +226,10 @@ def _draw(times: Times | None, images: Tensor, rows: Tensor, T: int, flip: bool,
     """Draws the random choices of a step, except the classes.
 
     Args:
-        times: how network times are drawn, or None for uniform times.
+        times: how timesteps are drawn, or None for uniform times.
         images: all images, [N, ...].
         rows: the indices of the step's images, int64 [B], on the CPU.
-        T: the number of network times.
+        T: the number of timesteps.
         flip: whether to mirror images.
         generator: the generator, on the device of the batch.
     """

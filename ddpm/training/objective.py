@@ -1,6 +1,6 @@
 """Computes training losses for any prediction target: L_simple, the bound, the hybrid of both, and min-SNR weights.
 
-The bound of eq. 5 of Ho et al. 2020 is L_T + L_{T-1} + ... + L_0. The terms L_{T-1} ... L_1, at network times t > 0, are
+The bound of eq. 5 of Ho et al. 2020 is L_T + L_{T-1} + ... + L_0. The terms L_{T-1} ... L_1, at timesteps t > 0, are
 KLs between two Gaussians, the posterior q(x_{t-1} | x_t, x_0) and the network's p(x_{t-1} | x_t). L_0, at t = 0, is the
 negative log-likelihood of the 8-bit image under a discretised Gaussian (eq. 13). With a fixed variance, the terms at t > 0
 are the weighted squared errors of eq. 12, up to a constant.
@@ -31,7 +31,7 @@ class Prediction:
 
     Args:
         x_0: clean images, [B, C, ...].
-        t: network times, int64 [B].
+        t: timesteps, int64 [B].
         target: the tensor that the network should predict, like x_0.
         prediction: the tensor that the network predicted, like x_0.
         v: the network's learned variance (see `split_variance`), like x_0; None without a learned variance.
@@ -46,7 +46,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss for a schedule and a target, as tables over network times 0 ... T-1: float32 [T] on one device.
+    """A loss for a schedule and a target, as tables over timesteps 0 ... T-1: float32 [T] on one device.
 
     x_t = a x_0 + s eps, and the network's target is from_x0 x_0 + from_eps eps. This equals (x_0 - c_skip x_t) / c_out in
     ddpm.diffusion.denoiser, but has no cancellation of large terms.
@@ -114,7 +114,7 @@ class Objective:
         return cls(**{name: table.to(device, torch.float32) for name, table in tables.items()}, loss=loss)
 
     def pair(self, x_0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (x_t, target), both shaped like x_0 and eps [B, ...], at network times t, int64 [B]."""
+        """Returns (x_t, target), both shaped like x_0 and eps [B, ...], at timesteps t, int64 [B]."""
         a, s, from_x0, from_eps = (_gather(table, t, x_0) for table in (self.a, self.s, self.from_x0, self.from_eps))
         return a * x_0 + s * eps, from_x0 * x_0 + from_eps * eps
 
@@ -129,7 +129,7 @@ class Objective:
         Args:
             net: net(x, t) -> prediction like x, or twice the channels with a learned variance.
             x_0: clean images, [B, C, ...] in [-1, 1].
-            t: network times, int64 [B].
+            t: timesteps, int64 [B].
             eps: standard normal noise, like x_0.
 
         Raises:

@@ -1,4 +1,4 @@
-"""TIMES: the distributions from which a training draws the network times of images."""
+"""TIMES: the distributions from which a training draws the timesteps of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MEAN, DEVIATION = 2.4, 2.4
 
 
 class Times:
-    """Draws network times 0 ... T-1 uniformly, as in algorithm 1 of Ho et al. 2020.
+    """Draws timesteps 0 ... T-1 uniformly, as in algorithm 1 of Ho et al. 2020.
 
     Args:
         schedule: the noise schedule.

@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm.training.fit import autocast, conditioned, scaled
 from ddpm.training.objective import LOSSES, Objective
 
-BINS, BIN_IMAGES = 10, 256  # `by_time`: the number of ranges of network time, and the most images per range
+BINS, BIN_IMAGES = 10, 256  # `by_time`: the number of ranges of timesteps, and the most images per range
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Validation:
         return self._means(net, times, generator, (self.objective.loss,))[0]
 
     def by_time(self, net: Callable[..., Tensor]) -> list[dict[str, Any]]:
-        """Returns the losses by network time: a row for each of BINS even ranges of 0 ... T-1.
+        """Returns the losses by timestep: a row for each of BINS even ranges of 0 ... T-1.
 
         A row has these entries. Without images, the losses are "".
 
@@ -77,7 +77,7 @@ class Validation:
 
         Args:
             net: the network.
-            times: the network time of each image, int64 [N].
+            times: the timestep of each image, int64 [N].
             generator: the generator of the noise.
             names: keys of LOSSES.
         """

@@ -100,10 +100,10 @@ def test_times_are_visited_as_given() -> None:
     ("times", "message"),
     [
         ({4: [3.0, 2.0, 1.0, 0.0]}, "no entry for 3 steps; there are entries for 4"),
-        ({3: [3.0, 2.0]}, "3 falling network times"),
-        ({3: [3.0, 3.0, 0.0]}, "3 falling network times"),
-        ({3: [3.0, 1.0, -0.5]}, "3 falling network times"),
-        ({3: [1000.0, 1.0, 0.0]}, "after the last network time, 999"),
+        ({3: [3.0, 2.0]}, "3 falling timesteps"),
+        ({3: [3.0, 3.0, 0.0]}, "3 falling timesteps"),
+        ({3: [3.0, 1.0, -0.5]}, "3 falling timesteps"),
+        ({3: [1000.0, 1.0, 0.0]}, "after the last timestep, 999"),
     ],
 )
 def test_wrong_times_are_refused(times: dict, message: str) -> None:

@@ -389,12 +389,12 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "times that do not fall": (
         {"samplers.ddim": {"sampler": "ddim", "times": {2: [4, 9]}}},
-        "samplers.ddim.times: expected S falling network times",
+        "samplers.ddim.times: expected S falling timesteps",
     ),
     **{
         f"times that are no numbers: {times!s:.16}": (
             {"samplers.ddim": {"sampler": "ddim", "times": times}},
-            "samplers.ddim.times: expected S falling network times",
+            "samplers.ddim.times: expected S falling timesteps",
         )
         for times in (
             {2.5: [9, 4]},

@@ -1,4 +1,4 @@
-"""Checks how network times are drawn: the probabilities by hand, and that weights keep the expected loss."""
+"""Checks how timesteps are drawn: the probabilities by hand, and that weights keep the expected loss."""
 
 import math
 

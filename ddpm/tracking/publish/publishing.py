@@ -291,7 +291,7 @@ def _curve_metrics(values: Mapping[str, Mapping[int, float]], last: int, start: 
 
 
 def _by_time_metrics(table: Path, end: int) -> list[Metric]:
-    """Returns the losses in each range of network times as MLflow metrics. Their step is the middle of the range."""
+    """Returns the losses in each range of timesteps as MLflow metrics. Their step is the middle of the range."""
     from mlflow.entities import Metric
 
     return [
@@ -559,7 +559,7 @@ def _publish_point(target: Target, root: Path, run: Run, files: PointFiles, adde
 def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counter[str]) -> bool:
     """Publishes a likelihood bound as a child run of the training's run.
 
-    MLflow's step is the number of training steps for bits/dim, and the network time for rate and distortion. Returns False if
+    MLflow's step is the number of training steps for bits/dim, and the timestep for rate and distortion. Returns False if
     the bound belongs to another model.
     """
     from mlflow.entities import Metric
@@ -586,7 +586,7 @@ def _publish_likelihood(target: Target, root: Path, schedule: str, added: Counte
         CONTENT: content,
         "mlflow.parentRunId": training.info.run_id,
         "mlflow.note.content": f"The variational bound of the {schedule} model in bits/dim (lower is better), and its parts L_T"
-        " (prior), the sum of all L_t (kl) and L_0 (decoder). The step of `rate` and `distortion` is the network time.",
+        " (prior), the sum of all L_t (kl) and L_0 (decoder). The step of `rate` and `distortion` is the timestep.",
         **_commit(times),
     }
     run = find_or_create(
