@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -45,7 +44,6 @@ class Recipe:
     Args:
         network: arguments of the network.
         schedule: arguments of NoiseSchedule.named.
-        decay: pairs (share of the steps, factor). After this share, the learning rate is multiplied by the factor.
         kind: a key of NETWORKS.
         descent: a shape of Descent, and the share of the steps over which the learning rate falls to zero.
 
@@ -64,7 +62,6 @@ class Recipe:
     flip: bool = True
     precision: str = "float32"
     compiled: bool = False
-    decay: tuple[tuple[float, float], ...] = ()
     log_every: int = 50
     seed: int = 0
     kind: str = "unet"
@@ -92,10 +89,6 @@ class Recipe:
             return None
         shape, share = self.descent
         return Descent(steps - round(share * steps), steps, shape)
-
-    def rate(self, step: int, steps: int) -> float:
-        """Returns the learning rate after `step` of `steps` steps."""
-        return self.learning_rate * next((by for share, by in self.decay[::-1] if step >= share * steps), 1.0)
 
 
 @dataclass
@@ -170,14 +163,14 @@ def advance(course: Course, recipe: Recipe, images: Tensor, device: str) -> Iter
     known, running, losses, first = None, None, [], True
     began, processor = time.perf_counter(), cpu_seconds()
     while course.steps is None or state.step < course.steps:
-        if (now := (recipe.rate(state.step, course.steps or sys.maxsize), course.steps)) != known:
-            known = now
+        if running is None or course.steps != known:
+            known = course.steps
             running = fit(
                 state,
                 images,
                 objective,
                 batch=recipe.batch,
-                learning_rate=now[0],
+                learning_rate=recipe.learning_rate,
                 seed=recipe.seed,
                 warmup=recipe.warmup,
                 clip=recipe.clip,
@@ -188,7 +181,6 @@ def advance(course: Course, recipe: Recipe, images: Tensor, device: str) -> Iter
                 descent=recipe.coming_down(course.steps),
                 pair=pair,
             )
-        assert running is not None
         losses.append(next(running).loss)
         if first:
             losses[-1].item()  # waits for the device

@@ -37,7 +37,9 @@ Line = Sequence[Mapping[str, Any]]
 def recipe_of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Recipe:
     """Converts a parameter file to the recipe of one schedule. shape: C, H, W of an image."""
     row, training = params.schedules[schedule].options(), params.training
-    network = {key: value for key, value in as_json(params.network).items() if key != "kind"}
+    network = as_json(params.network)
+    kind = network.pop("kind")
+    assert training.decay_to == 0, "bench trains to a learning rate of zero"
     return Recipe(
         network={"image_channels": shape[0], "image_size": shape[1], **network},
         schedule={"name": row.pop("schedule"), "steps": params.diffusion.timesteps, **row},
@@ -53,6 +55,12 @@ def recipe_of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Reci
         compiled=training.compile,
         log_every=10,
         seed=params.seed,
+        kind=kind,
+        optimizer=training.optimizer,
+        weight_decay=training.weight_decay,
+        descent=None if training.decay == "none" else (training.decay, training.decay_share),
+        pairing=training.pairing,
+        times=training.times,
     )
 
 

@@ -22,6 +22,7 @@ from bench import cifar10, course, curves, harness, ledger, page
 from bench.course import Course, Recipe
 from bench.peers import PEERS
 from ddpm import Denoiser, NoiseSchedule
+from ddpm.files.params import Params
 
 ROOT = Path(__file__).parents[2]
 TINY = Recipe(
@@ -32,7 +33,7 @@ TINY = Recipe(
     warmup=0,
     ema=0.9,
     target="v",
-    decay=((0.5, 0.1),),
+    descent=("linear", 0.5),
     log_every=2,
 )
 
@@ -59,10 +60,21 @@ def test_a_course_in_parts_is_the_course_in_one_go(tmp_path: Path) -> None:
     ours, theirs = parts.training.tensors(), whole.training.tensors()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     # The decay is part of the recipe: without it, the first half of the losses is the same and the second half differs.
-    level = went(tmp_path / "level", replace(TINY, decay=()), 9)
+    level = went(tmp_path / "level", replace(TINY, descent=None), 9)
     assert level.losses[:2] == whole.losses[:2] and level.losses[3] != whole.losses[3]
     with pytest.raises(SystemExit, match="another recipe"):
-        Course.load(tmp_path / "whole", replace(TINY, decay=()), "cpu")
+        Course.load(tmp_path / "whole", replace(TINY, descent=None), "cpu")
+
+
+@pytest.mark.parametrize(("variant", "name"), [("paper", "cifar10"), ("fast", "cifar10-fast")])
+def test_the_recipe_on_a_gpu_is_that_of_the_parameter_file(variant: str, name: str) -> None:
+    params = Params.load(ROOT / "recipes" / f"{name}.yaml")
+    recipe, measured = (
+        curves.recipe_of_params(params, params.sweep.schedules[0], (3, 32, 32)),
+        cifar10.VARIANTS[variant],
+    )
+    of_the_machine = {"precision": "bfloat16", "compiled": True, "log_every": measured.log_every}
+    assert replace(recipe, **of_the_machine) == replace(measured, network={**measured.network, "patch": 1})
 
 
 def write_zip(path: Path, split: str, images: np.ndarray) -> None:
