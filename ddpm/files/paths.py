@@ -10,7 +10,8 @@ beside outputs and are not tracked.
     imported/NAME/                model.safetensors, model.json of an imported model, which `ddpm train NAME` copies
     samples/POINT.npz, .png       images (uint8 N,C,H,W), evaluations, labels (int64 N, if conditional); a preview grid
     metrics/POINT.json            scores of a point; POINT.influence.npy: the influence of each image on the FID (float32 N).
-                                  With J scores in evaluation.judges (float32 1+J,N): first the FID, then these scores
+                                  If evaluation.judges lists J more scores, the array is float32 1+J,N: row 0 belongs to the
+                                  FID, and each further row to one of these scores
     metrics/train/SCHEDULE.json   last training and validation loss; SCHEDULE.csv their curves; SCHEDULE.by_time.csv the
                                   validation loss in each range of the time t
     metrics/likelihood/SCHEDULE.json  bits per dimension; SCHEDULE.csv the rate-distortion curve

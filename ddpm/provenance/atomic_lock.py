@@ -81,11 +81,13 @@ def _check_parameters(root: Path) -> None:
     params, given = Params.load(root / "params.yaml"), read_yaml(root / "params.yaml")
     if absent := absent_sections(text, given):
         sections = "; ".join(f"{name}: {json.dumps(value)}" for name, value in params.to_json(*absent).items())
-        raise InputError(f"params.yaml: dvc.yaml needs the sections {', '.join(absent)}; add `{sections}`")
+        raise InputError(f"params.yaml lacks the sections {', '.join(absent)}, which dvc.yaml needs; add `{sections}`")
     for section, key in re.findall(TEMPLATE, text):
         name = getattr(getattr(params, section), key)
         if given[section].get(key) != name:
-            raise InputError(f"params.yaml: dvc.yaml needs {section}.{key}; write `{key}: {name}` below {section}")
+            raise InputError(
+                f"params.yaml lacks {section}.{key}, which dvc.yaml needs; write `{key}: {name}` below {section}"
+            )
 
 
 def absent_sections(wiring: str, given: Mapping[str, Any]) -> list[str]:

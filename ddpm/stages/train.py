@@ -386,7 +386,8 @@ def _base_weights(params: Params, schedule: str, network: NetworkEntry, root: Pa
     folder = paths.imported_dir(name)
     if not (root / folder).is_dir():
         raise InputError(
-            f"schedules.{schedule}.base: no folder {folder}; copy the folder of a model there, such as models/{name}"
+            f"schedules.{schedule}.base: the folder {folder} does not exist; copy a model's folder, for example"
+            f" models/{name}, to {folder}"
         )
     denoiser, model = checkpoint.load(root / folder)
     if model.weights_sha256 != checksum:

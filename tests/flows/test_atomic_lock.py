@@ -126,7 +126,7 @@ def test_a_name_that_leads_out_of_the_checkout_deletes_nothing(copied: Any) -> N
 def test_a_name_that_dvc_takes_from_an_old_params_file_is_asked_for_in_one_line(copied: Any) -> None:
     copied.edit("  kind: unet\n", "")
     done = copied.run(str(Path(sys.executable).with_name("dvc")), "repro")
-    line = "dvc: params.yaml: dvc.yaml needs network.kind; write `kind: unet` below network\n"
+    line = "dvc: params.yaml lacks network.kind, which dvc.yaml needs; write `kind: unet` below network\n"
     assert (done.returncode, done.stderr) == (2, line)
 
 

@@ -143,7 +143,9 @@ def test_a_section_that_a_stage_reads_is_added_to_an_old_file(checkout: Path) ->
     (checkout / ".dvc").mkdir()
     refused = subprocess.run(["dvc", "repro"], cwd=checkout, capture_output=True, text=True, check=False)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert 'dvc.yaml needs the sections report; add `report: {"margin": 0.05}`' in refused.stderr
+    assert (
+        'params.yaml lacks the sections report, which dvc.yaml needs; add `report: {"margin": 0.05}`' in refused.stderr
+    )
     parameters.write(checkout)
     assert YAML(typ="safe").load(path.read_text()) == YAML(typ="safe").load(text)
 

@@ -234,7 +234,7 @@ def test_a_training_starts_from_another_model(root: Path, smoke: Callable[..., P
         return smoke(**{"training": training, "schedules": schedules, "diffusion": {"target": "v"}, **changes})
 
     for name, changes, line in (
-        (f"none@{weights}", {}, "base: no folder imported/none"),
+        (f"none@{weights}", {}, "base: the folder imported/none does not exist"),
         (f"base@{'0' * 64}", {}, f"imported/base holds other weights; .* base@{weights}"),
         (f"base@{weights}", {"network": {"channels": 24}}, "has channels 16, but this training's network has 24"),
     ):
