@@ -63,17 +63,23 @@ def with_another(name: str) -> str:
     return LOCK.replace(stages[name], f"{head}\n    outs:\n{changed}")
 
 
-def places(text: str) -> list[int]:
-    """Returns places to cut: 50 random ones, multiples of a file system's block, ends of entries, and ends of the last lines."""
+def places(text: str, ran: str) -> list[int]:
+    """Returns places to cut.
+
+    They are 50 random places, multiples of a file system's block, ends of entries, and ends of lines: the last lines of the file
+    and of the stage `ran`, if any.
+    """
     chance = random.Random(0)
     ends = [match.start() for match in lock_mending.STAGE.finditer(text)]
-    lines = [match.end() for match in re.finditer("\n", text)][-12:-1]
+    lines = [match.end() for match in re.finditer("\n", text)]
+    end = text.index(entry := (lock_mending.entries(text) or {})[ran]) + len(entry) if ran else 0
     return [
         *chance.sample(range(1, len(text)), 50),
         *range(0, len(text), 4096),
         *ends[:3],
         *ends[-3:],
-        *lines,
+        *lines[-12:-1],
+        *[line for line in lines if line < end][-12:],
         len(text) - 1,
     ]
 
@@ -91,7 +97,7 @@ def mended(text: str, cut: int, last: str) -> str:
 def test_every_cut_is_mended(seen: bool, ran: str, checkout: Path) -> None:
     """A kill cuts off the file while DVC writes it. The text is unchanged, or has the new entry of a stage that ran again."""
     text = with_another(ran) if ran else LOCK
-    for cut in places(text):
+    for cut in places(text, ran):
         if seen:
             assert checked(checkout, LOCK) == (LOCK, [])
         else:
