@@ -190,7 +190,7 @@ def _run_all(root: Path, recipe: str | None, overrides: list[str], promote: bool
 
 @contextmanager
 def _publishing(root: Path) -> Iterator[PrefectFuture[State]]:
-    """Publishes outputs while the block runs. At its end, waits until the remaining outputs are published."""
+    """Publishes outputs while the `with` block runs. At its end, waits until the remaining outputs are published."""
     read_end, write_end = os.pipe()
     try:
         publishing = run_publish.submit(str(root), read_end)

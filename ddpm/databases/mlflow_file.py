@@ -105,7 +105,7 @@ def newest_experiment(file: Path, name: str) -> str:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[sqlite3.Connection]:
-    """Yields a connection that commits if the block raises nothing. A missing file counts as an empty database."""
+    """Yields a connection that commits if the `with` block raises nothing. A missing file counts as an empty database."""
     address = f"{file.as_uri()}?mode=rw" if file.exists() else ":memory:"
     try:
         with closing(sqlite3.connect(address, uri=True, timeout=60)) as database, database:

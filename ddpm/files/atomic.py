@@ -51,7 +51,7 @@ def _temporary_beside(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
-    """Yields a temporary file that replaces `path` when the block succeeds, and is removed when the block fails.
+    """Yields a temporary file that replaces `path` when the `with` block succeeds, and is removed when the block fails.
 
     keep: do not replace an existing file, so the first of several writers wins. Raises InputError when the disk is full.
     """
@@ -84,7 +84,7 @@ def _link_unless_exists(file: Path, path: Path) -> bool:
 
 @contextmanager
 def replacing_dir(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder that replaces `path` when the block succeeds, and is removed when the block fails.
+    """Yields a temporary folder that replaces `path` when the `with` block succeeds, and is removed when the block fails.
 
     Raises InputError when the disk is full.
     """

@@ -167,9 +167,9 @@ def writing_dataset(
     counts: tuple[int, int],
     labels: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
 ) -> Iterator[NewDataset]:
-    """Yields a new dataset, in which the block fills in arrays, description and picture. Then writes the dataset.
+    """Yields an empty dataset, whose arrays, description and picture the `with` block fills in. Then writes the dataset.
 
-    The new dataset replaces the old dataset if the block succeeds. Otherwise the old dataset stays.
+    The new dataset replaces the old dataset if the `with` block succeeds. Otherwise the old dataset stays.
 
     Args:
         root: the top of the checkout.

@@ -136,7 +136,7 @@ class SamplesRecord:
 
 @contextmanager
 def _sample_set(path: Path) -> Iterator[tuple[Any, SamplesRecord]]:
-    """Yields the open archive of a sample set, and its record. Converts every error of the block into InputError."""
+    """Yields the open archive of a sample set, and its record. Converts every error of the `with` block into InputError."""
     try:
         archive = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):

@@ -17,7 +17,7 @@ from ddpm.provenance import code, project
 
 @contextmanager
 def unchanged(stage: str, root: Path = Path()) -> Iterator[None]:
-    """Raises InputError if a parameter or module on which the stage depends changed while the block ran.
+    """Raises InputError if a parameter or module on which the stage depends changed while the `with` block ran.
 
     The stage then fails, so DVC does not record in dvc.lock that the edited version made these outputs. Checks nothing outside
     DVC, where DVC_STAGE is not set.

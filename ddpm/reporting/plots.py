@@ -39,7 +39,7 @@ def _blank(width: int, height: int, dpi: int) -> Iterator[Any]:
 
 @contextmanager
 def drawing(path: Path, width: int, height: int, dpi: int) -> Iterator[Any]:
-    """Yields a matplotlib figure, and writes the figure to a PNG file if the block succeeds.
+    """Yields a matplotlib figure, and writes the figure to a PNG file if the `with` block succeeds.
 
     The file contains no date and no version, so the same content gives the same bytes.
 

@@ -33,7 +33,7 @@ def on_sigterm() -> None:
 def deferred() -> Iterator[Callable[[], int]]:
     """Holds back the first SIGTERM or SIGINT during the block. A second signal acts at once.
 
-    Yields a callable that returns the number of the signal held back, or 0. If the block ends without an exception, the
+    Yields a callable that returns the number of the signal held back, or 0. If the `with` block ends without an exception, the
     signal acts at the end. Does nothing outside the main thread, since only the main thread gets signals.
     """
     if threading.current_thread() is not threading.main_thread():

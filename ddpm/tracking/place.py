@@ -224,7 +224,7 @@ def _note(experiment: str, dataset: str) -> str:
 
 @contextmanager
 def as_default(where: Place) -> Iterator[None]:
-    """Makes `where` the default store of this process while the block runs.
+    """Makes `where` the default store of this process while the `with` block runs.
 
     MLflow's registry looks up logged models in the default store.
     """
@@ -241,7 +241,7 @@ def as_default(where: Place) -> Iterator[None]:
 
 
 def locked(where: Place, name: str = "") -> AbstractContextManager[None]:
-    """Holds a lock of the store while the block runs.
+    """Holds a lock of the store while the `with` block runs.
 
     Without a name, this is the lock for reading and writing. Every process holds it only briefly, so a long wait raises
     InputError. A lock with a name, such as ".promote", may be held for hours, so this function waits without a limit.

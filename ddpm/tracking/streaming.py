@@ -185,7 +185,7 @@ def _open_training(target: Target, params: Params, schedule: str, root: Path) ->
 
 @contextmanager
 def watch_training(params: Params, schedule: str, root: Path = Path(), say: Say = print) -> Iterator[TrainingWatch]:
-    """Streams a training to MLflow while the block runs.
+    """Streams a training to MLflow while the `with` block runs.
 
     Call the yielded TrainingWatch with each Progress, and its method `log_preview` with sample grids.
 

@@ -27,7 +27,7 @@ cluster: ContextVar[Runner] = ContextVar("cluster")
 
 @contextmanager
 def connected(hosts: bool | str) -> Iterator[None]:
-    """Connects `cluster` to a Dask scheduler while the block runs. Does nothing if `hosts` is a bool.
+    """Connects `cluster` to a Dask scheduler while the `with` block runs. Does nothing if `hosts` is a bool.
 
     Raises InputError if `hosts` is not an address, if no scheduler answers there, or if the extra `dask` is not installed.
     """

@@ -17,7 +17,7 @@ from flows.watch import watcher
 
 @contextmanager
 def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterator[None]:
-    """Holds the lock of the checkout while the block runs. A second run waits, and reports the process that holds the lock.
+    """Holds the lock of the checkout while the `with` block runs. A second run waits, and names the process that holds it.
 
     Args:
         root: the checkout.
