@@ -243,7 +243,10 @@ def _down(
 
 
 def _up(stage: MakeStage, double: MakeResize, skips: list[int], levels: Levels, blocks: int) -> nn.ModuleList:
-    """Builds the layers of the way up, with `blocks` + 1 stages per resolution. See `_down`, which also returns `skips`."""
+    """Builds the layers of the way up, with `blocks` + 1 stages per resolution.
+
+    skips: the widths that `_down` returned; this function empties the list. For the other arguments, see `_down`.
+    """
     up, width = nn.ModuleList(), levels[-1][0]
     for level, (to, attend, residual) in reversed(list(enumerate(levels))):
         for _ in range(blocks + 1):

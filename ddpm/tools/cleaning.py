@@ -70,7 +70,7 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
     Args:
         params: the present parameters.
         root: the top of the project.
-        before: files that were used at or after this time are skipped, in seconds since 1970.
+        before: a time in seconds since 1970. Only files that were last used before it are found.
     """
     keep = {"sampling": {point.name for point in params.points()}, "training": _trainings(params, root)}
     for folder, kind in KINDS.items():
