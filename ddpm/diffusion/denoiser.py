@@ -155,7 +155,8 @@ class Denoiser:
     def evaluations(self, t: Tensor | float) -> int:
         """Returns how often a call at timesteps t evaluates the network per image.
 
-        Once if the guidance strength w is 0 at all times or 1 at all times, else twice.
+        The network is evaluated once if the guidance strength w is 0 at every timestep in t, or 1 at every timestep in t.
+        Otherwise it is evaluated twice.
         """
         w = self._strength(torch.as_tensor(t, dtype=torch.float64).cpu())
         return 1 if bool((w == 1).all() or (w == 0).all()) else 2
