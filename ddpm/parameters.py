@@ -516,8 +516,8 @@ class Compute:
     """Where stages run and how often they save. No stage depends on this section.
 
     Args:
-        device: where stages compute. `ddpm probe` chooses the values of `auto` for this device. A change of the device alone
-            keeps those values until `ddpm probe` runs again.
+        device: where stages compute. `ddpm probe` chooses the values of `auto` for this device. After a change of `device`, the
+            values for the old device stay in use until `ddpm probe` runs again.
         slots: the number of stages that the flow runs at once.
         processes: the number of processes of one training. Each process computes its share of the batch.
         preview_fid: the number of images whose FID is logged at each preview; 0 for none.
