@@ -82,7 +82,7 @@ ROWS = (
     ),
     Metric(
         "copying",
-        "nearer to train",
+        "copying",
         lambda sets: sets.copying.closer,
         optional=True,
         more=(Entry("copying_z", "", lambda sets: sets.copying.z, optional=True),),

@@ -38,7 +38,8 @@ def fit_row(
     seed: int = 0,
     report: Report = silent,
 ) -> tuple[str, dict[int, float]]:
-    """Finds the best times t for the steps of a sampler with one model. Returns them in a row of `samplers`.
+    """Finds the best times t for the steps of a sampler with one model. Returns them as a row for the section
+    `samplers` of params.yaml.
 
     Args:
         params: the content of params.yaml.

@@ -196,7 +196,7 @@ def test_a_worker_in_the_clone_that_asks_refuses_in_one_line(repository: Path) -
         assert not host.is_alive()
     assert (said[0].name, said[0].type.value) == ("InputError", "FAILED")
     assert said[0].message == (
-        "this clone runs the flow, so it cannot also be one of its hosts: start this worker in another clone"
+        "the flow runs in this clone, and each of its workers needs another clone: start this worker there"
     )
     assert not (repository / "params.yaml").exists()
 

@@ -224,7 +224,7 @@ def test_how_sure() -> None:
     assert how_sure(entry, 4, 0.95, 0.05) == "With 95% confidence, a is the best of the 4 points."
     among = "With 95% confidence, the truly best of the 9 points is one of these"
     tied = how_sure(replace(entry, may_be_best=("a", "b", "c")), 9, 0.95, 0.05)
-    assert tied.startswith("a has the lowest FID") and tied.endswith(f"{among} 3: a, b, c.")
+    assert tied.startswith("Not certain: a has the lowest FID.") and tied.endswith(f"{among} 3: a, b, c.")
     luck = how_sure(replace(entry, point="b", may_be_best=tuple("abcdefgh")), 9, 0.95, 0.05)
     nearly = (
         "a has a lower FID, but b takes fewer evaluations and, with 95% confidence, is at most 5% worse than the truly"
@@ -354,9 +354,7 @@ def test_a_model_that_copies_is_caught_and_its_data_is_not(
     )
     assert "suspected copy?" in text and "12 samples. A sample is suspected if its distance is below" in text
     assert "12 samples. Distance to the nearest training image: median 0.0, smallest 0.0. Exact copies: 12" in text
-    assert (
-        "30 images of the test split" in text and "In 100% of these pairs" in text and "In 99% of these pairs" in text
-    )
+    assert "30 images of the test split" in text and "In 100% of the pairs" in text and "In 99% of the pairs" in text
     assert "No sign of memorising: by pixels" in Reader((made_report / "report" / "index.html").read_text()).text
 
 
