@@ -342,13 +342,18 @@ def render_ledger() -> str:
         "### Each trick alone, 300 processor seconds",
         "",
     ]
-    lines += _ledger_rows(about.get("screening", {}))
+    screened = about.get("screening", {})
+    apart = ("winner", *LEDGER_PEERS)  # sides that only the later phases measure
+    lines += _ledger_rows(screened)
+    lines += _missing([name for name in about["changes"] if name not in screened and name not in apart])
     for phase, title in PHASES.items():
         if about.get(phase):
             lines += ["", f"### {title}", "", *_ledger_rows(about[phase])]
+    lines += _missing([title for phase, title in PHASES.items() if not about.get(phase)])
     return "\n".join(lines) + "\n"
 
 
+LEDGER_PEERS = ("diffusers", "denoising-diffusion-pytorch")
 PHASES = {
     "curves": "The recipe, the winner and the peers",
     "large": "Layer 2048, 5,000 samples",
