@@ -56,8 +56,8 @@ def run_stage(stage: str, root: str, unchanged: bool, hosts: bool = False) -> St
         stage: the stage's name in DVC, such as sample@linear-ddim-50.
         root: the checkout.
         unchanged: DVC has already reported that the stage need not run.
-        hosts: the flow uses other hosts. A stage of a matrix (with @ in its name) runs there. The outputs of any other stage are
-            pushed to the DVC remote.
+        hosts: whether the flow uses other hosts. If so, a stage of a matrix (with @ in its name) runs on one of them. A stage
+            without @ runs on this host, and its outputs are then pushed to the DVC remote.
     """
     if unchanged:
         return _state(stage, Outcome("Unchanged", "unchanged"))
