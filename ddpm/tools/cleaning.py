@@ -57,7 +57,7 @@ class Leftover:
 def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
     """Finds old files in .cache from which no run with these parameters would resume.
 
-    Skips these files, whatever their age:
+    The following files are never found, whatever their age:
 
     - The training states of the schedules in `params`: a longer training would resume from them. But states that were saved
       with other settings of training.decay count as leftovers, because no training would resume from them.
@@ -65,7 +65,7 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
     - All training states if dataset.json or auto.json cannot be read: without these files it is unknown which states `params`
       need.
 
-    A run that needs a removed file computes the content again.
+    If a found file is removed, a run with other parameters that would have used it computes its content again.
 
     Args:
         params: the present parameters.

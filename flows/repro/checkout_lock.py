@@ -36,7 +36,7 @@ def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterat
             record = records.read_json(holder)
         if asked_by and record.get("flow_run") == asked_by:
             raise InputError(
-                "the flow runs in this clone, and each of its workers needs another clone: start this worker there"
+                "the flow runs in this clone: start the worker in another clone, one for each worker"
             ) from None
         watcher.get().line(
             "train-eval", f"waiting: another run (process {record.get('pid', 'unknown')}) is at work in this checkout"
