@@ -65,7 +65,7 @@ def leftovers(params: Params, root: Path, before: float) -> Iterator[Leftover]:
     - All training states if dataset.json or auto.json cannot be read: without these files it is unknown which states `params`
       need.
 
-    If a found file is removed, a run with other parameters that would have used it computes its content again.
+    Removing these files loses no result. A run with other parameters may have to compute their content again.
 
     Args:
         params: the present parameters.

@@ -36,7 +36,7 @@ def alone(root: Path, flow_run: str | None = None, asked_by: str = "") -> Iterat
             record = records.read_json(holder)
         if asked_by and record.get("flow_run") == asked_by:
             raise InputError(
-                "the flow runs in this clone: start the worker in another clone, one for each worker"
+                "the flow is already running in this clone; start the worker in a clone of its own"
             ) from None
         watcher.get().line(
             "train-eval", f"waiting: another run (process {record.get('pid', 'unknown')}) is at work in this checkout"

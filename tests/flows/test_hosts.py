@@ -195,7 +195,7 @@ def test_a_worker_in_the_clone_that_asks_refuses_in_one_line(repository: Path) -
         host.join(20)
         assert not host.is_alive()
     assert (said[0].name, said[0].type.value) == ("InputError", "FAILED")
-    assert said[0].message == ("the flow runs in this clone: start the worker in another clone, one for each worker")
+    assert said[0].message == ("the flow is already running in this clone; start the worker in a clone of its own")
     assert not (repository / "params.yaml").exists()
 
 
