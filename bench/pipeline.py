@@ -251,7 +251,7 @@ def sweeps(device: str) -> dict[str, Any]:
     largest = SIZES[-1]
     times[f"dvc repro with nothing to do, {largest} points"] = repro["ours"]
     times[f"the same with plain DVC, {stages} stages"] = repro["plain"]
-    nothing = f"dvc repro with nothing to do, {largest} points: ours / plain DVC"
+    nothing = f"dvc repro with nothing to do, {largest} points: this pipeline / a plain DVC pipeline of as many stages"
     clock, processor = (
         [ours / plain for ours, plain in zip(repro["ours"][kind], repro["plain"][kind], strict=True)]
         for kind in ("wall", "cpu")
@@ -267,7 +267,7 @@ def sweeps(device: str) -> dict[str, Any]:
                 for points, value in added.items()
             ),
             figure(
-                f"overhead of the flow per point, {largest} points / {SIZES[0]} points",
+                f"overhead of the flow per point, of a sweep of {largest} points / of {SIZES[0]} points",
                 [added[largest] / added[SIZES[0]]],
                 "x",
                 1.2,

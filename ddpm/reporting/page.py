@@ -183,7 +183,7 @@ def how_sure(entry: Answer, points: int, confidence: float, margin: float) -> st
     listed = ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
     if entry.point == entry.lowest:
         title = f"{better.replace('er', 'est')} {RANKING.title}"
-        return f"Not certain: {entry.point} has the {title}. {among}: {listed}."
+        return f"Not certain. This point has the {title}, but may not be the best. {among}: {listed}."
     return f"{_nearly(entry, better, sure, margin)} {among}: {listed}."
 
 

@@ -224,7 +224,9 @@ def test_how_sure() -> None:
     assert how_sure(entry, 4, 0.95, 0.05) == "With 95% confidence, a is the best of the 4 points."
     among = "With 95% confidence, the truly best of the 9 points is one of these"
     tied = how_sure(replace(entry, may_be_best=("a", "b", "c")), 9, 0.95, 0.05)
-    assert tied.startswith("Not certain: a has the lowest FID.") and tied.endswith(f"{among} 3: a, b, c.")
+    assert tied.startswith("Not certain. This point has the lowest FID, but may not be the best.") and tied.endswith(
+        f"{among} 3: a, b, c."
+    )
     luck = how_sure(replace(entry, point="b", may_be_best=tuple("abcdefgh")), 9, 0.95, 0.05)
     nearly = (
         "a has a lower FID, but b takes fewer evaluations and, with 95% confidence, is at most 5% worse than the truly"
