@@ -117,7 +117,7 @@ def fid_sets(device: str) -> dict[str, Any]:
         "checks": {"FID, ours": given["ours"], "FID, torch-fidelity": given["torch-fidelity"]},
         "times": times | {f"{side}: features of one set": kinds for side, kinds in extraction.items()},
         "figures": [
-            figure("share of our time that Inception does not take", over, "%", 5.0, most=True),
+            figure("share of our time spent outside of the Inception network", over, "%", 5.0, most=True),
             *ratios(times, "torch-fidelity"),
             *ratios(extraction, "torch-fidelity", 1.6, name="features alone: torch-fidelity / ours"),
             *ratios(extraction, BEST, name=f"features alone: {BEST} / ours"),

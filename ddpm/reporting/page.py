@@ -178,7 +178,9 @@ def how_sure(entry: Answer, points: int, confidence: float, margin: float) -> st
         return _nearly(entry, better, sure, margin)
     if len(names) == 1:
         return f"With {sure} confidence, {entry.point} is the best of the {points} points."
-    among = f"With {sure} confidence, the truly best of the {points} points is one of these {len(names)}"
+    among = (
+        f"With {sure} confidence, the truly best of the {points} points within this budget is one of these {len(names)}"
+    )
     more = len(names) - MOST_NAMES
     listed = ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
     if entry.point == entry.lowest:
