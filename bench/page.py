@@ -343,9 +343,11 @@ def render_ledger() -> str:
         "",
     ]
     screened = about.get("screening", {})
-    apart = ("winner", *LEDGER_PEERS)  # sides that only the later phases measure
     lines += _ledger_rows(screened)
-    lines += _missing([name for name in about["changes"] if name not in screened and name not in apart])
+    # The recipe and the peers change nothing, and only the later phases measure the peers and the winner.
+    lines += _missing(
+        [name for name, change in about["changes"].items() if change and name not in {*screened, "winner"}]
+    )
     for phase, title in PHASES.items():
         if about.get(phase):
             lines += ["", f"### {title}", "", *_ledger_rows(about[phase])]
@@ -353,7 +355,6 @@ def render_ledger() -> str:
     return "\n".join(lines) + "\n"
 
 
-LEDGER_PEERS = ("diffusers", "denoising-diffusion-pytorch")
 PHASES = {
     "curves": "The recipe, the winner and the peers",
     "large": "Layer 2048, 5,000 samples",
