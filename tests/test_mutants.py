@@ -16,8 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SEED = 0
-# BitOr joins types in annotations, which are never evaluated. Any test notices a shift or a bitwise operation on floats.
 OPTIONS = ("--timeout=40", "-m", "not proof and not chaos")
+# BitOr joins types in annotations, which are never evaluated. Any test notices a shift or a bitwise operation on floats.
 LEFT_OUT = ("BitOr", "BitAnd", "BitXor", "Shift", "_Is", "ExceptionReplacer", "VariableReplacer", "VariableInserter")
 
 
