@@ -64,14 +64,14 @@ def recipe_of_params(params: Any, schedule: str, shape: tuple[int, ...]) -> Reci
     )
 
 
-def load_prepared(name: str, images: Path | None, state: Path) -> tuple[Any, Any]:
-    """Returns the parameters and the dataset of a recipe. Prepares the dataset on the first call."""
+def load_prepared(path: Path, images: Path | None, state: Path) -> tuple[Any, Any]:
+    """Returns the parameters of a file and their dataset. Prepares the dataset on the first call."""
     from ddpm.files.dataset import read_dataset
     from ddpm.files.params import Params
     from ddpm.runtime import compiling
     from ddpm.stages.prepare import prepare
 
-    params = Params.load(ROOT / "recipes" / f"{name}.yaml")
+    params = Params.load(path)
     auto, _ = compiling.probe(torch.device("cpu"))
     params = params.model_copy(update={"training": auto.within(params.training)})
     if images is not None:
@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         until = time.monotonic() + options.minutes * 60
         state = options.state or ROOT / ".cache" / "curves" / options.what
-        params, dataset = load_prepared(options.what, options.images, state)
+        params, dataset = load_prepared(ROOT / "recipes" / f"{options.what}.yaml", options.images, state)
         point = Point.parse(options.point) if options.point else params.points()[-1]
         try:
             measure(options.what, params, dataset, point, state, options.out, until, options.first)

@@ -49,6 +49,7 @@ from ddpm.scores.intervals import Estimate
 
 NAME = "cifar10-cpu"
 RESULT = f"ledger-{NAME}.json"
+BASELINE = Path(__file__).with_name("ledger.yaml")
 RECIPE = "as it is"  # the row of CHANGES with which the others are compared
 # Each row changes one setting of the recipe or of its network; the last rows combine what helped alone.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -406,7 +407,7 @@ def draw(about: dict[str, Any], path: Path) -> None:
 @cache
 def bench_of(images: Path | None, state: Path, until: float) -> Bench:
     """Loads the data once in each process. See `Bench` for the arguments."""
-    params, dataset = load_prepared(NAME, images, state)
+    params, dataset = load_prepared(BASELINE, images, state)
     point = params.points()[-1]
     scoring = replace(params.evaluation, images=20, layer=64) if harness.TINY else params.evaluation
     return Bench(

@@ -15,6 +15,7 @@ from scipy.stats import binom
 from ddpm.parameters import Promotion
 from ddpm.scores.conclusions import Candidate, choose
 from ddpm.scores.intervals import Estimate, standard_error
+from ddpm.scores.metrics import METRICS
 from ddpm.tracking.registry.decision import Judged, Protocol, Score, decide
 
 IMAGES, NOISE = 400, 0.3
@@ -143,6 +144,19 @@ def test_other_judges_can_only_refuse(fd: float, wins: bool, words: str) -> None
     assert decide(cheaper, replace(champion, estimate=Estimate(1.0, 0.0001)), rule).wins is wins
 
 
+@pytest.mark.parametrize(("mine", "wins"), [(96.0, True), (95.0, False), (110.0, True)])
+def test_a_judge_whose_higher_scores_are_better_refuses_lower_ones(
+    mine: float, wins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The half-width of the judge's interval is 1.959964 sqrt(2) 0.1 = 0.277, so 95 may be 5.277 below 100."""
+    monkeypatch.setitem(METRICS, "fd_dinov2", replace(METRICS["fd_dinov2"], direction=1))
+    champion, better = (
+        Score(Estimate(value, 0.01), 50, PROTOCOL, judges={"fd_dinov2": Judged(Estimate(judged, 0.1), "w")})
+        for value, judged in ((1.0, 100.0), (0.9, mine))
+    )
+    assert decide(better, champion, replace(RULE, judges=("fd_dinov2",))).wins is wins
+
+
 def test_influence_values_are_those_of_the_score_and_then_of_its_judges() -> None:
     rows = np.arange(12.0).reshape(3, 4)
     judges = {name: Judged(Estimate(1.0, 0.1), "w") for name in ("fd_dinov2", "cmmd")}
@@ -150,6 +164,8 @@ def test_influence_values_are_those_of_the_score_and_then_of_its_judges() -> Non
     assert score.seed == 3 and np.array_equal(score.influence, rows)
     known = [score.estimate, score.judges["fd_dinov2"].estimate, score.judges["cmmd"].estimate]
     assert [estimate.influence.tolist() for estimate in known if estimate.influence is not None] == rows.tolist()
+    with pytest.raises(ValueError, match="zip"):
+        score.with_influence(rows[:2], seed=3)
 
 
 def test_a_reason_names_both_scores_and_the_interval() -> None:
