@@ -520,7 +520,7 @@ class Compute:
             values for the old device stay in use until `ddpm probe` runs again.
         slots: the number of stages that the flow runs at once.
         processes: the number of processes of one training. Each process computes its share of the batch.
-        preview_fid: the number of images whose FID is logged at each preview; 0 for none.
+        preview_fid: the number of images whose FID is logged at each preview, 2 or more; 0 for none.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -529,6 +529,10 @@ class Compute:
     checkpoint_every: int = entry(COUNT, 1000)
     preview_every: int = entry(COUNT, 1000)
     preview_fid: int = later(0, {"ge": 0, "lt": 2**20})
+
+    def __post_init__(self) -> None:
+        if self.preview_fid == 1:
+            raise ValueError("preview_fid: FID takes two images or more; 0 turns it off")
 
 
 @dataclass(frozen=True, kw_only=True)

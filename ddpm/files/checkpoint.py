@@ -5,6 +5,7 @@ Resume states of a training are kept in the cache. Each is written atomically an
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import tempfile
@@ -30,13 +31,36 @@ if TYPE_CHECKING:
     from ddpm.files.params import Params
 
 
+# The arguments of a network that are no keys of the section `network`, and what they follow from.
+DECIDED_BY = {
+    "image_channels": "the dataset",
+    "image_size": "the dataset",
+    "out_channels": "diffusion.variance",
+    "classes": "diffusion.conditional and the dataset's classes",
+}
+
+
 def network(entry: NetworkEntry) -> nn.Module:
     """Builds the network that model.json describes, with fresh weights. Raises InputError."""
     kind = NETWORKS.select(entry.kind)
+    parameters = inspect.signature(kind).parameters
+    unknown = entry.settings.keys() - parameters
+    if unknown and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        known = ", ".join(name for name in parameters if name not in DECIDED_BY)
+        key = min(unknown)
+        hint = f"which follows from {DECIDED_BY[key]}" if key in DECIDED_BY else f"only {known}"
+        raise InputError(f"network: {entry.kind} takes no {key}, {hint}")
     try:
         return kind(**entry.settings)
     except (TypeError, ValueError) as error:
         raise InputError(f"network: {str(error).splitlines()[0]}") from None
+
+
+def complete(entry: NetworkEntry) -> dict[str, Any]:
+    """Returns the entry `network` of model.json with the defaults of the keys that it omits."""
+    parameters = inspect.signature(NETWORKS.select(entry.kind)).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+    return {**defaults, **entry.content}
 
 
 def noise_schedule(entry: ScheduleEntry) -> NoiseSchedule:

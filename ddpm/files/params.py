@@ -177,9 +177,10 @@ class Params(Section):
     def _schedules_fit_the_target(self) -> Params:
         for name in self.sweep.schedules:
             row = self.schedules[name]
-            if row.zero_terminal_snr and self.diffusion.target == "eps" and row.imported is None:
+            silent = row.zero_terminal_snr or row.schedule == "rectified"
+            if silent and self.diffusion.target == "eps" and row.imported is None:
                 raise ValueError(
-                    f"schedules.{name}: with zero_terminal_snr, eps says nothing about the image at T; set diffusion.target to v"
+                    f"schedules.{name}: alpha_bar_T is 0, so eps says nothing about the image at T; set diffusion.target to v"
                 )
         return self
 

@@ -7,7 +7,7 @@ snapshots to snapshots/SCHEDULE. model.json holds the hash of their record.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def averaged(folder: Path, model: ModelRecord, length: float) -> dict[str, Tenso
         length: the length of the average: the standard deviation of the averaged steps, as a share of the training.
 
     Raises:
-        InputError: the model has no snapshots, or they are missing, damaged or of another training.
+        InputError: the model has no snapshots, too few for this length, or they are missing, damaged or of another training.
     """
     place = folder.parents[1] / paths.snapshots_dir(folder.name)
     if not model.snapshots or not (place / RECORD).exists():
@@ -103,18 +103,26 @@ def averaged(folder: Path, model: ModelRecord, length: float) -> dict[str, Tenso
     record = records.read_typed(place / RECORD, SnapshotsRecord)
     if records.record_digest(record.content) != model.snapshots:
         raise InputError(f"{place}: holds the snapshots of another training than {folder}; {records.REMEDY}")
-    tensors, taken = [], []
-    for name in sorted(record.files):
-        path = records.read_described(place / RECORD, record.files, place / name)
-        try:
-            loaded = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise unusable(place, " ".join(str(error).split())) from None
-        for each in record.lengths:
-            tensors.append({key.removeprefix(f"{each}."): x for key, x in loaded.items() if key.startswith(f"{each}.")})
-            taken.append((int(path.stem), each))
-    found = averages.coefficients(taken, max(step for step, _ in taken), length)
-    return averages.combined(tensors, found.tolist())
+    names = sorted(record.files)
+    taken = [(int(Path(name).stem), each) for name in names for each in record.lengths]
+    try:
+        found = averages.coefficients(taken, max(step for step, _ in taken), length)
+    except ValueError as error:
+        raise InputError(f"{place}: {error}") from None
+
+    def tensors() -> Iterator[dict[str, Tensor]]:
+        """Yields one snapshot at a time, so that the memory holds one file."""
+        for name in names:
+            path = records.read_described(place / RECORD, record.files, place / name)
+            try:
+                loaded = load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise unusable(place, " ".join(str(error).split())) from None
+            for each in record.lengths:
+                start = f"{each}."
+                yield {key.removeprefix(start): x for key, x in loaded.items() if key.startswith(start)}
+
+    return averages.combined(tensors(), found.tolist())
 
 
 def checkpoint_of(root: Path, schedule: str, length: float) -> Path:

@@ -17,9 +17,13 @@ def read_yaml(path: Path) -> Any:
     try:
         return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; run this in a checkout or a project (`ddpm init` makes a project), or copy a recipe"
-        ) from None
+        above = next((folder for folder in path.absolute().parent.parents if (folder / path.name).is_file()), None)
+        advice = (
+            f"run this in {above}"
+            if above
+            else "run this in a checkout or a project (`ddpm init` makes a project), or copy a recipe"
+        )
+        raise InputError(f"{path}: no such file; {advice}") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}: not UTF-8 in line {line}; save it as UTF-8") from None

@@ -100,9 +100,9 @@ class DiT(nn.Module):
         classes: int = 0,
     ) -> None:
         super().__init__()
-        _check(width, depth, heads, dropout, classes)
+        _check(width, depth, heads, patch, dropout, classes)
         rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size  # in pixels
-        if type(patch) is not int or not 1 <= patch <= min(rows, columns) or rows % patch or columns % patch:
+        if not 1 <= patch <= min(rows, columns) or rows % patch or columns % patch:
             raise ValueError(
                 f"image_size {image_size} cannot be divided into patches of patch = {patch} pixels: take a patch that"
                 " divides both sides"
@@ -158,19 +158,21 @@ class DiT(nn.Module):
         return self.label(torch.where(labels < 0, self.classes, labels + (labels >= self.classes)))
 
 
-def _check(width: int, depth: int, heads: int, dropout: float, classes: int) -> None:
+def _check(width: int, depth: int, heads: int, patch: int, dropout: float, classes: int) -> None:
     """Raises ValueError if an argument of DiT is out of range."""
-    for name, number in (("width", width), ("depth", depth), ("heads", heads)):
+    for name, number in (("width", width), ("depth", depth), ("heads", heads), ("patch", patch)):
         if type(number) is not int:
             raise ValueError(f"{name} = {number!r:.60} must be a whole number")
     if width < 4 or width % 4:
         raise ValueError(f"width = {width} must be a multiple of 4, for sines and cosines of rows and of columns")
-    if not 1 <= depth <= 256 or not 1 <= heads <= width or width % heads:
-        raise ValueError(f"depth = {depth} must lie in 1 ... 256, and heads = {heads} must divide width = {width}")
-    if not 0 <= dropout < 1 or classes < 0:
-        raise ValueError(
-            f"dropout = {dropout} must lie in 0 ... 1 (1 excluded), and classes = {classes} must be 0 or more"
-        )
+    if not 1 <= depth <= 256:
+        raise ValueError(f"depth = {depth} must lie in 1 ... 256")
+    if not 1 <= heads <= width or width % heads:
+        raise ValueError(f"heads = {heads} must divide width = {width}")
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout = {dropout!r:.60} must be a number in 0 ... 1 (1 excluded)")
+    if classes < 0:
+        raise ValueError(f"classes = {classes} must be 0 or more")
 
 
 NETWORK = DiT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -60,13 +61,26 @@ def with_sampler(settings: Mapping[str, Any], sampler: str) -> dict[str, Any]:
     return {"sampler": sampler, **{key: settings[key] for key in kept if key in settings}}
 
 
-def check_fitted(settings: Mapping[str, Any], model: ModelRecord) -> None:
-    """Raises ValueError if the `times` of a row of `samplers` in params.yaml were fitted to the weights of another model."""
-    fitted = settings.get("fitted_to", model.weights_sha256)
-    if fitted != model.weights_sha256:
+def weights_id(model: ModelRecord, ema: float | None) -> str:
+    """Returns what `fitted_to` in a row of `samplers` names: a sha256 that changes with the weights from which the row draws.
+
+    Args:
+        model: the record of the model.
+        ema: the length of the weights' average, as in `prepared_denoiser`.
+    """
+    if ema in (None, model.ema):
+        return model.weights_sha256
+    return hashlib.sha256(f"{model.weights_sha256} {ema}".encode()).hexdigest()
+
+
+def check_fitted(settings: Mapping[str, Any], model: ModelRecord, ema: float | None) -> None:
+    """Raises ValueError if the `times` of a row of `samplers` in params.yaml were fitted to other weights. See `weights_id`."""
+    known = weights_id(model, ema)
+    fitted = settings.get("fitted_to", known)
+    if fitted != known:
         raise ValueError(
-            f"fitted_to: the times were fitted to weights {fitted[:12]}, but this model has weights"
-            f" {model.weights_sha256[:12]}; fit the times again with `ddpm fit-times`"
+            f"fitted_to: the times were fitted to weights {fitted[:12]}, but this row draws with weights {known[:12]}; fit the"
+            " times again with `ddpm fit-times`"
         )
 
 
@@ -234,7 +248,8 @@ def prepared_denoiser(
         clip: see `Denoiser`.
         precision: "float32", or "bfloat16" for autocast.
         compiled: whether to compile the network.
-        ema: the length of the weights' average to load from the snapshots (see `Sampler`). None for the checkpoint's weights.
+        ema: the length of the weights' average to load from the snapshots (see `Sampler`). None for the checkpoint's weights,
+            which may be such an average themselves.
 
     Returns:
         The denoiser, and the record of the model.
@@ -243,7 +258,7 @@ def prepared_denoiser(
         InputError: the checkpoint cannot be read, the network cannot be compiled, or `ema` is set and the model has no snapshots.
     """
     denoiser, model = checkpoint.load(path, device, clip)
-    if ema is not None:
+    if ema not in (None, model.ema):
         checkpoint.replace_weights(denoiser.net, snapshots.averaged(path, model, ema), path)
     net = compiling.compiled(denoiser.net, "sampling") if compiled else denoiser.net
     if precision == "bfloat16":

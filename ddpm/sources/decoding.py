@@ -152,7 +152,8 @@ def find(path: Path, where: str, convert: bool = False, skip: bool = False) -> F
     elif path.suffix.lower() == ".zip" and path.exists():
         listing = _zip_listing(path, "", found.faults)
     else:
-        raise InputError(f"{where}: no such folder or zip file; set data.path to the folder or zip file of your images")
+        problem = "neither a folder nor a zip file" if path.exists() else "no such folder or zip file"
+        raise InputError(f"{where}: {problem}; set data.path to the folder or zip file of your images")
     for name, read in listing:
         if not is_image(name, suffixes):
             found.left_out.append(name)

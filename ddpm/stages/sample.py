@@ -71,7 +71,7 @@ def sample_point(params: Params, point: Point, root: Path = Path(), report: Repo
         params, point, denoiser.schedule, model.network.learned_variance, guidable=model.network.guidable
     )
     try:
-        drawing.check_fitted(row.options(), model)
+        drawing.check_fitted(row.options(), model, row.ema)
     except ValueError as error:
         raise InputError(f"samplers.{point.sampler}.{error}") from None
     path, total = root / paths.samples_file(point), settings.images

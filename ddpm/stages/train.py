@@ -84,7 +84,7 @@ def network_entry(params: Params, shape: tuple[int, int, int], classes: int = 0)
     """
     channels, height, width = shape
     section = as_json(params.network)
-    if known := {"image_channels", "image_size", "out_channels", "classes"} & section.keys():
+    if known := checkpoint.DECIDED_BY.keys() & section.keys():
         raise InputError(f"network.{min(known)}: is determined by the data and by diffusion; remove this entry")
     if unsound := [key for key, value in section.items() if isinstance(value, float) and not math.isfinite(value)]:
         raise InputError(f"network.{unsound[0]}: {section[unsound[0]]} is not a finite number")
@@ -395,12 +395,13 @@ def _base_weights(params: Params, schedule: str, network: NetworkEntry, root: Pa
             f"schedules.{schedule}.base: {folder} holds other weights; restore the folder, or set base to"
             f" {name}@{model.weights_sha256}"
         )
-    theirs, ours = model.network.content, network.content
-    other = next((key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)), None)
+    theirs, ours = (checkpoint.complete(entry) for entry in (model.network, network))
+    other = next((key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key) and key != "dropout"), None)
     if other is not None:
+        cause = checkpoint.DECIDED_BY.get(other, f"network.{other}")
         raise InputError(
             f"schedules.{schedule}.base: the network in {folder} has {other} {theirs.get(other)}, but this training's"
-            f" network has {ours.get(other)}; change the section network, or choose another base"
+            f" network has {ours.get(other)}; change {cause}, or choose another base"
         )
     assert isinstance(denoiser.net, torch.nn.Module)
     return denoiser.net.state_dict()
@@ -558,16 +559,14 @@ def _resume(
     losses: list[float] = []
     steps = settings.steps
     if world.rank == 0:
-        resumed, complaints = checkpoint.read_resume(_folder_of_step(folder, settings, steps), at_most=steps)
-        if resumed is None and settings.whole < steps:
-            resumed, more = checkpoint.read_resume(folder, at_most=settings.whole)
-            complaints += more
+        resumed, complaints = _newest_state(folder, settings, steps)
         while resumed is not None and (lost := _lost_snapshot(folder, settings, resumed.step)):
-            complaints.append(
+            resumed, more = _newest_state(folder, settings, lost - 1)
+            complaints += [
                 f"{_snapshot(folder, settings, lost)}: missing or damaged: training goes back before step {lost}"
-            )
-            resumed, more = checkpoint.read_resume(_folder_of_step(folder, settings, lost - 1), at_most=lost - 1)
-            complaints += more
+                + ("" if resumed else ", to its start, since no earlier state was saved"),
+                *more,
+            ]
         if resumed is None and not complaints and any(folder.glob(checkpoint.STATES)):
             complaints.append(
                 f"starting from step 0, since the learning rate decays after step {settings.whole} and no state was saved before"
@@ -585,6 +584,15 @@ def _resume(
     world.copy(state.live().values())
     device = next(state.net.parameters()).device
     return rows, [torch.tensor(loss, device=device) for loss in losses]
+
+
+def _newest_state(folder: Path, settings: TrainingSettings, at_most: int) -> tuple[ResumeState | None, list[str]]:
+    """Returns the newest saved state up to a step, and complaints. `folder` is that of the states before the rate decays."""
+    resumed, complaints = checkpoint.read_resume(_folder_of_step(folder, settings, at_most), at_most=at_most)
+    if resumed is None and settings.whole < at_most:
+        resumed, more = checkpoint.read_resume(folder, at_most=settings.whole)
+        complaints += more
+    return resumed, complaints
 
 
 def _lost_snapshot(folder: Path, settings: TrainingSettings, step: int) -> int | None:

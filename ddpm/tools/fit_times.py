@@ -21,7 +21,7 @@ from ddpm.errors import InputError
 from ddpm.files.params import Params
 from ddpm.files.yaml_file import flow_row
 from ddpm.runtime.device import find_device, memory_errors
-from ddpm.runtime.drawing import UNGUIDED, arguments, check_row, class_labels, prepared_denoiser
+from ddpm.runtime.drawing import UNGUIDED, arguments, check_row, class_labels, prepared_denoiser, weights_id
 from ddpm.runtime.progress import Progress, Report, silent
 
 DEFAULT: dict[str, Any] = {"sampler": "unipc"}
@@ -89,7 +89,7 @@ def fit_row(
                 times[each] = [round(t, 2) for t in found]
     except ValueError as error:
         raise InputError(f"fit-times: {error}") from None
-    fitted = {**row, "times": times, "fitted_to": record.weights_sha256}
+    fitted = {**row, "times": times, "fitted_to": weights_id(record, ema)}
     return _one_line(fitted), errors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -11,10 +12,10 @@ from ddpm.errors import InputError
 from ddpm.files import checkpoint
 from ddpm.files.dataset import DatasetRecord
 from ddpm.files.params import Params
-from ddpm.parameters import USUAL_NETWORK
 from ddpm.sources.source import Contents
 from ddpm.stages.evaluate import FEWEST
 from ddpm.stages.train import class_count, network_entry
+from ddpm.training import averages
 
 
 def check_contents(params: Params, contents: Contents) -> list[str]:
@@ -49,6 +50,7 @@ def check(
     check_classes(params, classes)
     if not all(params.schedules[name].imported for name in params.sweep.schedules):
         check_network(params, shape, len(classes or ()))
+        check_averages(params)
     return warnings(params, counts[0], classes)
 
 
@@ -79,15 +81,27 @@ def check_classes(params: Params, classes: Mapping[str, int] | None) -> None:
 
 
 def check_network(params: Params, shape: tuple[int, int, int], classes: int) -> None:
-    """Raises InputError if the section `network` does not give a valid U-Net for images of this shape.
+    """Raises InputError if the section `network` does not give a valid network for images of this shape.
 
-    The U-Net is built on torch's meta device, so its weights take no memory. Other kinds of network are checked when trained.
+    The network is built on torch's meta device, so its weights take no memory. A network that cannot be built there is checked
+    when trained.
     """
-    if params.network.kind != USUAL_NETWORK:
-        return
     entry = network_entry(params, shape, classes if params.diffusion.conditional else 0)
-    with torch.device("meta"):
+    with torch.device("meta"), suppress(RuntimeError):
         checkpoint.network(entry)
+
+
+def check_averages(params: Params) -> None:
+    """Raises InputError if a sampler row of the sweep has an `ema` for which the training takes too few snapshots."""
+    training = params.training
+    steps = {*range(training.snapshot_every, training.steps + 1, training.snapshot_every or 1), training.steps}
+    taken = [(step, length) for step in sorted(steps) for length in averages.LENGTHS]
+    for name in params.sweep.samplers:
+        try:
+            if (length := params.samplers[name].ema) is not None:
+                averages.coefficients(taken, training.steps, length)
+        except ValueError as error:
+            raise InputError(f"samplers.{name}.ema: {error}") from None
 
 
 def warnings(params: Params, train: int, classes: Mapping[str, int] | None) -> list[str]:

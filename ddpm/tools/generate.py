@@ -200,7 +200,7 @@ def _open(
         ema = settings.pop("ema", None)
         denoiser, record = prepared_denoiser(folder, device, clip, precision="float32", compiled=False, ema=ema)
         try:
-            check_fitted(settings, record)
+            check_fitted(settings, record, ema)
         except ValueError as error:
             raise InputError(f"generate: {error}") from None
     if settings.get("guidance") is not None and not record.network.guidable:

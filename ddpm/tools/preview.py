@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from ddpm.files import arrays, dataset, paths, records
 from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress, Report
 from ddpm.scores.extractors import EXTRACTORS
+
+if TYPE_CHECKING:
+    from ddpm.scores import fidelity
 
 IMAGES, STEPS = 36, 25  # images of a grid, and DDIM steps to draw them
 MOST_REFERENCE_IMAGES = 10_000  # the largest number of training images that the FID compares with
@@ -43,17 +47,15 @@ def previews(
             keeps all values for the page of the report.
     """
     scored = params.compute.preview_fid
-
-    @cache
-    def kept() -> _Fids:
-        return _Fids(params, root, schedule)
-
-    @cache
-    def fid() -> Callable[[arrays.Images], float]:
-        return _fid_to_train(params, root)
+    # Loads the extractor now, so that a missing one does not end the training halfway.
+    fids = _Fids(params, root, schedule) if scored else None
 
     def report(progress: Progress) -> None:
-        if progress.model is None or progress.done % params.compute.preview_every:
+        if progress.model is None:
+            return
+        if fids is not None:
+            fids.read(progress.done)
+        if progress.done % params.compute.preview_every:
             return
         from ddpm.runtime.drawing import draw
 
@@ -76,55 +78,70 @@ def previews(
         picture = arrays.grid(images[:IMAGES])
         arrays.write_png(root / preview_file(schedule, progress.done), picture)
         log(progress.done, picture)
-        if scored:
-            found = fid()(images[:scored])
-            kept().add(progress.done, found)
-            log_fid(progress.done, found)
+        if fids is not None:
+            log_fid(progress.done, fids.add(progress.done, images[:scored]))
 
     return report
 
 
 class _Fids:
-    """Stores the preview FIDs of a training in the cache, where a resumed training finds them.
+    """Computes the FIDs of previews, and stores them in the cache, where a resumed training finds them.
 
-    `add` first drops the FIDs of this step and of later steps, which a resumed training computes again.
+    Loads the lowest layer of `evaluation.extractor`. Raises InputError if its weights are missing.
     """
 
     def __init__(self, params: Params, root: Path, schedule: str) -> None:
+        from ddpm.scores import features
+
+        self.params, self.root, self.schedule = params, root, schedule
+        name = params.evaluation.extractor
+        self.extractor = features.load(name, min(EXTRACTORS[name].layers), root / paths.CACHE / name)
+        self.path = root / paths.preview_fids_file(schedule)
+        self.fids: dict[int, float] | None = None
+
+    @cached_property
+    def key(self) -> str:
         from ddpm.stages.train import training_key
 
-        self.path, self.training = root / paths.preview_fids_file(schedule), params.training_entry(schedule)
-        self.fids: dict[int, float] = {}
-        self.key = training_key(params, schedule, dataset.read_dataset_record(root).sha256)
+        return training_key(self.params, self.schedule, dataset.read_dataset_record(self.root).sha256)
+
+    @cached_property
+    def reference(self) -> fidelity.Statistics:
+        train = dataset.read_dataset(self.root).train[:MOST_REFERENCE_IMAGES]
+        return self._statistics(train)
+
+    def read(self, first: int) -> None:
+        """Reads the FIDs of the steps before `first`, the first step after resuming. The first call counts.
+
+        Later FIDs in the file belong to weights that this training may never have.
+        """
+        if self.fids is not None:
+            return
+        self.fids = {}
         with suppress(InputError):  # there is no such file, or it is damaged
             found = records.read_record(self.path)
             if found["key"] == self.key:
-                self.fids = {int(step): fid for step, fid in found["fids"].items()}
+                self.fids = {int(step): fid for step, fid in found["fids"].items() if int(step) < first}
+                self._write()
 
-    def add(self, step: int, fid: float) -> None:
-        self.fids = {earlier: value for earlier, value in self.fids.items() if earlier < step} | {step: fid}
+    def add(self, step: int, images: arrays.Images) -> float:
+        """Returns the FID of the images that were drawn after a step, and stores it."""
+        from ddpm.scores import fidelity
+
+        assert self.fids is not None
+        self.fids[step] = fidelity.fid(self._statistics(images), self.reference)
+        self._write()
+        return self.fids[step]
+
+    def _statistics(self, images: arrays.Images) -> fidelity.Statistics:
+        from ddpm.scores import features, fidelity
+
+        return fidelity.statistics(features.extract(self.extractor, images, self.params.evaluation.batch))
+
+    def _write(self) -> None:
         about = {
             "key": self.key,
-            "training": self.training,
-            "fids": {str(at): value for at, value in self.fids.items()},
+            "training": self.params.training_entry(self.schedule),
+            "fids": {str(step): fid for step, fid in (self.fids or {}).items()},
         }
         records.write_record(self.path, about)
-
-
-def _fid_to_train(params: Params, root: Path) -> Callable[[arrays.Images], float]:
-    """Returns a function that computes the FID of images to training images, at the lowest layer of `evaluation.extractor`."""
-    from ddpm.scores import features, fidelity
-
-    extractor = features.load(
-        params.evaluation.extractor,
-        min(EXTRACTORS[params.evaluation.extractor].layers),
-        root / paths.CACHE / params.evaluation.extractor,
-    )
-    train = dataset.read_dataset(root).train[:MOST_REFERENCE_IMAGES]
-    reference = fidelity.statistics(features.extract(extractor, train, params.evaluation.batch))
-
-    def fid(images: arrays.Images) -> float:
-        found = fidelity.statistics(features.extract(extractor, images, params.evaluation.batch))
-        return fidelity.fid(found, reference)
-
-    return fid

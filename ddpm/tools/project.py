@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -63,7 +64,7 @@ def init(folder: Path, recipe: str) -> list[str]:
     return [
         f"{folder}: created a project with the recipe {recipe}",
         "next:",
-        *([] if folder.resolve() == Path.cwd() else [f"  cd {folder}"]),
+        *([] if folder.resolve() == Path.cwd() else [f"  cd {shlex.quote(str(folder))}"]),
         "  dvc repro   runs the pipeline and writes report/index.html",
         "  ddpm run    does the same, publishes the results to MLflow and promotes the best point",
     ]
@@ -167,7 +168,7 @@ def _repositories(folder: Path) -> None:
         return
     inside = Path(git.line(folder, "rev-parse", "--show-toplevel") or folder) != folder.resolve()
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "init", "--quiet", *(["--subdir"] if inside else [])],
+        [sys.executable, "-m", "dvc", "init", *(["--subdir"] if inside else [])],
         cwd=folder,
         env={**os.environ, "DVC_NO_ANALYTICS": "1"},
         capture_output=True,

@@ -8,7 +8,7 @@ snapshots and suitable coefficients, it comes close to an average of another len
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 LENGTHS = (0.05, 0.1)  # of the averages that a training keeps
+FURTHEST = 0.15  # the largest relative L2 difference between the factors of an average and those of its approximation
 DIGITS = 9  # decimals of the coefficients of snapshots, so that rounding errors of the linear solver change no weights
 
 
@@ -53,18 +54,29 @@ def coefficients(snapshots: Sequence[tuple[int, float]], step: int, length: floa
     """Returns coefficients, float64 [snapshots], that combine the snapshots to the closest approximation of an average.
 
     An average multiplies the weights after each step by a factor. "Closest" means the least squared difference of these factors.
+    The coefficients are then scaled so that their sum is 1, as that of the factors.
 
     Args:
         snapshots: the step and the length of each snapshot.
         step: the last step that the average includes.
         length: the length of the average, as in `PowerAverage`.
+
+    Raises:
+        ValueError: the snapshots are too few for an average of this length: the difference is above FURTHEST.
     """
     steps = np.array([taken for taken, _ in snapshots], dtype=float)
     gammas = np.array([exponent(each) for _, each in snapshots])
     products = _product(steps[:, None], gammas[:, None], steps[None], gammas[None])
-    wanted = _product(steps, gammas, np.array(float(step)), np.array(exponent(length)))
+    last = np.array(float(step)), np.array(exponent(length))
+    wanted, square = _product(steps, gammas, *last), float(_product(*last, *last))
     found, *_ = np.linalg.lstsq(products, wanted, rcond=None)
-    return np.round(np.asarray(found, dtype=float), DIGITS)
+    apart = max(0.0, float(found @ products @ found - 2 * found @ wanted) / square + 1) ** 0.5
+    if apart > FURTHEST:
+        raise ValueError(
+            f"the closest average to length {length:g} that {len(set(steps))} snapshots give is {apart:.0%} away from it; take"
+            " more snapshots (a lower training.snapshot_every), or a length nearer to 0.05 ... 0.1"
+        )
+    return np.round(np.asarray(found / found.sum(), dtype=float), DIGITS)
 
 
 def _product(t_a: NDArray, gamma_a: NDArray, t_b: NDArray, gamma_b: NDArray) -> NDArray[np.float64]:
@@ -75,7 +87,7 @@ def _product(t_a: NDArray, gamma_a: NDArray, t_b: NDArray, gamma_b: NDArray) -> 
     return np.asarray(constant * ratio**power / later)
 
 
-def combined(snapshots: Sequence[Mapping[str, Tensor]], factors: Sequence[float]) -> dict[str, Tensor]:
+def combined(snapshots: Iterable[Mapping[str, Tensor]], factors: Sequence[float]) -> dict[str, Tensor]:
     """Returns the linear combination of snapshots, float32. Adds up in float64, since the factors have both signs."""
     total: dict[str, Tensor] = {}
     for snapshot, factor in zip(snapshots, factors, strict=True):

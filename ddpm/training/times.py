@@ -87,7 +87,7 @@ class LogNormal(Times):
     """Draws times whose log SNR is normal: the distribution of Karras et al. 2022, table 1, on any schedule.
 
     A time that is drawn more often has more influence on the loss, which is intended. With `unbiased`, weights(t) cancels this
-    effect. Raises ValueError for a schedule with fewer than two times of finite log SNR.
+    effect. Raises ValueError for a schedule with fewer than two times of finite log SNR, or with none near the distribution.
     """
 
     def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu", unbiased: bool = False) -> None:
@@ -100,6 +100,12 @@ class LogNormal(Times):
         edges = torch.cat([edges, finite[-1:] - (finite[-2:-1] - finite[-1:]) / 2])
         below = torch.special.ndtr((edges - MEAN) / DEVIATION)
         between = torch.cat([below[:-1] - below[1:], torch.zeros(len(log_snr) - len(finite), dtype=below.dtype)])
+        if between.sum() == 0:
+            low, high = float(finite[-1]), float(finite[0])
+            raise ValueError(
+                f"log_normal draws log SNR near {MEAN:g}, but this schedule has {low:.3g} ... {high:.3g};"
+                " take uniform, or a schedule that adds more noise"
+            )
         table = (1 - UNIFORM) * between / between.sum() + UNIFORM / self.T
         self.table = table.to(self.device, torch.float32)
 

@@ -58,7 +58,7 @@ def test_what_a_network_does_not_take_is_one_line(copied: Any) -> None:
     text = params.read_text(encoding="utf-8")
     for entries, line in (
         ("kind: toy, width: 0", "network: width = 0 must be 1 or more"),
-        ("kind: toy, width: 4, depth: 3", "unexpected keyword argument 'depth'"),
+        ("kind: toy, width: 4, depth: 3", "network: toy takes no depth, only width"),
         ("kind: toy, width: 4, image_size: 16", "network.image_size: is determined by the data and by diffusion"),
         ("kind: none_such", "network.kind: no 'none_such' in ddpm/networks; there are dit, toy, unet"),
     ):

@@ -115,7 +115,9 @@ def test_positions_tell_patches_apart() -> None:
         ({"depth": 0}, "depth = 0 must lie in 1 ... 256"),
         ({"heads": 2.0}, "heads = 2.0 must be a whole number"),
         ({"patch": 3}, "cannot be divided into patches of patch = 3 pixels"),
-        ({"dropout": 1.0}, "dropout = 1.0 must lie in 0 ... 1"),
+        ({"patch": 2.0}, "patch = 2.0 must be a whole number"),
+        ({"dropout": 1.0}, "dropout = 1.0 must be a number in 0 ... 1"),
+        ({"dropout": "0.1"}, "dropout = '0.1' must be a number in 0 ... 1"),
     ],
 )
 def test_settings_that_do_not_fit(wrong: dict[str, float], line: str) -> None:

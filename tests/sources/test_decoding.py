@@ -720,9 +720,13 @@ def test_nothing_there(tmp_path: Path) -> None:
     add(tmp_path, "README.md")
     with pytest.raises(InputError, match="here: no PNG or JPEG images there, only 1 other file; "):
         decoding.find(tmp_path, "here")
-    for path in (tmp_path / "missing", tmp_path / "missing.zip", tmp_path / "README.md"):
-        with pytest.raises(InputError, match="here: no such folder or zip file"):
-            decoding.find(path, "here")
+    for name, problem in (
+        ("missing", "no such folder or zip file"),
+        ("missing.zip", "no such folder or zip file"),
+        ("README.md", "neither a folder nor a zip file"),
+    ):
+        with pytest.raises(InputError, match=f"here: {problem}; set data.path"):
+            decoding.find(tmp_path / name, "here")
 
 
 ORIGINALS = {f"a/{seed}.png": encode(noise(seed=seed)) for seed in range(3)}

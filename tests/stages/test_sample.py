@@ -180,7 +180,7 @@ def test_a_row_draws_with_an_average_of_its_own_length(
 
     point = Point.parse("cosine-ddim-5")
     train(of(None), "cosine", root)
-    usual, short, long = (draw(root, of(ema), point).astype(int) for ema in (None, 0.05, 0.2))
+    usual, short, long = (draw(root, of(ema), point).astype(int) for ema in (None, 0.05, 0.15))
     assert np.abs(usual - short).max() > 1 and np.abs(short - long).max() > 1
     # 0.05 is the length of an average that the training kept, so its last snapshot holds the weights.
     denoiser, _ = checkpoint.load(root / "models/cosine", clip=True)
@@ -189,6 +189,10 @@ def test_a_row_draws_with_an_average_of_its_own_length(
     x_0 = sample(denoiser, gaussian(0, range(6), 0, (1, 8, 8)), sampler="ddim", steps=5)
     assert np.abs(to_uint8(x_0).numpy().astype(int) - short).max() <= 1
 
+    with pytest.raises(
+        InputError, match=r"snapshots/cosine: the closest average to length 0\.01 that 5 snapshots give"
+    ):
+        draw(root, of(0.01), point)
     with pytest.raises(InputError, match=r"samplers\.ddim: ema needs snapshots of the training; set training\.snapsh"):
         of(0.1, snapshot_every=0)
     record = root / "snapshots/cosine/snapshots.json"

@@ -191,8 +191,37 @@ def test_snapshots_change_no_weights_and_resume_to_the_same_bytes(
     (lost,) = (root / ".cache/training").glob("*/snapshots/000000008.safetensors")
     lost.write_bytes(lost.read_bytes()[:-1] + b"?")
     said = messages_of(of(21), root)
-    assert f"{lost}: missing or damaged: training goes back before step 8" in said
+    start = "to its start, since no earlier state was saved"
+    assert f"{lost}: missing or damaged: training goes back before step 8, {start}" in said
     assert resumed_from(said) is None and with_snapshots(root) == with_snapshots(longer)
+
+
+def test_a_lost_snapshot_of_the_descent_takes_the_training_back_to_the_state_before_it(
+    root: Path, smoke: Callable[..., Params]
+) -> None:
+    training = {"steps": 20, "decay": "linear", "decay_share": 0.3, "snapshot_every": 2}
+    params = smoke(training=training, compute={"checkpoint_every": 5})
+    train(params, "cosine", root)
+    straight = with_snapshots(root)
+    (lost,) = (root / ".cache/training").glob("*/*/snapshots/000000016.safetensors")
+    lost.unlink()
+    said = messages_of(params, root)
+    assert f"{lost}: missing or damaged: training goes back before step 16" in said
+    assert resumed_from(said) == 14 and with_snapshots(root) == straight
+
+
+def test_a_base_may_omit_defaults_that_the_training_states(root: Path, smoke: Callable[..., Params]) -> None:
+    def of(rest: dict[str, object], **changes: dict[str, object]) -> Params:
+        network = OtherNetwork(kind="dit", rest={"width": 16, "depth": 1, "heads": 2, **rest})
+        return smoke(training={"steps": 1}, **changes).model_copy(update={"network": network})
+
+    train(of({}), "cosine", root)
+    (root / "imported").mkdir()
+    (root / "models" / "cosine").rename(root / "imported" / "base")
+    name = f"base@{models.read_model_record(root / 'imported/base').weights_sha256}"
+    train(of({"patch": 2, "dropout": 0.0}, schedules={"linear": {"schedule": "linear", "base": name}}), "linear", root)
+    with pytest.raises(InputError, match=r"has patch 2, but this training's network has 4; change network\.patch"):
+        train(of({"patch": 4}, schedules={"linear": {"schedule": "linear", "base": name}}), "linear", root)
 
 
 def test_a_transformer_through_train_checkpoint_and_sample(root: Path, smoke: Callable[..., Params]) -> None:
@@ -236,13 +265,18 @@ def test_a_training_starts_from_another_model(root: Path, smoke: Callable[..., P
     for name, changes, line in (
         (f"none@{weights}", {}, "base: the folder imported/none does not exist"),
         (f"base@{'0' * 64}", {}, f"imported/base holds other weights; .* base@{weights}"),
-        (f"base@{weights}", {"network": {"channels": 24}}, "has channels 16, but this training's network has 24"),
+        (f"base@{weights}", {"network": {"channels": 24}}, "has channels 16, but .* has 24; change network.channels"),
+        (
+            f"base@{weights}",
+            {"diffusion": {"variance": "learned"}, "training": {"steps": 1, "loss": "hybrid"}},
+            "has out_channels None, but this training's network has 2; change diffusion.variance",
+        ),
     ):
         with pytest.raises(InputError, match=line):
             train(of(name, **changes), "linear", root)
         assert not (root / "models").exists() or not (root / "models/linear").exists()
 
-    params = of(f"base@{weights}")
+    params = of(f"base@{weights}", network={"dropout": 0.1})  # dropout has no weights
     train(params, "linear", root)
     for name, tensor in load_file(root / "models/linear/model.safetensors").items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-7)

@@ -51,6 +51,28 @@ def test_the_printed_row_is_sampled_with_the_model_that_it_was_fitted_to(
     assert sample_point(params, Point.parse("cosine-fitted-3"), trained) == 3
 
 
+def test_times_that_were_fitted_to_an_average_belong_to_its_length(
+    digits: Path, smoke: Callable[..., Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitted, "REFERENCE", 100)
+    (tmp_path / "dataset").symlink_to(digits / "dataset")
+
+    def of(**row: Any) -> Params:
+        rows = {"short": {"sampler": "unipc", **row}}
+        sweep = {"samplers": ["short"], "steps": [3]}
+        return smoke(
+            training={"steps": 10, "snapshot_every": 2}, samplers=rows, sampling={"images": 4, "batch": 4}, sweep=sweep
+        )
+
+    train(of(), "cosine", tmp_path)
+    text, _ = fit_row(of(ema=0.05), tmp_path / "models/cosine", [3], "short", images=4)
+    row, point = YAML(typ="safe").load(text), Point.parse("cosine-short-3")
+    assert row["ema"] == 0.05 and sample_point(of(**row), point, tmp_path) == 3
+    for other in ({"ema": 0.1}, {"ema": None}):
+        with pytest.raises(InputError, match=r"samplers\.short\.fitted_to: the times were fitted to weights "):
+            sample_point(of(**{**row, **other}), point, tmp_path)
+
+
 def never(*_: Any) -> Any:
     raise AssertionError("followed the trajectory for nothing")
 

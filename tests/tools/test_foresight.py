@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from ddpm import cli
 from ddpm.errors import InputError
 from ddpm.files.params import Params
+from ddpm.parameters import OtherNetwork
 from ddpm.runtime.progress import Progress
 from ddpm.stages import prepare as prepare_stage
 from ddpm.tools.foresight import check, check_contents
@@ -24,7 +25,10 @@ Smoke = Callable[..., Params]
 
 def folder_params(smoke: Smoke, **changes: Any) -> Params:
     data = {"source": "image_folder", "path": "images", **changes.pop("data", {})}
-    return smoke(data=data, **changes)
+    network = changes.pop("network", {})
+    if isinstance(network, OtherNetwork):
+        return smoke(data=data, **changes).model_copy(update={"network": network})
+    return smoke(data=data, network=network, **changes)
 
 
 def draw(folder: Path, *names: str) -> None:
@@ -77,6 +81,21 @@ REFUSED: dict[str, tuple[list[str], dict[str, Any], str]] = {
         r"attention at height 5 never occurs: the resolutions \(height x width\) are 8x8, 4x4$",
     ),
     "too deep": (TEN, {"network": {"multipliers": [1] * 5, "attention": []}}, "image_size 8 cannot be halved 4 times"),
+    "a key that this network lacks": (
+        TEN,
+        {"network": OtherNetwork(kind="dit", rest={"deph": 3})},
+        "network: dit takes no deph, only width, depth, heads, patch, dropout$",
+    ),
+    "a wrong transformer": (
+        TEN,
+        {"network": OtherNetwork(kind="dit", rest={"width": 16, "heads": 3})},
+        "network: heads = 3 must divide width = 16$",
+    ),
+    "too few snapshots": (
+        TEN,
+        {"training": {"steps": 60, "snapshot_every": 25}, "samplers": {"ddim": {"ema": 0.2}}},
+        r"samplers\.ddim\.ema: the closest average to length 0\.2 that 3 snapshots give is ..% away from it; take more",
+    ),
     "two samples": (
         TEN,
         {"sampling": {"images": 2}},

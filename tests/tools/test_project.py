@@ -87,6 +87,11 @@ def test_a_project_has_all_that_a_run_needs(tmp_path: Path) -> None:
 
 def test_a_project_may_be_a_folder_of_a_repository(tmp_path: Path) -> None:
     assert run(tmp_path, "git", "init", "--quiet").returncode == 0
+    (tmp_path / ".gitignore").write_text("ignored/\n")
+    with pytest.raises(InputError, match=r"`dvc init` failed: .*ignored by your SCM tool"):
+        project.init(tmp_path / "ignored", "smoke")
+    said = project.init(tmp_path / "with space", "smoke")
+    assert f"  cd '{tmp_path}/with space'" in said
     project.init(tmp_path / "part", "smoke")
     assert not (tmp_path / "part" / ".git").exists() and (tmp_path / "part" / ".dvc").is_dir()
     assert dvc(tmp_path / "part", "status").returncode == 0

@@ -36,6 +36,7 @@ from ddpm.files.scores import (
 )
 from ddpm.parameters import Point, Promotion
 from ddpm.reporting.card import LONGEST, card, with_front_matter
+from ddpm.runtime.drawing import weights_id
 from ddpm.scores import fidelity
 from ddpm.scores.intervals import Estimate, standard_error
 from ddpm.sources.source import SOURCES
@@ -249,11 +250,17 @@ def test_an_averaged_model_is_registered_with_its_weights(
     """Promotes a point whose sampler row has `ema`. The registered model draws the scored images without any snapshots."""
     params = smoke(
         training={"steps": 24, "snapshot_every": 6},
-        samplers={"short": {"sampler": "ddim", "ema": 0.05}},
+        samplers={"short": {"sampler": "ddim", "ema": 0.05}, "long": {"sampler": "ddim", "ema": 0.1}},
         sweep={"schedules": ["cosine"], "samplers": ["short"], "steps": [5]},
     )
     point = Point(schedule="cosine", sampler="short", steps=5)
     train(params, "cosine", checkout)
+    row = params.samplers["short"]
+    times = {5: [90.0, 70.0, 50.0, 30.0, 10.0]}
+    fitted_to = weights_id(read_model_record(checkout / "models/cosine"), 0.05)
+    params = params.model_copy(
+        update={"samplers": {**params.samplers, "short": replace(row, times=times, fitted_to=fitted_to)}}
+    )
     sample_point(params, point, checkout)
     write_scores(checkout, point, 5.0)
     report(params, checkout)
@@ -274,7 +281,7 @@ def test_an_averaged_model_is_registered_with_its_weights(
         apart = np.asarray(picture).astype(int) - arrays.grid(scored, None)[0]
     assert np.abs(apart).max() <= 1
     with pytest.raises(InputError, match=r"checkpoint has no snapshots, which `ema` in a sampler row needs"):
-        generate(params, out=tmp_path / "other.png", sampler="short")
+        generate(params, out=tmp_path / "other.png", sampler="long")
 
 
 def test_influence_values_that_were_replaced_are_not_compared_in_pairs(

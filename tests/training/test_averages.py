@@ -60,7 +60,7 @@ def test_an_average_is_that_of_ema_pytorch() -> None:
     torch.testing.assert_close(oracle.ema_model.weight[0].detach(), ours)
 
 
-@pytest.mark.parametrize("length", [0.02, 0.08, 0.2])
+@pytest.mark.parametrize("length", [0.04, 0.08, 0.15])
 def test_coefficients_are_those_of_ema_pytorch(length: float) -> None:
     """Compares the resulting averages, since coefficients of nearly equal snapshots may differ."""
     taken = [(step, each) for step in (25, 50, 75, 100) for each in averages.LENGTHS]
@@ -70,7 +70,35 @@ def test_coefficients_are_those_of_ema_pytorch(length: float) -> None:
     weights = walk(100).double()
     snapshots = torch.stack([averaged(weights[:step], each) for step, each in taken])
     ours = torch.from_numpy(coefficients(taken, 100, length)) @ snapshots
-    torch.testing.assert_close(ours, theirs[:, 0] @ snapshots, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, theirs[:, 0] @ snapshots / theirs.sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_do_not_change_are_their_own_average_however_few_snapshots() -> None:
+    for count in (1, 2, 5):
+        taken = [(10 * step, each) for step in range(1, count + 1) for each in averages.LENGTHS]
+        for length in (0.045, 0.05, 0.1):
+            assert coefficients(taken, 10 * count, length).sum() == pytest.approx(1, abs=1e-7)
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 0.02), (1, 0.2), (4, 0.2), (30, 0.01)])
+def test_too_few_snapshots_for_a_length_are_refused(count: int, length: float) -> None:
+    """The distance in the message is that of the factors, computed here on a grid."""
+    taken = [(100 * step, each) for step in range(1, count + 1) for each in averages.LENGTHS]
+    with pytest.raises(
+        ValueError, match=f"closest average to length {length} that {count} snapshots give is"
+    ) as caught:
+        coefficients(taken, 100 * count, length)
+    last = 100 * count
+    x = (np.arange(200_000) + 0.5) / 200_000 * last
+
+    def factors(step: int, each: float) -> np.ndarray:
+        gamma = exponent(each)
+        return np.where(x <= step, (gamma + 1) * (x / step) ** gamma / step, 0)
+
+    kept, wanted = np.stack([factors(*each) for each in taken], 1), factors(last, length)
+    nearest = kept @ np.linalg.lstsq(kept, wanted, rcond=None)[0]
+    apart = np.linalg.norm(nearest - wanted) / np.linalg.norm(wanted)
+    assert f" is {apart:.0%} away" in str(caught.value) and apart > 0.15
 
 
 def test_a_rebuilt_average_is_the_tracked_one_within_a_thousandth() -> None:

@@ -91,3 +91,8 @@ def test_the_log_snr_is_normal(name: str) -> None:
 def test_a_schedule_without_a_range_of_log_snr_is_refused() -> None:
     with pytest.raises(ValueError, match="log_normal needs two or more times of finite log SNR"):
         LogNormal(NoiseSchedule.named("cosine", 2, zero_terminal_snr=True))
+    nearly_clean = NoiseSchedule.named("linear", 50, start=1e-12, end=1e-12)
+    with pytest.raises(
+        ValueError, match=r"log_normal draws log SNR near 2\.4, but this schedule has 23\.7 \.\.\. 27\.6"
+    ):
+        LogNormal(nearly_clean)

@@ -256,6 +256,8 @@ def _challenger(params: Params, root: Path) -> Challenger:
 
         folder = snapshots.checkpoint_of(root, point.schedule, length)
         model = models.read_model_record(folder)
+        if "fitted_to" in row:  # the copy has the weights to which the times were fitted
+            row["fitted_to"] = model.weights_sha256
     return Challenger(
         model_name(params),
         point,
