@@ -585,6 +585,21 @@ def test_a_command_line(refused: Refused, case: str) -> None:
     assert message in refused(*arguments)
 
 
+def test_output_that_finds_no_room_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ddpm", "gc", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "no room for the output" in done.stderr
+
+
+def test_a_command_in_a_subfolder_names_the_folder_above(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "below" / "it").mkdir(parents=True)
+    monkeypatch.chdir(here / "below" / "it")
+    with pytest.raises(InputError, match=rf"params\.yaml: no such file; run this in {re.escape(str(here))}$"):
+        Params.load(Path("params.yaml"))
+
+
 # Images and archives.
 
 
