@@ -3,7 +3,7 @@
 import re
 import runpy
 import tomllib
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,9 @@ def ends(values: str) -> tuple[list[float], list[float]]:
         if "." in found[1]:
             return [low, high], [low - 1e-9, high + 1e-9]
         return [int(low), int(high)], [int(low) - 1, int(high) + 1]
-    if found := re.fullmatch(r"(\d+) or more", values):
-        return [int(found[1])], [int(found[1]) - 1]
+    if found := re.fullmatch(r"(0 or )?(\d+) or more", values):
+        low = int(found[2])
+        return ([0, low], [-1, low - 1]) if found[1] else ([low], [low - 1])
     if found := re.fullmatch(r"(>=?) (\d)", values):
         low = float(found[2])
         return ([low], [low - 1e-9]) if found[1] == ">=" else ([low + 1e-9], [low])
@@ -102,6 +103,22 @@ def test_the_ranges_in_the_docs_are_those_that_are_checked() -> None:
                         accepted = False
                     wrong += [(name, key, value)] if accepted != (value in good) else []
     assert not wrong and len(seen) >= 35, (wrong, len(seen))
+
+
+def test_the_defaults_in_the_docs_are_those_of_the_code() -> None:
+    text = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
+    seen, wrong = set[tuple[str, str]](), []
+    for name, part in re.findall(r"^## `(\w+)`\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE):
+        defaults = {field.name: field.default for field in fields(KINDS[name])} if name in KINDS else {}
+        for cell, meaning in re.findall(r"^\| ([^|]+) \|[^|]+\| ([^|]+\)) \|$", part, re.MULTILINE):
+            keys, values = re.findall(r"`(\w+)`", cell), re.findall(r" \(([^()]+)\)", meaning)
+            for key, value in zip(reversed(keys), reversed(values), strict=False):
+                given = () if value == "none" else YAML(typ="safe").load(value.strip("`").removesuffix(" steps"))
+                if defaults.get(key, MISSING) in (MISSING, None) or (name, key) in seen:
+                    continue  # None stands for the default of the sampler or the schedule
+                seen.add((name, key))
+                wrong += [(name, key, given, defaults[key])] if given != defaults[key] else []
+    assert not wrong and len(seen) >= 30, (wrong, len(seen))
 
 
 def test_every_extra_for_users_is_documented() -> None:

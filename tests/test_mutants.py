@@ -77,7 +77,10 @@ GROUPS = {
             "files/scores": of("stages", "evaluate") + of("files", "corruption", "bad_input"),
             "files/models": of("files", "corruption", "bad_input"),
             "files/checkpoint": of("stages", "train", "faults") + of("files", "corruption"),
-            "parameters": of("files", "params", "bad_input"),
+            "parameters": of("files", "params", "bad_input")
+            + of("stages", "probe")
+            + of("tools", "foresight")
+            + ("tests/test_docs.py",),
         },
         30,
         0.7,

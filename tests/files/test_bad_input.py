@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from ddpm import cli
 from ddpm.errors import InputError
 from ddpm.files import arrays as arrays_file
-from ddpm.files import checkpoint, dataset, paths, records, samples
+from ddpm.files import checkpoint, dataset, models, paths, records, samples
 from ddpm.files.params import Params
 from ddpm.files.scores import Best, Row, read_scores, write_table
 from ddpm.parameters import Point
@@ -927,6 +927,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], str]] = {
         of_weights(lambda state: state.update({"first.bias": torch.zeros(3)})),
         "first.bias: the weights have shape [3], model.json says [16]",
     ),
+    "a weight of a larger shape": (
+        of_weights(lambda state: state.update({"first.bias": torch.zeros(17)})),
+        "first.bias: the weights have shape [17], model.json says [16]",
+    ),
     "half precision": (
         of_weights(lambda state: state.update({"first.bias": state["first.bias"].half()})),
         "first.bias: expected finite float32 weights",
@@ -1000,6 +1004,21 @@ def test_a_checkpoint(refused: Refused, case: str) -> None:
     line = refused("sample", POINT.name)
     assert line.startswith(str(MODEL))
     assert message in line
+
+
+@pytest.mark.parametrize(("network", "data", "fits"), [(2, 2, True), (2, 1, False), (2, 3, False), (0, 3, True)])
+def test_a_conditional_model_has_the_classes_of_its_data(here: Path, network: int, data: int, fits: bool) -> None:
+    def change(about: dict[str, Any]) -> None:
+        about["network"]["classes"] = network
+        about["data"]["classes"] = [str(index) for index in range(data)]
+
+    of_model(change)()
+    record = models.read_model_record(MODEL)
+    if fits:
+        models.check_data(record)
+        return
+    with pytest.raises(ValueError, match=f"its network has {network} classes, its data have {data}"):
+        models.check_data(record)
 
 
 def test_a_checkpoint_of_another_dataset(refused: Refused) -> None:
@@ -1147,6 +1166,14 @@ REPORTS: dict[str, tuple[Callable[[], Any], str]] = {
     "scores that were edited": (content(str(METRICS), lambda old: old.replace(b"10.", b"1.0")), "its checksum says"),
     "another point's influence": (
         lambda: shutil.copyfile("metrics/cosine-ddim-2.influence.npy", INFLUENCE),
+        "its sha256 is not the one recorded with the scores",
+    ),
+    "a larger hash of the influence": (
+        of_scores(files={Path(INFLUENCE).name: "f" * 64}),
+        "its sha256 is not the one recorded with the scores",
+    ),
+    "a smaller hash of the influence": (
+        of_scores(files={Path(INFLUENCE).name: "0" * 64}),
         "its sha256 is not the one recorded with the scores",
     ),
     "FID true": (of_scores(fid=True), "no sound value of fid"),
