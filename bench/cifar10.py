@@ -75,6 +75,7 @@ FAST = replace(
     warmup=500,
     ema=0.999,
     descent=("linear", 0.3),
+    optimizer="muon",
 )
 # Each variant changes one setting of FAST, to measure its effect.
 VARIANTS: dict[str, Recipe] = {
@@ -86,6 +87,7 @@ VARIANTS: dict[str, Recipe] = {
     "fast-sigmoid": replace(FAST, schedule={"name": "sigmoid", "steps": 1000}),
     "fast-batch128": replace(FAST, batch=128, learning_rate=3.5e-4, ema=0.9995),
     "fast-batch512": replace(FAST, batch=512, learning_rate=7e-4, ema=0.998),
+    "fast-adam": replace(FAST, optimizer="adam"),
     "fast-constant": replace(FAST, descent=None),
     "fast-ema9999": replace(FAST, ema=0.9999),
     "fast-dropout": replace(FAST, network={**FAST.network, "dropout": 0.1}),
