@@ -92,7 +92,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "muon, min_snr, ema 0.99": {"optimizer": "muon", "loss": "min_snr", "ema": 0.99},
 }
 # The best changes of the screening, combined. While WINNER is empty, the winner's trainings are left out.
-WINNER: dict[str, Any] = {}
+WINNER: dict[str, Any] = {"optimizer": "muon", "loss": "min_snr"}
 ROUNDS = 9  # turns of the recipe and a row that measure the processor time of a step
 SCREENING, SEEDS = 300, 2  # processor seconds, trainings of each row
 MARKS, REPLICATES = (300, 600, 900), 3  # the same for the curves

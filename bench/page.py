@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/{speed,cifar10,ledger}.md and bench/metrics.json from bench/results/*.json.
+"""Writes the tables of README.md, docs/{speed,cifar10,ledger,recipes}.md and bench/metrics.json from bench/results/*.json.
 
 `python -m bench.page` needs only the standard library. With --check it fails if one of the files is out of date.
 """
@@ -19,6 +19,7 @@ PAGE = HERE.parent / "docs" / "speed.md"
 README = HERE.parent / "README.md"
 CIFAR10 = HERE.parent / "docs" / "cifar10.md"
 LEDGER = HERE.parent / "docs" / "ledger.md"
+RECIPES = HERE.parent / "docs" / "recipes.md"
 METRICS = HERE / "metrics.json"
 # the end of the name of a figure that bench.harness.ratios computes from processor seconds
 PROCESSOR = ", processor time"
@@ -339,7 +340,7 @@ def render_ledger() -> str:
     lines = [
         f"Scores: {protocol}, unless the table says otherwise.",
         "",
-        "### Each trick alone, 300 processor seconds",
+        "### Single changes and combinations, 300 processor seconds",
         "",
     ]
     screened = about.get("screening", {})
@@ -353,6 +354,41 @@ def render_ledger() -> str:
             lines += ["", f"### {title}", "", *_ledger_rows(about[phase])]
     lines += _missing([title for phase, title in PHASES.items() if not about.get(phase)])
     return "\n".join(lines) + "\n"
+
+
+def render_recipes() -> str:
+    """Renders the table of docs/recipes.md: the settings whose mean FID in the screening is clearly below the recipe's."""
+    about = _read("ledger-cifar10-cpu")
+    if not about:
+        return "Not measured.\n"
+    gains = []
+    for name, rows in about["screening"].items():
+        found = [row["difference"] for row in rows.values() if "difference" in row]
+        if found:
+            gains.append((statistics.fmean(100 * each["value"] / each["of"] for each in found), name))
+    lines = ["| settings | FID, against the recipe |", "|---|---|"]
+    return "\n".join(
+        lines
+        + [f"| {_settings(about['changes'][name])} | {gain:+.1f} % |" for gain, name in sorted(gains) if gain < CLEAR]
+    )
+
+
+CLEAR = -5  # percent
+
+
+def _settings(change: dict[str, Any]) -> str:
+    """Writes a change of the ledger as keys of params.yaml."""
+    written = []
+    for key, value in change.items():
+        if key == "network":
+            written += [f"network.{name}: {entry}" for name, entry in value.items()]
+        elif key == "schedule":
+            written.append(f"schedule: {value['name']}")
+        elif key == "descent":
+            written += [f"decay: {value[0]}", f"decay_share: {value[1]}"]
+        else:
+            written.append(f"{key}: {value}")
+    return ", ".join(f"`{each}`" for each in written)
 
 
 PHASES = {
@@ -423,6 +459,7 @@ def expected() -> dict[Path, str]:
     found = results()
     pages = {README: _between(README, render_readme(found)), PAGE: _between(PAGE, render(found))}
     pages |= {CIFAR10: _between(CIFAR10, render_cifar10()), LEDGER: _between(LEDGER, render_ledger())}
+    pages |= {RECIPES: _between(RECIPES, render_recipes())}
     return {**pages, METRICS: metrics(found)}
 
 

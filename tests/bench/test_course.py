@@ -77,6 +77,14 @@ def test_the_recipe_on_a_gpu_is_that_of_the_parameter_file(variant: str, name: s
     assert replace(recipe, **of_the_machine) == replace(measured, network={**measured.network, "patch": 1})
 
 
+def test_the_recipe_on_two_cores_is_the_winner_of_the_ledger() -> None:
+    ours, baseline = (
+        curves.recipe_of_params(Params.load(path), "cosine", (3, 32, 32))
+        for path in (ROOT / "recipes/cifar10-cpu.yaml", ledger.BASELINE)
+    )
+    assert ours == ledger.with_change(baseline, ledger.WINNER) != baseline
+
+
 def write_zip(path: Path, split: str, images: np.ndarray) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for index, image in enumerate(images):
