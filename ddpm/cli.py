@@ -743,13 +743,10 @@ def _line(error: Exception) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, ModuleNotFoundError):
         return checkout.missing(error), 2
-    if (
-        isinstance(error, OSError) and error.errno in atomic.NO_ROOM and error.filename is None
-    ):  # files are checked in ddpm.files.atomic
-        return (
-            f"no room for the output of this command ({os.strerror(error.errno)}); free some space and run this again",
-            2,
-        )
+    # An error with a file name is that of a file, which ddpm.files.atomic describes.
+    if isinstance(error, OSError) and error.errno in atomic.NO_ROOM and error.filename is None:
+        full = os.strerror(error.errno)
+        return f"no room for the output of this command ({full}); free some space and run this again", 2
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # the user gave this name
         return str(InputError(f"{error.filename}: this file name is too long; give a shorter name")), 2
     return f"{type(error).__name__}: {' '.join(str(error).split())} (ddpm --debug shows where)", 1
