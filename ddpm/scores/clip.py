@@ -8,9 +8,9 @@ import torch
 
 from ddpm.scores import towers
 
-# EXTRACTORS reads these literals.
+# EXTRACTORS reads these lines as JSON.
 TITLE = "CLIP"
-LAYERS = (768,)
+LAYERS = [768]
 DEFAULT = 768
 JUDGES = {"cmmd": 768}
 

@@ -8,9 +8,9 @@ import torch
 
 from ddpm.scores import towers
 
-# EXTRACTORS reads these literals.
+# EXTRACTORS reads these lines as JSON.
 TITLE = "DINOv2"
-LAYERS = (1024,)
+LAYERS = [1024]
 DEFAULT = 1024
 JUDGES = {"fd_dinov2": 1024}
 

@@ -1,29 +1,37 @@
 """EXTRACTORS: the models that turn images into features, by the value of `evaluation.extractor`.
 
-Each extractor is a module of this folder, with literals that describe the extractor and a function that loads it:
+Each extractor is a module of this folder, with three or four lines that describe the extractor and a function that loads it:
 
-    TITLE = "Inception"  # the usual name
-    LAYERS = (64, 192, 768, 2048)  # the values of evaluation.layer
-    DEFAULT = 2048  # the layer if params.yaml names none: the layer of published scores
-    JUDGES = {"sfid": 2023}  # optional: values of evaluation.judges, each with the layer that it uses
+    TITLE = "Inception"
+    LAYERS = [64, 192, 768, 2048]
+    DEFAULT = 2048
+    JUDGES = {"sfid": 2023}
 
     def load(layer: int, cache: Path, device: torch.device | str = "cpu") -> Features: ...
 
-The literals are read from the module's source. Importing the module would import torch, but processes without torch check
-params.yaml too. To add an extractor, add its file.
+- TITLE is the usual name.
+- LAYERS has the values of evaluation.layer.
+- DEFAULT is the layer if params.yaml names none: the layer of published scores.
+- JUDGES is optional. It has values of evaluation.judges, each with the layer that it uses.
+
+Each value is JSON in one line, since it is read from the module's source. Importing the module would import torch, but processes
+without torch check params.yaml too. To add an extractor, add its file.
 """
 
 from __future__ import annotations
 
-import ast
+import json
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ddpm.errors import InputError
+
 FOLDER = Path(__file__).parent
+_LINES = re.compile(r"^(TITLE|LAYERS|DEFAULT|JUDGES) = (.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,10 @@ class _Extractors(Mapping[str, Extractor]):
     """Maps the name of an extractor to an Extractor. Reads each module of this folder once per process."""
 
     def __getitem__(self, name: str) -> Extractor:
-        literals = _literals(FOLDER / f"{name}.py") if name.isidentifier() else {}
-        if not {"TITLE", "LAYERS", "DEFAULT"} <= literals.keys():
+        values = _values(FOLDER / f"{name}.py") if name.isidentifier() else {}
+        if not values:
             raise KeyError(name)
-        title, layers, default = (literals[key] for key in ("TITLE", "LAYERS", "DEFAULT"))
-        return Extractor(name, str(title), tuple(layers), int(default), literals.get("JUDGES", {}))
+        return Extractor(name, values["TITLE"], tuple(values["LAYERS"]), values["DEFAULT"], values.get("JUDGES", {}))
 
     def __iter__(self) -> Iterator[str]:
         return (path.stem for path in sorted(FOLDER.glob("*.py")) if path.stem in self)
@@ -68,19 +75,21 @@ class _Extractors(Mapping[str, Extractor]):
 
 
 @cache
-def _literals(path: Path) -> dict[str, Any]:
-    """Returns the literals that a source file assigns to names in capitals."""
-    literals = {}
-    try:
-        body = ast.parse(path.read_bytes()).body if path.is_file() else []
-    except SyntaxError:  # for example in a file that an editor is writing
+def _values(path: Path) -> dict[str, Any]:
+    """Returns the values that describe an extractor, or an empty dict if the file describes none.
+
+    `ast` would read any Python literal. But CPython 3.11 before 3.11.8 fails with "AST constructor recursion depth mismatch" if
+    two threads use it at once (python/cpython#106905), and Prefect's threads use it.
+    """
+    lines = dict(_LINES.findall(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    if not {"TITLE", "LAYERS", "DEFAULT"} <= lines.keys():
         return {}
-    for node in body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and node.value is not None:
-            with suppress(ValueError):  # raised if the value is not a literal
-                literals[target.id] = ast.literal_eval(node.value)
-    return {name: value for name, value in literals.items() if name.isupper()}
+    try:
+        return {name: json.loads(value) for name, value in lines.items()}
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path.name}: TITLE, LAYERS, DEFAULT and JUDGES must be JSON, each in one line: {error}"
+        ) from None
 
 
 EXTRACTORS: Mapping[str, Extractor] = _Extractors()

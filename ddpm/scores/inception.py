@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from ddpm.scores.features import State, WeightsError, one_line, read_weights
 
-# EXTRACTORS reads these literals.
+# EXTRACTORS reads these lines as JSON.
 TITLE = "Inception"
-LAYERS = (64, 192, 768, 2048)
+LAYERS = [64, 192, 768, 2048]
 DEFAULT = 2048
 JUDGES = {"sfid": 2023}
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TITLE = "pixels"
-LAYERS = (1,)
+LAYERS = [1]
 DEFAULT = 1
 
 

@@ -21,7 +21,7 @@ from ddpm.files.params import Params
 from ddpm.files.records import read_csv, read_record
 from ddpm.files.samples import read_samples
 from ddpm.parameters import Point
-from ddpm.scores import fidelity
+from ddpm.scores import extractors, fidelity
 from ddpm.stages.evaluate import reference_images
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
@@ -164,3 +164,18 @@ def test_an_edited_extractor_computes_the_reference_features_again(added: Path) 
     with (added / "ddpm" / "scores" / "pixels.py").open("a") as file:
         file.write("# and so on\n")
     assert "later points reuse them" in run(added, SAYING).stdout
+
+
+def test_an_extractor_with_a_value_that_is_not_json_is_refused(added: Path) -> None:
+    module = added / "ddpm" / "scores" / "tuples.py"
+    module.write_text('TITLE = "tuples"\nLAYERS = (1,)\nDEFAULT = 1\n')
+    done = run(added, "from ddpm.scores.extractors import EXTRACTORS\nprint(*EXTRACTORS)")
+    module.unlink()
+    assert "tuples.py: TITLE, LAYERS, DEFAULT and JUDGES must be JSON, each in one line" in done.stderr
+
+
+def test_extractors_are_read_without_ast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads cannot use `ast` at once before CPython 3.11.8, and Prefect's threads use it while a flow reads params.yaml."""
+    monkeypatch.setattr("ast.parse", lambda *_, **__: pytest.fail("used ast"))
+    extractors._values.cache_clear()
+    assert extractors.EXTRACTORS["inception"].layers == (64, 192, 768, 2048)
