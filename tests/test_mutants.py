@@ -43,8 +43,8 @@ GROUPS = {
     "maths": Group(
         {
             "diffusion/schedule": of("diffusion", "schedule", "samplers", "bound") + of("training", "objective"),
-            "diffusion/timesteps": of("diffusion", "schedule", "samplers", "solvers"),
-            "diffusion/denoiser": of("diffusion", "samplers", "guidance", "bound"),
+            "diffusion/timesteps": of("diffusion", "schedule", "samplers", "solvers", "fitted"),
+            "diffusion/denoiser": of("diffusion", "samplers", "guidance", "bound", "flow"),
             "diffusion/samplers": of("diffusion", "samplers", "solvers", "guidance"),
             "diffusion/solvers": of("diffusion", "solvers", "flow"),
             "diffusion/fitted": of("diffusion", "fitted"),
@@ -52,7 +52,7 @@ GROUPS = {
             "diffusion/paths": of("diffusion", "paths", "samplers"),
             "diffusion/bound": of("diffusion", "bound"),
             "diffusion/forward": of("diffusion", "forward"),
-            "training/fit": of("training", "fit", "objective", "parallel"),
+            "training/fit": of("training", "fit", "objective", "parallel", "averages"),
             "training/objective": of("training", "objective", "fit"),
         },
         160,

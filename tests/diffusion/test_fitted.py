@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from ddpm import SPACINGS, Denoiser, NoiseSchedule, sample, trajectory
-from ddpm.diffusion.fitted import Path, cheapest, fit_times, rms
+from ddpm.diffusion.fitted import GRID, REFERENCE, Path, cheapest, fit_times, rms
 from ddpm.diffusion.noise import gaussian
 from ddpm.diffusion.samplers import evaluations
+from ddpm.diffusion.timesteps import noise_levels
 
 ANGLES = torch.arange(8, dtype=torch.float64) * torch.pi / 4
 RING = 0.8 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # eight clusters of standard deviation 0.1
@@ -73,6 +74,12 @@ def test_five_fitted_steps_end_nearer_to_the_trajectory_than_on_the_best_spacing
     """Samples with fitted times end at least 40% nearer, from noise to which the times were not fitted."""
     fitted, spaced = fitted_and_spaced(means, deviation, name, 64, 128)
     assert fitted < 0.6 * min(spaced.values()), (fitted, spaced)
+
+
+def test_a_trajectory_keeps_a_level_of_every_tenth_evaluation() -> None:
+    path = Path.of(exact(RING, 0.1, "cosine"), noise(0, 2))
+    levels = noise_levels(NoiseSchedule.named("cosine", 1000), REFERENCE, "logsnr")
+    assert path.levels == levels[: REFERENCE : REFERENCE // GRID] and len(path.levels) == GRID
 
 
 def test_times_are_visited_as_given() -> None:

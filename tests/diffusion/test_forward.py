@@ -41,6 +41,13 @@ def test_warnings(name: str, steps: int, warns: str) -> None:
     assert len(found) == bool(warns) and warns in " ".join(found)
 
 
+def test_the_first_step_without_signal_by_hand() -> None:
+    """alpha_bar is 0.5 at t = 1, 0.005 at t = 2 and 5e-5 at t = 3, the first value below 1e-4."""
+    betas = torch.tensor([0.5, 0.99, 0.99, 0.99, 0.99, 0.99], dtype=torch.float64)
+    (warning,) = summary(NoiseSchedule(betas)).warnings
+    assert "from t = 3 on, so 67% of the steps" in warning
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_nothing_is_left_with_zero_terminal_snr(name: str) -> None:
     row = summary(NoiseSchedule.named(name, 10, zero_terminal_snr=True))

@@ -12,7 +12,7 @@ from scipy.special import ndtri
 from torch.overrides import TorchFunctionMode
 
 from ddpm import Denoiser, NoiseSchedule, sample
-from ddpm.diffusion.noise import _inverse_normal, gaussian, philox
+from ddpm.diffusion.noise import _inverse_normal, _log, gaussian, philox
 
 
 def words(*values: int) -> list[torch.Tensor]:
@@ -40,6 +40,12 @@ def test_inverse_normal_is_the_quantile_function() -> None:
     z = _inverse_normal(u << 8).double().numpy()
     truth = ndtri((u.numpy() + 0.5) / 2**24)
     assert np.abs(z - truth).max() < 2e-6
+
+
+def test_log_is_the_natural_logarithm() -> None:
+    x = torch.logspace(-37.9, 38, 20001)
+    truth = x.double().log()
+    assert ((_log(x).double() - truth).abs() < 1.5e-7 * truth.abs().clamp(min=1)).all()
 
 
 def test_distribution() -> None:

@@ -91,6 +91,23 @@ def test_encoding_up_to_pure_noise(sampler: str, spacing: str) -> None:
     assert torch.allclose(sample(denoiser, code, **settings), x_0, rtol=0.04)
 
 
+@pytest.mark.parametrize("steps", [2, 3, 10])
+def test_the_last_step_to_pure_noise_in_closed_form(steps: int) -> None:
+    """The step to alpha_bar = 0 multiplies by the share of eps in x at the level before, whose variance is a^2 v + s^2."""
+    schedule = NoiseSchedule.named("linear", 1000).zero_terminal_snr()
+    *levels, top = schedule.log_alpha_bar_at(network_times(schedule, steps, "trailing")).exp().flip(0).tolist()
+    first = float(schedule.alpha_bar[1])
+    sigmas = [math.sqrt(1 / level - 1) for level in levels]
+    gain = 1 + sigmas[0] * math.sqrt(1 - first) / (first * VARIANCE + 1 - first)
+    for now, to in pairwise(sigmas):
+        gain *= 1 + (to - now) * now / (VARIANCE + now**2)
+    a_squared = levels[-1]
+    gain *= math.sqrt(a_squared * (1 - a_squared)) / (a_squared * VARIANCE + 1 - a_squared)
+    x_0 = torch.tensor([[0.7], [-0.2]], dtype=torch.float64)
+    found = encode(perfect(schedule), x_0, steps=steps, spacing="trailing") / x_0
+    assert top == 0 and found.flatten().tolist() == pytest.approx([gain, gain], rel=1e-5)
+
+
 def test_samplers_with_noise_of_their_own_cannot_encode() -> None:
     denoiser = perfect(NoiseSchedule.named("linear", 1000))
     for options in ({"sampler": "ddpm"}, {"sampler": "dpmpp_2m_sde"}, {"sampler": "ddim", "eta": 0.5}):

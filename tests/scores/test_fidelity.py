@@ -14,6 +14,7 @@ from ddpm.scores import inception
 from ddpm.scores.features import extract
 from ddpm.scores.fidelity import (
     MANY,
+    Sets,
     Statistics,
     cmmd,
     density_coverage,
@@ -255,6 +256,12 @@ def test_kid_is_the_direct_sum() -> None:
     assert deviation < 1e-12  # each subset is the whole set
 
 
+@pytest.mark.parametrize(("fake", "real", "size"), [(4, 4, 2), (3, 9, 2), (9, 12, 4), (40, 13, 6)])
+def test_subsets_of_kid_are_at_most_half_of_a_set(fake: int, real: int, size: int) -> None:
+    x, y = blob(fake, 3, 0), blob(real, 3, 1)
+    assert Sets(x, y, statistics(y)).kid == kid(x, y, subset_size=size)
+
+
 def test_kid_is_unbiased() -> None:
     """Over independent pairs of sets from one distribution, KID averages to 0. The biased estimate is far from 0 there.
 
@@ -279,6 +286,7 @@ def test_the_influence_on_kid_is_leaving_out_one_after_the_other() -> None:
     np.testing.assert_allclose(kid_influence(x, y), 19 * (without.mean() - without), atol=1e-10)
     with pytest.raises(ValueError, match="three images"):
         kid_influence(x[:2], y)
+    assert kid_influence(x[:3], y).shape == (3,)
 
 
 def test_cmmd_is_the_direct_sum_and_its_influence_is_leaving_out_one_after_the_other() -> None:

@@ -19,6 +19,7 @@ from scipy.stats import binom, norm, studentized_range
 from ddpm.scores.fidelity import ENOUGH, Statistics, cmmd, jackknife, kid, kid_influence
 from ddpm.scores.intervals import (
     Estimate,
+    against_one,
     compared_with_best,
     difference,
     may_be_best,
@@ -292,6 +293,33 @@ def test_what_may_be_the_best_ends_where_dunnetts_quantile_says(count: int, conf
         assert may_be_best([*independent(count - 1), far], sign, confidence) == [True] * (count - 1) + [False]
 
 
+@pytest.mark.parametrize(("count", "confidence"), [(1, 0.95), (3, 0.95), (11, 0.95), (11, 0.5)])
+def test_intervals_of_differences_from_one_reach_as_far_as_dunnetts(count: int, confidence: float) -> None:
+    """For independent scores with equal errors, the factor d solves P(all |e_j - e_0| <= d sqrt(2)) = confidence.
+
+    The first score is the reference, so scores with other errors behind it change the factor.
+    """
+    z, weights = np.polynomial.hermite_e.hermegauss(100)
+
+    def held(d: float) -> float:
+        inside = norm.cdf(z + d * np.sqrt(2)) - norm.cdf(z - d * np.sqrt(2))
+        return float(weights @ inside**count / weights.sum())
+
+    d = max(quantile(confidence), brentq(lambda d: held(d) - confidence, 0, 6))
+    reference, *others = independent(count + 1)
+    assert against_one(reference, others, confidence) == pytest.approx(d, abs=0.06)
+
+
+def test_a_sure_reference_is_compared_with_independent_scores() -> None:
+    """Without an error of the reference, P(all |e_j| <= d) = confidence, so d is the quantile of confidence^(1 / count)."""
+    found = against_one(Estimate(0.0, 0.0), independent(8))
+    assert found == pytest.approx(quantile(0.95 ** (1 / 8)), abs=0.06)
+    # A score with the reference's luck has no error to cover.
+    luck = np.random.default_rng(0).normal(size=40).astype(np.float32)
+    same = Estimate(1.0, standard_error(luck), luck)
+    assert against_one(same, [same]) == quantile(0.95)
+
+
 def means(count: int, images: int, shifts: np.ndarray, generator: np.random.Generator) -> list[Estimate]:
     """Returns scores that are means of images, with most of the variance shared. Their influence values are exact."""
     luck = generator.normal(size=(images, 1)) * 2 + generator.normal(size=(images, count)) * np.linspace(0.5, 2, count)
@@ -404,6 +432,7 @@ def test_scores_of_the_same_luck_are_told_apart_by_any_difference() -> None:
     assert may_be_best(same, 1) == [False, False, True]
     assert may_be_best(same[:1], -1) == [True]
     assert simultaneous(same) == simultaneous(same[:1]) == pytest.approx(1.959964)
+    assert may_be_best([*same, Estimate(1.0, error)], -1) == [True, True, False, True]
     other = Estimate(1.0 + error, error, luck[:30])  # other images, so the errors count as independent
     assert may_be_best([same[0], other], -1) == [True, True]
     with pytest.raises(ValueError, match="confidence"):

@@ -101,6 +101,17 @@ def test_too_few_snapshots_for_a_length_are_refused(count: int, length: float) -
     assert f" is {apart:.0%} away" in str(caught.value) and apart > 0.15
 
 
+def test_a_training_counts_the_weights_of_each_step_once() -> None:
+    torch.manual_seed(0)
+    state, images = TrainingState(UNet(1, 8, 8, (1,), 1, ()), lengths=[0.1]), torch.zeros(8, 1, 8, 8)
+    objective = Objective.of(NoiseSchedule.named("cosine", 50), "eps")
+    weights = list[torch.Tensor]()
+    for _ in itertools.islice(fit(state, images, objective, batch=4, learning_rate=1e-2, seed=0), 6):
+        weights.append(torch.cat([each.detach().flatten() for each in state.net.parameters()]))
+    found = torch.cat([tensor.flatten() for tensor in state.averages[0.1].tensors])
+    torch.testing.assert_close(found, averaged(torch.stack(weights), 0.1))
+
+
 def test_a_rebuilt_average_is_the_tracked_one_within_a_thousandth() -> None:
     """Trains a network and tracks an average of each length. The averages are rebuilt from snapshots of only two of them."""
     torch.manual_seed(0)
