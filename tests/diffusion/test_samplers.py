@@ -316,6 +316,22 @@ def test_x0_to_x_t_to_target_to_x0(target: str, name: str, seed: int) -> None:
     assert float((back - x_0).abs().max() / c_out.abs().clamp(min=1).max()) < 1e-5  # the target is accurate to 1e-7
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine", "rectified"])
+def test_targets_by_their_definitions(name: str) -> None:
+    """The right outputs are eps, x_0, a eps - s x_0, eps - x_0, and the posterior mean of eq. 7 of Ho et al. 2020."""
+    schedule = NoiseSchedule.named(name, 100)
+    x_0, eps, t = torch.tensor([[0.3], [-0.8]]).double(), torch.tensor([[-1.2], [0.5]]).double(), 60
+    alpha_bar, before = float(schedule.alpha_bar[t + 1]), float(schedule.alpha_bar[t])
+    a, s, beta = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), 1 - alpha_bar / before
+    x_t = a * x_0 + s * eps
+    mean = math.sqrt(before) * beta / s**2 * x_0 + math.sqrt(1 - beta) * (1 - before) / s**2 * x_t
+    outputs = {"eps": eps, "x0": x_0, "v": a * eps - s * x_0, "flow": eps - x_0, "mu": mean}
+    assert outputs.keys() == TARGETS.keys()
+    for target, output in outputs.items():
+        found = Denoiser(lambda x, times, output=output: output, schedule, target)(x_t, t)
+        assert torch.allclose(found, x_0, rtol=1e-6), target
+
+
 def test_eps_is_refused_where_nothing_of_the_image_is_left() -> None:
     schedule = NoiseSchedule(torch.full((2000,), 0.9))  # alpha_bar underflows to zero
     with pytest.raises(ValueError, match="does not determine x_0"):
