@@ -76,7 +76,7 @@ GROUPS = {
             "files/samples": of("stages", "sample") + of("files", "corruption"),
             "files/scores": of("stages", "evaluate") + of("files", "corruption", "bad_input"),
             "files/models": of("files", "corruption", "bad_input"),
-            "files/checkpoint": of("stages", "train", "faults") + of("files", "corruption"),
+            "files/checkpoint": of("stages", "train", "faults") + of("files", "corruption", "bad_input"),
             "parameters": of("files", "params", "bad_input")
             + of("stages", "probe")
             + of("tools", "foresight")

@@ -71,6 +71,8 @@ FAULTS = [
     (("diffusion", "target"), "score", "diffusion.target"),
     (("evaluation", "layer"), 100, "evaluation.layer"),
     (("sampling", "clip"), 1.5, "sampling.clip: expected true, false, or a quantile"),
+    (("sampling", "clip"), 1.0, "sampling.clip: expected true, false, or a quantile"),
+    (("sampling", "clip"), 0.0, "sampling.clip: expected true, false, or a quantile"),
     (("sampling", "clip"), "yes", "sampling.clip: expected true, false, or a quantile"),
     (("samplers", "ddim", "eta"), float("inf"), "samplers.ddim.eta"),
     (("samplers", "Bad-Name"), {"sampler": "ddim"}, "samplers.Bad-Name"),
@@ -108,6 +110,13 @@ def test_one_fault_one_line(place: tuple[str, ...], value: object, message: str,
     with pytest.raises(InputError) as caught:
         Params.load(path)
     assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("clip", [True, False, 0.001, 0.995])
+def test_clip_is_a_choice_or_a_quantile(clip: bool | float) -> None:
+    values = raw()
+    values["sampling"]["clip"] = clip
+    assert Params.check(values, "params.yaml").sampling.clip == clip
 
 
 @pytest.mark.parametrize(
