@@ -90,6 +90,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "muon, min_snr, linear": {"optimizer": "muon", "loss": "min_snr", "schedule": {"name": "linear", "steps": 1000}},
     "muon, min_snr, batch 32": {"optimizer": "muon", "loss": "min_snr", "batch": 32},
     "muon, min_snr, decay linear 0.3": {"optimizer": "muon", "loss": "min_snr", "descent": ("linear", 0.3)},
+    "muon, min_snr, channels 48": {"optimizer": "muon", "loss": "min_snr", "network": {"channels": 48}},
     "muon, min_snr, ema 0.99": {"optimizer": "muon", "loss": "min_snr", "ema": 0.99},
 }
 # The best changes of the screening, combined. While WINNER is empty, the winner's trainings are left out.
