@@ -1,17 +1,18 @@
-"""Measures the ledger: FID of CIFAR-10 against processor time, for single changes, the recipe, the winner and the peers.
+"""Measures the ledger: FID of CIFAR-10 against processor time, for single changes, the baseline, the winner and the peers.
 
 The winner combines the best changes (WINNER). `python -m bench.ledger --images FOLDER` needs about eight hours of two cores in
 all, and resumes where it stopped. It
 
-- measures the processor time of a step of every row, in turns with the recipe (`pace`). Each row then trains for the number of
+- measures the processor time of a step of every row, in turns with the baseline (`pace`). Each row then trains for the number of
   steps that its processor time buys. So a machine that is slower for a while, or busy, changes no comparison;
 - trains every row of CHANGES for 300 processor seconds from two seeds (`screening`);
-- trains the recipe, the winner and both peers of bench.peers for 300, 600 and 900 processor seconds from three seeds (`curves`);
-- scores the recipe and the winner once more, as papers do: layer 2048, 5,000 images (`large`);
+- trains the baseline, the winner and both peers of bench.peers for 300, 600 and 900 processor seconds from three seeds
+  (`curves`);
+- scores the baseline and the winner once more, as papers do: layer 2048, 5,000 images (`large`);
 - trains the winner for an hour of two cores (`hour`), and draws its images as a grid.
 
 Two trainings run side by side, each with one thread; `hour` has both cores. All models are sampled from the same noise, by the
-sampler and steps of the recipe's last point. So each score is compared with the recipe's image by image. The results are
+sampler and steps of the baseline's last point. So each score is compared with the baseline's image by image. The results are
 bench/results/ledger-cifar10-cpu.json; `python -m bench.page` writes docs/ledger.md from this file.
 """
 
@@ -50,9 +51,9 @@ from ddpm.scores.intervals import Estimate
 NAME = "cifar10-cpu"
 RESULT = f"ledger-{NAME}.json"
 BASELINE = Path(__file__).with_name("ledger.yaml")
-RECIPE = "as it is"  # the row of CHANGES with which the others are compared
+RECIPE = "as it is"  # the baseline: the row of CHANGES with which the others are compared
 DIT = {"width": 192, "depth": 6, "heads": 3, "patch": 4}
-# Each row changes one setting of the recipe or of its network; the last rows combine what helped alone.
+# Each row changes one setting of the baseline or of its network; the last rows combine what helped alone.
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "eps": {"target": "eps"},
@@ -95,7 +96,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 # The best changes of the screening, combined. While WINNER is empty, the winner's trainings are left out.
 WINNER: dict[str, Any] = {"optimizer": "muon", "loss": "min_snr"}
-ROUNDS = 9  # turns of the recipe and a row that measure the processor time of a step
+ROUNDS = 9  # turns of the baseline and a row that measure the processor time of a step
 SCREENING, SEEDS = 300, 2  # processor seconds, trainings of each row
 MARKS, REPLICATES = (300, 600, 900), 3  # the same for the curves
 HOUR = 7200  # processor seconds of an hour of two cores
@@ -188,10 +189,10 @@ class Bench:
     """The data, the protocol and the time limit that all trainings share.
 
     Args:
-        recipe: the recipe that rows change.
+        recipe: the baseline that rows change.
         images: the training images, uint8 [N, C, H, W].
         test: test images for `error`.
-        point: the name of the recipe's last point.
+        point: the name of the baseline's last point.
         row: arguments of `ddpm.sample` for this point.
         layer: the layer of Inception whose features are compared.
         count: the number of samples.
@@ -249,7 +250,7 @@ def train(training: Training, steps: int, folder: Path, until: float) -> None:
 
 
 def made(bench: Bench, side: str, change: dict[str, Any], seed: int, folder: Path) -> Training:
-    """Returns the training of a peer, or of the recipe with a change, as far as it has been saved."""
+    """Returns the training of a peer, or of the baseline with a change, as far as it has been saved."""
     if side not in PEERS:
         return Ours(replace(with_change(bench.recipe, change), seed=seed), bench.images, folder)
     channels, size = bench.images.shape[1:3]
@@ -265,11 +266,11 @@ def descends(side: str, change: dict[str, Any]) -> bool:
 
 
 def pace(bench: Bench, side: str, change: dict[str, Any]) -> dict[str, float]:
-    """Measures the processor time of a row's step, in turns with the recipe's.
+    """Measures the processor time of a row's step, in turns with the baseline's.
 
     Returns:
-        ratio, low, high: median and range of the row's time over the recipe's of the same turn. recipe: median processor seconds
-        of the recipe's step.
+        ratio, low, high: median and range of the row's time over the baseline's of the same turn. recipe: median processor
+            seconds of the baseline's step.
     """
     still = {"learning_rate": 0.0}  # so that no loss diverges
     rows: list[tuple[str, dict[str, Any]]] = [(RECIPE, still), (side, {**change, **still})]
@@ -335,7 +336,7 @@ def measure(bench: Bench, model: Model, steps: int) -> dict[str, Any]:
 
 
 def compared(model: Model, state: Path) -> dict[str, float] | None:
-    """Returns the difference of a model's FID from the recipe's of the same phase, seed and time, if both are kept."""
+    """Returns the difference of a model's FID from the baseline's of the same phase, seed and time, if both are kept."""
     paths = model.kept(state), replace(model, side=RECIPE, change={}).kept(state)
     if model.side == RECIPE or not all(path.exists() for path in paths):
         return None
@@ -350,7 +351,7 @@ def compared(model: Model, state: Path) -> dict[str, float] | None:
 
 @dataclass(frozen=True)
 class Model:
-    """A row of the ledger. layer, count: Inception layer and samples of its score; 0: as in the recipe."""
+    """A row of the ledger. layer, count: Inception layer and samples of its score; 0: as in the baseline."""
 
     phase: str
     side: str
@@ -469,7 +470,7 @@ def measure_paces(bench: Bench, about: dict[str, Any], path: Path) -> None:
         if side != RECIPE and side not in paces:
             paces[side] = harness._short(pace(bench, side, change))
             course.write_json(path, about)
-            print(f"  {side}: a step takes {paces[side]['ratio']:.3f} times the recipe's", flush=True)
+            print(f"  {side}: a step takes {paces[side]['ratio']:.3f} times the baseline's", flush=True)
     about.setdefault("step_seconds", min(found["recipe"] for found in paces.values()))
     course.write_json(path, about)
 
@@ -487,7 +488,7 @@ def record(about: dict[str, Any], model: Model, row: dict[str, Any]) -> None:
 
 
 def add_differences(about: dict[str, Any], state: Path) -> None:
-    """Adds the differences from the recipe to the rows."""
+    """Adds the differences from the baseline to the rows."""
     for model in work():
         row = about.get(model.phase, {}).get(model.side, {}).get(model.key)
         if row and "failed" not in row and (difference := compared(model, state)):
@@ -495,7 +496,7 @@ def add_differences(about: dict[str, Any], state: Path) -> None:
 
 
 def missing(about: dict[str, Any], names: list[str]) -> list[Model]:
-    """Returns the models without a row. names: the sides to measure besides the recipe; [] for all."""
+    """Returns the models without a row. names: the sides to measure besides the baseline; [] for all."""
     return [
         model
         for model in work()
@@ -547,7 +548,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench.ledger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows: {', '.join(CHANGES)}; default: everything")
-    parser.add_argument("--images", type=Path, help="folder of PNG files or zips to use instead of the recipe's data")
+    parser.add_argument("--images", type=Path, help="folder of PNG files or zips to use instead of the baseline's data")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side; 1 leaves a core to other work")
     parser.add_argument("--minutes", type=float, default=60, help="time limit of this command, roughly")
     parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "curves" / f"{NAME}-ledger")

@@ -31,7 +31,7 @@ from typing import Any
 from ddpm.errors import InputError
 
 FOLDER = Path(__file__).parent
-_LINES = re.compile(r"^(TITLE|LAYERS|DEFAULT|JUDGES) = (.+)$", re.MULTILINE)
+_LINES = re.compile(r"^(TITLE|LAYERS|DEFAULT|JUDGES)\b[^=\n]*=(.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
