@@ -1,19 +1,20 @@
 """Measures the ledger: FID of CIFAR-10 against processor time, for single changes, the baseline, the winner and the peers.
 
-The winner combines the best changes (WINNER). `python -m bench.ledger --images FOLDER` needs about eight hours of two cores in
-all, and resumes where it stopped. It
+`python -m bench.ledger --images FOLDER` needs about eight hours of two cores in all, and resumes where it stopped. It
 
 - measures the processor time of a step of every row, in turns with the baseline (`pace`). Each row then trains for the number of
-  steps that its processor time buys. So a machine that is slower for a while, or busy, changes no comparison;
+  steps that its processor time buys. So a machine that is slower for a while, or busy, changes no comparison, and another machine
+  can continue;
 - trains every row of CHANGES for 300 processor seconds from two seeds (`screening`);
-- trains the baseline, the winner and both peers of bench.peers for 300, 600 and 900 processor seconds from three seeds
-  (`curves`);
+- trains the combinations of CANDIDATES for 300 and 600 processor seconds from one seed, and the baseline, the best combination
+  (WINNER) and both peers of bench.peers for 300, 600 and 900 processor seconds from three seeds (`curves`);
 - scores the baseline and the winner once more, as papers do: layer 2048, 5,000 images (`large`);
 - trains the winner for an hour of two cores (`hour`), and draws its images as a grid.
 
 Two trainings run side by side, each with one thread; `hour` has both cores. All models are sampled from the same noise, by the
 sampler and steps of the baseline's last point. So each score is compared with the baseline's image by image. The results are
-bench/results/ledger-cifar10-cpu.json; `python -m bench.page` writes docs/ledger.md from this file.
+bench/results/ledger-cifar10-cpu.json, and a file in the folder of the same name for the images of each score;
+`python -m bench.page` writes docs/ledger.md from the former.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -53,7 +55,7 @@ RESULT = f"ledger-{NAME}.json"
 BASELINE = Path(__file__).with_name("ledger.yaml")
 RECIPE = "as it is"  # the baseline: the row of CHANGES with which the others are compared
 DIT = {"width": 192, "depth": 6, "heads": 3, "patch": 4}
-# Each row changes one setting of the baseline or of its network; the last rows combine what helped alone.
+# The screening. Each row changes one setting of the baseline or of its network; the last rows combine what helped alone.
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "eps": {"target": "eps"},
@@ -91,11 +93,28 @@ CHANGES: dict[str, dict[str, Any]] = {
     "muon, min_snr, linear": {"optimizer": "muon", "loss": "min_snr", "schedule": {"name": "linear", "steps": 1000}},
     "muon, min_snr, batch 32": {"optimizer": "muon", "loss": "min_snr", "batch": 32},
     "muon, min_snr, decay linear 0.3": {"optimizer": "muon", "loss": "min_snr", "descent": ("linear", 0.3)},
-    "muon, min_snr, channels 48": {"optimizer": "muon", "loss": "min_snr", "network": {"channels": 48}},
     "muon, min_snr, ema 0.99": {"optimizer": "muon", "loss": "min_snr", "ema": 0.99},
 }
-# The best changes of the screening, combined. While WINNER is empty, the winner's trainings are left out.
-WINNER: dict[str, Any] = {"optimizer": "muon", "loss": "min_snr"}
+# The best combination of the screening, with larger networks and another rate. They train for longer than in the screening, because
+# a larger network needs more time to become better than a small one.
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "muon, min_snr": {"optimizer": "muon", "loss": "min_snr"},
+    "muon, min_snr, channels 48": {"optimizer": "muon", "loss": "min_snr", "network": {"channels": 48}},
+    "muon, min_snr, channels 64": {"optimizer": "muon", "loss": "min_snr", "network": {"channels": 64}},
+    "muon, min_snr, blocks 2": {"optimizer": "muon", "loss": "min_snr", "network": {"blocks": 2}},
+    "muon, min_snr, channels 48, no attention": {
+        "optimizer": "muon",
+        "loss": "min_snr",
+        "network": {"channels": 48, "attention": []},
+    },
+    "muon, min_snr, channels 48, rate 4e-3": {
+        "optimizer": "muon",
+        "loss": "min_snr",
+        "network": {"channels": 48},
+        "learning_rate": 4e-3,
+    },
+}
+WINNER = "muon, min_snr"  # the best of CANDIDATES; recipes/cifar10-cpu.yaml has its settings
 ROUNDS = 9  # turns of the baseline and a row that measure the processor time of a step
 SCREENING, SEEDS = 300, 2  # processor seconds, trainings of each row
 MARKS, REPLICATES = (300, 600, 900), 3  # the same for the curves
@@ -197,6 +216,7 @@ class Bench:
         layer: the layer of Inception whose features are compared.
         count: the number of samples.
         state: the folder that keeps unfinished work.
+        scores: the folder that keeps each model's score, with the influence of its images.
         until: time.monotonic() at which to stop.
         weights: the folder of Inception's weights.
     """
@@ -209,6 +229,7 @@ class Bench:
     layer: int
     count: int
     state: Path
+    scores: Path
     until: float
     weights: Path = ROOT / ".cache" / "inception"
 
@@ -292,21 +313,23 @@ def steps_for(about: dict[str, Any], model: Model) -> int:
     """Returns how many steps take the model's processor seconds on this machine when nothing slows it."""
     if harness.TINY:
         return model.seconds // 30
-    ratio = 1.0 if model.side == RECIPE else about["pace"][model.side]["ratio"]
-    return max(1, round(model.seconds / (about["step_seconds"] * ratio)))
+    paces = about["paces"][model.group]
+    ratio = 1.0 if model.side == RECIPE else paces["ratios"][model.side]["ratio"]
+    return max(1, round(model.seconds / (paces["step_seconds"] * ratio)))
 
 
 def measure(bench: Bench, model: Model, steps: int) -> dict[str, Any]:
     """Trains and scores one model. Raises OutOfTime.
 
-    Keeps the row and the score in files of `Bench.state`, for repeated calls and for `compared`.
+    Keeps the row and the score in a file of `Bench.scores`, for repeated calls and for `compared`.
     """
-    path = model.kept(bench.state)
-    done = path.with_suffix(".json")
-    if done.exists() and (row := json.loads(done.read_text(encoding="utf-8")))["steps"] == steps:
-        return dict(row)
+    path = model.kept(bench.scores)
+    if path.exists():
+        with np.load(path) as kept:
+            if (row := json.loads(str(kept["row"])))["steps"] == steps:
+                return dict(row)
     longer = f"-{model.seconds}" if descends(model.side, model.change) else ""
-    folder = bench.state / f"{model.name}-{model.seed}{longer}"
+    folder = bench.state / f"{model.group}-{model.name}-{model.seed}{longer}"
     training = made(bench, model.side, model.change, model.seed, folder)
     train(training, steps, folder, bench.until)
     denoiser, scored = training.denoiser(), folder / f"{model.phase}-{model.seconds}"
@@ -324,26 +347,26 @@ def measure(bench: Bench, model: Model, steps: int) -> dict[str, Any]:
     assert score.influence is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, value=score.value, error=score.error, influence=score.influence)
-    temporary.replace(path)
+    influence = score.influence.astype(np.float32)
+    np.savez(temporary, row=json.dumps(row), value=score.value, error=score.error, influence=influence)
     if model.phase == "hour":
         shape = tuple(bench.images.shape[1:])
         drawn = course.draw_images(denoiser, shape, range(GRID), bench.row, "cpu")
         arrays.write_png(PICTURES / "ledger-grid.png", arrays.grid(drawn, 20))
-    course.write_json(done, row)
+    temporary.replace(path)
     shutil.rmtree(folder if model.phase == "screening" and model.side != RECIPE else scored)
     return row
 
 
-def compared(model: Model, state: Path) -> dict[str, float] | None:
+def compared(model: Model, folder: Path) -> dict[str, float] | None:
     """Returns the difference of a model's FID from the baseline's of the same phase, seed and time, if both are kept."""
-    paths = model.kept(state), replace(model, side=RECIPE, change={}).kept(state)
+    paths = model.kept(folder), replace(model, side=RECIPE, change={}).kept(folder)
     if model.side == RECIPE or not all(path.exists() for path in paths):
         return None
     scores = []
     for path in paths:
         with np.load(path) as kept:
-            scores.append(Estimate(float(kept["value"]), float(kept["error"]), kept["influence"]))
+            scores.append(Estimate(float(kept["value"]), float(kept["error"]), kept["influence"].astype(float)))
     found = intervals.difference(*scores)
     low, high = found.interval()
     return {"value": found.value, "low": low, "high": high, "of": scores[1].value}
@@ -366,34 +389,41 @@ class Model:
         return f"{self.seed}, {self.seconds} s"
 
     @property
+    def group(self) -> str:
+        """The phases with one machine's paces: "screening", or "curves" for all later phases, which continue its trainings."""
+        return "screening" if self.phase == "screening" else "curves"
+
+    @property
     def name(self) -> str:
         """The name of the model's files: the side, and a hash of the change."""
         digest = hashlib.sha256(json.dumps(self.change, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.side.replace(' ', '-')}-{digest}"
+        return f"{re.sub('[ ,]+', '-', self.side)}-{digest}"
 
-    def kept(self, state: Path) -> Path:
+    def kept(self, folder: Path) -> Path:
         """The file of the score."""
-        return state / "scores" / f"{self.phase}-{self.name}-{self.seed}-{self.seconds}.npz"
+        return folder / f"{self.phase}-{self.name}-{self.seed}-{self.seconds}.npz"
 
 
 def work() -> Iterator[Model]:
     """Yields the models in the order in which they are measured."""
     for seed, side in product(range(SEEDS), CHANGES):
         yield Model("screening", side, CHANGES[side], seed, SCREENING)
-    ours = {RECIPE: {}, **({"winner": WINNER} if WINNER else {})}
-    sides: dict[str, dict[str, Any]] = {**ours, **{peer: {} for peer in PEERS}}
-    for seed, side, seconds in product(range(REPLICATES), sides, MARKS):
-        yield Model("curves", side, sides[side], seed, seconds)
-    for side, change in ours.items():
-        yield Model("large", side, change, 0, MARKS[-1], *LARGE)
-    if WINNER:
-        yield Model("hour", "winner", WINNER, 0, HOUR)
+    sides: dict[str, dict[str, Any]] = {RECIPE: {}, **CANDIDATES, **{peer: {} for peer in PEERS}}
+    for seed, side in product(range(REPLICATES), sides):
+        whole = side not in CANDIDATES or side == WINNER
+        for seconds in MARKS if whole else MARKS[:2] if seed == 0 else ():
+            yield Model("curves", side, sides[side], seed, seconds)
+    for side in (RECIPE, WINNER):
+        yield Model("large", side, sides[side], 0, MARKS[-1], *LARGE)
+    yield Model("hour", WINNER, CANDIDATES[WINNER], 0, HOUR)
 
 
 def draw(about: dict[str, Any], path: Path) -> None:
     """Draws the mean FID of each side of `curves` against processor minutes, with the range over its trainings."""
     lines = {}
     for side, rows in about.get("curves", {}).items():
+        if side in CANDIDATES and side != WINNER:
+            continue
         by_time: dict[str, list[dict[str, float]]] = {}
         for key, row in rows.items():
             if "failed" not in row:
@@ -413,7 +443,7 @@ def draw(about: dict[str, Any], path: Path) -> None:
 
 
 @cache
-def bench_of(images: Path | None, state: Path, until: float) -> Bench:
+def bench_of(images: Path | None, state: Path, scores: Path, until: float) -> Bench:
     """Loads the data once in each process. See `Bench` for the arguments."""
     params, dataset = load_prepared(BASELINE, images, state)
     point = params.points()[-1]
@@ -427,12 +457,13 @@ def bench_of(images: Path | None, state: Path, until: float) -> Bench:
         scoring.layer,
         scoring.images,
         state,
+        scores,
         until,
     )
 
 
 def measure_in_turn(
-    images: Path | None, state: Path, until: float, models: list[tuple[Model, int]]
+    images: Path | None, state: Path, scores: Path, until: float, models: list[tuple[Model, int]]
 ) -> list[tuple[Model, dict[str, Any]]]:
     """Measures models one after another in this process. Returns the rows that are done at `until`.
 
@@ -445,7 +476,7 @@ def measure_in_turn(
         try:
             if time.monotonic() > until:
                 raise OutOfTime
-            rows.append((model, measure(bench_of(images, state, until), model, steps)))
+            rows.append((model, measure(bench_of(images, state, scores, until), model, steps)))
         except OutOfTime:
             break
         except SystemExit as error:
@@ -458,20 +489,34 @@ def forget(about: dict[str, Any]) -> None:
     known = about.setdefault("changes", {})
     current = json.loads(json.dumps({model.side: model.change for model in work()}))  # tuples become lists
     for side in [side for side, change in known.items() if current.get(side) != change]:
-        for phase in ("pace", "screening", "curves", "large", "hour"):
+        for phase in ("screening", "curves", "large", "hour"):
             about.get(phase, {}).pop(side, None)
+        for paces in about.get("paces", {}).values():
+            paces["ratios"].pop(side, None)
     about["changes"] = current
 
 
-def measure_paces(bench: Bench, about: dict[str, Any], path: Path) -> None:
-    """Measures the paces that `about` lacks. path: the file of the results."""
-    paces = about.setdefault("pace", {})
-    for side, change in {model.side: model.change for model in work()}.items():
-        if side != RECIPE and side not in paces:
-            paces[side] = harness._short(pace(bench, side, change))
-            course.write_json(path, about)
-            print(f"  {side}: a step takes {paces[side]['ratio']:.3f} times the baseline's", flush=True)
-    about.setdefault("step_seconds", min(found["recipe"] for found in paces.values()))
+def measure_paces(bench: Bench, about: dict[str, Any], path: Path, models: list[Model]) -> None:
+    """Measures the paces of the models that `about` lacks.
+
+    Raises SystemExit if the other paces of this group are another machine's. path: the file of the results.
+    """
+    here = harness.machine("cpu", threads=1)
+    for model in models:
+        paces = about.setdefault("paces", {}).setdefault(model.group, {"machine": here, "ratios": {}})
+        ratios = paces["ratios"]
+        if ratios and model.side in (RECIPE, *ratios):
+            continue
+        if any(paces["machine"]["hardware"][key] != here["hardware"][key] for key in ("cpu", "cores")):
+            raise SystemExit(
+                f"{path}: the pace of {model.side} would be compared with those of another machine; "
+                "measure on that machine, or name another folder with --out"
+            )
+        ratios[model.side] = harness._short(pace(bench, model.side, model.change))
+        course.write_json(path, about)
+        print(f"  {model.side}: a step takes {ratios[model.side]['ratio']:.3f} times the baseline's", flush=True)
+    for paces in about.get("paces", {}).values():
+        paces.setdefault("step_seconds", min(found["recipe"] for found in paces["ratios"].values()))
     course.write_json(path, about)
 
 
@@ -487,11 +532,11 @@ def record(about: dict[str, Any], model: Model, row: dict[str, Any]) -> None:
     }
 
 
-def add_differences(about: dict[str, Any], state: Path) -> None:
-    """Adds the differences from the baseline to the rows."""
+def add_differences(about: dict[str, Any], scores: Path) -> None:
+    """Adds the differences from the baseline to the rows. scores: the folder of the scores."""
     for model in work():
         row = about.get(model.phase, {}).get(model.side, {}).get(model.key)
-        if row and "failed" not in row and (difference := compared(model, state)):
+        if row and "failed" not in row and (difference := compared(model, scores)):
             row["difference"] = harness._short(difference)
 
 
@@ -506,7 +551,10 @@ def missing(about: dict[str, Any], names: list[str]) -> list[Model]:
 
 
 def measure_phase(
-    where: tuple[Path | None, Path, float], models: list[Model], about: dict[str, Any], options: argparse.Namespace
+    where: tuple[Path | None, Path, Path, float],
+    models: list[Model],
+    about: dict[str, Any],
+    options: argparse.Namespace,
 ) -> None:
     """Measures models of one phase, options.jobs at a time, and writes each row to the results.
 
@@ -536,7 +584,7 @@ def measure_phase(
                 record(about, model, row)
                 said = row.get("failed") or f"FID {row['fid']:.4g}, {row['steps']:,} steps"
                 print(f"  {model.side}, {model.key}: {said}", flush=True)
-            add_differences(about, options.state)
+            add_differences(about, where[2])
             course.write_json(options.out / RESULT, about)
             draw(about, options.pictures / "ledger.png")
     if errors:
@@ -559,17 +607,14 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in options.names if name not in sides]:
         parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(sorted(sides))}")
     until = time.monotonic() + options.minutes * 60
-    where = (options.images, options.state, until)
-    bench = bench_of(*where)
     path = options.out / RESULT
+    where = (options.images, options.state, path.with_suffix(""), until)
+    bench = bench_of(*where)
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    here = harness.machine("cpu", threads=1)
-    if about and any(about["machine"]["hardware"][key] != here["hardware"][key] for key in ("cpu", "cores")):
-        parser.error(f"{path} holds the rows of another machine, whose paces differ; name another folder with --out")
-    about |= {"layer": bench.layer, "images": bench.count, "point": bench.point, "machine": here}
+    about |= {"layer": bench.layer, "images": bench.count, "point": bench.point}
     torch.set_num_threads(1)
     forget(about)
-    measure_paces(bench, about, path)
+    measure_paces(bench, about, path, missing(about, options.names))
 
     for phase, group in groupby(missing(about, options.names), lambda model: model.phase):
         if time.monotonic() < until:

@@ -345,9 +345,10 @@ def render_ledger() -> str:
     ]
     screened = about.get("screening", {})
     lines += _ledger_rows(screened)
-    # The baseline and the peers change nothing, and only the later phases measure the peers and the winner.
+    # The baseline and the peers change nothing.
+    known = {*screened, *about.get("curves", {})}
     lines += _missing(
-        [name for name, change in about["changes"].items() if change and name not in {*screened, "winner"}],
+        [name for name, change in about["changes"].items() if change and name not in known],
         "Rows not measured yet",
     )
     for phase, title in PHASES.items():
@@ -393,7 +394,7 @@ def _settings(change: dict[str, Any]) -> str:
 
 
 PHASES = {
-    "curves": "The baseline, the winner and the peers",
+    "curves": "Longer trainings of the baseline, combinations and the peers",
     "large": "Layer 2048, 5,000 samples",
     "hour": "An hour of two cores",
 }
