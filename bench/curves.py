@@ -112,6 +112,7 @@ def measure(
         OutOfTime: `until` is reached.
     """
     from ddpm.scores import fidelity, inception
+    from ddpm.stages.evaluate import reference_images
 
     shape, scoring = tuple(dataset.train.shape[1:]), params.evaluation
     recipe = recipe_of_params(params, point.schedule, shape)
@@ -121,7 +122,7 @@ def measure(
     here = Course.load(state, recipe, "cpu")
     here.steps = params.training.steps
     denoiser = course.denoiser_of(here, recipe, "cpu")
-    some = np.array(dataset.train[: scoring.images])
+    some = reference_images(dataset.train, scoring.images)
 
     def features_of(make: Callable[[range], Images], folder: Path) -> NDArray[np.float32]:
         return course.features_of(make, scoring.images, 100, extractor, folder, until)

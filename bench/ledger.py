@@ -47,8 +47,10 @@ from bench.curves import PICTURES, ROOT, load_prepared, recipe_of_params
 from bench.peers import PEERS, operations
 from ddpm import Denoiser
 from ddpm.files import arrays
+from ddpm.files.dataset import spread
 from ddpm.scores import fidelity, inception, intervals
 from ddpm.scores.intervals import Estimate
+from ddpm.stages.evaluate import reference_images
 
 NAME = "cifar10-cpu"
 RESULT = f"ledger-{NAME}.json"
@@ -95,8 +97,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "muon, min_snr, decay linear 0.3": {"optimizer": "muon", "loss": "min_snr", "descent": ("linear", 0.3)},
     "muon, min_snr, ema 0.99": {"optimizer": "muon", "loss": "min_snr", "ema": 0.99},
 }
-# The best combination of the screening, with larger networks and another rate. They train for longer than in the screening, because
-# a larger network needs more time to become better than a small one.
+# Combinations with larger networks and another rate. They train for longer than in the screening, because a larger network needs
+# more time to become better than a small one.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "muon, min_snr": {"optimizer": "muon", "loss": "min_snr"},
     "muon, min_snr, channels 48": {"optimizer": "muon", "loss": "min_snr", "network": {"channels": 48}},
@@ -239,10 +241,10 @@ class Bench:
         return course.features_of(make, count, 100, extractor, folder, self.until)
 
     def real(self, layer: int, count: int) -> NDArray[np.float32]:
-        """Returns the features of the first training images. Raises OutOfTime."""
-        return self.features(
-            lambda rows: self.images[rows.start : rows.stop].numpy(), self.state / f"real-{layer}-{count}", layer, count
-        )
+        """Returns the features of the images with which the pipeline would compare `count` samples. Raises OutOfTime."""
+        images = reference_images(self.images.numpy(), count)
+        folder = self.state / f"reference-{layer}-{count}"
+        return self.features(lambda rows: images[rows.start : rows.stop], folder, layer, count)
 
     def score(self, denoiser: Denoiser, folder: Path, layer: int, count: int) -> Estimate:
         """Returns the FID of a model, with the influence of its images. Raises OutOfTime."""
@@ -451,7 +453,7 @@ def bench_of(images: Path | None, state: Path, scores: Path, until: float) -> Be
     return Bench(
         recipe_of_params(params, point.schedule, tuple(dataset.train.shape[1:])),
         torch.from_numpy(np.array(dataset.train)),
-        torch.from_numpy(np.array(dataset.test[:256])),
+        torch.from_numpy(spread(dataset.test, 256)),
         point.name,
         {**params.samplers[point.sampler].options(), "steps": point.steps},
         scoring.layer,

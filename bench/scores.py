@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from bench.harness import TINY, Times, alternate, figure, ratios
 from ddpm.files import paths
-from ddpm.files.dataset import read_dataset
+from ddpm.files.dataset import read_dataset, spread
 from ddpm.files.params import Params
 from ddpm.files.samples import read_samples
 from ddpm.parameters import Point
 from ddpm.scores import features, fidelity, inception
 from ddpm.scores.features import extract
 from ddpm.scores.intervals import Estimate, difference, standard_error
+from ddpm.stages.evaluate import reference_images
 from ddpm.stages.prepare import prepare
 from ddpm.stages.sample import sample_point
 from ddpm.stages.train import train
@@ -235,7 +236,7 @@ def rounding(device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         prepare(base, root)
-        real = np.array(read_dataset(root).train[:DRAWN])
+        real = reference_images(read_dataset(root).train, DRAWN)
         reference = fidelity.statistics(extract(extractor, real))
 
         def drawn(params: Params) -> tuple[Images, Estimate]:
@@ -310,7 +311,7 @@ def main(point: str) -> None:
         "noise": random.integers(0, 256, (count, *dataset.train.shape[1:]), np.uint8),
         "Gaussian": _gaussian(dataset.train, count, random),
         point: samples[:count],
-        "held-out images": dataset.test[:count],
+        "held-out images": spread(dataset.test, count),
     }
     chosen = params.evaluation
     extractor = features.load(chosen.extractor, chosen.layer, CACHE)

@@ -126,6 +126,15 @@ def read_dataset(root: Path = Path()) -> Dataset:
     return Dataset(*images, *labels, record)
 
 
+def spread(images: NDArray[Any], count: int) -> NDArray[Any]:
+    """Returns `count` images or labels, evenly spread over a split, or all if the split has fewer.
+
+    The first images of a split may all be of one class, because folders are read class by class.
+    """
+    count = min(count, len(images))
+    return np.ascontiguousarray(images[np.arange(count) * len(images) // max(count, 1)])
+
+
 def read_dataset_record(root: Path = Path()) -> DatasetRecord:
     """Reads dataset.json. Raises InputError."""
     path = root / paths.dataset_dir() / "dataset.json"

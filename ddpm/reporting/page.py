@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ddpm.files import arrays, models, paths, records
-from ddpm.files.dataset import Dataset, DatasetRecord
+from ddpm.files.dataset import Dataset, DatasetRecord, spread
 from ddpm.files.models import BoundRecord, TrainingRecord
 from ddpm.files.params import Params
 from ddpm.files.samples import Samples, read_samples
@@ -106,7 +106,9 @@ def page(
         schedules=_schedules(params, training["last"], dataset.record),
         neighbours=_neighbours(drawn.images, best, dataset, params.training.flip),
         dataset=dataset.record,
-        preview=_png(arrays.grid(dataset.train[: 2 * SHOWN], columns=2 * SHOWN)) if _small(dataset.train) else None,
+        preview=_png(arrays.grid(spread(dataset.train, 2 * SHOWN), columns=2 * SHOWN))
+        if _small(dataset.train)
+        else None,
         parameters=parameters(params),
         nearer=COPYING.title,
         parts={name: _marks(name) for name in PARTS},
@@ -447,8 +449,7 @@ def _neighbours(samples: arrays.Images, best: Best, dataset: Dataset, mirrored: 
     samples = np.asarray(samples[: affordable(len(samples), dataset.train)])
     index, distance = nearest(samples, dataset.train, mirrored)
     compared = affordable(len(dataset.test), dataset.train) if len(dataset.test) else 0
-    chosen = np.arange(compared) * len(dataset.test) // max(1, compared)
-    unseen = nearest(np.asarray(dataset.test[chosen]), dataset.train, mirrored)[1] if compared else np.empty(0)
+    unseen = nearest(spread(dataset.test, compared), dataset.train, mirrored)[1] if compared else np.empty(0)
     found, suspects = (copying(distance, unseen), suspect(distance, unseen)) if compared else (None, None)
     suspected = set(suspects.samples) if suspects else set()
     closer, z = (best.row.values.get(name) for name in COPYING.entries)

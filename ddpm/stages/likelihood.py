@@ -6,13 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ddpm.diffusion.bound import Bound, mean_and_error, variational_bound
 from ddpm.errors import InputError
 from ddpm.files import checkpoint, models, paths, records
-from ddpm.files.dataset import read_dataset
+from ddpm.files.dataset import read_dataset, spread
 from ddpm.files.params import Params
 from ddpm.runtime.device import find_device, memory_errors
 from ddpm.runtime.progress import Progress, Report, silent
@@ -51,7 +50,7 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
             f"{list(dataset.train.shape[1:])}; train {schedule} again"
         )
     labels = {"train": dataset.train_labels, "test": dataset.test_labels} if model.network.classes else {}
-    splits = {"train": chosen(dataset.train, settings.images), "test": chosen(dataset.test, settings.images)}
+    splits = {"train": spread(dataset.train, settings.images), "test": spread(dataset.test, settings.images)}
     splits = {name: images for name, images in splits.items() if len(images) > 1}
     if not splits:
         raise InputError("dataset: neither train nor test has the two images that a standard error needs; add images")
@@ -74,7 +73,7 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
                 bounds[name] = variational_bound(
                     denoiser,
                     torch.from_numpy(images),
-                    labels=None if known is None else torch.from_numpy(chosen(known, settings.images)),
+                    labels=None if known is None else torch.from_numpy(spread(known, settings.images)),
                     seed=params.seed,
                     times=times,
                     batch=settings.batch,
@@ -97,12 +96,6 @@ def likelihood(params: Params, schedule: str, root: Path = Path(), report: Repor
     table = root / paths.likelihood_curve_file(schedule)
     records.write_csv(table, curve(bounds.get("test") or bounds["train"]))
     return records.write_record(root / paths.likelihood_file(schedule), scores, (table,))
-
-
-def chosen(images: np.ndarray, count: int) -> np.ndarray:
-    """Returns `count` images or labels, evenly spread over the split, or all if the split has fewer."""
-    count = min(count, len(images))
-    return np.ascontiguousarray(images[np.arange(count) * len(images) // max(count, 1)])
 
 
 def split_scores(bound: Bound) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ddpm.errors import InputError
 from ddpm.files import arrays, paths
 from ddpm.files.arrays import Images
-from ddpm.files.dataset import DatasetRecord, NewDataset, read_dataset_record, writing_dataset
+from ddpm.files.dataset import DatasetRecord, NewDataset, read_dataset_record, spread, writing_dataset
 from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress, Report, silent
 from ddpm.sources.source import SOURCES, Contents
@@ -72,7 +72,7 @@ def preview(train: Images, labels: NDArray[np.int64] | None, classes: int) -> Im
     """
     step = math.ceil(max(train.shape[2:]) / PREVIEW_SIDE)
     if labels is None:
-        return arrays.grid(train[: ROWS * COLUMNS, :, ::step, ::step], COLUMNS)
+        return arrays.grid(spread(train[:, :, ::step, ::step], ROWS * COLUMNS), COLUMNS)
     classes = min(classes, ROWS)
     shape = train[:1, :, ::step, ::step].shape[1:]
     images = np.full((classes, COLUMNS, *shape), 255, np.uint8)

@@ -31,7 +31,7 @@ from ddpm.diffusion.schedule import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.files import arrays, checkpoint, paths, records, snapshots
 from ddpm.files.checkpoint import ResumeState
-from ddpm.files.dataset import Dataset, read_dataset
+from ddpm.files.dataset import Dataset, read_dataset, spread
 from ddpm.files.models import NetworkEntry, ScheduleEntry
 from ddpm.files.params import Params
 from ddpm.parameters import Training as TrainingSettings
@@ -307,7 +307,9 @@ def _set_up(
     validation = _validation(params, dataset, objective, device, params.diffusion.conditional)
     denoiser = Denoiser(state.ema, noise, params.diffusion.target, clip=True)
     channels = network.out_channels or images.shape[1]
-    loss_limit = DIVERGED_LOSS * _zero_prediction_loss(images[:ZERO_LOSS_IMAGES].to(device), objective, channels)
+    loss_limit = DIVERGED_LOSS * _zero_prediction_loss(
+        torch.from_numpy(spread(dataset.train, ZERO_LOSS_IMAGES)).to(device), objective, channels
+    )
     steps = fit(
         state,
         images,
@@ -524,7 +526,7 @@ def _validation(
 ) -> Validation:
     settings = params.training
     images, labels = (
-        None if split is None else torch.from_numpy(np.array(split[: settings.validation_images])).to(device)
+        None if split is None else torch.from_numpy(spread(split, settings.validation_images)).to(device)
         for split in (dataset.test, dataset.test_labels if conditional else None)
     )
     assert images is not None

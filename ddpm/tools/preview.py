@@ -107,8 +107,9 @@ class _Fids:
 
     @cached_property
     def reference(self) -> fidelity.Statistics:
-        train = dataset.read_dataset(self.root).train[:MOST_REFERENCE_IMAGES]
-        return self._statistics(train)
+        from ddpm.stages.evaluate import reference_images
+
+        return self._statistics(reference_images(dataset.read_dataset(self.root).train, MOST_REFERENCE_IMAGES))
 
     def read(self, first: int) -> None:
         """Reads the FIDs of the steps before `first`, the first step after resuming. The first call counts.

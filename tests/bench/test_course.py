@@ -82,7 +82,7 @@ def test_the_recipe_on_two_cores_is_the_winner_of_the_ledger() -> None:
         curves.recipe_of_params(Params.load(path), "cosine", (3, 32, 32))
         for path in (ROOT / "recipes/cifar10-cpu.yaml", ledger.BASELINE)
     )
-    assert ours == ledger.with_change(baseline, ledger.WINNER) != baseline
+    assert ours == ledger.with_change(baseline, ledger.CANDIDATES[ledger.WINNER]) != baseline
 
 
 def write_zip(path: Path, split: str, images: np.ndarray) -> None:
@@ -189,6 +189,8 @@ def test_the_ledger_resumes_and_measures_changed_rows_again(
         monkeypatch.setattr(ledger, name, value)
     rows = {ledger.RECIPE: {}, "eps": {"target": "eps"}, "broken": {"learning_rate": 1e30}}
     monkeypatch.setattr(ledger, "CHANGES", rows)
+    monkeypatch.setattr(ledger, "CANDIDATES", {"eps": {"target": "eps"}, "worse": {"target": "x0"}})
+    monkeypatch.setattr(ledger, "WINNER", "eps")
     (tmp_path / "data").mkdir()
     write_zip(tmp_path / "data/train.zip", "train", noise(40, 32))
     write_zip(tmp_path / "data/test.zip", "test", noise(8, 32))
@@ -204,7 +206,8 @@ def test_the_ledger_resumes_and_measures_changed_rows_again(
     stopped, whole = run("stopped"), run("whole")
     assert capsys.readouterr().out.endswith("complete\n")
     assert "the loss is nan" in whole["screening"]["broken"]["0, 300 s"]["failed"]
-    assert set(whole["curves"][ledger.RECIPE]) == {"0, 300 s", "0, 600 s", "0, 900 s"}
+    assert all(set(whole["curves"][side]) == {"0, 300 s", "0, 600 s", "0, 900 s"} for side in (ledger.RECIPE, "eps"))
+    assert set(whole["curves"]["worse"]) == {"0, 300 s", "0, 600 s"}
     for about in (stopped, whole):
         for phase in ("screening", "curves", "large"):
             for found in about[phase].values():

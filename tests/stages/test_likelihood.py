@@ -13,9 +13,9 @@ import torch
 from ddpm.diffusion.bound import mean_and_error, variational_bound
 from ddpm.errors import InputError
 from ddpm.files import checkpoint, models, records
-from ddpm.files.dataset import read_dataset
+from ddpm.files.dataset import read_dataset, spread
 from ddpm.files.params import Params
-from ddpm.stages.likelihood import chosen, likelihood
+from ddpm.stages.likelihood import likelihood
 from ddpm.tools.schedules import data_mean_square, schedules
 
 Smoke = Callable[..., Params]
@@ -36,7 +36,7 @@ def test_the_files_hold_the_bound(trained: Path, smoke: Smoke) -> None:
     scores = likelihood(settings(smoke), "cosine", trained)
     assert scores == records.read_record(trained / "metrics/likelihood/cosine.json")
     denoiser, about = checkpoint.load(trained / "models/cosine", clip=True)
-    test = torch.from_numpy(chosen(read_dataset(trained).test, 12))
+    test = torch.from_numpy(spread(read_dataset(trained).test, 12))
     bound = variational_bound(denoiser, test, times=6)
     mean, error = mean_and_error(bound.total)
     parts = scores["test"]
@@ -78,9 +78,9 @@ def test_the_variance_that_counts_is_the_one_named(trained: Path, smoke: Smoke, 
 
 def test_the_images_are_spread_over_the_split() -> None:
     images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
-    assert chosen(images, 4).ravel().tolist() == [0, 25, 50, 75]
-    np.testing.assert_array_equal(chosen(images, 200), images)
-    assert len(chosen(images[:0], 5)) == 0
+    assert spread(images, 4).ravel().tolist() == [0, 25, 50, 75]
+    np.testing.assert_array_equal(spread(images, 200), images)
+    assert len(spread(images[:0], 5)) == 0
 
 
 def test_wrong_input_is_one_line_and_leaves_nothing(trained: Path, smoke: Smoke) -> None:

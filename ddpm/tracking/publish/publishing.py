@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm.databases.mlflow_page import chart
 from ddpm.errors import InputError
 from ddpm.files import arrays, atomic, models, paths
-from ddpm.files.dataset import read_dataset, read_dataset_record
+from ddpm.files.dataset import read_dataset, read_dataset_record, spread
 from ddpm.files.models import DataEntry, ModelRecord
 from ddpm.files.params import Params
 from ddpm.files.records import read_csv, read_described, sha256
@@ -519,7 +519,7 @@ def _log_real(target: Target, run: Run, root: Path, data: DataEntry, start: int,
     """Logs real images at step 0, where MLflow's slider starts, so that the reader can compare samples with real images."""
     dataset_file = root / paths.dataset_dir() / "dataset.json"
     if dataset_file.exists() and read_dataset_record(root).sha256 == data.sha256:
-        picture = arrays.grid(read_dataset(root).train[:REAL])
+        picture = arrays.grid(spread(read_dataset(root).train, REAL))
         log_image(target, run, _picture(picture), 0, start, added)
 
 
