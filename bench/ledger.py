@@ -206,8 +206,27 @@ class Ours:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Folders, and the time limit.
+
+    Args:
+        images: PNG files or zips to use instead of the baseline's data; None for this data.
+        state: keeps unfinished work.
+        scores: keeps each model's score, with the influence of its images.
+        pictures: gets the plot and the grid.
+        until: time.monotonic() at which to stop.
+    """
+
+    images: Path | None
+    state: Path
+    scores: Path
+    pictures: Path
+    until: float
+
+
+@dataclass(frozen=True)
 class Bench:
-    """The data, the protocol and the time limit that all trainings share.
+    """The data and the protocol that all trainings share.
 
     Args:
         recipe: the baseline that rows change.
@@ -217,9 +236,7 @@ class Bench:
         row: arguments of `ddpm.sample` for this point.
         layer: the layer of Inception whose features are compared.
         count: the number of samples.
-        state: the folder that keeps unfinished work.
-        scores: the folder that keeps each model's score, with the influence of its images.
-        until: time.monotonic() at which to stop.
+        places: folders, and the time limit.
         weights: the folder of Inception's weights.
     """
 
@@ -230,20 +247,18 @@ class Bench:
     row: dict[str, Any]
     layer: int
     count: int
-    state: Path
-    scores: Path
-    until: float
+    places: Places
     weights: Path = ROOT / ".cache" / "inception"
 
     def features(self, make: Callable[[range], Images], folder: Path, layer: int, count: int) -> NDArray[np.float32]:
         """Extracts the features [count, layer] of the images that `make` gives. Raises OutOfTime."""
         extractor = inception.load(layer, self.weights)
-        return course.features_of(make, count, 100, extractor, folder, self.until)
+        return course.features_of(make, count, 100, extractor, folder, self.places.until)
 
     def real(self, layer: int, count: int) -> NDArray[np.float32]:
         """Returns the features of the images with which the pipeline would compare `count` samples. Raises OutOfTime."""
         images = reference_images(self.images.numpy(), count)
-        folder = self.state / f"reference-{layer}-{count}"
+        folder = self.places.state / f"reference-{layer}-{count}"
         return self.features(lambda rows: images[rows.start : rows.stop], folder, layer, count)
 
     def score(self, denoiser: Denoiser, folder: Path, layer: int, count: int) -> Estimate:
@@ -297,7 +312,7 @@ def pace(bench: Bench, side: str, change: dict[str, Any]) -> dict[str, float]:
     """
     still = {"learning_rate": 0.0}  # so that no loss diverges
     rows: list[tuple[str, dict[str, Any]]] = [(RECIPE, still), (side, {**change, **still})]
-    trainings = [made(bench, name, changed, 0, bench.state / "pace") for name, changed in rows]
+    trainings = [made(bench, name, changed, 0, bench.places.state / "pace") for name, changed in rows]
     turns = [training.advance() for training in trainings]
     seconds: list[list[float]] = [[], []]
     for number in range(ROUNDS + 1):
@@ -323,17 +338,17 @@ def steps_for(about: dict[str, Any], model: Model) -> int:
 def measure(bench: Bench, model: Model, steps: int) -> dict[str, Any]:
     """Trains and scores one model. Raises OutOfTime.
 
-    Keeps the row and the score in a file of `Bench.scores`, for repeated calls and for `compared`.
+    Keeps the row and the score in a file of `Places.scores`, for repeated calls and for `compared`.
     """
-    path = model.kept(bench.scores)
+    path = model.kept(bench.places.scores)
     if path.exists():
         with np.load(path) as kept:
             if (row := json.loads(str(kept["row"])))["steps"] == steps:
                 return dict(row)
     longer = f"-{model.seconds}" if descends(model.side, model.change) else ""
-    folder = bench.state / f"{model.group}-{model.name}-{model.seed}{longer}"
+    folder = bench.places.state / f"{model.group}-{model.name}-{model.seed}{longer}"
     training = made(bench, model.side, model.change, model.seed, folder)
-    train(training, steps, folder, bench.until)
+    train(training, steps, folder, bench.places.until)
     denoiser, scored = training.denoiser(), folder / f"{model.phase}-{model.seconds}"
     score = bench.score(denoiser, scored, model.layer or bench.layer, model.count or bench.count)
     low, high = score.interval()
@@ -354,7 +369,7 @@ def measure(bench: Bench, model: Model, steps: int) -> dict[str, Any]:
     if model.phase == "hour":
         shape = tuple(bench.images.shape[1:])
         drawn = course.draw_images(denoiser, shape, range(GRID), bench.row, "cpu")
-        arrays.write_png(PICTURES / "ledger-grid.png", arrays.grid(drawn, 20))
+        arrays.write_png(bench.places.pictures / "ledger-grid.png", arrays.grid(drawn, 20))
     temporary.replace(path)
     shutil.rmtree(folder if model.phase == "screening" and model.side != RECIPE else scored)
     return row
@@ -445,9 +460,9 @@ def draw(about: dict[str, Any], path: Path) -> None:
 
 
 @cache
-def bench_of(images: Path | None, state: Path, scores: Path, until: float) -> Bench:
-    """Loads the data once in each process. See `Bench` for the arguments."""
-    params, dataset = load_prepared(BASELINE, images, state)
+def bench_of(places: Places) -> Bench:
+    """Loads the data once in each process."""
+    params, dataset = load_prepared(BASELINE, places.images, places.state)
     point = params.points()[-1]
     scoring = replace(params.evaluation, images=20, layer=64) if harness.TINY else params.evaluation
     return Bench(
@@ -458,16 +473,12 @@ def bench_of(images: Path | None, state: Path, scores: Path, until: float) -> Be
         {**params.samplers[point.sampler].options(), "steps": point.steps},
         scoring.layer,
         scoring.images,
-        state,
-        scores,
-        until,
+        places,
     )
 
 
-def measure_in_turn(
-    images: Path | None, state: Path, scores: Path, until: float, models: list[tuple[Model, int]]
-) -> list[tuple[Model, dict[str, Any]]]:
-    """Measures models one after another in this process. Returns the rows that are done at `until`.
+def measure_in_turn(places: Places, models: list[tuple[Model, int]]) -> list[tuple[Model, dict[str, Any]]]:
+    """Measures models one after another in this process. Returns the rows that are done in time.
 
     A training whose loss is not finite gives the row {"failed": MESSAGE}.
     """
@@ -476,9 +487,9 @@ def measure_in_turn(
         torch.set_num_threads(2 if model.phase == "hour" else 1)
         torch.set_flush_denormal(True)  # else a training that diverges takes many times as long
         try:
-            if time.monotonic() > until:
+            if time.monotonic() > places.until:
                 raise OutOfTime
-            rows.append((model, measure(bench_of(images, state, scores, until), model, steps)))
+            rows.append((model, measure(bench_of(places), model, steps)))
         except OutOfTime:
             break
         except SystemExit as error:
@@ -552,23 +563,19 @@ def missing(about: dict[str, Any], names: list[str]) -> list[Model]:
     ]
 
 
-def measure_phase(
-    where: tuple[Path | None, Path, Path, float],
-    models: list[Model],
-    about: dict[str, Any],
-    options: argparse.Namespace,
-) -> None:
-    """Measures models of one phase, options.jobs at a time, and writes each row to the results.
+def measure_phase(places: Places, models: list[Model], about: dict[str, Any], path: Path, jobs: int) -> None:
+    """Measures models of one phase and writes each row to the results.
 
     If a process fails, the others go on, and the first error is raised at the end.
 
     Args:
-        where: arguments of `bench_of`.
+        places: folders, and the time limit.
         models: the models to measure.
         about: the results, changed in place.
-        options: the options of the command.
+        path: the file of the results.
+        jobs: the number of trainings side by side.
     """
-    bench = bench_of(*where)
+    bench = bench_of(places)
     with suppress(OutOfTime):
         bench.real(
             models[0].layer or bench.layer, models[0].count or bench.count
@@ -577,8 +584,8 @@ def measure_phase(
     for model in models:
         tasks.setdefault((model.side, model.seed), []).append((model, steps_for(about, model)))
     errors: list[BaseException] = []
-    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(measure_in_turn, *where, task) for task in tasks.values()]):
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(measure_in_turn, places, task) for task in tasks.values()]):
             if error := done.exception():
                 errors.append(error)
                 continue
@@ -586,9 +593,9 @@ def measure_phase(
                 record(about, model, row)
                 said = row.get("failed") or f"FID {row['fid']:.4g}, {row['steps']:,} steps"
                 print(f"  {model.side}, {model.key}: {said}", flush=True)
-            add_differences(about, where[2])
-            course.write_json(options.out / RESULT, about)
-            draw(about, options.pictures / "ledger.png")
+            add_differences(about, places.scores)
+            course.write_json(path, about)
+            draw(about, places.pictures / "ledger.png")
     if errors:
         raise errors[0]
 
@@ -610,8 +617,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(sorted(sides))}")
     until = time.monotonic() + options.minutes * 60
     path = options.out / RESULT
-    where = (options.images, options.state, path.with_suffix(""), until)
-    bench = bench_of(*where)
+    places = Places(options.images, options.state, path.with_suffix(""), options.pictures, until)
+    bench = bench_of(places)
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     about |= {"layer": bench.layer, "images": bench.count, "point": bench.point}
     torch.set_num_threads(1)
@@ -621,7 +628,7 @@ def main(arguments: list[str] | None = None) -> int:
     for phase, group in groupby(missing(about, options.names), lambda model: model.phase):
         if time.monotonic() < until:
             print(f"{phase}:", flush=True)
-            measure_phase(where, list(group), about, options)
+            measure_phase(places, list(group), about, path, options.jobs)
     print("out of time; repeat the command to continue" if missing(about, options.names) else "complete")
     return 0
 

@@ -9,20 +9,26 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ddpm import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.files import dataset as dataset_file
 from ddpm.files import paths, records
 from ddpm.files.dataset import read_dataset, writing_dataset
 from ddpm.files.params import Params
 from ddpm.runtime.progress import Progress
+from ddpm.stages import train
 from ddpm.stages.prepare import mean_and_deviation, prepare, preview
+from ddpm.tools import preview as previewing
+from ddpm.training.objective import Objective
 
 Smoke = Callable[..., Params]
 
@@ -46,6 +52,36 @@ def folder_params(smoke: Smoke, seed: int = 0, **data: Any) -> Params:
 
 def files_of(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (root / "dataset").iterdir()}
+
+
+def test_parts_of_a_folder_have_images_of_every_class(
+    smoke: Smoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders are read class by class. The validation images and the previews' reference images are no single class."""
+    for name, grey in (("black", 0), ("white", 255)):
+        for index in range(40):
+            path = tmp_path / "images" / name / f"{index:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), grey).save(path)
+    params = folder_params(smoke, size=8, channels=1).model_copy(
+        update={"compute": replace(smoke().compute, preview_fid=10)}
+    )
+    prepare(params, tmp_path)
+    dataset = read_dataset(tmp_path)
+    assert len(set(dataset.train_labels[:10])) == 1  # the first images are of one class
+
+    settings = params.model_copy(update={"training": replace(params.training, validation_images=6)})
+    objective = Objective.of(NoiseSchedule.named("cosine", 10), "eps", "cpu")
+    shown = train._validation(settings, dataset, objective, torch.device("cpu"), conditional=False).images
+    assert len(shown) == 6 and set(shown.unique().tolist()) == {0, 255}
+
+    monkeypatch.setattr(previewing, "MOST_REFERENCE_IMAGES", 20)
+    reference = previewing._Fids(params, tmp_path, "cosine")
+    black, white = (
+        reference._statistics(np.full((2, 1, 8, 8), grey, np.uint8)).mean.astype(float) for grey in (0, 255)
+    )
+    share = (reference.reference.mean - black) @ (white - black) / np.sum((white - black) ** 2)
+    assert 0.2 < share < 0.8
 
 
 # The written files.
