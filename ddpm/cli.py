@@ -541,9 +541,7 @@ def generate(
     ] = None,
     encode_decode: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="N", help="Show the first N test images above their reconstructions from encoded noise."
-        ),
+        typer.Option(min=1, metavar="N", help="Show N test images above their reconstructions from encoded noise."),
     ] = None,
 ) -> None:
     """Draw a picture with a registered model, by default the champion, or with a checkpoint folder.

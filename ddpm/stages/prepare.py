@@ -58,9 +58,10 @@ def prepare(
 
 
 def preview(train: Images, labels: NDArray[np.int64] | None, classes: int) -> Images:
-    """Draws a picture of the first training images, with COLUMNS columns and at most ROWS rows.
+    """Draws a picture of training images, with COLUMNS columns and at most ROWS rows.
 
     With labels, each row shows one class. If a class has fewer than COLUMNS images, the rest of the row is white.
+    Without labels, the images are evenly spread over the split.
 
     Args:
         train: the training images, uint8 N,C,H,W.

@@ -524,9 +524,11 @@ def _zero_prediction_loss(images: torch.Tensor, objective: Objective, channels: 
 def _validation(
     params: Params, dataset: Dataset, objective: Objective, device: torch.device, conditional: bool
 ) -> Validation:
-    settings = params.training
+    settings, count = params.training, min(params.training.validation_images, len(dataset.test))
+    # In random order, so that the first images, which by_time takes, are of every class, and no time belongs to one class.
+    order = np.random.RandomState(0).permutation(count)
     images, labels = (
-        None if split is None else torch.from_numpy(spread(split, settings.validation_images)).to(device)
+        None if split is None else torch.from_numpy(spread(split, count)[order]).to(device)
         for split in (dataset.test, dataset.test_labels if conditional else None)
     )
     assert images is not None

@@ -19,7 +19,7 @@ from ddpm.diffusion.paths import blend, encode, interpolate, pixel_error, snapsh
 from ddpm.diffusion.samplers import SAMPLERS, evaluations, sample
 from ddpm.errors import InputError
 from ddpm.files import arrays, paths, records
-from ddpm.files.dataset import read_dataset
+from ddpm.files.dataset import read_dataset, spread
 from ddpm.files.models import ModelRecord
 from ddpm.files.params import Params
 from ddpm.parameters import Compute, Sampler, Sampling
@@ -334,7 +334,7 @@ def _encode_decode(model: Model, request: Request) -> Picture:
     (count,) = request.of
     if count > (available := len(read_dataset().test)):
         raise InputError(f"--encode-decode {count}: the test split has only {available} images; give a smaller number")
-    x_0 = _test_images(model, range(count))
+    x_0 = _test_images(model, spread(np.arange(available), count).tolist())
     denoiser = _with_progress(model, 2 * -(-count // request.batch), request)
     decoded = torch.cat(
         [sample(denoiser, encode(denoiser, part, **model.call), **model.call) for part in x_0.split(request.batch)]
