@@ -3,8 +3,8 @@
 `python -m bench.ledger --images FOLDER` needs about eight hours of two cores in all, and resumes where it stopped. It
 
 - measures the processor time of a step of every row, in turns with the baseline (`pace`). Each row then trains for the number of
-  steps that its processor time buys. So a machine that is slower for a while, or busy, changes no comparison, and another machine
-  can continue;
+  steps that its processor time buys. So a machine that is slower for a while changes no comparison, and another machine can
+  continue. While the paces are measured, the machine should do nothing else;
 - trains every row of CHANGES for 300 processor seconds from two seeds (`screening`);
 - trains the combinations of CANDIDATES for 300 and 600 processor seconds from one seed, and the baseline, the best combination
   (WINNER) and both peers of bench.peers for 300, 600 and 900 processor seconds from three seeds (`curves`);
@@ -604,7 +604,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.ledger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows: {', '.join(CHANGES)}; default: everything")
+    sides = sorted({model.side for model in work()})
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows: {', '.join(sides)}; default: everything")
     parser.add_argument("--images", type=Path, help="folder of PNG files or zips to use instead of the baseline's data")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side; 1 leaves a core to other work")
     parser.add_argument("--minutes", type=float, default=60, help="time limit of this command, roughly")
@@ -612,9 +613,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     parser.add_argument("--pictures", type=Path, default=PICTURES)
     options = parser.parse_args(arguments)
-    sides = {model.side for model in work()}
     if unknown := [name for name in options.names if name not in sides]:
-        parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(sorted(sides))}")
+        parser.error(f"unknown row {', '.join(unknown)}; choose from {', '.join(sides)}")
     until = time.monotonic() + options.minutes * 60
     path = options.out / RESULT
     places = Places(options.images, options.state, path.with_suffix(""), options.pictures, until)
