@@ -6,7 +6,7 @@
   steps that its processor time buys. So a machine that is slower for a while changes no comparison, and another machine can
   continue. While the paces are measured, the machine should do nothing else;
 - trains every row of CHANGES for 300 processor seconds from two seeds (`screening`);
-- trains the combinations of CANDIDATES for 300 and 600 processor seconds from one seed, and the baseline, the best combination
+- trains the rows of CANDIDATES for 300 and 600 processor seconds from one seed, and the baseline, the best row
   (WINNER) and both peers of bench.peers for 300, 600 and 900 processor seconds from three seeds (`curves`);
 - scores the baseline and the winner once more, as papers do: layer 2048, 5,000 images (`large`);
 - trains the winner for an hour of two cores (`hour`), and draws its images as a grid.
@@ -57,7 +57,7 @@ RESULT = f"ledger-{NAME}.json"
 BASELINE = Path(__file__).with_name("ledger.yaml")
 RECIPE = "as it is"  # the baseline: the row of CHANGES with which the others are compared
 DIT = {"width": 192, "depth": 6, "heads": 3, "patch": 4}
-# The screening. Each row changes one setting of the baseline or of its network; the last rows combine what helped alone.
+# The screening. Each row changes one setting of the baseline or of its network; the last rows combine changes.
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "eps": {"target": "eps"},
@@ -97,27 +97,17 @@ CHANGES: dict[str, dict[str, Any]] = {
     "muon, min_snr, decay linear 0.3": {"optimizer": "muon", "loss": "min_snr", "descent": ("linear", 0.3)},
     "muon, min_snr, ema 0.99": {"optimizer": "muon", "loss": "min_snr", "ema": 0.99},
 }
-# Combinations with larger networks and another rate. They train for longer than in the screening, because a larger network needs
-# more time to become better than a small one.
-CANDIDATES: dict[str, dict[str, Any]] = {
-    "muon, min_snr": {"optimizer": "muon", "loss": "min_snr"},
+# Rows with larger networks, which are not in the screening: they need more time to become better than a small network.
+LARGER: dict[str, dict[str, Any]] = {
+    "muon, channels 48": {"optimizer": "muon", "network": {"channels": 48}},
     "muon, min_snr, channels 48": {"optimizer": "muon", "loss": "min_snr", "network": {"channels": 48}},
     "muon, min_snr, channels 64": {"optimizer": "muon", "loss": "min_snr", "network": {"channels": 64}},
     "muon, min_snr, blocks 2": {"optimizer": "muon", "loss": "min_snr", "network": {"blocks": 2}},
-    "muon, min_snr, channels 48, no attention": {
-        "optimizer": "muon",
-        "loss": "min_snr",
-        "network": {"channels": 48, "attention": []},
-    },
-    "muon, min_snr, channels 48, rate 4e-3": {
-        "optimizer": "muon",
-        "loss": "min_snr",
-        "network": {"channels": 48},
-        "learning_rate": 4e-3,
-    },
 }
+# The rows that train for longer from one seed, so that the winner can be chosen.
+CANDIDATES = ("muon", "muon, min_snr", *LARGER)
 WINNER = "muon, min_snr"  # the best of CANDIDATES; recipes/cifar10-cpu.yaml has its settings
-ROUNDS = 9  # turns of the baseline and a row that measure the processor time of a step
+ROUNDS, TURN = 9, 10  # turns of the baseline and a row that measure the processor time of a step; steps of a turn
 SCREENING, SEEDS = 300, 2  # processor seconds, trainings of each row
 MARKS, REPLICATES = (300, 600, 900), 3  # the same for the curves
 HOUR = 7200  # processor seconds of an hour of two cores
@@ -310,12 +300,12 @@ def pace(bench: Bench, side: str, change: dict[str, Any]) -> dict[str, float]:
         ratio, low, high: median and range of the row's time over the baseline's of the same turn. recipe: median processor
             seconds of the baseline's step.
     """
-    still = {"learning_rate": 0.0}  # so that no loss diverges
+    still = {"learning_rate": 0.0, "log_every": TURN}  # this rate, so that no loss diverges
     rows: list[tuple[str, dict[str, Any]]] = [(RECIPE, still), (side, {**change, **still})]
     trainings = [made(bench, name, changed, 0, bench.places.state / "pace") for name, changed in rows]
     turns = [training.advance() for training in trainings]
     seconds: list[list[float]] = [[], []]
-    for number in range(ROUNDS + 1):
+    for number in range((1 if harness.TINY else ROUNDS) + 1):
         for training, turn, found in zip(trainings, turns, seconds, strict=True):
             before = (training.processor, training.step)
             next(turn)
@@ -330,7 +320,7 @@ def steps_for(about: dict[str, Any], model: Model) -> int:
     """Returns how many steps take the model's processor seconds on this machine when nothing slows it."""
     if harness.TINY:
         return model.seconds // 30
-    paces = about["paces"][model.group]
+    paces = about["paces"]
     ratio = 1.0 if model.side == RECIPE else paces["ratios"][model.side]["ratio"]
     return max(1, round(model.seconds / (paces["step_seconds"] * ratio)))
 
@@ -346,10 +336,10 @@ def measure(bench: Bench, model: Model, steps: int) -> dict[str, Any]:
             if (row := json.loads(str(kept["row"])))["steps"] == steps:
                 return dict(row)
     longer = f"-{model.seconds}" if descends(model.side, model.change) else ""
-    folder = bench.places.state / f"{model.group}-{model.name}-{model.seed}{longer}"
+    folder = bench.places.state / f"{model.name}-{model.seed}{longer}"
     training = made(bench, model.side, model.change, model.seed, folder)
     train(training, steps, folder, bench.places.until)
-    denoiser, scored = training.denoiser(), folder / f"{model.phase}-{model.seconds}"
+    denoiser, scored = training.denoiser(), folder / path.stem
     score = bench.score(denoiser, scored, model.layer or bench.layer, model.count or bench.count)
     low, high = score.interval()
     row = {
@@ -371,7 +361,7 @@ def measure(bench: Bench, model: Model, steps: int) -> dict[str, Any]:
         drawn = course.draw_images(denoiser, shape, range(GRID), bench.row, "cpu")
         arrays.write_png(bench.places.pictures / "ledger-grid.png", arrays.grid(drawn, 20))
     temporary.replace(path)
-    shutil.rmtree(folder if model.phase == "screening" and model.side != RECIPE else scored)
+    shutil.rmtree(scored if model.side in (RECIPE, *CANDIDATES, *PEERS) else folder)  # a longer training may follow
     return row
 
 
@@ -406,33 +396,29 @@ class Model:
         return f"{self.seed}, {self.seconds} s"
 
     @property
-    def group(self) -> str:
-        """The phases with one machine's paces: "screening", or "curves" for all later phases, which continue its trainings."""
-        return "screening" if self.phase == "screening" else "curves"
-
-    @property
     def name(self) -> str:
         """The name of the model's files: the side, and a hash of the change."""
         digest = hashlib.sha256(json.dumps(self.change, sort_keys=True).encode()).hexdigest()[:8]
         return f"{re.sub('[ ,]+', '-', self.side)}-{digest}"
 
     def kept(self, folder: Path) -> Path:
-        """The file of the score."""
-        return folder / f"{self.phase}-{self.name}-{self.seed}-{self.seconds}.npz"
+        """The file of the score, which models of several phases may share."""
+        large = f"-{self.layer}-{self.count}" if self.layer else ""
+        return folder / f"{self.name}-{self.seed}-{self.seconds}{large}.npz"
 
 
 def work() -> Iterator[Model]:
     """Yields the models in the order in which they are measured."""
     for seed, side in product(range(SEEDS), CHANGES):
         yield Model("screening", side, CHANGES[side], seed, SCREENING)
-    sides: dict[str, dict[str, Any]] = {RECIPE: {}, **CANDIDATES, **{peer: {} for peer in PEERS}}
-    for seed, side in product(range(REPLICATES), sides):
+    sides: dict[str, dict[str, Any]] = {**CHANGES, **LARGER, **{peer: {} for peer in PEERS}}
+    for seed, side in product(range(REPLICATES), (RECIPE, *CANDIDATES, *PEERS)):
         whole = side not in CANDIDATES or side == WINNER
         for seconds in MARKS if whole else MARKS[:2] if seed == 0 else ():
             yield Model("curves", side, sides[side], seed, seconds)
     for side in (RECIPE, WINNER):
         yield Model("large", side, sides[side], 0, MARKS[-1], *LARGE)
-    yield Model("hour", WINNER, CANDIDATES[WINNER], 0, HOUR)
+    yield Model("hour", WINNER, sides[WINNER], 0, HOUR)
 
 
 def draw(about: dict[str, Any], path: Path) -> None:
@@ -504,32 +490,37 @@ def forget(about: dict[str, Any]) -> None:
     for side in [side for side, change in known.items() if current.get(side) != change]:
         for phase in ("screening", "curves", "large", "hour"):
             about.get(phase, {}).pop(side, None)
-        for paces in about.get("paces", {}).values():
-            paces["ratios"].pop(side, None)
+        about.get("paces", {"ratios": {}})["ratios"].pop(side, None)
     about["changes"] = current
 
 
-def measure_paces(bench: Bench, about: dict[str, Any], path: Path, models: list[Model]) -> None:
+def _pace(places: Places, model: Model) -> dict[str, float]:
+    torch.set_num_threads(1)
+    return pace(bench_of(places), model.side, model.change)
+
+
+def measure_paces(places: Places, models: list[Model], about: dict[str, Any], path: Path, jobs: int) -> None:
     """Measures the paces of the models that `about` lacks.
 
-    Raises SystemExit if the other paces of this group are another machine's. path: the file of the results.
+    Raises SystemExit if the other paces are another machine's. See `measure_phase` for the arguments.
     """
     here = harness.machine("cpu", threads=1)
-    for model in models:
-        paces = about.setdefault("paces", {}).setdefault(model.group, {"machine": here, "ratios": {}})
-        ratios = paces["ratios"]
-        if ratios and model.side in (RECIPE, *ratios):
-            continue
-        if any(paces["machine"]["hardware"][key] != here["hardware"][key] for key in ("cpu", "cores")):
-            raise SystemExit(
-                f"{path}: the pace of {model.side} would be compared with those of another machine; "
-                "measure on that machine, or name another folder with --out"
-            )
-        ratios[model.side] = harness._short(pace(bench, model.side, model.change))
-        course.write_json(path, about)
-        print(f"  {model.side}: a step takes {ratios[model.side]['ratio']:.3f} times the baseline's", flush=True)
-    for paces in about.get("paces", {}).values():
-        paces.setdefault("step_seconds", min(found["recipe"] for found in paces["ratios"].values()))
+    paces = about.setdefault("paces", {"machine": here, "ratios": {}})
+    wanted = {model.side: model for model in models if model.side not in paces["ratios"]}
+    if wanted.keys() | paces["ratios"].keys() != {RECIPE}:
+        wanted.pop(RECIPE, None)  # the baseline is timed against itself only if it is the only row
+    if wanted and any(paces["machine"]["hardware"][key] != here["hardware"][key] for key in ("cpu", "cores")):
+        raise SystemExit(
+            f"{path}: the pace of {', '.join(wanted)} would be compared with those of another machine; "
+            "measure on that machine, or name another folder with --out"
+        )
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        running = {pool.submit(_pace, places, model): side for side, model in wanted.items()}
+        for done in as_completed(running):
+            found = paces["ratios"][running[done]] = harness._short(done.result())
+            course.write_json(path, about)
+            print(f"  {running[done]}: a step takes {found['ratio']:.3f} times the baseline's", flush=True)
+    paces.setdefault("step_seconds", min(found["recipe"] for found in paces["ratios"].values()))
     course.write_json(path, about)
 
 
@@ -623,8 +614,7 @@ def main(arguments: list[str] | None = None) -> int:
     about |= {"layer": bench.layer, "images": bench.count, "point": bench.point}
     torch.set_num_threads(1)
     forget(about)
-    measure_paces(bench, about, path, missing(about, options.names))
-
+    measure_paces(places, missing(about, options.names), about, path, options.jobs)
     for phase, group in groupby(missing(about, options.names), lambda model: model.phase):
         if time.monotonic() < until:
             print(f"{phase}:", flush=True)

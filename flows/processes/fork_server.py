@@ -233,6 +233,9 @@ def serve(control: socket.socket) -> None:
         if control in ready:
             request, files, _, _ = socket.recv_fds(control, MAX_REQUEST, 3)
             if not request:
+                signal.set_wakeup_fd(
+                    -1
+                )  # else a child that ends while this process exits writes an error to its output
                 return
             command = json.loads(request)[0]
             waiting.append((_imports_needed(command), request, files))

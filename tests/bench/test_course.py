@@ -82,7 +82,7 @@ def test_the_recipe_on_two_cores_is_the_winner_of_the_ledger() -> None:
         curves.recipe_of_params(Params.load(path), "cosine", (3, 32, 32))
         for path in (ROOT / "recipes/cifar10-cpu.yaml", ledger.BASELINE)
     )
-    assert ours == ledger.with_change(baseline, ledger.CANDIDATES[ledger.WINNER]) != baseline
+    assert ours == ledger.with_change(baseline, {**ledger.CHANGES, **ledger.LARGER}[ledger.WINNER]) != baseline
 
 
 def write_zip(path: Path, split: str, images: np.ndarray) -> None:
@@ -185,11 +185,12 @@ def test_the_ledger_resumes_and_measures_changed_rows_again(
     monkeypatch.setenv("BENCH_TINY", "1")  # for the trainings' processes
     monkeypatch.setattr(harness, "TINY", True)
     monkeypatch.setattr(ledger, "PEERS", {})
-    for name, value in (("ROUNDS", 1), ("SEEDS", 1), ("REPLICATES", 1), ("LARGE", (64, 20))):
+    for name, value in (("SEEDS", 1), ("REPLICATES", 1), ("LARGE", (64, 20))):
         monkeypatch.setattr(ledger, name, value)
     rows = {ledger.RECIPE: {}, "eps": {"target": "eps"}, "broken": {"learning_rate": 1e30}}
     monkeypatch.setattr(ledger, "CHANGES", rows)
-    monkeypatch.setattr(ledger, "CANDIDATES", {"eps": {"target": "eps"}, "worse": {"target": "x0"}})
+    monkeypatch.setattr(ledger, "LARGER", {"worse": {"target": "x0"}})
+    monkeypatch.setattr(ledger, "CANDIDATES", ("eps", "worse"))
     monkeypatch.setattr(ledger, "WINNER", "eps")
     (tmp_path / "data").mkdir()
     write_zip(tmp_path / "data/train.zip", "train", noise(40, 32))
