@@ -267,7 +267,7 @@ def sweeps(device: str) -> dict[str, Any]:
                 for points, value in added.items()
             ),
             figure(
-                f"overhead of the flow per point, {largest} points / {SIZES[0]} points",
+                f"overhead of the flow per point: sweep of {largest} points / sweep of {SIZES[0]} points",
                 [added[largest] / added[SIZES[0]]],
                 "x",
                 1.2,
