@@ -22,10 +22,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -33,7 +35,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby, product
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -493,6 +495,21 @@ def forget(about: dict[str, Any]) -> None:
     about["changes"] = current
 
 
+def _end_with_parent() -> None:
+    """Ends this process when its parent has ended, even if the parent was killed."""
+
+    def wait() -> None:
+        if (parent := parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(jobs, get_context("spawn"), _end_with_parent)
+
+
 def _pace(places: Places, model: Model) -> dict[str, float]:
     torch.set_num_threads(1)
     return pace(bench_of(places), model.side, model.change)
@@ -513,7 +530,7 @@ def measure_paces(places: Places, models: list[Model], about: dict[str, Any], pa
             f"{path}: the pace of {', '.join(wanted)} would be compared with those of another machine; "
             "measure on that machine, or name another folder with --out"
         )
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+    with _pool(jobs) as pool:
         running = {pool.submit(_pace, places, model): side for side, model in wanted.items()}
         for done in as_completed(running):
             found = paces["ratios"][running[done]] = harness._short(done.result())
@@ -574,7 +591,7 @@ def measure_phase(places: Places, models: list[Model], about: dict[str, Any], pa
     for model in models:
         tasks.setdefault((model.side, model.seed), []).append((model, steps_for(about, model)))
     errors: list[BaseException] = []
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+    with _pool(jobs) as pool:
         for done in as_completed([pool.submit(measure_in_turn, places, task) for task in tasks.values()]):
             if error := done.exception():
                 errors.append(error)

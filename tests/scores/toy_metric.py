@@ -1,4 +1,4 @@
-"""Shows the recipe "add a metric": this file as ddpm/scores/mean_distance.py, and its row in ROWS of ddpm/scores/metrics.py."""
+"""An example of a metric. Copy it to ddpm/scores/mean_distance.py, and add MEAN_DISTANCE to ROWS of ddpm/scores/metrics.py."""
 
 from __future__ import annotations
 
