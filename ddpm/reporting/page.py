@@ -173,7 +173,7 @@ def how_sure(entry: Answer, points: int, confidence: float, margin: float) -> st
         margin: how much worse than the truly best point a cheaper point may be, as a share of the best score.
     """
     if points == 1:
-        return f"{entry.point} is the only point with so few evaluations."
+        return f"{entry.point} is the only point that the budget allows."
     names, sure = entry.may_be_best, f"{confidence:.0%}"
     better = "higher" if RANKING.direction > 0 else "lower"
     if len(names) == 1 and names[0] != entry.point:
@@ -181,7 +181,7 @@ def how_sure(entry: Answer, points: int, confidence: float, margin: float) -> st
     if len(names) == 1:
         return f"With {sure} confidence, {entry.point} is the best of the {points} points."
     among = (
-        f"With {sure} confidence, the best of the {points} points with so few evaluations is one of these {len(names)}"
+        f"With {sure} confidence, the best of the {points} points that the budget allows is one of these {len(names)}"
     )
     more = len(names) - MOST_NAMES
     listed = ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -220,9 +220,9 @@ def test_dvcs_plot_shows_the_score_that_ranks_points() -> None:
 
 def test_how_sure() -> None:
     entry = Answer("a", 10, 1.0, 0.9, 1.1, lowest="a", may_be_best=("a",))
-    assert how_sure(entry, 1, 0.95, 0.05) == "a is the only point with so few evaluations."
+    assert how_sure(entry, 1, 0.95, 0.05) == "a is the only point that the budget allows."
     assert how_sure(entry, 4, 0.95, 0.05) == "With 95% confidence, a is the best of the 4 points."
-    among = "With 95% confidence, the best of the 9 points with so few evaluations is one of these"
+    among = "With 95% confidence, the best of the 9 points that the budget allows is one of these"
     tied = how_sure(replace(entry, may_be_best=("a", "b", "c")), 9, 0.95, 0.05)
     assert tied.startswith("Not certain. This point has the lowest FID, but may not be the best.") and tied.endswith(
         f"{among} 3: a, b, c."
